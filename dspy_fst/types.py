@@ -1,0 +1,212 @@
+"""The nouns of Fast-Slow Training. All are frozen; unmeasured is None, never 0.
+
+A *candidate* is a text for every component of a DSPy program. K of them are a *population*. One run of
+the program under one candidate on one problem is a *rollout*, made of LM *calls* as they were sampled.
+The G rollouts of a problem, spread evenly over the population, are its *group*; credited groups are the
+*batch* of one weight update.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import dspy
+
+from dspy_fst.errors import TrainingError
+
+WeightsVersion = str
+"""Name of one immutable set of policy weights, e.g. ``"step-000012"``; ``"step-000000"`` is the start."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The fast weights: one text per component of the program (GEPA's candidate).
+
+    >>> Candidate({"answer.predict": "Sort the list."}).digest
+    '4ba5b20b2f8a'
+    """
+
+    texts: Mapping[str, str]
+    """Component name -> text, e.g. ``{"summarize.predict": "Keep every name."}``."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hex digits that identify the texts; equal texts have equal digests."""
+        return hashlib.sha256(json.dumps(sorted(self.texts.items())).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Population:
+    """K candidates, best first; a short frontier is filled up with copies, so members may repeat."""
+
+    members: tuple[Candidate, ...]
+    scores: tuple[float | None, ...]
+    """Mean anchor score of each member under the weights it was selected with; None when never scored."""
+    parents: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Digest -> digests of the candidates it was made from, for every candidate of the search."""
+
+    @property
+    def best(self) -> Candidate:
+        return self.members[0]
+
+    @classmethod
+    def of_seed(cls, seed: Candidate, size: int) -> "Population":
+        """The population before any search: ``size`` copies of the program's own texts."""
+        return cls(members=(seed,) * size, scores=(None,) * size)
+
+    def unique(self) -> tuple[Candidate, ...]:
+        """Members without repetition, in order."""
+        return tuple({member.digest: member for member in self.members}.values())
+
+
+@dataclass(frozen=True)
+class Call:
+    """One LM call exactly as it was sampled; training never re-renders or re-tokenizes it."""
+
+    predictor: str
+    """Name in ``program.named_predictors()``, e.g. ``"hops[0].query.predict"``."""
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    """Sampled ids, the stop token included when one was sampled."""
+    logprobs: tuple[float, ...]
+    """Natural-log probability of each completion id under the distribution it was drawn from."""
+    finish_reason: str
+    """``"stop"``, ``"length"`` or ``"tool_calls"``."""
+    weights: WeightsVersion
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One training or evaluation example and its index in the set it came from."""
+
+    index: int
+    example: dspy.Example
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One run of the program on one problem under one candidate.
+
+    ``reward is None`` exactly when ``mask`` says why it was not measured.
+    """
+
+    problem: int
+    candidate: Candidate
+    calls: tuple[Call, ...]
+    reward: float | None
+    feedback: str = ""
+    mask: str | None = None
+    """Why nothing was measured, e.g. ``"timeout"``, ``"engine: connection refused"``; else None."""
+    failure: str | None = None
+    """What the policy did wrong when it earned a failure score, e.g. ``"parse"``; else None."""
+    prediction: Any = None
+    """The program's ``dspy.Prediction``; None when the run ended in a failure or was masked."""
+    trace: tuple[Any, ...] = ()
+    """DSPy's trace: ``(predictor, inputs, prediction)`` for every module call."""
+
+    def __post_init__(self) -> None:
+        if (self.reward is None) != (self.mask is not None):
+            raise ValueError(f"a rollout has a reward or a mask, not both or neither: {self.reward!r}, {self.mask!r}")
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens sampled in this rollout."""
+        return sum(len(call.completion_ids) for call in self.calls)
+
+
+@dataclass(frozen=True)
+class Group:
+    """All G rollouts of one problem, over all candidates, sampled by one weight version."""
+
+    problem: int
+    rollouts: tuple[Rollout, ...]
+
+    def __post_init__(self) -> None:
+        if any(rollout.problem != self.problem for rollout in self.rollouts):
+            raise TrainingError(f"group of problem {self.problem} holds a rollout of another problem")
+        if len(versions := {call.weights for rollout in self.rollouts for call in rollout.calls}) > 1:
+            raise TrainingError(f"group of problem {self.problem} mixes weight versions {sorted(versions)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call as the trainer sees it."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Behaviour log-probabilities, one per completion id."""
+    advantage: float
+    token_weight: float
+    """Share of each of this row's tokens in the loss; sums to 1 over a batch (prompt-level mean)."""
+    predictor: str = ""
+    problem: int = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one weight update learns from, and what was left out of it."""
+
+    rows: tuple[Row, ...]
+    weights: WeightsVersion
+    """The version that sampled every row."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """``groups``, ``flat_groups``, ``rollouts``, ``masked: <reason>``, ``failed: <reason>``, ``rows``, ``tokens``."""
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """Measurements of one weight update, before the weights moved. Means are per token."""
+
+    loss: float
+    grad_norm: float
+    kl_to_start: float
+    """Exact KL(theta || start) in nats, weighted as the loss weighs tokens; 0 when no token was trained."""
+    entropy: float
+    capped_share: float
+    """Share of tokens whose importance weight reached the cap."""
+    mean_log_ratio: float
+    """Mean of log pi_theta - log pi_behaviour on the sampled tokens: trainer-sampler mismatch, 0 is exact."""
+    max_log_ratio: float
+    """Largest absolute log-ratio of a token."""
+    learning_rate: float
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One slow step: what was sampled, what was learnt."""
+
+    step: int
+    cycle: int
+    reward: float | None
+    """Mean reward of the measured rollouts; None when all were masked."""
+    counts: Mapping[str, int]
+    update: UpdateReport
+    sampled_tokens: int
+    seconds: Mapping[str, float]
+    """Wall time by activity: ``sampling``, ``update``, ``publish``."""
+
+
+@dataclass(frozen=True)
+class CycleReport:
+    """One fast phase: what the search spent and found."""
+
+    cycle: int
+    scores: tuple[float | None, ...]
+    population: tuple[str, ...]
+    """Digests of the members, best first."""
+    rollouts: int
+    """Fresh program runs, the carried population's scoring included."""
+    reused: int
+    """Evaluations answered from rollouts already made under the same weights."""
+    reflections: int
+    proposals_accepted: int
+    sampled_tokens: int
+    counts: Mapping[str, int]
+    seconds: float
