@@ -27,7 +27,7 @@ class Candidate:
     """The fast weights: one text per component of the program (GEPA's candidate).
 
     >>> Candidate({"answer.predict": "Sort the list."}).digest
-    '4ba5b20b2f8a'
+    '17f692373111'
     """
 
     texts: Mapping[str, str]
@@ -77,6 +77,8 @@ class Call:
     finish_reason: str
     """``"stop"``, ``"length"`` or ``"tool_calls"``."""
     weights: WeightsVersion
+    temperature: float = 1.0
+    """Temperature it was drawn at; training scores the same distribution. 0 is greedy and cannot be trained."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Row:
     advantage: float
     token_weight: float
     """Share of each of this row's tokens in the loss; sums to 1 over a batch (prompt-level mean)."""
+    temperature: float = 1.0
     predictor: str = ""
     problem: int = -1
 

@@ -64,6 +64,10 @@ class Engine(Protocol):
         """Log-probability of every token but the first of each sequence, at temperature 1."""
         ...
 
+    def expect(self, callers: int) -> None:
+        """Tell how many rollouts are in flight, so that an engine which batches knows for whom to wait."""
+        ...
+
     def close(self) -> None:
         """Release everything that was started. May be called twice."""
         ...

@@ -39,7 +39,12 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "reverse",
         lambda xs: xs[::-1],
-        ("reverse the list", "write the numbers backwards", "flip the order", "read the list from right to left"),
+        (
+            "reverse the list",
+            "write the numbers backwards",
+            "flip the order",
+            "read the list from right to left",
+        ),
         "flip the list backwards",
     ),
     Operation(
@@ -57,13 +62,23 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "drop_first",
         lambda xs: xs[1:],
-        ("drop the first number", "remove the number at the start", "skip the first one", "cut off the left end"),
+        (
+            "drop the first number",
+            "remove the number at the start",
+            "skip the first one",
+            "cut off the left end",
+        ),
         "cut off the number at the start",
     ),
     Operation(
         "drop_last",
         lambda xs: xs[:-1],
-        ("drop the last number", "remove the number at the end", "skip the last one", "cut off the right end"),
+        (
+            "drop the last number",
+            "remove the number at the end",
+            "skip the last one",
+            "cut off the right end",
+        ),
         "cut off the number at the end",
     ),
     Operation(
@@ -87,7 +102,11 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "decrement",
         lambda xs: [(x - 1) % 10 for x in xs],
-        ("subtract one from each number", "lower every number by one", "replace each number by the previous one"),
+        (
+            "subtract one from each number",
+            "lower every number by one",
+            "replace each number by the previous one",
+        ),
         "lower each number by one",
     ),
     Operation(
@@ -168,5 +187,7 @@ def chains() -> Iterator[tuple[str, ...]]:
 
 def say(wordings: tuple[str, ...], rng: random.Random) -> str:
     """One sentence (or two) that gives one or two wordings as an instruction, e.g. "Flip the order, then ..."."""
-    text = wordings[0] + "." if len(wordings) == 1 else rng.choice(_JOINS).format(a=wordings[0], b=wordings[1])
+    text = (
+        wordings[0] + "." if len(wordings) == 1 else rng.choice(_JOINS).format(a=wordings[0], b=wordings[1])
+    )
     return ". ".join(sentence[:1].upper() + sentence[1:] for sentence in text.split(". "))

@@ -83,11 +83,12 @@ def build(
 
 
 def _draw(world: World, rng: random.Random, count: int) -> list[dspy.Example]:
-    problems: dict[str, None] = {}
+    problems: dict[str, None] = {}  # a dict keeps the order of the draws
     for _ in range(100 * count):
-        if len(problems) == count:
-            break
-        problems[world.draw(rng)] = None
-    else:
-        raise ValueError(f"world {world.name!r} has too few different problems for {count} examples")
+        if len(problems) < count:
+            problems[world.draw(rng)] = None
+    if len(problems) < count:
+        raise ValueError(
+            f"world {world.name!r} has only {len(problems)} different problems; {count} were asked for"
+        )
     return [dspy.Example(numbers=text, answer=world.answer(text)).with_inputs("numbers") for text in problems]

@@ -1,0 +1,141 @@
+"""The recipe: every setting, its default and where the default comes from.
+
+*Paper* is "Learning, Fast and Slow" (arXiv 2605.12484). *Ours* marks what it does not publish.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dspy_fst.errors import ConfigurationError
+
+Method = Literal["fst", "rl", "gepa", "gepa_then_rl", "rl_then_gepa"]
+AUTO_CYCLES = {"light": 2, "medium": 8, "heavy": 34}
+"""Cycles of DSPy's three budgets (ours): 12, 48 and 204 updates; the paper's longest stages have 200."""
+
+
+class FSTConfig(BaseModel):
+    """Settings of Fast-Slow Training. Frozen; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method = "fst"
+    """``"fst"``, or a baseline made of the same loop: ``"rl"`` never searches, ``"gepa"`` never updates
+    weights, the other two spend the whole search budget before the first or after the last update."""
+    cycles: int = Field(AUTO_CYCLES["medium"], ge=1)
+    """Fast-slow alternations (ours; see AUTO_CYCLES)."""
+
+    steps_per_cycle: int = Field(6, ge=1)
+    """T, weight updates a cycle (paper, App. D)."""
+    problems_per_step: int = Field(32, ge=1)
+    """Problems whose groups make one batch (paper, App. D: 192 lookahead problems / 6)."""
+    population_size: int = Field(4, ge=1)
+    """K, candidates (paper, App. D and E)."""
+    group_size: int = Field(8, ge=2)
+    """G, rollouts a problem, G/K for each candidate (paper, second-hand)."""
+
+    anchors: int | None = Field(None, ge=1)
+    """Size of a cycle's anchor set; None takes the whole lookahead set (paper: 192)."""
+    search_passes: float = Field(5.0, gt=0)
+    """Fresh rollouts of a search, in passes over the anchors (paper, App. D)."""
+    search_rollouts: int | None = Field(None, ge=1)
+    """The same as a plain number; overrides ``search_passes``."""
+    reflection_minibatch: int = Field(3, ge=1)
+    """Problems shown to a reflection (GEPA, section 4.3)."""
+    components: Literal["round_robin", "all"] = "round_robin"
+    """Whether a proposal changes one text of the program or all (GEPA's default)."""
+    perfect_score: float = 1.0
+    """Reward beyond which nothing is left to learn from a rollout (DSPy's GEPA)."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    """AdamW's peak learning rate. Not published where we could read; ours, common for full-weight RL."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Paper, App. D."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Unstated in the paper; AdamW's usual."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Paper, App. D."""
+    warmup_steps: int = Field(10, ge=0)
+    """Linear warm-up (paper, App. D)."""
+    max_grad_norm: float | None = Field(None, gt=0)
+    """Gradient clipping; unstated in the paper, so none."""
+    importance_cap: float = Field(4.0, gt=0)
+    """CISPO's cap on the importance weight itself, not 1 + a clip (paper, App. D; ScaleRL finds 4, 5, 8 alike)."""
+    kl_coefficient: float = Field(0.001, ge=0)
+    """Weight of KL(theta || start) (paper, App. D; its form is unstated, ours is exact over the vocabulary)."""
+    advantage_normalization: Literal["group", "batch"] = "group"
+    """Standard deviation of the group (paper, Eq. 3) or of the batch (ScaleRL)."""
+    micro_batch_tokens: int = Field(16_384, ge=1)
+    """Tokens, padding included, of one forward and backward pass (ours; memory only, the gradient is the same)."""
+
+    failure_score: float = 0.0
+    """Reward of a run that failed through the policy's doing (DSPy's default)."""
+    format_failure_score: float = 0.0
+    """Reward of a reply that does not parse (mmGRPO sets it below ``failure_score``)."""
+    num_threads: int = Field(256, ge=1)
+    """Rollouts in flight (ours)."""
+    rollout_timeout_s: float = Field(600.0, gt=0)
+    """Seconds after which a rollout is masked (ours)."""
+    validation_samples: int = Field(1, ge=1)
+    """Rollouts for each validation problem and candidate, outside the budget (ours)."""
+    sync_tolerance: float | None = Field(None, gt=0)
+    """Largest gap in nats between the engine's and the trainer's log-probabilities; None is 2e-3 in float32
+    and 0.3 in bfloat16 (ours)."""
+    checkpoint_every: int = Field(1, ge=1)
+    """Updates between two states that a killed run can go on from (ours)."""
+    keep_weights: int = Field(2, ge=1)
+    """Weight versions kept in the run directory; older ones are removed (ours)."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _group_is_shared_evenly(self) -> "FSTConfig":
+        if self.group_size % self.population_size:
+            below = self.group_size - self.group_size % self.population_size
+            raise ValueError(
+                f"group_size={self.group_size} is not a multiple of population_size={self.population_size}: each "
+                f"candidate gets G/K rollouts of a problem; use group_size={below or self.population_size} "
+                f"or {below + self.population_size}"
+            )
+        return self
+
+    @property
+    def lookahead(self) -> int:
+        """Problems of a cycle, counted with repetition."""
+        return self.steps_per_cycle * self.problems_per_step
+
+    @property
+    def anchor_count(self) -> int:
+        return min(self.anchors or self.lookahead, self.lookahead)
+
+    @property
+    def search_budget(self) -> int:
+        """Fresh rollouts of one search, the carried population's scoring not included."""
+        return self.search_rollouts or round(self.search_passes * self.anchor_count)
+
+
+def make_config(recipe: dict[str, Any]) -> tuple[FSTConfig | None, list[str]]:
+    """The configuration, or the sentences that say what is wrong with it."""
+    try:
+        return FSTConfig(**recipe), []
+    except ValidationError as error:
+        return None, [_sentence(fault) for fault in error.errors()]
+
+
+def _sentence(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: there is no such setting; see dspy_fst.FSTConfig for all of them"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{where}={fault['input']!r}: {message}" if where else message
+
+
+def load_config(recipe: dict[str, Any]) -> FSTConfig:
+    """The configuration.
+
+    Raises:
+        ConfigurationError: with every fault.
+    """
+    config, faults = make_config(recipe)
+    if config is None:
+        raise ConfigurationError(faults)
+    return config

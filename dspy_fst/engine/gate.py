@@ -1,0 +1,67 @@
+"""Many samplers or one loader: what keeps a reply from straddling two versions of the weights."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dspy_fst.errors import EngineError
+
+
+class Gate:
+    """Lets any number of samplers in, or one loader alone; a loader that waits goes before later samplers."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._samplers = 0
+        self._loaders_waiting = 0
+        self._loading = False
+
+    @contextmanager
+    def sampling(self, timeout_s: float) -> Iterator[None]:
+        """Hold the weights still.
+
+        Raises:
+            EngineError: weights were still being loaded after ``timeout_s`` seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: not (self._loading or self._loaders_waiting), timeout_s):
+                raise EngineError(f"a request waited {timeout_s:g} s for a load to finish (request_timeout_s)")
+            self._samplers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._samplers -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def loading(self, timeout_s: float) -> Iterator[None]:
+        """Change the weights, after the requests in flight and before those that come later.
+
+        Raises:
+            EngineError: requests or another load were still under way after ``timeout_s`` seconds.
+        """
+        with self._changed:
+            self._wait_for_turn(timeout_s)
+            self._loading = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._loading = False
+                self._changed.notify_all()
+
+    def _wait_for_turn(self, timeout_s: float) -> None:
+        began = time.monotonic()
+        self._loaders_waiting += 1
+        try:
+            self._changed.wait_for(lambda: not (self._loading or self._samplers), timeout_s)
+        finally:
+            self._loaders_waiting -= 1
+            self._changed.notify_all()
+        if self._loading or self._samplers:
+            holder = "another load" if self._loading else f"{self._samplers} requests in flight"
+            raise EngineError(
+                f"a load waited {time.monotonic() - began:.0f} s for {holder} to finish (request_timeout_s)"
+            )

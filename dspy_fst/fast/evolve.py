@@ -1,0 +1,165 @@
+"""The fast phase: text moves, weights do not.
+
+GEPA searches from the whole previous population on the cycle's anchors, under the current weights and a
+budget of fresh rollouts, and the K complementary candidates of its Pareto frontier are the next population.
+"""
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dspy
+import gepa
+
+from dspy_fst.fast.gepa_adapter import (
+    BankedAdapter,
+    Feedback,
+    Play,
+    Propose,
+    RolloutBank,
+    SeededPolicy,
+    write_seeded_state,
+)
+from dspy_fst.fast.pareto import top_k
+from dspy_fst.types import Candidate, Population, Problem, Rollout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How a fast phase searches."""
+
+    size: int
+    """K, candidates in the population."""
+    budget: int
+    """Fresh rollouts of the search; scoring the carried population comes on top (paper, App. D)."""
+    minibatch: int = 3
+    """Problems shown to a reflection (GEPA, section 4.3)."""
+    perfect_score: float = 1.0
+    """A minibatch on which every rollout earns this teaches nothing and is skipped."""
+    components: str = "round_robin"
+    """Which texts a proposal changes: ``"round_robin"`` one at a time, ``"all"`` together."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a fast phase found, and what it cost."""
+
+    population: Population
+    candidates: tuple[Candidate, ...]
+    """Every candidate that was scored on all anchors, the carried population first."""
+    scores: tuple[tuple[float, ...], ...]
+    """scores[candidate][anchor]."""
+    rollouts: tuple[Rollout, ...]
+    """Fresh rollouts, in order."""
+    reused: int
+    counts: Counter[str]
+    """``reflections``, ``accepted``, ``masked: <reason>``, ``failed: <reason>``."""
+
+
+def evolve(
+    population: Population,
+    anchors: Sequence[Problem],
+    program: dspy.Module,
+    *,
+    play: Play,
+    feedback: Feedback,
+    settings: SearchSettings,
+    propose: Propose | None = None,
+    reflection_lm: dspy.LM | None = None,
+    on_candidate: Callable[[Candidate, float], None] = lambda candidate, score: None,
+) -> Search:
+    """Evolve the population's texts on the anchors.
+
+    Args:
+        play: Makes rollouts under the current weights.
+        feedback: What the metric says of one predictor's part in a rollout.
+        propose: Proposes new texts without a reflection LM; else ``reflection_lm`` reflects.
+        on_candidate: Told of each candidate that was accepted, and its mean anchor score.
+    """
+    bank = RolloutBank(play)
+    adapter = BankedAdapter(program, bank, feedback, propose, reflection_lm, settings.seed)
+    seeds = population.unique()
+    scored = bank.get([(problem, seed) for seed in seeds for problem in anchors])
+    rows = [scored[i : i + len(anchors)] for i in range(0, len(scored), len(anchors))]
+    spent_on_seeds = len(bank.fresh)
+    watch = _Watch(on_candidate)
+    # Each iteration costs a minibatch at least, unless it is answered from the bank: then only this cap ends it.
+    iterations = settings.budget // settings.minibatch
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_seeded_state(Path(folder), seeds, [adapter.scores(row) for row in rows])
+        result = gepa.optimize(
+            seed_candidate=dict(seeds[0].texts),
+            trainset=list(anchors),
+            valset=list(anchors),
+            adapter=adapter,
+            reflection_minibatch_size=settings.minibatch,
+            perfect_score=settings.perfect_score,
+            module_selector=settings.components,
+            cache_evaluation=True,
+            val_evaluation_policy=SeededPolicy(),
+            stop_callbacks=[
+                lambda state: len(bank.fresh) - spent_on_seeds >= settings.budget,
+                lambda state: state.i + 1 >= iterations,
+            ],
+            track_best_outputs=False,
+            use_cloudpickle=True,
+            run_dir=folder,
+            callbacks=[watch],
+            logger=_Log(),
+            seed=settings.seed,
+        )
+    candidates = tuple(Candidate(dict(texts)) for texts in result.candidates)
+    scores = tuple(tuple(row[a] for a in range(len(anchors))) for row in result.val_subscores)
+    return Search(
+        population=_population(candidates, scores, result.parents, settings.size),
+        candidates=candidates,
+        scores=scores,
+        rollouts=tuple(bank.fresh),
+        reused=bank.reused,
+        counts=adapter.counts + Counter(accepted=len(candidates) - len(seeds)) + outcome_counts(bank.fresh),
+    )
+
+
+def outcome_counts(rollouts: Sequence[Rollout]) -> Counter[str]:
+    """How many rollouts were masked or failed, by reason."""
+    masked = Counter(f"masked: {rollout.mask}" for rollout in rollouts if rollout.mask)
+    return masked + Counter(f"failed: {rollout.failure}" for rollout in rollouts if rollout.failure)
+
+
+def _population(
+    candidates: Sequence[Candidate], scores: Sequence[Sequence[float]], parents: Sequence[Any], size: int
+) -> Population:
+    chosen = top_k(scores, size)
+    return Population(
+        members=tuple(candidates[i] for i in chosen),
+        scores=tuple(sum(scores[i]) / len(scores[i]) for i in chosen),
+        parents={
+            candidate.digest: tuple(candidates[p].digest for p in of if p is not None)
+            for candidate, of in zip(candidates, parents, strict=True)
+        },
+    )
+
+
+class _Watch:
+    """gepa's callback protocol: tells of accepted candidates."""
+
+    def __init__(self, on_candidate: Callable[[Candidate, float], None]):
+        self._on_candidate = on_candidate
+
+    def on_valset_evaluated(self, event: dict[str, Any]) -> None:
+        self._on_candidate(Candidate(dict(event["candidate"])), event["average_score"])
+
+
+class _Log:
+    """gepa's running commentary, at debug level."""
+
+    def log(self, message: str) -> None:
+        logger.debug(message)

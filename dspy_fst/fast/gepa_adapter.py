@@ -1,0 +1,166 @@
+"""The one place that touches the insides of gepa 0.1.4 and of DSPy 3.4's GEPA adapter."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dspy
+from dspy.teleprompt.gepa.gepa_utils import DspyAdapter
+from gepa.core.adapter import EvaluationBatch
+from gepa.core.state import GEPAState, ValsetEvaluation
+from gepa.strategies.eval_policy import FullEvaluationPolicy
+
+from dspy_fst.types import Candidate, Problem, Rollout
+
+Play = Callable[[Sequence[tuple[Problem, Candidate]]], list[Rollout]]
+"""Makes one rollout for each (problem, candidate), all under the current weights."""
+Feedback = Callable[[dspy.Example, Any, Any, str, Any], str]
+"""(example, prediction, trace, predictor name, predictor trace) -> what the metric says of that predictor."""
+Propose = Callable[..., dict[str, str]]
+"""gepa's ProposalFn: (candidate, reflective_dataset, components_to_update) -> {component: new text}."""
+
+
+class RolloutBank:
+    """Rollouts of one cycle by (candidate, problem): none is made twice under the same weights."""
+
+    def __init__(self, play: Play):
+        self._play = play
+        self._made: dict[tuple[str, int], Rollout] = {}
+        self.fresh: list[Rollout] = []
+        self.reused = 0
+
+    def get(self, wanted: Sequence[tuple[Problem, Candidate]]) -> list[Rollout]:
+        missing = {(c.digest, p.index): (p, c) for p, c in wanted if (c.digest, p.index) not in self._made}
+        rollouts = self._play(list(missing.values()))
+        self._made.update(zip(missing, rollouts, strict=True))
+        self.fresh += rollouts
+        self.reused += len(wanted) - len(missing)
+        return [self._made[candidate.digest, problem.index] for problem, candidate in wanted]
+
+
+class BankedAdapter(DspyAdapter):
+    """DSPy's GEPA adapter, answering evaluations from a bank of our own rollouts."""
+
+    def __init__(
+        self,
+        program: dspy.Module,
+        bank: RolloutBank,
+        feedback: Feedback,
+        propose: Propose | None,
+        reflection_lm: dspy.LM | None,
+        seed: int,
+    ):
+        names = [name for name, _ in program.named_predictors()]
+        super().__init__(
+            student_module=program,
+            metric_fn=None,
+            feedback_map={name: _feedback_of(name, feedback) for name in names},
+            reflection_lm=reflection_lm,
+            custom_instruction_proposer=propose,
+            add_format_failure_as_feedback=True,
+            warn_on_score_mismatch=False,
+            rng=random.Random(seed),
+        )
+        self._bank = bank
+        self.counts: Counter[str] = Counter()
+
+    def evaluate(
+        self,
+        batch: Sequence[Problem],
+        candidate: Mapping[str, str],
+        capture_traces: bool = False,
+        num_threads: int | None = None,
+    ) -> EvaluationBatch:
+        return self.batch_evaluate([(candidate, batch)], capture_traces=capture_traces)[0]
+
+    def batch_evaluate(
+        self, items: Sequence[tuple[Mapping[str, str], Sequence[Problem]]], *, capture_traces: bool = True
+    ) -> list[EvaluationBatch]:
+        before = len(self._bank.fresh)
+        wanted = [(problem, Candidate(dict(candidate))) for candidate, batch in items for problem in batch]
+        rollouts = iter(self._bank.get(wanted))
+        fresh = len(self._bank.fresh) - before
+        batches = []
+        for _, batch in items:
+            made = [next(rollouts) for _ in batch]
+            examples = {problem.index: problem.example for problem in batch}
+            batches.append(
+                EvaluationBatch(
+                    outputs=[None] * len(made),
+                    scores=self.scores(made),
+                    trajectories=[_trajectory(i, r, examples) for i, r in enumerate(made) if r.reward is not None],
+                    num_metric_calls=fresh,
+                )
+            )
+            fresh = 0  # the fresh ones are counted once, with the first item
+        return batches
+
+    def scores(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Rewards for GEPA, which knows no masks: a masked rollout takes the mean of the measured ones, counted."""
+        measured = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+        mean = sum(measured) / len(measured) if measured else 0.0
+        return [mean if rollout.reward is None else rollout.reward for rollout in rollouts]
+
+    def propose_new_texts(
+        self, candidate: dict[str, str], reflective_dataset: dict[str, Any], components_to_update: list[str]
+    ) -> dict[str, str]:
+        self.counts["reflections"] += 1
+        shown = [name for name in components_to_update if name in reflective_dataset]
+        texts: dict[str, str] = super().propose_new_texts(candidate, reflective_dataset, shown)
+        return texts
+
+
+def _trajectory(index: int, rollout: Rollout, examples: Mapping[int, dspy.Example]) -> dict[str, Any]:
+    """A rollout as DSPy's TraceData."""
+    return {
+        "example_ind": index,
+        "example": examples[rollout.problem],
+        "prediction": rollout.prediction,
+        "trace": list(rollout.trace),
+        "score": rollout.reward,
+    }
+
+
+def _feedback_of(name: str, feedback: Feedback) -> Callable[..., dict[str, Any]]:
+    def feedback_fn(
+        predictor_output: Any,
+        predictor_inputs: Any,
+        module_inputs: Any,
+        module_outputs: Any,
+        captured_trace: Any,
+    ) -> dict[str, Any]:
+        own = [(None, predictor_inputs, predictor_output)]
+        text = feedback(module_inputs, module_outputs, captured_trace, name, own)
+        return {"score": None, "feedback": text}
+
+    return feedback_fn
+
+
+class SeededPolicy(FullEvaluationPolicy):
+    """Every anchor for every new candidate; the seeds bring their scores with them and are not scored again."""
+
+    def get_seed_eval_batch(self, loader: Any) -> list[Any]:
+        return []
+
+
+def write_seeded_state(run_dir: Path, candidates: Sequence[Candidate], scores: Sequence[Sequence[float]]) -> None:
+    """A GEPA state that starts from several scored candidates; ``gepa.optimize(run_dir=...)`` goes on from it."""
+    evaluations = [
+        ValsetEvaluation(outputs_by_val_id=dict.fromkeys(range(len(row))), scores_by_val_id=dict(enumerate(row)))
+        for row in scores
+    ]
+    state = GEPAState(dict(candidates[0].texts), evaluations[0])
+    for candidate, evaluation in zip(candidates[1:], evaluations[1:], strict=True):
+        state.update_state_with_new_program(
+            parent_program_idx=[],
+            new_program=dict(candidate.texts),
+            valset_evaluation=evaluation,
+            run_dir=None,
+            num_metric_calls_by_discovery_of_new_program=0,
+        )
+        state.parent_program_for_candidate[-1] = [None]
+    state.total_num_evals = 0
+    state.num_full_ds_evals = len(candidates)
+    state.save(str(run_dir), use_cloudpickle=True)

@@ -1,0 +1,114 @@
+"""FSTOptimizer: the alternation of fast and slow learning."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+from dspy.teleprompt import Teleprompter
+
+from dspy_fst.compiled import compiled_program
+from dspy_fst.fast.evolve import evolve
+from dspy_fst.prepare import open_session
+from dspy_fst.report.progress import ProgressView
+from dspy_fst.rollout.reward import Metric
+from dspy_fst.session import Session
+from dspy_fst.slow.credit import credit
+from dspy_fst.types import Population
+
+
+class FSTOptimizer(Teleprompter):
+    """Improve a DSPy program's instructions and its local LM's weights together (arXiv 2605.12484).
+
+    >>> optimizer = FSTOptimizer(metric=metric, reflection_lm=dspy.LM("openai/gpt-5"))  # doctest: +SKIP
+    >>> compiled = optimizer.compile(program, trainset=train, valset=val)              # doctest: +SKIP
+
+    Args:
+        metric: ``(gold, pred, trace=None) -> float`` or GEPA's ``(gold, pred, trace, pred_name, pred_trace)
+            -> float | dspy.Prediction(score=..., feedback=...)``. Feedback is what the reflection reads.
+        reflection_lm: A strong, frozen LM that proposes instructions.
+        propose: A proposer that needs no LM instead: gepa's ``(candidate, reflective_dataset,
+            components_to_update) -> {component: text}``.
+        run_dir: Where the run is kept; the same directory and recipe continue a run. None makes a new
+            directory under ``runs/``.
+        auto: DSPy's budgets: ``"light"``, ``"medium"`` or ``"heavy"`` (see config.AUTO_CYCLES), instead of ``cycles``.
+        num_threads: Rollouts in flight.
+        seed: Of every random draw.
+        track_stats: Keep every report in ``compiled.detailed_results``.
+        progress: Show a live view (a terminal) or plain lines (elsewhere).
+        listeners: Functions that are told every event of the run.
+        **recipe: Any other field of FSTConfig, e.g. ``cycles=4, learning_rate=1e-5``.
+    """
+
+    def __init__(
+        self,
+        *,
+        metric: Metric,
+        reflection_lm: dspy.LM | None = None,
+        propose: Callable[..., dict[str, str]] | None = None,
+        run_dir: str | Path | None = None,
+        auto: Literal["light", "medium", "heavy"] | None = None,
+        num_threads: int | None = None,
+        seed: int = 0,
+        track_stats: bool = True,
+        progress: bool = True,
+        listeners: Sequence[Callable[[Mapping[str, Any]], None]] = (),
+        **recipe: Any,
+    ):
+        super().__init__()
+        self.metric, self.reflection_lm, self.propose = metric, reflection_lm, propose
+        self.run_dir, self.track_stats, self.progress = run_dir, track_stats, progress
+        self.listeners = tuple(listeners)
+        self.recipe: dict[str, Any] = {"seed": seed, **recipe}
+        if auto is not None:
+            self.recipe["auto"] = auto
+        if num_threads is not None:
+            self.recipe["num_threads"] = num_threads
+
+    def compile(
+        self,
+        student: dspy.Module,
+        *,
+        trainset: list[dspy.Example],
+        teacher: dspy.Module | None = None,
+        valset: list[dspy.Example] | None = None,
+    ) -> dspy.Module:
+        """Train a copy of the student; the student and its LM are left as they are.
+
+        Args:
+            student: Its trained predictors speak with one PolicyLM. A compiled program goes on from its
+                weights and population.
+            trainset: Problems of both phases.
+            teacher: Refused: nothing here learns from a teacher program.
+            valset: Chooses the best of the final population; without it the anchors' scores do.
+
+        Returns:
+            A copy that speaks the best instructions with the trained weights, with ``population``,
+            ``detailed_results``, ``candidate_programs`` and ``_compiled`` set; see `dspy_fst.compiled`.
+
+        Raises:
+            ConfigurationError: before any work, with every fault that was found.
+        """
+        with ExitStack() as stack:
+            view = stack.enter_context(ProgressView()) if self.progress else None
+            listeners = (*self.listeners, *([view] if view else []))
+            run = stack.enter_context(open_session(self, student, trainset, valset, teacher, listeners))
+            return compiled_program(run, alternate(run), track_stats=self.track_stats)
+
+
+def alternate(run: Session) -> Population:
+    """Fast-Slow Training (paper, section 3): a cycle is one search over texts, then T updates of the weights."""
+    population = run.population
+    for cycle in run.cycles():
+        if run.must_search(cycle):  # fast: text moves, weights do not
+            search = evolve(population, run.anchors(cycle), run.program, **run.search_tools(cycle))
+            population = search.population
+            run.commit_search(cycle, search)
+        for step in run.steps(cycle):  # slow: weights move, text does not
+            groups = run.play(step, population)
+            batch = credit(groups, normalize=run.config.advantage_normalization, trained=run.trained)
+            update = run.update(batch)
+            run.publish(step + 1)
+            run.commit_step(step, cycle, groups, batch, update, population)
+    return population

@@ -1,0 +1,214 @@
+"""PolicyLM: the language model that is trained, as an ordinary dspy.LM."""
+
+import asyncio
+import importlib.util
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+from dspy import lm15
+
+from dspy_fst.engine.base import Checkpoint, Engine
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.rollout.recording import complete_recorded
+
+EngineKind = Literal["auto", "vllm", "in_process"]
+BASE_VERSION = "base"
+"""Version of weights that nobody has trained yet."""
+
+
+class PolicyLM(dspy.LM):
+    """An open-weights model on this machine whose every reply is known token by token.
+
+    Behaves like any ``dspy.LM``; the engine starts at the first call. DSPy's cache is never used: a cached
+    reply would come from other weights than the current ones.
+
+    >>> policy = PolicyLM("Qwen/Qwen3-0.6B")          # doctest: +SKIP
+    >>> program.set_lm(policy)                        # doctest: +SKIP
+
+    Args:
+        model: A Hugging Face folder or hub name.
+        engine: ``"vllm"`` (a server that this package starts), ``"in_process"`` (transformers), or ``"auto"``:
+            vLLM where it is installed and there is a GPU, else in process.
+        temperature: Of sampling; 1.0 trains the model's own distribution.
+        max_tokens: Longest reply, in tokens.
+        engine_options: Fields of VLLMSettings or InProcessSettings, e.g. ``{"max_model_len": 8192}``.
+        version: Name of these weights.
+
+    Raises:
+        ConfigurationError: an unknown engine or engine option.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        engine: EngineKind = "auto",
+        temperature: float = 1.0,
+        max_tokens: int = 1024,
+        engine_options: Mapping[str, Any] | None = None,
+        version: str = BASE_VERSION,
+        num_retries: int = 3,
+        **_: Any,
+    ):
+        self.handle = EngineHandle(str(model), engine, dict(engine_options or {}), version)
+        super().__init__(
+            model=str(model),
+            engine=self.handle,
+            async_engine=AsyncHandle(self.handle),
+            temperature=temperature,
+            max_tokens=max_tokens,
+            num_retries=num_retries,
+            cache=False,
+        )
+        self._cache_responses = False  # a predictor's own cache=True would beat LM(cache=False)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The weights that this LM speaks with."""
+        return self.handle.checkpoint
+
+    def fork(self, checkpoint: Checkpoint | None = None) -> "PolicyLM":
+        """The same LM on an engine of its own, so that training it leaves this one as it is."""
+        checkpoint = checkpoint or self.checkpoint
+        return PolicyLM(
+            checkpoint.path,
+            engine=self.handle.kind,
+            temperature=self.kwargs["temperature"],
+            max_tokens=self.kwargs["max_tokens"],
+            engine_options=self.handle.options,
+            version=checkpoint.version,
+            num_retries=self.num_retries,
+        )
+
+    def release(self) -> None:
+        """Stop the engine and free its memory; the next call starts it again."""
+        self.handle.release()
+
+    def dump_state(self) -> dict[str, Any]:
+        """State for DSPy's save; holds no secrets (engine options with a key in their name are left out)."""
+        options = {key: value for key, value in self.handle.options.items() if "key" not in key}
+        return {
+            "_dspy_lm_class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "model": self.model,
+            "engine": self.handle.kind,
+            "engine_options": options,
+            "temperature": self.kwargs["temperature"],
+            "max_tokens": self.kwargs["max_tokens"],
+            "num_retries": self.num_retries,
+            "version": self.checkpoint.version,
+        }
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> "PolicyLM":
+        """Rebuild from `dump_state`; called by DSPy with ``allow_unsafe_lm_state=True``."""
+        return cls(**{key: value for key, value in state.items() if key != "_dspy_lm_class"})
+
+
+class EngineHandle:
+    """DSPy's engine contract over one of our engines, made at the first use.
+
+    Shared by every copy of its LM: ``program.deepcopy()`` copies LMs, and must not start servers.
+    """
+
+    def __init__(self, model: str, kind: EngineKind, options: dict[str, Any], version: str):
+        self.kind, self.options = kind, options
+        self.checkpoint = Checkpoint(version, Path(model))
+        self.resolved_kind = resolve_kind(kind)
+        self._make = engine_maker(self.resolved_kind, options)
+        self._engine: Engine | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, not necessarily started."""
+        with self._lock:
+            if self._engine is None:
+                self._engine = self._make()
+            return self._engine
+
+    def ready(self) -> Engine:
+        """The engine, serving weights: this handle's own unless others were loaded."""
+        with self._lock:
+            engine = self.engine
+            if engine.weights is None:
+                engine.load(self.checkpoint)
+            return engine
+
+    def release(self) -> None:
+        with self._lock:
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        return complete_recorded(self.ready().complete, request, _free_seed)
+
+    def close(self) -> None:
+        """DSPy closes LMs it does not own the engine of; only `release` stops ours."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EngineHandle":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        path, version = str(self.checkpoint.path), self.checkpoint.version
+        return (EngineHandle, (path, self.kind, self.options, version))
+
+
+class AsyncHandle:
+    """The same engine for ``acall``: the wait happens in a worker thread."""
+
+    def __init__(self, handle: EngineHandle):
+        self._handle = handle
+
+    async def complete(self, request: lm15.Request) -> lm15.Response:
+        return await asyncio.to_thread(self._handle.complete, request)
+
+    async def aclose(self) -> None:
+        """See `EngineHandle.close`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AsyncHandle":
+        return self
+
+
+def _free_seed() -> int:
+    return secrets.randbits(31)
+
+
+def resolve_kind(kind: EngineKind) -> EngineKind:
+    """What ``"auto"`` stands for on this machine."""
+    if kind != "auto":
+        return kind
+    return "vllm" if _has_gpu() and importlib.util.find_spec("vllm") else "in_process"
+
+
+def engine_maker(kind: EngineKind, options: Mapping[str, Any]) -> Callable[[], Engine]:
+    """A function that makes the engine; faults in its options are found now.
+
+    Raises:
+        ConfigurationError: the engine is unknown or does not take an option.
+    """
+    settings: Any
+    try:
+        if kind == "vllm":
+            from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
+
+            settings = VLLMSettings(**options)
+            return lambda: VLLMServer(settings)
+        if kind == "in_process":
+            from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
+
+            settings = InProcessSettings(**options)
+            return lambda: InProcessEngine(settings)
+    except TypeError as error:
+        raise ConfigurationError([f"engine_options of engine={kind!r}: {error}"]) from error
+    raise ConfigurationError([f"engine={kind!r} is unknown; use 'auto', 'vllm' or 'in_process'"])
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,197 @@
+"""From a user's arguments to an open session: validate, print the plan, start what a run needs."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dspy
+
+from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.plan import Plan
+from dspy_fst.policy import PolicyLM
+from dspy_fst.rollout.player import Task
+from dspy_fst.rollout.texts import read_texts
+from dspy_fst.run.directory import RunDirectory, directory_fault
+from dspy_fst.session import Session, new_run_dir, open_player, starting_population, trainable_copy
+from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.types import Problem
+from dspy_fst.validation import (
+    data_faults,
+    engine_faults,
+    model_faults,
+    policies_of,
+    program_faults,
+    search_faults,
+)
+
+if TYPE_CHECKING:
+    from dspy_fst.optimizer import FSTOptimizer
+
+NOT_IDENTITY = {"num_threads", "rollout_timeout_s", "micro_batch_tokens", "checkpoint_every", "keep_weights"}
+"""Settings that may differ between a run and its continuation: they change its cost, not its result."""
+PREFLIGHT_ROLLOUTS = 4
+
+
+@contextmanager
+def open_session(
+    optimizer: "FSTOptimizer",
+    student: dspy.Module,
+    trainset: Sequence[dspy.Example],
+    valset: Sequence[dspy.Example] | None,
+    teacher: dspy.Module | None,
+    listeners: tuple[Callable[[Mapping[str, Any]], None], ...],
+) -> Iterator[Session]:
+    """Check everything, then start the trainer and the engine.
+
+    The engine is stopped when the run fails; a finished run hands it to the compiled program.
+
+    Raises:
+        ConfigurationError: with every fault that was found.
+    """
+    config, run_dir, recipe = _checked(optimizer, student, trainset, valset, teacher)
+    policies = policies_of(student)
+    original = next(iter(policies.values()))
+    original.release()  # its engine would hold memory beside the training one; it starts again when called
+    plan = Plan(config, len(trainset))
+    run = RunDirectory(run_dir, recipe, listeners)
+    trainer = Trainer(original.checkpoint.path, trainer_settings(config, original))
+    if run.state:
+        trainer.load_state(run.path / "state" / "trainer")
+    policy = original.fork()
+    program = trainable_copy(student, policy)
+    session = Session(
+        config=config,
+        plan=plan,
+        trainset=trainset,
+        valset=valset or (),
+        program=program,
+        policy=policy,
+        trained=frozenset(policies),
+        player=open_player(program, optimizer.metric, config, policy.handle.engine.expect),
+        trainer=trainer,
+        run=run,
+        population=starting_population(student, read_texts(student), config.population_size, run.state),
+        propose=optimizer.propose,
+        reflection_lm=optimizer.reflection_lm,
+    )
+    try:
+        session.publish(run.state.get("step", 0))
+        if not run.state:
+            _preflight(session)
+            _announce(session)
+            session.commit_start()
+        else:
+            run.tell({"event": "note", "text": f"going on from step {run.state['step']} in {run.path}"})
+        yield session
+    except BaseException:
+        policy.release()
+        raise
+
+
+def _checked(
+    optimizer: "FSTOptimizer", student: Any, trainset: Any, valset: Any, teacher: Any
+) -> tuple[FSTConfig, Path, dict[str, Any]]:
+    settings = dict(optimizer.recipe)
+    auto = settings.pop("auto", None)
+    faults = []
+    if auto is not None:
+        if auto not in AUTO_CYCLES:
+            faults.append(f"auto={auto!r}: use one of {', '.join(map(repr, AUTO_CYCLES))}, or cycles=...")
+        elif "cycles" in settings:
+            faults.append("auto: it sets cycles; give one of auto=... and cycles=..., not both")
+        settings.setdefault("cycles", AUTO_CYCLES.get(auto, 1))
+    config, config_faults = make_config(settings)
+    faults += config_faults
+    if teacher is not None:
+        faults.append("teacher: nothing is learnt from a teacher program here; leave it out")
+    faults += program_faults(student)
+    faults += data_faults(trainset, valset, config)
+    faults += search_faults(config, optimizer.metric, optimizer.reflection_lm, optimizer.propose)
+    policies = policies_of(student) if isinstance(student, dspy.Module) else {}
+    for policy in {id(policy.handle): policy for policy in policies.values()}.values():
+        faults += model_faults(policy) + engine_faults(policy)
+    run_dir = Path(optimizer.run_dir) if optimizer.run_dir else new_run_dir()
+    recipe: dict[str, Any] = {}
+    if config is not None and not faults:
+        recipe = run_identity(config, student, trainset, next(iter(policies.values())))
+        faults += [fault] if (fault := directory_fault(run_dir, recipe)) else []
+    if faults or config is None:
+        raise ConfigurationError(faults)
+    return config, run_dir, recipe
+
+
+def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy: PolicyLM) -> dict[str, Any]:
+    """What makes a run this run: the recipe, the program's texts, the problems and the model."""
+    problems = hashlib.sha256(repr([example.toDict() for example in trainset]).encode("utf-8", "replace"))
+    return {
+        **{key: value for key, value in config.model_dump().items() if key not in NOT_IDENTITY},
+        "model": policy.model,
+        "weights": policy.checkpoint.version,
+        "temperature": policy.kwargs["temperature"],
+        "max_tokens": policy.kwargs["max_tokens"],
+        "program": read_texts(student).digest,
+        "trainset": f"{len(trainset)} examples, sha256 {problems.hexdigest()[:16]}",
+    }
+
+
+def trainer_settings(config: FSTConfig, policy: PolicyLM) -> TrainerSettings:
+    return TrainerSettings(
+        learning_rate=config.learning_rate,
+        betas=config.adam_betas,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        importance_cap=config.importance_cap,
+        kl_coefficient=config.kl_coefficient,
+        micro_batch_tokens=config.micro_batch_tokens,
+    )
+
+
+def _preflight(session: Session) -> None:
+    """Play the first examples once: a metric that raises shows now, and the plan learns what a rollout takes."""
+    first = [Problem(i, example) for i, example in enumerate(session.trainset[:PREFLIGHT_ROLLOUTS])]
+    tasks = [Task(problem, session.population.best) for problem in first]
+    rollouts = session.player.play(tasks, "preflight")
+    if all(rollout.mask is not None for rollout in rollouts):
+        reasons = sorted({str(rollout.mask) for rollout in rollouts})
+        raise ConfigurationError(
+            [
+                f"nothing can be measured on the first {len(rollouts)} examples ({'; '.join(reasons)}); "
+                + _advice(reasons)
+            ]
+        )
+    calls = [len(rollout.calls) for rollout in rollouts]
+    session.calls_per_rollout = sum(calls) / len(calls)
+    session.tokens_per_rollout = sum(rollout.tokens for rollout in rollouts) / len(rollouts)
+
+
+def _advice(reasons: Sequence[str]) -> str:
+    if any(reason.startswith("metric") for reason in reasons):
+        return "mend the metric: it must return a finite number, or dspy.Prediction(score=..., feedback=...)"
+    if any(reason.startswith("timeout") for reason in reasons):
+        return "raise rollout_timeout_s or look at what the program waits for"
+    return "run the program on one example by hand to see the error"
+
+
+def _announce(session: Session) -> None:
+    """Say what the run will spend before it is spent."""
+    config, budget = session.config, session.plan.budget(len(session.valset))
+    rollouts = budget.search_rollouts + budget.scoring_rollouts + budget.training_rollouts
+    tokens = session.tokens_per_rollout
+    session.run.emit("plan", config=config.model_dump(), budget=asdict(budget), tokens_per_rollout=tokens)
+    for line in (
+        f"run directory {session.run.path}",
+        f"fast: {budget.searches} searches, up to {budget.search_rollouts} rollouts "
+        f"+ {budget.scoring_rollouts} to score carried candidates",
+        f"slow: {budget.updates} updates, {budget.training_rollouts} rollouts "
+        f"({config.problems_per_step} problems x {config.group_size} over {config.population_size} candidates)",
+        f"in all about {rollouts} rollouts and {rollouts * tokens:,.0f} sampled tokens "
+        f"({session.calls_per_rollout:.1f} calls, {tokens:.0f} tokens a rollout); "
+        f"{budget.validation_rollouts} validation rollouts outside the budget",
+    ):
+        session.run.tell({"event": "note", "text": line})

@@ -1,0 +1,197 @@
+"""Program x candidate x problem -> Rollout, many at once.
+
+A failure of the policy (a reply that does not parse, a context that overflows, a program that trips over
+its own LM's output) is scored. A run that never measured the policy (engine gone, tool outage, time-out,
+metric crash) is masked. Both are counted; the boundary is drawn once, in `_play`.
+"""
+
+import contextvars
+import copy
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+from dspy.teleprompt.bootstrap_trace import FailedPrediction
+from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
+
+from dspy_fst.rollout.crew import run_all
+from dspy_fst.rollout.recording import OUTSIDE, SETTING, Recording, tag_predictors
+from dspy_fst.rollout.reward import Reward, UnmeasuredError
+from dspy_fst.rollout.texts import with_texts
+from dspy_fst.types import Candidate, Group, Population, Problem, Rollout
+
+
+@dataclass(frozen=True)
+class Task:
+    """One rollout to be made: the ``sample``-th of this candidate on this problem."""
+
+    problem: Problem
+    candidate: Candidate
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class PlayerSettings:
+    """How rollouts are made and failures scored."""
+
+    threads: int = 64
+    """Rollouts in flight."""
+    timeout_s: float = 600.0
+    """Seconds one rollout may take before it is masked."""
+    failure_score: float = 0.0
+    """Reward of a rollout in which the program failed through the policy's doing."""
+    format_failure_score: float = 0.0
+    """Reward of a reply that could not be parsed (mmGRPO uses a value below ``failure_score``)."""
+    seed: int = 0
+
+
+class Player:
+    """Plays one program. Its predictors must already hold the LM whose engine is told of the rollouts in flight.
+
+    Args:
+        in_flight: Told how many rollouts run at once (an engine's ``expect``).
+    """
+
+    def __init__(
+        self,
+        program: dspy.Module,
+        reward: Reward,
+        settings: PlayerSettings,
+        in_flight: Callable[[int], None] = lambda count: None,
+    ):
+        self.program, self.reward, self.settings, self._in_flight = program, reward, settings, in_flight
+
+    def groups(
+        self, problems: Sequence[Problem], population: Population, group_size: int, draw: str, **watch: Any
+    ) -> list[Group]:
+        """G rollouts for each problem: each of the K members exactly G/K times.
+
+        Args:
+            draw: Name of the random draw, e.g. ``"step-12"``; the same name gives the same seeds.
+        """
+        each = group_size // len(population.members)
+        tasks = [
+            Task(problem, member, position * each + repeat)
+            for problem in problems
+            for position, member in enumerate(population.members)
+            for repeat in range(each)
+        ]
+        rollouts = self.play(tasks, draw, **watch)
+        size = each * len(population.members)
+        return [Group(problem.index, tuple(rollouts[i * size : (i + 1) * size])) for i, problem in enumerate(problems)]
+
+    def play(
+        self, tasks: Sequence[Task], draw: str, on_rollout: Callable[[Rollout], None] = lambda rollout: None
+    ) -> list[Rollout]:
+        """Make the rollouts, in the order of the tasks. Never raises for what happens inside one."""
+        programs = {task.candidate.digest: task.candidate for task in tasks}
+        spoken = {digest: with_texts(self.program, candidate) for digest, candidate in programs.items()}
+        for program in spoken.values():
+            tag_predictors(program)
+        recordings = [Recording(self._seed(task, draw)) for task in tasks]
+
+        def job(index: int) -> Callable[[], Rollout]:
+            task = tasks[index]
+            context = contextvars.copy_context()  # the caller's dspy.context holds inside the worker threads
+            return lambda: context.run(self._play, task, spoken[task.candidate.digest], recordings[index])
+
+        def timed_out(index: int) -> Rollout:
+            calls = recordings[index].close()
+            return Rollout(tasks[index].problem.index, tasks[index].candidate, calls, None, mask="timeout")
+
+        with _quiet():
+            return run_all(
+                [job(index) for index in range(len(tasks))],
+                threads=self.settings.threads,
+                timeout_s=self.settings.timeout_s,
+                on_timeout=timed_out,
+                in_flight=self._in_flight,
+                on_result=on_rollout,
+            )
+
+    def _seed(self, task: Task, draw: str) -> int:
+        entropy = repr((self.settings.seed, draw, task.problem.index, task.candidate.digest, task.sample))
+        return int.from_bytes(hashlib.sha256(entropy.encode()).digest()[:8], "big")
+
+    def _play(self, task: Task, spoken: dspy.Module, recording: Recording) -> Rollout:
+        program = spoken.deepcopy()
+        trace: list[Any] = []
+        outcome: dict[str, Any]
+        settings = {
+            SETTING: recording,
+            "adapter": _single_attempt_adapter(),
+            "trace": trace,
+            "disable_history": True,
+        }
+        with dspy.context(**settings):
+            try:
+                prediction = program(**task.problem.example.inputs())
+            except Exception as error:
+                outcome = self._failure(error, program, recording, trace, task)
+            else:
+                outcome = self._scored(task, prediction, trace)
+        calls = recording.close()
+        return Rollout(task.problem.index, task.candidate, calls, trace=tuple(trace), **outcome)
+
+    def _scored(self, task: Task, prediction: Any, trace: list[Any]) -> dict[str, Any]:
+        try:
+            score = self.reward(task.problem.example, prediction, trace)
+        except UnmeasuredError as error:
+            return {"reward": None, "mask": str(error), "prediction": prediction}
+        return {"reward": score.value, "feedback": score.feedback, "prediction": prediction}
+
+    def _failure(
+        self, error: Exception, program: dspy.Module, recording: Recording, trace: list[Any], task: Task
+    ) -> dict[str, Any]:
+        name = type(error).__name__
+        if isinstance(error, AdapterParseError):
+            _trace_failed_parse(error, program, recording, trace, task)
+            feedback = f"The reply could not be parsed: {error}"
+            return {"reward": self.settings.format_failure_score, "failure": "parse", "feedback": feedback}
+        if isinstance(error, ContextWindowExceededError):
+            return {"reward": self.settings.failure_score, "failure": "context", "feedback": str(error)}
+        if isinstance(error, LMError):
+            return {"reward": None, "mask": f"lm: {type(error.__cause__ or error).__name__}"}
+        if isinstance(error, OSError):  # ConnectionError and TimeoutError among them: a tool's outage
+            return {"reward": None, "mask": f"outage: {name}"}
+        if recording.last_predictor in (None, OUTSIDE):  # it failed before the policy had said anything
+            return {"reward": None, "mask": f"program: {name}"}
+        return {
+            "reward": self.settings.failure_score,
+            "failure": name,
+            "feedback": f"The program failed: {error}",
+        }
+
+
+def _single_attempt_adapter() -> Any:
+    """The adapter in force, without ChatAdapter's silent second call (JSON) after a reply that does not parse."""
+    adapter = dspy.settings.adapter or dspy.ChatAdapter()
+    if getattr(adapter, "use_json_adapter_fallback", False):
+        adapter = copy.copy(adapter)
+        adapter.use_json_adapter_fallback = False
+    return adapter
+
+
+def _trace_failed_parse(
+    error: AdapterParseError, program: dspy.Module, recording: Recording, trace: list[Any], task: Task
+) -> None:
+    """Add the reply that did not parse to the trace, so that the reflection sees it."""
+    predictors = dict(program.named_predictors())
+    if (failed := predictors.get(recording.last_predictor or "")) is not None:
+        trace.append((failed, dict(task.problem.example.inputs()), FailedPrediction(str(error.lm_response))))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence DSPy's warning for each truncated reply; truncation is counted from the finish reasons."""
+    logger = logging.getLogger("dspy.clients.lm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

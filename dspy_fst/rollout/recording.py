@@ -1,0 +1,108 @@
+"""Every LM call of a rollout, kept with its exact tokens.
+
+A `Recording` lives in DSPy's context for the time of one rollout, so it follows the program into threads
+(dspy.Parallel) and tasks (asyncio). The policy's engine asks for it on every call.
+"""
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+import dspy
+from dspy import lm15
+
+from dspy_fst.engine.base import Completion
+from dspy_fst.errors import EngineError
+from dspy_fst.types import Call
+
+SETTING = "fst_recording"
+"""Name of the DSPy context setting that holds the current Recording."""
+_TAG = "_fst_predictor_name"
+OUTSIDE = ""
+"""Predictor name of a call that no predictor of the program made (the program called its LM directly)."""
+
+
+class Recording:
+    """The calls of one rollout in the order in which they ended, and the seed that its draws descend from."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._calls: list[Call] = []
+        self._asked: Counter[tuple[str, int]] = Counter()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def next_seed(self, predictor: str, request: lm15.Request) -> int:
+        """Seed of a call: of the rollout, the predictor, the prompt and how often it was asked before.
+
+        Not of the call's place in time, which differs between runs when a program calls in parallel.
+        """
+        text = repr((request.system, request.messages))
+        digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+        with self._lock:
+            if self._closed:
+                raise EngineError("this rollout was given up (timeout); its late calls are refused")
+            nth = self._asked[predictor, digest]
+            self._asked[predictor, digest] += 1
+        entropy = repr((self.seed, predictor, digest, nth)).encode()
+        return int.from_bytes(hashlib.sha256(entropy).digest()[:4], "big") >> 1
+
+    def add(self, call: Call) -> None:
+        with self._lock:
+            if not self._closed:
+                self._calls.append(call)
+
+    def close(self) -> tuple[Call, ...]:
+        """Take the calls; whatever the program's left-over threads still ask is refused from now on."""
+        with self._lock:
+            self._closed = True
+            return tuple(self._calls)
+
+    @property
+    def last_predictor(self) -> str | None:
+        with self._lock:
+            return self._calls[-1].predictor if self._calls else None
+
+
+def tag_predictors(program: dspy.Module) -> None:
+    """Write each predictor's name on it, so that copies made inside the program (BestOfN) keep it."""
+    for name, predictor in program.named_predictors():
+        setattr(predictor, _TAG, name)
+
+
+def calling_predictor() -> str:
+    """Name of the innermost tagged predictor that is running in this context."""
+    for module in reversed(dspy.settings.caller_modules or []):
+        if (name := getattr(module, _TAG, None)) is not None:
+            return str(name)
+    return OUTSIDE
+
+
+def complete_recorded(
+    complete: Callable[[lm15.Request, int], Completion], request: lm15.Request, free_seed: Callable[[], int]
+) -> lm15.Response:
+    """Sample one reply and, when a rollout is running in this context, record it.
+
+    Args:
+        complete: The engine's method.
+        free_seed: Gives the seed of a call that belongs to no rollout.
+    """
+    recording: Recording | None = dspy.settings.get(SETTING)
+    if recording is None:
+        return complete(request, free_seed()).response
+    predictor = calling_predictor()
+    completion = complete(request, recording.next_seed(predictor, request))
+    temperature = request.config.temperature
+    recording.add(
+        Call(
+            predictor=predictor,
+            prompt_ids=completion.prompt_ids,
+            completion_ids=completion.completion_ids,
+            logprobs=completion.logprobs,
+            finish_reason=completion.finish_reason,
+            weights=completion.weights,
+            temperature=1.0 if temperature is None else temperature,
+        )
+    )
+    return completion.response

@@ -1,0 +1,282 @@
+"""A run in progress: what the alternation in optimizer.py works with, opened, timed, committed and closed."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import dspy
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.engine.base import Checkpoint, verify_sync
+from dspy_fst.fast.evolve import Search, SearchSettings, outcome_counts
+from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose
+from dspy_fst.plan import Cycle, Plan
+from dspy_fst.policy import PolicyLM
+from dspy_fst.rollout.player import Player, Task
+from dspy_fst.rollout.reward import Reward, UnmeasuredError
+from dspy_fst.run.directory import RunDirectory, population_from_json
+from dspy_fst.slow.trainer import Trainer
+from dspy_fst.types import (
+    Batch,
+    Candidate,
+    CycleReport,
+    Group,
+    Population,
+    Problem,
+    Rollout,
+    StepReport,
+    UpdateReport,
+)
+
+FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 2e-3, 0.3
+"""Gaps in nats that the same weights may show on two engines (ours; float32 measures 1e-6 to 1e-4 here)."""
+PROBE_COUNT, PROBE_TOKENS = 4, 24
+
+
+@dataclass
+class Session:
+    """Everything one compile() holds. Methods are the verbs of the alternation."""
+
+    config: FSTConfig
+    plan: Plan
+    trainset: Sequence[dspy.Example]
+    valset: Sequence[dspy.Example]
+    program: dspy.Module
+    """The copy of the student that is trained; its policy predictors speak with ``policy``."""
+    policy: PolicyLM
+    trained: frozenset[str]
+    """Names of the predictors that speak with the policy."""
+    player: Player
+    trainer: Trainer
+    run: RunDirectory
+    population: Population
+    propose: Propose | None
+    reflection_lm: dspy.LM | None
+    cycle_reports: list[CycleReport] = field(default_factory=list)
+    step_reports: list[StepReport] = field(default_factory=list)
+    calls_per_rollout: float = 0.0
+    tokens_per_rollout: float = 0.0
+    """Measured on the first examples before the start."""
+    _seconds: Counter[str] = field(default_factory=Counter)
+
+    # ---- where the run stands ------------------------------------------------------------------
+
+    def cycles(self) -> list[Cycle]:
+        """Cycles that are not finished."""
+        return [cycle for cycle in self.plan.cycles if cycle.index >= self.run.state.get("cycle", 0)]
+
+    def must_search(self, cycle: Cycle) -> bool:
+        """Whether this cycle has a fast phase that was not committed yet."""
+        return bool(cycle.search_budget) and self.run.state.get("searched", -1) < cycle.index
+
+    def steps(self, cycle: Cycle) -> range:
+        """Steps of the cycle that were not committed yet."""
+        return range(max(cycle.steps.start, self.run.state.get("step", 0)), cycle.steps.stop)
+
+    # ---- fast ----------------------------------------------------------------------------------
+
+    def anchors(self, cycle: Cycle) -> list[Problem]:
+        return [Problem(index, self.trainset[index]) for index in self.plan.anchors(cycle.index)]
+
+    def search_tools(self, cycle: Cycle) -> dict[str, Any]:
+        """The arguments of evolve() that belong to the run: who plays, who reflects, what it may spend."""
+        self.run.tell({"event": "phase", "phase": f"cycle {cycle.index}: evolving instructions"})
+        self._seconds.clear()
+        return {
+            "play": self._play_for_search(cycle),
+            "feedback": self._feedback(),
+            "propose": self.propose,
+            "reflection_lm": self.reflection_lm,
+            "on_candidate": self._tell_candidate,
+            "settings": SearchSettings(
+                size=self.config.population_size,
+                budget=cycle.search_budget,
+                minibatch=self.config.reflection_minibatch,
+                perfect_score=self.config.perfect_score,
+                components=self.config.components,
+                seed=random.Random(f"{self.config.seed} search {cycle.index}").getrandbits(31),
+            ),
+        }
+
+    def _play_for_search(self, cycle: Cycle) -> Play:
+        def play(wanted: Sequence[tuple[Problem, Candidate]]) -> list[Rollout]:
+            tasks = [Task(problem, candidate) for problem, candidate in wanted]
+            with self._timed("sampling"):
+                return self.player.play(tasks, f"search-{cycle.index}", self._tell_rollout)
+
+        return play
+
+    def _feedback(self) -> Feedback:
+        def feedback(example: dspy.Example, pred: Any, trace: Any, name: str, pred_trace: Any) -> str:
+            try:
+                score = self.player.reward(example, pred, trace, name, pred_trace)
+            except UnmeasuredError as error:
+                return f"No feedback: {error}."
+            return score.feedback or f"This run scored {score.value:g}."
+
+        return feedback
+
+    def commit_search(self, cycle: Cycle, search: Search) -> None:
+        """Keep what the fast phase found."""
+        report = CycleReport(
+            cycle=cycle.index,
+            scores=search.population.scores,
+            population=tuple(member.digest for member in search.population.members),
+            rollouts=len(search.rollouts),
+            reused=search.reused,
+            reflections=search.counts["reflections"],
+            proposals_accepted=search.counts["accepted"],
+            sampled_tokens=sum(rollout.tokens for rollout in search.rollouts),
+            counts=dict(outcome_counts(search.rollouts)),
+            seconds=self._seconds["sampling"],
+        )
+        candidates = [
+            {"digest": c.digest, "texts": dict(c.texts), "score": sum(row) / len(row)}
+            for c, row in zip(search.candidates, search.scores, strict=True)
+        ]
+        self.cycle_reports.append(report)
+        self.run.save_population(cycle.index, search.population)
+        self.run.emit("cycle", report=report, candidates=candidates, parents=search.population.parents)
+        step = self.run.state.get("step", 0)
+        self._commit(cycle=cycle.index, searched=cycle.index, step=step, population=search.population)
+
+    # ---- slow ----------------------------------------------------------------------------------
+
+    def play(self, step: int, population: Population) -> list[Group]:
+        """The groups of a step: G rollouts of each of its problems, split evenly over the population."""
+        self.run.tell({"event": "phase", "phase": f"step {step}: rollouts", "quiet": True})
+        self._seconds.clear()
+        problems = [Problem(index, self.trainset[index]) for index in self.plan.problems(step)]
+        with self._timed("sampling"):
+            return self.player.groups(
+                problems, population, self.config.group_size, f"step-{step}", on_rollout=self._tell_rollout
+            )
+
+    def update(self, batch: Batch) -> UpdateReport:
+        """One weight update; a batch without a live group leaves the weights as they are."""
+        self.run.tell({"event": "phase", "phase": "weight update", "quiet": True})
+        with self._timed("update"):
+            return self.trainer.step(batch)
+
+    def publish(self, step: int) -> None:
+        """Hand the weights after ``step`` updates to the engine and prove that it serves them.
+
+        Raises:
+            SyncError: the engine's log-probabilities on the probes are not the trainer's.
+        """
+        version = f"step-{step:06d}"
+        with self._timed("publish"):
+            path = self.run.weights_path(version)
+            checkpoint = Checkpoint(version, path) if path.exists() else self.trainer.publish(path, version)
+            engine = self.policy.handle.engine
+            engine.load(checkpoint)
+            tolerance = self.config.sync_tolerance or _default_tolerance(self.trainer)
+            probes = self._probes()
+            verify_sync(engine.score(probes), self.trainer.score(probes), tolerance=tolerance, version=version)
+            self.policy.handle.checkpoint = checkpoint
+            self.run.prune_weights(self.config.keep_weights)
+
+    def _probes(self) -> list[list[int]]:
+        """Fixed token sequences, the same at every publish."""
+        draw = random.Random(f"{self.config.seed} probes")
+        size = self.trainer.vocabulary
+        return [[draw.randrange(size) for _ in range(PROBE_TOKENS)] for _ in range(PROBE_COUNT)]
+
+    def commit_step(
+        self,
+        step: int,
+        cycle: Cycle,
+        groups: Sequence[Group],
+        batch: Batch,
+        update: UpdateReport,
+        population: Population,
+    ) -> None:
+        """Keep what the slow step measured; every ``checkpoint_every`` steps also the state to go on from."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+        report = StepReport(
+            step=step,
+            cycle=cycle.index,
+            reward=sum(rewards) / len(rewards) if rewards else None,
+            counts=dict(batch.counts),
+            update=update,
+            sampled_tokens=sum(rollout.tokens for rollout in rollouts),
+            seconds=dict(self._seconds),
+        )
+        self.step_reports.append(report)
+        self.run.emit("step", report=report)
+        if (step + 1) % self.config.checkpoint_every == 0 or step + 1 == cycle.steps.stop:
+            searched = self.run.state.get("searched", -1)
+            self._commit(cycle=cycle.index, searched=searched, step=step + 1, population=population)
+
+    def commit_start(self) -> None:
+        """Keep the state before the first search."""
+        self._commit(cycle=0, searched=-1, step=0, population=self.population)
+
+    def _commit(self, **state: Any) -> None:
+        self.run.commit(self.trainer.save_state, **state)
+
+    # ---- watching ------------------------------------------------------------------------------
+
+    def _tell_rollout(self, rollout: Rollout) -> None:
+        self.run.tell({"event": "rollout", "reward": rollout.reward})
+
+    def _tell_candidate(self, candidate: Candidate, score: float) -> None:
+        self.run.tell({"event": "candidate", "texts": candidate.texts, "score": score})
+
+    @contextmanager
+    def _timed(self, activity: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[activity] += time.monotonic() - started  # type: ignore[assignment]
+
+
+def _default_tolerance(trainer: Trainer) -> float:
+    return FLOAT32_TOLERANCE if trainer.dtype == "float32" else BFLOAT16_TOLERANCE
+
+
+def new_run_dir() -> Path:
+    return Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def trainable_copy(student: dspy.Module, policy: PolicyLM) -> dspy.Module:
+    """A copy of the student in which every predictor of its PolicyLM speaks with ``policy``."""
+    copy = student.deepcopy()
+    for _, predictor in copy.named_predictors():
+        if isinstance(predictor.lm or dspy.settings.lm, PolicyLM):
+            predictor.lm = policy
+    return copy
+
+
+def starting_population(student: dspy.Module, seed: Candidate, size: int, state: Mapping[str, Any]) -> Population:
+    """The run's committed population, else the compiled student's own, else copies of its texts."""
+    if "population" in state:
+        return population_from_json(state["population"])
+    carried = getattr(student, "population", None)
+    if isinstance(carried, Population) and carried.members[0].texts.keys() == seed.texts.keys():
+        members = (carried.members * size)[:size]
+        return Population(members, (None,) * size)
+    return Population.of_seed(seed, size)
+
+
+def open_player(
+    program: dspy.Module, metric: Callable[..., Any], config: FSTConfig, in_flight: Callable[[int], None]
+) -> Player:
+    from dspy_fst.rollout.player import PlayerSettings
+
+    settings = PlayerSettings(
+        threads=config.num_threads,
+        timeout_s=config.rollout_timeout_s,
+        failure_score=config.failure_score,
+        format_failure_score=config.format_failure_score,
+        seed=config.seed,
+    )
+    return Player(program, Reward(metric), settings, in_flight)
