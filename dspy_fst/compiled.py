@@ -110,7 +110,7 @@ def save(compiled: dspy.Module, path: str | Path) -> Path:
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists; name a new folder")
-    policy = _policy_of(compiled)
+    policy = policy_of(compiled)
     partial = path.with_name(path.name + ".new")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -163,13 +163,19 @@ def load(path: str | Path, program: dspy.Module, **policy_settings: Any) -> dspy
     return loaded
 
 
-def _policy_of(program: dspy.Module) -> PolicyLM:
+def policy_of(program: dspy.Module) -> PolicyLM:
+    """The PolicyLM that a program's trained predictors speak with.
+
+    Raises:
+        ValueError: there is none.
+    """
     for _, predictor in program.named_predictors():
         if isinstance(predictor.lm, PolicyLM):
             return predictor.lm
     raise ValueError("the program has no PolicyLM; compile it with FSTOptimizer first")
 
 
-def checkpoint_of(compiled: dspy.Module) -> Checkpoint:
-    """The weights that a compiled program speaks with."""
-    return _policy_of(compiled).checkpoint
+def start_of(compiled: dspy.Module) -> Checkpoint:
+    """The weights that the program's run started from, kept in its run directory."""
+    version = "step-000000"
+    return Checkpoint(version, policy_of(compiled).checkpoint.path.parent / version)

@@ -167,8 +167,9 @@ class UpdateReport:
 
     loss: float
     grad_norm: float
-    kl_to_start: float
-    """Exact KL(theta || start) in nats, weighted as the loss weighs tokens; 0 when no token was trained."""
+    kl_to_start: float | None
+    """Exact KL(theta || start) in nats, weighted as the loss weighs tokens; 0 when no token was trained, None
+    when the KL term was off and nothing was measured."""
     entropy: float
     capped_share: float
     """Share of tokens whose importance weight reached the cap."""

@@ -6,7 +6,7 @@ loopback traffic off a proxy) and vLLM's developer endpoints (0.32).
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Address:
 
     url: str
     """Without ``/v1``, e.g. ``"http://127.0.0.1:8000"``."""
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     through_proxy: bool
     """Whether the environment's HTTP proxy applies; never for a server on this machine."""
 

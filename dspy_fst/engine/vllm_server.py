@@ -148,6 +148,11 @@ class VLLMServer:
         return self._weights
 
     @property
+    def address(self) -> Address | None:
+        """Where the server listens and its key, for other clients; None when nothing is served."""
+        return self._client.address if self._client else None
+
+    @property
     def process_group(self) -> int | None:
         """Group id of all that was launched here; None when nothing was."""
         return self._process.group if self._process else None

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Ids = Sequence[int]
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -19,10 +17,6 @@ class Scored:
     @property
     def tokens(self) -> int:
         return len(self.ids) - self.start
-
-    @classmethod
-    def completion(cls, prompt_ids: Ids, completion_ids: Ids) -> "Scored":
-        return cls((*prompt_ids, *completion_ids), len(prompt_ids))
 
 
 @dataclass(frozen=True)

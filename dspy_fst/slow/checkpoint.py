@@ -1,50 +1,128 @@
-"""What the slow step leaves on disk: published policies for engines, and training state to go on from.
+"""What the slow step leaves on disk: published policies for engines, and its own state to go on from.
 
-Both appear whole or not at all: they are written beside their place, flushed to the disk, and renamed.
+Both appear whole or not at all: written beside their place, flushed to the disk, renamed.
 """
 
+import copy
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-# Read from transformers 5.19: undoes, on saving, the renaming and fusing that from_pretrained did.
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Read from transformers 5.19. Undoes the renaming and fusing of from_pretrained (experts, for one): save_pretrained
+# does it too, but costs three times the writing of a small model.
+from transformers.core_model_loading import revert_weight_conversion
+
 from dspy_fst.errors import TrainingError
 
-HEAD = "lm_head.weight"
 STATE_FORMAT = 1
 
 
-@contextmanager
-def written_whole(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A scratch folder that becomes ``path`` when the block ends well and vanishes when it does not.
+class Publisher:
+    """Writes a model's weights as the folder an engine serves; all but the weights is prepared once."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype):
+        self._model, self._dtype = model, dtype
+        self._texts = _texts(model, tokenizer, dtype)
+
+    def write(self, path: Path) -> None:
+        """Write ``path``: weights, config, generation config and tokenizer; embeddings always untied.
+
+        Tied embeddings are written twice, because vLLM on the CPU serves its pre-packed copy of a tied LM head
+        after a reload: stale weights, and no complaint.
+
+        Raises:
+            TrainingError: ``path`` exists.
+        """
+        with written_whole(path) as scratch:
+            for name, content in self._texts.items():
+                (scratch / name).write_bytes(content)
+            save_file(self._tensors(), scratch / "model.safetensors", metadata={"format": "pt"})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in self._model.state_dict().items():
+            shared = tensor.data_ptr() in seen
+            seen.add(tensor.data_ptr())
+            kept = tensor.to("cpu", self._dtype if tensor.is_floating_point() else tensor.dtype)
+            tensors[name] = kept.clone() if shared else kept
+        return {name: t.contiguous() for name, t in revert_weight_conversion(self._model, tensors).items()}
+
+
+def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> dict[str, bytes]:
+    """File name -> content of everything in a published folder that training does not change."""
+    config = copy.deepcopy(model.config)
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    config.dtype = dtype
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        # Written without transformers' validation: many published generation configs would not pass it.
+        model.generation_config.to_json_file(Path(scratch) / "generation_config.json")
+        texts = {file.name: file.read_bytes() for file in Path(scratch).iterdir() if file.is_file()}
+    # to_json_string leaves out what equals the model class's default; these two an engine must not guess.
+    described = json.loads(config.to_json_string())
+    described |= {"tie_word_embeddings": False, "architectures": [type(model).__name__]}
+    return texts | {"config.json": _json(described)}
+
+
+def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write training state as safetensors and JSON."""
+    with written_whole(path) as scratch:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch / "state.safetensors")
+        (scratch / "state.json").write_bytes(_json({"format": STATE_FORMAT, **facts}))
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`write_state` wrote.
 
     Raises:
-        TrainingError: ``path`` exists and ``replace`` is False.
+        TrainingError: there is none, it cannot be read, or another release wrote it.
     """
+    try:
+        facts = json.loads((path / "state.json").read_text())
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TrainingError(f"no training state can be read from {path}: {error}") from error
+    if facts.get("format") != STATE_FORMAT:
+        raise TrainingError(
+            f"{path / 'state.json'} has format {facts.get('format')!r}, this release reads {STATE_FORMAT}; "
+            "go on with the release that wrote it"
+        )
+    return tensors, facts
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A scratch folder that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        TrainingError: ``path`` exists.
+    """
+    if path.exists():
+        raise TrainingError(f"{path} exists already and is never overwritten; choose another name or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        scratch.chmod(0o755)
+        scratch.chmod(0o755)  # mkdtemp lets only its owner in; an engine may run as somebody else
         yield scratch
-        for file in (*scratch.iterdir(), scratch):
-            _flush(file)
-        if replace and path.exists():
-            _retire(path)
-        if path.exists():
-            raise TrainingError(f"{path} exists already; published weights never change, choose another version")
+        for written in (*scratch.iterdir(), scratch):
+            _flush(written)
         scratch.rename(path)
         _flush(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _retire(path: Path) -> None:
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    path.rename(old)
-    shutil.rmtree(old)
 
 
 def _flush(path: Path) -> None:
@@ -53,3 +131,7 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

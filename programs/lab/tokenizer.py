@@ -16,6 +16,9 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 VOCABULARY = 1024
 """Upper bound; the shipped tokenizer needs fewer."""
 
+CONTEXT = 1024
+"""Tokens of prompt and reply together that the base has positions for."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ '" + END + "' }}{% endif %}{% endfor %}"
@@ -83,5 +86,6 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         eos_token=END,
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
+        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )

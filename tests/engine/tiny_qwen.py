@@ -12,9 +12,7 @@ END = "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 VOCABULARY = 640
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '"
-    + END
-    + "' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 

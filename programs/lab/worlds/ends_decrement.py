@@ -1,4 +1,4 @@
-"""A composition that the base does badly even when told, and never by itself: only text *and* training bring it."""
+"""A composition that pretraining never stated and no guess ever hits: without text, training has nothing to start from."""
 
 from programs.lab.world import World, operations
 

@@ -1,0 +1,77 @@
+"""What one update measures while it goes over its micro-batches. Kept on the device: no micro-batch waits for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspy_fst.slow import losses
+from dspy_fst.types import Row, UpdateReport
+
+NO_UPDATE = UpdateReport(
+    loss=0.0,
+    grad_norm=0.0,
+    kl_to_start=0.0,
+    entropy=0.0,
+    capped_share=0.0,
+    mean_log_ratio=0.0,
+    max_log_ratio=0.0,
+    learning_rate=0.0,
+    tokens=0,
+    rows=0,
+)
+"""The report of an empty batch: nothing was measured and nothing moved."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the rows of a micro-batch say about their N completion tokens; every tensor has shape (N,)."""
+
+    behaviour: Tensor
+    advantages: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> "Tokens":
+        lengths = torch.tensor([len(row.completion_ids) for row in rows])
+        advantages = torch.tensor([row.advantage for row in rows]).repeat_interleave(lengths)
+        weights = torch.tensor([row.token_weight for row in rows]).repeat_interleave(lengths)
+        behaviour = torch.tensor([logprob for row in rows for logprob in row.logprobs])
+        return cls(behaviour.to(device), advantages.to(device), weights.to(device))
+
+
+class Tally:
+    """Sums over the tokens of a batch, before the weights move."""
+
+    def __init__(self, device: torch.device):
+        zero = torch.zeros((), device=device)
+        self.loss = self._entropy = self._capped = self._ratio = self._largest = zero
+        self._kl: Tensor | None = None
+        self._tokens = 0
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, kl: Tensor | None, log_probs: Tensor, log_ratios: Tensor, cap: float) -> None:
+        """Add one micro-batch: its loss and weighted KL (None: not measured), (N, V) log-probabilities, (N,) ratios."""
+        self.loss = self.loss + loss
+        if kl is not None:
+            self._kl = kl if self._kl is None else self._kl + kl
+        self._entropy = self._entropy + losses.entropy(log_probs).sum()
+        self._capped = self._capped + (log_ratios.exp() >= cap).sum()
+        self._ratio = self._ratio + log_ratios.sum()
+        self._largest = torch.maximum(self._largest, log_ratios.abs().max())
+        self._tokens += len(log_ratios)
+
+    def report(self, grad_norm: Tensor, learning_rate: float, rows: int) -> UpdateReport:
+        return UpdateReport(
+            loss=float(self.loss),
+            grad_norm=float(grad_norm),
+            kl_to_start=None if self._kl is None else float(self._kl),
+            entropy=float(self._entropy) / self._tokens,
+            capped_share=float(self._capped) / self._tokens,
+            mean_log_ratio=float(self._ratio) / self._tokens,
+            max_log_ratio=float(self._largest),
+            learning_rate=learning_rate,
+            tokens=self._tokens,
+            rows=rows,
+        )

@@ -1,0 +1,298 @@
+"""One weight update a call: CISPO over credited calls, on exactly the tokens that were sampled.
+
+The caller owns the loop and may do anything between two calls; texts never change here.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.errors import TrainingError
+from dspy_fst.slow import losses
+from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
+from dspy_fst.slow.checkpoint import Publisher, read_state, write_state
+from dspy_fst.slow.policy import Policy
+from dspy_fst.slow.settings import TrainerSettings
+from dspy_fst.slow.tally import NO_UPDATE, Tally, Tokens
+from dspy_fst.types import Batch, Call, Row, UpdateReport, WeightsVersion
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, as torch names it."""
+
+
+class Trainer:
+    """Owns the policy's weights, their optimizer and the frozen weights they started from.
+
+    Args:
+        model: Hugging Face folder or hub name of the weights to start from.
+        settings: See :class:`TrainerSettings`.
+        device: ``"cpu"``, or ``"auto"`` for CUDA when there is one.
+        reference: Weights of the KL term; ``model`` itself unless a run goes on from trained weights but is to be
+            held against older ones.
+
+    Raises:
+        TrainingError: the model's logits are not those of a plain LM head, or several processes were launched.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        settings: TrainerSettings,
+        *,
+        device: Literal["auto", "cpu"] = "auto",
+        reference: str | Path | None = None,
+    ):
+        self.settings = settings
+        self._accelerator = Accelerator(cpu=device == "cpu")
+        if self._accelerator.num_processes > 1:
+            raise TrainingError("the trainer updates in one process; launch it without torchrun or accelerate launch")
+        on_cuda = self._accelerator.device.type == "cuda"
+        low = settings.precision == "bfloat16" or (settings.precision == "auto" and on_cuda)
+        self._dtype = torch.bfloat16 if low else torch.float32
+        self._reference_path = model if reference is None else reference
+        torch.manual_seed(settings.seed)
+        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+        policy = Policy.load(model, dtype=self._dtype)
+        self._names = [name for name, p in policy.model.named_parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            [p for p in policy.parameters() if p.requires_grad],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self._policy, self._optimizer = self._accelerator.prepare(policy, optimizer)
+        self._updates = 0
+
+    # ---- what it holds -------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name; tied ones appear once."""
+        named = dict(self._policy.model.named_parameters())
+        return {name: named[name] for name in self._names}
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that training moves."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: token ids are below this."""
+        return int(self._policy.model.get_input_embeddings().num_embeddings)
+
+    @property
+    def dtype(self) -> str:
+        """``"float32"`` or ``"bfloat16"``: the body's arithmetic and the type of published weights."""
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps made so far; empty batches make none."""
+        return self._updates
+
+    # ---- one update ----------------------------------------------------------------------------
+
+    def step(self, batch: Batch) -> UpdateReport:
+        """Make one optimizer step over all rows of the batch; an empty batch moves nothing.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite, or a row cannot be scored. Nothing has moved.
+        """
+        if not batch.rows:
+            return NO_UPDATE
+        sequences = self._checked(_completions(batch.rows))
+        _check_recorded(batch.rows)
+        self._optimizer.zero_grad()
+        tally = Tally(self._accelerator.device)
+        for micro in micro_batches(sequences, self.settings.micro_batch_tokens):
+            self._accelerator.backward(self._loss(micro, batch.rows, tally))
+        grad_norm = self._finite_norm(tally)
+        report = tally.report(grad_norm, self._next_rate(), rows=len(batch.rows))
+        self._apply(report)
+        return report
+
+    def _loss(self, micro: MicroBatch, rows: Sequence[Row], tally: Tally) -> Tensor:
+        """This micro-batch's share of the loss; shares add up because token weights sum to 1 over the batch."""
+        tokens = Tokens.of([rows[member] for member in micro.members], self._accelerator.device)
+        log_probs = self._log_probs(self._policy, micro)
+        chosen = log_probs.gather(-1, micro.targets.to(log_probs.device)[:, None])[:, 0]
+        loss = losses.cispo(chosen, tokens.behaviour, tokens.advantages, tokens.weights, self.settings.importance_cap)
+        kl = None
+        if self.settings.kl_coefficient > 0:
+            kl = (tokens.weights * self._kl(log_probs, micro)).sum()
+            loss = loss + self.settings.kl_coefficient * kl
+        tally.add(loss, kl, log_probs, chosen - tokens.behaviour, self.settings.importance_cap)
+        return loss
+
+    def _finite_norm(self, tally: Tally) -> Tensor:
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        if not torch.isfinite(norm) or not torch.isfinite(tally.loss):
+            self._optimizer.zero_grad()
+            raise TrainingError(
+                f"update {self._updates + 1}: loss {float(tally.loss)}, gradient norm {float(norm)}; the weights "
+                "were left as they are. Lower learning_rate, set max_grad_norm, or look for log-probabilities in "
+                "the batch that are not finite"
+            )
+        return norm
+
+    def _apply(self, report: UpdateReport) -> None:
+        if self.settings.max_grad_norm is not None:
+            norm = torch.tensor(report.grad_norm, device=self._accelerator.device)
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.max_grad_norm, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = report.learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._updates += 1
+
+    def _next_rate(self) -> float:
+        done = (self._updates + 1) / max(1, self.settings.warmup_steps)
+        return self.settings.learning_rate * min(1.0, done)
+
+    # ---- scoring -------------------------------------------------------------------------------
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of every token but the first of each sequence, at temperature 1."""
+        scored = [Scored(tuple(sequence), 1) for sequence in sequences]
+        return self._per_token(scored, lambda micro: self._chosen(micro, temperature=1.0))
+
+    def logprobs(self, calls: Sequence[Call]) -> list[list[float]]:
+        """Log-probability of every completion token, at the sampling temperature: what an engine recorded."""
+        return self._per_token(_completions(calls), lambda micro: self._chosen(micro, self.settings.temperature))
+
+    def kl_by_call(self, calls: Sequence[Call]) -> list[list[float]]:
+        """Exact KL(theta || start) in nats at every completion token of each call, teacher-forced."""
+        return self._per_token(_completions(calls), lambda micro: self._kl(self._log_probs(self._policy, micro), micro))
+
+    def kl_to_start(self, calls: Sequence[Call]) -> float:
+        """Mean of :meth:`kl_by_call` over all completion tokens."""
+        values = [value for call in self.kl_by_call(calls) for value in call]
+        if not values:
+            raise ValueError("the KL of no completion token is undefined; pass calls with completions")
+        return math.fsum(values) / len(values)
+
+    def _log_probs(self, policy: Policy, micro: MicroBatch, temperature: float | None = None) -> Tensor:
+        """Log-probabilities over the vocabulary for every scored token, shape (N, V)."""
+        device = self._accelerator.device
+        logits = policy(micro.input_ids.to(device), micro.predict_at.to(device))
+        divisor = self.settings.temperature if temperature is None else temperature
+        return torch.log_softmax(logits if divisor == 1 else logits / divisor, dim=-1)
+
+    def _chosen(self, micro: MicroBatch, temperature: float) -> Tensor:
+        log_probs = self._log_probs(self._policy, micro, temperature)
+        return log_probs.gather(-1, micro.targets.to(log_probs.device)[:, None])[:, 0]
+
+    def _kl(self, log_probs: Tensor, micro: MicroBatch) -> Tensor:
+        with torch.no_grad():
+            reference = self._log_probs(self._reference, micro)
+        return losses.kl_divergence(log_probs, reference)
+
+    @cached_property
+    def _reference(self) -> Policy:
+        policy = Policy.load(self._reference_path, dtype=self._dtype, trainable=False)
+        return policy.to(self._accelerator.device)
+
+    @torch.no_grad()
+    def _per_token(self, sequences: list[Scored], value: Callable[[MicroBatch], Tensor]) -> list[list[float]]:
+        """One value for every scored token of every sequence, in the order given."""
+        result: list[list[float]] = [[] for _ in sequences]
+        scorable = [index for index, sequence in enumerate(sequences) if sequence.tokens > 0]
+        checked = self._checked([sequences[index] for index in scorable])
+        for micro in micro_batches(checked, self.settings.micro_batch_tokens):
+            for member, values in zip(micro.members, value(micro).split(micro.tokens), strict=True):
+                result[scorable[member]] = values.tolist()
+        return result
+
+    def _checked(self, sequences: list[Scored]) -> list[Scored]:
+        """Refuse what a GPU would answer with an assertion that kills the process."""
+        for index, sequence in enumerate(sequences):
+            if sequence.start < 1:
+                raise TrainingError(f"call {index} has no prompt: its first token is predicted from nothing")
+            if min(sequence.ids) < 0 or max(sequence.ids) >= self.vocabulary:
+                raise TrainingError(
+                    f"call {index} has token ids outside 0..{self.vocabulary - 1}: it was sampled from another model"
+                )
+        return sequences
+
+    # ---- disk ----------------------------------------------------------------------------------
+
+    def publish(self, directory: Path, version: WeightsVersion) -> Checkpoint:
+        """Write the weights as the folder ``directory`` for an engine to serve: immutable, untied, all or nothing.
+
+        Raises:
+            TrainingError: ``directory`` exists.
+        """
+        self._publisher.write(Path(directory))
+        return Checkpoint(version=version, path=Path(directory))
+
+    @cached_property
+    def _publisher(self) -> Publisher:
+        return Publisher(self._policy.model, self._tokenizer, self._dtype)
+
+    def save_state(self, directory: Path) -> None:
+        """Write weights, AdamW's moments, the schedule and torch's generators as the new folder ``directory``.
+
+        Raises:
+            TrainingError: ``directory`` exists.
+        """
+        tensors: dict[str, Tensor] = {f"weights/{name}": parameter for name, parameter in self.parameters.items()}
+        for index, moments in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"{moment}/{self._names[index]}": moments[moment] for moment in MOMENTS}
+        tensors["generator/cpu"] = torch.get_rng_state()
+        if self._accelerator.device.type == "cuda":
+            tensors["generator/cuda"] = torch.cuda.get_rng_state(self._accelerator.device)
+        write_state(Path(directory), tensors, {"updates": self._updates})
+
+    def load_state(self, directory: Path) -> None:
+        """Go on from :meth:`save_state`, bit for bit as if never interrupted. The reference stays the start.
+
+        Raises:
+            TrainingError: the state is unreadable, or of a model with other parameters.
+        """
+        tensors, facts = read_state(Path(directory))
+        parameters = self.parameters
+        wanted = {f"weights/{name}": parameter.shape for name, parameter in parameters.items()}
+        found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weights/")}
+        if wanted != found:
+            raise TrainingError(f"{directory} holds the state of another model; start from the model it was saved with")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[f"weights/{name}"])
+        state = {
+            index: {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
+            for index, name in enumerate(self._names)
+            if f"step/{name}" in tensors
+        }
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+        self._updates = int(facts["updates"])
+        torch.set_rng_state(tensors["generator/cpu"])
+        if "generator/cuda" in tensors and self._accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["generator/cuda"], self._accelerator.device)
+
+
+def _completions(calls: Sequence[Call] | Sequence[Row]) -> list[Scored]:
+    return [Scored((*call.prompt_ids, *call.completion_ids), len(call.prompt_ids)) for call in calls]
+
+
+def _check_recorded(rows: Sequence[Row]) -> None:
+    for index, row in enumerate(rows):
+        if len(row.logprobs) != len(row.completion_ids) or not all(map(math.isfinite, row.logprobs)):
+            raise TrainingError(
+                f"call {index} ({row.predictor or 'unnamed'}) has no finite log-probability for each of its "
+                f"{len(row.completion_ids)} tokens; the engine must record the ones it sampled with"
+            )

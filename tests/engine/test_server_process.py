@@ -1,0 +1,175 @@
+"""A server process never outlives its owner, and loading never overlaps sampling."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dspy_fst.engine.gate import Gate
+from dspy_fst.engine.ports import free_port, port_taken
+from dspy_fst.engine.process import ServerProcess, telling_lines
+from dspy_fst.errors import EngineError
+
+# A server that ignores SIGTERM and has a child that does so too: the worst case.
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.fork()
+print("ready", flush=True)
+time.sleep(600)
+"""
+OWNER = """
+import os, sys, time
+from pathlib import Path
+from dspy_fst.engine.process import ServerProcess
+process = ServerProcess([sys.executable, "-c", sys.argv[1]], os.environ, log_path=Path(sys.argv[2]), grace_s=1)
+print(process.group, flush=True)
+time.sleep(600)
+"""
+
+
+def members(group: int) -> list[int]:
+    """Process ids of a group, zombies not counted."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def wait_until_gone(group: int, seconds: float) -> list[int]:
+    """What is left of a group after at most so long."""
+    deadline = time.monotonic() + seconds
+    while (left := members(group)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def start(code: str, log: Path | None, grace_s: float = 1.0) -> ServerProcess:
+    return ServerProcess([sys.executable, "-c", code], os.environ, log_path=log, grace_s=grace_s)
+
+
+def wait_for_output(log: Path, text: str) -> None:
+    deadline = time.monotonic() + 20
+    while text not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < deadline, f"{text!r} never appeared in the log"
+        time.sleep(0.05)
+
+
+def test_stop_ends_the_whole_group_even_when_it_ignores_sigterm(tmp_path: Path) -> None:
+    process = start(STUBBORN, tmp_path / "log")
+    wait_for_output(tmp_path / "log", "ready\nready")
+    assert len(members(process.group)) == 3
+    process.stop()
+    process.stop()
+    assert members(process.group) == []
+
+
+def test_sigkill_of_the_owner_leaves_no_orphan(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, STUBBORN, str(log)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout
+    group = int(owner.stdout.readline())
+    wait_for_output(log, "ready\nready")
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    assert wait_until_gone(group, seconds=15) == []
+
+
+def test_the_end_of_the_thread_that_started_it_does_not_end_the_server(tmp_path: Path) -> None:
+    held: list[ServerProcess] = []
+    thread = threading.Thread(target=lambda: held.append(start("import time; time.sleep(600)", tmp_path / "log")))
+    thread.start()
+    thread.join()
+    try:
+        assert not held[0].exits_within(1.5)
+    finally:
+        held[0].stop()
+
+
+def test_a_process_that_nobody_holds_is_ended(tmp_path: Path) -> None:
+    process = start("import time; time.sleep(600)", tmp_path / "log")
+    group = process.group
+    del process
+    assert members(group) == []
+
+
+def test_exit_status_and_last_words_are_known_at_once(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("words of an earlier server\n")
+    process = start("print('my last words'); raise SystemExit(7)", tmp_path / "log")
+    assert process.exits_within(10)
+    assert process.exit_status == 7
+    assert process.output() == ["my last words"]
+
+
+def test_a_killed_command_reports_the_signal(tmp_path: Path) -> None:
+    process = start("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", tmp_path / "log")
+    assert process.exits_within(10)
+    assert process.exit_status == 128 + signal.SIGKILL
+    process.stop()
+
+
+def test_a_temporary_log_goes_with_a_clean_stop_and_stays_on_request() -> None:
+    process, failed = start("", None), start("", None)
+    process.stop()
+    failed.stop(keep_log=True)
+    assert not process.log_path.exists()
+    assert failed.log_path.exists()
+    failed.log_path.unlink()
+
+
+def test_the_cause_is_quoted_as_well_as_the_end() -> None:
+    output = ["INFO start", "ValueError: the cause", *["noise"] * 40, "RuntimeError: see above"]
+    assert telling_lines(output, last=2) == ["ValueError: the cause", "noise", "RuntimeError: see above"]
+
+
+def test_ports_are_found_and_seen_taken() -> None:
+    port = free_port("127.0.0.1")
+    assert not port_taken("127.0.0.1", port)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        assert port_taken("127.0.0.1", port)
+
+
+def test_a_load_waits_for_samplers_and_goes_before_later_ones() -> None:
+    gate, order = Gate(), []
+
+    def load() -> None:
+        with gate.loading(5):
+            order.append("load")
+
+    def sample_later() -> None:
+        with gate.sampling(5):
+            order.append("later")
+
+    threads = [threading.Thread(target=load), threading.Thread(target=sample_later)]
+    with gate.sampling(5):
+        threads[0].start()
+        time.sleep(0.1)
+        threads[1].start()
+        time.sleep(0.1)
+        order.append("first")
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "load", "later"]
+
+
+def test_waits_at_the_gate_end_with_who_waited_for_what() -> None:
+    gate = Gate()
+    with gate.sampling(1), pytest.raises(EngineError, match=r"load waited 0 s for 1 requests in flight"):
+        gate.loading(0.05).__enter__()
+    with gate.loading(1), pytest.raises(EngineError, match=r"request waited 0\.05 s for a load"):
+        gate.sampling(0.05).__enter__()
+    with gate.sampling(0.05), gate.sampling(0.05):
+        pass

@@ -1,0 +1,285 @@
+"""What is sent to vLLM and what is accepted from it, against a server of canned replies."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dspy.lm15 import Config, InvalidRequestError, Message, Request, UnsupportedFeatureError
+
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.vllm_client import pinned
+from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
+from dspy_fst.errors import EngineError
+
+REQUEST = Request(model="any/name", messages=(Message.user("hi"),), config=Config(max_tokens=4))
+
+
+def chat_reply(**changes: Any) -> dict[str, Any]:
+    """A reply of vLLM 0.32 to ``return_token_ids``, cut down to what is read."""
+    scored = [{"token": t, "logprob": p, "bytes": None, "top_logprobs": []} for t, p in (("a", -0.5), ("b", -1.5))]
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": "ab"},
+        "finish_reason": "length",
+        "token_ids": [7, 8],
+        "logprobs": {"content": scored},
+    }
+    reply = {"id": "chatcmpl-1", "model": "policy", "prompt_token_ids": [1, 2, 3], "usage": {}}
+    return {**reply, "choices": [{**choice, **changes}]}
+
+
+class Canned(ThreadingHTTPServer):
+    """Answers as vLLM does, unless told otherwise, and notes what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.asked: list[tuple[str, Any]] = []
+        info = {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}}}
+        self.replies: dict[str, tuple[int, Any]] = {
+            "/v1/models": (200, {"data": [{"id": "policy"}]}),
+            "/server_info": (200, info),
+            "/health": (200, {}),
+            "/pause": (200, {}),
+            "/collective_rpc": (200, {"results": [None]}),
+            "/reset_prefix_cache": (200, {"success": True}),
+            "/resume": (200, {}),
+            "/v1/chat/completions": (200, chat_reply()),
+        }
+        self.stall = threading.Event()
+        self.stalled_path = ""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.asked]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Canned
+    protocol_version = "HTTP/1.1"
+
+    def _answer(self) -> None:
+        path = self.path.partition("?")[0]
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length)) if length else None
+        self.server.asked.append((self.path, body))
+        if path == self.server.stalled_path:
+            self.server.stall.wait(10)
+        status, reply = self.server.replies.get(path, (404, {"error": {"message": "no such path"}}))
+        payload = json.dumps(reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    do_GET = do_POST = _answer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def canned() -> Iterator[Canned]:
+    server = Canned()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.stall.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    return Checkpoint("step-000001", tmp_path)
+
+
+@pytest.fixture
+def engine(canned: Canned) -> Iterator[VLLMServer]:
+    engine = VLLMServer(VLLMSettings(attach_url=canned.url, request_timeout_s=2.0, load_timeout_s=0.5))
+    yield engine
+    engine.close()
+
+
+# What is sent
+
+
+def test_a_request_asks_for_exact_tokens_and_leaves_no_sampling_to_the_server(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    engine.complete(REQUEST, seed=11)
+    _, body = canned.asked[-1]
+    assert body["model"] == "policy"
+    sent = {name: body[name] for name in ("seed", "logprobs", "return_token_ids", "temperature", "top_p", "top_k")}
+    assert sent == {
+        "seed": 11,
+        "logprobs": True,
+        "return_token_ids": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+    }
+    assert body["min_p"] == 0.0
+    assert body["repetition_penalty"] == 1.0
+
+
+def test_extensions_of_the_caller_are_kept() -> None:
+    request = Request("m", (Message.user("hi"),), config=Config(extensions={"chat_template_kwargs": {"x": 1}}))
+    extensions = pinned(request, model="vllm:policy", seed=0).config.extensions
+    assert extensions is not None
+    assert extensions["chat_template_kwargs"] == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    "config", [Config(top_p=0.9), Config(top_k=20), Config(extensions={"min_p": 0.1}), Config(presence_penalty=1.0)]
+)
+def test_sampling_that_training_would_not_score_is_refused(config: Config) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="not what training scores"):
+        pinned(Request("m", (Message.user("hi"),), config=config), model="vllm:policy", seed=0)
+
+
+# What is accepted
+
+
+def test_tokens_and_version_come_with_the_reply_and_provider_data_does_not(
+    engine: VLLMServer, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    completion = engine.complete(REQUEST, seed=0)
+    assert completion.prompt_ids == (1, 2, 3)
+    assert completion.completion_ids == (7, 8)
+    assert completion.logprobs == (-0.5, -1.5)
+    assert completion.finish_reason == "length"
+    assert completion.weights == "step-000001"
+    assert completion.response.text == "ab"
+    assert completion.response.provider_data is None
+    assert completion.response.logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"token_ids": None}, "no token ids"),
+        ({"token_ids": [7, 8, 9]}, "3 sampled ids but 2 log-probabilities"),
+        ({"logprobs": None}, "2 sampled ids but 0 log-probabilities"),
+        ({"finish_reason": "abort"}, "broke off a reply"),
+    ],
+)
+def test_a_reply_without_exact_tokens_is_refused(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, changes: dict[str, Any], complaint: str
+) -> None:
+    engine.load(checkpoint)
+    canned.replies["/v1/chat/completions"] = (200, chat_reply(**changes))
+    with pytest.raises(EngineError, match=complaint):
+        engine.complete(REQUEST, seed=0)
+
+
+def test_a_refused_request_is_the_callers_and_a_broken_server_the_engines(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    canned.replies["/v1/chat/completions"] = (400, {"error": {"message": "maximum context length is 4"}})
+    with pytest.raises(InvalidRequestError):
+        engine.complete(REQUEST, seed=0)
+    canned.replies["/v1/chat/completions"] = (500, {"error": {"message": "EngineDeadError"}})
+    with pytest.raises(EngineError, match="EngineDeadError"):
+        engine.complete(REQUEST, seed=0)
+
+
+def test_a_reply_that_never_comes_ends_with_the_time_out(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    canned.stalled_path = "/v1/chat/completions"
+    with pytest.raises(EngineError, match="gave no reply"):
+        engine.complete(REQUEST, seed=0)
+
+
+# Swapping weights
+
+
+def test_a_swap_pauses_reloads_empties_the_cache_and_resumes(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    assert canned.paths()[-4:] == ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/resume"]
+    rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(checkpoint.path)}}
+    assert canned.asked[-3][1] == rpc
+
+
+@pytest.mark.parametrize(
+    ("path", "reply", "complaint"),
+    [
+        ("/collective_rpc", (500, {"error": "shape mismatch"}), "collective_rpc answered 500.*shape mismatch"),
+        ("/reset_prefix_cache", (200, {"success": False}), "prefix cache"),
+    ],
+)
+def test_a_failed_swap_resumes_the_server_but_serves_nothing(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, path: str, reply: Any, complaint: str
+) -> None:
+    engine.load(checkpoint)
+    canned.replies[path] = reply
+    with pytest.raises(EngineError, match=complaint):
+        engine.load(checkpoint)
+    assert canned.paths()[-1] == "/resume"
+    assert engine.weights is None
+    with pytest.raises(EngineError, match="no weights are served"):
+        engine.complete(REQUEST, seed=0)
+
+
+def test_a_swap_that_hangs_says_what_was_waited_for_and_resumes(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    canned.stalled_path = "/collective_rpc"
+    with pytest.raises(EngineError, match=r"waited 0\.5 s in vain .*collective_rpc"):
+        engine.load(checkpoint)
+    assert canned.paths()[-1] == "/resume"
+
+
+def test_a_folder_without_weights_is_refused_before_the_old_ones_are_touched(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    engine.load(checkpoint)
+    asked = len(canned.asked)
+    with pytest.raises(EngineError, match=r"no config\.json"):
+        engine.load(Checkpoint("step-000002", tmp_path / "missing"))
+    assert engine.weights == "step-000001"
+    assert len(canned.asked) == asked
+
+
+# Attaching
+
+
+def test_a_server_without_developer_endpoints_is_refused_with_how_to_launch_it(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    del canned.replies["/server_info"]
+    with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1"):
+        engine.load(checkpoint)
+
+
+def test_a_server_with_raw_logprobs_is_refused(engine: VLLMServer, canned: Canned, checkpoint: Checkpoint) -> None:
+    canned.replies["/server_info"] = (200, {"vllm_config": {"model_config": {"logprobs_mode": "raw_logprobs"}}})
+    with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
+        engine.load(checkpoint)
+
+
+def test_nobody_at_the_url_is_an_engine_error(checkpoint: Checkpoint) -> None:
+    engine = VLLMServer(VLLMSettings(attach_url="http://127.0.0.1:9"))
+    with pytest.raises(EngineError, match=r"127\.0\.0\.1:9"):
+        engine.load(checkpoint)
+    assert not engine.alive()
+    engine.close()

@@ -1,0 +1,316 @@
+"""The real server: exact tokens, provably fresh weights, no process left behind."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from dspy.lm15 import Config, InvalidRequestError, Message, Request
+from transformers import Qwen3ForCausalLM
+
+from dspy_fst.engine.base import Checkpoint, Completion, verify_sync
+from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings, vllm_command, vllm_environment, vllm_faults
+from dspy_fst.errors import EngineError, SyncError
+from tests.engine.test_server_process import members, wait_until_gone
+from tests.engine.tiny_qwen import make_model, make_tokenizer, rescore, save, untied
+
+PROBES = [[3, *range(40, 90), 0], [4, *range(300, 340)], [5, 6]]
+# Long enough to fill a block of the prefix cache, which holds 128 tokens on a CPU.
+LONG = "The quick brown fox jumps over the lazy dog. " * 5
+TOLERANCE = 1e-4
+"""Nats per token, float32 on both sides."""
+
+
+def ask(text: str, *, temperature: float = 1.0, max_tokens: int = 12) -> Request:
+    return Request("policy", (Message.user(text),), config=Config(temperature=temperature, max_tokens=max_tokens))
+
+
+def gap(model: Qwen3ForCausalLM, completion: Completion, temperature: float) -> float:
+    """Largest difference in nats between the engine's and the model's log-probability of a sampled token."""
+    sequence = [*completion.prompt_ids, *completion.completion_ids]
+    scores = rescore(model, sequence, temperature=temperature)[-len(completion.completion_ids) :]
+    return max(abs(a - b) for a, b in zip(scores, completion.logprobs, strict=True))
+
+
+def small(log: Path | None = None) -> VLLMSettings:
+    return VLLMSettings(cpu_kv_cache_gib=1, startup_timeout_s=240, request_timeout_s=60, log_path=log)
+
+
+# Settings, without a server
+
+
+def test_sound_settings_have_no_faults() -> None:
+    assert vllm_faults(VLLMSettings(attach_url="http://127.0.0.1:8000")) == []
+
+
+def test_every_fault_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    settings = VLLMSettings(
+        host="0.0.0.0",
+        gpu_memory_utilization=1.5,
+        request_timeout_s=0,
+        extra_args=("--logprobs-mode=raw_logprobs", "--max-num-seqs", "8"),
+    )
+    faults = "\n".join(VLLMServer(settings).check())
+    for part in ("dspy-fst[vllm]", "0.0.0.0", "gpu_memory_utilization is 1.5", "request_timeout_s", "--logprobs-mode"):
+        assert part in faults
+    assert "--max-num-seqs" not in faults
+
+
+def test_a_taken_port_is_named_before_anything_is_launched(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        engine = VLLMServer(VLLMSettings(port=port, log_path=tmp_path / "log"))
+        with pytest.raises(EngineError, match=f"port {port} is in use"):
+            engine.load(save(make_model(0), tmp_path, "step-0"))
+    assert not (tmp_path / "log").exists()
+
+
+def test_the_key_is_in_the_environment_and_not_on_the_command_line() -> None:
+    settings = VLLMSettings(extra_args=("--max-num-seqs", "8"))
+    command = vllm_command(settings, Path("weights"), 8000)
+    environment = vllm_environment(settings, "secret")
+    assert environment["VLLM_API_KEY"] == "secret"
+    assert "secret" not in " ".join(command)
+    assert command[-2:] == ["--max-num-seqs", "8"]
+
+
+def test_nothing_is_served_before_the_first_load() -> None:
+    engine = VLLMServer()
+    assert engine.weights is None
+    assert not engine.alive()
+    with pytest.raises(EngineError, match="call load"):
+        engine.complete(ask("hi"), seed=0)
+    engine.close()
+    engine.close()
+
+
+# One shared server
+
+
+@pytest.fixture(scope="module")
+def models() -> list[Qwen3ForCausalLM]:
+    return [make_model(seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(models: list[Qwen3ForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> list[Checkpoint]:
+    folder = tmp_path_factory.mktemp("weights")
+    return [save(model, folder, f"step-{i:06d}") for i, model in enumerate(models)]
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints: list[Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    logging.getLogger("dspy_fst").setLevel(logging.INFO)
+    engine = VLLMServer(small(tmp_path_factory.mktemp("log") / "vllm.log"))
+    engine.load(checkpoints[0])
+    yield engine
+    group = engine.process_group
+    engine.close()
+    assert group is not None
+    assert members(group) == []
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_tokens_score_alike_on_both_sides(
+    server: VLLMServer, checkpoints: list[Checkpoint], models: list[Qwen3ForCausalLM], temperature: float
+) -> None:
+    server.load(checkpoints[0])
+    requests = [ask(f"{i}: {LONG[: 3 * i]}", temperature=temperature) for i in range(64)]
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(pool.map(server.complete, requests, range(64)))
+    assert max(gap(models[0], reply, temperature) for reply in replies) < TOLERANCE
+    tokenizer = make_tokenizer()
+    for request, reply in zip(requests, replies, strict=True):
+        messages = [{"role": "user", "content": request.messages[0].text}]
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert list(reply.prompt_ids) == rendered
+    assert len({reply.completion_ids for reply in replies}) == 64
+
+
+@pytest.mark.vllm
+def test_the_seed_fixes_the_draw(server: VLLMServer, checkpoints: list[Checkpoint]) -> None:
+    server.load(checkpoints[0])
+    first, again, other = (server.complete(ask("draw"), seed=seed) for seed in (5, 5, 6))
+    assert first.completion_ids == again.completion_ids != other.completion_ids
+
+
+@pytest.mark.vllm
+def test_a_load_changes_version_scores_and_samples(
+    server: VLLMServer, checkpoints: list[Checkpoint], models: list[Qwen3ForCausalLM]
+) -> None:
+    for model, checkpoint in zip(models, checkpoints, strict=True):
+        server.load(checkpoint)
+        assert server.weights == checkpoint.version
+        theirs = server.score(PROBES)
+        verify_sync(theirs, [rescore(model, p) for p in PROBES], tolerance=TOLERANCE, version=checkpoint.version)
+        # The same long prompt under every version: stale keys and values of the last one would show.
+        reply = server.complete(ask(LONG), seed=1)
+        assert reply.weights == checkpoint.version
+        assert gap(model, reply, 1.0) < TOLERANCE
+
+
+@pytest.mark.vllm
+def test_no_reply_straddles_a_load(
+    server: VLLMServer, checkpoints: list[Checkpoint], models: list[Qwen3ForCausalLM]
+) -> None:
+    by_version = {c.version: model for c, model in zip(checkpoints, models, strict=True)}
+    server.load(checkpoints[0])
+    with ThreadPoolExecutor(16) as pool:
+        replies = pool.map(lambda i: server.complete(ask(LONG, max_tokens=40), seed=i), range(96))
+        for checkpoint in (checkpoints[1], checkpoints[2], checkpoints[0]):
+            time.sleep(0.3)
+            server.load(checkpoint)
+        sampled = list(replies)
+    assert {reply.weights for reply in sampled} == set(by_version)
+    assert max(gap(by_version[reply.weights], reply, 1.0) for reply in sampled) < TOLERANCE
+
+
+@pytest.mark.vllm
+def test_a_failed_load_serves_nothing_until_a_good_one(
+    server: VLLMServer, checkpoints: list[Checkpoint], models: list[Qwen3ForCausalLM], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoints[0].path / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(EngineError, match="collective_rpc answered 500"):
+        server.load(Checkpoint("step-broken", tmp_path))
+    with pytest.raises(EngineError, match="no weights are served"):
+        server.score(PROBES)
+    server.load(checkpoints[1])
+    assert gap(models[1], server.complete(ask("again"), seed=0), 1.0) < TOLERANCE
+
+
+@pytest.mark.vllm
+def test_a_prompt_beyond_the_context_is_the_requests_fault(server: VLLMServer, checkpoints: list[Checkpoint]) -> None:
+    server.load(checkpoints[0])
+    with pytest.raises(InvalidRequestError, match="maximum context length"):
+        server.complete(ask("x" * 600), seed=0)
+
+
+@pytest.mark.vllm
+def test_developer_endpoints_are_closed_to_others_on_the_machine(server: VLLMServer) -> None:
+    assert server.address is not None
+    with httpx.Client(base_url=server.address.url, trust_env=False) as stranger:
+        for path in ("/collective_rpc", "/pause", "/v1/completions"):
+            assert stranger.post(path, json={}).status_code == 401
+        assert stranger.get("/health").status_code == 200
+
+
+@pytest.mark.vllm
+def test_another_engine_can_attach_and_leaves_the_server_running(
+    server: VLLMServer, checkpoints: list[Checkpoint], models: list[Qwen3ForCausalLM]
+) -> None:
+    address = server.address
+    assert address is not None
+    guest = VLLMServer(VLLMSettings(attach_url=f"{address.url}/v1", api_key=address.api_key))
+    guest.load(checkpoints[2])
+    assert gap(models[2], guest.complete(ask("guest"), seed=0), 1.0) < TOLERANCE
+    assert guest.process_group is None
+    guest.close()
+    assert server.alive()
+    stranger = VLLMServer(VLLMSettings(attach_url=address.url, api_key="wrong"))
+    with pytest.raises(EngineError, match="Is the API key right"):
+        stranger.load(checkpoints[2])
+
+
+def hf_scores(model: Qwen3ForCausalLM) -> list[list[float]]:
+    return [rescore(model, probe) for probe in PROBES]
+
+
+def verify(sampled_by: Sequence[Sequence[float]], model: Qwen3ForCausalLM) -> float:
+    return verify_sync(sampled_by, hf_scores(model), tolerance=TOLERANCE, version="step-000002")
+
+
+@pytest.mark.vllm
+def test_an_untied_export_of_a_tied_model_stays_fresh(server: VLLMServer, tmp_path: Path) -> None:
+    for seed in (7, 8):
+        model = make_model(seed, tied=True)
+        server.load(save(untied(model), tmp_path, f"step-{seed}"))
+        verify(server.score(PROBES), model)
+
+
+# Servers of their own
+
+
+@pytest.mark.vllm
+def test_stale_tied_head_is_caught(tmp_path: Path) -> None:
+    """vLLM 0.32 on a CPU keeps the old output head of a model that is served as tied, and says nothing.
+
+    When this test fails because nothing is raised, vLLM has mended it.
+    """
+    engine = VLLMServer(small(tmp_path / "log"))
+    first, second = make_model(7, tied=True), make_model(8, tied=True)
+    try:
+        engine.load(save(first, tmp_path, "step-000001"))
+        verify(engine.score(PROBES), first)
+        engine.load(save(second, tmp_path, "step-000002"))
+        with pytest.raises(SyncError, match="step-000002"):
+            verify(engine.score(PROBES), second)
+        assert_death_is_explained(engine)
+    finally:
+        engine.close()
+
+
+def assert_death_is_explained(engine: VLLMServer) -> None:
+    """Kill the engine's core as the kernel does when memory runs out."""
+    group = engine.process_group
+    assert group is not None
+    cores = [p for p in psutil.Process(group).children(recursive=True) if "EngineCore" in "".join(p.cmdline())]
+    cores[0].kill()
+    with pytest.raises(EngineError, match=r"vLLM died, exit status \d+, log .*\n  \| "):
+        engine.complete(ask("hello"), seed=0)
+    assert not engine.alive()
+    engine.close()
+    assert members(group) == []
+
+
+@pytest.mark.vllm
+def test_a_model_that_cannot_be_served_is_reported_at_once(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model", "architectures": ["NoSuchModel"]}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    engine = VLLMServer(small(tmp_path / "log"))
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"(?s)vLLM ended after .*no_such_model.*To fix: the checkpoint's model"):
+        engine.load(Checkpoint("step-000001", tmp_path))
+    assert time.monotonic() - began < 200
+    assert engine.process_group is None
+    assert engine.weights is None
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
+VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, log_path=Path(sys.argv[2]))).load(Checkpoint("v", Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.vllm
+def test_sigkill_of_the_owner_takes_vllm_and_its_engine_core_along(
+    checkpoints: list[Checkpoint], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", OWNER, str(checkpoints[0].path), str(tmp_path / "log")]
+    owner = subprocess.Popen(command)
+    group, core_seen, deadline = 0, False, time.monotonic() + 200
+    while not core_seen and time.monotonic() < deadline:
+        time.sleep(0.2)
+        below = psutil.Process(owner.pid).children(recursive=True)
+        group = next((os.getpgid(p.pid) for p in below if p.is_running()), 0)
+        core_seen = any("EngineCore" in "".join(p.cmdline()) for p in below if p.is_running())
+    assert core_seen
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert wait_until_gone(group, seconds=30) == []

@@ -1,0 +1,255 @@
+"""Rollouts: what is recorded, what is scored, what is masked."""
+
+import asyncio
+import re
+import threading
+import time
+
+import dspy
+import pytest
+
+from dspy_fst.errors import EngineError
+from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.reward import Reward, metric_fault
+from dspy_fst.rollout.texts import read_texts
+from dspy_fst.types import Candidate, Population, Problem
+from tests.fakes import fields, scripted_policy
+
+PROBLEMS = [Problem(i, dspy.Example(question=f"q{i}", answer=str(i)).with_inputs("question")) for i in range(4)]
+
+
+class TwoStep(dspy.Module):
+    """Calls ``draft`` as often as the question's number says, then ``answer`` once."""
+
+    def __init__(self):
+        super().__init__()
+        self.draft = dspy.Predict("question -> draft")
+        self.answer = dspy.Predict("question, drafts -> answer")
+
+    def forward(self, question):
+        drafts = [self.draft(question=question).draft for _ in range(int(question[1:]))]
+        return self.answer(question=question, drafts=str(drafts))
+
+
+def speak(messages, seed):
+    """Answers both predictors of TwoStep; the number in the question is the answer."""
+    number = re.search(r"^q(\d)", messages[-1]["content"], re.MULTILINE)[1]
+    return fields(draft=f"d{seed % 10}") if "## draft ##" in messages[0]["content"] else fields(answer=number)
+
+
+def exact(gold, pred, trace=None):
+    return float(pred.answer == gold.answer)
+
+
+def player_of(program, speak=speak, metric=exact, **settings):
+    policy, engine = scripted_policy(speak)
+    program.set_lm(policy)
+    engine.version = "step-000001"
+    return Player(program, Reward(metric), PlayerSettings(threads=8, **settings), engine.expect), engine
+
+
+def play_one(program, **arguments):
+    player, _ = player_of(program, **arguments)
+    return player.play([Task(PROBLEMS[1], read_texts(program))], "test")[0]
+
+
+def test_every_call_carries_its_predictor_candidate_and_weights():
+    program = TwoStep()
+    player, _ = player_of(program)
+    candidates = [Candidate({**read_texts(program).texts, "answer": f"Say it {i}."}) for i in range(2)]
+    rollouts = player.play([Task(p, c, s) for p in PROBLEMS for c in candidates for s in range(4)], "test")
+    assert len(rollouts) == 32
+    for rollout in rollouts:
+        assert [call.predictor for call in rollout.calls] == ["draft"] * rollout.problem + ["answer"]
+        assert {call.weights for call in rollout.calls} == {"step-000001"}
+        assert rollout.reward == 1.0
+        spoken = "".join(map(chr, rollout.calls[-1].prompt_ids))
+        assert rollout.candidate.texts["answer"] in spoken
+
+
+def test_a_group_holds_each_candidate_g_over_k_times():
+    program = TwoStep()
+    player, _ = player_of(program)
+    seed = read_texts(program)
+    population = Population(tuple(Candidate({**seed.texts, "draft": str(i)}) for i in range(4)), (None,) * 4)
+    groups = player.groups(PROBLEMS, population, 8, "step-0")
+    for group, problem in zip(groups, PROBLEMS, strict=True):
+        assert group.problem == problem.index
+        assert [r.candidate.texts["draft"] for r in group.rollouts] == list("00112233")
+
+
+def test_seeds_depend_on_the_draw_and_the_sample_but_not_on_threads():
+    seen: list[set[int]] = []
+    for threads in (1, 8):
+        asked: set[int] = set()
+
+        def listen(messages, seed, asked=asked):
+            asked.add(seed)
+            return speak(messages, seed)
+
+        program = TwoStep()
+        player, _ = player_of(program, listen)
+        player.settings = PlayerSettings(threads=threads)
+        player.play([Task(PROBLEMS[2], read_texts(program), sample) for sample in range(3)], "a")
+        seen.append(asked)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 9  # three samples of three calls, two of which ask the same prompt
+
+
+def test_copies_made_inside_the_program_keep_their_names():
+    class Inside(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.best = dspy.BestOfN(
+                dspy.Predict("question -> answer"), N=2, reward_fn=lambda a, p: 0.0, threshold=1.0
+            )
+
+        def forward(self, question):
+            return self.best(question=question)
+
+    rollout = play_one(Inside())
+    assert [call.predictor for call in rollout.calls] == ["best.module"] * 2
+
+
+def test_calls_are_recorded_from_inside_parallel_and_async_programs():
+    class Spread(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.answer = dspy.Predict("question -> answer")
+
+        def forward(self, question):
+            example = dspy.Example(question=question).with_inputs("question")
+            dspy.Parallel(num_threads=2, disable_progress_bar=True)([(self.answer, example)] * 3)
+
+            async def two():
+                return await asyncio.gather(*(self.answer.acall(question=question) for _ in range(2)))
+
+            return asyncio.run(two())[0]
+
+    rollout = play_one(Spread())
+    assert rollout.reward == 1.0
+    assert [call.predictor for call in rollout.calls] == ["answer"] * 5
+
+
+def test_rollouts_never_read_the_cache():
+    asked = []
+
+    def listen(messages, seed):
+        asked.append(seed)
+        return fields(answer="1")
+
+    program = dspy.Predict("question -> answer", cache=True)
+    player, _ = player_of(program, listen)
+    with dspy.context(lm=None):
+        player.play([Task(PROBLEMS[1], read_texts(program)), Task(PROBLEMS[1], read_texts(program))], "same")
+    assert len(asked) == 2
+
+
+def test_a_reply_that_does_not_parse_is_scored_and_keeps_its_tokens():
+    rollout = play_one(
+        dspy.Predict("question -> a: int, b: int"), speak=lambda m, s: "nonsense", format_failure_score=-0.5
+    )
+    assert (rollout.reward, rollout.failure, rollout.mask) == (-0.5, "parse", None)
+    assert len(rollout.calls) == 1, "ChatAdapter's silent second call must be off"
+    assert "".join(map(chr, rollout.calls[0].completion_ids)) == "nonsense"
+    assert len(rollout.trace) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "mask"),
+    [(EngineError("gone"), "lm: EngineError"), (ConnectionError("down"), "outage: ConnectionError")],
+)
+def test_an_engine_or_tool_that_is_gone_masks(error, mask):
+    class Tool(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.answer = dspy.Predict("question -> answer")
+
+        def forward(self, question):
+            reply = self.answer(question=question)
+            if not isinstance(error, EngineError):
+                raise error
+            return reply
+
+    def fail(messages, seed):
+        if isinstance(error, EngineError):
+            raise error
+        return fields(answer="1")
+
+    rollout = play_one(Tool(), speak=fail)
+    assert (rollout.reward, rollout.mask) == (None, mask)
+
+
+def test_a_program_that_trips_over_the_policy_s_output_is_scored():
+    class Trips(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.answer = dspy.Predict("question -> answer")
+
+        def forward(self, question):
+            return {}[self.answer(question=question).answer]
+
+    rollout = play_one(Trips())
+    assert (rollout.reward, rollout.failure) == (0.0, "KeyError")
+
+
+@pytest.mark.parametrize(
+    ("returned", "mask"),
+    [(None, "metric returned NoneType"), (float("nan"), "metric returned nan"), ("x", "metric returned str")],
+)
+def test_a_metric_without_a_number_masks(returned, mask):
+    rollout = play_one(TwoStep(), metric=lambda gold, pred, trace=None: returned)
+    assert (rollout.reward, rollout.mask) == (None, mask)
+
+
+def test_a_metric_that_raises_masks():
+    rollout = play_one(TwoStep(), metric=lambda gold, pred, trace=None: 1 / 0)
+    assert (rollout.reward, rollout.mask) == (None, "metric raised ZeroDivisionError")
+
+
+def test_a_rollout_over_its_time_is_masked_and_its_late_calls_are_refused():
+    late: list[str] = []
+    release = threading.Event()
+
+    class Hangs(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.answer = dspy.Predict("question -> answer")
+
+        def forward(self, question):
+            reply = self.answer(question=question)
+            if question == "q1":
+                release.wait(20)
+                try:
+                    self.answer(question=question)
+                except Exception as error:
+                    late.append(str(error))
+            return reply
+
+    program = Hangs()
+    player, engine = player_of(program, timeout_s=0.3)
+    started = time.monotonic()
+    rollouts = player.play([Task(p, read_texts(program)) for p in PROBLEMS], "test")
+    assert time.monotonic() - started < 10
+    assert [r.mask for r in rollouts] == [None, "timeout", None, None]
+    assert engine.expected[-1] == 0
+    release.set()
+    for _ in range(100):
+        if late:
+            break
+        time.sleep(0.05)
+    assert "given up" in late[0]
+
+
+def test_feedback_and_predictor_signatures_of_metrics():
+    def gepa_style(gold, pred, trace, pred_name, pred_trace):
+        return dspy.Prediction(score=0.25, feedback=f"for {pred_name}")
+
+    score = Reward(gepa_style)(PROBLEMS[0].example, dspy.Prediction(answer="0"), None, "draft", None)
+    assert (score.value, score.feedback) == (0.25, "for draft")
+    assert Reward(exact)(PROBLEMS[0].example, dspy.Prediction(answer="0")).value == 1.0
+    assert metric_fault(gepa_style) is None
+    assert metric_fault(exact) is None
+    assert "wrong signature" in str(metric_fault(lambda gold: 1.0))
+    assert "wrong signature" in str(metric_fault(lambda gold, pred, trace, name, ptrace, more: 1.0))
+    assert "not callable" in str(metric_fault(3))

@@ -1,0 +1,66 @@
+"""The run directory: refusals, and a state that is never half there."""
+
+import json
+
+import pytest
+
+from dspy_fst.errors import RunDirectoryError
+from dspy_fst.run.directory import RunDirectory, read_events
+from dspy_fst.types import Candidate, Population
+
+
+def save_nothing(path):
+    path.mkdir()
+
+
+def test_events_after_the_last_commit_are_forgotten(tmp_path):
+    run = RunDirectory(tmp_path / "run", {"seed": 1})
+    run.emit("step", step=0)
+    run.commit(save_nothing, step=1)
+    run.emit("step", step=1)
+    again = RunDirectory(tmp_path / "run", {"seed": 1})
+    assert again.state["step"] == 1
+    assert [event["step"] for event in again.events()] == [0]
+
+
+def test_a_commit_killed_between_its_renames_is_found_again(tmp_path):
+    run = RunDirectory(tmp_path / "run", {"seed": 1})
+    run.commit(save_nothing, step=1)
+    (tmp_path / "run" / "state").rename(tmp_path / "run" / "state.old")
+    assert RunDirectory(tmp_path / "run", {"seed": 1}).state["step"] == 1
+
+
+def test_a_run_of_another_recipe_is_refused_with_the_difference(tmp_path):
+    RunDirectory(tmp_path / "run", {"seed": 1, "cycles": 2})
+    with pytest.raises(RunDirectoryError, match=r"cycles \(there 2, now 3\)"):
+        RunDirectory(tmp_path / "run", {"seed": 1, "cycles": 3})
+
+
+def test_a_foreign_directory_is_left_alone(tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="not empty"):
+        RunDirectory(tmp_path, {"seed": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    (tmp_path / "events.jsonl").write_text(json.dumps({"event": "step"}) + '\n{"event": "st')
+    assert len(read_events(tmp_path)) == 1
+
+
+def test_the_first_and_the_newest_weights_are_kept(tmp_path):
+    run = RunDirectory(tmp_path / "run", {"seed": 1})
+    for step in range(5):
+        run.weights_path(f"step-{step:06d}").mkdir()
+    run.prune_weights(2)
+    assert sorted(path.name[-1] for path in (tmp_path / "run" / "weights").iterdir()) == ["0", "3", "4"]
+
+
+def test_a_population_survives_the_disk(tmp_path):
+    candidate = Candidate({"answer": "Größe — 数"})
+    run = RunDirectory(tmp_path / "run", {"seed": 1})
+    run.commit(save_nothing, step=0, population=Population((candidate,), (0.5,), {candidate.digest: ()}))
+    from dspy_fst.run.directory import population_from_json
+
+    again = RunDirectory(tmp_path / "run", {"seed": 1})
+    assert population_from_json(again.state["population"]).best == candidate

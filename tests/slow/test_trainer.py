@@ -1,0 +1,295 @@
+"""One update against arithmetic done by hand: the gradient, AdamW, and what may not change it."""
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from dspy_fst.errors import ConfigurationError, TrainingError
+from dspy_fst.slow.credit import credit
+from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.types import Group
+from tests.slow.makers import VOCABULARY, make_batch, make_call, make_rollout, make_row, make_tokenizer, save_model
+
+SETTINGS = TrainerSettings(
+    learning_rate=1e-2, kl_coefficient=0.1, temperature=0.7, importance_cap=1.5, micro_batch_tokens=40
+)
+
+
+def make_trainer(start, reference=None, **changes) -> Trainer:
+    return Trainer(start, dataclasses.replace(SETTINGS, **changes), device="cpu", reference=reference)
+
+
+def draw_call(draw: random.Random, predictor: str = "answer"):
+    """A call of any length whose recorded log-probabilities leave some ratios far above the cap."""
+    completion = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 7))]
+    prompt = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 12))]
+    return make_call(completion, prompt, predictor=predictor, logprobs=[-draw.uniform(0.5, 12) for _ in completion])
+
+
+@pytest.fixture
+def groups() -> list[Group]:
+    """Two live problems whose rollouts call two modules a different number of times, a masked rollout, a flat group."""
+    draw = random.Random(3)
+
+    def rollout(problem, reward):
+        calls = [draw_call(draw, draw.choice(["query", "answer"])) for _ in range(draw.randint(1, 3))]
+        return make_rollout(reward, *calls, problem=problem, mask="timeout" if reward is None else None)
+
+    rewards = [(1.0, 0.0, 0.25, None), (0.0, 1.0), (1.0, 1.0)]
+    return [Group(p, tuple(rollout(p, reward) for reward in group)) for p, group in enumerate(rewards)]
+
+
+@pytest.fixture
+def batch(groups):
+    return credit(groups)
+
+
+@contextmanager
+def recorded_gradients(trainer: Trainer) -> Iterator[dict[str, torch.Tensor]]:
+    """The gradients that the optimizer is handed."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def record(*_):
+        seen.update({name: p.grad.clone() for name, p in trainer.parameters.items() if p.grad is not None})
+
+    hook = register_optimizer_step_pre_hook(record)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def hand_gradient(start, reference, groups, settings: TrainerSettings) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradient and loss written out in float64, one call at a time, unpadded, from the definitions.
+
+    With z the logits, p = softmax(z / T), q the reference's, e the sampled token's unit vector:
+    dL/dz = w / T * [ -min(p_y / b_y, cap) A (e - p) + kl_coefficient * p (log(p / q) - KL) ].
+    """
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float64)
+    anchor = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float64)
+    live = [[r for r in g.rollouts if r.reward is not None] for g in groups]
+    live = [group for group in live if len({r.reward for r in group}) > 1]
+    total = 0.0
+    for group in live:
+        rewards = torch.tensor([r.reward for r in group], dtype=torch.float64)
+        advantages = (rewards - rewards.mean()) / (rewards.var(unbiased=False).sqrt() + 1e-6)
+        share = 1 / (len(live) * sum(r.tokens for r in group))
+        for rollout, advantage in zip(group, advantages, strict=True):
+            for call in rollout.calls:
+                ids = torch.tensor([[*call.prompt_ids, *call.completion_ids]])
+                span = slice(len(call.prompt_ids) - 1, -1)
+                logits = model(ids).logits[0, span]
+                with torch.no_grad():
+                    p = torch.softmax(logits / settings.temperature, -1)
+                    q = torch.softmax(anchor(ids).logits[0, span] / settings.temperature, -1)
+                    e = torch.nn.functional.one_hot(torch.tensor(call.completion_ids), VOCABULARY)
+                    chosen = (p * e).sum(-1)
+                    ratio = chosen / torch.tensor(call.logprobs, dtype=torch.float64).exp()
+                    weight = ratio.clamp(max=settings.importance_cap)
+                    kl = (p * (p / q).log()).sum(-1, keepdim=True)
+                    push = -weight[:, None] * advantage * (e - p)
+                    pull = settings.kl_coefficient * p * ((p / q).log() - kl)
+                    total += float(
+                        share * (-weight * advantage * chosen.log() + settings.kl_coefficient * kl[:, 0]).sum()
+                    )
+                logits.backward(share / settings.temperature * (push + pull))
+    return {name: p.grad for name, p in model.named_parameters()}, total
+
+
+def assert_close(left: dict, right: dict, tolerance: float = 2e-6) -> None:
+    """Every tensor agrees to a share of the largest entry of all."""
+    assert left.keys() == right.keys()
+    scale = max(float(t.abs().max()) for t in right.values())
+    gaps = {name: float((left[name].double() - right[name].double()).abs().max()) / scale for name in right}
+    assert max(gaps.values()) < tolerance, gaps
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradient_and_the_loss_are_those_worked_out_by_hand(start, tied_start, tmp_path, groups, batch, tied):
+    begin, reference = (tied_start if tied else start), save_model(tmp_path / "reference", tied=tied, seed=9)
+    trainer = make_trainer(begin, reference)
+    with recorded_gradients(trainer) as gradients:
+        report = trainer.step(batch)
+    by_hand, loss = hand_gradient(begin, reference, groups, SETTINGS)
+    assert_close(gradients, by_hand)
+    assert report.loss == pytest.approx(loss, rel=1e-5)
+    assert 0 < report.capped_share < 1
+    assert report.grad_norm == pytest.approx(sum(float(g.square().sum()) for g in by_hand.values()) ** 0.5, rel=1e-5)
+
+
+def test_the_size_of_micro_batches_does_not_change_the_gradient(start, batch):
+    seen = []
+    for budget in (1, 30, 10_000):
+        trainer = make_trainer(start, micro_batch_tokens=budget)
+        with recorded_gradients(trainer) as gradients:
+            trainer.step(batch)
+        seen.append(gradients)
+    assert_close(seen[0], seen[2])
+    assert_close(seen[1], seen[2])
+
+
+def test_parameters_move_by_adamw_with_a_linear_warm_up(start, batch):
+    """Three updates of a two-step warm-up, written out: rates 1/2, 1, 1 of the peak."""
+    trainer = make_trainer(start, weight_decay=0.1, warmup_steps=2, betas=(0.8, 0.9))
+    weights = {name: p.detach().double().clone() for name, p in trainer.parameters.items()}
+    first = {name: torch.zeros_like(w) for name, w in weights.items()}
+    second = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for t, rate in enumerate([0.5e-2, 1e-2, 1e-2], start=1):
+        with recorded_gradients(trainer) as gradients:
+            assert trainer.step(batch).learning_rate == pytest.approx(rate)
+        for name, gradient in gradients.items():
+            g = gradient.double()
+            first[name] = 0.8 * first[name] + 0.2 * g
+            second[name] = 0.9 * second[name] + 0.1 * g**2
+            step = (first[name] / (1 - 0.8**t)) / ((second[name] / (1 - 0.9**t)).sqrt() + 1e-8)
+            weights[name] -= rate * (0.1 * weights[name] + step)
+    assert_close(dict(trainer.parameters), weights)
+
+
+def test_a_gradient_above_the_maximum_is_scaled_to_it_and_reported_unscaled(start, batch):
+    free, clipped = make_trainer(start), make_trainer(start, max_grad_norm=0.01)
+    with recorded_gradients(free) as full:
+        norm = free.step(batch).grad_norm
+    with recorded_gradients(clipped) as small:
+        assert clipped.step(batch).grad_norm == pytest.approx(norm)
+    assert norm > 0.01
+    assert_close(small, {name: g * 0.01 / norm for name, g in full.items()}, tolerance=1e-4)
+
+
+def test_an_empty_batch_moves_neither_weights_nor_schedule(start):
+    trainer = make_trainer(start)
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    report = trainer.step(make_batch([]))
+    assert (report.tokens, report.loss, report.grad_norm, trainer.updates) == (0, 0.0, 0.0, 0)
+    assert all(torch.equal(before[name], p) for name, p in trainer.parameters.items())
+
+
+def test_a_loss_that_is_not_finite_leaves_the_state_untouched(start, batch):
+    trainer, twin = make_trainer(start), make_trainer(start)
+    poisoned = [dataclasses.replace(batch.rows[0], advantage=float("nan")), *batch.rows[1:]]
+    with pytest.raises(TrainingError, match="learning_rate"):
+        trainer.step(make_batch(poisoned))
+    assert trainer.step(batch) == twin.step(batch)
+    assert all(torch.equal(p, twin.parameters[name]) for name, p in trainer.parameters.items())
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (make_row([1], [2, 3], [-1.0], 1.0, 0.5), "log-probability for each"),
+        (make_row([1], [2], [float("-inf")], 1.0, 1.0), "finite log-probability"),
+        (make_row([], [2], [-1.0], 1.0, 1.0), "no prompt"),
+        (make_row([1], [VOCABULARY], [-1.0], 1.0, 1.0), "another model"),
+    ],
+)
+def test_a_row_that_cannot_be_scored_is_refused_before_anything_moves(start, row, complaint):
+    trainer = make_trainer(start)
+    with pytest.raises(TrainingError, match=complaint):
+        trainer.step(make_batch([row]))
+    assert trainer.updates == 0
+
+
+def test_the_report_measures_the_weights_before_they_move(start, groups):
+    trainer = make_trainer(start, temperature=1.0)
+    calls = [call for group in groups for rollout in group.rollouts for call in rollout.calls]
+    exact = [dataclasses.replace(c, logprobs=tuple(lp)) for c, lp in zip(calls, trainer.logprobs(calls), strict=True)]
+    rows = [make_row(c.prompt_ids, c.completion_ids, c.logprobs, 1.0, 0.01) for c in exact]
+    report = trainer.step(make_batch(rows))
+    assert report.max_log_ratio == pytest.approx(0, abs=1e-5)
+    assert report.kl_to_start == pytest.approx(0, abs=1e-6)
+    assert report.capped_share == 0
+    assert (report.rows, report.tokens) == (len(calls), sum(len(c.completion_ids) for c in calls))
+
+
+def test_without_a_kl_term_no_reference_is_loaded_and_the_report_says_unmeasured(start, batch):
+    trainer = make_trainer(start, reference="/nowhere", kl_coefficient=0.0)
+    assert trainer.step(batch).kl_to_start is None
+
+
+def test_scores_are_the_models_own_log_probabilities_in_the_order_given(start):
+    draw = random.Random(0)
+    sequences = [[draw.randrange(VOCABULARY) for _ in range(n)] for n in (3, 9, 1, 6, 0, 2)]
+    scores = make_trainer(start, micro_batch_tokens=12).score(sequences)
+    model = AutoModelForCausalLM.from_pretrained(start)
+    assert [len(score) for score in scores] == [2, 8, 0, 5, 0, 1]
+    for sequence, score in zip(sequences, scores, strict=True):
+        if score:
+            ids = torch.tensor([sequence])
+            wanted = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(-1, ids[0, 1:, None])[:, 0]
+            assert score == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_calls_are_scored_at_the_temperature_they_were_sampled_with(start):
+    call = make_call([4, 5, 6], [1, 2])
+    model = AutoModelForCausalLM.from_pretrained(start)
+    logits = model(torch.tensor([[1, 2, 4, 5, 6]])).logits[0, 1:-1]
+    wanted = torch.log_softmax(logits / 0.7, -1).gather(-1, torch.tensor([[4], [5], [6]]))[:, 0]
+    assert make_trainer(start).logprobs([call])[0] == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_kl_to_start_is_zero_at_the_start_and_a_token_mean_afterwards(start, batch):
+    trainer = make_trainer(start)
+    calls = [make_call([4, 5, 6], [1, 2]), make_call([9], [8, 7, 6])]
+    assert trainer.kl_to_start(calls) == pytest.approx(0, abs=1e-6)
+    trainer.step(batch)
+    by_call = trainer.kl_by_call(calls)
+    assert [len(values) for values in by_call] == [3, 1]
+    assert min(value for values in by_call for value in values) > 0
+    assert trainer.kl_to_start(calls) == pytest.approx(sum(map(sum, by_call)) / 4)
+    with pytest.raises(ValueError, match="no completion token"):
+        trainer.kl_to_start([])
+
+
+def test_updates_raise_the_likelihood_of_what_was_rewarded(start):
+    trainer = make_trainer(start, temperature=1.0, warmup_steps=0)
+    good, bad = make_call([4, 5], [1, 2]), make_call([6, 7], [1, 2])
+    before = trainer.logprobs([good, bad])
+    for _ in range(5):
+        scored = [
+            dataclasses.replace(c, logprobs=tuple(lp)) for c, lp in zip((good, bad), trainer.logprobs([good, bad]))
+        ]
+        trainer.step(credit([Group(0, (make_rollout(1.0, scored[0]), make_rollout(0.0, scored[1])))]))
+    after = trainer.logprobs([good, bad])
+    assert sum(after[0]) > sum(before[0])
+    assert sum(after[1]) < sum(before[1])
+
+
+def test_bfloat16_runs_the_body_low_and_keeps_float32_weights_and_logits(start, batch):
+    exact, low = make_trainer(start), make_trainer(start, precision="bfloat16")
+    assert (exact.dtype, low.dtype) == ("float32", "bfloat16")
+    assert {p.dtype for p in low.parameters.values()} == {torch.float32}
+    sequence = list(range(20))
+    gaps = [abs(a - b) for a, b in zip(exact.score([sequence])[0], low.score([sequence])[0], strict=True)]
+    assert 1e-4 < max(gaps) < 0.3
+    with recorded_gradients(exact) as wanted:
+        exact.step(batch)
+    with recorded_gradients(low) as gradients:
+        low.step(batch)
+    assert_close(gradients, wanted, tolerance=0.1)
+
+
+def test_a_model_that_scales_its_logits_is_refused_by_its_type(tmp_path):
+    config = GraniteConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        logits_scaling=8.0,
+    )
+    GraniteForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(TrainingError, match="granite"):
+        make_trainer(tmp_path)
+
+
+def test_settings_name_all_their_faults_at_once():
+    with pytest.raises(ConfigurationError) as error:
+        TrainerSettings(learning_rate=0, temperature=-1, betas=(0.9, 1.0), max_grad_norm=0, micro_batch_tokens=0)
+    assert len(error.value.faults) == 5

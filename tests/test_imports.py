@@ -1,0 +1,83 @@
+"""Imports run one way, and heavy or foreign libraries stay in their corner."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dspy_fst"
+LAYERS = [
+    ["errors"],
+    ["types"],
+    ["config", "engine.base"],
+    ["plan", "fast", "slow", "rollout", "engine", "run", "report"],
+    ["policy"],
+    ["validation"],
+    ["session"],
+    ["prepare", "compiled"],
+    ["optimizer", "evaluation"],
+    ["interop", "serve", "cli"],
+]
+"""From below to above. A module imports from lower layers, or from its own folder."""
+CORNERS = {
+    "torch": ["slow", "engine", "policy"],
+    "gepa": ["fast"],
+    "vllm": [],
+    "accelerate": ["slow"],
+    "trl": ["slow"],
+    "matplotlib": ["report"],
+    "rich": ["report"],
+}
+"""Library -> where it may be imported."""
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at any depth, type checking left out."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def layer_of(module: str) -> int:
+    named = [i for i, layer in enumerate(LAYERS) for name in layer if module == name]
+    parts = [i for i, layer in enumerate(LAYERS) for name in layer if module.startswith(name + ".")]
+    return (named or parts)[0]
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_run_one_way(module):
+    for imported in imports(modules()[module]):
+        if not imported.startswith("dspy_fst."):
+            continue
+        target = imported.removeprefix("dspy_fst.")
+        same_folder = "." in module and target.split(".")[0] == module.split(".")[0]
+        assert same_folder or layer_of(target) < layer_of(module), f"{module} must not import {target}"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_libraries_stay_in_their_corner(module):
+    for imported in imports(modules()[module]):
+        allowed = CORNERS.get(imported.split(".")[0])
+        if allowed is not None:
+            assert any(module == place or module.startswith(place + ".") for place in allowed), f"{module}: {imported}"

@@ -1,0 +1,70 @@
+"""The recipe's faults, and which problems a step sees."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspy_fst.config import FSTConfig, load_config, make_config
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.plan import Plan
+
+
+def test_the_defaults_are_the_paper_s():
+    config = FSTConfig()
+    assert (config.steps_per_cycle, config.population_size, config.group_size) == (6, 4, 8)
+    assert (config.lookahead, config.anchor_count, config.search_budget) == (192, 192, 960)
+    assert (config.importance_cap, config.kl_coefficient, config.warmup_steps) == (4.0, 0.001, 10)
+
+
+def test_every_fault_is_told_at_once():
+    with pytest.raises(ConfigurationError) as caught:
+        load_config({"cycles": 0, "learning_rate": -1, "lerning_rate": 1e-4})
+    text = str(caught.value)
+    assert text.startswith("3 problems found")
+    assert all(name in text for name in ("cycles=0", "learning_rate=-1", "lerning_rate"))
+
+
+def test_a_group_that_does_not_divide_names_the_sizes_that_do():
+    faults = make_config({"group_size": 10, "population_size": 4})[1]
+    assert len(faults) == 1
+    assert "group_size=8 or 12" in faults[0]
+
+
+def test_an_epoch_shows_every_problem_once():
+    plan = Plan(FSTConfig(problems_per_step=5), size=20)
+    seen = [problem for step in range(4) for problem in plan.problems(step)]
+    assert sorted(seen) == list(range(20))
+    assert plan.problems(4) != plan.problems(0)
+
+
+@settings(max_examples=40)
+@given(size=st.integers(4, 60), seed=st.integers(0, 5), cycle=st.integers(0, 3))
+def test_a_step_is_a_function_of_seed_and_index(size, seed, cycle):
+    config = FSTConfig(problems_per_step=4, steps_per_cycle=3, anchors=6, seed=seed)
+    one, other = Plan(config, size), Plan(config, size)
+    other.problems(7)  # asked in another order
+    assert one.problems(cycle * 3 + 1) == other.problems(cycle * 3 + 1)
+    assert set(one.anchors(cycle)) <= set(one.lookahead(cycle))
+    assert len(one.anchors(cycle)) == min(6, len(one.lookahead(cycle)))
+
+
+def test_baselines_are_schedules_of_the_same_loop():
+    def shape(method):
+        plan = Plan(FSTConfig(method=method, cycles=3, anchors=10, search_passes=2), 100)
+        return [(cycle.search_budget, len(cycle.steps)) for cycle in plan.cycles]
+
+    assert shape("fst") == [(20, 6)] * 3
+    assert shape("rl") == [(0, 6)] * 3
+    assert shape("gepa") == [(60, 0)]
+    assert shape("gepa_then_rl") == [(60, 6), (0, 6), (0, 6)]
+    assert shape("rl_then_gepa") == [(0, 6)] * 3 + [(60, 0)]
+
+
+def test_the_budget_counts_every_phase():
+    config = FSTConfig(cycles=2, anchors=10, search_passes=2)
+    budget = Plan(config, 100).budget(validation_size=7)
+    assert budget.search_rollouts == 40
+    assert budget.scoring_rollouts == 10 + 4 * 10
+    assert budget.training_rollouts == 2 * 6 * 32 * 8
+    assert budget.validation_rollouts == 28
+    assert budget.updates == 12
