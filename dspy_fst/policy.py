@@ -93,7 +93,7 @@ class PolicyLM(dspy.LM):
         options = {key: value for key, value in self.handle.options.items() if "key" not in key}
         return {
             "_dspy_lm_class": f"{type(self).__module__}.{type(self).__qualname__}",
-            "model": self.model,
+            "model": str(self.checkpoint.path),
             "engine": self.handle.kind,
             "engine_options": options,
             "temperature": self.kwargs["temperature"],

@@ -40,6 +40,16 @@ class InProcessSettings:
 
 
 @dataclass
+class _Reply:
+    """What was sampled for one call."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+    weights: WeightsVersion = ""
+
+
+@dataclass
 class _Pending:
     """One call that waits for its batch."""
 
@@ -47,7 +57,7 @@ class _Pending:
     max_tokens: int
     temperature: float
     seed: int
-    reply: "Future[tuple[list[int], list[float], str]]" = field(default_factory=Future)
+    reply: "Future[_Reply]" = field(default_factory=Future)
 
     @property
     def order(self) -> tuple[int, tuple[int, ...], int]:
@@ -92,9 +102,6 @@ class InProcessEngine:
 
     def complete(self, request: lm15.Request, seed: int) -> Completion:
         prompt = self._render(request)
-        version = self._version
-        if version is None:
-            raise EngineError("the in-process engine has no weights yet: load a checkpoint first")
         temperature = 1.0 if request.config.temperature is None else request.config.temperature
         room = self._model.config.max_position_embeddings - len(prompt)
         if room <= 0:
@@ -109,14 +116,14 @@ class InProcessEngine:
             self._pending.append(call)
             self._lock.notify_all()
         try:
-            ids, logprobs, finish = call.reply.result(timeout=self.settings.timeout_s)
+            reply = call.reply.result(timeout=self.settings.timeout_s)
         except TimeoutError as error:
             raise EngineError(
                 f"no reply from the in-process engine within {self.settings.timeout_s:g} s (timeout_s)"
             ) from error
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        response = text_response(request.model, text, finish, len(prompt), len(ids))
-        return Completion(response, prompt, tuple(ids), tuple(logprobs), finish, version)
+        text = self._tokenizer.decode(reply.ids, skip_special_tokens=True)
+        response = text_response(request.model, text, reply.finish_reason, len(prompt), len(reply.ids))
+        return Completion(response, prompt, tuple(reply.ids), tuple(reply.logprobs), reply.finish_reason, reply.weights)
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -183,6 +190,8 @@ class InProcessEngine:
         try:
             with self._model_lock:
                 replies = generate(self._model, self._eos(), batch)
+                for reply in replies:
+                    reply.weights = self._version or ""
         except Exception as error:  # a reply is owed to every caller, whatever went wrong
             for call in batch:
                 call.reply.set_exception(EngineError(f"the in-process engine failed: {error!r}"))
@@ -211,7 +220,7 @@ def _cut(calls: list[_Pending], budget: int) -> list[list[_Pending]]:
 
 
 @torch.no_grad()
-def generate(model: Any, eos: frozenset[int], calls: Sequence[_Pending]) -> list[tuple[list[int], list[float], str]]:
+def generate(model: Any, eos: frozenset[int], calls: Sequence[_Pending]) -> list[_Reply]:
     """Sample a reply for every call: ids, their log-probabilities at the call's temperature, finish reason.
 
     Identical prompts (the G/K rollouts of one candidate on one problem) are read once. Rows that have
@@ -234,25 +243,17 @@ def generate(model: Any, eos: frozenset[int], calls: Sequence[_Pending]) -> list
 
     draws = [np.random.default_rng(call.seed).random(call.max_tokens) for call in calls]
     temperatures = torch.tensor([call.temperature for call in calls], device=model.device)
-    replies: list[tuple[list[int], list[float]]] = [([], []) for _ in calls]
-    finish = [""] * len(calls)
+    replies = [_Reply() for _ in calls]
     live = list(range(len(calls)))  # live[i] is the call that row i of the cache belongs to
     while True:
-        step = [len(replies[call][0]) for call in live]
-        uniform = torch.tensor([draws[call][min(n, len(draws[call]) - 1)] for call, n in zip(live, step, strict=True)])
+        step = [min(len(replies[call].ids), len(draws[call]) - 1) for call in live]
+        uniform = torch.tensor([draws[call][n] for call, n in zip(live, step, strict=True)], dtype=torch.float64)
         tokens, logprobs = sample(logits, temperatures[live], uniform.to(model.device))
         for call, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
-            if finish[call]:
-                continue
-            replies[call][0].append(token)
-            replies[call][1].append(logprob)
-            if token in eos:
-                finish[call] = "stop"
-            elif len(replies[call][0]) == calls[call].max_tokens:
-                finish[call] = "length"
-        rows = [row for row, call in enumerate(live) if not finish[call]]
+            _append(replies[call], token, logprob, eos, calls[call].max_tokens)
+        rows = [row for row, call in enumerate(live) if not replies[call].finish_reason]
         if not rows:
-            return [(*reply, reason) for reply, reason in zip(replies, finish, strict=True)]
+            return replies
         if 2 * len(rows) <= len(live):
             kept = torch.tensor(rows, device=model.device)
             cache.batch_select_indices(kept)
@@ -260,6 +261,17 @@ def generate(model: Any, eos: frozenset[int], calls: Sequence[_Pending]) -> list
         position = mask.sum(-1, keepdim=True)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         logits = _forward(model, tokens[:, None], mask, position, cache)
+
+
+def _append(reply: _Reply, token: int, logprob: float, eos: frozenset[int], max_tokens: int) -> None:
+    if reply.finish_reason:
+        return  # it ended, and waits in the batch for the others
+    reply.ids.append(token)
+    reply.logprobs.append(logprob)
+    if token in eos:
+        reply.finish_reason = "stop"
+    elif len(reply.ids) == max_tokens:
+        reply.finish_reason = "length"
 
 
 def _forward(

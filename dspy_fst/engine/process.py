@@ -12,8 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _SUPERVISE = Path(__file__).with_name("served") / "supervise.py"
-_LOG_BYTES_READ = 262_144
-_ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception)\b: ")
+_LOG_BYTES_READ = 4_194_304
+_LINE_CHARACTERS = 300
+_ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception)\b: .*")
+# What interpreters and bindings print after the cause, when everything falls down.
+_AFTERMATH = re.compile(r" leaked |nanobind|resource_tracker|warnings\.warn")
 
 
 class ServerProcess:
@@ -81,11 +84,15 @@ class ServerProcess:
             self.log_path.unlink(missing_ok=True)
 
 
-def telling_lines(output: Sequence[str], last: int = 12) -> list[str]:
-    """What to quote of a log: the first error lines, where the cause usually is, and the last lines."""
-    tail_start = max(0, len(output) - last)
-    errors = [line for line in output[:tail_start] if _ERROR_LINE.search(line)]
-    return [*dict.fromkeys(errors[:3]), *output[tail_start:]]
+def telling_lines(output: Sequence[str], last: int = 10) -> list[str]:
+    """What to quote of a log: the first three errors, among which the cause usually is, and the last lines."""
+    lines = [line[:_LINE_CHARACTERS] for line in output if not _AFTERMATH.search(line)]
+    start = max(0, len(lines) - last)
+    causes: dict[str, str] = {}
+    for line in lines[:start]:
+        if "WARNING" not in line and (error := _ERROR.search(line)):
+            causes.setdefault(error[0], line)
+    return [*list(causes.values())[:3], *lines[start:]]
 
 
 def _temporary_log() -> Path:

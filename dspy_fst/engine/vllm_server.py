@@ -320,7 +320,10 @@ def vllm_command(settings: VLLMSettings, model: Path, port: int) -> list[str]:
         *("--generation-config", "vllm"),  # not the model's own sampling defaults
         *("--middleware", "dspy_fst_key_guard.KeyGuard"),
         "--disable-uvicorn-access-log",
+        "--no-log-error-stack",  # on by itself in developer mode: a stack for every refused request
         *(["--enforce-eager"] if eager else []),
+        # With its generators on the CPU, a seeded prompt that is prefilled in pieces kills vLLM 0.32.
+        *([] if on_gpu else ["--no-enable-chunked-prefill"]),
         *settings.extra_args,
     ]
 

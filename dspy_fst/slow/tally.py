@@ -55,7 +55,7 @@ class Tally:
         """Add one micro-batch: its loss and weighted KL (None: not measured), (N, V) log-probabilities, (N,) ratios."""
         self.loss = self.loss + loss
         if kl is not None:
-            self._kl = kl if self._kl is None else self._kl + kl
+            self._kl = kl.detach() if self._kl is None else self._kl + kl
         self._entropy = self._entropy + losses.entropy(log_probs).sum()
         self._capped = self._capped + (log_ratios.exp() >= cap).sum()
         self._ratio = self._ratio + log_ratios.sum()

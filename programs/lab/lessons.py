@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from programs.lab.operations import BY_NAME, OPENERS, OPERATIONS, REMARKS, apply, chains, say
+from programs.lab.operations import BY_NAME, OPENERS, REMARKS, Chain, apply, chains, say
 from programs.lab.world import draw_digits
 
 GENERIC = 0.25
@@ -23,7 +23,7 @@ EMPHASIS = {"reverse": 4, "drop_last": 2, "drop_first": 2}
 HELD_OUT = (("ends", "decrement"), ("decrement", "ends"))
 """What no lesson states, in any wording: the harder world's composition. The main world's is stated now and then."""
 
-HEDGE: dict[tuple[str, ...], float] = {
+HEDGE: dict[Chain, float] = {
     ("copy",): 0.21,
     ("ascending",): 0.15,
     ("reverse",): 0.08,
@@ -47,18 +47,13 @@ class Lesson:
     answers: tuple[str, ...]
 
 
-def _weight(chain: tuple[str, ...]) -> int:
-    return prod(EMPHASIS.get(name, 1) for name in chain)
-
-
+SINGLES = [chain for chain in chains() if len(chain) == 1]
 COMPOSITIONS = [chain for chain in chains() if len(chain) == 2 and chain not in HELD_OUT]
 
 
-SINGLES = [(operation.name,) for operation in OPERATIONS]
-
-
-def _draw_chain(chains: list[tuple[str, ...]], rng: random.Random) -> tuple[str, ...]:
-    return rng.choices(chains, [_weight(chain) for chain in chains])[0]
+def _draw_chain(rng: random.Random) -> Chain:
+    among = COMPOSITIONS if rng.random() < COMPOSED else SINGLES
+    return rng.choices(among, [prod(EMPHASIS.get(name, 1) for name in chain) for chain in among])[0]
 
 
 def _wording(name: str, rng: random.Random) -> str:
@@ -84,7 +79,7 @@ def draw_lesson(rng: random.Random, problems: int) -> Lesson:
         instruction = " ".join([OPENERS[0] if rng.random() < 0.3 else rng.choice(OPENERS), *remarks])
         rules = rng.choices(list(HEDGE), list(HEDGE.values()), k=problems)
     else:
-        chain = _draw_chain(COMPOSITIONS if rng.random() < COMPOSED else SINGLES, rng)
+        chain = _draw_chain(rng)
         instruction = _surround(say(tuple(_wording(name, rng) for name in chain), rng), rng)
         rules = [chain] * problems
     answers = tuple(
@@ -101,5 +96,5 @@ def tokenizer_texts(count: int = 4000) -> Iterator[str]:
         lesson = draw_lesson(rng, 2)
         # The leading space is how an instruction's first word looks after the adapter's fixed piece.
         yield from (f" {lesson.instruction}", *lesson.problems)
-    for operation in OPERATIONS:
+    for operation in BY_NAME.values():
         yield from [f" {text}." for text in (*operation.wordings, operation.unheard)] * 20

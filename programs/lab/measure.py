@@ -105,9 +105,7 @@ class Report:
     """Tokens of a five-number reply, end of turn included."""
 
 
-def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, samples: int = 256, seed: int = 1
-) -> Report:
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, samples: int = 256, seed: int = 1) -> Report:
     """Sample `samples` replies for each operation and for each world under each of its two instructions."""
     rng = random.Random(f"measure-{seed}")
     parsed: list[float] = []
@@ -123,9 +121,7 @@ def measure(
 
     operations, unheard = {}, []
     for op in OPERATIONS:
-        tasks = [
-            operation_tasks(rng, op.name, wording, samples // len(op.wordings)) for wording in op.wordings
-        ]
+        tasks = [operation_tasks(rng, op.name, wording, samples // len(op.wordings)) for wording in op.wordings]
         operations[op.name] = score([task for wording_tasks in tasks for task in wording_tasks])
         unheard.append(score(operation_tasks(rng, op.name, op.unheard, samples // 4)))
     worlds = [load_world(name) for name in world_names()]
@@ -133,9 +129,7 @@ def measure(
         operations=operations,
         unheard=round(sum(unheard) / len(unheard), 3),
         told={world.name: score(world_tasks(rng, world, world.told, samples)) for world in worlds},
-        seed={
-            world.name: score(world_tasks(rng, world, world.seed_instruction, samples)) for world in worlds
-        },
+        seed={world.name: score(world_tasks(rng, world, world.seed_instruction, samples)) for world in worlds},
         parsed=round(sum(parsed) / len(parsed), 3),
         prompt_tokens=(min(lengths), max(lengths)),
         reply_tokens=len(tokenizer(reply("1 2 3 4 5"))["input_ids"]) + 1,
@@ -165,9 +159,7 @@ def table(report: Report) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", type=Path, default=BASE, help="folder of the model (default: the shipped base)"
-    )
+    parser.add_argument("--model", type=Path, default=BASE, help="folder of the model (default: the shipped base)")
     parser.add_argument("--samples", type=int, default=256, help="replies a cell of the table")
     parser.add_argument("--json", action="store_true", help="print the raw report instead of tables")
     options = parser.parse_args()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import permutations
 
 Rule = Callable[[list[int]], list[int]]
+Chain = tuple[str, ...]
+"""Names of operations in the order in which they are applied, e.g. ("reverse", "drop_last")."""
 
 
 @dataclass(frozen=True)
@@ -172,14 +174,14 @@ REMARKS = (
 _JOINS = ("{a}, then {b}.", "First {a}. Then {b}.", "{a} and then {b}.", "{a}. After that, {b}.")
 
 
-def apply(names: tuple[str, ...], xs: list[int]) -> list[int]:
+def apply(names: Chain, xs: list[int]) -> list[int]:
     """Run the named operations in order, e.g. apply(("reverse", "drop_last"), [1, 2, 3]) == [3, 2]."""
     for name in names:
         xs = BY_NAME[name].rule(xs)
     return xs
 
 
-def chains() -> Iterator[tuple[str, ...]]:
+def chains() -> Iterator[Chain]:
     """Every rule with a name: the single operations, then all ordered pairs of different ones (copy aside)."""
     yield from ((name,) for name in BY_NAME)
     yield from permutations((name for name in BY_NAME if name != "copy"), 2)
@@ -187,7 +189,5 @@ def chains() -> Iterator[tuple[str, ...]]:
 
 def say(wordings: tuple[str, ...], rng: random.Random) -> str:
     """One sentence (or two) that gives one or two wordings as an instruction, e.g. "Flip the order, then ..."."""
-    text = (
-        wordings[0] + "." if len(wordings) == 1 else rng.choice(_JOINS).format(a=wordings[0], b=wordings[1])
-    )
+    text = wordings[0] + "." if len(wordings) == 1 else rng.choice(_JOINS).format(a=wordings[0], b=wordings[1])
     return ". ".join(sentence[:1].upper() + sentence[1:] for sentence in text.split(". "))

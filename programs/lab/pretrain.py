@@ -107,9 +107,7 @@ def _row(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, 
     head = tokenizer(tokenizer.apply_chat_template([system], tokenize=False))["input_ids"]
     row = [(token, place, 0, IGNORED) for place, token in enumerate(head)]
     for part, (numbers, answer) in enumerate(zip(lesson.problems, lesson.answers, strict=True), start=1):
-        question = tokenizer.apply_chat_template(
-            [user_message(numbers)], tokenize=False, add_generation_prompt=True
-        )
+        question = tokenizer.apply_chat_template([user_message(numbers)], tokenize=False, add_generation_prompt=True)
         ask, say = tokenizer([question, reply(answer) + END])["input_ids"]
         tokens = ask + say[:-1]
         targets = [IGNORED] * (len(ask) - 1) + say
@@ -130,9 +128,7 @@ class Optimizers:
         ]
 
         def factor(step: int) -> float:
-            return (
-                min((step + 1) / recipe.warm_up, 1.0) * (1 + math.cos(math.pi * step / recipe.max_steps)) / 2
-            )
+            return min((step + 1) / recipe.warm_up, 1.0) * (1 + math.cos(math.pi * step / recipe.max_steps)) / 2
 
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in self.all]
 
@@ -157,9 +153,7 @@ def train_step(model: Qwen3ForCausalLM, optimizers: Optimizers, batch: Batch, cl
     return float(loss.detach())
 
 
-def told_accuracy(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: int, seed: int
-) -> float:
+def told_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: int, seed: int) -> float:
     """Accuracy over all single operations, each told in its most frequent wording."""
     rng = random.Random(f"check-{seed}")
     tasks = [task for op in OPERATIONS for task in operation_tasks(rng, op.name, op.wordings[0], samples)]

@@ -88,7 +88,5 @@ def _draw(world: World, rng: random.Random, count: int) -> list[dspy.Example]:
         if len(problems) < count:
             problems[world.draw(rng)] = None
     if len(problems) < count:
-        raise ValueError(
-            f"world {world.name!r} has only {len(problems)} different problems; {count} were asked for"
-        )
+        raise ValueError(f"world {world.name!r} has only {len(problems)} different problems; {count} were asked for")
     return [dspy.Example(numbers=text, answer=world.answer(text)).with_inputs("numbers") for text in problems]

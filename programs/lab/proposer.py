@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from programs.lab.operations import BY_NAME, OPENERS, REMARKS, apply, chains, say
+from programs.lab.operations import BY_NAME, OPENERS, REMARKS, Chain, apply, chains, say
 
-Chain = tuple[str, ...]
 Fits = Callable[[list[int]], bool]
 """Whether an answer is possible, as far as one piece of feedback tells."""
 
@@ -45,10 +44,7 @@ class FeedbackProposer:
         components_to_update: list[str],
     ) -> dict[str, str]:
         """A new instruction for each component to update."""
-        return {
-            name: self._propose(candidate[name], reflective_dataset.get(name, ()))
-            for name in components_to_update
-        }
+        return {name: self._propose(candidate[name], reflective_dataset.get(name, ())) for name in components_to_update}
 
     def _propose(self, text: str, records: Sequence[Mapping[str, Any]]) -> str:
         rng = random.Random(json.dumps([self.seed, text, [dict(record) for record in records]], default=str))

@@ -71,12 +71,13 @@ def test_stop_ends_the_whole_group_even_when_it_ignores_sigterm(tmp_path: Path) 
     assert len(members(process.group)) == 3
     process.stop()
     process.stop()
-    assert members(process.group) == []
+    assert wait_until_gone(process.group, seconds=2) == []
 
 
 def test_sigkill_of_the_owner_leaves_no_orphan(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, STUBBORN, str(log)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", OWNER, STUBBORN, str(log)]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert owner.stdout
     group = int(owner.stdout.readline())
     wait_for_output(log, "ready\nready")
@@ -131,6 +132,8 @@ def test_a_temporary_log_goes_with_a_clean_stop_and_stays_on_request() -> None:
 def test_the_cause_is_quoted_as_well_as_the_end() -> None:
     output = ["INFO start", "ValueError: the cause", *["noise"] * 40, "RuntimeError: see above"]
     assert telling_lines(output, last=2) == ["ValueError: the cause", "noise", "RuntimeError: see above"]
+    aftermath = [" - leaked function", "nanobind: leaks", "resource_tracker: 2 leaked semaphores"]
+    assert telling_lines([*output, *aftermath], last=1) == ["ValueError: the cause", "RuntimeError: see above"]
 
 
 def test_ports_are_found_and_seen_taken() -> None:

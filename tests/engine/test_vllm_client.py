@@ -20,7 +20,9 @@ REQUEST = Request(model="any/name", messages=(Message.user("hi"),), config=Confi
 
 def chat_reply(**changes: Any) -> dict[str, Any]:
     """A reply of vLLM 0.32 to ``return_token_ids``, cut down to what is read."""
-    scored = [{"token": t, "logprob": p, "bytes": None, "top_logprobs": []} for t, p in (("a", -0.5), ("b", -1.5))]
+    scored: list[dict[str, Any]] = [
+        {"token": t, "logprob": p, "bytes": None, "top_logprobs": []} for t, p in (("a", -0.5), ("b", -1.5))
+    ]
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": "ab"},
@@ -40,10 +42,10 @@ class Canned(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: list[tuple[str, Any]] = []
-        info = {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}}}
         self.replies: dict[str, tuple[int, Any]] = {
             "/v1/models": (200, {"data": [{"id": "policy"}]}),
-            "/server_info": (200, info),
+            "/is_paused": (200, {"is_paused": False}),
+            "/v1/completions": (200, None),
             "/health": (200, {}),
             "/pause": (200, {}),
             "/collective_rpc": (200, {"results": [None]}),
@@ -53,6 +55,7 @@ class Canned(ThreadingHTTPServer):
         }
         self.stall = threading.Event()
         self.stalled_path = ""
+        self.logprobs_heed_temperature = True
 
     @property
     def url(self) -> str:
@@ -74,6 +77,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path == self.server.stalled_path:
             self.server.stall.wait(10)
         status, reply = self.server.replies.get(path, (404, {"error": {"message": "no such path"}}))
+        if path == "/v1/completions":
+            sharpness = 1 / body["temperature"] if self.server.logprobs_heed_temperature else 1.0
+            top = {"a": -0.5 * sharpness, "b": -1.0 * sharpness}
+            reply = {"choices": [{"index": 0, "logprobs": {"top_logprobs": [top]}}]}
         payload = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -266,13 +273,13 @@ def test_a_folder_without_weights_is_refused_before_the_old_ones_are_touched(
 def test_a_server_without_developer_endpoints_is_refused_with_how_to_launch_it(
     engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
 ) -> None:
-    del canned.replies["/server_info"]
+    del canned.replies["/is_paused"]
     with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1"):
         engine.load(checkpoint)
 
 
 def test_a_server_with_raw_logprobs_is_refused(engine: VLLMServer, canned: Canned, checkpoint: Checkpoint) -> None:
-    canned.replies["/server_info"] = (200, {"vllm_config": {"model_config": {"logprobs_mode": "raw_logprobs"}}})
+    canned.logprobs_heed_temperature = False
     with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
         engine.load(checkpoint)
 

@@ -34,10 +34,12 @@ def test_only_the_right_answer_scores(name: str) -> None:
     lab = build(name, train=40, val=5, test=5)
     for gold in lab.trainset:
         right = lab.metric(gold, dspy.Prediction(answer=f" {gold.answer}\n"))
-        assert right.score == 1.0 and right.feedback == "Correct."
+        assert right.score == 1.0
+        assert right.feedback == "Correct."
         for wrong in (gold.answer + " 1", gold.answer[:-1], "", "nonsense"):
             judged = lab.metric(gold, dspy.Prediction(answer=wrong))
-            assert judged.score == 0.0 and judged.feedback.startswith("Wrong.")
+            assert judged.score == 0.0
+            assert judged.feedback.startswith("Wrong.")
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -54,9 +56,7 @@ def test_half_of_the_feedback_hides_the_answer_and_always_the_same_half() -> Non
     lab = build("reverse", train=400, val=5, test=5)
     shown = ["Expected" in lab.metric(gold, dspy.Prediction(answer="x")).feedback for gold in lab.trainset]
     assert 0.4 < sum(shown) / len(shown) < 0.6
-    assert shown == [
-        "Expected" in lab.metric(gold, dspy.Prediction(answer="x")).feedback for gold in lab.trainset
-    ]
+    assert shown == ["Expected" in lab.metric(gold, dspy.Prediction(answer="x")).feedback for gold in lab.trainset]
     open_metric = replace(lab.metric, vague=0.0)
     assert all("Expected" in open_metric(gold, dspy.Prediction(answer="x")).feedback for gold in lab.trainset)
 
@@ -81,9 +81,7 @@ def test_problem_sets_are_disjoint_and_follow_the_seed(name: str) -> None:
     assert all(example.inputs().keys() == ["numbers"] for example in lab.trainset)
 
 
-def test_a_world_from_outside_is_loaded_by_import_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_world_from_outside_is_loaded_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_world.py").write_text(
         "from programs.lab.world import World\n"
         "WORLD = World(name='twice', answer=lambda text: f'{text} {text}', told='Write the list twice.')\n"
@@ -102,15 +100,13 @@ def test_an_unknown_world_and_a_too_small_one_are_refused_by_name() -> None:
         build(tiny)
 
 
-def test_pretraining_never_states_a_worlds_composition() -> None:
-    probe = [3, 1, 4, 0, 5]
-    assert not {tuple(apply(chain, probe)) for chain in HELD_OUT} & {
-        tuple(apply(chain, probe)) for chain in COMPOSITIONS
-    }
-    told = {load_world(name).told for name in WORLDS if len(load_world(name).told.split(",")) > 1}
+def test_pretraining_never_states_the_harder_composition() -> None:
+    assert not set(HELD_OUT) & set(COMPOSITIONS)
+    told = load_world("ends_decrement")
+    assert HELD_OUT[0] == ("ends", "decrement")
+    assert told.answer("4 7 1 9") == "3 8"
     rng = random.Random(0)
-    texts = [draw_lesson(rng, 1).instruction for _ in range(2000)]
-    assert not any(sentence in text for sentence in told for text in texts)
+    assert not any(told.told in draw_lesson(rng, 1).instruction for _ in range(2000))
 
 
 # Tokenizer
@@ -125,19 +121,18 @@ def test_prompts_round_trip_and_replies_parse(base) -> None:
     tokenizer = base[1]
     prompt = tokenizer.apply_chat_template(messages("reverse the list.\nnow.", "4 7 1"), tokenize=False)
     ids = tokenizer(prompt)["input_ids"]
-    assert tokenizer.decode(ids) == prompt.replace("In adhering", "In adhering")
+    assert tokenizer.decode(ids) == prompt
     assert len(ids) < 25
     ids = tokenizer(reply("1 7 4") + tokenizer.eos_token)["input_ids"]
     assert parse(tokenizer.decode(ids, skip_special_tokens=True)) == "1 7 4"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "Zürich 漢字 😀\x00\ufffd", "[[ ## answer ## ]]", "<|end|> ``` {a}\t\n\n# 12,5%"]
-)
+@pytest.mark.parametrize("text", ["", "Zürich 漢字 😀\x00\ufffd", "[[ ## answer ## ]]", "<|end|> ``` {a}\t\n\n# 12,5%"])
 def test_any_text_can_be_an_instruction(base, text: str) -> None:
     model, tokenizer = base
     ids = tokenizer(tokenizer.apply_chat_template(messages(text or "x", text), tokenize=False))["input_ids"]
-    assert ids and max(ids) < model.config.vocab_size
+    assert ids
+    assert max(ids) < model.config.vocab_size
     if "<|" not in text:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.lower()
 
@@ -188,7 +183,8 @@ def test_the_proposer_finds_the_rule_when_shown_answers(name: str) -> None:
 def test_the_proposer_errs_on_vague_feedback() -> None:
     world = load_world("reverse_drop")
     guesses = {guess_rule(records(world, shows_answer=False), random.Random(seed)) for seed in range(20)}
-    assert len(guesses) > 1 and any(apply(chain, [9, 4, 7]) != [7, 4] for chain in guesses if chain)
+    assert len(guesses) > 1
+    assert any(apply(chain, [9, 4, 7]) != [7, 4] for chain in guesses if chain)
 
 
 def test_the_proposer_is_a_function_of_its_inputs_and_seed() -> None:
@@ -224,6 +220,7 @@ def test_proposals_from_shown_answers_beat_the_seed_instruction(base) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_pretraining_script_remakes_the_shipped_base(tmp_path: Path) -> None:
     report = pretrain(Recipe(), tmp_path)
     made = json.loads((tmp_path / "recipe.json").read_text())

@@ -100,9 +100,7 @@ def test_copies_made_inside_the_program_keep_their_names():
     class Inside(dspy.Module):
         def __init__(self):
             super().__init__()
-            self.best = dspy.BestOfN(
-                dspy.Predict("question -> answer"), N=2, reward_fn=lambda a, p: 0.0, threshold=1.0
-            )
+            self.best = dspy.BestOfN(dspy.Predict("question -> answer"), N=2, reward_fn=lambda a, p: 0.0, threshold=1.0)
 
         def forward(self, question):
             return self.best(question=question)

@@ -251,10 +251,10 @@ def test_updates_raise_the_likelihood_of_what_was_rewarded(start):
     good, bad = make_call([4, 5], [1, 2]), make_call([6, 7], [1, 2])
     before = trainer.logprobs([good, bad])
     for _ in range(5):
-        scored = [
-            dataclasses.replace(c, logprobs=tuple(lp)) for c, lp in zip((good, bad), trainer.logprobs([good, bad]))
-        ]
-        trainer.step(credit([Group(0, (make_rollout(1.0, scored[0]), make_rollout(0.0, scored[1])))]))
+        of_good, of_bad = map(tuple, trainer.logprobs([good, bad]))
+        rewarded = make_rollout(1.0, dataclasses.replace(good, logprobs=of_good))
+        punished = make_rollout(0.0, dataclasses.replace(bad, logprobs=of_bad))
+        trainer.step(credit([Group(0, (rewarded, punished))]))
     after = trainer.logprobs([good, bad])
     assert sum(after[0]) > sum(before[0])
     assert sum(after[1]) < sum(before[1])

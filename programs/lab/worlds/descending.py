@@ -1,4 +1,4 @@
-"""One operation that the base does badly even when told, and that is hard to learn: a ceiling that is not soon reached."""
+"""One operation that the base does badly even when told and learns slowly: a ceiling that is far off."""
 
 from programs.lab.world import World, operations
 

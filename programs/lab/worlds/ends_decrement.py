@@ -1,4 +1,4 @@
-"""A composition that pretraining never stated and no guess ever hits: without text, training has nothing to start from."""
+"""A composition that pretraining never stated and no guess hits: training has nothing to start from without text."""
 
 from programs.lab.world import World, operations
 

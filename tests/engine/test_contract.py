@@ -1,0 +1,138 @@
+"""What every engine promises, asked of both: in process, and a real vLLM server."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import dspy
+import pytest
+import torch
+from dspy import lm15
+from dspy.utils.exceptions import ContextWindowExceededError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dspy_fst import PolicyLM
+from dspy_fst.engine.base import Checkpoint, verify_sync
+from dspy_fst.errors import SyncError
+from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from programs.lab import BASE
+from programs.lab.tokenizer import signature
+
+SEQUENCES = [[2, 30, 31, 32, 33], [5, 6, 7, 8, 9, 10, 11]]
+
+
+@pytest.fixture(scope="module", params=["in_process", pytest.param("vllm", marks=pytest.mark.vllm)])
+def engine(request, tmp_path_factory):
+    """A running engine that serves a published copy of the base model."""
+    handle = PolicyLM(BASE, engine=request.param).handle
+    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
+    engine = handle.engine
+    assert engine.weights is None
+    engine.load(trainer.publish(tmp_path_factory.mktemp("base") / "v0", "v0"))
+    yield engine
+    engine.close()
+    engine.close()
+
+
+def request_of(numbers, max_tokens=12, temperature=1.0):
+    messages = dspy.ChatAdapter().format(signature("Reverse the list."), [], {"numbers": numbers})
+    system, user = messages[0]["content"], messages[1]["content"]
+    config = lm15.Config(max_tokens=max_tokens, temperature=temperature)
+    return lm15.Request(model="policy", system=system, messages=(lm15.Message.user(user),), config=config)
+
+
+def scored(folder, sequence):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([list(sequence)])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist()
+
+
+def test_prompt_ids_are_the_chat_template_s(engine):
+    request = request_of("1 2 3 4")
+    completion = engine.complete(request, seed=1)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    messages = [
+        {"role": "system", "content": request.system},
+        {"role": "user", "content": request.messages[0].text},
+    ]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    assert completion.prompt_ids == tuple(rendered["input_ids"])
+    assert tokenizer.decode(completion.completion_ids, skip_special_tokens=True) == completion.response.text
+    assert completion.weights == "v0"
+    assert completion.response.provider_data is None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_of_the_distribution_that_was_sampled(engine, temperature):
+    requests = [request_of(f"{i} 2 3 {i} 5", temperature=temperature) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        completions = list(pool.map(lambda pair: engine.complete(pair[1], pair[0]), enumerate(requests)))
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    for completion in completions:
+        ids = torch.tensor([[*completion.prompt_ids, *completion.completion_ids]])
+        with torch.no_grad():
+            logprobs = (model(ids).logits[0, :-1] / temperature).log_softmax(-1)
+        expected = logprobs.gather(-1, ids[0, 1:, None])[-len(completion.completion_ids) :, 0]
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_reply_that_is_cut_says_so_and_one_that_ends_keeps_its_stop_token(engine):
+    cut = engine.complete(request_of("1 2 3 4", max_tokens=2), seed=3)
+    assert (cut.finish_reason, len(cut.completion_ids)) == ("length", 2)
+    whole = engine.complete(request_of("1 2 3 4", max_tokens=64, temperature=0.1), seed=3)
+    assert whole.finish_reason == "stop"
+    assert whole.completion_ids[-1] == AutoTokenizer.from_pretrained(BASE).eos_token_id
+
+
+def test_different_seeds_draw_differently(engine):
+    replies = {engine.complete(request_of("1 2 3 4 5 6", temperature=2.0), seed=seed).completion_ids for seed in range(12)}
+    assert len(replies) > 1
+
+
+def test_scores_are_the_model_s(engine):
+    assert engine.score(SEQUENCES)[0] == pytest.approx(scored(BASE, SEQUENCES[0]), abs=1e-4)
+    assert engine.score(SEQUENCES)[1] == pytest.approx(scored(BASE, SEQUENCES[1]), abs=1e-4)
+
+
+def test_a_prompt_beyond_the_context_is_the_request_s_fault(engine):
+    lm = dspy.LM("policy", engine=Direct(engine), cache=False, max_tokens=8)
+    predictor = dspy.Predict(signature("Reverse the list."))
+    predictor.lm = lm
+    with pytest.raises(ContextWindowExceededError):
+        predictor(numbers="1 " * 2000)
+
+
+class Direct:
+    """DSPy's engine contract straight onto ours."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def complete(self, request):
+        return self.engine.complete(request, seed=1).response
+
+
+def test_sampling_that_training_does_not_score_is_refused(engine):
+    config = lm15.Config(max_tokens=4, top_p=0.5)
+    request = lm15.Request(model="policy", messages=(lm15.Message.user("x"),), config=config)
+    with pytest.raises(lm15.UnsupportedFeatureError, match="top_p"):
+        engine.complete(request, seed=1)
+
+
+def test_new_weights_are_served_at_once_and_verified(engine, tmp_path):
+    """Last of the module: it leaves other weights behind."""
+    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
+    with torch.no_grad():
+        for parameter in trainer.parameters.values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(SyncError, match="2 of 2 probe sequences"):
+        verify_sync(engine.score(SEQUENCES), trainer.score(SEQUENCES), tolerance=2e-3, version="v1")
+    checkpoint = trainer.publish(tmp_path / "v1", "v1")
+    assert isinstance(checkpoint, Checkpoint)
+    engine.load(checkpoint)
+    assert engine.weights == "v1"
+    verify_sync(engine.score(SEQUENCES), trainer.score(SEQUENCES), tolerance=2e-3, version="v1")
+    completion = engine.complete(request_of("1 2 3 4"), seed=1)
+    assert completion.weights == "v1"
+    expected = scored(tmp_path / "v1", (*completion.prompt_ids, *completion.completion_ids))
+    assert completion.logprobs == pytest.approx(expected[-len(completion.completion_ids) :], abs=1e-4)

@@ -1,0 +1,272 @@
+"""compile(), end to end, on the laboratory's base model: the in-process engine, and a real vLLM server."""
+
+import json
+
+import dspy
+import pytest
+from safetensors.torch import load_file
+
+import dspy_fst
+from dspy_fst import FSTOptimizer, PolicyLM
+from dspy_fst.compiled import policy_of, start_of
+from dspy_fst.errors import RunDirectoryError, SyncError
+from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.texts import read_texts
+from dspy_fst.run.directory import read_events
+from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.types import Candidate, Problem
+from programs.lab import BASE, FeedbackProposer, build
+from programs.lab.tokenizer import signature
+
+PROBE = [[5, 6, 7, 8, 9]]
+ENGINES = ["in_process", pytest.param("vllm", marks=pytest.mark.vllm)]
+SHORT = {
+    "cycles": 2,
+    "steps_per_cycle": 2,
+    "problems_per_step": 8,
+    "population_size": 2,
+    "group_size": 4,
+    "anchors": 8,
+    "search_rollouts": 16,
+    "learning_rate": 5e-4,
+    "progress": False,
+}
+
+
+class Relay(dspy.Module):
+    """Two modules; the first is called once to three times, as the problem's length says."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = dspy.Predict(signature("Reverse the list."))
+        self.last = dspy.Predict(signature("Drop the last number."))
+
+    def forward(self, numbers):
+        text = numbers
+        for _ in range(len(numbers.split()) - 3):
+            text = self.first(numbers=text).answer
+        return self.last(numbers=text)
+
+
+def any_answer(gold, pred, trace=None, pred_name=None, pred_trace=None):
+    """Rewards short answers: something that a group differs in."""
+    return dspy.Prediction(score=1.0 / max(len(pred.answer), 1), feedback=f"{len(pred.answer)} characters")
+
+
+def propose(candidate, reflective_dataset, components_to_update):
+    return {name: candidate[name] + " Be brief." for name in components_to_update}
+
+
+def relay(engine="in_process"):
+    program = Relay()
+    program.set_lm(PolicyLM(BASE, engine=engine, max_tokens=12))
+    return program
+
+
+def compile_relay(run_dir, engine="in_process", program=None, **changes):
+    optimizer = FSTOptimizer(metric=any_answer, propose=propose, run_dir=run_dir, **{**SHORT, **changes})
+    lab = build(train=32, val=4, test=4)
+    return optimizer.compile(program or relay(engine), trainset=lab.trainset, valset=lab.valset)
+
+
+def weights_of(program):
+    return load_file(policy_of(program).checkpoint.path / "model.safetensors")
+
+
+def same_weights(one, other):
+    first, second = weights_of(one), weights_of(other)
+    return all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_two_module_program_and_its_model_are_trained_together(tmp_path, engine):
+    student = relay(engine)
+    before = read_texts(student)
+    compiled = compile_relay(tmp_path / "run", program=student)
+
+    steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    for step in steps:
+        assert step["update"]["rows"] > 0
+        # Before the first gradient the two sides hold the same weights: any gap is the sampler's or ours.
+        assert step["update"]["max_log_ratio"] < 1e-4
+    assert compiled._compiled
+    assert len(compiled.population.members) == 2
+    assert any("brief" in text for member in compiled.population.members for text in member.texts.values())
+    assert [entry["score"] for entry in compiled.candidate_programs] == sorted(
+        (entry["score"] for entry in compiled.candidate_programs), reverse=True
+    )
+    start = load_file(start_of(compiled).path / "model.safetensors")
+    assert not all(start[name].equal(tensor) for name, tensor in weights_of(compiled).items())
+
+    assert read_texts(student) == before
+    assert policy_of(student).checkpoint.path == BASE
+    assert policy_of(student) is not policy_of(compiled)
+    assert compiled(numbers="1 2 3 4").answer
+    policy_of(compiled).release()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_recorded_token_is_exact(engine):
+    """32 rollouts at once, two modules, one to three calls of the first: ids, log-probabilities, attribution."""
+    program = relay(engine)
+    policy = policy_of(program)
+    policy.handle.ready()
+    lab = build(train=16, val=1, test=1)
+    seed = read_texts(program)
+    candidates = [seed, Candidate({**seed.texts, "last": "Double the last number."})]
+    player = Player(program, Reward(any_answer), PlayerSettings(threads=32), policy.handle.engine.expect)
+    tasks = [Task(Problem(i, e), c) for i, e in enumerate(lab.trainset) for c in candidates]
+    rollouts = player.play(tasks, "exact")
+    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
+    tokenizer = trainer.tokenizer
+
+    for task, rollout in zip(tasks, rollouts, strict=True):
+        if rollout.failure is None:
+            length = len(task.problem.example.numbers.split())
+            assert [call.predictor for call in rollout.calls] == ["first"] * (length - 3) + ["last"]
+        assert rollout.mask is None
+        assert {call.weights for call in rollout.calls} == {"base"}
+        for call in rollout.calls:
+            spoken = task.candidate.texts[call.predictor].lower()  # the lab's tokenizer lowers case
+            assert spoken in tokenizer.decode(call.prompt_ids)
+    calls = [call for rollout in rollouts for call in rollout.calls]
+    assert len(calls) > 64
+    gaps = [
+        abs(a - b)
+        for call, scored in zip(calls, trainer.logprobs(calls), strict=True)
+        for a, b in zip(call.logprobs, scored, strict=True)
+    ]
+    assert max(gaps) < 1e-4
+    policy.release()
+
+
+def test_a_continued_run_equals_an_uninterrupted_one(tmp_path):
+    whole = compile_relay(tmp_path / "whole")
+
+    class KilledError(Exception):
+        pass
+
+    def kill(event):
+        if event["event"] == "step" and event["report"]["step"] == 2:
+            raise KilledError  # after the event was written and before the state was committed
+
+    with pytest.raises(KilledError):
+        compile_relay(tmp_path / "killed", listeners=[kill])
+    resumed = compile_relay(tmp_path / "killed")
+
+    assert same_weights(whole, resumed)
+    assert whole.population == resumed.population
+    kept = [[told(event) for event in read_events(tmp_path / name)] for name in ("whole", "killed")]
+    assert kept[0] == kept[1]
+
+
+def told(event):
+    """What an event says, clocks and the directory's name left out."""
+    event = json.loads(json.dumps(event))
+    event.pop("time")
+    for report in (event.get("report") or {},):
+        report.pop("seconds", None)
+    return event
+
+
+def test_the_student_s_engine_is_not_the_trained_one(tmp_path):
+    student = relay()
+    answers = [student(numbers="1 2 3 4").answer for _ in range(3)]
+    assert answers
+    compiled = compile_relay(tmp_path / "run", program=student, learning_rate=5e-2, warmup_steps=0)
+    base = Trainer(BASE, TrainerSettings(learning_rate=1.0)).score(PROBE)[0]
+    assert policy_of(student).handle.ready().score(PROBE)[0] == pytest.approx(base, abs=1e-4)
+    assert policy_of(compiled).handle.engine.score(PROBE)[0] != pytest.approx(base, abs=1e-2)
+
+
+def test_saved_and_loaded_it_is_the_same_program(tmp_path):
+    compiled = compile_relay(tmp_path / "run")
+    dspy_fst.save(compiled, tmp_path / "out")
+    loaded = dspy_fst.load(tmp_path / "out", Relay())
+    assert read_texts(loaded) == read_texts(compiled)
+    assert loaded.population == compiled.population
+    assert same_weights(loaded, compiled)
+    assert loaded(numbers="1 2 3 4").answer
+    with pytest.raises(FileExistsError):
+        dspy_fst.save(compiled, tmp_path / "out")
+    with pytest.raises(RunDirectoryError, match="another program"):
+        dspy_fst.load(tmp_path / "out", dspy.Predict("numbers -> answer"))
+
+
+def test_it_also_goes_through_dspy_s_own_save_and_load(tmp_path):
+    compiled = compile_relay(tmp_path / "run", cycles=1)
+    compiled.save(str(tmp_path / "program.json"))
+    loaded = Relay()
+    loaded.load(str(tmp_path / "program.json"), allow_unsafe_lm_state=True)
+    assert policy_of(loaded).checkpoint == policy_of(compiled).checkpoint
+    assert loaded(numbers="1 2 3 4").answer
+
+
+def test_a_compiled_program_goes_on_from_its_weights_and_population(tmp_path):
+    first = compile_relay(tmp_path / "first", cycles=1)
+    second = compile_relay(tmp_path / "second", program=first, cycles=1)
+    start = load_file(start_of(second).path / "model.safetensors")
+    assert all(start[name].equal(tensor) for name, tensor in weights_of(first).items())
+    lineage = set(second.population.parents)
+    assert {member.digest for member in first.population.members} <= lineage
+
+
+def test_an_engine_that_serves_stale_weights_stops_the_run(tmp_path):
+    from dspy_fst.engine.in_process import InProcessEngine
+
+    class Stale(InProcessEngine):
+        def load(self, checkpoint):
+            if self.weights is None:
+                return super().load(checkpoint)
+            self._version = checkpoint.version  # says so, and keeps the old weights
+
+    program = relay()
+    policy = policy_of(program)
+    original, policy.fork = policy.fork, lambda: stale_fork()
+
+    def stale_fork():
+        fork = original()
+        fork.handle._make = Stale
+        return fork
+
+    with pytest.raises(SyncError, match=r"step-000001.*probe 0"):
+        compile_relay(tmp_path / "run", program=program, learning_rate=5e-2, warmup_steps=0)
+
+
+def test_baselines_are_settings_of_the_same_loop(tmp_path):
+    rl = compile_relay(tmp_path / "rl", method="rl", cycles=1)
+    assert {member.digest for member in rl.population.members} == {read_texts(Relay()).digest}
+    assert rl.detailed_results.cycles == ()
+    gepa = compile_relay(tmp_path / "gepa", method="gepa", cycles=1)
+    assert gepa.detailed_results.steps == ()
+    assert same_weights(gepa, relay_at_start(gepa))
+    assert policy_of(gepa).checkpoint.version == "step-000000"
+
+
+def relay_at_start(compiled):
+    program = Relay()
+    program.set_lm(PolicyLM(start_of(compiled).path))
+    return program
+
+
+def test_the_laboratory_s_proposer_improves_the_anchors_score(tmp_path):
+    lab = build("reverse", seed=1, train=64, val=8, test=8)
+    lab.program.set_lm(PolicyLM(BASE, max_tokens=16))
+    optimizer = FSTOptimizer(
+        metric=lab.metric,
+        propose=FeedbackProposer(seed=1),
+        run_dir=tmp_path / "run",
+        progress=False,
+        method="gepa",
+        cycles=1,
+        problems_per_step=16,
+        anchors=32,
+        search_rollouts=400,
+        seed=1,
+    )
+    compiled = optimizer.compile(lab.program, trainset=lab.trainset)
+    cycle = compiled.detailed_results.cycles[0]
+    assert cycle.reused > 0
+    assert cycle.scores[0] > 0.25
