@@ -20,6 +20,7 @@ from dspy_fst.session import Session, new_run_dir, open_player, starting_populat
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Problem
 from dspy_fst.validation import (
+    context_faults,
     data_faults,
     engine_faults,
     model_faults,
@@ -157,14 +158,13 @@ def _preflight(session: Session) -> None:
     first = [Problem(i, example) for i, example in enumerate(session.trainset[:PREFLIGHT_ROLLOUTS])]
     tasks = [Task(problem, session.population.best) for problem in first]
     rollouts = session.player.play(tasks, "preflight")
+    faults = context_faults(session.policy, rollouts)
     if all(rollout.mask is not None for rollout in rollouts):
         reasons = sorted({str(rollout.mask) for rollout in rollouts})
-        raise ConfigurationError(
-            [
-                f"nothing can be measured on the first {len(rollouts)} examples ({'; '.join(reasons)}); "
-                + _advice(reasons)
-            ]
-        )
+        shown = f"nothing can be measured on the first {len(rollouts)} examples ({'; '.join(reasons)})"
+        faults.append(f"{shown}; {_advice(reasons)}")
+    if faults:
+        raise ConfigurationError(faults)
     calls = [len(rollout.calls) for rollout in rollouts]
     session.calls_per_rollout = sum(calls) / len(calls)
     session.tokens_per_rollout = sum(rollout.tokens for rollout in rollouts) / len(rollouts)

@@ -9,6 +9,7 @@ import dspy
 from dspy_fst.config import FSTConfig
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.reward import metric_fault
+from dspy_fst.types import Rollout
 
 
 def policies_of(program: dspy.Module) -> dict[str, PolicyLM]:
@@ -55,10 +56,11 @@ def data_faults(trainset: Any, valset: Any, config: FSTConfig | None) -> list[st
             faults.append(f"{name}: it must be a list of dspy.Example")
         elif any(example._input_keys is None for example in examples):
             faults.append(f"{name}: call .with_inputs(...) on every example, so that inputs and labels are told apart")
-    if isinstance(trainset, Sequence) and config is not None and len(trainset) < config.problems_per_step:
+    wanted = config.problems_per_step if config is not None else 1
+    if isinstance(trainset, Sequence) and len(trainset) < wanted:
         faults.append(
-            f"trainset: {len(trainset)} examples are fewer than problems_per_step={config.problems_per_step}, so one "
-            "batch would repeat a problem; add examples or lower problems_per_step"
+            f"trainset: {len(trainset)} examples are fewer than problems_per_step={wanted}, so one batch would repeat "
+            "a problem; add examples or lower problems_per_step"
         )
     return faults
 
@@ -103,8 +105,7 @@ def model_faults(policy: PolicyLM) -> list[str]:
             )
     except Exception as error:  # a template may raise anything
         faults.append(f"{where}: its chat template fails ({str(error).splitlines()[0]}); set tokenizer.chat_template")
-    context = getattr(config, "max_position_embeddings", None)
-    limit = policy.handle.options.get("max_model_len") or context
+    limit = policy.handle.options.get("max_model_len") or getattr(config, "max_position_embeddings", None)
     if limit and policy.kwargs["max_tokens"] and policy.kwargs["max_tokens"] >= limit:
         faults.append(
             f"max_tokens={policy.kwargs['max_tokens']}: the context of {limit} tokens leaves no room for a prompt; "
@@ -123,3 +124,21 @@ def engine_faults(policy: PolicyLM) -> list[str]:
     from dspy_fst.engine.vllm_server import VLLMSettings, vllm_faults
 
     return vllm_faults(VLLMSettings(**policy.handle.options))
+
+
+def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout]) -> list[str]:
+    """Whether the prompts that the first examples made leave room for ``max_tokens`` in the model's context."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(policy.checkpoint.path)
+    limit = policy.handle.options.get("max_model_len") or getattr(config, "max_position_embeddings", None)
+    reply = policy.kwargs["max_tokens"] or 0
+    longest = max((len(call.prompt_ids) for rollout in rollouts for call in rollout.calls), default=0)
+    overflow = any(rollout.failure == "context" for rollout in rollouts)
+    if limit is None or not (overflow or longest + reply > limit):
+        return []
+    shown = f"over {limit}" if overflow else str(longest)
+    return [
+        f"max_tokens={reply}: a prompt of the first examples has {shown} tokens, and with the reply it does not fit "
+        f"the context of {limit}; lower PolicyLM(max_tokens=...), shorten the prompt, or raise max_model_len"
+    ]

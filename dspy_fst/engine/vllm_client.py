@@ -133,7 +133,7 @@ class VLLMClient:
         return [read_scores(choice, sequence) for choice, sequence in zip(choices, sequences, strict=True)]
 
     def require_developer_endpoints(self, how_to_launch: str) -> None:
-        """Check that weights can be swapped and that log-probabilities are those of what was sampled from.
+        """Check that weights can be swapped.
 
         Raises:
             EngineError: with ``how_to_launch`` in the message.
@@ -141,11 +141,19 @@ class VLLMClient:
         reply = self._send("GET", "/is_paused", timeout_s=QUICK_TIMEOUT_S)
         if reply.status_code in (404, 405):
             raise EngineError(
-                f"vLLM at {self.address.url} was launched without its developer endpoints, which swapping "
-                f"weights needs. {how_to_launch}"
+                f"vLLM at {self.address.url} was launched without its developer endpoints, which swapping weights "
+                f"needs. {how_to_launch}"
             )
         _require_success(reply, f"GET {self.address.url}/is_paused")
-        # Measured, because /server_info fails where pip is missing. Halving the temperature doubles every gap.
+
+    def require_processed_logprobs(self, how_to_launch: str) -> None:
+        """Check that log-probabilities are those of the distribution sampled from, temperature included.
+
+        Measured, because /server_info fails where pip is missing: half the temperature doubles every difference.
+
+        Raises:
+            EngineError: with ``how_to_launch`` in the message.
+        """
         if self._lead_of_the_likeliest(0.5) < 1.5 * self._lead_of_the_likeliest(1.0):
             raise EngineError(
                 f"vLLM at {self.address.url} gives log-probabilities that ignore the temperature. {how_to_launch}"

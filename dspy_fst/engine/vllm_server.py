@@ -237,7 +237,8 @@ class VLLMServer:
         try:
             client.find_model()
             client.require_developer_endpoints(_HOW_TO_ATTACH)
-            client.swap_weights(checkpoint.path.resolve())
+            client.swap_weights(checkpoint.path.resolve())  # resumes a server that was left paused, too
+            client.require_processed_logprobs(_HOW_TO_ATTACH)
         except BaseException:
             client.close()
             raise

@@ -85,7 +85,9 @@ def test_a_reply_that_is_cut_says_so_and_one_that_ends_keeps_its_stop_token(engi
 
 
 def test_different_seeds_draw_differently(engine):
-    replies = {engine.complete(request_of("1 2 3 4 5 6", temperature=2.0), seed=seed).completion_ids for seed in range(12)}
+    replies = {
+        engine.complete(request_of("1 2 3 4 5 6", temperature=2.0), seed=seed).completion_ids for seed in range(12)
+    }
     assert len(replies) > 1
 
 

@@ -20,8 +20,9 @@ REQUEST = Request(model="any/name", messages=(Message.user("hi"),), config=Confi
 
 def chat_reply(**changes: Any) -> dict[str, Any]:
     """A reply of vLLM 0.32 to ``return_token_ids``, cut down to what is read."""
-    scored: list[dict[str, Any]] = [
-        {"token": t, "logprob": p, "bytes": None, "top_logprobs": []} for t, p in (("a", -0.5), ("b", -1.5))
+    scored = [
+        {"token": "a", "logprob": -0.5, "bytes": None, "top_logprobs": []},
+        {"token": "b", "logprob": -1.5, "bytes": None, "top_logprobs": []},
     ]
     choice = {
         "index": 0,
@@ -77,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == self.server.stalled_path:
             self.server.stall.wait(10)
         status, reply = self.server.replies.get(path, (404, {"error": {"message": "no such path"}}))
-        if path == "/v1/completions":
+        if path == "/v1/completions" and body:
             sharpness = 1 / body["temperature"] if self.server.logprobs_heed_temperature else 1.0
             top = {"a": -0.5 * sharpness, "b": -1.0 * sharpness}
             reply = {"choices": [{"index": 0, "logprobs": {"top_logprobs": [top]}}]}
@@ -220,6 +221,7 @@ def test_a_reply_that_never_comes_ends_with_the_time_out(
 def test_a_swap_pauses_reloads_empties_the_cache_and_resumes(
     engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
 ) -> None:
+    engine.load(checkpoint)
     engine.load(checkpoint)
     assert canned.paths()[-4:] == ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/resume"]
     rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(checkpoint.path)}}

@@ -1,0 +1,298 @@
+"""What the package costs beside the work itself: ratios, measured side by side in one process.
+
+    python -m benchmarks.throughput --repeats 5
+
+1. program rollouts/s over the engine's own batch on the same prompts (both engines);
+2. one CISPO update's tokens/s over ``trl.GRPOTrainer(loss_type="cispo")`` on the same rows and model;
+3. publish and verify over writing the same bytes to disk;
+4. the share of a run's wall time outside sampling and gradients.
+
+Ratios only: absolute times on a shared machine mean nothing.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dspy_fst import FSTOptimizer, PolicyLM
+from dspy_fst.compiled import policy_of
+from dspy_fst.engine.base import Engine, verify_sync
+from dspy_fst.engine.in_process import InProcessEngine, _Pending, generate
+from dspy_fst.rollout.player import Player, PlayerSettings
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.texts import read_texts
+from dspy_fst.run.directory import read_events, write_json
+from dspy_fst.slow.credit import credit
+from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.types import Batch, Group, Population, Problem
+from programs.lab import BASE, FeedbackProposer, build
+
+PROBLEMS, GROUP, MAX_TOKENS = 32, 8, 16
+RESULT = Path(__file__).parent / "results" / "throughput.json"
+
+
+def timed(action: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def ratio(reference: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> list[float]:
+    """Reference time over our time, in turns, so that both meet the same machine; 1 is equal, more is faster."""
+    reference(), ours()  # warm
+    return [timed(reference) / timed(ours) for _ in range(repeats)]
+
+
+# ---- 1. rollouts --------------------------------------------------------------------------------
+
+
+def rollouts(kind: str, repeats: int) -> list[float]:
+    """Engine's own batch of the recorded prompts, over the program played from scratch."""
+    lab = build()
+    policy = PolicyLM(BASE, engine=kind, max_tokens=MAX_TOKENS)  # type: ignore[arg-type]
+    lab.program.set_lm(policy)
+    engine = policy.handle.ready()
+    player = Player(lab.program, Reward(lab.metric), PlayerSettings(threads=256), engine.expect)
+    problems = [Problem(i, example) for i, example in enumerate(lab.trainset[:PROBLEMS])]
+    population = Population.of_seed(read_texts(lab.program), 4)
+    draws = iter(range(1_000_000))
+
+    def play() -> list[Group]:
+        return player.groups(problems, population, GROUP, f"draw {next(draws)}")
+
+    own = own_batch(engine, play())
+    result = ratio(own, play, repeats)
+    policy.release()
+    return result
+
+
+def own_batch(engine: Engine, groups: Sequence[Group]) -> Callable[[], Any]:
+    """The engine's fastest way to sample the same prompts once more, without DSPy and without our recording."""
+    prompts = [call.prompt_ids for group in groups for rollout in group.rollouts for call in rollout.calls]
+    if isinstance(engine, InProcessEngine):
+        return lambda: generate(
+            engine._model, engine._eos(), [_Pending(p, MAX_TOKENS, 1.0, seed) for seed, p in enumerate(prompts)]
+        )
+    return vllm_batch(engine, prompts)
+
+
+def vllm_batch(engine: Any, prompts: Sequence[tuple[int, ...]]) -> Callable[[], Any]:
+    """vLLM's batched completions: token prompts in one request, the ids and log-probabilities asked for too."""
+    client = engine.client()
+
+    def complete() -> None:
+        reply = client.post(
+            "/v1/completions",
+            json={
+                "model": "policy",
+                "prompt": [list(prompt) for prompt in prompts],
+                "max_tokens": MAX_TOKENS,
+                "temperature": 1.0,
+                "logprobs": 0,
+                "return_token_ids": True,
+            },
+            timeout=600,
+        )
+        reply.raise_for_status()
+        assert len(reply.json()["choices"]) == len(prompts)
+
+    return complete
+
+
+# ---- 2. the update ------------------------------------------------------------------------------
+
+
+def a_batch() -> tuple[Batch, list[Group]]:
+    """A real batch: groups of the base model under the instruction that states the rule."""
+    lab = build()
+    policy = PolicyLM(BASE, engine="in_process", max_tokens=MAX_TOKENS)
+    lab.program.set_lm(policy)
+    lab.program.solve.signature = lab.program.solve.signature.with_instructions(lab.world.told)
+    player = Player(lab.program, Reward(lab.metric), PlayerSettings(), policy.handle.ready().expect)
+    problems = [Problem(i, example) for i, example in enumerate(lab.trainset[:PROBLEMS])]
+    groups = player.groups(problems, Population.of_seed(read_texts(lab.program), 4), GROUP, "batch")
+    policy.release()
+    return credit(groups), groups
+
+
+def update(repeats: int) -> list[float]:
+    """trl's GRPOTrainer step over ours, on the same rows; each does its loss, KL term, gradient and AdamW step."""
+    batch, _ = a_batch()
+    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-6, micro_batch_tokens=16_384))
+    theirs = trl_step(batch)
+    return ratio(theirs, lambda: trainer.step(batch), repeats)
+
+
+def trl_step(batch: Batch) -> Callable[[], Any]:
+    """One optimizer step of trl on these rows: generation and rewards are skipped, they are given."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    rows = batch.rows
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=GRPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            loss_type="cispo",
+            epsilon_high=4.0,
+            beta=0.001,
+            learning_rate=1e-6,
+            per_device_train_batch_size=len(rows),
+            num_generations=len(rows),
+            use_cpu=not torch.cuda.is_available(),
+            report_to=[],
+            gradient_checkpointing=False,
+            bf16=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["x"] * len(rows)}),
+        processing_class=tokenizer,
+    )
+    trainer.create_optimizer()
+    inputs = trl_inputs(rows, tokenizer.pad_token_id or 0)
+
+    def step() -> None:
+        with torch.no_grad():  # what trl does for every batch before its loss when beta > 0
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+            keep = inputs["completion_ids"].shape[1]
+            reference, *_ = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, mask, keep)
+        loss = trainer.compute_loss(trainer.model, {**inputs, "ref_per_token_logps": reference})
+        trainer.accelerator.backward(loss)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    trainer.model.train()
+    return step
+
+
+def trl_inputs(rows: Sequence[Any], pad: int) -> dict[str, Any]:
+    """The rows as trl pads them: prompts on the left, completions on the right, to the longest of all."""
+    prompts, replies = [list(row.prompt_ids) for row in rows], [list(row.completion_ids) for row in rows]
+    wide, long = max(map(len, prompts)), max(map(len, replies))
+    return {
+        "prompt_ids": torch.tensor([[pad] * (wide - len(p)) + p for p in prompts]),
+        "prompt_mask": torch.tensor([[0] * (wide - len(p)) + [1] * len(p) for p in prompts]),
+        "completion_ids": torch.tensor([r + [pad] * (long - len(r)) for r in replies]),
+        "completion_mask": torch.tensor([[1] * len(r) + [0] * (long - len(r)) for r in replies]),
+        "old_per_token_logps": torch.tensor([[*row.logprobs, *[0.0] * (long - len(row.logprobs))] for row in rows]),
+        "advantages": torch.tensor([row.advantage for row in rows]),
+        "num_items_in_batch": torch.tensor(sum(map(len, replies))),
+    }
+
+
+# ---- 3. publishing ------------------------------------------------------------------------------
+
+
+def publish(kind: str, repeats: int) -> list[float]:
+    """Publish, load and verify, over writing and flushing the same bytes (time over time: less is better)."""
+    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-6))
+    engine = PolicyLM(BASE, engine=kind).handle.engine  # type: ignore[arg-type]
+    probes = [[index + 5 for index in range(24)] for _ in range(4)]
+    with tempfile.TemporaryDirectory() as folder:
+        versions = (Path(folder) / f"v{number}" for number in range(1_000_000))
+        engine.load(trainer.publish(next(versions), "first"))
+        size = sum(file.stat().st_size for file in (Path(folder) / "v0").iterdir())
+        data = os.urandom(size)
+
+        def sync() -> None:
+            path = next(versions)
+            engine.load(trainer.publish(path, path.name))
+            verify_sync(engine.score(probes), trainer.score(probes), tolerance=2e-3, version=path.name)
+
+        def write() -> None:
+            with (next(versions)).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+        sync()
+        ratios = [timed(sync) / timed(write) for _ in range(repeats)]
+    engine.close()
+    return ratios
+
+
+# ---- 4. overhead --------------------------------------------------------------------------------
+
+
+def overhead(repeats: int) -> list[float]:
+    """Share of a run's wall time that is neither sampling nor gradients."""
+    shares = []
+    for seed in range(repeats):
+        lab = build(seed=seed)
+        lab.program.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=MAX_TOKENS))
+        with tempfile.TemporaryDirectory() as folder:
+            optimizer = FSTOptimizer(
+                metric=lab.metric,
+                propose=FeedbackProposer(seed=seed),
+                run_dir=Path(folder) / "run",
+                cycles=2,
+                anchors=32,
+                search_rollouts=240,
+                learning_rate=5e-4,
+                seed=seed,
+                progress=False,
+            )
+            started = time.time()
+            compiled = optimizer.compile(lab.program, trainset=lab.trainset)
+            events = read_events(Path(folder) / "run")
+            policy_of(compiled).release()
+        # From the plan on: loading models and the preflight are paid once, whatever the length of the run.
+        begun = next(event["time"] for event in events if event["event"] == "plan")
+        wall = events[-1]["time"] - max(begun, started)
+        work = sum(event["report"]["seconds"] for event in events if event["event"] == "cycle")
+        steps = [event["report"]["seconds"] for event in events if event["event"] == "step"]
+        work += sum(seconds["sampling"] + seconds["update"] for seconds in steps)
+        shares.append(1 - work / wall)
+    return shares
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--skip-vllm", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    engines = ["in_process"] if options.skip_vllm else ["in_process", "vllm"]
+    rows: dict[str, dict[str, Any]] = {}
+
+    def measure(name: str, aim: str, values: list[float]) -> None:
+        rows[name] = {"aim": aim, "median": statistics.median(values), "values": values}
+        Console(stderr=True).print(f"{name}: {statistics.median(values):.3g}")
+
+    for engine in engines:
+        measure(
+            f"program rollouts/s over the engine's own batch, {engine}", ">= 0.9", rollouts(engine, options.repeats)
+        )
+    measure("CISPO update, tokens/s over trl's", ">= 2", update(options.repeats))
+    for engine in engines:
+        measure(f"publish + verify over writing the bytes, {engine}", "<= 3", publish(engine, options.repeats))
+    measure("share of wall time outside sampling and gradients", "<= 0.05", overhead(min(3, options.repeats)))
+    write_json(options.out, rows)
+    table = Table(title="ratios, measured side by side")
+    for column in ("what", "aim", "median", "spread"):
+        table.add_column(column)
+    for name, row in rows.items():
+        table.add_row(name, row["aim"], f"{row['median']:.3g}", f"{min(row['values']):.3g} - {max(row['values']):.3g}")
+    Console().print(table)
+    print(json.dumps({name: round(row["median"], 3) for name, row in rows.items()}))
+
+
+if __name__ == "__main__":
+    main()
