@@ -12,12 +12,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import transformers
 from rich.console import Console
 from rich.table import Table
 
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.compiled import policy_of
-from dspy_fst.evaluation import CELLS, TwoByTwo, two_by_two
+from dspy_fst.evaluation import CELLS, two_by_two
 from dspy_fst.run.directory import read_events, write_json
 from programs.lab import BASE, FeedbackProposer, build
 
@@ -36,6 +37,7 @@ JOINT = CELLS[3]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
+    transformers.logging.disable_progress_bar()  # the model loads in milliseconds
     console = Console()
     folder = Path(options.run_dir or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}")
     figures = [run(options.world, options.engine, seed, folder / f"seed-{seed}") for seed in range(options.seeds)]
@@ -144,8 +146,6 @@ def show(console: Console, summary: dict[str, Any], seeds: int) -> None:
     for run in summary["runs"]:
         console.print(f"evolved instruction, seed {run['seed']}: {json.dumps(run['instruction'])}", markup=False)
 
-
-__all__ = ["RECIPE", "TwoByTwo", "main", "run", "summarise"]
 
 if __name__ == "__main__":
     main()

@@ -1,26 +1,21 @@
 """The real server: exact tokens, provably fresh weights, no process left behind."""
 
 import logging
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 from dspy.lm15 import Config, InvalidRequestError, Message, Request
 from transformers import Qwen3ForCausalLM
 
 from dspy_fst.engine.base import Checkpoint, Completion, verify_sync
 from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings, vllm_command, vllm_environment, vllm_faults
-from dspy_fst.errors import EngineError, SyncError
-from tests.engine.test_server_process import members, wait_until_gone
+from dspy_fst.errors import EngineError
+from tests.engine.test_server_process import members
 from tests.engine.tiny_qwen import make_model, make_tokenizer, rescore, save, untied
 
 PROBES = [[3, *range(40, 90), 0], [4, *range(300, 340)], [5, 6]]
@@ -239,78 +234,3 @@ def test_an_untied_export_of_a_tied_model_stays_fresh(server: VLLMServer, tmp_pa
         model = make_model(seed, tied=True)
         server.load(save(untied(model), tmp_path, f"step-{seed}"))
         verify(server.score(PROBES), model)
-
-
-# Servers of their own
-
-
-@pytest.mark.vllm
-def test_stale_tied_head_is_caught(tmp_path: Path) -> None:
-    """vLLM 0.32 on a CPU keeps the old output head of a model that is served as tied, and says nothing.
-
-    When this test fails because nothing is raised, vLLM has mended it.
-    """
-    engine = VLLMServer(small(tmp_path / "log"))
-    first, second = make_model(7, tied=True), make_model(8, tied=True)
-    try:
-        engine.load(save(first, tmp_path, "step-000001"))
-        verify(engine.score(PROBES), first)
-        engine.load(save(second, tmp_path, "step-000002"))
-        with pytest.raises(SyncError, match="step-000002"):
-            verify(engine.score(PROBES), second)
-        assert_death_is_explained(engine)
-    finally:
-        engine.close()
-
-
-def assert_death_is_explained(engine: VLLMServer) -> None:
-    """Kill the engine's core as the kernel does when memory runs out."""
-    group = engine.process_group
-    assert group is not None
-    cores = [p for p in psutil.Process(group).children(recursive=True) if "EngineCore" in "".join(p.cmdline())]
-    cores[0].kill()
-    with pytest.raises(EngineError, match=r"vLLM died, exit status \d+, log .*\n  \| "):
-        engine.complete(ask("hello"), seed=0)
-    assert not engine.alive()
-    engine.close()
-    assert members(group) == []
-
-
-@pytest.mark.vllm
-def test_a_model_that_cannot_be_served_is_reported_at_once(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "no_such_model", "architectures": ["NoSuchModel"]}')
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    engine = VLLMServer(small(tmp_path / "log"))
-    began = time.monotonic()
-    with pytest.raises(EngineError, match=r"(?s)vLLM ended after .*no_such_model.*To fix: the checkpoint's model"):
-        engine.load(Checkpoint("step-000001", tmp_path))
-    assert time.monotonic() - began < 200
-    assert engine.process_group is None
-    assert engine.weights is None
-
-
-OWNER = """
-import sys
-from pathlib import Path
-from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
-VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, log_path=Path(sys.argv[2]))).load(Checkpoint("v", Path(sys.argv[1])))
-"""
-
-
-@pytest.mark.vllm
-def test_sigkill_of_the_owner_takes_vllm_and_its_engine_core_along(
-    checkpoints: list[Checkpoint], tmp_path: Path
-) -> None:
-    command = [sys.executable, "-c", OWNER, str(checkpoints[0].path), str(tmp_path / "log")]
-    owner = subprocess.Popen(command)
-    group, core_seen, deadline = 0, False, time.monotonic() + 200
-    while not core_seen and time.monotonic() < deadline:
-        time.sleep(0.2)
-        below = psutil.Process(owner.pid).children(recursive=True)
-        group = next((os.getpgid(p.pid) for p in below if p.is_running()), 0)
-        core_seen = any("EngineCore" in "".join(p.cmdline()) for p in below if p.is_running())
-    assert core_seen
-    owner.send_signal(signal.SIGKILL)
-    owner.wait()
-    assert wait_until_gone(group, seconds=30) == []
