@@ -162,6 +162,7 @@ def trl_step(batch: Batch) -> Callable[[], Any]:
         processing_class=tokenizer,
     )
     trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # what Trainer.train() would set
     inputs = trl_inputs(rows, tokenizer.pad_token_id or 0)
 
     def step() -> None:

@@ -17,8 +17,12 @@ from dspy_fst.rollout.texts import read_texts
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Candidate, Problem, Rollout
 
-CELLS = ("base weights, seed instructions", "trained weights, seed instructions")
-CELLS += ("base weights, evolved instructions", "trained weights, evolved instructions")
+CELLS = (
+    "base weights, seed instructions",
+    "trained weights, seed instructions",
+    "base weights, evolved instructions",
+    "trained weights, evolved instructions",
+)
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,9 @@ class FSTOptimizer(Teleprompter):
             ConfigurationError: before any work, with every fault that was found.
         """
         with ExitStack() as stack:
-            view = stack.enter_context(ProgressView()) if self.progress else None
-            listeners = (*self.listeners, *([view] if view else []))
+            listeners = self.listeners
+            if self.progress:
+                listeners = (*listeners, stack.enter_context(ProgressView()))
             run = stack.enter_context(open_session(self, student, trainset, valset, teacher, listeners))
             return compiled_program(run, alternate(run), track_stats=self.track_stats)
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -178,13 +179,14 @@ class InProcessEngine:
 
     def _gather(self) -> None:
         """Wait until every caller in flight has called, or nobody new has for ``linger_s``."""
-        waiting = -1
-        while len(self._pending) > waiting and len(self._pending) < max(self._callers, 1) and not self._closed:
-            waiting = len(self._pending)
-            self._lock.wait_for(
-                lambda seen=waiting: self._closed or len(self._pending) > seen or len(self._pending) >= self._callers,
-                timeout=self.settings.linger_s,
-            )
+        seen = -1
+        while seen < len(self._pending) < self._callers and not self._closed:
+            seen = len(self._pending)
+            self._lock.wait_for(partial(self._moved, seen), timeout=self.settings.linger_s)
+
+    def _moved(self, seen: int) -> bool:
+        """Whether there is a new call, or nobody left to wait for."""
+        return self._closed or len(self._pending) > seen or len(self._pending) >= self._callers
 
     def _answer(self, batch: list[_Pending]) -> None:
         try:
