@@ -62,7 +62,7 @@ def rollouts(kind: str, repeats: int) -> list[float]:
     policy = PolicyLM(BASE, engine=kind, max_tokens=MAX_TOKENS)  # type: ignore[arg-type]
     lab.program.set_lm(policy)
     engine = policy.handle.ready()
-    player = Player(lab.program, Reward(lab.metric), PlayerSettings(threads=256), engine.expect)
+    player = Player(lab.program, Reward(lab.metric), PlayerSettings(), engine.expect)
     problems = [Problem(i, example) for i, example in enumerate(lab.trainset[:PROBLEMS])]
     population = Population.of_seed(read_texts(lab.program), 4)
     draws = iter(range(1_000_000))

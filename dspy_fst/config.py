@@ -72,7 +72,7 @@ class FSTConfig(BaseModel):
     """Reward of a run that failed through the policy's doing (DSPy's default)."""
     format_failure_score: float = 0.0
     """Reward of a reply that does not parse (mmGRPO sets it below ``failure_score``)."""
-    num_threads: int = Field(256, ge=1)
+    num_threads: int = Field(64, ge=1)
     """Rollouts in flight (ours)."""
     rollout_timeout_s: float = Field(600.0, gt=0)
     """Seconds after which a rollout is masked (ours)."""

@@ -93,7 +93,7 @@ def two_by_two(
     *,
     k: int = 4,
     seed: int = 0,
-    threads: int = 256,
+    threads: int = 64,
 ) -> TwoByTwo:
     """Evaluate both weights under both instructions on held-out problems, through the compiled program's engine.
 

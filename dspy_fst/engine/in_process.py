@@ -9,7 +9,6 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,7 @@ class InProcessEngine:
         """Tell how many rollouts are in flight; a batch waits for that many calls."""
         with self._lock:
             self._callers = callers
-            self._lock.notify_all()
+            self._wake()
 
     def load(self, checkpoint: Checkpoint) -> None:
         with self._model_lock:
@@ -115,7 +114,7 @@ class InProcessEngine:
             if self._closed:
                 raise EngineError("the in-process engine was closed")
             self._pending.append(call)
-            self._lock.notify_all()
+            self._wake()
         try:
             reply = call.reply.result(timeout=self.settings.timeout_s)
         except TimeoutError as error:
@@ -177,16 +176,20 @@ class InProcessEngine:
             for batch in _cut(calls, self.settings.max_batch_tokens):
                 self._answer(batch)
 
+    def _wake(self) -> None:
+        """Wake the worker when it has something to do; waking it for every call would cost more than the calls."""
+        if len(self._pending) == 1 or len(self._pending) >= self._callers:
+            self._lock.notify_all()
+
     def _gather(self) -> None:
         """Wait until every caller in flight has called, or nobody new has for ``linger_s``."""
-        seen = -1
+        seen = 0
         while seen < len(self._pending) < self._callers and not self._closed:
             seen = len(self._pending)
-            self._lock.wait_for(partial(self._moved, seen), timeout=self.settings.linger_s)
+            self._lock.wait_for(self._complete, timeout=self.settings.linger_s)
 
-    def _moved(self, seen: int) -> bool:
-        """Whether there is a new call, or nobody left to wait for."""
-        return self._closed or len(self._pending) > seen or len(self._pending) >= self._callers
+    def _complete(self) -> bool:
+        return self._closed or len(self._pending) >= self._callers
 
     def _answer(self, batch: list[_Pending]) -> None:
         try:

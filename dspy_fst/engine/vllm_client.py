@@ -43,6 +43,10 @@ _ENGINE_FAULTS = (TransportError, RequestTimeoutError, ServerError, AuthError, U
 _FINISHED = {"stop", "length", "tool_calls"}
 
 
+class NoAnswerError(EngineError):
+    """The server broke off, did not answer in time or failed inside; it may be dead."""
+
+
 @dataclass(frozen=True)
 class Address:
     """Where a server listens and what it wants to hear."""
@@ -116,7 +120,7 @@ class VLLMClient:
         try:
             response = self._router.complete(routed)
         except _ENGINE_FAULTS as error:
-            raise EngineError(f"vLLM at {self.address.url} gave no reply to a request: {error}") from error
+            raise NoAnswerError(f"vLLM at {self.address.url} gave no reply to a request: {error}") from error
         return read_completion(response, weights, keep_logprobs=request.config.logprobs is not None)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -211,11 +215,11 @@ class VLLMClient:
         try:
             return self._http.request(method, path, json=json, timeout=timeout)
         except httpx.TimeoutException as error:
-            raise EngineError(
+            raise NoAnswerError(
                 f"waited {timeout_s:g} s in vain for vLLM to answer {method} {self.address.url}{path}"
             ) from error
         except httpx.HTTPError as error:
-            raise EngineError(f"{method} {self.address.url}{path} failed: {error}") from error
+            raise NoAnswerError(f"{method} {self.address.url}{path} failed: {error}") from error
 
 
 def pinned(request: Request, *, model: str, seed: int) -> Request:
@@ -299,4 +303,5 @@ def _require_success(reply: httpx.Response, what: str) -> None:
     if reply.is_success:
         return
     hint = " Is the API key right?" if reply.status_code == 401 else ""
-    raise EngineError(f"{what} answered {reply.status_code}: {reply.text[:500]}{hint}")
+    kind = NoAnswerError if reply.is_server_error else EngineError
+    raise kind(f"{what} answered {reply.status_code}: {reply.text[:500]}{hint}")

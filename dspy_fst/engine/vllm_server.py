@@ -23,7 +23,7 @@ from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.gate import Gate
 from dspy_fst.engine.ports import free_port, port_taken
 from dspy_fst.engine.process import ServerProcess, telling_lines
-from dspy_fst.engine.vllm_client import Address, VLLMClient
+from dspy_fst.engine.vllm_client import Address, NoAnswerError, VLLMClient
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
 
@@ -85,7 +85,7 @@ class VLLMSettings:
     """Between asking the server to end and killing it."""
     extra_args: tuple[str, ...] = ()
     """Passed on to vLLM, e.g. ``("--max-num-seqs", "64")``."""
-    log_path: Path | None = None
+    log_path: str | Path | None = None
     """The server's output is appended here; None is a temporary file, named in errors."""
     attach_url: str | None = None
     """A server that somebody else launched, e.g. ``"http://127.0.0.1:8000"``; never stopped from here."""
@@ -251,7 +251,7 @@ class VLLMServer:
         self._process = ServerProcess(
             vllm_command(settings, checkpoint.path.resolve(), port),
             vllm_environment(settings, key),
-            log_path=settings.log_path,
+            log_path=Path(settings.log_path) if settings.log_path else None,
             grace_s=settings.stop_grace_s,
         )
         client = self._new_client(Address(f"http://{settings.host}:{port}", key, through_proxy=False))
@@ -296,7 +296,7 @@ class VLLMServer:
         """Turn the broken connection that a dead server leaves into its last words."""
         try:
             yield
-        except EngineError as error:
+        except NoAnswerError as error:
             process = self._process
             if process is None or not process.exits_within(_DEATH_NOTICE_S):
                 raise
