@@ -1,13 +1,15 @@
-"""A causal LM as the slow step sees it: token ids in, FP32 logits out, only where a token is predicted."""
+"""A causal LM as the slow step sees it: micro-batches in, FP32 logits out, only where a token is predicted."""
 
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from dspy_fst.errors import TrainingError
+from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 
 PROBE_TOLERANCE = 1e-3
 """Largest relative gap between our logits and the model's own on the probe; FP32 kernels differ by ~1e-6."""
@@ -28,36 +30,74 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.body_dtype = torch.float32
+        self.shares_prompts = False
+        """Whether a micro-batch may hold a common prompt once; set by :meth:`load` when the model can do it."""
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: torch.dtype, trainable: bool = True) -> "Policy":
-        """Read a Hugging Face folder (or hub name) in float32 and check that its logits can be computed here."""
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        policy = cls(model.requires_grad_(trainable))
-        policy._check_logits()
+        """Read a Hugging Face folder (or hub name) in float32 and check that its logits can be computed here.
+
+        Raises:
+            TrainingError: it scales or caps its logits after the head.
+        """
+        policy = cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(trainable))
+        policy._probe()
         policy.body_dtype = dtype
         return policy
 
-    def forward(self, input_ids: Tensor, predict_at: Tensor) -> Tensor:
-        """Logits, shape (N, V), float32, at the N positions ``predict_at`` of the flattened ``input_ids``."""
-        device = input_ids.device.type
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Logits, shape (N, V), float32, one row for every scored token of the micro-batch."""
+        device = batch.prefix_ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.body_dtype == torch.bfloat16):
-            hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = self._hidden(batch)
         head = self.model.get_output_embeddings()
         with torch.autocast(device, enabled=False):
-            picked = hidden.flatten(0, 1).index_select(0, predict_at).float()
+            picked = hidden.index_select(0, batch.predict_at).float()
             return F.linear(picked, head.weight.float(), None if head.bias is None else head.bias.float())
 
+    def _hidden(self, batch: MicroBatch) -> Tensor:
+        """Last hidden states, shape (positions, d): of all prefixes, padding included, then of all suffixes."""
+        decoder = self.model.get_decoder()
+        alone = batch.suffix_ids.shape[1] == 0
+        prefixes = decoder(input_ids=batch.prefix_ids, use_cache=not alone)
+        if alone:
+            return prefixes.last_hidden_state.flatten(0, 1)
+        cache = prefixes.past_key_values
+        cache.batch_select_indices(batch.prefix_of)  # differentiable: all copies add to their prefix's gradient
+        lengths = batch.prefix_lengths[batch.prefix_of, None]
+        positions = torch.arange(batch.prefix_ids.shape[1], device=lengths.device)
+        steps = torch.arange(batch.suffix_ids.shape[1], device=lengths.device)
+        suffixes = decoder(
+            input_ids=batch.suffix_ids,
+            attention_mask=torch.cat([(positions < lengths).long(), torch.ones_like(batch.suffix_ids)], dim=1),
+            position_ids=lengths + steps,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return torch.cat([prefixes.last_hidden_state.flatten(0, 1), suffixes.last_hidden_state.flatten(0, 1)])
+
     @torch.no_grad()
-    def _check_logits(self) -> None:
-        """Refuse a model that scales or soft-caps its logits after the head, or whose padding is looked at."""
-        ids = torch.arange(1, 9).remainder(self.model.config.get_text_config().vocab_size).view(1, -1)
-        own = self.model(ids, use_cache=False).logits[0].float()
-        ours = self(F.pad(ids, (0, 4)), torch.arange(ids.shape[1]))
-        gap = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
+    def _probe(self) -> None:
+        """Compare with the model's own logits: refuse what differs, share prompts where it makes no difference."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        texts = [(1, 2, 3, 4, 5), (1, 2, 3, 6, 7, 8), (9, 1, 5, 3)]
+        texts = [tuple(token % vocabulary for token in text) for text in texts]
+        own = torch.cat([self.model(torch.tensor([text]), use_cache=False).logits[0, 2:-1] for text in texts])
+        gap = self._gap(texts, own, share=False)
         if not gap <= PROBE_TOLERANCE:
             raise TrainingError(
                 f"model type {self.model.config.model_type!r} cannot be trained: its logits differ from "
                 f"lm_head(hidden states) by {gap:.2g} of their size, so it scales or caps them in its own way; "
                 "choose a model with a plain LM head"
             )
+        # Windowed, recurrent and hybrid models keep other memories than every token's key and value.
+        cache = self.model(torch.tensor([texts[0]]), use_cache=True).get("past_key_values")
+        plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+        self.shares_prompts = plain and self._gap(texts, own, share=True) <= PROBE_TOLERANCE
+
+    def _gap(self, texts: list[tuple[int, ...]], own: Tensor, *, share: bool) -> float:
+        """Largest gap to the model's own logits behind the third token of each text, relative to their size."""
+        (batch,) = micro_batches([Scored(text, 3) for text in texts], 1000, share=share)
+        rows = dict(zip(batch.members, self(batch).split(batch.tokens), strict=True))
+        ours = torch.cat([rows[index] for index in range(len(texts))])
+        return float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))

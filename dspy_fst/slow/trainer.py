@@ -4,7 +4,7 @@ The caller owns the loop and may do anything between two calls; texts never chan
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -119,7 +119,7 @@ class Trainer:
         _check_recorded(batch.rows)
         self._optimizer.zero_grad()
         tally = Tally(self._accelerator.device)
-        for micro in micro_batches(sequences, self.settings.micro_batch_tokens):
+        for micro in self._micro_batches(sequences):
             self._accelerator.backward(self._loss(micro, batch.rows, tally))
         grad_norm = self._finite_norm(tally)
         report = tally.report(grad_norm, self._next_rate(), rows=len(batch.rows))
@@ -130,7 +130,7 @@ class Trainer:
         """This micro-batch's share of the loss; shares add up because token weights sum to 1 over the batch."""
         tokens = Tokens.of([rows[member] for member in micro.members], self._accelerator.device)
         log_probs = self._log_probs(self._policy, micro)
-        chosen = log_probs.gather(-1, micro.targets.to(log_probs.device)[:, None])[:, 0]
+        chosen = log_probs.gather(-1, micro.targets[:, None])[:, 0]
         loss = losses.cispo(chosen, tokens.behaviour, tokens.advantages, tokens.weights, self.settings.importance_cap)
         kl = None
         if self.settings.kl_coefficient > 0:
@@ -188,14 +188,13 @@ class Trainer:
 
     def _log_probs(self, policy: Policy, micro: MicroBatch, temperature: float | None = None) -> Tensor:
         """Log-probabilities over the vocabulary for every scored token, shape (N, V)."""
-        device = self._accelerator.device
-        logits = policy(micro.input_ids.to(device), micro.predict_at.to(device))
+        logits = policy(micro)
         divisor = self.settings.temperature if temperature is None else temperature
         return torch.log_softmax(logits if divisor == 1 else logits / divisor, dim=-1)
 
     def _chosen(self, micro: MicroBatch, temperature: float) -> Tensor:
         log_probs = self._log_probs(self._policy, micro, temperature)
-        return log_probs.gather(-1, micro.targets.to(log_probs.device)[:, None])[:, 0]
+        return log_probs.gather(-1, micro.targets[:, None])[:, 0]
 
     def _kl(self, log_probs: Tensor, micro: MicroBatch) -> Tensor:
         with torch.no_grad():
@@ -205,6 +204,12 @@ class Trainer:
     @cached_property
     def _reference(self) -> Policy:
         policy = Policy.load(self._reference_path, dtype=self._dtype, trainable=False)
+        ours, its = self._policy.model.config, policy.model.config
+        if (ours.model_type, ours.vocab_size) != (its.model_type, its.vocab_size):
+            raise TrainingError(
+                f"the reference {self._reference_path} is a {its.model_type!r} of {its.vocab_size} tokens, the policy "
+                f"a {ours.model_type!r} of {ours.vocab_size}; the KL needs an earlier state of the same model"
+            )
         return policy.to(self._accelerator.device)
 
     @torch.no_grad()
@@ -213,10 +218,15 @@ class Trainer:
         result: list[list[float]] = [[] for _ in sequences]
         scorable = [index for index, sequence in enumerate(sequences) if sequence.tokens > 0]
         checked = self._checked([sequences[index] for index in scorable])
-        for micro in micro_batches(checked, self.settings.micro_batch_tokens):
+        for micro in self._micro_batches(checked):
             for member, values in zip(micro.members, value(micro).split(micro.tokens), strict=True):
                 result[scorable[member]] = values.tolist()
         return result
+
+    def _micro_batches(self, sequences: list[Scored]) -> Iterator[MicroBatch]:
+        budget = self.settings.micro_batch_tokens
+        share = self.settings.share_prompts and self._policy.shares_prompts
+        return (micro.to(self._accelerator.device) for micro in micro_batches(sequences, budget, share=share))
 
     def _checked(self, sequences: list[Scored]) -> list[Scored]:
         """Refuse what a GPU would answer with an assertion that kills the process."""

@@ -5,36 +5,64 @@ from hypothesis import strategies as st
 
 from dspy_fst.slow.batching import Scored, micro_batches
 
-shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=20)
+shapes = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=20)
 
 
 def sequences_of(shapes):
-    return [Scored(tuple(range(10 * i, 10 * i + a + b)), a) for i, (a, b) in enumerate(shapes)]
+    """``(prompt, its length, completion's length)``; few prompts, so that many are shared."""
+    return [
+        Scored((*range(100 * p, 100 * p + a), *range(1000 + 10 * i, 1000 + 10 * i + b)), a)
+        for i, (p, a, b) in enumerate(shapes)
+    ]
+
+
+def read(micro):
+    """Per scored token: what stands at the position that predicts it, and the token."""
+    flat = [*micro.prefix_ids.flatten().tolist(), *micro.suffix_ids.flatten().tolist()]
+    return [(flat[at], target) for at, target in zip(micro.predict_at.tolist(), micro.targets.tolist(), strict=True)]
 
 
 def test_padding_is_on_the_right_and_the_last_token_is_left_out():
-    (micro,) = micro_batches([Scored((1, 2), 1), Scored((3, 4, 5, 6), 2)], budget=100)
+    (micro,) = micro_batches([Scored((1, 2), 1), Scored((3, 4, 5, 6), 2)], budget=100, share=False)
     assert micro.members == (1, 0)
-    assert micro.input_ids.tolist() == [[3, 4, 5], [1, 0, 0]]
+    assert micro.prefix_ids.tolist() == [[3, 4, 5], [1, 0, 0]]
+    assert micro.suffix_ids.shape == (2, 0)
     assert micro.predict_at.tolist() == [1, 2, 3]
     assert micro.targets.tolist() == [5, 6, 2]
     assert micro.tokens == (2, 1)
 
 
-@given(shapes, st.integers(1, 60))
-def test_every_scored_token_appears_once_behind_its_own_prefix(shapes, budget):
+def test_a_common_prompt_is_held_once():
+    sequences = [Scored((1, 2, 3, 7), 3), Scored((4, 5, 8, 9), 2), Scored((1, 2, 3, 5, 6), 3)]
+    (micro,) = micro_batches(sequences, budget=100, share=True)
+    assert micro.members == (2, 0, 1)
+    assert micro.prefix_ids.tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert (micro.prefix_lengths.tolist(), micro.prefix_of.tolist()) == ([3, 2], [0, 0, 1])
+    assert micro.suffix_ids.tolist() == [[5], [0], [8]]
+    assert read(micro) == [(3, 5), (5, 6), (3, 7), (5, 8), (8, 9)]
+
+
+def test_prompts_are_not_shared_when_padding_would_cost_more_than_it_saves():
+    sequences = [Scored((1, *range(2, 50)), 1), Scored((*range(60, 108), 1), 48)]
+    (micro,) = micro_batches(sequences, budget=1000, share=True)
+    assert micro.suffix_ids.shape[1] == 0
+
+
+@given(shapes, st.integers(1, 60), st.booleans())
+def test_every_scored_token_appears_once_behind_the_token_before_it(shapes, budget, share):
     sequences = sequences_of(shapes)
-    seen = []
-    for micro in micro_batches(sequences, budget):
-        seen += micro.members
-        flat = micro.input_ids.flatten()
-        # Ids are consecutive within a sequence, so the input at a predicting position is the target less one.
-        assert (flat[micro.predict_at] + 1).tolist() == micro.targets.tolist()
+    seen = {}
+    for micro in micro_batches(sequences, budget, share=share):
         assert micro.tokens == tuple(sequences[i].tokens for i in micro.members)
+        pairs = iter(read(micro))
+        seen |= {i: [next(pairs) for _ in range(sequences[i].tokens)] for i in micro.members}
     assert sorted(seen) == list(range(len(sequences)))
+    for index, sequence in enumerate(sequences):
+        whole = list(zip(sequence.ids, sequence.ids[1:], strict=False))
+        assert seen[index] == whole[sequence.start - 1 :]
 
 
-@given(shapes, st.integers(1, 60))
-def test_only_a_sequence_longer_than_the_budget_exceeds_it_and_it_comes_alone(shapes, budget):
-    for micro in micro_batches(sequences_of(shapes), budget):
-        assert micro.input_ids.numel() <= budget or len(micro.members) == 1
+@given(shapes, st.integers(1, 60), st.booleans())
+def test_only_a_sequence_longer_than_the_budget_exceeds_it_and_it_comes_alone(shapes, budget, share):
+    for micro in micro_batches(sequences_of(shapes), budget, share=share):
+        assert micro.prefix_ids.numel() + micro.suffix_ids.numel() <= budget or len(micro.members) == 1

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, Qwen3ForCausalLM
 
 from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.slow.credit import credit
+from dspy_fst.slow.policy import Policy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Group
 from tests.slow.makers import VOCABULARY, make_batch, make_call, make_rollout, make_row, make_tokenizer, save_model
@@ -26,9 +27,9 @@ def make_trainer(start, reference=None, **changes) -> Trainer:
 
 
 def draw_call(draw: random.Random, predictor: str = "answer"):
-    """A call of any length whose recorded log-probabilities leave some ratios far above the cap."""
+    """A call of any length, often of a prompt seen before; recorded log-probabilities put some ratios above the cap."""
     completion = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 7))]
-    prompt = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 12))]
+    prompt = [draw.randrange(3)] * draw.choice([3, 8, 12])
     return make_call(completion, prompt, predictor=predictor, logprobs=[-draw.uniform(0.5, 12) for _ in completion])
 
 
@@ -106,7 +107,7 @@ def assert_close(left: dict, right: dict, tolerance: float = 2e-6) -> None:
     """Every tensor agrees to a share of the largest entry of all."""
     assert left.keys() == right.keys()
     scale = max(float(t.abs().max()) for t in right.values())
-    gaps = {name: float((left[name].double() - right[name].double()).abs().max()) / scale for name in right}
+    gaps = {name: float((left[name].detach().double() - right[name].double()).abs().max()) / scale for name in right}
     assert max(gaps.values()) < tolerance, gaps
 
 
@@ -114,6 +115,7 @@ def assert_close(left: dict, right: dict, tolerance: float = 2e-6) -> None:
 def test_the_gradient_and_the_loss_are_those_worked_out_by_hand(start, tied_start, tmp_path, groups, batch, tied):
     begin, reference = (tied_start if tied else start), save_model(tmp_path / "reference", tied=tied, seed=9)
     trainer = make_trainer(begin, reference)
+    assert len({row.prompt_ids for row in batch.rows}) < len(batch.rows) > 6
     with recorded_gradients(trainer) as gradients:
         report = trainer.step(batch)
     by_hand, loss = hand_gradient(begin, reference, groups, SETTINGS)
@@ -123,15 +125,24 @@ def test_the_gradient_and_the_loss_are_those_worked_out_by_hand(start, tied_star
     assert report.grad_norm == pytest.approx(sum(float(g.square().sum()) for g in by_hand.values()) ** 0.5, rel=1e-5)
 
 
-def test_the_size_of_micro_batches_does_not_change_the_gradient(start, batch):
+def test_neither_the_size_of_micro_batches_nor_shared_prompts_change_the_gradient(start, batch):
     seen = []
-    for budget in (1, 30, 10_000):
-        trainer = make_trainer(start, micro_batch_tokens=budget)
+    for budget, share in ((1, False), (30, False), (10_000, False), (60, True), (10_000, True)):
+        trainer = make_trainer(start, micro_batch_tokens=budget, share_prompts=share)
         with recorded_gradients(trainer) as gradients:
             trainer.step(batch)
         seen.append(gradients)
-    assert_close(seen[0], seen[2])
-    assert_close(seen[1], seen[2])
+    for gradients in seen[1:]:
+        assert_close(gradients, seen[0])
+
+
+def test_prompts_are_shared_where_every_layer_remembers_every_token(start, tmp_path):
+    assert Policy.load(start, dtype=torch.float32).shares_prompts
+    config = AutoConfig.from_pretrained(start)
+    config.use_sliding_window, config.sliding_window = True, 4
+    config.layer_types = ["full_attention", "sliding_attention"]
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    assert not Policy.load(tmp_path, dtype=torch.float32).shares_prompts
 
 
 def test_parameters_move_by_adamw_with_a_linear_warm_up(start, batch):
@@ -272,6 +283,14 @@ def test_bfloat16_runs_the_body_low_and_keeps_float32_weights_and_logits(start, 
     with recorded_gradients(low) as gradients:
         low.step(batch)
     assert_close(gradients, wanted, tolerance=0.1)
+
+
+def test_a_reference_of_another_model_is_refused(start, tmp_path, batch):
+    config = AutoConfig.from_pretrained(start)
+    config.vocab_size = VOCABULARY + 1
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(TrainingError, match="of 65 tokens"):
+        make_trainer(start, reference=tmp_path).step(batch)
 
 
 def test_a_model_that_scales_its_logits_is_refused_by_its_type(tmp_path):
