@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dspy_fst.session import Session
 
 FORMAT = 1
+START_VERSION = "step-000000"
 
 
 @dataclass(frozen=True)
@@ -177,5 +178,5 @@ def policy_of(program: dspy.Module) -> PolicyLM:
 
 def start_of(compiled: dspy.Module) -> Checkpoint:
     """The weights that the program's run started from, kept in its run directory."""
-    version = "step-000000"
+    version = START_VERSION
     return Checkpoint(version, policy_of(compiled).checkpoint.path.parent / version)

@@ -131,7 +131,7 @@ def _play(
 def drift_of(trained: Checkpoint, base: Checkpoint, rollouts: Sequence[Rollout]) -> Drift:
     """KL(trained || base) on these rollouts' calls, which the trained weights sampled."""
     calls = [call for rollout in rollouts for call in rollout.calls]
-    trainer = Trainer(trained.path, TrainerSettings(learning_rate=1.0, micro_batch_tokens=16_384), reference=base.path)
+    trainer = Trainer(trained.path, TrainerSettings(learning_rate=1.0), reference=base.path)
     by_call: list[list[float]] = trainer.kl_by_call(calls)
     total = math.fsum(math.fsum(values) for values in by_call)
     return Drift(per_token=total / sum(map(len, by_call)), per_rollout=total / len(rollouts))

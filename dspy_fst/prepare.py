@@ -16,7 +16,7 @@ from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Task
 from dspy_fst.rollout.texts import read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
-from dspy_fst.session import Session, new_run_dir, open_player, starting_population, trainable_copy
+from dspy_fst.session import Session, new_run_dir, open_player, starting_population, trainable_copy, version_of
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Problem
 from dspy_fst.validation import (
@@ -59,7 +59,8 @@ def open_session(
     original.release()  # its engine would hold memory beside the training one; it starts again when called
     plan = Plan(config, len(trainset))
     run = RunDirectory(run_dir, recipe, listeners)
-    trainer = Trainer(original.checkpoint.path, trainer_settings(config, original))
+    trainer = Trainer(original.checkpoint.path, trainer_settings(config))
+    run.drop_weights_after(version_of(run.state["step"]) if run.state else "")
     if run.state:
         trainer.load_state(run.path / "state" / "trainer")
     policy = original.fork()
@@ -139,7 +140,7 @@ def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy:
     }
 
 
-def trainer_settings(config: FSTConfig, policy: PolicyLM) -> TrainerSettings:
+def trainer_settings(config: FSTConfig) -> TrainerSettings:
     return TrainerSettings(
         learning_rate=config.learning_rate,
         betas=config.adam_betas,

@@ -32,6 +32,7 @@ from dspy_fst.types import (
     Rollout,
     StepReport,
     UpdateReport,
+    WeightsVersion,
 )
 
 FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 2e-3, 0.3
@@ -170,7 +171,7 @@ class Session:
         Raises:
             SyncError: the engine's log-probabilities on the probes are not the trainer's.
         """
-        version = f"step-{step:06d}"
+        version = version_of(step)
         with self._timed("publish"):
             path = self.run.weights_path(version)
             checkpoint = Checkpoint(version, path) if path.exists() else self.trainer.publish(path, version)
@@ -237,6 +238,11 @@ class Session:
             yield
         finally:
             self._seconds[activity] += time.monotonic() - started  # type: ignore[assignment]
+
+
+def version_of(step: int) -> WeightsVersion:
+    """Name of the weights after that many steps; names sort as steps do."""
+    return f"step-{step:06d}"
 
 
 def _default_tolerance(trainer: Trainer) -> float:

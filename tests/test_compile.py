@@ -60,7 +60,7 @@ def propose(candidate, reflective_dataset, components_to_update):
 
 def relay(engine="in_process"):
     program = Relay()
-    program.set_lm(PolicyLM(BASE, engine=engine, max_tokens=12))
+    program.set_lm(PolicyLM(BASE, engine=engine, max_tokens=12, temperature=1.5))
     return program
 
 

@@ -14,6 +14,8 @@ import httpx
 from dspy._vendor.lm15.transports import StdlibTransport
 from dspy.lm15 import (
     AuthError,
+    ContextLengthError,
+    InvalidRequestError,
     LMRouter,
     Request,
     Response,
@@ -121,6 +123,11 @@ class VLLMClient:
             response = self._router.complete(routed)
         except _ENGINE_FAULTS as error:
             raise NoAnswerError(f"vLLM at {self.address.url} gave no reply to a request: {error}") from error
+        except InvalidRequestError as error:
+            # vLLM says only in words that a prompt is too long; modules such as ReAct wait for the class.
+            if "maximum context length" in str(error) and not isinstance(error, ContextLengthError):
+                raise ContextLengthError(str(error)) from error
+            raise
         return read_completion(response, weights, keep_logprobs=request.config.logprobs is not None)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

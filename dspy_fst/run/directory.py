@@ -101,6 +101,12 @@ class RunDirectory:
     def weights_path(self, version: str) -> Path:
         return self.path / "weights" / version
 
+    def drop_weights_after(self, version: str) -> None:
+        """Remove versions that were published and not committed: the resumed run will make them again."""
+        for path in (self.path / "weights").iterdir():
+            if path.name > version:
+                shutil.rmtree(path)
+
     def prune_weights(self, keep: int) -> None:
         """Remove all but the first and the ``keep`` newest versions."""
         versions = sorted(path for path in (self.path / "weights").iterdir() if path.is_dir())

@@ -15,6 +15,8 @@ class Scored:
 
     ids: Ids
     start: int
+    temperature: float = 1.0
+    """The logits of its scored tokens are divided by this: the distribution that they were drawn from."""
 
     @property
     def tokens(self) -> int:
@@ -52,6 +54,8 @@ class MicroBatch:
     """Shape (N,): where a scored token is predicted, counted through the flattened prefixes, then suffixes."""
     targets: Tensor
     """Shape (N,): the scored tokens, member by member."""
+    temperatures: Tensor
+    """Shape (N,): what the logits of each scored token are divided by."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -128,6 +132,7 @@ def _micro_batch(sequences: Sequence[Scored], members: Sequence[int], share: boo
         suffix_ids=suffix_ids,
         predict_at=torch.tensor(predict_at),
         targets=torch.tensor([token for sequence in chosen for token in sequence.ids[sequence.start :]]),
+        temperatures=torch.tensor([sequence.temperature for sequence in chosen for _ in range(sequence.tokens)]),
     )
 
 

@@ -95,6 +95,7 @@ def _rows(lessons: Sequence[Sequence[tuple[int, Call, float]]]) -> tuple[Row, ..
                     logprobs=call.logprobs,
                     advantage=advantage,
                     token_weight=1 / (len(lessons) * tokens),
+                    temperature=call.temperature,
                     predictor=call.predictor,
                     problem=problem,
                 )
@@ -103,8 +104,12 @@ def _rows(lessons: Sequence[Sequence[tuple[int, Call, float]]]) -> tuple[Row, ..
 
 
 def _trained_calls(rollout: Rollout, trained: Collection[str] | None) -> list[Call]:
-    """Calls with at least one token to learn from."""
-    return [call for call in rollout.calls if call.completion_ids and (trained is None or call.predictor in trained)]
+    """Calls with at least one token to learn from; a greedy call was not drawn, so it has no gradient."""
+    return [
+        call
+        for call in rollout.calls
+        if call.completion_ids and call.temperature > 0 and (trained is None or call.predictor in trained)
+    ]
 
 
 def _single_version(groups: Sequence[Group]) -> WeightsVersion:
@@ -134,6 +139,7 @@ def _counts(
         flat_groups=len(groups) - len(live) - unmeasured,
         rollouts=len(rollouts),
         no_trained_calls=sum(r.reward is not None and not _trained_calls(r, trained) for r in rollouts),
+        greedy_calls=sum(call.temperature == 0 for rollout in rollouts for call in rollout.calls),
         rows=len(rows),
         tokens=sum(len(row.completion_ids) for row in rows),
     )

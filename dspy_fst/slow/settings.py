@@ -28,8 +28,6 @@ class TrainerSettings:
     """Largest CISPO importance weight (FST, App. D; ScaleRL finds 4, 5 and 8 alike)."""
     kl_coefficient: float = 0.001
     """Weight of KL(theta || start) in the loss (FST, App. D); 0 leaves the term, and the reference model, out."""
-    temperature: float = 1.0
-    """The temperature replies are sampled at; training scores that same distribution."""
     micro_batch_tokens: int = 4096
     """Tokens in one forward, padding included. Memory and speed only; a CPU is fastest about here."""
     share_prompts: bool = True
@@ -45,7 +43,7 @@ class TrainerSettings:
             raise ConfigurationError(faults)
 
     def _rules(self) -> Iterator[tuple[str, str, bool]]:
-        for name in ("learning_rate", "eps", "importance_cap", "temperature"):
+        for name in ("learning_rate", "eps", "importance_cap"):
             yield name, "a finite number above 0", 0 < getattr(self, name) < math.inf
         for name in ("weight_decay", "kl_coefficient", "warmup_steps"):
             yield name, "a finite number, at least 0", 0 <= getattr(self, name) < math.inf

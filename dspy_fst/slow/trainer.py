@@ -169,11 +169,11 @@ class Trainer:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1."""
         scored = [Scored(tuple(sequence), 1) for sequence in sequences]
-        return self._per_token(scored, lambda micro: self._chosen(micro, temperature=1.0))
+        return self._per_token(scored, self._chosen)
 
     def logprobs(self, calls: Sequence[Call]) -> list[list[float]]:
-        """Log-probability of every completion token, at the sampling temperature: what an engine recorded."""
-        return self._per_token(_completions(calls), lambda micro: self._chosen(micro, self.settings.temperature))
+        """Log-probability of every completion token, at the call's temperature: what an engine recorded."""
+        return self._per_token(_completions(calls), self._chosen)
 
     def kl_by_call(self, calls: Sequence[Call]) -> list[list[float]]:
         """Exact KL(theta || start) in nats at every completion token of each call, teacher-forced."""
@@ -186,15 +186,12 @@ class Trainer:
             raise ValueError("the KL of no completion token is undefined; pass calls with completions")
         return math.fsum(values) / len(values)
 
-    def _log_probs(self, policy: Policy, micro: MicroBatch, temperature: float | None = None) -> Tensor:
-        """Log-probabilities over the vocabulary for every scored token, shape (N, V)."""
-        logits = policy(micro)
-        divisor = self.settings.temperature if temperature is None else temperature
-        return torch.log_softmax(logits if divisor == 1 else logits / divisor, dim=-1)
+    def _log_probs(self, policy: Policy, micro: MicroBatch) -> Tensor:
+        """Log-probabilities over the vocabulary for every scored token at its temperature, shape (N, V)."""
+        return torch.log_softmax(policy(micro) / micro.temperatures[:, None], dim=-1)
 
-    def _chosen(self, micro: MicroBatch, temperature: float) -> Tensor:
-        log_probs = self._log_probs(self._policy, micro, temperature)
-        return log_probs.gather(-1, micro.targets[:, None])[:, 0]
+    def _chosen(self, micro: MicroBatch) -> Tensor:
+        return self._log_probs(self._policy, micro).gather(-1, micro.targets[:, None])[:, 0]
 
     def _kl(self, log_probs: Tensor, micro: MicroBatch) -> Tensor:
         with torch.no_grad():
@@ -231,6 +228,10 @@ class Trainer:
     def _checked(self, sequences: list[Scored]) -> list[Scored]:
         """Refuse what a GPU would answer with an assertion that kills the process."""
         for index, sequence in enumerate(sequences):
+            if not sequence.temperature > 0:
+                raise TrainingError(
+                    f"call {index} was sampled at temperature {sequence.temperature}: no gradient there"
+                )
             if sequence.start < 1:
                 raise TrainingError(f"call {index} has no prompt: its first token is predicted from nothing")
             if min(sequence.ids) < 0 or max(sequence.ids) >= self.vocabulary:
@@ -296,7 +297,7 @@ class Trainer:
 
 
 def _completions(calls: Sequence[Call] | Sequence[Row]) -> list[Scored]:
-    return [Scored((*call.prompt_ids, *call.completion_ids), len(call.prompt_ids)) for call in calls]
+    return [Scored((*call.prompt_ids, *call.completion_ids), len(call.prompt_ids), call.temperature) for call in calls]
 
 
 def _check_recorded(rows: Sequence[Row]) -> None:

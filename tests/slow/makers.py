@@ -21,9 +21,10 @@ def make_call(
     predictor: str = "answer",
     weights: str = "step-000000",
     logprobs: Sequence[float] | None = None,
+    temperature: float = 1.0,
 ) -> Call:
     logprobs = [-1.0] * len(completion) if logprobs is None else logprobs
-    return Call(predictor, tuple(prompt), tuple(completion), tuple(logprobs), "stop", weights)
+    return Call(predictor, tuple(prompt), tuple(completion), tuple(logprobs), "stop", weights, temperature)
 
 
 def make_rollout(
@@ -52,8 +53,10 @@ def make_row(
     advantage: float,
     weight: float,
     problem: int = 0,
+    temperature: float = 1.0,
 ) -> Row:
-    return Row(tuple(prompt), tuple(completion), tuple(logprobs), advantage, weight, "answer", problem)
+    tokens = (tuple(prompt), tuple(completion), tuple(logprobs))
+    return Row(*tokens, advantage, weight, temperature, "answer", problem)
 
 
 def make_batch(rows: Sequence[Row]) -> Batch:

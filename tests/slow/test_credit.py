@@ -171,3 +171,11 @@ def test_the_order_of_groups_and_rollouts_changes_nothing(sampled, lengths, seed
 
     for left, right in zip(by_value(one), by_value(two), strict=True):
         assert left == pytest.approx(right)
+
+
+def test_a_greedy_call_carries_no_row_and_is_counted():
+    drawn, greedy = make_call([5, 6]), make_call([7], temperature=0.0)
+    group = Group(0, (make_rollout(1.0, drawn, greedy), make_rollout(0.0, drawn, greedy)))
+    batch = credit([group])
+    assert [row.completion_ids for row in batch.rows] == [(5, 6), (5, 6)]
+    assert batch.counts["greedy_calls"] == 2

@@ -17,9 +17,7 @@ from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Group
 from tests.slow.makers import VOCABULARY, make_batch, make_call, make_rollout, make_row, make_tokenizer, save_model
 
-SETTINGS = TrainerSettings(
-    learning_rate=1e-2, kl_coefficient=0.1, temperature=0.7, importance_cap=1.5, micro_batch_tokens=40
-)
+SETTINGS = TrainerSettings(learning_rate=1e-2, kl_coefficient=0.1, importance_cap=1.5, micro_batch_tokens=40)
 
 
 def make_trainer(start, reference=None, **changes) -> Trainer:
@@ -30,7 +28,8 @@ def draw_call(draw: random.Random, predictor: str = "answer"):
     """A call of any length, often of a prompt seen before; recorded log-probabilities put some ratios above the cap."""
     completion = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 7))]
     prompt = [draw.randrange(3)] * draw.choice([3, 8, 12])
-    return make_call(completion, prompt, predictor=predictor, logprobs=[-draw.uniform(0.5, 12) for _ in completion])
+    logprobs = [-draw.uniform(0.5, 12) for _ in completion]
+    return make_call(completion, prompt, predictor=predictor, logprobs=logprobs, temperature=draw.choice([0.7, 1.0]))
 
 
 @pytest.fixture
@@ -87,8 +86,8 @@ def hand_gradient(start, reference, groups, settings: TrainerSettings) -> tuple[
                 span = slice(len(call.prompt_ids) - 1, -1)
                 logits = model(ids).logits[0, span]
                 with torch.no_grad():
-                    p = torch.softmax(logits / settings.temperature, -1)
-                    q = torch.softmax(anchor(ids).logits[0, span] / settings.temperature, -1)
+                    p = torch.softmax(logits / call.temperature, -1)
+                    q = torch.softmax(anchor(ids).logits[0, span] / call.temperature, -1)
                     e = torch.nn.functional.one_hot(torch.tensor(call.completion_ids), VOCABULARY)
                     chosen = (p * e).sum(-1)
                     ratio = chosen / torch.tensor(call.logprobs, dtype=torch.float64).exp()
@@ -99,7 +98,7 @@ def hand_gradient(start, reference, groups, settings: TrainerSettings) -> tuple[
                     total += float(
                         share * (-weight * advantage * chosen.log() + settings.kl_coefficient * kl[:, 0]).sum()
                     )
-                logits.backward(share / settings.temperature * (push + pull))
+                logits.backward(share / call.temperature * (push + pull))
     return {name: p.grad for name, p in model.named_parameters()}, total
 
 
@@ -120,7 +119,7 @@ def test_the_gradient_and_the_loss_are_those_worked_out_by_hand(start, tied_star
         report = trainer.step(batch)
     by_hand, loss = hand_gradient(begin, reference, groups, SETTINGS)
     assert_close(gradients, by_hand)
-    assert report.loss == pytest.approx(loss, rel=1e-5)
+    assert report.loss == pytest.approx(loss, abs=1e-6)  # large terms of both signs cancel in it
     assert 0 < report.capped_share < 1
     assert report.grad_norm == pytest.approx(sum(float(g.square().sum()) for g in by_hand.values()) ** 0.5, rel=1e-5)
 
@@ -207,10 +206,10 @@ def test_a_row_that_cannot_be_scored_is_refused_before_anything_moves(start, row
 
 
 def test_the_report_measures_the_weights_before_they_move(start, groups):
-    trainer = make_trainer(start, temperature=1.0)
+    trainer = make_trainer(start)
     calls = [call for group in groups for rollout in group.rollouts for call in rollout.calls]
     exact = [dataclasses.replace(c, logprobs=tuple(lp)) for c, lp in zip(calls, trainer.logprobs(calls), strict=True)]
-    rows = [make_row(c.prompt_ids, c.completion_ids, c.logprobs, 1.0, 0.01) for c in exact]
+    rows = [make_row(c.prompt_ids, c.completion_ids, c.logprobs, 1.0, 0.01, temperature=c.temperature) for c in exact]
     report = trainer.step(make_batch(rows))
     assert report.max_log_ratio == pytest.approx(0, abs=1e-5)
     assert report.kl_to_start == pytest.approx(0, abs=1e-6)
@@ -237,7 +236,7 @@ def test_scores_are_the_models_own_log_probabilities_in_the_order_given(start):
 
 
 def test_calls_are_scored_at_the_temperature_they_were_sampled_with(start):
-    call = make_call([4, 5, 6], [1, 2])
+    call = make_call([4, 5, 6], [1, 2], temperature=0.7)
     model = AutoModelForCausalLM.from_pretrained(start)
     logits = model(torch.tensor([[1, 2, 4, 5, 6]])).logits[0, 1:-1]
     wanted = torch.log_softmax(logits / 0.7, -1).gather(-1, torch.tensor([[4], [5], [6]]))[:, 0]
@@ -258,7 +257,7 @@ def test_kl_to_start_is_zero_at_the_start_and_a_token_mean_afterwards(start, bat
 
 
 def test_updates_raise_the_likelihood_of_what_was_rewarded(start):
-    trainer = make_trainer(start, temperature=1.0, warmup_steps=0)
+    trainer = make_trainer(start, warmup_steps=0)
     good, bad = make_call([4, 5], [1, 2]), make_call([6, 7], [1, 2])
     before = trainer.logprobs([good, bad])
     for _ in range(5):
@@ -310,5 +309,5 @@ def test_a_model_that_scales_its_logits_is_refused_by_its_type(tmp_path):
 
 def test_settings_name_all_their_faults_at_once():
     with pytest.raises(ConfigurationError) as error:
-        TrainerSettings(learning_rate=0, temperature=-1, betas=(0.9, 1.0), max_grad_norm=0, micro_batch_tokens=0)
-    assert len(error.value.faults) == 5
+        TrainerSettings(learning_rate=0, betas=(0.9, 1.0), max_grad_norm=0, micro_batch_tokens=0)
+    assert len(error.value.faults) == 4
