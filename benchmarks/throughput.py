@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -88,7 +89,10 @@ def own_batch(engine: Engine, groups: Sequence[Group]) -> Callable[[], Any]:
 
 def vllm_batch(engine: Any, prompts: Sequence[tuple[int, ...]]) -> Callable[[], Any]:
     """vLLM's batched completions: token prompts in one request, the ids and log-probabilities asked for too."""
-    client = engine.client()
+    address = engine.address
+    client = httpx.Client(
+        base_url=address.url, headers={"Authorization": f"Bearer {address.api_key}"}, trust_env=False, timeout=600
+    )
 
     def complete() -> None:
         reply = client.post(
@@ -101,7 +105,6 @@ def vllm_batch(engine: Any, prompts: Sequence[tuple[int, ...]]) -> Callable[[], 
                 "logprobs": 0,
                 "return_token_ids": True,
             },
-            timeout=600,
         )
         reply.raise_for_status()
         assert len(reply.json()["choices"]) == len(prompts)

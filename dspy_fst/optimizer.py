@@ -93,7 +93,10 @@ class FSTOptimizer(Teleprompter):
         with ExitStack() as stack:
             listeners = self.listeners
             if self.progress:
-                listeners = (*listeners, stack.enter_context(ProgressView()))
+                listeners = (
+                    *listeners,
+                    stack.enter_context(ProgressView(Path(self.run_dir).name if self.run_dir else "run")),
+                )
             run = stack.enter_context(open_session(self, student, trainset, valset, teacher, listeners))
             return compiled_program(run, alternate(run), track_stats=self.track_stats)
 

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 
 class ProgressView:
@@ -119,12 +120,13 @@ class ProgressView:
             self._recent.append(line)
 
     def _render(self) -> Group:
+        # Texts, not markup strings: an instruction may well hold square brackets.
         figures = Table.grid(padding=(0, 2))
         for name, value in self._figures.items():
-            figures.add_row(f"[dim]{name}[/dim]", value)
+            figures.add_row(Text(name, style="dim"), Text(value))
         rollouts = f", {self._played} rollouts" if self._played else ""
-        head = f"[bold]{self.title}[/bold]  {self._phase}{rollouts}"
-        return Group(head, self._bar, figures, *(f"[dim]{line}[/dim]" for line in self._recent))
+        head = Text.assemble((self.title, "bold"), f"  {self._phase}{rollouts}")
+        return Group(head, self._bar, figures, *(Text(line, style="dim") for line in self._recent))
 
 
 def _number(value: float | None) -> str:
