@@ -127,13 +127,14 @@ class InProcessEngine:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        scores = []
+        lengths = [len(sequence) for sequence in sequences]
+        # Padded on the right: under a causal mask no real token looks at the padding.
+        rows = [[*sequence, *[0] * (max(lengths) - len(sequence))] for sequence in sequences]
         with self._model_lock:
-            for sequence in sequences:
-                ids = torch.tensor([list(sequence)], device=self._model.device)
-                logprobs = self._model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-                scores.append(logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist())
-        return scores
+            ids = torch.tensor(rows, device=self._model.device)
+            logprobs = self._model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+            chosen = logprobs.gather(-1, ids[:, 1:, None])[:, :, 0].tolist()
+        return [row[: length - 1] for row, length in zip(chosen, lengths, strict=True)]
 
     def close(self) -> None:
         with self._lock:
