@@ -12,24 +12,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint, verify_sync
 from dspy_fst.errors import SyncError
+from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.texts import read_texts
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from programs.lab import BASE
+from dspy_fst.types import Candidate, Problem
+from programs.lab import BASE, build
 from programs.lab.tokenizer import signature
+from tests.relay import Relay, any_answer
 
 SEQUENCES = [[2, 30, 31, 32, 33], [5, 6, 7, 8, 9, 10, 11]]
 
 
 @pytest.fixture(scope="module", params=["in_process", pytest.param("vllm", marks=pytest.mark.vllm)])
-def engine(request, tmp_path_factory):
-    """A running engine that serves a published copy of the base model."""
-    handle = PolicyLM(BASE, engine=request.param).handle
+def policy(request, tmp_path_factory):
+    """A PolicyLM whose engine serves a published copy of the base model."""
+    policy = PolicyLM(BASE, engine=request.param, max_tokens=12)
     trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
-    engine = handle.engine
+    engine = policy.handle.engine
     assert engine.weights is None
     engine.load(trainer.publish(tmp_path_factory.mktemp("base") / "v0", "v0"))
-    yield engine
+    yield policy
     engine.close()
     engine.close()
+
+
+@pytest.fixture
+def engine(policy):
+    return policy.handle.engine
 
 
 def request_of(numbers, max_tokens=12, temperature=1.0):
@@ -119,6 +129,37 @@ def test_sampling_that_training_does_not_score_is_refused(engine):
     request = lm15.Request(model="policy", messages=(lm15.Message.user("x"),), config=config)
     with pytest.raises(lm15.UnsupportedFeatureError, match="top_p"):
         engine.complete(request, seed=1)
+
+
+def test_every_recorded_token_of_a_program_is_exact(policy):
+    """32 rollouts at once, two modules, one to three calls of the first: ids, log-probabilities, attribution."""
+    program = Relay()
+    program.set_lm(policy)
+    lab = build(train=16, val=1, test=1)
+    seed = read_texts(program)
+    candidates = [seed, Candidate({**seed.texts, "last": "Double the last number."})]
+    player = Player(program, Reward(any_answer), PlayerSettings(threads=32), policy.handle.engine.expect)
+    tasks = [Task(Problem(i, e), c) for i, e in enumerate(lab.trainset) for c in candidates]
+    rollouts = player.play(tasks, "exact")
+    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
+
+    for task, rollout in zip(tasks, rollouts, strict=True):
+        if rollout.failure is None:
+            length = len(task.problem.example.numbers.split())
+            assert [call.predictor for call in rollout.calls] == ["first"] * (length - 3) + ["last"]
+        assert rollout.mask is None
+        assert {call.weights for call in rollout.calls} == {"v0"}
+        for call in rollout.calls:
+            spoken = task.candidate.texts[call.predictor].lower()  # the lab's tokenizer lowers case
+            assert spoken in trainer.tokenizer.decode(call.prompt_ids)
+    calls = [call for rollout in rollouts for call in rollout.calls]
+    assert len(calls) > 64
+    gaps = [
+        abs(a - b)
+        for call, scored in zip(calls, trainer.logprobs(calls), strict=True)
+        for a, b in zip(call.logprobs, scored, strict=True)
+    ]
+    assert max(gaps) < 1e-4
 
 
 def test_new_weights_are_served_at_once_and_verified(engine, tmp_path):
