@@ -45,15 +45,11 @@ def compiled_program(run: "Session", population: Population, *, track_stats: boo
     validation = _validate(run, population)
     if validation:
         population = _ranked(population, validation)
-    programs = [
-        {"score": score, "program": with_texts(run.program, member)}
-        for member, score in zip(population.members, population.scores, strict=True)
-        if member in population.unique()
-    ]
-    unique = list({id(entry["program"]): entry for entry in programs}.values())
+    score_of = {m.digest: score for m, score in zip(population.members, population.scores, strict=True)}
+    programs = [{"score": score_of[m.digest], "program": with_texts(run.program, m)} for m in population.unique()]
     compiled = with_texts(run.program, population.best)
     compiled.population = population
-    compiled.candidate_programs = unique
+    compiled.candidate_programs = programs
     if track_stats:
         compiled.detailed_results = CompiledResults(
             run_dir=run.run.path,

@@ -3,7 +3,7 @@
 *Paper* is "Learning, Fast and Slow" (arXiv 2605.12484). *Ours* marks what it does not publish.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -49,7 +49,7 @@ class FSTConfig(BaseModel):
 
     learning_rate: float = Field(1e-6, gt=0)
     """AdamW's peak learning rate. Not published where we could read; ours, common for full-weight RL."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Paper, App. D."""
     adam_epsilon: float = Field(1e-8, gt=0)
     """Unstated in the paper; AdamW's usual."""
@@ -77,6 +77,8 @@ class FSTConfig(BaseModel):
     """Rollouts in flight (ours)."""
     rollout_timeout_s: float = Field(600.0, gt=0)
     """Seconds after which a rollout is masked (ours)."""
+    max_masked_share: float = Field(0.5, ge=0, le=1)
+    """Share of a step's rollouts that may go unmeasured; beyond it the run stops, to be continued (ours)."""
     validation_samples: int = Field(1, ge=1)
     """Rollouts for each validation problem and candidate, outside the budget (ours)."""
     sync_tolerance: float | None = Field(None, gt=0)
@@ -107,11 +109,6 @@ class FSTConfig(BaseModel):
     @property
     def anchor_count(self) -> int:
         return min(self.anchors or self.lookahead, self.lookahead)
-
-    @property
-    def search_budget(self) -> int:
-        """Fresh rollouts of one search, the carried population's scoring not included."""
-        return self.search_rollouts or round(self.search_passes * self.anchor_count)
 
 
 def make_config(recipe: dict[str, Any]) -> tuple[FSTConfig | None, list[str]]:

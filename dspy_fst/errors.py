@@ -28,6 +28,14 @@ class SyncError(EngineError):
     """After a publish the engine's log-probabilities do not agree with the trainer's."""
 
 
+class MeasurementError(FSTError):
+    """Too little was measured to go on: the engine, a tool or the metric fails. The run can be continued."""
+
+
+class ReflectionError(FSTError):
+    """Every attempt to propose a text failed, so nothing was searched. The run can be continued."""
+
+
 class TrainingError(FSTError):
     """The slow step cannot go on: non-finite loss, mixed weight versions, a model it cannot train."""
 

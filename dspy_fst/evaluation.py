@@ -103,11 +103,13 @@ def two_by_two(
     player = Player(compiled, Reward(metric), PlayerSettings(threads=threads, seed=seed), policy.handle.engine.expect)
     texts = {"seed": read_texts(student), "evolved": read_texts(compiled)}
     base, trained = start_of(compiled), policy.checkpoint
-    rollouts = {
-        (weights, name): _play(player, policy, checkpoint, candidate, testset, k)
-        for weights, checkpoint in (("base", base), ("trained", trained))
-        for name, candidate in texts.items()
-    }
+    rollouts = {}
+    try:
+        for weights, checkpoint in (("base", base), ("trained", trained)):
+            for name, candidate in texts.items():
+                rollouts[weights, name] = _play(player, policy, checkpoint, candidate, testset, k)
+    finally:
+        policy.handle.engine.load(trained)
     cells = {f"{weights} weights, {name} instructions": estimate(made, k) for (weights, name), made in rollouts.items()}
     drift = {f"{name} instructions": drift_of(trained, base, rollouts["trained", name]) for name in texts}
     return TwoByTwo({name: cells[name] for name in CELLS}, drift)
@@ -130,8 +132,9 @@ def _play(
 
 def drift_of(trained: Checkpoint, base: Checkpoint, rollouts: Sequence[Rollout]) -> Drift:
     """KL(trained || base) on these rollouts' calls, which the trained weights sampled."""
-    calls = [call for rollout in rollouts for call in rollout.calls]
+    measured = [rollout for rollout in rollouts if rollout.reward is not None]
+    calls = [call for rollout in measured for call in rollout.calls if call.temperature > 0]
     trainer = Trainer(trained.path, TrainerSettings(learning_rate=1.0), reference=base.path)
     by_call: list[list[float]] = trainer.kl_by_call(calls)
     total = math.fsum(math.fsum(values) for values in by_call)
-    return Drift(per_token=total / sum(map(len, by_call)), per_rollout=total / len(rollouts))
+    return Drift(per_token=total / sum(map(len, by_call)), per_rollout=total / len(measured))

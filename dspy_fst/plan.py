@@ -17,7 +17,7 @@ class Cycle:
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a run spends; every figure counts the whole run."""
+    """What a run is planned to spend; every figure counts the whole run."""
 
     searches: int
     search_rollouts: int
@@ -34,13 +34,17 @@ class Plan:
 
     def __init__(self, config: FSTConfig, size: int):
         self.config, self.size = config, size
-        self.cycles = _schedule(config)
         self._orders: dict[int, list[int]] = {}
+        self.cycles = _schedule(config, self.search_budget(0))
 
     def problems(self, step: int) -> list[int]:
-        """Problems of a step's batch: a walk through one seeded shuffle of the trainset per epoch."""
-        start = step * self.config.problems_per_step
-        return [self._at(position) for position in range(start, start + self.config.problems_per_step)]
+        """Problems of a step's batch, all different: a walk through one seeded shuffle of the trainset per epoch.
+
+        An epoch ends with its last full batch; whom the remainder leaves out changes with the shuffle.
+        """
+        size = self.config.problems_per_step
+        epoch, place = divmod(step, self.size // size)
+        return self._order(epoch)[place * size : (place + 1) * size]
 
     def lookahead(self, cycle: int) -> list[int]:
         """D_c: the problems of the cycle's steps, without repetition (paper, section 3)."""
@@ -59,7 +63,7 @@ class Plan:
         config = self.config
         searches = [cycle for cycle in self.cycles if cycle.search_budget]
         updates = sum(len(cycle.steps) for cycle in self.cycles)
-        anchors = min(config.anchor_count, self.size)
+        anchors = len(self.anchors(0))
         # The first search starts from one text; later ones from up to K.
         carried = sum(config.population_size if cycle.index else 1 for cycle in searches)
         return Budget(
@@ -71,18 +75,22 @@ class Plan:
             updates=updates,
         )
 
-    def _at(self, position: int) -> int:
-        epoch, offset = divmod(position, self.size)
+    def search_budget(self, cycle: int) -> int:
+        """Fresh rollouts of a search over the cycle's anchors, at least one minibatch."""
+        passes = round(self.config.search_passes * len(self.anchors(cycle)))
+        return max(self.config.search_rollouts or passes, self.config.reflection_minibatch)
+
+    def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             order = list(range(self.size))
             random.Random(f"{self.config.seed} epoch {epoch}").shuffle(order)
             self._orders[epoch] = order
-        return self._orders[epoch][offset]
+        return self._orders[epoch]
 
 
-def _schedule(config: FSTConfig) -> tuple[Cycle, ...]:
+def _schedule(config: FSTConfig, budget: int) -> tuple[Cycle, ...]:
     """The cycles of each method. Baselines spend what Fast-Slow Training spends, at other times."""
-    budget, steps, cycles = config.search_budget, config.steps_per_cycle, config.cycles
+    steps, cycles = config.steps_per_cycle, config.cycles
     whole = budget * cycles
     at = [range(index * steps, (index + 1) * steps) for index in range(cycles)]
     end = cycles * steps

@@ -13,7 +13,7 @@ from dspy import lm15
 
 from dspy_fst.engine.base import Checkpoint, Engine
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.rollout.recording import complete_recorded
+from dspy_fst.rollout.recording import RECORDED, complete_recorded
 
 EngineKind = Literal["auto", "vllm", "in_process"]
 BASE_VERSION = "base"
@@ -52,7 +52,6 @@ class PolicyLM(dspy.LM):
         engine_options: Mapping[str, Any] | None = None,
         version: str = BASE_VERSION,
         num_retries: int = 3,
-        **_: Any,
     ):
         self.handle = EngineHandle(str(model), engine, dict(engine_options or {}), version)
         super().__init__(
@@ -64,6 +63,7 @@ class PolicyLM(dspy.LM):
             num_retries=num_retries,
             cache=False,
         )
+        setattr(self, RECORDED, True)
         self._cache_responses = False  # a predictor's own cache=True would beat LM(cache=False)
 
     @property
@@ -83,6 +83,12 @@ class PolicyLM(dspy.LM):
             version=checkpoint.version,
             num_retries=self.num_retries,
         )
+
+    def on(self, handle: "EngineHandle") -> "PolicyLM":
+        """A copy with this LM's temperature and limits that speaks through another engine."""
+        copy = self.copy(engine=handle, async_engine=AsyncHandle(handle))
+        copy.handle = handle
+        return copy
 
     def release(self) -> None:
         """Stop the engine and free its memory; the next call starts it again."""
@@ -135,7 +141,7 @@ class EngineHandle:
         with self._lock:
             engine = self.engine
             if engine.weights is None:
-                engine.load(self.checkpoint)
+                engine.load(_downloaded(self.checkpoint))
             return engine
 
     def release(self) -> None:
@@ -145,7 +151,8 @@ class EngineHandle:
                 self._engine = None
 
     def complete(self, request: lm15.Request) -> lm15.Response:
-        return complete_recorded(self.ready().complete, request, _free_seed)
+        # The engine is asked for last: a late call of a rollout that was given up must not start one.
+        return complete_recorded(lambda *call: self.ready().complete(*call), request, _free_seed)
 
     def close(self) -> None:
         """DSPy closes LMs it does not own the engine of; only `release` stops ours."""
@@ -176,6 +183,15 @@ class AsyncHandle:
 
 def _free_seed() -> int:
     return secrets.randbits(31)
+
+
+def _downloaded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as a folder on this machine; a hub name is fetched."""
+    if checkpoint.path.is_dir():
+        return checkpoint
+    from huggingface_hub import snapshot_download
+
+    return Checkpoint(checkpoint.version, Path(snapshot_download(str(checkpoint.path))))
 
 
 def resolve_kind(kind: EngineKind) -> EngineKind:

@@ -18,7 +18,7 @@ from dspy_fst.rollout.texts import read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
 from dspy_fst.session import Session, new_run_dir, open_player, starting_population, trainable_copy, version_of
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.types import Problem
+from dspy_fst.types import Population, Problem
 from dspy_fst.validation import (
     context_faults,
     data_faults,
@@ -54,25 +54,49 @@ def open_session(
         ConfigurationError: with every fault that was found.
     """
     config, run_dir, recipe = _checked(optimizer, student, trainset, valset, teacher)
-    policies = policies_of(student)
-    original = next(iter(policies.values()))
+    original = next(iter(policies_of(student).values()))
     original.release()  # its engine would hold memory beside the training one; it starts again when called
-    plan = Plan(config, len(trainset))
+    policy = original.fork()
     run = RunDirectory(run_dir, recipe, listeners)
-    trainer = Trainer(original.checkpoint.path, trainer_settings(config))
-    run.drop_weights_after(version_of(run.state["step"]) if run.state else "")
+    try:
+        session = _assemble(optimizer, student, trainset, valset or (), config, run, policy)
+        session.publish(run.state.get("step", 0))
+        if not run.state:
+            _preflight(session)
+        _announce(session)
+        if not run.state:
+            session.commit_start()
+        yield session
+    except BaseException:
+        policy.release()
+        run.abandon()
+        raise
+    run.close()
+
+
+def _assemble(
+    optimizer: "FSTOptimizer",
+    student: dspy.Module,
+    trainset: Sequence[dspy.Example],
+    valset: Sequence[dspy.Example],
+    config: FSTConfig,
+    run: RunDirectory,
+    policy: PolicyLM,
+) -> Session:
+    """Load the trainer, at the committed state when there is one, and put the session together."""
+    trainer = Trainer(policy.checkpoint.path, trainer_settings(config))
+    run.drop_weights_from(version_of(run.state.get("step", 0)))
     if run.state:
         trainer.load_state(run.path / "state" / "trainer")
-    policy = original.fork()
     program = trainable_copy(student, policy)
-    session = Session(
+    return Session(
         config=config,
-        plan=plan,
+        plan=Plan(config, len(trainset)),
         trainset=trainset,
-        valset=valset or (),
+        valset=valset,
         program=program,
         policy=policy,
-        trained=frozenset(policies),
+        trained=frozenset(policies_of(student)),
         player=open_player(program, optimizer.metric, config, policy.handle.engine.expect),
         trainer=trainer,
         run=run,
@@ -80,18 +104,6 @@ def open_session(
         propose=optimizer.propose,
         reflection_lm=optimizer.reflection_lm,
     )
-    try:
-        session.publish(run.state.get("step", 0))
-        if not run.state:
-            _preflight(session)
-            _announce(session)
-            session.commit_start()
-        else:
-            run.tell({"event": "note", "text": f"going on from step {run.state['step']} in {run.path}"})
-        yield session
-    except BaseException:
-        policy.release()
-        raise
 
 
 def _checked(
@@ -112,6 +124,11 @@ def _checked(
         faults.append("teacher: nothing is learnt from a teacher program here; leave it out")
     faults += program_faults(student)
     faults += data_faults(trainset, valset, config)
+    if config is not None:
+        try:
+            trainer_settings(config)
+        except ConfigurationError as error:
+            faults += error.faults
     faults += search_faults(config, optimizer.metric, optimizer.reflection_lm, optimizer.propose)
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
@@ -127,17 +144,26 @@ def _checked(
 
 
 def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy: PolicyLM) -> dict[str, Any]:
-    """What makes a run this run: the recipe, the program's texts, the problems and the model."""
-    problems = hashlib.sha256(repr([example.toDict() for example in trainset]).encode("utf-8", "replace"))
+    """What makes a run this run: the recipe, the program, the problems and the model."""
+    bare = student.deepcopy()
+    for _, predictor in bare.named_predictors():
+        predictor.lm = None
+    carried = getattr(student, "population", None)
     return {
         **{key: value for key, value in config.model_dump().items() if key not in NOT_IDENTITY},
-        "model": policy.model,
+        "model": str(policy.checkpoint.path),
         "weights": policy.checkpoint.version,
+        "engine": policy.handle.resolved_kind,
         "temperature": policy.kwargs["temperature"],
         "max_tokens": policy.kwargs["max_tokens"],
-        "program": read_texts(student).digest,
-        "trainset": f"{len(trainset)} examples, sha256 {problems.hexdigest()[:16]}",
+        "program": _fingerprint(bare.dump_state()),
+        "population": [m.digest for m in carried.members] if isinstance(carried, Population) else None,
+        "trainset": f"{len(trainset)} examples, {_fingerprint([example.toDict() for example in trainset])}",
     }
+
+
+def _fingerprint(data: Any) -> str:
+    return hashlib.sha256(repr(data).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def trainer_settings(config: FSTConfig) -> TrainerSettings:
@@ -160,12 +186,17 @@ def _preflight(session: Session) -> None:
     tasks = [Task(problem, session.population.best) for problem in first]
     rollouts = session.player.play(tasks, "preflight")
     faults = context_faults(session.policy, rollouts)
-    if all(rollout.mask is not None for rollout in rollouts):
-        reasons = sorted({str(rollout.mask) for rollout in rollouts})
-        shown = f"nothing can be measured on the first {len(rollouts)} examples ({'; '.join(reasons)})"
+    reasons = sorted({rollout.mask for rollout in rollouts if rollout.mask is not None})
+    if any(reason.startswith("metric") for reason in reasons) or all(rollout.mask for rollout in rollouts):
+        lost = sum(rollout.mask is not None for rollout in rollouts)
+        shown = f"{lost} of the first {len(rollouts)} examples cannot be measured ({'; '.join(reasons)})"
         faults.append(f"{shown}; {_advice(reasons)}")
     if faults:
         raise ConfigurationError(faults)
+    if all(rollout.failure for rollout in rollouts):
+        kinds = sorted({str(rollout.failure) for rollout in rollouts})
+        note = f"warning: every reply to the first examples failed ({', '.join(kinds)}), so the metric was not tried"
+        session.run.tell({"event": "note", "text": note})
     calls = [len(rollout.calls) for rollout in rollouts]
     session.calls_per_rollout = sum(calls) / len(calls)
     session.tokens_per_rollout = sum(rollout.tokens for rollout in rollouts) / len(rollouts)
@@ -181,7 +212,12 @@ def _advice(reasons: Sequence[str]) -> str:
 
 def _announce(session: Session) -> None:
     """Say what the run will spend before it is spent."""
-    config, budget = session.config, session.plan.budget(len(session.valset))
+    config, budget, state = session.config, session.plan.budget(len(session.valset)), session.run.state
+    if state:
+        session.run.tell({"event": "plan", "budget": asdict(budget)})
+        going_on = f"going on in {session.run.path}: {state['step']} of {budget.updates} updates are done"
+        session.run.tell({"event": "note", "text": going_on})
+        return
     rollouts = budget.search_rollouts + budget.scoring_rollouts + budget.training_rollouts
     tokens = session.tokens_per_rollout
     session.run.emit("plan", config=config.model_dump(), budget=asdict(budget), tokens_per_rollout=tokens)

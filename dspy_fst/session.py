@@ -1,5 +1,6 @@
 """A run in progress: what the alternation in optimizer.py works with, opened, timed, committed and closed."""
 
+import os
 import random
 import time
 from collections import Counter
@@ -14,7 +15,8 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import Checkpoint, verify_sync
-from dspy_fst.fast.evolve import Search, SearchSettings, outcome_counts
+from dspy_fst.errors import MeasurementError
+from dspy_fst.fast.evolve import Search, SearchSettings
 from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose
 from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
@@ -134,7 +136,7 @@ class Session:
             reflections=search.counts["reflections"],
             proposals_accepted=search.counts["accepted"],
             sampled_tokens=sum(rollout.tokens for rollout in search.rollouts),
-            counts=dict(outcome_counts(search.rollouts)),
+            counts={name: count for name, count in search.counts.items() if name not in ("reflections", "accepted")},
             seconds=self._seconds["sampling"],
         )
         candidates = [
@@ -155,8 +157,20 @@ class Session:
         self._seconds.clear()
         problems = [Problem(index, self.trainset[index]) for index in self.plan.problems(step)]
         with self._timed("sampling"):
-            return self.player.groups(
+            groups = self.player.groups(
                 problems, population, self.config.group_size, f"step-{step}", on_rollout=self._tell_rollout
+            )
+        self._refuse_unmeasured(step, [rollout for group in groups for rollout in group.rollouts])
+        return groups
+
+    def _refuse_unmeasured(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        masked = Counter(rollout.mask for rollout in rollouts if rollout.mask is not None)
+        if masked.total() > self.config.max_masked_share * len(rollouts):
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in masked.most_common())
+            raise MeasurementError(
+                f"step {step}: {masked.total()} of {len(rollouts)} rollouts measured nothing ({reasons}), more than "
+                f"max_masked_share={self.config.max_masked_share:g}. Nothing was learnt from them; mend the cause and "
+                f"compile again with run_dir={str(self.run.path)!r} to go on"
             )
 
     def update(self, batch: Batch) -> UpdateReport:
@@ -250,15 +264,18 @@ def _default_tolerance(trainer: Trainer) -> float:
 
 
 def new_run_dir() -> Path:
-    return Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
 def trainable_copy(student: dspy.Module, policy: PolicyLM) -> dspy.Module:
-    """A copy of the student in which every predictor of its PolicyLM speaks with ``policy``."""
+    """A copy of the student in which every predictor of its PolicyLM speaks through ``policy``'s engine.
+
+    Each keeps its own temperature and limits.
+    """
     copy = student.deepcopy()
     for _, predictor in copy.named_predictors():
-        if isinstance(predictor.lm or dspy.settings.lm, PolicyLM):
-            predictor.lm = policy
+        if isinstance(lm := predictor.lm or dspy.settings.lm, PolicyLM):
+            predictor.lm = lm.on(policy.handle)
     return copy
 
 

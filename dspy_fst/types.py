@@ -18,6 +18,9 @@ import dspy
 
 from dspy_fst.errors import TrainingError
 
+PREDICTOR_TAG = "_fst_predictor_name"
+"""Attribute that carries a predictor's name on a rollout's copy of the program, and on copies made of it."""
+
 WeightsVersion = str
 """Name of one immutable set of policy weights, e.g. ``"step-000012"``; ``"step-000000"`` is the start."""
 

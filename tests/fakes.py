@@ -52,6 +52,7 @@ def scripted_policy(speak: Speak, version: str = "base") -> tuple[PolicyLM, Scri
     """A PolicyLM over a ScriptedEngine."""
     policy = PolicyLM("no-model", engine="in_process", max_tokens=64, version=version)
     engine = ScriptedEngine(speak)
+    engine.version = version
     policy.handle._make = lambda: engine
     return policy, engine
 

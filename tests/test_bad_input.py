@@ -53,6 +53,7 @@ SETTINGS = [
     ({"auto": "huge"}, "auto='huge': use one of 'light', 'medium', 'heavy'"),
     ({"auto": "light", "cycles": 3}, "auto: it sets cycles"),
     ({"lr": 1e-4}, "lr: there is no such setting"),
+    ({"adam_betas": (1.5, 0.9)}, "adam_betas.0=1.5"),
     ({"learning_rate": "fast"}, "learning_rate='fast'"),
     ({"method": "sft"}, "method='sft'"),
 ]
@@ -99,8 +100,20 @@ def test_a_metric_that_raises_on_the_first_examples(tmp_path):
         return pred.no_such_field
 
     text = told(tmp_path, metric=wrong)
-    assert "nothing can be measured on the first 4 examples (metric raised AttributeError)" in text
+    assert "4 of the first 4 examples cannot be measured (metric raised AttributeError)" in text
     assert "mend the metric" in text
+
+
+def test_a_metric_that_raises_on_one_of_the_first_examples(tmp_path):
+    def fussy(gold, pred, trace=None):
+        return 1.0 / (gold.numbers != LAB.trainset[0].numbers)
+
+    assert "1 of the first 4 examples cannot be measured" in told(tmp_path, metric=fussy)
+
+
+def test_after_the_advice_was_followed_the_same_directory_will_do(tmp_path):
+    told(tmp_path, metric=lambda gold, pred, trace=None: pred.nothing)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_a_path_with_no_model(tmp_path):
@@ -154,6 +167,11 @@ def test_vllm_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
     program = program_with(PolicyLM(BASE, engine="vllm", max_tokens=16))
     assert "pip install 'dspy-fst[vllm]'" in told(tmp_path, program=program)
+
+
+def test_an_unknown_argument_of_the_policy():
+    with pytest.raises(TypeError, match="temprature"):
+        PolicyLM(BASE, temprature=0.1)
 
 
 def test_an_unknown_engine_or_option():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import dspy_fst
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.compiled import policy_of, start_of
-from dspy_fst.errors import RunDirectoryError, SyncError
+from dspy_fst.errors import MeasurementError, RunDirectoryError, SyncError
 from dspy_fst.rollout.texts import read_texts
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
@@ -147,6 +147,34 @@ def test_a_compiled_program_goes_on_from_its_weights_and_population(tmp_path):
     assert all(start[name].equal(tensor) for name, tensor in weights_of(first).items())
     lineage = set(second.population.parents)
     assert {member.digest for member in first.population.members} <= lineage
+
+
+def test_a_predictor_keeps_its_own_temperature_and_limit(tmp_path):
+    program = relay()
+    program.last.lm = program.first.lm.copy(temperature=0.5, max_tokens=9)
+    compiled = compile_relay(tmp_path / "run", program=program, cycles=1)
+    kwargs = {name: predictor.lm.kwargs for name, predictor in compiled.named_predictors()}
+    assert (kwargs["first"]["temperature"], kwargs["first"]["max_tokens"]) == (1.5, 12)
+    assert (kwargs["last"]["temperature"], kwargs["last"]["max_tokens"]) == (0.5, 9)
+    steps = [event["report"]["update"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
+    assert all(step["max_log_ratio"] < 1e-4 for step in steps)
+
+
+def test_a_step_that_measured_too_little_stops_the_run_which_can_go_on(tmp_path):
+    calls = []
+
+    def fails_later(gold, pred, trace=None, pred_name=None, pred_trace=None):
+        calls.append(gold)
+        if len(calls) > 40:
+            raise OSError("the judge is down")
+        return any_answer(gold, pred)
+
+    optimizer = FSTOptimizer(metric=fails_later, propose=propose, run_dir=tmp_path / "run", **{**SHORT, "method": "rl"})
+    with pytest.raises(MeasurementError, match=r"measured nothing \(metric raised OSError: \d+\)"):
+        optimizer.compile(relay(), trainset=build(train=32, val=1, test=1).trainset)
+    resumed = compile_relay(tmp_path / "run", method="rl")
+    assert len([e for e in read_events(tmp_path / "run") if e["event"] == "step"]) == 4
+    assert resumed._compiled
 
 
 def test_an_engine_that_serves_stale_weights_stops_the_run(tmp_path):

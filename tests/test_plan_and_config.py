@@ -12,7 +12,8 @@ from dspy_fst.plan import Plan
 def test_the_defaults_are_the_paper_s():
     config = FSTConfig()
     assert (config.steps_per_cycle, config.population_size, config.group_size) == (6, 4, 8)
-    assert (config.lookahead, config.anchor_count, config.search_budget) == (192, 192, 960)
+    assert (config.lookahead, config.anchor_count) == (192, 192)
+    assert Plan(config, 1000).search_budget(0) == 960
     assert (config.importance_cap, config.kl_coefficient, config.warmup_steps) == (4.0, 0.001, 10)
 
 
@@ -35,6 +36,19 @@ def test_an_epoch_shows_every_problem_once():
     seen = [problem for step in range(4) for problem in plan.problems(step)]
     assert sorted(seen) == list(range(20))
     assert plan.problems(4) != plan.problems(0)
+
+
+@settings(max_examples=40)
+@given(size=st.integers(4, 60), step=st.integers(0, 200))
+def test_a_batch_never_repeats_a_problem(size, step):
+    problems = Plan(FSTConfig(problems_per_step=4), size).problems(step)
+    assert len(set(problems)) == 4
+    assert set(problems) <= set(range(size))
+
+
+def test_the_budget_follows_the_anchors_that_there_are():
+    assert Plan(FSTConfig(), 40).search_budget(0) == 5 * len(Plan(FSTConfig(), 40).anchors(0))
+    assert Plan(FSTConfig(search_passes=1e-6), 40).search_budget(0) == 3
 
 
 @settings(max_examples=40)

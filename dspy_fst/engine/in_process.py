@@ -1,8 +1,9 @@
 """The embedded engine: transformers in this process, concurrent calls batched together.
 
-Batches are made deterministic so that a resumed run can equal an uninterrupted one: the batch runs when
-every caller in flight is waiting (not when a clock says so), its rows are sorted, and each row draws from
-its own seeded generator. Only a caller that is busy elsewhere for longer than ``linger_s`` is not waited for.
+For programs that call their LM one call at a time, batches are deterministic, so that a resumed run can equal
+an uninterrupted one: the batch runs when every caller in flight is waiting (not when a clock says so), its rows
+are sorted, and each row draws from its own seeded generator. Only a caller that is busy elsewhere for longer
+than ``linger_s`` is not waited for.
 """
 
 import threading
@@ -30,7 +31,7 @@ class InProcessSettings:
     device: str | None = None
     """Torch device, e.g. ``"cuda:0"``; None takes the GPU when there is one."""
     dtype: str | None = None
-    """``"float32"`` or ``"bfloat16"``; None is float32 on CPU, bfloat16 on CUDA. Logits are always float32."""
+    """``"float32"`` or ``"bfloat16"``; None is float32 on CPU, bfloat16 on CUDA. Sampling is in float32."""
     max_batch_tokens: int = 65_536
     """Prompt plus completion tokens of one batch, padding included; larger batches are cut."""
     linger_s: float = 0.5

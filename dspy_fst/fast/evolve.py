@@ -15,6 +15,7 @@ from typing import Any
 import dspy
 import gepa
 
+from dspy_fst.errors import ReflectionError
 from dspy_fst.fast.gepa_adapter import (
     BankedAdapter,
     Feedback,
@@ -60,7 +61,7 @@ class Search:
     """Fresh rollouts, in order."""
     reused: int
     counts: Counter[str]
-    """``reflections``, ``accepted``, ``masked: <reason>``, ``failed: <reason>``."""
+    """``reflections``, ``reflections_failed``, ``accepted``, ``masked: <reason>``, ``failed: <reason>``."""
 
 
 def evolve(
@@ -82,9 +83,13 @@ def evolve(
         feedback: What the metric says of one predictor's part in a rollout.
         propose: Proposes new texts without a reflection LM; else ``reflection_lm`` reflects.
         on_candidate: Told of each candidate that was accepted, and its mean anchor score.
+
+    Raises:
+        ReflectionError: every reflection failed.
+        MeasurementError: a candidate was played on all anchors and nothing was measured.
     """
     bank = RolloutBank(play)
-    adapter = BankedAdapter(program, bank, feedback, propose, reflection_lm, settings.seed)
+    adapter = BankedAdapter(program, bank, feedback, propose, reflection_lm, settings.seed, settings.minibatch)
     seeds = population.unique()
     scored = bank.get([(problem, seed) for seed in seeds for problem in anchors])
     rows = [scored[i : i + len(anchors)] for i in range(0, len(scored), len(anchors))]
@@ -116,6 +121,11 @@ def evolve(
             logger=_Log(),
             seed=settings.seed,
         )
+    if adapter.counts["reflections_failed"] and not adapter.counts["reflections"]:
+        raise ReflectionError(
+            f"all {adapter.counts['reflections_failed']} reflections failed, the last with {adapter.last_failure!r}; "
+            "mend the reflection LM or the proposer and compile again with the same run_dir to go on"
+        ) from adapter.last_failure
     candidates = tuple(Candidate(dict(texts)) for texts in result.candidates)
     scores = tuple(tuple(row[a] for a in range(len(anchors))) for row in result.val_subscores)
     return Search(

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from gepa.core.adapter import EvaluationBatch
 from gepa.core.state import GEPAState, ValsetEvaluation
 from gepa.strategies.eval_policy import FullEvaluationPolicy
 
-from dspy_fst.types import Candidate, Problem, Rollout
+from dspy_fst.errors import MeasurementError
+from dspy_fst.types import PREDICTOR_TAG, Candidate, Problem, Rollout
 
 Play = Callable[[Sequence[tuple[Problem, Candidate]]], list[Rollout]]
 """Makes one rollout for each (problem, candidate), all under the current weights."""
@@ -33,11 +35,13 @@ class RolloutBank:
 
     def get(self, wanted: Sequence[tuple[Problem, Candidate]]) -> list[Rollout]:
         missing = {(c.digest, p.index): (p, c) for p, c in wanted if (c.digest, p.index) not in self._made}
-        rollouts = self._play(list(missing.values()))
-        self._made.update(zip(missing, rollouts, strict=True))
-        self.fresh += rollouts
+        played = dict(zip(missing, self._play(list(missing.values())), strict=True)) if missing else {}
+        self.fresh += played.values()
         self.reused += len(wanted) - len(missing)
-        return [self._made[candidate.digest, problem.index] for problem, candidate in wanted]
+        known = self._made | played
+        # A masked rollout measured nothing: whoever asks again gets another try.
+        self._made |= {key: rollout for key, rollout in played.items() if rollout.mask is None}
+        return [known[candidate.digest, problem.index] for problem, candidate in wanted]
 
 
 class BankedAdapter(DspyAdapter):
@@ -51,6 +55,7 @@ class BankedAdapter(DspyAdapter):
         propose: Propose | None,
         reflection_lm: dspy.LM | None,
         seed: int,
+        minibatch: int,
     ):
         names = [name for name, _ in program.named_predictors()]
         super().__init__(
@@ -64,7 +69,9 @@ class BankedAdapter(DspyAdapter):
             rng=random.Random(seed),
         )
         self._bank = bank
+        self.minibatch = minibatch
         self.counts: Counter[str] = Counter()
+        self.last_failure: Exception | None = None
 
     def evaluate(
         self,
@@ -98,18 +105,60 @@ class BankedAdapter(DspyAdapter):
         return batches
 
     def scores(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Rewards for GEPA, which knows no masks: a masked rollout takes the mean of the measured ones, counted."""
+        """Rewards for GEPA, which knows no masks: a masked rollout takes the mean of the measured ones.
+
+        Raises:
+            MeasurementError: a candidate was played on the anchors and nothing at all was measured.
+        """
         measured = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+        if not measured and len(rollouts) > self.minibatch:
+            reasons = ", ".join(sorted({str(rollout.mask) for rollout in rollouts}))
+            raise MeasurementError(
+                f"none of {len(rollouts)} rollouts of the search measured anything ({reasons}); mend the cause and "
+                "compile again with the same run_dir to go on"
+            )
         mean = sum(measured) / len(measured) if measured else 0.0
         return [mean if rollout.reward is None else rollout.reward for rollout in rollouts]
 
     def propose_new_texts(
         self, candidate: dict[str, str], reflective_dataset: dict[str, Any], components_to_update: list[str]
     ) -> dict[str, str]:
-        self.counts["reflections"] += 1
+        """One reflection. gepa logs what it raises and goes on, so failures are kept here and counted."""
         shown = [name for name in components_to_update if name in reflective_dataset]
-        texts: dict[str, str] = super().propose_new_texts(candidate, reflective_dataset, shown)
+        try:
+            texts: dict[str, str] = super().propose_new_texts(candidate, reflective_dataset, shown)
+        except Exception as error:
+            self.counts["reflections_failed"] += 1
+            self.last_failure = error
+            raise
+        self.counts["reflections"] += 1
         return texts
+
+    def make_reflective_dataset(
+        self, candidate: dict[str, str], eval_batch: EvaluationBatch, components_to_update: list[str]
+    ) -> dict[str, Any]:
+        """DSPy's records, each predictor's from its own calls.
+
+        DSPy tells predictors apart by signature, and would mix up two that share one.
+        """
+        records: dict[str, Any] = {}
+        for name in components_to_update:
+            own = [
+                {**t, "trace": [entry for entry in t["trace"] if getattr(entry[0], PREDICTOR_TAG, None) == name]}
+                for t in eval_batch.trajectories or ()
+            ]
+            if any(trajectory["trace"] for trajectory in own):
+                records |= super().make_reflective_dataset(candidate, replace(eval_batch, trajectories=own), [name])
+        if not records:
+            raise LookupError(f"no call of {components_to_update} in the minibatch, so there is nothing to reflect on")
+        return records
+
+
+@dataclass(frozen=True)
+class FailedRun:
+    """In the place of a prediction that never came: what the reflection is told instead."""
+
+    feedback: str
 
 
 def _trajectory(index: int, rollout: Rollout, examples: Mapping[int, dspy.Example]) -> dict[str, Any]:
@@ -117,7 +166,7 @@ def _trajectory(index: int, rollout: Rollout, examples: Mapping[int, dspy.Exampl
     return {
         "example_ind": index,
         "example": examples[rollout.problem],
-        "prediction": rollout.prediction,
+        "prediction": FailedRun(rollout.feedback) if rollout.failure else rollout.prediction,
         "trace": list(rollout.trace),
         "score": rollout.reward,
     }
@@ -131,6 +180,8 @@ def _feedback_of(name: str, feedback: Feedback) -> Callable[..., dict[str, Any]]
         module_outputs: Any,
         captured_trace: Any,
     ) -> dict[str, Any]:
+        if isinstance(module_outputs, FailedRun):
+            return {"score": None, "feedback": module_outputs.feedback}
         own = [(None, predictor_inputs, predictor_output)]
         text = feedback(module_inputs, module_outputs, captured_trace, name, own)
         return {"score": None, "feedback": text}

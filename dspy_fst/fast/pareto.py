@@ -14,8 +14,9 @@ def frontier(scores: Scores) -> list[int]:
         anchor: {c for c, row in enumerate(scores) if row[anchor] == max(other[anchor] for other in scores)}
         for anchor in range(len(scores[0]))
     }
-    # Candidates are visited from worst to best: of two that cover the same anchors the better one stays.
-    kept = remove_dominated_programs(best_on, scores=[_mean(row) for row in scores])
+    # Candidates are visited from worst to best: of two that cover the same anchors the better stays, then the older.
+    order = sorted(range(len(scores)), key=lambda c: (_mean(scores[c]), -c))
+    kept = remove_dominated_programs(best_on, scores=[order.index(c) for c in range(len(scores))])
     return sorted(set().union(*kept.values()))
 
 

@@ -105,7 +105,7 @@ class ProgressView:
         self._say(
             f"step {report['step']}: reward {_number(report['reward'])}, KL {_number(update['kl_to_start'])}, "
             f"entropy {_number(update['entropy'])}, {counts.get('flat_groups', 0)}/{counts.get('groups', 0)} groups "
-            f"flat, {update['tokens']} tokens trained"
+            f"flat, {update['tokens']} tokens trained{_lost(counts)}"
         )
 
     def _on_note(self, event: Mapping[str, Any]) -> None:
@@ -127,6 +127,12 @@ class ProgressView:
         rollouts = f", {self._played} rollouts" if self._played else ""
         head = Text.assemble((self.title, "bold"), f"  {self._phase}{rollouts}")
         return Group(head, self._bar, figures, *(Text(line, style="dim") for line in self._recent))
+
+
+def _lost(counts: Mapping[str, int]) -> str:
+    """What was masked or failed, by reason; nothing when nothing was."""
+    lost = [f"{reason} x{count}" for reason, count in counts.items() if reason.startswith(("masked: ", "failed: "))]
+    return f"; {', '.join(lost)}" if lost else ""
 
 
 def _number(value: float | None) -> str:

@@ -9,6 +9,7 @@ import contextvars
 import copy
 import hashlib
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 
 from dspy_fst.rollout.crew import run_all
-from dspy_fst.rollout.recording import OUTSIDE, SETTING, Recording, tag_predictors
+from dspy_fst.rollout.recording import OUTSIDE, SETTING, Recording, is_recorded, tag_predictors
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.rollout.texts import with_texts
-from dspy_fst.types import Candidate, Group, Population, Problem, Rollout
+from dspy_fst.types import PREDICTOR_TAG, Candidate, Group, Population, Problem, Rollout
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,19 @@ class Player:
             calls = recordings[index].close()
             return Rollout(tasks[index].problem.index, tasks[index].candidate, calls, None, mask="timeout")
 
-        with _quiet():
-            return run_all(
-                [job(index) for index in range(len(tasks))],
-                threads=self.settings.threads,
-                timeout_s=self.settings.timeout_s,
-                on_timeout=timed_out,
-                in_flight=self._in_flight,
-                on_result=on_rollout,
-            )
+        try:
+            with _quiet():
+                return run_all(
+                    [job(index) for index in range(len(tasks))],
+                    threads=self.settings.threads,
+                    timeout_s=self.settings.timeout_s,
+                    on_timeout=timed_out,
+                    in_flight=self._in_flight,
+                    on_result=on_rollout,
+                )
+        finally:  # after an interrupt, threads still under way must not call any more
+            for recording in recordings:
+                recording.close()
 
     def _seed(self, task: Task, draw: str) -> int:
         entropy = repr((self.settings.seed, draw, task.problem.index, task.candidate.digest, task.sample))
@@ -131,7 +136,7 @@ class Player:
             try:
                 prediction = program(**task.problem.example.inputs())
             except Exception as error:
-                outcome = self._failure(error, program, recording, trace, task)
+                outcome = self._failure(error, recording, trace)
             else:
                 outcome = self._scored(task, prediction, trace)
         calls = recording.close()
@@ -144,27 +149,47 @@ class Player:
             return {"reward": None, "mask": str(error), "prediction": prediction}
         return {"reward": score.value, "feedback": score.feedback, "prediction": prediction}
 
-    def _failure(
-        self, error: Exception, program: dspy.Module, recording: Recording, trace: list[Any], task: Task
-    ) -> dict[str, Any]:
+    def _failure(self, error: Exception, recording: Recording, trace: list[Any]) -> dict[str, Any]:
         name = type(error).__name__
-        if isinstance(error, AdapterParseError):
-            _trace_failed_parse(error, program, recording, trace, task)
+        failed = failing_predictor(error)
+        frozen = failed is not None and not failed.trained
+        if isinstance(error, AdapterParseError) and not frozen:
+            if failed is not None:  # so that the reflection sees the reply and what it answered
+                trace.append((failed.predictor, failed.inputs, FailedPrediction(str(error.lm_response))))
             feedback = f"The reply could not be parsed: {error}"
             return {"reward": self.settings.format_failure_score, "failure": "parse", "feedback": feedback}
-        if isinstance(error, ContextWindowExceededError):
+        if isinstance(error, ContextWindowExceededError) and not frozen:
             return {"reward": self.settings.failure_score, "failure": "context", "feedback": str(error)}
-        if isinstance(error, LMError):
-            return {"reward": None, "mask": f"lm: {type(error.__cause__ or error).__name__}"}
+        if isinstance(error, AdapterParseError | LMError):
+            who = "frozen lm" if frozen else "lm"
+            return {"reward": None, "mask": f"{who}: {type(error.__cause__ or error).__name__}"}
         if isinstance(error, OSError):  # ConnectionError and TimeoutError among them: a tool's outage
             return {"reward": None, "mask": f"outage: {name}"}
         if recording.last_predictor in (None, OUTSIDE):  # it failed before the policy had said anything
             return {"reward": None, "mask": f"program: {name}"}
-        return {
-            "reward": self.settings.failure_score,
-            "failure": name,
-            "feedback": f"The program failed: {error}",
-        }
+        return {"reward": self.settings.failure_score, "failure": name, "feedback": f"The program failed: {error}"}
+
+
+@dataclass(frozen=True)
+class FailingPredictor:
+    """The predictor in whose call an exception arose."""
+
+    predictor: dspy.Predict
+    inputs: dict[str, Any]
+    trained: bool
+    """Whether it speaks with an LM whose calls are recorded."""
+
+
+def failing_predictor(error: BaseException) -> FailingPredictor | None:
+    """The innermost tagged predictor on the exception's way, found in its traceback; None when there is none."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        predictor = frame.f_locals.get("self")
+        if isinstance(predictor, dspy.Predict) and hasattr(predictor, PREDICTOR_TAG):
+            inputs = frame.f_locals.get("kwargs") or (found.inputs if found else {})
+            lm = predictor.lm or dspy.settings.lm
+            found = FailingPredictor(predictor, dict(inputs), is_recorded(lm))
+    return found
 
 
 def _single_attempt_adapter() -> Any:
@@ -174,15 +199,6 @@ def _single_attempt_adapter() -> Any:
         adapter = copy.copy(adapter)
         adapter.use_json_adapter_fallback = False
     return adapter
-
-
-def _trace_failed_parse(
-    error: AdapterParseError, program: dspy.Module, recording: Recording, trace: list[Any], task: Task
-) -> None:
-    """Add the reply that did not parse to the trace, so that the reflection sees it."""
-    predictors = dict(program.named_predictors())
-    if (failed := predictors.get(recording.last_predictor or "")) is not None:
-        trace.append((failed, dict(task.problem.example.inputs()), FailedPrediction(str(error.lm_response))))
 
 
 @contextmanager

@@ -8,17 +8,17 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import dspy
 from dspy import lm15
 
 from dspy_fst.engine.base import Completion
 from dspy_fst.errors import EngineError
-from dspy_fst.types import Call
+from dspy_fst.types import PREDICTOR_TAG, Call
 
 SETTING = "fst_recording"
 """Name of the DSPy context setting that holds the current Recording."""
-_TAG = "_fst_predictor_name"
 OUTSIDE = ""
 """Predictor name of a call that no predictor of the program made (the program called its LM directly)."""
 
@@ -68,15 +68,24 @@ class Recording:
 def tag_predictors(program: dspy.Module) -> None:
     """Write each predictor's name on it, so that copies made inside the program (BestOfN) keep it."""
     for name, predictor in program.named_predictors():
-        setattr(predictor, _TAG, name)
+        setattr(predictor, PREDICTOR_TAG, name)
 
 
 def calling_predictor() -> str:
     """Name of the innermost tagged predictor that is running in this context."""
     for module in reversed(dspy.settings.caller_modules or []):
-        if (name := getattr(module, _TAG, None)) is not None:
+        if (name := getattr(module, PREDICTOR_TAG, None)) is not None:
             return str(name)
     return OUTSIDE
+
+
+RECORDED = "_fst_recorded"
+"""Attribute of an LM whose calls are recorded."""
+
+
+def is_recorded(lm: Any) -> bool:
+    """Whether an LM's calls are recorded, and so can be trained."""
+    return bool(getattr(lm, RECORDED, False))
 
 
 def complete_recorded(

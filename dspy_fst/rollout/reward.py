@@ -32,7 +32,7 @@ class Reward:
 
     def __init__(self, metric: Metric):
         self.metric = metric
-        self._arity = len(_positional(metric))
+        self._names = _filled_by_name(metric)
 
     def __call__(
         self,
@@ -47,9 +47,9 @@ class Reward:
         Raises:
             UnmeasuredError: the metric raised, or returned something that is not a finite number.
         """
-        arguments = (gold, pred, trace, pred_name, pred_trace)[: self._arity]
+        known = {"trace": trace, "pred_name": pred_name, "pred_trace": pred_trace}
         try:
-            returned = self.metric(*arguments)
+            returned = self.metric(gold, pred, **{given: known[ours] for given, ours in self._names.items()})
         except Exception as error:
             raise UnmeasuredError(f"metric raised {type(error).__name__}") from error
         return _as_score(returned)
@@ -69,13 +69,31 @@ def _as_score(returned: Any) -> Score:
     return Score(value, feedback)
 
 
-def _positional(metric: Metric) -> list[inspect.Parameter]:
-    """The parameters that Reward can fill, in order; at most five."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(metric).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
-        return [inspect.Parameter(name, kinds[0]) for name in ("gold", "pred", "trace", "pred_name", "pred_trace")]
-    return [parameter for parameter in parameters if parameter.kind in kinds][:5]
+ROLES = ("trace", "pred_name", "pred_trace")
+"""What a metric may take beside (gold, pred), in GEPA's order."""
+
+
+def _parameters(metric: Metric) -> list[inspect.Parameter]:
+    """The metric's own parameters; of a metric that is a module (dspy.evaluate.SemanticF1), those of forward."""
+    function = metric.forward if isinstance(metric, dspy.Module) else metric
+    return list(inspect.signature(function).parameters.values())
+
+
+def _filled_by_name(metric: Metric) -> dict[str, str]:
+    """The metric's parameter -> the role it is given.
+
+    By name, or by place where it has no default: an option such as ``frac=1.0`` in the place of ``pred_name`` must
+    keep its own value.
+    """
+    parameters = _parameters(metric)
+    beyond = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
+    filled = {p.name: p.name for p in parameters if p.name in ROLES}
+    for parameter, role in zip(beyond, ROLES, strict=False):
+        if parameter.default is parameter.empty and parameter.name not in filled:
+            filled[parameter.name] = role
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        filled |= {role: role for role in ROLES if role not in filled}
+    return filled
 
 
 def metric_fault(metric: Any) -> str | None:
@@ -83,16 +101,22 @@ def metric_fault(metric: Any) -> str | None:
     if not callable(metric):
         return f"metric: {metric!r} is not callable; pass a function (gold, pred, trace=None, ...)"
     try:
-        parameters = list(inspect.signature(metric).parameters.values())
+        parameters = _parameters(metric)
     except (TypeError, ValueError):
         return None
-    fillable = _positional(metric)
-    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    enough = len(places) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    filled = _filled_by_name(metric)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    unfilled = [
+        p.name
+        for p in parameters
+        if p not in places[:2] and p.default is p.empty and p.kind not in variadic and p.name not in filled
+    ]
+    if enough and not unfilled:
+        return None
     name = getattr(metric, "__name__", type(metric).__name__)
-    if len(fillable) < 2 or any(parameter not in fillable for parameter in required if fillable != parameters):
-        shown = ", ".join(parameter.name for parameter in parameters)
-        return (
-            f"metric: {name}({shown}) has the wrong signature; it must take (gold, pred), then optionally trace, "
-            "pred_name and pred_trace, and need nothing else"
-        )
-    return None
+    return (
+        f"metric: {name}({', '.join(p.name for p in parameters)}) has the wrong signature; it must take (gold, pred), "
+        "then optionally trace, pred_name and pred_trace, and need nothing else"
+    )

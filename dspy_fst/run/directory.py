@@ -16,9 +16,12 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.types import Candidate, Population
 
+LOCK = ".lock"
 Listener = Callable[[Mapping[str, Any]], None]
 
 
@@ -33,6 +36,14 @@ class RunDirectory:
         self.path, self._listeners = path, listeners
         if fault := directory_fault(path, recipe):
             raise RunDirectoryError(fault)
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RunDirectoryError(
+                f"run_dir={str(path)!r} is in use by another run; wait for it or name another"
+            ) from None
         for folder in ("populations", "weights"):
             (path / folder).mkdir(parents=True, exist_ok=True)
         write_json(path / "recipe.json", recipe)
@@ -78,6 +89,19 @@ class RunDirectory:
         fresh.rename(current)
         shutil.rmtree(old, ignore_errors=True)
 
+    def abandon(self) -> None:
+        """Remove what was written, if nothing was committed yet: the directory is free for a corrected recipe."""
+        if not self.state:
+            for name in ("populations", "weights"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            for name in ("recipe.json", "events.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+        self._lock.release()
+
+    def close(self) -> None:
+        """Let others open the directory."""
+        self._lock.release()
+
     def _read_state(self) -> dict[str, Any]:
         current, old = self.path / "state", self.path / "state.old"
         if not current.exists() and old.exists():  # killed between the two renames of a commit
@@ -101,24 +125,24 @@ class RunDirectory:
     def weights_path(self, version: str) -> Path:
         return self.path / "weights" / version
 
-    def drop_weights_after(self, version: str) -> None:
-        """Remove versions that were published and not committed: the resumed run will make them again."""
+    def drop_weights_from(self, version: str) -> None:
+        """Remove this version, later ones and what a kill left half written: the resumed run publishes them again."""
         for path in (self.path / "weights").iterdir():
-            if path.name > version:
+            if path.name.startswith(".") or path.name >= version:
                 shutil.rmtree(path)
 
     def prune_weights(self, keep: int) -> None:
         """Remove all but the first and the ``keep`` newest versions."""
-        versions = sorted(path for path in (self.path / "weights").iterdir() if path.is_dir())
+        versions = sorted((self.path / "weights").glob("step-*"))
         for path in versions[1:-keep]:
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))  # gone at once, or not at all
 
 
 def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     """Why a run of this recipe cannot live here, as a sentence; None when it can."""
     if path.exists() and not path.is_dir():
         return f"run_dir={str(path)!r} is a file; name a directory"
-    if not path.exists() or not any(path.iterdir()):
+    if not path.exists() or all(entry.name == LOCK for entry in path.iterdir()):
         return None
     try:
         found = json.loads((path / "recipe.json").read_text())

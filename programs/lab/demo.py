@@ -113,16 +113,17 @@ def summarise(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def mean_and_error(values: Sequence[float]) -> dict[str, float]:
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+def mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "standard_error": error}
 
 
 def show(console: Console, summary: dict[str, Any], seeds: int) -> None:
     """Print the tables."""
 
-    def text(figure: dict[str, float], form: str = ".3f") -> str:
-        return f"{figure['mean']:{form}} ± {figure['standard_error']:{form}}"
+    def text(figure: dict[str, float | None], form: str = ".3f") -> str:
+        error = figure["standard_error"]
+        return f"{figure['mean']:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
     k = summary["runs"][0]["cells"][JOINT]["k"]
     problems = summary["runs"][0]["cells"][JOINT]["problems"]

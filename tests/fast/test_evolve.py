@@ -3,7 +3,9 @@
 import dspy
 import pytest
 
+from dspy_fst.errors import MeasurementError, ReflectionError
 from dspy_fst.fast.evolve import SearchSettings, evolve
+from dspy_fst.fast.gepa_adapter import RolloutBank
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import read_texts
@@ -34,6 +36,10 @@ def speak(messages, seed):
 
 def metric(gold, pred, trace=None, pred_name=None, pred_trace=None):
     return dspy.Prediction(score=float(pred.answer == gold.answer), feedback=f"{pred_name} on {gold.question}")
+
+
+def constant(candidate, reflective_dataset, components_to_update):
+    return dict.fromkeys(components_to_update, "nothing")
 
 
 class Searcher:
@@ -97,7 +103,7 @@ def test_the_whole_population_is_carried_and_scored_once():
 
 
 def test_complementary_candidates_both_stay():
-    searcher = Searcher(propose=lambda candidate, data, names: dict.fromkeys(names, "nothing"))
+    searcher = Searcher(propose=constant)
     seed = read_texts(searcher.program)
     carried = [Candidate({**seed.texts, "second": f"Answer {skill}."}) for skill in SKILLS]
     search = searcher.evolve(Population((*carried, seed), (None,) * 3), size=2)
@@ -106,9 +112,15 @@ def test_complementary_candidates_both_stay():
 
 @pytest.mark.parametrize("budget", [6, 30])
 def test_the_budget_is_overrun_by_one_accepted_candidate_at_most(budget):
-    search = Searcher().evolve(budget=budget)
+    texts = (f"text {number}" for number in range(10_000))
+
+    def new_every_time(candidate, reflective_dataset, components_to_update):
+        return {name: f"even odd {next(texts)}" for name in components_to_update}
+
+    searcher = Searcher(propose=new_every_time)
+    search = searcher.evolve(budget=budget, perfect_score=2.0)
     fresh = len(search.rollouts) - len(ANCHORS)
-    assert budget - 3 <= fresh <= budget + len(ANCHORS) + 3 or search.counts["reflections"] * 3 >= budget - 3
+    assert 0 < fresh <= budget + len(ANCHORS) + 3
 
 
 def test_a_search_with_nothing_left_to_learn_ends():
@@ -126,6 +138,88 @@ def test_every_predictor_s_feedback_reaches_the_proposer():
     told = {name: record["Feedback"] for data in searcher.seen for name, records in data.items() for record in records}
     assert set(told) == {"first", "second"}
     assert told["first"].startswith("first on")
+
+
+def test_a_reflection_that_always_fails_stops_the_run_and_says_why():
+    def broken(candidate, reflective_dataset, components_to_update):
+        raise PermissionError("401 bad api key")
+
+    with pytest.raises(ReflectionError, match="401 bad api key"):
+        Searcher(propose=broken).evolve()
+
+
+def test_a_reflection_that_fails_now_and_then_is_counted():
+    searcher = Searcher()
+    by_turns = searcher.propose
+
+    def flaky(candidate, reflective_dataset, components_to_update):
+        if len(searcher.seen) == 1:
+            searcher.seen.append({})
+            raise TimeoutError
+        return by_turns(candidate, reflective_dataset, components_to_update)
+
+    searcher.propose = flaky
+    counts = searcher.evolve().counts
+    assert counts["reflections_failed"] == 1
+    assert counts["reflections"] > 1
+
+
+def test_an_outage_on_all_anchors_is_no_result():
+    searcher = Searcher()
+    searcher.play = lambda wanted: [Rollout(p.index, c, (), None, mask="lm: EngineError") for p, c in wanted]
+    with pytest.raises(MeasurementError, match="lm: EngineError"):
+        searcher.evolve()
+
+
+def test_a_masked_rollout_is_tried_again_when_asked_for_again():
+    masks = iter(["timeout", None])
+
+    def play(wanted):
+        return [
+            Rollout(p.index, c, (), None, mask=mask) if (mask := next(masks)) else Rollout(p.index, c, (), 1.0)
+            for p, c in wanted
+        ]
+
+    bank, wanted = RolloutBank(play), [(ANCHORS[0], Candidate({"a": "b"}))]
+    assert [bank.get(wanted)[0].reward for _ in range(3)] == [None, 1.0, 1.0]
+    assert (len(bank.fresh), bank.reused) == (2, 1)
+
+
+def test_predictors_that_share_a_signature_reflect_on_their_own_calls():
+    class Twins(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = dspy.Predict(dspy.Signature("question -> answer", "Answer."))
+            self.two = dspy.Predict(dspy.Signature("question -> answer", "Answer."))
+
+        def forward(self, question):
+            self.one(question="0")
+            return self.two(question=question)
+
+    searcher = Searcher()
+    searcher.program = Twins()
+    policy, _ = scripted_policy(speak, version="v")
+    searcher.program.set_lm(policy)
+    searcher.player = Player(searcher.program, Reward(metric), PlayerSettings(threads=4))
+    searcher.evolve(perfect_score=2.0)
+    asked = {name: {r["Inputs"]["question"] for r in data[name]} for data in searcher.seen for name in data}
+    assert asked["one"] == {"0"}
+    assert asked["two"] != {"0"}
+
+
+def test_the_reflection_is_told_why_a_run_failed():
+    class Trips(Two):
+        def forward(self, question):
+            return {}[super().forward(question).answer]
+
+    searcher = Searcher()
+    searcher.program = Trips()
+    policy, _ = scripted_policy(speak, version="v")
+    searcher.program.set_lm(policy)
+    searcher.player = Player(searcher.program, Reward(metric), PlayerSettings(threads=4))
+    searcher.evolve()
+    told = {record["Feedback"] for data in searcher.seen for records in data.values() for record in records}
+    assert told == {"The program failed: 'no'"}
 
 
 def test_lineage_names_the_parents():

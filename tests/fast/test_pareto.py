@@ -26,8 +26,8 @@ def test_a_short_frontier_is_filled_with_copies_of_its_best():
 
 
 def test_equal_candidates_yield_the_oldest():
-    assert top_k([[1, 0], [1, 0]], 1) == [0] or top_k([[1, 0], [1, 0]], 1) == [1]
-    assert len(set(top_k([[1, 0], [1, 0]], 2))) == 1
+    assert top_k([[1, 0], [1, 0]], 1) == [0]
+    assert top_k([[1, 0], [1, 0]], 2) == [0, 0]
 
 
 tables = st.integers(1, 5).flatmap(

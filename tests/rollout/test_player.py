@@ -129,18 +129,19 @@ def test_calls_are_recorded_from_inside_parallel_and_async_programs():
     assert [call.predictor for call in rollout.calls] == ["answer"] * 5
 
 
-def test_rollouts_never_read_the_cache():
+def test_rollouts_never_read_the_cache(monkeypatch, tmp_path):
     asked = []
 
     def listen(messages, seed):
         asked.append(seed)
         return fields(answer="1")
 
+    monkeypatch.setattr(dspy, "cache", dspy.clients.cache.Cache(True, True, str(tmp_path), 10**6, 100))
     program = dspy.Predict("question -> answer", cache=True)
     player, _ = player_of(program, listen)
-    with dspy.context(lm=None):
-        player.play([Task(PROBLEMS[1], read_texts(program)), Task(PROBLEMS[1], read_texts(program))], "same")
-    assert len(asked) == 2
+    for _ in range(3):  # one after another: calls made at once all miss, cached or not
+        player.play([Task(PROBLEMS[1], read_texts(program))], "same")
+    assert len(asked) == 3
 
 
 def test_a_reply_that_does_not_parse_is_scored_and_keeps_its_tokens():
@@ -176,6 +177,39 @@ def test_an_engine_or_tool_that_is_gone_masks(error, mask):
 
     rollout = play_one(Tool(), speak=fail)
     assert (rollout.reward, rollout.mask) == (None, mask)
+
+
+def test_a_frozen_lm_s_failure_is_not_the_policy_s():
+    class Mixed(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.answer, self.judge = dspy.Predict("question -> answer"), dspy.Predict("answer -> a: int, b: int")
+
+        def forward(self, question):
+            return self.judge(answer=self.answer(question=question).answer)
+
+    program = Mixed()
+    player, _ = player_of(program)
+    program.judge.lm = dspy.utils.DummyLM([{"nonsense": "x"}] * 9)
+    rollout = player.play([Task(PROBLEMS[1], read_texts(program))], "test")[0]
+    assert rollout.mask == "frozen lm: AdapterParseError"
+    assert [call.predictor for call in rollout.calls] == ["answer"]
+
+
+def test_a_failed_parse_is_traced_with_the_predictor_s_own_inputs():
+    class Inner(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.draft, self.answer = dspy.Predict("question -> draft"), dspy.Predict("draft -> a: int, b: int")
+
+        def forward(self, question):
+            return self.answer(draft=self.draft(question=question).draft)
+
+    rollout = play_one(Inner(), speak=lambda m, s: fields(draft="mine"))
+    assert rollout.failure == "parse"
+    predictor, inputs, _ = rollout.trace[-1]
+    assert inputs == {"draft": "mine"}
+    assert list(predictor.signature.output_fields) == ["a", "b"]
 
 
 def test_a_program_that_trips_over_the_policy_s_output_is_scored():
@@ -248,6 +282,16 @@ def test_feedback_and_predictor_signatures_of_metrics():
     assert Reward(exact)(PROBLEMS[0].example, dspy.Prediction(answer="0")).value == 1.0
     assert metric_fault(gepa_style) is None
     assert metric_fault(exact) is None
+    assert metric_fault(dspy.evaluate.answer_exact_match) is None
+    assert metric_fault(dspy.evaluate.SemanticF1()) is None
+    gold = dspy.Example(question="q", answer="Paris").with_inputs("question")
+    assert Reward(dspy.evaluate.answer_exact_match)(gold, dspy.Prediction(answer="paris")).value == 1.0
+
+    def with_option(gold, pred, trace=None, strict=True):
+        return 1.0 if strict else 0.5
+
+    assert Reward(with_option)(gold, dspy.Prediction(answer="x"), None, "draft", None).value == 1.0
+    assert Reward(lambda *all_of_it: float(len(all_of_it)))(gold, dspy.Prediction()).value == 2.0
     assert "wrong signature" in str(metric_fault(lambda gold: 1.0))
     assert "wrong signature" in str(metric_fault(lambda gold, pred, trace, name, ptrace, more: 1.0))
     assert "not callable" in str(metric_fault(3))

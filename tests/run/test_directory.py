@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.run.directory import RunDirectory, read_events
+from dspy_fst.run.directory import RunDirectory, population_from_json, read_events
 from dspy_fst.types import Candidate, Population
 
 
@@ -18,6 +18,7 @@ def test_events_after_the_last_commit_are_forgotten(tmp_path):
     run.emit("step", step=0)
     run.commit(save_nothing, step=1)
     run.emit("step", step=1)
+    run.close()
     again = RunDirectory(tmp_path / "run", {"seed": 1})
     assert again.state["step"] == 1
     assert [event["step"] for event in again.events()] == [0]
@@ -27,11 +28,12 @@ def test_a_commit_killed_between_its_renames_is_found_again(tmp_path):
     run = RunDirectory(tmp_path / "run", {"seed": 1})
     run.commit(save_nothing, step=1)
     (tmp_path / "run" / "state").rename(tmp_path / "run" / "state.old")
+    run.close()
     assert RunDirectory(tmp_path / "run", {"seed": 1}).state["step"] == 1
 
 
 def test_a_run_of_another_recipe_is_refused_with_the_difference(tmp_path):
-    RunDirectory(tmp_path / "run", {"seed": 1, "cycles": 2})
+    RunDirectory(tmp_path / "run", {"seed": 1, "cycles": 2}).close()
     with pytest.raises(RunDirectoryError, match=r"cycles \(there 2, now 3\)"):
         RunDirectory(tmp_path / "run", {"seed": 1, "cycles": 3})
 
@@ -52,15 +54,30 @@ def test_the_first_and_the_newest_weights_are_kept(tmp_path):
     run = RunDirectory(tmp_path / "run", {"seed": 1})
     for step in range(5):
         run.weights_path(f"step-{step:06d}").mkdir()
+    run.weights_path(".step-000005.torn").mkdir()  # what a kill in the middle of a publish leaves
     run.prune_weights(2)
-    assert sorted(path.name[-1] for path in (tmp_path / "run" / "weights").iterdir()) == ["0", "3", "4"]
+    assert sorted(path.name[-1] for path in (tmp_path / "run" / "weights").glob("step-*")) == ["0", "3", "4"]
+    run.drop_weights_from("step-000004")
+    assert sorted(path.name[-1] for path in (tmp_path / "run" / "weights").iterdir()) == ["0", "3"]
+
+
+def test_a_directory_in_use_is_refused(tmp_path):
+    run = RunDirectory(tmp_path / "run", {"seed": 1})
+    with pytest.raises(RunDirectoryError, match="in use by another run"):
+        RunDirectory(tmp_path / "run", {"seed": 1})
+    run.close()
+    RunDirectory(tmp_path / "run", {"seed": 1}).close()
+
+
+def test_a_run_that_committed_nothing_leaves_the_directory_free(tmp_path):
+    RunDirectory(tmp_path / "run", {"seed": 1}).abandon()
+    RunDirectory(tmp_path / "run", {"seed": 2}).close()
 
 
 def test_a_population_survives_the_disk(tmp_path):
     candidate = Candidate({"answer": "Größe — 数"})
     run = RunDirectory(tmp_path / "run", {"seed": 1})
     run.commit(save_nothing, step=0, population=Population((candidate,), (0.5,), {candidate.digest: ()}))
-    from dspy_fst.run.directory import population_from_json
-
+    run.close()
     again = RunDirectory(tmp_path / "run", {"seed": 1})
     assert population_from_json(again.state["population"]).best == candidate
