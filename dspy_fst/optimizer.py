@@ -91,12 +91,9 @@ class FSTOptimizer(Teleprompter):
             ConfigurationError: before any work, with every fault that was found.
         """
         with ExitStack() as stack:
-            listeners = self.listeners
-            if self.progress:
-                listeners = (
-                    *listeners,
-                    stack.enter_context(ProgressView(Path(self.run_dir).name if self.run_dir else "run")),
-                )
+            title = Path(self.run_dir).name if self.run_dir else "run"
+            view = (stack.enter_context(ProgressView(title)),) if self.progress else ()
+            listeners = (*self.listeners, *view)
             run = stack.enter_context(open_session(self, student, trainset, valset, teacher, listeners))
             return compiled_program(run, alternate(run), track_stats=self.track_stats)
 

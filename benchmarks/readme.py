@@ -1,0 +1,70 @@
+"""Writes the README's tables from the figures that lie in benchmarks/results.
+
+python -m programs.lab.demo --run-dir runs/readme && cp runs/readme/figures.json benchmarks/results/demo.json
+python -m benchmarks.throughput
+python -m benchmarks.readme
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def figure(value: dict[str, float | None], form: str = ".2f") -> str:
+    error = value["standard_error"]
+    return f"{value['mean']:{form}}" + ("" if error is None else f" ± {error:{form}}")
+
+
+def demo(figures: dict[str, Any]) -> str:
+    """The two-by-two, its margin, drift and cost."""
+    cells, runs = figures["cells"], figures["runs"]
+    joint = runs[0]["cells"]["trained weights, evolved instructions"]
+    rows = [
+        [f"**{name} instructions**", *(figure(cells[f"{w} weights, {name} instructions"]) for w in ("base", "trained"))]
+        for name in ("seed", "evolved")
+    ]
+    head = f"mean@{joint['k']}, {joint['problems']} held-out problems, {len(runs)} runs"
+    spent = {name: value["mean"] for name, value in figures["spent"].items()}
+    drift = {name: figure(value, ".3f") for name, value in figures["drift"].items() if name.endswith("per token")}
+    return "\n".join(
+        [
+            table([head, "base weights", "trained weights"], rows),
+            "",
+            f"The joint cell is best by {figure(figures['joint_margin'])} (± is the standard error over the runs).",
+            "; ".join(f"{name}: {value} nats" for name, value in drift.items()) + ".",
+            f"A run spends {spent['fast: rollouts']:,.0f} rollouts and {spent['fast: reflections']:.0f} reflections on "
+            f"text, {spent['slow: rollouts']:,.0f} rollouts and {spent['slow: weight updates']:.0f} updates on "
+            "weights.",
+        ]
+    )
+
+
+def throughput(rows: dict[str, Any]) -> str:
+    """Ratios with aims and spread."""
+    body = [
+        [name, row["aim"], f"{row['median']:.2g}", f"{min(row['values']):.2g} to {max(row['values']):.2g}"]
+        for name, row in rows.items()
+    ]
+    return table(["ratio", "aim", "median", "spread"], body)
+
+
+def render(text: str) -> str:
+    """The README with its tables made anew."""
+    for name, write in (("demo", demo), ("throughput", throughput)):
+        content = write(json.loads((RESULTS / f"{name}.json").read_text()))
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text()))

@@ -1,0 +1,37 @@
+"""What the README shows is what the repository holds."""
+
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+from benchmarks.readme import README, render
+from dspy_fst import optimizer
+
+ROOT = Path(__file__).parent.parent
+
+
+def snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_the_loop_is_quoted_as_it_is_and_fits_a_screen():
+    source = inspect.getsource(optimizer.alternate)
+    quoted = next(snippet for snippet in snippets() if "run.cycles()" in snippet)
+    assert textwrap.indent(quoted, "    ").strip() in source
+    assert len(source.splitlines()) <= 24
+
+
+def test_the_snippets_are_python():
+    for snippet in snippets():
+        compile(snippet, "README.md", "exec")
+
+
+def test_the_tables_are_those_of_the_committed_figures():
+    assert render(README.read_text()) == README.read_text()
+
+
+def test_every_place_that_is_named_exists():
+    named = set(re.findall(r"`((?:dspy_fst|programs|benchmarks|tests)/[\w/.]*)`", README.read_text()))
+    assert named
+    assert all((ROOT / place).exists() for place in named)
