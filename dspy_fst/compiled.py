@@ -103,8 +103,11 @@ def save(compiled: dspy.Module, path: str | Path) -> Path:
 
     Raises:
         FileExistsError: ``path`` exists; nothing is ever overwritten.
+        ValueError: the program was not compiled by FSTOptimizer.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if not isinstance(getattr(compiled, "population", None), Population):
+        raise ValueError("the program carries no population; compile it with FSTOptimizer first")
     if path.exists():
         raise FileExistsError(f"{path} exists; name a new folder")
     policy = policy_of(compiled)
@@ -137,7 +140,7 @@ def load(path: str | Path, program: dspy.Module, **policy_settings: Any) -> dspy
     Raises:
         RunDirectoryError: the folder is not a saved program, or of another program.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     try:
         settings = json.loads((path / "policy.json").read_text())
         population = population_from_json(json.loads((path / "population.json").read_text()))
@@ -175,4 +178,7 @@ def policy_of(program: dspy.Module) -> PolicyLM:
 def start_of(compiled: dspy.Module) -> Checkpoint:
     """The weights that the program's run started from, kept in its run directory."""
     version = START_VERSION
-    return Checkpoint(version, policy_of(compiled).checkpoint.path.parent / version)
+    path = policy_of(compiled).checkpoint.path.parent / version
+    if not path.is_dir():
+        raise ValueError(f"the weights that training started from are not at {path}; they stay in the run directory")
+    return Checkpoint(version, path)

@@ -30,10 +30,15 @@ class Budget:
 
 
 class Plan:
-    """The schedule of a run over ``size`` training problems."""
+    """The schedule of a run over ``size`` training problems.
 
-    def __init__(self, config: FSTConfig, size: int):
-        self.config, self.size = config, size
+    Args:
+        origin: What a continued training starts from; it goes into the shuffles, so that going on from a compiled
+            program does not show the same problems in the same order again.
+    """
+
+    def __init__(self, config: FSTConfig, size: int, origin: str = ""):
+        self.config, self.size, self.origin = config, size, origin
         self._orders: dict[int, list[int]] = {}
         self.cycles = _schedule(config, self.search_budget(0))
 
@@ -55,7 +60,7 @@ class Plan:
     def anchors(self, cycle: int) -> list[int]:
         """A_c: the part of D_c that scores candidates and feeds reflections."""
         lookahead = self.lookahead(cycle)
-        random.Random(f"{self.config.seed} anchors {cycle}").shuffle(lookahead)
+        random.Random(f"{self.config.seed} anchors {cycle}{self.origin}").shuffle(lookahead)
         return lookahead[: self.config.anchor_count]
 
     def budget(self, validation_size: int) -> Budget:
@@ -83,7 +88,7 @@ class Plan:
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             order = list(range(self.size))
-            random.Random(f"{self.config.seed} epoch {epoch}").shuffle(order)
+            random.Random(f"{self.config.seed} epoch {epoch}{self.origin}").shuffle(order)
             self._orders[epoch] = order
         return self._orders[epoch]
 

@@ -122,7 +122,9 @@ class EngineHandle:
 
     def __init__(self, model: str, kind: EngineKind, options: dict[str, Any], version: str):
         self.kind, self.options = kind, options
-        self.checkpoint = Checkpoint(version, Path(model))
+        path = Path(model)
+        # A folder is meant where it lies now, also after the working directory changed; else it is a hub name.
+        self.checkpoint = Checkpoint(version, path.resolve() if path.is_dir() else path)
         self.resolved_kind = resolve_kind(kind)
         self._make = engine_maker(self.resolved_kind, options)
         self._engine: Engine | None = None

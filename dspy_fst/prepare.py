@@ -67,8 +67,11 @@ def open_session(
         if not run.state:
             session.commit_start()
         yield session
-    except BaseException:
+    except BaseException as error:
         policy.release()
+        if isinstance(error, KeyboardInterrupt) and run.state:
+            text = f"stopped after {run.state['step']} updates; compile again with run_dir={str(run.path)!r} to go on"
+            run.tell({"event": "note", "text": text})
         run.abandon()
         raise
     run.close()
@@ -91,7 +94,7 @@ def _assemble(
     program = trainable_copy(student, policy)
     return Session(
         config=config,
-        plan=Plan(config, len(trainset)),
+        plan=Plan(config, len(trainset), origin=_origin(student, policy)),
         trainset=trainset,
         valset=valset,
         program=program,
@@ -133,7 +136,7 @@ def _checked(
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
         faults += model_faults(policy) + engine_faults(policy)
-    run_dir = Path(optimizer.run_dir) if optimizer.run_dir else new_run_dir()
+    run_dir = (Path(optimizer.run_dir) if optimizer.run_dir else new_run_dir()).resolve()
     recipe: dict[str, Any] = {}
     if config is not None and not faults:
         recipe = run_identity(config, student, trainset, next(iter(policies.values())))
@@ -160,6 +163,14 @@ def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy:
         "population": [m.digest for m in carried.members] if isinstance(carried, Population) else None,
         "trainset": f"{len(trainset)} examples, {_fingerprint([example.toDict() for example in trainset])}",
     }
+
+
+def _origin(student: dspy.Module, policy: PolicyLM) -> str:
+    """What a continued training starts from; empty at the base, whose shuffles are the seed's alone."""
+    carried = getattr(student, "population", None)
+    if not isinstance(carried, Population):
+        return ""
+    return _fingerprint([policy.checkpoint.version, [member.digest for member in carried.members]])
 
 
 def _fingerprint(data: Any) -> str:
@@ -190,13 +201,15 @@ def _preflight(session: Session) -> None:
     if any(reason.startswith("metric") for reason in reasons) or all(rollout.mask for rollout in rollouts):
         lost = sum(rollout.mask is not None for rollout in rollouts)
         shown = f"{lost} of the first {len(rollouts)} examples cannot be measured ({'; '.join(reasons)})"
+        detail = next(rollout.feedback for rollout in rollouts if rollout.mask)
+        shown += f": {detail}" if detail else ""
         faults.append(f"{shown}; {_advice(reasons)}")
     if faults:
         raise ConfigurationError(faults)
     if all(rollout.failure for rollout in rollouts):
         kinds = sorted({str(rollout.failure) for rollout in rollouts})
         note = f"warning: every reply to the first examples failed ({', '.join(kinds)}), so the metric was not tried"
-        session.run.tell({"event": "note", "text": note})
+        session.run.emit("note", text=note)
     calls = [len(rollout.calls) for rollout in rollouts]
     session.calls_per_rollout = sum(calls) / len(calls)
     session.tokens_per_rollout = sum(rollout.tokens for rollout in rollouts) / len(rollouts)
@@ -204,7 +217,7 @@ def _preflight(session: Session) -> None:
 
 def _advice(reasons: Sequence[str]) -> str:
     if any(reason.startswith("metric") for reason in reasons):
-        return "mend the metric: it must return a finite number, or dspy.Prediction(score=..., feedback=...)"
+        return "mend the metric; it must return a finite number, or dspy.Prediction(score=..., feedback=...)"
     if any(reason.startswith("timeout") for reason in reasons):
         return "raise rollout_timeout_s or look at what the program waits for"
     return "run the program on one example by hand to see the error"
@@ -226,9 +239,13 @@ def _announce(session: Session) -> None:
         f"fast: {budget.searches} searches, up to {budget.search_rollouts} rollouts "
         f"+ {budget.scoring_rollouts} to score carried candidates",
         f"slow: {budget.updates} updates, {budget.training_rollouts} rollouts "
-        f"({config.problems_per_step} problems x {config.group_size} over {config.population_size} candidates)",
+        f"({config.problems_per_step} problems x {config.group_size} over {config.population_size} candidates), "
+        f"learning rate {config.learning_rate:g} after {config.warmup_steps} warm-up updates",
         f"in all about {rollouts} rollouts and {rollouts * tokens:,.0f} sampled tokens "
         f"({session.calls_per_rollout:.1f} calls, {tokens:.0f} tokens a rollout); "
         f"{budget.validation_rollouts} validation rollouts outside the budget",
     ):
         session.run.tell({"event": "note", "text": line})
+    if 0 < budget.updates <= config.warmup_steps:
+        note = f"warning: the {budget.updates} updates all lie in the warm-up; lower warmup_steps or raise cycles"
+        session.run.emit("note", text=note)

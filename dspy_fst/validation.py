@@ -1,5 +1,6 @@
 """Everything that can be found wrong before any work starts, found together."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,26 @@ def search_faults(config: FSTConfig | None, metric: Any, reflection_lm: Any, pro
             "reflection_lm: GEPA needs someone who proposes instructions; pass reflection_lm=dspy.LM(...) (strong and "
             "frozen), or propose=... for a proposer without an LM, or method='rl' to search nothing"
         )
+    if propose is not None and (fault := _proposer_fault(propose)):
+        faults.append(fault)
     if reflection_lm is not None and not isinstance(reflection_lm, dspy.BaseLM):
         faults.append(f"reflection_lm: {type(reflection_lm).__name__} is not a dspy.LM")
     if isinstance(reflection_lm, PolicyLM):
         faults.append("reflection_lm: it is a PolicyLM; the reflection LM must stay frozen, pass another dspy.LM")
     return faults
+
+
+def _proposer_fault(propose: Any) -> str | None:
+    wanted = ("candidate", "reflective_dataset", "components_to_update")
+    if not callable(propose):
+        return f"propose: {propose!r} is not callable; pass a function ({', '.join(wanted)}) -> {{component: text}}"
+    try:
+        inspect.signature(propose).bind(**dict.fromkeys(wanted))
+    except TypeError as error:
+        return f"propose: it must take the arguments {', '.join(wanted)} by name ({error})"
+    except ValueError:
+        return None  # a callable without a signature
+    return None
 
 
 def model_faults(policy: PolicyLM) -> list[str]:
@@ -111,6 +127,8 @@ def model_faults(policy: PolicyLM) -> list[str]:
             f"max_tokens={policy.kwargs['max_tokens']}: the context of {limit} tokens leaves no room for a prompt; "
             "lower PolicyLM(max_tokens=...)"
         )
+    if not policy.kwargs["temperature"]:
+        faults.append("temperature=0: greedy replies have no gradient; use PolicyLM(temperature=1.0)")
     for key in ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
         if policy.kwargs.get(key) not in (None, 0, 0.0, 1, 1.0):
             faults.append(f"{key}={policy.kwargs[key]}: training scores plain temperature sampling; remove it")

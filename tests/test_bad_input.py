@@ -8,6 +8,7 @@ import dspy
 import pytest
 from transformers import AutoTokenizer
 
+import dspy_fst
 from dspy_fst import ConfigurationError, FSTOptimizer, PolicyLM
 from programs.lab import BASE, build
 
@@ -47,6 +48,8 @@ SETTINGS = [
     ({"metric": lambda gold: 1.0}, "metric: <lambda>(gold) has the wrong signature"),
     ({"metric": None}, "metric: None is not callable"),
     ({"propose": None}, "reflection_lm: GEPA needs someone who proposes"),
+    ({"propose": "x"}, "propose: 'x' is not callable"),
+    ({"propose": lambda candidate: {}}, "propose: it must take the arguments candidate, reflective_dataset"),
     ({"propose": None, "reflection_lm": "openai/gpt-5"}, "reflection_lm: str is not a dspy.LM"),
     ({"reflection_lm": PolicyLM(BASE)}, "reflection_lm: it is a PolicyLM"),
     ({"teacher": dspy.Predict("a -> b")}, "teacher: nothing is learnt from a teacher"),
@@ -101,6 +104,7 @@ def test_a_metric_that_raises_on_the_first_examples(tmp_path):
 
     text = told(tmp_path, metric=wrong)
     assert "4 of the first 4 examples cannot be measured (metric raised AttributeError)" in text
+    assert "no_such_field" in text
     assert "mend the metric" in text
 
 
@@ -133,6 +137,17 @@ def test_a_context_shorter_than_the_reply(tmp_path):
 def test_a_context_shorter_than_prompt_and_reply(tmp_path):
     program = program_with(PolicyLM(BASE, max_tokens=1015))
     assert "does not fit the context of 1024" in told(tmp_path, program=program)
+
+
+def test_a_greedy_policy(tmp_path):
+    program = program_with(PolicyLM(BASE, max_tokens=16, temperature=0.0))
+    assert "temperature=0: greedy replies have no gradient" in told(tmp_path, program=program)
+
+
+def test_a_program_that_was_not_compiled_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="compile it with FSTOptimizer first"):
+        dspy_fst.save(program_with(PolicyLM(BASE)), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_chat_template_without_generation_prompt(tmp_path):

@@ -62,6 +62,11 @@ def test_a_step_is_a_function_of_seed_and_index(size, seed, cycle):
     assert len(one.anchors(cycle)) == min(6, len(one.lookahead(cycle)))
 
 
+def test_going_on_from_somewhere_else_shuffles_anew():
+    config = FSTConfig(problems_per_step=4)
+    assert Plan(config, 40).problems(0) != Plan(config, 40, origin="a compiled program").problems(0)
+
+
 def test_baselines_are_schedules_of_the_same_loop():
     def shape(method):
         plan = Plan(FSTConfig(method=method, cycles=3, anchors=10, search_passes=2), 100)

@@ -29,6 +29,8 @@ from dspy_fst.fast.pareto import top_k
 from dspy_fst.types import Candidate, Population, Problem, Rollout
 
 logger = logging.getLogger(__name__)
+GIVE_UP = 6
+"""Failed reflections, none having succeeded, after which a search ends (gepa tries each twice)."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def evolve(
             stop_callbacks=[
                 lambda state: len(bank.fresh) - spent_on_seeds >= settings.budget,
                 lambda state: state.i + 1 >= iterations,
+                lambda state: adapter.counts["reflections_failed"] >= GIVE_UP and not adapter.counts["reflections"],
             ],
             track_best_outputs=False,
             use_cloudpickle=True,
@@ -125,7 +128,7 @@ def evolve(
         raise ReflectionError(
             f"all {adapter.counts['reflections_failed']} reflections failed, the last with {adapter.last_failure!r}; "
             "mend the reflection LM or the proposer and compile again with the same run_dir to go on"
-        ) from adapter.last_failure
+        ) from None
     candidates = tuple(Candidate(dict(texts)) for texts in result.candidates)
     scores = tuple(tuple(row[a] for a in range(len(anchors))) for row in result.val_subscores)
     return Search(

@@ -89,7 +89,8 @@ class ProgressView:
         self._say(
             f"cycle {report['cycle']}: best candidate {_number(best)} on the anchors, {report['rollouts']} rollouts "
             f"({report['reused']} reused), {report['reflections']} reflections, "
-            f"{report['proposals_accepted']} accepted"
+            f"{report['proposals_accepted']} accepted",
+            keep=True,
         )
 
     def _on_step(self, event: Mapping[str, Any]) -> None:
@@ -109,12 +110,13 @@ class ProgressView:
         )
 
     def _on_note(self, event: Mapping[str, Any]) -> None:
-        self._say(event["text"])
+        self._say(event["text"], keep=True)
 
     # ---- drawing -------------------------------------------------------------------------------
 
-    def _say(self, line: str) -> None:
-        if self._plain:
+    def _say(self, line: str, *, keep: bool = False) -> None:
+        """One line: among the newest in the live view, or above it for good when it is worth keeping."""
+        if self._plain or keep:
             self.console.print(f"[{self.title}] {line}", markup=False, highlight=False, soft_wrap=True)
         else:
             self._recent.append(line)

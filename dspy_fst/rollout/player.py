@@ -146,7 +146,8 @@ class Player:
         try:
             score = self.reward(task.problem.example, prediction, trace)
         except UnmeasuredError as error:
-            return {"reward": None, "mask": str(error), "prediction": prediction}
+            detail = repr(error.__cause__) if error.__cause__ else ""
+            return {"reward": None, "mask": str(error), "prediction": prediction, "feedback": detail}
         return {"reward": score.value, "feedback": score.feedback, "prediction": prediction}
 
     def _failure(self, error: Exception, recording: Recording, trace: list[Any]) -> dict[str, Any]:
@@ -166,7 +167,7 @@ class Player:
         if isinstance(error, OSError):  # ConnectionError and TimeoutError among them: a tool's outage
             return {"reward": None, "mask": f"outage: {name}"}
         if recording.last_predictor in (None, OUTSIDE):  # it failed before the policy had said anything
-            return {"reward": None, "mask": f"program: {name}"}
+            return {"reward": None, "mask": f"program: {name}", "feedback": repr(error)}
         return {"reward": self.settings.failure_score, "failure": name, "feedback": f"The program failed: {error}"}
 
 

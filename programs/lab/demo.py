@@ -50,10 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["in_process", "vllm"], default="in_process")
-    parser.add_argument("--seeds", type=int, default=3, help="independent runs")
+    parser.add_argument("--seeds", type=_positive, default=3, help="independent runs")
     parser.add_argument("--world", default="reverse_drop", help="a world's name or import path")
     parser.add_argument("--run-dir", help="where the runs are kept; default: a new folder under runs/")
     return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
 
 
 def run(world: str, engine: str, seed: int, run_dir: Path) -> dict[str, Any]:
