@@ -19,13 +19,13 @@ from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Task
 from dspy_fst.rollout.texts import with_texts
 from dspy_fst.run.directory import population_from_json, population_to_json, write_json
+from dspy_fst.session import version_of
 from dspy_fst.types import Candidate, CycleReport, Population, Problem, StepReport
 
 if TYPE_CHECKING:
     from dspy_fst.session import Session
 
 FORMAT = 1
-START_VERSION = "step-000000"
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def policy_of(program: dspy.Module) -> PolicyLM:
 
 def start_of(compiled: dspy.Module) -> Checkpoint:
     """The weights that the program's run started from, kept in its run directory."""
-    version = START_VERSION
+    version = version_of(0)
     path = policy_of(compiled).checkpoint.path.parent / version
     if not path.is_dir():
         raise ValueError(f"the weights that training started from are not at {path}; they stay in the run directory")

@@ -14,13 +14,13 @@ from typing import Any
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.engine.base import Checkpoint, verify_sync
+from dspy_fst.engine.base import verify_sync
 from dspy_fst.errors import MeasurementError
 from dspy_fst.fast.evolve import Search, SearchSettings
 from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose
 from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
-from dspy_fst.rollout.player import Player, Task
+from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.run.directory import RunDirectory, population_from_json
 from dspy_fst.slow.trainer import Trainer
@@ -187,8 +187,7 @@ class Session:
         """
         version = version_of(step)
         with self._timed("publish"):
-            path = self.run.weights_path(version)
-            checkpoint = Checkpoint(version, path) if path.exists() else self.trainer.publish(path, version)
+            checkpoint = self.trainer.publish(self.run.weights_path(version), version)
             engine = self.policy.handle.engine
             engine.load(checkpoint)
             tolerance = self.config.sync_tolerance or _default_tolerance(self.trainer)
@@ -293,8 +292,6 @@ def starting_population(student: dspy.Module, seed: Candidate, size: int, state:
 def open_player(
     program: dspy.Module, metric: Callable[..., Any], config: FSTConfig, in_flight: Callable[[int], None]
 ) -> Player:
-    from dspy_fst.rollout.player import PlayerSettings
-
     settings = PlayerSettings(
         threads=config.num_threads,
         timeout_s=config.rollout_timeout_s,

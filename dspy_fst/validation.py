@@ -121,7 +121,7 @@ def model_faults(policy: PolicyLM) -> list[str]:
             )
     except Exception as error:  # a template may raise anything
         faults.append(f"{where}: its chat template fails ({str(error).splitlines()[0]}); set tokenizer.chat_template")
-    limit = policy.handle.options.get("max_model_len") or getattr(config, "max_position_embeddings", None)
+    limit = _context_limit(policy, config)
     if limit and policy.kwargs["max_tokens"] and policy.kwargs["max_tokens"] >= limit:
         faults.append(
             f"max_tokens={policy.kwargs['max_tokens']}: the context of {limit} tokens leaves no room for a prompt; "
@@ -144,12 +144,17 @@ def engine_faults(policy: PolicyLM) -> list[str]:
     return vllm_faults(VLLMSettings(**policy.handle.options))
 
 
+def _context_limit(policy: PolicyLM, config: Any) -> int | None:
+    """Longest prompt plus reply in tokens: what the server was told, else what the model's config says."""
+    return policy.handle.options.get("max_model_len") or getattr(config, "max_position_embeddings", None)
+
+
 def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout]) -> list[str]:
     """Whether the prompts that the first examples made leave room for ``max_tokens`` in the model's context."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(policy.checkpoint.path)
-    limit = policy.handle.options.get("max_model_len") or getattr(config, "max_position_embeddings", None)
+    limit = _context_limit(policy, config)
     reply = policy.kwargs["max_tokens"] or 0
     longest = max((len(call.prompt_ids) for rollout in rollouts for call in rollout.calls), default=0)
     overflow = any(rollout.failure == "context" for rollout in rollouts)
