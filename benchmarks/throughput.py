@@ -36,7 +36,8 @@ from dspy_fst.engine.in_process import InProcessEngine, _Pending, generate
 from dspy_fst.rollout.player import Player, PlayerSettings
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import read_texts
-from dspy_fst.run.directory import read_events, write_json
+from dspy_fst.run.directory import read_events
+from dspy_fst.run.files import write_json
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Batch, Group, Population, Problem

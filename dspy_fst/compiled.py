@@ -18,7 +18,7 @@ from dspy_fst.errors import RunDirectoryError
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Task
 from dspy_fst.rollout.texts import with_texts
-from dspy_fst.run.directory import population_from_json, population_to_json, write_json
+from dspy_fst.run.files import population_from_json, population_to_json, write_json
 from dspy_fst.session import version_of
 from dspy_fst.types import Candidate, CycleReport, Population, Problem, StepReport
 

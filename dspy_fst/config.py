@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dspy_fst.errors import ConfigurationError
-
 Method = Literal["fst", "rl", "gepa", "gepa_then_rl", "rl_then_gepa"]
 AUTO_CYCLES = {"light": 2, "medium": 8, "heavy": 34}
 """Cycles of DSPy's three budgets (ours): 12, 48 and 204 updates; the paper's longest stages have 200."""
@@ -84,10 +82,17 @@ class FSTConfig(BaseModel):
     sync_tolerance: float | None = Field(None, gt=0)
     """Largest gap in nats between the engine's and the trainer's log-probabilities; None is 2e-3 in float32
     and 0.3 in bfloat16 (ours)."""
+    min_effective_share: float = Field(0.5, ge=0, le=1)
+    """Effective sample share (see UpdateReport) of a batch's importance weights below which the run stops before it
+    learns from them: the engine samples from another distribution than the trainer scores (ours)."""
+    max_skipped_updates: int = Field(3, ge=1)
+    """Updates in a row that may be skipped because something was not finite; the next one stops the run (ours)."""
     checkpoint_every: int = Field(1, ge=1)
     """Updates between two states that a killed run can go on from (ours)."""
+    keep_states: int = Field(2, ge=1)
+    """Resumable states kept in the run directory; the newest is the one that counts (ours)."""
     keep_weights: int = Field(2, ge=1)
-    """Weight versions kept in the run directory; older ones are removed (ours)."""
+    """Newest weight versions kept in the run directory, beside the first and the one with the best reward (ours)."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -125,15 +130,3 @@ def _sentence(fault: Any) -> str:
         return f"{where}: there is no such setting; see dspy_fst.FSTConfig for all of them"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{where}={fault['input']!r}: {message}" if where else message
-
-
-def load_config(recipe: dict[str, Any]) -> FSTConfig:
-    """The configuration.
-
-    Raises:
-        ConfigurationError: with every fault.
-    """
-    config, faults = make_config(recipe)
-    if config is None:
-        raise ConfigurationError(faults)
-    return config

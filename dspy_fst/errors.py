@@ -40,5 +40,13 @@ class TrainingError(FSTError):
     """The slow step cannot go on: non-finite loss, mixed weight versions, a model it cannot train."""
 
 
+class NotFiniteError(TrainingError):
+    """A loss, a gradient or a recorded log-probability is NaN or infinite. Nothing has moved."""
+
+
+class MismatchError(TrainingError):
+    """The batch was sampled from another distribution than the trainer's. Nothing has moved."""
+
+
 class RunDirectoryError(FSTError):
     """A run directory that is unreadable, foreign, or of another configuration."""

@@ -13,6 +13,7 @@ from dspy_fst.fast.evolve import evolve
 from dspy_fst.prepare import open_session
 from dspy_fst.report.progress import ProgressView
 from dspy_fst.rollout.reward import Metric
+from dspy_fst.run.interrupts import signals_raise
 from dspy_fst.session import Session
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import Population
@@ -89,8 +90,11 @@ class FSTOptimizer(Teleprompter):
 
         Raises:
             ConfigurationError: before any work, with every fault that was found.
+            FSTError: the run stopped; what it committed is whole, and the same call goes on from there.
+            SystemExit: SIGTERM or SIGHUP came; like Ctrl-C it ends the run after everything was let go.
         """
         with ExitStack() as stack:
+            stack.enter_context(signals_raise())
             title = Path(self.run_dir).name if self.run_dir else "run"
             view = (stack.enter_context(ProgressView(title)),) if self.progress else ()
             listeners = (*self.listeners, *view)

@@ -16,6 +16,8 @@ from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Task
 from dspy_fst.rollout.texts import read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
+from dspy_fst.run.interrupts import interruption_named
+from dspy_fst.run.secrets import Redactor
 from dspy_fst.session import Session, new_run_dir, open_player, starting_population, trainable_copy, version_of
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Population, Problem
@@ -32,8 +34,13 @@ from dspy_fst.validation import (
 if TYPE_CHECKING:
     from dspy_fst.optimizer import FSTOptimizer
 
-NOT_IDENTITY = {"num_threads", "rollout_timeout_s", "micro_batch_tokens", "checkpoint_every", "keep_weights"}
-"""Settings that may differ between a run and its continuation: they change its cost, not its result."""
+NOT_IDENTITY = {
+    *("num_threads", "rollout_timeout_s", "micro_batch_tokens"),
+    *("checkpoint_every", "keep_states", "keep_weights"),
+    *("max_masked_share", "max_skipped_updates", "min_effective_share"),
+}
+"""Settings that may differ between a run and its continuation: they change its cost or when it gives up, not its
+result."""
 PREFLIGHT_ROLLOUTS = 4
 
 
@@ -57,7 +64,8 @@ def open_session(
     original = next(iter(policies_of(student).values()))
     original.release()  # its engine would hold memory beside the training one; it starts again when called
     policy = original.fork()
-    run = RunDirectory(run_dir, recipe, listeners)
+    clean = Redactor.of(student, optimizer.reflection_lm).clean
+    run = RunDirectory(run_dir, recipe, listeners, keep_states=config.keep_states, clean=clean)
     try:
         session = _assemble(optimizer, student, trainset, valset or (), config, run, policy)
         session.publish(run.state.get("step", 0))
@@ -68,13 +76,19 @@ def open_session(
             session.commit_start()
         yield session
     except BaseException as error:
+        if name := interruption_named(error):
+            run.tell({"event": "note", "text": f"{name}: stopping; {_what_is_saved(run)}"})
         policy.release()
-        if isinstance(error, KeyboardInterrupt) and run.state:
-            text = f"stopped after {run.state['step']} updates; compile again with run_dir={str(run.path)!r} to go on"
-            run.tell({"event": "note", "text": text})
         run.abandon()
         raise
     run.close()
+
+
+def _what_is_saved(run: RunDirectory) -> str:
+    if not run.state:
+        return "nothing was saved yet"
+    step, searches = run.state["step"], run.state["searched"] + 1
+    return f"saved: {step} updates, {searches} searches. Compile again with run_dir={str(run.path)!r} to go on"
 
 
 def _assemble(
@@ -90,7 +104,7 @@ def _assemble(
     trainer = Trainer(policy.checkpoint.path, trainer_settings(config))
     run.drop_weights_from(version_of(run.state.get("step", 0)))
     if run.state:
-        trainer.load_state(run.path / "state" / "trainer")
+        trainer.load_state(run.trainer_state)
     program = trainable_copy(student, policy)
     return Session(
         config=config,
@@ -156,6 +170,7 @@ def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy:
         **{key: value for key, value in config.model_dump().items() if key not in NOT_IDENTITY},
         "model": str(policy.checkpoint.path),
         "weights": policy.checkpoint.version,
+        "model_files": _files_fingerprint(policy.checkpoint.path),
         "engine": policy.handle.resolved_kind,
         "temperature": policy.kwargs["temperature"],
         "max_tokens": policy.kwargs["max_tokens"],
@@ -177,6 +192,25 @@ def _fingerprint(data: Any) -> str:
     return hashlib.sha256(repr(data).encode("utf-8", "replace")).hexdigest()[:16]
 
 
+BLOCK, BLOCKS = 65_536, 64
+"""How much of a model's file is read to recognise it: reading tens of gigabytes would take longer than to notice."""
+
+
+def _files_fingerprint(folder: Path) -> str | None:
+    """Names, sizes and evenly spaced blocks of a model's weights and configuration; None for a hub name."""
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(BLOCK, size // BLOCKS)):
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:16]
+
+
 def trainer_settings(config: FSTConfig) -> TrainerSettings:
     return TrainerSettings(
         learning_rate=config.learning_rate,
@@ -187,6 +221,7 @@ def trainer_settings(config: FSTConfig) -> TrainerSettings:
         max_grad_norm=config.max_grad_norm,
         importance_cap=config.importance_cap,
         kl_coefficient=config.kl_coefficient,
+        min_effective_share=config.min_effective_share,
         micro_batch_tokens=config.micro_batch_tokens,
     )
 
@@ -229,7 +264,7 @@ def _announce(session: Session) -> None:
     if state:
         session.run.tell({"event": "plan", "budget": asdict(budget)})
         going_on = f"going on in {session.run.path}: {state['step']} of {budget.updates} updates are done"
-        session.run.tell({"event": "note", "text": going_on})
+        session.tell_note(going_on)
         return
     rollouts = budget.search_rollouts + budget.scoring_rollouts + budget.training_rollouts
     tokens = session.tokens_per_rollout
@@ -245,7 +280,7 @@ def _announce(session: Session) -> None:
         f"({session.calls_per_rollout:.1f} calls, {tokens:.0f} tokens a rollout); "
         f"{budget.validation_rollouts} validation rollouts outside the budget",
     ):
-        session.run.tell({"event": "note", "text": line})
+        session.tell_note(line)
     if 0 < budget.updates <= config.warmup_steps:
         note = f"warning: the {budget.updates} updates all lie in the warm-up; lower warmup_steps or raise cycles"
         session.run.emit("note", text=note)

@@ -6,8 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import verify_sync
-from dspy_fst.errors import MeasurementError
+from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
 from dspy_fst.fast.evolve import Search, SearchSettings
 from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose
 from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
-from dspy_fst.run.directory import RunDirectory, population_from_json
+from dspy_fst.run.directory import RunDirectory
+from dspy_fst.run.files import population_from_json
+from dspy_fst.run.journal import Journal
+from dspy_fst.run.watch import Watch
+from dspy_fst.slow.tally import NO_UPDATE
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import (
     Batch,
@@ -67,6 +72,19 @@ class Session:
     tokens_per_rollout: float = 0.0
     """Measured on the first examples before the start."""
     _seconds: Counter[str] = field(default_factory=Counter)
+    _watch: Watch = field(init=False)
+    _journal: Journal | None = None
+    _trainer_moved: bool = True
+    """Whether the trainer changed since the last commit."""
+
+    def __post_init__(self) -> None:
+        """Take up the reports of a run that goes on."""
+        self._watch = Watch(worst=self.config.failure_score, best=self.config.perfect_score)
+        events = self.run.events()
+        self.cycle_reports += [CycleReport.from_json(e["report"]) for e in events if e["event"] == "cycle"]
+        self.step_reports += [StepReport.from_json(e["report"]) for e in events if e["event"] == "step"]
+        for report in self.step_reports:
+            self._watch.see(report)
 
     # ---- where the run stands ------------------------------------------------------------------
 
@@ -91,7 +109,11 @@ class Session:
         """The arguments of evolve() that belong to the run: who plays, who reflects, what it may spend."""
         self.run.tell({"event": "phase", "phase": f"cycle {cycle.index}: evolving instructions"})
         self._seconds.clear()
+        self._journal = self.run.open_search(cycle.index)
+        if self._journal.replayed:
+            self.tell_note(f"cycle {cycle.index}: {self._journal.replayed} acts of its search were already paid for")
         return {
+            "journal": self._journal,
             "play": self._play_for_search(cycle),
             "feedback": self._feedback(),
             "propose": self.propose,
@@ -131,11 +153,11 @@ class Session:
             cycle=cycle.index,
             scores=search.population.scores,
             population=tuple(member.digest for member in search.population.members),
-            rollouts=len(search.rollouts),
+            rollouts=search.rollouts,
             reused=search.reused,
             reflections=search.counts["reflections"],
             proposals_accepted=search.counts["accepted"],
-            sampled_tokens=sum(rollout.tokens for rollout in search.rollouts),
+            sampled_tokens=search.sampled_tokens,
             counts={name: count for name, count in search.counts.items() if name not in ("reflections", "accepted")},
             seconds=self._seconds["sampling"],
         )
@@ -148,6 +170,8 @@ class Session:
         self.run.emit("cycle", report=report, candidates=candidates, parents=search.population.parents)
         step = self.run.state.get("step", 0)
         self._commit(cycle=cycle.index, searched=cycle.index, step=step, population=search.population)
+        if self._journal is not None:
+            self._journal.remove()
 
     # ---- slow ----------------------------------------------------------------------------------
 
@@ -160,8 +184,18 @@ class Session:
             groups = self.player.groups(
                 problems, population, self.config.group_size, f"step-{step}", on_rollout=self._tell_rollout
             )
-        self._refuse_unmeasured(step, [rollout for group in groups for rollout in group.rollouts])
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        self._refuse_stale(step, rollouts)
+        self._refuse_unmeasured(step, rollouts)
         return groups
+
+    def _refuse_stale(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        sampled_by = {call.weights for rollout in rollouts for call in rollout.calls}
+        if stale := sorted(sampled_by - {version_of(step)}):
+            raise TrainingError(
+                f"step {step}: calls were sampled by weights {stale} and not by {version_of(step)}, which were "
+                "published for it; nothing was learnt from them"
+            )
 
     def _refuse_unmeasured(self, step: int, rollouts: Sequence[Rollout]) -> None:
         masked = Counter(rollout.mask for rollout in rollouts if rollout.mask is not None)
@@ -174,10 +208,30 @@ class Session:
             )
 
     def update(self, batch: Batch) -> UpdateReport:
-        """One weight update; a batch without a live group leaves the weights as they are."""
+        """One weight update; a batch without a live group leaves the weights as they are.
+
+        A loss or gradient that is not finite does too: the batch is kept for inspection.
+
+        Raises:
+            NotFiniteError: it was so in ``max_skipped_updates`` steps before this one.
+            MismatchError: the batch was sampled from another distribution than the trainer's.
+        """
         self.run.tell({"event": "phase", "phase": "weight update", "quiet": True})
-        with self._timed("update"):
-            return self.trainer.step(batch)
+        try:
+            with self._timed("update"):
+                return self.trainer.step(batch)
+        except NotFiniteError as error:
+            return self._skipped(batch, error)
+
+    def _skipped(self, batch: Batch, error: NotFiniteError) -> UpdateReport:
+        path = self.run.save_skipped(self.step_reports[-1].step + 1 if self.step_reports else 0, batch)
+        in_a_row = sum(1 for _ in takewhile(lambda report: report.update.skipped, reversed(self.step_reports)))
+        if in_a_row >= self.config.max_skipped_updates:
+            raise NotFiniteError(
+                f"{error}. {in_a_row} updates before this one were skipped for such a cause, so the run "
+                f"stops (max_skipped_updates); the batch is in {path}"
+            ) from error
+        return replace(NO_UPDATE, skipped=f"{error}; the batch is in {path.relative_to(self.run.path)}")
 
     def publish(self, step: int) -> None:
         """Hand the weights after ``step`` updates to the engine and prove that it serves them.
@@ -186,15 +240,21 @@ class Session:
             SyncError: the engine's log-probabilities on the probes are not the trainer's.
         """
         version = version_of(step)
+        self._trainer_moved = True
         with self._timed("publish"):
-            checkpoint = self.trainer.publish(self.run.weights_path(version), version)
+            with self.run.writing():
+                checkpoint = self.trainer.publish(self.run.weights_path(version), version)
             engine = self.policy.handle.engine
             engine.load(checkpoint)
             tolerance = self.config.sync_tolerance or _default_tolerance(self.trainer)
             probes = self._probes()
             verify_sync(engine.score(probes), self.trainer.score(probes), tolerance=tolerance, version=version)
             self.policy.handle.checkpoint = checkpoint
-            self.run.prune_weights(self.config.keep_weights)
+
+    def _best_version(self) -> WeightsVersion | None:
+        """The weights that sampled the step with the highest mean reward."""
+        measured = [report for report in self.step_reports if report.reward is not None]
+        return version_of(max(measured, key=lambda report: report.reward or 0.0).step) if measured else None
 
     def _probes(self) -> list[list[int]]:
         """Fixed token sequences, the same at every publish."""
@@ -225,18 +285,27 @@ class Session:
         )
         self.step_reports.append(report)
         self.run.emit("step", report=report)
+        for text in self._watch.see(report):
+            self.run.emit("warning", step=step, text=text)
         if (step + 1) % self.config.checkpoint_every == 0 or step + 1 == cycle.steps.stop:
             searched = self.run.state.get("searched", -1)
             self._commit(cycle=cycle.index, searched=searched, step=step + 1, population=population)
+        with self.run.writing():  # only now is known how good the weights were that sampled this step
+            self.run.prune_weights(self.config.keep_weights, self._best_version())
 
     def commit_start(self) -> None:
         """Keep the state before the first search."""
         self._commit(cycle=0, searched=-1, step=0, population=self.population)
 
     def _commit(self, **state: Any) -> None:
-        self.run.commit(self.trainer.save_state, **state)
+        self.run.commit(self.trainer.save_state if self._trainer_moved else None, **state)
+        self._trainer_moved = False
 
     # ---- watching ------------------------------------------------------------------------------
+
+    def tell_note(self, text: str) -> None:
+        """A sentence for whoever watches; it is not kept."""
+        self.run.tell({"event": "note", "text": text})
 
     def _tell_rollout(self, rollout: Rollout) -> None:
         self.run.tell({"event": "rollout", "reward": rollout.reward})

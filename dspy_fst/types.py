@@ -180,9 +180,14 @@ class UpdateReport:
     """Mean of log pi_theta - log pi_behaviour on the sampled tokens: trainer-sampler mismatch, 0 is exact."""
     max_log_ratio: float
     """Largest absolute log-ratio of a token."""
+    effective_sample_share: float | None
+    """(sum w)^2 / (N sum w^2) over the N tokens' importance weights w: 1 when the sampler is the trainer's policy,
+    towards 1/N when a few tokens carry the update (Kong 1992). None when no token was trained."""
     learning_rate: float
     tokens: int
     rows: int
+    skipped: str | None = None
+    """Why the weights were left as they are although there was a batch; else None."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,11 @@ class StepReport:
     sampled_tokens: int
     seconds: Mapping[str, float]
     """Wall time by activity: ``sampling``, ``update``, ``publish``."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "StepReport":
+        """The report that a run's event holds."""
+        return cls(**{**data, "update": UpdateReport(**data["update"])})
 
 
 @dataclass(frozen=True)
@@ -217,3 +227,8 @@ class CycleReport:
     sampled_tokens: int
     counts: Mapping[str, int]
     seconds: float
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "CycleReport":
+        """The report that a run's event holds."""
+        return cls(**{**data, "scores": tuple(data["scores"]), "population": tuple(data["population"])})

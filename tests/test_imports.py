@@ -10,12 +10,14 @@ LAYERS = [
     ["errors"],
     ["types"],
     ["config", "engine.base"],
-    ["plan", "fast", "slow", "rollout", "engine", "run", "report"],
+    ["plan", "slow", "rollout", "engine", "run", "report"],
+    ["fast"],
     ["policy"],
     ["validation"],
     ["session"],
     ["prepare", "compiled"],
     ["optimizer", "evaluation"],
+    ["project"],
     ["interop", "serve", "cli"],
 ]
 """From below to above. A module imports from lower layers, or from its own folder."""

@@ -7,7 +7,8 @@ budget of fresh rollouts, and the K complementary candidates of its Pareto front
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import dspy
 import gepa
 
-from dspy_fst.errors import ReflectionError
+from dspy_fst.errors import MeasurementError, ReflectionError
 from dspy_fst.fast.gepa_adapter import (
     BankedAdapter,
     Feedback,
+    Journal,
+    NoJournal,
     Play,
     Propose,
     RolloutBank,
@@ -59,8 +62,9 @@ class Search:
     """Every candidate that was scored on all anchors, the carried population first."""
     scores: tuple[tuple[float, ...], ...]
     """scores[candidate][anchor]."""
-    rollouts: tuple[Rollout, ...]
-    """Fresh rollouts, in order."""
+    rollouts: int
+    """Fresh runs of the program."""
+    sampled_tokens: int
     reused: int
     counts: Counter[str]
     """``reflections``, ``reflections_failed``, ``accepted``, ``masked: <reason>``, ``failed: <reason>``."""
@@ -77,6 +81,7 @@ def evolve(
     propose: Propose | None = None,
     reflection_lm: dspy.LM | None = None,
     on_candidate: Callable[[Candidate, float], None] = lambda candidate, score: None,
+    journal: Journal | None = None,
 ) -> Search:
     """Evolve the population's texts on the anchors.
 
@@ -85,13 +90,15 @@ def evolve(
         feedback: What the metric says of one predictor's part in a rollout.
         propose: Proposes new texts without a reflection LM; else ``reflection_lm`` reflects.
         on_candidate: Told of each candidate that was accepted, and its mean anchor score.
+        journal: Keeps what was paid for; a search that is repeated with it pays only for the rest.
 
     Raises:
         ReflectionError: every reflection failed.
         MeasurementError: a candidate was played on all anchors and nothing was measured.
     """
-    bank = RolloutBank(play)
-    adapter = BankedAdapter(program, bank, feedback, propose, reflection_lm, settings.seed, settings.minibatch)
+    journal = journal or NoJournal()
+    bank = RolloutBank(play, program, journal)
+    adapter = BankedAdapter(program, bank, feedback, propose, reflection_lm, settings.seed, settings.minibatch, journal)
     seeds = population.unique()
     scored = bank.get([(problem, seed) for seed in seeds for problem in anchors])
     rows = [scored[i : i + len(anchors)] for i in range(0, len(scored), len(anchors))]
@@ -100,7 +107,7 @@ def evolve(
     # Each iteration costs a minibatch at least, unless it is answered from the bank: then only this cap ends it.
     iterations = settings.budget // settings.minibatch
 
-    with tempfile.TemporaryDirectory() as folder:
+    with _forgotten_if_failed(journal), tempfile.TemporaryDirectory() as folder:
         write_seeded_state(Path(folder), seeds, [adapter.scores(row) for row in rows])
         result = gepa.optimize(
             seed_candidate=dict(seeds[0].texts),
@@ -124,21 +131,32 @@ def evolve(
             logger=_Log(),
             seed=settings.seed,
         )
-    if adapter.counts["reflections_failed"] and not adapter.counts["reflections"]:
-        raise ReflectionError(
-            f"all {adapter.counts['reflections_failed']} reflections failed, the last with {adapter.last_failure!r}; "
-            "mend the reflection LM or the proposer and compile again with the same run_dir to go on"
-        ) from None
+        if adapter.counts["reflections_failed"] and not adapter.counts["reflections"]:
+            raise ReflectionError(
+                f"all {adapter.counts['reflections_failed']} reflections failed, the last with {adapter.last_failure}; "
+                "mend the reflection LM or the proposer and compile again with the same run_dir to go on"
+            ) from None
     candidates = tuple(Candidate(dict(texts)) for texts in result.candidates)
     scores = tuple(tuple(row[a] for a in range(len(anchors))) for row in result.val_subscores)
     return Search(
         population=_population(candidates, scores, result.parents, settings.size),
         candidates=candidates,
         scores=scores,
-        rollouts=tuple(bank.fresh),
+        rollouts=len(bank.fresh),
+        sampled_tokens=bank.sampled_tokens,
         reused=bank.reused,
         counts=adapter.counts + Counter(accepted=len(candidates) - len(seeds)) + outcome_counts(bank.fresh),
     )
+
+
+@contextmanager
+def _forgotten_if_failed(journal: Journal) -> Iterator[None]:
+    """A search that failed as a whole is not to be repeated from its record: the cause may have been mended."""
+    try:
+        yield
+    except (MeasurementError, ReflectionError):
+        journal.remove()
+        raise
 
 
 def outcome_counts(rollouts: Sequence[Rollout]) -> Counter[str]:

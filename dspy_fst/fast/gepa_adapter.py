@@ -1,11 +1,13 @@
 """The one place that touches the insides of gepa 0.1.4 and of DSPy 3.4's GEPA adapter."""
 
+import hashlib
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import dspy
 from dspy.teleprompt.gepa.gepa_utils import DspyAdapter
@@ -14,6 +16,9 @@ from gepa.core.state import GEPAState, ValsetEvaluation
 from gepa.strategies.eval_policy import FullEvaluationPolicy
 
 from dspy_fst.errors import MeasurementError
+from dspy_fst.rollout.plain import from_plain, to_plain
+from dspy_fst.rollout.recording import tag_predictors
+from dspy_fst.rollout.texts import with_texts
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Problem, Rollout
 
 Play = Callable[[Sequence[tuple[Problem, Candidate]]], list[Rollout]]
@@ -24,24 +29,87 @@ Propose = Callable[..., dict[str, str]]
 """gepa's ProposalFn: (candidate, reflective_dataset, components_to_update) -> {component: new text}."""
 
 
-class RolloutBank:
-    """Rollouts of one cycle by (candidate, problem): none is made twice under the same weights."""
+class Journal(Protocol):
+    """Keeps what each costly act of a search gave, so that a killed search can be repeated without paying again."""
 
-    def __init__(self, play: Play):
-        self._play = play
+    def next_is(self, kind: str) -> bool:
+        """Whether the next act is on record, and of this kind."""
+
+    def recall(self, kind: str, key: str) -> Any:
+        """What the next act gave; None when it is not on record."""
+
+    def record(self, kind: str, key: str, gave: Any) -> None:
+        """Keep what an act gave."""
+
+    def remove(self) -> None:
+        """Forget everything."""
+
+
+class NoJournal:
+    """Remembers nothing."""
+
+    def next_is(self, kind: str) -> bool:
+        return False
+
+    def recall(self, kind: str, key: str) -> Any:
+        return None
+
+    def record(self, kind: str, key: str, gave: Any) -> None:
+        pass
+
+    def remove(self) -> None:
+        pass
+
+
+class RolloutBank:
+    """Rollouts of one cycle by (candidate, problem): none is made twice under the same weights.
+
+    Args:
+        play: Makes rollouts.
+        program: Whose predictors the traces of recalled rollouts refer to.
+    """
+
+    def __init__(self, play: Play, program: dspy.Module, journal: Journal):
+        self._play, self._program, self._journal = play, program, journal
         self._made: dict[tuple[str, int], Rollout] = {}
         self.fresh: list[Rollout] = []
         self.reused = 0
+        self.sampled_tokens = 0
 
     def get(self, wanted: Sequence[tuple[Problem, Candidate]]) -> list[Rollout]:
         missing = {(c.digest, p.index): (p, c) for p, c in wanted if (c.digest, p.index) not in self._made}
-        played = dict(zip(missing, self._play(list(missing.values())), strict=True)) if missing else {}
+        played = dict(zip(missing, self._play_once(list(missing.values())), strict=True)) if missing else {}
         self.fresh += played.values()
         self.reused += len(wanted) - len(missing)
         known = self._made | played
         # A masked rollout measured nothing: whoever asks again gets another try.
         self._made |= {key: rollout for key, rollout in played.items() if rollout.mask is None}
         return [known[candidate.digest, problem.index] for problem, candidate in wanted]
+
+    def _play_once(self, wanted: Sequence[tuple[Problem, Candidate]]) -> list[Rollout]:
+        """Play, or recall what an interrupted search played.
+
+        Rollouts that JSON cannot hold are played again, in the same batch and with the same seeds.
+        """
+        key = _key([(problem.index, candidate.digest) for problem, candidate in wanted])
+        recalled = self._journal.recall("rollouts", key)
+        if recalled is not None and recalled["rollouts"] is not None:
+            self.sampled_tokens += recalled["tokens"]
+            candidates = [candidate for _, candidate in wanted]
+            programs = self._speaking(candidates)
+            return from_plain(recalled["rollouts"], candidates, lambda c: programs[c.digest])
+        played = self._play(wanted)
+        tokens = sum(rollout.tokens for rollout in played)
+        self.sampled_tokens += tokens
+        if recalled is None:
+            self._journal.record("rollouts", key, {"rollouts": to_plain(played), "tokens": tokens})
+        return played
+
+    def _speaking(self, candidates: Sequence[Candidate]) -> dict[str, dspy.Module]:
+        programs = {candidate.digest: with_texts(self._program, candidate) for candidate in candidates}
+        for program in programs.values():
+            tag_predictors(program)
+        return programs
 
 
 class BankedAdapter(DspyAdapter):
@@ -56,6 +124,7 @@ class BankedAdapter(DspyAdapter):
         reflection_lm: dspy.LM | None,
         seed: int,
         minibatch: int,
+        journal: Journal,
     ):
         names = [name for name, _ in program.named_predictors()]
         super().__init__(
@@ -68,10 +137,11 @@ class BankedAdapter(DspyAdapter):
             warn_on_score_mismatch=False,
             rng=random.Random(seed),
         )
-        self._bank = bank
+        self._bank, self._journal, self._seed = bank, journal, seed
+        self._reflective_sets = 0
         self.minibatch = minibatch
         self.counts: Counter[str] = Counter()
-        self.last_failure: Exception | None = None
+        self.last_failure = ""
 
     def evaluate(
         self,
@@ -124,15 +194,27 @@ class BankedAdapter(DspyAdapter):
         self, candidate: dict[str, str], reflective_dataset: dict[str, Any], components_to_update: list[str]
     ) -> dict[str, str]:
         """One reflection. gepa logs what it raises and goes on, so failures are kept here and counted."""
-        shown = [name for name in components_to_update if name in reflective_dataset]
-        try:
-            texts: dict[str, str] = super().propose_new_texts(candidate, reflective_dataset, shown)
-        except Exception as error:
+        key = _key([sorted(candidate.items()), components_to_update])
+        gave = self._journal.recall("reflection", key)
+        if gave is None:
+            shown = [name for name in components_to_update if name in reflective_dataset]
+            gave = self._reflect(candidate, reflective_dataset, shown)
+            self._journal.record("reflection", key, gave)
+        if "failed" in gave:
             self.counts["reflections_failed"] += 1
-            self.last_failure = error
-            raise
+            self.last_failure = gave["failed"]
+            raise RuntimeError(gave["failed"])
         self.counts["reflections"] += 1
+        texts: dict[str, str] = gave["texts"]
         return texts
+
+    def _reflect(
+        self, candidate: dict[str, str], reflective_dataset: dict[str, Any], shown: list[str]
+    ) -> dict[str, Any]:
+        try:
+            return {"texts": dict(super().propose_new_texts(candidate, reflective_dataset, shown))}
+        except Exception as error:
+            return {"failed": repr(error)}
 
     def make_reflective_dataset(
         self, candidate: dict[str, str], eval_batch: EvaluationBatch, components_to_update: list[str]
@@ -141,6 +223,10 @@ class BankedAdapter(DspyAdapter):
 
         DSPy tells predictors apart by signature, and would mix up two that share one.
         """
+        self._reflective_sets += 1
+        if self._journal.next_is("reflection"):
+            return {name: [] for name in components_to_update}  # what came of it is on record
+        self.rng = random.Random(f"{self._seed} reflection {self._reflective_sets}")
         records: dict[str, Any] = {}
         for name in components_to_update:
             own = [
@@ -152,6 +238,11 @@ class BankedAdapter(DspyAdapter):
         if not records:
             raise LookupError(f"no call of {components_to_update} in the minibatch, so there is nothing to reflect on")
         return records
+
+
+def _key(act: Any) -> str:
+    """Names an act, so that a record is never taken for another's."""
+    return hashlib.sha256(json.dumps(act).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

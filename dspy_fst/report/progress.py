@@ -112,6 +112,9 @@ class ProgressView:
     def _on_note(self, event: Mapping[str, Any]) -> None:
         self._say(event["text"], keep=True)
 
+    def _on_warning(self, event: Mapping[str, Any]) -> None:
+        self._say(f"warning: {event['text']}", keep=True)
+
     # ---- drawing -------------------------------------------------------------------------------
 
     def _say(self, line: str, *, keep: bool = False) -> None:

@@ -1,68 +1,116 @@
-"""What lasts of a run: a directory with the recipe, events, populations, weights and one resumable state.
+"""What lasts of a run: a directory with the recipe, events, populations, weights and resumable states.
 
 recipe.json       what was asked for; a directory is only continued by the same recipe
 events.jsonl      one line an event, appended
+search.jsonl      the fast phase in hand: what it has paid for so far (see run/journal.py)
 populations/      cycle-000.json ...
 weights/          step-000000/ ... (Hugging Face folders)
-state/            the last committed state: state.json, trainer/
+states/           000007/ ...: state.json, trainer/; the newest is the one to go on from
+skipped/          batches whose update was not finite, for inspection
 """
 
+import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.types import Candidate, Population
+from dspy_fst.run.files import plain, population_to_json, read_json, write_json, writing
+from dspy_fst.run.journal import Journal
+from dspy_fst.run.state import commit_state, newest_state
+from dspy_fst.types import Population, WeightsVersion
 
 LOCK = ".lock"
+PROJECT = "project.yaml"
+"""Written by the command line before the run starts."""
+OURS = ("recipe.json", "events.jsonl", "search.jsonl", "populations", "weights", "states", "skipped")
 Listener = Callable[[Mapping[str, Any]], None]
 
 
 class RunDirectory:
     """One run's files. Rows are appended, documents replaced by rename.
 
+    Args:
+        clean: Takes secrets out of whatever is about to be written or shown.
+        keep_states: Resumable states that are kept.
+
     Raises:
-        RunDirectoryError: the directory holds a run of another recipe, or something else.
+        RunDirectoryError: the directory holds a run of another recipe, something else, or a damaged state.
     """
 
-    def __init__(self, path: Path, recipe: Mapping[str, Any], listeners: tuple[Listener, ...] = ()):
-        self.path, self._listeners = path, listeners
+    def __init__(
+        self,
+        path: Path,
+        recipe: Mapping[str, Any],
+        listeners: tuple[Listener, ...] = (),
+        *,
+        keep_states: int = 2,
+        clean: Callable[[Any], Any] = lambda value: value,
+    ):
+        self.path, self._listeners, self._keep_states, self._clean = path, listeners, keep_states, clean
         if fault := directory_fault(path, recipe):
             raise RunDirectoryError(fault)
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(path / LOCK)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(path / LOCK)
+            self._take()
+        try:
+            self._state = newest_state(path / "states")
+            self._log_hash = self._checked_log()
+            with writing(path):
+                for folder in ("populations", "weights", "states"):
+                    (path / folder).mkdir(exist_ok=True)
+                write_json(path / "recipe.json", clean(plain(recipe)))
+                self._forget_uncommitted_events()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What was committed last: ``cycle``, ``searched``, ``step``, ``population``; empty at the start."""
+        return self._state.fields if self._state else {}
+
+    @property
+    def trainer_state(self) -> Path:
+        """The trainer's part of the committed state."""
+        if self._state is None:
+            raise RunDirectoryError(f"{self.path}: nothing was committed yet")
+        return self._state.path / "trainer"
+
+    def _take(self) -> None:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise RunDirectoryError(
-                f"run_dir={str(path)!r} is in use by another run; wait for it or name another"
+                f"run_dir={str(self.path)!r} is in use by another run; wait for it or name another"
             ) from None
-        for folder in ("populations", "weights"):
-            (path / folder).mkdir(parents=True, exist_ok=True)
-        write_json(path / "recipe.json", recipe)
-        self.state: dict[str, Any] = self._read_state()
-        self._forget_uncommitted_events()
 
     # ---- events --------------------------------------------------------------------------------
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Append one event and show it to the listeners."""
-        event = {"event": kind, "time": time.time(), **{key: plain(value) for key, value in fields.items()}}
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        event = self._clean({"event": kind, "time": time.time(), **plain(fields)})
+        line = (json.dumps(event, allow_nan=False) + "\n").encode()
+        with writing(self.path), (self.path / "events.jsonl").open("ab") as file:
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self.tell(event)
+        self._log_hash.update(line)
+        self._show(event)
 
     def tell(self, event: Mapping[str, Any]) -> None:
         """Show something to the listeners that is not worth a line on disk."""
+        self._show(self._clean(event))
+
+    def _show(self, event: Mapping[str, Any]) -> None:
         for listener in self._listeners:
             listener(event)
 
@@ -72,81 +120,117 @@ class RunDirectory:
 
     # ---- the resumable state -------------------------------------------------------------------
 
-    def commit(self, save_trainer: Callable[[Path], None], **state: Any) -> None:
-        """Replace the state by one that holds the trainer, these fields and the place in the events."""
-        fresh, old = self.path / "state.new", self.path / "state.old"
-        for folder in (fresh, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        fresh.mkdir()
-        save_trainer(fresh / "trainer")
+    def commit(self, save_trainer: Callable[[Path], None] | None, **fields: Any) -> None:
+        """Add a state that holds the trainer, these fields and the place in the events.
+
+        Args:
+            save_trainer: Writes the trainer's part into a new folder; None when the trainer has not moved since
+                the last commit, whose files are then shared.
+        """
         log = self.path / "events.jsonl"
-        fields = {key: plain(value) for key, value in state.items()}
-        self.state = {**fields, "events_bytes": log.stat().st_size if log.exists() else 0}
-        write_json(fresh / "state.json", self.state)
-        current = self.path / "state"
-        if current.exists():
-            current.rename(old)
-        fresh.rename(current)
-        shutil.rmtree(old, ignore_errors=True)
+        fields = {
+            **self._clean(plain(fields)),
+            "events_bytes": log.stat().st_size if log.exists() else 0,
+            "events_sha256": self._log_hash.hexdigest(),
+        }
+        with writing(self.path):
+            self._state = commit_state(self.path / "states", fields, save_trainer, self._state, keep=self._keep_states)
 
     def abandon(self) -> None:
         """Remove what was written, if nothing was committed yet: the directory is free for a corrected recipe."""
         if not self.state:
-            for name in ("populations", "weights"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in ("recipe.json", "events.jsonl"):
-                (self.path / name).unlink(missing_ok=True)
+            for name in OURS:
+                path = self.path / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self._lock.release()
 
     def close(self) -> None:
         """Let others open the directory."""
         self._lock.release()
 
-    def _read_state(self) -> dict[str, Any]:
-        current, old = self.path / "state", self.path / "state.old"
-        if not current.exists() and old.exists():  # killed between the two renames of a commit
-            old.rename(current)
-        if not (current / "state.json").exists():
-            return {}
-        state: dict[str, Any] = json.loads((current / "state.json").read_text())
-        return state
+    def _checked_log(self) -> "hashlib._Hash":
+        """The hash of the committed events, after a check that they are what was committed."""
+        log = self.path / "events.jsonl"
+        committed = int(self.state.get("events_bytes", 0))
+        content = log.read_bytes() if log.exists() else b""
+        digest = hashlib.sha256(content[:committed])
+        if self._state is None:
+            if past := _signs_of_a_run(content):
+                raise RunDirectoryError(
+                    f"run_dir={str(self.path)!r}: {past}, but states/ holds nothing to go on from; restore states/ "
+                    "from a copy, or name a new directory"
+                )
+        elif len(content) < committed or digest.hexdigest() != self.state["events_sha256"]:
+            raise RunDirectoryError(
+                f"run_dir={str(self.path)!r}: events.jsonl is not what was committed (its first {committed} bytes were "
+                "changed or are missing); restore it from a copy, or name a new directory"
+            )
+        return digest
 
     def _forget_uncommitted_events(self) -> None:
         """Cut the events that came after the last commit: the resumed run will make them again."""
         log = self.path / "events.jsonl"
         if log.exists():
-            os.truncate(log, min(self.state.get("events_bytes", 0), log.stat().st_size))
+            os.truncate(log, self.state.get("events_bytes", 0))
 
-    # ---- populations and weights ---------------------------------------------------------------
+    # ---- the search in hand --------------------------------------------------------------------
+
+    def open_search(self, cycle: int) -> Journal:
+        """The journal of this cycle's search, with what a killed run already paid for.
+
+        Raises:
+            RunDirectoryError: it was damaged.
+        """
+        with writing(self.path):
+            return Journal(self.path / "search.jsonl", {"cycle": cycle}, self._clean)
+
+    # ---- populations, weights, skipped batches -------------------------------------------------
 
     def save_population(self, cycle: int, population: Population) -> None:
-        write_json(self.path / "populations" / f"cycle-{cycle:03d}.json", population_to_json(population))
+        with writing(self.path):
+            write_json(self.path / "populations" / f"cycle-{cycle:03d}.json", population_to_json(population))
 
-    def weights_path(self, version: str) -> Path:
+    def save_skipped(self, step: int, batch: Any) -> Path:
+        """Keep a batch that could not be learnt from. Its numbers may be NaN or Infinity, as Python writes them."""
+        path = self.path / "skipped" / f"step-{step:06d}.json"
+        with self.writing():
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, batch, finite=False)
+        return path
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A block that writes into the directory: a full disk or a read-only one is told as such."""
+        with writing(self.path):
+            yield
+
+    def weights_path(self, version: WeightsVersion) -> Path:
         return self.path / "weights" / version
 
-    def drop_weights_from(self, version: str) -> None:
+    def drop_weights_from(self, version: WeightsVersion) -> None:
         """Remove this version, later ones and what a kill left half written: the resumed run publishes them again."""
         for path in (self.path / "weights").iterdir():
             if path.name.startswith(".") or path.name >= version:
                 shutil.rmtree(path)
 
-    def prune_weights(self, keep: int) -> None:
-        """Remove all but the first and the ``keep`` newest versions."""
+    def prune_weights(self, keep: int, best: WeightsVersion | None = None) -> None:
+        """Remove all but the first, the best and the ``keep`` newest versions."""
         versions = sorted((self.path / "weights").glob("step-*"))
         for path in versions[1:-keep]:
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))  # gone at once, or not at all
+            if path.name != best:
+                shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))  # gone at once, or not at all
 
 
 def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     """Why a run of this recipe cannot live here, as a sentence; None when it can."""
     if path.exists() and not path.is_dir():
         return f"run_dir={str(path)!r} is a file; name a directory"
-    if not path.exists() or all(entry.name == LOCK for entry in path.iterdir()):
+    if not path.exists() or all(entry.name in (LOCK, PROJECT) for entry in path.iterdir()):
         return None
-    try:
-        found = json.loads((path / "recipe.json").read_text())
-    except (OSError, ValueError):
+    if links := sorted(entry.name for entry in path.iterdir() if entry.is_symlink() and entry.name in OURS):
+        return f"run_dir={str(path)!r}: {', '.join(links)} leads elsewhere; a run never writes outside its directory"
+    found = read_json(path / "recipe.json")
+    if not isinstance(found, Mapping):
         return f"run_dir={str(path)!r} is not empty and holds no readable recipe.json; name a new directory"
     wanted = plain(recipe)
     differing = [
@@ -162,52 +246,30 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     return None
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a run directory, also of a running or a killed run (a torn last line is left out)."""
-    log = path / "events.jsonl"
-    if not log.exists():
-        return []
-    lines = log.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
-def population_to_json(population: Population) -> dict[str, Any]:
-    """Plain data of a population; `population_from_json` turns it back."""
-    return {
-        "members": [dict(member.texts) for member in population.members],
-        "scores": list(population.scores),
-        "parents": {digest: list(of) for digest, of in population.parents.items()},
-    }
-
-
-def population_from_json(data: Mapping[str, Any]) -> Population:
-    return Population(
-        members=tuple(Candidate(texts) for texts in data["members"]),
-        scores=tuple(data["scores"]),
-        parents={digest: tuple(of) for digest, of in data["parents"].items()},
+def _signs_of_a_run(log: bytes) -> str | None:
+    """What the events tell that only a run with a committed state can have done; None when nothing."""
+    kinds = [event.get("event") for event in _parsed(log)]
+    done = {name: kinds.count(kind) for name, kind in (("searches", "cycle"), ("updates", "step"))}
+    return (
+        f"events.jsonl tells of {done['searches']} searches and {done['updates']} updates"
+        if any(done.values())
+        else None
     )
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write a document so that a reader finds the old one or the new one, never half of either."""
-    partial = path.with_name(path.name + ".new")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(plain(data), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a run directory, also of a running or a killed run (torn lines are left out)."""
+    log = path / "events.jsonl"
+    return _parsed(log.read_bytes()) if log.exists() else []
 
 
-def plain(value: Any) -> Any:
-    """JSON's types of our types."""
-    if isinstance(value, Population):
-        return population_to_json(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | range):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return str(value)
+def _parsed(log: bytes) -> list[dict[str, Any]]:
+    events = []
+    for line in log.split(b"\n")[:-1]:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events

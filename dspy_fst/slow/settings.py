@@ -28,6 +28,8 @@ class TrainerSettings:
     """Largest CISPO importance weight (FST, App. D; ScaleRL finds 4, 5 and 8 alike)."""
     kl_coefficient: float = 0.001
     """Weight of KL(theta || start) in the loss (FST, App. D); 0 leaves the term, and the reference model, out."""
+    min_effective_share: float = 0.0
+    """An update whose effective sample share (see UpdateReport) is lower is refused; 0 refuses none."""
     micro_batch_tokens: int = 4096
     """Tokens in one forward, padding included. Memory and speed only; a CPU is fastest about here."""
     share_prompts: bool = True
@@ -49,5 +51,6 @@ class TrainerSettings:
             yield name, "a finite number, at least 0", 0 <= getattr(self, name) < math.inf
         yield "betas", "two numbers in [0, 1)", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         yield "max_grad_norm", "above 0, or None", self.max_grad_norm is None or self.max_grad_norm > 0
+        yield "min_effective_share", "in [0, 1]", 0 <= self.min_effective_share <= 1
         yield "micro_batch_tokens", "at least 1", self.micro_batch_tokens >= 1
         yield "precision", "auto, float32 or bfloat16", self.precision in ("auto", "float32", "bfloat16")

@@ -17,6 +17,7 @@ NO_UPDATE = UpdateReport(
     capped_share=0.0,
     mean_log_ratio=0.0,
     max_log_ratio=0.0,
+    effective_sample_share=None,
     learning_rate=0.0,
     tokens=0,
     rows=0,
@@ -47,6 +48,7 @@ class Tally:
     def __init__(self, device: torch.device):
         zero = torch.zeros((), device=device)
         self.loss = self._entropy = self._capped = self._ratio = self._largest = zero
+        self._weight = self._weight_squared = zero.double()
         self._kl: Tensor | None = None
         self._tokens = 0
 
@@ -60,7 +62,15 @@ class Tally:
         self._capped = self._capped + (log_ratios.exp() >= cap).sum()
         self._ratio = self._ratio + log_ratios.sum()
         self._largest = torch.maximum(self._largest, log_ratios.abs().max())
+        weights = log_ratios.double().exp()
+        self._weight = self._weight + weights.sum()
+        self._weight_squared = self._weight_squared + weights.square().sum()
         self._tokens += len(log_ratios)
+
+    @property
+    def effective_sample_share(self) -> float:
+        """See UpdateReport."""
+        return float(self._weight**2 / (self._tokens * self._weight_squared))
 
     def report(self, grad_norm: Tensor, learning_rate: float, rows: int) -> UpdateReport:
         return UpdateReport(
@@ -71,6 +81,7 @@ class Tally:
             capped_share=float(self._capped) / self._tokens,
             mean_log_ratio=float(self._ratio) / self._tokens,
             max_log_ratio=float(self._largest),
+            effective_sample_share=self.effective_sample_share,
             learning_rate=learning_rate,
             tokens=self._tokens,
             rows=rows,

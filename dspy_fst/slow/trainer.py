@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.errors import TrainingError
+from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
 from dspy_fst.slow import losses
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 from dspy_fst.slow.checkpoint import Publisher, read_state, write_state
@@ -111,7 +111,9 @@ class Trainer:
         """Make one optimizer step over all rows of the batch; an empty batch moves nothing.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite, or a row cannot be scored. Nothing has moved.
+            NotFiniteError: the loss, the gradient or a recorded log-probability is not finite.
+            MismatchError: the rows were sampled from another distribution than these weights'.
+            TrainingError: a row cannot be scored. After any of these nothing has moved.
         """
         if not batch.rows:
             return NO_UPDATE
@@ -122,6 +124,7 @@ class Trainer:
         for micro in self._micro_batches(sequences):
             self._accelerator.backward(self._loss(micro, batch.rows, tally))
         grad_norm = self._finite_norm(tally)
+        self._check_on_policy(tally)
         report = tally.report(grad_norm, self._next_rate(), rows=len(batch.rows))
         self._apply(report)
         return report
@@ -143,12 +146,23 @@ class Trainer:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if not torch.isfinite(norm) or not torch.isfinite(tally.loss):
             self._optimizer.zero_grad()
-            raise TrainingError(
+            raise NotFiniteError(
                 f"update {self._updates + 1}: loss {float(tally.loss)}, gradient norm {float(norm)}; the weights "
                 "were left as they are. Lower learning_rate, set max_grad_norm, or look for log-probabilities in "
                 "the batch that are not finite"
             )
         return norm
+
+    def _check_on_policy(self, tally: Tally) -> None:
+        share, least = tally.effective_sample_share, self.settings.min_effective_share
+        if not share >= least:
+            self._optimizer.zero_grad()
+            raise MismatchError(
+                f"update {self._updates + 1}: the batch's effective sample share is {share:.3g}, below "
+                f"min_effective_share={least:g}: the engine samples from another distribution than the trainer scores. "
+                "Look for stale weights, another precision, or sampling settings of the server; nothing was learnt "
+                "from this batch"
+            )
 
     def _apply(self, report: UpdateReport) -> None:
         if self.settings.max_grad_norm is not None:
@@ -302,8 +316,11 @@ def _completions(calls: Sequence[Call] | Sequence[Row]) -> list[Scored]:
 
 def _check_recorded(rows: Sequence[Row]) -> None:
     for index, row in enumerate(rows):
-        if len(row.logprobs) != len(row.completion_ids) or not all(map(math.isfinite, row.logprobs)):
+        who = f"call {index} ({row.predictor or 'unnamed'})"
+        if len(row.logprobs) != len(row.completion_ids):
             raise TrainingError(
-                f"call {index} ({row.predictor or 'unnamed'}) has no finite log-probability for each of its "
-                f"{len(row.completion_ids)} tokens; the engine must record the ones it sampled with"
+                f"{who} has {len(row.logprobs)} log-probabilities for its {len(row.completion_ids)} tokens; the engine "
+                "must record the ones it sampled with"
             )
+        if not all(map(math.isfinite, row.logprobs)):
+            raise NotFiniteError(f"{who} was recorded with a log-probability that is not finite")

@@ -19,7 +19,8 @@ from rich.table import Table
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.compiled import policy_of
 from dspy_fst.evaluation import CELLS, two_by_two
-from dspy_fst.run.directory import read_events, write_json
+from dspy_fst.run.directory import read_events
+from dspy_fst.run.files import write_json
 from programs.lab import BASE, FeedbackProposer, build
 
 RECIPE: dict[str, Any] = {

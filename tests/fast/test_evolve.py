@@ -5,7 +5,7 @@ import pytest
 
 from dspy_fst.errors import MeasurementError, ReflectionError
 from dspy_fst.fast.evolve import SearchSettings, evolve
-from dspy_fst.fast.gepa_adapter import RolloutBank
+from dspy_fst.fast.gepa_adapter import NoJournal, RolloutBank
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import read_texts
@@ -88,7 +88,7 @@ def test_a_search_finds_what_the_feedback_leads_to():
 def test_no_rollout_is_made_twice_and_every_one_is_counted():
     searcher = Searcher()
     search = searcher.evolve()
-    assert len(searcher.asked) == len(set(searcher.asked)) == len(search.rollouts)
+    assert len(searcher.asked) == len(set(searcher.asked)) == search.rollouts
     assert search.reused > 0
 
 
@@ -119,7 +119,7 @@ def test_the_budget_is_overrun_by_one_accepted_candidate_at_most(budget):
 
     searcher = Searcher(propose=new_every_time)
     search = searcher.evolve(budget=budget, perfect_score=2.0)
-    fresh = len(search.rollouts) - len(ANCHORS)
+    fresh = search.rollouts - len(ANCHORS)
     assert 0 < fresh <= budget + len(ANCHORS) + 3
 
 
@@ -128,7 +128,7 @@ def test_a_search_with_nothing_left_to_learn_ends():
     seed = read_texts(searcher.program)
     solved = Candidate({**seed.texts, "second": "Answer even and odd."})
     search = searcher.evolve(Population((solved,) * 2, (None,) * 2), budget=600)
-    assert len(search.rollouts) == len(ANCHORS)
+    assert search.rollouts == len(ANCHORS)
     assert search.population.best == solved
 
 
@@ -180,7 +180,7 @@ def test_a_masked_rollout_is_tried_again_when_asked_for_again():
             for p, c in wanted
         ]
 
-    bank, wanted = RolloutBank(play), [(ANCHORS[0], Candidate({"a": "b"}))]
+    bank, wanted = RolloutBank(play, Two(), NoJournal()), [(ANCHORS[0], Candidate({"a": "b"}))]
     assert [bank.get(wanted)[0].reward for _ in range(3)] == [None, 1.0, 1.0]
     assert (len(bank.fresh), bank.reused) == (2, 1)
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.run.directory import RunDirectory, population_from_json, read_events
+from dspy_fst.run.directory import RunDirectory, read_events
+from dspy_fst.run.files import population_from_json
 from dspy_fst.types import Candidate, Population
 
 
@@ -22,14 +23,6 @@ def test_events_after_the_last_commit_are_forgotten(tmp_path):
     again = RunDirectory(tmp_path / "run", {"seed": 1})
     assert again.state["step"] == 1
     assert [event["step"] for event in again.events()] == [0]
-
-
-def test_a_commit_killed_between_its_renames_is_found_again(tmp_path):
-    run = RunDirectory(tmp_path / "run", {"seed": 1})
-    run.commit(save_nothing, step=1)
-    (tmp_path / "run" / "state").rename(tmp_path / "run" / "state.old")
-    run.close()
-    assert RunDirectory(tmp_path / "run", {"seed": 1}).state["step"] == 1
 
 
 def test_a_run_of_another_recipe_is_refused_with_the_difference(tmp_path):

@@ -192,8 +192,8 @@ def test_a_loss_that_is_not_finite_leaves_the_state_untouched(start, batch):
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        (make_row([1], [2, 3], [-1.0], 1.0, 0.5), "log-probability for each"),
-        (make_row([1], [2], [float("-inf")], 1.0, 1.0), "finite log-probability"),
+        (make_row([1], [2, 3], [-1.0], 1.0, 0.5), "has 1 log-probabilities for its 2 tokens"),
+        (make_row([1], [2], [float("-inf")], 1.0, 1.0), "log-probability that is not finite"),
         (make_row([], [2], [-1.0], 1.0, 1.0), "no prompt"),
         (make_row([1], [VOCABULARY], [-1.0], 1.0, 1.0), "another model"),
     ],

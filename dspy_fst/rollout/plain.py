@@ -1,0 +1,95 @@
+"""Rollouts as JSON and back, for a journal: exactly, or not at all."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import dspy
+from dspy.teleprompt.bootstrap_trace import FailedPrediction
+
+from dspy_fst.types import PREDICTOR_TAG, Candidate, Rollout
+
+NATIVE = (str, int, float, bool, type(None))
+
+
+class _OpaqueError(Exception):
+    """A value that JSON does not give back as it was."""
+
+
+def to_plain(rollouts: Sequence[Rollout]) -> list[dict[str, Any]] | None:
+    """The rollouts without their calls (their tokens are counted); None when one holds what JSON cannot.
+
+    A prediction of typed objects (pydantic models, images, histories) is such a case.
+    """
+    try:
+        return [_rollout(rollout) for rollout in rollouts]
+    except _OpaqueError:
+        return None
+
+
+def _rollout(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "problem": rollout.problem,
+        "reward": rollout.reward,
+        "feedback": rollout.feedback,
+        "mask": rollout.mask,
+        "failure": rollout.failure,
+        "prediction": _prediction(rollout.prediction),
+        "trace": [_entry(*entry) for entry in rollout.trace],
+    }
+
+
+def _entry(predictor: Any, inputs: Mapping[str, Any], output: Any) -> dict[str, Any]:
+    name = getattr(predictor, PREDICTOR_TAG, None)
+    if name is None:
+        raise _OpaqueError
+    return {"predictor": name, "inputs": _native(dict(inputs)), "output": _prediction(output)}
+
+
+def _prediction(value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, FailedPrediction):
+        return {"failed": value.completion_text, "format_reward": value.format_reward}
+    if type(value) is dspy.Prediction:
+        return {"fields": _native(dict(value.items()))}
+    raise _OpaqueError
+
+
+def _native(value: Any) -> Any:
+    if type(value) in NATIVE:
+        return value
+    if type(value) is list:
+        return [_native(item) for item in value]
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {key: _native(item) for key, item in value.items()}
+    raise _OpaqueError
+
+
+def from_plain(
+    data: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate], speaking: Callable[[Candidate], dspy.Module]
+) -> list[Rollout]:
+    """The rollouts again, without calls.
+
+    Args:
+        candidates: Of each rollout.
+        speaking: The program under a candidate, its predictors tagged; traces refer to its predictors.
+    """
+    rollouts = []
+    for item, candidate in zip(data, candidates, strict=True):
+        predictors = dict(speaking(candidate).named_predictors())
+        trace = tuple(
+            (predictors[entry["predictor"]], entry["inputs"], _predicted(entry["output"])) for entry in item["trace"]
+        )
+        known = {key: item[key] for key in ("problem", "reward", "feedback", "mask", "failure")}
+        rollouts.append(
+            Rollout(candidate=candidate, calls=(), prediction=_predicted(item["prediction"]), trace=trace, **known)
+        )
+    return rollouts
+
+
+def _predicted(data: Mapping[str, Any] | None) -> Any:
+    if data is None:
+        return None
+    if "failed" in data:
+        return FailedPrediction(data["failed"], data["format_reward"])
+    return dspy.Prediction(**data["fields"])

@@ -1,0 +1,119 @@
+"""Files that are whole or absent, and faults of the disk in plain words."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from dspy_fst.errors import RunDirectoryError
+from dspy_fst.types import Candidate, Population
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full; free space",
+    errno.EDQUOT: "the disk quota is used up; free space",
+    errno.EFBIG: "a file grew beyond what is allowed (ulimit -f, or the file system's limit); raise the limit",
+    errno.EROFS: "the file system is read-only; mount it for writing",
+    errno.EACCES: "writing there is not permitted; change the permissions",
+    errno.EPERM: "writing there is not permitted; change the permissions",
+    errno.EIO: "the disk fails; move the directory to another",
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes below ``path``.
+
+    Raises:
+        RunDirectoryError: the disk refused. What was committed before is whole.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
+        advice = _ADVICE.get(number or 0, "mend the cause")
+        raise RunDirectoryError(
+            f"{path} cannot be written: {error}: {advice}, then go on with the same run_dir. What was committed is "
+            "whole"
+        ) from error
+
+
+def _errno_in(message: str) -> int | None:
+    """The system's error number that safetensors quotes as ``(os error 28)``."""
+    _, _, rest = message.partition("(os error ")
+    digits = rest.partition(")")[0]
+    return int(digits) if digits.isdigit() else None
+
+
+def write_json(path: Path, data: Any, *, finite: bool = True) -> None:
+    """Write a document so that a reader finds the old one or the new one, never half of either."""
+    partial = path.with_name(path.name + ".new")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(plain(data) if finite else plain(data, finite=False), file, indent=2, allow_nan=not finite)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    flush(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """The document, or None when there is none that can be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def flush(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain(value: Any, *, finite: bool = True) -> Any:
+    """JSON's types of our types. JSON has no NaN: unless ``finite`` is False such a number becomes None."""
+    if isinstance(value, Population):
+        return population_to_json(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value), finite=finite)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, finite=finite) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [plain(item, finite=finite) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) or not finite else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    return str(value)
+
+
+def population_to_json(population: Population) -> dict[str, Any]:
+    """Plain data of a population; `population_from_json` turns it back."""
+    return {
+        "members": [dict(member.texts) for member in population.members],
+        "scores": list(population.scores),
+        "parents": {digest: list(of) for digest, of in population.parents.items()},
+    }
+
+
+def population_from_json(data: Mapping[str, Any]) -> Population:
+    return Population(
+        members=tuple(Candidate(texts) for texts in data["members"]),
+        scores=tuple(data["scores"]),
+        parents={digest: tuple(of) for digest, of in data["parents"].items()},
+    )

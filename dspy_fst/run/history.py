@@ -1,0 +1,53 @@
+"""What the rules of `dspy_fst.run.watch` look at, and what they find."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dspy_fst.types import StepReport
+
+WINDOW = 5
+"""Steps over which a slow trouble must hold, or a level is averaged (ours): one batch is noise."""
+SHORT = 3
+"""The same for shares of a step's rollouts or tokens, which one batch measures well (ours)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One trouble. Findings of one kind in a row are one episode."""
+
+    kind: str
+    steps: Sequence[StepReport]
+    seen: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{span(self.steps)}: {self.seen}. {self.advice}"
+
+
+@dataclass(frozen=True)
+class History:
+    """The reports so far, the newest last, and the range of the reward."""
+
+    reports: Sequence[StepReport]
+    worst: float
+    best: float
+
+    def updates(self, field: str) -> list[tuple[StepReport, float]]:
+        """Steps that moved the weights, and what their updates measured of one field of UpdateReport.
+
+        The others report zeros that measure nothing. A number that is not finite reads back from the disk as None;
+        both are left out, so that a continued run finds what an uninterrupted one does.
+        """
+        pairs = [(report, getattr(report.update, field)) for report in self.reports if report.update.tokens]
+        return [(report, value) for report, value in pairs if value is not None and math.isfinite(value)]
+
+    def counts(self, steps: int) -> Counter[str]:
+        """Sums of the newest steps' counts."""
+        return sum((Counter(report.counts) for report in self.reports[-steps:]), Counter())
+
+
+def span(steps: Sequence[StepReport]) -> str:
+    first, last = steps[0].step, steps[-1].step
+    return f"step {first}" if first == last else f"steps {first} to {last}"

@@ -1,0 +1,91 @@
+"""What a search has paid for: every batch of rollouts and every reflection, in order, on disk.
+
+A search is a function of its seed and of what rollouts and reflections gave. Told the same again it does the same
+again, so a killed search is repeated from its journal at no cost up to the first act that is not in it. No state of
+GEPA's own is kept: it would have to be pickled, and would be read back by whatever release is installed then.
+"""
+
+import json
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dspy_fst.errors import RunDirectoryError
+
+
+class Journal:
+    """Records of one search. Lines are appended with a checksum; a torn last line is forgotten.
+
+    Args:
+        head: Which search this is; a journal of another one is replaced.
+        clean: Takes secrets out of a record.
+
+    Raises:
+        RunDirectoryError: a line other than the last was damaged.
+    """
+
+    def __init__(self, path: Path, head: Mapping[str, Any], clean: Callable[[Any], Any] = lambda value: value):
+        self._path, self._clean = path, clean
+        records, whole = _read(path)
+        self._ahead: deque[dict[str, Any]] = deque()
+        if records and records[0] == {"head": dict(head)}:
+            self._ahead.extend(records[1:])
+            os.truncate(path, whole)
+        else:
+            path.unlink(missing_ok=True)
+            self._write({"head": dict(head)})
+        self.replayed = len(self._ahead)
+
+    def next_is(self, kind: str) -> bool:
+        """Whether the next act is on record, and of this kind."""
+        return bool(self._ahead) and self._ahead[0]["kind"] == kind
+
+    def recall(self, kind: str, key: str) -> Any:
+        """What the next act gave when it was paid for; None when it is not on record.
+
+        Raises:
+            RunDirectoryError: the record is of another act, so that this is another search.
+        """
+        if not self._ahead:
+            return None
+        record = self._ahead.popleft()
+        if (record["kind"], record["key"]) != (kind, key):
+            raise RunDirectoryError(
+                f"{self._path} is of another search (it holds {record['kind']} {record['key']} where {kind} {key} "
+                "comes now): the metric, the proposer or a library changed since. Remove the file to search this cycle "
+                "anew"
+            )
+        return record["gave"]
+
+    def record(self, kind: str, key: str, gave: Any) -> None:
+        """Keep what an act gave."""
+        self._write({"kind": kind, "key": key, "gave": gave})
+
+    def remove(self) -> None:
+        """Forget the search: it was committed, or it failed as a whole."""
+        self._ahead.clear()
+        self._path.unlink(missing_ok=True)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        body = json.dumps(self._clean(record))
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{zlib.crc32(body.encode()):08x} {body}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records, and how many bytes hold them whole."""
+    if not path.exists():
+        return [], 0
+    lines = path.read_bytes().split(b"\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        checksum, _, body = line.partition(b" ")
+        if checksum != f"{zlib.crc32(body):08x}".encode():
+            raise RunDirectoryError(f"{path}, line {number}, is damaged; remove the file to search this cycle anew")
+        records.append(json.loads(body))
+    return records, sum(len(line) + 1 for line in lines)

@@ -1,0 +1,126 @@
+"""Troubles of what was sampled: each rule takes the history and gives one kind of finding, or None."""
+
+from collections import Counter
+from statistics import fmean
+
+from dspy_fst.run.history import SHORT, WINDOW, Finding, History, span
+
+FLAT_SHARE, EDGE = 0.8, 0.25
+"""Share of flat groups that leaves too little to learn from, and how near to an end of the reward's range the mean is
+when "all wrong" or "all right" is said (ours)."""
+PARSE_SHARE = MASKED_SHARE = TRUNCATED_SHARE = 0.1
+"""Shares of rollouts that do not parse or measured nothing, and of calls cut off at ``max_tokens`` (ours)."""
+UNTRAINED_SHARE = 0.5
+"""Share of measured rollouts without a call that can be trained (ours)."""
+REWARD_FALL, REWARD_NOISE = 0.3, 0.1
+"""Fall of the mean reward, as a share of its height over the worst, and of the whole range (ours)."""
+
+
+def flat_groups(history: History) -> Finding | None:
+    steps = history.reports[-WINDOW:]
+    shares = [r.counts["flat_groups"] / r.counts["groups"] for r in steps if r.counts.get("groups")]
+    rewards = [r.reward for r in steps if r.reward is not None]
+    if len(shares) < WINDOW or min(shares) < FLAT_SHARE or not rewards:
+        return None
+    reward, edge = fmean(rewards), EDGE * (history.best - history.worst)
+    seen = f"{fmean(shares):.0%} of the groups were flat, so little was learnt; mean reward {reward:.2g}"
+    if reward <= history.worst + edge:
+        advice = (
+            "Nearly every rollout fails: look at some replies; then raise search_passes or group_size, give easier "
+            "problems, or a metric with partial credit"
+        )
+        return Finding("all wrong", steps, seen, advice)
+    if reward >= history.best - edge:
+        return Finding("all right", steps, seen, "Nearly every rollout succeeds: stop here, or give harder problems")
+    advice = "The rollouts of a problem score alike: give a finer metric, or raise group_size or the temperature"
+    return Finding("all alike", steps, seen, advice)
+
+
+def parse_failures(history: History) -> Finding | None:
+    counts = history.counts(SHORT)
+    share = counts["failed: parse"] / _measured(counts)
+    if share < PARSE_SHARE:
+        return None
+    advice = (
+        "Raise max_tokens if they are cut off, simplify the output fields, or set format_failure_score below "
+        "failure_score"
+    )
+    seen = f"{share:.0%} of the rollouts ended in a reply that does not parse"
+    return Finding("parse", history.reports[-SHORT:], seen, advice)
+
+
+def masked_rollouts(history: History) -> Finding | None:
+    counts = history.counts(SHORT)
+    masks = _masks(counts)
+    if not masks or masks.total() < MASKED_SHARE * counts["rollouts"]:
+        return None
+    share, (reason, _) = masks.total() / counts["rollouts"], masks.most_common(1)[0]
+    seen = f"{share:.0%} of the rollouts measured nothing, most often because of {reason!r}"
+    advice = "Mend the cause: what is left is a biased sample"
+    return Finding("masked", history.reports[-SHORT:], seen, advice)
+
+
+def truncated_replies(history: History) -> Finding | None:
+    counts = history.counts(SHORT)
+    if not counts["calls"] or counts["truncated_calls"] < TRUNCATED_SHARE * counts["calls"]:
+        return None
+    seen = f"{counts['truncated_calls'] / counts['calls']:.0%} of the replies were cut off at max_tokens"
+    advice = "Raise PolicyLM(max_tokens=...), or ask for shorter replies"
+    return Finding("truncated", history.reports[-SHORT:], seen, advice)
+
+
+def untrained_rollouts(history: History) -> Finding | None:
+    counts = history.counts(SHORT)
+    share = counts["no_trained_calls"] / _measured(counts)
+    if share < UNTRAINED_SHARE:
+        return None
+    seen = f"{share:.0%} of the rollouts hold no call that can be trained"
+    advice = "Let the program call a predictor that holds the PolicyLM, at a temperature above 0, on every path"
+    return Finding("untrained", history.reports[-SHORT:], seen, advice)
+
+
+def greedy_calls(history: History) -> Finding | None:
+    now = history.reports[-1]
+    if not (calls := now.counts.get("greedy_calls")):
+        return None
+    seen = f"{calls} calls were greedy (temperature 0) and have no gradient"
+    return Finding("greedy", [now], seen, "Give those predictors a temperature above 0, or a frozen LM")
+
+
+def reward_fell(history: History) -> Finding | None:
+    measured = [(report, report.reward) for report in history.reports if report.reward is not None]
+    windows = [measured[i : i + WINDOW] for i in range(len(measured) - WINDOW + 1)]
+    means = [fmean(reward for _, reward in window) for window in windows]
+    if not means:
+        return None
+    peak, now = max(means), means[-1]
+    allowed = max(REWARD_FALL * (peak - history.worst), REWARD_NOISE * (history.best - history.worst))
+    if peak - now < allowed:
+        return None
+    then, steps = ([report for report, _ in window] for window in (windows[means.index(peak)], windows[-1]))
+    advice = (
+        "Lower learning_rate, raise kl_coefficient or set max_grad_norm; the run directory keeps the weights of the "
+        "step with the best reward"
+    )
+    return Finding("reward", steps, f"mean reward is {now:.2g}, down from {peak:.2g} in {span(then)}", advice)
+
+
+def _masks(counts: Counter[str]) -> Counter[str]:
+    """Mask reason -> rollouts."""
+    return Counter({name.removeprefix("masked: "): n for name, n in counts.items() if name.startswith("masked: ")})
+
+
+def _measured(counts: Counter[str]) -> int:
+    """Rollouts that were measured; at least 1, to divide by."""
+    return max(counts["rollouts"] - _masks(counts).total(), 1)
+
+
+ROLLOUT_RULES = (
+    flat_groups,
+    parse_failures,
+    masked_rollouts,
+    truncated_replies,
+    untrained_rollouts,
+    greedy_calls,
+    reward_fell,
+)

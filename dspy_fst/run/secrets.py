@@ -1,0 +1,109 @@
+"""Secrets stay out of events, reports and saved programs.
+
+Two nets: values that are known to be secret, because an LM's setting or an environment variable is named so, and
+shapes that only keys have. What is written or shown goes through `Redactor.clean`.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import dspy
+
+HIDDEN = "***"
+SHORTEST = 8
+"""Characters of the shortest value that is hidden by its name: shorter ones are too often a part of other words."""
+
+_NAME = re.compile(
+    r"(?:key|token|secret|password|passwd|passphrase|credential)s?(?![a-z])|(?<![a-z])(?:pass|authorization|cookie)(?![a-z])",
+    re.IGNORECASE,
+)
+"""Names of settings, headers and environment variables that hold secrets, e.g. ``api_key``, ``X-Auth-Token``."""
+_ORDINARY = re.compile(r"[A-Za-z]?[a-z]{0,14}|[0-9]{1,15}")
+"""A word or a number: ``password``, ``notneeded``, ``16000000``. To hide it would eat texts and protect nothing."""
+
+_RANDOM = r"(?=[\w.~+/=-]*?(?=[A-Za-z]{0,15}[0-9])[A-Za-z0-9]{16})"
+"""Sixteen letters and digits in a row, a digit among them: no word of a text looks so."""
+_SHAPES = (
+    rf"(?<![\w-])(?:sk|xai|nvapi|xox[abprs])-{_RANDOM}[\w-]{{20,}}",  # OpenAI and those who took its shape; Slack
+    r"(?<![\w-])(?:hf|gsk|gh[opsru])_[A-Za-z0-9]{30,}",  # Hugging Face, Groq, GitHub
+    r"(?<![\w-])github_pat_\w{40,}",
+    r"(?<![\w-])AIza[\w-]{35}",  # Google
+    r"(?<![\w-])eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*",  # JSON web tokens
+    rf"(?<![\w-])(?i:bearer)\s+{_RANDOM}[\w.~+/=-]{{16,}}",
+    r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)",  # user:password of an address
+)
+
+
+class Redactor:
+    """Replaces secrets by ``***`` in plain JSON values.
+
+    >>> Redactor(["a-very-secret-value"]).clean({"error": ["bad key a-very-secret-value"]})
+    {'error': ['bad key ***']}
+
+    Args:
+        secrets: Values that are secret; those shorter than `SHORTEST`, ordinary words, numbers and paths of existing
+            files are not hidden.
+    """
+
+    def __init__(self, secrets: Iterable[str] = ()):
+        known = {value for value in secrets if _is_worth_hiding(value)}
+        # The longest first: of two secrets that begin alike, the longer would else be hidden in part.
+        values = [re.escape(value) for value in sorted(known, key=lambda value: (-len(value), value))]
+        self._pattern = re.compile("|".join((*values, *_SHAPES)))
+
+    @classmethod
+    def of(cls, program: dspy.Module, reflection_lm: Any = None) -> "Redactor":
+        """One that knows the secrets of the program's LMs, of the reflection LM and of the environment."""
+        found = _named_secrets(dict(os.environ))
+        settings = [*_settings_of_program(program), *_settings_of_lm(reflection_lm), *_settings_of_lm(dspy.settings.lm)]
+        return cls([*found, *(secret for setting in settings for secret in _named_secrets(setting))])
+
+    def clean(self, value: Any) -> Any:
+        """The value with every secret replaced, in keys and strings at any depth; lists and tuples become lists."""
+        if isinstance(value, str):
+            return self._pattern.sub(HIDDEN, value)
+        if isinstance(value, Mapping):
+            return {self.clean(key): self.clean(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.clean(item) for item in value]
+        return value
+
+
+def _is_worth_hiding(value: str) -> bool:
+    if len(value) < SHORTEST or _ORDINARY.fullmatch(value):
+        return False
+    try:
+        return not os.path.exists(value)  # GOOGLE_APPLICATION_CREDENTIALS names a file
+    except ValueError:
+        return True
+
+
+def _named_secrets(value: Any, named: bool = False) -> Iterator[str]:
+    """Strings below a name that says they are secret; ``Bearer x`` counts as a whole and as ``x``."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _named_secrets(item, bool(_NAME.search(str(name))))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _named_secrets(item, named)
+    elif isinstance(value, str) and named:
+        yield value
+        if len(words := value.split()) == 2:
+            yield words[1]
+
+
+def _settings_of_program(program: dspy.Module) -> Iterator[Mapping[str, Any]]:
+    """Settings of every LM that a module of the program holds, and of every predictor's calls."""
+    for _, module in program.named_sub_modules():
+        yield getattr(module, "config", None) or {}
+        for held in vars(module).values():
+            if isinstance(held, dspy.BaseLM):
+                yield from _settings_of_lm(held)
+
+
+def _settings_of_lm(lm: Any) -> Iterator[Mapping[str, Any]]:
+    """Attributes of an LM and of its engine object: a PolicyLM's has the engine options, others their own keys."""
+    for part in (lm, getattr(lm, "_engine_spec", None)):  # dspy 3.4 keeps a custom engine there
+        yield {name: value for name, value in getattr(part, "__dict__", {}).items() if name != "history"}

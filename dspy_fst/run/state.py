@@ -1,0 +1,136 @@
+"""Resumable states: numbered folders, each whole, checksummed and never changed.
+
+states/000007/state.json    the fields, a checksum of every other file and of itself
+states/000007/trainer/...   weights, optimizer, schedule and generators
+
+A state appears by one rename, so that a kill leaves the one before it or the new one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dspy_fst.errors import RunDirectoryError
+from dspy_fst.run.files import flush, read_json, sha256_of, write_json
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One committed state."""
+
+    path: Path
+    fields: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+    """Name below the folder -> ``{"bytes", "sha256"}``."""
+
+
+def commit_state(
+    folder: Path,
+    fields: Mapping[str, Any],
+    save_trainer: Callable[[Path], None] | None,
+    last: RunState | None,
+    *,
+    keep: int,
+) -> RunState:
+    """Write the next state and remove all but the ``keep`` newest.
+
+    Args:
+        save_trainer: Writes the new folder that it is given; None shares the files of ``last``, which are never
+            changed.
+    """
+    number = int(last.path.name) + 1 if last else 0
+    scratch = folder / f".{number:06d}.new"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    if save_trainer is not None or last is None:
+        if save_trainer is not None:
+            save_trainer(scratch / "trainer")
+        files = {name: _facts(scratch / name) for name in _files_in(scratch)}
+    else:
+        files = dict(last.files)
+        for name in files:
+            _share(last.path / name, scratch / name)
+    document = {"format": FORMAT, "fields": fields, "files": files}
+    write_json(scratch / "state.json", {**document, "sha256": _checksum(document)})
+    path = folder / f"{number:06d}"
+    scratch.rename(path)
+    flush(folder)
+    for old in _numbered(folder)[:-keep]:
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # gone at once, or not at all
+    return RunState(path, fields, files)
+
+
+def newest_state(folder: Path) -> RunState | None:
+    """The state to go on from; None when there is none. What a kill left half written is removed.
+
+    Raises:
+        RunDirectoryError: the newest state is damaged; nothing was changed.
+    """
+    if not folder.is_dir():
+        return None
+    numbered = _numbered(folder)
+    if not numbered:
+        return None
+    state = _verified(numbered[-1], other=numbered[-2] if len(numbered) > 1 else None)
+    for left_over in folder.glob(".*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    return state
+
+
+def _verified(path: Path, other: Path | None) -> RunState:
+    def damaged(what: str) -> RunDirectoryError:
+        way_out = f"remove that folder to go on from {other}" if other else "restore it from a copy"
+        return RunDirectoryError(f"{path} is damaged: {what}; {way_out}, or name a new run_dir. Nothing was changed")
+
+    document = read_json(path / "state.json")
+    if not isinstance(document, dict):
+        raise damaged("state.json is missing or no JSON")
+    if document.get("format") != FORMAT:
+        raise RunDirectoryError(
+            f"{path} has format {document.get('format')!r}, this release reads {FORMAT}; go on with the release that "
+            "wrote it, or name a new run_dir"
+        )
+    checksum = document.pop("sha256", None)
+    if checksum != _checksum(document):
+        raise damaged("state.json does not match its checksum")
+    files = document["files"]
+    if differing := sorted({*files}.symmetric_difference(_files_in(path))):
+        raise damaged(f"missing or foreign files: {', '.join(differing)}")
+    for name, facts in files.items():
+        if (path / name).stat().st_size != facts["bytes"] or sha256_of(path / name) != facts["sha256"]:
+            raise damaged(f"{name} does not match its checksum")
+    return RunState(path, document["fields"], files)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+
+
+def _files_in(path: Path) -> list[str]:
+    """Names of the files below a state's folder, but for its own document and hidden ones."""
+    found = (file.relative_to(path) for file in sorted(path.rglob("*")) if not file.is_dir())
+    return [str(file) for file in found if str(file) != "state.json" and not file.name.startswith(".")]
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _share(there: Path, here: Path) -> None:
+    """The same file under a second name; a copy where the file system has no links."""
+    here.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(there, here)
+    except OSError:
+        shutil.copyfile(there, here)
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,38 @@
+"""What goes wrong in a run without an error is told while it can still be helped.
+
+Pure: the warnings are a function of the sequence of reports. A run that is continued shows its earlier reports to a
+new `Watch` and drops what that says.
+"""
+
+from dspy_fst.run.history import History
+from dspy_fst.run.rollout_rules import ROLLOUT_RULES
+from dspy_fst.run.update_rules import UPDATE_RULES
+from dspy_fst.types import StepReport
+
+CALM = 5
+"""Steps without a trouble after which it counts as gone; if it comes back later it is told again (ours)."""
+
+
+class Watch:
+    """Tells each kind of trouble once an episode.
+
+    Args:
+        worst: Reward of a failed rollout.
+        best: Reward of a perfect one.
+    """
+
+    def __init__(self, worst: float = 0.0, best: float = 1.0):
+        self._worst, self._best = worst, best
+        self._reports: list[StepReport] = []
+        self._last_seen: dict[str, int] = {}
+
+    def see(self, report: StepReport) -> list[str]:
+        """Warnings that this report gives rise to: what was seen, over how many steps, and what to do."""
+        self._reports.append(report)
+        now, history = len(self._reports), History(self._reports, self._worst, self._best)
+        warnings = []
+        for finding in filter(None, (rule(history) for rule in (*ROLLOUT_RULES, *UPDATE_RULES))):
+            if finding.kind not in self._last_seen or now - self._last_seen[finding.kind] > CALM:
+                warnings.append(str(finding))
+            self._last_seen[finding.kind] = now
+        return warnings

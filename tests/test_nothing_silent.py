@@ -1,0 +1,105 @@
+"""What would spoil a run unseen: stale calls, a sampler that is not the trainer, numbers that are not finite."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dspy_fst.compiled import policy_of
+from dspy_fst.engine.in_process import InProcessEngine
+from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
+from dspy_fst.run.directory import read_events
+from tests.relay import relay
+from tests.test_compile import compile_relay
+
+
+def on_engine(alter):
+    """The relay on an engine whose completions are altered: ``alter(completion) -> completion``."""
+
+    class Altered(InProcessEngine):
+        def complete(self, request, seed):
+            return alter(super().complete(request, seed))
+
+    program = relay()
+    policy = policy_of(program)
+    original = policy.fork
+
+    def fork():
+        forked = original()
+        forked.handle._make = Altered
+        return forked
+
+    policy.fork = fork
+    return program
+
+
+def steps_of(run_dir):
+    return [event["report"] for event in read_events(run_dir) if event["event"] == "step"]
+
+
+def infinite_from(first, last):
+    """Records an infinite log-probability in the steps between these versions."""
+
+    def alter(completion):
+        if not first <= completion.weights <= last:
+            return completion
+        return replace(completion, logprobs=(float("-inf"), *completion.logprobs[1:]))
+
+    return alter
+
+
+def test_an_update_that_is_not_finite_is_skipped_kept_for_inspection_and_the_run_goes_on(tmp_path):
+    program = on_engine(infinite_from("step-000001", "step-000002"))
+    compile_relay(tmp_path / "run", program=program, method="rl")
+    steps = steps_of(tmp_path / "run")
+    assert [bool(step["update"]["skipped"]) for step in steps] == [False, True, True, False]
+    assert "skipped/step-000001.json" in steps[1]["update"]["skipped"]
+    batch = json.loads((tmp_path / "run" / "skipped" / "step-000001.json").read_text())
+    assert float("-inf") in {logprob for row in batch["rows"] for logprob in row["logprobs"]}
+    assert any(event["event"] == "warning" and "skip" in event["text"] for event in read_events(tmp_path / "run"))
+
+
+def test_updates_that_are_never_finite_stop_the_run(tmp_path):
+    program = on_engine(infinite_from("step-000001", "step-000009"))
+    with pytest.raises(NotFiniteError, match=r"2 updates before this one were skipped.*max_skipped_updates"):
+        compile_relay(tmp_path / "run", program=program, method="rl", max_skipped_updates=2)
+    assert len(steps_of(tmp_path / "run")) == 3
+
+
+def test_a_sampler_that_is_not_the_trainer_stops_the_run_before_anything_is_learnt(tmp_path):
+    noise = np.random.default_rng(0)
+
+    def alter(completion):
+        if completion.weights < "step-000001":
+            return completion
+        return replace(completion, logprobs=tuple(lp - noise.exponential(2.0) for lp in completion.logprobs))
+
+    with pytest.raises(MismatchError, match=r"effective sample share is 0\.\d+, below min_effective_share=0\.5"):
+        compile_relay(tmp_path / "run", program=on_engine(alter), method="rl")
+    assert len(steps_of(tmp_path / "run")) == 1
+    compile_relay(tmp_path / "run", method="rl")  # an honest engine: the run goes on
+    assert [step["step"] for step in steps_of(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_calls_of_other_weights_than_the_step_s_stop_the_run(tmp_path):
+    def alter(completion):
+        return replace(completion, weights="step-000000")
+
+    with pytest.raises(TrainingError, match=r"step 1: calls were sampled by weights \['step-000000'\]"):
+        compile_relay(tmp_path / "run", program=on_engine(alter), method="rl")
+
+
+def test_on_policy_the_effective_sample_share_is_one(tmp_path):
+    compile_relay(tmp_path / "run", method="rl", cycles=1)
+    for step in steps_of(tmp_path / "run"):
+        assert step["update"]["effective_sample_share"] == pytest.approx(1, abs=1e-6)
+
+
+def test_the_weights_with_the_best_reward_are_kept(tmp_path):
+    compile_relay(tmp_path / "run", method="rl", cycles=4, keep_weights=1)
+    steps = steps_of(tmp_path / "run")
+    best = max(steps, key=lambda step: step["reward"])["step"]
+    kept = {int(path.name[-6:]) for path in (tmp_path / "run" / "weights").glob("step-*")}
+    assert kept == {0, best, len(steps)}
+    assert len(list((tmp_path / "run" / "states").iterdir())) == 2
