@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import dspy
 from dspy import lm15
+from pydantic import ValidationError
 
 from dspy_fst.engine.base import Checkpoint, Engine
+from dspy_fst.engine.portable import PolicyState, portable_options
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.rollout.recording import RECORDED, complete_recorded
 
@@ -95,13 +97,12 @@ class PolicyLM(dspy.LM):
         self.handle.release()
 
     def dump_state(self) -> dict[str, Any]:
-        """State for DSPy's save; holds no secrets (engine options with a key in their name are left out)."""
-        options = {key: value for key, value in self.handle.options.items() if "key" not in key}
+        """State for DSPy's save: no keys, addresses or whatever else belongs to the machine (see `engine.portable`)."""
         return {
             "_dspy_lm_class": f"{type(self).__module__}.{type(self).__qualname__}",
             "model": str(self.checkpoint.path),
             "engine": self.handle.kind,
-            "engine_options": options,
+            "engine_options": portable_options(self.handle.options),
             "temperature": self.kwargs["temperature"],
             "max_tokens": self.kwargs["max_tokens"],
             "num_retries": self.num_retries,
@@ -110,8 +111,18 @@ class PolicyLM(dspy.LM):
 
     @classmethod
     def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> "PolicyLM":
-        """Rebuild from `dump_state`; called by DSPy with ``allow_unsafe_lm_state=True``."""
-        return cls(**{key: value for key, value in state.items() if key != "_dspy_lm_class"})
+        """Rebuild from `dump_state`; called by DSPy with ``allow_unsafe_lm_state=True``.
+
+        Raises:
+            ConfigurationError: the state sets something else than `dump_state` writes.
+        """
+        try:
+            saved = PolicyState.model_validate({key: state[key] for key in state if key != "_dspy_lm_class"})
+        except ValidationError as error:
+            # Without the values: a refused one may be a key.
+            faults = [f"saved PolicyLM: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+            raise ConfigurationError(faults) from None
+        return cls(**saved.settings(resolve_kind(saved.engine)))
 
 
 class EngineHandle:
@@ -212,10 +223,11 @@ def engine_maker(kind: EngineKind, options: Mapping[str, Any]) -> Callable[[], E
     settings: Any
     try:
         if kind == "vllm":
-            from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
+            from dspy_fst.engine.keeper import Keeper
+            from dspy_fst.engine.vllm_server import VLLMSettings
 
             settings = VLLMSettings(**options)
-            return lambda: VLLMServer(settings)
+            return lambda: Keeper(settings)
         if kind == "in_process":
             from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
 

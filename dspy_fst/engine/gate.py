@@ -1,8 +1,8 @@
-"""Many samplers or one loader: what keeps a reply from straddling two versions of the weights."""
+"""Who waits for whom: many samplers or one loader, so that no reply straddles two versions; or one at a time."""
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from dspy_fst.errors import EngineError
@@ -16,6 +16,11 @@ class Gate:
         self._samplers = 0
         self._loaders_waiting = 0
         self._loading = False
+
+    @property
+    def samplers(self) -> int:
+        """How many are in now."""
+        return self._samplers
 
     @contextmanager
     def sampling(self, timeout_s: float) -> Iterator[None]:
@@ -65,3 +70,32 @@ class Gate:
             raise EngineError(
                 f"a load waited {time.monotonic() - began:.0f} s for {holder} to finish (request_timeout_s)"
             )
+
+
+class Turn:
+    """A lock that is not waited for endlessly, and whose error says who waited for what.
+
+    Args:
+        work: What its holder does, e.g. ``"load vLLM"``.
+        limits: Name of each setting that bounds a part of the work -> seconds; they add up.
+    """
+
+    def __init__(self, work: str, limits: Mapping[str, float]):
+        self.lock = threading.RLock()
+        self._work, self._limits = work, limits
+
+    @contextmanager
+    def of(self, who: str) -> Iterator[None]:
+        """Be the only one.
+
+        Raises:
+            EngineError: another thread had the lock for longer than all limits together.
+        """
+        limit_s = sum(self._limits.values())
+        if not self.lock.acquire(timeout=limit_s):
+            names = " + ".join(self._limits)
+            raise EngineError(f"{who} waited {limit_s:g} s for another thread to {self._work} ({names})")
+        try:
+            yield
+        finally:
+            self.lock.release()

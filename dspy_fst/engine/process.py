@@ -54,8 +54,9 @@ class ServerProcess:
 
     @property
     def exit_status(self) -> int | None:
-        """None while it runs; 128 + N when signal N ended the command."""
-        return self._supervisor.poll()
+        """None while it runs; 128 + N when signal N ended it."""
+        status = self._supervisor.poll()
+        return status if status is None or status >= 0 else 128 - status
 
     def exits_within(self, seconds: float) -> bool:
         """Whether it has ended, after waiting for that at most so long."""
@@ -67,11 +68,16 @@ class ServerProcess:
 
     def output(self) -> list[str]:
         """The last lines it wrote since it was started here."""
-        if not self.log_path.exists():
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(self._log_start, self.log_path.stat().st_size - _LOG_BYTES_READ))
+                return log.read().decode(errors="replace").splitlines()
+        except FileNotFoundError:  # a temporary log goes when another thread stops the process
             return []
-        with self.log_path.open("rb") as log:
-            log.seek(max(self._log_start, self.log_path.stat().st_size - _LOG_BYTES_READ))
-            return log.read().decode(errors="replace").splitlines()
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group, the only signal that ends a stopped process; ``stop`` still has to follow."""
+        _signal_group(self.group, signal.SIGKILL)
 
     def stop(self, *, keep_log: bool = False) -> None:
         """SIGTERM to the group, then SIGKILL after the grace period. May be called twice.

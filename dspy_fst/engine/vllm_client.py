@@ -43,6 +43,7 @@ QUICK_TIMEOUT_S = 30.0
 _RESHAPING: Mapping[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _ENGINE_FAULTS = (TransportError, RequestTimeoutError, ServerError, AuthError, UnsupportedModelError)
 _FINISHED = {"stop", "length", "tool_calls"}
+_TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
 
 class NoAnswerError(EngineError):
@@ -129,6 +130,11 @@ class VLLMClient:
                 raise ContextLengthError(str(error)) from error
             raise
         return read_completion(response, weights, keep_logprobs=request.config.logprobs is not None)
+
+    def tokens_processed(self, timeout_s: float) -> str:
+        """vLLM's counters of prompt and sampled tokens, which move at every step; empty when it keeps none."""
+        figures = self._call("GET", "/metrics", timeout_s=timeout_s).text.splitlines()
+        return "\n".join(line for line in figures if line.startswith(_TOKEN_COUNTERS))
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first, at temperature 1, in one request."""
@@ -225,7 +231,7 @@ class VLLMClient:
             raise NoAnswerError(
                 f"waited {timeout_s:g} s in vain for vLLM to answer {method} {self.address.url}{path}"
             ) from error
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, RuntimeError) as error:  # the latter when another thread closed the client
             raise NoAnswerError(f"{method} {self.address.url}{path} failed: {error}") from error
 
 
@@ -261,6 +267,7 @@ def read_completion(response: Response, weights: WeightsVersion, *, keep_logprob
         keep_logprobs: Whether the caller had asked for log-probabilities in the response itself.
 
     Raises:
+        NoAnswerError: the server broke the reply off.
         EngineError: ids or log-probabilities are missing or do not match; nothing is re-tokenized instead.
     """
     data = response.provider_data or {}
@@ -269,7 +276,7 @@ def read_completion(response: Response, weights: WeightsVersion, *, keep_logprob
     # lm15 reads every reason that it does not know, "abort" among them, as a finished reply.
     finish_reason = choice.get("finish_reason")
     if finish_reason not in _FINISHED:
-        raise EngineError(f"vLLM broke off a reply ({finish_reason!r}); its tokens are not a sample")
+        raise NoAnswerError(f"vLLM broke off a reply ({finish_reason!r}); its tokens are not a sample")
     if not prompt_ids or completion_ids is None:
         raise EngineError(
             "vLLM returned no token ids: the server ignores return_token_ids. It must be vLLM 0.32 or newer"

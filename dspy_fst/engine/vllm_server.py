@@ -13,7 +13,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 SERVED_NAME = "policy"
 _LAUNCHER = "vllm.entrypoints.launchers.api_server.entry"
 _SERVED_FOLDER = Path(__file__).with_name("served")
-_POSITIVE = ("startup_timeout_s", "request_timeout_s", "load_timeout_s", "stop_grace_s", "cpu_kv_cache_gib")
+_POSITIVE = (
+    *("startup_timeout_s", "request_timeout_s", "load_timeout_s", "stall_timeout_s", "stop_grace_s"),
+    "cpu_kv_cache_gib",
+)
 _READINESS_POLL_S = 0.25
 _PROGRESS_EVERY_S = 15.0
 _DEATH_NOTICE_S = 3.0
@@ -40,7 +43,7 @@ _DEATH_NOTICE_S = 3.0
 
 _OURS = {
     *("--model", "--host", "--port", "--api-key", "--served-model-name"),
-    *("--logprobs-mode", "--generation-config"),
+    *("--logprobs-mode", "--generation-config", "--disable-log-stats"),
 }
 _HOW_TO_ATTACH = (
     "Launch it with VLLM_SERVER_DEV_MODE=1 in its environment and with --logprobs-mode processed_logprobs "
@@ -81,6 +84,10 @@ class VLLMSettings:
     """Longest wait for one reply, and of a load for the replies in flight."""
     load_timeout_s: float = 600.0
     """Longest wait for new weights to be read."""
+    stall_timeout_s: float = 180.0
+    """A server that has requests in flight and processed no token for so long is killed and started again."""
+    max_restarts: int = 3
+    """How often a server that failed is started again before other weights were loaded; then the run stops."""
     stop_grace_s: float = 15.0
     """Between asking the server to end and killing it."""
     extra_args: tuple[str, ...] = ()
@@ -100,6 +107,8 @@ def vllm_faults(settings: VLLMSettings) -> list[str]:
         for name in _POSITIVE
         if not (value := getattr(settings, name)) > 0
     ]
+    if settings.max_restarts < 0:
+        faults.append(f"max_restarts is {settings.max_restarts!r}: it must be 0 or more")
     if settings.attach_url is not None:
         if not settings.attach_url.startswith(("http://", "https://")):
             faults.append(f"attach_url is {settings.attach_url!r}: it must start with http:// or https://")
@@ -126,6 +135,10 @@ def _launch_faults(settings: VLLMSettings) -> list[str]:
     return faults
 
 
+class ServerDiedError(NoAnswerError):
+    """The server that was launched here has ended; the message quotes its last words."""
+
+
 class VLLMServer:
     """Engine over a vLLM server. Thread-safe; end it with ``close``, or leave it to the end of the process.
 
@@ -141,6 +154,9 @@ class VLLMServer:
         self._weights: WeightsVersion | None = None
         self._process: ServerProcess | None = None
         self._client: VLLMClient | None = None
+        self._killed_because: str | None = None
+        self._answered_at = 0.0
+        self._tokens_processed = ""
 
     @property
     def weights(self) -> WeightsVersion | None:
@@ -156,6 +172,27 @@ class VLLMServer:
     def process_group(self) -> int | None:
         """Group id of all that was launched here; None when nothing was."""
         return self._process.group if self._process else None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait for a reply now; 0 while weights are loaded."""
+        return self._gate.samplers
+
+    def progress(self, timeout_s: float) -> tuple[float, str]:
+        """A mark that differs from the last one when a reply came or tokens were processed in between.
+
+        Waits at most ``timeout_s`` seconds for the server to answer; when it does not, its tokens count as still.
+        """
+        if (client := self._client) is not None:
+            with suppress(EngineError):
+                self._tokens_processed = client.tokens_processed(timeout_s)
+        return self._answered_at, self._tokens_processed
+
+    def kill(self, reason: str) -> None:
+        """End the server at once, also when it is stopped or hangs. The requests in flight fail with the reason."""
+        if (process := self._process) is not None:
+            self._killed_because = reason
+            process.kill()
 
     def check(self) -> list[str]:
         """Faults of the settings, one sentence each; starts nothing."""
@@ -180,7 +217,7 @@ class VLLMServer:
             EngineError: the folder, the launch or the swap is at fault, or a wait was too long. After a
                 launch or swap that failed nothing is sampled until a load succeeds.
         """
-        _require_checkpoint(checkpoint)
+        require_checkpoint(checkpoint)
         with self._gate.loading(self.settings.request_timeout_s), self._explaining_death():
             self._weights = None
             if self._client is None:
@@ -193,7 +230,9 @@ class VLLMServer:
         """Sample one reply from the whole distribution; see ``Engine.complete``."""
         with self._gate.sampling(self.settings.request_timeout_s), self._explaining_death():
             client, weights = self._serving()
-            return client.sample(request, seed, weights)
+            completion = client.sample(request, seed, weights)
+            self._answered_at = time.monotonic()
+            return completion
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1.
@@ -204,17 +243,23 @@ class VLLMServer:
             return []
         with self._gate.sampling(self.settings.request_timeout_s), self._explaining_death():
             client, _ = self._serving()
-            return client.score(sequences)
+            scores = client.score(sequences)
+            self._answered_at = time.monotonic()
+            return scores
 
     def expect(self, callers: int) -> None:
         """Nothing to do: vLLM batches whatever is in flight."""
 
-    def close(self) -> None:
-        """End the server if it was launched here, and close the connections. May be called twice."""
+    def close(self, *, keep_log: bool = False) -> None:
+        """End the server if it was launched here, and close the connections. May be called twice.
+
+        Args:
+            keep_log: Leave a temporary log behind, to see why the server failed.
+        """
         process, client = self._process, self._client
         self._process = self._client = self._weights = None
         if process is not None:
-            process.stop()
+            process.stop(keep_log=keep_log)
         if client is not None:
             client.close()
 
@@ -248,20 +293,23 @@ class VLLMServer:
         settings = self.settings
         port = settings.port or free_port(settings.host)
         key = secrets.token_urlsafe(32)
-        self._process = ServerProcess(
-            vllm_command(settings, checkpoint.path.resolve(), port),
-            vllm_environment(settings, key),
-            log_path=Path(settings.log_path) if settings.log_path else None,
-            grace_s=settings.stop_grace_s,
-        )
+        try:
+            process = ServerProcess(
+                vllm_command(settings, checkpoint.path.resolve(), port),
+                vllm_environment(settings, key),
+                log_path=Path(settings.log_path) if settings.log_path else None,
+                grace_s=settings.stop_grace_s,
+            )
+        except OSError as error:
+            raise EngineError(f"vLLM could not be launched: {error}") from error
+        self._process, self._killed_because = process, None
         client = self._new_client(Address(f"http://{settings.host}:{port}", key, through_proxy=False))
         try:
-            self._wait_until_ready(self._process, client)
+            self._wait_until_ready(process, client)
         except BaseException:
             client.close()
-            process, self._process = self._process, None
-            if process is not None:
-                process.stop(keep_log=True)
+            self._process = None
+            process.stop(keep_log=True)
             raise
         self._client = client
 
@@ -300,9 +348,9 @@ class VLLMServer:
             process = self._process
             if process is None or not process.exits_within(_DEATH_NOTICE_S):
                 raise
-            self._weights = None
-            raise EngineError(
-                f"vLLM died, {_obituary(process)}\nclose() the engine; load() then starts a new server"
+            killed = f"vLLM was killed: {self._killed_because}" if self._killed_because else "vLLM died"
+            raise ServerDiedError(
+                f"{killed}, {_obituary(process)}\nclose() the engine; load() then starts a new server"
             ) from error
 
 
@@ -352,7 +400,8 @@ def _answers(client: VLLMClient) -> bool:
     return True
 
 
-def _require_checkpoint(checkpoint: Checkpoint) -> None:
+def require_checkpoint(checkpoint: Checkpoint) -> None:
+    """Raises EngineError unless the folder looks like a model's."""
     if not (checkpoint.path / "config.json").is_file():
         raise EngineError(
             f"checkpoint {checkpoint.version}: {checkpoint.path} is no Hugging Face folder (no config.json)"

@@ -74,6 +74,17 @@ def test_stop_ends_the_whole_group_even_when_it_ignores_sigterm(tmp_path: Path) 
     assert wait_until_gone(process.group, seconds=2) == []
 
 
+def test_kill_ends_a_group_that_is_stopped_with_its_supervisor(tmp_path: Path) -> None:
+    process = start(STUBBORN, tmp_path / "log", grace_s=60)
+    wait_for_output(tmp_path / "log", "ready\nready")
+    os.killpg(process.group, signal.SIGSTOP)
+    process.kill()
+    assert process.exits_within(10)
+    assert process.exit_status == 128 + signal.SIGKILL
+    assert wait_until_gone(process.group, seconds=10) == []
+    process.stop()
+
+
 def test_sigkill_of_the_owner_leaves_no_orphan(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", OWNER, STUBBORN, str(log)]

@@ -11,7 +11,7 @@ import pytest
 from dspy.lm15 import Config, InvalidRequestError, Message, Request, UnsupportedFeatureError
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.vllm_client import pinned
+from dspy_fst.engine.vllm_client import NoAnswerError, pinned
 from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
 from dspy_fst.errors import EngineError
 
@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
             sharpness = 1 / body["temperature"] if self.server.logprobs_heed_temperature else 1.0
             top = {"a": -0.5 * sharpness, "b": -1.0 * sharpness}
             reply = {"choices": [{"index": 0, "logprobs": {"top_logprobs": [top]}}]}
-        payload = json.dumps(reply).encode()
+        payload = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(payload)))
@@ -204,6 +204,48 @@ def test_a_refused_request_is_the_callers_and_a_broken_server_the_engines(
     canned.replies["/v1/chat/completions"] = (500, {"error": {"message": "EngineDeadError"}})
     with pytest.raises(EngineError, match="EngineDeadError"):
         engine.complete(REQUEST, seed=0)
+
+
+def test_what_may_pass_when_asked_again_has_its_own_class(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    for reply in ((503, {"error": {"message": "dying"}}), (200, chat_reply(finish_reason="abort"))):
+        canned.replies["/v1/chat/completions"] = reply
+        with pytest.raises(NoAnswerError):
+            engine.complete(REQUEST, seed=0)
+    canned.replies["/v1/chat/completions"] = (200, chat_reply(token_ids=None))
+    with pytest.raises(EngineError) as caught:
+        engine.complete(REQUEST, seed=0)
+    assert not isinstance(caught.value, NoAnswerError)
+
+
+def test_progress_shows_tokens_and_replies_and_a_silent_server_shows_none(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    canned.replies["/metrics"] = (200, 'vllm:generation_tokens_total{engine="0"} 4.0\nvllm:num_requests_waiting 3.0\n')
+    first = engine.progress(5)
+    assert first[1] == 'vllm:generation_tokens_total{engine="0"} 4.0'
+    canned.replies["/metrics"] = (200, 'vllm:generation_tokens_total{engine="0"} 4.0\nvllm:num_requests_waiting 2.0\n')
+    assert engine.progress(5) == first
+    engine.complete(REQUEST, seed=0)
+    second = engine.progress(5)
+    assert second != first
+    canned.replies["/metrics"] = (200, 'vllm:generation_tokens_total{engine="0"} 5.0\n')
+    third = engine.progress(5)
+    assert third not in (first, second)
+    canned.stalled_path = "/metrics"
+    assert engine.progress(0.2) == third
+
+
+def test_a_connection_that_another_thread_closed_is_an_engine_error(engine: VLLMServer, checkpoint: Checkpoint) -> None:
+    engine.load(checkpoint)
+    client = engine._client
+    assert client is not None
+    client.close()
+    with pytest.raises(NoAnswerError, match="closed"):
+        client.score([[1, 2]])
 
 
 def test_a_reply_that_never_comes_ends_with_the_time_out(

@@ -53,10 +53,14 @@ def test_every_fault_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         host="0.0.0.0",
         gpu_memory_utilization=1.5,
         request_timeout_s=0,
-        extra_args=("--logprobs-mode=raw_logprobs", "--max-num-seqs", "8"),
+        stall_timeout_s=0,
+        max_restarts=-1,
+        extra_args=("--logprobs-mode=raw_logprobs", "--max-num-seqs", "8", "--disable-log-stats"),
     )
     faults = "\n".join(VLLMServer(settings).check())
     for part in ("dspy-fst[vllm]", "0.0.0.0", "gpu_memory_utilization is 1.5", "request_timeout_s", "--logprobs-mode"):
+        assert part in faults
+    for part in ("stall_timeout_s is 0", "max_restarts is -1", "--disable-log-stats"):
         assert part in faults
     assert "--max-num-seqs" not in faults
 

@@ -1,0 +1,253 @@
+"""Keeps a vLLM server alive: one that failed is started again on the same weights, lost requests are asked again.
+
+The contract of this file: a reply that arrived is never asked for again; a request that the server refuses is
+never retried; a server is restarted once, however many threads saw it fail, and nobody samples from it before it
+is loaded and verified; after ``max_restarts`` every call fails at once. A server that somebody else launched is
+never restarted, only asked again.
+"""
+
+import copy
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from dspy.lm15 import Request
+from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after_attempt, wait_exponential, wait_random
+
+from dspy_fst.engine.base import Checkpoint, Completion, Engine
+from dspy_fst.engine.gate import Turn
+from dspy_fst.engine.vllm_client import Address, NoAnswerError
+from dspy_fst.engine.vllm_server import ServerDiedError, VLLMServer, VLLMSettings, require_checkpoint
+from dspy_fst.engine.watchdog import watch
+from dspy_fst.errors import EngineError
+from dspy_fst.types import WeightsVersion
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+ATTEMPTS = 5
+"""How often one request is put to a server that lives before that server counts as failed."""
+FIRST_WAIT_S, LONGEST_WAIT_S, JITTER_S = 0.5, 8.0, 0.5
+"""Between attempts: 0.5 s, 1 s, 2 s ... and a random part, so that not all threads ask at once."""
+RELAUNCH_PAUSE_S = 5.0
+"""After a launch that failed: what the last server held (memory, a port) may still be on its way back."""
+CLOSE_TIMEOUT_S = 60.0
+
+
+class Keeper:
+    """Engine over a vLLM server that may fail at any time; see the contract above. Thread-safe.
+
+    Args:
+        settings: Of the server; ``max_restarts`` and ``stall_timeout_s`` are read here.
+        make: Makes a server that is not started yet.
+    """
+
+    def __init__(self, settings: VLLMSettings | None = None, make: Callable[[VLLMSettings], VLLMServer] = VLLMServer):
+        self.settings = settings or VLLMSettings()
+        self.after_restart: Callable[[Engine], None] | None = None
+        """Checks a restarted server (which it is given) before anybody samples, and raises when it is unsound.
+
+        Runs in the thread that restarts. Not run by ``load``, whose caller verifies new weights in any case."""
+        self.on_event: Callable[[str], None] = logger.warning
+        """Told one sentence per restart, with the reason, in the thread that restarts."""
+        self.counts: Counter[str] = Counter()
+        """``"restarts"``, ``"asked again"`` and ``"swaps failed"`` since the last ``take_counts``."""
+        self.server = make(self.settings)
+        """The server of the moment. A restart puts another in its place: its identity tells restarts apart."""
+        self._make = make
+        self._wanted: Checkpoint | None = None
+        self._restarts = 0
+        self._refusal: EngineError | None = None
+        limits = ("startup_timeout_s", "load_timeout_s", "request_timeout_s")
+        self._turn = Turn("load or restart vLLM", {name: getattr(self.settings, name) for name in limits})
+        self._closing = threading.Event()
+        self._counting = threading.Lock()
+
+    @property
+    def weights(self) -> WeightsVersion | None:
+        """The version that is served, or will be when the load or restart under way is through; does not wait.
+
+        None before the first load, after one that failed, and after ``close``. Not None during a restart: who
+        sees None loads weights of its own (EngineHandle.ready).
+        """
+        wanted = self._wanted
+        return wanted.version if wanted else None
+
+    @property
+    def address(self) -> Address | None:
+        """Where the server of the moment listens, and its key."""
+        return self.server.address
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Serve these weights; a server whose weights cannot be swapped is started afresh on them.
+
+        Raises:
+            EngineError: the folder or the first launch is at fault, or the restarts are used up. Unless the folder
+                was refused, nothing is sampled until a load succeeds.
+        """
+        require_checkpoint(checkpoint)
+        with self._turn.of("a load"):
+            self._raise_refusal()
+            self._closing.clear()
+            self._wanted = checkpoint
+            try:
+                change = self._launch if self.server.address is None else self._swap
+                change(checkpoint)
+            except BaseException:
+                self._wanted = None
+                raise
+            self._restarts = 0
+
+    def complete(self, request: Request, seed: int) -> Completion:
+        """Sample one reply, however the server fails meanwhile; see ``Engine.complete``."""
+        return self._persist(lambda server: server.complete(request, seed))
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of every token but the first of each sequence, at temperature 1."""
+        return self._persist(lambda server: server.score(sequences))
+
+    def expect(self, callers: int) -> None:
+        """Nothing to do: vLLM batches whatever is in flight."""
+
+    def take_counts(self) -> Counter[str]:
+        """What happened since the last call."""
+        with self._counting:
+            counts, self.counts = self.counts, Counter()
+            return counts
+
+    def close(self) -> None:
+        """End the server, also one that another thread is starting. May be called twice."""
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while True:
+            self._closing.set()
+            self.server.close()  # whatever another thread does with it fails now, so that the thread lets go
+            if self._turn.lock.acquire(timeout=0.2):
+                break
+            if time.monotonic() > deadline:
+                logger.error("close() ended vLLM, but not the restart in another thread, for %g s", CLOSE_TIMEOUT_S)
+                return
+        try:
+            self._replace_server()
+            self._wanted, self._refusal, self._restarts = None, None, 0
+        finally:
+            self._turn.lock.release()
+
+    # ---- asking ----------------------------------------------------------------------------------
+
+    def _persist(self, ask: Callable[[VLLMServer], T]) -> T:
+        while True:
+            server = self._serving()
+            try:
+                return self._retrying(server)(ask, server)
+            except EngineError as error:
+                # A server that is replaced under a request may fail it with any error.
+                if server is self.server and not isinstance(error, NoAnswerError):
+                    raise
+                self._restart(server, error)
+            self._count("asked again")
+
+    def _serving(self) -> VLLMServer:
+        """The server to ask, once nobody loads or restarts it."""
+        with self._turn.of("a request"):
+            self._raise_refusal()
+            if self._wanted is None:
+                raise EngineError("no weights are served: call load(checkpoint), again if the last one failed")
+            return self.server
+
+    def _retrying(self, server: VLLMServer) -> Retrying:
+        """Puts a request several times to a server that lives."""
+
+        def may_pass(error: BaseException) -> bool:
+            gone = isinstance(error, ServerDiedError) or server is not self.server
+            return isinstance(error, NoAnswerError) and not gone
+
+        return Retrying(
+            retry=retry_if_exception(may_pass),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential(FIRST_WAIT_S, max=LONGEST_WAIT_S) + wait_random(0, JITTER_S),
+            sleep=sleep_using_event(self._closing),
+            before_sleep=lambda _: self._count("asked again"),
+            reraise=True,
+        )
+
+    # ---- starting again --------------------------------------------------------------------------
+
+    def _swap(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.server.load(checkpoint)
+        except EngineError as error:
+            self._count("swaps failed")
+            if self.settings.attach_url is not None:
+                raise
+            self._relaunch(checkpoint, EngineError(f"the weights could not be swapped: {error}"), check=False)
+
+    def _restart(self, failed: VLLMServer, cause: EngineError) -> None:
+        """Replace a server that failed, unless another thread has done so."""
+        if self.settings.attach_url is not None:
+            raise cause
+        with self._turn.of("a request"):
+            self._raise_refusal()
+            if failed is self.server and self._wanted is not None:
+                self._relaunch(self._wanted, cause, check=True)
+
+    def _relaunch(self, checkpoint: Checkpoint, cause: EngineError, *, check: bool) -> None:
+        """Start servers until one stands on these weights; raises EngineError when none may be started any more."""
+        while True:
+            self._spend_restart(checkpoint.version, cause)
+            self._replace_server()
+            try:
+                self._launch(checkpoint)
+                if check and self.after_restart is not None:
+                    self._verify(self.after_restart)
+                return
+            except EngineError as error:
+                if self._refusal is not None:
+                    raise
+                cause = error
+            self._closing.wait(RELAUNCH_PAUSE_S)
+
+    def _replace_server(self) -> None:
+        """End the server; put the next in its place first, so that requests that still fail see that it is gone."""
+        failed, self.server = self.server, self._make(self.settings)
+        failed.close(keep_log=True)
+
+    def _launch(self, checkpoint: Checkpoint) -> None:
+        self.server.load(checkpoint)
+        if self.settings.attach_url is None:
+            watch(self.server, self.settings.stall_timeout_s)
+
+    def _verify(self, check: Callable[[Engine], None]) -> None:
+        try:
+            check(self.server)
+        except NoAnswerError:
+            raise  # it failed again, which says nothing of its weights
+        except BaseException as error:
+            self._refusal = error if isinstance(error, EngineError) else EngineError(f"after_restart failed: {error!r}")
+            self._replace_server()
+            raise
+
+    def _spend_restart(self, version: WeightsVersion, cause: EngineError) -> None:
+        limit, reason = self.settings.max_restarts, str(cause).partition("\n")[0].rstrip(":")
+        if self._closing.is_set():
+            raise EngineError(f"the engine was closed by another thread; before that, {reason}") from cause
+        if self._restarts >= limit:
+            self._refusal = EngineError(
+                f"vLLM failed again after {limit} restarts on weights {version} (max_restarts). Last: {cause}"
+            )
+            self._replace_server()
+            self._raise_refusal()
+        self._restarts += 1
+        self._count("restarts")
+        self.on_event(f"vLLM is started again on weights {version} (restart {self._restarts} of {limit}): {reason}")
+
+    def _raise_refusal(self) -> None:
+        """Fail at once when nothing more is tried. A copy: threads would write in each other's traceback."""
+        if self._refusal is not None:
+            raise copy.copy(self._refusal)
+
+    def _count(self, what: str) -> None:
+        with self._counting:
+            self.counts[what] += 1

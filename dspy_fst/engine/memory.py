@@ -1,0 +1,18 @@
+"""The device that engines and trainer share."""
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def free_gpu_bytes() -> tuple[int, int] | None:
+    """(free, total) bytes of the first CUDA device; None without one."""
+    if not has_gpu():
+        return None
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return free, total

@@ -1,0 +1,56 @@
+"""A PolicyLM on disk: how to speak with its weights, and nothing that belongs to the machine.
+
+A saved state may come from somebody else. It sets no address, key, path, device, time limit or argument of a server.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class PortableOptions(BaseModel):
+    """Engine options that a saved state may set."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    max_model_len: Positive | None = None
+    enforce_eager: bool | None = None
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    cpu_kv_cache_gib: Positive | None = None
+    max_batch_tokens: Positive | None = None
+
+
+OF_ENGINE = {
+    "vllm": {"dtype", "max_model_len", "enforce_eager", "gpu_memory_utilization", "cpu_kv_cache_gib"},
+    "in_process": {"dtype", "max_batch_tokens"},
+}
+"""Engine -> the portable options that it has."""
+
+
+class PolicyState(BaseModel):
+    """What ``PolicyLM.dump_state`` gives."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str
+    engine: Literal["auto", "vllm", "in_process"]
+    engine_options: PortableOptions
+    temperature: float = Field(ge=0, allow_inf_nan=False)
+    max_tokens: Positive
+    num_retries: int = Field(ge=0)
+    version: str
+
+    def settings(self, engine: str) -> dict[str, Any]:
+        """Arguments of PolicyLM; options that were not set, or that this engine does not have, are left out."""
+        settings = self.model_dump(exclude_unset=True)
+        options = {name: value for name, value in settings["engine_options"].items() if name in OF_ENGINE[engine]}
+        return {**settings, "engine_options": options}
+
+
+def portable_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a PolicyLM's engine options that are saved."""
+    return {name: value for name, value in options.items() if name in PortableOptions.model_fields}
