@@ -15,7 +15,7 @@ AUTO_CYCLES = {"light": 2, "medium": 8, "heavy": 34}
 class FSTConfig(BaseModel):
     """Settings of Fast-Slow Training. Frozen; unknown names are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Method = "fst"
     """``"fst"``, or a baseline made of the same loop: ``"rl"`` never searches, ``"gepa"`` never updates

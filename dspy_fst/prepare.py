@@ -11,6 +11,7 @@ import dspy
 
 from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.fit import fit_faults, writable_fault
 from dspy_fst.plan import Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Task
@@ -153,8 +154,10 @@ def _checked(
     run_dir = (Path(optimizer.run_dir) if optimizer.run_dir else new_run_dir()).resolve()
     recipe: dict[str, Any] = {}
     if config is not None and not faults:
-        recipe = run_identity(config, student, trainset, next(iter(policies.values())))
-        faults += [fault] if (fault := directory_fault(run_dir, recipe)) else []
+        policy = next(iter(policies.values()))
+        recipe = run_identity(config, student, trainset, policy)
+        faults += [fault] if (fault := directory_fault(run_dir, recipe) or writable_fault(run_dir)) else []
+        faults += fit_faults(policy, config, run_dir)
     if faults or config is None:
         raise ConfigurationError(faults)
     return config, run_dir, recipe

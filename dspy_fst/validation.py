@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import dspy
+from safetensors import SafetensorError, safe_open
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.policy import PolicyLM
@@ -25,6 +26,8 @@ def policies_of(program: dspy.Module) -> dict[str, PolicyLM]:
 
 def program_faults(student: Any) -> list[str]:
     """Faults of the program and its LMs."""
+    if isinstance(student, type):
+        return [f"student: it is the class {student.__name__}; pass an instance, {student.__name__}()"]
     if not isinstance(student, dspy.Module):
         return [f"student: {type(student).__name__} is not a dspy.Module"]
     predictors = student.named_predictors()
@@ -97,6 +100,25 @@ def _proposer_fault(propose: Any) -> str | None:
     return None
 
 
+GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the architectures of models that generate text end, in transformers."""
+
+
+def weights_faults(folder: Path, where: str) -> list[str]:
+    """Faults of a model folder's weights that their headers show."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        return [f"{where}: the folder holds no weights (*.safetensors); download or convert them first"]
+    faults = []
+    for path in paths:
+        try:
+            with safe_open(path, framework="np"):  # compares the header with the file's length
+                pass
+        except (OSError, SafetensorError) as error:
+            faults.append(f"{where}: {path.name} is damaged ({error}); download it again")
+    return faults
+
+
 def model_faults(policy: PolicyLM) -> list[str]:
     """Faults of the model's files that show without loading its weights."""
     from transformers import AutoConfig, AutoTokenizer
@@ -109,7 +131,10 @@ def model_faults(policy: PolicyLM) -> list[str]:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         return [f"{where}: not a model that transformers can read: {str(error).splitlines()[0]}"]
-    faults = []
+    faults = weights_faults(Path(path), where) if Path(path).is_dir() else []
+    kinds = config.architectures or []
+    if kinds and not any(kind.endswith(GENERATIVE) for kind in kinds):
+        faults.append(f"{where}: {', '.join(kinds)} is not a causal language model; name one that generates text")
     try:
         conversation = [{"role": "user", "content": "x"}]
         plain = tokenizer.apply_chat_template(conversation, tokenize=False)

@@ -13,9 +13,10 @@ LAYERS = [
     ["plan", "slow", "rollout", "engine", "run", "report"],
     ["fast"],
     ["policy"],
-    ["validation"],
+    ["validation", "fit", "documents"],
     ["session"],
-    ["prepare", "compiled"],
+    ["prepare", "saved"],
+    ["compiled"],
     ["optimizer", "evaluation"],
     ["project"],
     ["interop", "serve", "cli"],
@@ -29,6 +30,8 @@ CORNERS = {
     "trl": ["slow"],
     "matplotlib": ["report"],
     "rich": ["report"],
+    "typer": ["cli"],
+    "yaml": ["project"],
 }
 """Library -> where it may be imported."""
 
