@@ -23,6 +23,7 @@ from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
+from dspy_fst.rollout.shown import shown, telling
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.files import population_from_json
 from dspy_fst.run.journal import Journal
@@ -285,6 +286,7 @@ class Session:
         )
         self.step_reports.append(report)
         self.run.emit("step", report=report)
+        self.run.emit("trajectories", step=step, rollouts=[shown(rollout) for rollout in telling(groups)])
         for text in self._watch.see(report):
             self.run.emit("warning", step=step, text=text)
         if (step + 1) % self.config.checkpoint_every == 0 or step + 1 == cycle.steps.stop:
