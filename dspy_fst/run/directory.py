@@ -12,7 +12,7 @@ skipped/          batches whose update was not finite, for inspection
 import hashlib
 import json
 import os
-import shutil
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,14 +22,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.run.files import plain, population_to_json, read_json, write_json, writing
+from dspy_fst.run.files import plain, population_to_json, read_json, remove, write_json, writing
 from dspy_fst.run.journal import Journal
-from dspy_fst.run.state import commit_state, newest_state
+from dspy_fst.run.state import commit_state, newest_state, prune_states
 from dspy_fst.types import Population, WeightsVersion
 
 LOCK = ".lock"
 PROJECT = "project.yaml"
 """Written by the command line before the run starts."""
+UNCLAIMED = (LOCK, PROJECT, "recipe.json.new")
+"""What may lie in a directory that no run has begun in; the last is left by a kill in the first moment."""
+VERSION, HALF_WRITTEN = re.compile(r"step-\d+"), re.compile(r"\.step-\d+")
+"""Names in weights/ that are the run's; whatever else lies there is left alone."""
 OURS = ("recipe.json", "events.jsonl", "search.jsonl", "populations", "weights", "states", "skipped")
 Listener = Callable[[Mapping[str, Any]], None]
 
@@ -65,9 +69,10 @@ class RunDirectory:
             self._state = newest_state(path / "states")
             self._log_hash = self._checked_log()
             with writing(path):
+                write_json(path / "recipe.json", clean(plain(recipe)))  # first: it makes the directory a run's
                 for folder in ("populations", "weights", "states"):
                     (path / folder).mkdir(exist_ok=True)
-                write_json(path / "recipe.json", clean(plain(recipe)))
+                prune_states(path / "states", keep_states)  # a kill may have come between a commit and this
                 self._forget_uncommitted_events()
         except BaseException:
             self._lock.release()
@@ -139,20 +144,20 @@ class RunDirectory:
     def abandon(self) -> None:
         """Remove what was written, if nothing was committed yet: the directory is free for a corrected recipe."""
         if not self.state:
-            for name in OURS:
-                path = self.path / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for name in reversed(OURS):  # the recipe last: what a kill leaves of the rest is still a run's
+                remove(self.path / name)
         self._lock.release()
 
     def close(self) -> None:
-        """Let others open the directory."""
+        """Let others open the directory. A finished run has no search in hand, whatever a kill left of one."""
+        remove(self.path / "search.jsonl")
         self._lock.release()
 
     def _checked_log(self) -> "hashlib._Hash":
         """The hash of the committed events, after a check that they are what was committed."""
         log = self.path / "events.jsonl"
         committed = int(self.state.get("events_bytes", 0))
-        content = log.read_bytes() if log.exists() else b""
+        content = log.read_bytes() if log.is_file() else b""
         digest = hashlib.sha256(content[:committed])
         if self._state is None:
             if past := _signs_of_a_run(content):
@@ -181,8 +186,10 @@ class RunDirectory:
         Raises:
             RunDirectoryError: it was damaged.
         """
+        # The log's hash is no other run's: a journal that was copied from one is not taken for this one's.
+        head = {"cycle": cycle, "after": self.state.get("events_sha256")}
         with writing(self.path):
-            return Journal(self.path / "search.jsonl", {"cycle": cycle}, self._clean)
+            return Journal(self.path / "search.jsonl", head, self._clean)
 
     # ---- populations, weights, skipped batches -------------------------------------------------
 
@@ -209,26 +216,30 @@ class RunDirectory:
 
     def drop_weights_from(self, version: WeightsVersion) -> None:
         """Remove this version, later ones and what a kill left half written: the resumed run publishes them again."""
-        for path in (self.path / "weights").iterdir():
-            if path.name.startswith(".") or path.name >= version:
-                shutil.rmtree(path)
+        with self.writing():
+            for path in (self.path / "weights").iterdir():
+                if HALF_WRITTEN.match(path.name) or (VERSION.fullmatch(path.name) and path.name >= version):
+                    remove(path)
 
     def prune_weights(self, keep: int, best: WeightsVersion | None = None) -> None:
         """Remove all but the first, the best and the ``keep`` newest versions."""
-        versions = sorted((self.path / "weights").glob("step-*"))
+        versions = sorted(path for path in (self.path / "weights").iterdir() if VERSION.fullmatch(path.name))
         for path in versions[1:-keep]:
             if path.name != best:
-                shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))  # gone at once, or not at all
+                remove(path.rename(path.with_name(f".{path.name}.old")))  # gone at once, or not at all
 
 
 def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     """Why a run of this recipe cannot live here, as a sentence; None when it can."""
     if path.exists() and not path.is_dir():
         return f"run_dir={str(path)!r} is a file; name a directory"
-    if not path.exists() or all(entry.name in (LOCK, PROJECT) for entry in path.iterdir()):
+    if not path.exists() or all(entry.name in UNCLAIMED for entry in path.iterdir()):
         return None
     if links := sorted(entry.name for entry in path.iterdir() if entry.is_symlink() and entry.name in OURS):
-        return f"run_dir={str(path)!r}: {', '.join(links)} leads elsewhere; a run never writes outside its directory"
+        return (
+            f"run_dir={str(path)!r}: {', '.join(links)} leads elsewhere, and a run never writes outside its directory; "
+            "move it back to its place, or name a new directory"
+        )
     found = read_json(path / "recipe.json")
     if not isinstance(found, Mapping):
         return f"run_dir={str(path)!r} is not empty and holds no readable recipe.json; name a new directory"
@@ -260,7 +271,7 @@ def _signs_of_a_run(log: bytes) -> str | None:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a run directory, also of a running or a killed run (torn lines are left out)."""
     log = path / "events.jsonl"
-    return _parsed(log.read_bytes()) if log.exists() else []
+    return _parsed(log.read_bytes()) if log.is_file() else []
 
 
 def _parsed(log: bytes) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dspy_fst.errors import RunDirectoryError
+from dspy_fst.run.files import writing
 
 
 class Journal:
@@ -71,7 +72,7 @@ class Journal:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         body = json.dumps(self._clean(record))
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path.parent), self._path.open("a", encoding="utf-8") as file:
             file.write(f"{zlib.crc32(body.encode()):08x} {body}\n")
             file.flush()
             os.fsync(file.fileno())

@@ -70,6 +70,20 @@ class Redactor:
             return [self.clean(item) for item in value]
         return value
 
+    def places(self, value: Any) -> list[str]:
+        """Where in a plain value secrets stand, e.g. ``["first.demos[0].answer"]``."""
+        return list(self._places(value, ""))
+
+    def _places(self, value: Any, where: str) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from self._places(item, f"{where}.{key}" if where else str(key))
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                yield from self._places(item, f"{where}[{index}]")
+        elif self.clean(value) != value:
+            yield where
+
 
 def _is_worth_hiding(value: str) -> bool:
     if len(value) < SHORTEST or _ORDINARY.fullmatch(value):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.run.files import flush, read_json, sha256_of, write_json
+from dspy_fst.run.files import flush, read_json, remove, sha256_of, write_json
 
 FORMAT = 2
 
@@ -62,9 +62,14 @@ def commit_state(
     path = folder / f"{number:06d}"
     scratch.rename(path)
     flush(folder)
-    for old in _numbered(folder)[:-keep]:
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # gone at once, or not at all
+    prune_states(folder, keep)
     return RunState(path, fields, files)
+
+
+def prune_states(folder: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest states."""
+    for old in _numbered(folder)[:-keep]:
+        remove(old.rename(old.with_name(f".{old.name}.old")))  # gone at once, or not at all
 
 
 def newest_state(folder: Path) -> RunState | None:
@@ -110,7 +115,7 @@ def _verified(path: Path, other: Path | None) -> RunState:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+    return sorted(path for path in folder.iterdir() if path.name.isdecimal())
 
 
 def _files_in(path: Path) -> list[str]:

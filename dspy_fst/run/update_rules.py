@@ -49,7 +49,7 @@ def mismatch(history: History) -> Finding | None:
     if not shares or not ratios:
         return None
     share, ratio = fmean(value for _, value in shares), fmean(value for _, value in ratios)
-    if share >= EFFECTIVE_SHARE :
+    if share >= EFFECTIVE_SHARE and abs(ratio) <= LOG_RATIO:
         return None
     seen = (
         f"the engine does not sample quite what the trainer scores: effective sample share {share:.2g} (1 is exact), "

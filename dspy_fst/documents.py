@@ -1,0 +1,129 @@
+"""The documents of a saved program, and what they may hold: nothing in them is trusted before it is checked here."""
+
+from pathlib import Path
+from typing import Any
+
+import dspy
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dspy_fst.engine.portable import PolicyState, Positive
+from dspy_fst.errors import RunDirectoryError
+from dspy_fst.rollout.texts import read_texts
+from dspy_fst.run.files import plain, population_from_json
+from dspy_fst.run.plain_weights import weights_faults
+from dspy_fst.run.sealed import MANIFEST, read_document, sentences
+from dspy_fst.types import Population
+
+PROGRAM, POPULATION, POLICY, WEIGHTS = "program.json", "population.json", "policy.json", "weights"
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Sampling(Strict):
+    """How one predictor samples from the policy."""
+
+    temperature: float = Field(ge=0, allow_inf_nan=False)
+    max_tokens: Positive
+
+
+class SavedPolicy(Strict):
+    """policy.json."""
+
+    policy: PolicyState
+    predictors: dict[str, Sampling]
+    frozen: dict[str, str]
+    """Predictor -> the model of its frozen LM, which must be set again after loading."""
+
+
+class SavedPopulation(Strict):
+    """population.json."""
+
+    members: list[dict[str, str]] = Field(min_length=1)
+    scores: list[float | None]
+    parents: dict[str, list[str]]
+
+
+class SavedField(Strict):
+    prefix: str | None
+    description: str | None
+
+
+class SavedSignature(Strict):
+    instructions: str
+    fields: list[SavedField]
+
+
+class SavedPredictor(Strict):
+    """What dspy.Predict 3.4 saves. Its loader would set any other key as an attribute, ``config`` among them, which can
+    send prompts and keys to another address."""
+
+    traces: list[Any]
+    train: list[Any]
+    demos: list[dict[str, Any]]
+    signature: SavedSignature
+    lm: None
+    fields: dict[str, Any] = {}
+
+
+def read_saved(folder: Path, program: dspy.Module) -> tuple[SavedPolicy, Population, dict[str, Any]]:
+    """The folder's documents, none of which asks for more than it may.
+
+    Raises:
+        RunDirectoryError: one does, or they are of another program.
+    """
+    if foreign := sorted({path.name for path in folder.iterdir()} - {MANIFEST, PROGRAM, POPULATION, POLICY, WEIGHTS}):
+        raise RunDirectoryError(f"{folder}: {', '.join(foreign)} is no part of a saved program; do not use the folder")
+    if faults := weights_faults(folder / WEIGHTS):
+        raise RunDirectoryError(f"{folder} is not loaded: {'; '.join(faults)}")
+    saved = _parse(SavedPolicy, folder / POLICY)
+    listed = _parse(SavedPopulation, folder / POPULATION)
+    names = {name for name, _ in program.named_predictors()}
+    components = read_texts(program).texts.keys()
+    differing = {name for texts in listed.members for name in components ^ texts.keys()}
+    differing |= {*saved.predictors, *saved.frozen} - names
+    if differing:
+        raise RunDirectoryError(f"{folder} was saved from another program; predictors that differ: {sorted(differing)}")
+    if len(listed.scores) != len(listed.members):
+        raise RunDirectoryError(f"{folder / POPULATION}: there must be a score, or null, for each member")
+    state = read_document(folder / PROGRAM)
+    _check_state(folder / PROGRAM, state, program)
+    return saved, population_from_json(listed.model_dump()), state
+
+
+def _parse(document: type[Any], path: Path) -> Any:
+    try:
+        return document.model_validate(read_document(path))
+    except ValidationError as error:
+        raise RunDirectoryError(
+            f"{path}: {sentences(error)}. A saved program sets only what belongs to it; give the rest to load(), e.g. "
+            "engine_options={...}"
+        ) from error
+
+
+def _check_state(path: Path, state: Any, program: dspy.Module) -> None:
+    """Hold DSPy's state against the program that is to take it up."""
+    own = dict(without_lms(program).named_parameters())
+    if not isinstance(state, dict) or {*state} - {"metadata"} != {*own}:
+        raise RunDirectoryError(f"{path} was saved from another program; its parts are not {sorted(own)}")
+    for name, parameter in own.items():
+        if not isinstance(parameter, dspy.Predict):  # e.g. dspy.Flex, whose state is source code
+            if state[name] != plain(parameter.dump_state()):
+                raise RunDirectoryError(f"{path}: {name} is no predictor and not as in this program; it is not loaded")
+            continue
+        try:
+            signature = SavedPredictor.model_validate(state[name]).signature
+        except ValidationError as error:
+            raise RunDirectoryError(f"{path}: {name}: {sentences(error)}; save the program again") from error
+        if len(signature.fields) != len(parameter.signature.fields):
+            raise RunDirectoryError(f"{path} was saved from another program; the fields of {name} differ")
+
+
+def without_lms(program: dspy.Module) -> dspy.Module:
+    """A copy in which no predictor has an LM: DSPy would save their headers and addresses."""
+    bare = program.deepcopy()
+    for _, parameter in bare.named_parameters():
+        if hasattr(parameter, "lm"):
+            parameter.lm = None
+    return bare

@@ -1,0 +1,50 @@
+"""What a folder of weights from somebody else may hold: plain files that lead nowhere else and bring no code."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dspy_fst.run.sealed import read_document
+
+SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model"}
+"""Weights, configuration, chat templates and vocabularies. Others, pickles above all, can run code when read."""
+NEEDED = ("config.json", "model.safetensors")
+ELSEWHERE, CODE = "it can name a file elsewhere", "it can bring code, and trust_remote_code stays off"
+FILES = {"adapter_config.json": "it can name another model to load", "model.safetensors.index.json": ELSEWHERE}
+KEYS = {
+    **dict.fromkeys(("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation"), CODE),
+    **dict.fromkeys(("experts_implementation", "_experts_implementation"), CODE),
+    **dict.fromkeys(("transformers_weights", "init_inputs"), ELSEWHERE),
+}
+"""Keys of a model's, generation's or tokenizer's configuration that lead out of the folder (transformers 5.19)."""
+
+
+def weights_faults(folder: Path) -> list[str]:
+    """Why a Hugging Face folder must not be loaded, one sentence each."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    names = {path.name for path in paths}
+    faults = [f"{folder.name}/{name} is missing" for name in NEEDED if name not in names]
+    for path in paths:
+        where = f"{folder.name}/{path.name}"
+        if path.suffix not in SUFFIXES or not path.is_file():
+            faults.append(f"{where}: only {', '.join(sorted(SUFFIXES))} files are read, as others can run code")
+        elif path.name in FILES:
+            faults.append(f"{where}: {FILES[path.name]}")
+        elif path.name.endswith("config.json"):
+            faults += [f"{where} sets {key!r}: {why}" for key, why in _leading_out(read_document(path))]
+    return faults
+
+
+def _leading_out(document: Any) -> Iterator[tuple[str, str]]:
+    """Keys at any depth that lead out of the folder, and how."""
+    left = [document]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left += value
+        elif isinstance(value, Mapping):
+            left += value.values()
+            for key in value:
+                why = ELSEWHERE if key.endswith("_file") else KEYS.get(key)
+                if why and value[key]:
+                    yield key, why

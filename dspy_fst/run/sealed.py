@@ -1,0 +1,138 @@
+"""A folder whose files are all on a list: `seal` writes it, `verify` holds the folder against it.
+
+The list shows damage and what does not belong. It does not show who made the folder: whoever changes a file can change
+the list too, so what stands in the files is checked by those who read them.
+"""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dspy_fst.errors import RunDirectoryError
+from dspy_fst.run.files import flush, sha256_of, write_json
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+"""1 had no manifest."""
+MAX_JSON_BYTES = 64 * 2**20
+"""Largest JSON document that is read (ours; ten times a long run's population). Weights may be of any size."""
+MAX_FILES = 1000
+
+
+class FileFacts(BaseModel):
+    """One line of the list."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """The list."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: int
+    package: str
+    """Version of dspy_fst that wrote the folder."""
+    files: dict[str, FileFacts] = Field(max_length=MAX_FILES)
+    """Path below the folder, with slashes -> its size and checksum."""
+
+
+def seal(folder: Path, package: str) -> None:
+    """List every file of the folder, and bring all of it to the disk."""
+    files = _files_in(folder)
+    facts = {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in files.items()}
+    write_json(folder / MANIFEST, {"format": FORMAT, "package": package, "files": facts})
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
+def verify(folder: Path) -> None:
+    """Check that the folder holds the files on its list, whole, and nothing else. Links are not followed.
+
+    Raises:
+        RunDirectoryError: it does not; the message names the file and what to do.
+    """
+    if not folder.is_dir():
+        raise RunDirectoryError(f"{folder} is not a folder; name one written by dspy_fst.save")
+    found = _files_in(folder)
+    if found.pop(MANIFEST, None) is None:
+        raise RunDirectoryError(
+            f"{folder} has no {MANIFEST}: it was saved by an earlier release, or is no saved program. To save it anew, "
+            "compile again with its run_dir, which gives the finished program back"
+        )
+    listed = _read_manifest(folder / MANIFEST).files
+    if missing := sorted(listed.keys() - found.keys()):
+        raise RunDirectoryError(f"{folder}: {', '.join(missing)} is missing; {_COPY_AGAIN}")
+    if foreign := sorted(found.keys() - listed.keys()):
+        raise RunDirectoryError(
+            f"{folder}: {', '.join(foreign)} does not belong to the saved program; remove it if you put it there, else "
+            "do not use the folder"
+        )
+    for name, facts in listed.items():
+        if (size := found[name].stat().st_size) != facts.bytes:
+            raise RunDirectoryError(f"{folder}: {name} has {size} bytes instead of {facts.bytes}; {_COPY_AGAIN}")
+        if sha256_of(found[name]) != facts.sha256:
+            raise RunDirectoryError(f"{folder}: {name} was changed: its checksum is another; {_COPY_AGAIN}")
+
+
+_COPY_AGAIN = "copy the folder again from where it was saved, or save the program again"
+
+
+def read_document(path: Path) -> Any:
+    """A JSON document.
+
+    Raises:
+        RunDirectoryError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error}; {_COPY_AGAIN}") from error
+
+
+def _read_manifest(path: Path) -> Manifest:
+    document = read_document(path)
+    if isinstance(document, dict) and document.get("format") != FORMAT:
+        raise RunDirectoryError(
+            f"{path} has format {document.get('format')!r}, this release reads {FORMAT}; load it with dspy_fst "
+            f"{document.get('package')!r}"
+        )
+    try:
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        raise RunDirectoryError(f"{path}: {sentences(error)}; {_COPY_AGAIN}") from error
+
+
+def sentences(error: ValidationError) -> str:
+    """What is wrong with a document and where, without its content: that may be a secret."""
+    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in error.errors())
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    """Path below the folder -> path, for every file.
+
+    Raises:
+        RunDirectoryError: there is a link, a device or the like, or far too much to read.
+    """
+    files = {}
+    for path in folder.rglob("*"):
+        kind = path.lstat().st_mode
+        name = path.relative_to(folder).as_posix()
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            raise RunDirectoryError(
+                f"{folder}: {name} is a link or no ordinary file, and is not followed; a saved program holds its files "
+                "themselves"
+            )
+        if stat.S_ISREG(kind):
+            files[name] = path
+            if path.suffix == ".json" and path.stat().st_size > MAX_JSON_BYTES:
+                raise RunDirectoryError(f"{folder}: {name} is larger than {MAX_JSON_BYTES} bytes, and is not read")
+        if len(files) > MAX_FILES:
+            raise RunDirectoryError(f"{folder} holds more than {MAX_FILES} files; a saved program has a few")
+    return files

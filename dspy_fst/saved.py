@@ -1,0 +1,163 @@
+"""A compiled program as a folder, written whole and checked before it is believed.
+
+    OUT/manifest.json     size and checksum of every other file
+    OUT/program.json      DSPy's own state of the program, without LMs
+    OUT/population.json   the K candidates and their scores
+    OUT/policy.json       how to speak with the weights, and which predictors do
+    OUT/weights/          a Hugging Face folder
+
+A folder may come from somebody else: loading it runs no code and reads nothing outside it. Keys, addresses and frozen
+LMs belong to the machine; they are neither saved nor loaded.
+"""
+
+import importlib.metadata
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dspy
+
+from dspy_fst.documents import POLICY, POPULATION, PROGRAM, WEIGHTS, Sampling, SavedPolicy, read_saved, without_lms
+from dspy_fst.errors import ConfigurationError, RunDirectoryError
+from dspy_fst.policy import PolicyLM, resolve_kind
+from dspy_fst.run.files import flush, population_to_json, write_json
+from dspy_fst.run.sealed import read_document, seal, verify
+from dspy_fst.run.secrets import Redactor
+from dspy_fst.types import Population
+
+logger = logging.getLogger(__name__)
+
+
+def policy_of(program: dspy.Module) -> PolicyLM:
+    """The PolicyLM that a program's trained predictors speak with.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for _, predictor in program.named_predictors():
+        if isinstance(predictor.lm, PolicyLM):
+            return predictor.lm
+    raise ValueError("the program has no PolicyLM; compile it with FSTOptimizer first")
+
+
+def save(compiled: dspy.Module, path: str | Path) -> Path:
+    """Write a compiled program: instructions and demos, the population, and the Hugging Face weights together.
+
+    Frozen LMs are not saved, nor engine options that belong to the machine (see `dspy_fst.engine.portable`).
+
+    Raises:
+        FileExistsError: ``path`` exists; nothing is ever overwritten.
+        ValueError: the program was not compiled by FSTOptimizer, or one of its texts holds a secret.
+        RunDirectoryError: it could not be loaded again, e.g. for a file among the weights.
+    """
+    path = Path(path).resolve()
+    if not isinstance(getattr(compiled, "population", None), Population):
+        raise ValueError("the program carries no population; compile it with FSTOptimizer first")
+    if path.exists():
+        raise FileExistsError(f"{path} exists; name a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        scratch.chmod(0o755)  # mkdtemp lets only its owner in
+        shutil.copytree(policy_of(compiled).checkpoint.path, scratch / WEIGHTS)
+        without_lms(compiled).save(scratch / PROGRAM)
+        write_json(scratch / POPULATION, population_to_json(compiled.population))
+        write_json(scratch / POLICY, _policy_document(compiled))
+        _refuse_secrets(scratch, Redactor.of(compiled))
+        seal(scratch, _package_version())
+        read_saved(scratch, compiled)
+        scratch.rename(path)
+        flush(path.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return path
+
+
+def load(path: str | Path, program: dspy.Module, **policy_settings: Any) -> dspy.Module:
+    """A copy of ``program`` as it was compiled and saved: its instructions, population and trained weights.
+
+    Args:
+        path: A folder written by `save`.
+        program: A fresh program of the same class; it is not changed. Its frozen LMs are kept.
+        **policy_settings: Override how the weights are served, e.g. ``engine="vllm"``; ``engine_options`` are added
+            to the saved ones.
+
+    Raises:
+        RunDirectoryError: the folder is damaged, not a saved program, of another program, or asks for what only this
+            machine may decide.
+        ConfigurationError: a frozen LM is not set.
+    """
+    path = Path(path).resolve()
+    verify(path)
+    saved, population, state = read_saved(path, program)
+    _require_frozen_lms(saved.frozen, program)
+    policies = _policies(saved, path / WEIGHTS, policy_settings)
+    loaded = program.deepcopy()
+    try:
+        loaded.load_state(state)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise RunDirectoryError(f"{path / PROGRAM}: DSPy cannot load it: {error}") from error
+    own = dict(program.named_predictors())
+    for name, predictor in loaded.named_predictors():
+        predictor.lm = policies.get(name, own[name].lm)
+    loaded.population = population
+    loaded._compiled = True
+    return loaded
+
+
+def _policy_document(compiled: dspy.Module) -> dict[str, Any]:
+    lms = {name: predictor.lm for name, predictor in compiled.named_predictors() if predictor.lm is not None}
+    state = policy_of(compiled).dump_state()
+    del state["_dspy_lm_class"]
+    trained = {name: lm.kwargs for name, lm in lms.items() if isinstance(lm, PolicyLM)}
+    return {
+        "policy": {**state, "model": WEIGHTS},
+        "predictors": {name: {key: kwargs[key] for key in Sampling.model_fields} for name, kwargs in trained.items()},
+        "frozen": {name: lm.model for name, lm in lms.items() if name not in trained},
+    }
+
+
+def _package_version() -> str:
+    try:
+        return importlib.metadata.version("dspy-fst")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _refuse_secrets(folder: Path, redactor: Redactor) -> None:
+    for path in sorted(folder.glob("*.json")):
+        if places := redactor.places(read_document(path)):
+            raise ValueError(
+                f"{path.name} would hold a secret at {', '.join(places)}: an API key, or the value of an environment "
+                "variable that is named like one; remove it from the program, then save"
+            )
+
+
+def _require_frozen_lms(frozen: Mapping[str, str], program: dspy.Module) -> None:
+    faults = []
+    for name, predictor in program.named_predictors():
+        lm = predictor.lm or dspy.settings.lm
+        if name in frozen and lm is None:
+            faults.append(
+                f"program: predictor {name!r} spoke with the frozen LM {frozen[name]!r}; its key and address are not "
+                "saved, so set the predictor's lm, or dspy.configure(lm=...), before loading"
+            )
+        elif name in frozen and lm.model != frozen[name]:
+            logger.warning("%s spoke with %r when it was compiled, and will with %r", name, frozen[name], lm.model)
+    if faults:
+        raise ConfigurationError(faults)
+
+
+def _policies(saved: SavedPolicy, weights: Path, overrides: Mapping[str, Any]) -> dict[str, PolicyLM]:
+    """Predictor -> its PolicyLM; all share one engine."""
+    settings = saved.policy.settings(resolve_kind(overrides.get("engine", saved.policy.engine)))
+    options = {**settings["engine_options"], **overrides.get("engine_options", {})}
+    policy = PolicyLM(**{**settings, "model": weights, **overrides, "engine_options": options})
+    own = {name: sampling.model_dump() for name, sampling in saved.predictors.items()}
+    return {
+        name: policy.copy(**{key: value for key, value in settings.items() if key not in overrides})
+        for name, settings in own.items()
+    }
