@@ -139,7 +139,9 @@ def _header(path: Path) -> Iterator[list[int]] | None:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= LONGEST_HEADER else None
+            if length > LONGEST_HEADER:
+                return None
+            header = json.loads(file.read(length))
         return iter([tensor["shape"] for name, tensor in header.items() if name != "__metadata__"])
     except (OSError, ValueError, struct.error, AttributeError, TypeError, KeyError):
         return None

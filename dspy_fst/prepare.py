@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
+from dspy_fst.documents import without_lms
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fit import fit_faults, writable_fault
 from dspy_fst.plan import Plan
@@ -155,7 +156,12 @@ def _checked(
     recipe: dict[str, Any] = {}
     if config is not None and not faults:
         policy = next(iter(policies.values()))
-        recipe = run_identity(config, student, trainset, policy)
+        redactor = Redactor.of(student, optimizer.reflection_lm)
+        faults += [
+            f"student: {place} holds a secret (an API key, or an environment variable's value); remove it"
+            for place in redactor.places(without_lms(student).dump_state())
+        ]
+        recipe = redactor.clean(run_identity(config, student, trainset, policy))
         faults += [fault] if (fault := directory_fault(run_dir, recipe) or writable_fault(run_dir)) else []
         faults += fit_faults(policy, config, run_dir)
     if faults or config is None:

@@ -15,7 +15,7 @@ from typing import Any
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.engine.base import verify_sync
+from dspy_fst.engine.base import Scorer, verify_sync
 from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
 from dspy_fst.fast.evolve import Search, SearchSettings
 from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose
@@ -80,7 +80,8 @@ class Session:
 
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
-        self._watch = Watch(worst=self.config.failure_score, best=self.config.perfect_score)
+        worst = min(self.config.failure_score, self.config.format_failure_score)
+        self._watch = Watch(worst, best=self.config.perfect_score)
         events = self.run.events()
         self.cycle_reports += [CycleReport.from_json(e["report"]) for e in events if e["event"] == "cycle"]
         self.step_reports += [StepReport.from_json(e["report"]) for e in events if e["event"] == "step"]
@@ -159,7 +160,10 @@ class Session:
             reflections=search.counts["reflections"],
             proposals_accepted=search.counts["accepted"],
             sampled_tokens=search.sampled_tokens,
-            counts={name: count for name, count in search.counts.items() if name not in ("reflections", "accepted")},
+            counts={
+                **{name: count for name, count in search.counts.items() if name not in ("reflections", "accepted")},
+                **self._recoveries(),
+            },
             seconds=self._seconds["sampling"],
         )
         candidates = [
@@ -245,12 +249,20 @@ class Session:
         with self._timed("publish"):
             with self.run.writing():
                 checkpoint = self.trainer.publish(self.run.weights_path(version), version)
-            engine = self.policy.handle.engine
-            engine.load(checkpoint)
-            tolerance = self.config.sync_tolerance or _default_tolerance(self.trainer)
             probes = self._probes()
-            verify_sync(engine.score(probes), self.trainer.score(probes), tolerance=tolerance, version=version)
+            expected = self.trainer.score(probes)
+
+            def verify(engine: Scorer) -> None:
+                verify_sync(engine.score(probes), expected, tolerance=self._sync_tolerance(), version=version)
+
+            engine = self.policy.handle.engine
+            engine.on_recovery(self._tell_recovery, verify)
+            engine.load(checkpoint)
+            verify(engine)
             self.policy.handle.checkpoint = checkpoint
+
+    def _sync_tolerance(self) -> float:
+        return self.config.sync_tolerance or _default_tolerance(self.trainer)
 
     def _best_version(self) -> WeightsVersion | None:
         """The weights that sampled the step with the highest mean reward."""
@@ -279,7 +291,7 @@ class Session:
             step=step,
             cycle=cycle.index,
             reward=sum(rewards) / len(rewards) if rewards else None,
-            counts=dict(batch.counts),
+            counts={**batch.counts, **self._recoveries()},
             update=update,
             sampled_tokens=sum(rollout.tokens for rollout in rollouts),
             seconds=dict(self._seconds),
@@ -295,6 +307,9 @@ class Session:
         with self.run.writing():  # only now is known how good the weights were that sampled this step
             self.run.prune_weights(self.config.keep_weights, self._best_version())
 
+    def _recoveries(self) -> dict[str, int]:
+        return {f"engine: {what}": count for what, count in self.policy.handle.engine.take_counts().items()}
+
     def commit_start(self) -> None:
         """Keep the state before the first search."""
         self._commit(cycle=0, searched=-1, step=0, population=self.population)
@@ -308,6 +323,10 @@ class Session:
     def tell_note(self, text: str) -> None:
         """A sentence for whoever watches; it is not kept."""
         self.run.tell({"event": "note", "text": text})
+
+    def _tell_recovery(self, text: str) -> None:
+        """From the thread that recovers; the count goes into the step's report, and so into the events."""
+        self.tell_note(f"warning: {text}")
 
     def _tell_rollout(self, rollout: Rollout) -> None:
         self.run.tell({"event": "rollout", "reward": rollout.reward})

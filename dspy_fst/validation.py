@@ -128,7 +128,8 @@ def model_faults(policy: PolicyLM) -> list[str]:
     if Path(path).is_absolute() and not Path(path).is_dir():
         return [f"{where}: there is no such folder; name a Hugging Face folder or a hub model"]
     try:
-        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         return [f"{where}: not a model that transformers can read: {str(error).splitlines()[0]}"]
     faults = weights_faults(Path(path), where) if Path(path).is_dir() else []
@@ -178,7 +179,7 @@ def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout]) -> list[str]:
     """Whether the prompts that the first examples made leave room for ``max_tokens`` in the model's context."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(policy.checkpoint.path)
+    config = AutoConfig.from_pretrained(policy.checkpoint.path, trust_remote_code=False)
     limit = _context_limit(policy, config)
     reply = policy.kwargs["max_tokens"] or 0
     longest = max((len(call.prompt_ids) for rollout in rollouts for call in rollout.calls), default=0)

@@ -1,5 +1,6 @@
 """Fakes for the edges: an engine that says what it is told, so that everything between is the real code."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from dspy import lm15
@@ -43,6 +44,12 @@ class ScriptedEngine:
 
     def expect(self, callers: int) -> None:
         self.expected.append(callers)
+
+    def on_recovery(self, tell, verify) -> None:
+        pass
+
+    def take_counts(self) -> Counter[str]:
+        return Counter()
 
     def close(self) -> None:
         self.closed += 1

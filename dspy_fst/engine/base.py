@@ -1,6 +1,7 @@
 """What samples tokens: the one protocol that every engine meets, and the rule that its weights are verified."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,7 +34,15 @@ class Checkpoint:
     path: Path
 
 
-class Engine(Protocol):
+class Scorer(Protocol):
+    """Whatever scores token sequences under the weights that it serves."""
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of every token but the first of each sequence, at temperature 1."""
+        ...
+
+
+class Engine(Scorer, Protocol):
     """Samples replies from the newest weights it was given. Thread-safe; owns what it starts."""
 
     @property
@@ -60,12 +69,16 @@ class Engine(Protocol):
         """
         ...
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of every token but the first of each sequence, at temperature 1."""
-        ...
-
     def expect(self, callers: int) -> None:
         """Tell how many rollouts are in flight, so that an engine which batches knows for whom to wait."""
+        ...
+
+    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None]) -> None:
+        """Have each recovery from a failure told as a sentence, and the recovered engine verified before it samples."""
+        ...
+
+    def take_counts(self) -> Counter[str]:
+        """Failures that were survived since the last call, by kind."""
         ...
 
     def close(self) -> None:

@@ -7,7 +7,8 @@ than ``linger_s`` is not waited for.
 """
 
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from dspy import lm15
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from dspy_fst.engine.base import Checkpoint, Completion
+from dspy_fst.engine.base import Checkpoint, Completion, Scorer
 from dspy_fst.engine.chat import chat_messages, text_response
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
@@ -137,6 +138,12 @@ class InProcessEngine:
             chosen = logprobs.gather(-1, ids[:, 1:, None])[:, :, 0].tolist()
         return [row[: length - 1] for row, length in zip(chosen, lengths, strict=True)]
 
+    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None]) -> None:
+        """Nothing to do: this engine fails and falls with the process."""
+
+    def take_counts(self) -> Counter[str]:
+        return Counter()
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -151,8 +158,9 @@ class InProcessEngine:
         cuda = torch.cuda.is_available()
         device = self.settings.device or ("cuda" if cuda else "cpu")
         dtype = self.settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-        self._model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype).to(device).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=False)
+        self._model = model.to(device).eval()
         self._closed = False
         self._worker = threading.Thread(target=self._serve, name="in-process-engine", daemon=True)
         self._worker.start()

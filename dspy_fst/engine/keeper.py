@@ -17,7 +17,7 @@ from typing import TypeVar
 from dspy.lm15 import Request
 from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after_attempt, wait_exponential, wait_random
 
-from dspy_fst.engine.base import Checkpoint, Completion, Engine
+from dspy_fst.engine.base import Checkpoint, Completion, Scorer
 from dspy_fst.engine.gate import Turn
 from dspy_fst.engine.vllm_client import Address, NoAnswerError
 from dspy_fst.engine.vllm_server import ServerDiedError, VLLMServer, VLLMSettings, require_checkpoint
@@ -47,7 +47,7 @@ class Keeper:
 
     def __init__(self, settings: VLLMSettings | None = None, make: Callable[[VLLMSettings], VLLMServer] = VLLMServer):
         self.settings = settings or VLLMSettings()
-        self.after_restart: Callable[[Engine], None] | None = None
+        self.after_restart: Callable[[Scorer], None] | None = None
         """Checks a restarted server (which it is given) before anybody samples, and raises when it is unsound.
 
         Runs in the thread that restarts. Not run by ``load``, whose caller verifies new weights in any case."""
@@ -111,6 +111,10 @@ class Keeper:
 
     def expect(self, callers: int) -> None:
         """Nothing to do: vLLM batches whatever is in flight."""
+
+    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None]) -> None:
+        """Tell each restart, and verify the restarted server before anybody samples from it."""
+        self.on_event, self.after_restart = tell, verify
 
     def take_counts(self) -> Counter[str]:
         """What happened since the last call."""
@@ -219,7 +223,7 @@ class Keeper:
         if self.settings.attach_url is None:
             watch(self.server, self.settings.stall_timeout_s)
 
-    def _verify(self, check: Callable[[Engine], None]) -> None:
+    def _verify(self, check: Callable[[Scorer], None]) -> None:
         try:
             check(self.server)
         except NoAnswerError:

@@ -292,7 +292,7 @@ class VLLMServer:
     def _launch(self, checkpoint: Checkpoint) -> None:
         settings = self.settings
         port = settings.port or free_port(settings.host)
-        key = secrets.token_urlsafe(32)
+        key = f"sk-{secrets.token_hex(32)}"  # of a shape that is known for a secret wherever it may show
         try:
             process = ServerProcess(
                 vllm_command(settings, checkpoint.path.resolve(), port),

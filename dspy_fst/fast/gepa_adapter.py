@@ -38,8 +38,8 @@ class Journal(Protocol):
     def recall(self, kind: str, key: str) -> Any:
         """What the next act gave; None when it is not on record."""
 
-    def record(self, kind: str, key: str, gave: Any) -> None:
-        """Keep what an act gave."""
+    def record(self, kind: str, key: str, gave: Any) -> Any:
+        """Keep what an act gave, and give it back as it is kept."""
 
     def remove(self) -> None:
         """Forget everything."""
@@ -54,8 +54,8 @@ class NoJournal:
     def recall(self, kind: str, key: str) -> Any:
         return None
 
-    def record(self, kind: str, key: str, gave: Any) -> None:
-        pass
+    def record(self, kind: str, key: str, gave: Any) -> Any:
+        return gave
 
     def remove(self) -> None:
         pass
@@ -198,8 +198,7 @@ class BankedAdapter(DspyAdapter):
         gave = self._journal.recall("reflection", key)
         if gave is None:
             shown = [name for name in components_to_update if name in reflective_dataset]
-            gave = self._reflect(candidate, reflective_dataset, shown)
-            self._journal.record("reflection", key, gave)
+            gave = self._journal.record("reflection", key, self._reflect(candidate, reflective_dataset, shown))
         if "failed" in gave:
             self.counts["reflections_failed"] += 1
             self.last_failure = gave["failed"]

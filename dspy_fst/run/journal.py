@@ -61,9 +61,11 @@ class Journal:
             )
         return record["gave"]
 
-    def record(self, kind: str, key: str, gave: Any) -> None:
-        """Keep what an act gave."""
+    def record(self, kind: str, key: str, gave: Any) -> Any:
+        """Keep what an act gave, and give it back as it is kept: without secrets."""
+        gave = self._clean(gave)
         self._write({"kind": kind, "key": key, "gave": gave})
+        return gave
 
     def remove(self) -> None:
         """Forget the search: it was committed, or it failed as a whole."""

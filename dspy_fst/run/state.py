@@ -52,9 +52,9 @@ def commit_state(
     if save_trainer is not None or last is None:
         if save_trainer is not None:
             save_trainer(scratch / "trainer")
-        files = {name: _facts(scratch / name) for name in _files_in(scratch)}
+        files: Mapping[str, Mapping[str, Any]] = {name: _facts(scratch / name) for name in _files_in(scratch)}
     else:
-        files = dict(last.files)
+        files = last.files
         for name in files:
             _share(last.path / name, scratch / name)
     document = {"format": FORMAT, "fields": fields, "files": files}

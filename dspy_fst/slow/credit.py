@@ -138,6 +138,8 @@ def _counts(
         unmeasured_groups=unmeasured,
         flat_groups=len(groups) - len(live) - unmeasured,
         rollouts=len(rollouts),
+        calls=sum(len(rollout.calls) for rollout in rollouts),
+        truncated_calls=sum(call.finish_reason == "length" for rollout in rollouts for call in rollout.calls),
         no_trained_calls=sum(r.reward is not None and not _trained_calls(r, trained) for r in rollouts),
         greedy_calls=sum(call.temperature == 0 for rollout in rollouts for call in rollout.calls),
         rows=len(rows),

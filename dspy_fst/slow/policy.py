@@ -40,7 +40,8 @@ class Policy(nn.Module):
         Raises:
             TrainingError: it scales or caps its logits after the head.
         """
-        policy = cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(trainable))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+        policy = cls(model.requires_grad_(trainable))
         policy._probe()
         policy.body_dtype = dtype
         return policy

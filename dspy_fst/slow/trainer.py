@@ -59,7 +59,7 @@ class Trainer:
         self._dtype = torch.bfloat16 if low else torch.float32
         self._reference_path = model if reference is None else reference
         torch.manual_seed(settings.seed)
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         policy = Policy.load(model, dtype=self._dtype)
         self._names = [name for name, p in policy.model.named_parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(

@@ -68,6 +68,7 @@ ORDINARY = [
     "http://host:8000/v1 and mailto:me@host",
     "The password is asked for, the api_key as well.",
     "eyJust a word. eyJ.eyJ.",
+    "branch risk-0123456789abcdef0123456789",
 ]
 
 
