@@ -71,6 +71,7 @@ def open_session(
     try:
         session = _assemble(optimizer, student, trainset, valset or (), config, run, policy)
         session.publish(run.state.get("step", 0))
+        session.prune_weights()  # a kill may have come between a commit and this
         if not run.state:
             _preflight(session)
         _announce(session)

@@ -304,11 +304,15 @@ class Session:
         if (step + 1) % self.config.checkpoint_every == 0 or step + 1 == cycle.steps.stop:
             searched = self.run.state.get("searched", -1)
             self._commit(cycle=cycle.index, searched=searched, step=step + 1, population=population)
-        with self.run.writing():  # only now is known how good the weights were that sampled this step
-            self.run.prune_weights(self.config.keep_weights, self._best_version())
+        self.prune_weights()  # only now is known how good the weights were that sampled this step
 
     def _recoveries(self) -> dict[str, int]:
         return {f"engine: {what}": count for what, count in self.policy.handle.engine.take_counts().items()}
+
+    def prune_weights(self) -> None:
+        """Remove what is neither the first, nor the best, nor among the newest weights."""
+        with self.run.writing():
+            self.run.prune_weights(self.config.keep_weights, self._best_version())
 
     def commit_start(self) -> None:
         """Keep the state before the first search."""

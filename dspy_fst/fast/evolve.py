@@ -29,6 +29,7 @@ from dspy_fst.fast.gepa_adapter import (
     write_seeded_state,
 )
 from dspy_fst.fast.pareto import top_k
+from dspy_fst.run.files import writing
 from dspy_fst.types import Candidate, Population, Problem, Rollout
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def evolve(
     Raises:
         ReflectionError: every reflection failed.
         MeasurementError: a candidate was played on all anchors and nothing was measured.
+        RunDirectoryError: the journal is of another search, or cannot be written.
     """
     journal = journal or NoJournal()
     bank = RolloutBank(play, program, journal)
@@ -107,7 +109,7 @@ def evolve(
     # Each iteration costs a minibatch at least, unless it is answered from the bank: then only this cap ends it.
     iterations = settings.budget // settings.minibatch
 
-    with _forgotten_if_failed(journal), tempfile.TemporaryDirectory() as folder:
+    with _forgotten_if_failed(journal), tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
         write_seeded_state(Path(folder), seeds, [adapter.scores(row) for row in rows])
         result = gepa.optimize(
             seed_candidate=dict(seeds[0].texts),
@@ -123,6 +125,7 @@ def evolve(
                 lambda state: len(bank.fresh) - spent_on_seeds >= settings.budget,
                 lambda state: state.i + 1 >= iterations,
                 lambda state: adapter.counts["reflections_failed"] >= GIVE_UP and not adapter.counts["reflections"],
+                lambda state: adapter.stopped_by is not None,
             ],
             track_best_outputs=False,
             use_cloudpickle=True,
@@ -131,6 +134,8 @@ def evolve(
             logger=_Log(),
             seed=settings.seed,
         )
+        if adapter.stopped_by is not None:
+            raise adapter.stopped_by
         if adapter.counts["reflections_failed"] and not adapter.counts["reflections"]:
             raise ReflectionError(
                 f"all {adapter.counts['reflections_failed']} reflections failed, the last with {adapter.last_failure}; "

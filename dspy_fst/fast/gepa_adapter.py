@@ -15,7 +15,7 @@ from gepa.core.adapter import EvaluationBatch
 from gepa.core.state import GEPAState, ValsetEvaluation
 from gepa.strategies.eval_policy import FullEvaluationPolicy
 
-from dspy_fst.errors import MeasurementError
+from dspy_fst.errors import MeasurementError, RunDirectoryError
 from dspy_fst.rollout.plain import from_plain, to_plain
 from dspy_fst.rollout.recording import tag_predictors
 from dspy_fst.rollout.texts import with_texts
@@ -32,8 +32,8 @@ Propose = Callable[..., dict[str, str]]
 class Journal(Protocol):
     """Keeps what each costly act of a search gave, so that a killed search can be repeated without paying again."""
 
-    def next_is(self, kind: str) -> bool:
-        """Whether the next act is on record, and of this kind."""
+    def next_is(self, kind: str, key: str) -> bool:
+        """Whether the next act on record is this one."""
 
     def recall(self, kind: str, key: str) -> Any:
         """What the next act gave; None when it is not on record."""
@@ -48,7 +48,7 @@ class Journal(Protocol):
 class NoJournal:
     """Remembers nothing."""
 
-    def next_is(self, kind: str) -> bool:
+    def next_is(self, kind: str, key: str) -> bool:
         return False
 
     def recall(self, kind: str, key: str) -> Any:
@@ -142,6 +142,8 @@ class BankedAdapter(DspyAdapter):
         self.minibatch = minibatch
         self.counts: Counter[str] = Counter()
         self.last_failure = ""
+        self.stopped_by: RunDirectoryError | None = None
+        """What the journal raised. gepa logs whatever a reflection raises and goes on."""
 
     def evaluate(
         self,
@@ -194,11 +196,13 @@ class BankedAdapter(DspyAdapter):
         self, candidate: dict[str, str], reflective_dataset: dict[str, Any], components_to_update: list[str]
     ) -> dict[str, str]:
         """One reflection. gepa logs what it raises and goes on, so failures are kept here and counted."""
-        key = _key([sorted(candidate.items()), components_to_update])
-        gave = self._journal.recall("reflection", key)
-        if gave is None:
-            shown = [name for name in components_to_update if name in reflective_dataset]
-            gave = self._journal.record("reflection", key, self._reflect(candidate, reflective_dataset, shown))
+        if self.stopped_by is not None:
+            raise self.stopped_by
+        try:
+            gave = self._reflect_once(candidate, reflective_dataset, components_to_update)
+        except RunDirectoryError as error:
+            self.stopped_by = error
+            raise
         if "failed" in gave:
             self.counts["reflections_failed"] += 1
             self.last_failure = gave["failed"]
@@ -206,6 +210,21 @@ class BankedAdapter(DspyAdapter):
         self.counts["reflections"] += 1
         texts: dict[str, str] = gave["texts"]
         return texts
+
+    def _reflect_once(
+        self, candidate: dict[str, str], reflective_dataset: dict[str, Any], components_to_update: list[str]
+    ) -> dict[str, Any]:
+        """Reflect, or recall what an interrupted search was told."""
+        key = self._reflection_key(candidate, components_to_update)
+        gave: Any = self._journal.recall("reflection", key)
+        if gave is None:
+            shown = [name for name in components_to_update if name in reflective_dataset]
+            gave = self._journal.record("reflection", key, self._reflect(candidate, reflective_dataset, shown))
+        return dict(gave)
+
+    def _reflection_key(self, candidate: Mapping[str, str], components_to_update: list[str]) -> str:
+        """Counted, because a reflective set that stays empty is followed by no reflection and leaves no record."""
+        return _key([self._reflective_sets, sorted(candidate.items()), components_to_update])
 
     def _reflect(
         self, candidate: dict[str, str], reflective_dataset: dict[str, Any], shown: list[str]
@@ -223,7 +242,7 @@ class BankedAdapter(DspyAdapter):
         DSPy tells predictors apart by signature, and would mix up two that share one.
         """
         self._reflective_sets += 1
-        if self._journal.next_is("reflection"):
+        if self._journal.next_is("reflection", self._reflection_key(candidate, components_to_update)):
             return {name: [] for name in components_to_update}  # what came of it is on record
         self.rng = random.Random(f"{self._seed} reflection {self._reflective_sets}")
         records: dict[str, Any] = {}

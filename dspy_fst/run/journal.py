@@ -40,9 +40,9 @@ class Journal:
             self._write({"head": dict(head)})
         self.replayed = len(self._ahead)
 
-    def next_is(self, kind: str) -> bool:
-        """Whether the next act is on record, and of this kind."""
-        return bool(self._ahead) and self._ahead[0]["kind"] == kind
+    def next_is(self, kind: str, key: str) -> bool:
+        """Whether the next act on record is this one."""
+        return bool(self._ahead) and (self._ahead[0]["kind"], self._ahead[0]["key"]) == (kind, key)
 
     def recall(self, kind: str, key: str) -> Any:
         """What the next act gave when it was paid for; None when it is not on record.
