@@ -1,0 +1,114 @@
+"""A run whose vLLM server is made to answer 500, is killed and is stopped, each in the middle of a step."""
+
+import os
+import signal
+import threading
+
+import psutil
+import pytest
+
+from dspy_fst.compiled import policy_of
+from dspy_fst.config import FSTConfig
+from dspy_fst.plan import Plan
+from dspy_fst.run.directory import read_events
+from programs.lab import build
+from tests.engine.test_server_process import wait_until_gone
+from tests.engine.test_vllm_survival import OUTAGE
+from tests.relay import relay
+from tests.test_compile import SHORT, compile_relay
+
+OPTIONS = {
+    "cpu_kv_cache_gib": 1,
+    "max_model_len": 256,
+    "stall_timeout_s": 10,
+    "extra_args": ("--middleware", "dspy_fst_outage.Outage"),
+}
+
+
+class Trouble:
+    """Does something to the server once a few rollouts of a step are through and the others are under way."""
+
+    def __init__(self, flag):
+        self.flag, self.engine, self.groups = flag, None, set()
+        self.plan = {1: self.answer_500_for_a_while, 2: self.kill_the_core, 3: self.stop_the_core}
+        self.step, self.played = -1, 0
+
+    def __call__(self, event):
+        if event["event"] == "phase":
+            words = event["phase"].split()
+            self.step, self.played = (int(words[1].rstrip(":")) if words[0] == "step" else -1), 0
+        if event["event"] == "rollout":
+            self.played += 1
+            if self.played == 3 and self.step in self.plan:
+                self.groups.add(self.engine.server.process_group)
+                self.plan.pop(self.step)()
+
+    def answer_500_for_a_while(self):
+        self.flag.touch()
+        threading.Timer(1.5, self.flag.unlink).start()
+
+    def kill_the_core(self):
+        self.core().send_signal(signal.SIGKILL)
+
+    def stop_the_core(self):
+        self.core().send_signal(signal.SIGSTOP)
+
+    def core(self):
+        below = psutil.Process(self.engine.server.process_group).children(recursive=True)
+        return next(process for process in below if "EngineCore" in "".join(process.cmdline()))
+
+
+def program_with(options, trouble):
+    """The relay on a vLLM server with these options; the trouble is told of the engine that is trained."""
+    program = relay("vllm")
+    policy = policy_of(program)
+    policy.handle.options.update(options)
+    original = policy.fork
+
+    def fork():
+        forked = original()
+        trouble.engine = forked.handle.engine
+        return forked
+
+    policy.fork = fork
+    return program
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)  # three servers are started
+def test_a_run_survives_its_server(tmp_path, monkeypatch):
+    (tmp_path / "dspy_fst_outage.py").write_text(OUTAGE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("OUTAGE_FLAG", str(tmp_path / "outage"))
+    trouble = Trouble(tmp_path / "outage")
+
+    compiled = compile_relay(
+        tmp_path / "run",
+        program=program_with(OPTIONS, trouble),
+        listeners=[trouble],
+        method="rl",
+        num_threads=4,
+    )
+    trouble.groups.add(trouble.engine.server.process_group)
+    policy_of(compiled).release()
+
+    steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
+    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    recovered = [{what: n for what, n in step["counts"].items() if what.startswith("engine: ")} for step in steps]
+    assert recovered[0] == {}
+    assert recovered[1].keys() == {"engine: asked again"}
+    assert [step.get("engine: restarts", 0) for step in recovered] == [0, 0, 1, 1]
+    for step in steps:
+        assert not [reason for reason in step["counts"] if reason.startswith("masked")]
+        assert step["counts"]["calls"] == calls_of(step["step"])  # none lost, and none kept twice
+        assert step["update"]["max_log_ratio"] < 1e-3  # all of the step's own weights
+    for group in trouble.groups:
+        assert wait_until_gone(group, seconds=10) == []
+
+
+def calls_of(step):
+    """How many calls the step's rollouts make: the relay's number of calls follows from the problem alone."""
+    config = FSTConfig(**{key: value for key, value in SHORT.items() if key != "progress"})
+    problems = build(train=32, val=4, test=4).trainset
+    lengths = [len(problems[index].numbers.split()) for index in Plan(config, len(problems)).problems(step)]
+    return config.group_size * sum(length - 3 + 1 for length in lengths)
