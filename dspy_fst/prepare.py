@@ -1,6 +1,7 @@
 """From a user's arguments to an open session: validate, print the plan, start what a run needs."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -36,6 +37,7 @@ from dspy_fst.validation import (
 if TYPE_CHECKING:
     from dspy_fst.optimizer import FSTOptimizer
 
+logger = logging.getLogger(__name__)
 NOT_IDENTITY = {
     *("num_threads", "rollout_timeout_s", "micro_batch_tokens"),
     *("checkpoint_every", "keep_states", "keep_weights"),
@@ -78,6 +80,8 @@ def open_session(
         if not run.state:
             session.commit_start()
         yield session
+        # The compiled program lives on; its restarts are no business of this run, nor held to this run's probes.
+        policy.handle.engine.on_recovery(logger.warning, lambda engine: None)
     except BaseException as error:
         if name := interruption_named(error):
             run.tell({"event": "note", "text": f"{name}: stopping; {_what_is_saved(run)}"})

@@ -50,7 +50,8 @@ class Keeper:
         self.after_restart: Callable[[Scorer], None] | None = None
         """Checks a restarted server (which it is given) before anybody samples, and raises when it is unsound.
 
-        Runs in the thread that restarts. Not run by ``load``, whose caller verifies new weights in any case."""
+        It belongs to the weights that are loaded after it was set. It runs in the thread that restarts, and not in
+        ``load``, whose caller verifies new weights in any case."""
         self.on_event: Callable[[str], None] = logger.warning
         """Told one sentence per restart, with the reason, in the thread that restarts."""
         self.counts: Counter[str] = Counter()
@@ -59,6 +60,7 @@ class Keeper:
         """The server of the moment. A restart puts another in its place: its identity tells restarts apart."""
         self._make = make
         self._wanted: Checkpoint | None = None
+        self._check: Callable[[Scorer], None] | None = None
         self._restarts = 0
         self._refusal: EngineError | None = None
         limits = ("startup_timeout_s", "load_timeout_s", "request_timeout_s")
@@ -92,7 +94,7 @@ class Keeper:
         with self._turn.of("a load"):
             self._raise_refusal()
             self._closing.clear()
-            self._wanted = checkpoint
+            self._wanted, self._check = checkpoint, self.after_restart
             try:
                 change = self._launch if self.server.address is None else self._swap
                 change(checkpoint)
@@ -186,7 +188,7 @@ class Keeper:
             self._count("swaps failed")
             if self.settings.attach_url is not None:
                 raise
-            self._relaunch(checkpoint, EngineError(f"the weights could not be swapped: {error}"), check=False)
+            self._relaunch(checkpoint, EngineError(f"the weights could not be swapped: {error}"), verify=False)
 
     def _restart(self, failed: VLLMServer, cause: EngineError) -> None:
         """Replace a server that failed, unless another thread has done so."""
@@ -195,17 +197,17 @@ class Keeper:
         with self._turn.of("a request"):
             self._raise_refusal()
             if failed is self.server and self._wanted is not None:
-                self._relaunch(self._wanted, cause, check=True)
+                self._relaunch(self._wanted, cause, verify=True)
 
-    def _relaunch(self, checkpoint: Checkpoint, cause: EngineError, *, check: bool) -> None:
+    def _relaunch(self, checkpoint: Checkpoint, cause: EngineError, *, verify: bool) -> None:
         """Start servers until one stands on these weights; raises EngineError when none may be started any more."""
         while True:
             self._spend_restart(checkpoint.version, cause)
             self._replace_server()
             try:
                 self._launch(checkpoint)
-                if check and self.after_restart is not None:
-                    self._verify(self.after_restart)
+                if verify and self._check is not None:
+                    self._verify(self._check)
                 return
             except EngineError as error:
                 if self._refusal is not None:

@@ -388,7 +388,6 @@ def test_a_folder_without_weights_is_refused_and_the_old_ones_stay(world, engine
 
 
 def test_nobody_samples_from_a_restarted_server_before_it_is_verified(world, engine, weights):
-    engine.load(weights("v0"))
     world.on_ask = first_dies
     before: list[list[tuple[int, int]]] = []
 
@@ -399,18 +398,19 @@ def test_nobody_samples_from_a_restarted_server_before_it_is_verified(world, eng
         before.append([asked for asked in world.asked if asked[0] == 1])
 
     engine.after_restart = check
+    engine.load(weights("v0"))
     ask_all(engine)
     assert before == [[]]
 
 
 def test_a_restarted_server_with_wrong_weights_serves_nobody(world, engine, weights):
-    engine.load(weights("v0"))
     world.on_ask = first_dies
 
     def check(fresh: Any) -> None:
         raise SyncError("weights v0: probe 0 differs by 0.6 nats")
 
     engine.after_restart = check
+    engine.load(weights("v0"))
     errors = ask_each(engine, 8)
     assert [type(error) for error in errors] == [SyncError] * 8
     assert [number for number, _ in world.asked if number] == []
@@ -421,25 +421,40 @@ def test_a_restarted_server_with_wrong_weights_serves_nobody(world, engine, weig
 
 
 def test_a_server_that_fails_while_it_is_verified_is_restarted(world, engine, weights):
-    engine.load(weights("v0"))
     world.on_ask = lambda server, seed: server.number < 2 and dies(server, seed)
     engine.after_restart = lambda fresh: fresh.score([[1, 2]]) and None
+    engine.load(weights("v0"))
     assert engine.complete(REQUEST, 1).weights == "v0"
     assert engine.counts["restarts"] == 2
 
 
 def test_a_check_that_breaks_leaves_nothing_unverified_behind(world, engine, weights):
-    engine.load(weights("v0"))
     world.on_ask = first_dies
 
     def check(fresh: Any) -> None:
         raise ZeroDivisionError("a slip")
 
     engine.after_restart = check
+    engine.load(weights("v0"))
     with pytest.raises(ZeroDivisionError):
         engine.complete(REQUEST, 1)
     with pytest.raises(EngineError, match="after_restart failed: ZeroDivisionError"):
         engine.complete(REQUEST, 1)
+
+
+def test_weights_are_verified_by_the_check_that_was_set_before_they_were_loaded(world, engine, weights):
+    """A new check is set while a late request restarts the server on the old weights."""
+    checked = []
+    engine.after_restart = lambda fresh: checked.append("old")
+    engine.load(weights("v0"))
+    world.on_ask = first_dies
+    world.on_load = lambda server, checkpoint: setattr(engine, "after_restart", lambda fresh: checked.append("new"))
+    engine.complete(REQUEST, 1)
+    assert checked == ["old"]
+    engine.load(weights("v1"))
+    world.on_ask = lambda server, seed: server.number < 2 and dies(server, seed)
+    engine.complete(REQUEST, 1)
+    assert checked == ["old", "new"]
 
 
 # Threads that meet
@@ -501,7 +516,6 @@ def test_closing_during_a_restart_ends_the_server_that_is_being_started(world, e
 
 def test_closing_does_not_wait_for_ever_for_a_check_that_hangs(world, engine, weights, monkeypatch):
     monkeypatch.setattr(keeper_module, "CLOSE_TIMEOUT_S", 0.3)
-    engine.load(weights("v0"))
     world.on_ask = first_dies
     checking, go_on = threading.Event(), threading.Event()
 
@@ -510,6 +524,7 @@ def test_closing_does_not_wait_for_ever_for_a_check_that_hangs(world, engine, we
         assert go_on.wait(10)
 
     engine.after_restart = check
+    engine.load(weights("v0"))
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(engine.complete, REQUEST, 1)
         assert checking.wait(10)
