@@ -124,14 +124,6 @@ def test_requests_that_are_answered_with_500_for_a_while_are_asked_again(watched
     assert watched.engine.server is server
 
 
-@pytest.mark.parametrize(
-    ("seed", "name", "number", "reason"),
-    [
-        (1, "EngineCore", signal.SIGKILL, "vLLM died"),
-        (2, "EngineCore", signal.SIGSTOP, "vLLM was killed: no token was processed for 10 s"),
-        (3, "api_server", signal.SIGSTOP, "vLLM was killed: no token was processed for 10 s"),
-    ],
-)
 def test_a_server_that_hangs_is_started_again_and_answers_everything(watched: Watched) -> None:
     """Its API process is stopped. Whole runs, and the engine process, are in tests/test_survival.py."""
     model, checkpoint = watched.serve(1)
