@@ -242,7 +242,9 @@ class Typed(dspy.Module):
 
     def __init__(self):
         super().__init__()
-        self.second = dspy.Predict(dspy.Signature({"question": (str, dspy.InputField()), "answer": (Answer, dspy.OutputField())}))
+        self.second = dspy.Predict(
+            dspy.Signature({"question": (str, dspy.InputField()), "answer": (Answer, dspy.OutputField())})
+        )
 
     def forward(self, question):
         return dspy.Prediction(answer=self.second(question=question).answer.text)
