@@ -2,6 +2,8 @@
 
 python -m programs.lab.demo --run-dir runs/readme && cp runs/readme/figures.json benchmarks/results/demo.json
 python -m benchmarks.throughput
+python -m benchmarks.durability && python -m benchmarks.durability --engine vllm --kills 4
+python -m benchmarks.soak
 python -m benchmarks.readme
 """
 
@@ -57,9 +59,34 @@ def throughput(rows: dict[str, Any]) -> str:
     return table(["ratio", "aim", "median", "spread"], body)
 
 
+def durability(figures: dict[str, Any]) -> str:
+    """Killed runs that ended as the uninterrupted one."""
+    rows = [
+        [name, str(row["trials_made"]), str(row["deaths"]), str(row["equal"]), str(row["most_acts_paid_twice"])]
+        for name, row in sorted(figures.items())
+    ]
+    return table(["engine", "runs", "kills", "equal", "acts of a search paid twice, at most"], rows)
+
+
+def soak(figures: dict[str, Any]) -> str:
+    """What grew from one cycle or run to the next (Theil-Sen slopes)."""
+    rows = [
+        [
+            name,
+            f"{slopes['memory'] / 1e3:.0f} kB",
+            *(f"{slopes[what]:.2g}" for what in ("handles", "threads", "processes")),
+        ]
+        for name, slopes in ((name, row["slopes"]) for name, row in figures.items())
+    ]
+    return table(["growth in each of", "memory", "file handles", "threads", "processes"], rows)
+
+
+TABLES = {"demo": demo, "throughput": throughput, "durability": durability, "soak": soak}
+
+
 def render(text: str) -> str:
     """The README with its tables made anew."""
-    for name, write in (("demo", demo), ("throughput", throughput)):
+    for name, write in TABLES.items():
         content = write(json.loads((RESULTS / f"{name}.json").read_text()))
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)  # type: ignore[misc]
