@@ -1,4 +1,4 @@
-"""The command line: `dspy-fst run` and `dspy-fst resume`.
+"""The command line: `dspy-fst run`, `resume` and `report`.
 
 Results go to stdout; progress, errors and whatever the project's own code prints go to stderr.
 Heavy modules are imported inside the commands, so that help and usage errors come at once.
@@ -84,6 +84,27 @@ def resume(
             return
         # The directory may have been moved since: it is the one that was named now.
         _train(load_project(run_dir / PROJECT).model_copy(update={"run_dir": str(run_dir)}), as_json)
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs; several are compared.")],
+    out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
+    plots: Annotated[Path | None, typer.Option(help="A folder for the charts as SVG and PNG files.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write one self-contained HTML page about runs that are finished, under way or were killed."""
+    with _errors_as_text(debug):
+        try:
+            from dspy_fst.report.charts import save_plots
+            from dspy_fst.report.page import build_report
+        except ImportError as error:
+            raise ConfigurationError([str(error)]) from error
+
+        typer.echo(f"the report is {build_report(run_dirs, out)}")
+        if plots is not None:
+            save_plots(run_dirs, plots)
+            typer.echo(f"the charts are in {plots}")
 
 
 def _why_not_resumed(run_dir: Path) -> str:

@@ -1,0 +1,67 @@
+"""What changed between two texts, word by word."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Literal
+
+Span = tuple[int, int, int, int]
+"""From and to a word of the old text, from and to a word of the new one."""
+Opcode = tuple[str, int, int, int, int]
+"""difflib's: what happened, and its span."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text that two versions share, or that one of them has alone."""
+
+    kind: Literal["same", "gone", "new"]
+    text: str
+
+    @property
+    def words(self) -> str:
+        """The text without the space after it."""
+        return self.text.rstrip()
+
+    @property
+    def space(self) -> str:
+        return self.text[len(self.words) :]
+
+
+def word_diff(before: str, after: str) -> list[Piece]:
+    """The pieces of both texts in reading order; what went stands before what came. Spaces alone are no change.
+
+    >>> word_diff("Sort the list.", "Sort the words.")
+    [Piece(kind='same', text='Sort the '), Piece(kind='gone', text='list.'), Piece(kind='new', text='words.')]
+    """
+    old, new = _words(before), _words(after)
+    matcher = SequenceMatcher(None, [word.strip() for word in old], [word.strip() for word in new], autojunk=False)
+    pieces = []
+    for changed, (i, j, k, n) in _joined(matcher.get_opcodes()):
+        if not changed:
+            last = max(old[j - 1], new[n - 1], key=len)  # either may be the end of its text, with no space after it
+            pieces.append(Piece("same", "".join(new[k : n - 1]) + last))
+            continue
+        pieces += [Piece("gone", "".join(old[i:j]))] * (j > i) + [Piece("new", "".join(new[k:n]))] * (n > k)
+    return pieces
+
+
+def _joined(opcodes: Sequence[Opcode]) -> list[tuple[bool, Span]]:
+    """Stretches that changed or not, in turn. A word or two that two longer changes share by chance is a change."""
+    stretches: list[tuple[bool, Span]] = []
+    sizes = [max(j - i, n - k) for _, i, j, k, n in opcodes]
+    for place, (kind, i, j, k, n) in enumerate(opcodes):
+        inside = 0 < place < len(opcodes) - 1
+        changed = kind != "equal" or (inside and sizes[place] <= min(2, sizes[place - 1] - 1, sizes[place + 1] - 1))
+        if stretches and stretches[-1][0] == changed:
+            start = stretches.pop()[1]
+            stretches.append((changed, (start[0], j, start[2], n)))
+        else:
+            stretches.append((changed, (i, j, k, n)))
+    return stretches
+
+
+def _words(text: str) -> list[str]:
+    """Words, each with the spaces that follow it; leading spaces belong to the first."""
+    return re.findall(r"\s*\S+\s*|\s+", text)

@@ -1,0 +1,283 @@
+"""One HTML page of a run, or of several side by side: self-contained, made of the runs' events alone."""
+
+import os
+from base64 import b64encode
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.report import NEEDS_EXTRA
+from dspy_fst.report.charts import chart_svg, lineage_svg
+from dspy_fst.report.diff import word_diff
+from dspy_fst.report.measures import Chart, health_charts, learning_charts, lost_charts
+from dspy_fst.report.record import Node, Record, best, read_records
+
+try:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+except ImportError as error:
+    raise ImportError(NEEDS_EXTRA) from error
+
+METHODS = {
+    "fst": "Fast-Slow Training",
+    "rl": "weights only (RL)",
+    "gepa": "instructions only (GEPA)",
+    "gepa_then_rl": "GEPA, then RL",
+    "rl_then_gepa": "RL, then GEPA",
+}
+DASH = "–"  # noqa: RUF001
+"""What stands for a number that was not measured."""
+
+
+def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write the page of a run, or of several compared, to the file ``out``.
+
+    A run that has just started, goes on or was killed has a page too. The same events give the same page.
+
+    Raises:
+        RunDirectoryError: one is not the directory of a run.
+    """
+    html = render(read_records(run_dirs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(f"{out.name}.new")
+    new.write_text(html, encoding="utf-8", errors="replace")  # a model's text may hold half a character
+    os.replace(new, out)
+    return out
+
+
+def render(records: Sequence[Record]) -> str:
+    """The page as text. Every text of the runs is escaped; a policy of the page forbids whatever else it could do."""
+    environment = Environment(
+        loader=PackageLoader("dspy_fst.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "count": count, "setting": setting}
+    environment.globals |= {"word_diff": word_diff, "dash": DASH}
+    style, script = (_asset(environment, name) for name in ("style.css", "script.js"))
+    runs = [Run(f"run-{i}", record) for i, record in enumerate(records, start=1)]
+    return environment.get_template("report.html").render(
+        title=f"Run {records[0].name}" if len(records) == 1 else f"{len(records)} runs compared",
+        runs=runs,
+        learning=_drawn(learning_charts(records)),
+        health=_drawn(health_charts(records)),
+        lost=_drawn(lost_charts(records)),
+        costs=cost_rows(records),
+        recipe=recipe_rows(records),
+        style=style,
+        script=script,
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _asset(environment: Environment, name: str) -> Markup:
+    assert environment.loader is not None
+    return Markup(environment.loader.get_source(environment, name)[0])
+
+
+# ---- what the template shows -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number at the head of the page."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A record and its place in the page."""
+
+    key: str
+    """Start of its ids, e.g. ``"run-1"``."""
+    record: Record
+
+    def id(self, node: Node) -> str:
+        return f"{self.key}-{node.digest}"
+
+    @cached_property
+    def method(self) -> str:
+        method = str(self.record.config.get("method", "a run"))
+        return METHODS.get(method, method)
+
+    @cached_property
+    def when(self) -> str:
+        return period(self.record.started, self.record.last)
+
+    @cached_property
+    def lineage(self) -> Markup | None:
+        svg = lineage_svg(self.record, f"{self.key}-lineage", lambda node: f"#{self.id(node)}")
+        return None if svg is None else Markup(svg)
+
+    @cached_property
+    def tree(self) -> list[tuple[Node, int]]:
+        """Candidates and their depth, every one right after its first parent's elder children."""
+        children = defaultdict(list)
+        for node in self.record.nodes:
+            children[node.parents[0] if node.parents else None].append(node)
+        order, waiting = [], [(node, 0) for node in reversed(children[None])]
+        while waiting:
+            node, depth = waiting.pop()
+            order.append((node, depth))
+            waiting += [(child, depth + 1) for child in reversed(children[node.digest])]
+        return order
+
+    @cached_property
+    def scale(self) -> float:
+        """The score that fills a bar."""
+        return max([1.0, *(score or 0.0 for node in self.record.nodes for score in node.scores.values())])
+
+    @property
+    def members(self) -> list[str]:
+        """Digests of the population without repetition."""
+        return list(dict.fromkeys(self.record.population))
+
+    def rewarded(self, step: int) -> str:
+        """The step's mean reward."""
+        return number(next((report.reward for report in self.record.steps if report.step == step), None))
+
+    @property
+    def evaluated(self) -> bool:
+        return bool(self.record.two_by_two or self.record.evaluations)
+
+    @cached_property
+    def figures(self) -> list[Figure]:
+        record, costs = self.record, self.record.costs
+        return [
+            Figure("Training reward", _change(record.rewards), "first and last update"),
+            Figure("Anchor score", _change([*record.carried[:1], *record.found[-1:]]), "carried in first, found last"),
+            Figure("Validation", number(best([node.validation for node in record.nodes])), "best candidate"),
+            Figure("Updates", _of(costs.updates, record.budget.get("updates")), "weights moved"),
+            Figure("Searches", _of(len(record.cycles), record.budget.get("searches")), "instructions evolved"),
+            Figure("Rollouts", _of(costs.rollouts, _planned(record.budget)), "searches, scoring, training"),
+        ]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A chart, its drawing and its numbers."""
+
+    chart: Chart
+    svg: Markup
+    rows: Sequence[tuple[str, Sequence[str]]]
+    """x, and the y of each series."""
+
+
+def _drawn(charts: Sequence[Chart]) -> list[Drawn]:
+    return [Drawn(chart, Markup(chart_svg(chart, chart.name)), list(_numbers(chart))) for chart in charts]
+
+
+def _numbers(chart: Chart) -> Iterator[tuple[str, list[str]]]:
+    for place in sorted({x for series in chart.series for x in series.x}):
+        values = [[f"{y:.4g}" for x, y in zip(s.x, s.y, strict=True) if x == place] for s in chart.series]
+        yield f"{place:,.6g}", [", ".join(of) or DASH for of in values]
+
+
+def cost_rows(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
+    """What each run spent: label, and a value a run."""
+    counted = {
+        "Rollouts in all": "rollouts",
+        "of searches, scoring included": "search_rollouts",
+        "of training": "training_rollouts",
+        "Evaluations answered without a rollout": "reused",
+        "Reflections": "reflections",
+        "Reflections that failed": "reflections_failed",
+        "Proposals accepted": "accepted",
+        "Tokens sampled in all": "tokens",
+        "in searches": "search_tokens",
+        "in training": "training_tokens",
+        "Tokens trained": "trained_tokens",
+        "Weight updates": "updates",
+        "Updates skipped": "skipped",
+    }
+    rows = [(label, [count(getattr(record.costs, name)) for record in records]) for label, name in counted.items()]
+    activities = dict.fromkeys(activity for record in records for activity in record.costs.seconds)
+    rows += [
+        (f"Time: {activity}", [duration(record.costs.seconds.get(activity, 0.0)) for record in records])
+        for activity in activities
+    ]
+    return rows
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    default: Any
+    values: Sequence[Any]
+
+    @property
+    def changed(self) -> bool:
+        """Whether a run has another value than the default."""
+        return any(value != self.default for value in self.values)
+
+
+def recipe_rows(records: Sequence[Record]) -> list[Setting]:
+    """Every setting of the runs. A default or a value of None is shown as a dash."""
+    defaults = FSTConfig.model_construct().model_dump(mode="json")
+    names = dict.fromkeys(name for record in records for name in record.config)
+    return [Setting(name, defaults.get(name), [record.config.get(name) for record in records]) for name in names]
+
+
+# ---- numbers as people read them ---------------------------------------------------------------
+
+
+def number(value: float | None) -> str:
+    return DASH if value is None else f"{value:.3f}"
+
+
+def count(value: int | None) -> str:
+    return DASH if value is None else f"{value:,}"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(3.21), duration(75), duration(7322)
+    ('3.2 s', '1 min 15 s', '2 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def period(start: float | None, end: float | None) -> str:
+    """From one moment to another, in UTC: a page reads the same wherever it is made.
+
+    >>> period(0.0, 90.0), period(0.0, 90_000.0)
+    ('1970-01-01, 00:00 to 00:01 UTC', '1970-01-01, 00:00 to 1970-01-02, 01:00 UTC')
+    """
+    if start is None or end is None:
+        return DASH
+    first, last = (datetime.fromtimestamp(seconds, UTC) for seconds in (start, end))
+    day = "" if first.date() == last.date() else f"{last:%Y-%m-%d}, "
+    return f"{first:%Y-%m-%d, %H:%M} to {day}{last:%H:%M} UTC"
+
+
+def setting(value: Any) -> str:
+    if value is None:
+        return DASH
+    return ", ".join(map(setting, value)) if isinstance(value, list | tuple) else f"{value}"
+
+
+def _change(values: Sequence[float | None]) -> str:
+    return " → ".join(map(number, [*values[:1], *values[1:][-1:]])) or DASH
+
+
+def _of(done: int, planned: int | None) -> str:
+    return count(done) if planned is None else f"{count(done)} of {count(planned)}"
+
+
+def _planned(budget: Mapping[str, int]) -> int | None:
+    parts = [budget.get(name) for name in ("search_rollouts", "scoring_rollouts", "training_rollouts")]
+    return None if None in parts else sum(part or 0 for part in parts)

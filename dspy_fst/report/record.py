@@ -1,0 +1,453 @@
+"""A run's events as frozen records: what charts and pages are made of, and the only reader of events among them.
+
+Any beginning of a run's events gives a record: of a run that has just started, goes on, or was killed. Numbers that
+were not measured are None.
+"""
+
+import fcntl
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from dspy_fst.errors import RunDirectoryError
+from dspy_fst.run.directory import LOCK, read_events
+from dspy_fst.types import Candidate, CycleReport, StepReport, UpdateReport
+
+State = Literal["finished", "running", "stopped"]
+Events = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A candidate in the lineage of a run."""
+
+    number: int
+    """Place in the order of birth, from 0."""
+    digest: str
+    texts: Mapping[str, str]
+    parents: tuple[str, ...] = ()
+    """Digests of what it was made from, all older than itself."""
+    born: int | None = None
+    """The cycle whose search made it; None when the run started with it."""
+    scores: Mapping[int, float | None] = field(default_factory=dict)
+    """Cycle -> mean anchor score under that cycle's weights."""
+    populations: tuple[int, ...] = ()
+    """Cycles whose search chose it into the population."""
+    final: int = 0
+    """Its copies in the final population."""
+    validation: float | None = None
+
+    @property
+    def birth_score(self) -> float | None:
+        """Its first anchor score."""
+        return next(iter(self.scores.values()), None)
+
+    @property
+    def last_score(self) -> float | None:
+        """Its newest anchor score."""
+        return next(reversed([*self.scores.values()]), None)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module call of a rollout as people read it: ``outputs``, or the ``reply`` that did not parse."""
+
+    name: str
+    inputs: Mapping[str, str] | None
+    outputs: Mapping[str, str] | None
+    reply: str | None
+
+
+@dataclass(frozen=True)
+class Played:
+    """One sample rollout; see `dspy_fst.rollout.shown`."""
+
+    problem: int
+    candidate: str
+    reward: float | None
+    feedback: str | None
+    mask: str | None
+    failure: str | None
+    tokens: int | None
+    modules: tuple[Module, ...]
+
+
+@dataclass(frozen=True)
+class Told:
+    """A warning, and the step after which it was given; None when it came before the first."""
+
+    step: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run had spent when a step was over: searches, scoring and training together."""
+
+    rollouts: int
+    tokens: int
+    """Sampled tokens."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run spent in all, as far as its events go; validation is not among it."""
+
+    search_rollouts: int
+    """Scoring the carried population included."""
+    reused: int
+    """Evaluations of the searches that were answered from rollouts already made."""
+    training_rollouts: int
+    reflections: int
+    reflections_failed: int
+    accepted: int
+    search_tokens: int
+    training_tokens: int
+    """Sampled for the weight updates."""
+    trained_tokens: int
+    """Of those, the tokens that the updates learnt from."""
+    updates: int
+    """Updates that moved the weights."""
+    skipped: int
+    seconds: Mapping[str, float]
+    """Wall time by activity; together it is the time from the first event to the last."""
+
+    @property
+    def rollouts(self) -> int:
+        return self.search_rollouts + self.training_rollouts
+
+    @property
+    def tokens(self) -> int:
+        return self.search_tokens + self.training_tokens
+
+
+@dataclass(frozen=True)
+class TwoByTwo:
+    """Scores of {instructions} x {weights} on held-out problems."""
+
+    cells: Mapping[tuple[str, str], tuple[float, float | None]]
+    """(row, column), e.g. ``("seed", "base")``, -> mean and its standard error."""
+
+    @property
+    def rows(self) -> list[str]:
+        return list(dict.fromkeys(row for row, _ in self.cells))
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(column for _, column in self.cells))
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation on a split: mean@k and its interval."""
+
+    split: str | None
+    cycle: int | None
+    k: int | None
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that the events of one run tell."""
+
+    name: str
+    state: State
+    started: float | None = None
+    """Seconds since 1970, of the first event."""
+    last: float | None = None
+    """The same, of the last event."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[Told, ...] = ()
+    cycles: tuple[CycleReport, ...] = ()
+    steps: tuple[StepReport, ...] = ()
+    spent: tuple[Spent, ...] = ()
+    """After each of ``steps``."""
+    nodes: tuple[Node, ...] = ()
+    """Every candidate, in the order of birth."""
+    population: tuple[str, ...] = ()
+    """Digests of the final population, or of the newest while there is no final one; best first."""
+    trajectories: Mapping[int, tuple[Played, ...]] = field(default_factory=dict)
+    """Step -> the best and the worst rollout of its most telling group."""
+    weights: str | None = None
+    two_by_two: TwoByTwo | None = None
+    evaluations: tuple[Evaluated, ...] = ()
+
+    @cached_property
+    def by_digest(self) -> Mapping[str, Node]:
+        return {node.digest: node for node in self.nodes}
+
+    @property
+    def rewards(self) -> list[float]:
+        """Mean training rewards of the steps that measured one."""
+        return [step.reward for step in self.steps if step.reward is not None]
+
+    @property
+    def found(self) -> list[float | None]:
+        """The best score in each search's population."""
+        return [best(cycle.scores) for cycle in self.cycles]
+
+    @property
+    def carried(self) -> list[float | None]:
+        """The best score among what each search started from, on the same anchors under the same weights."""
+        started: list[tuple[str, ...]] = [tuple(node.digest for node in self.nodes if node.born is None)]
+        started += [cycle.population for cycle in self.cycles]
+        return [
+            best([self.by_digest[digest].scores.get(cycle.cycle) for digest in population])
+            for cycle, population in zip(self.cycles, started, strict=False)
+        ]
+
+    @property
+    def lost(self) -> Counter[str]:
+        """Rollouts that were masked or failed, by reason, the most frequent first."""
+        reports: list[CycleReport | StepReport] = [*self.cycles, *self.steps]
+        counts = sum((lost_of(report.counts) for report in reports), Counter[str]())
+        return Counter(dict(counts.most_common()))
+
+    @cached_property
+    def costs(self) -> Costs:
+        cycles, steps = self.cycles, self.steps
+        trained = [step.update for step in steps if step.update.tokens]
+        return Costs(
+            search_rollouts=sum(cycle.rollouts for cycle in cycles),
+            reused=sum(cycle.reused for cycle in cycles),
+            training_rollouts=sum(step.counts.get("rollouts", 0) for step in steps),
+            reflections=sum(cycle.reflections for cycle in cycles),
+            reflections_failed=sum(cycle.counts.get("reflections_failed", 0) for cycle in cycles),
+            accepted=sum(cycle.proposals_accepted for cycle in cycles),
+            search_tokens=sum(cycle.sampled_tokens for cycle in cycles),
+            training_tokens=sum(step.sampled_tokens for step in steps),
+            trained_tokens=sum(update.tokens for update in trained),
+            updates=len(trained),
+            skipped=sum(step.update.skipped is not None for step in steps),
+            seconds=self._seconds(),
+        )
+
+    def _seconds(self) -> dict[str, float]:
+        spent = Counter({"sampling for searches": sum(cycle.seconds or 0.0 for cycle in self.cycles)})
+        names = {"sampling": "sampling for updates", "update": "weight updates", "publish": "publishing weights"}
+        for step in self.steps:
+            for activity, seconds in step.seconds.items():
+                spent[names.get(activity, activity)] += seconds or 0.0  # type: ignore[assignment]
+        whole = (self.last or 0.0) - (self.started or 0.0)
+        rest = max(0.0, whole - math.fsum(spent.values()))
+        return {**spent, "everything else (reflections, validation, saving, pauses)": rest}
+
+
+def best(scores: Sequence[float | None]) -> float | None:
+    """The highest measured score; None when nothing was measured."""
+    return max((score for score in scores if score is not None), default=None)
+
+
+def lost_of(counts: Mapping[str, int]) -> Counter[str]:
+    """What was masked or failed, by reason."""
+    return Counter({name: count for name, count in counts.items() if name.startswith(("masked: ", "failed: "))})
+
+
+# ---- from a run's directory --------------------------------------------------------------------
+
+
+def read_records(run_dirs: Sequence[Path]) -> list[Record]:
+    """The records of these runs, under names that tell them apart.
+
+    Raises:
+        RunDirectoryError: one is not the directory of a run.
+    """
+    if not run_dirs:
+        raise ValueError("run_dirs is empty; name the directory of one run at least")
+    return [_read(path, name) for path, name in zip(run_dirs, _names(run_dirs), strict=True)]
+
+
+def _read(path: Path, name: str) -> Record:
+    if not any((path / file).is_file() for file in ("events.jsonl", "recipe.json")):
+        raise RunDirectoryError(f"{path} is not the directory of a run: it holds neither events.jsonl nor recipe.json")
+    evaluations = path / "evaluations.jsonl"
+    lines = evaluations.read_text("utf-8", "replace").splitlines() if evaluations.is_file() else []
+    return record_of(read_events(path), name=name, evaluations=lines, in_use=_in_use(path))
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that differ; a path that is named twice gets its place."""
+    whole = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-length:]) for parts in whole]
+        if len(set(names)) == len(set(whole)):
+            break
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a run holds the directory now. A shared lock is asked for and let go at once; a run's is exclusive."""
+    try:
+        with (path / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or a file system without locks
+        return False
+    return False
+
+
+# ---- from events -------------------------------------------------------------------------------
+
+
+def record_of(events: Events, *, name: str = "run", evaluations: Sequence[str] = (), in_use: bool = False) -> Record:
+    """The record of a run whose events are known so far.
+
+    Args:
+        evaluations: Lines of ``evaluations.jsonl``.
+        in_use: Whether a process works on the run now.
+    """
+    plan: Mapping[str, Any] = next(reversed(_of(events, "plan")), {})
+    done: Mapping[str, Any] = next(reversed(_of(events, "done")), {})
+    times = [event["time"] for event in events if event.get("time") is not None]
+    cycles = tuple(_cycle(event["report"]) for event in _of(events, "cycle"))
+    evaluated = list(_parsed(evaluations))
+    nodes = _lineage(events, done)
+    final = [node.digest for texts in _members(done) if (node := _with_texts(nodes.values(), texts))]
+    return Record(
+        name=name,
+        state="finished" if done else "running" if in_use else "stopped",
+        started=min(times, default=None),
+        last=max(times, default=None),
+        config=plan.get("config") or {},
+        budget=plan.get("budget") or {},
+        warnings=tuple(_warnings(events)),
+        cycles=cycles,
+        steps=tuple(_step(event["report"]) for event in _of(events, "step")),
+        spent=tuple(_spent(events)),
+        nodes=tuple(nodes.values()),
+        population=tuple(final) if done else cycles[-1].population if cycles else (),
+        trajectories={event["step"]: tuple(map(_played, event["rollouts"])) for event in _of(events, "trajectories")},
+        weights=done.get("weights"),
+        two_by_two=next((table for data in reversed(evaluated) if (table := _two_by_two(data))), None),
+        evaluations=tuple(made for data in evaluated if (made := _evaluated(data))),
+    )
+
+
+def _of(events: Events, kind: str) -> list[Mapping[str, Any]]:
+    return [event for event in events if event.get("event") == kind]
+
+
+def _known(cls: type[T], data: Mapping[str, Any], **made: Any) -> T:
+    """An instance from what was written; what another release did not write is None."""
+    return cls(**{known.name: data.get(known.name) for known in fields(cls)} | made)  # type: ignore[arg-type]
+
+
+def _cycle(data: Mapping[str, Any]) -> CycleReport:
+    return _known(CycleReport, data, scores=tuple(data["scores"]), population=tuple(data["population"]))
+
+
+def _step(data: Mapping[str, Any]) -> StepReport:
+    return _known(StepReport, data, update=_known(UpdateReport, data["update"]))
+
+
+def _played(data: Mapping[str, Any]) -> Played:
+    return _known(Played, data, modules=tuple(_known(Module, module) for module in data["modules"]))
+
+
+def _warnings(events: Events) -> Iterator[Told]:
+    """Warnings of the run's watch, and notes that call themselves one."""
+    for event in events:
+        text = event.get("text", "")
+        if event.get("event") == "warning" or (event.get("event") == "note" and text.startswith("warning: ")):
+            yield Told(event.get("step"), text.removeprefix("warning: "))
+
+
+def _spent(events: Events) -> Iterator[Spent]:
+    rollouts = tokens = 0
+    for event in events:
+        kind, report = event.get("event"), event.get("report", {})
+        if kind in ("cycle", "step"):
+            rollouts += report["rollouts"] if kind == "cycle" else report["counts"].get("rollouts", 0)
+            tokens += report["sampled_tokens"]
+        if kind == "step":
+            yield Spent(rollouts, tokens)
+
+
+def _lineage(events: Events, done: Mapping[str, Any]) -> dict[str, Node]:
+    """Every candidate by digest, in the order of birth.
+
+    A search that proposes a text again names other parents for it, which may be its own children: only what is older
+    than a candidate counts as its parent.
+    """
+    drafts: dict[str, dict[str, Any]] = {}
+    for event in _of(events, "cycle"):
+        cycle = event["report"]["cycle"]
+        for candidate in event["candidates"]:
+            digest = candidate["digest"]
+            if digest not in drafts:
+                parents = tuple(parent for parent in event["parents"].get(digest, ()) if parent in drafts)
+                born = cycle if parents else None
+                drafts[digest] = {"texts": candidate["texts"], "parents": parents, "born": born, "scores": {}}
+            drafts[digest]["scores"].setdefault(cycle, candidate["score"])
+    nodes = {digest: Node(number, digest, **draft) for number, (digest, draft) in enumerate(drafts.items())}
+    for texts in _members(done):
+        if _with_texts(nodes.values(), texts) is None:  # a run without searches ends with what it started with
+            digest = Candidate(texts).digest
+            nodes[digest] = Node(len(nodes), digest, texts)
+    reports = [event["report"] for event in _of(events, "cycle")]
+    return {
+        digest: replace(
+            node,
+            populations=tuple(report["cycle"] for report in reports if digest in report["population"]),
+            final=sum(texts == node.texts for texts in _members(done)),
+            validation=(done.get("validation") or {}).get(digest),
+        )
+        for digest, node in nodes.items()
+    }
+
+
+def _members(done: Mapping[str, Any]) -> list[dict[str, str]]:
+    return done["population"]["members"] if done else []
+
+
+def _with_texts(nodes: Iterable[Node], texts: Mapping[str, str]) -> Node | None:
+    """The candidate of these texts. Not by digest: secrets are taken out of what is written, so it would differ."""
+    return next((node for node in nodes if node.texts == texts), None)
+
+
+# ---- from evaluations --------------------------------------------------------------------------
+
+
+def _parsed(lines: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    for line in lines:
+        try:
+            data = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(data, dict):
+            yield data
+
+
+def _two_by_two(data: Mapping[str, Any]) -> TwoByTwo | None:
+    cells = data.get("cells")
+    if data.get("kind") != "two_by_two" or not isinstance(cells, dict):
+        return None
+    read = {}
+    for name, cell in cells.items():
+        row, _, column = name.partition("/")
+        if isinstance(cell, list) and len(cell) == 2 and (mean := _number(cell[0])) is not None:
+            read[row, column] = (mean, _number(cell[1]))
+    return TwoByTwo(read) if read else None
+
+
+def _evaluated(data: Mapping[str, Any]) -> Evaluated | None:
+    if data.get("kind") != "eval" or (mean := _number(data.get("mean"))) is None:
+        return None
+    return _known(Evaluated, data, mean=mean, low=_number(data.get("low")), high=_number(data.get("high")))
+
+
+def _number(value: Any) -> float | None:
+    """The value when it is a finite number."""
+    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if real else None
