@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspy_fst.errors import ConfigurationError, FSTError, RunDirectoryError
+from dspy_fst.errors import ConfigurationError, DiskError, FSTError, RunDirectoryError
 from dspy_fst.run.interrupts import Terminated, interruption_named, signals_raise
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ def report(
 def _why_not_resumed(run_dir: Path) -> str:
     if not (run_dir / "recipe.json").is_file():
         return f"{run_dir} is not the directory of a run that has started; start one with dspy-fst run FILE"
+    if not any((run_dir / "states").glob("[0-9]*")):
+        return f"{run_dir}: nothing was saved there yet; start it again with dspy-fst run FILE"
     return (
         f"{run_dir} holds no project.yaml, so it was not started by dspy-fst run. Go on from Python: "
         f"FSTOptimizer(run_dir={str(run_dir)!r}, ...).compile(...) with the same recipe, program and examples"
@@ -177,9 +179,9 @@ def _told_how_to_go_on(run_dir: Path) -> Iterator[None]:
     """What stops a run that was under way says how to continue it."""
     try:
         yield
-    except (ConfigurationError, RunDirectoryError):
-        raise
     except BaseException as error:
+        if _exit_code(error) == USAGE:
+            raise
         if (run_dir / "project.yaml").is_file():
             error.add_note(f"The run can be continued: dspy-fst resume {shlex.quote(str(run_dir))}")
         raise
@@ -204,6 +206,8 @@ def _errors_as_text(debug: bool) -> Iterator[None]:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
+    if isinstance(error, DiskError):
+        return FAILED
     return USAGE if isinstance(error, ConfigurationError | RunDirectoryError) else FAILED
 
 

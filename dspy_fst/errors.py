@@ -50,3 +50,7 @@ class MismatchError(TrainingError):
 
 class RunDirectoryError(FSTError):
     """A run directory that is unreadable, foreign, or of another configuration."""
+
+
+class DiskError(RunDirectoryError):
+    """The disk refused to write. What was committed is whole, and the run can be continued."""

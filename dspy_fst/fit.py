@@ -73,9 +73,9 @@ def need(policy: PolicyLM, config: FSTConfig, run_dir: Path) -> Need | None:
     free, _ = gpu or (_free_memory(), 0)
     return Need(
         parameters=parameters,
-        trainer=16 * parameters + reference + logits,
+        trainer=4 * parameters if config.method == "gepa" else 16 * parameters + reference + logits,
         engine=_engine_bytes(policy, half * parameters, gpu),
-        disk=(config.keep_weights + 3) * half * parameters + (config.keep_states + 1) * 12 * parameters,
+        disk=max(0, _on_disk(parameters, half, config) - _held(run_dir)),
         memory_free=free,
         disk_free=shutil.disk_usage(_existing(run_dir)).free,
         on_gpu=gpu is not None,
@@ -132,6 +132,18 @@ def _engine_bytes(policy: PolicyLM, weights: int, gpu: tuple[int, int] | None) -
     if gpu is not None:
         return int(settings.gpu_memory_utilization * gpu[1])
     return weights + int(settings.cpu_kv_cache_gib * GIB)
+
+
+def _on_disk(parameters: int, half: int, config: FSTConfig) -> int:
+    if config.method == "gepa":  # nothing is updated: one version, and states without moments
+        return 2 * half * parameters + 4 * parameters
+    return (config.keep_weights + 3) * half * parameters + (config.keep_states + 1) * 12 * parameters
+
+
+def _held(run_dir: Path) -> int:
+    """Bytes that the run has there already; files with several names count once."""
+    stats = [path.lstat() for name in ("weights", "states") for path in (run_dir / name).rglob("*")]
+    return sum({stat.st_ino: stat.st_size for stat in stats}.values())
 
 
 def _header(path: Path) -> Iterator[list[int]] | None:

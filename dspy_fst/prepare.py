@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,13 +81,16 @@ def open_session(
         if not run.state:
             session.commit_start()
         yield session
-        # The compiled program lives on; its restarts are no business of this run, nor held to this run's probes.
-        policy.handle.engine.on_recovery(logger.warning, lambda engine: None)
+        # The compiled program lives on: its restarts are no business of this run, and must not hold its trainer.
+        policy.handle.engine.on_recovery(logger.warning, None)
     except BaseException as error:
-        if name := interruption_named(error):
-            run.tell({"event": "note", "text": f"{name}: stopping; {_what_is_saved(run)}"})
-        policy.release()
-        run.abandon()
+        try:
+            if name := interruption_named(error):
+                with suppress(Exception):  # a terminal that is gone must not keep the server alive
+                    run.tell({"event": "note", "text": f"{name}: stopping; {_what_is_saved(run)}"})
+            policy.release()
+        finally:
+            run.abandon()
         raise
     run.close()
 
@@ -168,6 +172,7 @@ def _checked(
         ]
         recipe = redactor.clean(run_identity(config, student, trainset, policy))
         faults += [fault] if (fault := directory_fault(run_dir, recipe) or writable_fault(run_dir)) else []
+        policy.release()  # what the student's own engine holds is given back before the run starts
         faults += fit_faults(policy, config, run_dir)
     if faults or config is None:
         raise ConfigurationError(faults)
@@ -203,7 +208,18 @@ def _origin(student: dspy.Module, policy: PolicyLM) -> str:
 
 
 def _fingerprint(data: Any) -> str:
-    return hashlib.sha256(repr(data).encode("utf-8", "replace")).hexdigest()[:16]
+    return hashlib.sha256(_same_in_every_process(data).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _same_in_every_process(data: Any) -> str:
+    """``repr`` without what differs from process to process: the order of sets, and addresses."""
+    if isinstance(data, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_same_in_every_process(value)}' for key, value in data.items())}}}"
+    if isinstance(data, set | frozenset):
+        return f"{{{', '.join(sorted(map(_same_in_every_process, data)))}}}"
+    if isinstance(data, list | tuple):
+        return f"[{', '.join(map(_same_in_every_process, data))}]"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(data))
 
 
 BLOCK, BLOCKS = 65_536, 64

@@ -73,8 +73,11 @@ class Engine(Scorer, Protocol):
         """Tell how many rollouts are in flight, so that an engine which batches knows for whom to wait."""
         ...
 
-    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None]) -> None:
-        """Have each recovery from a failure told as a sentence, and the recovered engine verified before it samples."""
+    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
+        """Have each recovery from a failure told as a sentence, and the recovered engine verified before it samples.
+
+        ``verify`` belongs to the weights that are loaded next; None lets go of the last one, too.
+        """
         ...
 
     def take_counts(self) -> Counter[str]:

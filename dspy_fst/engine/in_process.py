@@ -138,7 +138,7 @@ class InProcessEngine:
             chosen = logprobs.gather(-1, ids[:, 1:, None])[:, :, 0].tolist()
         return [row[: length - 1] for row, length in zip(chosen, lengths, strict=True)]
 
-    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None]) -> None:
+    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
         """Nothing to do: this engine fails and falls with the process."""
 
     def take_counts(self) -> Counter[str]:

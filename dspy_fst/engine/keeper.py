@@ -114,9 +114,11 @@ class Keeper:
     def expect(self, callers: int) -> None:
         """Nothing to do: vLLM batches whatever is in flight."""
 
-    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None]) -> None:
-        """Tell each restart, and verify the restarted server before anybody samples from it."""
+    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
+        """Tell each restart, and verify the restarted server before anybody samples from it; None: not any more."""
         self.on_event, self.after_restart = tell, verify
+        if verify is None:
+            self._check = None
 
     def take_counts(self) -> Counter[str]:
         """What happened since the last call."""

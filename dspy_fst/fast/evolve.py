@@ -16,7 +16,7 @@ from typing import Any
 import dspy
 import gepa
 
-from dspy_fst.errors import MeasurementError, ReflectionError
+from dspy_fst.errors import ReflectionError
 from dspy_fst.fast.gepa_adapter import (
     BankedAdapter,
     Feedback,
@@ -95,7 +95,7 @@ def evolve(
 
     Raises:
         ReflectionError: every reflection failed.
-        MeasurementError: a candidate was played on all anchors and nothing was measured.
+        MeasurementError: nothing is measured any more.
         RunDirectoryError: the journal is of another search, or cannot be written.
     """
     journal = journal or NoJournal()
@@ -156,10 +156,10 @@ def evolve(
 
 @contextmanager
 def _forgotten_if_failed(journal: Journal) -> Iterator[None]:
-    """A search that failed as a whole is not to be repeated from its record: the cause may have been mended."""
+    """Failed reflections are on record, and repeated from it the search would fail again after the cause was mended."""
     try:
         yield
-    except (MeasurementError, ReflectionError):
+    except ReflectionError:
         journal.remove()
         raise
 

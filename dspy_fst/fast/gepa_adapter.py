@@ -29,6 +29,10 @@ Propose = Callable[..., dict[str, str]]
 """gepa's ProposalFn: (candidate, reflective_dataset, components_to_update) -> {component: new text}."""
 
 
+OUTAGE = 12
+"""Rollouts in a row, whole batches of them, that may measure nothing before a search stops (ours)."""
+
+
 class Journal(Protocol):
     """Keeps what each costly act of a search gave, so that a killed search can be repeated without paying again."""
 
@@ -71,6 +75,7 @@ class RolloutBank:
 
     def __init__(self, play: Play, program: dspy.Module, journal: Journal):
         self._play, self._program, self._journal = play, program, journal
+        self._masked_in_a_row = 0
         self._made: dict[tuple[str, int], Rollout] = {}
         self.fresh: list[Rollout] = []
         self.reused = 0
@@ -99,11 +104,26 @@ class RolloutBank:
             programs = self._speaking(candidates)
             return from_plain(recalled["rollouts"], candidates, lambda c: programs[c.digest])
         played = self._play(wanted)
+        self._refuse_outage(played)
         tokens = sum(rollout.tokens for rollout in played)
         self.sampled_tokens += tokens
         if recalled is None:
             self._journal.record("rollouts", key, {"rollouts": to_plain(played), "tokens": tokens})
         return played
+
+    def _refuse_outage(self, played: Sequence[Rollout]) -> None:
+        """Stop when nothing is measured any more: to GEPA every new candidate would look worthless.
+
+        Raises:
+            MeasurementError: what was played last is not recorded, so that a repeated search tries it again.
+        """
+        masks = [rollout.mask for rollout in played if rollout.mask is not None]
+        self._masked_in_a_row = self._masked_in_a_row + len(masks) if len(masks) == len(played) else 0
+        if self._masked_in_a_row >= OUTAGE:
+            raise MeasurementError(
+                f"the last {self._masked_in_a_row} rollouts of the search measured nothing "
+                f"({', '.join(sorted(set(masks)))}); mend the cause and compile again with the same run_dir to go on"
+            )
 
     def _speaking(self, candidates: Sequence[Candidate]) -> dict[str, dspy.Module]:
         programs = {candidate.digest: with_texts(self._program, candidate) for candidate in candidates}
@@ -177,18 +197,8 @@ class BankedAdapter(DspyAdapter):
         return batches
 
     def scores(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Rewards for GEPA, which knows no masks: a masked rollout takes the mean of the measured ones.
-
-        Raises:
-            MeasurementError: a candidate was played on the anchors and nothing at all was measured.
-        """
+        """Rewards for GEPA, which knows no masks: a masked rollout takes the mean of the measured ones."""
         measured = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-        if not measured and len(rollouts) > self.minibatch:
-            reasons = ", ".join(sorted({str(rollout.mask) for rollout in rollouts}))
-            raise MeasurementError(
-                f"none of {len(rollouts)} rollouts of the search measured anything ({reasons}); mend the cause and "
-                "compile again with the same run_dir to go on"
-            )
         mean = sum(measured) / len(measured) if measured else 0.0
         return [mean if rollout.reward is None else rollout.reward for rollout in rollouts]
 
@@ -230,7 +240,10 @@ class BankedAdapter(DspyAdapter):
         self, candidate: dict[str, str], reflective_dataset: dict[str, Any], shown: list[str]
     ) -> dict[str, Any]:
         try:
-            return {"texts": dict(super().propose_new_texts(candidate, reflective_dataset, shown))}
+            texts = dict(super().propose_new_texts(candidate, reflective_dataset, shown))
+            if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
+                raise TypeError(f"the proposer gave no text for {', '.join(map(str, wrong))}")
+            return {"texts": texts}
         except Exception as error:
             return {"failed": repr(error)}
 

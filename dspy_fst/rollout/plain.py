@@ -51,7 +51,10 @@ def _prediction(value: Any) -> Any:
     if isinstance(value, FailedPrediction):
         return {"failed": value.completion_text, "format_reward": value.format_reward}
     if type(value) is dspy.Prediction:
-        return {"fields": _native(dict(value.items()))}
+        completions = getattr(value, "_completions", None)
+        if completions is not None and len(completions) > 1:
+            raise _OpaqueError
+        return {"fields": _native(dict(value.items())), "sampled": completions is not None}
     raise _OpaqueError
 
 
@@ -92,4 +95,6 @@ def _predicted(data: Mapping[str, Any] | None) -> Any:
         return None
     if "failed" in data:
         return FailedPrediction(data["failed"], data["format_reward"])
+    if data["sampled"]:
+        return dspy.Prediction.from_completions({name: [value] for name, value in data["fields"].items()})
     return dspy.Prediction(**data["fields"])

@@ -29,7 +29,7 @@ from dspy_fst.types import Population, WeightsVersion
 
 LOCK = ".lock"
 PROJECT = "project.yaml"
-"""Written by the command line before the run starts."""
+"""Written by the command line once the run was accepted."""
 UNCLAIMED = (LOCK, PROJECT, "recipe.json.new")
 """What may lie in a directory that no run has begun in; the last is left by a kill in the first moment."""
 VERSION, HALF_WRITTEN = re.compile(r"step-\d+"), re.compile(r"\.step-\d+")
@@ -143,15 +143,19 @@ class RunDirectory:
 
     def abandon(self) -> None:
         """Remove what was written, if nothing was committed yet: the directory is free for a corrected recipe."""
-        if not self.state:
-            for name in reversed(OURS):  # the recipe last: what a kill leaves of the rest is still a run's
-                remove(self.path / name)
-        self._lock.release()
+        try:
+            if not self.state:
+                for name in reversed(OURS):  # the recipe last: what a kill leaves of the rest is still a run's
+                    remove(self.path / name)
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """Let others open the directory. A finished run has no search in hand, whatever a kill left of one."""
-        remove(self.path / "search.jsonl")
-        self._lock.release()
+        try:
+            remove(self.path / "search.jsonl")
+        finally:
+            self._lock.release()
 
     def _checked_log(self) -> "hashlib._Hash":
         """The hash of the committed events, after a check that they are what was committed."""

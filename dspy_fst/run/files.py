@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dspy_fst.errors import RunDirectoryError
+from dspy_fst.errors import DiskError
 from dspy_fst.types import Candidate, Population
 
 _ADVICE = {
@@ -24,6 +24,8 @@ _ADVICE = {
     errno.EROFS: "the file system is read-only; mount it for writing",
     errno.EACCES: "writing there is not permitted; change the permissions",
     errno.EPERM: "writing there is not permitted; change the permissions",
+    errno.EISDIR: "a folder lies where a file belongs; move it away",
+    errno.ENOTDIR: "a file lies where a folder belongs; move it away",
     errno.EIO: "the disk fails; move the directory to another",
 }
 
@@ -33,14 +35,16 @@ def writing(path: Path) -> Iterator[None]:
     """A block that writes below ``path``.
 
     Raises:
-        RunDirectoryError: the disk refused. What was committed before is whole.
+        DiskError: the disk refused. What was committed before is whole.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
-        advice = _ADVICE.get(number or 0, "mend the cause")
-        raise RunDirectoryError(
+        if number not in _ADVICE:
+            raise  # not the disk's: a listener's broken pipe, a file that a program took away
+        advice = _ADVICE[number]
+        raise DiskError(
             f"{path} cannot be written: {error}: {advice}, then go on with the same run_dir. What was committed is "
             "whole"
         ) from error

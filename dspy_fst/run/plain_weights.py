@@ -14,7 +14,7 @@ FILES = {"adapter_config.json": "it can name another model to load", "model.safe
 KEYS = {
     **dict.fromkeys(("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation"), CODE),
     **dict.fromkeys(("experts_implementation", "_experts_implementation"), CODE),
-    **dict.fromkeys(("transformers_weights", "init_inputs"), ELSEWHERE),
+    **dict.fromkeys(("transformers_weights", "init_inputs", "speculators_config"), ELSEWHERE),
 }
 """Keys of a model's, generation's or tokenizer's configuration that lead out of the folder (transformers 5.19)."""
 

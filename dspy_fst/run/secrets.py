@@ -81,7 +81,7 @@ class Redactor:
         elif isinstance(value, list | tuple):
             for index, item in enumerate(value):
                 yield from self._places(item, f"{where}[{index}]")
-        elif self.clean(value) != value:
+        elif isinstance(value, str) and self.clean(value) != value:
             yield where
 
 

@@ -135,6 +135,8 @@ def _share(there: Path, here: Path) -> None:
         os.link(there, here)
     except OSError:
         shutil.copyfile(there, here)
+        flush(here)
+    flush(here.parent)
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

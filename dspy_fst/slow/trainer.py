@@ -148,8 +148,8 @@ class Trainer:
             self._optimizer.zero_grad()
             raise NotFiniteError(
                 f"update {self._updates + 1}: loss {float(tally.loss)}, gradient norm {float(norm)}; the weights "
-                "were left as they are. Lower learning_rate, set max_grad_norm, or look for log-probabilities in "
-                "the batch that are not finite"
+                "were left as they are. Lower learning_rate or set max_grad_norm (in a new run_dir), or look for "
+                "log-probabilities in the batch that are not finite"
             )
         return norm
 

@@ -9,6 +9,7 @@ from dspy_fst.fast.gepa_adapter import NoJournal, RolloutBank
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import read_texts
+from dspy_fst.run.journal import Journal
 from dspy_fst.types import Candidate, Population, Problem, Rollout
 from tests.fakes import fields, scripted_policy
 
@@ -65,7 +66,7 @@ class Searcher:
         self.turn += 1
         return {name: f"{candidate[name]} {SKILLS[self.turn // 2 % 2]}" for name in components_to_update}
 
-    def evolve(self, population=None, **settings):
+    def evolve(self, population=None, journal=None, **settings):
         population = population or Population.of_seed(read_texts(self.program), 2)
         return evolve(
             population,
@@ -74,6 +75,7 @@ class Searcher:
             play=self.play,
             feedback=lambda e, p, t, n, pt: Reward(metric)(e, p, t, n, pt).feedback,
             propose=self.propose,
+            journal=journal,
             settings=SearchSettings(**{"size": 2, "budget": 60, **settings}),
         )
 
@@ -243,3 +245,35 @@ def test_masked_rollouts_are_counted_and_do_not_move_a_mean():
     assert search.counts["masked: timeout"] > 0
     seed = next(row for row, c in zip(search.scores, search.candidates, strict=True) if c.texts["second"] == "Answer.")
     assert set(seed) == {0.0}
+
+
+def test_an_outage_in_the_middle_of_a_search_stops_it_and_only_the_lost_batch_is_played_again(tmp_path):
+    def dying(searcher, lives):
+        play, batches = searcher.play, iter(range(1000))
+
+        def played(wanted):
+            if next(batches) < lives:
+                return play(wanted)
+            return [Rollout(p.index, c, (), None, mask="lm: EngineError") for p, c in wanted]
+
+        searcher.play = played
+        return searcher
+
+    path = tmp_path / "search.jsonl"
+    with pytest.raises(
+        MeasurementError, match=r"the last 12 rollouts of the search measured nothing \(lm: EngineError\)"
+    ):
+        dying(Searcher(constant), 1).evolve(journal=Journal(path, {}))
+    assert path.exists()
+    mended = Searcher(constant)
+    mended.evolve(journal=Journal(path, {}))
+    seeds = {(read_texts(mended.program).digest, problem.index) for problem in ANCHORS}
+    assert not seeds & set(mended.asked)  # what was measured before the outage is not paid for again
+
+
+def test_a_proposer_that_gives_no_text_is_a_failed_reflection():
+    def numbers(candidate, reflective_dataset, components_to_update):
+        return dict.fromkeys(components_to_update, b"bytes")
+
+    with pytest.raises(ReflectionError, match="gave no text for"):
+        Searcher(numbers).evolve()
