@@ -121,6 +121,7 @@ def _why_not_resumed(run_dir: Path) -> str:
 def _train(project: "Project", as_json: bool) -> None:
     """Compile what the project names, save the compiled program beside the run and show the outcome."""
     run_dir = project.run_path
+    typer.echo("reading the project", err=True)
 
     def keep(event: Mapping[str, Any]) -> None:
         if event["event"] == "plan":  # all is checked, nothing is spent: a refused run leaves nothing behind
@@ -184,6 +185,8 @@ def _told_how_to_go_on(run_dir: Path) -> Iterator[None]:
             raise
         if (run_dir / "project.yaml").is_file():
             error.add_note(f"The run can be continued: dspy-fst resume {shlex.quote(str(run_dir))}")
+        elif interruption_named(error):
+            error.add_note("Nothing was saved yet; the same command starts it again")
         raise
 
 

@@ -295,6 +295,10 @@ def _announce(session: Session) -> None:
         session.run.tell({"event": "plan", "budget": asdict(budget)})
         going_on = f"going on in {session.run.path}: {state['step']} of {budget.updates} updates are done"
         session.tell_note(going_on)
+        before, now = state.get("judged_by"), session.player.reward.identity
+        if before != now:
+            changed = f"the metric changed since the run was stopped (was {before}, now {now})"
+            session.run.emit("warning", step=state["step"], text=f"{changed}; its rewards are not comparable")
         return
     rollouts = budget.search_rollouts + budget.scoring_rollouts + budget.training_rollouts
     tokens = session.tokens_per_rollout

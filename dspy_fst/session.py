@@ -319,7 +319,8 @@ class Session:
         self._commit(cycle=0, searched=-1, step=0, population=self.population)
 
     def _commit(self, **state: Any) -> None:
-        self.run.commit(self.trainer.save_state if self._trainer_moved else None, **state)
+        save_trainer = self.trainer.save_state if self._trainer_moved else None
+        self.run.commit(save_trainer, judged_by=self.player.reward.identity, **state)
         self._trainer_moved = False
 
     # ---- watching ------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ def propose(candidate, reflective_dataset, components_to_update):
     return {name: candidate[name] + " Be brief." for name in components_to_update}
 
 
-def compile_relay(run_dir, engine="in_process", program=None, **changes):
-    optimizer = FSTOptimizer(metric=any_answer, propose=propose, run_dir=run_dir, **{**SHORT, **changes})
+def compile_relay(run_dir, engine="in_process", program=None, metric=any_answer, **changes):
+    optimizer = FSTOptimizer(metric=metric, propose=propose, run_dir=run_dir, **{**SHORT, **changes})
     lab = build(train=32, val=4, test=4)
     return optimizer.compile(program or relay(engine), trainset=lab.trainset, valset=lab.valset)
 

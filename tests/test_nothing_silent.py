@@ -10,7 +10,7 @@ from dspy_fst.compiled import policy_of
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
 from dspy_fst.run.directory import read_events
-from tests.relay import relay
+from tests.relay import any_answer, relay
 from tests.test_compile import compile_relay
 
 
@@ -103,3 +103,21 @@ def test_the_weights_with_the_best_reward_are_kept(tmp_path):
     kept = {int(path.name[-6:]) for path in (tmp_path / "run" / "weights").glob("step-*")}
     assert kept == {0, best, len(steps)}
     assert len(list((tmp_path / "run" / "states").iterdir())) == 2
+
+
+def test_another_metric_than_before_is_told_when_a_run_goes_on(tmp_path):
+    class StoppedError(Exception):
+        pass
+
+    def stop(event):
+        if event["event"] == "step" and event["report"]["step"] == 2:
+            raise StoppedError
+
+    def other(gold, pred, trace=None):
+        return any_answer(gold, pred)
+
+    with pytest.raises(StoppedError):
+        compile_relay(tmp_path / "run", method="rl", listeners=[stop])
+    compile_relay(tmp_path / "run", method="rl", metric=other)
+    told = [event["text"] for event in read_events(tmp_path / "run") if event["event"] == "warning"]
+    assert any("the metric changed" in text and "any_answer" in text and "other" in text for text in told)

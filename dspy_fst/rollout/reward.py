@@ -1,5 +1,6 @@
 """A DSPy metric as a reward: a finite score and feedback, or the reason why there is none."""
 
+import hashlib
 import inspect
 import math
 from collections.abc import Callable
@@ -33,6 +34,16 @@ class Reward:
     def __init__(self, metric: Metric):
         self.metric = metric
         self._names = _filled_by_name(metric)
+
+    @property
+    def identity(self) -> str:
+        """The metric's name and a digest of its source, to tell when a run goes on under another one."""
+        named = self.metric if hasattr(self.metric, "__qualname__") else type(self.metric)
+        try:
+            source = inspect.getsource(named)
+        except (OSError, TypeError):
+            source = ""
+        return f"{named.__module__}.{named.__qualname__} {hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
     def __call__(
         self,

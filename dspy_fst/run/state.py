@@ -91,7 +91,9 @@ def newest_state(folder: Path) -> RunState | None:
 
 def _verified(path: Path, other: Path | None) -> RunState:
     def damaged(what: str) -> RunDirectoryError:
-        way_out = f"remove that folder to go on from {other}" if other else "restore it from a copy"
+        way_out = (
+            f"remove that folder to go on from {other}" if other and _is_whole(other) else "restore it from a copy"
+        )
         return RunDirectoryError(f"{path} is damaged: {what}; {way_out}, or name a new run_dir. Nothing was changed")
 
     document = read_json(path / "state.json")
@@ -112,6 +114,14 @@ def _verified(path: Path, other: Path | None) -> RunState:
         if (path / name).stat().st_size != facts["bytes"] or sha256_of(path / name) != facts["sha256"]:
             raise damaged(f"{name} does not match its checksum")
     return RunState(path, document["fields"], files)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _verified(path, other=None)
+    except RunDirectoryError:
+        return False
+    return True
 
 
 def _numbered(folder: Path) -> list[Path]:
