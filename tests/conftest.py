@@ -1,5 +1,7 @@
 """Settings of the whole test run."""
 
+import signal
+
 import transformers
 from hypothesis import settings
 
@@ -7,3 +9,7 @@ from hypothesis import settings
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 transformers.logging.disable_progress_bar()
+
+# A runner in the background ignores these, and children inherit it: what tests send would not arrive.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)

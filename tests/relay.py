@@ -25,7 +25,9 @@ class Relay(dspy.Module):
 def relay(engine="in_process"):
     """The program, speaking with the base model at a temperature at which groups differ."""
     program = Relay()
-    program.set_lm(PolicyLM(BASE, engine=engine, max_tokens=12, temperature=1.5))
+    # However busy the machine: batches are cut by who waits, never by the clock.
+    options = {"linger_s": 60.0} if engine == "in_process" else {}
+    program.set_lm(PolicyLM(BASE, engine=engine, max_tokens=12, temperature=1.5, engine_options=options))
     return program
 
 

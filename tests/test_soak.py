@@ -43,7 +43,7 @@ def test_whatever_leaks_is_named(tmp_path):
     for number in range(8):
         path = tmp_path / str(number)
         path.write_bytes(b"x" * 100_000)
-        kept += [path.open(), bytearray(ONE_MODEL)]
+        kept += [path.open(), b"x" * ONE_MODEL]  # written, so that it takes memory
         threading.Thread(target=end.wait).start()
         measures.append(Measure.now(tmp_path))
     end.set()

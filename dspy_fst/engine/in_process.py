@@ -35,8 +35,9 @@ class InProcessSettings:
     """``"float32"`` or ``"bfloat16"``; None is float32 on CPU, bfloat16 on CUDA. Sampling is in float32."""
     max_batch_tokens: int = 65_536
     """Prompt plus completion tokens of one batch, padding included; larger batches are cut."""
-    linger_s: float = 0.5
-    """Seconds without a new call after which a batch runs although some caller in flight has not called."""
+    linger_s: float = 2.0
+    """Seconds without a new call after which a batch runs although some caller in flight has not called. On a machine
+    so busy that a caller takes longer, batches differ from run to run, and so do the last bits."""
     timeout_s: float = 600.0
     """Seconds a caller waits for its reply before EngineError."""
 
