@@ -1,0 +1,78 @@
+"""Who of the population answers a request, and what the majority of them says. Pure functions."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from dspy_fst.serve.settings import ChoiceName
+
+
+def speakers(choice: ChoiceName, members: int, seed: int) -> list[int]:
+    """Ranks of the members that answer, 0 being the best; a member that fills a short population counts again."""
+    if choice == "vote":
+        return list(range(members))
+    return [0] if choice == "best" else [random.Random(f"speaker of {seed}").randrange(members)]
+
+
+def ballot(outputs: BaseModel, field: str | None) -> str:
+    """What an answer votes for: equal outputs give equal ballots."""
+    values = outputs.model_dump(mode="json")
+    return json.dumps(values if field is None else values[field], sort_keys=True)
+
+
+def decided(ballots: Sequence[str | None]) -> tuple[int, float]:
+    """The majority's best member and the share of all members that agree with it.
+
+    Args:
+        ballots: By rank, the best member's first; None abstains. One at least is no None.
+
+    >>> decided(["9", "7", "7", None])
+    (1, 0.5)
+    """
+    votes = Counter(vote for vote in ballots if vote is not None)
+    # Counter keeps the order in which ballots came, so that of a tie the better member's is first.
+    winner, count = votes.most_common(1)[0]
+    return list(ballots).index(winner), count / len(ballots)
+
+
+def vote_faults(outputs: type[BaseModel], field: str | None) -> list[str]:
+    """Why answers could not be told equal or different, one sentence each."""
+    if field is not None:
+        known = ", ".join(outputs.model_fields)
+        return [] if field in outputs.model_fields else [f"vote_on is {field!r}: the outputs are {known}"]
+    schema = outputs.model_json_schema(mode="serialization")
+    definitions = schema.get("$defs", {})
+    free = [name for name, part in schema["properties"].items() if _holds_free_text(part, definitions, ())]
+    if not free:
+        return []
+    return [
+        f"choice is 'vote', but {', '.join(free)} can be any text, in which no two answers need agree; name the field "
+        "that counts with vote_on"
+    ]
+
+
+_COMPOSED = ("anyOf", "oneOf", "allOf", "items", "prefixItems", "additionalProperties", "propertyNames")
+_BOUND = {"enum", "const", "format", "pattern"}
+
+
+def _holds_free_text(schema: Any, definitions: dict[str, Any], within: tuple[str, ...]) -> bool:
+    """Whether a JSON schema lets any string in, at any depth; ``True`` and ``{}`` let in everything."""
+    if isinstance(schema, list):
+        return any(_holds_free_text(part, definitions, within) for part in schema)
+    if not isinstance(schema, dict):
+        return schema is True
+    if (reference := schema.get("$ref")) is not None:
+        name = reference.rpartition("/")[2]
+        return name not in within and _holds_free_text(definitions[name], definitions, (*within, name))
+    if schema.keys() & _BOUND:
+        return False
+    if schema.get("type") == "object" and schema.get("additionalProperties") and "propertyNames" not in schema:
+        return True  # its keys are any text
+    parts = [schema[key] for key in _COMPOSED if key in schema]
+    if schema.get("type") == "string" or not (parts or "type" in schema):
+        return True
+    return _holds_free_text([*parts, *schema.get("properties", {}).values()], definitions, within)

@@ -1,0 +1,73 @@
+"""Server-sent events: from the threads that work to the one caller who listens."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from starlette.types import Receive, Scope, Send
+
+from dspy_fst.errors import EngineError
+
+PING_S = 15.0
+"""Silence after which a comment is sent: proxies close connections that say nothing."""
+
+
+class Feed:
+    """Events of one request. `send` may be called in any thread; make it and read it in the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._closed = False
+
+    def send(self, data: Any, event: str | None = None) -> None:
+        """Tell the listener.
+
+        Raises:
+            EngineError: nobody listens any more, so what is being made can be stopped.
+        """
+        text = data if isinstance(data, str) else json.dumps(data)
+        self._put(format_sse_event(data_str=text, event=event))
+
+    def _put(self, item: bytes | None) -> None:
+        if self._closed or self._loop.is_closed():
+            raise EngineError("the caller left in the middle of a stream")
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def listen(self, work: Coroutine[Any, Any, None]) -> AsyncGenerator[bytes, None]:
+        """The events that are sent while the work goes on; then raises what the work raised.
+
+        The work is cancelled when nobody reads on.
+        """
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(lambda _: self._queue.put_nowait(None))
+        try:
+            while True:
+                try:
+                    item = await asyncio.wait_for(self._queue.get(), PING_S)
+                except TimeoutError:
+                    item = KEEPALIVE_COMMENT
+                if item is None:
+                    break
+                yield item
+            await task
+        finally:
+            self._closed = True
+            task.cancel()
+
+
+class EventStream(StreamingResponse):
+    """A reply of events, whose source is closed when the reply ends, however it ends."""
+
+    def __init__(self, source: AsyncGenerator[bytes, None]):
+        super().__init__(source, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._source.aclose()

@@ -1,0 +1,200 @@
+"""What every request passes before the app sees it: key, size, line, time limit. Nothing of the app is known here.
+
+In this order, so that a stranger costs no memory, and a request that will be refused is not read: key, end of
+service, readiness, a place in line, body, turn.
+"""
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Callable, Iterable
+from urllib.parse import urlsplit
+
+from fastapi.sse import format_sse_event
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dspy_fst.serve.errors import ApiError, internal_error
+from dspy_fst.serve.gate import Gate, LineFullError, Ticket
+from dspy_fst.serve.metrics import Metrics
+from dspy_fst.serve.settings import DOCS, HEALTH, READY, RESERVED, SCHEMA, ServeSettings, is_loopback
+
+logger = logging.getLogger(__name__)
+
+OPEN = (HEALTH, READY, DOCS, SCHEMA)
+"""Paths that need no key: they tell what the server is, not what it was asked."""
+CLIENT_GONE = 499
+"""Counted as the status of a request whose caller left before there was a reply."""
+
+
+class _GoneError(Exception):
+    """The caller left."""
+
+
+class Limits:
+    """ASGI middleware.
+
+    Args:
+        work: Paths whose POST requests take a place at work.
+        not_ready: Why no work can be done now, or None.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServeSettings,
+        gate: Gate,
+        metrics: Metrics,
+        work: Iterable[str],
+        not_ready: Callable[[], str | None],
+    ):
+        self.app, self.settings, self.gate, self.metrics = app, settings, gate, metrics
+        self._work, self._not_ready = frozenset(work), not_ready
+        self._endpoints = {*self._work, *RESERVED}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        reply = _Reply(send, self.gate)
+        try:
+            await self._guarded(scope, receive, reply)
+        except ApiError as error:
+            self.metrics.error(error.type)
+            await reply.fail(error, scope, receive)
+        except _GoneError:
+            pass
+        except Exception:
+            logger.exception("a request to %s failed", scope["path"])
+            self.metrics.error("internal")
+            await reply.fail(internal_error(), scope, receive)
+        finally:
+            # Paths that nobody serves are counted as one: each would else stay in memory for good.
+            endpoint = scope["path"] if scope["path"] in self._endpoints else "other"
+            self.metrics.request(endpoint, reply.status or CLIENT_GONE, time.perf_counter() - began)
+
+    async def _guarded(self, scope: Scope, receive: Receive, reply: "_Reply") -> None:
+        headers = Headers(scope=scope)
+        if scope["path"] not in OPEN:
+            self._check_caller(headers)
+        if scope["method"] != "POST" or scope["path"] not in self._work:
+            await self.app(scope, receive, reply)
+            return
+        self._check_open()
+        try:
+            async with self.gate.admitted(self.settings.timeout_s) as ticket:
+                body = await self._body(headers, receive)
+                await _turn(ticket, receive, self.gate)
+                scope.setdefault("state", {})["ticket"] = ticket
+                await self.app(scope, _replayed(body, receive), reply)
+        except LineFullError:
+            message = f"{self.gate.places} requests are at work and {self.gate.line} wait; ask again later."
+            raise ApiError(429, "queue_full", message, headers=self._retry_after()) from None
+        except TimeoutError:
+            raise self._too_late() from None
+
+    def _check_caller(self, headers: Headers) -> None:
+        if self.settings.api_key is None:
+            # A page in a browser can give its own name the address 127.0.0.1, and then speak with this server.
+            if not is_loopback(_host(headers.get("host", ""))):
+                raise ApiError(403, "foreign_host", "A server without a key answers to localhost only.")
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.settings.api_key.encode()):
+            message = "Send the server's key as 'Authorization: Bearer KEY'."
+            raise ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
+
+    def _check_open(self) -> None:
+        if self.gate.draining:
+            raise ApiError(503, "draining", "The server is ending; ask another.", headers=self._retry_after())
+        if (reason := self._not_ready()) is not None:
+            raise ApiError(503, "not_ready", reason, headers=self._retry_after())
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        limit = self.settings.max_body_bytes
+        declared = headers.get("content-length", "")
+        too_large = ApiError(413, "too_large", f"The body has more than {limit} bytes.")
+        if declared.isdigit() and int(declared) > limit:
+            raise too_large
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _GoneError
+            body += message.get("body", b"")
+            if len(body) > limit:
+                raise too_large
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _too_late(self) -> ApiError:
+        if self.gate.draining:
+            return ApiError(503, "draining", "The server ended before there was an answer; ask another.")
+        message = f"There was no answer within {self.settings.timeout_s:g} s, the wait in line included."
+        return ApiError(504, "timeout", message)
+
+    def _retry_after(self) -> dict[str, str]:
+        return {"Retry-After": str(self.settings.retry_after_s)}
+
+
+def _host(header: str) -> str:
+    """The name in a Host header, without its port."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
+
+
+async def _turn(ticket: Ticket, receive: Receive, gate: Gate) -> None:
+    """Wait for a place at work, unless the caller leaves before: a line of the dead would keep the living out."""
+    if not gate.turns.locked():
+        await ticket.turn()
+        return
+    turn, left = asyncio.ensure_future(ticket.turn()), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait({turn, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not turn.done():
+            raise _GoneError
+    finally:
+        turn.cancel()
+        left.cancel()
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """The body that was read, then whatever comes."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+class _Reply:
+    """The way out: remembers what was sent, so that an error is told once and in the right form."""
+
+    def __init__(self, send: Send, gate: Gate):
+        self.status: int | None = None
+        self._send, self._gate = send, gate
+        self._is_stream = self._is_whole = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(raw=message["headers"])
+            if self._gate.draining:
+                headers["Connection"] = "close"
+            self.status = message["status"]
+            self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
+        elif message["type"] == "http.response.body":
+            self._is_whole = not message.get("more_body", False)
+        await self._send(message)
+
+    async def fail(self, error: ApiError, scope: Scope, receive: Receive) -> None:
+        """Send the error as the reply, or as the last event of a stream that has begun."""
+        if self.status is None:
+            await error.response()(scope, receive, self)
+        elif self._is_stream and not self._is_whole:
+            event = format_sse_event(event="error", data_str=error.reply.model_dump_json())
+            await self({"type": "http.response.body", "body": event, "more_body": False})

@@ -1,0 +1,175 @@
+"""A program's inputs and outputs as pydantic models, so that the API's schema says what the program really takes."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_type_hints
+
+import dspy
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model, model_validator
+from pydantic.errors import PydanticUserError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticSerializationError
+
+from dspy_fst.errors import ConfigurationError
+
+Fields = dict[str, tuple[Any, Any]]
+"""Field name -> (annotation, default), as `pydantic.create_model` takes them; ``...`` is no default."""
+SIGNATURE_HELP = "set signature=, e.g. 'question: str, year: int -> answer: str'"
+
+
+class Sent(BaseModel):
+    """What a caller sends: known fields only, and text that every tokenizer can take."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="after")
+    def _is_unicode(self) -> "Sent":
+        try:
+            self.model_dump_json()
+        except PydanticSerializationError:
+            raise ValueError("it holds text that is not valid Unicode (half of a surrogate pair)") from None
+        return self
+
+
+class Given(BaseModel):
+    """What a program gives back."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class ProgramSchema:
+    """What a program takes and gives."""
+
+    inputs: type[BaseModel]
+    outputs: type[BaseModel]
+
+
+def schema_of(program: dspy.Module, signature: str | type[dspy.Signature] | None = None) -> ProgramSchema:
+    """The models of a program's inputs and outputs.
+
+    They are those of ``signature`` when it is given; else of the program's own signature (Predict, ChainOfThought,
+    ReAct and their like); else the annotations of its ``forward`` and the outputs of its last predictor.
+
+    Raises:
+        ConfigurationError: they cannot be told, or a type of theirs has no JSON form.
+    """
+    inputs, outputs = _fields_of(program, signature)
+    faults = [*_type_faults("input", inputs), *_type_faults("output", outputs)]
+    if faults:
+        raise ConfigurationError(faults)
+    return ProgramSchema(_model("Inputs", Sent, inputs), _model("Outputs", Given, outputs))
+
+
+def _fields_of(program: dspy.Module, given: str | type[dspy.Signature] | None) -> tuple[Fields, Fields]:
+    if given is not None:
+        return _fields_of_signature(_parsed(given))
+    if (own := own_signature(program)) is not None:
+        return _fields_of_signature(own)
+    predictors = program.named_predictors()
+    if not predictors:
+        raise ConfigurationError([f"signature: {_name(program)} has no predictors to read its outputs from"])
+    _, last = predictors[-1]
+    return _fields_of_forward(program), _plain(last.signature.output_fields)
+
+
+def own_signature(program: dspy.Module) -> type[dspy.Signature] | None:
+    """The signature of a module that is called by it; None for a program with a ``forward`` of its own.
+
+    A module that hands everything on to its one predictor, such as ChainOfThought, has that predictor's.
+    """
+    if isinstance(signature := getattr(program, "signature", None), type(dspy.Signature)):
+        return signature
+    predictors = program.named_predictors()
+    kinds = [parameter.kind for parameter in _parameters(program)]
+    if kinds == [inspect.Parameter.VAR_KEYWORD] and len(predictors) == 1:
+        return predictors[0][1].signature
+    return None
+
+
+def _parsed(given: str | type[dspy.Signature]) -> type[dspy.Signature]:
+    if not isinstance(given, str):
+        return given
+    try:
+        return dspy.Signature(given)
+    except (ValueError, SyntaxError, TypeError, NameError) as error:
+        raise ConfigurationError([f"signature={given!r}: {error}; {SIGNATURE_HELP}"]) from error
+
+
+def _fields_of_signature(signature: type[dspy.Signature]) -> tuple[Fields, Fields]:
+    return _plain(signature.input_fields), _plain(signature.output_fields)
+
+
+def _plain(fields: Mapping[str, FieldInfo]) -> Fields:
+    """DSPy's fields without what is meant for its prompts."""
+    return {name: (_annotation(field), _default(field)) for name, field in fields.items()}
+
+
+def _annotation(field: FieldInfo) -> Any:
+    extra = field.json_schema_extra
+    told = str(extra.get("desc", "")) if isinstance(extra, dict) else ""
+    description = None if told.startswith("${") else told or None  # DSPy's placeholder says nothing
+    return Annotated[(field.annotation, *field.metadata, Field(description=description))]
+
+
+def _default(field: FieldInfo) -> Any:
+    return ... if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _parameters(program: dspy.Module) -> list[inspect.Parameter]:
+    forward = getattr(type(program), "forward", None)
+    return list(inspect.signature(forward).parameters.values())[1:] if forward else []
+
+
+def _fields_of_forward(program: dspy.Module) -> Fields:
+    parameters, where = _parameters(program), f"signature: {_name(program)}.forward"
+    if not parameters:
+        raise ConfigurationError([f"{where} takes no inputs; {SIGNATURE_HELP}"])
+    try:
+        hints = get_type_hints(type(program).forward, include_extras=True)
+    except (NameError, TypeError) as error:
+        raise ConfigurationError(
+            [f"{where} has an annotation that cannot be read ({error}); {SIGNATURE_HELP}"]
+        ) from error
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    faults = [
+        f"{where}({parameter}): the type of this input cannot be told; annotate it, or {SIGNATURE_HELP}"
+        for parameter in parameters
+        if parameter.kind not in named or parameter.name not in hints
+    ]
+    if faults:
+        raise ConfigurationError(faults)
+    return {p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters}
+
+
+def _type_faults(kind: str, fields: Fields) -> list[str]:
+    faults = []
+    for name, (annotation, _) in fields.items():
+        if kind == "input" and (made := _dspy_type(annotation)):
+            faults.append(
+                f"signature: input {name!r} is made of dspy.{made.__name__}, which cannot be sent as plain data; take "
+                "what it is made of, and make it in forward"
+            )
+            continue
+        try:
+            TypeAdapter(annotation).json_schema(mode="validation" if kind == "input" else "serialization")
+        except PydanticUserError as error:
+            reason = str(error).partition("\n")[0]
+            faults.append(f"signature: {kind} {name!r} has no JSON form ({reason}); use plain types or pydantic models")
+    return faults
+
+
+def _dspy_type(annotation: Any) -> type | None:
+    """An image, tool or the like anywhere in an annotation: a caller could have any address fetched through it."""
+    if isinstance(annotation, type) and issubclass(annotation, dspy.Type):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _dspy_type(part))), None)
+
+
+def _model(name: str, base: type[BaseModel], fields: Fields) -> type[BaseModel]:
+    return create_model(name, __base__=base, **fields)  # type: ignore[call-overload]
+
+
+def _name(program: dspy.Module) -> str:
+    return type(program).__name__

@@ -1,0 +1,198 @@
+"""The program under its population, as one request meets it."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import dspy
+from pydantic import BaseModel
+
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.policy import PolicyLM
+from dspy_fst.rollout.recording import Recording, tag_predictors
+from dspy_fst.rollout.texts import with_texts
+from dspy_fst.saved import policy_of
+from dspy_fst.serve.choice import ballot, decided, speakers, vote_faults
+from dspy_fst.serve.events import Feed
+from dspy_fst.serve.gate import Gate, Ticket
+from dspy_fst.serve.metrics import Metrics
+from dspy_fst.serve.schema import schema_of
+from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.stream import SETTING, Deltas, ModuleEvents, streaming_lm
+from dspy_fst.serve.upstream import Upstream
+from dspy_fst.serve.worker import in_thread, run_program
+from dspy_fst.types import Candidate, Population
+
+logger = logging.getLogger(__name__)
+SEED_BITS = 53
+"""Bits of the largest seed: JSON's readers keep so many of an integer."""
+
+
+class Meta(BaseModel):
+    """How an answer came about."""
+
+    candidate: str
+    """Digest of the texts that spoke."""
+    choice: str
+    weights: str
+    seed: int
+    """Asking again with it draws the same answer, up to the server's batching."""
+    prompt_tokens: int
+    completion_tokens: int
+    """Of the trained model, over all that were asked."""
+    agreement: float | None = None
+    """Share of the population that gave this answer; null where nobody voted."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    outputs: BaseModel
+    meta: Meta
+
+
+class Service:
+    """Starts and releases the engine, and answers requests with the program.
+
+    Args:
+        program: Compiled by FSTOptimizer, or loaded; it is not changed.
+
+    Raises:
+        ConfigurationError: it cannot be served, or not with these settings.
+    """
+
+    def __init__(self, program: dspy.Module, settings: ServeSettings):
+        self.settings = settings
+        self.population = _population_of(program)
+        self.schema = schema_of(program, settings.signature)
+        if settings.choice == "vote" and (faults := vote_faults(self.schema.outputs, settings.vote_on)):
+            raise ConfigurationError(faults)
+        self.name = type(program).__name__
+        self.policy: PolicyLM = policy_of(program)
+        self.engine = self.policy.handle.engine  # asked for once: the handle is locked while it starts its engine
+        self.upstream = Upstream(self.engine, settings.timeout_s) if hasattr(self.engine, "address") else None  # type: ignore[arg-type]
+        self.gate = Gate(settings.max_in_flight, settings.max_queue)
+        self.metrics = Metrics(self.gate)
+        self.failure: BaseException | None = None
+        """Why the engine could not be started."""
+        self._last, last = program.named_predictors()[-1]
+        self._last_fields = list(last.signature.output_fields)
+        self._spoken = {member.digest: self._speaking(program, member) for member in self.population.unique()}
+
+    def _speaking(self, program: dspy.Module, candidate: Candidate) -> dspy.Module:
+        spoken = with_texts(program, candidate)
+        tag_predictors(spoken)
+        for _, predictor in spoken.named_predictors():
+            if self.upstream is not None and isinstance(predictor.lm, PolicyLM):
+                predictor.lm = streaming_lm(predictor.lm, self.upstream)
+        return spoken
+
+    # ---- the engine ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the engine; a failure is kept for who asks."""
+        try:
+            await in_thread(self.policy.handle.ready)
+        except Exception as error:
+            logger.error("the engine could not be started: %s", error)
+            self.failure = error
+
+    async def release(self) -> None:
+        await in_thread(self._release)
+
+    def _release(self) -> None:
+        self.engine.close()  # first: it lets go also while another thread starts it
+        self.policy.release()
+        if self.upstream is not None:
+            self.upstream.close()
+
+    def not_ready(self) -> str | None:
+        """Why no work can be done now, or None."""
+        if self.failure is not None:
+            return "The engine could not be started; the server's log says why."
+        # A server's engine names its weights also while they are loaded; its address is there only afterwards.
+        if self.engine.weights is None or (self.upstream is not None and self.upstream.address is None):
+            return "The engine does not serve its weights now; it is being started."
+        if self.gate.overdue() >= self.gate.places:
+            return "Every place is taken by a request that is over its time."
+        return None
+
+    # ---- one request ---------------------------------------------------------------------------
+
+    async def answer(
+        self, inputs: BaseModel, seed: int | None, ticket: Ticket, context: Mapping[str, Any] | None = None
+    ) -> Answer:
+        """Ask the members that the choice names.
+
+        Args:
+            context: More settings of DSPy for its runs.
+
+        Raises:
+            ApiError: none of them answered.
+        """
+        seed = secrets.randbits(SEED_BITS) if seed is None else seed
+        ranks = speakers(self.settings.choice, len(self.population.members), seed)
+        recordings = [Recording(hash((seed, rank))) for rank in ranks]
+        try:
+            outcomes = await asyncio.gather(
+                *(
+                    in_thread(partial(self._run, rank, inputs, recording, context or {}), ticket)
+                    for rank, recording in zip(ranks, recordings, strict=True)
+                ),
+                return_exceptions=True,
+            )
+        finally:  # also after a time-out: what still runs must not call the model any more
+            calls = [call for recording in recordings for call in recording.close()]
+            read, sampled = sum(len(c.prompt_ids) for c in calls), sum(len(c.completion_ids) for c in calls)
+            self.metrics.tokens(read, sampled)
+        winner, agreement = self._decide(outcomes)
+        meta = Meta(
+            candidate=self.population.members[ranks[winner]].digest,
+            choice=self.settings.choice,
+            weights=str(self.engine.weights),
+            seed=seed,
+            prompt_tokens=read,
+            completion_tokens=sampled,
+            agreement=agreement,
+        )
+        return Answer(outcomes[winner], meta)  # type: ignore[arg-type]
+
+    async def tell(self, inputs: BaseModel, seed: int | None, ticket: Ticket, feed: Feed) -> None:
+        """Answer, and tell on the way what each module says."""
+        callbacks = [*dspy.settings.get("callbacks", []), ModuleEvents(feed.send)]
+        context: dict[str, Any] = {"callbacks": callbacks}
+        if self.upstream is not None:
+            context[SETTING] = Deltas(self._last, self._last_fields, feed.send)
+        feed.send({"tokens": self.upstream is not None}, "start")
+        answer = await self.answer(inputs, seed, ticket, context)
+        reply = {"outputs": answer.outputs.model_dump(mode="json"), "meta": answer.meta.model_dump()}
+        feed.send(reply, "result")
+
+    def _run(self, rank: int, inputs: BaseModel, recording: Recording, context: Mapping[str, Any]) -> BaseModel:
+        program = self._spoken[self.population.members[rank].digest]
+        given = {name: getattr(inputs, name) for name in type(inputs).model_fields}
+        return run_program(program, given, self.schema.outputs, recording, context)
+
+    def _decide(self, outcomes: list[BaseModel | BaseException]) -> tuple[int, float | None]:
+        """Which outcome is the answer, and how many agree with it."""
+        given = [outcome if isinstance(outcome, BaseModel) else None for outcome in outcomes]
+        if not any(outcome is not None for outcome in given):
+            first = outcomes[0]
+            assert isinstance(first, BaseException)
+            raise first
+        if self.settings.choice != "vote":
+            return 0, None
+        ballots = [None if outcome is None else ballot(outcome, self.settings.vote_on) for outcome in given]
+        return decided(ballots)
+
+
+def _population_of(program: dspy.Module) -> Population:
+    population = getattr(program, "population", None)
+    if not isinstance(population, Population):
+        raise ConfigurationError(
+            ["program: it carries no population; serve what FSTOptimizer.compile or dspy_fst.load gives back"]
+        )
+    return population

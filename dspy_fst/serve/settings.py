@@ -1,0 +1,114 @@
+"""How a program is served: address, key, limits, and which candidates answer. Everything wrong is told at once."""
+
+import ipaddress
+import secrets
+from dataclasses import dataclass, field
+from typing import Literal
+
+import dspy
+
+from dspy_fst.errors import ConfigurationError
+
+ChoiceName = Literal["best", "sampled", "vote"]
+CHOICES = ("best", "sampled", "vote")
+CHAT, MODELS = "/v1/chat/completions", "/v1/models"
+HEALTH, READY, METRICS = "/health", "/ready", "/metrics"
+DOCS, SCHEMA = "/docs", "/openapi.json"
+RESERVED = (CHAT, MODELS, HEALTH, READY, METRICS, DOCS, SCHEMA)
+SHORTEST_KEY = 16
+"""Characters of the shortest key that is taken: a shorter one can be tried out."""
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How a compiled program is served.
+
+    Raises:
+        ConfigurationError: with every setting that cannot work.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    api_key: str | None = field(default=None, repr=False)
+    """What callers send as ``Authorization: Bearer KEY``; None makes a random key, which `serve` prints."""
+    without_key: bool = False
+    """Let everybody on this machine in. Only for a loopback address."""
+    path: str = "/v1/program"
+    """Where the program answers; its event stream is at this path with ``/stream`` added."""
+    signature: str | type[dspy.Signature] | None = None
+    """Inputs and outputs of the program, e.g. ``"question: str -> answer: int"``, where they cannot be read from it."""
+    choice: ChoiceName = "best"
+    """Who of the population answers: the best candidate, one drawn at random, or all of them by majority."""
+    vote_on: str | None = None
+    """The output field that a majority must agree on; None takes all of them, where none is free text."""
+    model_name: str = "policy"
+    """Name of the trained model at the chat endpoint."""
+    max_body_bytes: int = 1_000_000
+    max_in_flight: int = 32
+    """Requests at work at once; each may use one thread, or one for each candidate that votes."""
+    max_queue: int = 128
+    """Requests that may wait for their turn; more are refused with 429."""
+    timeout_s: float = 120.0
+    """Longest time from a request's arrival to its reply."""
+    drain_s: float = 30.0
+    """How long requests that were taken in may go on after SIGTERM."""
+    retry_after_s: int = 1
+    """What a refused caller is told to wait, in seconds."""
+    made_key: bool = field(default=False, init=False)
+    """Whether the key was made here, so that somebody must be told it."""
+
+    def __post_init__(self) -> None:
+        if faults := _faults(self):
+            raise ConfigurationError(faults)
+        if self.api_key is None and not self.without_key:
+            object.__setattr__(self, "api_key", secrets.token_urlsafe(32))
+            object.__setattr__(self, "made_key", True)
+
+    @property
+    def stream_path(self) -> str:
+        return f"{self.path}/stream"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the host."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _faults(settings: ServeSettings) -> list[str]:
+    faults = []
+    for name in ("max_body_bytes", "max_in_flight", "timeout_s", "drain_s", "retry_after_s"):
+        if not (value := getattr(settings, name)) > 0:
+            faults.append(f"{name} is {value!r}: it must be more than 0")
+    if settings.max_queue < 0:
+        faults.append(f"max_queue is {settings.max_queue!r}: it must be 0 or more")
+    if not 0 <= settings.port < 65_536:
+        faults.append(f"port is {settings.port!r}: it must be 0 (a free one) to 65535")
+    if settings.choice not in CHOICES:
+        faults.append(f"choice is {settings.choice!r}: use one of {', '.join(CHOICES)}")
+    if settings.vote_on is not None and settings.choice != "vote":
+        faults.append(f"vote_on is {settings.vote_on!r}, but choice is {settings.choice!r}: set choice='vote'")
+    if {settings.path, settings.stream_path} & set(RESERVED) or not _is_plain_path(settings.path):
+        faults.append(f"path is {settings.path!r}: name a plain path of your own, such as /v1/program")
+    return faults + _key_faults(settings)
+
+
+def _is_plain_path(path: str) -> bool:
+    words = path.split("/")[1:]
+    return path.startswith("/") and all(word.replace("-", "").replace("_", "").isalnum() for word in words)
+
+
+def _key_faults(settings: ServeSettings) -> list[str]:
+    faults = []
+    if settings.without_key and settings.api_key is not None:
+        faults.append("without_key is set, but there is an api_key: remove one of them")
+    if settings.without_key and not is_loopback(settings.host):
+        faults.append(f"host is {settings.host!r}: others reach it, so a key is needed; remove without_key")
+    if settings.api_key is not None and len(settings.api_key) < SHORTEST_KEY:
+        faults.append(f"api_key has {len(settings.api_key)} characters: it must have {SHORTEST_KEY} or more")
+    if settings.api_key is not None and not (settings.api_key.isascii() and settings.api_key.isprintable()):
+        faults.append("api_key has characters that a header cannot carry: use letters, digits and signs")
+    return faults

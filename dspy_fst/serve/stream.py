@@ -1,0 +1,156 @@
+"""What a program says while it runs: each module's outputs when it has finished, and the last one's text before.
+
+Text comes token by token only where the engine gives it so: from a vLLM server, not in process. Nothing that was
+finished is cut into pieces afterwards.
+"""
+
+import secrets
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any, cast
+
+import dspy
+from dspy import lm15
+from dspy.streaming import StreamListener
+from dspy.utils.callback import BaseCallback
+from pydantic_core import to_jsonable_python
+
+from dspy_fst.engine.base import Completion
+from dspy_fst.engine.chat import chat_messages, text_response
+from dspy_fst.errors import EngineError
+from dspy_fst.policy import EngineHandle, PolicyLM
+from dspy_fst.rollout.recording import calling_predictor, complete_recorded
+from dspy_fst.serve.errors import ApiError
+from dspy_fst.serve.upstream import Upstream
+from dspy_fst.types import PREDICTOR_TAG
+
+Tell = Callable[[Any, str], None]
+"""(data, name of the event); may raise EngineError when nobody listens."""
+SETTING = "fst_deltas"
+"""Name of the DSPy context setting that holds the current Deltas."""
+# The policy's own distribution, as in training, whatever defaults the server has.
+_WHOLE_SOFTMAX = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+_READABLE = ("ChatAdapter", "JSONAdapter", "XMLAdapter")
+"""Adapters whose replies DSPy's listeners can read while they grow."""
+
+
+class ModuleEvents(BaseCallback):
+    """Tells of every predictor that has finished: ``{"module", "outputs"}``."""
+
+    def __init__(self, tell: Tell):
+        self._tell = tell
+        self._running: dict[str, str] = {}
+
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        if (name := getattr(instance, PREDICTOR_TAG, None)) is not None:
+            self._running[call_id] = name
+
+    def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        name = self._running.pop(call_id, None)
+        if name is not None and exception is None:
+            values = to_jsonable_python(dict(outputs.items()), fallback=str)
+            with suppress(EngineError):  # nobody listens; the next call of the model is refused
+                self._tell({"module": name, "outputs": values}, "module")
+
+
+class Deltas:
+    """Tells the text of one predictor's output fields as it is sampled: ``{"module", "field", "text"}``.
+
+    The text is as the model writes it; of a number or a list it is the raw form.
+    """
+
+    def __init__(self, predictor: str, fields: list[str], tell: Tell):
+        self.predictor = predictor
+        self._fields, self._tell = fields, tell
+        self._listeners: list[StreamListener] = []
+
+    def begin(self) -> None:
+        """A new reply of the predictor."""
+        adapter = type(dspy.settings.adapter or dspy.ChatAdapter()).__name__
+        fields = self._fields if adapter in _READABLE else []
+        self._listeners = [StreamListener(name, predict_name=self.predictor) for name in fields]
+
+    def add(self, text: str) -> None:
+        """A piece of the reply."""
+        chunk = SimpleNamespace(choices=[SimpleNamespace(delta=SimpleNamespace(content=text))])
+        self._send([listener.receive(chunk) for listener in self._listeners])
+
+    def end(self) -> None:
+        """The reply is whole."""
+        self._send([listener.finalize() for listener in self._listeners])
+
+    def _send(self, pieces: list[Any]) -> None:
+        for piece in pieces:
+            if piece is not None and piece.chunk:
+                text = {"module": self.predictor, "field": piece.signature_field_name, "text": piece.chunk}
+                self._tell(text, "delta")
+
+
+class StreamingHandle:
+    """A PolicyLM's engine that passes text on while it is sampled, to requests that listen."""
+
+    def __init__(self, handle: EngineHandle, upstream: Upstream):
+        self._handle, self._upstream = handle, upstream
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        return complete_recorded(self._sample, request, lambda: secrets.randbits(31))
+
+    def close(self) -> None:
+        """The engine is released by who serves."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StreamingHandle":
+        return self
+
+    def _sample(self, request: lm15.Request, seed: int) -> Completion:
+        engine = self._handle.ready()
+        deltas: Deltas | None = dspy.settings.get(SETTING)
+        if deltas is None or deltas.predictor != calling_predictor() or request.config.extensions:
+            return engine.complete(request, seed)
+        try:
+            chunks = self._upstream.stream(_body(request, seed))
+            first = next(chunks)
+        except (lm15.LM15Error, ApiError, EngineError):
+            # The engine says what is wrong in the words that DSPy knows, or starts its server again.
+            return engine.complete(request, seed)
+        with closing(chunks):
+            return _read(request, str(engine.weights), chain([first], chunks), deltas)
+
+
+def streaming_lm(lm: PolicyLM, upstream: Upstream) -> PolicyLM:
+    """A copy of the LM whose replies can be listened to."""
+    return lm.on(cast(EngineHandle, StreamingHandle(lm.handle, upstream)))
+
+
+def _body(request: lm15.Request, seed: int) -> dict[str, Any]:
+    config = request.config
+    return {
+        "messages": chat_messages(request),
+        "temperature": 1.0 if config.temperature is None else config.temperature,
+        "max_tokens": config.max_tokens,
+        "seed": seed,
+        "return_token_ids": True,
+        **_WHOLE_SOFTMAX,
+    }
+
+
+def _read(request: lm15.Request, weights: str, chunks: Iterable[dict[str, Any]], deltas: Deltas) -> Completion:
+    """The whole reply, told piece by piece on the way."""
+    prompt_ids: list[int] = []
+    ids: list[int] = []
+    text, finish_reason = "", None
+    deltas.begin()
+    for chunk in chunks:
+        prompt_ids = chunk.get("prompt_token_ids") or prompt_ids
+        for choice in chunk["choices"]:
+            ids += choice.get("token_ids") or []
+            finish_reason = choice.get("finish_reason") or finish_reason
+            if piece := choice["delta"].get("content"):
+                text += piece
+                deltas.add(piece)
+    deltas.end()
+    if finish_reason not in ("stop", "length"):
+        raise EngineError(f"vLLM broke off a reply ({finish_reason!r})")
+    response = text_response(request.model, text, finish_reason, len(prompt_ids), len(ids))
+    return Completion(response, tuple(prompt_ids), tuple(ids), (), finish_reason, weights)

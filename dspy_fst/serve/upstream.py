@@ -1,0 +1,156 @@
+"""The vLLM server behind a PolicyLM, spoken to over its OpenAI-compatible chat endpoint and no other."""
+
+import json
+import threading
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import httpx
+
+from dspy_fst.errors import EngineError
+from dspy_fst.serve.errors import ApiError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dspy_fst.engine.vllm_client import Address
+
+CONNECT_TIMEOUT_S = 10.0
+_PROBE = ((0, 1),)
+
+
+class Addressed(Protocol):
+    """An engine that is a server."""
+
+    @property
+    def address(self) -> "Address | None": ...
+
+    def score(self, sequences: "Sequence[Sequence[int]]") -> list[list[float]]: ...
+
+
+class Upstream:
+    """Blocking and thread-safe. The server's address and key are asked for anew each time: a restart changes them.
+
+    Args:
+        engine: Whose server it is.
+        timeout_s: Longest wait for the next piece of a reply.
+    """
+
+    def __init__(self, engine: Addressed, timeout_s: float):
+        self._engine = engine
+        self._timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
+        self._clients: dict[bool, httpx.Client] = {}
+        self._models: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def address(self) -> "Address | None":
+        """Where the server listens now; None while it is started."""
+        return self._engine.address
+
+    def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """One chat completion.
+
+        Raises:
+            ApiError: the server refuses the request, with its own words.
+            EngineError: there is no server, or it failed.
+        """
+        reply = self._post(body)
+        try:
+            return dict(json.loads(reply.read()))
+        except (httpx.HTTPError, ValueError) as error:
+            raise EngineError(f"vLLM broke off a reply: {error}") from error
+        finally:
+            reply.close()
+
+    def stream(self, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """The chunks of one chat completion as they come, token ids and the figures of use included.
+
+        Closing the iterator ends the reply on the server too.
+
+        Raises:
+            ApiError, EngineError: see `chat`; before the first chunk or between two.
+        """
+        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        reply = self._post(asked)
+        try:
+            for line in reply.iter_lines():
+                name, _, data = line.partition(":")
+                if name != "data" or not data.strip():
+                    continue
+                if data.strip() == "[DONE]":
+                    return
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise EngineError(f"vLLM failed in the middle of a reply: {chunk['error']}")
+                yield chunk
+            raise EngineError("vLLM broke off a reply")
+        except (httpx.HTTPError, ValueError) as error:
+            raise EngineError(f"vLLM broke off a reply: {error}") from error
+        finally:
+            reply.close()
+
+    def close(self) -> None:
+        with self._lock:
+            for client in self._clients.values():
+                client.close()
+            self._clients.clear()
+
+    def _post(self, body: Mapping[str, Any]) -> httpx.Response:
+        try:
+            reply = self._send(body)
+        except httpx.TimeoutException as error:
+            raise EngineError("vLLM did not answer in time") from error
+        except httpx.TransportError:
+            # Scoring goes through the engine, which sees that its server is gone and starts it again.
+            self._engine.score(_PROBE)
+            try:
+                reply = self._send(body)
+            except httpx.TransportError as error:
+                raise EngineError(f"vLLM cannot be reached: {error}") from error
+        if reply.is_success:
+            return reply
+        try:
+            raise _refusal(reply)
+        finally:
+            reply.close()
+
+    def _send(self, body: Mapping[str, Any]) -> httpx.Response:
+        address = self.address
+        if address is None:
+            raise httpx.ConnectError("the server is being started")
+        client = self._client(address.through_proxy)
+        headers = {"Authorization": f"Bearer {address.api_key}"} if address.api_key else {}
+        url = f"{address.url}/v1/chat/completions"
+        asked = {**body, "model": self._model(client, address.url, headers)}
+        return client.send(client.build_request("POST", url, json=asked, headers=headers), stream=True)
+
+    def _client(self, through_proxy: bool) -> httpx.Client:
+        with self._lock:
+            if through_proxy not in self._clients:
+                limits = httpx.Limits(max_connections=None)
+                self._clients[through_proxy] = httpx.Client(
+                    timeout=self._timeout, limits=limits, trust_env=through_proxy
+                )
+            return self._clients[through_proxy]
+
+    def _model(self, client: httpx.Client, url: str, headers: Mapping[str, str]) -> str:
+        """The name under which the server knows its model, asked once."""
+        if url not in self._models:
+            reply = client.get(f"{url}/v1/models", headers=headers)
+            if not reply.is_success:
+                raise EngineError(f"vLLM answered {reply.status_code} when it was asked for its models")
+            self._models[url] = str(reply.json()["data"][0]["id"])
+        return self._models[url]
+
+
+def _refusal(reply: httpx.Response) -> Exception:
+    """What an error of the server means to our caller; only what is the request's fault is told in its words."""
+    reply.read()
+    if reply.status_code not in (400, 404, 422):
+        return EngineError(f"vLLM answered {reply.status_code}: {reply.text[:500]}")
+    try:
+        message = str(reply.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = "The model server refused the request."
+    return ApiError(400, "invalid_request", message[:2000])

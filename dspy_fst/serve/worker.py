@@ -1,0 +1,130 @@
+"""Runs the program for one request: in a thread of its own, on a copy of its own, with its own DSPy context.
+
+Nothing is shared between two runs but the engine, so answers cannot mix.
+"""
+
+import asyncio
+import contextvars
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import dspy
+from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
+from pydantic import BaseModel, ValidationError
+
+from dspy_fst.errors import EngineError
+from dspy_fst.rollout.recording import SETTING, Recording
+from dspy_fst.serve.errors import ApiError
+from dspy_fst.serve.gate import Ticket
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class _Threads:
+    """Daemon threads that take the next job when they have done one; a job never waits for a thread.
+
+    Not an executor: those join their threads when the interpreter exits, and a program that hangs would keep it.
+    Not a thread for each job: the event loop would wait for each to start, behind all threads that compute.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+
+    def start(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            self._idle -= 1
+            short = self._idle < 0
+            self._idle = max(self._idle, 0)
+        self._jobs.put(job)
+        if short:
+            threading.Thread(target=self._work, name="dspy-fst-serve", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()
+            with self._lock:
+                self._idle += 1
+
+
+_threads = _Threads()
+
+
+async def in_thread(work: Callable[[], T], ticket: Ticket | None = None) -> T:
+    """Wait for a function in a thread; the ticket's place stays taken until the function has ended."""
+    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def ended(result: T | None, error: BaseException | None) -> None:
+        if ticket is not None:
+            ticket.let_go()
+        if future.done():
+            return  # given up
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = context.run(work)
+        except BaseException as raised:
+            error = raised
+        try:
+            loop.call_soon_threadsafe(ended, result, error)
+        except RuntimeError:
+            logger.warning("a request was still at work when the server ended")  # the loop is closed
+
+    if ticket is not None:
+        ticket.hold()
+    _threads.start(run)
+    return await future
+
+
+def run_program(
+    program: dspy.Module,
+    inputs: Mapping[str, Any],
+    outputs: type[BaseModel],
+    recording: Recording,
+    context: Mapping[str, Any],
+) -> BaseModel:
+    """One run of a copy of the program; blocks.
+
+    Args:
+        outputs: The model that its prediction must fit.
+        recording: Seeds its draws and counts its tokens; once closed, it refuses late calls.
+        context: More settings of DSPy for this run.
+
+    Raises:
+        ApiError: whatever went wrong; its cause is logged, not told.
+    """
+    settings = {SETTING: recording, "trace": [], "disable_history": True, **context}
+    try:
+        with dspy.context(**settings):
+            prediction = program.deepcopy()(**inputs)
+        return outputs.model_validate({name: prediction[name] for name in outputs.model_fields if name in prediction})
+    except Exception as error:
+        refusal = _as_api_error(error, outputs)
+        logger.warning("the program did not answer (%s)", refusal.reply.error.type, exc_info=error)
+        raise refusal from error
+
+
+def _as_api_error(error: Exception, outputs: type[BaseModel]) -> ApiError:
+    fields = ", ".join(outputs.model_fields)
+    if isinstance(error, AdapterParseError):
+        return ApiError(502, "reply_not_parsed", "The model's reply could not be read; another seed may do.")
+    if isinstance(error, ContextWindowExceededError):
+        return ApiError(400, "context_length_exceeded", "The inputs are too long for the model's context.")
+    if isinstance(error, EngineError) or isinstance(error.__cause__, EngineError):
+        return ApiError(503, "engine", "The engine that runs the model failed; ask again later.")
+    if isinstance(error, LMError):
+        return ApiError(502, "lm_failed", "A language model that the program asks failed; ask again later.")
+    if isinstance(error, ValidationError):
+        return ApiError(502, "outputs_invalid", f"The program's outputs are not as its schema says ({fields}).")
+    return ApiError(500, "program_failed", "The program failed on these inputs; the server's log says why.")
