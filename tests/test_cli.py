@@ -149,7 +149,7 @@ def test_a_secret_in_the_file_is_refused_and_never_shown(tmp_path):
 def test_a_module_that_does_not_import_is_told_once_with_reason_and_place(tmp_path):
     path = project_file(tmp_path, "import dspy\n\nimport no_such_module\n", valset="no_data:val")
     text = said("run", path, code=2)
-    assert text.startswith("2 problems found")
+    assert text.startswith("reading the project\n2 problems found")
     assert (
         "program, metric, propose, trainset: module 'mine' does not import: "
         "ModuleNotFoundError: No module named 'no_such_module' (mine.py, line 3)"
@@ -290,6 +290,8 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path):
 def test_resume_says_how_to_go_on_without_a_project(tmp_path):
     assert "not the directory of a run" in said("resume", tmp_path / "none", code=2)
     (tmp_path / "recipe.json").write_text("{}")
+    assert "nothing was saved there yet; start it again" in said("resume", tmp_path, code=2)
+    (tmp_path / "states" / "000000").mkdir(parents=True)
     text = said("resume", tmp_path, code=2)
     assert "was not started by dspy-fst run. Go on from Python: FSTOptimizer(run_dir=" in text
 
@@ -308,7 +310,8 @@ def test_a_run_that_stops_says_how_to_go_on(tmp_path):
 
 def test_sigterm_while_the_project_is_imported_is_no_fault_of_it(tmp_path):
     path = project_file(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
-    assert said("run", path, code=143) == "stopped by SIGTERM\n"
+    words = said("run", path, code=143)
+    assert words.endswith("stopped by SIGTERM\nNothing was saved yet; the same command starts it again\n")
 
 
 def test_help_and_version_come_without_torch_and_dspy():
