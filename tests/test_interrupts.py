@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.durability import PRELOADED, compile_small, outcome
 from dspy_fst.compiled import policy_of
-from dspy_fst.errors import FSTError, RunDirectoryError
+from dspy_fst.errors import DiskError, FSTError
 from dspy_fst.run import state
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.interrupts import ENDING, Terminated, signals_raise
@@ -241,7 +241,7 @@ def test_a_disk_that_refuses_stops_the_run_which_goes_on_to_the_same_end(tmp_pat
     kind, message = in_child(run_dir, refuse)
     for folder in tmp_path.rglob("*"):
         folder.chmod(0o755)
-    assert kind is RunDirectoryError, message
+    assert kind is DiskError, message
     assert "cannot be written" in message
     assert f"{advice}, then go on with the same run_dir. What was committed is whole" in message
     assert compiled(run_dir) == undisturbed
@@ -250,5 +250,5 @@ def test_a_disk_that_refuses_stops_the_run_which_goes_on_to_the_same_end(tmp_pat
 @pytest.mark.slow
 def test_a_disk_that_refuses_the_first_weights_leaves_the_directory_free(tmp_path):
     kind, _ = in_child(tmp_path / "run", no_room_at_all)
-    assert kind is RunDirectoryError
+    assert kind is DiskError
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
