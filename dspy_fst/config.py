@@ -5,7 +5,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Method = Literal["fst", "rl", "gepa", "gepa_then_rl", "rl_then_gepa"]
 AUTO_CYCLES = {"light": 2, "medium": 8, "heavy": 34}
@@ -94,6 +94,13 @@ class FSTConfig(BaseModel):
     keep_weights: int = Field(2, ge=1)
     """Newest weight versions kept in the run directory, beside the first and the one with the best reward (ours)."""
     seed: int = 0
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_truth_value_is_no_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("True and False are no numbers")
+        return value
 
     @model_validator(mode="after")
     def _group_is_shared_evenly(self) -> "FSTConfig":

@@ -9,6 +9,7 @@ import dspy
 from dspy.teleprompt import Teleprompter
 
 from dspy_fst.compiled import compiled_program
+from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.evolve import evolve
 from dspy_fst.prepare import open_session
 from dspy_fst.report.progress import ProgressView
@@ -17,6 +18,7 @@ from dspy_fst.run.interrupts import signals_raise
 from dspy_fst.session import Session
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import Population
+from dspy_fst.validation import argument_faults
 
 
 class FSTOptimizer(Teleprompter):
@@ -58,6 +60,8 @@ class FSTOptimizer(Teleprompter):
         **recipe: Any,
     ):
         super().__init__()
+        if faults := argument_faults(run_dir, listeners, track_stats=track_stats, progress=progress):
+            raise ConfigurationError(faults)
         self.metric, self.reflection_lm, self.propose = metric, reflection_lm, propose
         self.run_dir, self.track_stats, self.progress = run_dir, track_stats, progress
         self.listeners = tuple(listeners)

@@ -41,7 +41,7 @@ class PolicyLM(dspy.LM):
         version: Name of these weights.
 
     Raises:
-        ConfigurationError: an unknown engine or engine option.
+        ConfigurationError: no model, or an unknown engine or engine option.
     """
 
     def __init__(
@@ -55,6 +55,10 @@ class PolicyLM(dspy.LM):
         version: str = BASE_VERSION,
         num_retries: int = 3,
     ):
+        if not isinstance(model, str | Path) or not str(model):
+            raise ConfigurationError([f"model={model!r}: name a Hugging Face folder or a hub model"])
+        if not isinstance(engine_options, Mapping | None):
+            raise ConfigurationError([f"engine_options={engine_options!r}: pass a dict of the engine's settings"])
         self.handle = EngineHandle(str(model), engine, dict(engine_options or {}), version)
         super().__init__(
             model=str(model),

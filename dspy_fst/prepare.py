@@ -14,7 +14,7 @@ import dspy
 from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
 from dspy_fst.documents import without_lms
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.fit import fit_faults, writable_fault
+from dspy_fst.fit import measure_fit, writable_fault
 from dspy_fst.plan import Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Task
@@ -29,6 +29,7 @@ from dspy_fst.validation import (
     context_faults,
     data_faults,
     engine_faults,
+    input_faults,
     model_faults,
     policies_of,
     program_faults,
@@ -65,13 +66,15 @@ def open_session(
     Raises:
         ConfigurationError: with every fault that was found.
     """
-    config, run_dir, recipe = _checked(optimizer, student, trainset, valset, teacher)
+    config, run_dir, recipe, warnings = _checked(optimizer, student, trainset, valset, teacher)
     original = next(iter(policies_of(student).values()))
     original.release()  # its engine would hold memory beside the training one; it starts again when called
     policy = original.fork()
     clean = Redactor.of(student, optimizer.reflection_lm).clean
     run = RunDirectory(run_dir, recipe, listeners, keep_states=config.keep_states, clean=clean)
     try:
+        for warning in warnings:
+            run.tell({"event": "note", "text": f"warning: {warning}"})
         session = _assemble(optimizer, student, trainset, valset or (), config, run, policy)
         session.publish(run.state.get("step", 0))
         session.prune_weights()  # a kill may have come between a commit and this
@@ -136,22 +139,23 @@ def _assemble(
 
 def _checked(
     optimizer: "FSTOptimizer", student: Any, trainset: Any, valset: Any, teacher: Any
-) -> tuple[FSTConfig, Path, dict[str, Any]]:
+) -> tuple[FSTConfig, Path, dict[str, Any], list[str]]:
     settings = dict(optimizer.recipe)
     auto = settings.pop("auto", None)
     faults = []
     if auto is not None:
-        if auto not in AUTO_CYCLES:
+        if auto not in list(AUTO_CYCLES):  # what was given may have no hash
             faults.append(f"auto={auto!r}: use one of {', '.join(map(repr, AUTO_CYCLES))}, or cycles=...")
         elif "cycles" in settings:
             faults.append("auto: it sets cycles; give one of auto=... and cycles=..., not both")
-        settings.setdefault("cycles", AUTO_CYCLES.get(auto, 1))
+        else:
+            settings["cycles"] = AUTO_CYCLES[auto]
     config, config_faults = make_config(settings)
     faults += config_faults
     if teacher is not None:
         faults.append("teacher: nothing is learnt from a teacher program here; leave it out")
     faults += program_faults(student)
-    faults += data_faults(trainset, valset, config)
+    faults += data_faults(trainset, valset, config) + input_faults(student, trainset, valset)
     if config is not None:
         try:
             trainer_settings(config)
@@ -162,7 +166,9 @@ def _checked(
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
         faults += model_faults(policy) + engine_faults(policy)
     run_dir = (Path(optimizer.run_dir) if optimizer.run_dir else new_run_dir()).resolve()
+    faults += [fault] if (fault := writable_fault(run_dir)) else []
     recipe: dict[str, Any] = {}
+    warnings: list[str] = []
     if config is not None and not faults:
         policy = next(iter(policies.values()))
         redactor = Redactor.of(student, optimizer.reflection_lm)
@@ -171,12 +177,13 @@ def _checked(
             for place in redactor.places(without_lms(student).dump_state())
         ]
         recipe = redactor.clean(run_identity(config, student, trainset, policy))
-        faults += [fault] if (fault := directory_fault(run_dir, recipe) or writable_fault(run_dir)) else []
-        policy.release()  # what the student's own engine holds is given back before the run starts
-        faults += fit_faults(policy, config, run_dir)
+        faults += [fault] if (fault := directory_fault(run_dir, recipe)) else []
+        if fit := measure_fit(policy, config, run_dir):
+            faults += fit.faults()
+            warnings = fit.warnings()
     if faults or config is None:
         raise ConfigurationError(faults)
-    return config, run_dir, recipe
+    return config, run_dir, recipe, warnings
 
 
 def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy: PolicyLM) -> dict[str, Any]:

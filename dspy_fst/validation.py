@@ -1,14 +1,18 @@
 """Everything that can be found wrong before any work starts, found together."""
 
 import inspect
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import dspy
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.engine.memory import has_gpu
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.reward import metric_fault
 from dspy_fst.types import Rollout
@@ -24,10 +28,23 @@ def policies_of(program: dspy.Module) -> dict[str, PolicyLM]:
     return found
 
 
+def argument_faults(run_dir: Any, listeners: Any, **switches: Any) -> list[str]:
+    """Faults of the optimizer's own arguments; ``switches`` are those that are on or off."""
+    faults = []
+    if run_dir is not None and not (isinstance(run_dir, str | Path) and str(run_dir)):
+        faults.append(f"run_dir={run_dir!r}: name a directory, or leave it out for a new one below runs/")
+    if not isinstance(listeners, list | tuple) or not all(map(callable, listeners)):
+        faults.append(f"listeners={listeners!r}: pass a list of functions that take one event")
+    faults += [
+        f"{name}={value!r}: use True or False" for name, value in switches.items() if not isinstance(value, bool)
+    ]
+    return faults
+
+
 def program_faults(student: Any) -> list[str]:
-    """Faults of the program and its LMs."""
+    """Faults of the program, of its LMs and of how they are sampled."""
     if isinstance(student, type):
-        return [f"student: it is the class {student.__name__}; pass an instance, {student.__name__}()"]
+        return [f"student: {student.__name__} is a class; pass a program made of it, {student.__name__}(...)"]
     if not isinstance(student, dspy.Module):
         return [f"student: {type(student).__name__} is not a dspy.Module"]
     predictors = student.named_predictors()
@@ -47,31 +64,122 @@ def program_faults(student: Any) -> list[str]:
         )
     if not policies and not faults:
         faults.append("student: no predictor speaks with a PolicyLM; call program.set_lm(PolicyLM('model or path'))")
-    return faults
+    return faults + _sampling_faults(student)
+
+
+def _sampling_faults(student: dspy.Module) -> list[str]:
+    """Settings of a PolicyLM, or of a predictor that speaks with it, under which nothing could be trained."""
+    faults = []
+    policies = policies_of(student)
+    own = {name: predictor.config for name, predictor in student.named_predictors() if name in policies}
+    for policy in policies.values():
+        faults += [*_bad_numbers(policy.kwargs), *_reshaping(policy.kwargs)]
+    for name, config in own.items():
+        faults += [f"predictor {name!r}: {fault}" for fault in _reshaping(config)]
+    drawn = [config.get("temperature", policies[name].kwargs["temperature"]) for name, config in own.items()]
+    if drawn and all(temperature == 0 for temperature in drawn):
+        faults.append("temperature=0: greedy replies have no gradient; use PolicyLM(temperature=1.0)")
+    return list(dict.fromkeys(faults))
+
+
+def _bad_numbers(settings: Mapping[str, Any]) -> Iterator[str]:
+    temperature, longest = settings["temperature"], settings["max_tokens"]
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
+        yield f"temperature={temperature!r}: it must be a number above 0, at most 2; 1.0 is the model's own"
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+        yield f"max_tokens={longest!r}: it must be a whole number above 0, the longest reply in tokens"
+
+
+def _reshaping(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Settings under which tokens are drawn from another distribution than the one that is scored."""
+    for key in ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
+        if settings.get(key) not in (None, 0, 0.0, 1, 1.0):
+            yield f"{key}={settings[key]}: training scores plain temperature sampling; remove it"
 
 
 def data_faults(trainset: Any, valset: Any, config: FSTConfig | None) -> list[str]:
-    """Faults of the examples."""
+    """Faults of the examples by themselves."""
     faults = []
     for name, examples in (("trainset", trainset), ("valset", valset)):
         if examples is None and name == "valset":
             continue
-        if not isinstance(examples, Sequence) or not all(isinstance(item, dspy.Example) for item in examples):
+        if not _are_examples(examples):
             faults.append(f"{name}: it must be a list of dspy.Example")
         elif any(example._input_keys is None for example in examples):
             faults.append(f"{name}: call .with_inputs(...) on every example, so that inputs and labels are told apart")
     wanted = config.problems_per_step if config is not None else 1
-    if isinstance(trainset, Sequence) and len(trainset) < wanted:
+    if _are_examples(trainset) and (different := _different(trainset, wanted)) < wanted:
+        copies = "" if different == len(trainset) else f", {different} of them different,"
         faults.append(
-            f"trainset: {len(trainset)} examples are fewer than problems_per_step={wanted}, so one batch would repeat "
-            "a problem; add examples or lower problems_per_step"
+            f"trainset: {len(trainset)} examples{copies} are fewer than problems_per_step={wanted}, so one batch would "
+            "repeat a problem; add examples or lower problems_per_step"
         )
     return faults
 
 
+def input_faults(student: Any, trainset: Any, valset: Any) -> list[str]:
+    """Examples that the program cannot be called with; the first of each set is told."""
+    faults = []
+    call = _call_of(student) if isinstance(student, dspy.Module) else None
+    for name, examples in (("trainset", trainset), ("valset", valset)):
+        if call is None or not _are_examples(examples):
+            continue
+        for index, example in enumerate(examples):
+            if example._input_keys is not None and (reason := call(dict(example.inputs()))):
+                faults.append(
+                    f"{name}: example {index} has the inputs {sorted(example.inputs().keys())}, and the program cannot "
+                    f"be called with them ({reason}); look at .with_inputs(...) and the program's input fields"
+                )
+                break
+    return faults
+
+
+def _call_of(student: dspy.Module) -> Callable[[dict[str, Any]], str | None]:
+    """A function that says why the program would not take these inputs."""
+    forward = inspect.getattr_static(student, "forward", None)  # plain getattr makes DSPy log a warning
+    signature, required = inspect.signature(forward) if forward else None, _required_fields(student)
+
+    def refused(inputs: dict[str, Any]) -> str | None:
+        try:
+            if signature is not None:
+                signature.bind(student, **inputs)
+        except TypeError as error:
+            return str(error)
+        missing = [name for name in required if name not in inputs]
+        return f"missing {', '.join(missing)}" if missing else None
+
+    return refused
+
+
+def _required_fields(student: dspy.Module) -> list[str]:
+    """Input fields that DSPy's plain modules need: they take anything, and only log what is missing."""
+    if type(student) not in (dspy.Predict, dspy.ChainOfThought, dspy.ReAct):
+        return []
+    signature = student.predict.signature if isinstance(student, dspy.ChainOfThought) else student.signature
+    return [
+        name
+        for name, field in signature.input_fields.items()
+        if field.is_required() and type(None) not in get_args(field.annotation)
+    ]
+
+
+def _are_examples(examples: Any) -> bool:
+    return isinstance(examples, Sequence) and all(isinstance(item, dspy.Example) for item in examples)
+
+
+def _different(examples: Sequence[dspy.Example], enough: int) -> int:
+    """How many examples differ from all before them, counted up to ``enough``."""
+    seen: set[str] = set()
+    for example in examples:
+        seen.add(repr(example))
+        if len(seen) == enough:
+            break
+    return len(seen)
+
+
 def search_faults(config: FSTConfig | None, metric: Any, reflection_lm: Any, propose: Any) -> list[str]:
     """Faults of the metric and of who reflects."""
-    faults = [fault] if (fault := metric_fault(metric)) else []
+    faults = [fault] if (fault := _metric_fault(metric)) else []
     searches = config is None or config.method != "rl"
     if searches and reflection_lm is None and propose is None:
         faults.append(
@@ -80,11 +188,21 @@ def search_faults(config: FSTConfig | None, metric: Any, reflection_lm: Any, pro
         )
     if propose is not None and (fault := _proposer_fault(propose)):
         faults.append(fault)
-    if reflection_lm is not None and not isinstance(reflection_lm, dspy.BaseLM):
+    if isinstance(reflection_lm, type):
+        faults.append(f"reflection_lm: {reflection_lm.__name__} is a class; pass an LM made of it, dspy.LM('...')")
+    elif reflection_lm is not None and not isinstance(reflection_lm, dspy.BaseLM):
         faults.append(f"reflection_lm: {type(reflection_lm).__name__} is not a dspy.LM")
     if isinstance(reflection_lm, PolicyLM):
         faults.append("reflection_lm: it is a PolicyLM; the reflection LM must stay frozen, pass another dspy.LM")
     return faults
+
+
+def _metric_fault(metric: Any) -> str | None:
+    if isinstance(metric, type):
+        return f"metric: {metric.__name__} is a class; pass an instance, or a function (gold, pred, trace=None, ...)"
+    if inspect.iscoroutinefunction(metric):
+        return f"metric: {metric.__name__} is asynchronous; pass a plain function (gold, pred, trace=None, ...)"
+    return metric_fault(metric)
 
 
 def _proposer_fault(propose: Any) -> str | None:
@@ -100,79 +218,163 @@ def _proposer_fault(propose: Any) -> str | None:
     return None
 
 
-GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""How the architectures of models that generate text end, in transformers."""
-
-
-def weights_faults(folder: Path, where: str) -> list[str]:
-    """Faults of a model folder's weights that their headers show."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        return [f"{where}: the folder holds no weights (*.safetensors); download or convert them first"]
-    faults = []
-    for path in paths:
-        try:
-            with safe_open(path, framework="np"):  # compares the header with the file's length
-                pass
-        except (OSError, SafetensorError) as error:
-            faults.append(f"{where}: {path.name} is damaged ({error}); download it again")
-    return faults
-
-
 def model_faults(policy: PolicyLM) -> list[str]:
     """Faults of the model's files that show without loading its weights."""
     from transformers import AutoConfig, AutoTokenizer
 
-    path = policy.checkpoint.path
-    where = f"model={policy.model!r}"
-    if Path(path).is_absolute() and not Path(path).is_dir():
+    path, where = policy.checkpoint.path, f"model={policy.model!r}"
+    if not path.is_dir() and _means_a_path(policy.model):
         return [f"{where}: there is no such folder; name a Hugging Face folder or a hub model"]
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        return [f"{where}: not a model that transformers can read: {str(error).splitlines()[0]}"]
-    faults = weights_faults(Path(path), where) if Path(path).is_dir() else []
-    kinds = config.architectures or []
-    if kinds and not any(kind.endswith(GENERATIVE) for kind in kinds):
-        faults.append(f"{where}: {', '.join(kinds)} is not a causal language model; name one that generates text")
+    except Exception as error:  # files of others may break in any way
+        missing = "" if path.is_dir() else "there is no such folder, and as a hub model it is "
+        return [f"{where}: {missing}not a model that transformers can read: {_briefly(error)}"]
+    faults = [f"{where}: {fault}" for fault in (*_kind_faults(config), *_weights_faults(path))]
     try:
-        conversation = [{"role": "user", "content": "x"}]
-        plain = tokenizer.apply_chat_template(conversation, tokenize=False)
-        prompted = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        if plain == prompted:
-            faults.append(
-                f"{where}: its chat template adds no generation prompt, so replies would continue the user's turn; "
-                "add {% if add_generation_prompt %}... to tokenizer.chat_template"
-            )
-    except Exception as error:  # a template may raise anything
-        faults.append(f"{where}: its chat template fails ({str(error).splitlines()[0]}); set tokenizer.chat_template")
-    limit = _context_limit(policy, config)
-    if limit and policy.kwargs["max_tokens"] and policy.kwargs["max_tokens"] >= limit:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        faults.append(f"{where}: its tokenizer cannot be read: {_briefly(error)}")
+    else:
+        faults += [f"{where}: {fault}" for fault in _template_faults(tokenizer)]
+    limit, longest = _context_limit(policy, config), policy.kwargs["max_tokens"]
+    if limit and isinstance(longest, int) and longest >= limit:
         faults.append(
-            f"max_tokens={policy.kwargs['max_tokens']}: the context of {limit} tokens leaves no room for a prompt; "
+            f"max_tokens={longest}: the context of {limit} tokens leaves no room for a prompt; "
             "lower PolicyLM(max_tokens=...)"
         )
-    if not policy.kwargs["temperature"]:
-        faults.append("temperature=0: greedy replies have no gradient; use PolicyLM(temperature=1.0)")
-    for key in ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
-        if policy.kwargs.get(key) not in (None, 0, 0.0, 1, 1.0):
-            faults.append(f"{key}={policy.kwargs[key]}: training scores plain temperature sampling; remove it")
     return faults
+
+
+def _means_a_path(model: str) -> bool:
+    """Whether a name that is no folder was meant as one: a hub's name is ``name`` or ``owner/name``."""
+    return Path(model).exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1
+
+
+def _kind_faults(config: Any) -> Iterator[str]:
+    """Models that transformers would load, and that do not write text or cannot be trained."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    given = config.architectures or []
+    if given and not set(given) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        # transformers would put a random head on it, and say so in its log only.
+        yield f"it is a {given[0]}, which writes no text; choose a causal language model (...ForCausalLM)"
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
+        yield f"its weights are quantized ({method}) and cannot be trained; choose the model in bfloat16 or float32"
+
+
+def _weights_faults(path: Path) -> Iterator[str]:
+    if not path.is_dir():
+        return
+    try:
+        if not stored_shapes(path) and not any(path.glob("*.bin")):
+            yield "the folder holds no weights (model.safetensors); copy or download the model again"
+    except ValueError as error:
+        yield f"its weights cannot be read ({error}); copy or download the model again"
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a model's safetensors files, from their headers; empty when there are none.
+
+    Raises:
+        ValueError: a file is missing, cut off, or not what its name says; the message names it.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="numpy") as stored:
+                shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path.name}: {error}") from error
+    return shapes
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What transformers would read: one file, or those that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index.name}: no index of weights ({error!r})") from error
+    return [folder / name for name in sorted(names)]
+
+
+def _template_faults(tokenizer: Any) -> Iterator[str]:
+    if tokenizer.chat_template is None:
+        yield "its tokenizer has no chat template; choose the instruct model, or set tokenizer.chat_template"
+        return
+    conversation = [{"role": "user", "content": "x"}]
+    try:
+        plain = tokenizer.apply_chat_template(conversation, tokenize=False)
+        prompted = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompted)["input_ids"]
+    except Exception as error:  # a template may raise anything
+        yield f"its chat template fails ({_briefly(error)}); set tokenizer.chat_template"
+        return
+    if plain == prompted:
+        yield (
+            "its chat template adds no generation prompt, so replies would continue the user's turn; "
+            "add {% if add_generation_prompt %}... to tokenizer.chat_template"
+        )
+    if not ids:
+        yield "its tokenizer knows no words; tokenizer.json is missing, copy or download the model again"
+
+
+def _briefly(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 200 else f"{text[:200]}...") or type(error).__name__
 
 
 def engine_faults(policy: PolicyLM) -> list[str]:
     """Faults of the engine that show without starting it."""
-    if policy.handle.resolved_kind != "vllm":
-        return []
+    from dspy_fst.engine.in_process import InProcessSettings
     from dspy_fst.engine.vllm_server import VLLMSettings, vllm_faults
 
-    return vllm_faults(VLLMSettings(**policy.handle.options))
+    options = policy.handle.options
+    if policy.handle.resolved_kind == "in_process":
+        return _type_faults(InProcessSettings, options) or list(_in_process_faults(InProcessSettings(**options)))
+    return _type_faults(VLLMSettings, options) or vllm_faults(VLLMSettings(**options))
+
+
+def _type_faults(settings: type, options: Mapping[str, Any]) -> list[str]:
+    """Engine options that are not of their field's type: a dataclass takes anything."""
+    hints, faults = get_type_hints(settings), []
+    for name, value in options.items():
+        given = tuple(value) if isinstance(value, list) else value
+        try:
+            TypeAdapter(hints[name], config=ConfigDict(strict=True)).validate_python(given)
+        except ValidationError as error:
+            faults.append(f"engine_options: {name}={value!r}: {error.errors()[0]['msg']}")
+    return faults
+
+
+def _in_process_faults(settings: Any) -> Iterator[str]:
+    device = (settings.device or "cpu").split(":")[0]
+    rules = {
+        "device": (
+            "cpu, or cuda where there is a GPU",
+            device in ("cpu", "mps", "xpu") or (device == "cuda" and has_gpu()),
+        ),
+        "max_batch_tokens": ("at least 1", settings.max_batch_tokens >= 1),
+        "linger_s": ("a finite number, at least 0", 0 <= settings.linger_s < math.inf),
+        "timeout_s": ("more than 0", settings.timeout_s > 0),
+        "dtype": ("float32 or bfloat16", settings.dtype in (None, "float32", "bfloat16")),
+    }
+    for name, (wanted, holds) in rules.items():
+        if not holds:
+            yield f"engine_options: {name}={getattr(settings, name)!r}: it must be {wanted}"
 
 
 def _context_limit(policy: PolicyLM, config: Any) -> int | None:
     """Longest prompt plus reply in tokens: what the server was told, else what the model's config says."""
-    return policy.handle.options.get("max_model_len") or getattr(config, "max_position_embeddings", None)
+    told = policy.handle.options.get("max_model_len")
+    if isinstance(told, int) and told > 0:
+        return told
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return limit
 
 
 def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout]) -> list[str]:

@@ -1,69 +1,290 @@
-"""What will not fit is told before anything is loaded."""
+"""What a run takes of memory and disk, on figures one can check by hand, and what a machine is asked for."""
 
+import errno
+import gc
 import json
+import resource
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dspy_fst import FSTConfig, PolicyLM
-from dspy_fst import fit as fit_module
-from dspy_fst.fit import GIB, fit_faults, need, parameter_count, writable_fault
+from dspy_fst.config import FSTConfig
+from dspy_fst.fit import (
+    DISK,
+    GPU,
+    MEMORY,
+    Need,
+    Room,
+    Take,
+    free_memory,
+    measure_fit,
+    model_size,
+    room_now,
+    shown,
+    writable_fault,
+)
+from dspy_fst.policy import PolicyLM
+from dspy_fst.slow.settings import TrainerSettings
+from dspy_fst.slow.trainer import Trainer
+from dspy_fst.validation import stored_shapes
 from programs.lab import BASE
+from tests.slow.makers import make_batch, make_row, save_model
+
+GIB = 2**30
+P = 939_904
+"""Parameters of the laboratory's model, untied."""
+PLENTY = Room({MEMORY: 100 * GIB, DISK: 100 * GIB})
+ON_GPU = Room({GPU: 8 * GIB, MEMORY: 100 * GIB, DISK: 100 * GIB}, gpu_total=10 * GIB)
 
 
-def test_parameters_are_counted_from_the_headers_alone():
-    counted = sum(tensor.numel() for tensor in load_file(BASE / "model.safetensors").values())
-    assert parameter_count(BASE) == counted
+def lab_policy(engine: str = "in_process", **options) -> PolicyLM:
+    return PolicyLM(BASE, engine=engine, max_tokens=16, engine_options=options)
 
 
-def test_files_that_are_no_safetensors_are_not_counted(tmp_path):
-    assert parameter_count(tmp_path) is None
-    for content in (b"", b"\xff" * 8, (10).to_bytes(8, "little") + b"not json!!"):
-        (tmp_path / "model.safetensors").write_bytes(content)
-        assert parameter_count(tmp_path) is None
+def takes(policy=None, room=PLENTY, **recipe) -> dict[str, dict[str, int]]:
+    """Place -> who -> bytes for certain."""
+    fit = measure_fit(policy or lab_policy(), FSTConfig(**recipe), Path("nowhere"), room)
+    return {need.place: {take.who: take.certain for take in need.takes} for need in fit.needs}
 
 
-def test_every_part_of_the_need_follows_its_setting(tmp_path):
-    policy = PolicyLM(BASE, engine="in_process")
-    parameters = parameter_count(BASE)
-    vocabulary = json.loads((BASE / "config.json").read_text())["vocab_size"]
-    base = need(policy, FSTConfig(micro_batch_tokens=1000, kl_coefficient=0), tmp_path)
-    assert base.trainer == 16 * parameters + 3 * 4 * vocabulary * 1000
-    assert need(policy, FSTConfig(micro_batch_tokens=1000), tmp_path).trainer == base.trainer + 4 * parameters
-    assert need(policy, FSTConfig(keep_states=3), tmp_path).disk - base.disk == 12 * parameters
-    assert need(policy, FSTConfig(keep_weights=3), tmp_path).disk - base.disk == 4 * parameters
+def test_the_laboratory_s_model_is_counted_from_its_files():
+    size = model_size(BASE)
+    assert size.parameters == size.untied == P
+    assert (size.width, size.inner_width, size.layers) == (128, 384, 4)
+    assert size.cached == 2 * 4 * 2 * 32
 
 
-@pytest.mark.skipif(fit_module.free_gpu_bytes() is not None, reason="the figures are those of a CPU")
-def test_vllm_s_cache_counts(tmp_path):
-    small, large = (PolicyLM(BASE, engine="vllm", engine_options={"cpu_kv_cache_gib": size}) for size in (1, 5))
-    assert need(large, FSTConfig(), tmp_path).engine - need(small, FSTConfig(), tmp_path).engine == 4 * GIB
+def test_a_tied_head_counts_once_for_training_and_twice_when_published(tmp_path):
+    tied, untied = (model_size(save_model(tmp_path / str(tied), tied=tied)) for tied in (True, False))
+    assert untied.parameters == untied.untied == tied.untied == tied.parameters + 64 * 32
 
 
-def test_a_model_that_is_too_large_is_refused_with_the_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit_module, "parameter_count", lambda folder: 3_000_000_000)
-    monkeypatch.setattr(fit_module, "_free_memory", lambda: 8 * GIB)
-    monkeypatch.setattr(fit_module.shutil, "disk_usage", lambda path: Free(GIB))
-    memory, disk = fit_faults(PolicyLM(BASE, engine="in_process"), FSTConfig(), tmp_path / "run")
-    assert "3,000.0M parameters" in memory
-    assert "8.0 GiB are free" in memory
-    assert "1.0 GiB are free" in disk
-    assert "keep_states" in disk
+def test_shards_count_together_and_files_beside_them_do_not(tmp_path):
+    save_model(tmp_path / "whole")
+    model = save_model(tmp_path / "model")
+    (model / "model.safetensors").rename(model / "a.safetensors")
+    (model / "consolidated.safetensors").write_bytes(b"for another program")
+    index = {"weight_map": dict.fromkeys(stored_shapes(tmp_path / "whole"), "a.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert model_size(model) == model_size(tmp_path / "whole")
 
 
-class Free:
-    def __init__(self, free):
-        self.free = free
+def test_an_index_that_is_none_is_named(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"index\.json: no index of weights"):
+        stored_shapes(tmp_path)
 
 
-def test_what_fits_is_not_refused(tmp_path):
-    assert fit_faults(PolicyLM(BASE, engine="in_process"), FSTConfig(), tmp_path / "run") == []
+def test_a_hub_name_is_passed_over():
+    assert measure_fit(PolicyLM("owner/model", engine="in_process"), FSTConfig(), Path("nowhere"), PLENTY) is None
 
 
-def test_a_directory_that_cannot_be_written_is_found_by_trying(tmp_path):
-    assert writable_fault(tmp_path / "new" / "run") is None
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    assert "is a file" in str(writable_fault(tmp_path / "file" / "run"))
-    assert "cannot be written" in str(writable_fault(Path("/proc/run")))
+def test_training_takes_weights_gradients_two_moments_and_the_reference():
+    assert takes()[MEMORY] == {"the trainer": 20 * P, "the engine": 4 * P}
+    assert takes(kl_coefficient=0)[MEMORY]["the trainer"] == 16 * P
+    assert takes(method="gepa")[MEMORY]["the trainer"] == 4 * P
+
+
+def test_vllm_on_a_cpu_takes_weights_and_its_cache():
+    assert takes(lab_policy("vllm", cpu_kv_cache_gib=3))[MEMORY]["the engine"] == 4 * P + 3 * GIB
+    assert takes(lab_policy("vllm", dtype="bfloat16"))[MEMORY]["the engine"] == 2 * P + 4 * GIB
+    assert takes(lab_policy("vllm", attach_url="http://127.0.0.1:1"))[MEMORY]["the engine"] == 0
+
+
+def test_vllm_on_a_gpu_takes_its_share_of_the_whole():
+    taken = takes(lab_policy("vllm", gpu_memory_utilization=0.5), ON_GPU)
+    assert taken[GPU] == {"the trainer": 20 * P, "the engine": 5 * GIB}
+    assert taken[MEMORY] == {"a state being saved": 12 * P}
+
+
+def test_the_in_process_engine_is_where_its_device_is():
+    assert takes(lab_policy(), ON_GPU)[GPU]["the engine"] == 2 * P
+    assert takes(lab_policy(dtype="float32"), ON_GPU)[GPU]["the engine"] == 4 * P
+    assert takes(lab_policy(device="cpu"), ON_GPU)[MEMORY]["the engine"] == 4 * P
+
+
+def test_the_trainer_really_holds_and_writes_that_much(tmp_path):
+    """The table's rows against a real update: a trainer that comes to hold more must change them."""
+    before = bytes_in_tensors()
+    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-3, kl_coefficient=0.1), device="cpu")
+    trainer.step(make_batch([make_row([1, 2], [3, 4], [-1.0, -1.0], 1.0, 0.5)]))
+    without_gradients = takes()[MEMORY]["the trainer"] - 4 * P
+    assert bytes_in_tensors() - before == pytest.approx(without_gradients, rel=0.01)
+    trainer.save_state(tmp_path / "state")
+    trainer.publish(tmp_path / "weights", "v")
+    assert (tmp_path / "state" / "state.safetensors").stat().st_size == pytest.approx(12 * P, rel=0.01)
+    assert (tmp_path / "weights" / "model.safetensors").stat().st_size == pytest.approx(4 * P, rel=0.01)
+
+
+def bytes_in_tensors() -> int:
+    gc.collect()
+    tensors = [tensor for tensor in gc.get_objects() if type(tensor) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def test_the_disk_holds_what_is_kept_and_what_is_being_written():
+    disk = takes(keep_weights=2, keep_states=2)[DISK]
+    assert disk == {"published weights": 4 * 4 * P, "resumable states": 3 * 12 * P}
+    assert takes(room=ON_GPU)[DISK]["published weights"] == 4 * 2 * P
+
+
+def test_a_short_run_never_has_as_many_versions_as_it_may_keep():
+    one = takes(cycles=1, steps_per_cycle=1)[DISK]
+    assert one == {"published weights": 2 * 4 * P, "resumable states": (4 + 12) * P}
+    assert takes(method="gepa")[DISK] == {"published weights": 4 * P, "resumable states": 4 * P}
+    assert takes(cycles=1, steps_per_cycle=6, checkpoint_every=6)[DISK]["resumable states"] == (4 + 12) * P
+
+
+def test_an_update_may_take_more_with_its_micro_batches():
+    def update(policy=None, **recipe):
+        fit = measure_fit(policy or lab_policy(), FSTConfig(**recipe), Path("nowhere"), PLENTY)
+        return next(take.at_most for need in fit.needs for take in need.takes if take.when == "an update")
+
+    size = model_size(BASE)
+    layers = 4 * 1000 * 4 * (16 * 128 + 6 * 384)
+    assert update(micro_batch_tokens=1000) == 4 * 1000 * size.vocabulary * 5 + layers
+    assert update(micro_batch_tokens=1000, kl_coefficient=0) == 4 * 1000 * size.vocabulary * 3 + layers
+    long_replies = PolicyLM(BASE, engine="in_process", max_tokens=1000)
+    assert update(long_replies, micro_batch_tokens=10) == update(micro_batch_tokens=1000)
+
+
+def test_a_place_is_too_small_from_one_byte_on_and_doubtful_up_to_the_most():
+    def said(free):
+        need = Need(MEMORY, (Take(MEMORY, "a", 60, ("x",)), Take(MEMORY, "b", 40, ("y",), 20, "rain", "z")), free)
+        return bool(need.fault("m")), bool(need.warning("m"))
+
+    assert [said(free) for free in (99, 100, 119, 120)] == [(True, False), (False, True), (False, True), (False, False)]
+
+
+def test_two_times_never_come_together():
+    need = Need(MEMORY, (Take(MEMORY, "a", 1, at_most=5, when="x"), Take(MEMORY, "b", 1, at_most=7, when="y")), 0)
+    assert need.at_most == 2 + 7
+
+
+def test_a_fault_says_who_takes_how_much_and_what_to_do():
+    room = Room({MEMORY: 2 * GIB, DISK: 16 * 2**20})
+    fit = measure_fit(lab_policy("vllm"), FSTConfig(), Path("nowhere"), room)
+    memory, disk = fit.faults()
+    assert memory == (
+        f"memory: training model={str(BASE)!r} (0.94M parameters) takes 18 MiB for the trainer and 4.0 GiB for the "
+        "engine, and 2.0 GiB are free; use a smaller model, kl_coefficient=0 (4 MiB less), "
+        "engine_options={'cpu_kv_cache_gib': 1} (3 GiB less)"
+    )
+    assert "disk: training" in disk
+    assert "14 MiB for published weights and 32 MiB for resumable states, and 16 MiB are free; free space" in disk
+    assert not fit.warnings()
+
+
+def test_what_may_not_fit_is_only_a_warning():
+    fit = measure_fit(lab_policy(), FSTConfig(), Path("nowhere"), Room({MEMORY: 64 * 2**20, DISK: GIB}))
+    assert not fit.faults()
+    (warning,) = fit.warnings()
+    assert "an update may take up to" in warning
+    assert "64 MiB are free; if that proves too little, lower micro_batch_tokens=4096" in warning
+
+
+def test_what_the_student_s_own_engine_holds_will_be_given_back():
+    policy = lab_policy()
+    policy.handle.ready()
+    try:
+        needs = measure_fit(policy, FSTConfig(), Path("nowhere"), Room({MEMORY: 1000, DISK: GIB})).needs
+    finally:
+        policy.release()
+    assert next(need.free for need in needs if need.place == MEMORY) == 1000 + 4 * P
+
+
+def test_a_run_that_goes_on_has_part_of_what_it_needs_on_disk(tmp_path):
+    for name in ("weights/step-000000/model.safetensors", "states/000001/trainer/state.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(2**40)
+    (tmp_path / "states/000001/linked").hardlink_to(tmp_path / "states/000001/trainer/state.safetensors")
+    assert 2**41 <= room_now(tmp_path).free[DISK] - room_now(tmp_path / "weights").free[DISK] < 2**41 + 2**30
+
+
+def test_this_machine_says_what_is_free(tmp_path):
+    room = room_now(tmp_path / "not" / "there" / "yet")
+    assert 0 < room.free[MEMORY] < 2**50
+    assert 0 < room.free[DISK] < 2**60
+
+
+def control_group(root: Path, name: str, own: str, **files: str) -> None:
+    """A made-up /proc and /sys, with the memory group ``name`` of a process that is in ``own``."""
+    (root / "proc/self").mkdir(parents=True, exist_ok=True)
+    (root / "proc/self/cgroup").write_text(own)
+    group = root / "sys/fs/cgroup" / name
+    group.mkdir(parents=True, exist_ok=True)
+    for file, content in files.items():
+        (group / file.replace("__", ".")).write_text(content)
+
+
+LIMITS = {"memory__max": "5000\n", "memory__current": "3000\n", "memory__stat": "anon 1\ninactive_file 500\n"}
+
+
+@pytest.mark.parametrize(
+    ("group", "own"),
+    [
+        ("", "0::/\n"),
+        ("jobs/mine", "0::/jobs/mine\n"),
+        ("jobs", "0::/jobs/mine\n"),
+        ("", "0::/as/seen/outside\n"),
+    ],
+    ids=["a container's", "its own", "one above it", "with a name from outside"],
+)
+def test_a_control_group_s_limit_counts_and_file_pages_do_not(tmp_path, group, own):
+    control_group(tmp_path, group, own, **LIMITS)
+    assert free_memory(tmp_path) == 5000 - 3000 + 500
+
+
+def test_a_control_group_of_version_1_counts_too(tmp_path):
+    own = "5:cpu,cpuacct:/x\n4:memory:/jobs\n0::/\n"
+    limits = {"memory__limit_in_bytes": "5000", "memory__usage_in_bytes": "3000"}
+    control_group(tmp_path, "memory/jobs", own, memory__stat="total_inactive_file 7\n", **limits)
+    assert free_memory(tmp_path) == 2007
+
+
+def test_a_control_group_without_a_limit_leaves_all(tmp_path):
+    control_group(tmp_path, "", "0::/\n", **(LIMITS | {"memory__max": "max\n"}))
+    assert free_memory(tmp_path) > GIB
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def test_a_directory_that_can_be_made_is_left_unmade(tmp_path):
+    assert writable_fault(tmp_path / "a" / "b") is None
+    assert writable_fault(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "file").touch()
+    assert "file': it is a file; name a directory" in writable_fault(tmp_path / "file")
+    assert f"{tmp_path / 'file'} is a file; name a directory" in writable_fault(tmp_path / "file" / "run")
+
+
+def test_a_place_that_takes_no_files_is_refused():
+    assert "nothing can be written there" in writable_fault(Path("/proc/run"))
+
+
+def test_a_disk_that_takes_no_byte_is_refused(tmp_path):
+    """A limit on the size of files stands in for a full disk: the file opens, and its first write fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        fault = writable_fault(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"nothing can be written there ([Errno {errno.EFBIG}]" in fault
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.integers(0, 2**50))
+def test_sizes_read_as_people_say_them(amount):
+    number, unit = shown(amount).split()
+    assert unit in ("MiB", "GiB")
+    assert abs(float(number) * {"MiB": 2**20, "GiB": 2**30}[unit] - amount) <= 0.06 * 2**30

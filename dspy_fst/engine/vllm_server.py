@@ -45,6 +45,7 @@ _OURS = {
     *("--model", "--host", "--port", "--api-key", "--served-model-name"),
     *("--logprobs-mode", "--generation-config", "--disable-log-stats"),
 }
+_DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 _HOW_TO_ATTACH = (
     "Launch it with VLLM_SERVER_DEV_MODE=1 in its environment and with --logprobs-mode processed_logprobs "
     "--generation-config vllm, on a host that nobody else reaches: these endpoints can run any method."
@@ -109,6 +110,8 @@ def vllm_faults(settings: VLLMSettings) -> list[str]:
     ]
     if settings.max_restarts < 0:
         faults.append(f"max_restarts is {settings.max_restarts!r}: it must be 0 or more")
+    if settings.max_model_len is not None and settings.max_model_len < 1:
+        faults.append(f"max_model_len is {settings.max_model_len}: it must be at least 1")
     if settings.attach_url is not None:
         if not settings.attach_url.startswith(("http://", "https://")):
             faults.append(f"attach_url is {settings.attach_url!r}: it must start with http:// or https://")
@@ -129,6 +132,10 @@ def _launch_faults(settings: VLLMSettings) -> list[str]:
         faults.append(f"port {settings.port} is in use or not allowed: leave port unset or choose another")
     if not 0 < settings.gpu_memory_utilization <= 1:
         faults.append(f"gpu_memory_utilization is {settings.gpu_memory_utilization}: it must be in (0, 1]")
+    if settings.dtype not in _DTYPES:
+        faults.append(f"dtype is {settings.dtype!r}: use one of {', '.join(_DTYPES)}")
+    if settings.log_path and not Path(settings.log_path).parent.is_dir():
+        faults.append(f"log_path is {str(settings.log_path)!r}: its folder does not exist; make it or choose another")
     given = {argument.split("=")[0].replace("_", "-") for argument in settings.extra_args}
     if clash := sorted(given & _OURS):
         faults.append(f"extra_args sets {', '.join(clash)}: these are set by the engine; remove them")

@@ -163,7 +163,8 @@ class Player:
             return {"reward": self.settings.failure_score, "failure": "context", "feedback": str(error)}
         if isinstance(error, AdapterParseError | LMError):
             who = "frozen lm" if frozen else "lm"
-            return {"reward": None, "mask": f"{who}: {type(error.__cause__ or error).__name__}"}
+            cause = error.__cause__ or error
+            return {"reward": None, "mask": f"{who}: {type(cause).__name__}", "feedback": str(cause)}
         if isinstance(error, OSError):  # ConnectionError and TimeoutError among them: a tool's outage
             return {"reward": None, "mask": f"outage: {name}"}
         if recording.last_predictor in (None, OUTSIDE):  # it failed before the policy had said anything
