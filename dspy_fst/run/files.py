@@ -24,6 +24,7 @@ _ADVICE = {
     errno.EROFS: "the file system is read-only; mount it for writing",
     errno.EACCES: "writing there is not permitted; change the permissions",
     errno.EPERM: "writing there is not permitted; change the permissions",
+    errno.EEXIST: "a file lies where a folder belongs; move it away",
     errno.EISDIR: "a folder lies where a file belongs; move it away",
     errno.ENOTDIR: "a file lies where a folder belongs; move it away",
     errno.EIO: "the disk fails; move the directory to another",

@@ -10,6 +10,8 @@ import json
 import math
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -161,9 +163,20 @@ def told_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, s
         return accuracy(model.eval(), tokenizer, tasks)[0]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So small a model is slower on several threads, and its sums differ with their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def pretrain(recipe: Recipe, out: Path) -> Report:
     """Run a recipe, save everything to `out` and return what the model can do."""
-    torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
     began = time.monotonic()
     rng = random.Random(f"pretrain-{recipe.seed}")

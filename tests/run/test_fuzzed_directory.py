@@ -41,7 +41,7 @@ FOLDERS = [
     "weights/step-000000",
     "weights/step-000001",
 ]
-ADVICE = ("restore it", "restore states", "remove th", "name a new", "mend the cause")
+ADVICE = ("restore it", "restore states", "remove th", "name a new", "mend the cause", "move it away")
 
 
 # ---- damages --------------------------------------------------------------------------------------
