@@ -1,76 +1,41 @@
-"""The command line: `dspy-fst run`, `resume` and `report`.
-
-Results go to stdout; progress, errors and whatever the project's own code prints go to stderr.
-Heavy modules are imported inside the commands, so that help and usage errors come at once.
-"""
+"""`dspy-fst run` and `dspy-fst resume`."""
 
 import json
-import shlex
 import sys
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
-from importlib.metadata import version
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspy_fst.errors import ConfigurationError, DiskError, FSTError, RunDirectoryError
-from dspy_fst.run.interrupts import Terminated, interruption_named, signals_raise
+from dspy_fst.cli.common import Debug, Json, errors_as_text, told_how_to_go_on
+from dspy_fst.errors import RunDirectoryError
+from dspy_fst.run.interrupts import signals_raise
 
 if TYPE_CHECKING:
     from dspy_fst.project import Project
 
-USAGE, FAILED, INTERRUPTED = 2, 1, 130
-"""Exit codes: nothing was started; the run stopped and can be continued; Ctrl-C. SIGTERM gives 143."""
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def main() -> None:
-    """The entry point."""
-    app(prog_name="dspy-fst")
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"dspy-fst {version('dspy-fst')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    shown: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Fast-Slow Training for DSPy: a program's instructions and its local model's weights, together."""
-
-
-@app.command()
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The project: a YAML file.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train what a project file names. Running it again continues where it stopped."""
-    with _errors_as_text(debug):
+    with errors_as_text(debug):
         from dspy_fst.project import load_project
 
         _train(load_project(file), as_json)
 
 
-@app.command()
 def resume(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's directory.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Continue a run from its directory alone."""
-    with _errors_as_text(debug):
+    with errors_as_text(debug):
         from dspy_fst.project import load_project
         from dspy_fst.run.directory import PROJECT
 
@@ -84,27 +49,6 @@ def resume(
             return
         # The directory may have been moved since: it is the one that was named now.
         _train(load_project(run_dir / PROJECT).model_copy(update={"run_dir": str(run_dir)}), as_json)
-
-
-@app.command()
-def report(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs; several are compared.")],
-    out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
-    plots: Annotated[Path | None, typer.Option(help="A folder for the charts as SVG and PNG files.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Write one self-contained HTML page about runs that are finished, under way or were killed."""
-    with _errors_as_text(debug):
-        try:
-            from dspy_fst.report.charts import save_plots
-            from dspy_fst.report.page import build_report
-        except ImportError as error:
-            raise ConfigurationError([str(error)]) from error
-
-        typer.echo(f"the report is {build_report(run_dirs, out)}")
-        if plots is not None:
-            save_plots(run_dirs, plots)
-            typer.echo(f"the charts are in {plots}")
 
 
 def _why_not_resumed(run_dir: Path) -> str:
@@ -128,7 +72,7 @@ def _train(project: "Project", as_json: bool) -> None:
             project.keep()
 
     # The project stays importable to the end: its functions may import more when they are called.
-    with _told_how_to_go_on(run_dir), signals_raise(), redirect_stdout(sys.stderr), project.importable():
+    with told_how_to_go_on(run_dir), signals_raise(), redirect_stdout(sys.stderr), project.importable():
         from dspy_fst.saved import policy_of, save
 
         opened = project.open(listeners=[keep])
@@ -173,46 +117,3 @@ def _show(outcome: Mapping[str, Any], as_json: bool) -> None:
     for name, text in best["texts"].items():
         typer.echo(f"  {name}: {text}")
     typer.echo(f"the compiled program is in {outcome['compiled']}; dspy_fst.load reads it")
-
-
-@contextmanager
-def _told_how_to_go_on(run_dir: Path) -> Iterator[None]:
-    """What stops a run that was under way says how to continue it."""
-    try:
-        yield
-    except BaseException as error:
-        if _exit_code(error) == USAGE:
-            raise
-        if (run_dir / "project.yaml").is_file():
-            error.add_note(f"The run can be continued: dspy-fst resume {shlex.quote(str(run_dir))}")
-        elif interruption_named(error):
-            error.add_note("Nothing was saved yet; the same command starts it again")
-        raise
-
-
-@contextmanager
-def _errors_as_text(debug: bool) -> Iterator[None]:
-    """Errors that a user can meet become text and an exit code. Anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except (FSTError, KeyboardInterrupt, Terminated) as error:
-        if debug:
-            traceback.print_exc()
-        interruption = interruption_named(error)
-        text = f"stopped by {interruption}" if interruption else str(error)
-        typer.echo("\n".join([text, *getattr(error, "__notes__", ())]), err=True)
-        if isinstance(error, Terminated):
-            raise
-        raise typer.Exit(_exit_code(error)) from None
-
-
-def _exit_code(error: BaseException) -> int:
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    if isinstance(error, DiskError):
-        return FAILED
-    return USAGE if isinstance(error, ConfigurationError | RunDirectoryError) else FAILED
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,39 @@
+"""The command line: `dspy-fst COMMAND`, one module for each group of commands.
+
+Results go to stdout; progress, errors and whatever the project's own code prints go to stderr.
+Heavy modules are imported inside the commands, so that help and usage errors come at once.
+"""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from dspy_fst.cli.report import report
+from dspy_fst.cli.train import resume, run
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="dspy-fst")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dspy-fst {version('dspy-fst')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    shown: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fast-Slow Training for DSPy: a program's instructions and its local model's weights, together."""
+
+
+for command in (run, resume, report):
+    app.command()(command)

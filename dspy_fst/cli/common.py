@@ -1,0 +1,58 @@
+"""What the commands share: options, exit codes, and errors told as text."""
+
+import shlex
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dspy_fst.errors import ConfigurationError, DiskError, FSTError, RunDirectoryError
+from dspy_fst.run.interrupts import Terminated, interruption_named
+
+USAGE, FAILED, INTERRUPTED = 2, 1, 130
+"""Exit codes: nothing was started; the run stopped and can be continued; Ctrl-C. SIGTERM gives 143."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextmanager
+def told_how_to_go_on(run_dir: Path) -> Iterator[None]:
+    """What stops a run that was under way says how to continue it."""
+    try:
+        yield
+    except BaseException as error:
+        if _exit_code(error) == USAGE:
+            raise
+        if (run_dir / "project.yaml").is_file():
+            error.add_note(f"The run can be continued: dspy-fst resume {shlex.quote(str(run_dir))}")
+        elif interruption_named(error):
+            error.add_note("Nothing was saved yet; the same command starts it again")
+        raise
+
+
+@contextmanager
+def errors_as_text(debug: bool) -> Iterator[None]:
+    """Errors that a user can meet become text and an exit code. Anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except (FSTError, KeyboardInterrupt, Terminated) as error:
+        if debug:
+            traceback.print_exc()
+        interruption = interruption_named(error)
+        text = f"stopped by {interruption}" if interruption else str(error)
+        typer.echo("\n".join([text, *getattr(error, "__notes__", ())]), err=True)
+        if isinstance(error, Terminated):
+            raise
+        raise typer.Exit(_exit_code(error)) from None
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, DiskError):
+        return FAILED
+    return USAGE if isinstance(error, ConfigurationError | RunDirectoryError) else FAILED

@@ -1,0 +1,29 @@
+"""`dspy-fst report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dspy_fst.cli.common import Debug, errors_as_text
+from dspy_fst.errors import ConfigurationError
+
+
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs; several are compared.")],
+    out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
+    plots: Annotated[Path | None, typer.Option(help="A folder for the charts as SVG and PNG files.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write one self-contained HTML page about runs that are finished, under way or were killed."""
+    with errors_as_text(debug):
+        try:
+            from dspy_fst.report.charts import save_plots
+            from dspy_fst.report.page import build_report
+        except ImportError as error:
+            raise ConfigurationError([str(error)]) from error
+
+        typer.echo(f"the report is {build_report(run_dirs, out)}")
+        if plots is not None:
+            save_plots(run_dirs, plots)
+            typer.echo(f"the charts are in {plots}")
