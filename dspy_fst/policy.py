@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -151,6 +152,8 @@ class EngineHandle:
         with self._lock:
             if self._engine is None:
                 self._engine = self._make()
+                self._unheld = weakref.finalize(self, _close_beside, self._engine)
+                self._unheld.atexit = False  # the interpreter ends threads and children itself
             return self._engine
 
     def ready(self) -> Engine:
@@ -164,6 +167,7 @@ class EngineHandle:
     def release(self) -> None:
         with self._lock:
             if self._engine is not None:
+                self._unheld.detach()
                 self._engine.close()
                 self._engine = None
 
@@ -196,6 +200,11 @@ class AsyncHandle:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AsyncHandle":
         return self
+
+
+def _close_beside(engine: Engine) -> None:
+    """Stop an engine whose LM nobody holds any more; in a thread, as the collector may run in one of the engine's."""
+    threading.Thread(target=engine.close, name="engine-end", daemon=True).start()
 
 
 def _free_seed() -> int:

@@ -295,6 +295,20 @@ def _advice(reasons: Sequence[str]) -> str:
     return "run the program on one example by hand to see the error"
 
 
+def _subject(session: Session) -> dict[str, Any]:
+    """What is trained on what, for whoever reads the events alone."""
+    lms = {name: predictor.lm or dspy.settings.lm for name, predictor in session.program.named_predictors()}
+    return {
+        "program": type(session.program).__name__,
+        "model": session.policy.model,
+        "engine": session.policy.handle.resolved_kind,
+        "trained": sorted(session.trained),
+        "frozen": {name: lm.model for name, lm in lms.items() if name not in session.trained and lm is not None},
+        "metric": session.player.reward.identity,
+        "examples": {"trainset": len(session.trainset), "valset": len(session.valset)},
+    }
+
+
 def _announce(session: Session) -> None:
     """Say what the run will spend before it is spent."""
     config, budget, state = session.config, session.plan.budget(len(session.valset)), session.run.state
@@ -309,7 +323,13 @@ def _announce(session: Session) -> None:
         return
     rollouts = budget.search_rollouts + budget.scoring_rollouts + budget.training_rollouts
     tokens = session.tokens_per_rollout
-    session.run.emit("plan", config=config.model_dump(), budget=asdict(budget), tokens_per_rollout=tokens)
+    session.run.emit(
+        "plan",
+        config=config.model_dump(),
+        budget=asdict(budget),
+        tokens_per_rollout=tokens,
+        **_subject(session),
+    )
     for line in (
         f"run directory {session.run.path}",
         f"fast: {budget.searches} searches, up to {budget.search_rollouts} rollouts "

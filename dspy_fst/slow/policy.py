@@ -1,6 +1,8 @@
 """A causal LM as the slow step sees it: micro-batches in, FP32 logits out, only where a token is predicted."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +40,12 @@ class Policy(nn.Module):
         """Read a Hugging Face folder (or hub name) in float32 and check that its logits can be computed here.
 
         Raises:
-            TrainingError: it scales or caps its logits after the head.
+            TrainingError: some of its layers are not in the files, or it scales or caps its logits after the head.
         """
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+        model, told = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+        _refuse_random_layers(path, told)
         policy = cls(model.requires_grad_(trainable))
         policy._probe()
         policy.body_dtype = dtype
@@ -102,3 +107,14 @@ class Policy(nn.Module):
         rows = dict(zip(batch.members, self(batch).split(batch.tokens), strict=True))
         ours = torch.cat([rows[index] for index in range(len(texts))])
         return float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
+
+
+def _refuse_random_layers(path: str | Path, told: Mapping[str, Any]) -> None:
+    """transformers makes up what the files lack, and says so in its log only."""
+    absent = sorted({str(key) for kind in ("missing_keys", "mismatched_keys") for key in told.get(kind) or ()})
+    if absent:
+        shown = ", ".join(absent[:4]) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
+        raise TrainingError(
+            f"{path}: its files lack {shown}, or hold them in another shape; transformers would fill them at random. "
+            "Download or save the model again"
+        )

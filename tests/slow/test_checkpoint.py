@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import random
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dspy_fst.errors import TrainingError
+from dspy_fst.slow.policy import Policy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from tests.slow.makers import VOCABULARY, make_batch, make_row, make_tokenizer
 
@@ -152,3 +154,12 @@ def test_the_state_of_another_release_is_refused(start, tmp_path):
     (tmp_path / "state" / "state.json").write_text('{"format": 99, "updates": 0}')
     with pytest.raises(TrainingError, match="format 99"):
         make_trainer(start).load_state(tmp_path / "state")
+
+
+def test_a_model_whose_files_lack_a_layer_is_refused(start, tmp_path):
+    folder = shutil.copytree(start, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match=r"lack model\.layers\.0\.mlp\.up_proj\.weight"):
+        Policy.load(folder, dtype=torch.float32)
