@@ -18,10 +18,10 @@ demo: .venv/.ready ## Train the miniature laboratory's program and model togethe
 	$(RUN) -m programs.lab.demo --engine $(ENGINE) --seeds $(SEEDS)
 
 test: lint ## Lint, types and every test, the real vLLM server's included.
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.ready ## The tests that need no server and no pretraining (under two minutes).
-	$(RUN) -m pytest -m "not slow and not vllm"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not vllm"
 
 lint: .venv/.ready ## Style and types.
 	.venv/bin/ruff check .
