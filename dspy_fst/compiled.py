@@ -14,7 +14,7 @@ import dspy
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.rollout.player import Task
-from dspy_fst.rollout.texts import with_texts
+from dspy_fst.rollout.texts import carry, with_texts
 from dspy_fst.saved import load, policy_of, save
 from dspy_fst.session import version_of
 from dspy_fst.types import Candidate, CycleReport, Population, Problem, StepReport
@@ -42,11 +42,8 @@ def compiled_program(run: "Session", population: Population, *, track_stats: boo
     validation = _validate(run, population)
     if validation:
         population = _ranked(population, validation)
-    score_of = {m.digest: score for m, score in zip(population.members, population.scores, strict=True)}
-    programs = [{"score": score_of[m.digest], "program": with_texts(run.program, m)} for m in population.unique()]
     compiled = with_texts(run.program, population.best)
-    compiled.population = population
-    compiled.candidate_programs = programs
+    carry(compiled, population)
     if track_stats:
         compiled.detailed_results = CompiledResults(
             run_dir=run.run.path,
@@ -54,7 +51,6 @@ def compiled_program(run: "Session", population: Population, *, track_stats: boo
             steps=tuple(run.step_reports),
             validation=validation,
         )
-    compiled._compiled = True
     run.run.emit("done", population=population, validation=validation, weights=run.policy.checkpoint.version)
     return compiled
 

@@ -20,9 +20,21 @@ from typing import Any
 
 import dspy
 
-from dspy_fst.documents import POLICY, POPULATION, PROGRAM, WEIGHTS, Sampling, SavedPolicy, read_saved, without_lms
+from dspy_fst.documents import (
+    ASIDE,
+    POLICY,
+    POPULATION,
+    PROGRAM,
+    WEIGHTS,
+    Sampling,
+    SavedPolicy,
+    read_saved,
+    weights_in,
+    without_lms,
+)
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.policy import PolicyLM, resolve_kind
+from dspy_fst.rollout.texts import carry
 from dspy_fst.run.files import flush, population_to_json, write_json
 from dspy_fst.run.sealed import read_document, seal, verify
 from dspy_fst.run.secrets import Redactor
@@ -80,7 +92,7 @@ def load(path: str | Path, program: dspy.Module, **policy_settings: Any) -> dspy
     """A copy of ``program`` as it was compiled and saved: its instructions, population and trained weights.
 
     Args:
-        path: A folder written by `save`.
+        path: A folder written by `save` or `dspy_fst.export.export`.
         program: A fresh program of the same class; it is not changed. Its frozen LMs are kept.
         **policy_settings: Override how the weights are served, e.g. ``engine="vllm"``; ``engine_options`` are added
             to the saved ones.
@@ -91,10 +103,10 @@ def load(path: str | Path, program: dspy.Module, **policy_settings: Any) -> dspy
         ConfigurationError: a frozen LM is not set.
     """
     path = Path(path).resolve()
-    verify(path)
+    verify(path, ASIDE if weights_in(path) == path else ())
     saved, population, state = read_saved(path, program)
     _require_frozen_lms(saved.frozen, program)
-    policies = _policies(saved, path / WEIGHTS, policy_settings)
+    policies = _policies(saved, weights_in(path), policy_settings)
     loaded = program.deepcopy()
     try:
         loaded.load_state(state)
@@ -103,8 +115,7 @@ def load(path: str | Path, program: dspy.Module, **policy_settings: Any) -> dspy
     own = dict(program.named_predictors())
     for name, predictor in loaded.named_predictors():
         predictor.lm = policies.get(name, own[name].lm)
-    loaded.population = population
-    loaded._compiled = True
+    carry(loaded, population)
     return loaded
 
 

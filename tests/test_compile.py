@@ -135,12 +135,23 @@ def test_saved_and_loaded_it_is_the_same_program(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert read_texts(loaded) == read_texts(compiled)
     assert loaded.population == compiled.population
+    spoken = [read_texts(entry["program"]).digest for entry in loaded.candidate_programs]
+    assert spoken == [member.digest for member in compiled.population.unique()]
     assert same_weights(loaded, compiled)
     assert speaks(loaded)
     with pytest.raises(FileExistsError):
         dspy_fst.save(compiled, tmp_path / "out")
     with pytest.raises(RunDirectoryError, match="another program"):
         dspy_fst.load(tmp_path / "out", dspy.Predict("numbers -> answer"))
+
+
+def test_a_text_that_was_edited_after_training_is_kept(tmp_path):
+    compiled = compile_relay(tmp_path / "run", cycles=1)
+    (_, predictor), *_ = compiled.named_predictors()
+    predictor.signature = predictor.signature.with_instructions("Edited by hand.")
+    loaded = dspy_fst.load(dspy_fst.save(compiled, tmp_path / "out"), Relay())
+    assert "Edited by hand." in read_texts(loaded).texts.values()
+    policy_of(compiled).release()
 
 
 def test_it_also_goes_through_dspy_s_own_save_and_load(tmp_path):

@@ -1,8 +1,10 @@
 """The texts of a program that evolution may change: read them out as a candidate, write a candidate in."""
 
+from typing import Any
+
 import dspy
 
-from dspy_fst.types import Candidate
+from dspy_fst.types import Candidate, Population
 
 
 def read_texts(program: dspy.Module) -> Candidate:
@@ -17,3 +19,16 @@ def with_texts(program: dspy.Module, candidate: Candidate) -> dspy.Module:
         if name in candidate.texts:
             predictor.signature = predictor.signature.with_instructions(candidate.texts[name])
     return copy
+
+
+def carry(program: dspy.Module, population: Population) -> None:
+    """Mark a program as compiled; what it says itself is left as it is.
+
+    Set on it are ``population``, ``candidate_programs`` (``[{"score", "program"}]``, best first, without repetition)
+    and ``_compiled``.
+    """
+    score_of = {m.digest: score for m, score in zip(population.members, population.scores, strict=True)}
+    programs: list[dict[str, Any]] = [
+        {"score": score_of[member.digest], "program": with_texts(program, member)} for member in population.unique()
+    ]
+    program.population, program.candidate_programs, program._compiled = population, programs, True
