@@ -15,6 +15,10 @@ from dspy_fst.run.sealed import MANIFEST, read_document, sentences
 from dspy_fst.types import Population
 
 PROGRAM, POPULATION, POLICY, WEIGHTS = "program.json", "population.json", "policy.json", "weights"
+DOCUMENTS = (MANIFEST, PROGRAM, POPULATION, POLICY)
+CARD = "README.md"
+ASIDE = (CARD, ".gitattributes", ".cache")
+"""In an exported folder: its model card, which people edit, and what the Hugging Face hub and its client add."""
 
 
 class Strict(BaseModel):
@@ -67,22 +71,29 @@ class SavedPredictor(Strict):
     fields: dict[str, Any] = {}
 
 
+def weights_in(folder: Path) -> Path:
+    """Where a saved program's weights lie: in weights/, or beside its documents when it was exported."""
+    return folder / WEIGHTS if (folder / WEIGHTS).exists() else folder
+
+
 def read_saved(folder: Path, program: dspy.Module) -> tuple[SavedPolicy, Population, dict[str, Any]]:
     """The folder's documents, none of which asks for more than it may.
 
     Raises:
         RunDirectoryError: one does, or they are of another program.
     """
-    if foreign := sorted({path.name for path in folder.iterdir()} - {MANIFEST, PROGRAM, POPULATION, POLICY, WEIGHTS}):
+    weights = weights_in(folder)
+    names = {path.name for path in folder.iterdir()}
+    if weights != folder and (foreign := sorted(names - {*DOCUMENTS, WEIGHTS})):
         raise RunDirectoryError(f"{folder}: {', '.join(foreign)} is no part of a saved program; do not use the folder")
-    if faults := weights_faults(folder / WEIGHTS):
+    if faults := weights_faults(weights, ASIDE if weights == folder else ()):
         raise RunDirectoryError(f"{folder} is not loaded: {'; '.join(faults)}")
     saved = _parse(SavedPolicy, folder / POLICY)
     listed = _parse(SavedPopulation, folder / POPULATION)
-    names = {name for name, _ in program.named_predictors()}
+    predictors = {name for name, _ in program.named_predictors()}
     components = read_texts(program).texts.keys()
     differing = {name for texts in listed.members for name in components ^ texts.keys()}
-    differing |= {*saved.predictors, *saved.frozen} - names
+    differing |= {*saved.predictors, *saved.frozen} - predictors
     if differing:
         raise RunDirectoryError(f"{folder} was saved from another program; predictors that differ: {sorted(differing)}")
     if len(listed.scores) != len(listed.members):

@@ -13,6 +13,7 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.evolve import evolve
 from dspy_fst.prepare import open_session
 from dspy_fst.report.progress import ProgressView
+from dspy_fst.report.tracking import Track, Tracking, trackers_of
 from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.interrupts import signals_raise
 from dspy_fst.session import Session
@@ -41,6 +42,8 @@ class FSTOptimizer(Teleprompter):
         track_stats: Keep every report in ``compiled.detailed_results``.
         progress: Show a live view (a terminal) or plain lines (elsewhere).
         listeners: Functions that are told every event of the run.
+        track: Experiment trackers by accelerate's names, e.g. ``"tensorboard"`` or ``["wandb", "mlflow"]``, or
+            trackers made with settings of their own. A continued run may name others.
         **recipe: Any other field of FSTConfig, e.g. ``cycles=4, learning_rate=1e-5``.
     """
 
@@ -57,10 +60,12 @@ class FSTOptimizer(Teleprompter):
         track_stats: bool = True,
         progress: bool = True,
         listeners: Sequence[Callable[[Mapping[str, Any]], None]] = (),
+        track: Track | Sequence[Track] = (),
         **recipe: Any,
     ):
         super().__init__()
-        if faults := argument_faults(run_dir, listeners, track_stats=track_stats, progress=progress):
+        self.trackers, faults = trackers_of(track)
+        if faults := [*argument_faults(run_dir, listeners, track_stats=track_stats, progress=progress), *faults]:
             raise ConfigurationError(faults)
         self.metric, self.reflection_lm, self.propose = metric, reflection_lm, propose
         self.run_dir, self.track_stats, self.progress = run_dir, track_stats, progress
@@ -100,9 +105,13 @@ class FSTOptimizer(Teleprompter):
         with ExitStack() as stack:
             stack.enter_context(signals_raise())
             title = Path(self.run_dir).name if self.run_dir else "run"
-            view = (stack.enter_context(ProgressView(title)),) if self.progress else ()
-            listeners = (*self.listeners, *view)
+            view = stack.enter_context(ProgressView(title)) if self.progress else None
+            tracking = Tracking(self.trackers)
+            listeners = (*self.listeners, *((view,) if view else ()), tracking)
             run = stack.enter_context(open_session(self, student, trainset, valset, teacher, listeners))
+            if view:
+                view.recall(run.run.events())
+            stack.enter_context(tracking.following(run.run.path, run.run.events(), run.tell_note))
             return compiled_program(run, alternate(run), track_stats=self.track_stats)
 
 

@@ -6,6 +6,7 @@
     model: Qwen/Qwen3-0.6B             # for the predictors that hold no LM yet
     reflection_lm: openai/gpt-5        # or  propose: my_program:propose
     run_dir: runs/mine
+    track: tensorboard                 # or a list; may be left out
     recipe: {auto: medium}             # fields of FSTConfig, or auto
 
 Modules and relative paths are looked for in the file's folder. Nothing heavy is imported before `Project.open`.
@@ -125,6 +126,8 @@ class Project(_Part):
     propose: Reference | None = None
     """A proposer that needs no LM, see FSTOptimizer."""
     run_dir: str
+    track: list[str] | str | None = None
+    """Experiment trackers, see FSTOptimizer. They are no part of the recipe: a continued run may name others."""
     recipe: Recipe | None = None
 
     @model_validator(mode="after")
@@ -180,6 +183,7 @@ class Project(_Part):
             propose=objects.get("propose"),
             run_dir=self.run_path,
             listeners=listeners,
+            track=self.track or (),
             **(self.recipe.model_dump(exclude_unset=True) if self.recipe else {}),
         )
         return Opened(program, optimizer, trainset, valset)
@@ -382,7 +386,7 @@ def _sentence(fault: Any) -> str:
 
 def _meant(name: str, known: Sequence[str]) -> str:
     """``"; did you mean 'x'?"``, or nothing when nothing is close."""
-    close = difflib.get_close_matches(name, known)
+    close = difflib.get_close_matches(name, known, cutoff=0.65)  # its 0.6 takes "metrc" for "track" as well
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

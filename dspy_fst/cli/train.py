@@ -16,9 +16,15 @@ from dspy_fst.run.interrupts import signals_raise
 if TYPE_CHECKING:
     from dspy_fst.project import Project
 
+Track = Annotated[
+    list[str] | None,
+    typer.Option("--track", metavar="NAME", help="Log to this tracker, e.g. tensorboard; repeat it for several."),
+]
+
 
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The project: a YAML file.")],
+    track: Track = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -26,11 +32,12 @@ def run(
     with errors_as_text(debug):
         from dspy_fst.project import load_project
 
-        _train(load_project(file), as_json)
+        _train(_tracked(load_project(file), track), as_json)
 
 
 def resume(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's directory.")],
+    track: Track = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -48,7 +55,13 @@ def resume(
             _show(outcome, as_json)
             return
         # The directory may have been moved since: it is the one that was named now.
-        _train(load_project(run_dir / PROJECT).model_copy(update={"run_dir": str(run_dir)}), as_json)
+        project = load_project(run_dir / PROJECT).model_copy(update={"run_dir": str(run_dir)})
+        _train(_tracked(project, track), as_json)
+
+
+def _tracked(project: "Project", track: list[str] | None) -> "Project":
+    """The project with these trackers instead of its own, when there are any."""
+    return project.model_copy(update={"track": track}) if track else project
 
 
 def _why_not_resumed(run_dir: Path) -> str:

@@ -1,22 +1,25 @@
-"""What a person sees while a run is going on: a live view in a terminal, plain lines elsewhere."""
+"""What a person sees while a run is going on: a live view in a terminal or a notebook, plain lines elsewhere."""
 
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from dspy_fst.report.metrics import entry_of
+
+HEARTBEAT_S = 30.0
+"""A plain log says at least this often that rollouts are coming in, so that a wait is not taken for a hang."""
+NOTEBOOK_S = 0.5
+"""Shortest time between two updates of a notebook's view: each is a message to the browser."""
+BARS = "▁▂▃▄▅▆▇█"
+SHOWN_REWARDS, SHOWN_CANDIDATES = 24, 3
 
 
 class ProgressView:
@@ -25,88 +28,111 @@ class ProgressView:
     Args:
         title: Name of the run.
         console: Where to; a console without a terminal gets one plain line an event.
+        lines: Newest lines that a live view shows.
+        clock: Seconds; for the times of the phases and what is left.
     """
 
-    def __init__(self, title: str = "run", console: Console | None = None, lines: int = 6):
+    def __init__(
+        self,
+        title: str = "run",
+        console: Console | None = None,
+        lines: int = 6,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.console = console or Console()
         self.title = title
-        self._plain = not self.console.is_terminal
-        self._recent: deque[str] = deque(maxlen=lines)
-        self._figures: dict[str, str] = {}
+        self._clock = clock
+        self._notebook = _Notebook() if self.console.is_jupyter else None
+        terminal = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._plain = not (terminal or self._notebook)
+        # A notebook keeps its notes and warnings in the view, so it has room for more.
+        self._recent: deque[str] = deque(maxlen=2 * lines if self._notebook else lines)
+        self._standing = _Standing()
+        self._times = _Times(clock)
+        self._figures: dict[str, float] = {}
+        self._rewards: deque[float | None] = deque(maxlen=SHOWN_REWARDS)
+        self._candidates: list[tuple[float | None, str]] = []
+        self._searching = False
         self._phase = "starting"
-        self._played = 0
-        self._last_tick = 0.0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        self._updates = self._bar.add_task("weight updates", total=None)
-        self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
+        self._heard = clock()
+        self._open = ExitStack()
+        self._live = None
+        if terminal and not self._notebook:
+            self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> "ProgressView":
-        if not self._plain:
-            self._live.start()
+        self._open.enter_context(_without_loading_bars())
+        if self._live:
+            self._open.enter_context(self._live)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._plain:
-            self._live.stop()
+        try:
+            self._refresh(now=True)
+        finally:
+            self._open.close()
+
+    def recall(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Take up what happened before, without a word about it: a continued run shows where it stands."""
+        for event in events:
+            if event["event"] == "plan":
+                self._standing.budget = event["budget"]
+            elif event["event"] in ("cycle", "step"):
+                self._measured(event)
+        self._standing.played = self._standing.played_masked = 0
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Take one event of the run."""
         show = getattr(self, f"_on_{event['event']}", None)
         if show is not None:
             show(event)
+            self._refresh(now=event["event"] in ("cycle", "step", "warning"))
 
     # ---- one method an event -------------------------------------------------------------------
 
     def _on_phase(self, event: Mapping[str, Any]) -> None:
-        self._phase, self._played = event["phase"], 0
+        self._phase = event["phase"]
+        self._times.enter(self._phase.rpartition(": ")[2])
         if self._plain and not event.get("quiet"):
-            self._say(event["phase"])
+            self._say(self._phase)
 
     def _on_rollout(self, event: Mapping[str, Any]) -> None:
-        self._played += 1
-        if self._plain and time.monotonic() - self._last_tick > 30:  # a heartbeat, so that a wait is no hang
-            self._last_tick = time.monotonic()
-            self._say(f"{self._phase}: {self._played} rollouts")
+        self._standing.played += 1
+        self._standing.played_masked += event["reward"] is None
+        if self._plain and self._clock() - self._heard > HEARTBEAT_S:
+            self._say(f"{self._phase}: {counted(self._standing.played, 'rollout')}")
 
     def _on_plan(self, event: Mapping[str, Any]) -> None:
-        self._bar.update(self._updates, total=event["budget"]["updates"])
+        self._standing.budget = event["budget"]
 
     def _on_candidate(self, event: Mapping[str, Any]) -> None:
-        texts = " | ".join(event["texts"].values())
-        self._figures["newest instruction"] = f"{event['score']:.2f}  {_short(texts)}"
+        if not self._searching:  # what an earlier search found was scored on other problems
+            self._searching, self._candidates = True, []
+        found = [*self._candidates, (event["score"], _words(event["texts"]))]
+        self._candidates = sorted(found, key=lambda candidate: -candidate[0])[:SHOWN_CANDIDATES]
 
     def _on_cycle(self, event: Mapping[str, Any]) -> None:
         report = event["report"]
-        best = max((score for score in report["scores"] if score is not None), default=None)
-        self._figures["population on anchors"] = ", ".join(_number(score) for score in report["scores"])
+        self._times.measured("search", self._standing.played)
+        self._measured(event)
+        best = entry_of(event).values.get("search/best_score")  # type: ignore[union-attr]
         self._say(
-            f"cycle {report['cycle']}: best candidate {_number(best)} on the anchors, {report['rollouts']} rollouts "
-            f"({report['reused']} reused), {report['reflections']} reflections, "
-            f"{report['proposals_accepted']} accepted",
+            f"cycle {report['cycle']}: best candidate {_number(best)} on the anchors, "
+            f"{counted(report['rollouts'], 'rollout')} ({report['reused']} reused), "
+            f"{counted(report['reflections'], 'reflection')}, {report['proposals_accepted']} accepted",
             keep=True,
         )
 
     def _on_step(self, event: Mapping[str, Any]) -> None:
-        report, update = event["report"], event["report"]["update"]
-        self._bar.update(self._updates, completed=report["step"] + 1)
-        counts = report["counts"]
-        self._figures |= {
-            "reward": _number(report["reward"]),
-            "KL to start / token": _number(update["kl_to_start"]),
-            "entropy / token": _number(update["entropy"]),
-            "groups flat": f"{counts.get('flat_groups', 0)} of {counts.get('groups', 0)}",
-        }
+        report = event["report"]
+        self._times.measured("train", self._standing.played)
+        self._measured(event)
+        figures, counts = self._figures, report["counts"]
         self._say(
-            f"step {report['step']}: reward {_number(report['reward'])}, KL {_number(update['kl_to_start'])}, "
-            f"entropy {_number(update['entropy'])}, {counts.get('flat_groups', 0)}/{counts.get('groups', 0)} groups "
-            f"flat, {update['tokens']} tokens trained{_lost(counts)}"
+            f"step {report['step']}: reward {_number(figures.get('train/reward'))}, "
+            f"KL {_small(figures.get('train/kl_to_start'))}, entropy {_number(figures.get('train/entropy'))}, "
+            f"{counts.get('flat_groups', 0)}/{counts.get('groups', 0)} groups flat, "
+            f"{counted(report['update']['tokens'], 'token')} trained{_lost(counts)}"
         )
 
     def _on_note(self, event: Mapping[str, Any]) -> None:
@@ -115,23 +141,230 @@ class ProgressView:
     def _on_warning(self, event: Mapping[str, Any]) -> None:
         self._say(f"warning: {event['text']}", keep=True)
 
+    def _measured(self, event: Mapping[str, Any]) -> None:
+        """Take what a search or a step came to."""
+        self._standing.add(event)
+        if event["event"] == "cycle":
+            self._searching = False
+            self._candidates = _population(event)[:SHOWN_CANDIDATES] or self._candidates
+            return
+        self._figures = dict(entry_of(event).values)  # type: ignore[union-attr]
+        self._rewards.append(event["report"]["reward"])
+
     # ---- drawing -------------------------------------------------------------------------------
 
     def _say(self, line: str, *, keep: bool = False) -> None:
         """One line: among the newest in the live view, or above it for good when it is worth keeping."""
-        if self._plain or keep:
+        self._heard = self._clock()
+        line = _printable(line, self.console.encoding)
+        if self._plain or (keep and self._live):
             self.console.print(f"[{self.title}] {line}", markup=False, highlight=False, soft_wrap=True)
         else:
             self._recent.append(line)
 
-    def _render(self) -> Group:
-        # Texts, not markup strings: an instruction may well hold square brackets.
+    def _refresh(self, *, now: bool) -> None:
+        """A terminal's view draws itself; a notebook's is sent."""
+        if self._notebook:
+            self._notebook.show(self._render(), now=now)
+
+    def _render(self) -> Table:
+        # In a thread of rich's: what events change is copied first. Texts, not markup: instructions may hold brackets.
+        grid = Table.grid(expand=True)
+        left = self._times.left(self._standing)
+        head = Text.assemble((_printable(self.title, self.console.encoding), "bold"), f"  {self._phase}")
+        grid.add_row(_line(head.append(f"  about {_duration(left)} left", "dim") if left else head))
+        if planned := self._standing.planned:
+            grid.add_row(ProgressBar(total=planned, completed=min(self._standing.spent, planned)))
         figures = Table.grid(padding=(0, 2))
-        for name, value in self._figures.items():
-            figures.add_row(Text(name, style="dim"), Text(value))
-        rollouts = f", {self._played} rollouts" if self._played else ""
-        head = Text.assemble((self.title, "bold"), f"  {self._phase}{rollouts}")
-        return Group(head, self._bar, figures, *(Text(line, style="dim") for line in self._recent))
+        figures.add_column(no_wrap=True, style="dim")
+        figures.add_column(ratio=1)
+        for name, value in self._rows():
+            text = Text(_printable(value, self.console.encoding))
+            figures.add_row(name, text if name == "time" else _line(text))
+        grid.add_row(figures)
+        for line in tuple(self._recent):
+            grid.add_row(_line(Text(line, style="dim")))
+        return grid
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        standing, figures = self._standing, self._figures
+        if standing.progress:
+            yield "progress", standing.progress
+        yield "rollouts", standing.rollouts
+        if rewards := tuple(self._rewards):
+            yield "reward", f"{_number(rewards[-1])}  {sparkline(rewards)}"
+            yield "KL to start", f"{_small(figures.get('train/kl_to_start'))} nats a token"
+            yield "entropy", f"{_number(figures.get('train/entropy'))} nats a token"
+            yield "groups flat", f"{figures.get('train/flat_groups', 0):g} of {figures.get('train/groups', 0):g}"
+        for place, (score, text) in enumerate(tuple(self._candidates)):
+            yield "" if place else "best texts", f"{_number(score)}  {text}"
+        yield "time", self._times.words
+
+
+class _Standing:
+    """What of the plan is done. A rollout counts when it is made, and for its search or step once that is over."""
+
+    def __init__(self) -> None:
+        self.budget: Mapping[str, int] = {}
+        self.done: Counter[str] = Counter()
+        """``searches``, ``updates``, and the rollouts of each: ``search``, ``train``."""
+        self.masked = self.played = self.played_masked = 0
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        report, step = event["report"], event["event"] == "step"
+        rollouts = report["counts"].get("rollouts", 0) if step else report["rollouts"]
+        self.done.update({"updates" if step else "searches": 1, "train" if step else "search": rollouts})
+        self.masked += sum(count for reason, count in report["counts"].items() if reason.startswith("masked: "))
+        self.played = self.played_masked = 0
+
+    @property
+    def planned(self) -> int:
+        """Rollouts of the searches, at most, and of the updates; validation is outside."""
+        names = ("search_rollouts", "scoring_rollouts", "training_rollouts")
+        return sum(self.budget.get(name, 0) for name in names)
+
+    @property
+    def over(self) -> bool:
+        """Whether searches and updates are all done."""
+        whole = {name: self.budget.get(name, 0) for name in ("searches", "updates")}
+        return bool(self.budget) and all(self.done[name] >= whole[name] for name in whole)
+
+    @property
+    def spent(self) -> int:
+        return self.done["search"] + self.done["train"] + (0 if self.over else self.played)
+
+    def left(self) -> dict[str, float]:
+        """Rollouts to come, by what they are for."""
+        searches, planned = self.budget.get("searches", 0), self.planned - self.budget.get("training_rollouts", 0)
+        return {
+            "search": planned * max(0, searches - self.done["searches"]) / searches if searches else 0.0,
+            "train": max(0, self.budget.get("training_rollouts", 0) - self.done["train"]),
+            "validation": self.budget.get("validation_rollouts", 0),
+        }
+
+    @property
+    def progress(self) -> str:
+        return ", ".join(
+            f"{self.done[name]} of {counted(self.budget[name], one)}"
+            for name, one in (("searches", "search"), ("updates", "update"))
+            if self.budget.get(name)
+        )
+
+    @property
+    def rollouts(self) -> str:
+        of = f" of {self.planned:,}" if self.planned else ""
+        made = self.done["search"] + self.done["train"] + self.played
+        masked = self.masked + self.played_masked
+        return f"{self.spent:,}{of}" + (f", {masked / made:.1%} masked" if masked else "")
+
+
+class _Times:
+    """How long each phase took in this process, and so how long the rest will take."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._activity, self._entered = "starting", clock()
+        self._spent: Counter[str] = Counter()
+        self._since: float | None = None
+        """When the search or step in hand began; None before the first."""
+        self._seconds: Counter[str] = Counter()
+        self._rollouts: Counter[str] = Counter()
+
+    def enter(self, activity: str) -> None:
+        now = self._clock()
+        self._spent[self._activity] += now - self._entered  # type: ignore[assignment]
+        self._activity, self._entered = activity, now
+        if self._since is None:
+            self._since = now
+
+    def measured(self, kind: str, rollouts: int) -> None:
+        """A search or a step is over: reflections, the update and the publishing of weights included."""
+        now = self._clock()
+        if self._since is not None and rollouts:
+            self._seconds[kind] += now - self._since  # type: ignore[assignment]
+            self._rollouts[kind] += rollouts
+        self._since = now
+
+    def left(self, standing: _Standing) -> float | None:
+        """Seconds to the end of the run; None before a step was measured here, and once it took longer than that."""
+        if not self._rollouts["train"]:
+            return None
+        of_a_step = self._seconds["train"] / self._rollouts["train"]
+        seconds = 0.0
+        for kind, rollouts in standing.left().items():
+            made = self._rollouts[kind]
+            seconds += rollouts * (self._seconds[kind] / made if made else of_a_step)
+        left = seconds - (self._clock() - (self._since or 0.0))
+        return left if left > 0 else None
+
+    @property
+    def words(self) -> str:
+        spent: dict[str, float] = dict(self._spent)
+        spent[self._activity] = spent.get(self._activity, 0.0) + self._clock() - self._entered
+        return ", ".join(f"{activity} {_duration(seconds)}" for activity, seconds in spent.items())
+
+
+class _Notebook:
+    """One output of a notebook's cell, replaced in place. rich's own way needs ipywidgets."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._shown = 0.0
+
+    def show(self, view: RenderableType, *, now: bool) -> None:
+        from IPython.display import display
+
+        if not now and time.monotonic() - self._shown < NOTEBOOK_S:
+            return
+        self._shown = time.monotonic()
+        if self._handle is None:
+            self._handle = display(view, display_id=True)
+        else:
+            self._handle.update(view)
+
+
+@contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    """A block in which transformers draws no bars of its own into the view."""
+    from transformers.utils import logging as bars
+
+    if not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
+
+
+def sparkline(values: Sequence[float | None]) -> str:
+    """One bar a value between the lowest and the highest; a blank where nothing was measured.
+
+    >>> sparkline([0.0, None, 0.5, 1.0])
+    '▁ ▄█'
+    """
+    known = [value for value in values if value is not None]
+    low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
+
+    def bar(value: float) -> str:
+        return BARS[int((value - low) / span * (len(BARS) - 1))] if span else BARS[0]
+
+    return "".join(" " if value is None else bar(value) for value in values)
+
+
+def counted(count: int, one: str) -> str:
+    """``1 rollout``, ``2 rollouts``, ``1,200 searches``."""
+    many = f"{one}es" if one.endswith("ch") else f"{one}s"
+    return f"{count:,} {one if count == 1 else many}"
+
+
+def _population(event: Mapping[str, Any]) -> list[tuple[float | None, str]]:
+    """Scores and texts of the search's population, best first, each once."""
+    texts = {candidate["digest"]: _words(candidate["texts"]) for candidate in event.get("candidates", ())}
+    report = event["report"]
+    members = dict(zip(report.get("population", ()), report["scores"], strict=False))
+    return [(score, texts[digest]) for digest, score in members.items() if digest in texts]
 
 
 def _lost(counts: Mapping[str, int]) -> str:
@@ -144,6 +377,28 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"  # noqa: RUF001
 
 
-def _short(text: str, width: int = 72) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"
+def _small(value: float | None) -> str:
+    """Three digits, however many zeros come first: early KLs are tiny, and not 0."""
+    return "–" if value is None else f"{value:.3g}"  # noqa: RUF001
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _words(texts: Mapping[str, str]) -> str:
+    return " | ".join(" ".join(text.split()) for text in texts.values())
+
+
+def _line(text: Text) -> Text:
+    """One line, cut at the edge: a view whose height jumps cannot be read."""
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
+
+
+def _printable(text: str, encoding: str) -> str:
+    """Without control codes, which a model's text may hold, and without what the terminal cannot write."""
+    seen = "".join(character if character.isprintable() else " " for character in text)
+    return seen.encode(encoding, "replace").decode(encoding)

@@ -1,6 +1,6 @@
 """What a folder of weights from somebody else may hold: plain files that lead nowhere else and bring no code."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ KEYS = {
 """Keys of a model's, generation's or tokenizer's configuration that lead out of the folder (transformers 5.19)."""
 
 
-def weights_faults(folder: Path) -> list[str]:
-    """Why a Hugging Face folder must not be loaded, one sentence each."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+def weights_faults(folder: Path, aside: Collection[str] = ()) -> list[str]:
+    """Why a Hugging Face folder must not be loaded, one sentence each; names in ``aside`` are not looked at."""
+    paths = sorted(path for path in folder.iterdir() if path.name not in aside) if folder.is_dir() else []
     names = {path.name for path in paths}
     faults = [f"{folder.name}/{name} is missing" for name in NEEDED if name not in names]
     for path in paths:

@@ -6,14 +6,16 @@ the list too, so what stands in the files is checked by those who read them.
 
 import json
 import stat
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.files import flush, sha256_of, write_json
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 FORMAT = 2
 """1 had no manifest."""
@@ -52,8 +54,11 @@ def seal(folder: Path, package: str) -> None:
         flush(path)
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, aside: Collection[str] = ()) -> None:
     """Check that the folder holds the files on its list, whole, and nothing else. Links are not followed.
+
+    Args:
+        aside: Files and folders at its top that nobody here reads, so that they may be changed, added or missing.
 
     Raises:
         RunDirectoryError: it does not; the message names the file and what to do.
@@ -66,7 +71,8 @@ def verify(folder: Path) -> None:
             f"{folder} has no {MANIFEST}: it was saved by an earlier release, or is no saved program. To save it anew, "
             "compile again with its run_dir, which gives the finished program back"
         )
-    listed = _read_manifest(folder / MANIFEST).files
+    listed = _without(aside, _read_manifest(folder / MANIFEST).files)
+    found = _without(aside, found)
     if missing := sorted(listed.keys() - found.keys()):
         raise RunDirectoryError(f"{folder}: {', '.join(missing)} is missing; {_COPY_AGAIN}")
     if foreign := sorted(found.keys() - listed.keys()):
@@ -79,6 +85,10 @@ def verify(folder: Path) -> None:
             raise RunDirectoryError(f"{folder}: {name} has {size} bytes instead of {facts.bytes}; {_COPY_AGAIN}")
         if sha256_of(found[name]) != facts.sha256:
             raise RunDirectoryError(f"{folder}: {name} was changed: its checksum is another; {_COPY_AGAIN}")
+
+
+def _without(aside: Collection[str], files: dict[str, T]) -> dict[str, T]:
+    return {name: facts for name, facts in files.items() if name.partition("/")[0] not in aside}
 
 
 _COPY_AGAIN = "copy the folder again from where it was saved, or save the program again"

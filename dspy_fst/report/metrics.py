@@ -1,0 +1,70 @@
+"""The named numbers of a run's events, for trackers and for whoever watches.
+
+A name is ``train/``, ``search/`` or ``validation/`` before the event's own field (see StepReport, UpdateReport and
+CycleReport in `dspy_fst.types`) or count: ``train/reward``, ``train/kl_to_start``, ``train/flat_groups``,
+``train/masked/timeout``, ``train/seconds/update``, ``search/best_score``. What was not measured has no number.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dspy_fst.report.record import best
+
+NOTHING_TRAINED = {"tokens": 0, "rows": 0}
+PLACES = ("step", "cycle")
+"""Fields that say where an event stands; they measure nothing."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one event measured."""
+
+    group: str
+    """``"train"``, ``"search"`` or ``"validation"``."""
+    index: int
+    """Of the step or the cycle; 0 for the validation."""
+    values: Mapping[str, float]
+
+
+def entry_of(event: Mapping[str, Any]) -> Entry | None:
+    """What the event measured; None when it is of a kind that measures nothing."""
+    match event["event"]:
+        case "step":
+            return Entry("train", event["report"]["step"], _numbers("train", _step_fields(event["report"])))
+        case "cycle":
+            report = event["report"]
+            fields = {**report, "best_score": best(report["scores"])}
+            return Entry("search", report["cycle"], _numbers("search", fields))
+        case "done" if event.get("validation"):
+            fields = {"best_score": best(list(event["validation"].values()))}
+            return Entry("validation", 0, _numbers("validation", fields))
+    return None
+
+
+def _step_fields(report: Mapping[str, Any]) -> dict[str, Any]:
+    update = report["update"]
+    # An update of an empty batch measured nothing, whatever numbers it holds. Tokens and rows are the update's own:
+    # those that the batch counts may have been skipped.
+    learnt = update if update["tokens"] else NOTHING_TRAINED
+    return {**report, "update": None, "counts": {**report["counts"], **learnt}}
+
+
+def _numbers(group: str, fields: Mapping[str, Any]) -> dict[str, float]:
+    return {f"{group}/{name}": value for name, value in _flat(fields)}
+
+
+def _flat(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in fields.items():
+        if name == "counts":
+            yield from _flat(value)
+        elif isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", number) for inner, number in _flat(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name not in PLACES:
+            yield _name(name), value
+
+
+def _name(count: str) -> str:
+    """``masked: timeout`` -> ``masked/timeout``: trackers take letters, digits, ``_``, ``-``, ``.`` and ``/``."""
+    return re.sub(r"[^\w./-]+", "_", count.replace(": ", "/"), flags=re.ASCII)
