@@ -1,8 +1,10 @@
 """The recipe: every setting, its default and where the default comes from.
 
-*Paper* is "Learning, Fast and Slow" (arXiv 2605.12484). *Ours* marks what it does not publish.
+*Paper* is "Learning, Fast and Slow" (arXiv 2605.12484). *Ours* marks what it does not publish. A field's docstring
+names its default's source in brackets, for `source_of` to read.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,11 +17,12 @@ AUTO_CYCLES = {"light": 2, "medium": 8, "heavy": 34}
 class FSTConfig(BaseModel):
     """Settings of Fast-Slow Training. Frozen; unknown names are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     method: Method = "fst"
     """``"fst"``, or a baseline made of the same loop: ``"rl"`` never searches, ``"gepa"`` never updates
-    weights, the other two spend the whole search budget before the first or after the last update."""
+    weights, the other two spend the whole search budget before the first or after the last
+    update (paper, section 3)."""
     cycles: int = Field(AUTO_CYCLES["medium"], ge=1)
     """Fast-slow alternations (ours; see AUTO_CYCLES)."""
 
@@ -37,7 +40,7 @@ class FSTConfig(BaseModel):
     search_passes: float = Field(5.0, gt=0)
     """Fresh rollouts of a search, in passes over the anchors (paper, App. D)."""
     search_rollouts: int | None = Field(None, ge=1)
-    """The same as a plain number; overrides ``search_passes``."""
+    """The same as a plain number; overrides ``search_passes`` (ours)."""
     reflection_minibatch: int = Field(3, ge=1)
     """Problems shown to a reflection (GEPA, section 4.3)."""
     components: Literal["round_robin", "all"] = "round_robin"
@@ -46,17 +49,17 @@ class FSTConfig(BaseModel):
     """Reward beyond which nothing is left to learn from a rollout (DSPy's GEPA)."""
 
     learning_rate: float = Field(1e-6, gt=0)
-    """AdamW's peak learning rate. Not published where we could read; ours, common for full-weight RL."""
+    """AdamW's peak learning rate (ours, common for full-weight RL; not published where we could read)."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Paper, App. D."""
+    """Of AdamW (paper, App. D)."""
     adam_epsilon: float = Field(1e-8, gt=0)
-    """Unstated in the paper; AdamW's usual."""
+    """Of AdamW (ours: the usual one; unstated in the paper)."""
     weight_decay: float = Field(0.0, ge=0)
-    """Paper, App. D."""
+    """Of AdamW (paper, App. D)."""
     warmup_steps: int = Field(10, ge=0)
     """Linear warm-up (paper, App. D)."""
     max_grad_norm: float | None = Field(None, gt=0)
-    """Gradient clipping; unstated in the paper, so none."""
+    """Gradient clipping (ours: none; unstated in the paper)."""
     importance_cap: float = Field(4.0, gt=0)
     """CISPO's cap on the importance weight itself, not 1 + a clip (paper, App. D; ScaleRL finds 4, 5, 8 alike)."""
     kl_coefficient: float = Field(0.001, ge=0)
@@ -70,7 +73,7 @@ class FSTConfig(BaseModel):
     failure_score: float = 0.0
     """Reward of a run that failed through the policy's doing (DSPy's default)."""
     format_failure_score: float = 0.0
-    """Reward of a reply that does not parse (mmGRPO sets it below ``failure_score``)."""
+    """Reward of a reply that does not parse (ours; mmGRPO sets it below ``failure_score``)."""
     num_threads: int = Field(64, ge=1)
     """Rollouts in flight (ours)."""
     rollout_timeout_s: float = Field(600.0, gt=0)
@@ -94,6 +97,7 @@ class FSTConfig(BaseModel):
     keep_weights: int = Field(2, ge=1)
     """Newest weight versions kept in the run directory, beside the first and the one with the best reward (ours)."""
     seed: int = 0
+    """Of every random draw (ours)."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -121,6 +125,17 @@ class FSTConfig(BaseModel):
     @property
     def anchor_count(self) -> int:
         return min(self.anchors or self.lookahead, self.lookahead)
+
+
+def source_of(setting: str) -> str:
+    """Where a setting's default comes from, in its docstring's words.
+
+    >>> source_of("steps_per_cycle")
+    'paper, App. D'
+    """
+    words = " ".join((FSTConfig.model_fields[setting].description or "").split())
+    found = re.search(r"\(((?:paper|ours|GEPA|DSPy)\b[^()]*)\)", words)
+    return found[1] if found else "not stated"
 
 
 def make_config(recipe: dict[str, Any]) -> tuple[FSTConfig | None, list[str]]:

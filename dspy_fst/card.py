@@ -1,0 +1,222 @@
+"""The model card of an exported program: what the events and the saved program tell, and nothing else."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.documents import SavedPolicy
+from dspy_fst.report.record import Record, best
+from dspy_fst.types import Population
+
+TAGS = ("dspy", "dspy-fst", "fast-slow-training", "gepa", "reinforcement-learning")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card is made of."""
+
+    population: Population
+    policy: SavedPolicy
+    saved_by: str
+    """Version of dspy_fst that saved the program."""
+    packages: Mapping[str, str]
+    """Package -> its version at the export."""
+    record: Record | None
+    """The run; None when the program was saved outside of its directory."""
+    plan: Mapping[str, Any]
+    """The run's event of this name."""
+    base: str | None
+    """Hub name of the model that was trained."""
+
+
+def model_card(facts: Facts) -> str:
+    """Markdown with YAML front matter."""
+    parts = [_front_matter(facts), _head(facts), _use(facts), *_training(facts), _population(facts), *_scores(facts)]
+    parts.append(_versions(facts))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(facts: Facts) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if facts.base is not None:
+        lines.append(f"base_model: {json.dumps(facts.base)}")  # a JSON string is a YAML string
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
+
+
+def _head(facts: Facts) -> str:
+    program = f"`{facts.plan['program']}`" if "program" in facts.plan else "A DSPy program"
+    base = f"`{facts.base}`" if facts.base else "a local model"
+    return (
+        f"# {program} and its model\n\n"
+        f"The weights of {base} and the instructions of a [DSPy](https://dspy.ai) program, trained together by "
+        "Fast-Slow Training ([arXiv 2605.12484](https://arxiv.org/abs/2605.12484)) with dspy_fst. The weights were "
+        "trained with these instructions: use both."
+    )
+
+
+def _use(facts: Facts) -> str:
+    predictors = "\n".join(
+        f"{_path(name)}.lm = lm.copy(temperature={sampling.temperature:g}, max_tokens={sampling.max_tokens})"
+        for name, sampling in facts.policy.predictors.items()
+    )
+    frozen = "".join(
+        f"\n\nThe predictor `{name}` spoke with the frozen LM `{model}`; set one on it."
+        for name, model in facts.policy.frozen.items()
+    )
+    return f"""## Use
+
+`FOLDER` is this folder. With any server that speaks OpenAI's protocol, and DSPy alone:
+
+```
+vllm serve FOLDER
+```
+
+```python
+import dspy
+
+program = ...  # a fresh program of the same class
+program.load("FOLDER/program.json")  # the best instructions
+lm = dspy.LM("openai/FOLDER", api_base="http://localhost:8000/v1", api_key="none")
+{predictors}
+```
+
+With dspy_fst, which also gives the whole population and serves the weights itself:
+
+```python
+import dspy_fst
+
+program = dspy_fst.load("FOLDER", program)
+```
+
+The weights alone: `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`.{frozen}"""
+
+
+def _path(predictor: str) -> str:
+    """A predictor in Python; a program that is one predictor is called ``self``."""
+    return "program" if predictor == "self" else f"program.{predictor}"
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def _training(facts: Facts) -> Iterator[str]:
+    record, plan = facts.record, facts.plan
+    if record is None:
+        yield "## Training\n\nThe program was saved outside of its run's directory, so the card cannot tell of it."
+        return
+    rows = {
+        "program": plan.get("program"),
+        "trained predictors": ", ".join(plan.get("trained", ())) or None,
+        "metric": str(plan["metric"]).split()[0] if "metric" in plan else None,
+        "examples for training": plan.get("examples", {}).get("trainset"),
+        "examples for validation": plan.get("examples", {}).get("valset"),
+        "engine": plan.get("engine"),
+        "method": record.config.get("method"),
+        "searches": len(record.cycles),
+        "steps": len(record.steps),
+        "weights": record.weights,
+    }
+    yield "## Training\n\n" + _table(("what", ""), [(name, value) for name, value in rows.items() if value is not None])
+    defaults = FSTConfig.model_construct().model_dump(mode="json")
+    changed = [(name, value) for name, value in record.config.items() if value != defaults.get(name)]
+    if changed:
+        yield "### Recipe\n\nSettings that differ from the defaults of `FSTConfig`:\n\n" + _table(
+            ("setting", "value"), [(name, json.dumps(value)) for name, value in changed]
+        )
+    costs = record.costs
+    spent = {
+        "rollouts of searches": costs.search_rollouts,
+        "rollouts of training": costs.training_rollouts,
+        "reflections": costs.reflections,
+        "sampled tokens": costs.tokens,
+        "trained tokens": costs.trained_tokens,
+        "weight updates": costs.updates,
+        "updates skipped": costs.skipped,
+        "seconds from the first event to the last": round(sum(costs.seconds.values())),
+    }
+    yield "### Costs\n\n" + _table(("what", "spent"), [(name, f"{value:,}") for name, value in spent.items()])
+    if record.lost:
+        yield "Rollouts that were masked (not measured) or failed (scored as failures):\n\n" + _table(
+            ("reason", "rollouts"), [(reason, f"{count:,}") for reason, count in record.lost.items()]
+        )
+    if record.warnings:
+        yield "Warnings of the run:\n\n" + "\n".join(f"- {_inline(told.text)}" for told in record.warnings)
+
+
+def _population(facts: Facts) -> str:
+    """Every text, best first."""
+    population = facts.population
+    score_of = {m.digest: score for m, score in zip(population.members, population.scores, strict=True)}
+    validated = facts.record is not None and any(node.validation is not None for node in facts.record.nodes)
+    kind = "validation score" if validated else "score"
+    parts = ["## Instructions\n\nThe population, best first; `program.json` holds the first."]
+    for member in population.unique():
+        parts.append(f"### `{member.digest}`, {kind} {_number(score_of[member.digest])}")
+        parts += [f"`{name}`:\n\n{_fenced(text)}" for name, text in member.texts.items()]
+    return "\n\n".join(parts)
+
+
+def _scores(facts: Facts) -> Iterator[str]:
+    record = facts.record
+    if record is None:
+        return
+    rewards = record.rewards
+    rows = [("mean training reward, first step", rewards[0]), ("mean training reward, last step", rewards[-1])]
+    measured = [("validation score, best candidate", best([node.validation for node in record.nodes]))]
+    shown = [(name, _number(value)) for name, value in (*(rows if rewards else ()), *measured) if value is not None]
+    if shown:
+        yield "## Scores\n\n" + _table(("what", "score"), shown)
+    if record.evaluations:
+        made_of = [
+            (made.split, made.cycle, made.k, _number(made.mean), f"{_number(made.low)} to {_number(made.high)}")
+            for made in record.evaluations
+        ]
+        yield "Evaluations:\n\n" + _table(("split", "cycle", "k", "mean@k", "95% interval"), made_of)
+    if table := record.two_by_two:
+        lines = [
+            (f"{row} instructions", *(_cell(table.cells.get((row, column))) for column in table.columns))
+            for row in table.rows
+        ]
+        columns = ("mean ± standard error", *(f"{column} weights" for column in table.columns))
+        yield "What each half brought:\n\n" + _table(columns, lines)
+
+
+def _versions(facts: Facts) -> str:
+    rows = [("dspy-fst that saved the program", facts.saved_by)]
+    rows += [(f"{name} at the export", version) for name, version in facts.packages.items()]
+    return "## Versions\n\n" + _table(("package", "version"), rows)
+
+
+# ---- Markdown ----------------------------------------------------------------------------------
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_inline(cell) for cell in line) + " |" for line in lines)
+
+
+def _inline(value: Any) -> str:
+    """A value inside a line: whatever would end the cell, open a tag or a link is shown as it is."""
+    flat = " ".join(("–" if value is None else str(value)).split())  # noqa: RUF001
+    return re.sub(r"([\\|<>`\[\]*_])", r"\\\1", flat) if flat != "---" else flat
+
+
+def _fenced(text: str) -> str:
+    """A block that no text can leave."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"  # noqa: RUF001
+
+
+def _cell(value: tuple[float, float | None] | None) -> str:
+    if value is None:
+        return _number(None)
+    mean, error = value
+    return _number(mean) if error is None else f"{mean:.3f} ± {error:.3f}"

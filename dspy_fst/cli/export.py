@@ -1,0 +1,30 @@
+"""`dspy-fst export`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dspy_fst.cli.common import Debug, Json, errors_as_text
+
+
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_DIR_OR_COMPILED", help="A finished run, or a saved program.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a folder for others: Hugging Face weights, the program for DSPy, and a model card.
+
+    transformers, `vllm serve` and dspy_fst.load read it. The weights are whole: the trainer has no LoRA to merge.
+    """
+    with errors_as_text(debug):
+        from dspy_fst.export import export as write
+
+        written = write(source, out)
+        files = sorted(path.name for path in written.iterdir())
+        if as_json:
+            typer.echo(json.dumps({"out": str(written), "files": files}))
+        else:
+            typer.echo(f"exported to {written}: {', '.join(files)}")

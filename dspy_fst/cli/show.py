@@ -1,0 +1,215 @@
+"""`dspy-fst show`."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dspy_fst.cli.common import Debug, Json, errors_as_text
+
+if TYPE_CHECKING:
+    from dspy_fst.report.record import Node, Record
+    from dspy_fst.types import StepReport
+
+SHOWN_STEPS = 20
+
+
+def show(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")],
+    steps: Annotated[
+        int | None, typer.Option(min=0, help=f"How many of the last steps; {SHOWN_STEPS}, or all with --json.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show a run that is finished, under way or was killed: cycles, steps, population, costs."""
+    with errors_as_text(debug):
+        from dspy_fst.report.record import read_records
+
+        (record,) = read_records([run_dir])
+        if as_json:
+            typer.echo(json.dumps(summary(run_dir, record, record.steps if steps is None else _last(record, steps))))
+        else:
+            _print(run_dir, record, _last(record, SHOWN_STEPS if steps is None else steps))
+
+
+def summary(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> dict[str, Any]:
+    """What is shown, as one JSON object."""
+    return {
+        "run_dir": str(run_dir.resolve()),
+        "state": record.state,
+        "steps_done": len(record.steps),
+        "steps_planned": record.budget.get("updates"),
+        "cycles": [{**asdict(cycle), "reward": _cycle_reward(record, cycle.cycle)} for cycle in record.cycles],
+        "steps": [asdict(step) for step in steps],
+        "population": [
+            {
+                "digest": node.digest,
+                "copies": copies,
+                "score": node.last_score,
+                "validation": node.validation,
+                "born": node.born,
+                "texts": dict(node.texts),
+            }
+            for node, copies in _members(record)
+        ],
+        "costs": {**asdict(record.costs), "rollouts": record.costs.rollouts, "tokens": record.costs.tokens},
+        "warnings": [asdict(told) for told in record.warnings],
+        "lost": dict(record.lost),
+        "evaluations": [asdict(made) for made in record.evaluations],
+    }
+
+
+def _last(record: "Record", count: int) -> Sequence["StepReport"]:
+    return record.steps[-count:] if count else ()
+
+
+def _members(record: "Record") -> list[tuple["Node", int]]:
+    """The population without repetition, best first, and how many copies of each it holds."""
+    known = [digest for digest in dict.fromkeys(record.population) if digest in record.by_digest]
+    return [(record.by_digest[digest], record.population.count(digest)) for digest in known]
+
+
+def _cycle_reward(record: "Record", cycle: int) -> float | None:
+    """Mean reward of the cycle's steps."""
+    rewards = [step.reward for step in record.steps if step.cycle == cycle and step.reward is not None]
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def _print(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> None:
+    from dspy_fst.cli.tables import Printer
+
+    out = Printer()
+    out.line(f"{record.name}: {_state(run_dir, record)}")
+    if record.cycles:
+        out.heading("Cycles")
+        out.table(*_cycles(record))
+    if steps:
+        out.heading("Steps" if len(steps) == len(record.steps) else f"Steps, the last {len(steps)} of {_all(record)}")
+        out.table(*_steps(steps))
+    _print_population(out, record)
+    out.heading("Costs")
+    out.table(("what", "spent"), _costs(record))
+    _print_trouble(out, record)
+    if record.evaluations or record.two_by_two:
+        out.heading("Evaluations")
+        out.line(f"{len(record.evaluations)} are kept, and are in the report: dspy-fst report {_quoted(run_dir)}")
+
+
+def _all(record: "Record") -> str:
+    return f"{len(record.steps)} (--steps {len(record.steps)} shows all)"
+
+
+def _quoted(run_dir: Path) -> str:
+    return shlex.quote(str(run_dir))
+
+
+def _state(run_dir: Path, record: "Record") -> str:
+    planned = record.budget.get("updates")
+    done = f"{len(record.steps)}" + (f" of {planned}" if planned is not None else "") + " steps are done"
+    if record.state == "finished":
+        return f"finished; {done}, weights {record.weights}"
+    if record.state == "running":
+        return f"running; {done}"
+    at = f"stopped at step {len(record.steps)}" if record.started is not None else "stopped before it wrote anything"
+    return f"{at}; {done}. To go on: dspy-fst resume {_quoted(run_dir)}"
+
+
+def _cycles(record: "Record") -> tuple[Sequence[str], list[list[str]]]:
+    from dspy_fst.cli.tables import number
+
+    columns = ("cycle", "rollouts", "reused", "reflections", "accepted", "carried", "found", "population", "reward")
+    rows = [
+        [
+            str(cycle.cycle),
+            f"{cycle.rollouts:,}",
+            f"{cycle.reused:,}",
+            str(cycle.reflections),
+            str(cycle.proposals_accepted),
+            number(carried),
+            number(found),
+            " ".join(map(number, cycle.scores)),
+            number(_cycle_reward(record, cycle.cycle)),
+        ]
+        for cycle, carried, found in zip(record.cycles, record.carried, record.found, strict=True)
+    ]
+    return columns, rows
+
+
+def _steps(steps: Sequence["StepReport"]) -> tuple[Sequence[str], list[list[str]]]:
+    columns = ("step", "cycle", "reward", "KL", "entropy", "grad", "flat", "masked", "failed", "capped")
+    return (*columns, "ESS", "tokens", "seconds"), [_step(step) for step in steps]
+
+
+def _step(step: "StepReport") -> list[str]:
+    from dspy_fst.cli.tables import DASH, number
+    from dspy_fst.report.record import lost_of
+
+    update, lost = step.update, lost_of(step.counts)
+    # An update of an empty batch measured nothing, whatever numbers it holds.
+    measures = (update.kl_to_start, update.entropy, update.grad_norm) if update.tokens else (None, None, None)
+    shares = (update.capped_share, update.effective_sample_share) if update.tokens else (None, None)
+    return [
+        str(step.step),
+        str(step.cycle),
+        number(step.reward),
+        *map(number, measures),
+        f"{step.counts.get('flat_groups', 0)}/{step.counts.get('groups', 0)}",
+        *(str(sum(count for name, count in lost.items() if name.startswith(kind))) for kind in ("masked", "failed")),
+        *map(number, shares),
+        "skipped" if update.skipped else f"{update.tokens:,}" if update.tokens else DASH,
+        number(sum(seconds or 0.0 for seconds in step.seconds.values()), 1),
+    ]
+
+
+def _print_population(out: Any, record: "Record") -> None:
+    from dspy_fst.cli.tables import number
+
+    members = _members(record)
+    out.heading("Population")
+    if not members:
+        out.line("No search is over yet.")
+    for node, copies in members:
+        born = "from the start" if node.born is None else f"made in cycle {node.born}"
+        score = f"score {number(node.last_score)}, validation {number(node.validation)}"
+        out.line(f"{node.digest} x{copies}: {score}, {born}")
+        for name, text in node.texts.items():
+            out.line(f"  {name}: " + text.replace("\n", "\n    "))
+
+
+def _costs(record: "Record") -> list[tuple[str, str]]:
+    costs = record.costs
+    counted = {
+        "rollouts": costs.rollouts,
+        "  of searches": costs.search_rollouts,
+        "  of training": costs.training_rollouts,
+        "evaluations answered without a rollout": costs.reused,
+        "reflections": costs.reflections,
+        "reflections that failed": costs.reflections_failed,
+        "tokens sampled": costs.tokens,
+        "tokens trained": costs.trained_tokens,
+        "weight updates": costs.updates,
+        "updates skipped": costs.skipped,
+    }
+    rows = [(what, f"{count:,}") for what, count in counted.items()]
+    return rows + [(f"seconds, {activity}", f"{seconds:,.1f}") for activity, seconds in costs.seconds.items()]
+
+
+def _print_trouble(out: Any, record: "Record") -> None:
+    """Warnings, and what was masked or failed and why."""
+    out.heading("Masked and failed rollouts")
+    if not record.lost:
+        out.line("None.")
+    else:
+        whole = record.costs.rollouts or 1
+        rows = [(reason, f"{count:,}", f"{count / whole:.1%}") for reason, count in record.lost.items()]
+        out.table(("reason", "rollouts", "share"), rows)
+    out.heading("Warnings")
+    for told in record.warnings:
+        out.line(("" if told.step is None else f"after step {told.step}: ") + told.text)
+    if not record.warnings:
+        out.line("None.")

@@ -1,0 +1,46 @@
+"""Tables on stdout: as wide as a terminal, and never cut elsewhere."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+DASH = "–"  # noqa: RUF001
+"""What stands for a number that was not measured."""
+PLAIN_WIDTH = 10_000
+"""Columns of an output that is no terminal: a file or a pipe has no edge to wrap at."""
+
+
+class Printer:
+    """Writes headings, sentences and tables to stdout."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        if not self._console.is_terminal:
+            self._console = Console(highlight=False, markup=False, no_color=True, width=PLAIN_WIDTH)
+
+    def heading(self, text: str) -> None:
+        self._console.print()
+        self._console.print(Text(shown(text), style="bold"))
+
+    def line(self, text: str) -> None:
+        self._console.print(Text(shown(text)))
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
+        """A table; the first ``words`` columns are words, the others numbers. Cells wrap, and are never cut."""
+        made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for place, column in enumerate(columns):
+            made.add_column(column, justify="left" if place < words else "right", overflow="fold")
+        for row in rows:
+            made.add_row(*(Text(shown(cell)) for cell in row))
+        self._console.print(made, soft_wrap=False)
+
+
+def shown(text: str) -> str:
+    """A text that may come from a model, without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return DASH if value is None else f"{value:.{digits}f}"
