@@ -1,0 +1,6 @@
+"""The star graphs offline as a project of the command line: what `paper.yaml` names."""
+
+from programs.star_graph import build
+
+TASK = build(seed=0)
+program, metric, trainset, valset = TASK.program, TASK.metric, TASK.trainset, TASK.valset
