@@ -66,7 +66,7 @@ def open_session(
     Raises:
         ConfigurationError: with every fault that was found.
     """
-    config, run_dir, recipe, warnings = _checked(optimizer, student, trainset, valset, teacher)
+    config, run_dir, recipe, warnings = checked(optimizer, student, trainset, valset, teacher)
     original = next(iter(policies_of(student).values()))
     original.release()  # its engine would hold memory beside the training one; it starts again when called
     policy = original.fork()
@@ -137,7 +137,7 @@ def _assemble(
     )
 
 
-def _checked(
+def checked(
     optimizer: "FSTOptimizer", student: Any, trainset: Any, valset: Any, teacher: Any
 ) -> tuple[FSTConfig, Path, dict[str, Any], list[str]]:
     settings = dict(optimizer.recipe)

@@ -186,6 +186,8 @@ def search_faults(config: FSTConfig | None, metric: Any, reflection_lm: Any, pro
             "reflection_lm: GEPA needs someone who proposes instructions; pass reflection_lm=dspy.LM(...) (strong and "
             "frozen), or propose=... for a proposer without an LM, or method='rl' to search nothing"
         )
+    if reflection_lm is not None and propose is not None:
+        faults.append("propose and reflection_lm are both given: only propose would be asked; remove one of them")
     if propose is not None and (fault := _proposer_fault(propose)):
         faults.append(fault)
     if isinstance(reflection_lm, type):

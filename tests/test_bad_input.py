@@ -258,11 +258,24 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("metric-class", {"metric": type(LAB.metric)}, "metric: Metric is a class; pass an instance"),
     ("metric-asynchronous", {"metric": asynchronous}, "metric: asynchronous is asynchronous; pass a plain function"),
     ("nobody-proposes", {"propose": None}, "reflection_lm: GEPA needs someone who proposes instructions"),
+    (
+        "two-who-propose",
+        {"reflection_lm": dspy.LM("openai/gpt-5")},
+        "propose and reflection_lm are both given: only propose would be asked",
+    ),
     ("proposer-text", {"propose": "x"}, "propose: 'x' is not callable"),
     ("proposer-signature", {"propose": lambda candidate: {}}, "propose: it must take the arguments candidate"),
-    ("reflection-name", {"reflection_lm": "openai/gpt-5"}, "reflection_lm: str is not a dspy.LM"),
-    ("reflection-class", {"reflection_lm": dspy.LM}, "reflection_lm: LM is a class; pass an LM made of it"),
-    ("reflection-policy", {"reflection_lm": speaker()}, "reflection_lm: it is a PolicyLM; the reflection LM must stay"),
+    ("reflection-name", {"propose": None, "reflection_lm": "openai/gpt-5"}, "reflection_lm: str is not a dspy.LM"),
+    (
+        "reflection-class",
+        {"propose": None, "reflection_lm": dspy.LM},
+        "reflection_lm: LM is a class; pass an LM made of it",
+    ),
+    (
+        "reflection-policy",
+        {"propose": None, "reflection_lm": speaker()},
+        "reflection_lm: it is a PolicyLM; the reflection LM must stay",
+    ),
     # the examples
     ("trainset-file", {"trainset": "data.json"}, "trainset: it must be a list of dspy.Example"),
     ("trainset-none", {"trainset": None}, "trainset: it must be a list of dspy.Example"),

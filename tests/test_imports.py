@@ -20,7 +20,8 @@ LAYERS = [
     ["compiled", "export"],
     ["optimizer", "evaluation"],
     ["project"],
-    ["interop", "serve", "cli", "templates"],
+    ["interop", "serve", "templates"],
+    ["cli"],
 ]
 """From below to above. A module imports from lower layers, or from its own folder."""
 CORNERS = {
@@ -34,6 +35,7 @@ CORNERS = {
     "rich": ["report", "cli"],
     "typer": ["cli"],
     "yaml": ["project"],
+    **{name: ["serve"] for name in ("fastapi", "starlette", "uvicorn", "prometheus_client")},
 }
 """Library -> where it may be imported."""
 

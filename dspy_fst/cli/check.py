@@ -1,0 +1,379 @@
+"""`dspy-fst check`: is a project in order, and what will it cost? Nothing is trained, and nothing is left behind."""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dspy_fst.cli.common import Debug, Json, errors_as_text
+from dspy_fst.cli.tables import Printer
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.run.interrupts import signals_raise
+
+if TYPE_CHECKING:
+    import dspy
+
+    from dspy_fst.config import FSTConfig
+    from dspy_fst.fit import Fit
+    from dspy_fst.policy import PolicyLM
+    from dspy_fst.project import Opened, Project
+    from dspy_fst.rollout.player import Player
+    from dspy_fst.types import Rollout
+
+SAMPLED = 8
+"""Rollouts in flight while the time is measured; few, as a check must not cost what it is there to tell."""
+TIME_DEPENDS_ON = (
+    "not measured: it depends on how fast this machine samples and updates, how long the replies are, and on the "
+    f"reflection LM; --measure starts the engine, samples up to {SAMPLED + 2} rollouts and tells a range"
+)
+
+
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The project: a YAML file.")],
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Start the engine and sample a few rollouts, to tell how long it may take."),
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a project as a run would, and show its recipe, its plan and what it takes. Nothing is spent."""
+    with errors_as_text(debug):
+        try:
+            with redirect_stdout(sys.stderr):
+                told = _told(file, measure)
+        except ConfigurationError as error:
+            if as_json:
+                faults = {"faults": error.faults, "advice": getattr(error, "__notes__", [])}
+                typer.echo(json.dumps({"ok": False, **faults}))
+            raise
+        if as_json:
+            typer.echo(json.dumps({"ok": True, **told}))
+        else:
+            _show(told)
+
+
+def _told(file: Path, measure: bool) -> dict[str, Any]:
+    """All that can be said of a project.
+
+    Raises:
+        ConfigurationError: with every fault, as a run would tell them.
+    """
+    from dspy_fst.fit import measure_fit
+    from dspy_fst.prepare import checked
+    from dspy_fst.project import load_project
+    from dspy_fst.validation import policies_of
+
+    typer.echo("reading the project", err=True)
+    project = load_project(file)
+    with signals_raise(), project.importable():
+        opened = project.open()
+        try:
+            config, run_dir, _, warnings = checked(
+                opened.optimizer, opened.program, opened.trainset, opened.valset, None
+            )
+        except ConfigurationError as error:
+            if _nobody_proposes(project):
+                error.add_note(
+                    f"In {file}: name a strong LM, reflection_lm: openai/gpt-5, and set its key in the environment "
+                    "(OPENAI_API_KEY); or a function of yours, propose: my_program:propose; or recipe: {method: rl}"
+                )
+            raise
+        policy = next(iter(policies_of(opened.program).values()))
+        plan = _plan(config, opened, policy)
+        return {
+            "project": _project(project, opened, policy, run_dir),
+            "settings": _settings(config, project),
+            "plan": plan,
+            "needs": _needs(measure_fit(policy, config, run_dir)),
+            "warnings": [*warnings, *_proposer_warnings(project, opened)],
+            "time": _measured(opened, config, plan) if measure else None,
+        }
+
+
+# ---- what is said ------------------------------------------------------------------------------
+
+
+def _project(project: "Project", opened: "Opened", policy: "PolicyLM", run_dir: Path) -> dict[str, Any]:
+    reflection = project.reflection_lm.model if project.reflection_lm else None
+    return {
+        "program": project.program,
+        "metric": project.metric,
+        "trainset": f"{len(opened.trainset)} examples",
+        "valset": f"{len(opened.valset or ())} examples",
+        "model": policy.model,
+        "engine": policy.handle.resolved_kind,
+        "temperature": policy.kwargs["temperature"],
+        "max_tokens": policy.kwargs["max_tokens"],
+        "proposes": project.propose or reflection or "nobody",
+        "run_dir": str(run_dir),
+    }
+
+
+def _settings(config: "FSTConfig", project: "Project") -> list[dict[str, Any]]:
+    """Every setting with its value, who set it, and where its default comes from."""
+    from dspy_fst.config import FSTConfig, source_of
+
+    given = project.recipe.model_fields_set if project.recipe else set()
+    auto = project.recipe.auto if project.recipe else None
+    rows = []
+    for name, field in FSTConfig.model_fields.items():
+        by = "file" if name in given else f"auto: {auto}" if name == "cycles" and auto else "default"
+        rows.append(
+            {
+                "name": name,
+                "value": getattr(config, name),
+                "set_by": by,
+                "default": field.default,
+                "default_source": source_of(name),
+                "what": " ".join((field.description or "").split()),
+            }
+        )
+    return rows
+
+
+def _plan(config: "FSTConfig", opened: "Opened", policy: "PolicyLM") -> dict[str, Any]:
+    """What each phase may spend at most; tokens are those of rollouts that call each trained predictor once."""
+    from dspy_fst.plan import Plan
+
+    plan = Plan(config, len(opened.trainset))
+    budget = plan.budget(len(opened.valset or ()))
+    longest = _longest_rollout(opened.program, policy)
+    # The last accepted candidate of a search may add a pass over its anchors.
+    fast = budget.search_rollouts + budget.scoring_rollouts + budget.searches * len(plan.anchors(0))
+    phases = {
+        "fast": {"searches": budget.searches, "updates": 0, "rollouts": fast},
+        "slow": {"searches": 0, "updates": budget.updates, "rollouts": budget.training_rollouts},
+        "validation": {"searches": 0, "updates": 0, "rollouts": budget.validation_rollouts},
+    }
+    for phase in phases.values():
+        phase["tokens"] = phase["rollouts"] * longest if longest is not None else None  # type: ignore[assignment]
+    return {
+        "phases": phases,
+        "cycles": [asdict(cycle) | {"steps": len(cycle.steps)} for cycle in plan.cycles],
+        "anchors": len(plan.anchors(0)),
+        "tokens_per_rollout": longest,
+        "budget": asdict(budget),
+    }
+
+
+def _longest_rollout(program: "dspy.Module", policy: "PolicyLM") -> int | None:
+    """Sampled tokens of a rollout that calls each trained predictor once, at most; None without a limit."""
+    from dspy_fst.validation import policies_of
+
+    own = {name: predictor.config for name, predictor in program.named_predictors()}
+    limits = [own[name].get("max_tokens", lm.kwargs["max_tokens"]) for name, lm in policies_of(program).items()]
+    return sum(limits) if all(limits) else None
+
+
+def _needs(fit: "Fit | None") -> list[dict[str, Any]] | None:
+    """Bytes by place; None before the model is downloaded."""
+    if fit is None:
+        return None
+    return [
+        {
+            "place": need.place,
+            "certain": need.certain,
+            "at_most": need.at_most,
+            "free": need.free,
+            "parts": {take.who: take.certain for take in need.takes},
+        }
+        for need in fit.needs
+    ]
+
+
+def _nobody_proposes(project: "Project") -> bool:
+    method = project.recipe.method if project.recipe else "fst"
+    return project.reflection_lm is None and project.propose is None and method != "rl"
+
+
+def _proposer_warnings(project: "Project", opened: "Opened") -> Iterator[str]:
+    """What about the proposer would go unnoticed, or be noticed late."""
+    if project.reflection_lm is None:
+        if project.propose is not None:
+            yield (
+                f"reflection_lm is not set: instructions come from {project.propose} alone. For a task of your own "
+                "name a strong LM, e.g. reflection_lm: openai/gpt-5, and write null in propose"
+            )
+        return
+    name = project.reflection_lm.model
+    if missing := _missing_keys(name, opened.optimizer.reflection_lm):
+        yield (
+            f"reflection_lm={name!r}: {' and '.join(missing)} is not set in the environment, so reflections will fail; "
+            "set it, or name another variable with api_key_env"
+        )
+
+
+def _missing_keys(name: str, lm: Any) -> Sequence[str]:
+    """Environment variables that the provider wants and that are not set; none where the LM says where to ask."""
+    if lm.kwargs.get("api_key") or lm.kwargs.get("api_base"):
+        return ()
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else importing litellm fetches a list of prices
+    import litellm
+
+    missing: list[str] = litellm.validate_environment(name)["missing_keys"]
+    return missing
+
+
+# ---- measured ----------------------------------------------------------------------------------
+
+
+def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> dict[str, Any]:
+    """Time a few rollouts on an engine of our own: one alone, then some together.
+
+    Raises:
+        ConfigurationError: the program or its metric cannot be measured.
+        EngineError: the engine does not start.
+    """
+    from dspy_fst.session import open_player, trainable_copy
+    from dspy_fst.validation import context_faults, policies_of
+
+    typer.echo("starting the engine", err=True)
+    policy = next(iter(policies_of(opened.program).values())).fork()
+    try:
+        began = monotonic()
+        policy.handle.ready()
+        program = trainable_copy(opened.program, policy)
+        player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect)
+        _timed(player, opened, 1)  # the first call of an engine is slower than any other
+        start_s = monotonic() - began
+        alone_s, _ = _timed(player, opened, 1)
+        together_s, rollouts = _timed(player, opened, SAMPLED)
+    finally:
+        policy.release()
+    if faults := [*context_faults(policy, rollouts), *_unmeasured(rollouts)]:
+        raise ConfigurationError(faults)
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    total = sum(phase["rollouts"] for phase in plan["phases"].values())
+    return {
+        "rollouts": len(rollouts),
+        "engine_start_s": start_s,
+        "alone_s": alone_s,
+        "together_s": together_s,
+        "mean_score": sum(rewards) / len(rewards),
+        "lost": Counter(
+            str(rollout.mask or rollout.failure) for rollout in rollouts if rollout.mask or rollout.failure
+        ),
+        "calls_per_rollout": sum(len(rollout.calls) for rollout in rollouts) / len(rollouts),
+        "tokens_per_rollout": sum(rollout.tokens for rollout in rollouts) / len(rollouts),
+        "planned_rollouts": total,
+        "sampling_s": sorted([total * together_s / len(rollouts), total * alone_s]),
+    }
+
+
+def _timed(player: "Player", opened: "Opened", count: int) -> "tuple[float, list[Rollout]]":
+    """Seconds that rollouts of the first examples take together."""
+    from dspy_fst.rollout.player import Task
+    from dspy_fst.rollout.texts import read_texts
+    from dspy_fst.types import Problem
+
+    seed = read_texts(opened.program)
+    examples = opened.trainset[:count]
+    tasks = [Task(Problem(index, example), seed) for index, example in enumerate(examples)]
+    began = monotonic()
+    rollouts = player.play(tasks, f"check {count}")
+    return monotonic() - began, rollouts
+
+
+def _unmeasured(rollouts: "Sequence[Rollout]") -> Iterator[str]:
+    masks = Counter(rollout.mask for rollout in rollouts if rollout.mask is not None)
+    if masks.total() == len(rollouts) or any(reason.startswith("metric") for reason in masks):
+        detail = next(rollout.feedback for rollout in rollouts if rollout.mask)
+        yield (
+            f"{masks.total()} of {len(rollouts)} rollouts cannot be measured ({', '.join(sorted(masks))})"
+            f"{f': {detail}' if detail else ''}; run the program and its metric on one example by hand"
+        )
+
+
+# ---- shown -------------------------------------------------------------------------------------
+
+
+def _show(told: dict[str, Any]) -> None:
+    from dspy_fst.fit import shown as size
+
+    out = Printer()
+    out.heading("Project")
+    out.table(("", ""), [(name, str(value)) for name, value in told["project"].items()], words=2)
+    out.heading("Recipe")
+    out.table(
+        ("setting", "value", "from", "default", "source of the default"),
+        [
+            (row["name"], str(row["value"]), row["set_by"], str(row["default"]), row["default_source"])
+            for row in told["settings"]
+        ],
+        words=5,
+    )
+    _show_plan(out, told["plan"])
+    out.heading("Room")
+    if told["needs"] is None:
+        out.line("not known before the model is on this machine")
+    else:
+        out.table(
+            ("where", "taken", "at most", "free"),
+            [(n["place"], size(n["certain"]), size(n["at_most"]), size(n["free"])) for n in told["needs"]],
+        )
+    out.heading("Time")
+    _show_time(out, told["time"])
+    if told["warnings"]:
+        out.heading("Warnings")
+        for warning in told["warnings"]:
+            out.line(f"- {warning}")
+
+
+def _show_plan(out: Printer, plan: dict[str, Any]) -> None:
+    out.heading("Plan, at most")
+    out.table(
+        ("phase", "searches", "updates", "rollouts", "sampled tokens"),
+        [
+            (
+                name,
+                str(p["searches"]),
+                str(p["updates"]),
+                f"{p['rollouts']:,}",
+                "no limit" if p["tokens"] is None else f"{p['tokens']:,}",
+            )
+            for name, p in plan["phases"].items()
+        ],
+    )
+    out.line(
+        "Tokens: each trained predictor called once a rollout, each reply as long as max_tokens allows; a program that "
+        "calls one more often samples more. A run first plays a few rollouts to see that all works."
+    )
+
+
+def _show_time(out: Printer, time: dict[str, Any] | None) -> None:
+    if time is None:
+        out.line(TIME_DEPENDS_ON)
+        return
+    low, high = time["sampling_s"]
+    count = time["rollouts"]
+    out.line(
+        f"sampling and scoring {time['planned_rollouts']:,} rollouts may take {_duration(low)} to {_duration(high)}, "
+        f"by the rates of one alone and of {count} together; with more in flight it may be faster. Weight updates, "
+        "publishing and reflections come on top and were not measured."
+    )
+    lost = ", ".join(f"{reason}: {lost}" for reason, lost in time["lost"].items()) or "none"
+    out.line(
+        f"measured: engine ready after {_duration(time['engine_start_s'])}, one rollout {time['alone_s']:.2f} s, "
+        f"{count} together {time['together_s']:.2f} s; {time['calls_per_rollout']:.1f} calls and "
+        f"{time['tokens_per_rollout']:.0f} tokens a rollout; mean score {time['mean_score']:.3f}; failed: {lost}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people read them.
+
+    >>> _duration(4.2), _duration(400), _duration(9000)
+    ('4 s', '7 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,281 @@
+"""`dspy-fst doctor`: is this machine fit for a training, and what would mend it? Nothing is loaded or changed."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+from typing import Literal
+
+import typer
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from dspy_fst.cli.common import FAILED, Debug, Json, errors_as_text
+from dspy_fst.cli.tables import Printer
+
+State = Literal["ok", "missing", "warning", "wrong"]
+PACKAGE = "dspy-fst"
+EXTRAS = {
+    "vllm": "vLLM on a GPU: the fast engine for sampling",
+    "vllm-cpu": "vLLM on a CPU, for trying it out",
+    "report": "dspy-fst report: pages and charts",
+    "serve": "dspy-fst serve: a compiled program over HTTP",
+    "tracking": "TensorBoard's files of a run",
+    "benchmarks": "load tests of the server, and trl to measure against",
+    "programs": "the example programs' data and graders",
+}
+"""What the extras of the package bring; those for its developers alone are left out."""
+GIB = 2**30
+LITTLE_MEMORY, LITTLE_DISK, LITTLE_SHARED = 2 * GIB, 5 * GIB, GIB // 2
+"""Free bytes below which even small models get into trouble (ours)."""
+LOOPBACK_S = 5
+"""How long a connection to this machine may take."""
+FEW_FILES = 1024
+"""Open files that 64 rollouts in flight, an engine and its server stay below (ours)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    about: str
+    """E.g. ``"python"``."""
+    found: str
+    state: State = "ok"
+    """``"missing"`` is an extra that nothing needs; only ``"wrong"`` makes the command fail."""
+    advice: str = ""
+
+
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Look at this machine: versions, GPUs, memory, disk, limits, ports; say what is wrong and what to do."""
+    with errors_as_text(debug):
+        with redirect_stdout(sys.stderr):  # libraries may print while they are imported
+            findings = list(_findings())
+        wrong = sum(finding.state == "wrong" for finding in findings)
+        if as_json:
+            typer.echo(json.dumps({"ok": not wrong, "findings": [asdict(finding) for finding in findings]}))
+        else:
+            _show(findings)
+        if wrong:
+            raise typer.Exit(FAILED)
+
+
+def _show(findings: list[Finding]) -> None:
+    out = Printer()
+    out.table(("", "what", "found"), [(f.state, f.about, f.found) for f in findings], words=3)
+    advised = [finding for finding in findings if finding.advice]
+    for state, heading in (("wrong", "Wrong"), ("warning", "Warnings"), ("missing", "To be had")):
+        told = [finding for finding in advised if finding.state == state]
+        if told:
+            out.heading(heading)
+        for finding in told:
+            out.line(f"- {finding.about}: {finding.advice}")
+    if not any(finding.state == "wrong" for finding in findings):
+        out.line("\nnothing needed is wrong")
+
+
+def _findings() -> Iterator[Finding]:
+    yield _python()
+    yield from _packages()
+    yield from _engine()
+    yield from _room()
+    yield _open_files()
+    yield _loopback()
+    yield _threads(os.environ)
+    yield _keys(os.environ)
+
+
+# ---- what is installed -------------------------------------------------------------------------
+
+
+def _python() -> Finding:
+    found = ".".join(map(str, sys.version_info[:3]))
+    try:
+        wanted = metadata(PACKAGE)["Requires-Python"]
+    except PackageNotFoundError:
+        return Finding("python", found)
+    if SpecifierSet(wanted).contains(found):
+        return Finding("python", found)
+    return Finding("python", f"{found}, needed {wanted}", "wrong", f"make an environment with a Python {wanted}")
+
+
+def _packages() -> Iterator[Finding]:
+    """What the package needs, then its extras."""
+    try:
+        needed = [Requirement(line) for line in requires(PACKAGE) or ()]
+    except PackageNotFoundError:
+        yield Finding(PACKAGE, "not installed", "wrong", "run pip install . in the clone, so that versions are known")
+        return
+    yield Finding(PACKAGE, version(PACKAGE))
+    for requirement in needed:
+        if _applies(requirement, ""):
+            yield _package(requirement)
+    for extra, brings in EXTRAS.items():
+        parts = [
+            requirement for requirement in needed if not _applies(requirement, "") and _applies(requirement, extra)
+        ]
+        if parts:
+            yield _extra(extra, brings, parts)
+
+
+def _applies(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _package(requirement: Requirement) -> Finding:
+    """A package that is always needed."""
+    name, wanted, found = requirement.name, str(requirement.specifier), _version(requirement.name)
+    mend = f"pip install '{name}{wanted}'"
+    if found is None:
+        return Finding(name, "not installed", "wrong", mend)
+    if not _within(requirement, found):
+        return Finding(name, f"{found}, needed {wanted}", "wrong", mend)
+    return Finding(name, found)
+
+
+def _extra(extra: str, brings: str, needed: list[Requirement]) -> Finding:
+    """An extra: whole, of other versions than it should be, or not there."""
+    about, install = f"extra {extra}", f"{brings}; in the clone: pip install '.[{extra}]'"
+    found = {requirement.name: _version(requirement.name) for requirement in needed}
+    shown = ", ".join(f"{name} {number or 'not installed'}" for name, number in found.items())
+    if not all(found.values()):
+        return Finding(about, shown, "missing", install)
+    other = [r for r in needed if not _within(r, found[r.name] or "")]
+    if other:
+        wanted = ", ".join(map(_plain, other))
+        return Finding(about, f"{shown}; needed {wanted}", "warning", install)
+    return Finding(about, shown)
+
+
+def _within(requirement: Requirement, found: str) -> bool:
+    return requirement.specifier.contains(found, prereleases=True)
+
+
+def _plain(requirement: Requirement) -> str:
+    return f"{requirement.name}{requirement.specifier}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+# ---- what will run -----------------------------------------------------------------------------
+
+
+def _engine() -> Iterator[Finding]:
+    """The GPUs, and the engine that ``auto`` stands for."""
+    try:
+        import torch
+
+        from dspy_fst.policy import resolve_kind
+    except Exception as error:  # a broken installation may raise anything
+        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        yield Finding("import", words, "wrong", "the package does not import; install it anew in an empty environment")
+        return
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    for index, gpu in enumerate(gpus):
+        yield Finding(
+            f"GPU {index}", f"{gpu.name}, {_size(gpu.total_memory)}, {_size(torch.cuda.mem_get_info(index)[0])} free"
+        )
+    if not gpus:
+        yield Finding("GPU", "none that torch sees")
+    vllm = _version("vllm") or _version("vllm-cpu")
+    why = f"{'a GPU' if gpus else 'no GPU'}, vLLM {vllm or 'not installed'}"
+    kind = resolve_kind("auto")
+    if gpus and not vllm:
+        advice = "with a GPU vLLM samples much faster: in the clone, pip install '.[vllm]'"
+        yield Finding("engine auto", f"{kind} ({why})", "warning", advice)
+    else:
+        yield Finding("engine auto", f"{kind} ({why})")
+
+
+# ---- what the machine has ----------------------------------------------------------------------
+
+
+def _room() -> Iterator[Finding]:
+    """Memory, the working directory's disk and the shared memory that processes of a server speak through."""
+    try:
+        from dspy_fst.fit import free_memory
+
+        yield _free("memory", free_memory(), LITTLE_MEMORY, "close other programs, or take a larger machine")
+    except ImportError:
+        pass  # told already
+    disk = shutil.disk_usage(Path.cwd()).free
+    yield _free("disk here", disk, LITTLE_DISK, "free some space, or name a run_dir on another disk")
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        advice = "vLLM's processes need it; start the container with --shm-size=2g or --ipc=host"
+        yield _free("shared memory", shutil.disk_usage(shared).free, LITTLE_SHARED, advice)
+
+
+def _free(about: str, free: int, little: int, advice: str) -> Finding:
+    if free < little:
+        return Finding(about, f"{_size(free)} free", "warning", f"less than {_size(little)} are free; {advice}")
+    return Finding(about, f"{_size(free)} free")
+
+
+def _open_files() -> Finding:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return Finding("open files", "no limit")
+    if limit < FEW_FILES:
+        advice = f"rollouts in flight may run out of them; ulimit -n {4 * FEW_FILES}"
+        return Finding("open files", f"limit {limit}", "warning", advice)
+    return Finding("open files", f"limit {limit}")
+
+
+def _loopback() -> Finding:
+    """Whether a server on this machine could be reached, found by being one."""
+    try:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            socket.create_connection(server.getsockname(), timeout=LOOPBACK_S),
+        ):
+            pass
+    except OSError as error:
+        advice = "vLLM and dspy-fst serve listen there; allow it in the firewall or sandbox"
+        return Finding("loopback ports", str(error), "wrong", advice)
+    return Finding("loopback ports", "can be opened and reached")
+
+
+def _threads(environment: Mapping[str, str]) -> Finding:
+    """Whether each process would start more threads than there are cores for it."""
+    cores, told = _cores(), environment.get("OMP_NUM_THREADS", "")
+    threads = int(told) if told.isdigit() else os.cpu_count() or 1
+    found = (
+        f"{threads} a process for {cores} cores ({f'OMP_NUM_THREADS={told}' if told else 'OMP_NUM_THREADS is not set'})"
+    )
+    if threads > cores:
+        return Finding("threads", found, "warning", f"threads wait for each other; export OMP_NUM_THREADS={cores}")
+    return Finding("threads", found)
+
+
+def _cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: its affinity, or what its container's quota comes to."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        most, period = quota.read_text().split()
+        return allowed if most == "max" else max(1, min(allowed, round(int(most) / int(period))))
+    except (OSError, ValueError):
+        return allowed
+
+
+def _keys(environment: Mapping[str, str]) -> Finding:
+    """Names of the providers' key variables that are set; never what they hold."""
+    names = sorted(name for name, value in environment.items() if re.fullmatch(r"[A-Z0-9_]+_API_KEY", name) and value)
+    return Finding("provider keys", ", ".join(names) or "none set; a reflection LM of a provider needs its own")
+
+
+def _size(amount: int) -> str:
+    return f"{amount / GIB:.1f} GiB"
