@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast lint lock clean
+.PHONY: demo test test-fast lint docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help.
@@ -27,6 +27,9 @@ lint: .venv/.ready ## Style and types.
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: .venv/.ready ## The documentation as a site, in site/.
+	.venv/bin/mkdocs build --strict
 
 # uv does not read pip's settings, so a machine's own package index and wheel folders are handed on.
 # Without a wheel folder the CPU build of torch comes from torch's own index (--torch-backend).

@@ -4,6 +4,7 @@ python -m programs.lab.demo --run-dir runs/readme && cp runs/readme/figures.json
 python -m benchmarks.throughput
 python -m benchmarks.durability && python -m benchmarks.durability --engine vllm --kills 4
 python -m benchmarks.soak
+python -m benchmarks.serving
 python -m benchmarks.readme
 """
 
@@ -50,13 +51,21 @@ def demo(figures: dict[str, Any]) -> str:
     )
 
 
-def throughput(rows: dict[str, Any]) -> str:
-    """Ratios with aims and spread."""
+def measured(what: str, rows: dict[str, Any]) -> str:
+    """Medians with aims and spread."""
     body = [
         [name, row["aim"], f"{row['median']:.2g}", f"{min(row['values']):.2g} to {max(row['values']):.2g}"]
         for name, row in rows.items()
     ]
-    return table(["ratio", "aim", "median", "spread"], body)
+    return table([what, "aim", "median", "spread"], body)
+
+
+def throughput(rows: dict[str, Any]) -> str:
+    return measured("ratio", rows)
+
+
+def serving(rows: dict[str, Any]) -> str:
+    return measured("what", rows)
 
 
 def durability(figures: dict[str, Any]) -> str:
@@ -81,7 +90,7 @@ def soak(figures: dict[str, Any]) -> str:
     return table(["growth in each of", "memory", "file handles", "threads", "processes"], rows)
 
 
-TABLES = {"demo": demo, "throughput": throughput, "durability": durability, "soak": soak}
+TABLES = {"demo": demo, "throughput": throughput, "durability": durability, "soak": soak, "serving": serving}
 
 
 def render(text: str) -> str:

@@ -8,7 +8,7 @@
 3. more callers than there are places: every reply is an answer or a refusal.
 
 Locust makes the load. Server and load run in processes of their own, each bounded in count and time; ratios and
-counts only, for absolute times on a shared machine mean nothing. Needs `pip install locust`.
+counts only, for absolute times on a shared machine mean nothing. Needs the extra `benchmarks`.
 """
 
 import argparse
@@ -298,12 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows[name] = {"aim": aim, "median": statistics.median(values), "values": list(values)}
         Console(stderr=True).print(f"{name}: {statistics.median(values):.3g}")
 
-    free, model = side_by_side("echo", 1_000, options.repeats), side_by_side("lab", 300, options.repeats)
+    free, model = side_by_side("echo", 1_000, options.repeats), side_by_side("lab", 600, options.repeats)
     measure("endpoint requests/s over program calls/s, a model that costs nothing", "-", free["requests/s"])
     measure("endpoint requests/s over program calls/s, 1M", ">= 0.8", model["requests/s"])
     measure("endpoint median latency over program's, 16 callers, 1M", "-", model["median latency"])
     measure("endpoint 99th percentile latency over program's, 16 callers, 1M", "-", model["99th percentile"])
-    measure("lost or mixed-up answers of 300, 1M", "0", model["lost or wrong"])
+    measure("lost or mixed-up answers of 600, 1M", "0", model["lost or wrong"])
     whole = many(options.requests)
     lost = _lost(whole, options.requests, {"200": options.requests})
     measure(f"lost or mixed-up answers of {options.requests:,}, a model that costs nothing", "0", [lost])

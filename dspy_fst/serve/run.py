@@ -15,7 +15,8 @@ from dspy_fst.serve.settings import DOCS, ServeSettings
 
 logger = logging.getLogger(__name__)
 LAST_CALL_S = 0.3
-"""For callers who connected just before the door was closed: they are read, and told that the server ends."""
+"""Before the door is closed, for those who were just answered and ask again; and after, for those who came in last.
+Both are told that the server ends."""
 CLOSE_S = 5
 """For the last bytes to go out."""
 
@@ -39,7 +40,7 @@ def serve(app: FastAPI, settings: ServeSettings) -> None:
         print(f"key: {settings.api_key}", file=sys.stderr, flush=True)
     server = _Server(app, service, settings.drain_s)
     server.run(sockets=[listener])
-    if service.failure is not None:
+    if service.failure is not None and not service.gate.draining:  # else it was ended while it started
         raise EngineError(f"the engine could not be started: {service.failure}") from service.failure
     if server.unanswered:
         logger.warning("%d requests were not answered within %g s (drain_s)", server.unanswered, settings.drain_s)
@@ -90,8 +91,10 @@ class _Server(uvicorn.Server):
         self._draining = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
+        print(f"ending within {self._drain_s:g} s; a second signal ends at once", file=sys.stderr, flush=True)
         self.unanswered = await self._service.gate.emptied(self._drain_s)
         self._service.gate.expire()
+        await asyncio.sleep(LAST_CALL_S)  # closing resets whoever has connected and is not accepted yet
         # Listening ends before the connections do: uvicorn's own shutdown would cut those that it has not read yet.
         for server in self.servers:
             server.close()

@@ -15,7 +15,7 @@ from dspy_fst.errors import ConfigurationError
 
 Fields = dict[str, tuple[Any, Any]]
 """Field name -> (annotation, default), as `pydantic.create_model` takes them; ``...`` is no default."""
-SIGNATURE_HELP = "set signature=, e.g. 'question: str, year: int -> answer: str'"
+SIGNATURE_HELP = "set signature (--signature), e.g. 'question: str, year: int -> answer: str'"
 
 
 class Sent(BaseModel):

@@ -3,11 +3,12 @@
 import ipaddress
 import secrets
 from dataclasses import dataclass, field
-from typing import Literal
-
-import dspy
+from typing import TYPE_CHECKING, Literal
 
 from dspy_fst.errors import ConfigurationError
+
+if TYPE_CHECKING:  # the command line reads the defaults here, and its help must come at once
+    import dspy
 
 ChoiceName = Literal["best", "sampled", "vote"]
 CHOICES = ("best", "sampled", "vote")
@@ -32,11 +33,11 @@ class ServeSettings:
     """0 takes a free one."""
     api_key: str | None = field(default=None, repr=False)
     """What callers send as ``Authorization: Bearer KEY``; None makes a random key, which `serve` prints."""
-    without_key: bool = False
+    no_key: bool = False
     """Let everybody on this machine in. Only for a loopback address."""
     path: str = "/v1/program"
     """Where the program answers; its event stream is at this path with ``/stream`` added."""
-    signature: str | type[dspy.Signature] | None = None
+    signature: "str | type[dspy.Signature] | None" = None
     """Inputs and outputs of the program, e.g. ``"question: str -> answer: int"``, where they cannot be read from it."""
     choice: ChoiceName = "best"
     """Who of the population answers: the best candidate, one drawn at random, or all of them by majority."""
@@ -61,7 +62,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if faults := _faults(self):
             raise ConfigurationError(faults)
-        if self.api_key is None and not self.without_key:
+        if self.api_key is None and not self.no_key:
             object.__setattr__(self, "api_key", secrets.token_urlsafe(32))
             object.__setattr__(self, "made_key", True)
 
@@ -103,10 +104,10 @@ def _is_plain_path(path: str) -> bool:
 
 def _key_faults(settings: ServeSettings) -> list[str]:
     faults = []
-    if settings.without_key and settings.api_key is not None:
-        faults.append("without_key is set, but there is an api_key: remove one of them")
-    if settings.without_key and not is_loopback(settings.host):
-        faults.append(f"host is {settings.host!r}: others reach it, so a key is needed; remove without_key")
+    if settings.no_key and settings.api_key is not None:
+        faults.append("no_key is set, but there is an api_key: remove one of them")
+    if settings.no_key and not is_loopback(settings.host):
+        faults.append(f"host is {settings.host!r}: others reach it, so a key is needed; remove no_key")
     if settings.api_key is not None and len(settings.api_key) < SHORTEST_KEY:
         faults.append(f"api_key has {len(settings.api_key)} characters: it must have {SHORTEST_KEY} or more")
     if settings.api_key is not None and not (settings.api_key.isascii() and settings.api_key.isprintable()):

@@ -22,6 +22,8 @@ from dspy_fst.serve.gate import Ticket
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_SHOWN = 500
+"""Characters of an error that the log shows."""
 
 
 class _Threads:
@@ -111,7 +113,11 @@ def run_program(
         return outputs.model_validate({name: prediction[name] for name in outputs.model_fields if name in prediction})
     except Exception as error:
         refusal = _as_api_error(error, outputs)
-        logger.warning("the program did not answer (%s)", refusal.reply.error.type, exc_info=error)
+        if refusal.status == 500:
+            logger.exception("the program failed")
+        else:  # a traceback for each reply that does not parse would hide the rest
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            logger.warning("the program did not answer (%s): %s", refusal.type, why[:_SHOWN])
         raise refusal from error
 
 

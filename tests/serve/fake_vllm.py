@@ -13,6 +13,11 @@ from tests.fakes import ScriptedEngine, Speak
 UPSTREAM_KEY = "the-key-of-the-server-behind"
 
 
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # the default of 5 refuses callers who come at the same time
+
+
 class FakeVLLM:
     """Says what it is told, a few characters a chunk; keeps what it was asked."""
 
@@ -81,10 +86,13 @@ class FakeVLLM:
                     fake.cut.set()
                 self.close_connection = True
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Listener(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return Address(f"http://127.0.0.1:{self._server.server_port}", UPSTREAM_KEY, through_proxy=False)
+
+    @property
+    def runs(self) -> bool:
+        return self._server is not None
 
     def stop(self) -> None:
         if self._server is not None:
@@ -135,14 +143,16 @@ class ServerEngine(ScriptedEngine):
         self.fake = fake
         self.address: Address | None = fake.start()
         self.whole_replies = 0
+        self._lock = threading.Lock()
 
     def complete(self, request: Any, seed: int) -> Any:
         self.whole_replies += 1
         return super().complete(request, seed)
 
     def score(self, sequences: Any) -> list[list[float]]:
-        self.fake.stop()
-        self.address = self.fake.start()
+        with self._lock:
+            if not self.fake.runs:
+                self.address = self.fake.start()
         return super().score(sequences)
 
 

@@ -12,7 +12,7 @@ from dspy_fst.errors import EngineError
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import CHAT, ServeSettings
 from tests.serve.fake_vllm import UPSTREAM_KEY, FakeVLLM, behind
-from tests.serve.makers import AUTH, KEY, ask, client_of, compiled, events, figures, get, served
+from tests.serve.makers import AUTH, KEY, ask, client_of, compiled, events, figures, get, served, wait_until
 
 
 def speak(messages, seed):
@@ -260,8 +260,7 @@ def test_a_caller_who_leaves_ends_the_stream_on_the_server_too(app_behind, fake)
         stream.close()
         client.close()
         assert fake.cut.wait(30)
-        while gate.at_work():
-            pass
+        wait_until(lambda: not gate.at_work(), "the place is free")
 
 
 def test_replies_at_the_same_time_do_not_mix(app_behind):

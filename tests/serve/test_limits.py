@@ -76,7 +76,7 @@ def test_a_stranger_s_body_is_not_read():
     [("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("evil.example:8000", 403), ("[", 403)],
 )
 def test_without_a_key_a_browser_s_page_cannot_speak_with_the_server_under_its_own_name(host, status):
-    app = create_app(compiled()[0], ServeSettings(without_key=True))
+    app = create_app(compiled()[0], ServeSettings(no_key=True))
     assert ask(app, question("x"), headers={"Host": host}).status_code == status
 
 

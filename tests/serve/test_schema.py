@@ -92,7 +92,7 @@ def test_inputs_that_cannot_be_told_are_refused_by_name_with_what_to_do():
     assert len(faults) == 2
     assert "Bare.forward(text)" in faults[0]
     assert "*more" in faults[1]
-    assert all("signature=" in fault for fault in faults)
+    assert all("--signature" in fault for fault in faults)
 
 
 @pytest.mark.parametrize("signature", ["text: str -> year: int", dspy.Signature("text: str -> year: int")])

@@ -27,8 +27,8 @@ def test_the_key_is_not_shown_with_the_settings():
 
 def test_an_address_that_others_reach_needs_a_key():
     assert ServeSettings(host="0.0.0.0").api_key
-    assert ServeSettings(without_key=True).api_key is None
-    (fault,) = faults_of(host="0.0.0.0", without_key=True)
+    assert ServeSettings(no_key=True).api_key is None
+    (fault,) = faults_of(host="0.0.0.0", no_key=True)
     assert "a key is needed" in fault
 
 

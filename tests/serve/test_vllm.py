@@ -1,0 +1,41 @@
+"""The command with a real vLLM behind it."""
+
+import signal
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.serve.command import NUMBERS, saved_lab, serving
+from tests.serve.makers import PATH, events
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_behind_vllm_programs_and_chats_stream_token_by_token_and_nothing_is_left_running(tmp_path):
+    out = saved_lab(tmp_path / "out")
+    with serving(out, "--program", "programs.lab.project:program", "--engine", "vllm") as server:
+        server.wait_for(lambda: bool(server.url), "it listens")
+        assert httpx.get(f"{server.url}/health").json() == {"alive": True}
+        server.wait_for(server.ready, "vLLM serves weights", limit_s=500)
+        behind = psutil.Process(server.process.pid).children(recursive=True)
+        assert behind
+        told = events(server.ask(NUMBERS, f"{PATH}/stream").text)
+        assert told[0] == ("start", {"tokens": True})
+        deltas = [data for name, data in told if name == "delta"]
+        assert len(deltas) > 1
+        assert "".join(delta["text"] for delta in deltas).strip() == told[-1][1]["outputs"]["answer"].strip()
+        assert told[-1][1]["outputs"] == server.ask(NUMBERS).json()["outputs"]
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0)
+        messages = [{"role": "user", "content": "4 7 1 9"}]
+        whole = client.chat.completions.create(model="policy", messages=messages, max_tokens=6, seed=1)
+        chunks = client.chat.completions.create(model="policy", messages=messages, max_tokens=6, seed=1, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        client.close()
+        assert text == whole.choices[0].message.content
+        assert httpx.post(f"{server.url}/collective_rpc", headers=server.auth).status_code == 404
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0, server.said
+        _, alive = psutil.wait_procs(behind, timeout=30)
+        assert alive == []
