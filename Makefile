@@ -29,7 +29,7 @@ lint: .venv/.ready ## Style and types.
 	.venv/bin/mypy
 
 docs: .venv/.ready ## The documentation as a site, in site/.
-	.venv/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 # uv does not read pip's settings, so a machine's own package index and wheel folders are handed on.
 # Without a wheel folder the CPU build of torch comes from torch's own index (--torch-backend).
