@@ -5,8 +5,11 @@ import re
 import textwrap
 from pathlib import Path
 
+import dspy
+
 from benchmarks.readme import README, render
 from dspy_fst import optimizer
+from dspy_fst.serve.schema import schema_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,3 +38,15 @@ def test_every_place_that_is_named_exists():
     named = set(re.findall(r"`((?:dspy_fst|programs|benchmarks|tests)/[\w/.]*)`", README.read_text()))
     assert named
     assert all((ROOT / place).exists() for place in named)
+
+
+def test_the_example_s_program_can_be_served_and_its_metric_tells_faults():
+    example = next(snippet for snippet in snippets() if "class Triage" in snippet)
+    namespace = {}
+    exec(example.partition("with open(")[0], namespace)
+    inputs = schema_of(namespace["Triage"](), None).inputs.model_fields
+    assert list(inputs) == ["ticket"]
+    gold, pred = dspy.Example(team="billing", urgent=True), dspy.Prediction(team="sales", urgent=True)
+    judged = namespace["metric"](gold, pred)
+    assert judged.score == 0.5
+    assert judged.feedback == "team should be 'billing'"

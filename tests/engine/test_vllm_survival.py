@@ -95,15 +95,19 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 
 def in_flight(pool: ThreadPoolExecutor, engine: Keeper) -> list[Future[Completion]]:
-    """Long requests, once all of them have reached the server."""
+    """Long requests, once several of them wait at the server at the same time.
+
+    On a busy machine the first may be answered before the next is sent; then they are asked anew.
+    """
     config = Config(temperature=1.0, max_tokens=450, extensions={"ignore_eos": True})
     requests = [replace(ask(f"request {seed}"), config=config) for seed in range(REQUESTS)]
-    futures = [pool.submit(engine.complete, request, seed) for seed, request in enumerate(requests)]
-    deadline = time.monotonic() + 30
-    while engine.server.in_flight < REQUESTS:
-        assert time.monotonic() < deadline, f"{engine.server.in_flight} requests in flight after 30 s"
-        time.sleep(0.005)
-    return futures
+    for _ in range(10):
+        futures = [pool.submit(engine.complete, request, seed) for seed, request in enumerate(requests)]
+        while not all(future.done() for future in futures):
+            if engine.server.in_flight >= REQUESTS // 3:
+                return futures
+            time.sleep(0.002)
+    raise AssertionError(f"never {REQUESTS // 3} requests in flight at the same time")
 
 
 def test_requests_that_are_answered_with_500_for_a_while_are_asked_again(watched: Watched) -> None:
