@@ -17,7 +17,7 @@ help: ## Show this help.
 demo: .venv/.ready ## Train the miniature laboratory's program and model together, then print what each half brought.
 	$(RUN) -m programs.lab.demo --engine $(ENGINE) --seeds $(SEEDS)
 
-test: lint ## Lint, types and every test, the real vLLM server's included.
+test: lint .venv/.browser ## Lint, types and every test, the real vLLM server's included.
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.ready ## The tests that need no server and no pretraining (under two minutes).
@@ -43,6 +43,14 @@ docs: .venv/.ready ## The documentation as a site, in site/.
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
 	.venv/bin/uv pip install -q --python $(RUN) $$backend --no-deps -r requirements/lock.txt && \
 	.venv/bin/uv pip install -q --python $(RUN) --no-deps -e .
+	touch $@
+
+# Tests of the report click in a real one. Where none can be had they are skipped, and say so.
+.venv/.browser: .venv/.ready
+	@command -v chromium chromium-browser > /dev/null \
+	|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } > /dev/null 2>&1 \
+	|| .venv/bin/playwright install chromium \
+	|| echo "no browser could be installed; the tests that need one are skipped"
 	touch $@
 
 lock: .venv/.ready ## Re-make requirements/lock.txt from pyproject.toml.
