@@ -21,7 +21,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -41,9 +41,15 @@ if TYPE_CHECKING:
     from dspy_fst.policy import PolicyLM
 
 _SECRET = re.compile(
-    r"(api_?key|access_?key|secret|password|authorization|(auth|access|session|bearer)_?token)$", re.IGNORECASE
+    r"((api|access|private|secret|subscription)_?key|secret|passw(or)?d|passphrase|credential|cookie)s?$"
+    r"|authorization$|(?<![a-z])auth$|(?<!max_)(?<!per_)token$",  # max_token is a slip, cost_per_token a price
+    re.IGNORECASE,
 )
-"""Names of settings whose values are secrets: arguments that litellm's providers and vLLM take."""
+"""Names of settings whose values are secrets: arguments that litellm's providers and vLLM take, and headers."""
+_YOUR_OWN = (
+    "it may be somebody else's, so none of its code is run. If it is yours, name your own project file: "
+    "dspy-fst run FILE continues the run, eval and serve take --project FILE"
+)
 
 
 def _reference(text: str) -> str:
@@ -148,15 +154,9 @@ class Project(_Part):
         """A path of the file, absolute."""
         return (self.folder / Path(text).expanduser()).resolve()
 
-    @contextmanager
-    def importable(self) -> Iterator[None]:
+    def importable(self) -> AbstractContextManager[None]:
         """A block in which the project's own modules can be imported."""
-        sys.path.insert(0, str(self.folder))
-        try:
-            yield
-        finally:
-            with suppress(ValueError):  # the project's code took it away itself
-                sys.path.remove(str(self.folder))
+        return importable(self.folder)
 
     def open(self, listeners: Sequence[Callable[[Mapping[str, Any]], None]] = ()) -> "Opened":
         """Import and make everything that the file names; no model is loaded yet.
@@ -171,7 +171,7 @@ class Project(_Part):
 
         faults = _Faults(self.folder)
         with self.importable():
-            objects = self._imported(faults)
+            objects = _imported(self._references(), faults)
             program = self._program(objects, faults)
             trainset = self._examples("trainset", objects, faults)
             valset = self._examples("valset", objects, faults)
@@ -208,36 +208,15 @@ class Project(_Part):
 
     # ---- from names to objects -----------------------------------------------------------------
 
-    def _imported(self, faults: "_Faults") -> dict[str, Any]:
-        """Setting -> the object that it names. A module that fails is told once for all who name it."""
-        named: dict[str, list[tuple[str, str]]] = {}
-        for setting in ("program", "metric", "propose", "trainset", "valset"):
-            text: str | None = getattr(self, setting)
-            if text is not None and not _is_file(text):
-                home, _, attribute = text.partition(":")
-                named.setdefault(home, []).append((setting, attribute))
-        objects: dict[str, Any] = {}
-        for name, wanted in named.items():
-            settings = ", ".join(setting for setting, _ in wanted)
-            with faults.of(f"{settings}: module {name!r} does not import"):
-                module = importlib.import_module(name)
-                objects |= {
-                    setting: getattr(module, attribute) for setting, attribute in wanted if hasattr(module, attribute)
-                }
-                for setting, attribute in wanted:
-                    if setting not in objects:
-                        faults.add(f"{setting}: {_lacks(module, attribute)}")
-        return objects
+    def _references(self) -> dict[str, str]:
+        """Setting -> the ``module:attribute`` that it holds."""
+        texts = {setting: getattr(self, setting) for setting in ("program", "metric", "propose", "trainset", "valset")}
+        return {setting: text for setting, text in texts.items() if text is not None and not _is_file(text)}
 
     def _program(self, objects: Mapping[str, Any], faults: "_Faults") -> "dspy.Module | None":
         """A copy of the program whose predictors all have an LM; the user's own stays as it is."""
-        import dspy
-
-        program = _made("program", self.program, objects, dspy.Module, faults)
+        program = _made_program(self.program, objects, faults)
         if program is None:
-            return None
-        if not isinstance(program, dspy.Module):
-            faults.add(f"program: {self.program} gives {type(program).__name__}, not a dspy.Module")
             return None
         policy = self._policy(program, faults)
         program = program.deepcopy()
@@ -315,10 +294,11 @@ def load_project(path: str | Path) -> Project:
     """
     path = Path(path).resolve()
     data = _read_yaml(path)
+    clean = _cleaner()
     faults = [
         f"{where}: a secret does not belong in this file; set the provider's environment variable (OPENAI_API_KEY and "
         "the like), or name another one with api_key_env"
-        for where in _secrets(data)
+        for where in _secrets(data, clean)
     ]
     folder = path.parent / str(data.get("folder") or ".")
     if not folder.is_dir():
@@ -326,10 +306,67 @@ def load_project(path: str | Path) -> Project:
     try:
         project = Project.model_validate({**data, "folder": folder.resolve()})
     except ValidationError as error:
-        faults += [_sentence(fault) for fault in error.errors()]
+        faults += [_sentence(fault, clean) for fault in error.errors()]
     if faults:
         raise ConfigurationError(faults)
     return project
+
+
+def kept_in(run_dir: Path) -> Project:
+    """The project that `Project.keep` wrote into a run directory.
+
+    The directory may be somebody else's, and what a project names is imported: nothing of it may lead back there.
+
+    Raises:
+        ConfigurationError: with every fault of the file, or because its code would be taken from the directory itself,
+            or from wherever a path leads that `Project.keep` would not have written.
+    """
+    from dspy_fst.run.directory import PROJECT
+
+    path = run_dir / PROJECT
+    project = load_project(path)
+    written = _read_yaml(path).get("folder")
+    if Path(str(written)) != project.folder:  # ../code goes where the directory goes, /proc/self/cwd where the user is
+        raise ConfigurationError(
+            [f"{path}: folder={written!r} is not the absolute path without links that a run writes there; {_YOUR_OWN}"]
+        )
+    if project.folder.is_relative_to(run_dir.resolve()):
+        raise ConfigurationError(
+            [f"{path}: {project.program} would be looked for in {project.folder}, part of the run itself; {_YOUR_OWN}"]
+        )
+    return project
+
+
+def make_program(reference: str, folder: Path) -> "dspy.Module":
+    """The program alone, for who needs neither metric nor examples. Call it in a block of `importable`.
+
+    Args:
+        reference: ``module:attribute``, see `Project.program`.
+        folder: Where its code lies; faults name the place in it.
+
+    Raises:
+        ConfigurationError: it does not import, is not there, raises, or is no program.
+    """
+    try:
+        _reference(reference)
+    except ValueError as error:
+        raise ConfigurationError([f"program={reference!r}: {error}"]) from error
+    faults = _Faults(folder)
+    program = _made_program(reference, _imported({"program": reference}, faults), faults)
+    faults.raise_any()
+    assert program is not None, "without a fault there is a program"
+    return program
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """A block in which the modules of a folder can be imported."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the folder's code took it away itself
+            sys.path.remove(str(folder))
 
 
 class _Loader(yaml.SafeLoader):
@@ -355,21 +392,30 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _secrets(data: Any, where: str = "") -> Iterator[str]:
-    """Names of the settings that look like a secret, at any depth."""
+def _cleaner() -> Callable[[Any], Any]:
+    """What replaces texts that only secrets look like, such as the password of an address."""
+    from dspy_fst.run.secrets import Redactor
+
+    return Redactor().clean
+
+
+def _secrets(data: Any, clean: Callable[[Any], Any], where: str = "") -> Iterator[str]:
+    """Names of the settings that are named like a secret or look like one, at any depth."""
     if isinstance(data, Mapping):
         for key, value in data.items():
             name = f"{where}.{key}" if where else str(key)
             if _SECRET.search(str(key).replace("-", "_")):
                 yield name
             else:
-                yield from _secrets(value, name)
+                yield from _secrets(value, clean, name)
     elif isinstance(data, list):
         for item in data:
-            yield from _secrets(item, where)
+            yield from _secrets(item, clean, where)
+    elif isinstance(data, str) and clean(data) != data:
+        yield where
 
 
-def _sentence(fault: Any) -> str:
+def _sentence(fault: Any, clean: Callable[[Any], Any]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         *_, name = fault["loc"]
@@ -381,7 +427,7 @@ def _sentence(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     # Only plain values are shown, and none of what may be a key that was written in the wrong place.
     shown = isinstance(fault["input"], str | int | float) and not where.endswith("api_key_env")
-    return ": ".join(part for part in (f"{where}={fault['input']!r}" if shown else where, message) if part)
+    return ": ".join(part for part in (f"{where}={clean(fault['input'])!r}" if shown else where, message) if part)
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
@@ -436,6 +482,39 @@ class _Faults:
 def _lacks(module: ModuleType, attribute: str) -> str:
     known = [name for name in vars(module) if not name.startswith("_")]
     return f"{module.__file__ or module.__name__} has no {attribute!r}{_meant(attribute, known)}"
+
+
+def _imported(references: Mapping[str, str], faults: _Faults) -> dict[str, Any]:
+    """Setting -> the object that it names. A module that fails is told once for all who name it."""
+    named: dict[str, list[tuple[str, str]]] = {}
+    for setting, text in references.items():
+        home, _, attribute = text.partition(":")
+        named.setdefault(home, []).append((setting, attribute))
+    objects: dict[str, Any] = {}
+    for name, wanted in named.items():
+        settings = ", ".join(setting for setting, _ in wanted)
+        with faults.of(f"{settings}: module {name!r} does not import"):
+            module = importlib.import_module(name)
+            objects |= {
+                setting: getattr(module, attribute) for setting, attribute in wanted if hasattr(module, attribute)
+            }
+            for setting, attribute in wanted:
+                if setting not in objects:
+                    faults.add(f"{setting}: {_lacks(module, attribute)}")
+    return objects
+
+
+def _made_program(text: str, objects: Mapping[str, Any], faults: _Faults) -> "dspy.Module | None":
+    """The program that was imported, or what its function returns; None after a fault."""
+    import dspy
+
+    told = len(faults.told)
+    program = _made("program", text, objects, dspy.Module, faults)
+    if isinstance(program, dspy.Module):
+        return program
+    if "program" in objects and len(faults.told) == told:
+        faults.add(f"program: {text} gives {type(program).__name__}, not a dspy.Module")
+    return None
 
 
 def _made(setting: str, text: str, objects: Mapping[str, Any], kind: type, faults: _Faults) -> Any:

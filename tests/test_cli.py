@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dspy_fst import ConfigurationError, PolicyLM
 from dspy_fst.cli import app
-from dspy_fst.project import load_project
+from dspy_fst.project import kept_in, load_project
 from dspy_fst.run.directory import read_events
 from dspy_fst.saved import policy_of
 from programs.lab import BASE, build
@@ -143,6 +143,35 @@ def test_a_secret_in_the_file_is_refused_and_never_shown(tmp_path):
     assert "sk-" not in text
 
 
+SECRETS = {
+    "azure_ad_token": "abc",
+    "hf_token": "abc",
+    "aws_web_identity_token": "abc",
+    "vertex_credentials": {"project": "abc"},
+    "azure_password": "abc",
+    "extra_headers": {"Cookie": "sess=abc", "Helicone-Auth": "abc", "X-API-Key": "abc"},
+    "api_base": "https://user:abc@host/v1",
+    "organization": "hf_" + "abc0" * 9,
+}
+
+
+def test_what_is_named_like_a_secret_or_looks_like_one_is_refused_and_never_shown(tmp_path):
+    lm = {"model": "azure/gpt-5", **SECRETS}
+    address = SECRETS["api_base"]
+    text = said("run", project_file(tmp_path, propose=None, reflection_lm=lm, metric=address), code=2)
+    names = {*SECRETS, *(f"extra_headers.{name}" for name in SECRETS["extra_headers"])} - {"extra_headers"}
+    for name in ("metric", *(f"reflection_lm.{name}" for name in names)):
+        assert f"{name}: a secret does not belong in this file" in text
+    assert "abc" not in text
+
+
+def test_what_only_sounds_like_a_secret_is_allowed(tmp_path):
+    lm = {"model": "openai/gpt-5", "max_tokens": 9, "max_completion_tokens": 9, "api_base": "http://host:80/v1"}
+    more = {"api_key_env": "MY_KEY", "prompt_cache_key": "mine", "input_cost_per_token": 0.1}
+    project = load_project(project_file(tmp_path, propose=None, reflection_lm={**lm, **more}))
+    assert project.reflection_lm.model_dump(exclude_unset=True) == {**lm, **more}
+
+
 # ---- what the file names ---------------------------------------------------------------------------
 
 
@@ -181,6 +210,8 @@ def test_debug_shows_where_the_user_s_code_raised(tmp_path):
 def test_a_program_that_is_not_one_is_told(tmp_path):
     with pytest.raises(ConfigurationError, match=r"program: mine:train gives list, not a dspy\.Module"):
         opened(tmp_path, program="mine:train")
+    with pytest.raises(ConfigurationError, match=r"program: mine:forgets gives NoneType, not a dspy\.Module"):
+        opened(tmp_path, SOURCE + "\n\ndef forgets():\n    Relay()\n", program="mine:forgets")
 
 
 def test_predictors_without_an_lm_speak_with_the_model_and_others_keep_theirs(tmp_path):
@@ -294,6 +325,46 @@ def test_resume_says_how_to_go_on_without_a_project(tmp_path):
     (tmp_path / "states" / "000000").mkdir(parents=True)
     text = said("resume", tmp_path, code=2)
     assert "was not started by dspy-fst run. Go on from Python: FSTOptimizer(run_dir=" in text
+
+
+FOREIGN = [
+    (None, "folder=None is not the absolute path"),
+    ("../code", "folder='../code' is not the absolute path"),
+    ("{root}/link", "/link' is not the absolute path"),  # leads wherever its owner wants
+    ("{root}/run", "mine:Relay would be looked for in"),
+    ("{root}/run/code", "mine:Relay would be looked for in"),
+]
+
+
+@pytest.mark.parametrize(("folder", "message"), FOREIGN)
+@pytest.mark.parametrize("command", ["resume", "eval", "serve"])
+def test_no_code_is_run_from_a_run_directory(tmp_path, monkeypatch, command, folder, message):
+    run_dir = tmp_path / "run"
+    for place in (run_dir / "code", run_dir / "compiled", tmp_path / "code"):
+        place.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "code")
+    (run_dir / "recipe.json").write_text("{}")
+    folder = folder and folder.format(root=tmp_path)
+    project_file(run_dir, folder=folder)
+    for place in (run_dir, run_dir / "code", tmp_path / "code"):
+        (place / f"{MODULE}.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    monkeypatch.chdir(run_dir)
+    for named in (run_dir, "."):
+        text = said(command, named, code=2)
+        assert f"{run_dir / 'project.yaml'}: " in text
+        assert message in text
+        assert "name your own project file: dspy-fst run FILE" in text
+    assert not (tmp_path / "ran").exists()
+    assert MODULE not in sys.modules
+
+
+def test_the_code_of_a_run_may_lie_around_its_directory(tmp_path):
+    project = load_project(project_file(tmp_path))
+    project.run_path.mkdir()
+    project.keep()
+    assert kept_in(tmp_path / "run") == project
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert kept_in(tmp_path / "moved").folder == tmp_path
 
 
 def test_a_run_that_stops_says_how_to_go_on(tmp_path):

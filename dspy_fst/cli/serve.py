@@ -4,12 +4,9 @@ Either signal ends it in good order: nobody new is let in, who was let in gets a
 the exit code is 0. A second signal ends it at once, with the exit code that it gives every command.
 """
 
-import importlib
 import os
-import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -17,11 +14,11 @@ import typer
 
 from dspy_fst.cli.common import Debug, errors_as_text
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
-from dspy_fst.run.interrupts import Terminated, signals_raise
+from dspy_fst.run.interrupts import signals_raise
 from dspy_fst.serve.settings import ChoiceName, ServeSettings
 
 if TYPE_CHECKING:
-    import dspy
+    from dspy_fst.project import Project
 
 
 def serve(
@@ -96,11 +93,12 @@ def serve(
             from dspy_fst.serve.run import serve as listen
         except ModuleNotFoundError as error:
             raise ConfigurationError([f"{error}; serving is an extra: pip install 'dspy-fst[serve]'"]) from error
+        from dspy_fst.project import importable, make_program
         from dspy_fst.saved import load
 
         policy: dict[str, Any] = {} if engine is None else {"engine": engine}
-        with _importable(source.folder):  # to the end: the program may import more when it is called
-            listen(create_app(load(compiled, _made(source), **policy), settings), settings)
+        with importable(source.folder):  # to the end: the program may import more when it is called
+            listen(create_app(load(compiled, make_program(*source), **policy), settings), settings)
 
 
 class _Source(NamedTuple):
@@ -127,6 +125,7 @@ def _found(out: Path, program: str | None, project: Path | None) -> tuple[Path, 
         ConfigurationError: nothing names the class, or it would be taken from OUT itself.
         RunDirectoryError: there is no compiled program.
     """
+    from dspy_fst.project import kept_in, load_project
     from dspy_fst.run.directory import PROJECT
 
     run = next((folder for folder in (out, out.parent) if (folder / "recipe.json").is_file()), None)
@@ -137,55 +136,26 @@ def _found(out: Path, program: str | None, project: Path | None) -> tuple[Path, 
     if program is not None and project is not None:
         raise ConfigurationError(["--program and --project both name the program; give one of them"])
     if project is not None:
-        return compiled, _named_by(project)
+        return compiled, _of(load_project(project))
     if program is not None:
-        source = _Source(program, Path.cwd())
-    elif run is not None and (run / PROJECT).is_file():
-        source = _named_by(run / PROJECT)
-    else:
-        fault = f"{out} does not say which class its program is of: give --program module:attribute or --project FILE"
-        raise ConfigurationError([fault])
-    if source.folder.resolve().is_relative_to(run or out):
-        fault = (  # OUT may be somebody else's, and what lies there would be run
-            f"{source.reference} would be looked for in {source.folder}, which is part of OUT; if the code there is "
-            "yours, say so with --project FILE"
-        )
-        raise ConfigurationError([fault])
-    return compiled, source
+        return compiled, _from_here(program, run or out)
+    if run is not None and (run / PROJECT).is_file():
+        return compiled, _of(kept_in(run))
+    fault = f"{out} does not say which class its program is of: give --program module:attribute or --project FILE"
+    raise ConfigurationError([fault])
 
 
-def _named_by(file: Path) -> _Source:
-    from dspy_fst.project import load_project
-
-    project = load_project(file)
+def _of(project: "Project") -> _Source:
     return _Source(project.program, project.folder)
 
 
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        if str(folder) in sys.path:  # the program's code may have taken it away itself
-            sys.path.remove(str(folder))
-
-
-def _made(source: _Source) -> "dspy.Module":
-    """A fresh program, with whatever frozen LMs its code gives it."""
-    import dspy
-
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+", source.reference):
-        raise ConfigurationError([f"program={source.reference!r}: write module:attribute, e.g. my_program:MyProgram"])
-    module, _, attribute = source.reference.partition(":")
-    try:
-        value = getattr(importlib.import_module(module), attribute)
-        program = value() if callable(value) and not isinstance(value, dspy.Module) else value
-    except Terminated:  # SIGTERM came; that it is a SystemExit too does not make it the program's
-        raise
-    except (Exception, SystemExit) as error:
-        words = f"{type(error).__name__}: {error}"
-        raise ConfigurationError([f"program {source.reference}, looked for in {source.folder}: {words}"]) from error
-    if not isinstance(program, dspy.Module):
-        raise ConfigurationError([f"program {source.reference} gives {type(program).__name__}, not a dspy.Module"])
-    return program
+def _from_here(reference: str, out: Path) -> _Source:
+    """Code of the working directory, unless that is part of what is served: it may be somebody else's."""
+    here = Path.cwd()
+    if here.resolve().is_relative_to(out):
+        fault = (
+            f"{reference} would be looked for in {here}, which is part of OUT; if the code there is yours, "
+            "say so with --project FILE"
+        )
+        raise ConfigurationError([fault])
+    return _Source(reference, here)

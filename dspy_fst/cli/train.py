@@ -43,7 +43,7 @@ def resume(
 ) -> None:
     """Continue a run from its directory alone."""
     with errors_as_text(debug):
-        from dspy_fst.project import load_project
+        from dspy_fst.project import kept_in
         from dspy_fst.run.directory import PROJECT
 
         run_dir = run_dir.resolve()
@@ -55,7 +55,7 @@ def resume(
             _show(outcome, as_json)
             return
         # The directory may have been moved since: it is the one that was named now.
-        project = load_project(run_dir / PROJECT).model_copy(update={"run_dir": str(run_dir)})
+        project = kept_in(run_dir).model_copy(update={"run_dir": str(run_dir)})
         _train(_tracked(project, track), as_json)
 
 

@@ -7,9 +7,10 @@ shapes that only keys have. What is written or shown goes through `Redactor.clea
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dspy
+if TYPE_CHECKING:
+    import dspy
 
 HIDDEN = "***"
 SHORTEST = 8
@@ -54,8 +55,10 @@ class Redactor:
         self._pattern = re.compile("|".join((*values, *_SHAPES)))
 
     @classmethod
-    def of(cls, program: dspy.Module, reflection_lm: Any = None) -> "Redactor":
+    def of(cls, program: "dspy.Module", reflection_lm: Any = None) -> "Redactor":
         """One that knows the secrets of the program's LMs, of the reflection LM and of the environment."""
+        import dspy
+
         found = _named_secrets(dict(os.environ))
         settings = [*_settings_of_program(program), *_settings_of_lm(reflection_lm), *_settings_of_lm(dspy.settings.lm)]
         return cls([*found, *(secret for setting in settings for secret in _named_secrets(setting))])
@@ -108,8 +111,10 @@ def _named_secrets(value: Any, named: bool = False) -> Iterator[str]:
             yield words[1]
 
 
-def _settings_of_program(program: dspy.Module) -> Iterator[Mapping[str, Any]]:
+def _settings_of_program(program: "dspy.Module") -> Iterator[Mapping[str, Any]]:
     """Settings of every LM that a module of the program holds, and of every predictor's calls."""
+    import dspy
+
     for _, module in program.named_sub_modules():
         yield getattr(module, "config", None) or {}
         for held in vars(module).values():
