@@ -8,9 +8,11 @@ from typing import Any
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.documents import SavedPolicy
-from dspy_fst.report.record import Record, best
+from dspy_fst.report.record import Evaluated, Record, TwoByTwo, best
+from dspy_fst.report.words import interval, number, plain, share, with_error
 from dspy_fst.types import Population
 
+EVALUATION = ("split", "problems", "candidate", "weights", "cycle", "seed", "k", "mean@k", "95% interval")
 TAGS = ("dspy", "dspy-fst", "fast-slow-training", "gepa", "reinforcement-learning")
 
 
@@ -154,7 +156,7 @@ def _population(facts: Facts) -> str:
     kind = "validation score" if validated else "score"
     parts = ["## Instructions\n\nThe population, best first; `program.json` holds the first."]
     for member in population.unique():
-        parts.append(f"### `{member.digest}`, {kind} {_number(score_of[member.digest])}")
+        parts.append(f"### `{member.digest}`, {kind} {number(score_of[member.digest])}")
         parts += [f"`{name}`:\n\n{_fenced(text)}" for name, text in member.texts.items()]
     return "\n\n".join(parts)
 
@@ -163,25 +165,41 @@ def _scores(facts: Facts) -> Iterator[str]:
     record = facts.record
     if record is None:
         return
-    rewards = record.rewards
-    rows = [("mean training reward, first step", rewards[0]), ("mean training reward, last step", rewards[-1])]
-    measured = [("validation score, best candidate", best([node.validation for node in record.nodes]))]
-    shown = [(name, _number(value)) for name, value in (*(rows if rewards else ()), *measured) if value is not None]
+    measured = {
+        "mean training reward, first step": next(iter(record.rewards), None),
+        "mean training reward, last step": next(reversed(record.rewards), None),
+        "validation score, best candidate": best([node.validation for node in record.nodes]),
+    }
+    shown = [(name, number(value)) for name, value in measured.items() if value is not None]
+    if shown or record.evaluations or record.two_by_two:
+        yield "## Scores"
     if shown:
-        yield "## Scores\n\n" + _table(("what", "score"), shown)
+        yield _table(("what", "score"), shown)
     if record.evaluations:
-        made_of = [
-            (made.split, made.cycle, made.k, _number(made.mean), f"{_number(made.low)} to {_number(made.high)}")
-            for made in record.evaluations
-        ]
-        yield "Evaluations:\n\n" + _table(("split", "cycle", "k", "mean@k", "95% interval"), made_of)
-    if table := record.two_by_two:
-        lines = [
-            (f"{row} instructions", *(_cell(table.cells.get((row, column))) for column in table.columns))
-            for row in table.rows
-        ]
-        columns = ("mean ± standard error", *(f"{column} weights" for column in table.columns))
-        yield "What each half brought:\n\n" + _table(columns, lines)
+        yield "Evaluations:\n\n" + _table(EVALUATION, [_evaluation(made) for made in record.evaluations])
+    if record.two_by_two:
+        yield _crossed(record.two_by_two)
+    if record.seen:
+        yield "No test on problems that the run never saw:\n\n" + "\n".join(f"- {sentence}" for sentence in record.seen)
+
+
+def _evaluation(made: Evaluated) -> tuple[str, ...]:
+    """A row under the columns EVALUATION."""
+    problems = share(made.problems, made.problems_of_split) + ("" if made.limit is None else f", limit {made.limit}")
+    under = (made.candidate, made.weights, made.cycle, made.seed, made.k)
+    return (plain(made.split), problems, *map(plain, under), number(made.mean), interval(made.low, made.high))
+
+
+def _crossed(table: TwoByTwo) -> str:
+    """What was measured under which conditions, and the four cells."""
+
+    def line(row: str) -> list[str]:
+        return [with_error(*table.cells.get((row, column), (None, None))) for column in table.columns]
+
+    columns = ("mean ± standard error", *(f"{column} weights" for column in table.columns))
+    under = f" ({_inline(table.words)})" if table.words else ""
+    rows = [(f"{row} instructions", *line(row)) for row in table.rows]
+    return f"What each half brought{under}:\n\n" + _table(columns, rows)
 
 
 def _versions(facts: Facts) -> str:
@@ -200,7 +218,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _inline(value: Any) -> str:
     """A value inside a line: whatever would end the cell, open a tag or a link is shown as it is."""
-    flat = " ".join(("–" if value is None else str(value)).split())  # noqa: RUF001
+    flat = " ".join(plain(value).split())
     return re.sub(r"([\\|<>`\[\]*_])", r"\\\1", flat) if flat != "---" else flat
 
 
@@ -209,14 +227,3 @@ def _fenced(text: str) -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"  # noqa: RUF001
-
-
-def _cell(value: tuple[float, float | None] | None) -> str:
-    if value is None:
-        return _number(None)
-    mean, error = value
-    return _number(mean) if error is None else f"{mean:.3f} ± {error:.3f}"

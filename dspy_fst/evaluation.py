@@ -45,7 +45,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Score on held-out problems, k rollouts each."""
+    """Score on some problems, k rollouts each."""
 
     mean_at_k: float
     """Mean over problems of the mean over k rollouts."""

@@ -31,7 +31,7 @@ CORNERS = {
     "accelerate": ["slow", "report.tracking"],
     "trl": ["slow"],
     "matplotlib": ["report.charts"],
-    "jinja2": ["report.page"],
+    "jinja2": ["report.page", "engine.in_process"],
     "rich": ["report", "cli"],
     "typer": ["cli"],
     "yaml": ["project"],

@@ -16,6 +16,7 @@ import typer
 from dspy_fst.cli.common import Debug, Json, errors_as_text
 from dspy_fst.cli.tables import Printer
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.report.words import duration
 from dspy_fst.run.interrupts import signals_raise
 
 if TYPE_CHECKING:
@@ -356,24 +357,13 @@ def _show_time(out: Printer, time: dict[str, Any] | None) -> None:
     low, high = time["sampling_s"]
     count = time["rollouts"]
     out.line(
-        f"sampling and scoring {time['planned_rollouts']:,} rollouts may take {_duration(low)} to {_duration(high)}, "
+        f"sampling and scoring {time['planned_rollouts']:,} rollouts may take {duration(low)} to {duration(high)}, "
         f"by the rates of one alone and of {count} together; with more in flight it may be faster. Weight updates, "
         "publishing and reflections come on top and were not measured."
     )
     lost = ", ".join(f"{reason}: {lost}" for reason, lost in time["lost"].items()) or "none"
     out.line(
-        f"measured: engine ready after {_duration(time['engine_start_s'])}, one rollout {time['alone_s']:.2f} s, "
+        f"measured: engine ready after {duration(time['engine_start_s'])}, one rollout {time['alone_s']:.2f} s, "
         f"{count} together {time['together_s']:.2f} s; {time['calls_per_rollout']:.1f} calls and "
         f"{time['tokens_per_rollout']:.0f} tokens a rollout; mean score {time['mean_score']:.3f}; failed: {lost}"
     )
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as people read them.
-
-    >>> _duration(4.2), _duration(400), _duration(9000)
-    ('4 s', '7 min', '2.5 h')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspy_fst.cli.common import Debug, Json, errors_as_text
-from dspy_fst.errors import ConfigurationError
+from dspy_fst.errors import ConfigurationError, DiskError
 from dspy_fst.run.interrupts import signals_raise
 
 if TYPE_CHECKING:
@@ -45,20 +45,26 @@ def eval(  # the command's name
 ) -> None:
     """Measure mean@k and best@k, with intervals, of a run's population and weights on a split."""
     with errors_as_text(debug):
+        from dspy_fst.report.progress import without_loading_bars
+
         if two_by_two and candidate != "best":
             raise ConfigurationError(["--candidate: --two-by-two compares the seed and the best; leave one out"])
         named, past = _project(path.resolve(), project)
-        with signals_raise(), redirect_stdout(sys.stderr), named.importable():
-            opened, examples = _examples(named, split, limit)
-            subject = _subject(path.resolve(), past, opened, cycle, weights, _config(named, seed))
-            try:
-                results = _crossed(subject, examples, k) if two_by_two else _scored(subject, candidate, examples, k)
-            finally:
-                subject.policy.release()
-            about = {"time": time.time(), "split": split, "seed": seed, "limit": limit}
+        with signals_raise():
+            with redirect_stdout(sys.stderr), without_loading_bars(), named.importable():
+                opened, examples = _examples(named, split, limit)
+                subject = _subject(path.resolve(), past, opened, cycle, weights, _config(named, seed))
+                try:
+                    results = _crossed(subject, examples, k) if two_by_two else _scored(subject, candidate, examples, k)
+                finally:
+                    subject.policy.release()
+            about = {"time": time.time(), "split": _name(split), "seed": seed, "limit": limit}
             results = [{**result, **about} for result in results]
-            kept = _keep(subject, results)
-        _show(results, kept, as_json)
+            kept = None
+            try:
+                kept = _keep(subject, results)
+            finally:  # what was paid for is shown, whatever the disk says
+                _show(results, kept, as_json)
 
 
 # ---- what is evaluated ---------------------------------------------------------------------------
@@ -89,7 +95,7 @@ def _is_saved(path: Path) -> bool:
 def _project(path: Path, file: Path | None) -> "tuple[Project, Past | None]":
     """The project, and the run when there is one."""
     from dspy_fst.past import Past
-    from dspy_fst.project import load_project
+    from dspy_fst.project import kept_in, load_project
     from dspy_fst.run.directory import PROJECT
 
     run_dir = path.parent if _is_saved(path) else path
@@ -98,7 +104,7 @@ def _project(path: Path, file: Path | None) -> "tuple[Project, Past | None]":
         raise ConfigurationError(
             [f"--project: {run_dir} holds no {PROJECT}, so name the file that says which program, metric and examples"]
         )
-    return load_project(file or run_dir / PROJECT), past
+    return load_project(file) if file else kept_in(run_dir), past
 
 
 def _config(project: "Project", seed: int) -> "FSTConfig":
@@ -112,6 +118,11 @@ def _config(project: "Project", seed: int) -> "FSTConfig":
     return config
 
 
+def _name(split: str) -> str:
+    """The split as it is stored: a report that is passed on says nothing of this machine's folders."""
+    return Path(split).name if split.endswith(".jsonl") else split
+
+
 def _examples(project: "Project", split: str, limit: int | None) -> "tuple[Opened, list[dspy.Example]]":
     """What the project names, and the split's examples."""
     project = project.model_copy(update={"reflection_lm": None})  # nothing reflects: its key may be missing
@@ -120,17 +131,33 @@ def _examples(project: "Project", split: str, limit: int | None) -> "tuple[Opene
         examples = opened.valset if split == "val" else opened.trainset
     else:
         if split.endswith(".jsonl"):
-            inputs = project.inputs or sorted(project.open().trainset[0].inputs().keys())
-            project = project.model_copy(update={"valset": str(Path(split).resolve()), "inputs": inputs})
+            project = project.model_copy(update={"valset": str(Path(split).resolve())})
         else:
             project = type(project).model_validate({**project.model_dump(exclude_unset=True), "valset": split})
         opened = project.open()
         examples = opened.valset
+        if split.endswith(".jsonl") and not project.inputs:
+            examples = _with_inputs(examples or [], opened.trainset, split)
     if not examples:
         raise ConfigurationError(
             [f"--split {split}: there are no examples; use train, a .jsonl file or module:attribute"]
         )
     return opened, examples[:limit]
+
+
+def _with_inputs(examples: "list[dspy.Example]", trainset: "list[dspy.Example]", split: str) -> "list[dspy.Example]":
+    """A file's examples with the inputs of the project's own, which Python code made and no setting describes."""
+    if not trainset:
+        raise ConfigurationError(
+            [f"--split {split}: the trainset is empty, so nothing says which fields are inputs; use module:attribute"]
+        )
+    inputs = sorted(trainset[0].inputs().keys())
+    for place, example in enumerate(examples, start=1):
+        if lacking := [name for name in inputs if name not in example]:
+            raise ConfigurationError(
+                [f"--split {split}: example {place} has no {lacking[0]!r}, an input of the trainset"]
+            )
+    return [example.with_inputs(*inputs) for example in examples]
 
 
 def _subject(
@@ -154,7 +181,8 @@ def _subject(
         policy = policy_of(opened.program).fork(checkpoint)
         program = trainable_copy(opened.program, policy)
         population = past.population(cycle) or starting_population(program, seed, config.population_size, {})
-        cycle = past.last_cycle if cycle is None else cycle
+        if cycle is None and weights is None:  # weights that were named may be of any cycle, or of none
+            cycle = past.last_cycle
     if differing := sorted(population.best.texts.keys() ^ seed.texts.keys()):
         raise ConfigurationError([f"program: {path} is of another program; predictors that differ: {differing}"])
     player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect)
@@ -232,6 +260,7 @@ def _crossed(subject: Subject, examples: "list[dspy.Example]", k: int) -> list[d
             **_about(subject),
             "candidate": evolved.digest,
             "k": k,
+            "problems_of_split": len(examples),
             "cells": {cell: [of.mean_at_k, of.standard_error] for cell, of in _cells(made).items()},
             "figures": {cell: _figures(of, len(examples)) for cell, of in _cells(made).items()},
             "drift": {name: asdict(moved) for name, moved in made.drift.items()},
@@ -273,20 +302,28 @@ def _keep(subject: Subject, results: Sequence[Mapping[str, Any]]) -> Path | None
 
     if subject.past is None:
         return None
-    keep(subject.past.run_dir, Redactor.of(subject.player.program).clean(results))
+    try:
+        keep(subject.past.run_dir, Redactor.of(subject.player.program).clean(results))
+    except DiskError as error:
+        error.add_note("The evaluation was shown, but is not kept: reports will not have it")
+        raise
     return subject.past.run_dir / EVALUATIONS
 
 
 def _show(results: Sequence[Mapping[str, Any]], kept: Path | None, as_json: bool) -> None:
     from dspy_fst.cli.tables import Printer
+    from dspy_fst.report.record import SEEN
 
+    if why := SEEN.get(results[0]["split"]):
+        typer.echo(f"{results[0]['split']}: {why}; for an honest test name others: --split FILE.jsonl", err=True)
     if as_json:
         typer.echo(json.dumps({"results": results, "kept_in": None if kept is None else str(kept)}))
         return
     out = Printer()
     first = results[0]
     at = f"weights {first['weights']}" + ("" if first["cycle"] is None else f", cycle {first['cycle']}")
-    out.line(f"{first['split']}, {at}, seed {first['seed']}")
+    limited = "" if first["limit"] is None else f", only the first {first['problems_of_split']} problems"
+    out.line(f"{first['split']}{limited}, {at}, seed {first['seed']}")
     for result in results:
         if result["kind"] == "two_by_two":
             rows = [(name.replace("/", " instructions, ") + " weights", of) for name, of in result["figures"].items()]
@@ -300,7 +337,7 @@ def _show(results: Sequence[Mapping[str, Any]], kept: Path | None, as_json: bool
     figures = [of for result in results for of in result.get("figures", {"": result}).values()]
     for sentence in _losses(figures):
         out.line(sentence)
-    out.line(f"kept in {kept}" if kept else "not kept: the saved program lies in no run's directory")
+    out.line(f"kept in {kept}" if kept else "not kept with a run, so no report will have it")
 
 
 def _columns(first: str, k: int) -> tuple[str, ...]:
@@ -308,14 +345,14 @@ def _columns(first: str, k: int) -> tuple[str, ...]:
 
 
 def _row(name: str, of: Mapping[str, Any]) -> list[str]:
-    from dspy_fst.cli.tables import number
+    from dspy_fst.report.words import interval, number
 
     return [
         name,
         number(of["mean"]),
-        f"{number(of['low'])} to {number(of['high'])}",
+        interval(of["low"], of["high"]),
         number(of["best"]),
-        f"{number(of['best_low'])} to {number(of['best_high'])}",
+        interval(of["best_low"], of["best_high"]),
         f"{of['problems']}/{of['problems_of_split']}",
         str(of["masked"]),
         str(sum(count for reason, count in of["lost"].items() if reason.startswith("failed"))),

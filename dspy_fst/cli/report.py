@@ -17,6 +17,8 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about runs that are finished, under way or were killed."""
     with errors_as_text(debug):
+        if plots is not None and plots.exists() and not plots.is_dir():
+            raise ConfigurationError([f"--plots: {plots} is a file; name a folder that can be written"])
         try:
             from dspy_fst.report.charts import save_plots
             from dspy_fst.report.page import build_report
@@ -25,5 +27,9 @@ def report(
 
         typer.echo(f"the report is {build_report(run_dirs, out)}")
         if plots is not None:
-            save_plots(run_dirs, plots)
+            try:
+                save_plots(run_dirs, plots)
+            except OSError as error:
+                fault = f"--plots: {plots} cannot be written: {error}; name a folder that can be written"
+                raise ConfigurationError([fault]) from error
             typer.echo(f"the charts are in {plots}")

@@ -61,7 +61,14 @@ def summary(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> d
         "warnings": [asdict(told) for told in record.warnings],
         "lost": dict(record.lost),
         "evaluations": [asdict(made) for made in record.evaluations],
+        "two_by_two": _two_by_two(record),
     }
+
+
+def _two_by_two(record: "Record") -> dict[str, Any] | None:
+    """The newest table as JSON can hold it: its cells are keyed ``"seed/base"``, instructions first."""
+    table = record.two_by_two
+    return None if table is None else asdict(table) | {"cells": {"/".join(at): of for at, of in table.cells.items()}}
 
 
 def _last(record: "Record", count: int) -> Sequence["StepReport"]:
@@ -95,9 +102,7 @@ def _print(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> No
     out.heading("Costs")
     out.table(("what", "spent"), _costs(record))
     _print_trouble(out, record)
-    if record.evaluations or record.two_by_two:
-        out.heading("Evaluations")
-        out.line(f"{len(record.evaluations)} are kept, and are in the report: dspy-fst report {_quoted(run_dir)}")
+    _print_evaluations(out, record)
 
 
 def _all(record: "Record") -> str:
@@ -120,7 +125,7 @@ def _state(run_dir: Path, record: "Record") -> str:
 
 
 def _cycles(record: "Record") -> tuple[Sequence[str], list[list[str]]]:
-    from dspy_fst.cli.tables import number
+    from dspy_fst.report.words import number
 
     columns = ("cycle", "rollouts", "reused", "reflections", "accepted", "carried", "found", "population", "reward")
     rows = [
@@ -146,8 +151,8 @@ def _steps(steps: Sequence["StepReport"]) -> tuple[Sequence[str], list[list[str]
 
 
 def _step(step: "StepReport") -> list[str]:
-    from dspy_fst.cli.tables import DASH, number
     from dspy_fst.report.record import lost_of
+    from dspy_fst.report.words import DASH, number
 
     update, lost = step.update, lost_of(step.counts)
     # An update of an empty batch measured nothing, whatever numbers it holds.
@@ -167,7 +172,7 @@ def _step(step: "StepReport") -> list[str]:
 
 
 def _print_population(out: Any, record: "Record") -> None:
-    from dspy_fst.cli.tables import number
+    from dspy_fst.report.words import number
 
     members = _members(record)
     out.heading("Population")
@@ -213,3 +218,33 @@ def _print_trouble(out: Any, record: "Record") -> None:
         out.line(("" if told.step is None else f"after step {told.step}: ") + told.text)
     if not record.warnings:
         out.line("None.")
+
+
+def _print_evaluations(out: Any, record: "Record") -> None:
+    from dspy_fst.report.words import interval, number, plain, share, with_error
+
+    if not record.evaluations and record.two_by_two is None:
+        return
+    out.heading("Evaluations")
+    for sentence in record.seen:
+        out.line(sentence)
+    if record.evaluations:
+        columns = ("split", "candidate", "weights", "problems", "limit", "cycle", "seed", "k", "mean@k", "interval")
+        rows = [
+            [
+                *map(plain, (made.split, made.candidate, made.weights)),
+                share(made.problems, made.problems_of_split),
+                *map(plain, (made.limit, made.cycle, made.seed, made.k)),
+                number(made.mean),
+                interval(made.low, made.high),
+            ]
+            for made in record.evaluations
+        ]
+        out.table(columns, rows, words=3)
+    if table := record.two_by_two:
+        out.line(f"instructions by weights, mean ± standard error: {table.words}")
+        rows = [
+            [row, *(with_error(*table.cells.get((row, column), (None, None))) for column in table.columns)]
+            for row in table.rows
+        ]
+        out.table(("instructions", *(f"{column} weights" for column in table.columns)), rows)

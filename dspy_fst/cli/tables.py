@@ -6,8 +6,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-DASH = "–"  # noqa: RUF001
-"""What stands for a number that was not measured."""
 PLAIN_WIDTH = 10_000
 """Columns of an output that is no terminal: a file or a pipe has no edge to wrap at."""
 
@@ -40,7 +38,3 @@ class Printer:
 def shown(text: str) -> str:
     """A text that may come from a model, without what a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4))
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return DASH if value is None else f"{value:.{digits}f}"

@@ -4,6 +4,7 @@ import os
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.errors import ConfigurationError
 from dspy_fst.report import NEEDS_EXTRA
 from dspy_fst.report.charts import chart_svg, lineage_svg
 from dspy_fst.report.diff import word_diff
 from dspy_fst.report.measures import Chart, health_charts, learning_charts, lost_charts
 from dspy_fst.report.record import Node, Record, best, read_records
+from dspy_fst.report.words import DASH, duration, interval, number, plain, share, with_error
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -31,8 +34,6 @@ METHODS = {
     "gepa_then_rl": "GEPA, then RL",
     "rl_then_gepa": "RL, then GEPA",
 }
-DASH = "–"  # noqa: RUF001
-"""What stands for a number that was not measured."""
 
 
 def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -41,13 +42,19 @@ def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
     A run that has just started, goes on or was killed has a page too. The same events give the same page.
 
     Raises:
+        ConfigurationError: ``out`` is a folder, or cannot be written.
         RunDirectoryError: one is not the directory of a run.
     """
     html = render(read_records(run_dirs))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f"{out.name}.new")
-    new.write_text(html, encoding="utf-8", errors="replace")  # a model's text may hold half a character
-    os.replace(new, out)
+    new = out.parent / f"{out.name}.new"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(html, encoding="utf-8", errors="replace")  # a model's text may hold half a character
+        os.replace(new, out)
+    except OSError as error:
+        with suppress(OSError):
+            new.unlink()
+        raise ConfigurationError([f"{out} cannot be written: {error}; name a file that can be written"]) from error
     return out
 
 
@@ -60,8 +67,9 @@ def render(records: Sequence[Record]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "count": count, "setting": setting}
+    environment.filters |= {"number": number, "count": count, "setting": setting, "plain": plain}
     environment.globals |= {"word_diff": word_diff, "dash": DASH}
+    environment.globals |= {"interval": interval, "share": share, "with_error": with_error}
     style, script = (_asset(environment, name) for name in ("style.css", "script.js"))
     runs = [Run(f"run-{i}", record) for i, record in enumerate(records, start=1)]
     return environment.get_template("report.html").render(
@@ -204,7 +212,7 @@ def cost_rows(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
     rows = [(label, [count(getattr(record.costs, name)) for record in records]) for label, name in counted.items()]
     activities = dict.fromkeys(activity for record in records for activity in record.costs.seconds)
     rows += [
-        (f"Time: {activity}", [duration(record.costs.seconds.get(activity, 0.0)) for record in records])
+        (f"Time: {activity}", [duration(record.costs.seconds.get(activity, 0.0), 1) for record in records])
         for activity in activities
     ]
     return rows
@@ -232,23 +240,8 @@ def recipe_rows(records: Sequence[Record]) -> list[Setting]:
 # ---- numbers as people read them ---------------------------------------------------------------
 
 
-def number(value: float | None) -> str:
-    return DASH if value is None else f"{value:.3f}"
-
-
 def count(value: int | None) -> str:
     return DASH if value is None else f"{value:,}"
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(3.21), duration(75), duration(7322)
-    ('3.2 s', '1 min 15 s', '2 h 2 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def period(start: float | None, end: float | None) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dspy_fst.report.metrics import entry_of
+from dspy_fst.report.words import DASH, duration, number
 
 HEARTBEAT_S = 30.0
 """A plain log says at least this often that rollouts are coming in, so that a wait is not taken for a hang."""
@@ -61,7 +62,7 @@ class ProgressView:
             self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> "ProgressView":
-        self._open.enter_context(_without_loading_bars())
+        self._open.enter_context(without_loading_bars())
         if self._live:
             self._open.enter_context(self._live)
         return self
@@ -117,7 +118,7 @@ class ProgressView:
         self._measured(event)
         best = entry_of(event).values.get("search/best_score")  # type: ignore[union-attr]
         self._say(
-            f"cycle {report['cycle']}: best candidate {_number(best)} on the anchors, "
+            f"cycle {report['cycle']}: best candidate {number(best)} on the anchors, "
             f"{counted(report['rollouts'], 'rollout')} ({report['reused']} reused), "
             f"{counted(report['reflections'], 'reflection')}, {report['proposals_accepted']} accepted",
             keep=True,
@@ -129,8 +130,8 @@ class ProgressView:
         self._measured(event)
         figures, counts = self._figures, report["counts"]
         self._say(
-            f"step {report['step']}: reward {_number(figures.get('train/reward'))}, "
-            f"KL {_small(figures.get('train/kl_to_start'))}, entropy {_number(figures.get('train/entropy'))}, "
+            f"step {report['step']}: reward {number(figures.get('train/reward'))}, "
+            f"KL {_small(figures.get('train/kl_to_start'))}, entropy {number(figures.get('train/entropy'))}, "
             f"{counts.get('flat_groups', 0)}/{counts.get('groups', 0)} groups flat, "
             f"{counted(report['update']['tokens'], 'token')} trained{_lost(counts)}"
         )
@@ -172,7 +173,7 @@ class ProgressView:
         grid = Table.grid(expand=True)
         left = self._times.left(self._standing)
         head = Text.assemble((_printable(self.title, self.console.encoding), "bold"), f"  {self._phase}")
-        grid.add_row(_line(head.append(f"  about {_duration(left)} left", "dim") if left else head))
+        grid.add_row(_line(head.append(f"  about {duration(left)} left", "dim") if left else head))
         if planned := self._standing.planned:
             grid.add_row(ProgressBar(total=planned, completed=min(self._standing.spent, planned)))
         figures = Table.grid(padding=(0, 2))
@@ -192,12 +193,12 @@ class ProgressView:
             yield "progress", standing.progress
         yield "rollouts", standing.rollouts
         if rewards := tuple(self._rewards):
-            yield "reward", f"{_number(rewards[-1])}  {sparkline(rewards)}"
+            yield "reward", f"{number(rewards[-1])}  {sparkline(rewards)}"
             yield "KL to start", f"{_small(figures.get('train/kl_to_start'))} nats a token"
-            yield "entropy", f"{_number(figures.get('train/entropy'))} nats a token"
+            yield "entropy", f"{number(figures.get('train/entropy'))} nats a token"
             yield "groups flat", f"{figures.get('train/flat_groups', 0):g} of {figures.get('train/groups', 0):g}"
         for place, (score, text) in enumerate(tuple(self._candidates)):
-            yield "" if place else "best texts", f"{_number(score)}  {text}"
+            yield "" if place else "best texts", f"{number(score)}  {text}"
         yield "time", self._times.words
 
 
@@ -301,7 +302,7 @@ class _Times:
     def words(self) -> str:
         spent: dict[str, float] = dict(self._spent)
         spent[self._activity] = spent.get(self._activity, 0.0) + self._clock() - self._entered
-        return ", ".join(f"{activity} {_duration(seconds)}" for activity, seconds in spent.items())
+        return ", ".join(f"{activity} {duration(seconds)}" for activity, seconds in spent.items())
 
 
 class _Notebook:
@@ -324,8 +325,8 @@ class _Notebook:
 
 
 @contextmanager
-def _without_loading_bars() -> Iterator[None]:
-    """A block in which transformers draws no bars of its own into the view."""
+def without_loading_bars() -> Iterator[None]:
+    """A block in which transformers draws no bars of its own, which would cut through a view."""
     from transformers.utils import logging as bars
 
     if not bars.is_progress_bar_enabled():
@@ -373,19 +374,9 @@ def _lost(counts: Mapping[str, int]) -> str:
     return f"; {', '.join(lost)}" if lost else ""
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"  # noqa: RUF001
-
-
 def _small(value: float | None) -> str:
     """Three digits, however many zeros come first: early KLs are tiny, and not 0."""
-    return "–" if value is None else f"{value:.3g}"  # noqa: RUF001
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    return DASH if value is None else f"{value:.3g}"
 
 
 def _words(texts: Mapping[str, str]) -> str:

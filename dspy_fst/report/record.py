@@ -22,6 +22,9 @@ State = Literal["finished", "running", "stopped"]
 Events = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
 
+SEEN = {"val": "these problems chose the best candidate", "train": "these problems were trained on"}
+"""Split -> why its figures are no honest test. Other splits are of the user's making, and nothing is known of them."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -128,8 +131,42 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class TwoByTwo:
-    """Scores of {instructions} x {weights} on held-out problems."""
+class Conditions:
+    """On which problems and under what an evaluation was made; None where it was not written."""
+
+    split: str | None
+    limit: int | None
+    """Only so many problems of the split, its first ones; None for all."""
+    problems_of_split: int | None
+    """Problems that were played."""
+    k: int | None
+    """Rollouts for each."""
+    cycle: int | None
+    """Whose end was evaluated; None when the weights were named instead."""
+    weights: str | None
+    candidate: str | None
+    """Its digest."""
+    seed: int | None
+
+    @property
+    def words(self) -> str:
+        """All that is known, in one line."""
+        first = "" if self.limit is None else "the first "
+        known = {
+            f"split {self.split}": self.split,
+            f"{first}{self.problems_of_split} problems": self.problems_of_split,
+            f"k={self.k}": self.k,
+            f"cycle {self.cycle}": self.cycle,
+            f"weights {self.weights}": self.weights,
+            f"candidate {self.candidate}": self.candidate,
+            f"seed {self.seed}": self.seed,
+        }
+        return ", ".join(words for words, value in known.items() if value is not None)
+
+
+@dataclass(frozen=True)
+class TwoByTwo(Conditions):
+    """Scores of {instructions} x {weights}; ``weights`` names the trained ones, ``candidate`` the evolved ones."""
 
     cells: Mapping[tuple[str, str], tuple[float, float | None]]
     """(row, column), e.g. ``("seed", "base")``, -> mean and its standard error."""
@@ -144,12 +181,11 @@ class TwoByTwo:
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """One evaluation on a split: mean@k and its interval."""
+class Evaluated(Conditions):
+    """One candidate's evaluation on a split: mean@k and its interval."""
 
-    split: str | None
-    cycle: int | None
-    k: int | None
+    problems: int | None
+    """Problems that were measured; the others' rollouts were all masked."""
     mean: float
     low: float | None
     high: float | None
@@ -185,6 +221,13 @@ class Record:
     @cached_property
     def by_digest(self) -> Mapping[str, Node]:
         return {node.digest: node for node in self.nodes}
+
+    @property
+    def seen(self) -> list[str]:
+        """A sentence for each evaluated split whose problems the run has seen."""
+        made: list[Conditions] = [*self.evaluations, *([self.two_by_two] if self.two_by_two else [])]
+        splits = {of.split for of in made}
+        return [f"{split}: {why}" for split, why in SEEN.items() if split in splits]
 
     @property
     def rewards(self) -> list[float]:
@@ -438,13 +481,25 @@ def _two_by_two(data: Mapping[str, Any]) -> TwoByTwo | None:
         row, _, column = name.partition("/")
         if isinstance(cell, list) and len(cell) == 2 and (mean := _number(cell[0])) is not None:
             read[row, column] = (mean, _number(cell[1]))
-    return TwoByTwo(read) if read else None
+    return _under(TwoByTwo, data, cells=read) if read else None
 
 
 def _evaluated(data: Mapping[str, Any]) -> Evaluated | None:
     if data.get("kind") != "eval" or (mean := _number(data.get("mean"))) is None:
         return None
-    return _known(Evaluated, data, mean=mean, low=_number(data.get("low")), high=_number(data.get("high")))
+    return _under(Evaluated, data, mean=mean, low=_number(data.get("low")), high=_number(data.get("high")))
+
+
+def _under(cls: type[T], data: Mapping[str, Any], **made: Any) -> T:
+    """An evaluation with its conditions, as far as they are what they should be: other tools may write such lines."""
+    texts = [name for name in ("split", "weights", "candidate") if not isinstance(data.get(name), str)]
+    counts = ("limit", "problems_of_split", "problems", "k", "cycle", "seed")
+    return _known(cls, {**data, **dict.fromkeys(texts), **{name: _count(data.get(name)) for name in counts}}, **made)
+
+
+def _count(value: Any) -> int | None:
+    """The value when it is a whole number."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _number(value: Any) -> float | None:

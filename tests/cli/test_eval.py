@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from transformers.utils import logging as transformers_logging
 
 from dspy_fst.errors import MeasurementError
 from dspy_fst.evaluation import estimate, keep
@@ -113,6 +114,7 @@ def test_the_same_seed_gives_the_same_figures_and_a_cycle_has_its_own_weights_an
 def test_weights_a_digest_and_other_splits_can_be_named(run_dir, tmp_path):
     seed = evaluated(run_dir, "--candidate", "seed", "--weights", "step-000000", "--split", "train", *FAST)["results"]
     assert (seed[0]["weights"], seed[0]["split"]) == ("step-000000", "train")
+    assert seed[0]["cycle"] is None, "these weights are of no cycle's end"
     named = evaluated(run_dir, "--candidate", seed[0]["candidate"][:6], "--split", f"{MODULE}:held_out", *FAST)
     assert named["results"][0]["candidate"] == seed[0]["candidate"]
     examples = [{"numbers": "1 2 3 4", "answer": "4 3 2"}, {"numbers": "5 6 7 8", "answer": "8 7 6"}]
@@ -141,7 +143,9 @@ def test_a_compiled_program_is_evaluated_as_its_run_is(run_dir):
     assert outcome["kept_in"] is None
 
 
-def test_two_by_two_gives_the_four_cells_and_the_drift_and_the_report_finds_them(run_dir):
+@pytest.mark.filterwarnings("ignore:Cannot (dis|en)able progress bars")
+def test_two_by_two_gives_the_four_cells_and_the_drift_and_the_report_finds_them(run_dir, monkeypatch):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)  # as outside of tests
     result = invoke("eval", run_dir, "--two-by-two", "--k", "2", "--limit", "2")
     (line,) = lines(run_dir)
     assert list(line["cells"]) == ["seed/base", "seed/trained", "evolved/base", "evolved/trained"]
@@ -152,6 +156,10 @@ def test_two_by_two_gives_the_four_cells_and_the_drift_and_the_report_finds_them
     assert line["drift"]["evolved instructions"]["per_token"] > 0
     assert f"{joint['low']:.3f} to {joint['high']:.3f}" in result.stdout
     assert "95% percentile bootstrap over problems" in result.stdout
+    assert table.words.startswith("split val, the first 2 problems, k=2, cycle 1, weights step-000006, candidate ")
+    assert "val, only the first 2 problems, weights step-000006, cycle 1, seed 0" in result.stdout
+    assert "val: these problems chose the best candidate" in result.stderr
+    assert "Loading weights" not in result.output
     own = evaluated(run_dir, *FAST)["results"][0]
     assert (own["mean"], own["high"]) == (joint["mean"], joint["high"]), "the joint cell is what eval measures"
 
@@ -169,6 +177,41 @@ def test_masked_rollouts_are_told_and_a_split_that_measures_nothing_is_an_error(
     text = invoke("eval", run_dir, "--split", run_dir.parent / "odd.jsonl", "--k", "4", code=1).stderr
     assert "none of 4 rollouts measured anything" in text
     assert len(lines(run_dir)) == 1
+
+
+def test_a_result_that_cannot_be_kept_is_shown_all_the_same(run_dir):
+    (run_dir / "evaluations.jsonl").mkdir()
+    result = invoke("eval", run_dir, *FAST, code=1)
+    outcome = json.loads(result.stdout)
+    assert outcome["results"][0]["mean"] is not None
+    assert outcome["kept_in"] is None
+    assert "evaluations.jsonl" in result.stderr
+    assert "is not kept" in result.stderr
+
+
+def test_a_file_is_evaluated_with_the_trainset_s_inputs_and_the_project_is_opened_once(run_dir, tmp_path):
+    module = run_dir.parent / "mine.py"
+    module.write_text(
+        f"from {MODULE} import *\nmade = []\n\n\n"
+        "def once():\n    made.append(1)\n    assert len(made) == 1, 'made twice'\n    return train\n\n\n"
+        "def nothing():\n    return []\n"
+    )
+    project = run_dir / "project.yaml"
+    project.write_text(project.read_text().replace(f"trainset: {MODULE}:train", "trainset: mine:once"))
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"numbers": "1 2 3 4", "answer": "4 3 2"}')
+    sys.path.insert(0, str(run_dir.parent))
+    try:
+        assert evaluated(run_dir, "--split", file, *FAST)["results"][0]["problems"] == 1
+        file.write_text('{"number": "1 2 3 4", "answer": "4 3 2"}')
+        sys.modules.pop("mine")
+        lacking = invoke("eval", run_dir, "--split", file, code=2).stderr
+        assert "example 1 has no 'numbers', an input of the trainset" in lacking
+        project.write_text(project.read_text().replace("mine:once", "mine:nothing"))
+        assert "the trainset is empty" in invoke("eval", run_dir, "--split", file, code=2).stderr
+    finally:
+        sys.path.remove(str(run_dir.parent))
+        sys.modules.pop("mine", None)
 
 
 REFUSED = [

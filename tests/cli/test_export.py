@@ -165,14 +165,17 @@ def test_the_card_tells_what_the_run_measured(exported, finished):
 
 def test_the_card_holds_the_evaluations_that_were_made(run_dir, tmp_path):
     cells = {"seed/base": [0.125, 0.01], "evolved/trained": [0.875, 0.02]}
+    under = {"split": "test", "limit": 4, "problems_of_split": 4, "weights": "step-000006", "cycle": 1, "k": 2}
     made = [
-        {"kind": "eval", "split": "test", "cycle": 1, "k": 4, "mean": 0.5, "low": 0.25, "high": 0.75},
-        {"kind": "two_by_two", "cells": cells},
+        {"kind": "eval", "mean": 0.5, "low": 0.25, "high": 0.75, "candidate": "abc", "problems": 3, **under},
+        {"kind": "two_by_two", "cells": cells, **under, "split": "train"},
     ]
     (run_dir / "evaluations.jsonl").write_text("\n".join(map(json.dumps, made)))
     invoke("export", run_dir, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| test | 1 | 4 | 0.500 | 0.250 to 0.750 |" in card
+    assert "| test | 3/4, limit 4 | abc | step-000006 | 1 | – | 2 | 0.500 | 0.250 to 0.750 |" in card  # noqa: RUF001
+    assert "brought (split train, the first 4 problems, k=2, cycle 1, weights step-000006):" in card
+    assert "\n- train: these problems were trained on\n" in card
     assert "| evolved instructions | – | 0.875 ± 0.020 |" in card  # noqa: RUF001
 
 
@@ -199,6 +202,13 @@ def test_a_text_of_the_population_cannot_leave_its_block_or_its_cell():
     assert r"| program | x\|y |" in card
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "some/model"
     assert "\nprogram.lm = lm.copy(temperature=1, max_tokens=9)" in card, "a program may be one predictor"
+
+
+def test_the_card_of_a_run_that_trained_no_weights_has_no_training_reward():
+    events = [event for event in whole_run() if event["event"] not in ("step", "trajectories")]
+    card = model_card(facts(record=record_of(events)))
+    assert "validation score, best candidate | 0.875" in card
+    assert "training reward" not in card
 
 
 def test_a_card_without_a_run_says_so_and_makes_nothing_up():

@@ -84,6 +84,25 @@ def test_json_holds_the_same_as_one_object(tmp_path):
     assert len(json.loads(invoke("show", path, "--json", "--steps", "1").stdout)["steps"]) == 1
 
 
+def test_evaluations_are_shown_with_what_they_measured(tmp_path):
+    path = written(tmp_path / "run", whole_run())
+    under = {"split": "train", "limit": 4, "problems_of_split": 4, "k": 2, "weights": "step-000000", "seed": 7}
+    made = [
+        {"kind": "eval", "mean": 0.5, "low": 0.25, "high": 0.75, "problems": 3, "candidate": "abc", **under},
+        {"kind": "two_by_two", "cells": {"seed/base": [0.125, 0.01]}, **under},
+    ]
+    (path / "evaluations.jsonl").write_text("\n".join(map(json.dumps, made)))
+    text = invoke("show", path).stdout.split("Evaluations")[1]
+    assert "train: these problems were trained on" in text
+    row = next(line for line in text.splitlines() if "abc" in line).split()
+    assert row == ["train", "abc", "step-000000", "3/4", "4", "–", "7", "2", "0.500", "0.250", "to", "0.750"]  # noqa: RUF001
+    assert "split train, the first 4 problems, k=2, weights step-000000, seed 7" in text
+    assert cells(text, "seed") == ["seed", "0.125", "±", "0.010"]
+    shown = json.loads(invoke("show", path, "--json").stdout)
+    assert shown["evaluations"][0]["candidate"] == "abc"
+    assert shown["two_by_two"]["cells"] == {"seed/base": [0.125, 0.01]}
+
+
 def test_a_text_cannot_command_the_terminal_and_is_never_cut(tmp_path):
     hostile = "\x1b[31m\x1b]0;mine\x07 [bold]all[/bold] " + "long " * 200 + "end"
     events = [plan(), cycle(0, {SEED: 0.1, hostile: 0.2}, {hostile: [SEED]}, [hostile]), done([hostile], [0.2], {})]

@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dspy_fst.cli import app
-from dspy_fst.report.page import build_report, duration, period, recipe_rows, render
+from dspy_fst.report.page import build_report, period, recipe_rows, render
 from dspy_fst.report.record import record_of
+from dspy_fst.report.words import duration
 from tests.report.happenings import (
     CHILD,
     LATE,
@@ -199,8 +200,28 @@ def test_evaluations_are_shown_when_there_are_some():
     ]
     page = page_of(record_of([], evaluations=lines))
     sound(page)
-    assert "Evaluation on held-out problems" in page.said("h2")
+    assert "Evaluations" in page.said("h2")
     assert {"0.100 ± 0.010", "0.900", "0.400 to 0.600"} <= set(page.said("td"))
+
+
+def test_evaluations_show_what_they_measured_and_which_problems_the_run_has_seen():
+    under = {"split": "val", "limit": 4, "problems_of_split": 4, "k": 2, "weights": "step-000000", "seed": 7}
+    lines = [
+        json.dumps({"kind": "two_by_two", "cells": {"seed/base": [0.1, 0.01]}, **under, "split": "train"}),
+        json.dumps({"kind": "eval", "mean": 0.5, "problems": 3, "candidate": digest(CHILD), **under}),
+        json.dumps({"kind": "eval", "mean": 0.5, "problems": 3, "candidate": "5eed", **under}),
+    ]
+    page = page_of(record_of(whole_run(), evaluations=lines))
+    sound(page)
+    (caption,) = (text for text in page.said("caption") if text.startswith("Instructions by weights"))
+    assert caption.endswith("; split train, the first 4 problems, k=2, weights step-000000, seed 7")
+    assert {"3/4", "4", "step-000000", "7"} <= set(page.said("td"))
+    assert "5eed" in page.said("code")
+    notes = [text for text in page.said("p") if "no test on problems that the run never saw" in text]
+    assert [note.partition(";")[0] for note in notes] == [
+        "val: these problems chose the best candidate",
+        "train: these problems were trained on",
+    ]
 
 
 def test_the_page_is_one_file_that_is_replaced_whole(tmp_path):
@@ -222,7 +243,12 @@ def test_a_model_s_broken_letters_do_not_break_the_page(tmp_path):
 def test_times_are_told_in_utc_and_durations_in_words():
     assert period(0.0, 90.0) == "1970-01-01, 00:00 to 00:01 UTC"
     assert period(0.0, 90_000.0) == "1970-01-01, 00:00 to 1970-01-02, 01:00 UTC"
-    assert [duration(seconds) for seconds in (3.21, 75, 7322)] == ["3.2 s", "1 min 15 s", "2 h 2 min"]
+    assert [duration(seconds, 1) for seconds in (3.21, 59.97, 75, 7322)] == [
+        "3.2 s",
+        "1 min 0 s",
+        "1 min 15 s",
+        "2 h 2 min",
+    ]
 
 
 def test_the_command_line_writes_the_page(tmp_path):
@@ -236,3 +262,27 @@ def test_the_command_line_says_that_there_is_no_run(tmp_path):
     outcome = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert outcome.exit_code == 2
     assert str(tmp_path) in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "taken"], "taken cannot be written: [Errno 21] Is a directory"),
+        (["--out", "file/page.html"], "File exists: 'file'"),
+        (["--out", "."], "Device or resource busy"),
+        (["--out", "long" * 100], "File name too long"),
+        (["--plots", "file"], "file is a file; name a folder that can be written"),
+        (["--plots", "file/plots"], "Not a directory: 'file/plots'; name a folder that can be written"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_and_nothing_is_left_behind(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    run = written(tmp_path / "run", whole_run())
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").write_text("mine")
+    outcome = CliRunner().invoke(app, ["report", str(run), *arguments], catch_exceptions=False)
+    assert outcome.exit_code == 2
+    assert message in outcome.output
+    assert "that can be written" in outcome.output
+    assert {path.name for path in tmp_path.iterdir()} - {"report.html"} == {"run", "taken", "file"}
+    assert (tmp_path / "file").read_text() == "mine"

@@ -144,6 +144,23 @@ def test_of_the_evaluations_what_is_understood_is_read():
     assert (evaluated.split, evaluated.k, evaluated.mean, evaluated.low) == ("test", 4, 0.5, 0.4)
 
 
+def test_an_evaluation_says_on_what_it_was_made_and_what_is_no_name_or_number_is_left_out():
+    under = {"split": "val", "limit": 4, "problems_of_split": 4, "k": 2, "cycle": None, "weights": "step-000000"}
+    told = {**under, "candidate": "abc", "seed": 7}
+    lines = [
+        json.dumps({"kind": "two_by_two", "cells": {"seed/base": [0.1, 0.01]}, **told, "split": "train"}),
+        json.dumps({"kind": "eval", "mean": 0.5, "problems": 3, **told}),
+        json.dumps({"kind": "eval", "mean": 0.5, "split": ["val"], "k": "many", "weights": 3, "limit": True}),
+    ]
+    record = record_of([], evaluations=lines)
+    assert record.two_by_two.words == (
+        "split train, the first 4 problems, k=2, weights step-000000, candidate abc, seed 7"
+    )
+    assert (record.evaluations[0].problems, record.evaluations[0].cycle) == (3, None)
+    assert record.evaluations[1].words == ""
+    assert record.seen == ["val: these problems chose the best candidate", "train: these problems were trained on"]
+
+
 # ---- directories -------------------------------------------------------------------------------
 
 

@@ -1,0 +1,56 @@
+"""Numbers as people read them, alike wherever they are shown."""
+
+DASH = "–"  # noqa: RUF001
+"""What stands for a number that was not measured."""
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """
+    >>> number(0.12345), number(12.0, 1)
+    ('0.123', '12.0')
+    """
+    return DASH if value is None else f"{value:.{digits}f}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """
+    >>> interval(0.25, 0.75)
+    '0.250 to 0.750'
+    """
+    return DASH if low is None or high is None else f"{number(low)} to {number(high)}"
+
+
+def with_error(mean: float | None, error: float | None) -> str:
+    """A mean and its standard error.
+
+    >>> with_error(0.5, 0.125), with_error(0.5, None)
+    ('0.500 ± 0.125', '0.500')
+    """
+    return number(mean) if mean is None or error is None else f"{number(mean)} ± {number(error)}"
+
+
+def share(part: int | None, whole: int | None) -> str:
+    """
+    >>> share(3, 4), share(None, 4)
+    ('3/4', '–/4')
+    """
+    return DASH if part is None and whole is None else f"{plain(part)}/{plain(whole)}"
+
+
+def plain(value: object) -> str:
+    """A text or a whole number as it is, which may be missing."""
+    return DASH if value is None else str(value)
+
+
+def duration(seconds: float, digits: int = 0) -> str:
+    """
+    Args:
+        digits: Of the seconds, below a minute.
+
+    >>> duration(3.21), duration(3.21, 1), duration(75), duration(7322)
+    ('3 s', '3.2 s', '1 min 15 s', '2 h 2 min')
+    """
+    if round(seconds, digits) < 60:
+        return f"{seconds:.{digits}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
