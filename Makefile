@@ -30,6 +30,7 @@ lint: .venv/.ready ## Style and types.
 
 docs: .venv/.ready ## The documentation as a site, in site/.
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+	@echo "to read it, search included: .venv/bin/python -m http.server -d site, then http://localhost:8000"
 
 # uv does not read pip's settings, so a machine's own package index and wheel folders are handed on.
 # Without a wheel folder the CPU build of torch comes from torch's own index (--torch-backend).

@@ -24,7 +24,7 @@ class FSTConfig(BaseModel):
     weights, the other two spend the whole search budget before the first or after the last
     update (paper, section 3)."""
     cycles: int = Field(AUTO_CYCLES["medium"], ge=1)
-    """Fast-slow alternations (ours; see AUTO_CYCLES)."""
+    """Fast-slow alternations (ours). ``auto`` sets them: light 2, medium 8, heavy 34."""
 
     steps_per_cycle: int = Field(6, ge=1)
     """T, weight updates a cycle (paper, App. D)."""

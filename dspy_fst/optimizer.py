@@ -36,7 +36,7 @@ class FSTOptimizer(Teleprompter):
             components_to_update) -> {component: text}``.
         run_dir: Where the run is kept; the same directory and recipe continue a run. None makes a new
             directory under ``runs/``.
-        auto: DSPy's budgets: ``"light"``, ``"medium"`` or ``"heavy"`` (see config.AUTO_CYCLES), instead of ``cycles``.
+        auto: DSPy's budgets: ``"light"``, ``"medium"`` or ``"heavy"`` instead of ``cycles``: 2, 8 or 34.
         num_threads: Rollouts in flight.
         seed: Of every random draw.
         track_stats: Keep every report in ``compiled.detailed_results``.

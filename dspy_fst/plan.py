@@ -21,7 +21,9 @@ class Budget:
 
     searches: int
     search_rollouts: int
-    """Fresh rollouts of the searches; the last accepted candidate of each may add one pass over its anchors."""
+    """Fresh rollouts of the searches."""
+    overshoot_rollouts: int
+    """At most so many on top: the last accepted candidate of a search may add one pass over its anchors."""
     scoring_rollouts: int
     """Rollouts that score the carried populations before each search."""
     training_rollouts: int
@@ -74,6 +76,7 @@ class Plan:
         return Budget(
             searches=len(searches),
             search_rollouts=sum(cycle.search_budget for cycle in searches),
+            overshoot_rollouts=anchors * len(searches),
             scoring_rollouts=carried * anchors,
             training_rollouts=updates * config.problems_per_step * config.group_size,
             validation_rollouts=validation_size * config.validation_samples * config.population_size,

@@ -321,7 +321,8 @@ def _announce(session: Session) -> None:
             changed = f"the metric changed since the run was stopped (was {before}, now {now})"
             session.run.emit("warning", step=state["step"], text=f"{changed}; its rewards are not comparable")
         return
-    rollouts = budget.search_rollouts + budget.scoring_rollouts + budget.training_rollouts
+    fast = budget.search_rollouts + budget.overshoot_rollouts + budget.scoring_rollouts
+    rollouts = fast + budget.training_rollouts
     tokens = session.tokens_per_rollout
     session.run.emit(
         "plan",
@@ -332,12 +333,12 @@ def _announce(session: Session) -> None:
     )
     for line in (
         f"run directory {session.run.path}",
-        f"fast: {budget.searches} searches, up to {budget.search_rollouts} rollouts "
+        f"fast: {budget.searches} searches, up to {budget.search_rollouts + budget.overshoot_rollouts} rollouts "
         f"+ {budget.scoring_rollouts} to score carried candidates",
         f"slow: {budget.updates} updates, {budget.training_rollouts} rollouts "
         f"({config.problems_per_step} problems x {config.group_size} over {config.population_size} candidates), "
         f"learning rate {config.learning_rate:g} after {config.warmup_steps} warm-up updates",
-        f"in all about {rollouts} rollouts and {rollouts * tokens:,.0f} sampled tokens "
+        f"in all at most {rollouts} rollouts and about {rollouts * tokens:,.0f} sampled tokens "
         f"({session.calls_per_rollout:.1f} calls, {tokens:.0f} tokens a rollout); "
         f"{budget.validation_rollouts} validation rollouts outside the budget",
     ):

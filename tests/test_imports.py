@@ -35,7 +35,7 @@ CORNERS = {
     "rich": ["report", "cli"],
     "typer": ["cli"],
     "yaml": ["project"],
-    **{name: ["serve"] for name in ("fastapi", "starlette", "uvicorn", "prometheus_client")},
+    **{name: ["serve"] for name in ("fastapi", "fastapi_offline", "starlette", "uvicorn", "prometheus_client")},
 }
 """Library -> where it may be imported."""
 

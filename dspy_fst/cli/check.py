@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 SAMPLED = 8
 """Rollouts in flight while the time is measured; few, as a check must not cost what it is there to tell."""
 TIME_DEPENDS_ON = (
-    "not measured: it depends on how fast this machine samples and updates, how long the replies are, and on the "
-    f"reflection LM; --measure starts the engine, samples up to {SAMPLED + 2} rollouts and tells a range"
+    "not measured, and neither the program nor the metric was called: it depends on how fast this machine "
+    "samples and updates, how long the replies are, and on the reflection LM; "
+    f"--measure starts the engine, samples up to {SAMPLED + 2} rollouts and tells a range"
 )
 
 
@@ -46,7 +47,10 @@ def check(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check a project as a run would, and show its recipe, its plan and what it takes. Nothing is spent."""
+    """Validate a project; show recipe and plan.
+
+    Everything that a run would refuse is told at once, with what the run would spend and take. Nothing is spent.
+    """
     with errors_as_text(debug):
         try:
             with redirect_stdout(sys.stderr):
@@ -71,11 +75,12 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
     from dspy_fst.fit import measure_fit
     from dspy_fst.prepare import checked
     from dspy_fst.project import load_project
+    from dspy_fst.report.progress import without_loading_bars
     from dspy_fst.validation import policies_of
 
     typer.echo("reading the project", err=True)
     project = load_project(file)
-    with signals_raise(), project.importable():
+    with signals_raise(), without_loading_bars(), project.importable():
         opened = project.open()
         try:
             config, run_dir, _, warnings = checked(
@@ -90,13 +95,14 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
             raise
         policy = next(iter(policies_of(opened.program).values()))
         plan = _plan(config, opened, policy)
+        time = _measured(opened, config, plan) if measure else None
         return {
             "project": _project(project, opened, policy, run_dir),
             "settings": _settings(config, project),
             "plan": plan,
             "needs": _needs(measure_fit(policy, config, run_dir)),
-            "warnings": [*warnings, *_proposer_warnings(project, opened)],
-            "time": _measured(opened, config, plan) if measure else None,
+            "warnings": [*warnings, *_proposer_warnings(project, opened), *_measured_warnings(time)],
+            "time": time,
         }
 
 
@@ -148,8 +154,7 @@ def _plan(config: "FSTConfig", opened: "Opened", policy: "PolicyLM") -> dict[str
     plan = Plan(config, len(opened.trainset))
     budget = plan.budget(len(opened.valset or ()))
     longest = _longest_rollout(opened.program, policy)
-    # The last accepted candidate of a search may add a pass over its anchors.
-    fast = budget.search_rollouts + budget.scoring_rollouts + budget.searches * len(plan.anchors(0))
+    fast = budget.search_rollouts + budget.overshoot_rollouts + budget.scoring_rollouts
     phases = {
         "fast": {"searches": budget.searches, "updates": 0, "rollouts": fast},
         "slow": {"searches": 0, "updates": budget.updates, "rollouts": budget.training_rollouts},
@@ -211,6 +216,13 @@ def _proposer_warnings(project: "Project", opened: "Opened") -> Iterator[str]:
             f"reflection_lm={name!r}: {' and '.join(missing)} is not set in the environment, so reflections will fail; "
             "set it, or name another variable with api_key_env"
         )
+
+
+def _measured_warnings(time: dict[str, Any] | None) -> Iterator[str]:
+    """What the sampled rollouts say of the program."""
+    if time is not None and time["lost"]:
+        lost = ", ".join(f"{reason}: {count}" for reason, count in time["lost"].items())
+        yield f"of {time['rollouts'] + 1} rollouts that were sampled some failed or measured nothing ({lost})"
 
 
 def _missing_keys(name: str, lm: Any) -> Sequence[str]:

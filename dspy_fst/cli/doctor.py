@@ -55,7 +55,10 @@ class Finding:
 
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Look at this machine: versions, GPUs, memory, disk, limits, ports; say what is wrong and what to do."""
+    """Look at this machine, and say what is wrong.
+
+    Versions, GPUs, memory, disk, limits and ports, and what to do about them.
+    """
     with errors_as_text(debug):
         with redirect_stdout(sys.stderr):  # libraries may print while they are imported
             findings = list(_findings())

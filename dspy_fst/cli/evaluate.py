@@ -43,7 +43,10 @@ def eval(  # the command's name
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure mean@k and best@k, with intervals, of a run's population and weights on a split."""
+    """Measure mean@k and best@k, with intervals.
+
+    Of any cycle's population and weights, on any split.
+    """
     with errors_as_text(debug):
         from dspy_fst.report.progress import without_loading_bars
 

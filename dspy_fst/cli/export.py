@@ -15,9 +15,10 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a folder for others: Hugging Face weights, the program for DSPy, and a model card.
+    """Write a folder for others.
 
-    transformers, `vllm serve` and dspy_fst.load read it. The weights are whole: the trainer has no LoRA to merge.
+    Hugging Face weights, the program for DSPy, and a model card. transformers, `vllm serve` and dspy_fst.load read
+    it. The weights are whole: the trainer has no LoRA to merge.
     """
     with errors_as_text(debug):
         from dspy_fst.export import export as write

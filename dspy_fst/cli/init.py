@@ -34,7 +34,10 @@ def init(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a small project, each of its settings explained. Nothing is ever overwritten."""
+    """Write a small, commented project.
+
+    Nothing is ever overwritten.
+    """
     with errors_as_text(debug):
         folder = folder.expanduser().resolve()
         written = _write(folder, example, _settings(example, model, reflection_lm))

@@ -15,7 +15,10 @@ def report(
     plots: Annotated[Path | None, typer.Option(help="A folder for the charts as SVG and PNG files.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write one self-contained HTML page about runs that are finished, under way or were killed."""
+    """Write one HTML page about runs.
+
+    It is self-contained, and may be of runs that are under way or were killed.
+    """
     with errors_as_text(debug):
         if plots is not None and plots.exists() and not plots.is_dir():
             raise ConfigurationError([f"--plots: {plots} is a file; name a folder that can be written"])

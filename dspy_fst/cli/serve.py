@@ -71,7 +71,11 @@ def serve(
     ] = ServeSettings.model_name,
     debug: Debug = False,
 ) -> None:
-    """Serve a compiled program: typed endpoint, event stream, chat endpoint of the trained model, metrics."""
+    """Serve a compiled program over HTTP.
+
+    A typed endpoint with an event stream, the trained model's chat endpoint, health and metrics. Ctrl-C and SIGTERM let
+    requests finish first.
+    """
     with errors_as_text(debug), signals_raise(), redirect_stdout(sys.stderr):
         settings = ServeSettings(
             host=host,
@@ -88,16 +92,21 @@ def serve(
             model_name=model_name,
         )
         compiled, source = _found(out.resolve(), program, project)
+        typer.echo("reading the program", err=True)
         try:
             from dspy_fst.serve.app import create_app
             from dspy_fst.serve.run import serve as listen
         except ModuleNotFoundError as error:
             raise ConfigurationError([f"{error}; serving is an extra: pip install 'dspy-fst[serve]'"]) from error
         from dspy_fst.project import importable, make_program
+        from dspy_fst.report.progress import without_loading_bars
         from dspy_fst.saved import load
 
         policy: dict[str, Any] = {} if engine is None else {"engine": engine}
-        with importable(source.folder):  # to the end: the program may import more when it is called
+        with (
+            without_loading_bars(),
+            importable(source.folder),
+        ):  # to the end: the program may import more when it is called
             listen(create_app(load(compiled, make_program(*source), **policy), settings), settings)
 
 

@@ -26,7 +26,10 @@ def show(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a run that is finished, under way or was killed: cycles, steps, population, costs."""
+    """Show a run's tables in the terminal.
+
+    Also of a run that is under way or was killed: cycles, steps, population, costs, evaluations.
+    """
     with errors_as_text(debug):
         from dspy_fst.report.record import read_records
 

@@ -28,11 +28,23 @@ def run(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train what a project file names. Running it again continues where it stopped."""
-    with errors_as_text(debug):
-        from dspy_fst.project import load_project
+    """Train what a project file names.
 
-        _train(_tracked(load_project(file), track), as_json)
+    Running it again continues where it stopped.
+    """
+    with errors_as_text(debug):
+        from dspy_fst.project import kept_in, load_project
+        from dspy_fst.run.directory import PROJECT
+
+        project = _tracked(load_project(file), track)
+        run_dir = project.run_path
+        if (
+            (run_dir / PROJECT).is_file()
+            and _same(kept_in(run_dir), project)
+            and _shown_when_finished(run_dir, as_json)
+        ):
+            return
+        _train(project, as_json)
 
 
 def resume(
@@ -49,14 +61,26 @@ def resume(
         run_dir = run_dir.resolve()
         if not (run_dir / PROJECT).is_file():
             raise RunDirectoryError(_why_not_resumed(run_dir))
-        outcome = _outcome(run_dir)
-        if outcome is not None and Path(outcome["compiled"]).is_dir():
-            typer.echo(f"{run_dir} is finished", err=True)
-            _show(outcome, as_json)
+        if _shown_when_finished(run_dir, as_json):
             return
         # The directory may have been moved since: it is the one that was named now.
         project = kept_in(run_dir).model_copy(update={"run_dir": str(run_dir)})
         _train(_tracked(project, track), as_json)
+
+
+def _same(kept: "Project", given: "Project") -> bool:
+    """Whether a run of these settings is the one that is kept; trackers may differ."""
+    return kept.model_dump(exclude={"track", "run_dir"}) == given.model_dump(exclude={"track", "run_dir"})
+
+
+def _shown_when_finished(run_dir: Path, as_json: bool) -> bool:
+    """Show what a finished run came to; False when there is something left to do."""
+    outcome = _outcome(run_dir)
+    if outcome is None or not Path(outcome["compiled"]).is_dir():
+        return False
+    typer.echo(f"{run_dir} is finished; to train anew name another run_dir", err=True)
+    _show(outcome, as_json)
+    return True
 
 
 def _tracked(project: "Project", track: list[str] | None) -> "Project":
@@ -108,10 +132,12 @@ def _outcome(run_dir: Path) -> dict[str, Any] | None:
     if not events or events[-1]["event"] != "done":
         return None
     done = events[-1]
+    steps = [event["report"] for event in events if event["event"] == "step"]
     members = zip(done["population"]["members"], done["population"]["scores"], strict=True)
     return {
         "run_dir": str(run_dir),
-        "steps": sum(event["event"] == "step" for event in events),
+        "steps": len(steps),
+        "updates": sum(step["update"]["rows"] > 0 and not step["update"]["skipped"] for step in steps),
         "population": [{"score": score, "texts": texts} for texts, score in members],
         "validation": done["validation"],
         "weights": str(run_dir / "weights" / done["weights"]),
@@ -125,7 +151,11 @@ def _show(outcome: Mapping[str, Any], as_json: bool) -> None:
         return
     best = outcome["population"][0]
     score = "" if best["score"] is None else f", score {best['score']:.3f}"
-    typer.echo(f"{outcome['steps']} weight updates; weights in {outcome['weights']}")
+    typer.echo(f"{outcome['updates']} weight updates in {outcome['steps']} steps; weights in {outcome['weights']}")
+    if outcome["steps"] and not outcome["updates"]:
+        typer.echo(
+            "warning: nothing was learnt, no step had two rollouts of a problem with different rewards", err=True
+        )
     typer.echo(f"best candidate{score}:")
     for name, text in best["texts"].items():
         typer.echo(f"  {name}: {text}")

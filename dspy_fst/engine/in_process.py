@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from dspy import lm15
+from jinja2 import TemplateError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -171,7 +172,10 @@ class InProcessEngine:
         with self._lock:  # fast tokenizers refuse concurrent use
             if self._tokenizer is None:
                 raise EngineError("the in-process engine has no weights yet: load a checkpoint first")
-            rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            try:
+                rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            except TemplateError as error:  # e.g. it wants user and assistant to take turns
+                raise lm15.UnsupportedFeatureError(f"the chat template refuses the messages: {error}") from error
         return tuple(rendered["input_ids"])
 
     def _serve(self) -> None:

@@ -168,7 +168,7 @@ class Run:
             Figure("Validation", number(best([node.validation for node in record.nodes])), "best candidate"),
             Figure("Updates", _of(costs.updates, record.budget.get("updates")), "weights moved"),
             Figure("Searches", _of(len(record.cycles), record.budget.get("searches")), "instructions evolved"),
-            Figure("Rollouts", _of(costs.rollouts, _planned(record.budget)), "searches, scoring, training"),
+            Figure("Rollouts", _of(costs.rollouts, _planned(record.budget)), "searches, scoring, training; of at most"),
         ]
 
 
@@ -273,4 +273,4 @@ def _of(done: int, planned: int | None) -> str:
 
 def _planned(budget: Mapping[str, int]) -> int | None:
     parts = [budget.get(name) for name in ("search_rollouts", "scoring_rollouts", "training_rollouts")]
-    return None if None in parts else sum(part or 0 for part in parts)
+    return None if None in parts else sum(part or 0 for part in [*parts, budget.get("overshoot_rollouts")])

@@ -18,6 +18,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.exceptions import HTTPException
 
@@ -27,7 +28,7 @@ from dspy_fst.serve.events import EventStream, Feed
 from dspy_fst.serve.limits import Limits
 from dspy_fst.serve.metrics import CONTENT_TYPE
 from dspy_fst.serve.service import SEED_BITS, Meta, Service
-from dspy_fst.serve.settings import CHAT, HEALTH, METRICS, MODELS, READY, ServeSettings
+from dspy_fst.serve.settings import CHAT, DOCS_FILES, HEALTH, METRICS, MODELS, READY, ServeSettings
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorReply, "description": "The request cannot be done."},
@@ -63,8 +64,12 @@ def create_app(program: dspy.Module, settings: ServeSettings | None = None) -> F
     """
     settings = settings or ServeSettings()
     service = Service(program, settings)
-    app = FastAPI(
-        title=service.name, description="A DSPy program, compiled by dspy_fst.", lifespan=_lifespan, redoc_url=None
+    app = FastAPIOffline(  # FastAPI's own page of the docs loads its script from somebody else's server
+        title=service.name,
+        description="A DSPy program, compiled by dspy_fst.",
+        lifespan=_lifespan,
+        redoc_url=None,
+        static_url=DOCS_FILES,
     )
     app.state.service = service
     router = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_key else [])
@@ -180,6 +185,8 @@ async def _refuse(request: Request, error: Exception) -> NoReturn:
     """The frameworks' own errors in our shape; the middleware sends them."""
     if isinstance(error, RequestValidationError):
         # Without the values: they may be long, or secret.
+        if any(fault["type"] == "json_invalid" for fault in error.errors()):
+            raise ApiError(422, "invalid", "The body is no JSON.") from None
         faults = [Fault(where=".".join(map(str, fault["loc"][1:])), message=fault["msg"]) for fault in error.errors()]
         raise ApiError(422, "invalid", "The body does not fit the schema at /openapi.json.", faults=faults) from None
     assert isinstance(error, HTTPException)

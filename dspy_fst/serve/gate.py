@@ -15,11 +15,15 @@ class LineFullError(Exception):
 class Ticket:
     """One request's place at work. It is free again when the request is over and every thread of it has ended.
 
-    A thread cannot be stopped: were its place given away at a time-out, a slow program would fill the machine with
-    threads that nobody waits for.
+    A thread cannot be stopped: were its place given away when its caller leaves or its time is over, a slow program
+    would fill the machine with threads that nobody waits for.
+
+    Args:
+        until: When its time is over, by ``time.monotonic``.
     """
 
-    def __init__(self, gate: "Gate"):
+    def __init__(self, gate: "Gate", until: float):
+        self.until = until
         self.overdue = False
         """Whether the request is over while a thread of it still runs."""
         self._gate = gate
@@ -77,6 +81,10 @@ class Gate:
     def overdue(self) -> int:
         return sum(ticket.overdue for ticket in self.tickets)
 
+    def stuck(self) -> int:
+        """Places whose request is over its time. One whose caller just left is none: it ends at its next call."""
+        return sum(ticket.overdue and time.monotonic() >= ticket.until for ticket in self.tickets)
+
     def waiting(self) -> int:
         return self._requests + self.overdue() - self.at_work()
 
@@ -90,7 +98,7 @@ class Gate:
         """
         if self._requests + self.overdue() >= self.places + self.line:
             raise LineFullError
-        ticket = Ticket(self)
+        ticket = Ticket(self, time.monotonic() + timeout_s)
         self._requests += 1
         try:
             async with asyncio.timeout(timeout_s) as deadline:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dspy_fst.serve.errors import ApiError, internal_error
 from dspy_fst.serve.gate import Gate, LineFullError, Ticket
 from dspy_fst.serve.metrics import Metrics
-from dspy_fst.serve.settings import DOCS, HEALTH, READY, RESERVED, SCHEMA, ServeSettings, is_loopback
+from dspy_fst.serve.settings import DOCS, DOCS_FILES, HEALTH, READY, RESERVED, SCHEMA, ServeSettings, is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Limits:
 
     async def _guarded(self, scope: Scope, receive: Receive, reply: "_Reply") -> None:
         headers = Headers(scope=scope)
-        if scope["path"] not in OPEN:
+        if scope["path"] not in OPEN and not scope["path"].startswith(f"{DOCS_FILES}/"):
             self._check_caller(headers)
         if scope["method"] != "POST" or scope["path"] not in self._work:
             await self.app(scope, receive, reply)
@@ -86,14 +86,39 @@ class Limits:
         try:
             async with self.gate.admitted(self.settings.timeout_s) as ticket:
                 body = await self._body(headers, receive)
-                await _turn(ticket, receive, self.gate)
-                scope.setdefault("state", {})["ticket"] = ticket
-                await self.app(scope, _replayed(body, receive), reply)
+                await self._answer(ticket, body, scope, receive, reply)
         except LineFullError:
             message = f"{self.gate.places} requests are at work and {self.gate.line} wait; ask again later."
             raise ApiError(429, "queue_full", message, headers=self._retry_after()) from None
         except TimeoutError:
             raise self._too_late() from None
+
+    async def _answer(self, ticket: Ticket, body: bytes, scope: Scope, receive: Receive, reply: "_Reply") -> None:
+        """Wait for a place at work and let the app reply, unless the caller leaves before.
+
+        Callers who have gone would else keep the living out, in line and at work.
+
+        Raises:
+            _GoneError: the caller left; what was begun for it is cancelled.
+        """
+        scope.setdefault("state", {})["ticket"] = ticket
+        left = asyncio.ensure_future(_leaving(receive))
+
+        async def work() -> None:
+            await ticket.turn()
+            await self.app(scope, _replayed(body, left), reply)
+
+        working = asyncio.ensure_future(work())
+        try:
+            await asyncio.wait({working, left}, return_when=asyncio.FIRST_COMPLETED)
+            # A server calls a caller gone also when the reply is out and the app is about to end.
+            if not working.done() and not reply.is_whole:
+                raise _GoneError
+            await working
+        finally:
+            left.cancel()
+            working.cancel()
+            await asyncio.wait({working})
 
     def _check_caller(self, headers: Headers) -> None:
         if self.settings.api_key is None:
@@ -147,27 +172,19 @@ def _host(header: str) -> str:
         return ""
 
 
-async def _turn(ticket: Ticket, receive: Receive, gate: Gate) -> None:
-    """Wait for a place at work, unless the caller leaves before: a line of the dead would keep the living out."""
-    if not gate.turns.locked():
-        await ticket.turn()
-        return
-    turn, left = asyncio.ensure_future(ticket.turn()), asyncio.ensure_future(receive())
-    try:
-        await asyncio.wait({turn, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not turn.done():
-            raise _GoneError
-    finally:
-        turn.cancel()
-        left.cancel()
+async def _leaving(receive: Receive) -> Message:
+    """The message that the caller has left; read after the body."""
+    while (message := await receive())["type"] != "http.disconnect":
+        pass
+    return message
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body that was read, then whatever comes."""
+def _replayed(body: bytes, left: asyncio.Future[Message]) -> Receive:
+    """The body that was read, then that the caller has left; the app may wait for that, and give it up."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
-        return messages.pop() if messages else await receive()
+        return messages.pop() if messages else await asyncio.shield(left)
 
     return replay
 
@@ -177,8 +194,9 @@ class _Reply:
 
     def __init__(self, send: Send, gate: Gate):
         self.status: int | None = None
+        self.is_whole = False
         self._send, self._gate = send, gate
-        self._is_stream = self._is_whole = False
+        self._is_stream = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -188,13 +206,13 @@ class _Reply:
             self.status = message["status"]
             self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
         elif message["type"] == "http.response.body":
-            self._is_whole = not message.get("more_body", False)
+            self.is_whole = not message.get("more_body", False)
         await self._send(message)
 
     async def fail(self, error: ApiError, scope: Scope, receive: Receive) -> None:
         """Send the error as the reply, or as the last event of a stream that has begun."""
         if self.status is None:
             await error.response()(scope, receive, self)
-        elif self._is_stream and not self._is_whole:
+        elif self._is_stream and not self.is_whole:
             event = format_sse_event(event="error", data_str=error.reply.model_dump_json())
             await self({"type": "http.response.body", "body": event, "more_body": False})

@@ -38,11 +38,15 @@ class Metrics:
         for name, help, read in (
             (
                 "dspy_fst_in_flight",
-                "Places taken by requests at work, or by what goes on after their time-out.",
+                "Places taken by requests at work, or by what goes on after they were given up.",
                 gate.at_work,
             ),
             ("dspy_fst_queue", "Requests that wait for a place.", gate.waiting),
-            ("dspy_fst_overdue", "Places taken by what goes on after its request's time-out.", gate.overdue),
+            (
+                "dspy_fst_overdue",
+                "Places taken by what goes on after its request's time-out, or after its caller left.",
+                gate.overdue,
+            ),
         ):
             Gauge(name, help, registry=registry).set_function(read)
 

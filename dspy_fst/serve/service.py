@@ -116,7 +116,7 @@ class Service:
         # A server's engine names its weights also while they are loaded; its address is there only afterwards.
         if self.engine.weights is None or (self.upstream is not None and self.upstream.address is None):
             return "The engine does not serve its weights now; it is being started."
-        if self.gate.overdue() >= self.gate.places:
+        if self.gate.stuck() >= self.gate.places:
             return "Every place is taken by a request that is over its time."
         return None
 
@@ -144,7 +144,7 @@ class Service:
                 ),
                 return_exceptions=True,
             )
-        finally:  # also after a time-out: what still runs must not call the model any more
+        finally:  # also when the request is given up: what still runs must not call the model any more
             calls = [call for recording in recordings for call in recording.close()]
             read, sampled = sum(len(c.prompt_ids) for c in calls), sum(len(c.completion_ids) for c in calls)
             self.metrics.tokens(read, sampled)

@@ -14,7 +14,7 @@ ChoiceName = Literal["best", "sampled", "vote"]
 CHOICES = ("best", "sampled", "vote")
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
 HEALTH, READY, METRICS = "/health", "/ready", "/metrics"
-DOCS, SCHEMA = "/docs", "/openapi.json"
+DOCS, DOCS_FILES, SCHEMA = "/docs", "/docs-files", "/openapi.json"
 RESERVED = (CHAT, MODELS, HEALTH, READY, METRICS, DOCS, SCHEMA)
 SHORTEST_KEY = 16
 """Characters of the shortest key that is taken: a shorter one can be tried out."""

@@ -1,10 +1,13 @@
 """`dspy-fst init`: what it writes, what it never touches, and that the laboratory's example learns."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import dspy
 import pytest
+import yaml
 
 import dspy_fst
 from dspy_fst.project import load_project
@@ -17,6 +20,12 @@ EXAMPLES = ("own", "lab")
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def commands(readme):
+    """The arguments of every command that a README shows."""
+    shown = [line for line in readme.read_text().splitlines() if line.startswith("dspy-fst ")]
+    return [shlex.split(line, comments=True)[1:] for line in shown]
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +45,32 @@ def test_the_laboratory_s_example_learns_its_task(trained):
     assert Path(outcome["run_dir"]) == folder / "run"
 
 
-def test_what_the_example_s_readme_names_can_be_run(trained):
-    folder, outcome = trained
-    assert json.loads(invoke("show", outcome["run_dir"], "--json").stdout)
-    named = {line.split()[1] for line in (folder / "README.md").read_text().splitlines() if line.startswith("dspy-fst")}
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_example_s_readme_names_commands_that_there_are(example, tmp_path):
+    invoke("init", tmp_path, "--example", example)
+    named = {command[0] for command in commands(tmp_path / "README.md")}
     assert {"check", "run", "report", "serve"} <= named
     for command in named:
         assert "Usage" in invoke(command, "--help").stdout
+
+
+def test_the_own_example_s_readme_can_be_followed_line_by_line(tmp_path, monkeypatch):
+    """All but serve, which does not end; smaller than the example, and on the laboratory's model."""
+    invoke("init", tmp_path, "--model", BASE)
+    project = yaml.safe_load((tmp_path / "project.yaml").read_text())
+    project["policy"] |= {"engine": "in_process", "max_tokens": 12}
+    project["recipe"] |= {"steps_per_cycle": 2, "problems_per_step": 4, "anchors": 4, "search_rollouts": 8}
+    (tmp_path / "project.yaml").write_text(yaml.safe_dump(project))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_program", raising=False)
+    said = {}
+    for command in commands(Path("README.md")):
+        if command[0] != "serve":
+            said[command[0]] = invoke(*command).stdout
+    assert {"doctor", "check", "run", "show", "report", "eval", "export"} == set(said)
+    assert "write" in said["show"], "the instruction of the example's predictor"
+    assert "<html" in Path("report.html").read_text()
+    assert {"model.safetensors", "program.json"} <= {path.name for path in Path("exported").iterdir()}
 
 
 def test_a_file_that_is_there_is_never_overwritten(tmp_path):

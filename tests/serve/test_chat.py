@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import shutil
 import threading
 
 import openai
 import pytest
 from dspy import lm15
 
+from dspy_fst import PolicyLM
 from dspy_fst.errors import EngineError
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import CHAT, ServeSettings
+from programs.lab import BASE
 from tests.serve.fake_vllm import UPSTREAM_KEY, FakeVLLM, behind
 from tests.serve.makers import AUTH, KEY, ask, client_of, compiled, events, figures, get, served, wait_until
 
@@ -135,6 +138,21 @@ def test_a_failing_engine_is_told_in_openai_s_shape(error, status, type):
     reply = ask(create_app(compiled(fail)[0], ServeSettings(api_key=KEY)), chat(), CHAT)
     assert (reply.status_code, reply.json()["error"]["type"]) == (status, type)
     assert "secret-token-123" not in reply.text
+
+
+def test_what_the_model_s_chat_template_refuses_is_the_caller_s_mistake_and_told_in_its_words(program, tmp_path):
+    folder = shutil.copytree(BASE, tmp_path / "model")
+    template = folder / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('Roles must alternate.') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    program.set_lm(PolicyLM(folder, engine="in_process", max_tokens=4))
+    app = create_app(program, ServeSettings(api_key=KEY))
+    with served(app):
+        wait_until(lambda: get(app, "/ready").status_code == 200, "the engine serves weights")
+        refused = ask(app, {**chat(), "messages": [{"role": "assistant", "content": "hello"}]}, CHAT)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request")
+        assert "Roles must alternate." in refused.json()["error"]["message"]
+        assert ask(app, chat(), CHAT).status_code == 200
 
 
 # ---- behind a server ----------------------------------------------------------------------------

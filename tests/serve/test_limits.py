@@ -1,7 +1,12 @@
 """Key, size, line and time: what a server does when it is asked wrongly, too much, or too late."""
 
 import asyncio
+import http.client
+import json
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -23,6 +28,8 @@ from tests.serve.makers import (
     figures,
     get,
     question,
+    served,
+    wait_until,
 )
 
 WRONG_KEYS = [
@@ -167,6 +174,38 @@ def test_a_caller_who_left_the_line_is_not_served_and_leaves_no_trace_in_it():
     asyncio.run(leave())
     assert hold.begun == 1
     assert figures(app)[f'dspy_fst_requests_total{{endpoint="{PATH}",status="499"}}'] == 1
+
+
+@pytest.mark.parametrize("path", [PATH, f"{PATH}/stream"])
+def test_a_caller_who_leaves_stops_the_program_at_its_next_call_and_keeps_the_place_until_then(path):
+    hold, asked = Hold(), []
+
+    def speak(messages, seed):
+        asked.append(messages[-1]["content"])
+        if "leaves" not in asked[-1]:
+            return echo(messages, seed)
+        hold(messages, seed)
+        return "no fields, so that DSPy would ask again in JSON"
+
+    app = app_of(speak, settings={"max_in_flight": 1})
+    gate = app.state.service.gate
+    with served(app) as url, httpx.Client(base_url=url, headers=AUTH, timeout=60) as client:
+        with closing(http.client.HTTPConnection(urlsplit(url).netloc)) as leaver:
+            headers = {**AUTH, "Content-Type": "application/json"}
+            leaver.request("POST", path, json.dumps(question("who leaves")), headers)
+            wait_until(lambda: hold.begun, "the leaver's request is at work")
+        wait_until(gate.overdue, "the server sees that the caller left")
+        assert gate.at_work() == 1
+        assert client.get("/ready").status_code == 200, "the place comes back, so the others wait for it"
+        with ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(client.post, PATH, json=question("who stays"))
+            wait_until(gate.waiting, "the next caller waits in line")
+            hold.free.set()
+            assert waits.result(60).json()["outputs"] == {"answer": "echo who stays"}
+        assert gate.overdue() == 0
+    assert len(asked) == 2, "one call each"
+    status = 200 if path.endswith("stream") else 499
+    assert figures(app)[f'dspy_fst_requests_total{{endpoint="{path}",status="{status}"}}'] >= 1
 
 
 # ---- the time -----------------------------------------------------------------------------------

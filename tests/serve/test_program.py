@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import time
 from typing import Literal
 
@@ -102,7 +103,13 @@ def test_the_openapi_schema_is_true_of_what_is_sent():
 
 def test_the_docs_are_served_and_do_not_tell_the_instructions():
     app = app_of(texts=("A secret of the trade.",))
-    assert get(app, "/docs").status_code == 200
+    page = get(app, "/docs")
+    assert page.status_code == 200
+    linked = re.findall(r"""(?:src|href|url)[=:]\s*["']([^"']+)""", page.text)
+    assert len(linked) >= 4
+    for path in linked:
+        assert path.startswith("/"), f"{path} is somebody else's"
+        assert get(app, path).status_code == 200
     assert "secret of the trade" not in get(app, "/openapi.json").text
 
 
@@ -267,6 +274,8 @@ def test_a_malformed_body_is_refused_in_the_same_shape(body):
     reply = ask(app_of(), None, content=body, headers={"Content-Type": "application/json"})
     assert reply.status_code in (400, 422)
     assert set(reply.json()["error"]) == {"type", "message", "faults"}
+    if body == b"{":
+        assert reply.json()["error"]["message"] == "The body is no JSON."
 
 
 def test_faults_say_where_and_do_not_repeat_what_was_sent():
