@@ -54,3 +54,11 @@ class RunDirectoryError(FSTError):
 
 class DiskError(RunDirectoryError):
     """The disk refused to write. What was committed is whole, and the run can be continued."""
+
+
+def is_signal(error: BaseException) -> bool:
+    """Whether a signal ends the process by this exception, and not somebody's ``exit()``.
+
+    What handlers of signals raise are subclasses of SystemExit.
+    """
+    return isinstance(error, SystemExit) and type(error) is not SystemExit

@@ -78,12 +78,13 @@ def open_session(
         session = _assemble(optimizer, student, trainset, valset or (), config, run, policy)
         session.publish(run.state.get("step", 0))
         session.prune_weights()  # a kill may have come between a commit and this
-        if not run.state:
-            _preflight(session)
-        _announce(session)
-        if not run.state:
-            session.commit_start()
-        yield session
+        with dspy.context(lm=_configured(policy)):
+            if not run.state:
+                _preflight(session)
+            _announce(session)
+            if not run.state:
+                session.commit_start()
+            yield session
         # The compiled program lives on: its restarts are no business of this run, and must not hold its trainer.
         policy.handle.engine.on_recovery(logger.warning, None)
     except BaseException as error:
@@ -96,6 +97,12 @@ def open_session(
             run.abandon()
         raise
     run.close()
+
+
+def _configured(policy: PolicyLM) -> Any:
+    """DSPy's configured LM; a PolicyLM speaks through the run's engine, for predictors made while the program runs."""
+    lm = dspy.settings.lm
+    return lm.on(policy.handle) if isinstance(lm, PolicyLM) else lm
 
 
 def _what_is_saved(run: RunDirectory) -> str:

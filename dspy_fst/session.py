@@ -174,9 +174,18 @@ class Session:
         self.run.save_population(cycle.index, search.population)
         self.run.emit("cycle", report=report, candidates=candidates, parents=search.population.parents)
         step = self.run.state.get("step", 0)
+        if not search.counts["reflections"] + search.counts["reflections_failed"]:
+            self._warn_of_no_reflection(cycle, step)
         self._commit(cycle=cycle.index, searched=cycle.index, step=step, population=search.population)
         if self._journal is not None:
             self._journal.remove()
+
+    def _warn_of_no_reflection(self, cycle: Cycle, step: int) -> None:
+        text = (
+            f"cycle {cycle.index}: nothing was reflected on, so no instruction changed: every rollout was perfect, or "
+            "no call of a predictor was traced (a program that handles replies that do not parse itself hides them)"
+        )
+        self.run.emit("warning", step=step, text=text)
 
     # ---- slow ----------------------------------------------------------------------------------
 
@@ -367,7 +376,7 @@ def trainable_copy(student: dspy.Module, policy: PolicyLM) -> dspy.Module:
     Each keeps its own temperature and limits.
     """
     copy = student.deepcopy()
-    for _, predictor in copy.named_predictors():
+    for _, predictor in copy.named_sub_modules(dspy.Predict):  # those that DSPy holds frozen (_compiled), too
         if isinstance(lm := predictor.lm or dspy.settings.lm, PolicyLM):
             predictor.lm = lm.on(policy.handle)
     return copy

@@ -19,6 +19,7 @@ import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 
+from dspy_fst.errors import is_signal
 from dspy_fst.rollout.crew import run_all
 from dspy_fst.rollout.recording import OUTSIDE, SETTING, Recording, is_recorded, tag_predictors
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
@@ -135,7 +136,9 @@ class Player:
         with dspy.context(**settings):
             try:
                 prediction = program(**task.problem.example.inputs())
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a tool's argparse, or exit() in code that the model wrote
+                if is_signal(error):
+                    raise
                 outcome = self._failure(error, recording, trace)
             else:
                 outcome = self._scored(task, prediction, trace)
@@ -143,6 +146,9 @@ class Player:
         return Rollout(task.problem.index, task.candidate, calls, trace=tuple(trace), **outcome)
 
     def _scored(self, task: Task, prediction: Any, trace: list[Any]) -> dict[str, Any]:
+        if prediction is None:  # BestOfN and Refine, when no try parsed
+            feedback = "The program gave no prediction."
+            return {"reward": self.settings.failure_score, "failure": "no prediction", "feedback": feedback}
         try:
             score = self.reward(task.problem.example, prediction, trace)
         except UnmeasuredError as error:
@@ -150,7 +156,7 @@ class Player:
             return {"reward": None, "mask": str(error), "prediction": prediction, "feedback": detail}
         return {"reward": score.value, "feedback": score.feedback, "prediction": prediction}
 
-    def _failure(self, error: Exception, recording: Recording, trace: list[Any]) -> dict[str, Any]:
+    def _failure(self, error: BaseException, recording: Recording, trace: list[Any]) -> dict[str, Any]:
         name = type(error).__name__
         failed = failing_predictor(error)
         frozen = failed is not None and not failed.trained

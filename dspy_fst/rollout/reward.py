@@ -9,6 +9,8 @@ from typing import Any
 
 import dspy
 
+from dspy_fst.errors import is_signal
+
 Metric = Callable[..., Any]
 
 
@@ -61,7 +63,9 @@ class Reward:
         known = {"trace": trace, "pred_name": pred_name, "pred_trace": pred_trace}
         try:
             returned = self.metric(gold, pred, **{given: known[ours] for given, ours in self._names.items()})
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if is_signal(error):
+                raise
             raise UnmeasuredError(f"metric raised {type(error).__name__}") from error
         return _as_score(returned)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import signal
 import threading
 import time
 
@@ -10,8 +11,9 @@ import pytest
 
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
-from dspy_fst.rollout.reward import Reward, metric_fault
+from dspy_fst.rollout.reward import Reward, UnmeasuredError, metric_fault
 from dspy_fst.rollout.texts import read_texts
+from dspy_fst.run.interrupts import Terminated
 from dspy_fst.types import Candidate, Population, Problem
 from tests.fakes import fields, scripted_policy
 
@@ -295,3 +297,16 @@ def test_feedback_and_predictor_signatures_of_metrics():
     assert "wrong signature" in str(metric_fault(lambda gold: 1.0))
     assert "wrong signature" in str(metric_fault(lambda gold, pred, trace, name, ptrace, more: 1.0))
     assert "not callable" in str(metric_fault(3))
+
+
+def test_a_signal_that_arrives_in_a_metric_ends_the_run_and_an_exit_does_not():
+    def ended(*_):
+        raise Terminated(signal.SIGTERM)
+
+    def leaves(*_):
+        raise SystemExit(3)
+
+    with pytest.raises(Terminated):
+        Reward(ended)(dspy.Example(), dspy.Prediction())
+    with pytest.raises(UnmeasuredError, match="SystemExit"):
+        Reward(leaves)(dspy.Example(), dspy.Prediction())
