@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast lint docs lock clean
+.PHONY: demo test test-fast lint docs evidence lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help.
@@ -31,6 +31,10 @@ lint: .venv/.ready ## Style and types.
 docs: .venv/.ready ## The documentation as a site, in site/.
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 	@echo "to read it, search included: .venv/bin/python -m http.server -d site, then http://localhost:8000"
+
+evidence: .venv/.ready ## The short form of BENCHMARKS.md: the runs that are missing, then its tables.
+	$(RUN) -m benchmarks.evidence.grid short
+	$(RUN) -m benchmarks.evidence.tables
 
 # uv does not read pip's settings, so a machine's own package index and wheel folders are handed on.
 # Without a wheel folder the CPU build of torch comes from torch's own index (--torch-backend).

@@ -41,6 +41,11 @@ class FSTConfig(BaseModel):
     """Fresh rollouts of a search, in passes over the anchors (paper, App. D)."""
     search_rollouts: int | None = Field(None, ge=1)
     """The same as a plain number; overrides ``search_passes`` (ours)."""
+    first_search_share: float | None = Field(None, gt=0, le=1)
+    """Share of all searches' rollouts that the first one gets; None shares them evenly (paper)."""
+    search_when_flat: float | None = Field(None, ge=0, le=1)
+    """A later cycle searches only if so large a share of the last step's groups was flat below ``perfect_score / 2``;
+    None always searches (paper)."""
     reflection_minibatch: int = Field(3, ge=1)
     """Problems shown to a reflection (GEPA, section 4.3)."""
     components: Literal["round_robin", "all"] = "round_robin"
@@ -64,6 +69,15 @@ class FSTConfig(BaseModel):
     """CISPO's cap on the importance weight itself, not 1 + a clip (paper, App. D; ScaleRL finds 4, 5, 8 alike)."""
     kl_coefficient: float = Field(0.001, ge=0)
     """Weight of KL(theta || start) (paper, App. D; its form is unstated, ours is exact over the vocabulary)."""
+    seed_kl_coefficient: float = Field(0.0, ge=0)
+    """Weight of KL(theta || start) on rollouts under the program's own texts, so that what a task teaches stays in the
+    evolved texts (ours; off, as in the paper)."""
+    seed_kl_rollouts: int = Field(1, ge=1)
+    """Rollouts of each problem of a step under the program's own texts, made only when ``seed_kl_coefficient`` is above
+    0; they cost what any rollout costs (ours)."""
+    baseline: Literal["problem", "candidate"] = "problem"
+    """Whose mean reward a rollout is held against: that of its problem under all candidates (paper, Eq. 3), or
+    under its own candidate alone."""
     advantage_normalization: Literal["group", "batch"] = "group"
     """Standard deviation of the group (paper, Eq. 3) or of the batch (ScaleRL)."""
     micro_batch_tokens: int = Field(4096, ge=1)
@@ -114,6 +128,16 @@ class FSTConfig(BaseModel):
                 f"group_size={self.group_size} is not a multiple of population_size={self.population_size}: each "
                 f"candidate gets G/K rollouts of a problem; use group_size={below or self.population_size} "
                 f"or {below + self.population_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_candidate_s_own_baseline_needs_two(self) -> "FSTConfig":
+        if self.baseline == "candidate" and self.group_size < 2 * self.population_size:
+            raise ValueError(
+                f"baseline='candidate' compares a candidate's rollouts of a problem with each other, and group_size="
+                f"{self.group_size} gives each of {self.population_size} only one; use group_size="
+                f"{2 * self.population_size}, or baseline='problem'"
             )
         return self
 

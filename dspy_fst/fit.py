@@ -8,7 +8,7 @@ of a micro-batch (``micro_batch_tokens``, or one longest reply).
 | trainer   | weights             | 4 P                         | float32, also under a bfloat16 body                 |
 | trainer   | gradients           | 4 P                         | held over the micro-batches of an update            |
 | trainer   | AdamW               | 8 P                         | two moments                                         |
-| trainer   | reference           | 4 P                         | the frozen start, when kl_coefficient > 0           |
+| trainer   | reference           | 4 P                         | the frozen start, for a KL coefficient > 0          |
 | trainer   | a state being saved | 12 P of main memory         | copied from the GPU, when it is on one              |
 | engine    | weights             | 4 P on a CPU, 2 P on a GPU  | float32 or bfloat16; the head untied                |
 | engine    | vLLM, keys, values  | cpu_kv_cache_gib            | on a GPU all is within gpu_memory_utilization       |
@@ -213,7 +213,7 @@ def _trainer_takes(size: ModelSize, config: FSTConfig, tokens: int, *, on_gpu: b
     parameters, place, smaller = size.parameters, GPU if on_gpu else MEMORY, "use a smaller model"
     if config.method == "gepa":
         return [Take(place, "the trainer", 4 * parameters, (smaller,))]
-    with_kl = config.kl_coefficient > 0
+    with_kl = config.kl_coefficient > 0 or config.seed_kl_coefficient > 0
     logits = 4 * tokens * size.vocabulary * (5 if with_kl else 3)
     layers = 4 * tokens * size.layers * (16 * size.width + 6 * size.inner_width)
     trainer = Take(

@@ -71,6 +71,7 @@ class Plan:
         searches = [cycle for cycle in self.cycles if cycle.search_budget]
         updates = sum(len(cycle.steps) for cycle in self.cycles)
         anchors = len(self.anchors(0))
+        held = config.seed_kl_rollouts if config.seed_kl_coefficient > 0 else 0
         # The first search starts from one text; later ones from up to K.
         carried = sum(config.population_size if cycle.index else 1 for cycle in searches)
         return Budget(
@@ -78,7 +79,7 @@ class Plan:
             search_rollouts=sum(cycle.search_budget for cycle in searches),
             overshoot_rollouts=anchors * len(searches),
             scoring_rollouts=carried * anchors,
-            training_rollouts=updates * config.problems_per_step * config.group_size,
+            training_rollouts=updates * config.problems_per_step * (config.group_size + held),
             validation_rollouts=validation_size * config.validation_samples * config.population_size,
             updates=updates,
         )
@@ -100,11 +101,12 @@ def _schedule(config: FSTConfig, budget: int) -> tuple[Cycle, ...]:
     """The cycles of each method. Baselines spend what Fast-Slow Training spends, at other times."""
     steps, cycles = config.steps_per_cycle, config.cycles
     whole = budget * cycles
+    budgets = _shares(whole, cycles, config.first_search_share)
     at = [range(index * steps, (index + 1) * steps) for index in range(cycles)]
     end = cycles * steps
     match config.method:
         case "fst":
-            return tuple(Cycle(i, budget, at[i]) for i in range(cycles))
+            return tuple(Cycle(i, budgets[i], at[i]) for i in range(cycles))
         case "rl":
             return tuple(Cycle(i, 0, at[i]) for i in range(cycles))
         case "gepa":
@@ -113,3 +115,11 @@ def _schedule(config: FSTConfig, budget: int) -> tuple[Cycle, ...]:
             return tuple(Cycle(i, whole if i == 0 else 0, at[i]) for i in range(cycles))
         case "rl_then_gepa":
             return (*(Cycle(i, 0, at[i]) for i in range(cycles)), Cycle(cycles, whole, range(end, end)))
+
+
+def _shares(whole: int, cycles: int, first: float | None) -> list[int]:
+    """Fresh rollouts of each cycle's search; what does not divide evenly goes to the first."""
+    if cycles == 1 or first is None:
+        return [whole // cycles] * cycles
+    rest = round(whole * (1 - first)) // (cycles - 1)
+    return [whole - rest * (cycles - 1), *[rest] * (cycles - 1)]

@@ -265,6 +265,7 @@ def trainer_settings(config: FSTConfig) -> TrainerSettings:
         max_grad_norm=config.max_grad_norm,
         importance_cap=config.importance_cap,
         kl_coefficient=config.kl_coefficient,
+        seed_kl_coefficient=config.seed_kl_coefficient,
         min_effective_share=config.min_effective_share,
         micro_batch_tokens=config.micro_batch_tokens,
     )

@@ -24,6 +24,7 @@ from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.rollout.shown import shown, telling
+from dspy_fst.rollout.texts import read_texts
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.files import population_from_json
 from dspy_fst.run.journal import Journal
@@ -96,7 +97,15 @@ class Session:
 
     def must_search(self, cycle: Cycle) -> bool:
         """Whether this cycle has a fast phase that was not committed yet."""
-        return bool(cycle.search_budget) and self.run.state.get("searched", -1) < cycle.index
+        due = bool(cycle.search_budget) and self.run.state.get("searched", -1) < cycle.index
+        return due and (cycle.index == 0 or self.config.search_when_flat is None or self._stuck_before(cycle))
+
+    def _stuck_before(self, cycle: Cycle) -> bool:
+        """Whether the last step before the cycle had too many groups that taught nothing, and not from being solved."""
+        last = next(report for report in self.step_reports if report.step == cycle.steps.start - 1)
+        flat = last.counts.get("flat_groups", 0) / max(1, last.counts.get("groups", 0))
+        solved = last.reward is not None and last.reward >= self.config.perfect_score / 2
+        return flat >= (self.config.search_when_flat or 0.0) and not solved
 
     def steps(self, cycle: Cycle) -> range:
         """Steps of the cycle that were not committed yet."""
@@ -203,6 +212,30 @@ class Session:
         self._refuse_unmeasured(step, rollouts)
         return groups
 
+    def play_seed(self, step: int) -> list[Rollout]:
+        """Rollouts of the step's problems under the program's own texts, where the recipe holds the policy to them."""
+        if self.config.seed_kl_coefficient == 0:
+            return []
+        seed = read_texts(self.program)
+        tasks = [
+            Task(Problem(index, self.trainset[index]), seed, sample)
+            for index in self.plan.problems(step)
+            for sample in range(self.config.seed_kl_rollouts)
+        ]
+        with self._timed("sampling"):
+            rollouts = self.player.play(tasks, f"seed-{step}", self._tell_rollout)
+        self._refuse_stale(step, rollouts)
+        return rollouts
+
+    @property
+    def credit_rules(self) -> dict[str, Any]:
+        """The arguments of credit() that belong to the recipe."""
+        return {
+            "baseline": self.config.baseline,
+            "normalize": self.config.advantage_normalization,
+            "trained": self.trained,
+        }
+
     def _refuse_stale(self, step: int, rollouts: Sequence[Rollout]) -> None:
         sampled_by = {call.weights for rollout in rollouts for call in rollout.calls}
         if stale := sorted(sampled_by - {version_of(step)}):
@@ -302,7 +335,7 @@ class Session:
             reward=sum(rewards) / len(rewards) if rewards else None,
             counts={**batch.counts, **self._recoveries()},
             update=update,
-            sampled_tokens=sum(rollout.tokens for rollout in rollouts),
+            sampled_tokens=sum(r.tokens for r in rollouts) + sum(len(call.completion_ids) for call in batch.held),
             seconds=dict(self._seconds),
         )
         self.step_reports.append(report)

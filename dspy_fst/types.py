@@ -160,6 +160,8 @@ class Batch:
     rows: tuple[Row, ...]
     weights: WeightsVersion
     """The version that sampled every row."""
+    held: tuple[Call, ...] = ()
+    """Calls under the program's own texts, on which the policy is held to its start; they carry no reward."""
     counts: Counter[str] = field(default_factory=Counter)
     """``groups``, ``flat_groups``, ``rollouts``, ``masked: <reason>``, ``failed: <reason>``, ``rows``, ``tokens``."""
 
@@ -186,6 +188,8 @@ class UpdateReport:
     learning_rate: float
     tokens: int
     rows: int
+    kl_under_seed: float | None = None
+    """Exact KL(theta || start) in nats per token on ``Batch.held``; None when nothing was held."""
     skipped: str | None = None
     """Why the weights were left as they are although there was a batch; else None."""
 

@@ -257,3 +257,28 @@ def test_the_laboratory_s_proposer_improves_the_anchors_score(tmp_path):
     cycle = compiled.detailed_results.cycles[0]
     assert cycle.reused > 0
     assert cycle.scores[0] > 0.25
+
+
+def test_the_policy_is_held_to_its_start_under_the_seed_on_rollouts_that_are_counted(tmp_path):
+    free = events_of(tmp_path / "free", "step", learning_rate=5e-3, warmup_steps=0)
+    held = events_of(tmp_path / "held", "step", learning_rate=5e-3, warmup_steps=0, seed_kl_coefficient=10.0)
+    assert all(step["update"]["kl_under_seed"] is None for step in free)
+    assert [step["counts"]["held_rollouts"] for step in held] == [6] * 4
+    assert held[0]["update"]["kl_under_seed"] == pytest.approx(0, abs=1e-5)
+    assert held[-1]["update"]["kl_under_seed"] > 1e-4
+    assert held[0]["sampled_tokens"] > free[0]["sampled_tokens"]
+
+
+def test_later_cycles_search_only_when_groups_are_flat_and_unsolved(tmp_path):
+    def searched(name, metric, threshold):
+        cycles = events_of(tmp_path / name, "cycle", metric=metric, search_when_flat=threshold)
+        return [cycle["cycle"] for cycle in cycles]
+
+    assert searched("stuck", lambda *_: 0.0, 1.0) == [0, 1]
+    assert searched("solved", lambda *_: 1.0, 1.0) == [0]
+    assert searched("mixed", any_answer, 1.0) == [0]
+
+
+def events_of(run_dir, kind, **changes):
+    policy_of(compile_relay(run_dir, **changes)).release()
+    return [event["report"] for event in read_events(run_dir) if event["event"] == kind]

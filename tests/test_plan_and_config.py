@@ -1,7 +1,9 @@
 """The recipe's faults, and which problems a step sees."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from dspy_fst.config import FSTConfig, make_config
 from dspy_fst.plan import Plan
@@ -85,3 +87,23 @@ def test_the_budget_counts_every_phase():
     assert budget.training_rollouts == 2 * 6 * 32 * 8
     assert budget.validation_rollouts == 28
     assert budget.updates == 12
+
+
+def test_the_first_search_may_get_more_and_all_together_spend_the_same():
+    def budgets(share):
+        config = FSTConfig(cycles=4, anchors=10, search_passes=2, first_search_share=share)
+        return [cycle.search_budget for cycle in Plan(config, 100).cycles]
+
+    assert budgets(None) == [20, 20, 20, 20]
+    assert budgets(0.7) == [56, 8, 8, 8]
+    assert budgets(1) == [80, 0, 0, 0]
+
+
+def test_rollouts_under_the_seed_are_in_the_budget():
+    config = FSTConfig(cycles=2, seed_kl_coefficient=0.1, seed_kl_rollouts=2)
+    assert Plan(config, 100).budget(0).training_rollouts == 2 * 6 * 32 * (8 + 2)
+
+
+def test_a_baseline_of_one_rollout_is_refused():
+    with pytest.raises(ValidationError, match="group_size=8"):
+        FSTConfig(baseline="candidate", group_size=4, population_size=4)

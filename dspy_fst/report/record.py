@@ -263,7 +263,9 @@ class Record:
         return Costs(
             search_rollouts=sum(cycle.rollouts for cycle in cycles),
             reused=sum(cycle.reused for cycle in cycles),
-            training_rollouts=sum(step.counts.get("rollouts", 0) for step in steps),
+            training_rollouts=sum(
+                step.counts.get("rollouts", 0) + step.counts.get("held_rollouts", 0) for step in steps
+            ),
             reflections=sum(cycle.reflections for cycle in cycles),
             reflections_failed=sum(cycle.counts.get("reflections_failed", 0) for cycle in cycles),
             accepted=sum(cycle.proposals_accepted for cycle in cycles),

@@ -21,8 +21,10 @@ EPSILON = 1e-6
 def credit(
     groups: Sequence[Group],
     *,
+    baseline: Literal["problem", "candidate"] = "problem",
     normalize: Literal["group", "batch"] = "group",
     trained: Collection[str] | None = None,
+    held: Sequence[Rollout] = (),
     epsilon: float = EPSILON,
 ) -> Batch:
     """Turn the groups of one slow step into the rows of one weight update.
@@ -37,9 +39,12 @@ def credit(
 
     Args:
         groups: One group a problem; all their calls were sampled by one weight version.
+        baseline: ``"problem"`` holds a rollout against all of its group (FST, eq. 3); ``"candidate"`` only against
+            those of its own candidate, as if each candidate's rollouts of a problem were a group of their own.
         normalize: ``"group"`` divides by the group's standard deviation (FST, eq. 3); ``"batch"`` by that of the
             centred rewards of all live groups (ScaleRL, 2510.13786).
         trained: Predictors whose calls are trained; None means all.
+        held: Rollouts under the program's own texts, whose calls become ``Batch.held``.
         epsilon: See :data:`EPSILON`.
 
     Returns:
@@ -48,13 +53,26 @@ def credit(
     Raises:
         TrainingError: the calls come from several weight versions, or a reward is not a finite number.
     """
-    weights = _single_version(groups)
+    held_calls = tuple(call for rollout in held for call in _trained_calls(rollout, trained))
+    if baseline == "candidate":
+        groups = [part for group in groups for part in _by_candidate(group)]
+    weights = _single_version([*(rollout for group in groups for rollout in group.rollouts), *held])
     measured = [_Measured(group) for group in groups]
     live = [group for group in measured if group.spread > epsilon]
     batch_std = float(np.std([c for group in live for c in group.centred])) if live else 0.0
     lessons = [group.lesson(batch_std if normalize == "batch" else group.std, epsilon, trained) for group in live]
     rows = _rows([lesson for lesson in lessons if lesson])
-    return Batch(rows=rows, weights=weights, counts=_counts(groups, measured, live, rows, trained))
+    counts = _counts(groups, measured, live, rows, trained)
+    counts.update({"held_rollouts": len(held), "held_calls": len(held_calls)} if held else {})
+    return Batch(rows=rows, weights=weights, held=held_calls, counts=counts)
+
+
+def _by_candidate(group: Group) -> list[Group]:
+    """The group's rollouts, those of each candidate apart."""
+    parts: dict[str, list[Rollout]] = {}
+    for rollout in group.rollouts:
+        parts.setdefault(rollout.candidate.digest, []).append(rollout)
+    return [Group(group.problem, tuple(rollouts)) for rollouts in parts.values()]
 
 
 class _Measured:
@@ -112,8 +130,8 @@ def _trained_calls(rollout: Rollout, trained: Collection[str] | None) -> list[Ca
     ]
 
 
-def _single_version(groups: Sequence[Group]) -> WeightsVersion:
-    versions = {call.weights for group in groups for rollout in group.rollouts for call in rollout.calls}
+def _single_version(rollouts: Sequence[Rollout]) -> WeightsVersion:
+    versions = {call.weights for rollout in rollouts for call in rollout.calls}
     if len(versions) > 1:
         raise TrainingError(
             f"a batch mixes calls sampled by weights {sorted(versions)}; sample all groups of a step "

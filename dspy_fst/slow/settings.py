@@ -28,6 +28,8 @@ class TrainerSettings:
     """Largest CISPO importance weight (FST, App. D; ScaleRL finds 4, 5 and 8 alike)."""
     kl_coefficient: float = 0.001
     """Weight of KL(theta || start) in the loss (FST, App. D); 0 leaves the term, and the reference model, out."""
+    seed_kl_coefficient: float = 0.0
+    """Weight of KL(theta || start) on the batch's held calls (ours)."""
     min_effective_share: float = 0.0
     """An update whose effective sample share (see UpdateReport) is lower is refused; 0 refuses none."""
     micro_batch_tokens: int = 4096
@@ -47,7 +49,7 @@ class TrainerSettings:
     def _rules(self) -> Iterator[tuple[str, str, bool]]:
         for name in ("learning_rate", "eps", "importance_cap"):
             yield name, "a finite number above 0", 0 < getattr(self, name) < math.inf
-        for name in ("weight_decay", "kl_coefficient", "warmup_steps"):
+        for name in ("weight_decay", "kl_coefficient", "seed_kl_coefficient", "warmup_steps"):
             yield name, "a finite number, at least 0", 0 <= getattr(self, name) < math.inf
         yield "betas", "two numbers in [0, 1)", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         yield "max_grad_norm", "above 0, or None", self.max_grad_norm is None or self.max_grad_norm > 0

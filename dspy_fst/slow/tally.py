@@ -50,6 +50,7 @@ class Tally:
         self.loss = self._entropy = self._capped = self._ratio = self._largest = zero
         self._weight = self._weight_squared = zero.double()
         self._kl: Tensor | None = None
+        self._held: Tensor | None = None
         self._tokens = 0
 
     @torch.no_grad()
@@ -67,6 +68,12 @@ class Tally:
         self._weight_squared = self._weight_squared + weights.square().sum()
         self._tokens += len(log_ratios)
 
+    @torch.no_grad()
+    def hold(self, kl: Tensor, coefficient: float) -> None:
+        """Add a micro-batch of held calls: its share of their mean KL, and that KL's weight in the loss."""
+        self.loss = self.loss + coefficient * kl
+        self._held = kl.detach() if self._held is None else self._held + kl
+
     @property
     def effective_sample_share(self) -> float:
         """See UpdateReport."""
@@ -77,6 +84,7 @@ class Tally:
             loss=float(self.loss),
             grad_norm=float(grad_norm),
             kl_to_start=None if self._kl is None else float(self._kl),
+            kl_under_seed=None if self._held is None else float(self._held),
             entropy=float(self._entropy) / self._tokens,
             capped_share=float(self._capped) / self._tokens,
             mean_log_ratio=float(self._ratio) / self._tokens,

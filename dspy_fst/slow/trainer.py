@@ -123,6 +123,7 @@ class Trainer:
         tally = Tally(self._accelerator.device)
         for micro in self._micro_batches(sequences):
             self._accelerator.backward(self._loss(micro, batch.rows, tally))
+        self._hold(batch.held, tally)
         grad_norm = self._finite_norm(tally)
         self._check_on_policy(tally)
         report = tally.report(grad_norm, self._next_rate(), rows=len(batch.rows))
@@ -141,6 +142,17 @@ class Trainer:
             loss = loss + self.settings.kl_coefficient * kl
         tally.add(loss, kl, log_probs, chosen - tokens.behaviour, self.settings.importance_cap)
         return loss
+
+    def _hold(self, calls: Sequence[Call], tally: Tally) -> None:
+        """Add the gradient of KL(theta || start), meaned over the tokens of the held calls."""
+        if not calls or self.settings.seed_kl_coefficient == 0:
+            return
+        sequences = self._checked([sequence for sequence in _completions(calls) if sequence.tokens > 0])
+        tokens = sum(sequence.tokens for sequence in sequences)
+        for micro in self._micro_batches(sequences):
+            kl = self._kl(self._log_probs(self._policy, micro), micro).sum() / tokens
+            self._accelerator.backward(self.settings.seed_kl_coefficient * kl)
+            tally.hold(kl, self.settings.seed_kl_coefficient)
 
     def _finite_norm(self, tally: Tally) -> Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dspy_fst.errors import TrainingError
 from dspy_fst.slow.credit import credit
-from dspy_fst.types import Group
+from dspy_fst.types import Candidate, Group, Rollout
 from tests.slow.makers import make_call, make_group, make_rollout
 
 
@@ -179,3 +179,26 @@ def test_a_greedy_call_carries_no_row_and_is_counted():
     batch = credit([group])
     assert [row.completion_ids for row in batch.rows] == [(5, 6), (5, 6)]
     assert batch.counts["greedy_calls"] == 2
+
+
+def test_a_candidate_s_own_baseline_leaves_out_what_the_instruction_brought():
+    calls = [make_call([token]) for token in (5, 6, 7, 8)]
+    texts = [Candidate({"answer": text}) for text in ("Good.", "Good.", "Bad.", "Bad.")]
+    rollouts = tuple(
+        Rollout(0, text, (call,), reward) for text, call, reward in zip(texts, calls, (1, 1, 0, 1), strict=True)
+    )
+    pooled = credit([Group(0, rollouts)], epsilon=0.0)
+    assert len(pooled.rows) == 4
+    own = credit([Group(0, rollouts)], baseline="candidate", epsilon=0.0)
+    assert [(row.completion_ids, row.advantage) for row in own.rows] == [((7,), -1.0), ((8,), 1.0)]
+    assert own.counts["flat_groups"] == 1
+
+
+def test_held_rollouts_give_calls_without_an_advantage_and_must_be_of_the_same_weights():
+    group = make_group(1.0, 0.0)
+    held = make_rollout(None, make_call([9, 9]), make_call([9], predictor="other"), mask="metric")
+    batch = credit([group], held=[held], trained={"answer"})
+    assert [call.completion_ids for call in batch.held] == [(9, 9)]
+    assert (len(batch.rows), batch.counts["held_rollouts"], batch.counts["rollouts"]) == (2, 1, 2)
+    with pytest.raises(TrainingError, match="step-000007"):
+        credit([group], held=[make_rollout(1.0, make_call(weights="step-000007"))])

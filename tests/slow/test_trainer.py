@@ -311,3 +311,31 @@ def test_settings_name_all_their_faults_at_once():
     with pytest.raises(ConfigurationError) as error:
         TrainerSettings(learning_rate=0, betas=(0.9, 1.0), max_grad_norm=0, micro_batch_tokens=0)
     assert len(error.value.faults) == 4
+
+
+def test_held_calls_add_the_gradient_of_their_mean_kl(start, tmp_path, groups, batch):
+    """Against autograd through transformers' own forward, one call at a time."""
+    reference = save_model(tmp_path / "reference", seed=5)
+    calls = tuple(draw_call(random.Random(n)) for n in range(3))
+    holding = make_trainer(start, reference, seed_kl_coefficient=0.3)
+    plain = make_trainer(start, reference)
+    with recorded_gradients(plain) as alone:
+        plain.step(batch)
+    with recorded_gradients(holding) as both:
+        report = holding.step(dataclasses.replace(batch, held=calls))
+    wanted, kl = mean_kl_gradient(start, reference, calls)
+    assert report.kl_under_seed == pytest.approx(kl, rel=1e-4)
+    assert_close({name: both[name] - alone[name] for name in both}, {n: 0.3 * g for n, g in wanted.items()})
+
+
+def mean_kl_gradient(start, reference, calls):
+    model, base = (AutoModelForCausalLM.from_pretrained(path) for path in (start, reference))
+    values = []
+    for call in calls:
+        ids = torch.tensor([[*call.prompt_ids, *call.completion_ids]])
+        at = slice(len(call.prompt_ids) - 1, -1)
+        ours, its = (torch.log_softmax(m(ids).logits[0, at] / call.temperature, -1) for m in (model, base))
+        values.append((ours.exp() * (ours - its.detach())).sum(-1))
+    kl = torch.cat(values).mean()
+    kl.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, kl.item()

@@ -1,0 +1,41 @@
+"""What is compared. An arm is a change of one recipe; whatever it does not name is the same for all."""
+
+from typing import Any
+
+RECIPE: dict[str, Any] = {
+    "cycles": 4,
+    "steps_per_cycle": 6,
+    "problems_per_step": 32,
+    "anchors": 32,
+    "search_rollouts": 240,
+    "reflection_minibatch": 4,
+    "learning_rate": 5e-4,  # tuned.json has an arm's own
+    "validation_samples": 1,
+}
+"""Of every arm; the laboratory's sizes, and the paper's everything else."""
+
+ARMS: dict[str, dict[str, Any]] = {
+    "fst": {},
+    "rl": {"method": "rl"},
+    "gepa": {"method": "gepa"},
+    "gepa_then_rl": {"method": "gepa_then_rl"},
+    "rl_then_gepa": {"method": "rl_then_gepa"},
+    "one_prompt": {"population_size": 1},
+    "own_baselines": {"baseline": "candidate"},
+    "anchored": {"seed_kl_coefficient": 0.1},
+    "front_loaded": {"first_search_share": 0.7},
+    "restarting": {"first_search_share": 0.7, "search_when_flat": 0.5},
+}
+
+ABOUT = {
+    "fst": "Fast-Slow Training",
+    "rl": "CISPO under the seed instruction",
+    "gepa": "the same search rollouts, no weight update",
+    "gepa_then_rl": "all searching first, then RL over the population",
+    "rl_then_gepa": "RL, then all searching under the final weights",
+    "one_prompt": "FST with one instruction instead of four",
+    "own_baselines": "FST whose baseline is the candidate's own, not pooled",
+    "anchored": "FST held to its start under the seed instruction (ours)",
+    "front_loaded": "FST with 70 % of the search rollouts in the first cycle",
+    "restarting": "front-loaded, later searches only when most groups are flat",
+}

@@ -1,0 +1,191 @@
+"""One run of one arm in a process of its own: train, then measure its checkpoints on held-out problems.
+
+python -m benchmarks.evidence.run fst --world reverse_drop --seed 0 --out runs/evidence/fst-reverse_drop-0
+
+Measuring is outside of every budget: it happens after the run, on the weights and populations that the run left.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.evidence.arms import ARMS, RECIPE
+from dspy_fst import FSTOptimizer, PolicyLM, save
+from dspy_fst.compiled import policy_of
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.evaluation import drift_of, estimate
+from dspy_fst.past import Past
+from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.texts import read_texts
+from dspy_fst.run.files import write_json
+from dspy_fst.session import version_of
+from dspy_fst.types import Candidate, Problem, Rollout
+from programs.lab import BASE, FeedbackProposer, build
+
+INTERVAL = 3
+"""Updates between two measured checkpoints."""
+PROBLEMS, SAMPLES = 96, 2
+"""Held-out problems of a measurement, and rollouts of each."""
+KEEP_ALL = 10_000
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which run: everything that its result depends on."""
+
+    arm: str
+    world: str
+    seed: int
+    base: str = str(BASE)
+    """Hugging Face folder, or a run of this benchmark to go on from."""
+    changes: Mapping[str, Any] | None = None
+    """Further fields of the recipe, e.g. a tuned learning rate."""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {**RECIPE, **ARMS[self.arm], **(self.changes or {})}
+
+
+def make(run: Run, out: Path) -> None:
+    """Train, measure and write ``out/result.json``; a run that was killed goes on, one that is finished stays."""
+    if (out / "result.json").exists():
+        return
+    torch.set_num_threads(1)  # so small a model is slower on several
+    transformers.logging.disable_progress_bar()
+    lab = build(run.world, seed=run.seed, test=PROBLEMS)
+    lab.program.set_lm(PolicyLM(_weights(run.base), engine="in_process", max_tokens=16))
+    optimizer = FSTOptimizer(
+        metric=lab.metric,
+        propose=FeedbackProposer(seed=run.seed),
+        run_dir=out / "run",
+        seed=run.seed,
+        keep_weights=KEEP_ALL,
+        progress=False,
+        **run.recipe,
+    )
+    compiled = optimizer.compile(lab.program, trainset=lab.trainset, valset=lab.valset)
+    policy = policy_of(compiled)
+    player = Player(
+        compiled, Reward(lab.metric), PlayerSettings(threads=64, seed=run.seed), policy.handle.engine.expect
+    )
+    measurer = Measurer(Past.of(out / "run"), player, policy, read_texts(lab.program), lab.testset)
+    lines = [measurer.line(step) for step in measurer.steps()]
+    cells = measurer.cells(lines[-1]["step"], read_texts(compiled))
+    shutil.rmtree(out / "final", ignore_errors=True)
+    save(compiled, out / "final")
+    policy.release()
+    entropy = [[s.step, s.update.entropy] for s in measurer.past.record.steps if s.update.tokens]
+    result = {**asdict(run), "recipe": run.recipe, "commit": commit(), "lines": lines, "cells": cells}
+    write_json(out / "result.json", {**result, "entropy": entropy, "instruction": dict(read_texts(compiled).texts)})
+    shutil.rmtree(out / "run" / "weights")
+    shutil.rmtree(out / "run" / "states")
+
+
+def _weights(base: str) -> Path:
+    """The weights of a model folder, or of a finished run of this benchmark."""
+    final = Path(base) / "final" / "weights"
+    return final if final.is_dir() else Path(base)
+
+
+class Measurer:
+    """Plays held-out problems under what a run had at a step."""
+
+    def __init__(self, past: Past, player: Player, policy: PolicyLM, seed: Candidate, examples: Sequence[Any]):
+        self.past, self.player, self.policy, self.seed = past, player, policy, seed
+        self.problems = [Problem(index, example) for index, example in enumerate(examples)]
+        self.trained = list(past.record.steps)
+        self.base = past.checkpoint(version_of(0))
+
+    def steps(self) -> Iterator[int]:
+        """Measured steps: numbers of updates made before."""
+        last = len(self.trained)
+        yield from (step for step in range(0, last, INTERVAL))
+        yield last
+
+    def line(self, step: int) -> dict[str, Any]:
+        """Accuracy and drift of the weights after so many updates, and all that was spent by then."""
+        texts = {"seed": self.seed, "evolved": self._best(step)}
+        checkpoint = self.past.checkpoint(version_of(step))
+        line: dict[str, Any] = {"step": step, **self._spent(step)}
+        for name, candidate in texts.items():
+            if name == "evolved" and candidate == self.seed:
+                line |= {key.replace("seed", name): line[key] for key in list(line) if key.startswith("seed ")}
+                continue
+            rollouts = self._play(checkpoint, candidate)
+            line[f"{name} accuracy"] = estimate(rollouts, SAMPLES).mean_at_k
+            drift = drift_of(checkpoint, self.base, rollouts) if step else None
+            line[f"{name} KL per token"] = drift.per_token if drift else 0.0
+            line[f"{name} KL per rollout"] = drift.per_rollout if drift else 0.0
+        return line
+
+    def cells(self, last: int, evolved: Candidate) -> dict[str, float]:
+        """The table of {base, trained} weights x {seed, evolved} instructions."""
+        weights = {"base": self.base, "trained": self.past.checkpoint(version_of(last))}
+        return {
+            f"{name} weights, {text} instructions": estimate(self._play(checkpoint, candidate), SAMPLES).mean_at_k
+            for name, checkpoint in weights.items()
+            for text, candidate in {"seed": self.seed, "evolved": evolved}.items()
+        }
+
+    def _best(self, step: int) -> Candidate:
+        """What spoke when the step was made: the population's best by its anchors; after the end, the last one's."""
+        if step == len(self.trained):
+            population = self.past.population(self.past.last_cycle)
+        else:
+            population = self.past.population(self.trained[step].cycle)
+        return population.best if population else self.seed
+
+    def _play(self, checkpoint: Checkpoint, candidate: Candidate) -> list[Rollout]:
+        engine = self.policy.handle.engine
+        if engine.weights != checkpoint.version:
+            engine.load(checkpoint)
+        tasks = [Task(problem, candidate, sample) for problem in self.problems for sample in range(SAMPLES)]
+        return self.player.play(tasks, "held out")
+
+    def _spent(self, step: int) -> dict[str, int]:
+        """Everything before this step, its cycle's search included."""
+        done = self.trained[:step]
+        last = step == len(self.trained)
+        cycles = [c for c in self.past.record.cycles if last or c.cycle <= self.trained[step].cycle]
+        return {
+            "training rollouts": sum(s.counts["rollouts"] + s.counts.get("held_rollouts", 0) for s in done),
+            "search rollouts": sum(cycle.rollouts for cycle in cycles),
+            "reflections": sum(cycle.reflections for cycle in cycles),
+            "tokens sampled": sum(step.sampled_tokens for step in done) + sum(c.sampled_tokens for c in cycles),
+            "tokens trained": sum(report.update.tokens for report in done),
+            "updates": sum(report.update.rows > 0 for report in done),
+        }
+
+
+def commit() -> str:
+    """The repository's commit, with a mark when files were changed since."""
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, timeout=30
+    )
+    return told.stdout.strip() or "unknown"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arm", choices=sorted(ARMS))
+    parser.add_argument("--world", default="reverse_drop", help="a world's name or import path")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base", default=str(BASE), help="a Hugging Face folder, or a finished run to go on from")
+    parser.add_argument("--changes", type=json.loads, default={}, help="fields of the recipe, as JSON")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    make(Run(options.arm, options.world, options.seed, options.base, options.changes), options.out)
+
+
+if __name__ == "__main__":
+    main()

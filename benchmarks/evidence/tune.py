@@ -1,0 +1,62 @@
+"""Chooses each arm's learning rate by one rule, on a world and seeds that no table reports.
+
+python -m benchmarks.evidence.tune
+
+The rule: the highest mean accuracy over the measured checkpoints, averaged over the seeds. An arm that is compared at
+another's best rate is no baseline.
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.evidence.grid import TUNED, make_all
+from benchmarks.evidence.run import Run
+from dspy_fst.run.files import write_json
+
+RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+WORLD, SEEDS = "reverse", (100, 101)
+ARMS = ("fst", "rl", "gepa_then_rl")
+"""The rest take what is nearest: `rl_then_gepa` trains as `rl`, every variant of FST as `fst`."""
+AS = {
+    "rl_then_gepa": "rl",
+    **dict.fromkeys(("one_prompt", "own_baselines", "anchored", "front_loaded", "restarting"), "fst"),
+}
+
+
+def rule(result: dict[str, Any]) -> float:
+    """Mean accuracy over a run's checkpoints, the start left out."""
+    return statistics.fmean(line["evolved accuracy"] for line in result["lines"][1:])
+
+
+def chosen(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Arm -> its rate, and what each rate came to."""
+    table: dict[str, dict[str, float]] = {}
+    for arm in ARMS:
+        for rate in RATES:
+            of = [rule(r) for r in results if r["arm"] == arm and r["recipe"]["learning_rate"] == rate]
+            table.setdefault(arm, {})[str(rate)] = statistics.fmean(of)
+    best = {arm: {"learning_rate": float(max(row, key=row.__getitem__)), "tried": row} for arm, row in table.items()}
+    return {**best, **{arm: {"learning_rate": best[like]["learning_rate"], "as": like} for arm, like in AS.items()}}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--folder", type=Path, default=Path("runs") / "evidence-tune")
+    options = parser.parse_args(arguments)
+    results = []
+    for rate in RATES:
+        stage = [Run(arm, WORLD, seed, changes={"learning_rate": rate}) for arm in ARMS for seed in SEEDS]
+        results += make_all(iter([stage]), options.folder / str(rate), options.processes, Console())
+    write_json(TUNED, chosen(results))
+    print(f"the chosen rates are in {TUNED}")
+
+
+if __name__ == "__main__":
+    main()
