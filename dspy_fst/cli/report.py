@@ -1,11 +1,12 @@
 """`dspy-fst report`."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dspy_fst.cli.common import Debug, errors_as_text
+from dspy_fst.cli.common import Debug, Json, errors_as_text
 from dspy_fst.errors import ConfigurationError
 
 
@@ -13,6 +14,7 @@ def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs; several are compared.")],
     out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
     plots: Annotated[Path | None, typer.Option(help="A folder for the charts as SVG and PNG files.")] = None,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write one HTML page about runs.
@@ -28,11 +30,16 @@ def report(
         except ImportError as error:
             raise ConfigurationError([str(error)]) from error
 
-        typer.echo(f"the report is {build_report(run_dirs, out)}")
+        page = build_report(run_dirs, out)
         if plots is not None:
             try:
                 save_plots(run_dirs, plots)
             except OSError as error:
                 fault = f"--plots: {plots} cannot be written: {error}; name a folder that can be written"
                 raise ConfigurationError([fault]) from error
+        if as_json:
+            typer.echo(json.dumps({"report": str(page), "plots": None if plots is None else str(plots)}))
+            return
+        typer.echo(f"the report is {page}")
+        if plots is not None:
             typer.echo(f"the charts are in {plots}")

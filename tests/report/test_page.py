@@ -258,6 +258,15 @@ def test_the_command_line_writes_the_page(tmp_path):
     Page((tmp_path / "page.html").read_text())
 
 
+def test_the_command_line_tells_machines_where_things_are(tmp_path):
+    run, page, plots = written(tmp_path / "run", whole_run()), tmp_path / "page.html", tmp_path / "plots"
+    words = ["report", str(run), "--out", str(page), "--plots", str(plots), "--json"]
+    outcome = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert json.loads(outcome.stdout) == {"report": str(page), "plots": str(plots)}
+    assert page.is_file()
+    assert any(plots.iterdir())
+
+
 def test_the_command_line_says_that_there_is_no_run(tmp_path):
     outcome = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert outcome.exit_code == 2
