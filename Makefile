@@ -17,7 +17,6 @@ help: ## Show this help.
 demo: .venv/.ready ## Train the miniature laboratory's program and model together, then print what each half brought.
 	$(RUN) -m programs.lab.demo --engine $(ENGINE) --seeds $(SEEDS)
 
-test test-fast: export OMP_NUM_THREADS = 1 # of each of two workers
 test: lint .venv/.browser ## Lint, types and every test, the real vLLM server's included.
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
