@@ -19,7 +19,7 @@ from benchmarks.evidence.grid import TUNED, make_all
 from benchmarks.evidence.run import Run
 from dspy_fst.run.files import write_json
 
-RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 WORLD, SEEDS = "reverse", (100, 101)
 ARMS = ("fst", "rl", "gepa_then_rl")
 """The rest take what is nearest: `rl_then_gepa` trains as `rl`, every variant of FST as `fst`."""
