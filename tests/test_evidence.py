@@ -1,10 +1,32 @@
 """The evidence: what is compared is stated, tuned apart from what is reported; every table follows from raw lines."""
 
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from benchmarks.evidence import arms, grid, tables, tune
-from benchmarks.evidence.run import Run
+from benchmarks.evidence import arms, experiments, raw, tables, tune
+from benchmarks.evidence.claims import TABLES, ceiling, continual, plasticity
+from benchmarks.evidence.run import Run, make
 from dspy_fst.config import FSTConfig
+from dspy_fst.run.files import read_json
+from programs.lab import BASE
+from programs.lab.world import load_world
+
+PLACE = experiments.Place(Path("runs"))
+
+
+@pytest.fixture
+def runs():
+    return [
+        run
+        for seeds, names in experiments.FORMS.values()
+        for name in names
+        for stage in experiments.EXPERIMENTS[name](PLACE, seeds)
+        for run in stage
+    ]
 
 
 @pytest.mark.parametrize("arm", arms.ARMS)
@@ -13,11 +35,9 @@ def test_every_arm_is_a_recipe_and_says_what_it_is(arm):
     assert arms.ABOUT[arm]
 
 
-def test_nothing_is_tuned_on_what_is_reported():
-    for form in grid.FORMS.values():
-        assert tune.WORLD not in form.worlds
-        assert tune.WORLD != grid.SECOND_TASK
-        assert not set(tune.SEEDS) & set(form.seeds)
+def test_nothing_is_tuned_on_what_is_reported(runs):
+    assert tune.WORLD not in {run.world for run in runs}
+    assert not set(tune.SEEDS) & {run.seed for run in runs}
 
 
 def test_every_arm_that_trains_has_a_tuned_rate():
@@ -25,7 +45,39 @@ def test_every_arm_that_trains_has_a_tuned_rate():
     assert trained == {*tune.ARMS, *tune.AS}
 
 
-def result(arm, seed, accuracies, *, interval=3, search=100, world="w"):
+def test_every_run_has_a_folder_of_its_own_and_what_it_goes_on_from_is_made_before(runs):
+    folders = {PLACE.of(run): run for run in runs}
+    assert all(folders[PLACE.of(run)] == run for run in runs)
+    for seeds, names in experiments.FORMS.values():
+        for name in names:
+            made = {str(BASE), str(PLACE.weaker_base)}
+            for stage in experiments.EXPERIMENTS[name](PLACE, seeds):
+                assert {run.base for run in stage} <= made
+                made |= {str(PLACE.of(run)) for run in stage}
+
+
+def test_a_run_measures_its_checkpoints_and_another_goes_on_from_its_program(tmp_path):
+    small = {"cycles": 1, "steps_per_cycle": 1, "problems_per_step": 4, "anchors": 4, "search_rollouts": 12}
+    first = Run("fst", "reverse", 0, changes=small)
+    make(first, tmp_path / "first")
+    found = read_json(tmp_path / "first" / "result.json")
+    assert [line["step"] for line in found["lines"]] == [0, 1]
+    assert found["lines"][0]["training rollouts"] == 0
+    assert found["lines"][1]["training rollouts"] == 32
+    assert 4 <= found["lines"][1]["search rollouts"] <= 12
+    assert set(found["cells"]) == {
+        f"{w} weights, {t} instructions" for w in ("base", "trained") for t in ("seed", "evolved")
+    }
+    assert 0.4 < found["other instructions"]["base"] < 0.8
+
+    on = replace(first, world="descending", base=str(tmp_path / "first"), carry=True)
+    make(on, tmp_path / "on")
+    went = read_json(tmp_path / "on" / "result.json")
+    assert went["carry"]
+    assert went["other instructions"]["base"] == found["other instructions"]["trained"]
+
+
+def result(arm, seed, accuracies, *, interval=3, search=100, world="w", base="base", **more):
     lines = [
         {
             "step": step * interval,
@@ -35,15 +87,15 @@ def result(arm, seed, accuracies, *, interval=3, search=100, world="w"):
         }
         for step, accuracy in enumerate(accuracies)
     ]
-    return {"arm": arm, "seed": seed, "world": world, "base": "base", "lines": lines}
+    return {"arm": arm, "seed": seed, "world": world, "base": base, "carry": False, "lines": lines, **more}
 
 
 def test_the_first_time_at_a_level_lies_between_two_checkpoints():
     points = [(0, 0.1), (3, 0.4), (6, 0.4), (9, 0.7)]
-    assert tables.first_at(points, 0.1) == 0
-    assert tables.first_at(points, 0.25) == pytest.approx(1.5)
-    assert tables.first_at(points, 0.55) == pytest.approx(7.5)
-    assert tables.first_at(points, 0.8) is None
+    assert raw.first_at(points, 0.1) == 0
+    assert raw.first_at(points, 0.25) == pytest.approx(1.5)
+    assert raw.first_at(points, 0.55) == pytest.approx(7.5)
+    assert raw.first_at(points, 0.8) is None
 
 
 def test_an_arm_is_held_against_rl_on_its_own_seed_with_searches_counted():
@@ -53,14 +105,61 @@ def test_an_arm_is_held_against_rl_on_its_own_seed_with_searches_counted():
         result("fst", 0, [0.2, 0.8, 0.9, 0.9], search=256),
         result("fst", 1, [0.1, 0.2, 0.2, 0.5], search=256),
     ]
-    found = tables.by_arm(results, "w")
-    steps = tables.ratios(found, "fst", lambda run, level: tables.first_at(tables.curve(run), level))
+    found = raw.by_arm(results, "w")
+    steps = raw.ratios(found, "fst", lambda run, level: raw.first_at(raw.curve(run), level))
     assert steps == [pytest.approx(9 / 3), None]  # on seed 1 it never comes to RL's .6
-    rollouts = tables.ratios(found, "fst", lambda run, level: tables.first_at(tables.spent(run), level))
+    rollouts = raw.ratios(found, "fst", lambda run, level: raw.first_at(raw.spent(run), level))
     assert rollouts[0] == pytest.approx(9 * 256 / (256 + 3 * 256))
-    assert tables.shown(steps, ".1f") == "3.0 (3.0 to 3.0), never in 1 of 2"
+
+
+def test_what_a_run_never_came_to_counts_against_it():
+    assert raw.shown([3.0, None, 1.0], ".1f", never=0.0) == "1.0 (0.0 to 3.0)"
+    assert raw.shown([5.0, None, None], ".0f") == "never (5 to never)"
+    assert raw.shown([0.5]) == "0.50"
+
+
+def test_smallest_to_largest_is_the_bootstrap_interval_of_a_median_of_five():
+    values, draw = np.array([1.0, 2.0, 5.0, 7.0, 11.0]), np.random.default_rng(0)
+    medians = np.median(values[draw.integers(5, size=(20_000, 5))], axis=1)
+    assert list(np.quantile(medians, [0.025, 0.975])) == [1.0, 11.0]
+
+
+def test_a_ceiling_is_found_again_from_the_curve_that_it_made():
+    updates = np.arange(3, 40, 3)
+    for top in (0.55, 0.9):
+        curve = ceiling.sigmoid(updates.astype(float), 0.02, top, 7.0, 2.5)
+        made = result("fst", 0, [0.02, *curve])
+        assert ceiling.fitted_ceiling([made]) == pytest.approx(top, abs=0.02)
+
+
+def test_stages_and_second_tasks_are_told_apart_from_fresh_runs():
+    first, second, third = continual.SEQUENCE
+    results = [
+        result("fst", 0, [0.1, 0.9], world=first),
+        result("fst", 0, [0.1, 0.6], world=second),
+        result("fst", 0, [0.1, 0.7], world=second, base="fst-x-0", carry=True),
+        result("rl", 0, [0.1, 0.5], world=second),
+        result("rl", 0, [0.1, 0.4], world=second, base="fst-x-0"),
+        result("fst", 0, [0.1, 0.2], world=third),
+        result("fst", 0, [0.1, 0.3], world=third, base="fst-y-0", carry=True),
+    ]
+    assert "| fst | 0.90 | 0.70, fresh 0.60 | 0.30, fresh 0.20 |" in continual.rows(results[:3] + results[5:])
+    table = plasticity.rows(results, second)
+    assert "| the base | 0.50 |" in table
+    assert "| fst | 0.40 |" in table
+
+
+def test_the_worlds_of_the_evidence_are_what_they_say():
+    worlds = "benchmarks.evidence.worlds"
+    hidden, lengths = load_world(f"{worlds}:CEILING"), load_world(f"{worlds}:BY_LENGTH")
+    assert lengths.answer("1 2 3 4") == "4 3 2"
+    assert lengths.answer("1 2 3 4 5") == "5 4 3 2 1"
+    problems = [f"{a} {b} {c} {d}" for a in range(10) for b in range(10) for c in range(10) for d in range(10)]
+    followed = sum(len(hidden.answer(numbers).split()) == 3 for numbers in problems) / len(problems)
+    assert math.isclose(followed, 0.8, abs_tol=0.02)
 
 
 def test_the_published_tables_are_those_of_the_raw_lines():
     page = tables.PAGE.read_text()
+    assert {found[1] for found in tables.PLACE.finditer(page)} == set(TABLES)
     assert tables.rendered(page) == page

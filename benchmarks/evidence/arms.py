@@ -9,23 +9,40 @@ RECIPE: dict[str, Any] = {
     "anchors": 32,
     "search_rollouts": 240,
     "reflection_minibatch": 4,
-    "learning_rate": 5e-4,  # tuned.json has an arm's own
+    "learning_rate": 5e-4,  # an arm's own is in benchmarks/results/evidence/tuned.json
     "validation_samples": 1,
 }
 """Of every arm; the laboratory's sizes, and the paper's everything else."""
 
-ARMS: dict[str, dict[str, Any]] = {
+MAIN: dict[str, dict[str, Any]] = {
     "fst": {},
     "rl": {"method": "rl"},
     "gepa": {"method": "gepa"},
     "gepa_then_rl": {"method": "gepa_then_rl"},
     "rl_then_gepa": {"method": "rl_then_gepa"},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
     "one_prompt": {"population_size": 1},
     "own_baselines": {"baseline": "candidate"},
     "anchored": {"seed_kl_coefficient": 0.1},
     "front_loaded": {"first_search_share": 0.7},
     "restarting": {"first_search_share": 0.7, "search_when_flat": 0.5},
 }
+SENSITIVITY: dict[str, dict[str, Any]] = {
+    "T=3": {"steps_per_cycle": 3, "cycles": 8, "search_rollouts": 120},
+    "T=12": {"steps_per_cycle": 12, "cycles": 2, "search_rollouts": 480},
+    "K=2": {"population_size": 2},
+    "K=8": {"population_size": 8},
+    "G=4": {"group_size": 4},
+    "G=16": {"group_size": 16},
+    "16 anchors": {"anchors": 16},
+    "64 anchors": {"anchors": 64},
+    "half the search": {"search_rollouts": 120},
+    "twice the search": {"search_rollouts": 480},
+}
+"""FST with one number changed. Other T keep the number of updates and the rollouts of all searches together."""
+
+ARMS = {**MAIN, **VARIANTS, **SENSITIVITY}
 
 ABOUT = {
     "fst": "Fast-Slow Training",
@@ -38,4 +55,5 @@ ABOUT = {
     "anchored": "FST held to its start under the seed instruction (ours)",
     "front_loaded": "FST with 70 % of the search rollouts in the first cycle",
     "restarting": "front-loaded, later searches only when most groups are flat",
+    **dict.fromkeys(SENSITIVITY, "FST with this number changed"),
 }

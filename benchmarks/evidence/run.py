@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from benchmarks.evidence.arms import ARMS, RECIPE
-from dspy_fst import FSTOptimizer, PolicyLM, save
+from dspy_fst import FSTOptimizer, PolicyLM, load, save
 from dspy_fst.compiled import policy_of
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.evaluation import drift_of, estimate
@@ -30,11 +30,15 @@ from dspy_fst.run.files import write_json
 from dspy_fst.session import version_of
 from dspy_fst.types import Candidate, Problem, Rollout
 from programs.lab import BASE, FeedbackProposer, build
+from programs.lab.measure import load as load_model
+from programs.lab.pretrain import told_accuracy
 
 INTERVAL = 3
 """Updates between two measured checkpoints."""
 PROBLEMS, SAMPLES = 96, 2
 """Held-out problems of a measurement, and rollouts of each."""
+TOLD = 12
+"""Problems of each single operation, told, that show what other instructions still do."""
 KEEP_ALL = 10_000
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -48,12 +52,14 @@ class Run:
     seed: int
     base: str = str(BASE)
     """Hugging Face folder, or a run of this benchmark to go on from."""
-    changes: Mapping[str, Any] | None = None
+    carry: bool = False
+    """Whether that run's population is carried on too, not only its weights."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the recipe, e.g. a tuned learning rate."""
 
     @property
     def recipe(self) -> dict[str, Any]:
-        return {**RECIPE, **ARMS[self.arm], **(self.changes or {})}
+        return {**RECIPE, **ARMS[self.arm], **self.changes}
 
 
 def make(run: Run, out: Path) -> None:
@@ -63,7 +69,12 @@ def make(run: Run, out: Path) -> None:
     torch.set_num_threads(1)  # so small a model is slower on several
     transformers.logging.disable_progress_bar()
     lab = build(run.world, seed=run.seed, test=PROBLEMS)
-    lab.program.set_lm(PolicyLM(_weights(run.base), engine="in_process", max_tokens=16))
+    seed = read_texts(lab.program)
+    if run.carry:
+        student = load(Path(run.base) / "final", lab.program)
+    else:
+        student = lab.program
+        student.set_lm(PolicyLM(_weights(run.base), engine="in_process", max_tokens=16))
     optimizer = FSTOptimizer(
         metric=lab.metric,
         propose=FeedbackProposer(seed=run.seed),
@@ -73,20 +84,22 @@ def make(run: Run, out: Path) -> None:
         progress=False,
         **run.recipe,
     )
-    compiled = optimizer.compile(lab.program, trainset=lab.trainset, valset=lab.valset)
+    compiled = optimizer.compile(student, trainset=lab.trainset, valset=lab.valset)
     policy = policy_of(compiled)
     player = Player(
         compiled, Reward(lab.metric), PlayerSettings(threads=64, seed=run.seed), policy.handle.engine.expect
     )
-    measurer = Measurer(Past.of(out / "run"), player, policy, read_texts(lab.program), lab.testset)
+    measurer = Measurer(Past.of(out / "run"), player, policy, seed, lab.testset)
     lines = [measurer.line(step) for step in measurer.steps()]
     cells = measurer.cells(lines[-1]["step"], read_texts(compiled))
+    others = {"base": others_told(measurer.base), "trained": others_told(policy.checkpoint)}
     shutil.rmtree(out / "final", ignore_errors=True)
     save(compiled, out / "final")
     policy.release()
     entropy = [[s.step, s.update.entropy] for s in measurer.past.record.steps if s.update.tokens]
     result = {**asdict(run), "recipe": run.recipe, "commit": commit(), "lines": lines, "cells": cells}
-    write_json(out / "result.json", {**result, "entropy": entropy, "instruction": dict(read_texts(compiled).texts)})
+    result |= {"other instructions": others, "entropy": entropy, "instruction": dict(read_texts(compiled).texts)}
+    write_json(out / "result.json", result)
     shutil.rmtree(out / "run" / "weights")
     shutil.rmtree(out / "run" / "states")
 
@@ -167,6 +180,11 @@ class Measurer:
         }
 
 
+def others_told(checkpoint: Checkpoint) -> float:
+    """What is left of following other instructions: mean accuracy over the laboratory's single operations, told."""
+    return told_accuracy(*load_model(checkpoint.path), samples=TOLD, seed=0)
+
+
 def commit() -> str:
     """The repository's commit, with a mark when files were changed since."""
     told = subprocess.run(
@@ -181,10 +199,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--world", default="reverse_drop", help="a world's name or import path")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base", default=str(BASE), help="a Hugging Face folder, or a finished run to go on from")
+    parser.add_argument("--carry", action="store_true", help="go on from that run's population too")
     parser.add_argument("--changes", type=json.loads, default={}, help="fields of the recipe, as JSON")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    make(Run(options.arm, options.world, options.seed, options.base, options.changes), options.out)
+    run = Run(options.arm, options.world, options.seed, options.base, options.carry, options.changes)
+    make(run, options.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.evidence.grid import TUNED, make_all
+from benchmarks.evidence.arms import SENSITIVITY, VARIANTS
+from benchmarks.evidence.experiments import TUNED, Place
+from benchmarks.evidence.grid import make_all
 from benchmarks.evidence.run import Run
 from dspy_fst.run.files import write_json
 
@@ -23,10 +25,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 WORLD, SEEDS = "reverse", (100, 101)
 ARMS = ("fst", "rl", "gepa_then_rl")
 """The rest take what is nearest: `rl_then_gepa` trains as `rl`, every variant of FST as `fst`."""
-AS = {
-    "rl_then_gepa": "rl",
-    **dict.fromkeys(("one_prompt", "own_baselines", "anchored", "front_loaded", "restarting"), "fst"),
-}
+AS = {"rl_then_gepa": "rl", **dict.fromkeys((*VARIANTS, *SENSITIVITY), "fst")}
 
 
 def rule(result: dict[str, Any]) -> float:
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = []
     for rate in RATES:
         stage = [Run(arm, WORLD, seed, changes={"learning_rate": rate}) for arm in ARMS for seed in SEEDS]
-        results += make_all(iter([stage]), options.folder / str(rate), options.processes, Console())
+        results += make_all([stage], Place(options.folder / str(rate)), options.processes, Console())
     write_json(TUNED, chosen(results))
     print(f"the chosen rates are in {TUNED}")
 

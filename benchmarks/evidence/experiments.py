@@ -1,0 +1,108 @@
+"""Which runs answer which questions. An experiment is a list of stages; a stage needs what the ones before it left."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.arms import MAIN, SENSITIVITY, VARIANTS
+from benchmarks.evidence.claims.continual import SEQUENCE
+from benchmarks.evidence.raw import RESULTS
+from benchmarks.evidence.run import Run
+from dspy_fst.run.files import read_json
+from programs.lab import BASE
+
+TUNED = RESULTS / "tuned.json"
+HARD_WORLDS = ("ends_decrement", "benchmarks.evidence.worlds:CEILING", "benchmarks.evidence.worlds:BY_LENGTH")
+PAIRS = (("reverse_drop", "descending"), ("descending", "reverse_drop"))
+"""(first task, second task) of the plasticity claim."""
+CARRIED = ("fst", "rl", "gepa_then_rl", "anchored")
+"""Arms whose weights go on to other tasks."""
+WEAKER = "base-weaker"
+Stages = list[list[Run]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs lie: run -> its folder, and back as the base of a run that goes on from it."""
+
+    folder: Path
+
+    def of(self, run: Run) -> Path:
+        world = run.world.rpartition(":")[2].rpartition(".")[2].lower()
+        start = "" if run.base == str(BASE) else f"-{'with' if run.carry else 'from'}-{Path(run.base).name}"
+        return self.folder / f"{run.arm.replace(' ', '_')}-{world}-{run.seed}{start}"
+
+    @property
+    def weaker_base(self) -> Path:
+        return self.folder / WEAKER
+
+
+def planned(arm: str, world: str, seed: int, base: Path = BASE, *, carry: bool = False) -> Run:
+    """A run at its arm's own learning rate, chosen on other seeds (`benchmarks.evidence.tune`)."""
+    found: Mapping[str, Any] = read_json(TUNED) or {}
+    changes = {"learning_rate": found[arm]["learning_rate"]} if arm in found else {}
+    return Run(arm, world, seed, str(base), carry, changes)
+
+
+def _each(arms: Iterable[str], worlds: Iterable[str], seeds: Iterable[int], base: Path = BASE) -> list[Run]:
+    return [planned(arm, world, seed, base) for seed in seeds for world in worlds for arm in arms]
+
+
+def main(place: Place, seeds: range) -> Stages:
+    """Every arm of the main comparison on the main world."""
+    return [_each((*MAIN, "anchored"), ("reverse_drop",), seeds)]
+
+
+def worlds(place: Place, seeds: range) -> Stages:
+    """The same on worlds where text, or weights, can do less."""
+    return [_each(MAIN, HARD_WORLDS, seeds)]
+
+
+def variants(place: Place, seeds: range) -> Stages:
+    """The method's open questions, on the main world and where problems need different advice."""
+    return [_each(("fst", "gepa_then_rl", *VARIANTS), ("reverse_drop", HARD_WORLDS[-1]), seeds)]
+
+
+def plasticity(place: Place, seeds: range) -> Stages:
+    """RL on a second task from each arm's weights, and from the base."""
+    first = [run for one, _ in PAIRS for run in _each(CARRIED, (one,), seeds)]
+    fresh = [run for _, two in PAIRS for run in _each(("rl",), (two,), seeds)]
+    second = [
+        planned("rl", two, seed, place.of(planned(arm, one, seed)))
+        for one, two in PAIRS
+        for seed in seeds
+        for arm in CARRIED
+    ]
+    return [first + fresh, second]
+
+
+def continual(place: Place, seeds: range) -> Stages:
+    """Three worlds in a row, and each of them from the base."""
+    arms = ("fst", "rl", "gepa_then_rl", "anchored")
+    stages = [_each(arms, SEQUENCE, seeds)]
+    before = {(arm, seed): planned(arm, SEQUENCE[0], seed) for arm in arms for seed in seeds}
+    for world in SEQUENCE[1:]:
+        before = {
+            (arm, seed): planned(arm, world, seed, place.of(run), carry=True) for (arm, seed), run in before.items()
+        }
+        stages.append(list(before.values()))
+    return stages
+
+
+def sensitivity(place: Place, seeds: range) -> Stages:
+    """T, K, G, anchors and budget, one at a time."""
+    return [_each(("fst", *SENSITIVITY), ("reverse_drop",), seeds)]
+
+
+def bases(place: Place, seeds: range) -> Stages:
+    """The main comparison on a base that was pretrained less, from another seed."""
+    return [_each(MAIN, ("reverse_drop",), seeds, place.weaker_base)]
+
+
+EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {
+    made.__name__: made for made in (main, worlds, variants, plasticity, continual, sensitivity, bases)
+}
+SHORT, LONG = range(3), range(5)
+FORMS: dict[str, tuple[range, Sequence[str]]] = {"short": (SHORT, ("main",)), "long": (LONG, tuple(EXPERIMENTS))}
+"""Seeds and experiments of each form."""

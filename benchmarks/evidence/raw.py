@@ -1,0 +1,112 @@
+"""Raw lines of the evidence, and the few ways in which every claim reads them.
+
+A figure is a median over seeds; its interval is the smallest to the largest, which for up to five seeds is what the
+95 % percentile bootstrap of a median comes to. Arms are compared with RL on the same seed: the same problems.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.arms import ABOUT
+
+RESULTS = Path(__file__).parent.parent / "results" / "evidence"
+ROLLOUTS = ("training rollouts", "search rollouts")
+Result = Mapping[str, Any]
+"""What `benchmarks.evidence.run` writes of one run."""
+Runs = Mapping[str, Mapping[int, Result]]
+"""Arm -> seed -> its run."""
+
+
+def read(form: str, experiment: str) -> list[Result]:
+    """The raw lines of an experiment; empty when it was not made yet."""
+    path = RESULTS / form / f"{experiment}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def by_arm(results: Sequence[Result], world: str, base: str = "base") -> dict[str, dict[int, Result]]:
+    """Arm -> seed -> its run on a world from a base model, in the order of ABOUT."""
+    found: dict[str, dict[int, Result]] = {arm: {} for arm in ABOUT}
+    for result in results:
+        if result["world"] == world and result["base"] == base:
+            found[result["arm"]][result["seed"]] = result
+    return {arm: runs for arm, runs in found.items() if runs}
+
+
+# ---- what a run came to ------------------------------------------------------------------------
+
+
+def curve(result: Result, of: str = "evolved accuracy") -> list[tuple[float, float]]:
+    """(updates, figure) at each measured checkpoint."""
+    return [(line["step"], line[of]) for line in result["lines"]]
+
+
+def spent(result: Result) -> list[tuple[float, float]]:
+    """(all rollouts, accuracy): searches count as training does."""
+    return [(sum(line[name] for name in ROLLOUTS), line["evolved accuracy"]) for line in result["lines"]]
+
+
+def last(result: Result) -> Mapping[str, Any]:
+    """A run's last checkpoint."""
+    line: Mapping[str, Any] = result["lines"][-1]
+    return line
+
+
+def final(result: Result) -> float:
+    """Accuracy at the end."""
+    return float(last(result)["evolved accuracy"])
+
+
+def peak(result: Result) -> float:
+    """The best accuracy of a run's checkpoints."""
+    return max(value for _, value in curve(result))
+
+
+def first_at(points: Sequence[tuple[float, float]], level: float) -> float | None:
+    """Where a curve first reaches a level, linear between its points; None when it never does."""
+    before: tuple[float, float] | None = None
+    for at, value in points:
+        if value >= level:
+            if before is None or value == before[1]:
+                return at
+            return before[0] + (at - before[0]) * (level - before[1]) / (value - before[1])
+        before = (at, value)
+    return None
+
+
+def at_level(result: Result, level: float, figure: str) -> float | None:
+    """A figure at the first checkpoint whose accuracy is at least the level."""
+    return next((line[figure] for line in result["lines"] if line["evolved accuracy"] >= level), None)
+
+
+# ---- over seeds --------------------------------------------------------------------------------
+
+
+def shown(values: Sequence[float | None], form: str = ".2f", *, never: float = math.inf) -> str:
+    """Median, smallest and largest of values over seeds.
+
+    A value that a run never came to counts as ``never``: it is not left out, which would flatter the runs that failed.
+    """
+    known = sorted(never if value is None else value for value in values)
+    low, middle, high = (_figure(value, form) for value in (known[0], statistics.median_low(known), known[-1]))
+    if len(known) % 2 == 0 and all(math.isfinite(value) for value in known):
+        middle = _figure(statistics.median(known), form)
+    return low if low == high else f"{middle} ({low} to {high})"
+
+
+def _figure(value: float, form: str) -> str:
+    return f"{value:{form}}" if math.isfinite(value) else "never"
+
+
+def ratios(arms: Runs, arm: str, of: Callable[[Result, float], float | None], share: float = 1.0) -> list[float | None]:
+    """RL's cost of a share of its own peak over the arm's cost of it, seed by seed: 3 is three times cheaper."""
+    values: list[float | None] = []
+    for seed, run in arms[arm].items():
+        level = share * peak(arms["rl"][seed])
+        own, its = of(arms["rl"][seed], level), of(run, level)
+        # What is there before the first update costs no step: counted as one, so that the ratio stays a number.
+        values.append(None if own is None or its is None else own / max(its, 1.0))
+    return values
