@@ -4,8 +4,10 @@ python -m benchmarks.evidence.grid short               # 3 seeds, the main compa
 python -m benchmarks.evidence.grid long                # 5 seeds, every experiment
 python -m benchmarks.evidence.grid long main worlds    # only these
 python -m benchmarks.evidence.grid short --world my_pkg.my_world:WORLD    # the main comparison on a world of your own
+python -m benchmarks.evidence.grid short --base my_base                   # or from a base model of your own
 
-Runs lie in runs/evidence; results go to benchmarks/results/evidence/FORM/EXPERIMENT.jsonl, one line a run.
+Runs lie in runs/evidence; results go to benchmarks/results/evidence/FORM/EXPERIMENT.jsonl, one line a run, or, when a
+world, a base or a number of seeds is named, to the same place below runs/evidence: those are not published.
 """
 
 import argparse
@@ -98,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("form", choices=sorted(FORMS))
     parser.add_argument("experiment", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; without one all of the form's")
     parser.add_argument("--world", help="the main comparison on this world instead; a name or an import path")
-    parser.add_argument("--seeds", type=int, help="instead of the form's own number; nothing is published then")
+    parser.add_argument("--base", type=Path, help="the main comparison from this model instead: a Hugging Face folder")
+    parser.add_argument("--seeds", type=int, help="instead of the form's own number")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs") / "evidence")
     options = parser.parse_args(arguments)
@@ -106,11 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := sorted(set(options.experiment) - set(EXPERIMENTS)):
         parser.error(f"no such experiment: {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
     place = Place(options.folder)
-    own = bool(options.world or options.seeds)
-    for name in ["main"] if options.world else options.experiment or experiments:
+    changed = {"world": options.world, "base": options.base and str(options.base)}
+    changed = {name: value for name, value in changed.items() if value}
+    own = bool(changed or options.seeds)
+    for name in ["main"] if changed else options.experiment or experiments:
         stages = EXPERIMENTS[name](place, range(options.seeds) if options.seeds else seeds)
-        if options.world:
-            stages = [[replace(run, world=options.world) for run in stage] for stage in stages]
+        stages = [[replace(run, **changed) for run in stage] for stage in stages]
         results = make_all(stages, place, options.processes, Console())
         path = (options.folder if own else RESULTS) / options.form / f"{name}.jsonl"
         write(results, path)

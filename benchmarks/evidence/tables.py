@@ -1,13 +1,17 @@
-"""Writes the tables of BENCHMARKS.md from the raw lines alone.
+"""Writes the tables of BENCHMARKS.md from the raw lines alone, or prints those of lines that are not published.
 
 python -m benchmarks.evidence.tables
+python -m benchmarks.evidence.tables runs/evidence/short/main.jsonl
 """
 
+import argparse
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evidence.claims import TABLES
-from benchmarks.evidence.raw import read
+from benchmarks.evidence.raw import Result, read
 
 PAGE = Path(__file__).parent.parent.parent / "BENCHMARKS.md"
 PLACE = re.compile(r"<!-- (\w+): (\w+) (\w+) ([\w:.]+)(?: from ([\w-]+))? -->\n.*?<!-- end -->", re.DOTALL)
@@ -27,8 +31,28 @@ def rendered(page: str) -> str:
     return PLACE.sub(made, page)
 
 
-def main() -> None:
-    PAGE.write_text(rendered(PAGE.read_text()))
+OF_ONE_WORLD = ("efficiency", "ceiling", "drift", "first_signal", "two_by_two", "entropy", "costs")
+"""Claims that need no more than the main comparison on a world."""
+
+
+def printed(results: Sequence[Result]) -> str:
+    """Every table that these lines can fill, by world and base model."""
+    kinds = dict.fromkeys((result["world"], result["base"]) for result in results if not result["carry"])
+    return "\n\n".join(
+        f"## {claim}: {world} from {base}\n\n{TABLES[claim](results, world, base)}"
+        for world, base in kinds
+        for claim in OF_ONE_WORLD
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", type=Path, help="raw lines to print the tables of")
+    options = parser.parse_args(arguments)
+    if options.results is None:
+        PAGE.write_text(rendered(PAGE.read_text()))
+    else:
+        print(printed([json.loads(line) for line in options.results.read_text().splitlines()]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Prints what `recipe.json` and the README's table hold: accuracy told and untold,
 
 import argparse
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,8 +106,17 @@ class Report:
     """Tokens of a five-number reply, end of turn included."""
 
 
-def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, samples: int = 256, seed: int = 1) -> Report:
-    """Sample `samples` replies for each operation and for each world under each of its two instructions."""
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    samples: int = 256,
+    seed: int = 1,
+    names: Sequence[str] | None = None,
+) -> Report:
+    """Sample `samples` replies for each operation and for each world under each of its two instructions.
+
+    `names`: of the worlds, also import paths; None takes those that ship with the lab.
+    """
     rng = random.Random(f"measure-{seed}")
     parsed: list[float] = []
     lengths: list[int] = []
@@ -124,7 +134,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, samples:
         tasks = [operation_tasks(rng, op.name, wording, samples // len(op.wordings)) for wording in op.wordings]
         operations[op.name] = score([task for wording_tasks in tasks for task in wording_tasks])
         unheard.append(score(operation_tasks(rng, op.name, op.unheard, samples // 4)))
-    worlds = [load_world(name) for name in world_names()]
+    worlds = [load_world(name) for name in names or world_names()]
     return Report(
         operations=operations,
         unheard=round(sum(unheard) / len(unheard), 3),
@@ -160,10 +170,11 @@ def table(report: Report) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=BASE, help="folder of the model (default: the shipped base)")
+    parser.add_argument("--world", action="append", help="a name or import path (default: all that ship with the lab)")
     parser.add_argument("--samples", type=int, default=256, help="replies a cell of the table")
     parser.add_argument("--json", action="store_true", help="print the raw report instead of tables")
     options = parser.parse_args()
-    report = measure(*load(options.model), samples=options.samples)
+    report = measure(*load(options.model), samples=options.samples, names=options.world)
     print(asdict(report) if options.json else table(report))
 
 
