@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.evidence import arms, experiments, raw, tables, tune
+from benchmarks.evidence import arms, charts, experiments, raw, tables, tune
 from benchmarks.evidence.claims import TABLES, ceiling, continual, plasticity
 from benchmarks.evidence.run import Run, make
 from dspy_fst.config import FSTConfig
@@ -163,3 +163,19 @@ def test_the_published_tables_are_those_of_the_raw_lines():
     page = tables.PAGE.read_text()
     assert {found[1] for found in tables.PLACE.finditer(page)} == set(TABLES)
     assert tables.rendered(page) == page
+
+
+def test_a_chart_has_a_curve_for_each_arm_that_was_run():
+    results = [
+        result("rl", 0, [0.0, 0.2, 0.4], search=0),
+        result("fst", 0, [0.2, 0.8, 0.9]),
+        result("fst", 1, [0.1, 0.4, 0.7]),
+    ]
+    for made in results:
+        for line in made["lines"]:
+            line["evolved KL per rollout"] = line["step"] / 10
+    panels = charts.draw(results, "w").axes
+    told = [text.get_text() for text in panels[0].get_legend().get_texts()]
+    assert told == ["fst", "rl"]
+    assert list(panels[1].lines[0].get_ydata()) == pytest.approx([0.15, 0.6, 0.8])
+    assert list(panels[1].lines[0].get_xdata()) == [100, 868, 1636]
