@@ -22,9 +22,9 @@ PLACE = experiments.Place(Path("runs"))
 def runs():
     return [
         run
-        for seeds, names in experiments.FORMS.values()
-        for name in names
-        for stage in experiments.EXPERIMENTS[name](PLACE, seeds)
+        for form in experiments.FORMS.values()
+        for name, seeds in form.items()
+        for stage in experiments.EXPERIMENTS[name](PLACE, range(seeds))
         for run in stage
     ]
 
@@ -48,10 +48,10 @@ def test_every_arm_that_trains_has_a_tuned_rate():
 def test_every_run_has_a_folder_of_its_own_and_what_it_goes_on_from_is_made_before(runs):
     folders = {PLACE.of(run): run for run in runs}
     assert all(folders[PLACE.of(run)] == run for run in runs)
-    for seeds, names in experiments.FORMS.values():
-        for name in names:
+    for form in experiments.FORMS.values():
+        for name, seeds in form.items():
             made = {str(BASE), str(PLACE.weaker_base)}
-            for stage in experiments.EXPERIMENTS[name](PLACE, seeds):
+            for stage in experiments.EXPERIMENTS[name](PLACE, range(seeds)):
                 assert {run.base for run in stage} <= made
                 made |= {str(PLACE.of(run)) for run in stage}
 

@@ -1,6 +1,6 @@
 """Which runs answer which questions. An experiment is a list of stages; a stage needs what the ones before it left."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,5 @@ def bases(place: Place, seeds: range) -> Stages:
 EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {
     made.__name__: made for made in (main, worlds, variants, plasticity, continual, sensitivity, bases)
 }
-SHORT, LONG = range(3), range(5)
-FORMS: dict[str, tuple[range, Sequence[str]]] = {"short": (SHORT, ("main",)), "long": (LONG, tuple(EXPERIMENTS))}
-"""Seeds and experiments of each form."""
+FORMS: dict[str, dict[str, int]] = {"short": {"main": 3}, "long": {**dict.fromkeys(EXPERIMENTS, 3), "main": 5}}
+"""Experiments of each form, and over how many seeds each goes."""

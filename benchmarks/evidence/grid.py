@@ -1,7 +1,7 @@
 """Makes the runs of the evidence, in processes of their own; what is finished is not made again.
 
 python -m benchmarks.evidence.grid short               # 3 seeds, the main comparison
-python -m benchmarks.evidence.grid long                # 5 seeds, every experiment
+python -m benchmarks.evidence.grid long                # every experiment, the main one with 5 seeds
 python -m benchmarks.evidence.grid long main worlds    # only these
 python -m benchmarks.evidence.grid short --world my_pkg.my_world:WORLD    # the main comparison on a world of your own
 python -m benchmarks.evidence.grid short --base my_base                   # or from a base model of your own
@@ -105,15 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs") / "evidence")
     options = parser.parse_args(arguments)
-    seeds, experiments = FORMS[options.form]
-    if unknown := sorted(set(options.experiment) - set(EXPERIMENTS)):
-        parser.error(f"no such experiment: {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
+    form = FORMS[options.form]
+    if unknown := sorted(set(options.experiment) - set(form)):
+        parser.error(f"no such experiment: {', '.join(unknown)}; the {options.form} form has {', '.join(form)}")
     place = Place(options.folder)
     changed = {"world": options.world, "base": options.base and str(options.base)}
     changed = {name: value for name, value in changed.items() if value}
     own = bool(changed or options.seeds)
-    for name in ["main"] if changed else options.experiment or experiments:
-        stages = EXPERIMENTS[name](place, range(options.seeds) if options.seeds else seeds)
+    for name in ["main"] if changed else options.experiment or form:
+        stages = EXPERIMENTS[name](place, range(options.seeds or form[name]))
         stages = [[replace(run, **changed) for run in stage] for stage in stages]
         results = make_all(stages, place, options.processes, Console())
         path = (options.folder if own else RESULTS) / options.form / f"{name}.jsonl"
