@@ -190,6 +190,9 @@ class UpdateReport:
     rows: int
     kl_under_seed: float | None = None
     """Exact KL(theta || start) in nats per token on ``Batch.held``; None when nothing was held."""
+    sequences: int | None = None
+    """Sequences that the rows were read as: a loop whose every prompt begins with the call before is one, however many
+    calls it made. None when no token was trained."""
     skipped: str | None = None
     """Why the weights were left as they are although there was a batch; else None."""
 
