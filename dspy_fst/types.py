@@ -82,6 +82,8 @@ class Call:
     weights: WeightsVersion
     temperature: float = 1.0
     """Temperature it was drawn at; training scores the same distribution. 0 is greedy and cannot be trained."""
+    reasoning_tokens: int = 0
+    """How many of its tokens are thoughts, which no adapter sees. They are trained like the others."""
 
 
 @dataclass(frozen=True)

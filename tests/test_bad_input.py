@@ -375,7 +375,7 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     (
         "played-stop-strings",
         {"student": predictor(stop=["."])},
-        "(lm: UnsupportedFeatureError): the in-process engine has no native tools, stop strings",
+        "(lm: UnsupportedFeatureError): the in-process engine has no stop strings",
     ),
     ("played-no-room", {"policy": {"max_tokens": 1015}}, "max_tokens=1015: a prompt of the first examples has "),
 ]

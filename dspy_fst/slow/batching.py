@@ -1,4 +1,4 @@
-"""Cuts any number of token sequences into micro-batches of a token budget; what they have in common is read once. Pure."""
+"""Cuts token sequences into micro-batches of a token budget; what they have in common is read once. Pure."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -27,8 +27,8 @@ class Scored:
 def chains(sequences: Sequence[Scored]) -> list[list[int]]:
     """Which sequences are read as one: the turns of a loop whose every prompt begins with all of the turn before.
 
-    What a causal model says of a turn does not depend on what follows, so the last turn's ids serve them all; each keeps
-    its own scored tokens and temperature. Reading is then linear in the turns, and not quadratic.
+    What a causal model says of a turn does not depend on what follows, so the last turn's ids serve them all; each
+    keeps its own scored tokens and temperature. Reading is then linear in the turns, and not quadratic.
 
     Returns:
         Indices, first turn first; every sequence is in exactly one chain.
@@ -107,10 +107,10 @@ class MicroBatch:
 def micro_batches(sequences: Sequence[Scored], budget: int, *, share: bool) -> Iterator[MicroBatch]:
     """Cut sequences so that each micro-batch reads at most ``budget`` tokens, padding included.
 
-    Sequences that continue each other are read as one (see `chains`). With ``share`` a prompt that several begin with is
-    read once, if that is less to read altogether: it can be more, when completions of very different lengths end up side
-    by side. A chain longer than the budget comes alone. Longest prefixes come first, so that memory runs out at once or
-    not at all.
+    Sequences that continue each other are read as one (see `chains`). With ``share`` a prompt that several begin with
+    is read once, if that is less to read altogether: it can be more, when completions of very different lengths end up
+    side by side. A chain longer than the budget comes alone. Longest prefixes come first, so that memory runs out at
+    once or not at all.
     """
     found = chains(sequences)
     ways = [[_Reading.of(chain, sequences, way) for chain in found] for way in ((False, True) if share else (False,))]

@@ -136,7 +136,7 @@ def test_neither_the_size_of_micro_batches_nor_shared_prompts_change_the_gradien
 
 
 def loop_of(draw: random.Random, turns: int):
-    """A loop's calls: every prompt is the call before and an observation more; temperatures differ from call to call."""
+    """A loop's calls: every prompt is the call before and an observation more; temperatures differ."""
     ids, calls = [1, 2, 3], []
     for _ in range(turns):
         prompt = [*ids, *(draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 4)))]
