@@ -100,7 +100,10 @@ def chat_options(request: lm15.Request) -> dict[str, Any]:
         if isinstance(t, lm15.FunctionTool)
     ]
     reasoning = request.config.reasoning
-    dial = {} if reasoning is None else {"enable_thinking": not reasoning.is_off, "reasoning_effort": reasoning.effort}
+    dial: dict[str, Any] = {}
+    if reasoning is not None:  # by the names that vLLM gives them
+        effort = "none" if reasoning.is_off else reasoning.effort
+        dial = {"enable_thinking": not reasoning.is_off, "reasoning_effort": effort}
     return {**({"tools": tools} if tools else {}), **dial}
 
 
