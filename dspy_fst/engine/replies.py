@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dspy import lm15
-from transformers import AutoTokenizer
-from transformers.utils.chat_parsing.response_parser import parse_response
 
 from dspy_fst.engine.base import Completion
 
@@ -53,6 +51,8 @@ class ReplyReader:
         """The reader for a Hugging Face folder; one that divides nothing where there is no tokenizer."""
         if not (path / "tokenizer_config.json").is_file():
             return cls(None, HERMES, thinks=False, takes_tools=False)
+        from transformers import AutoTokenizer
+
         return cls.of(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
 
     @classmethod
@@ -108,6 +108,8 @@ class ReplyReader:
         return THINK if tail.rstrip().endswith(THINK) else ""
 
     def _parsed(self, text: str, begun: str, tools: bool) -> dict[str, Any]:
+        from transformers.utils.chat_parsing.response_parser import parse_response
+
         fields = {name: field for name, field in self.template["fields"].items() if tools or name != "tool_calls"}
         try:
             found: dict[str, Any] = parse_response(text, {**self.template, "fields": fields}, prefix=begun)
