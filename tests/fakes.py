@@ -47,7 +47,7 @@ class ScriptedEngine:
     def expect(self, callers: int) -> None:
         self.expected.append(callers)
 
-    def on_recovery(self, tell, verify) -> None:
+    def on_recovery(self, tell: object, verify: object) -> None:
         pass
 
     def take_counts(self) -> Counter[str]:
