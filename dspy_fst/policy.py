@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dspy_fst.engine.base import Checkpoint, Engine
 from dspy_fst.engine.portable import PolicyState, portable_options
+from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.rollout.recording import RECORDED, complete_recorded
 
@@ -144,6 +145,7 @@ class EngineHandle:
         self.resolved_kind = resolve_kind(kind)
         self._make = engine_maker(self.resolved_kind, options)
         self._engine: Engine | None = None
+        self._reader: ReplyReader | None = None
         self._lock = threading.RLock()
 
     @property
@@ -163,6 +165,24 @@ class EngineHandle:
             if engine.weights is None:
                 engine.load(_downloaded(self.checkpoint))
             return engine
+
+    @property
+    def reader(self) -> ReplyReader:
+        """How this model writes thoughts and tool calls."""
+        with self._lock:
+            if self._reader is None:
+                self._reader = ReplyReader.load(_downloaded(self.checkpoint).path)
+            return self._reader
+
+    @property
+    def supports_function_calling(self) -> bool:
+        """Read by DSPy's adapters: whether tools may go to the chat template instead of the prompt's text."""
+        return self.reader.takes_tools
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Read by DSPy's adapters: whether a ``dspy.Reasoning`` field is what the model thinks before it answers."""
+        return self.reader.thinks
 
     def release(self) -> None:
         with self._lock:

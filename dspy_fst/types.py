@@ -82,6 +82,8 @@ class Call:
     weights: WeightsVersion
     temperature: float = 1.0
     """Temperature it was drawn at; training scores the same distribution. 0 is greedy and cannot be trained."""
+    reasoning_tokens: int = 0
+    """How many of its tokens are thoughts, which no adapter sees. They are trained like the others."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,9 @@ class UpdateReport:
     rows: int
     kl_under_seed: float | None = None
     """Exact KL(theta || start) in nats per token on ``Batch.held``; None when nothing was held."""
+    sequences: int | None = None
+    """Sequences that the rows were read as: a loop whose every prompt begins with the call before is one, however many
+    calls it made. None when no token was trained."""
     skipped: str | None = None
     """Why the weights were left as they are although there was a batch; else None."""
 

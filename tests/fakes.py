@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dspy import lm15
 
 from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.chat import chat_messages, text_response
+from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.policy import PolicyLM
 
 Speak = Callable[[list[dict[str, str]], int], str]
@@ -45,7 +47,7 @@ class ScriptedEngine:
     def expect(self, callers: int) -> None:
         self.expected.append(callers)
 
-    def on_recovery(self, tell, verify) -> None:
+    def on_recovery(self, tell: object, verify: object) -> None:
         pass
 
     def take_counts(self) -> Counter[str]:
@@ -61,6 +63,7 @@ def scripted_policy(speak: Speak, version: str = "base") -> tuple[PolicyLM, Scri
     engine = ScriptedEngine(speak)
     engine.version = version
     policy.handle._make = lambda: engine
+    policy.handle._reader = ReplyReader.load(Path("nowhere"))
     return policy, engine
 
 

@@ -375,7 +375,12 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     (
         "played-stop-strings",
         {"student": predictor(stop=["."])},
-        "(lm: UnsupportedFeatureError): the in-process engine has no native tools, stop strings",
+        "(lm: UnsupportedFeatureError): the in-process engine has no stop strings",
+    ),
+    (
+        "played-forced-form",
+        {"student": predictor(response_format={"type": "json_object"})},
+        "(lm: UnsupportedFeatureError): response_format: the reply would be drawn with some tokens masked",
     ),
     ("played-no-room", {"policy": {"max_tokens": 1015}}, "max_tokens=1015: a prompt of the first examples has "),
 ]

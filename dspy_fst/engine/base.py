@@ -24,6 +24,8 @@ class Completion:
     logprobs: tuple[float, ...]
     finish_reason: str
     weights: WeightsVersion
+    reasoning_tokens: int = 0
+    """See `types.Call`."""
 
 
 @dataclass(frozen=True)

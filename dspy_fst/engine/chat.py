@@ -1,5 +1,8 @@
 """Between DSPy's canonical requests and the chat messages of a Hugging Face template."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from dspy import lm15
 
 _SAMPLING = {
@@ -8,6 +11,11 @@ _SAMPLING = {
     "frequency_penalty": "a frequency penalty",
     "presence_penalty": "a presence penalty",
 }
+_MASKING = {
+    *("logit_bias", "structured_outputs", "bad_words", "allowed_token_ids", "min_tokens", "ignore_eos"),
+    *("thinking_token_budget", "use_beam_search", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+}
+"""Servers' own settings under which some tokens cannot be drawn, or must be."""
 
 
 def refuse_reshaped_sampling(request: lm15.Request) -> None:
@@ -25,30 +33,78 @@ def refuse_reshaped_sampling(request: lm15.Request) -> None:
                 f"{name}={getattr(request.config, name)!r}: {meaning} is not what training scores; remove it from "
                 "the PolicyLM or the predictor's config"
             )
+    if masks := sorted(_masks(request.config)):
+        raise lm15.UnsupportedFeatureError(
+            f"{', '.join(masks)}: the reply would be drawn with some tokens masked, which is not what training scores; "
+            "ask for the form in words (DSPy's adapters do), and leave tool_choice to the model"
+        )
 
 
-def chat_messages(request: lm15.Request) -> list[dict[str, str]]:
-    """The request as ``{"role", "content"}`` messages for ``tokenizer.apply_chat_template``.
+def _masks(config: lm15.Config) -> set[str]:
+    """Names of the settings that force the form of a reply."""
+    choice = config.tool_choice
+    forced = {
+        "response_format": config.response_format is not None,
+        "tool_choice": choice is not None and (choice.mode == "required" or bool(choice.allowed)),
+        "parallel_tool_calls": choice is not None and choice.parallel is False,
+    }
+    return {name for name, given in forced.items() if given} | (_MASKING & set(config.extensions or {}))
+
+
+def chat_messages(request: lm15.Request) -> list[dict[str, Any]]:
+    """The request as messages for ``tokenizer.apply_chat_template``: roles, texts, tool calls and their results.
 
     Raises:
-        dspy.lm15.UnsupportedFeatureError: the request has tools, media or sampling that this engine cannot do.
+        dspy.lm15.UnsupportedFeatureError: the request has media, stop strings or sampling that this engine cannot do.
     """
     refuse_reshaped_sampling(request)
-    if request.tools or request.config.stop or request.config.response_format:
-        raise lm15.UnsupportedFeatureError(
-            "the in-process engine has no native tools, stop strings or response formats; use engine='vllm' "
-            "or dspy.ChatAdapter"
-        )
-    messages = []
+    if request.config.stop:
+        raise lm15.UnsupportedFeatureError("the in-process engine has no stop strings; use engine='vllm'")
+    messages: list[dict[str, Any]] = []
     if request.system:
         system = request.system
-        content = system if isinstance(system, str) else "\n".join(part.text for part in system)
-        messages.append({"role": "system", "content": content})
+        messages.append({"role": "system", "content": system if isinstance(system, str) else _text(system)})
     for message in request.messages:
-        if message.text is None:
-            raise lm15.UnsupportedFeatureError("the in-process engine reads text messages only")
-        messages.append({"role": message.role, "content": message.text})
+        results = [part for part in message.parts if isinstance(part, lm15.ToolResultPart)]
+        if results:
+            messages += [{"role": "tool", "name": part.name, "content": _text(part.content)} for part in results]
+        else:
+            messages.append({"role": message.role, **_said(message)})
     return messages
+
+
+def _said(message: lm15.Message) -> dict[str, Any]:
+    """A message's text, thoughts and tool calls under the names that chat templates read."""
+    calls = [part for part in message.parts if isinstance(part, lm15.ToolCallPart)]
+    thoughts = [part.text for part in message.parts if isinstance(part, lm15.ThinkingPart)]
+    rest = [part for part in message.parts if not isinstance(part, lm15.ToolCallPart | lm15.ThinkingPart)]
+    functions = [{"name": call.name, "arguments": dict(call.input)} for call in calls]
+    return {
+        "content": _text(rest),
+        **({"reasoning_content": "\n".join(thoughts)} if thoughts else {}),
+        **({"tool_calls": [{"type": "function", "function": one} for one in functions]} if functions else {}),
+    }
+
+
+def _text(parts: Sequence[Any]) -> str:
+    if not all(isinstance(part, lm15.TextPart) for part in parts):
+        raise lm15.UnsupportedFeatureError("the in-process engine reads text messages only")
+    return "\n".join(part.text for part in parts)
+
+
+def chat_options(request: lm15.Request) -> dict[str, Any]:
+    """What else a chat template may ask for: tools, and the dial of a model that thinks."""
+    tools = [
+        {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.parameters}}
+        for t in request.tools
+        if isinstance(t, lm15.FunctionTool)
+    ]
+    reasoning = request.config.reasoning
+    dial: dict[str, Any] = {}
+    if reasoning is not None:  # by the names that vLLM gives them
+        effort = "none" if reasoning.is_off else reasoning.effort
+        dial = {"enable_thinking": not reasoning.is_off, "reasoning_effort": effort}
+    return {**({"tools": tools} if tools else {}), **dial}
 
 
 def text_response(

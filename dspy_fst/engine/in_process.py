@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from dspy_fst.engine.base import Checkpoint, Completion, Scorer
-from dspy_fst.engine.chat import chat_messages, text_response
+from dspy_fst.engine.chat import chat_messages, chat_options, text_response
+from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
 
@@ -76,6 +77,7 @@ class InProcessEngine:
         self._version: WeightsVersion | None = None
         self._model: Any = None
         self._tokenizer: Any = None
+        self._reader: ReplyReader | None = None
         self._lock = threading.Condition()
         self._model_lock = threading.Lock()
         self._pending: list[_Pending] = []
@@ -127,7 +129,9 @@ class InProcessEngine:
             ) from error
         text = self._tokenizer.decode(reply.ids, skip_special_tokens=True)
         response = text_response(request.model, text, reply.finish_reason, len(prompt), len(reply.ids))
-        return Completion(response, prompt, tuple(reply.ids), tuple(reply.logprobs), reply.finish_reason, reply.weights)
+        tokens = (prompt, tuple(reply.ids), tuple(reply.logprobs))
+        completion = Completion(response, *tokens, reply.finish_reason, reply.weights)
+        return completion if self._reader is None else self._reader.read(completion, request)
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -152,7 +156,7 @@ class InProcessEngine:
             self._lock.notify_all()
         if self._worker is not None:
             self._worker.join(timeout=self.settings.timeout_s)
-        self._model = self._tokenizer = self._version = None
+        self._model = self._tokenizer = self._reader = self._version = None
 
     # ---- one batch at a time -------------------------------------------------------------------
 
@@ -161,6 +165,7 @@ class InProcessEngine:
         device = self.settings.device or ("cuda" if cuda else "cpu")
         dtype = self.settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+        self._reader = ReplyReader.of(self._tokenizer)
         model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=False)
         self._model = model.to(device).eval()
         self._closed = False
@@ -168,12 +173,16 @@ class InProcessEngine:
         self._worker.start()
 
     def _render(self, request: lm15.Request) -> tuple[int, ...]:
-        messages = chat_messages(request)
+        messages, options = chat_messages(request), chat_options(request)
+        if self._reader is not None:
+            self._reader.check(request)
         with self._lock:  # fast tokenizers refuse concurrent use
             if self._tokenizer is None:
                 raise EngineError("the in-process engine has no weights yet: load a checkpoint first")
             try:
-                rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+                rendered = self._tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=True, **options
+                )
             except TemplateError as error:  # e.g. it wants user and assistant to take turns
                 raise lm15.UnsupportedFeatureError(f"the chat template refuses the messages: {error}") from error
         return tuple(rendered["input_ids"])

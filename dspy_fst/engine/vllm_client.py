@@ -21,6 +21,7 @@ from dspy.lm15 import (
     Response,
     RouterConfig,
     ServerError,
+    ToolChoice,
     TransportError,
     UnsupportedFeatureError,
     UnsupportedModelError,
@@ -251,6 +252,8 @@ def pinned(request: Request, *, model: str, seed: int) -> Request:
         temperature=1.0 if config.temperature is None else config.temperature,
         top_p=1.0,
         top_k=None,  # not a field of this wire
+        # Shown to the model all the same; "auto" needs a parser of the server's, which may force the form of a call.
+        tool_choice=ToolChoice(mode="none") if request.tools else None,
         seed=seed,
         logprobs=config.logprobs or 0,
         extensions={**asked, **_RESHAPING, "return_token_ids": True},

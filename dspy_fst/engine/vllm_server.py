@@ -23,6 +23,7 @@ from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.gate import Gate
 from dspy_fst.engine.ports import free_port, port_taken
 from dspy_fst.engine.process import ServerProcess, telling_lines
+from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.vllm_client import Address, NoAnswerError, VLLMClient
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
@@ -161,6 +162,7 @@ class VLLMServer:
         self._weights: WeightsVersion | None = None
         self._process: ServerProcess | None = None
         self._client: VLLMClient | None = None
+        self._reader: ReplyReader | None = None
         self._killed_because: str | None = None
         self._answered_at = 0.0
         self._tokens_processed = ""
@@ -229,6 +231,7 @@ class VLLMServer:
             self._weights = None
             if self._client is None:
                 self._start(checkpoint)
+                self._reader = ReplyReader.load(checkpoint.path)
             else:
                 self._client.swap_weights(checkpoint.path.resolve())
             self._weights = checkpoint.version
@@ -237,9 +240,11 @@ class VLLMServer:
         """Sample one reply from the whole distribution; see ``Engine.complete``."""
         with self._gate.sampling(self.settings.request_timeout_s), self._explaining_death():
             client, weights = self._serving()
+            if self._reader is not None:
+                self._reader.check(request)
             completion = client.sample(request, seed, weights)
             self._answered_at = time.monotonic()
-            return completion
+            return completion if self._reader is None else self._reader.read(completion, request)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1.

@@ -112,6 +112,7 @@ def complete_recorded(
             finish_reason=completion.finish_reason,
             weights=completion.weights,
             temperature=1.0 if temperature is None else temperature,
+            reasoning_tokens=completion.reasoning_tokens,
         )
     )
     return completion.response

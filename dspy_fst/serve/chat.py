@@ -163,7 +163,7 @@ class Chat:
         except EngineError as error:
             raise engine_failed() from error
         read, sampled = len(completion.prompt_ids), len(completion.completion_ids)
-        message = {"role": "assistant", "content": completion.response.message.text}
+        message = {"role": "assistant", "content": completion.response.text}
         reply = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion",

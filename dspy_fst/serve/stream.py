@@ -97,6 +97,16 @@ class StreamingHandle:
     def complete(self, request: lm15.Request) -> lm15.Response:
         return complete_recorded(self._sample, request, lambda: secrets.randbits(31))
 
+    @property
+    def supports_function_calling(self) -> bool:
+        """See `EngineHandle`."""
+        return self._handle.supports_function_calling
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """See `EngineHandle`."""
+        return self._handle.supports_reasoning
+
     def close(self) -> None:
         """The engine is released by who serves."""
 
@@ -107,6 +117,8 @@ class StreamingHandle:
         engine = self._handle.ready()
         deltas: Deltas | None = dspy.settings.get(SETTING)
         if deltas is None or deltas.predictor != calling_predictor() or request.config.extensions:
+            return engine.complete(request, seed)
+        if request.tools or self._handle.reader.thinks:  # the pieces would hold calls and thoughts
             return engine.complete(request, seed)
         try:
             chunks = self._upstream.stream(_body(request, seed))

@@ -1,5 +1,6 @@
-"""Cuts any number of token sequences into micro-batches of a token budget, prompts in common read once. Pure."""
+"""Cuts token sequences into micro-batches of a token budget; what they have in common is read once. Pure."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,24 +23,60 @@ class Scored:
     def tokens(self) -> int:
         return len(self.ids) - self.start
 
-    def split(self, share: bool) -> tuple[Ids, Ids]:
-        """What the model reads, as a prefix that others may have in common and a suffix of its own.
 
-        The last token is in neither: nothing follows it.
-        """
-        return (self.ids[: self.start], self.ids[self.start : -1]) if share else (self.ids[:-1], ())
+def chains(sequences: Sequence[Scored]) -> list[list[int]]:
+    """Which sequences are read as one: the turns of a loop whose every prompt begins with all of the turn before.
+
+    What a causal model says of a turn does not depend on what follows, so the last turn's ids serve them all; each
+    keeps its own scored tokens and temperature. Reading is then linear in the turns, and not quadratic.
+
+    Returns:
+        Indices, first turn first; every sequence is in exactly one chain.
+    """
+    found: list[list[int]] = []
+    begun: list[list[int]] = []  # chains that the sequence at hand begins with, shortest first
+
+    def last(chain: list[int]) -> Ids:
+        return sequences[chain[-1]].ids
+
+    for index in sorted(range(len(sequences)), key=lambda i: sequences[i].ids):
+        ids, start = sequences[index].ids, sequences[index].start
+        while begun and ids[: len(last(begun[-1]))] != last(begun[-1]):
+            begun.pop()
+        if place := bisect_right(begun, start, key=lambda chain: len(last(chain))):
+            chain = begun.pop(place - 1)
+        else:
+            found.append(chain := [])
+        chain.append(index)
+        begun.append(chain)
+    return found
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What the model reads for a chain, as a prefix that others may have in common and a suffix of its own."""
+
+    members: tuple[int, ...]
+    prefix: Ids
+    suffix: Ids
+
+    @classmethod
+    def of(cls, chain: Sequence[int], sequences: Sequence[Scored], share: bool) -> "_Reading":
+        ids = sequences[chain[-1]].ids[:-1]  # nothing follows the last token
+        cut = sequences[chain[0]].start if share else len(ids)
+        return cls(tuple(chain), ids[:cut], ids[cut:])
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of similar length, each a prefix and a suffix (possibly empty), both padded on the right.
+    """Sequences of similar length, each read as a prefix and a suffix (possibly empty), both padded on the right.
 
     On the right a causal model needs neither position ids nor an attention mask for the prefixes: real tokens stand
     at their own positions and never look at the padding, and attention takes its fast causal path.
     """
 
     members: tuple[int, ...]
-    """Index of each sequence in the list that was cut."""
+    """Index of each sequence in the list that was cut; those of a chain (see `chains`) stand side by side."""
     tokens: tuple[int, ...]
     """Scored tokens of each member; sums to N."""
     prefix_ids: Tensor
@@ -47,15 +84,20 @@ class MicroBatch:
     prefix_lengths: Tensor
     """Shape (prefixes,)."""
     prefix_of: Tensor
-    """Shape (members,): the prefix of each member."""
+    """Shape (chains,): the prefix of each chain."""
     suffix_ids: Tensor
-    """Shape (members, longest suffix); of width 0 when every sequence is all prefix."""
+    """Shape (chains, longest suffix); of width 0 when every chain is all prefix."""
     predict_at: Tensor
     """Shape (N,): where a scored token is predicted, counted through the flattened prefixes, then suffixes."""
     targets: Tensor
     """Shape (N,): the scored tokens, member by member."""
     temperatures: Tensor
     """Shape (N,): what the logits of each scored token are divided by."""
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens that the model reads, padding included."""
+        return self.prefix_ids.numel() + self.suffix_ids.numel()
 
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -65,70 +107,70 @@ class MicroBatch:
 def micro_batches(sequences: Sequence[Scored], budget: int, *, share: bool) -> Iterator[MicroBatch]:
     """Cut sequences so that each micro-batch reads at most ``budget`` tokens, padding included.
 
-    With ``share`` a prompt that several sequences begin with is read once, if that is less to read altogether: it
-    can be more, when completions of very different lengths end up side by side. A sequence longer than the budget
-    comes alone. Longest prefixes come first, so that memory runs out at once or not at all.
+    Sequences that continue each other are read as one (see `chains`). With ``share`` a prompt that several begin with
+    is read once, if that is less to read altogether: it can be more, when completions of very different lengths end up
+    side by side. A chain longer than the budget comes alone. Longest prefixes come first, so that memory runs out at
+    once or not at all.
     """
-    ways = [(_cut(sequences, budget, way), way) for way in ((False, True) if share else (False,))]
-    chunks, shared = min(ways, key=lambda way: sum(chunk.size for chunk in way[0]))
-    for chunk in chunks:
-        yield _micro_batch(sequences, chunk.members, shared)
+    found = chains(sequences)
+    ways = [[_Reading.of(chain, sequences, way) for chain in found] for way in ((False, True) if share else (False,))]
+    for chunk in min((_cut(way, budget) for way in ways), key=lambda chunks: sum(chunk.size for chunk in chunks)):
+        yield _micro_batch(sequences, chunk.readings)
 
 
 class _Chunk:
-    """A micro-batch while it is filled. Members come with the longest prefix first."""
+    """A micro-batch while it is filled. Readings come with the longest prefix first."""
 
     def __init__(self) -> None:
-        self.members: list[int] = []
+        self.readings: list[_Reading] = []
         self._prefixes: set[Ids] = set()
         self._longest_prefix = self._longest_suffix = 0
 
     @property
     def size(self) -> int:
         """Tokens to read, padding included."""
-        return len(self._prefixes) * self._longest_prefix + len(self.members) * self._longest_suffix
+        return len(self._prefixes) * self._longest_prefix + len(self.readings) * self._longest_suffix
 
-    def size_with(self, prefix: Ids, suffix: Ids) -> int:
-        prefixes = len(self._prefixes) + (prefix not in self._prefixes)
-        longest = max(self._longest_suffix, len(suffix))
-        return prefixes * max(self._longest_prefix, len(prefix)) + (len(self.members) + 1) * longest
+    def size_with(self, reading: _Reading) -> int:
+        prefixes = len(self._prefixes) + (reading.prefix not in self._prefixes)
+        longest = max(self._longest_suffix, len(reading.suffix))
+        return prefixes * max(self._longest_prefix, len(reading.prefix)) + (len(self.readings) + 1) * longest
 
-    def add(self, index: int, prefix: Ids, suffix: Ids) -> None:
-        self.members.append(index)
-        self._prefixes.add(prefix)
-        self._longest_prefix = max(self._longest_prefix, len(prefix))
-        self._longest_suffix = max(self._longest_suffix, len(suffix))
+    def add(self, reading: _Reading) -> None:
+        self.readings.append(reading)
+        self._prefixes.add(reading.prefix)
+        self._longest_prefix = max(self._longest_prefix, len(reading.prefix))
+        self._longest_suffix = max(self._longest_suffix, len(reading.suffix))
 
 
-def _cut(sequences: Sequence[Scored], budget: int, share: bool) -> list[_Chunk]:
-    parts = [sequence.split(share) for sequence in sequences]
-    order = sorted(range(len(parts)), key=lambda i: (-len(parts[i][0]), parts[i][0], -len(parts[i][1])))
+def _cut(readings: Sequence[_Reading], budget: int) -> list[_Chunk]:
     chunks = [_Chunk()]
-    for index in order:
-        if chunks[-1].members and chunks[-1].size_with(*parts[index]) > budget:
+    for reading in sorted(readings, key=lambda r: (-len(r.prefix), r.prefix, -len(r.suffix))):
+        if chunks[-1].readings and chunks[-1].size_with(reading) > budget:
             chunks.append(_Chunk())
-        chunks[-1].add(index, *parts[index])
-    return [chunk for chunk in chunks if chunk.members]
+        chunks[-1].add(reading)
+    return [chunk for chunk in chunks if chunk.readings]
 
 
-def _micro_batch(sequences: Sequence[Scored], members: Sequence[int], share: bool) -> MicroBatch:
-    chosen = [sequences[i] for i in members]
-    prefixes, suffixes = zip(*(sequence.split(share) for sequence in chosen), strict=True)
-    rows = {prefix: row for row, prefix in enumerate(dict.fromkeys(prefixes))}
-    prefix_ids, suffix_ids = _padded(list(rows)), _padded(suffixes)
+def _micro_batch(sequences: Sequence[Scored], readings: Sequence[_Reading]) -> MicroBatch:
+    rows = {prefix: row for row, prefix in enumerate(dict.fromkeys(reading.prefix for reading in readings))}
+    prefix_ids, suffix_ids = _padded(list(rows)), _padded([reading.suffix for reading in readings])
     predict_at = []
-    for member, (sequence, prefix) in enumerate(zip(chosen, prefixes, strict=True)):
-        # The token before a scored one predicts it: in the prefix, or further on in this member's own suffix.
-        in_prefix = rows[prefix] * prefix_ids.shape[1]
-        in_suffix = prefix_ids.numel() + member * suffix_ids.shape[1] - len(prefix)
-        before = range(sequence.start - 1, len(sequence.ids) - 1)
-        predict_at += [at + (in_prefix if at < len(prefix) else in_suffix) for at in before]
+    for number, reading in enumerate(readings):
+        # The token before a scored one predicts it: in the prefix, or further on in this chain's own suffix.
+        in_prefix = rows[reading.prefix] * prefix_ids.shape[1]
+        in_suffix = prefix_ids.numel() + number * suffix_ids.shape[1] - len(reading.prefix)
+        for member in reading.members:
+            before = range(sequences[member].start - 1, len(sequences[member].ids) - 1)
+            predict_at += [at + (in_prefix if at < len(reading.prefix) else in_suffix) for at in before]
+    members = tuple(member for reading in readings for member in reading.members)
+    chosen = [sequences[member] for member in members]
     return MicroBatch(
-        members=tuple(members),
+        members=members,
         tokens=tuple(sequence.tokens for sequence in chosen),
         prefix_ids=prefix_ids,
         prefix_lengths=torch.tensor([len(prefix) for prefix in rows]),
-        prefix_of=torch.tensor([rows[prefix] for prefix in prefixes]),
+        prefix_of=torch.tensor([rows[reading.prefix] for reading in readings]),
         suffix_ids=suffix_ids,
         predict_at=torch.tensor(predict_at),
         targets=torch.tensor([token for sequence in chosen for token in sequence.ids[sequence.start :]]),

@@ -160,6 +160,7 @@ def _counts(
         truncated_calls=sum(call.finish_reason == "length" for rollout in rollouts for call in rollout.calls),
         no_trained_calls=sum(r.reward is not None and not _trained_calls(r, trained) for r in rollouts),
         greedy_calls=sum(call.temperature == 0 for rollout in rollouts for call in rollout.calls),
+        reasoning_tokens=sum(call.reasoning_tokens for rollout in rollouts for call in rollout.calls),
         rows=len(rows),
         tokens=sum(len(row.completion_ids) for row in rows),
     )

@@ -51,11 +51,22 @@ class Tally:
         self._weight = self._weight_squared = zero.double()
         self._kl: Tensor | None = None
         self._held: Tensor | None = None
-        self._tokens = 0
+        self._tokens = self._sequences = 0
 
     @torch.no_grad()
-    def add(self, loss: Tensor, kl: Tensor | None, log_probs: Tensor, log_ratios: Tensor, cap: float) -> None:
-        """Add one micro-batch: its loss and weighted KL (None: not measured), (N, V) log-probabilities, (N,) ratios."""
+    def add(
+        self, loss: Tensor, kl: Tensor | None, log_probs: Tensor, log_ratios: Tensor, cap: float, sequences: int
+    ) -> None:
+        """Add one micro-batch.
+
+        Args:
+            loss: Its share of the loss.
+            kl: Its weighted KL; None when it is not measured.
+            log_probs: Shape (N, V).
+            log_ratios: Shape (N,).
+            cap: Largest importance weight.
+            sequences: What its rows were read as.
+        """
         self.loss = self.loss + loss
         if kl is not None:
             self._kl = kl.detach() if self._kl is None else self._kl + kl
@@ -67,6 +78,7 @@ class Tally:
         self._weight = self._weight + weights.sum()
         self._weight_squared = self._weight_squared + weights.square().sum()
         self._tokens += len(log_ratios)
+        self._sequences += sequences
 
     @torch.no_grad()
     def hold(self, kl: Tensor, coefficient: float) -> None:
@@ -93,4 +105,5 @@ class Tally:
             learning_rate=learning_rate,
             tokens=self._tokens,
             rows=rows,
+            sequences=self._sequences,
         )

@@ -140,7 +140,8 @@ class Trainer:
         if self.settings.kl_coefficient > 0:
             kl = (tokens.weights * self._kl(log_probs, micro)).sum()
             loss = loss + self.settings.kl_coefficient * kl
-        tally.add(loss, kl, log_probs, chosen - tokens.behaviour, self.settings.importance_cap)
+        ratios, cap = chosen - tokens.behaviour, self.settings.importance_cap
+        tally.add(loss, kl, log_probs, ratios, cap, sequences=len(micro.prefix_of))
         return loss
 
     def _hold(self, calls: Sequence[Call], tally: Tally) -> None:

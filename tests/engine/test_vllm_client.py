@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dspy.lm15 import Config, InvalidRequestError, Message, Request, UnsupportedFeatureError
+from dspy.lm15 import Config, FunctionTool, InvalidRequestError, Message, Request, ToolChoice, UnsupportedFeatureError
 
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.vllm_client import NoAnswerError, pinned
 from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
 from dspy_fst.errors import EngineError
+from tests.engine.taught import TEMPLATE, make_tokenizer
 
 REQUEST = Request(model="any/name", messages=(Message.user("hi"),), config=Config(max_tokens=4))
 
@@ -151,11 +153,27 @@ def test_extensions_of_the_caller_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [Config(top_p=0.9), Config(top_k=20), Config(extensions={"min_p": 0.1}), Config(presence_penalty=1.0)]
+    "config",
+    [
+        *(Config(top_p=0.9), Config(top_k=20), Config(extensions={"min_p": 0.1}), Config(presence_penalty=1.0)),
+        *(Config(response_format={"type": "json_object"}), Config(tool_choice=ToolChoice("required"))),
+        *(Config(extensions={"logit_bias": {"1": 2.0}}), Config(extensions={"guided_regex": "a"})),
+    ],
 )
 def test_sampling_that_training_would_not_score_is_refused(config: Config) -> None:
     with pytest.raises(UnsupportedFeatureError, match="not what training scores"):
         pinned(Request("m", (Message.user("hi"),), config=config), model="vllm:policy", seed=0)
+
+
+def test_tools_are_shown_to_the_model_and_the_server_is_left_no_way_to_force_one(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    engine._reader = ReplyReader.of(make_tokenizer(["x"], TEMPLATE))
+    engine.complete(Request("m", (Message.user("hi"),), tools=(FunctionTool("add"),)), seed=0)
+    _, body = canned.asked[-1]
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["add"]
+    assert body["tool_choice"] == "none"
 
 
 # What is accepted

@@ -17,6 +17,7 @@ UPDATE: dict[str, Any] = {
     "learning_rate": 1e-6,
     "tokens": 90,
     "rows": 30,
+    "sequences": 20,
     "skipped": None,
 }
 COUNTS = {"groups": 4, "live_groups": 3, "flat_groups": 1, "unmeasured_groups": 0, "rollouts": 32}
@@ -124,7 +125,7 @@ def whole_run() -> list[dict[str, Any]]:
             cycle(0, {SEED: 0.25, CHILD: 0.5, OTHER: 0.125}, {CHILD: [SEED], OTHER: [SEED]}, [CHILD, CHILD]),
             step(0, 0.25),
             trajectories(0, CHILD),
-            step(1, 0.5, tokens=0, rows=0, grad_norm=0.0, entropy=0.0, effective_sample_share=None),
+            step(1, 0.5, tokens=0, rows=0, sequences=None, grad_norm=0.0, entropy=0.0, effective_sample_share=None),
             trajectories(1, CHILD),
             cycle(1, {CHILD: 0.625, LATE: 0.75}, {LATE: [CHILD]}, [LATE, CHILD], counts={"failed: parse": 2}),
             step(2, None, lost={"masked: timeout": 3, "failed: parse": 1}, kl_to_start=0.01),

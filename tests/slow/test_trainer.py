@@ -135,6 +135,35 @@ def test_neither_the_size_of_micro_batches_nor_shared_prompts_change_the_gradien
         assert_close(gradients, seen[0])
 
 
+def loop_of(draw: random.Random, turns: int):
+    """A loop's calls: every prompt is the call before and an observation more; temperatures differ."""
+    ids, calls = [1, 2, 3], []
+    for _ in range(turns):
+        prompt = [*ids, *(draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 4)))]
+        calls.append(dataclasses.replace(draw_call(draw), prompt_ids=tuple(prompt)))
+        ids = [*prompt, *calls[-1].completion_ids]
+    return calls
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_loop_that_is_read_as_one_sequence_has_the_gradient_of_its_calls_one_by_one(start, tmp_path, share):
+    draw = random.Random(5)
+    rewards = ((1.0, 0.0, 0.5), (0.0, 1.0))
+    groups = [
+        Group(p, tuple(make_rollout(reward, *loop_of(draw, draw.randint(2, 6)), problem=p) for reward in group))
+        for p, group in enumerate(rewards)
+    ]
+    batch, reference = credit(groups), save_model(tmp_path / "reference", seed=9)
+    assert len({row.temperature for row in batch.rows}) == len({row.advantage > 0 for row in batch.rows}) == 2
+    trainer = make_trainer(start, reference, share_prompts=share, micro_batch_tokens=200)
+    with recorded_gradients(trainer) as gradients:
+        report = trainer.step(batch)
+    by_hand, loss = hand_gradient(start, reference, groups, SETTINGS)
+    assert_close(gradients, by_hand)
+    assert report.loss == pytest.approx(loss, abs=1e-6)
+    assert (report.rows, report.sequences) == (len(batch.rows), 5)
+
+
 def test_prompts_are_shared_where_every_layer_remembers_every_token(start, tmp_path):
     assert Policy.load(start, dtype=torch.float32).shares_prompts
     config = AutoConfig.from_pretrained(start)
