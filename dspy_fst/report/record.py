@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.directory import LOCK, read_events
-from dspy_fst.types import Candidate, CycleReport, StepReport, UpdateReport
+from dspy_fst.types import Candidate, CycleReport, PredictorReport, StepReport, UpdateReport
 
 State = Literal["finished", "running", "stopped"]
 Events = Sequence[Mapping[str, Any]]
@@ -393,7 +393,8 @@ def _cycle(data: Mapping[str, Any]) -> CycleReport:
 
 
 def _step(data: Mapping[str, Any]) -> StepReport:
-    return _known(StepReport, data, update=_known(UpdateReport, data["update"]))
+    predictors = {name: _known(PredictorReport, of) for name, of in (data.get("predictors") or {}).items()}
+    return _known(StepReport, data, update=_known(UpdateReport, data["update"]), predictors=predictors)
 
 
 def _played(data: Mapping[str, Any]) -> Played:
