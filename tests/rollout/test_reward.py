@@ -1,11 +1,14 @@
 """Scores and feedback of single predictors: how a metric gives them, and what is refused."""
 
+from types import SimpleNamespace
+
 import dspy
 import pytest
 
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.rollout.texts import read_texts
+from dspy_fst.session import Session
 from dspy_fst.types import Problem
 from tests.fakes import fields, scripted_policy
 
@@ -90,3 +93,11 @@ def test_a_failure_names_its_predictor_and_has_no_scores():
     failed = play("no fields at all", lambda gold, pred: 1.0)
     assert (failed.reward, failed.failure, failed.failed_in, failed.predictor_scores) == (-1.0, "parse", "draft", {})
     assert play(fields(draft="d"), lambda gold, pred: 1.0, answered="nothing").failed_in == "answer"
+
+
+def test_the_reflection_reads_what_was_said_of_its_predictor():
+    given = {"score": 0.5, "feedback": "So so.", "predictor_feedback": {"draft": "Too long."}}
+    run = SimpleNamespace(player=SimpleNamespace(reward=Reward(lambda gold, pred: given, NAMES)))
+    told = Session._feedback(run)
+    asked = (dspy.Example(), dspy.Prediction(), None)
+    assert (told(*asked, "draft", None), told(*asked, "answer", None)) == ("Too long.", "So so.")
