@@ -53,6 +53,10 @@ class FSTConfig(BaseModel):
     perfect_score: float = 1.0
     """Reward beyond which nothing is left to learn from a rollout (DSPy's GEPA)."""
 
+    trained: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of the predictors whose calls the weights learn from, as in ``program.named_predictors()``; None is all
+    that speak with the PolicyLM. The others sample from the run's newest weights too, and their instructions evolve
+    (ours)."""
     learning_rate: float = Field(1e-6, gt=0)
     """AdamW's peak learning rate (ours, common for full-weight RL; not published where we could read)."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -94,6 +98,9 @@ class FSTConfig(BaseModel):
     """Seconds after which a rollout is masked (ours)."""
     max_masked_share: float = Field(0.5, ge=0, le=1)
     """Share of a step's rollouts that may go unmeasured; beyond it the run stops, to be continued (ours)."""
+    parse_warning_share: float = Field(0.1, gt=0, le=1)
+    """Share of a step's rollouts that end in a reply that does not parse from which on a warning names the predictors,
+    once a cycle (ours)."""
     validation_samples: int = Field(1, ge=1)
     """Rollouts for each validation problem and candidate, outside the budget (ours)."""
     sync_tolerance: float | None = Field(None, gt=0)
@@ -119,6 +126,11 @@ class FSTConfig(BaseModel):
         if isinstance(value, bool):
             raise ValueError("True and False are no numbers")
         return value
+
+    @field_validator("trained")
+    @classmethod
+    def _order_and_repetition_mean_nothing(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if names is None else tuple(sorted(set(names)))
 
     @model_validator(mode="after")
     def _group_is_shared_evenly(self) -> "FSTConfig":

@@ -30,7 +30,9 @@ class FSTOptimizer(Teleprompter):
 
     Args:
         metric: ``(gold, pred, trace=None) -> float`` or GEPA's ``(gold, pred, trace, pred_name, pred_trace)
-            -> float | dspy.Prediction(score=..., feedback=...)``. Feedback is what the reflection reads.
+            -> float | dspy.Prediction(score=..., feedback=...)``. Feedback is what the reflection reads. The
+            prediction may also hold ``predictor_scores={name: float}``, by which those predictors' calls are credited
+            instead of by ``score``, and ``predictor_feedback={name: text}``.
         reflection_lm: A strong, frozen LM that proposes instructions.
         propose: A proposer that needs no LM instead: gepa's ``(candidate, reflective_dataset,
             components_to_update) -> {component: text}``.

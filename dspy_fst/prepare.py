@@ -34,6 +34,7 @@ from dspy_fst.validation import (
     policies_of,
     program_faults,
     search_faults,
+    trained_faults,
 )
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ logger = logging.getLogger(__name__)
 NOT_IDENTITY = {
     *("num_threads", "rollout_timeout_s", "micro_batch_tokens"),
     *("checkpoint_every", "keep_states", "keep_weights"),
-    *("max_masked_share", "max_skipped_updates", "min_effective_share"),
+    *("max_masked_share", "max_skipped_updates", "min_effective_share", "parse_warning_share"),
 }
-"""Settings that may differ between a run and its continuation: they change its cost or when it gives up, not its
-result."""
+"""Settings that may differ between a run and its continuation: they change its cost or when it gives up or warns, not
+its result."""
 PREFLIGHT_ROLLOUTS = 4
 
 
@@ -134,7 +135,7 @@ def _assemble(
         valset=valset,
         program=program,
         policy=policy,
-        trained=frozenset(policies_of(student)),
+        trained=frozenset(config.trained or policies_of(student)),
         player=open_player(program, optimizer.metric, config, policy.handle.engine.expect),
         trainer=trainer,
         run=run,
@@ -161,7 +162,7 @@ def checked(
     faults += config_faults
     if teacher is not None:
         faults.append("teacher: nothing is learnt from a teacher program here; leave it out")
-    faults += program_faults(student)
+    faults += program_faults(student) + trained_faults(student, config)
     faults += data_faults(trainset, valset, config) + input_faults(student, trainset, valset)
     if config is not None:
         try:
@@ -289,6 +290,8 @@ def _preflight(session: Session) -> None:
     if all(rollout.failure for rollout in rollouts):
         kinds = sorted({str(rollout.failure) for rollout in rollouts})
         note = f"warning: every reply to the first examples failed ({', '.join(kinds)}), so the metric was not tried"
+        if unparsed := sorted({rollout.failed_in for rollout in rollouts if rollout.failed_in}):
+            note += f"; look at the replies of {', '.join(map(repr, unparsed))}"
         session.run.emit("note", text=note)
     calls = [len(rollout.calls) for rollout in rollouts]
     session.calls_per_rollout = sum(calls) / len(calls)
@@ -306,12 +309,14 @@ def _advice(reasons: Sequence[str]) -> str:
 def _subject(session: Session) -> dict[str, Any]:
     """What is trained on what, for whoever reads the events alone."""
     lms = {name: predictor.lm or dspy.settings.lm for name, predictor in session.program.named_predictors()}
+    speaking = set(policies_of(session.program))
     return {
         "program": type(session.program).__name__,
         "model": session.policy.model,
         "engine": session.policy.handle.resolved_kind,
         "trained": sorted(session.trained),
-        "frozen": {name: lm.model for name, lm in lms.items() if name not in session.trained and lm is not None},
+        "untrained": sorted(speaking - session.trained),
+        "frozen": {name: lm.model for name, lm in lms.items() if name not in speaking and lm is not None},
         "metric": session.player.reward.identity,
         "examples": {"trainset": len(session.trainset), "valset": len(session.valset)},
     }

@@ -61,7 +61,7 @@ class Session:
     """The copy of the student that is trained; its policy predictors speak with ``policy``."""
     policy: PolicyLM
     trained: frozenset[str]
-    """Names of the predictors that speak with the policy."""
+    """Names of the predictors whose calls the weights learn from; all of them speak with the policy."""
     player: Player
     trainer: Trainer
     run: RunDirectory
@@ -82,7 +82,7 @@ class Session:
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
         worst = min(self.config.failure_score, self.config.format_failure_score)
-        self._watch = Watch(worst, best=self.config.perfect_score)
+        self._watch = Watch(worst, self.config.perfect_score, self.config.parse_warning_share)
         events = self.run.events()
         self.cycle_reports += [CycleReport.from_json(e["report"]) for e in events if e["event"] == "cycle"]
         self.step_reports += [StepReport.from_json(e["report"]) for e in events if e["event"] == "step"]
@@ -154,7 +154,7 @@ class Session:
                 score = self.player.reward(example, pred, trace, name, pred_trace)
             except UnmeasuredError as error:
                 return f"No feedback: {error}."
-            return score.feedback or f"This run scored {score.value:g}."
+            return score.feedback_for(name) or f"This run scored {score.value:g}."
 
         return feedback
 
@@ -337,6 +337,7 @@ class Session:
             update=update,
             sampled_tokens=sum(r.tokens for r in rollouts) + sum(len(call.completion_ids) for call in batch.held),
             seconds=dict(self._seconds),
+            predictors=batch.predictors,
         )
         self.step_reports.append(report)
         self.run.emit("step", report=report)
@@ -436,4 +437,5 @@ def open_player(
         format_failure_score=config.format_failure_score,
         seed=config.seed,
     )
-    return Player(program, Reward(metric), settings, in_flight)
+    reward = Reward(metric, frozenset(name for name, _ in program.named_predictors()))
+    return Player(program, reward, settings, in_flight)

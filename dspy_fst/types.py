@@ -110,6 +110,10 @@ class Rollout:
     """Why nothing was measured, e.g. ``"timeout"``, ``"engine: connection refused"``; else None."""
     failure: str | None = None
     """What the policy did wrong when it earned a failure score, e.g. ``"parse"``; else None."""
+    failed_in: str | None = None
+    """The predictor in whose call it failed, where one is known; else None."""
+    predictor_scores: Mapping[str, float] = field(default_factory=dict)
+    """Predictor -> the score of its own that the metric gave it; empty for a run that failed or was masked."""
     prediction: Any = None
     """The program's ``dspy.Prediction``; None when the run ended in a failure or was masked."""
     trace: tuple[Any, ...] = ()
@@ -156,6 +160,29 @@ class Row:
 
 
 @dataclass(frozen=True)
+class PredictorReport:
+    """What one predictor did in the groups of a step, and what it earned. Calls that no predictor made are in none."""
+
+    calls: int
+    tokens: int
+    """Sampled in its calls."""
+    truncated: int
+    """Calls that were cut off at ``max_tokens``."""
+    unparsed: int
+    """Rollouts that ended in a reply of its that does not parse."""
+    rows: int
+    """Calls that are learnt from."""
+    positive_rows: int
+    """Of those, the ones with an advantage above 0."""
+    flat_groups: int
+    """Groups in which its calls taught nothing, because the scores that they are credited with were all alike."""
+    advantage: float | None
+    """Mean over its rows; None without one."""
+    score: float | None
+    """Mean of the scores of its own, failures among them (see `dspy_fst.slow.predictors`); None without one."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """What one weight update learns from, and what was left out of it."""
 
@@ -166,6 +193,8 @@ class Batch:
     """Calls under the program's own texts, on which the policy is held to its start; they carry no reward."""
     counts: Counter[str] = field(default_factory=Counter)
     """``groups``, ``flat_groups``, ``rollouts``, ``masked: <reason>``, ``failed: <reason>``, ``rows``, ``tokens``."""
+    predictors: Mapping[str, PredictorReport] = field(default_factory=dict)
+    """Every predictor that was called or scored, by name."""
 
 
 @dataclass(frozen=True)
@@ -212,11 +241,14 @@ class StepReport:
     sampled_tokens: int
     seconds: Mapping[str, float]
     """Wall time by activity: ``sampling``, ``update``, ``publish``."""
+    predictors: Mapping[str, PredictorReport] = field(default_factory=dict)
+    """By name; see Batch."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "StepReport":
         """The report that a run's event holds."""
-        return cls(**{**data, "update": UpdateReport(**data["update"])})
+        predictors = {name: PredictorReport(**of) for name, of in data.get("predictors", {}).items()}
+        return cls(**{**data, "update": UpdateReport(**data["update"]), "predictors": predictors})
 
 
 @dataclass(frozen=True)

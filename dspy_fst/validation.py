@@ -67,6 +67,27 @@ def program_faults(student: Any) -> list[str]:
     return faults + _sampling_faults(student)
 
 
+def trained_faults(student: Any, config: FSTConfig | None) -> list[str]:
+    """Faults of the predictors that are named to be trained."""
+    if config is None or config.trained is None or not isinstance(student, dspy.Module):
+        return []
+    policies = policies_of(student)
+    there_are = ", ".join(policies) or "none"
+    faults = [
+        f"trained: {name!r} is no predictor that speaks with the PolicyLM; there are {there_are}"
+        for name in config.trained
+        if name not in policies
+    ]
+    own = {name: predictor.config for name, predictor in student.named_predictors() if name in policies}
+    drawn = [own[n].get("temperature", policies[n].kwargs["temperature"]) for n in config.trained if n in own]
+    if drawn and all(temperature == 0 for temperature in drawn):
+        faults.append(
+            f"trained: {', '.join(config.trained)} have temperature=0, and greedy replies have no gradient; give one "
+            "a temperature above 0"
+        )
+    return faults
+
+
 def _sampling_faults(student: dspy.Module) -> list[str]:
     """Settings of a PolicyLM, or of a predictor that speaks with it, under which nothing could be trained."""
     faults = []

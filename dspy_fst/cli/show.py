@@ -28,7 +28,7 @@ def show(
 ) -> None:
     """Show a run's tables in the terminal.
 
-    Also of a run that is under way or was killed: cycles, steps, population, costs, evaluations.
+    Also of a run that is under way or was killed: cycles, steps, predictors, population, costs, evaluations.
     """
     with errors_as_text(debug):
         from dspy_fst.report.record import read_records
@@ -49,6 +49,7 @@ def summary(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> d
         "steps_planned": record.budget.get("updates"),
         "cycles": [{**asdict(cycle), "reward": _cycle_reward(record, cycle.cycle)} for cycle in record.cycles],
         "steps": [asdict(step) for step in steps],
+        "predictors": [asdict(earned) for earned in record.predictors],
         "population": [
             {
                 "digest": node.digest,
@@ -101,6 +102,9 @@ def _print(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> No
     if steps:
         out.heading("Steps" if len(steps) == len(record.steps) else f"Steps, the last {len(steps)} of {_all(record)}")
         out.table(*_steps(steps))
+    if record.predictors:
+        out.heading("Predictors, over all steps")
+        out.table(*_predictors(record))
     _print_population(out, record)
     out.heading("Costs")
     out.table(("what", "spent"), _costs(record))
@@ -172,6 +176,25 @@ def _step(step: "StepReport") -> list[str]:
         "skipped" if update.skipped else f"{update.tokens:,}" if update.tokens else DASH,
         number(sum(seconds or 0.0 for seconds in step.seconds.values()), 1),
     ]
+
+
+def _predictors(record: "Record") -> tuple[Sequence[str], list[list[str]]]:
+    from dspy_fst.report.words import DASH, number, plain, share, signed
+
+    columns = ("predictor", "calls", "tokens", "cut off", "unparsed", "learnt", "positive", "advantage", "flat")
+    rows = [
+        [
+            of.predictor,
+            *map(plain, (of.calls, of.tokens, of.truncated, of.unparsed, of.rows, of.positive_rows)),
+            signed(of.advantage),
+            plain(of.flat_groups),
+            " ".join(map(number, (of.scores[0], of.scores[-1]))) if of.scores else DASH,
+            share(of.changed_alone, of.changed),
+            signed(of.gain),
+        ]
+        for of in record.predictors
+    ]
+    return (*columns, "own score", "changed", "gain"), rows
 
 
 def _print_population(out: Any, record: "Record") -> None:

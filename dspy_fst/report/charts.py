@@ -9,7 +9,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from dspy_fst.report import NEEDS_EXTRA
-from dspy_fst.report.measures import Chart, Series, frontier, health_charts, learning_charts, lost_charts
+from dspy_fst.report.measures import (
+    Chart,
+    Series,
+    frontier,
+    health_charts,
+    learning_charts,
+    lost_charts,
+    predictor_charts,
+)
 from dspy_fst.report.record import Node, Record, read_records
 
 try:
@@ -82,7 +90,7 @@ def save_plots(run_dirs: Sequence[Path], folder: Path, formats: Sequence[str] = 
     """
     records = read_records(run_dirs)
     folder.mkdir(parents=True, exist_ok=True)
-    charts = [*learning_charts(records), *health_charts(records), *lost_charts(records)]
+    charts = [*learning_charts(records), *health_charts(records), *lost_charts(records), *predictor_charts(records)]
     drawings: dict[str, Callable[[], Figure]] = {chart.name: lambda chart=chart: draw(chart) for chart in charts}  # type: ignore[misc]
     for i, record in enumerate(records, start=1):
         if _scored(record):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dspy_fst.report.record import Record, lost_of
+from dspy_fst.types import PredictorReport
 
 Points = tuple[Sequence[float], Sequence[float | None]]
 """x and y of each point; a y of None was not measured."""
@@ -84,6 +85,57 @@ def lost_charts(records: Sequence[Record]) -> list[Chart]:
         return _measured([LOST.chart(records)])
     charts = [lost_in_steps(records[0]), lost_in_searches(records[0])]
     return [chart for chart in charts if any(any(series.y) for series in chart.series)]
+
+
+def predictor_charts(records: Sequence[Record]) -> list[Chart]:
+    """What the predictors of one run earned, update by update; of several runs nothing is drawn over one another."""
+    if len(records) > 1 or len(records[0].predictors) < 2:
+        return []
+    return _measured([positive_rows(records[0]), own_scores(records[0])])
+
+
+def positive_rows(record: Record) -> Chart:
+    return _by_predictor(
+        record,
+        lambda report: report.positive_rows / report.rows if report.rows else None,
+        name="predictor-positive",
+        title="Calls that were above the others",
+        note="Share of a predictor's learnt calls whose advantage is positive: they scored above the group's mean.",
+        y_label="share of calls",
+        span=(0.0, 1.05),
+    )
+
+
+def own_scores(record: Record) -> Chart:
+    return _by_predictor(
+        record,
+        lambda report: report.score,
+        name="predictor-scores",
+        title="Scores of single predictors",
+        note="What the metric gave a predictor by itself; a failed rollout counts with its failure score.",
+        y_label="mean score",
+        span=None,
+    )
+
+
+def _by_predictor(
+    record: Record,
+    of: Callable[[PredictorReport], float | None],
+    *,
+    name: str,
+    title: str,
+    note: str,
+    y_label: str,
+    span: tuple[float, float | None] | None,
+) -> Chart:
+    """A line for each predictor that has one measured point at least."""
+
+    def points(predictor: str) -> list[float | None]:
+        reports = [step.predictors.get(predictor) for step in record.steps]
+        return [None if report is None else of(report) for report in reports]
+
+    lines = [_series(one.predictor, _steps(record), points(one.predictor)) for one in record.predictors]
+    return Chart(name, title, note, "update", y_label, tuple(line for line in lines if line.y), "line", span)
 
 
 def frontier(series: Series) -> Series:

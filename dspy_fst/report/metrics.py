@@ -60,7 +60,7 @@ def _flat(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         if name == "counts":
             yield from _flat(value)
         elif isinstance(value, Mapping):
-            yield from ((f"{name}/{inner}", number) for inner, number in _flat(value))
+            yield from ((f"{_name(name)}/{inner}", number) for inner, number in _flat(value))
         elif isinstance(value, int | float) and not isinstance(value, bool) and name not in PLACES:
             yield _name(name), value
 

@@ -17,9 +17,9 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.report import NEEDS_EXTRA
 from dspy_fst.report.charts import chart_svg, lineage_svg
 from dspy_fst.report.diff import word_diff
-from dspy_fst.report.measures import Chart, health_charts, learning_charts, lost_charts
+from dspy_fst.report.measures import Chart, health_charts, learning_charts, lost_charts, predictor_charts
 from dspy_fst.report.record import Node, Record, best, read_records
-from dspy_fst.report.words import DASH, duration, interval, number, plain, share, with_error
+from dspy_fst.report.words import DASH, duration, interval, number, plain, share, signed, with_error
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -67,9 +67,9 @@ def render(records: Sequence[Record]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "count": count, "setting": setting, "plain": plain}
+    environment.filters |= {"number": number, "signed": signed, "count": count, "setting": setting, "plain": plain}
     environment.globals |= {"word_diff": word_diff, "dash": DASH}
-    environment.globals |= {"interval": interval, "share": share, "with_error": with_error}
+    environment.globals |= {"interval": interval, "share": share, "with_error": with_error, "change": change}
     style, script = (_asset(environment, name) for name in ("style.css", "script.js"))
     runs = [Run(f"run-{i}", record) for i, record in enumerate(records, start=1)]
     return environment.get_template("report.html").render(
@@ -78,6 +78,7 @@ def render(records: Sequence[Record]) -> str:
         learning=_drawn(learning_charts(records)),
         health=_drawn(health_charts(records)),
         lost=_drawn(lost_charts(records)),
+        earned=_drawn(predictor_charts(records)),
         costs=cost_rows(records),
         recipe=recipe_rows(records),
         style=style,
@@ -163,8 +164,8 @@ class Run:
     def figures(self) -> list[Figure]:
         record, costs = self.record, self.record.costs
         return [
-            Figure("Training reward", _change(record.rewards), "first and last update"),
-            Figure("Anchor score", _change([*record.carried[:1], *record.found[-1:]]), "carried in first, found last"),
+            Figure("Training reward", change(record.rewards), "first and last update"),
+            Figure("Anchor score", change([*record.carried[:1], *record.found[-1:]]), "carried in first, found last"),
             Figure("Validation", number(best([node.validation for node in record.nodes])), "best candidate"),
             Figure("Updates", _of(costs.updates, record.budget.get("updates")), "weights moved"),
             Figure("Searches", _of(len(record.cycles), record.budget.get("searches")), "instructions evolved"),
@@ -263,7 +264,12 @@ def setting(value: Any) -> str:
     return ", ".join(map(setting, value)) if isinstance(value, list | tuple) else f"{value}"
 
 
-def _change(values: Sequence[float | None]) -> str:
+def change(values: Sequence[float | None]) -> str:
+    """From the first to the last.
+
+    >>> change([0.25, 0.5, 0.75])
+    '0.250 → 0.750'
+    """
     return " → ".join(map(number, [*values[:1], *values[1:][-1:]])) or DASH
 
 

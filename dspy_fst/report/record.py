@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.directory import LOCK, read_events
-from dspy_fst.types import Candidate, CycleReport, StepReport, UpdateReport
+from dspy_fst.types import Candidate, CycleReport, PredictorReport, StepReport, UpdateReport
 
 State = Literal["finished", "running", "stopped"]
 Events = Sequence[Mapping[str, Any]]
@@ -128,6 +128,39 @@ class Costs:
     @property
     def tokens(self) -> int:
         return self.search_tokens + self.training_tokens
+
+
+@dataclass(frozen=True)
+class Earned:
+    """What one predictor did and earned in all updates of a run, and what came of changing its text.
+
+    The updates' figures are None when no update tells of it.
+    """
+
+    predictor: str
+    calls: int | None
+    tokens: int | None
+    """Sampled in its calls."""
+    truncated: int | None
+    """Calls that were cut off."""
+    unparsed: int | None
+    """Rollouts that ended in a reply of its that does not parse."""
+    rows: int | None
+    """Calls that were learnt from."""
+    positive_rows: int | None
+    """Of those, the ones with an advantage above 0."""
+    flat_groups: int | None
+    """Groups in which its calls taught nothing."""
+    advantage: float | None
+    """Mean over its rows."""
+    scores: tuple[float, ...]
+    """Mean score of its own in each update that has one."""
+    changed: int
+    """Candidates whose text for it is not their parent's."""
+    changed_alone: int
+    """Of those, the ones whose other texts are their parent's."""
+    gain: float | None
+    """Mean of these candidates' anchor scores less their parents', under the same weights."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +288,48 @@ class Record:
         reports: list[CycleReport | StepReport] = [*self.cycles, *self.steps]
         counts = sum((lost_of(report.counts) for report in reports), Counter[str]())
         return Counter(dict(counts.most_common()))
+
+    @cached_property
+    def predictors(self) -> tuple[Earned, ...]:
+        """Every predictor that was called or has a text, in the order of the program's texts."""
+        named = [name for node in self.nodes for name in node.texts]
+        called = [name for step in self.steps for name in step.predictors]
+        return tuple(map(self._earned, dict.fromkeys(named + called)))
+
+    def _earned(self, name: str) -> Earned:
+        reports = [step.predictors[name] for step in self.steps if name in step.predictors]
+        rows = sum(report.rows or 0 for report in reports)
+        changes = [names for node in self.nodes if name in (names := self._changed(node))]
+        gains = [
+            gain for node in self.nodes if self._changed(node) == [name] and (gain := self._gain(node)) is not None
+        ]
+        counted = ("calls", "tokens", "truncated", "unparsed", "rows", "positive_rows", "flat_groups")
+        return Earned(
+            predictor=name,
+            **{count: sum(getattr(r, count) or 0 for r in reports) if reports else None for count in counted},
+            advantage=sum((r.advantage or 0.0) * (r.rows or 0) for r in reports) / rows if rows else None,
+            scores=tuple(report.score for report in reports if report.score is not None),
+            changed=len(changes),
+            changed_alone=changes.count([name]),
+            gain=math.fsum(gains) / len(gains) if gains else None,
+        )
+
+    def _parent(self, node: Node) -> Node | None:
+        """The one candidate that it was made from."""
+        return self.by_digest.get(node.parents[0]) if len(node.parents) == 1 else None
+
+    def _changed(self, node: Node) -> list[str]:
+        """Names whose text is not the parent's."""
+        parent = self._parent(node)
+        return [] if parent is None else [name for name in node.texts if node.texts[name] != parent.texts.get(name)]
+
+    def _gain(self, node: Node) -> float | None:
+        """Its anchor score less its parent's, in the search that made it."""
+        parent = self._parent(node)
+        if parent is None or node.born is None:
+            return None
+        score, before = node.scores.get(node.born), parent.scores.get(node.born)
+        return None if score is None or before is None else score - before
 
     @cached_property
     def costs(self) -> Costs:
@@ -393,7 +468,8 @@ def _cycle(data: Mapping[str, Any]) -> CycleReport:
 
 
 def _step(data: Mapping[str, Any]) -> StepReport:
-    return _known(StepReport, data, update=_known(UpdateReport, data["update"]))
+    predictors = {name: _known(PredictorReport, of) for name, of in (data.get("predictors") or {}).items()}
+    return _known(StepReport, data, update=_known(UpdateReport, data["update"]), predictors=predictors)
 
 
 def _played(data: Mapping[str, Any]) -> Played:

@@ -12,6 +12,14 @@ def number(value: float | None, digits: int = 3) -> str:
     return DASH if value is None else f"{value:.{digits}f}"
 
 
+def signed(value: float | None) -> str:
+    """
+    >>> signed(0.12345), signed(-0.5), signed(None)
+    ('+0.123', '-0.500', '–')
+    """
+    return DASH if value is None else f"{value:+.3f}"
+
+
 def interval(low: float | None, high: float | None) -> str:
     """
     >>> interval(0.25, 0.75)

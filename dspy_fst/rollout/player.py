@@ -154,19 +154,25 @@ class Player:
         except UnmeasuredError as error:
             detail = repr(error.__cause__) if error.__cause__ else ""
             return {"reward": None, "mask": str(error), "prediction": prediction, "feedback": detail}
-        return {"reward": score.value, "feedback": score.feedback, "prediction": prediction}
+        return {
+            "reward": score.value,
+            "feedback": score.feedback,
+            "prediction": prediction,
+            "predictor_scores": score.predictor_scores,
+        }
 
     def _failure(self, error: BaseException, recording: Recording, trace: list[Any]) -> dict[str, Any]:
         name = type(error).__name__
         failed = failing_predictor(error)
         frozen = failed is not None and not failed.trained
+        where = {"failed_in": getattr(failed.predictor, PREDICTOR_TAG) if failed is not None else None}
         if isinstance(error, AdapterParseError) and not frozen:
             if failed is not None:  # so that the reflection sees the reply and what it answered
                 trace.append((failed.predictor, failed.inputs, FailedPrediction(str(error.lm_response))))
             feedback = f"The reply could not be parsed: {error}"
-            return {"reward": self.settings.format_failure_score, "failure": "parse", "feedback": feedback}
+            return {"reward": self.settings.format_failure_score, "failure": "parse", "feedback": feedback, **where}
         if isinstance(error, ContextWindowExceededError) and not frozen:
-            return {"reward": self.settings.failure_score, "failure": "context", "feedback": str(error)}
+            return {"reward": self.settings.failure_score, "failure": "context", "feedback": str(error), **where}
         if isinstance(error, AdapterParseError | LMError):
             who = "frozen lm" if frozen else "lm"
             cause = error.__cause__ or error

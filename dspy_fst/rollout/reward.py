@@ -3,8 +3,8 @@
 import hashlib
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
@@ -24,17 +24,27 @@ class Score:
 
     value: float
     feedback: str = ""
+    predictor_scores: Mapping[str, float] = field(default_factory=dict)
+    predictor_feedback: Mapping[str, str] = field(default_factory=dict)
+
+    def feedback_for(self, predictor: str) -> str:
+        """What was said of this predictor, else of the run."""
+        return self.predictor_feedback.get(predictor) or self.feedback
 
 
 class Reward:
     """Calls a metric of DSPy's or of GEPA's signature.
 
     ``(gold, pred, trace=None) -> float | bool`` and
-    ``(gold, pred, trace, pred_name, pred_trace) -> float | dspy.Prediction(score=..., feedback=...)`` both work.
+    ``(gold, pred, trace, pred_name, pred_trace) -> float | dspy.Prediction(score=..., feedback=...)`` both work. The
+    prediction may also hold ``predictor_scores={name: float}`` and ``predictor_feedback={name: text}``.
+
+    Args:
+        predictors: The program's, which alone may get scores and feedback of their own; None checks no name.
     """
 
-    def __init__(self, metric: Metric):
-        self.metric = metric
+    def __init__(self, metric: Metric, predictors: Collection[str] | None = None):
+        self.metric, self._predictors = metric, predictors
         self._names = _filled_by_name(metric)
 
     @property
@@ -58,7 +68,8 @@ class Reward:
         """Score one prediction.
 
         Raises:
-            UnmeasuredError: the metric raised, or returned something that is not a finite number.
+            UnmeasuredError: the metric raised, or returned something that is not a finite number, or named a
+                predictor that the program does not have.
         """
         known = {"trace": trace, "pred_name": pred_name, "pred_trace": pred_trace}
         try:
@@ -67,21 +78,40 @@ class Reward:
             if is_signal(error):
                 raise
             raise UnmeasuredError(f"metric raised {type(error).__name__}") from error
-        return _as_score(returned)
+        return self._as_score(returned)
+
+    def _as_score(self, returned: Any) -> Score:
+        if not (isinstance(returned, dspy.Prediction) or (isinstance(returned, dict) and "score" in returned)):
+            return Score(_finite(returned))
+        scores, feedback = (self._by_predictor(returned, of) for of in ("predictor_scores", "predictor_feedback"))
+        return Score(
+            value=_finite(returned["score"]),
+            feedback=str(returned.get("feedback") or ""),
+            predictor_scores={name: _finite(score, f" for {name!r}") for name, score in scores.items()},
+            predictor_feedback={name: str(text or "") for name, text in feedback.items()},
+        )
+
+    def _by_predictor(self, returned: Any, field_name: str) -> Mapping[str, Any]:
+        given = returned.get(field_name)
+        if given is None:
+            return {}
+        if not isinstance(given, Mapping):
+            raise UnmeasuredError(f"metric returned {field_name} as {type(given).__name__}, not as a dict by predictor")
+        known = given.keys() if self._predictors is None else self._predictors
+        if strangers := sorted(str(name) for name in given if name not in known):
+            there_are = ValueError(f"the program's predictors are {', '.join(sorted(known))}")
+            raise UnmeasuredError(f"metric returned {field_name} of {strangers}, no predictors") from there_are
+        return given
 
 
-def _as_score(returned: Any) -> Score:
-    feedback = ""
-    if isinstance(returned, dspy.Prediction) or (isinstance(returned, dict) and "score" in returned):
-        feedback = str(returned.get("feedback") or "")
-        returned = returned["score"]
+def _finite(given: Any, of_whom: str = "") -> float:
     try:
-        value = float(returned)
+        value = float(given)
     except (TypeError, ValueError):
-        raise UnmeasuredError(f"metric returned {type(returned).__name__}") from None
+        raise UnmeasuredError(f"metric returned {type(given).__name__}{of_whom}") from None
     if not math.isfinite(value):
-        raise UnmeasuredError(f"metric returned {value}")
-    return Score(value, feedback)
+        raise UnmeasuredError(f"metric returned {value}{of_whom}")
+    return value
 
 
 ROLES = ("trace", "pred_name", "pred_trace")

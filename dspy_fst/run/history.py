@@ -33,6 +33,8 @@ class History:
     reports: Sequence[StepReport]
     worst: float
     best: float
+    parse_share: float
+    """``FSTConfig.parse_warning_share``."""
 
     def updates(self, field: str) -> list[tuple[StepReport, float]]:
         """Steps that moved the weights, and what their updates measured of one field of UpdateReport.

@@ -4,12 +4,13 @@ from collections import Counter
 from statistics import fmean
 
 from dspy_fst.run.history import SHORT, WINDOW, Finding, History, span
+from dspy_fst.types import StepReport
 
 FLAT_SHARE, EDGE = 0.8, 0.25
 """Share of flat groups that leaves too little to learn from, and how near to an end of the reward's range the mean is
 when "all wrong" or "all right" is said (ours)."""
-PARSE_SHARE = MASKED_SHARE = TRUNCATED_SHARE = 0.1
-"""Shares of rollouts that do not parse or measured nothing, and of calls cut off at ``max_tokens`` (ours)."""
+MASKED_SHARE = TRUNCATED_SHARE = 0.1
+"""Shares of rollouts that measured nothing, and of calls cut off at ``max_tokens`` (ours)."""
 UNTRAINED_SHARE = 0.5
 """Share of measured rollouts without a call that can be trained (ours)."""
 REWARD_FALL, REWARD_NOISE = 0.3, 0.1
@@ -37,16 +38,28 @@ def flat_groups(history: History) -> Finding | None:
 
 
 def parse_failures(history: History) -> Finding | None:
-    counts = history.counts(SHORT)
-    share = counts["failed: parse"] / _measured(counts)
-    if share < PARSE_SHARE:
+    """Told at the first step of a cycle that has too many: the next cycle has other instructions."""
+    *earlier, now = [report for report in history.reports if report.cycle == history.reports[-1].cycle]
+    share = _unparsed_share(now)
+    if share < history.parse_share or any(_unparsed_share(report) >= history.parse_share for report in earlier):
         return None
+    by_predictor = [
+        f"{name!r} in {of.unparsed} of its {of.calls} calls"
+        for name, of in sorted(now.predictors.items(), key=lambda item: -item[1].unparsed)
+        if of.unparsed
+    ]
+    seen = f"{share:.0%} of the rollouts ended in a reply that does not parse"
+    seen += f" ({'; '.join(by_predictor)})" if by_predictor else ""
     advice = (
         "Raise max_tokens if they are cut off, simplify the output fields, or set format_failure_score below "
         "failure_score"
     )
-    seen = f"{share:.0%} of the rollouts ended in a reply that does not parse"
-    return Finding("parse", history.reports[-SHORT:], seen, advice)
+    return Finding(f"parse in cycle {now.cycle}", [now], seen, advice)
+
+
+def _unparsed_share(report: StepReport) -> float:
+    counts = Counter(report.counts)
+    return counts["failed: parse"] / _measured(counts)
 
 
 def masked_rollouts(history: History) -> Finding | None:

@@ -19,17 +19,18 @@ class Watch:
     Args:
         worst: Reward of a failed rollout.
         best: Reward of a perfect one.
+        parse_share: ``FSTConfig.parse_warning_share``.
     """
 
-    def __init__(self, worst: float = 0.0, best: float = 1.0):
-        self._worst, self._best = worst, best
+    def __init__(self, worst: float = 0.0, best: float = 1.0, parse_share: float = 0.1):
+        self._worst, self._best, self._parse_share = worst, best, parse_share
         self._reports: list[StepReport] = []
         self._last_seen: dict[str, int] = {}
 
     def see(self, report: StepReport) -> list[str]:
         """Warnings that this report gives rise to: what was seen, over how many steps, and what to do."""
         self._reports.append(report)
-        now, history = len(self._reports), History(self._reports, self._worst, self._best)
+        now, history = len(self._reports), History(self._reports, self._worst, self._best, self._parse_share)
         warnings = []
         for finding in filter(None, (rule(history) for rule in (*ROLLOUT_RULES, *UPDATE_RULES))):
             if finding.kind not in self._last_seen or now - self._last_seen[finding.kind] > CALM:

@@ -3,15 +3,20 @@
 A program has one reward a run, so credit belongs to the *rollout*: the advantage is computed once per problem,
 over the group's runs under all candidates together (FST, section 3, eq. 3), and every LM call of a run inherits
 it (mmGRPO, 2508.04660). Runs may call a module any number of times; nothing is matched, padded or cut.
+
+A metric may also score a predictor by itself. Its calls are then held against its own scores in the problem's group,
+and the run's reward stays with the others.
 """
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from dspy_fst.errors import TrainingError
+from dspy_fst.slow.predictors import own_scores, predictor_reports
 from dspy_fst.types import Batch, Call, Group, Rollout, Row, WeightsVersion
 
 EPSILON = 1e-6
@@ -33,6 +38,10 @@ def credit(
     standard deviation). Masked rollouts enter no mean, no baseline and no gradient. Groups whose rewards are all
     equal are dropped and not resampled (FST, section 2, after ScaleRL).
 
+    A call whose predictor has a score of its own in its rollout gets the same of those scores: mean and standard
+    deviation are over the rollouts of the group in which the predictor has one (see `own_scores`). When they are all
+    equal its calls are dropped, and the other predictors' stay.
+
     A token weighs ``1 / (problems * tokens of its problem)``: tokens are averaged per problem, then problems
     (FST, eq. 4). ``problems`` are those that kept a row: a dropped group is out of the batch, not a zero in its
     mean, so the weights of a non-empty batch sum to 1 and the step size does not shrink as groups go flat.
@@ -42,7 +51,7 @@ def credit(
         baseline: ``"problem"`` holds a rollout against all of its group (FST, eq. 3); ``"candidate"`` only against
             those of its own candidate, as if each candidate's rollouts of a problem were a group of their own.
         normalize: ``"group"`` divides by the group's standard deviation (FST, eq. 3); ``"batch"`` by that of the
-            centred rewards of all live groups (ScaleRL, 2510.13786).
+            centred rewards of all live groups (ScaleRL, 2510.13786), each predictor's own scores apart.
         trained: Predictors whose calls are trained; None means all.
         held: Rollouts under the program's own texts, whose calls become ``Batch.held``.
         epsilon: See :data:`EPSILON`.
@@ -57,14 +66,15 @@ def credit(
     if baseline == "candidate":
         groups = [part for group in groups for part in _by_candidate(group)]
     weights = _single_version([*(rollout for group in groups for rollout in group.rollouts), *held])
-    measured = [_Measured(group) for group in groups]
-    live = [group for group in measured if group.spread > epsilon]
-    batch_std = float(np.std([c for group in live for c in group.centred])) if live else 0.0
-    lessons = [group.lesson(batch_std if normalize == "batch" else group.std, epsilon, trained) for group in live]
+    measured = [_Measured(group, trained) for group in groups]
+    stds = _stds([strand for group in measured for strand in group.strands.values() if strand.spread > epsilon])
+    lessons = [list(group.lesson(stds if normalize == "batch" else {}, epsilon)) for group in measured]
     rows = _rows([lesson for lesson in lessons if lesson])
-    counts = _counts(groups, measured, live, rows, trained)
+    counts = _counts(groups, measured, rows, trained, epsilon)
     counts.update({"held_rollouts": len(held), "held_calls": len(held_calls)} if held else {})
-    return Batch(rows=rows, weights=weights, held=held_calls, counts=counts)
+    flat = Counter(name for group in measured if len(group.rollouts) > 1 for name in group.untaught(epsilon))
+    reports = predictor_reports(groups, rows, flat)
+    return Batch(rows=rows, weights=weights, held=held_calls, counts=counts, predictors=reports)
 
 
 def _by_candidate(group: Group) -> list[Group]:
@@ -75,30 +85,80 @@ def _by_candidate(group: Group) -> list[Group]:
     return [Group(group.problem, tuple(rollouts)) for rollouts in parts.values()]
 
 
-class _Measured:
-    """The rollouts of one group that measured the policy, and their rewards about the group's mean."""
+@dataclass(frozen=True)
+class _Strand:
+    """Scores of one kind in a group: the rewards of its runs, or the scores of one predictor."""
 
-    def __init__(self, group: Group):
-        self.problem = group.problem
-        self.rollouts = [rollout for rollout in group.rollouts if rollout.reward is not None]
-        rewards = np.array([rollout.reward for rollout in self.rollouts], dtype=np.float64)
-        if not np.isfinite(rewards).all():
+    predictor: str | None
+    """None: the rewards."""
+    spread: float
+    """Largest less smallest. This and not the std tells a flat strand: rounding of the mean gives equal scores a std
+    above zero."""
+    std: float
+    centred: Mapping[int, float]
+    """Place of a rollout -> its score less the mean."""
+
+    @classmethod
+    def of(cls, problem: int, predictor: str | None, scores: Mapping[int, float]) -> "_Strand":
+        values = np.array(list(scores.values()), dtype=np.float64)
+        if not np.isfinite(values).all():
+            whose = "rewards" if predictor is None else f"scores of {predictor!r}"
             raise TrainingError(
-                f"problem {group.problem}: rewards {rewards.tolist()} are not all finite numbers; "
+                f"problem {problem}: {whose} {values.tolist()} are not all finite numbers; "
                 "the metric must return one, or the rollout must be masked"
             )
-        # The spread, not the std, tells a flat group: rounding of the mean gives equal rewards a std above zero.
-        self.spread = float(np.ptp(rewards)) if len(rewards) > 1 else 0.0
-        self.std = float(rewards.std()) if len(rewards) else 0.0
-        self.centred: list[float] = (rewards - rewards.mean()).tolist() if len(rewards) else []
+        if not len(values):
+            return cls(predictor, 0.0, 0.0, {})
+        centred = dict(zip(scores, (values - values.mean()).tolist(), strict=True))
+        return cls(predictor, float(np.ptp(values)), float(values.std()), centred)
 
-    def lesson(self, std: float, epsilon: float, trained: Collection[str] | None) -> list[tuple[int, Call, float]]:
-        """``(problem, call, advantage)`` for every call that is trained."""
-        return [
-            (self.problem, call, centred / (std + epsilon))
-            for rollout, centred in zip(self.rollouts, self.centred, strict=True)
+
+class _Measured:
+    """The rollouts of one group that measured the policy, and the scores that their calls are credited with."""
+
+    def __init__(self, group: Group, trained: Collection[str] | None):
+        self.problem = group.problem
+        self.rollouts = [rollout for rollout in group.rollouts if rollout.reward is not None]
+        scores: dict[str | None, dict[int, float]] = {None: {i: float(r.reward or 0) for i, r in self._numbered()}}
+        scores.update(own_scores(self.rollouts))
+        strands = {name: _Strand.of(group.problem, name, of) for name, of in scores.items()}
+        self._calls = [
+            (i, call, strands[call.predictor if i in scores.get(call.predictor, {}) else None])
+            for i, rollout in self._numbered()
             for call in _trained_calls(rollout, trained)
         ]
+        self.strands = {strand.predictor: strand for _, _, strand in self._calls} or {None: strands[None]}
+        """Those that a call is credited by; of a group without trained calls the rewards'."""
+
+    def _numbered(self) -> list[tuple[int, Rollout]]:
+        return list(enumerate(self.rollouts))
+
+    def is_live(self, epsilon: float) -> bool:
+        return any(strand.spread > epsilon for strand in self.strands.values())
+
+    def untaught(self, epsilon: float) -> set[str]:
+        """Predictors whose calls taught nothing, as their scores were all alike."""
+        taught = {call.predictor for _, call, strand in self._calls if strand.spread > epsilon}
+        return {call.predictor for _, call, _ in self._calls} - taught
+
+    def lesson(self, stds: Mapping[str | None, float], epsilon: float) -> Iterator[tuple[int, Call, float]]:
+        """``(problem, call, advantage)`` for every call that is trained.
+
+        Args:
+            stds: What to divide by, by the strand's predictor; without it by the strand's own.
+        """
+        for i, call, strand in self._calls:
+            if strand.spread > epsilon:
+                yield self.problem, call, strand.centred[i] / (stds.get(strand.predictor, strand.std) + epsilon)
+
+
+def _stds(live: Sequence[_Strand]) -> dict[str | None, float]:
+    """Standard deviation of a batch's centred scores, by predictor; None: of its rewards."""
+    names = {strand.predictor for strand in live}
+    return {
+        name: float(np.std([c for strand in live if strand.predictor == name for c in strand.centred.values()]))
+        for name in names
+    }
 
 
 def _rows(lessons: Sequence[Sequence[tuple[int, Call, float]]]) -> tuple[Row, ...]:
@@ -143,23 +203,28 @@ def _single_version(rollouts: Sequence[Rollout]) -> WeightsVersion:
 def _counts(
     groups: Sequence[Group],
     measured: Sequence[_Measured],
-    live: Sequence[_Measured],
     rows: Sequence[Row],
     trained: Collection[str] | None,
+    epsilon: float,
 ) -> Counter[str]:
     """What the batch holds and what was left out of it; names that counted nothing read 0."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     unmeasured = sum(len(group.rollouts) < 2 for group in measured)
+    live = sum(group.is_live(epsilon) for group in measured)
     counts = Counter(
         groups=len(groups),
-        live_groups=len(live),
+        live_groups=live,
         unmeasured_groups=unmeasured,
-        flat_groups=len(groups) - len(live) - unmeasured,
+        flat_groups=len(groups) - live - unmeasured,
         rollouts=len(rollouts),
         calls=sum(len(rollout.calls) for rollout in rollouts),
         truncated_calls=sum(call.finish_reason == "length" for rollout in rollouts for call in rollout.calls),
         no_trained_calls=sum(r.reward is not None and not _trained_calls(r, trained) for r in rollouts),
-        greedy_calls=sum(call.temperature == 0 for rollout in rollouts for call in rollout.calls),
+        greedy_calls=sum(
+            call.temperature == 0 and (trained is None or call.predictor in trained)
+            for rollout in rollouts
+            for call in rollout.calls
+        ),
         reasoning_tokens=sum(call.reasoning_tokens for rollout in rollouts for call in rollout.calls),
         rows=len(rows),
         tokens=sum(len(row.completion_ids) for row in rows),

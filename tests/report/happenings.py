@@ -61,7 +61,20 @@ def cycle(
     }
 
 
-def step(number: int, reward: float | None, *, lost: dict[str, int] | None = None, **update: Any) -> dict[str, Any]:
+def predictor(**changes: Any) -> dict[str, Any]:
+    """What a step's report tells of one predictor."""
+    counts = {"calls": 32, "tokens": 64, "truncated": 0, "unparsed": 0, "rows": 0, "positive_rows": 0, "flat_groups": 0}
+    return {**counts, "advantage": None, "score": None, **changes}
+
+
+def step(
+    number: int,
+    reward: float | None,
+    *,
+    lost: dict[str, int] | None = None,
+    predictors: dict[str, dict[str, Any]] | None = None,
+    **update: Any,
+) -> dict[str, Any]:
     report = {
         "step": number,
         "cycle": number // 2,
@@ -71,7 +84,7 @@ def step(number: int, reward: float | None, *, lost: dict[str, int] | None = Non
         "sampled_tokens": 160,
         "seconds": {"sampling": 3.0, "update": 1.0, "publish": 0.5},
     }
-    return {"event": "step", "report": report}
+    return {"event": "step", "report": report | ({} if predictors is None else {"predictors": predictors})}
 
 
 def trajectories(number: int, said: str, *, best: dict[str, Any] | None = None, **worst: Any) -> dict[str, Any]:

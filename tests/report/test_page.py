@@ -102,7 +102,8 @@ def test_the_page_of_a_whole_run_shows_all_of_it(whole):
     assert whole.said("h1") == ["Run demo"]
     headings = whole.said("h2")
     assert headings[:4] == ["Summary", "What was learnt", "How sound the updates are", "What was masked or failed"]
-    assert headings[4:] == ["Instructions", "Population", "Sample trajectories", "Costs", "Recipe"]
+    assert headings[4:6] == ["What each predictor earned", "Instructions"]
+    assert headings[6:] == ["Population", "Sample trajectories", "Costs", "Recipe"]
     assert "finished" in whole.said("span")
     assert "0.250 → 0.750" in whole.said("b")
     assert len(whole.of("svg")) == len(whole.of("figure")) == 12 + 2 + 1

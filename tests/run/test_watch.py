@@ -1,14 +1,14 @@
 """Histories of steps -> warnings. A healthy run hears nothing; each trouble is told once an episode."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_fst.run.watch import CALM, Watch
-from dspy_fst.types import StepReport, UpdateReport
+from dspy_fst.types import PredictorReport, StepReport, UpdateReport
 
 HEALTHY_COUNTS = {"groups": 10, "flat_groups": 2, "rollouts": 80, "calls": 80, "no_trained_calls": 0, "greedy_calls": 0}
 HEALTHY_UPDATE = {
@@ -162,6 +162,33 @@ def test_all_wrong_and_all_right_are_two_troubles():
     assert [at for at, _ in warnings] == [4, 6, 8]
     assert ["Nearly every rollout fails" in text for _, text in warnings] == [True, False, False]
     assert "Nearly every rollout succeeds" in warnings[-1][1]
+
+
+def in_cycles(*unparsed, steps_per_cycle=2):
+    """Reports of 80 rollouts each, so many of which did not parse."""
+    reports = [step(at, **{"failed: parse": count}) for at, count in enumerate(unparsed)]
+    return [replace(report, cycle=report.step // steps_per_cycle) for report in reports]
+
+
+def test_replies_that_do_not_parse_are_told_once_a_cycle():
+    assert [at for at, _ in told(in_cycles(8, 40, 0, 9, 20, 20, 7, 7))] == [0, 3, 4]
+    assert [at for at, _ in told(in_cycles(8, *[0] * 8, 8, steps_per_cycle=10))] == [0]
+
+
+def test_the_share_that_may_not_parse_is_the_user_s():
+    assert [at for at, _ in told(in_cycles(8, 16), parse_share=0.2)] == [1]
+    assert told(in_cycles(0, 0), parse_share=1e-9) == []
+
+
+def test_replies_that_do_not_parse_are_told_with_their_predictors_the_worst_first():
+    of = {"calls": 80, "tokens": 1, "truncated": 0, "rows": 0, "positive_rows": 0, "flat_groups": 0}
+    unparsed = {"answer": 2, "check": 0, "query": 6}
+    predictors = {
+        name: PredictorReport(**of, unparsed=count, advantage=None, score=None) for name, count in unparsed.items()
+    }
+    (report,) = in_cycles(8)
+    ((_, text),) = told([replace(report, predictors=predictors)])
+    assert "does not parse ('query' in 6 of its 80 calls; 'answer' in 2 of its 80 calls). Raise max_tokens" in text
 
 
 def test_the_reward_s_range_is_the_user_s():
