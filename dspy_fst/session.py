@@ -192,7 +192,7 @@ class Session:
     def _warn_of_no_reflection(self, cycle: Cycle, step: int) -> None:
         text = (
             f"cycle {cycle.index}: nothing was reflected on, so no instruction changed: every rollout was perfect, or "
-            "no call of a predictor was traced (a program that handles replies that do not parse itself hides them)"
+            "no call of a predictor was traced"
         )
         self.run.emit("warning", step=step, text=text)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import dspy
+from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from dspy.teleprompt.gepa.gepa_utils import DspyAdapter
 from gepa.core.adapter import EvaluationBatch
 from gepa.core.state import GEPAState, ValsetEvaluation
@@ -305,7 +306,9 @@ def _feedback_of(name: str, feedback: Feedback) -> Callable[..., dict[str, Any]]
         if isinstance(module_outputs, FailedRun):
             return {"score": None, "feedback": module_outputs.feedback}
         own = [(None, predictor_inputs, predictor_output)]
-        text = feedback(module_inputs, module_outputs, captured_trace, name, own)
+        # The trace that the metric saw when it scored: without replies that did not parse.
+        trace = [entry for entry in captured_trace if not isinstance(entry[2], FailedPrediction)]
+        text = feedback(module_inputs, module_outputs, trace, name, own)
         return {"score": None, "feedback": text}
 
     return feedback_fn

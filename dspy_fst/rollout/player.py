@@ -6,7 +6,6 @@ metric crash) is masked. Both are counted; the boundary is drawn once, in `_play
 """
 
 import contextvars
-import copy
 import hashlib
 import logging
 import traceback
@@ -16,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import dspy
-from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 
 from dspy_fst.errors import is_signal
 from dspy_fst.rollout.crew import run_all
+from dspy_fst.rollout.parses import FailedParses
 from dspy_fst.rollout.recording import OUTSIDE, SETTING, Recording, is_recorded, tag_predictors
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.rollout.texts import with_texts
@@ -126,10 +125,11 @@ class Player:
     def _play(self, task: Task, spoken: dspy.Module, recording: Recording) -> Rollout:
         program = spoken.deepcopy()
         trace: list[Any] = []
+        parses = FailedParses(trace)
         outcome: dict[str, Any]
         settings = {
             SETTING: recording,
-            "adapter": _single_attempt_adapter(),
+            "callbacks": [*dspy.settings.callbacks, parses],
             "trace": trace,
             "disable_history": True,
         }
@@ -139,11 +139,11 @@ class Player:
             except (Exception, SystemExit) as error:  # a tool's argparse, or exit() in code that the model wrote
                 if is_signal(error):
                     raise
-                outcome = self._failure(error, recording, trace)
+                outcome = self._failure(error, recording)
             else:
                 outcome = self._scored(task, prediction, trace)
         calls = recording.close()
-        return Rollout(task.problem.index, task.candidate, calls, trace=tuple(trace), **outcome)
+        return Rollout(task.problem.index, task.candidate, calls, trace=parses.in_trace(), **outcome)
 
     def _scored(self, task: Task, prediction: Any, trace: list[Any]) -> dict[str, Any]:
         if prediction is None:  # BestOfN and Refine, when no try parsed
@@ -156,13 +156,10 @@ class Player:
             return {"reward": None, "mask": str(error), "prediction": prediction, "feedback": detail}
         return {"reward": score.value, "feedback": score.feedback, "prediction": prediction}
 
-    def _failure(self, error: BaseException, recording: Recording, trace: list[Any]) -> dict[str, Any]:
+    def _failure(self, error: BaseException, recording: Recording) -> dict[str, Any]:
         name = type(error).__name__
-        failed = failing_predictor(error)
-        frozen = failed is not None and not failed.trained
+        frozen = _in_frozen_predictor(error)
         if isinstance(error, AdapterParseError) and not frozen:
-            if failed is not None:  # so that the reflection sees the reply and what it answered
-                trace.append((failed.predictor, failed.inputs, FailedPrediction(str(error.lm_response))))
             feedback = f"The reply could not be parsed: {error}"
             return {"reward": self.settings.format_failure_score, "failure": "parse", "feedback": feedback}
         if isinstance(error, ContextWindowExceededError) and not frozen:
@@ -178,35 +175,15 @@ class Player:
         return {"reward": self.settings.failure_score, "failure": name, "feedback": f"The program failed: {error}"}
 
 
-@dataclass(frozen=True)
-class FailingPredictor:
-    """The predictor in whose call an exception arose."""
-
-    predictor: dspy.Predict
-    inputs: dict[str, Any]
-    trained: bool
-    """Whether it speaks with an LM whose calls are recorded."""
-
-
-def failing_predictor(error: BaseException) -> FailingPredictor | None:
-    """The innermost tagged predictor on the exception's way, found in its traceback; None when there is none."""
-    found = None
+def _in_frozen_predictor(error: BaseException) -> bool:
+    """Whether the innermost tagged predictor on the exception's way, found in its traceback, speaks with an LM whose
+    calls are not recorded."""
+    frozen = False
     for frame, _ in traceback.walk_tb(error.__traceback__):
         predictor = frame.f_locals.get("self")
         if isinstance(predictor, dspy.Predict) and hasattr(predictor, PREDICTOR_TAG):
-            inputs = frame.f_locals.get("kwargs") or (found.inputs if found else {})
-            lm = predictor.lm or dspy.settings.lm
-            found = FailingPredictor(predictor, dict(inputs), is_recorded(lm))
-    return found
-
-
-def _single_attempt_adapter() -> Any:
-    """The adapter in force, without ChatAdapter's silent second call (JSON) after a reply that does not parse."""
-    adapter = dspy.settings.adapter or dspy.ChatAdapter()
-    if getattr(adapter, "use_json_adapter_fallback", False):
-        adapter = copy.copy(adapter)
-        adapter.use_json_adapter_fallback = False
-    return adapter
+            frozen = not is_recorded(predictor.lm or dspy.settings.lm)
+    return frozen
 
 
 @contextmanager
