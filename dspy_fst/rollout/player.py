@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import dspy
+from dspy.primitives.code_interpreter import CodeExecutionError, CodeInterpreterError
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 
 from dspy_fst.errors import is_signal
@@ -22,7 +23,7 @@ from dspy_fst.rollout.crew import run_all
 from dspy_fst.rollout.parses import FailedParses
 from dspy_fst.rollout.recording import OUTSIDE, SETTING, Recording, is_recorded, tag_predictors
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
-from dspy_fst.rollout.texts import with_texts
+from dspy_fst.rollout.texts import UnboundError, with_texts
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Group, Population, Problem, Rollout
 
 
@@ -90,9 +91,7 @@ class Player:
     ) -> list[Rollout]:
         """Make the rollouts, in the order of the tasks. Never raises for what happens inside one."""
         programs = {task.candidate.digest: task.candidate for task in tasks}
-        spoken = {digest: with_texts(self.program, candidate) for digest, candidate in programs.items()}
-        for program in spoken.values():
-            tag_predictors(program)
+        spoken = {digest: self._speaking(candidate) for digest, candidate in programs.items()}
         recordings = [Recording(self._seed(task, draw)) for task in tasks]
 
         def job(index: int) -> Callable[[], Rollout]:
@@ -118,11 +117,24 @@ class Player:
             for recording in recordings:
                 recording.close()
 
+    def _speaking(self, candidate: Candidate) -> dspy.Module | UnboundError:
+        """The program under a candidate, its predictors tagged; or why there is none."""
+        try:
+            program = with_texts(self.program, candidate)
+        except UnboundError as error:
+            return error
+        tag_predictors(program)
+        return program
+
     def _seed(self, task: Task, draw: str) -> int:
         entropy = repr((self.settings.seed, draw, task.problem.index, task.candidate.digest, task.sample))
         return int.from_bytes(hashlib.sha256(entropy.encode()).digest()[:8], "big")
 
-    def _play(self, task: Task, spoken: dspy.Module, recording: Recording) -> Rollout:
+    def _play(self, task: Task, spoken: dspy.Module | UnboundError, recording: Recording) -> Rollout:
+        if isinstance(spoken, UnboundError):
+            feedback = f"The source could not be read: {spoken}"
+            reward = self.settings.failure_score
+            return Rollout(task.problem.index, task.candidate, (), reward, feedback, failure="unbound source")
         program = spoken.deepcopy()
         trace: list[Any] = []
         parses = FailedParses(trace)
@@ -168,11 +180,22 @@ class Player:
             who = "frozen lm" if frozen else "lm"
             cause = error.__cause__ or error
             return {"reward": None, "mask": f"{who}: {type(cause).__name__}", "feedback": str(cause)}
+        if isinstance(error, CodeInterpreterError) and not _is_the_source_s(error):
+            return {"reward": None, "mask": f"interpreter: {name}", "feedback": str(error)}
+        if isinstance(error, CodeInterpreterError):
+            return {"reward": self.settings.failure_score, "failure": "source", "feedback": str(error)}
         if isinstance(error, OSError):  # ConnectionError and TimeoutError among them: a tool's outage
             return {"reward": None, "mask": f"outage: {name}"}
         if recording.last_predictor in (None, OUTSIDE):  # it failed before the policy had said anything
             return {"reward": None, "mask": f"program: {name}", "feedback": repr(error)}
         return {"reward": self.settings.failure_score, "failure": name, "feedback": f"The program failed: {error}"}
+
+
+def _is_the_source_s(error: CodeInterpreterError) -> bool:
+    """Whether the source of a dspy.Flex is to blame, and not the interpreter: its code raised, or dspy.Flex refused
+    what it gave."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, CodeExecutionError) or innermost.f_globals["__name__"].startswith("dspy.predict.flex")
 
 
 def _in_frozen_predictor(error: BaseException) -> bool:
