@@ -160,7 +160,7 @@ def test_a_tool_s_description_evolves_on_the_steps_of_its_agent():
 
 def test_a_reflection_lm_is_asked_for_a_tool_s_description_in_words_of_its_own():
     told = dspy.utils.DummyLM([{"new_instruction": "Finds what matters."}] * 30, adapter=dspy.JSONAdapter())
-    search = evolved(Agent(), tools=True, reflection_lm=told)
+    search = evolved(Agent(), tools=True, reflection_lm=told, settings={"components": "all"})
     assert any(c.texts["agent.tools['search'].desc"] == "Finds what matters." for c in search.candidates)
     asked = {entry["messages"][0]["content"].count("I gave an agent a tool") for entry in told.history}
     assert asked == {0, 1}
