@@ -145,8 +145,9 @@ def two_by_two(
     """
     policy = policy_of(compiled)
     player = Player(compiled, Reward(metric), PlayerSettings(threads=threads, seed=seed), policy.handle.engine.expect)
-    seed, evolved = (texts_like(compiled.population.best, program) for program in (student, compiled))
-    return table(player, policy, start_of(compiled), seed, evolved, testset, k=k)
+    best = compiled.population.best
+    own, evolved = texts_like(best, student), texts_like(best, compiled)
+    return table(player, policy, start_of(compiled), own, evolved, testset, k=k)
 
 
 def table(

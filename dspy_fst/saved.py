@@ -112,7 +112,7 @@ def load(path: str | Path, program: dspy.Module, *, trust_code: bool = False, **
     loaded = program.deepcopy()
     try:
         loaded.load_state(state)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, SyntaxError, RuntimeError) as error:
         raise RunDirectoryError(f"{path / PROGRAM}: DSPy cannot load it: {error}") from error
     own = speakers(program)
     for name, speaker in speakers(loaded).items():

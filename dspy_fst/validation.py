@@ -57,10 +57,11 @@ def program_faults(student: Any) -> list[str]:
         if (predictor.lm or dspy.settings.lm) is None
     ]
     policies = policies_of(student)
-    models = sorted({f"{policy.model} (engine {policy.handle.kind!r})" for policy in policies.values()})
-    if len({id(policy.handle) for policy in policies.values()}) > 1:
+    held = [*policies.values(), *(flex.lm for flex in flexes(student).values() if isinstance(flex.lm, PolicyLM))]
+    models = sorted({f"{policy.model} (engine {policy.handle.kind!r})" for policy in held})
+    if len({id(policy.handle) for policy in held}) > 1:
         faults.append(
-            f"student: its predictors hold {len({id(p.handle) for p in policies.values()})} different PolicyLMs "
+            f"student: its predictors hold {len({id(policy.handle) for policy in held})} different PolicyLMs "
             f"({'; '.join(models)}); one model is trained, so share one PolicyLM and give the others a frozen dspy.LM"
         )
     if not policies and not faults:

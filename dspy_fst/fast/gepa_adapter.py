@@ -175,7 +175,8 @@ class BankedAdapter(DspyAdapter):
             rng=random.Random(seed),
         )
         self._bank, self._journal, self._seed = bank, journal, seed
-        self._feedback, self._run_trace = feedback, []
+        self._feedback = feedback
+        self._run_trace: list[Any] = []
         self._record_tokens, self._protected = record_tokens, protected or {}
         self._describe = InstructionProposer(base_instructions=DESCRIBE_TOOL) if propose is None else None
         self._reflective_sets = 0

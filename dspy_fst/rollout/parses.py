@@ -16,7 +16,7 @@ Entry = tuple[Any, dict[str, Any], Any]
 """DSPy's trace entry: (predictor, inputs, prediction)."""
 
 
-class FailedParses(BaseCallback):  # type: ignore[misc]
+class FailedParses(BaseCallback):
     """DSPy's callback for the time of one rollout; as a callback it also sees adapters that the program sets itself.
 
     Args:
