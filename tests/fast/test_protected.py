@@ -2,6 +2,7 @@
 
 from dspy_fst.fast.records import REST
 from dspy_fst.rollout.texts import lost_lines
+from dspy_fst.run.journal import Journal
 from tests.fast.test_evolve import Searcher
 
 LINE = "Never mention the weather."
@@ -54,3 +55,18 @@ def test_what_a_reflection_is_shown_is_within_the_budget():
     for data in searcher.seen:
         for record in (record for records in data.values() for record in records):
             assert len(str(record)) < 600  # 400 characters of text, and what holds them
+
+
+def test_a_search_repeated_from_its_journal_restores_and_counts_the_same_lines(tmp_path):
+    def drop(candidate, reflective_dataset, components_to_update):
+        return dict.fromkeys(components_to_update, f"even {len(candidate['second'])}")
+
+    path = tmp_path / "search.jsonl"
+    first = written()
+    first.propose = drop
+    before = first.evolve(protected={"second": ("Answer.", LINE)}, budget=24, journal=Journal(path, {}))
+    again = written()
+    after = again.evolve(protected={"second": ("Answer.", LINE)}, budget=24, journal=Journal(path, {}))
+    assert (after.candidates, after.scores, after.counts) == (before.candidates, before.scores, before.counts)
+    assert before.counts["lines_restored"] > 0
+    assert (again.asked, again.seen) == ([], [])
