@@ -50,6 +50,14 @@ class FSTConfig(BaseModel):
     """Problems shown to a reflection (GEPA, section 4.3)."""
     components: Literal["round_robin", "all"] = "round_robin"
     """Whether a proposal changes one text of the program or all (GEPA's default)."""
+    tool_descriptions: Literal["fixed", "evolved"] = "fixed"
+    """Whether the descriptions of a dspy.ReAct's tools and of their arguments are texts to evolve as well (ours; DSPy
+    3.4's GEPA leaves them alone)."""
+    protected: dict[str, tuple[str, ...]] = {}
+    """Component -> lines of the program's own text that every proposal keeps: one that lost a line gets it back at its
+    end (ours)."""
+    reflection_tokens: int = Field(4000, ge=100)
+    """Tokens, estimated at four characters each, of what a reflection is shown of one run (ours)."""
     perfect_score: float = 1.0
     """Reward beyond which nothing is left to learn from a rollout (DSPy's GEPA)."""
 

@@ -1,5 +1,6 @@
 """The documents of a saved program, and what they may hold: nothing in them is trusted before it is checked here."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dspy_fst.engine.portable import PolicyState, Positive
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.texts import flexes, speakers, texts_like
 from dspy_fst.run.files import plain, population_from_json
 from dspy_fst.run.plain_weights import weights_faults
 from dspy_fst.run.sealed import MANIFEST, read_document, sentences
-from dspy_fst.types import Population
+from dspy_fst.types import Candidate, Population
 
 PROGRAM, POPULATION, POLICY, WEIGHTS = "program.json", "population.json", "policy.json", "weights"
 DOCUMENTS = (MANIFEST, PROGRAM, POPULATION, POLICY)
@@ -71,13 +72,25 @@ class SavedPredictor(Strict):
     fields: dict[str, Any] = {}
 
 
+class SavedFlex(Strict):
+    """What dspy.Flex 3.4 saves."""
+
+    module_src: str
+    lm: None
+
+
 def weights_in(folder: Path) -> Path:
     """Where a saved program's weights lie: in weights/, or beside its documents when it was exported."""
     return folder / WEIGHTS if (folder / WEIGHTS).exists() else folder
 
 
-def read_saved(folder: Path, program: dspy.Module) -> tuple[SavedPolicy, Population, dict[str, Any]]:
+def read_saved(
+    folder: Path, program: dspy.Module, *, trust_code: bool = False
+) -> tuple[SavedPolicy, Population, dict[str, Any]]:
     """The folder's documents, none of which asks for more than it may.
+
+    Args:
+        trust_code: Whether a dspy.Flex may be given another source than the program's own.
 
     Raises:
         RunDirectoryError: one does, or they are of another program.
@@ -90,16 +103,17 @@ def read_saved(folder: Path, program: dspy.Module) -> tuple[SavedPolicy, Populat
         raise RunDirectoryError(f"{folder} is not loaded: {'; '.join(faults)}")
     saved = _parse(SavedPolicy, folder / POLICY)
     listed = _parse(SavedPopulation, folder / POPULATION)
-    predictors = {name for name, _ in program.named_predictors()}
-    components = read_texts(program).texts.keys()
+    components = texts_like(Candidate(listed.members[0]), program).texts.keys()
     differing = {name for texts in listed.members for name in components ^ texts.keys()}
-    differing |= {*saved.predictors, *saved.frozen} - predictors
+    differing |= {*saved.predictors, *saved.frozen} - speakers(program).keys()
     if differing:
         raise RunDirectoryError(f"{folder} was saved from another program; predictors that differ: {sorted(differing)}")
     if len(listed.scores) != len(listed.members):
         raise RunDirectoryError(f"{folder / POPULATION}: there must be a score, or null, for each member")
     state = read_document(folder / PROGRAM)
     _check_state(folder / PROGRAM, state, program)
+    if not trust_code:
+        _refuse_code(folder, state, listed, program)
     return saved, population_from_json(listed.model_dump()), state
 
 
@@ -119,7 +133,13 @@ def _check_state(path: Path, state: Any, program: dspy.Module) -> None:
     if not isinstance(state, dict) or {*state} - {"metadata"} != {*own}:
         raise RunDirectoryError(f"{path} was saved from another program; its parts are not {sorted(own)}")
     for name, parameter in own.items():
-        if not isinstance(parameter, dspy.Predict):  # e.g. dspy.Flex, whose state is source code
+        if isinstance(parameter, dspy.Flex):
+            try:
+                SavedFlex.model_validate(state[name])
+            except ValidationError as error:
+                raise RunDirectoryError(f"{path}: {name}: {sentences(error)}; save the program again") from error
+            continue
+        if not isinstance(parameter, dspy.Predict):
             if state[name] != plain(parameter.dump_state()):
                 raise RunDirectoryError(f"{path}: {name} is no predictor and not as in this program; it is not loaded")
             continue
@@ -129,6 +149,17 @@ def _check_state(path: Path, state: Any, program: dspy.Module) -> None:
             raise RunDirectoryError(f"{path}: {name}: {sentences(error)}; save the program again") from error
         if len(signature.fields) != len(parameter.signature.fields):
             raise RunDirectoryError(f"{path} was saved from another program; the fields of {name} differ")
+
+
+def _refuse_code(folder: Path, state: Mapping[str, Any], listed: SavedPopulation, program: dspy.Module) -> None:
+    """Refuse sources that the program does not hold already: whoever made the folder would have written what runs."""
+    for name, flex in flexes(program).items():
+        sources = {state[name]["module_src"], *(texts[name] for texts in listed.members)}
+        if sources - {flex.module_src}:
+            raise RunDirectoryError(
+                f"{folder}: it holds another source for the dspy.Flex {name!r} than this program. Read it in "
+                f"{PROGRAM} and {POPULATION}; if you trust it, load(..., trust_code=True)"
+            )
 
 
 def without_lms(program: dspy.Module) -> dspy.Module:

@@ -23,7 +23,7 @@ from dspy_fst.errors import MeasurementError
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.texts import texts_like
 from dspy_fst.run.files import plain, writing
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Candidate, Problem, Rollout
@@ -145,7 +145,9 @@ def two_by_two(
     """
     policy = policy_of(compiled)
     player = Player(compiled, Reward(metric), PlayerSettings(threads=threads, seed=seed), policy.handle.engine.expect)
-    return table(player, policy, start_of(compiled), read_texts(student), read_texts(compiled), testset, k=k)
+    best = compiled.population.best
+    own, evolved = texts_like(best, student), texts_like(best, compiled)
+    return table(player, policy, start_of(compiled), own, evolved, testset, k=k)
 
 
 def table(

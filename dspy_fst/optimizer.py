@@ -36,6 +36,9 @@ class FSTOptimizer(Teleprompter):
         reflection_lm: A strong, frozen LM that proposes instructions.
         propose: A proposer that needs no LM instead: gepa's ``(candidate, reflective_dataset,
             components_to_update) -> {component: text}``.
+        code_proposer: A proposer of sources for the program's dspy.Flex modules: DSPy's ``(candidate,
+            reflective_dataset, components_to_update, task_descriptions, context_blurbs) -> {component: source}``.
+            Without it ``reflection_lm`` writes them.
         run_dir: Where the run is kept; the same directory and recipe continue a run. None makes a new
             directory under ``runs/``.
         auto: DSPy's budgets: ``"light"``, ``"medium"`` or ``"heavy"`` instead of ``cycles``: 2, 8 or 34.
@@ -55,6 +58,7 @@ class FSTOptimizer(Teleprompter):
         metric: Metric,
         reflection_lm: dspy.LM | None = None,
         propose: Callable[..., dict[str, str]] | None = None,
+        code_proposer: Callable[..., dict[str, str]] | None = None,
         run_dir: str | Path | None = None,
         auto: Literal["light", "medium", "heavy"] | None = None,
         num_threads: int | None = None,
@@ -70,6 +74,7 @@ class FSTOptimizer(Teleprompter):
         if faults := [*argument_faults(run_dir, listeners, track_stats=track_stats, progress=progress), *faults]:
             raise ConfigurationError(faults)
         self.metric, self.reflection_lm, self.propose = metric, reflection_lm, propose
+        self.code_proposer = code_proposer
         self.run_dir, self.track_stats, self.progress = run_dir, track_stats, progress
         self.listeners = tuple(listeners)
         self.recipe: dict[str, Any] = {"seed": seed, **recipe}

@@ -34,6 +34,7 @@ from dspy_fst.validation import (
     policies_of,
     program_faults,
     search_faults,
+    text_faults,
     trained_faults,
 )
 
@@ -128,6 +129,7 @@ def _assemble(
     if run.state:
         trainer.load_state(run.trainer_state)
     program = trainable_copy(student, policy)
+    seed = read_texts(student, tools=config.tool_descriptions == "evolved")
     return Session(
         config=config,
         plan=Plan(config, len(trainset), origin=_origin(student, policy)),
@@ -139,8 +141,9 @@ def _assemble(
         player=open_player(program, optimizer.metric, config, policy.handle.engine.expect),
         trainer=trainer,
         run=run,
-        population=starting_population(student, read_texts(student), config.population_size, run.state),
+        population=starting_population(student, seed, config.population_size, run.state),
         propose=optimizer.propose,
+        code_proposer=optimizer.code_proposer,
         reflection_lm=optimizer.reflection_lm,
     )
 
@@ -170,6 +173,7 @@ def checked(
         except ConfigurationError as error:
             faults += error.faults
     faults += search_faults(config, optimizer.metric, optimizer.reflection_lm, optimizer.propose)
+    faults += text_faults(config, student, optimizer.reflection_lm, optimizer.code_proposer)
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
         faults += model_faults(policy) + engine_faults(policy)
@@ -196,9 +200,7 @@ def checked(
 
 def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy: PolicyLM) -> dict[str, Any]:
     """What makes a run this run: the recipe, the program, the problems and the model."""
-    bare = student.deepcopy()
-    for _, predictor in bare.named_predictors():
-        predictor.lm = None
+    bare = without_lms(student)
     carried = getattr(student, "population", None)
     return {
         **{key: value for key, value in config.model_dump().items() if key not in NOT_IDENTITY},

@@ -131,6 +131,8 @@ class Project(_Part):
     reflection_lm: Annotated[ReflectionSettings, BeforeValidator(_model_alone)] | None = None
     propose: Reference | None = None
     """A proposer that needs no LM, see FSTOptimizer."""
+    code_proposer: Reference | None = None
+    """A proposer of sources for dspy.Flex modules, see FSTOptimizer."""
     run_dir: str
     track: list[str] | str | None = None
     """Experiment trackers, see FSTOptimizer. They are no part of the recipe: a continued run may name others."""
@@ -181,6 +183,7 @@ class Project(_Part):
             metric=objects["metric"],
             reflection_lm=reflection_lm,
             propose=objects.get("propose"),
+            code_proposer=objects.get("code_proposer"),
             run_dir=self.run_path,
             listeners=listeners,
             track=self.track or (),
@@ -210,7 +213,8 @@ class Project(_Part):
 
     def _references(self) -> dict[str, str]:
         """Setting -> the ``module:attribute`` that it holds."""
-        texts = {setting: getattr(self, setting) for setting in ("program", "metric", "propose", "trainset", "valset")}
+        named = ("program", "metric", "propose", "code_proposer", "trainset", "valset")
+        texts = {setting: getattr(self, setting) for setting in named}
         return {setting: text for setting, text in texts.items() if text is not None and not _is_file(text)}
 
     def _program(self, objects: Mapping[str, Any], faults: "_Faults") -> "dspy.Module | None":

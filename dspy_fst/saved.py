@@ -34,7 +34,7 @@ from dspy_fst.documents import (
 )
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.policy import PolicyLM, resolve_kind
-from dspy_fst.rollout.texts import carry
+from dspy_fst.rollout.texts import carry, set_tools, speakers
 from dspy_fst.run.files import flush, population_to_json, write_json
 from dspy_fst.run.sealed import read_document, seal, verify
 from dspy_fst.run.secrets import Redactor
@@ -88,12 +88,14 @@ def save(compiled: dspy.Module, path: str | Path) -> Path:
     return path
 
 
-def load(path: str | Path, program: dspy.Module, **policy_settings: Any) -> dspy.Module:
+def load(path: str | Path, program: dspy.Module, *, trust_code: bool = False, **policy_settings: Any) -> dspy.Module:
     """A copy of ``program`` as it was compiled and saved: its instructions, population and trained weights.
 
     Args:
         path: A folder written by `save` or `dspy_fst.export.export`.
         program: A fresh program of the same class; it is not changed. Its frozen LMs are kept.
+        trust_code: Take up sources of dspy.Flex modules that are not this program's own: evolution wrote them, or
+            whoever made the folder. They run in the interpreter of the program's dspy.Flex.
         **policy_settings: Override how the weights are served, e.g. ``engine="vllm"``; ``engine_options`` are added
             to the saved ones.
 
@@ -104,23 +106,24 @@ def load(path: str | Path, program: dspy.Module, **policy_settings: Any) -> dspy
     """
     path = Path(path).resolve()
     verify(path, ASIDE if weights_in(path) == path else ())
-    saved, population, state = read_saved(path, program)
+    saved, population, state = read_saved(path, program, trust_code=trust_code)
     _require_frozen_lms(saved.frozen, program)
     policies = _policies(saved, weights_in(path), policy_settings)
     loaded = program.deepcopy()
     try:
         loaded.load_state(state)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, SyntaxError, RuntimeError) as error:
         raise RunDirectoryError(f"{path / PROGRAM}: DSPy cannot load it: {error}") from error
-    own = dict(program.named_predictors())
-    for name, predictor in loaded.named_predictors():
-        predictor.lm = policies.get(name, own[name].lm)
+    own = speakers(program)
+    for name, speaker in speakers(loaded).items():
+        speaker.lm = policies.get(name, own[name].lm)
+    set_tools(loaded, population.best)  # DSPy's state holds no tools
     carry(loaded, population)
     return loaded
 
 
 def _policy_document(compiled: dspy.Module) -> dict[str, Any]:
-    lms = {name: predictor.lm for name, predictor in compiled.named_predictors() if predictor.lm is not None}
+    lms = {name: speaker.lm for name, speaker in speakers(compiled).items() if speaker.lm is not None}
     state = policy_of(compiled).dump_state()
     del state["_dspy_lm_class"]
     trained = {name: lm.kwargs for name, lm in lms.items() if isinstance(lm, PolicyLM)}
@@ -149,8 +152,8 @@ def _refuse_secrets(folder: Path, redactor: Redactor) -> None:
 
 def _require_frozen_lms(frozen: Mapping[str, str], program: dspy.Module) -> None:
     faults = []
-    for name, predictor in program.named_predictors():
-        lm = predictor.lm or dspy.settings.lm
+    for name, speaker in speakers(program).items():
+        lm = speaker.lm or dspy.settings.lm
         if name in frozen and lm is None:
             faults.append(
                 f"program: predictor {name!r} spoke with the frozen LM {frozen[name]!r}; its key and address are not "

@@ -18,7 +18,7 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import Scorer, verify_sync
 from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
 from dspy_fst.fast.evolve import Search, SearchSettings
-from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose
+from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose, ProposeCode
 from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
@@ -67,6 +67,7 @@ class Session:
     run: RunDirectory
     population: Population
     propose: Propose | None
+    code_proposer: ProposeCode | None
     reflection_lm: dspy.LM | None
     cycle_reports: list[CycleReport] = field(default_factory=list)
     step_reports: list[StepReport] = field(default_factory=list)
@@ -128,6 +129,7 @@ class Session:
             "play": self._play_for_search(cycle),
             "feedback": self._feedback(),
             "propose": self.propose,
+            "code_proposer": self.code_proposer,
             "reflection_lm": self.reflection_lm,
             "on_candidate": self._tell_candidate,
             "settings": SearchSettings(
@@ -137,6 +139,8 @@ class Session:
                 perfect_score=self.config.perfect_score,
                 components=self.config.components,
                 seed=random.Random(f"{self.config.seed} search {cycle.index}").getrandbits(31),
+                record_tokens=self.config.reflection_tokens,
+                protected=self.config.protected,
             ),
         }
 
@@ -192,7 +196,7 @@ class Session:
     def _warn_of_no_reflection(self, cycle: Cycle, step: int) -> None:
         text = (
             f"cycle {cycle.index}: nothing was reflected on, so no instruction changed: every rollout was perfect, or "
-            "no call of a predictor was traced (a program that handles replies that do not parse itself hides them)"
+            "no call of a predictor was traced"
         )
         self.run.emit("warning", step=step, text=text)
 
@@ -216,7 +220,7 @@ class Session:
         """Rollouts of the step's problems under the program's own texts, where the recipe holds the policy to them."""
         if self.config.seed_kl_coefficient == 0:
             return []
-        seed = read_texts(self.program)
+        seed = read_texts(self.program, tools=self.config.tool_descriptions == "evolved")
         tasks = [
             Task(Problem(index, self.trainset[index]), seed, sample)
             for index in self.plan.problems(step)
@@ -410,7 +414,7 @@ def trainable_copy(student: dspy.Module, policy: PolicyLM) -> dspy.Module:
     Each keeps its own temperature and limits.
     """
     copy = student.deepcopy()
-    for _, predictor in copy.named_sub_modules(dspy.Predict):  # those that DSPy holds frozen (_compiled), too
+    for _, predictor in copy.named_sub_modules((dspy.Predict, dspy.Flex)):  # those that DSPy holds frozen, too
         if isinstance(lm := predictor.lm or dspy.settings.lm, PolicyLM):
             predictor.lm = lm.on(policy.handle)
     return copy

@@ -15,7 +15,8 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.engine.memory import has_gpu
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.reward import metric_fault
-from dspy_fst.types import Rollout
+from dspy_fst.rollout.texts import flexes, is_tool, lost_lines, read_texts
+from dspy_fst.types import Population, Rollout
 
 
 def policies_of(program: dspy.Module) -> dict[str, PolicyLM]:
@@ -56,10 +57,11 @@ def program_faults(student: Any) -> list[str]:
         if (predictor.lm or dspy.settings.lm) is None
     ]
     policies = policies_of(student)
-    models = sorted({f"{policy.model} (engine {policy.handle.kind!r})" for policy in policies.values()})
-    if len({id(policy.handle) for policy in policies.values()}) > 1:
+    held = [*policies.values(), *(flex.lm for flex in flexes(student).values() if isinstance(flex.lm, PolicyLM))]
+    models = sorted({f"{policy.model} (engine {policy.handle.kind!r})" for policy in held})
+    if len({id(policy.handle) for policy in held}) > 1:
         faults.append(
-            f"student: its predictors hold {len({id(p.handle) for p in policies.values()})} different PolicyLMs "
+            f"student: its predictors hold {len({id(policy.handle) for policy in held})} different PolicyLMs "
             f"({'; '.join(models)}); one model is trained, so share one PolicyLM and give the others a frozen dspy.LM"
         )
     if not policies and not faults:
@@ -220,6 +222,52 @@ def search_faults(config: FSTConfig | None, metric: Any, reflection_lm: Any, pro
     return faults
 
 
+def text_faults(config: FSTConfig | None, student: Any, reflection_lm: Any, code_proposer: Any) -> list[str]:
+    """Faults of what evolves beside instructions, and of lines that must stay."""
+    if not isinstance(student, dspy.Module):
+        return []
+    sources = sorted(flexes(student))
+    faults = [] if config is None else [*_tool_faults(config, student), *_protection_faults(config, student)]
+    searches = config is None or config.method != "rl"
+    if searches and sources and reflection_lm is None and code_proposer is None:
+        faults.append(
+            f"code_proposer: the program's dspy.Flex modules ({', '.join(sources)}) evolve as source code; pass "
+            "reflection_lm=dspy.LM(...) or code_proposer=..."
+        )
+    if code_proposer is not None and not sources:
+        faults.append("code_proposer: the program has no dspy.Flex whose source it could propose; leave it out")
+    if code_proposer is not None:
+        wanted = (*PROPOSER, "task_descriptions", "context_blurbs")
+        faults += [fault] if (fault := _proposer_fault(code_proposer, "code_proposer", wanted)) else []
+    return faults
+
+
+def _tool_faults(config: FSTConfig, student: dspy.Module) -> Iterator[str]:
+    if config.tool_descriptions == "evolved" and not any(map(is_tool, read_texts(student, tools=True).texts)):
+        yield (
+            "tool_descriptions='evolved': no dspy.ReAct or dspy.ReActV2 of the program shows its tools' descriptions "
+            "to the model; leave it out, or keep the instruction that DSPy makes"
+        )
+
+
+def _protection_faults(config: FSTConfig, student: dspy.Module) -> Iterator[str]:
+    """Lines that are not in every text that the search starts from."""
+    own = read_texts(student, tools=config.tool_descriptions == "evolved")
+    carried = getattr(student, "population", None)
+    starts = [own, *(carried.unique() if isinstance(carried, Population) else ())]
+    for name, lines in config.protected.items():
+        if name not in own.texts or name in flexes(student):
+            texts = ", ".join(repr(text) for text in own.texts if text not in flexes(student))
+            yield f"protected: {name!r} is no instruction of the program; it has {texts}"
+            continue
+        missing = [lost for start in starts for lost in lost_lines(start.texts.get(name, ""), lines)]
+        for line in dict.fromkeys([line for line in lines if not line.strip()] + missing):
+            yield f"protected: {line!r} is no line of the text of {name!r}; write it as it stands there, one whole line"
+
+
+PROPOSER = ("candidate", "reflective_dataset", "components_to_update")
+
+
 def _metric_fault(metric: Any) -> str | None:
     if isinstance(metric, type):
         return f"metric: {metric.__name__} is a class; pass an instance, or a function (gold, pred, trace=None, ...)"
@@ -228,14 +276,13 @@ def _metric_fault(metric: Any) -> str | None:
     return metric_fault(metric)
 
 
-def _proposer_fault(propose: Any) -> str | None:
-    wanted = ("candidate", "reflective_dataset", "components_to_update")
+def _proposer_fault(propose: Any, setting: str = "propose", wanted: tuple[str, ...] = PROPOSER) -> str | None:
     if not callable(propose):
-        return f"propose: {propose!r} is not callable; pass a function ({', '.join(wanted)}) -> {{component: text}}"
+        return f"{setting}: {propose!r} is not callable; pass a function ({', '.join(wanted)}) -> {{component: text}}"
     try:
         inspect.signature(propose).bind(**dict.fromkeys(wanted))
     except TypeError as error:
-        return f"propose: it must take the arguments {', '.join(wanted)} by name ({error})"
+        return f"{setting}: it must take the arguments {', '.join(wanted)} by name ({error})"
     except ValueError:
         return None  # a callable without a signature
     return None

@@ -185,6 +185,18 @@ async def asynchronous(gold, pred, trace=None):
     return 1.0
 
 
+class Flexible(dspy.Module):
+    """A predictor whose answer goes through a dspy.Flex."""
+
+    def __init__(self):
+        super().__init__()
+        self.solve, self.last = dspy.Predict("numbers -> answer"), dspy.Flex("said -> answer")
+        self.set_lm(speaker())
+
+    def forward(self, numbers):
+        return self.last(said=self.solve(numbers=numbers).answer)
+
+
 UNLABELLED = [dspy.Example(numbers=example.numbers, answer=example.answer) for example in LAB.trainset]
 RENAMED = [dspy.Example(digits=example.numbers).with_inputs("digits") for example in LAB.trainset]
 REPEATED = [example.copy() for example in LAB.trainset[:3] * 20]
@@ -263,6 +275,31 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
         {"reflection_lm": dspy.LM("openai/gpt-5")},
         "propose and reflection_lm are both given: only propose would be asked",
     ),
+    (
+        "flex-without-an-author",
+        {"student": Flexible()},
+        "code_proposer: the program's dspy.Flex modules (last) evolve as source code; pass reflection_lm",
+    ),
+    ("flex-author-without-flex", {"code_proposer": lambda **given: {}}, "code_proposer: the program has no dspy.Flex"),
+    (
+        "flex-author-s-signature",
+        {"student": Flexible(), "code_proposer": propose},
+        "code_proposer: it must take the arguments candidate, reflective_dataset, components_to_update, task_descr",
+    ),
+    ("tools-without-an-agent", {"tool_descriptions": "evolved"}, "no dspy.ReAct or dspy.ReActV2 of the program shows"),
+    (
+        "protected-elsewhere",
+        {"protected": {"nobody": ["x"]}},
+        "protected: 'nobody' is no instruction of the program; it has 'solve'",
+    ),
+    ("protected-unknown-line", {"protected": {"solve": ["Be kind."]}}, "protected: 'Be kind.' is no line of the text"),
+    ("protected-empty-line", {"protected": {"solve": [" "]}}, "protected: ' ' is no line of the text of 'solve'"),
+    (
+        "protected-source",
+        {"student": Flexible(), "code_proposer": lambda **given: {}, "protected": {"last": ["class FlexModule(dspy.Module):"]}},
+        "protected: 'last' is no instruction of the program; it has 'solve'",
+    ),
+    ("reflection-budget-zero", {"reflection_tokens": 0}, "reflection_tokens=0: Input should be greater than or equal"),
     ("proposer-text", {"propose": "x"}, "propose: 'x' is not callable"),
     ("proposer-signature", {"propose": lambda candidate: {}}, "propose: it must take the arguments candidate"),
     ("reflection-name", {"propose": None, "reflection_lm": "openai/gpt-5"}, "reflection_lm: str is not a dspy.LM"),

@@ -506,6 +506,41 @@ def test_code_in_a_program_s_state_is_not_loaded(tmp_path):
     assert "tool is no predictor and not as in this program" in refusal(saved, WithSource())
 
 
+class WithFlex(Relay):
+    def __init__(self):
+        super().__init__()
+        self.tool = dspy.Flex("question -> answer")
+
+
+FOREIGN = "class X:\n    def forward(self, **inputs):\n        import os"
+CODE = {
+    "in the state": ("program.json", lambda document: document["tool"].update(module_src=FOREIGN)),
+    "in the population": ("population.json", lambda document: document["members"][1].update(tool=FOREIGN)),
+}
+
+
+@pytest.mark.parametrize("where", CODE)
+def test_a_foreign_source_of_a_flex_is_taken_up_only_when_it_is_trusted(where, tmp_path):
+    program = WithFlex()
+    program.set_lm(PolicyLM(BASE, engine="in_process"))
+    program.population = Population.of_seed(read_texts(program), 2)
+    saved = dspy_fst.save(program, tmp_path / "out")
+    assert dspy_fst.load(saved, WithFlex()).tool.module_src == program.tool.module_src
+    edit(saved, *CODE[where])
+    assert "another source for the dspy.Flex 'tool'" in refusal(saved, WithFlex())
+    loaded = dspy_fst.load(saved, WithFlex(), trust_code=True)
+    assert FOREIGN in {loaded.tool.module_src, *(member.texts["tool"] for member in loaded.population.members)}
+
+
+def test_a_flex_s_state_may_set_nothing_but_its_source(tmp_path):
+    program = WithFlex()
+    program.set_lm(PolicyLM(BASE, engine="in_process"))
+    program.population = Population.of_seed(read_texts(program), 2)
+    saved = dspy_fst.save(program, tmp_path / "out")
+    edit(saved, "program.json", lambda document: document["tool"].update(lm={"model": "theirs"}))
+    assert "tool: lm" in refusal(saved, WithFlex())
+
+
 # ---- frozen LMs and secrets -----------------------------------------------------------------------
 
 

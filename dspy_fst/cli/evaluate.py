@@ -166,11 +166,10 @@ def _with_inputs(examples: "list[dspy.Example]", trainset: "list[dspy.Example]",
 def _subject(
     path: Path, past: "Past | None", opened: "Opened", cycle: int | None, weights: str | None, config: "FSTConfig"
 ) -> Subject:
-    from dspy_fst.rollout.texts import read_texts
+    from dspy_fst.rollout.texts import read_texts, texts_like
     from dspy_fst.saved import load, policy_of
     from dspy_fst.session import open_player, starting_population, trainable_copy
 
-    seed = read_texts(opened.program)
     if _is_saved(path):
         if cycle is not None or weights is not None:
             raise ConfigurationError([f"--cycle, --weights: {path} holds one population; name the run's directory"])
@@ -183,9 +182,11 @@ def _subject(
         checkpoint = past.checkpoint(weights or past.version(cycle))
         policy = policy_of(opened.program).fork(checkpoint)
         program = trainable_copy(opened.program, policy)
+        seed = read_texts(opened.program, tools=config.tool_descriptions == "evolved")
         population = past.population(cycle) or starting_population(program, seed, config.population_size, {})
         if cycle is None and weights is None:  # weights that were named may be of any cycle, or of none
             cycle = past.last_cycle
+    seed = texts_like(population.best, opened.program)
     if differing := sorted(population.best.texts.keys() ^ seed.texts.keys()):
         raise ConfigurationError([f"program: {path} is of another program; predictors that differ: {differing}"])
     player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect)

@@ -7,9 +7,9 @@ budget of fresh rollouts, and the K complementary candidates of its Pareto front
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from dspy_fst.fast.gepa_adapter import (
     NoJournal,
     Play,
     Propose,
+    ProposeCode,
     RolloutBank,
     SeededPolicy,
     write_seeded_state,
 )
 from dspy_fst.fast.pareto import top_k
+from dspy_fst.rollout.texts import binds
 from dspy_fst.run.files import writing
 from dspy_fst.types import Candidate, Population, Problem, Rollout
 
@@ -52,6 +54,10 @@ class SearchSettings:
     components: str = "round_robin"
     """Which texts a proposal changes: ``"round_robin"`` one at a time, ``"all"`` together."""
     seed: int = 0
+    record_tokens: int = 4000
+    """Tokens, estimated, of what a reflection is shown of one run."""
+    protected: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Component -> lines of its text that every proposal keeps."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ class Search:
     sampled_tokens: int
     reused: int
     counts: Counter[str]
-    """``reflections``, ``reflections_failed``, ``accepted``, ``masked: <reason>``, ``failed: <reason>``."""
+    """``reflections``, ``reflections_failed``, ``lines_restored``, ``accepted``, ``masked: <reason>``,
+    ``failed: <reason>``."""
 
 
 def evolve(
@@ -80,6 +87,7 @@ def evolve(
     feedback: Feedback,
     settings: SearchSettings,
     propose: Propose | None = None,
+    code_proposer: ProposeCode | None = None,
     reflection_lm: dspy.LM | None = None,
     on_candidate: Callable[[Candidate, float], None] = lambda candidate, score: None,
     journal: Journal | None = None,
@@ -90,6 +98,7 @@ def evolve(
         play: Makes rollouts under the current weights.
         feedback: What the metric says of one predictor's part in a rollout.
         propose: Proposes new texts without a reflection LM; else ``reflection_lm`` reflects.
+        code_proposer: Proposes new sources for dspy.Flex modules; else ``reflection_lm`` does.
         on_candidate: Told of each candidate that was accepted, and its mean anchor score.
         journal: Keeps what was paid for; a search that is repeated with it pays only for the rest.
 
@@ -100,7 +109,19 @@ def evolve(
     """
     journal = journal or NoJournal()
     bank = RolloutBank(play, program, journal)
-    adapter = BankedAdapter(program, bank, feedback, propose, reflection_lm, settings.seed, settings.minibatch, journal)
+    adapter = BankedAdapter(
+        program,
+        bank,
+        feedback,
+        propose,
+        reflection_lm,
+        settings.seed,
+        settings.minibatch,
+        journal,
+        code_proposer,
+        settings.record_tokens,
+        settings.protected,
+    )
     seeds = population.unique()
     scored = bank.get([(problem, seed) for seed in seeds for problem in anchors])
     rows = [scored[i : i + len(anchors)] for i in range(0, len(scored), len(anchors))]
@@ -144,7 +165,7 @@ def evolve(
     candidates = tuple(Candidate(dict(texts)) for texts in result.candidates)
     scores = tuple(tuple(row[a] for a in range(len(anchors))) for row in result.val_subscores)
     return Search(
-        population=_population(candidates, scores, result.parents, settings.size),
+        population=_population(program, candidates, scores, result.parents, settings.size),
         candidates=candidates,
         scores=scores,
         rollouts=len(bank.fresh),
@@ -171,9 +192,14 @@ def outcome_counts(rollouts: Sequence[Rollout]) -> Counter[str]:
 
 
 def _population(
-    candidates: Sequence[Candidate], scores: Sequence[Sequence[float]], parents: Sequence[Any], size: int
+    program: dspy.Module,
+    candidates: Sequence[Candidate],
+    scores: Sequence[Sequence[float]],
+    parents: Sequence[Any],
+    size: int,
 ) -> Population:
-    chosen = top_k(scores, size)
+    bound = [i for i, candidate in enumerate(candidates) if binds(program, candidate)]
+    chosen = [bound[i] for i in top_k([scores[i] for i in bound], size)]
     return Population(
         members=tuple(candidates[i] for i in chosen),
         scores=tuple(sum(scores[i]) / len(scores[i]) for i in chosen),

@@ -6,19 +6,23 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import dspy
+from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from dspy.teleprompt.gepa.gepa_utils import DspyAdapter
+from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 from gepa.core.adapter import EvaluationBatch
 from gepa.core.state import GEPAState, ValsetEvaluation
 from gepa.strategies.eval_policy import FullEvaluationPolicy
 
 from dspy_fst.errors import MeasurementError, RunDirectoryError
+from dspy_fst.fast.records import bounded
 from dspy_fst.rollout.plain import from_plain, to_plain
 from dspy_fst.rollout.recording import tag_predictors
-from dspy_fst.rollout.texts import with_texts
+from dspy_fst.rollout.texts import is_tool, lost_lines, predictor_of, with_texts
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Problem, Rollout
 
 Play = Callable[[Sequence[tuple[Problem, Candidate]]], list[Rollout]]
@@ -27,6 +31,15 @@ Feedback = Callable[[dspy.Example, Any, Any, str, Any], str]
 """(example, prediction, trace, predictor name, predictor trace) -> what the metric says of that predictor."""
 Propose = Callable[..., dict[str, str]]
 """gepa's ProposalFn: (candidate, reflective_dataset, components_to_update) -> {component: new text}."""
+ProposeCode = Callable[..., dict[str, str]]
+"""DSPy's CodeProposalFn: the same with task_descriptions and context_blurbs, for the sources of dspy.Flex modules."""
+DESCRIBE_TOOL = """I gave an agent a tool, with the description in current_instruction (of the tool, or of one of its \
+arguments), which is all that the agent knows about it. You are given examples of the agent's steps, and feedback on \
+how each run went.
+
+Write a better description: what the tool or argument is for, when to use it and when not, what to give it and what \
+comes back. Keep to what the examples show and the current description says; the tool itself does not change."""
+"""What a reflection LM is asked for a tool's description, in the place of DSPy's words for instructions (ours)."""
 
 
 OUTAGE = 12
@@ -145,19 +158,27 @@ class BankedAdapter(DspyAdapter):
         seed: int,
         minibatch: int,
         journal: Journal,
+        code_proposer: ProposeCode | None = None,
+        record_tokens: int = 4000,
+        protected: Mapping[str, Sequence[str]] | None = None,
     ):
         names = [name for name, _ in program.named_predictors()]
         super().__init__(
             student_module=program,
             metric_fn=None,
-            feedback_map={name: _feedback_of(name, feedback) for name in names},
+            feedback_map={name: partial(self._feedback_of, name) for name in names},
             reflection_lm=reflection_lm,
             custom_instruction_proposer=propose,
+            custom_code_proposer=code_proposer,
             add_format_failure_as_feedback=True,
             warn_on_score_mismatch=False,
             rng=random.Random(seed),
         )
         self._bank, self._journal, self._seed = bank, journal, seed
+        self._feedback = feedback
+        self._run_trace: list[Any] = []
+        self._record_tokens, self._protected = record_tokens, protected or {}
+        self._describe = InstructionProposer(base_instructions=DESCRIBE_TOOL) if propose is None else None
         self._reflective_sets = 0
         self.minibatch = minibatch
         self.counts: Counter[str] = Counter()
@@ -218,8 +239,13 @@ class BankedAdapter(DspyAdapter):
             self.last_failure = gave["failed"]
             raise RuntimeError(gave["failed"])
         self.counts["reflections"] += 1
-        texts: dict[str, str] = gave["texts"]
-        return texts
+        return {name: self._with_protected(name, text) for name, text in gave["texts"].items()}
+
+    def _with_protected(self, component: str, text: str) -> str:
+        """The text with the protected lines that it lost, at its end."""
+        lost = lost_lines(text, self._protected.get(component, ()))
+        self.counts["lines_restored"] += len(lost)
+        return "\n".join([text, *lost])
 
     def _reflect_once(
         self, candidate: dict[str, str], reflective_dataset: dict[str, Any], components_to_update: list[str]
@@ -240,17 +266,32 @@ class BankedAdapter(DspyAdapter):
         self, candidate: dict[str, str], reflective_dataset: dict[str, Any], shown: list[str]
     ) -> dict[str, Any]:
         try:
-            texts = dict(super().propose_new_texts(candidate, reflective_dataset, shown))
+            texts = self._proposed(candidate, reflective_dataset, shown)
             if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
                 raise TypeError(f"the proposer gave no text for {', '.join(map(str, wrong))}")
             return {"texts": texts}
         except Exception as error:
             return {"failed": repr(error)}
 
+    def _proposed(
+        self, candidate: dict[str, str], reflective_dataset: dict[str, Any], shown: list[str]
+    ) -> dict[str, str]:
+        """DSPy's proposers' texts; a tool's description is asked for in other words than an instruction."""
+        tools = [name for name in shown if is_tool(name)] if self._describe is not None else []
+        texts = dict(super().propose_new_texts(candidate, reflective_dataset, [n for n in shown if n not in tools]))
+        if tools and self._describe is not None:
+            with dspy.context(lm=self.reflection_lm or dspy.settings.lm):
+                texts |= self._describe(candidate, reflective_dataset, tools)
+        return texts
+
+    def build_program(self, candidate: Mapping[str, str]) -> dspy.Module:
+        """As DSPy's, and with the candidate's tools."""
+        return with_texts(self.student, Candidate(dict(candidate)))
+
     def make_reflective_dataset(
         self, candidate: dict[str, str], eval_batch: EvaluationBatch, components_to_update: list[str]
     ) -> dict[str, Any]:
-        """DSPy's records, each predictor's from its own calls.
+        """DSPy's records, each predictor's from its own calls, with the rest of the run and within the budget.
 
         DSPy tells predictors apart by signature, and would mix up two that share one.
         """
@@ -258,17 +299,48 @@ class BankedAdapter(DspyAdapter):
         if self._journal.next_is("reflection", self._reflection_key(candidate, components_to_update)):
             return {name: [] for name in components_to_update}  # what came of it is on record
         self.rng = random.Random(f"{self._seed} reflection {self._reflective_sets}")
-        records: dict[str, Any] = {}
-        for name in components_to_update:
-            own = [
-                {**t, "trace": [entry for entry in t["trace"] if getattr(entry[0], PREDICTOR_TAG, None) == name]}
-                for t in eval_batch.trajectories or ()
-            ]
-            if any(trajectory["trace"] for trajectory in own):
-                records |= super().make_reflective_dataset(candidate, replace(eval_batch, trajectories=own), [name])
+        told = {name: self._records(candidate, eval_batch, name) for name in components_to_update}
+        records = {name: shown for name, shown in told.items() if shown}
         if not records:
             raise LookupError(f"no call of {components_to_update} in the minibatch, so there is nothing to reflect on")
         return records
+
+    def _records(self, candidate: dict[str, str], eval_batch: EvaluationBatch, component: str) -> list[dict[str, Any]]:
+        """One for each run in which the component had a part."""
+        name, records = predictor_of(component), []
+        predictor = dict(self.build_program(candidate).named_predictors()).get(name)
+        for trajectory in eval_batch.trajectories or ():
+            whole = self._run_trace = trajectory["trace"]
+            own = [entry for entry in whole if getattr(entry[0], PREDICTOR_TAG, None) == name]
+            if component in self._flex_paths:
+                said = dspy.Prediction(score=trajectory["score"], feedback=trajectory["feedback"])
+                given, others = {**trajectory, "score": said}, []
+            elif own:
+                chosen = next((e for e in own if isinstance(e[2], FailedPrediction)), None) or self.rng.choice(own)
+                given = {**trajectory, "trace": [(predictor, *chosen[1:])]}
+                others = [entry for entry in whole if entry is not chosen]
+            else:
+                continue
+            made = super().make_reflective_dataset(candidate, replace(eval_batch, trajectories=[given]), [name])
+            records += [bounded(record, others, self._record_tokens) for record in made[name]]
+        return records
+
+    def _feedback_of(
+        self,
+        name: str,
+        predictor_output: Any,
+        predictor_inputs: Any,
+        module_inputs: Any,
+        module_outputs: Any,
+        captured_trace: Any,
+    ) -> dict[str, Any]:
+        """DSPy's PredictorFeedbackFn; the metric is given the whole run's trace."""
+        if isinstance(module_outputs, FailedRun):
+            return {"score": None, "feedback": module_outputs.feedback}
+        own = [(None, predictor_inputs, predictor_output)]
+        # As when it scored: without replies that did not parse.
+        trace = [entry for entry in self._run_trace if not isinstance(entry[2], FailedPrediction)]
+        return {"score": None, "feedback": self._feedback(module_inputs, module_outputs, trace, name, own)}
 
 
 def _key(act: Any) -> str:
@@ -282,6 +354,9 @@ class FailedRun:
 
     feedback: str
 
+    def __str__(self) -> str:
+        return f"no prediction: {self.feedback}"
+
 
 def _trajectory(index: int, rollout: Rollout, examples: Mapping[int, dspy.Example]) -> dict[str, Any]:
     """A rollout as DSPy's TraceData."""
@@ -291,24 +366,8 @@ def _trajectory(index: int, rollout: Rollout, examples: Mapping[int, dspy.Exampl
         "prediction": FailedRun(rollout.feedback) if rollout.failure else rollout.prediction,
         "trace": list(rollout.trace),
         "score": rollout.reward,
+        "feedback": rollout.feedback,
     }
-
-
-def _feedback_of(name: str, feedback: Feedback) -> Callable[..., dict[str, Any]]:
-    def feedback_fn(
-        predictor_output: Any,
-        predictor_inputs: Any,
-        module_inputs: Any,
-        module_outputs: Any,
-        captured_trace: Any,
-    ) -> dict[str, Any]:
-        if isinstance(module_outputs, FailedRun):
-            return {"score": None, "feedback": module_outputs.feedback}
-        own = [(None, predictor_inputs, predictor_output)]
-        text = feedback(module_inputs, module_outputs, captured_trace, name, own)
-        return {"score": None, "feedback": text}
-
-    return feedback_fn
 
 
 class SeededPolicy(FullEvaluationPolicy):

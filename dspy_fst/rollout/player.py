@@ -6,7 +6,6 @@ metric crash) is masked. Both are counted; the boundary is drawn once, in `_play
 """
 
 import contextvars
-import copy
 import hashlib
 import logging
 import traceback
@@ -16,14 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import dspy
-from dspy.teleprompt.bootstrap_trace import FailedPrediction
+from dspy.primitives.code_interpreter import CodeExecutionError, CodeInterpreterError
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 
 from dspy_fst.errors import is_signal
 from dspy_fst.rollout.crew import run_all
+from dspy_fst.rollout.parses import FailedParses
 from dspy_fst.rollout.recording import OUTSIDE, SETTING, Recording, is_recorded, tag_predictors
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
-from dspy_fst.rollout.texts import with_texts
+from dspy_fst.rollout.texts import UnboundError, with_texts
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Group, Population, Problem, Rollout
 
 
@@ -91,9 +91,7 @@ class Player:
     ) -> list[Rollout]:
         """Make the rollouts, in the order of the tasks. Never raises for what happens inside one."""
         programs = {task.candidate.digest: task.candidate for task in tasks}
-        spoken = {digest: with_texts(self.program, candidate) for digest, candidate in programs.items()}
-        for program in spoken.values():
-            tag_predictors(program)
+        spoken = {digest: self._speaking(candidate) for digest, candidate in programs.items()}
         recordings = [Recording(self._seed(task, draw)) for task in tasks]
 
         def job(index: int) -> Callable[[], Rollout]:
@@ -119,17 +117,31 @@ class Player:
             for recording in recordings:
                 recording.close()
 
+    def _speaking(self, candidate: Candidate) -> dspy.Module | UnboundError:
+        """The program under a candidate, its predictors tagged; or why there is none."""
+        try:
+            program = with_texts(self.program, candidate)
+        except UnboundError as error:
+            return error
+        tag_predictors(program)
+        return program
+
     def _seed(self, task: Task, draw: str) -> int:
         entropy = repr((self.settings.seed, draw, task.problem.index, task.candidate.digest, task.sample))
         return int.from_bytes(hashlib.sha256(entropy.encode()).digest()[:8], "big")
 
-    def _play(self, task: Task, spoken: dspy.Module, recording: Recording) -> Rollout:
+    def _play(self, task: Task, spoken: dspy.Module | UnboundError, recording: Recording) -> Rollout:
+        if isinstance(spoken, UnboundError):
+            feedback = f"The source could not be read: {spoken}"
+            reward = self.settings.failure_score
+            return Rollout(task.problem.index, task.candidate, (), reward, feedback, failure="unbound source")
         program = spoken.deepcopy()
         trace: list[Any] = []
+        parses = FailedParses(trace)
         outcome: dict[str, Any]
         settings = {
             SETTING: recording,
-            "adapter": _single_attempt_adapter(),
+            "callbacks": [*dspy.settings.callbacks, parses],
             "trace": trace,
             "disable_history": True,
         }
@@ -139,11 +151,11 @@ class Player:
             except (Exception, SystemExit) as error:  # a tool's argparse, or exit() in code that the model wrote
                 if is_signal(error):
                     raise
-                outcome = self._failure(error, recording, trace)
+                outcome = self._failure(error, recording)
             else:
                 outcome = self._scored(task, prediction, trace)
         calls = recording.close()
-        return Rollout(task.problem.index, task.candidate, calls, trace=tuple(trace), **outcome)
+        return Rollout(task.problem.index, task.candidate, calls, trace=parses.in_trace(), **outcome)
 
     def _scored(self, task: Task, prediction: Any, trace: list[Any]) -> dict[str, Any]:
         if prediction is None:  # BestOfN and Refine, when no try parsed
@@ -161,14 +173,11 @@ class Player:
             "predictor_scores": score.predictor_scores,
         }
 
-    def _failure(self, error: BaseException, recording: Recording, trace: list[Any]) -> dict[str, Any]:
+    def _failure(self, error: BaseException, recording: Recording) -> dict[str, Any]:
         name = type(error).__name__
-        failed = failing_predictor(error)
-        frozen = failed is not None and not failed.trained
-        where = {"failed_in": getattr(failed.predictor, PREDICTOR_TAG) if failed is not None else None}
+        failed_in, frozen = failing_predictor(error)
+        where = {"failed_in": failed_in}
         if isinstance(error, AdapterParseError) and not frozen:
-            if failed is not None:  # so that the reflection sees the reply and what it answered
-                trace.append((failed.predictor, failed.inputs, FailedPrediction(str(error.lm_response))))
             feedback = f"The reply could not be parsed: {error}"
             return {"reward": self.settings.format_failure_score, "failure": "parse", "feedback": feedback, **where}
         if isinstance(error, ContextWindowExceededError) and not frozen:
@@ -177,6 +186,10 @@ class Player:
             who = "frozen lm" if frozen else "lm"
             cause = error.__cause__ or error
             return {"reward": None, "mask": f"{who}: {type(cause).__name__}", "feedback": str(cause)}
+        if isinstance(error, CodeInterpreterError) and not _is_the_source_s(error):
+            return {"reward": None, "mask": f"interpreter: {name}", "feedback": str(error)}
+        if isinstance(error, CodeInterpreterError):
+            return {"reward": self.settings.failure_score, "failure": "source", "feedback": str(error)}
         if isinstance(error, OSError):  # ConnectionError and TimeoutError among them: a tool's outage
             return {"reward": None, "mask": f"outage: {name}"}
         if recording.last_predictor in (None, OUTSIDE):  # it failed before the policy had said anything
@@ -184,35 +197,22 @@ class Player:
         return {"reward": self.settings.failure_score, "failure": name, "feedback": f"The program failed: {error}"}
 
 
-@dataclass(frozen=True)
-class FailingPredictor:
-    """The predictor in whose call an exception arose."""
-
-    predictor: dspy.Predict
-    inputs: dict[str, Any]
-    trained: bool
-    """Whether it speaks with an LM whose calls are recorded."""
+def _is_the_source_s(error: CodeInterpreterError) -> bool:
+    """Whether the source of a dspy.Flex is to blame, and not the interpreter: its code raised, or dspy.Flex refused
+    what it gave."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, CodeExecutionError) or innermost.f_globals["__name__"].startswith("dspy.predict.flex")
 
 
-def failing_predictor(error: BaseException) -> FailingPredictor | None:
-    """The innermost tagged predictor on the exception's way, found in its traceback; None when there is none."""
-    found = None
+def failing_predictor(error: BaseException) -> tuple[str | None, bool]:
+    """Name of the innermost tagged predictor on the exception's way, found in its traceback (None: there is none), and
+    whether it speaks with an LM whose calls are not recorded."""
+    name, frozen = None, False
     for frame, _ in traceback.walk_tb(error.__traceback__):
         predictor = frame.f_locals.get("self")
         if isinstance(predictor, dspy.Predict) and hasattr(predictor, PREDICTOR_TAG):
-            inputs = frame.f_locals.get("kwargs") or (found.inputs if found else {})
-            lm = predictor.lm or dspy.settings.lm
-            found = FailingPredictor(predictor, dict(inputs), is_recorded(lm))
-    return found
-
-
-def _single_attempt_adapter() -> Any:
-    """The adapter in force, without ChatAdapter's silent second call (JSON) after a reply that does not parse."""
-    adapter = dspy.settings.adapter or dspy.ChatAdapter()
-    if getattr(adapter, "use_json_adapter_fallback", False):
-        adapter = copy.copy(adapter)
-        adapter.use_json_adapter_fallback = False
-    return adapter
+            name, frozen = getattr(predictor, PREDICTOR_TAG), not is_recorded(predictor.lm or dspy.settings.lm)
+    return name, frozen
 
 
 @contextmanager

@@ -1,24 +1,172 @@
-"""The texts of a program that evolution may change: read them out as a candidate, write a candidate in."""
+"""The texts of a program that evolution may change: read them out as a candidate, write a candidate in.
 
+A candidate's components, named as DSPy 3.4's GEPA names them:
+
+    qa.predict                     a predictor's instruction
+    steps                          the source of a dspy.Flex, by its place; predictors inside it are its own business
+    agent.tools['search'].desc     a tool's description, and
+    agent.tools['search'].args['query']
+                                   an argument's; only when asked for, DSPy's GEPA leaves both alone
+
+dspy.ReAct writes its tools' descriptions into its instruction when it is made. Where they evolve, the candidate's
+instruction says ``[the description of search]`` in their place, so that each text stands in one component alone.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import dspy
+from dspy.primitives.code_interpreter import CodeInterpreterError
 
+from dspy_fst.errors import FSTError
 from dspy_fst.types import Candidate, Population
 
+FINISHERS = ("finish", "submit")
+"""Tools that DSPy's agents add themselves."""
+_TOOL = re.compile(r"(?P<host>.*)tools\['(?P<tool>[^']*)'\]\.(desc|args\['(?P<argument>[^']*)'\])")
 
-def read_texts(program: dspy.Module) -> Candidate:
-    """The program's own texts: predictor name -> instruction."""
-    return Candidate({name: predictor.signature.instructions for name, predictor in program.named_predictors()})
+
+class UnboundError(FSTError):
+    """The source of a dspy.Flex in a candidate is no source; the message says why."""
+
+
+def read_texts(program: dspy.Module, *, tools: bool = False) -> Candidate:
+    """The program's own texts: component -> text."""
+    texts = {name: predictor.signature.instructions for name, predictor in program.named_predictors()}
+    texts |= {name: flex.module_src for name, flex in flexes(program).items()}
+    for name, agent in _agents(program) if tools else ():
+        for tool in _shown_tools(agent):
+            texts |= _tool_texts(name.removesuffix("react"), tool)
+            texts[name] = texts[name].replace(str(tool), _place_of(tool.name))
+    return Candidate(texts)
+
+
+def texts_like(candidate: Candidate, program: dspy.Module) -> Candidate:
+    """The program's own texts, tools read out or not as in the candidate."""
+    return read_texts(program, tools=any(map(is_tool, candidate.texts)))
 
 
 def with_texts(program: dspy.Module, candidate: Candidate) -> dspy.Module:
-    """A copy of the program that speaks the candidate's texts; the program itself is left as it is."""
+    """A copy of the program that speaks the candidate's texts; the program itself is left as it is.
+
+    Raises:
+        UnboundError: a dspy.Flex refuses its source.
+    """
     copy = program.deepcopy()
+    for name, flex in flexes(copy).items():
+        if candidate.texts.get(name, flex.module_src) != flex.module_src:
+            _bind(name, flex, candidate.texts[name])
+    told = set_tools(copy, candidate)
     for name, predictor in copy.named_predictors():
         if name in candidate.texts:
-            predictor.signature = predictor.signature.with_instructions(candidate.texts[name])
+            instruction = candidate.texts[name]
+            for place, description in told.get(name, {}).items():
+                kept = place in instruction
+                instruction = instruction.replace(place, description) if kept else f"{instruction}\n{description}"
+            predictor.signature = predictor.signature.with_instructions(instruction)
     return copy
+
+
+def binds(program: dspy.Module, candidate: Candidate) -> bool:
+    """Whether every source in the candidate is one; where a failure scores best, others could win a search."""
+    try:
+        with_texts(program, candidate)
+    except UnboundError:
+        return False
+    return True
+
+
+def set_tools(program: dspy.Module, candidate: Candidate) -> dict[str, dict[str, str]]:
+    """Give the program's tools the candidate's descriptions.
+
+    Returns:
+        An agent's predictor -> {place in its instruction: description that belongs there}.
+    """
+    told: dict[str, dict[str, str]] = {}
+    for name, agent in _agents(program):
+        host = name.removesuffix("react")
+        for key, tool in agent.tools.items():
+            own = {part: candidate.texts[part] for part in _tool_texts(host, tool) if part in candidate.texts}
+            if not own:
+                continue
+            args = {
+                argument: schema | ({"description": own[part]} if (part := _part(host, tool, argument)) in own else {})
+                for argument, schema in tool.args.items()
+            }
+            new = tool.model_copy(update={"desc": own.get(_part(host, tool), tool.desc), "args": args})
+            agent.tools = {**agent.tools, key: new}
+            if isinstance(agent, dspy.ReAct):
+                told.setdefault(name, {})[_place_of(tool.name)] = str(new)
+    return told
+
+
+def flexes(program: dspy.Module) -> dict[str, dspy.Flex]:
+    """Place -> every dspy.Flex of the program that is not frozen."""
+    return {name: part for name, part in program.named_parameters() if isinstance(part, dspy.Flex)}
+
+
+def speakers(program: dspy.Module) -> dict[str, Any]:
+    """Name -> everything in the program that holds an LM: its predictors and dspy.Flex modules."""
+    return {**dict(program.named_predictors()), **flexes(program)}
+
+
+def is_tool(component: str) -> bool:
+    """Whether a component is a tool's, or a tool's argument's."""
+    return _TOOL.fullmatch(component) is not None
+
+
+def predictor_of(component: str) -> str:
+    """The predictor whose calls show how a component does: a tool's is the one that chooses among the tools."""
+    tool = _TOOL.fullmatch(component)
+    return f"{tool['host']}react" if tool else component
+
+
+def _bind(name: str, flex: dspy.Flex, source: str) -> None:
+    try:
+        flex._bind_code(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, CodeInterpreterError) as error:  # of ast.parse
+        raise UnboundError(f"{name}: {error!r}") from error
+
+
+def _agents(program: dspy.Module) -> Iterator[tuple[str, Any]]:
+    """(name of the predictor that chooses among the tools, its agent)."""
+    kinds = (dspy.ReAct, dspy.ReActV2)
+    agents = {id(agent.react): agent for _, agent in program.named_sub_modules() if isinstance(agent, kinds)}
+    for name, predictor in program.named_predictors():
+        if id(predictor) in agents:
+            yield name, agents[id(predictor)]
+
+
+def _shown_tools(agent: Any) -> list[dspy.Tool]:
+    """The agent's tools whose descriptions its prompts show."""
+    instruction = agent.react.signature.instructions
+    own = [tool for tool in agent.tools.values() if tool.name not in FINISHERS]
+    return [tool for tool in own if isinstance(agent, dspy.ReActV2) or str(tool) in instruction]
+
+
+def _tool_texts(host: str, tool: dspy.Tool) -> dict[str, str]:
+    """Of a tool: its description, and those of its arguments that have one."""
+    described = {name: schema["description"] for name, schema in tool.args.items() if "description" in schema}
+    return {_part(host, tool): tool.desc or ""} | {_part(host, tool, name): text for name, text in described.items()}
+
+
+def _part(host: str, tool: dspy.Tool, argument: str | None = None) -> str:
+    return f"{host}tools['{tool.name}']." + ("desc" if argument is None else f"args['{argument}']")
+
+
+def _place_of(tool: str) -> str:
+    return f"[the description of {tool}]"
+
+
+def lost_lines(text: str, protected: Sequence[str]) -> list[str]:
+    """Protected lines that are no line of the text.
+
+    >>> lost_lines("Be brief.\\nNever answer in French.", ["Be brief.", "Answer in French."])
+    ['Answer in French.']
+    """
+    kept = {line.strip() for line in text.splitlines()}
+    return [line for line in protected if line.strip() not in kept]
 
 
 def carry(program: dspy.Module, population: Population) -> None:

@@ -56,6 +56,7 @@ class Searcher:
         self.seen: list[dict] = []
         self.turn = 0
         self.propose = propose or self.by_turns
+        self.feedback = lambda e, p, t, n, pt: Reward(metric)(e, p, t, n, pt).feedback
 
     def play(self, wanted):
         self.asked += [(candidate.digest, problem.index) for problem, candidate in wanted]
@@ -73,7 +74,7 @@ class Searcher:
             ANCHORS,
             self.program,
             play=self.play,
-            feedback=lambda e, p, t, n, pt: Reward(metric)(e, p, t, n, pt).feedback,
+            feedback=self.feedback,
             propose=self.propose,
             journal=journal,
             settings=SearchSettings(**{"size": 2, "budget": 60, **settings}),

@@ -337,9 +337,6 @@ def test_a_program_that_the_model_cannot_follow_fails_is_counted_and_goes_on(mak
     assert_calls_hold_their_instruction(run)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an adapter that the program sets itself asks a second time, in JSON, after a failed parse"
-)
 def test_an_adapter_that_the_program_sets_itself_asks_once(tmp_path):
     class Xml(Inner):
         def forward(self, numbers):
@@ -352,9 +349,6 @@ def test_an_adapter_that_the_program_sets_itself_asks_once(tmp_path):
     assert {len(rollout.calls) for rollout in run.played("step")} == {1}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a failed parse that the program handles itself is not traced, so no reflection is told of it"
-)
 def test_a_reply_whose_failed_parse_the_program_handles_is_reflected_on(tmp_path):
     program = Lenient()
     program.set_lm(lab_policy())

@@ -8,6 +8,7 @@ import time
 
 import dspy
 import pytest
+from dspy.utils.exceptions import AdapterParseError
 
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
@@ -212,6 +213,57 @@ def test_a_failed_parse_is_traced_with_the_predictor_s_own_inputs():
     predictor, inputs, _ = rollout.trace[-1]
     assert inputs == {"draft": "mine"}
     assert list(predictor.signature.output_fields) == ["a", "b"]
+
+
+class Retries(dspy.Module):
+    """Asks ``draft`` again when its reply does not parse, under an adapter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.draft, self.answer = dspy.Predict("question -> draft"), dspy.Predict("draft -> answer")
+
+    def forward(self, question):
+        with dspy.context(adapter=dspy.ChatAdapter(use_json_adapter_fallback=True)):
+            try:
+                draft = self.draft(question=question, config={"temperature": 0.5}).draft
+            except AdapterParseError:
+                draft = "none"
+        return self.answer(draft=draft)
+
+
+def half_spoken(messages, seed):
+    return "nonsense" if "question" in messages[0]["content"] else fields(answer="1")
+
+
+def test_a_failed_parse_that_the_program_handles_is_traced_in_its_place_and_hidden_from_the_metric():
+    seen = []
+
+    def listens(gold, pred, trace=None):
+        seen.append([predictor._fst_predictor_name for predictor, _, _ in trace])
+        return 1.0
+
+    rollout = play_one(Retries(), speak=half_spoken, metric=listens)
+    assert (rollout.reward, rollout.failure, len(rollout.calls)) == (1.0, None, 2)
+    (draft, inputs, failed), (answer, _, _) = rollout.trace
+    assert (draft._fst_predictor_name, inputs, failed.completion_text) == ("draft", {"question": "q1"}, "nonsense")
+    assert answer._fst_predictor_name == "answer"
+    assert seen == [["answer"]]
+
+
+def test_a_try_of_best_of_n_that_does_not_parse_is_traced_before_the_one_that_counts():
+    replies = iter(["nonsense", fields(answer="1")])
+    best = dspy.BestOfN(dspy.Predict("question -> answer"), N=2, reward_fn=lambda a, p: 1.0, threshold=1.0)
+    rollout = play_one(best, speak=lambda messages, seed: next(replies))
+    assert rollout.reward == 1.0
+    assert [type(output).__name__ for _, _, output in rollout.trace] == ["FailedPrediction", "Prediction"]
+
+
+def test_a_frozen_lm_s_failed_parse_that_the_program_handles_is_not_traced():
+    program = Retries()
+    player, _ = player_of(program, speak=half_spoken)
+    program.draft.lm = dspy.utils.DummyLM([{"nonsense": "x"}] * 9)
+    rollout = player.play([Task(PROBLEMS[1], read_texts(program))], "test")[0]
+    assert [predictor._fst_predictor_name for predictor, _, _ in rollout.trace] == ["answer"]
 
 
 def test_a_program_that_trips_over_the_policy_s_output_is_scored():

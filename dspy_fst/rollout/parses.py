@@ -1,0 +1,54 @@
+"""Replies that do not parse: each is asked for once, and none is hidden by a program that handles its error itself."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import dspy
+from dspy.clients.call_context import stream_emitted
+from dspy.teleprompt.bootstrap_trace import FailedPrediction
+from dspy.utils.callback import BaseCallback
+from dspy.utils.exceptions import AdapterParseError
+
+from dspy_fst.rollout.recording import is_recorded
+from dspy_fst.types import PREDICTOR_TAG
+
+Entry = tuple[Any, dict[str, Any], Any]
+"""DSPy's trace entry: (predictor, inputs, prediction)."""
+
+
+class FailedParses(BaseCallback):
+    """DSPy's callback for the time of one rollout; as a callback it also sees adapters that the program sets itself.
+
+    Args:
+        trace: The rollout's own; what a program traces by itself (BestOfN) joins it later.
+    """
+
+    def __init__(self, trace: Sequence[Entry]):
+        self._trace = trace
+        self._running: dict[str, tuple[dspy.Predict, dict[str, Any]]] = {}
+        self._failed: list[tuple[int, Entry]] = []
+
+    def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        """No second call: an adapter asks no LM again in JSON once it believes that the first reply was shown
+        (ChatAdapter of DSPy 3.4, and those made of it)."""
+        stream_emitted()
+
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        if isinstance(instance, dspy.Predict) and hasattr(instance, PREDICTOR_TAG):
+            self._running[call_id] = (instance, inputs["kwargs"])
+
+    def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        predictor, given = self._running.pop(call_id, (None, {}))
+        if predictor is None or not isinstance(exception, AdapterParseError):
+            return
+        if is_recorded(given.get("lm") or predictor.lm or dspy.settings.lm):
+            inputs = {name: value for name, value in given.items() if name in predictor.signature.input_fields}
+            entry = (predictor, inputs, FailedPrediction(str(exception.lm_response)))
+            self._failed.append((len(self._trace), entry))
+
+    def in_trace(self) -> tuple[Entry, ...]:
+        """The rollout's trace with the failed parses in their places."""
+        whole = list(self._trace)
+        for place, entry in reversed(self._failed):
+            whole.insert(place, entry)
+        return tuple(whole)

@@ -1,0 +1,233 @@
+"""Texts beside instructions: sources of dspy.Flex modules and tools' descriptions, as components of a candidate."""
+
+import dspy
+import pytest
+from dspy.primitives.code_interpreter import CodeInterpreterError
+from dspy.primitives.local_interpreter import LocalInterpreter
+
+from dspy_fst.fast.evolve import SearchSettings, evolve
+from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.texts import UnboundError, read_texts, with_texts
+from dspy_fst.types import Candidate, Population, Problem
+from tests.fakes import fields, scripted_policy
+
+PROBLEMS = [Problem(i, dspy.Example(question=f"q{i}", answer="LOUD").with_inputs("question")) for i in range(4)]
+SOURCE = """class Shout(dspy.Module):
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, **inputs):
+        return dspy.Prediction(answer={})"""
+LOUD, RAISES = SOURCE.format('inputs["said"].upper()'), SOURCE.format('{}["nothing"]')
+
+
+def search(query: str) -> str:
+    """Looks things up."""
+    return f"found {query}"
+
+
+class Shouts(dspy.Module):
+    """A predictor whose answer goes through a dspy.Flex."""
+
+    def __init__(self, interpreter=LocalInterpreter):
+        super().__init__()
+        self.say = dspy.Predict(dspy.Signature("question -> answer", "Say it."))
+        self.last = dspy.Flex("said -> answer", interpreter_factory=interpreter)
+
+    def forward(self, question):
+        return self.last(said=self.say(question=question).answer)
+
+
+class Agent(dspy.Module):
+    """An agent with two tools, one argument of which is described."""
+
+    def __init__(self):
+        super().__init__()
+        found = dspy.Tool(search, arg_desc={"query": "One word."})
+        tools = [found, dspy.Tool(search, name="count", desc="Counts.", args={})]
+        self.agent = dspy.ReAct("question -> answer", tools=tools, max_iters=2)
+
+    def forward(self, question):
+        return self.agent(question=question)
+
+
+def loud(gold, pred, trace=None, pred_name=None, pred_trace=None):
+    return dspy.Prediction(score=float(pred.answer == gold.answer), feedback=f"{pred_name}: {pred.answer}")
+
+
+def plain(messages, seed):
+    """Says it quietly; an agent searches first, until it is told to search for words that matter."""
+    if "next_tool_name" not in messages[0]["content"]:
+        return fields(reasoning="r", answer="LOUD" if "found x" in messages[-1]["content"] else "loud")
+    told = "what matters" in messages[0]["content"] and "found x" not in messages[-1]["content"]
+    args = '{"query": "x"}' if told else "{}"
+    return fields(next_thought="t", next_tool_name="search" if told else "finish", next_tool_args=args)
+
+
+def player_of(program, speak=plain):
+    policy, engine = scripted_policy(speak)
+    program.set_lm(policy)
+    return Player(program, Reward(loud), PlayerSettings(threads=2), engine.expect)
+
+
+def evolved(program, *, tools=False, propose=None, budget=30, speak=plain, **arguments):
+    player = player_of(program, speak)
+    return evolve(
+        Population.of_seed(read_texts(program, tools=tools), 2),
+        PROBLEMS,
+        program,
+        play=lambda wanted: player.play([Task(problem, candidate) for problem, candidate in wanted], "search"),
+        feedback=lambda e, p, t, n, pt: Reward(loud)(e, p, t, n, pt).feedback,
+        propose=propose,
+        settings=SearchSettings(size=2, budget=budget, minibatch=2, **arguments.pop("settings", {})),
+        **arguments,
+    )
+
+
+def test_components_are_named_and_read_as_dspy_s_gepa_does():
+    from dspy.teleprompt.gepa.gepa import DspyGEPAResult
+
+    for program in (Shouts(), Agent()):
+        assert read_texts(program).texts == DspyGEPAResult._candidate_components(program)
+
+
+def test_tools_are_read_out_of_the_agent_s_instruction_and_written_back_as_they_stood():
+    program = Agent()
+    seed = read_texts(program, tools=True)
+    assert {name: text for name, text in seed.texts.items() if "tools" in name} == {
+        "agent.tools['search'].desc": "Looks things up.",
+        "agent.tools['search'].args['query']": "One word.",
+        "agent.tools['count'].desc": "Counts.",
+    }
+    assert "(1) [the description of search]" in seed.texts["agent.react"]
+    assert "Looks things up." not in seed.texts["agent.react"]
+    again = with_texts(program, seed)
+    assert again.agent.react.signature.instructions == program.agent.react.signature.instructions
+
+
+def test_a_changed_tool_is_in_the_prompt_and_on_the_tool_and_reads_back():
+    program = Agent()
+    seed = read_texts(program, tools=True)
+    new = {"agent.tools['search'].desc": "New.", "agent.tools['search'].args['query']": "Two."}
+    changed = Candidate({**seed.texts, **new})
+    spoken = with_texts(program, changed)
+    instruction = spoken.agent.react.signature.instructions
+    assert "search, whose description is <desc>New.</desc>" in instruction
+    assert "'description': 'Two.'" in instruction
+    assert "Looks things up." not in instruction
+    assert (spoken.agent.tools["search"].desc, program.agent.tools["search"].desc) == ("New.", "Looks things up.")
+    assert read_texts(spoken, tools=True) == changed
+    assert with_texts(spoken, seed).agent.tools["search"].desc == "Looks things up."
+
+
+def test_a_tool_whose_place_a_proposal_lost_is_described_at_its_end():
+    program = Agent()
+    seed = read_texts(program, tools=True)
+    spoken = with_texts(program, Candidate({**seed.texts, "agent.react": "Just do it."}))
+    first, *rest = spoken.agent.react.signature.instructions.splitlines()
+    assert first == "Just do it."
+    assert [line.split(",")[0] for line in rest] == ["search", "count"]
+
+
+def test_a_tool_that_the_prompt_does_not_show_is_no_component():
+    program = Agent()
+    program.agent.react.signature = program.agent.react.signature.with_instructions("Short.")
+    assert read_texts(program, tools=True) == read_texts(program)
+
+
+def test_the_tools_of_react_v2_evolve_too():
+    program = dspy.ReActV2("question -> answer", tools=[search])
+    seed = read_texts(program, tools=True)
+    spoken = with_texts(program, Candidate({**seed.texts, "tools['search'].desc": "New."}))
+    assert [tool.desc for tool in spoken.tools.values()] == ["New.", "Submit the final outputs for the task."]
+
+
+def test_a_tool_s_description_evolves_on_the_steps_of_its_agent():
+    seen = {}
+
+    def propose(candidate, reflective_dataset, components_to_update):
+        seen.update(reflective_dataset)
+        return {name: f"{candidate[name]} Say what matters." for name in components_to_update}
+
+    search = evolved(Agent(), tools=True, propose=propose, settings={"perfect_score": 2.0})
+    assert "what matters" in " ".join(search.population.best.texts.values())
+    assert search.population.scores[0] == 1.0
+    record = seen["agent.tools['search'].desc"][0]
+    assert set(record["Inputs"]) == {"question", "trajectory"}
+    assert record["Feedback"].startswith("agent.react: ")
+
+
+def test_a_reflection_lm_is_asked_for_a_tool_s_description_in_words_of_its_own():
+    told = dspy.utils.DummyLM([{"new_instruction": "Finds what matters."}] * 30, adapter=dspy.JSONAdapter())
+    search = evolved(Agent(), tools=True, reflection_lm=told, settings={"components": "all"})
+    assert any(c.texts["agent.tools['search'].desc"] == "Finds what matters." for c in search.candidates)
+    asked = {entry["messages"][0]["content"].count("I gave an agent a tool") for entry in told.history}
+    assert asked == {0, 1}
+
+
+def test_a_source_evolves_and_the_proposer_is_told_what_dspy_tells_it():
+    asked = []
+
+    def code_proposer(**given):
+        asked.append(given)
+        return dict.fromkeys(given["components_to_update"], LOUD)
+
+    def propose(candidate, reflective_dataset, components_to_update):
+        return {name: candidate[name] for name in components_to_update}
+
+    search = evolved(Shouts(), propose=propose, code_proposer=code_proposer)
+    assert search.population.best.texts["last"] == LOUD
+    assert search.population.scores[0] == 1.0
+    assert "Signature" in asked[0]["task_descriptions"]["last"]
+    record = asked[0]["reflective_dataset"]["last"][0]
+    assert (record["Generated Outputs"], record["Feedback"]) == ({"answer": "loud"}, "None: loud")
+
+
+def test_a_reflection_lm_writes_sources_through_dspy_s_own_proposer():
+    writer = dspy.utils.DummyLM([{"new_instruction": "Say it.", "revised_source": f"```python\n{LOUD}\n```"}] * 30)
+    search = evolved(Shouts(), reflection_lm=writer, propose=None)
+    assert LOUD in {candidate.texts["last"] for candidate in search.candidates}
+
+
+@pytest.mark.parametrize(
+    ("source", "failure"),
+    [("def (", "unbound source"), ("x = 1", "unbound source"), ("\0", "unbound source"), (RAISES, "source")],
+)
+def test_a_source_that_does_not_bind_or_that_raises_is_a_failed_rollout(source, failure):
+    program = Shouts()
+    player = player_of(program)
+    broken = Candidate({**read_texts(program).texts, "last": source})
+    (rollout,) = player.play([Task(PROBLEMS[0], broken)], "test")
+    assert (rollout.reward, rollout.failure, rollout.mask) == (0.0, failure, None)
+    assert rollout.feedback
+
+
+def test_an_interpreter_that_cannot_start_masks():
+    def gone():
+        raise CodeInterpreterError("deno is missing")
+
+    program = Shouts(gone)
+    (rollout,) = player_of(program).play([Task(PROBLEMS[0], read_texts(program))], "test")
+    assert (rollout.reward, rollout.mask) == (None, "interpreter: CodeInterpreterError")
+
+
+def test_a_broken_source_never_gets_into_a_population_although_failing_scores_best():
+    program = Shouts()
+    player = player_of(program)
+    player.settings = PlayerSettings(threads=2, failure_score=1.0)
+    search = evolve(
+        Population.of_seed(read_texts(program), 2),
+        PROBLEMS,
+        program,
+        play=lambda wanted: player.play([Task(problem, candidate) for problem, candidate in wanted], "search"),
+        feedback=lambda *given: "",
+        propose=lambda candidate, reflective_dataset, components_to_update: {},
+        code_proposer=lambda **given: dict.fromkeys(given["components_to_update"], "def ("),
+        settings=SearchSettings(size=2, budget=20, minibatch=2, components="all"),
+    )
+    assert search.counts["failed: unbound source"] > 0
+    assert len(search.candidates) > 1
+    with pytest.raises(UnboundError, match="last: SyntaxError"):
+        with_texts(program, search.candidates[-1])
+    assert {member.texts["last"] for member in search.population.members} == {read_texts(program).texts["last"]}
