@@ -296,7 +296,11 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("protected-empty-line", {"protected": {"solve": [" "]}}, "protected: ' ' is no line of the text of 'solve'"),
     (
         "protected-source",
-        {"student": Flexible(), "code_proposer": lambda **given: {}, "protected": {"last": ["class FlexModule(dspy.Module):"]}},
+        {
+            "student": Flexible(),
+            "code_proposer": lambda **given: {},
+            "protected": {"last": ["class FlexModule(dspy.Module):"]},
+        },
         "protected: 'last' is no instruction of the program; it has 'solve'",
     ),
     ("reflection-budget-zero", {"reflection_tokens": 0}, "reflection_tokens=0: Input should be greater than or equal"),
