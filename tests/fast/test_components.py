@@ -148,7 +148,7 @@ def test_a_tool_s_description_evolves_on_the_steps_of_its_agent():
 
     def propose(candidate, reflective_dataset, components_to_update):
         seen.update(reflective_dataset)
-        return {name: f"{candidate[name]} Say what matters." for name in components_to_update}
+        return {name: candidate[name] + " Say what matters." * ("tools" in name) for name in components_to_update}
 
     search = evolved(Agent(), tools=True, propose=propose, settings={"perfect_score": 2.0})
     assert "what matters" in " ".join(search.population.best.texts.values())
