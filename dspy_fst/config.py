@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-Method = Literal["fst", "rl", "gepa", "gepa_then_rl", "rl_then_gepa"]
+Method = Literal["fst", "rl", "gepa", "gepa_then_rl", "rl_then_gepa", "distill"]
 AUTO_CYCLES = {"light": 2, "medium": 8, "heavy": 34}
 """Cycles of DSPy's three budgets (ours): 12, 48 and 204 updates; the paper's longest stages have 200."""
 
@@ -21,8 +21,9 @@ class FSTConfig(BaseModel):
 
     method: Method = "fst"
     """``"fst"``, or a baseline made of the same loop: ``"rl"`` never searches, ``"gepa"`` never updates
-    weights, the other two spend the whole search budget before the first or after the last
-    update (paper, section 3)."""
+    weights, the next two spend the whole search budget before the first or after the last
+    update; ``"distill"`` searches as ``"fst"`` does, and its updates learn from the term of ``seed_kl_coefficient``
+    alone, from no reward (paper, section 3)."""
     cycles: int = Field(AUTO_CYCLES["medium"], ge=1)
     """Fast-slow alternations (ours). ``auto`` sets them: light 2, medium 8, heavy 34."""
 
@@ -82,8 +83,11 @@ class FSTConfig(BaseModel):
     kl_coefficient: float = Field(0.001, ge=0)
     """Weight of KL(theta || start) (paper, App. D; its form is unstated, ours is exact over the vocabulary)."""
     seed_kl_coefficient: float = Field(0.0, ge=0)
-    """Weight of KL(theta || start) on rollouts under the program's own texts, so that what a task teaches stays in the
-    evolved texts (ours; off, as in the paper)."""
+    """Weight of KL(theta || start) on rollouts under the program's own texts (ours; off, as in the paper)."""
+    seed_kl_teacher: Literal["seed", "population"] = "seed"
+    """Whose texts the start reads in that term. ``"seed"``, the program's own: what a task teaches stays in the evolved
+    texts (ours). ``"population"``, each candidate's in turn: the texts are distilled into the weights (paper:
+    FST-distill)."""
     seed_kl_rollouts: int = Field(1, ge=1)
     """Rollouts of each problem of a step under the program's own texts, made only when ``seed_kl_coefficient`` is above
     0; they cost what any rollout costs (ours)."""
@@ -160,6 +164,26 @@ class FSTConfig(BaseModel):
                 f"{2 * self.population_size}, or baseline='problem'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _distilling_has_a_teacher(self) -> "FSTConfig":
+        if self.method == "distill" and (self.seed_kl_coefficient == 0 or self.seed_kl_teacher == "seed"):
+            raise ValueError(
+                "method='distill' learns from the KL under the program's own texts alone: set seed_kl_coefficient=1.0 "
+                "and seed_kl_teacher='population'"
+            )
+        if self.seed_kl_teacher == "population" and self.tool_descriptions == "evolved":
+            raise ValueError(
+                "seed_kl_teacher='population' distils instructions only, and tool_descriptions='evolved' lets other "
+                "texts change too; use tool_descriptions='fixed'"
+            )
+        return self
+
+    @property
+    def rollouts_per_problem(self) -> int:
+        """Rollouts of a problem in a step: its group, and those that only hold or distil."""
+        group = 0 if self.method == "distill" else self.group_size
+        return group + (self.seed_kl_rollouts if self.seed_kl_coefficient > 0 else 0)
 
     @property
     def lookahead(self) -> int:

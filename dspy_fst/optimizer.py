@@ -132,7 +132,7 @@ def alternate(run: Session) -> Population:
             run.commit_search(cycle, search)
         for step in run.steps(cycle):  # slow: weights move, text does not
             groups = run.play(step, population)
-            batch = credit(groups, held=run.play_seed(step), **run.credit_rules)
+            batch = credit(groups, held=run.play_seed(step, population), **run.credit_rules)
             update = run.update(batch)
             run.publish(step + 1)
             run.commit_step(step, cycle, groups, batch, update, population)

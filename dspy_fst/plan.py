@@ -71,7 +71,6 @@ class Plan:
         searches = [cycle for cycle in self.cycles if cycle.search_budget]
         updates = sum(len(cycle.steps) for cycle in self.cycles)
         anchors = len(self.anchors(0))
-        held = config.seed_kl_rollouts if config.seed_kl_coefficient > 0 else 0
         # The first search starts from one text; later ones from up to K.
         carried = sum(config.population_size if cycle.index else 1 for cycle in searches)
         return Budget(
@@ -79,7 +78,7 @@ class Plan:
             search_rollouts=sum(cycle.search_budget for cycle in searches),
             overshoot_rollouts=anchors * len(searches),
             scoring_rollouts=carried * anchors,
-            training_rollouts=updates * config.problems_per_step * (config.group_size + held),
+            training_rollouts=updates * config.problems_per_step * config.rollouts_per_problem,
             validation_rollouts=validation_size * config.validation_samples * config.population_size,
             updates=updates,
         )
@@ -105,7 +104,7 @@ def _schedule(config: FSTConfig, budget: int) -> tuple[Cycle, ...]:
     at = [range(index * steps, (index + 1) * steps) for index in range(cycles)]
     end = cycles * steps
     match config.method:
-        case "fst":
+        case "fst" | "distill":
             return tuple(Cycle(i, budgets[i], at[i]) for i in range(cycles))
         case "rl":
             return tuple(Cycle(i, 0, at[i]) for i in range(cycles))

@@ -1,5 +1,6 @@
 """A run in progress: what the alternation in optimizer.py works with, opened, timed, committed and closed."""
 
+import itertools
 import os
 import random
 import time
@@ -22,6 +23,7 @@ from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose, ProposeCode
 from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.rollout.shown import shown, telling
 from dspy_fst.rollout.texts import read_texts
@@ -36,6 +38,7 @@ from dspy_fst.types import (
     Candidate,
     CycleReport,
     Group,
+    HeldRollout,
     Population,
     Problem,
     Rollout,
@@ -206,6 +209,8 @@ class Session:
         """The groups of a step: G rollouts of each of its problems, split evenly over the population."""
         self.run.tell({"event": "phase", "phase": f"step {step}: rollouts", "quiet": True})
         self._seconds.clear()
+        if self.config.method == "distill":
+            return []
         problems = [Problem(index, self.trainset[index]) for index in self.plan.problems(step)]
         with self._timed("sampling"):
             groups = self.player.groups(
@@ -216,7 +221,7 @@ class Session:
         self._refuse_unmeasured(step, rollouts)
         return groups
 
-    def play_seed(self, step: int) -> list[Rollout]:
+    def play_seed(self, step: int, population: Population) -> list[HeldRollout]:
         """Rollouts of the step's problems under the program's own texts, where the recipe holds the policy to them."""
         if self.config.seed_kl_coefficient == 0:
             return []
@@ -229,7 +234,12 @@ class Session:
         with self._timed("sampling"):
             rollouts = self.player.play(tasks, f"seed-{step}", self._tell_rollout)
         self._refuse_stale(step, rollouts)
-        return rollouts
+        self._refuse_unmeasured(step, rollouts)
+        if self.config.seed_kl_teacher == "seed":
+            return [HeldRollout(rollout, tuple(call.prompt_ids for call in rollout.calls)) for rollout in rollouts]
+        teachers = itertools.cycle(population.members)
+        tokenizer = self.trainer.tokenizer
+        return [HeldRollout(rollout, prompts_under(next(teachers), rollout, tokenizer)) for rollout in rollouts]
 
     @property
     def credit_rules(self) -> dict[str, Any]:
@@ -238,6 +248,7 @@ class Session:
             "baseline": self.config.baseline,
             "normalize": self.config.advantage_normalization,
             "trained": self.trained,
+            "held_alone": self.config.method == "distill",
         }
 
     def _refuse_stale(self, step: int, rollouts: Sequence[Rollout]) -> None:
@@ -339,7 +350,7 @@ class Session:
             reward=sum(rewards) / len(rewards) if rewards else None,
             counts={**batch.counts, **self._recoveries()},
             update=update,
-            sampled_tokens=sum(r.tokens for r in rollouts) + sum(len(call.completion_ids) for call in batch.held),
+            sampled_tokens=sum(r.tokens for r in rollouts) + sum(len(held.call.completion_ids) for held in batch.held),
             seconds=dict(self._seconds),
             predictors=batch.predictors,
         )

@@ -183,13 +183,32 @@ class PredictorReport:
 
 
 @dataclass(frozen=True)
+class Held:
+    """A call on which the policy is held to its start, or taught by it."""
+
+    call: Call
+    """Sampled under the program's own texts."""
+    start_prompt_ids: tuple[int, ...]
+    """What the start reads before the same completion: the call's own prompt, or what other texts make of it."""
+
+
+@dataclass(frozen=True)
+class HeldRollout:
+    """A rollout under the program's own texts, and what the start reads in each of its calls."""
+
+    rollout: Rollout
+    start_prompts: tuple[tuple[int, ...] | None, ...]
+    """One for each call; None when it could not be made."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """What one weight update learns from, and what was left out of it."""
 
     rows: tuple[Row, ...]
     weights: WeightsVersion
     """The version that sampled every row."""
-    held: tuple[Call, ...] = ()
+    held: tuple[Held, ...] = ()
     """Calls under the program's own texts, on which the policy is held to its start; they carry no reward."""
     counts: Counter[str] = field(default_factory=Counter)
     """``groups``, ``flat_groups``, ``rollouts``, ``masked: <reason>``, ``failed: <reason>``, ``rows``, ``tokens``."""

@@ -27,6 +27,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "anchored": {"seed_kl_coefficient": 0.1},
     "front_loaded": {"first_search_share": 0.7},
     "restarting": {"first_search_share": 0.7, "search_when_flat": 0.5},
+    "distill": {
+        "method": "distill",
+        "seed_kl_coefficient": 1.0,
+        "seed_kl_teacher": "population",
+        "seed_kl_rollouts": 8,
+    },
+    "fst_and_distill": {"seed_kl_coefficient": 0.1, "seed_kl_teacher": "population"},
 }
 SENSITIVITY: dict[str, dict[str, Any]] = {
     "T=3": {"steps_per_cycle": 3, "cycles": 8, "search_rollouts": 120},
@@ -55,5 +62,7 @@ ABOUT = {
     "anchored": "FST held to its start under the seed instruction (ours)",
     "front_loaded": "FST with 70 % of the search rollouts in the first cycle",
     "restarting": "front-loaded, later searches only when most groups are flat",
+    "distill": "no reward: what the base says under the population is taught under the seed",
+    "fst_and_distill": "FST, and that with a tenth of the weight",
     **dict.fromkeys(SENSITIVITY, "FST with this number changed"),
 }

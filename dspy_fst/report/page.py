@@ -32,6 +32,7 @@ METHODS = {
     "rl": "weights only (RL)",
     "gepa": "instructions only (GEPA)",
     "gepa_then_rl": "GEPA, then RL",
+    "distill": "FST-distill",
     "rl_then_gepa": "RL, then GEPA",
 }
 

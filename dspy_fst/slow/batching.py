@@ -118,6 +118,11 @@ def micro_batches(sequences: Sequence[Scored], budget: int, *, share: bool) -> I
         yield _micro_batch(sequences, chunk.readings)
 
 
+def side_by_side(sequences: Sequence[Scored]) -> MicroBatch:
+    """One micro-batch of all sequences in their order, each read by itself."""
+    return _micro_batch(sequences, [_Reading.of([i], sequences, share=False) for i in range(len(sequences))])
+
+
 class _Chunk:
     """A micro-batch while it is filled. Readings come with the longest prefix first."""
 

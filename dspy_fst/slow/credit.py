@@ -17,7 +17,7 @@ import numpy as np
 
 from dspy_fst.errors import TrainingError
 from dspy_fst.slow.predictors import own_scores, predictor_reports
-from dspy_fst.types import Batch, Call, Group, Rollout, Row, WeightsVersion
+from dspy_fst.types import Batch, Call, Group, Held, HeldRollout, Rollout, Row, WeightsVersion
 
 EPSILON = 1e-6
 """Added to the standard deviation, and the spread of rewards up to which a group is flat. Not in the paper."""
@@ -29,7 +29,8 @@ def credit(
     baseline: Literal["problem", "candidate"] = "problem",
     normalize: Literal["group", "batch"] = "group",
     trained: Collection[str] | None = None,
-    held: Sequence[Rollout] = (),
+    held: Sequence[HeldRollout] = (),
+    held_alone: bool = False,
     epsilon: float = EPSILON,
 ) -> Batch:
     """Turn the groups of one slow step into the rows of one weight update.
@@ -54,6 +55,7 @@ def credit(
             centred rewards of all live groups (ScaleRL, 2510.13786), each predictor's own scores apart.
         trained: Predictors whose calls are trained; None means all.
         held: Rollouts under the program's own texts, whose calls become ``Batch.held``.
+        held_alone: Whether they are learnt from although no group was live.
         epsilon: See :data:`EPSILON`.
 
     Returns:
@@ -62,19 +64,36 @@ def credit(
     Raises:
         TrainingError: the calls come from several weight versions, or a reward is not a finite number.
     """
-    held_calls = tuple(call for rollout in held for call in _trained_calls(rollout, trained))
     if baseline == "candidate":
         groups = [part for group in groups for part in _by_candidate(group)]
-    weights = _single_version([*(rollout for group in groups for rollout in group.rollouts), *held])
+    weights = _single_version([*(r for group in groups for r in group.rollouts), *(one.rollout for one in held)])
     measured = [_Measured(group, trained) for group in groups]
     stds = _stds([strand for group in measured for strand in group.strands.values() if strand.spread > epsilon])
     lessons = [list(group.lesson(stds if normalize == "batch" else {}, epsilon)) for group in measured]
     rows = _rows([lesson for lesson in lessons if lesson])
     counts = _counts(groups, measured, rows, trained, epsilon)
-    counts.update({"held_rollouts": len(held), "held_calls": len(held_calls)} if held else {})
+    counts.update(_held_counts(held, trained))
+    kept = _held(held, trained) if rows or held_alone else ()
     flat = Counter(name for group in measured if len(group.rollouts) > 1 for name in group.untaught(epsilon))
     reports = predictor_reports(groups, rows, flat)
-    return Batch(rows=rows, weights=weights, held=held_calls, counts=counts, predictors=reports)
+    return Batch(rows=rows, weights=weights, held=kept, counts=counts, predictors=reports)
+
+
+def _held(rollouts: Sequence[HeldRollout], trained: Collection[str] | None) -> tuple[Held, ...]:
+    return tuple(
+        Held(call, prompt)
+        for one in rollouts
+        for call, prompt in zip(one.rollout.calls, one.start_prompts, strict=True)
+        if prompt is not None and call in _trained_calls(one.rollout, trained)
+    )
+
+
+def _held_counts(rollouts: Sequence[HeldRollout], trained: Collection[str] | None) -> dict[str, int]:
+    if not rollouts:
+        return {}
+    calls = sum(len(_trained_calls(one.rollout, trained)) for one in rollouts)
+    held = len(_held(rollouts, trained))
+    return {"held_rollouts": len(rollouts), "held_calls": held, "held_calls_unread": calls - held}
 
 
 def _by_candidate(group: Group) -> list[Group]:

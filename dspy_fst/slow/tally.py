@@ -1,7 +1,7 @@
 """What one update measures while it goes over its micro-batches. Kept on the device: no micro-batch waits for it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,11 +47,11 @@ class Tally:
 
     def __init__(self, device: torch.device):
         zero = torch.zeros((), device=device)
-        self.loss = self._entropy = self._capped = self._ratio = self._largest = zero
+        self.loss = self._entropy = self._held_entropy = self._capped = self._ratio = self._largest = zero
         self._weight = self._weight_squared = zero.double()
         self._kl: Tensor | None = None
         self._held: Tensor | None = None
-        self._tokens = self._sequences = 0
+        self._tokens = self._held_tokens = self._held_calls = self._sequences = 0
 
     @torch.no_grad()
     def add(
@@ -81,9 +81,12 @@ class Tally:
         self._sequences += sequences
 
     @torch.no_grad()
-    def hold(self, kl: Tensor, coefficient: float) -> None:
-        """Add a micro-batch of held calls: its share of their mean KL, and that KL's weight in the loss."""
+    def hold(self, kl: Tensor, log_probs: Tensor, coefficient: float, calls: int) -> None:
+        """Add a micro-batch of held calls: its share of their mean KL, (N, V) log-probabilities, that KL's weight."""
         self.loss = self.loss + coefficient * kl
+        self._held_entropy = self._held_entropy + losses.entropy(log_probs).sum()
+        self._held_tokens += len(log_probs)
+        self._held_calls += calls
         self._held = kl.detach() if self._held is None else self._held + kl
 
     @property
@@ -92,6 +95,18 @@ class Tally:
         return float(self._weight**2 / (self._tokens * self._weight_squared))
 
     def report(self, grad_norm: Tensor, learning_rate: float, rows: int) -> UpdateReport:
+        if not self._tokens:  # only held calls were learnt from
+            return replace(
+                NO_UPDATE,
+                loss=float(self.loss),
+                grad_norm=float(grad_norm),
+                entropy=float(self._held_entropy) / self._held_tokens,
+                kl_to_start=None,
+                kl_under_seed=None if self._held is None else float(self._held),
+                learning_rate=learning_rate,
+                tokens=self._held_tokens,
+                rows=self._held_calls,
+            )
         return UpdateReport(
             loss=float(self.loss),
             grad_norm=float(grad_norm),

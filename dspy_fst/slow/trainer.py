@@ -5,6 +5,7 @@ The caller owns the loop and may do anything between two calls; texts never chan
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -17,12 +18,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
 from dspy_fst.slow import losses
-from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
+from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches, side_by_side
 from dspy_fst.slow.checkpoint import Publisher, read_state, write_state
 from dspy_fst.slow.policy import Policy
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.tally import NO_UPDATE, Tally, Tokens
-from dspy_fst.types import Batch, Call, Row, UpdateReport, WeightsVersion
+from dspy_fst.types import Batch, Call, Held, Row, UpdateReport, WeightsVersion
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, as torch names it."""
@@ -108,14 +109,14 @@ class Trainer:
     # ---- one update ----------------------------------------------------------------------------
 
     def step(self, batch: Batch) -> UpdateReport:
-        """Make one optimizer step over all rows of the batch; an empty batch moves nothing.
+        """Make one optimizer step over all rows and held calls of the batch; an empty batch moves nothing.
 
         Raises:
             NotFiniteError: the loss, the gradient or a recorded log-probability is not finite.
             MismatchError: the rows were sampled from another distribution than these weights'.
             TrainingError: a row cannot be scored. After any of these nothing has moved.
         """
-        if not batch.rows:
+        if not batch.rows and not batch.held:
             return NO_UPDATE
         sequences = self._checked(_completions(batch.rows))
         _check_recorded(batch.rows)
@@ -125,7 +126,8 @@ class Trainer:
             self._accelerator.backward(self._loss(micro, batch.rows, tally))
         self._hold(batch.held, tally)
         grad_norm = self._finite_norm(tally)
-        self._check_on_policy(tally)
+        if batch.rows:
+            self._check_on_policy(tally)
         report = tally.report(grad_norm, self._next_rate(), rows=len(batch.rows))
         self._apply(report)
         return report
@@ -144,16 +146,27 @@ class Trainer:
         tally.add(loss, kl, log_probs, ratios, cap, sequences=len(micro.prefix_of))
         return loss
 
-    def _hold(self, calls: Sequence[Call], tally: Tally) -> None:
-        """Add the gradient of KL(theta || start), meaned over the tokens of the held calls."""
-        if not calls or self.settings.seed_kl_coefficient == 0:
+    def _hold(self, held: Sequence[Held], tally: Tally) -> None:
+        """Add the gradient of KL(theta || start), meaned over the tokens of the held calls.
+
+        The start may read another prompt before a completion than the policy does; then it teaches what that says.
+        """
+        if not held or self.settings.seed_kl_coefficient == 0:
             return
-        sequences = self._checked([sequence for sequence in _completions(calls) if sequence.tokens > 0])
-        tokens = sum(sequence.tokens for sequence in sequences)
-        for micro in self._micro_batches(sequences):
-            kl = self._kl(self._log_probs(self._policy, micro), micro).sum() / tokens
+        ours = self._checked(_completions([one.call for one in held]))
+        its = self._checked(
+            [
+                replace(o, ids=(*h.start_prompt_ids, *h.call.completion_ids), start=len(h.start_prompt_ids))
+                for o, h in zip(ours, held, strict=True)
+            ]
+        )
+        tokens = sum(sequence.tokens for sequence in ours)
+        for micro in self._micro_batches(ours):
+            read = side_by_side([its[member] for member in micro.members]).to(self._accelerator.device)
+            log_probs = self._log_probs(self._policy, micro)
+            kl = self._kl(log_probs, micro if ours == its else read).sum() / tokens
             self._accelerator.backward(self.settings.seed_kl_coefficient * kl)
-            tally.hold(kl, self.settings.seed_kl_coefficient)
+            tally.hold(kl, log_probs, self.settings.seed_kl_coefficient, calls=len(micro.members))
 
     def _finite_norm(self, tally: Tally) -> Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])

@@ -14,7 +14,7 @@ from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.policy import Policy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.types import Group
+from dspy_fst.types import Batch, Group, Held
 from tests.slow.makers import VOCABULARY, make_batch, make_call, make_rollout, make_row, make_tokenizer, save_model
 
 SETTINGS = TrainerSettings(learning_rate=1e-2, kl_coefficient=0.1, importance_cap=1.5, micro_batch_tokens=40)
@@ -351,19 +351,41 @@ def test_held_calls_add_the_gradient_of_their_mean_kl(start, tmp_path, groups, b
     with recorded_gradients(plain) as alone:
         plain.step(batch)
     with recorded_gradients(holding) as both:
-        report = holding.step(dataclasses.replace(batch, held=calls))
-    wanted, kl = mean_kl_gradient(start, reference, calls)
+        report = holding.step(dataclasses.replace(batch, held=tuple(Held(call, call.prompt_ids) for call in calls)))
+    wanted, kl = mean_kl_gradient(start, reference, calls, [call.prompt_ids for call in calls])
     assert report.kl_under_seed == pytest.approx(kl, rel=1e-4)
     assert_close({name: both[name] - alone[name] for name in both}, {n: 0.3 * g for n, g in wanted.items()})
 
 
-def mean_kl_gradient(start, reference, calls):
+def test_held_calls_alone_learn_what_the_start_says_after_another_prompt(start, tmp_path):
+    """Distillation: the policy reads its own prompt, the start a longer or a shorter one, before the same tokens."""
+    reference = save_model(tmp_path / "reference", seed=5)
+    calls = tuple(draw_call(random.Random(n)) for n in range(4))
+    prompts = [(7, 8, 9), calls[1].prompt_ids[:1], (*calls[2].prompt_ids, *range(20, 50)), calls[3].prompt_ids]
+    trainer = make_trainer(start, reference, seed_kl_coefficient=1.0)
+    held = tuple(Held(call, prompt) for call, prompt in zip(calls, prompts, strict=True))
+    with recorded_gradients(trainer) as found:
+        report = trainer.step(Batch(rows=(), weights="step-000000", held=held))
+    wanted, kl = mean_kl_gradient(start, reference, calls, prompts)
+    assert report.kl_under_seed == pytest.approx(kl, rel=1e-4)
+    assert report.loss == pytest.approx(kl, rel=1e-4)
+    assert (report.rows, report.tokens) == (4, sum(len(call.completion_ids) for call in calls))
+    assert report.entropy > 0
+    assert trainer.updates == 1
+    assert_close(found, wanted)
+
+
+def mean_kl_gradient(start, reference, calls, prompts):
     model, base = (AutoModelForCausalLM.from_pretrained(path) for path in (start, reference))
     values = []
-    for call in calls:
-        ids = torch.tensor([[*call.prompt_ids, *call.completion_ids]])
-        at = slice(len(call.prompt_ids) - 1, -1)
-        ours, its = (torch.log_softmax(m(ids).logits[0, at] / call.temperature, -1) for m in (model, base))
+    for call, prompt in zip(calls, prompts, strict=True):
+        ours, its = (
+            torch.log_softmax(
+                m(torch.tensor([[*before, *call.completion_ids]])).logits[0, len(before) - 1 : -1] / call.temperature,
+                -1,
+            )
+            for m, before in ((model, call.prompt_ids), (base, prompt))
+        )
         values.append((ours.exp() * (ours - its.detach())).sum(-1))
     kl = torch.cat(values).mean()
     kl.backward()

@@ -12,11 +12,12 @@ LEVEL = 0.8
 def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
     arms = by_arm(results, world, base)
     return table(
-        ["changed", "accuracy at the end", f"updates to {LEVEL}", "all rollouts"],
+        ["changed", "accuracy at the end", "under the seed instruction", f"updates to {LEVEL}", "all rollouts"],
         [
             [
                 arm,
                 shown([final(run) for run in runs.values()]),
+                shown([last(run)["seed accuracy"] for run in runs.values()]),
                 shown([first_at(curve(run), LEVEL) for run in runs.values()], ".1f"),
                 f"{statistics.median(sum(last(run)[name] for name in ROLLOUTS) for run in runs.values()):,.0f}",
             ]

@@ -1,0 +1,45 @@
+"""The prompts that a rollout's calls would have had under other instructions."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dspy
+
+from dspy_fst.types import PREDICTOR_TAG, Candidate, Rollout
+
+Ids = tuple[int, ...]
+
+
+def prompts_under(candidate: Candidate, rollout: Rollout, tokenizer: Any) -> tuple[Ids | None, ...]:
+    """For each call of a rollout its prompt's ids, had the program spoken the candidate's instructions.
+
+    A call is found again among the rollout's traced module calls by its prompt: one whose inputs, rendered anew, give
+    exactly the ids that were sampled from. None for a call that none of them gives, such as one whose tools or history
+    the adapter handed on by another way; whoever uses this counts them.
+    """
+    rendered = {
+        (name, before): after
+        for name, predictor, inputs in _traced(rollout)
+        if (before := _render(predictor, predictor.signature.instructions, inputs, tokenizer)) is not None
+        and (after := _render(predictor, candidate.texts.get(name), inputs, tokenizer)) is not None
+    }
+    return tuple(rendered.get((call.predictor, call.prompt_ids)) for call in rollout.calls)
+
+
+def _traced(rollout: Rollout) -> Iterator[tuple[str, dspy.Predict, dict[str, Any]]]:
+    for predictor, inputs, _ in rollout.trace:
+        if (name := getattr(predictor, PREDICTOR_TAG, None)) is not None:
+            yield name, predictor, inputs
+
+
+def _render(predictor: dspy.Predict, instructions: str | None, inputs: dict[str, Any], tokenizer: Any) -> Ids | None:
+    """The prompt's ids; None when the adapter or the chat template refuses."""
+    if instructions is None:
+        return None
+    adapter = dspy.settings.adapter or dspy.ChatAdapter()
+    signature = predictor.signature.with_instructions(instructions)
+    try:
+        messages = adapter.format(signature, predictor.demos, inputs)
+        return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    except (TypeError, ValueError, KeyError):
+        return None
