@@ -111,7 +111,7 @@ def test_a_search_that_met_a_source_that_does_not_bind_is_taken_up_again(tmp_pat
             journal=Journal(tmp_path / "journal", {"cycle": 0}),
         )
 
-    dies_at = 4
+    dies_at = 3
     with pytest.raises(KeyboardInterrupt):
         search()
     assert any("def (" in candidate.texts["last"] for batch in batches for _, candidate in batch)
