@@ -1,15 +1,14 @@
-"""All that the base is taught: the skills of HoVer and Reckon, and the answers to the other programs' problems."""
+"""All that the base is taught: Reckon's skills in words, and what an expert answers in the paper's programs."""
 
 import random
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import dspy
 
-from programs import codeio, math, physics, star_graph
+from programs import codeio, hover, math, physics, star_graph
 from programs.codeio.data import generated
-from programs.common import Task
-from programs.hover import skills as of_hover
+from programs.hover.expert import watched
 from programs.math.data import draw as draw_math
 from programs.physics.data import draw as draw_physics
 from programs.reckon import skills as of_reckon
@@ -17,41 +16,44 @@ from programs.star_graph.data import drawer
 from programs.tiny.skills import Course, Inputs, Skill
 
 POOL = 2000
-"""Problems of each program that has one predictor; drawn with a seed that `build` is not given."""
+"""Problems of each program that has one predictor; `build` draws its own with other seeds."""
 GRAPH = {"degree": 2, "length": 2}
 """Star graphs of the size that the base is taught."""
+ONE = {"train": 1, "val": 1, "test": 1}
 
 
 def courses() -> list[Course]:
-    """All that is taught, shares summing up to 1."""
-    small = {"train": 1, "val": 1, "test": 1}
+    """Shares sum up to 1."""
+    judged = hover.build(**ONE, split="short").program
+    met = watched()
     return [
-        *of_hover.courses(),
         *of_reckon.courses(),
-        _answers("star_graph", star_graph.build(**small, **GRAPH), drawer(**GRAPH), "path", "find the path", 4),
-        _answers("codeio", codeio.build(**small), None, "output", "run the program", 1),
-        _answers("math", math.build(**small), draw_math, "answer", "solve the problem", 3),
-        _answers("physics", physics.build(**small), draw_physics, "answer", "choose the right letter", 2),
+        _expert("hover.first_query", judged.first_query, met["first_query"], 0.05, 5),
+        _expert("hover.summarize", judged.summarize, met["summarize"], 0.14, 2),
+        _expert("hover.next_query", judged.next_query, met["next_query"], 0.07, 4),
+        _expert("hover.judge", judged.judge, met["judge"], 0.1, 4),
+        _expert("star_graph", star_graph.build(**ONE, **GRAPH).program.find, _drawn(drawer(**GRAPH), "path"), 0.04, 4),
+        _expert("codeio", codeio.build(**ONE).program.predict.predict, _run("output"), 0.03, 1),
+        _expert("math", math.build(**ONE).program.solve.predict, _drawn(draw_math, "answer"), 0.04, 3),
+        _expert("physics", physics.build(**ONE).program.choose.predict, _drawn(draw_physics, "answer"), 0.03, 2),
     ]
 
 
-def _answers(
-    name: str,
-    task: Task,
-    draw: Callable[[random.Random], dspy.Example] | None,
-    output: str,
-    wording: str,
-    problems: int,
-) -> Course:
-    """The one predictor of a program, taught by its problems' answers; without `draw` those of CodeIO."""
-    skill = Skill("answer", lambda inputs: str(inputs[output]), (wording,))
-    (found,) = task.program.named_predictors()
-    return Course(name, found[1], (skill,), lambda rng: rng.choice(_pool(name, draw)), share=0.03, problems=problems)
+def _expert(name: str, predictor: dspy.Predict, pool: Sequence[Inputs], share: float, problems: int) -> Course:
+    """One predictor, whose right outputs are known and asked for by no more than its seed instruction."""
+    skill = Skill("expert", lambda given: str(given["output"]), (predictor.signature.instructions.rstrip("."),))
+    return Course(name, predictor, (skill,), lambda rng: rng.choice(pool), share, problems)
 
 
-@cache
-def _pool(name: str, draw: Callable[[random.Random], dspy.Example] | None) -> list[Inputs]:
-    if draw is None:
-        return [example.toDict() for example in generated(POOL, seed=-1)]  # `build` draws with seeds from 0
-    rng = random.Random(f"tiny-{name}")
-    return [draw(rng).toDict() for _ in range(POOL)]
+def _drawn(draw: Callable[[random.Random], dspy.Example], output: str) -> list[Inputs]:
+    rng = random.Random("tiny")
+    return [_with(draw(rng).toDict(), output) for _ in range(POOL)]
+
+
+def _run(output: str) -> list[Inputs]:
+    """CodeIO's programs; `build` draws with seeds from 0."""
+    return [_with(example.toDict(), output) for example in generated(POOL, seed=-1)]
+
+
+def _with(problem: Mapping[str, Any], output: str) -> Inputs:
+    return {**problem, "output": problem[output]}
