@@ -1,6 +1,7 @@
 """A small invented world: who was born where, works for whom, wrote what. 120 documents, always the same."""
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -111,6 +112,12 @@ def _names(rng: random.Random) -> Iterator[str]:
     """Invented words of three syllables, no two alike."""
     words = [(a + b + c).capitalize() for a in SYLLABLES for b in SYLLABLES for c in SYLLABLES]
     return iter(rng.sample(words, len(words)))
+
+
+def spelled(text: str) -> str:
+    """The text with its invented names in syllables: "Falbrenjor" is "Fal bren jor"."""
+    name = re.compile(rf"\b(?:{'|'.join(SYLLABLES)}){{3}}\b", re.IGNORECASE)
+    return name.sub(lambda found: " ".join(re.findall("|".join(SYLLABLES), found[0], re.IGNORECASE)), text)
 
 
 def documents(other: int | None = None) -> list[Document]:

@@ -19,7 +19,7 @@ def build(
     test: int = 128,
     seed: int = 0,
     *,
-    plan: str = "inner",
+    plan: str = "first_two",
     report: str = "then_last",
     vague: float = 0.5,
 ) -> Task:

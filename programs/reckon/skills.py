@@ -90,6 +90,6 @@ def courses() -> list[Course]:
     """What the base is taught of this program."""
     program = Reckon()
     return [
-        Course("reckon.plan", program.plan, PLANS, _draw, share=0.3, problems=8),
-        Course("reckon.report", program.report, REPORTS, _draw, share=0.2, problems=8),
+        Course("reckon.plan", program.plan, PLANS, _draw, share=0.6, problems=8),
+        Course("reckon.report", program.report, REPORTS, _draw, share=0.4, problems=8),
     ]

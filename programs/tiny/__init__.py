@@ -1,10 +1,10 @@
-"""One base model of a million parameters for all programs here, and a proposer that needs no language model."""
+"""Base models of a million parameters for the programs here, and a proposer that needs no language model."""
 
 from pathlib import Path
 
 from programs.tiny.proposer import SkillProposer
 
-BASE = Path(__file__).parent / "base"
-"""Folder of the base model (see `pretrain`)."""
+RECKON, PAPER = (Path(__file__).parent / "bases" / name for name in ("reckon", "paper"))
+"""Folders of the base models (see `pretrain`): of Reckon, and of the paper's programs."""
 
-__all__ = ["BASE", "SkillProposer"]
+__all__ = ["PAPER", "RECKON", "SkillProposer"]

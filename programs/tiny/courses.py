@@ -1,4 +1,4 @@
-"""All that the base is taught: Reckon's skills in words, and what an expert answers in the paper's programs."""
+"""What the bases are taught: Reckon's skills in words, and what an expert answers in the paper's programs."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -22,21 +22,24 @@ GRAPH = {"degree": 2, "length": 2}
 ONE = {"train": 1, "val": 1, "test": 1}
 
 
-def courses() -> list[Course]:
-    """Shares sum up to 1."""
+def of_paper() -> list[Course]:
+    """What an expert answers in the paper's programs."""
     judged = hover.build(**ONE, split="short").program
     met = watched()
     return [
-        *of_reckon.courses(),
-        _expert("hover.first_query", judged.first_query, met["first_query"], 0.05, 5),
-        _expert("hover.summarize", judged.summarize, met["summarize"], 0.14, 2),
-        _expert("hover.next_query", judged.next_query, met["next_query"], 0.07, 4),
-        _expert("hover.judge", judged.judge, met["judge"], 0.1, 4),
-        _expert("star_graph", star_graph.build(**ONE, **GRAPH).program.find, _drawn(drawer(**GRAPH), "path"), 0.04, 4),
-        _expert("codeio", codeio.build(**ONE).program.predict.predict, _run("output"), 0.03, 1),
-        _expert("math", math.build(**ONE).program.solve.predict, _drawn(draw_math, "answer"), 0.04, 3),
-        _expert("physics", physics.build(**ONE).program.choose.predict, _drawn(draw_physics, "answer"), 0.03, 2),
+        _expert("hover.first_query", judged.first_query, met["first_query"], 0.1, 5),
+        _expert("hover.summarize", judged.summarize, met["summarize"], 0.24, 2),
+        _expert("hover.next_query", judged.next_query, met["next_query"], 0.14, 3),
+        _expert("hover.judge", judged.judge, met["judge"], 0.12, 3),
+        _expert("star_graph", star_graph.build(**ONE, **GRAPH).program.find, _drawn(drawer(**GRAPH), "path"), 0.12, 4),
+        _expert("codeio", codeio.build(**ONE).program.predict.predict, _run("output"), 0.08, 1),
+        _expert("math", math.build(**ONE).program.solve.predict, _drawn(draw_math, "answer"), 0.1, 3),
+        _expert("physics", physics.build(**ONE).program.choose.predict, _drawn(draw_physics, "answer"), 0.1, 2),
     ]
+
+
+COURSES: dict[str, Callable[[], list[Course]]] = {"reckon": of_reckon.courses, "paper": of_paper}
+"""Base -> what it is taught; shares sum up to 1."""
 
 
 def _expert(name: str, predictor: dspy.Predict, pool: Sequence[Inputs], share: float, problems: int) -> Course:

@@ -61,7 +61,7 @@ def test_an_oracle_solves_every_rule_through_the_program(plan: str, report: str)
 
 
 def test_an_unknown_rule_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ValueError, match=r"plan='root'.*inner"):
+    with pytest.raises(ValueError, match=r"plan='root'.*first_two"):
         build(plan="root")
     with pytest.raises(ValueError, match=r"report='song'.*then_last"):
         build(report="song")
@@ -133,7 +133,7 @@ def test_the_proposer_asks_for_the_right_skills_when_it_was_shown_enough() -> No
         {"plan": "p", "report": "r"}, {name: records(task, name) for name in ("plan", "report")}, ["plan", "report"]
     )
     wordings = {skill.name: skill.wordings for skill in (*PLANS, *REPORTS)}
-    assert any(words in found["plan"].lower() for words in wordings["inner"])
+    assert any(words in found["plan"].lower() for words in wordings["first_two"])
     assert any(words in found["report"].lower() for words in wordings["then_last"])
 
 
