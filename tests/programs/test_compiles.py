@@ -45,9 +45,9 @@ def with_a_frozen_judge() -> Task:
 
 HOVER = frozenset({"first_query", "summarize", "next_query", "judge"})
 CASES = {
-    "star_graph": Case(lambda: star_graph.build(**SMALL, **GRAPH), frozenset({"find"})),
+    "star_graph": Case(lambda: star_graph.build(**SMALL, **GRAPH), frozenset({"find"}), problems=16),
     "codeio": Case(lambda: codeio.build(**SMALL), frozenset({"predict.predict"}), problems=16),
-    "math": Case(lambda: math.build(**SMALL), frozenset({"solve.predict"}), problems=16),
+    "math": Case(lambda: math.build(**SMALL), frozenset({"solve.predict"}), problems=24),
     "physics": Case(lambda: physics.build(**SMALL), frozenset({"choose.predict"})),
     "hover": Case(lambda: hover.build(**SMALL, split="short", kept=2), HOVER, calls=5, problems=16),
     "hover, frozen judge": Case(with_a_frozen_judge, HOVER - {"judge"}, calls=4, problems=16),
