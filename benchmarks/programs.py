@@ -24,7 +24,7 @@ import transformers
 
 from benchmarks.evidence.run import commit
 from benchmarks.readme import table
-from dspy_fst import FSTConfig, FSTOptimizer, PolicyLM
+from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.compiled import policy_of
 from dspy_fst.evaluation import estimate, play
 from dspy_fst.past import Past
@@ -56,6 +56,7 @@ RECIPE: dict[str, Any] = {
     "cycles": 3,
     "steps_per_cycle": 5,
     "problems_per_step": 24,
+    "group_size": 8,
     "anchors": 24,
     "search_rollouts": 216,
     "reflection_minibatch": 4,
@@ -82,7 +83,7 @@ class Run:
             return shared
         if self.arm == "gepa":  # one long search; scoring the seed on the anchors comes on top of its budget
             return {**shared, "cycles": 1, "search_rollouts": self.rollouts - shared["anchors"]}
-        step = shared["problems_per_step"] * FSTConfig().group_size
+        step = shared["problems_per_step"] * shared["group_size"]
         return {**shared, "cycles": 1, "steps_per_cycle": math.ceil(self.rollouts / step)}
 
     @property

@@ -19,22 +19,22 @@ POOL = 2000
 """Problems of each program that has one predictor; `build` draws its own with other seeds."""
 GRAPH = {"degree": 2, "length": 2}
 """Star graphs of the size that the base is taught."""
-ONE = {"train": 1, "val": 1, "test": 1}
 
 
 def of_paper() -> list[Course]:
     """What an expert answers in the paper's programs."""
-    judged = hover.build(**ONE, split="short").program
+    path = star_graph.build(1, 1, 1, degree=GRAPH["degree"], length=GRAPH["length"]).program.find
+    judged = hover.build(1, 1, 1, split="short").program
     met = watched()
     return [
         _expert("hover.first_query", judged.first_query, met["first_query"], 0.1, 5),
         _expert("hover.summarize", judged.summarize, met["summarize"], 0.24, 2),
         _expert("hover.next_query", judged.next_query, met["next_query"], 0.14, 3),
         _expert("hover.judge", judged.judge, met["judge"], 0.12, 3),
-        _expert("star_graph", star_graph.build(**ONE, **GRAPH).program.find, _drawn(drawer(**GRAPH), "path"), 0.12, 4),
-        _expert("codeio", codeio.build(**ONE).program.predict.predict, _run("output"), 0.08, 1),
-        _expert("math", math.build(**ONE).program.solve.predict, _drawn(draw_math, "answer"), 0.1, 3),
-        _expert("physics", physics.build(**ONE).program.choose.predict, _drawn(draw_physics, "answer"), 0.1, 2),
+        _expert("star_graph", path, _drawn(drawer(**GRAPH), "path"), 0.12, 4),
+        _expert("codeio", codeio.build(1, 1, 1).program.predict.predict, _run("output"), 0.08, 1),
+        _expert("math", math.build(1, 1, 1).program.solve.predict, _drawn(draw_math, "answer"), 0.1, 3),
+        _expert("physics", physics.build(1, 1, 1).program.choose.predict, _drawn(draw_physics, "answer"), 0.1, 2),
     ]
 
 

@@ -62,7 +62,9 @@ def measure(
 ) -> Report:
     """Ask for every skill, and for none, `samples` times each."""
     rng = random.Random(f"measure-{seed}")
-    told, untold, parsed = {}, {}, []
+    told: dict[str, float] = {}
+    untold: dict[str, float] = {}
+    parsed = []
     for course in taught:
         for skill in course.skills:
             for share, instructions in (
