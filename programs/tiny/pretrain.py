@@ -112,7 +112,9 @@ def start_alike(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> 
 
 def make_tokenizer(taught: Sequence[Course]) -> PreTrainedTokenizerFast:
     """Words, digits, and each fixed piece of the programs' prompts as one token."""
-    pieces = sorted({piece for course in taught for piece in course.pieces() if piece}, key=len, reverse=True)
+    pieces = sorted(
+        {piece for course in taught for piece in course.pieces() if piece}, key=lambda piece: (-len(piece), piece)
+    )
     return train_tokenizer(tokenizer_texts(taught), pieces, VOCABULARY)
 
 
