@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,19 +55,26 @@ CASES = {
     "reckon": Case(lambda: reckon.build(**SMALL), frozenset({"plan", "report"}), RECKON, calls=2),
     "relay": Case(lambda: relay.build(**SMALL), frozenset({"first", "second"}), LAB, calls=2),
 }
-SERVED = [name for name in CASES if name != "relay"]
-"""On vLLM; the laboratory's base would take a third server, and tests/test_compile.py has its like of a relay."""
+
+
+@contextmanager
+def serving(base: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """A server that many runs from a base may share: each puts its own weights on it. Says how to reach it."""
+    log = folder / "vllm.log"
+    engine = VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, startup_timeout_s=240, request_timeout_s=60, log_path=log))
+    engine.load(Checkpoint("base", base))
+    assert engine.address is not None
+    try:
+        yield {"attach_url": engine.address.url, "api_key": engine.address.api_key}
+    finally:
+        engine.close()
 
 
 @pytest.fixture(scope="module")
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """One server for all runs from a base; each run puts its own weights on it."""
-    log = tmp_path_factory.mktemp("log") / "vllm.log"
-    engine = VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, startup_timeout_s=240, request_timeout_s=60, log_path=log))
-    engine.load(Checkpoint("base", request.param))
-    assert engine.address is not None
-    yield {"attach_url": engine.address.url, "api_key": engine.address.api_key}
-    engine.close()
+def paper_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Started once for all programs of the paper."""
+    with serving(PAPER, tmp_path_factory.mktemp("log")) as address:
+        yield address
 
 
 def told_apart(metric: Callable[..., Any]) -> Callable[..., dspy.Prediction]:
@@ -127,10 +135,19 @@ def test_a_program_s_texts_and_weights_learn_in_process(name: str, tmp_path: Pat
     assert_compiled(case, task, compiled(case, task, policy, tmp_path / "run"))
 
 
-@pytest.mark.vllm
-@pytest.mark.parametrize(("name", "served"), [(name, CASES[name].base) for name in SERVED], indirect=["served"])
-def test_a_program_s_texts_and_weights_learn_on_vllm(name: str, served: dict[str, Any], tmp_path: Path) -> None:
-    case = CASES[name]
+def assert_compiles_on(server: dict[str, Any], case: Case, run_dir: Path) -> None:
     task = case.build()
-    policy = PolicyLM(case.base, engine="vllm", max_tokens=64, engine_options=served)
-    assert_compiled(case, task, compiled(case, task, policy, tmp_path / "run"))
+    policy = PolicyLM(case.base, engine="vllm", max_tokens=64, engine_options=server)
+    assert_compiled(case, task, compiled(case, task, policy, run_dir))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].base == PAPER])
+def test_a_program_of_the_paper_learns_on_vllm(name: str, paper_server: dict[str, Any], tmp_path: Path) -> None:
+    assert_compiles_on(paper_server, CASES[name], tmp_path / "run")
+
+
+@pytest.mark.vllm
+def test_a_program_with_a_tool_learns_on_vllm(tmp_path: Path) -> None:
+    with serving(RECKON, tmp_path) as server:  # relay's like is in tests/test_compile.py
+        assert_compiles_on(server, CASES["reckon"], tmp_path / "run")
