@@ -8,9 +8,11 @@ from dspy.primitives.local_interpreter import LocalInterpreter
 from dspy_fst.errors import EngineError
 from dspy_fst.fast.evolve import SearchSettings, evolve
 from dspy_fst.fast.gepa_adapter import OUTAGE
+from dspy_fst.prepare import _left_out
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import UnboundError, read_texts, with_texts
+from dspy_fst.session import starting_population
 from dspy_fst.types import Candidate, Population, Problem
 from tests.fakes import fields, scripted_policy
 
@@ -160,6 +162,29 @@ def test_the_tools_of_react_v2_evolve_too():
     seed = read_texts(program, tools=True)
     spoken = with_texts(program, Candidate({**seed.texts, "tools['search'].desc": "New."}))
     assert [tool.desc for tool in spoken.tools.values()] == ["New.", "Submit the final outputs for the task."]
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_a_carried_population_goes_on_where_tool_descriptions_is_set_otherwise(tools):
+    program = Agent()
+    before, now = read_texts(program, tools=not tools), read_texts(program, tools=tools)
+    evolved = Candidate({**before.texts, "agent.react": before.texts["agent.react"] + "\nBe quick."})
+    program.population = Population((evolved, before), (1.0, 0.5))
+    start = starting_population(program, now, 2, {})
+    assert start.members == (Candidate({**now.texts, "agent.react": now.texts["agent.react"] + "\nBe quick."}), now)
+    spoken = [with_texts(program, member).agent.react.signature.instructions for member in (evolved, start.best)]
+    assert spoken[0] == spoken[1]
+
+
+def test_a_carried_candidate_of_other_components_is_told_and_left_out():
+    program = Shouts()
+    seed = read_texts(program)
+    program.population = Population((Candidate({**seed.texts, "third": "Go."}), seed), (1.0, 0.5))
+    assert starting_population(program, seed, 2, {}).members == (seed, seed)
+    (told,) = _left_out(program, seed)
+    assert "1 of the 2 candidates that it carries have other components than the program (third)" in told
+    program.population = Population.of_seed(seed, 2)
+    assert _left_out(program, seed) == []
 
 
 def test_a_tool_s_description_evolves_on_the_steps_of_its_agent():
