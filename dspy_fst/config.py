@@ -83,7 +83,8 @@ class FSTConfig(BaseModel):
     kl_coefficient: float = Field(0.001, ge=0)
     """Weight of KL(theta || start) (paper, App. D; its form is unstated, ours is exact over the vocabulary)."""
     seed_kl_coefficient: float = Field(0.0, ge=0)
-    """Weight of KL(theta || start) on rollouts under the program's own texts (ours; off, as in the paper)."""
+    """Weight of KL(theta || start) on the trained predictors' calls of rollouts under the program's own texts (ours;
+    off, as in the paper)."""
     seed_kl_teacher: Literal["seed", "population"] = "seed"
     """Whose texts the start reads in that term. ``"seed"``, the program's own: what a task teaches stays in the evolved
     texts (ours). ``"population"``, each candidate's in turn: the texts are distilled into the weights (paper:

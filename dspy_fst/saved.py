@@ -80,7 +80,7 @@ def save(compiled: dspy.Module, path: str | Path) -> Path:
         write_json(scratch / POLICY, _policy_document(compiled))
         _refuse_secrets(scratch, Redactor.of(compiled))
         seal(scratch, _package_version())
-        read_saved(scratch, compiled)
+        read_saved(scratch, compiled, trust_code=True)  # whatever it holds is this program's own
         scratch.rename(path)
         flush(path.parent)
     finally:

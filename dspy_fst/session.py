@@ -350,7 +350,7 @@ class Session:
             reward=sum(rewards) / len(rewards) if rewards else None,
             counts={**batch.counts, **self._recoveries()},
             update=update,
-            sampled_tokens=sum(r.tokens for r in rollouts) + sum(len(held.call.completion_ids) for held in batch.held),
+            sampled_tokens=sum(rollout.tokens for rollout in rollouts) + batch.counts["held_tokens"],
             seconds=dict(self._seconds),
             predictors=batch.predictors,
         )

@@ -24,7 +24,7 @@ from dspy_fst.errors import RunDirectoryError
 from dspy_fst.rollout.texts import read_texts
 from dspy_fst.run import sealed
 from dspy_fst.run.sealed import MANIFEST, seal
-from dspy_fst.types import Population
+from dspy_fst.types import Candidate, Population
 from programs.lab import BASE
 from tests.relay import Relay, relay
 
@@ -530,6 +530,16 @@ def test_a_foreign_source_of_a_flex_is_taken_up_only_when_it_is_trusted(where, t
     assert "another source for the dspy.Flex 'tool'" in refusal(saved, WithFlex())
     loaded = dspy_fst.load(saved, WithFlex(), trust_code=True)
     assert FOREIGN in {loaded.tool.module_src, *(member.texts["tool"] for member in loaded.population.members)}
+
+
+def test_a_population_of_several_sources_is_saved_and_loaded_again(tmp_path):
+    program = WithFlex()
+    program.set_lm(PolicyLM(BASE, engine="in_process"))
+    own = read_texts(program)
+    other = Candidate({**own.texts, "tool": own.texts["tool"] + "\n# another"})
+    program.population = Population((own, other), (1.0, 0.5))
+    saved = dspy_fst.save(program, tmp_path / "out")
+    assert dspy_fst.load(saved, WithFlex(), trust_code=True).population.members == (own, other)
 
 
 def test_a_flex_s_state_may_set_nothing_but_its_source(tmp_path):

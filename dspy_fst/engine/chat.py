@@ -36,19 +36,18 @@ def refuse_reshaped_sampling(request: lm15.Request) -> None:
     if masks := sorted(_masks(request.config)):
         raise lm15.UnsupportedFeatureError(
             f"{', '.join(masks)}: the reply would be drawn with some tokens masked, which is not what training scores; "
-            "ask for the form in words (DSPy's adapters do), and leave tool_choice to the model"
+            "ask for the form in words (DSPy's adapters do)"
         )
 
 
 def _masks(config: lm15.Config) -> set[str]:
-    """Names of the settings that force the form of a reply."""
-    choice = config.tool_choice
-    forced = {
-        "response_format": config.response_format is not None,
-        "tool_choice": choice is not None and (choice.mode == "required" or bool(choice.allowed)),
-        "parallel_tool_calls": choice is not None and choice.parallel is False,
-    }
-    return {name for name, given in forced.items() if given} | (_MASKING & set(config.extensions or {}))
+    """Names of the settings that force the form of a reply.
+
+    A forced tool choice is none of them: the model is shown the tools and left free, so that it is the policy's own
+    doing when it calls no tool.
+    """
+    forced = {"response_format"} if config.response_format is not None else set()
+    return forced | (_MASKING & set(config.extensions or {}))
 
 
 def chat_messages(request: lm15.Request) -> list[dict[str, Any]]:

@@ -114,7 +114,9 @@ class RolloutBank:
         if recalled is not None and recalled["rollouts"] is not None:
             self.sampled_tokens += recalled["tokens"]
             candidates = [candidate for _, candidate in wanted]
-            programs = self._speaking(candidates)
+            # Of a source that does not bind there is no program, and no trace that would refer to it.
+            traced = [c for c, rollout in zip(candidates, recalled["rollouts"], strict=True) if rollout["trace"]]
+            programs = self._speaking(traced)
             return from_plain(recalled["rollouts"], candidates, lambda c: programs[c.digest])
         played = self._play(wanted)
         self._refuse_outage(played)

@@ -25,13 +25,20 @@ class FailedParses(BaseCallback):
 
     def __init__(self, trace: Sequence[Entry]):
         self._trace = trace
+        self._asked: set[str] = set()
         self._running: dict[str, tuple[dspy.Predict, dict[str, Any]]] = {}
         self._failed: list[tuple[int, Entry]] = []
 
+    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        if is_recorded(instance):
+            self._asked.add(call_id)
+
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        """No second call: an adapter asks no LM again in JSON once it believes that the first reply was shown
-        (ChatAdapter of DSPy 3.4, and those made of it)."""
-        stream_emitted()
+        """No second call of the policy: an adapter asks no LM again in JSON once it believes that the first reply was
+        shown (ChatAdapter of DSPy 3.4, and those made of it). A frozen LM is asked as it is outside of a rollout."""
+        if call_id in self._asked:
+            self._asked.discard(call_id)
+            stream_emitted()
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         if isinstance(instance, dspy.Predict) and hasattr(instance, PREDICTOR_TAG):

@@ -79,7 +79,7 @@ def from_plain(
     """
     rollouts = []
     for item, candidate in zip(data, candidates, strict=True):
-        predictors = dict(speaking(candidate).named_predictors())
+        predictors = dict(speaking(candidate).named_predictors()) if item["trace"] else {}
         trace = tuple(
             (predictors[entry["predictor"]], entry["inputs"], _predicted(entry["output"])) for entry in item["trace"]
         )

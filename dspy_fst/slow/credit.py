@@ -93,7 +93,12 @@ def _held_counts(rollouts: Sequence[HeldRollout], trained: Collection[str] | Non
         return {}
     calls = sum(len(_trained_calls(one.rollout, trained)) for one in rollouts)
     held = len(_held(rollouts, trained))
-    return {"held_rollouts": len(rollouts), "held_calls": held, "held_calls_unread": calls - held}
+    return {
+        "held_rollouts": len(rollouts),
+        "held_calls": held,
+        "held_calls_unread": calls - held,
+        "held_tokens": sum(one.rollout.tokens for one in rollouts),
+    }
 
 
 def _by_candidate(group: Group) -> list[Group]:

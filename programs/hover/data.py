@@ -1,7 +1,7 @@
 """Claims: about the invented world, true and false ones in equal parts, or those of HoVer."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,9 @@ class Chain:
     town: Town
 
 
-def chains() -> list[Chain]:
-    """All chains of two and three documents."""
-    w = world()
+def chains(other: int | None = None) -> list[Chain]:
+    """All chains of two and three documents, in the world or in another one."""
+    w = world(other)
     person = {p.name: p for p in w.people}
     found = [Chain(f"{p.name} was born in a town", (p.name,), p.birthplace) for p in w.people]
     found += [Chain(f"{c.name} has its seat in a town", (c.name,), c.seat) for c in w.companies]
@@ -55,17 +55,17 @@ def chains() -> list[Chain]:
     return [Chain(chain.words, (*chain.titles, chain.town.name), chain.town) for chain in found]
 
 
-def claims(seed: int, least: int) -> Iterator[dspy.Example]:
-    """Every chain of at least `least` documents with every ending, once, each second one false, in random order.
+def claims(seed: int, hops: Collection[int], other: int | None = None) -> Iterator[dspy.Example]:
+    """Every chain of so many documents with every ending, once, each second one false, in random order.
 
     One claim of a pair only: its negation in another set would give the answer away.
     """
     rng = random.Random(f"hover-{seed}")
-    pairs = [(chain, ending) for chain in chains() if len(chain.titles) >= least for ending in ENDINGS]
+    pairs = [(chain, ending) for chain in chains(other) if len(chain.titles) in hops for ending in ENDINGS]
     rng.shuffle(pairs)
     for index, (chain, field) in enumerate(pairs):
         right = getattr(chain.town, field)
-        others = sorted({getattr(town, field) for town in world().towns} - {right})
+        others = sorted({getattr(town, field) for town in world(other).towns} - {right})
         value = right if index % 2 == 0 else rng.choice(others)
         claim = f"{chain.words} {ENDINGS[field].format(value)}."
         yield _example(claim, list(chain.titles), value == right)

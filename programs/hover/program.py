@@ -9,7 +9,7 @@ from programs.common import judged, said
 from programs.hover.retrieval import Retriever
 
 HOPS = 3
-"""Searches for one claim."""
+"""Searches for a claim that needs three documents or more."""
 
 
 class FirstQuery(dspy.Signature):
@@ -45,12 +45,12 @@ class Judge(dspy.Signature):
 
 
 class Verify(dspy.Module):
-    """Query, search and summarize three times, then judge: claim -> verdict, with what was searched and found."""
+    """Query, search and summarize several times, then judge: claim -> verdict, with what was searched and found."""
 
-    def __init__(self, retriever: Retriever, kept: int) -> None:
-        """`kept`: documents that each search gives."""
+    def __init__(self, retriever: Retriever, kept: int, hops: int = HOPS) -> None:
+        """`kept`: documents that each search gives; `hops`: searches for one claim."""
         super().__init__()
-        self.retriever, self.kept = retriever, kept
+        self.retriever, self.kept, self.hops = retriever, kept, hops
         self.first_query = dspy.Predict(FirstQuery)
         self.summarize = dspy.Predict(Summarize)
         self.next_query = dspy.Predict(NextQuery)
@@ -58,7 +58,7 @@ class Verify(dspy.Module):
 
     def forward(self, claim: str) -> dspy.Prediction:
         notes, queries, found = "", [], []
-        for hop in range(HOPS):
+        for hop in range(self.hops):
             asked = self.first_query(claim=claim) if hop == 0 else self.next_query(claim=claim, notes=notes)
             documents = self.retriever.search(asked.query, self.kept)
             passages = [f"{document['title']} | {document['text']}" for document in documents]

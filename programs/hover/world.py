@@ -1,9 +1,10 @@
 """A small invented world: who was born where, works for whom, wrote what. 120 documents, always the same."""
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import TypedDict
 
 PEOPLE, TOWNS, COMPANIES, RIVERS, BOOKS = 44, 20, 20, 12, 24
@@ -77,15 +78,22 @@ class World:
     books: tuple[Book, ...]
 
 
-@lru_cache(maxsize=1)
-def world() -> World:
-    """Draw the world; a fixed name seeds it, so that the documents never change."""
+@cache
+def world(other: int | None = None) -> World:
+    """Draw the world; a fixed name seeds it, so that the documents never change.
+
+    Args:
+        other: Number of another world, with the same names of people, towns and rivers and facts of its own.
+    """
     rng = random.Random("hover-world")
     names = _names(rng)
+    if other is not None:
+        rng = random.Random(f"hover-world-{other}")
     rivers = tuple(next(names) for _ in range(RIVERS))
-    towns = tuple(
-        Town(next(names), rivers[i % RIVERS], str(1100 + 37 * i), CRAFTS[i % len(CRAFTS)]) for i in range(TOWNS)
-    )
+    facts = [(rivers[i % RIVERS], str(1100 + 37 * i), CRAFTS[i % len(CRAFTS)]) for i in range(TOWNS)]
+    if other is not None:
+        facts = list(zip(*(rng.sample(column, TOWNS) for column in zip(*facts, strict=True)), strict=True))
+    towns = tuple(Town(next(names), *fact) for fact in facts)
     people_names = [f"{next(names)} {next(names)}" for _ in range(PEOPLE)]
     founders = rng.sample(people_names, COMPANIES)
     companies = tuple(
@@ -106,9 +114,15 @@ def _names(rng: random.Random) -> Iterator[str]:
     return iter(rng.sample(words, len(words)))
 
 
-def documents() -> list[Document]:
-    """The corpus: an article on everything in the world."""
-    w = world()
+def spelled(text: str) -> str:
+    """The text with its invented names in syllables: "Falbrenjor" is "Fal bren jor"."""
+    name = re.compile(rf"\b(?:{'|'.join(SYLLABLES)}){{3}}\b", re.IGNORECASE)
+    return name.sub(lambda found: " ".join(re.findall("|".join(SYLLABLES), found[0], re.IGNORECASE)), text)
+
+
+def documents(other: int | None = None) -> list[Document]:
+    """The corpus: an article on everything in the world, or in another one."""
+    w = world(other)
     texts = {
         **{p.name: f"{p.name} was born in {p.birthplace.name} and works for {p.employer.name}." for p in w.people},
         **{

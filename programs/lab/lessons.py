@@ -47,6 +47,15 @@ class Lesson:
     answers: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Dialogues:
+    """A lesson as it is sent: one system message with several exchanges, none of which sees another."""
+
+    system: dict[str, str]
+    exchanges: tuple[tuple[dict[str, str], str], ...]
+    """(user message, reply)."""
+
+
 SINGLES = [chain for chain in chains() if len(chain) == 1]
 COMPOSITIONS = [chain for chain in chains() if len(chain) == 2 and chain not in HELD_OUT]
 

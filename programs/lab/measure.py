@@ -30,14 +30,15 @@ def load(folder: Path = BASE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[tuple[str, str]], seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    chats: Sequence[list[dict[str, str]]],
+    seed: int = 0,
+    reply_tokens: int = REPLY_TOKENS,
 ) -> list[str]:
-    """One reply at temperature 1 for each (instruction, numbers), as text."""
+    """One reply at temperature 1 for each chat, as text."""
     torch.manual_seed(seed)
-    texts = [
-        tokenizer.apply_chat_template(messages(*prompt), tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     ids = model.generate(
         input_ids=batch["input_ids"],
@@ -46,7 +47,7 @@ def sample(
         temperature=1.0,
         top_p=1.0,
         top_k=0,
-        max_new_tokens=REPLY_TOKENS,
+        max_new_tokens=reply_tokens,
         pad_token_id=tokenizer.pad_token_id,
     )
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -67,7 +68,7 @@ def accuracy(
     seed: int = 0,
 ) -> tuple[float, float]:
     """(share right, share parsed) over (instruction, numbers, answer) tasks."""
-    answers = [parse(text) for text in sample(model, tokenizer, [task[:2] for task in tasks], seed)]
+    answers = [parse(text) for text in sample(model, tokenizer, [messages(*task[:2]) for task in tasks], seed)]
     right = sum(got == task[2] for got, task in zip(answers, tasks, strict=True))
     return right / len(tasks), sum(got is not None for got in answers) / len(tasks)
 

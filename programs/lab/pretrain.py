@@ -10,16 +10,17 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from programs.lab.lessons import Lesson, draw_lesson, tokenizer_texts
+from programs.lab.lessons import Dialogues, Lesson, draw_lesson, tokenizer_texts
 from programs.lab.measure import Report, accuracy, measure, operation_tasks
 from programs.lab.operations import OPERATIONS
 from programs.lab.tokenizer import CONTEXT, END, messages, reply, train_tokenizer, user_message
@@ -91,7 +92,15 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
-def pack(lessons: list[Lesson], tokenizer: PreTrainedTokenizerFast) -> Batch:
+def dialogues(lesson: Lesson) -> Dialogues:
+    """The lesson as DSPy would send it."""
+    pairs = zip(lesson.problems, lesson.answers, strict=True)
+    return Dialogues(
+        messages(lesson.instruction, "")[0], tuple((user_message(numbers), reply(answer)) for numbers, answer in pairs)
+    )
+
+
+def pack(lessons: Sequence[Dialogues], tokenizer: PreTrainedTokenizerFast) -> Batch:
     """Lay out each lesson as one row, so that its system prompt is computed once for all its problems."""
     rows = [_row(lesson, tokenizer) for lesson in lessons]
     longest = max(len(row) for row in rows)
@@ -103,14 +112,13 @@ def pack(lessons: list[Lesson], tokenizer: PreTrainedTokenizerFast) -> Batch:
     return Batch(ids, positions, (same & causal)[:, None], targets)
 
 
-def _row(lesson: Lesson, tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, int, int, int]]:
-    """(id, position, part, target) of each token; part 0 is the system prompt, part k the k-th problem."""
-    system = messages(lesson.instruction, "")[0]
-    head = tokenizer(tokenizer.apply_chat_template([system], tokenize=False))["input_ids"]
+def _row(lesson: Dialogues, tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, int, int, int]]:
+    """(id, position, part, target) of each token; part 0 is the system prompt, part k the k-th exchange."""
+    head = tokenizer(tokenizer.apply_chat_template([lesson.system], tokenize=False))["input_ids"]
     row = [(token, place, 0, IGNORED) for place, token in enumerate(head)]
-    for part, (numbers, answer) in enumerate(zip(lesson.problems, lesson.answers, strict=True), start=1):
-        question = tokenizer.apply_chat_template([user_message(numbers)], tokenize=False, add_generation_prompt=True)
-        ask, say = tokenizer([question, reply(answer) + END])["input_ids"]
+    for part, (user, answer) in enumerate(lesson.exchanges, start=1):
+        question = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        ask, say = tokenizer([question, answer + END])["input_ids"]
         tokens = ask + say[:-1]
         targets = [IGNORED] * (len(ask) - 1) + say
         row += [(tokens[i], len(head) + i, part, targets[i]) for i in range(len(tokens))]
@@ -174,37 +182,55 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@one_thread()
-def pretrain(recipe: Recipe, out: Path) -> Report:
-    """Run a recipe, save everything to `out` and return what the model can do."""
-    torch.manual_seed(recipe.seed)
+def fit(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    draw: Callable[[], Dialogues],
+    told_after: Callable[[int], float],
+) -> dict[str, int]:
+    """Train on drawn lessons until what the model does as told, measured after a step, reaches the target.
+
+    Returns what it took: steps, tokens, parameters, seconds.
+    """
     began = time.monotonic()
-    rng = random.Random(f"pretrain-{recipe.seed}")
-    tokenizer = train_tokenizer(tokenizer_texts())
-    model = new_model(tokenizer)
     optimizers = Optimizers(model, recipe)
     tokens, told, step = 0, 0.0, 0
     while told < recipe.target and step < recipe.max_steps:
-        batch = pack([draw_lesson(rng, recipe.problems) for _ in range(recipe.lessons)], tokenizer)
+        batch = pack([draw() for _ in range(recipe.lessons)], tokenizer)
         loss = train_step(model.train(), optimizers, batch, recipe.clip)
         step, tokens = step + 1, tokens + batch.ids.numel()
         if step % recipe.check_every == 0:
-            told = told_accuracy(model, tokenizer, recipe.check_samples, step)
+            told = told_after(step)
             print(
                 f"step {step:4d}  {time.monotonic() - began:4.0f} s  loss {loss:.3f}  told {told:.3f}",
                 flush=True,
             )
-    seconds = time.monotonic() - began
+    seconds = round(time.monotonic() - began)
+    return {"steps": step, "tokens": tokens, "parameters": model.num_parameters(), "seconds": seconds}
+
+
+@one_thread()
+def pretrain(recipe: Recipe, out: Path) -> Report:
+    """Run a recipe, save everything to `out` and return what the model can do."""
+    torch.manual_seed(recipe.seed)
+    rng = random.Random(f"pretrain-{recipe.seed}")
+    tokenizer = train_tokenizer(tokenizer_texts())
+    model = new_model(tokenizer)
+    made = fit(
+        model,
+        tokenizer,
+        recipe,
+        lambda: dialogues(draw_lesson(rng, recipe.problems)),
+        lambda step: told_accuracy(model, tokenizer, recipe.check_samples, step),
+    )
     report = measure(model.eval(), tokenizer)
-    _save(out, model, tokenizer)
-    made = {"steps": step, "tokens": tokens, "parameters": model.num_parameters(), "seconds": round(seconds)}
-    text = json.dumps({"recipe": asdict(recipe), "made": made, "measured": asdict(report)}, indent=2)
-    (out / "recipe.json").write_text(text + "\n")
-    print(text)
+    save(out, model, tokenizer, {"recipe": asdict(recipe), "made": made, "measured": asdict(report)})
     return report
 
 
-def _save(out: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def save(out: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: dict[str, Any]) -> None:
+    """Write the model, its tokenizer and ``recipe.json``: how they were made and what they can do."""
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -213,6 +239,9 @@ def _save(out: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    text = json.dumps(recipe, indent=2)
+    (out / "recipe.json").write_text(text + "\n")
+    print(text)
 
 
 def main() -> None:

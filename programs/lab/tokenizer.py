@@ -4,7 +4,7 @@ Words are at most one token, digits always exactly one, and any other Unicode te
 lower-cased on the way in, so that a word is the same token wherever it stands in a sentence.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import dspy
@@ -64,8 +64,15 @@ def fixed_pieces() -> list[str]:
     return [system.split(_SLOT)[0][:-1], *user.split(_SLOT), *reply(_SLOT).split(_SLOT), "\n        "]
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train on instructions and lists (the fixed pieces need no training) and wrap for transformers and vLLM."""
+def train_tokenizer(
+    texts: Iterable[str], pieces: Sequence[str] | None = None, vocabulary: int = VOCABULARY
+) -> PreTrainedTokenizerFast:
+    """Train on instructions and lists and wrap for transformers and vLLM.
+
+    Args:
+        pieces: Fixed pieces of prompts, which need no training; by default `fixed_pieces`.
+        vocabulary: Upper bound, the pieces not counted.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
     split = pre_tokenizers.Split(Regex(r" ?\d| ?\p{L}+| ?[^\s\p{L}\d]|\s"), "isolated")
@@ -73,13 +80,13 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[PAD, END, *ROLES],
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in fixed_pieces()])
+    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in pieces or fixed_pieces()])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -132,9 +132,6 @@ def test_thoughts_and_calls_are_sampled_from_what_training_scores(policy, taught
     ("setting", "named"),
     [
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tool_choice": lm15.ToolChoice("required")}, "tool_choice"),
-        ({"tool_choice": lm15.ToolChoice("auto", allowed=("add",))}, "tool_choice"),
-        ({"tool_choice": lm15.ToolChoice("auto", parallel=False)}, "parallel_tool_calls"),
         ({"extensions": {"logit_bias": {"5": 1.0}}}, "logit_bias"),
         ({"extensions": {"structured_outputs": {"regex": "a"}}}, "structured_outputs"),
     ],
@@ -142,6 +139,13 @@ def test_thoughts_and_calls_are_sampled_from_what_training_scores(policy, taught
 def test_a_setting_that_masks_tokens_is_refused(policy, setting, named):
     with pytest.raises(lm15.UnsupportedFeatureError, match=f"^{named}: the reply would be drawn with some tokens mask"):
         policy.handle.ready().complete(ask(lm15.Message.user("Greet me."), tools=(ADD,), **setting), seed=1)
+
+
+@pytest.mark.parametrize("choice", [lm15.ToolChoice("required"), lm15.ToolChoice("auto", allowed=("add",))])
+def test_a_forced_tool_is_shown_and_the_model_is_left_free(policy, choice):
+    free = said(policy, COUNT)
+    forced = policy.handle.ready().complete(ask(*COUNT.messages, tools=(ADD,), tool_choice=choice), seed=1)
+    assert (forced.prompt_ids, forced.completion_ids) == (free.prompt_ids, free.completion_ids)
 
 
 # Reading, without a model

@@ -156,8 +156,11 @@ def test_extensions_of_the_caller_are_kept() -> None:
     "config",
     [
         *(Config(top_p=0.9), Config(top_k=20), Config(extensions={"min_p": 0.1}), Config(presence_penalty=1.0)),
-        *(Config(response_format={"type": "json_object"}), Config(tool_choice=ToolChoice("required"))),
-        *(Config(extensions={"logit_bias": {"1": 2.0}}), Config(extensions={"guided_regex": "a"})),
+        *(
+            Config(response_format={"type": "json_object"}),
+            Config(extensions={"logit_bias": {"1": 2.0}}),
+            Config(extensions={"guided_regex": "a"}),
+        ),
     ],
 )
 def test_sampling_that_training_would_not_score_is_refused(config: Config) -> None:
@@ -170,7 +173,8 @@ def test_tools_are_shown_to_the_model_and_the_server_is_left_no_way_to_force_one
 ) -> None:
     engine.load(checkpoint)
     engine._reader = ReplyReader.of(make_tokenizer(["x"], TEMPLATE))
-    engine.complete(Request("m", (Message.user("hi"),), tools=(FunctionTool("add"),)), seed=0)
+    forced = Config(tool_choice=ToolChoice("required", allowed=("add",)))
+    engine.complete(Request("m", (Message.user("hi"),), tools=(FunctionTool("add"),), config=forced), seed=0)
     _, body = canned.asked[-1]
     assert [tool["function"]["name"] for tool in body["tools"]] == ["add"]
     assert body["tool_choice"] == "none"

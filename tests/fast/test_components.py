@@ -12,6 +12,7 @@ from dspy_fst.prepare import _left_out
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import UnboundError, read_texts, with_texts
+from dspy_fst.run.journal import Journal
 from dspy_fst.session import starting_population
 from dspy_fst.types import Candidate, Population, Problem
 from tests.fakes import fields, scripted_policy
@@ -104,6 +105,40 @@ def evolved(program, *, tools=False, propose=None, budget=30, speak=plain, **arg
         settings=SearchSettings(size=2, budget=budget, minibatch=2, **arguments.pop("settings", {})),
         **arguments,
     )
+
+
+def test_a_search_that_met_a_source_that_does_not_bind_is_taken_up_again(tmp_path):
+    player = player_of(program := Shouts())
+    batches = []
+
+    def play(wanted):
+        batches.append(wanted)
+        if len(batches) == dies_at:
+            raise KeyboardInterrupt
+        return player.play([Task(problem, candidate) for problem, candidate in wanted], "search")
+
+    def search():
+        return evolve(
+            Population.of_seed(read_texts(program), 2),
+            PROBLEMS,
+            program,
+            play=play,
+            feedback=lambda *given: "",
+            propose=lambda candidate, reflective_dataset, components_to_update: {
+                name: candidate[name] + " Louder." for name in components_to_update
+            },
+            code_proposer=lambda **given: dict.fromkeys(given["components_to_update"], "def ("),
+            settings=SearchSettings(size=2, budget=20, minibatch=2, components="all"),
+            journal=Journal(tmp_path / "journal", {"cycle": 0}),
+        )
+
+    dies_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    assert any("def (" in candidate.texts["last"] for batch in batches for _, candidate in batch)
+    dies_at, paid = 0, len(batches)
+    assert search().counts["failed: unbound source"] > 0
+    assert len(batches) > paid
 
 
 def test_components_are_named_and_read_as_dspy_s_gepa_does():

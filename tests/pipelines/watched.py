@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine import in_process
+from dspy_fst.engine.base import Completion
+from dspy_fst.engine.keeper import Keeper
 from dspy_fst.rollout.player import Player
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.trainer import Trainer
@@ -154,7 +156,7 @@ def run_watched(
 @contextmanager
 def _watching() -> Iterator[Watched]:
     watched = Watched()
-    play, step, generate = Player.play, Trainer.step, in_process.generate
+    play, step, generate, complete = Player.play, Trainer.step, in_process.generate, Keeper.complete
 
     def watched_play(self: Player, tasks: Any, draw: str, *rest: Any, **options: Any) -> list[Rollout]:
         rollouts = play(self, tasks, draw, *rest, **options)
@@ -170,7 +172,13 @@ def _watching() -> Iterator[Watched]:
         watched.sampled += [(c.prompt, tuple(r.ids), tuple(r.logprobs)) for c, r in zip(calls, replies, strict=True)]
         return replies
 
+    def watched_complete(self: Keeper, request: Any, seed: int) -> Completion:
+        reply = complete(self, request, seed)
+        watched.sampled.append((reply.prompt_ids, reply.completion_ids, reply.logprobs))
+        return reply
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Keeper, "complete", watched_complete)
         patch.setattr(Player, "play", watched_play)
         patch.setattr(Trainer, "step", watched_step)
         patch.setattr(in_process, "generate", watched_generate)

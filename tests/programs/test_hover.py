@@ -3,7 +3,9 @@
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dspy
 import pytest
@@ -12,9 +14,10 @@ from dspy.utils import DummyLM
 from programs.common import Task
 from programs.hover import build
 from programs.hover.data import NOT_SUPPORTED, SUPPORTED, chains, public_example
+from programs.hover.expert import EXPERT
 from programs.hover.program import metric
 from programs.hover.retrieval import Retriever, read_archive
-from programs.hover.world import documents
+from programs.hover.world import documents, spelled
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +196,46 @@ def test_the_program_has_four_predictors_and_hands_notes_and_passages_on(task: T
     inputs = [given for _, given, _ in trace]
     assert any(passage.startswith(f"{gold.titles[1]} | ") for passage in inputs[3]["passages"])
     assert inputs[-1]["notes"] == ", ".join(gold.titles)
+
+
+def test_the_scripted_expert_solves_claims_of_two_documents() -> None:
+    task = build(train=60, val=1, test=1, split="short", kept=2)
+    program = task.program
+    assert program.hops == 2
+    for name, answer in EXPERT.items():
+        output = next(iter(getattr(program, name).signature.output_fields))
+        setattr(program, name, Answers(output, answer))
+    assert {metric(gold, program(**gold.inputs())).score for gold in task.trainset} == {1.0}
+
+
+class Answers(dspy.Module):
+    """A predictor's place, taken by a function of its inputs."""
+
+    def __init__(self, output: str, answer: Callable[[Any], str]):
+        super().__init__()
+        self.output, self.answer = output, answer
+
+    def forward(self, **inputs: Any) -> dspy.Prediction:
+        return dspy.Prediction(**{self.output: self.answer(inputs)})
+
+
+def test_another_world_has_the_same_names_and_other_facts() -> None:
+    texts, others = ({d["title"]: d["text"] for d in documents(number)} for number in (None, 3))
+    people = [title for title in texts if "was born" in texts[title]]
+    assert set(people) <= set(others)
+    assert sum(texts[title] == others[title] for title in people) < 3
+    assert documents() == documents(None) != documents(4)
+
+
+def test_invented_names_are_spelled_in_syllables_and_nothing_else_is() -> None:
+    assert spelled("The Brenaliv is a river past Albrendor.") == "The Bren al iv is a river past Al bren dor."
+    assert spelled("was born in 1137, alive") == "was born in 1137, alive"
+
+
+def test_the_short_split_is_offline_only() -> None:
+    assert {len(gold.titles) for gold in build(train=100, val=1, test=1, split="short").trainset} == {2}
+    with pytest.raises(ValueError, match="offline claims only"):
+        build(source="public", split="short")
 
 
 def test_the_public_hard_split_takes_three_hops_and_more() -> None:

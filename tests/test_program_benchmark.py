@@ -1,0 +1,46 @@
+"""The benchmark of text and weights on programs of several modules: equal budgets, and a table of what was measured."""
+
+import pytest
+
+from benchmarks import programs
+from benchmarks.programs import ARMS, TASKS, Run, figures, spent
+from dspy_fst.config import FSTConfig
+from dspy_fst.plan import Plan
+
+
+@pytest.mark.parametrize("program", TASKS)
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "fst"])
+def test_a_baseline_is_planned_at_no_fewer_rollouts_and_less_than_a_step_more(program: str, arm: str) -> None:
+    recipe = FSTConfig(**Run(program, arm, 0, rollouts=3700).recipe)
+    budget = Plan(recipe, 384).budget(32)
+    planned = budget.search_rollouts + budget.scoring_rollouts + budget.training_rollouts
+    assert 3700 <= planned < 3700 + recipe.problems_per_step * recipe.group_size
+    assert (budget.training_rollouts == 0) == (arm == "gepa")
+    assert (budget.search_rollouts == 0) == (arm == "rl")
+
+
+def test_arms_differ_in_method_and_budget_alone() -> None:
+    fst, rl, gepa = (Run("relay", arm, 0, None if arm == "fst" else 3700).recipe for arm in ("fst", "rl", "gepa"))
+    budgets = {"method", "cycles", "steps_per_cycle", "search_rollouts"}
+    for other in (rl, gepa):
+        assert {name for name in fst if fst[name] != other[name]} <= budgets
+        assert set(fst) == set(other)
+
+
+def test_the_table_shows_every_arm_with_its_spread_and_its_rollouts() -> None:
+    results = [
+        {
+            "program": "relay",
+            "arm": arm,
+            "accuracy of the seed program": 0.01,
+            "accuracy": accuracy + 0.1 * seed,
+            "search rollouts": 800 * (arm != "rl"),
+            "training rollouts": 2880 * (arm != "gepa"),
+        }
+        for arm, accuracy in (("fst", 0.7), ("gepa", 0.3), ("rl", 0.0))
+        for seed in range(3)
+    ]
+    rows = figures(results)
+    assert [row[1] for row in rows] == ["seed program", *programs.ARMS]
+    assert rows[1][2:] == ["0.80 (0.70 to 0.90)", "800", "2,880", "3,680"]
+    assert spent(results[0]) == 3680
