@@ -32,6 +32,8 @@ class Facts:
     """The run's event of this name."""
     base: str | None
     """Hub name of the model that was trained."""
+    foreign_code: bool = False
+    """Whether a dspy.Flex may have another source than a fresh program's."""
 
 
 def model_card(facts: Facts) -> str:
@@ -68,6 +70,8 @@ def _use(facts: Facts) -> str:
         f"\n\nThe predictor `{name}` spoke with the frozen LM `{model}`; set one on it."
         for name, model in facts.policy.frozen.items()
     )
+    trusted = ", trust_code=True" if facts.foreign_code else ""
+    told = " `trust_code=True` takes up the evolved sources of its `dspy.Flex`; read them first." if trusted else ""
     return f"""## Use
 
 `FOLDER` is this folder. With any server that speaks OpenAI's protocol, and DSPy alone:
@@ -85,12 +89,12 @@ lm = dspy.LM("openai/FOLDER", api_base="http://localhost:8000/v1", api_key="none
 {predictors}
 ```
 
-With dspy_fst, which also gives the whole population and serves the weights itself:
+With dspy_fst, which also gives the whole population and serves the weights itself.{told}
 
 ```python
 import dspy_fst
 
-program = dspy_fst.load("FOLDER", program)
+program = dspy_fst.load("FOLDER", program{trusted})
 ```
 
 The weights alone: `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`.{frozen}"""

@@ -1,6 +1,6 @@
 """The documents of a saved program, and what they may hold: nothing in them is trusted before it is checked here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ DOCUMENTS = (MANIFEST, PROGRAM, POPULATION, POLICY)
 CARD = "README.md"
 ASIDE = (CARD, ".gitattributes", ".cache")
 """In an exported folder: its model card, which people edit, and what the Hugging Face hub and its client add."""
+TRUST = "if you trust it, say so: load(..., trust_code=True), or --trust-code to a command"
 
 
 class Strict(BaseModel):
@@ -113,7 +114,8 @@ def read_saved(
     state = read_document(folder / PROGRAM)
     _check_state(folder / PROGRAM, state, program)
     if not trust_code:
-        _refuse_code(folder, state, listed, program)
+        states = {name: state[name]["module_src"] for name in flexes(program)}
+        refuse_code(folder, program, [states, *listed.members])
     return saved, population_from_json(listed.model_dump()), state
 
 
@@ -151,14 +153,21 @@ def _check_state(path: Path, state: Any, program: dspy.Module) -> None:
             raise RunDirectoryError(f"{path} was saved from another program; the fields of {name} differ")
 
 
-def _refuse_code(folder: Path, state: Mapping[str, Any], listed: SavedPopulation, program: dspy.Module) -> None:
-    """Refuse sources that the program does not hold already: whoever made the folder would have written what runs."""
+def refuse_code(path: Path, program: dspy.Module, texts: Iterable[Mapping[str, str]]) -> None:
+    """Refuse sources that the program does not hold already: whoever made ``path`` would have written what runs.
+
+    Args:
+        texts: Component -> text, of each candidate that is there.
+
+    Raises:
+        RunDirectoryError: a dspy.Flex has another source in one of them.
+    """
+    texts = list(texts)
     for name, flex in flexes(program).items():
-        sources = {state[name]["module_src"], *(texts[name] for texts in listed.members)}
-        if sources - {flex.module_src}:
+        if {of.get(name, flex.module_src) for of in texts} - {flex.module_src}:
             raise RunDirectoryError(
-                f"{folder}: it holds another source for the dspy.Flex {name!r} than this program. Read it in "
-                f"{PROGRAM} and {POPULATION}; if you trust it, load(..., trust_code=True)"
+                f"{path}: it holds another source for the dspy.Flex {name!r} than this program, and it would be run. "
+                f"Read it there (in {POPULATION} and {PROGRAM}, or in a run's populations/ and events.jsonl); {TRUST}"
             )
 
 

@@ -21,7 +21,7 @@ import dspy
 from pydantic import ValidationError
 
 from dspy_fst.card import Facts, model_card
-from dspy_fst.documents import CARD, DOCUMENTS, POLICY, POPULATION, WEIGHTS, SavedPolicy, weights_in
+from dspy_fst.documents import CARD, DOCUMENTS, POLICY, POPULATION, PROGRAM, WEIGHTS, SavedPolicy, weights_in
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.report.record import read_records
 from dspy_fst.run.directory import read_events
@@ -29,6 +29,7 @@ from dspy_fst.run.files import flush, population_from_json, read_json, writing
 from dspy_fst.run.plain_weights import weights_faults
 from dspy_fst.run.sealed import MANIFEST, read_document, seal, sentences, verify
 from dspy_fst.run.secrets import Redactor
+from dspy_fst.types import Population
 
 COMPILED = "compiled"
 """Where `dspy-fst run` saves the compiled program, in the run's directory."""
@@ -125,15 +126,30 @@ def _facts(saved: Path) -> Facts:
             f"{saved} holds the weights {policy.policy.version}, but the run beside it ended with "
             f"{run.record.weights}; move the saved program out of that run's directory"
         )
+    population = population_from_json(read_document(saved / POPULATION))
     return Facts(
-        population=population_from_json(read_document(saved / POPULATION)),
+        population=population,
         policy=policy,
         saved_by=read_document(saved / MANIFEST)["package"],
         packages={name: importlib.metadata.version(name) for name in PACKAGES},
         record=run.record if run else None,
         plan=run.plan if run else {},
         base=run.base if run else None,
+        foreign_code=_holds_foreign_code(read_document(saved / PROGRAM), population, run),
     )
+
+
+def _holds_foreign_code(state: Mapping[str, Any], population: Population, run: "_Run | None") -> bool:
+    """Whether a dspy.Flex may have another source than a fresh program's: one that the run did not start from.
+
+    What a program of another run started from is not known; it counts as foreign.
+    """
+    for name, of in state.items():
+        if "module_src" in of:
+            started = {node.texts.get(name) for node in run.record.nodes if node.born is None} if run else set()
+            if run is None or run.carried or {member.texts[name] for member in population.members} - started:
+                return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -144,6 +160,8 @@ class _Run:
     plan: Mapping[str, Any]
     base: str | None
     """The hub name of the model that it started from; None for a folder of somebody's machine."""
+    carried: bool
+    """Whether it started from the population of a run before it."""
 
 
 def _run(run_dir: Path) -> _Run | None:
@@ -154,4 +172,5 @@ def _run(run_dir: Path) -> _Run | None:
     recipe = read_json(run_dir / "recipe.json") or {}
     # A folder has a fingerprint of its files, a hub name has none.
     from_hub = "model" in recipe and recipe.get("model_files") is None
-    return _Run(record, plan, str(recipe["model"]) if from_hub else None)
+    base = str(recipe["model"]) if from_hub else None
+    return _Run(record, plan, base, recipe.get("population") is not None)

@@ -18,13 +18,13 @@ from dspy_fst.fit import measure_fit, writable_fault
 from dspy_fst.plan import Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.player import Task
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
 from dspy_fst.run.interrupts import interruption_named
 from dspy_fst.run.secrets import Redactor
 from dspy_fst.session import Session, new_run_dir, open_player, starting_population, trainable_copy, version_of
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.types import Population, Problem
+from dspy_fst.types import Candidate, Population, Problem
 from dspy_fst.validation import (
     context_faults,
     data_faults,
@@ -193,6 +193,7 @@ def checked(
         if fit := measure_fit(policy, config, run_dir):
             faults += fit.faults()
             warnings = fit.warnings()
+        warnings += _left_out(student, read_texts(student, tools=config.tool_descriptions == "evolved"))
     if faults or config is None:
         raise ConfigurationError(faults)
     return config, run_dir, recipe, warnings
@@ -214,6 +215,19 @@ def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy:
         "population": [m.digest for m in carried.members] if isinstance(carried, Population) else None,
         "trainset": f"{len(trainset)} examples, {_fingerprint([example.toDict() for example in trainset])}",
     }
+
+
+def _left_out(student: dspy.Module, seed: Candidate) -> list[str]:
+    """A sentence when the run cannot start from all of the population that the student carries."""
+    carried = getattr(student, "population", None)
+    lost = len(carried.members) - len(carried_by(student, seed)) if isinstance(carried, Population) else 0
+    if not lost:
+        return []
+    differing = sorted({name for member in carried.members for name in member.texts.keys() ^ seed.texts.keys()})
+    return [
+        f"student: {lost} of the {len(carried.members)} candidates that it carries have other components than the "
+        f"program ({', '.join(differing)}) and are left out; without any, the run starts from the program's own texts"
+    ]
 
 
 def _origin(student: dspy.Module, policy: PolicyLM) -> str:

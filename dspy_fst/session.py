@@ -26,7 +26,7 @@ from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.rollout.shown import shown, telling
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.files import population_from_json
 from dspy_fst.run.journal import Journal
@@ -435,10 +435,8 @@ def starting_population(student: dspy.Module, seed: Candidate, size: int, state:
     """The run's committed population, else the compiled student's own, else copies of its texts."""
     if "population" in state:
         return population_from_json(state["population"])
-    carried = getattr(student, "population", None)
-    if isinstance(carried, Population) and carried.members[0].texts.keys() == seed.texts.keys():
-        members = (carried.members * size)[:size]
-        return Population(members, (None,) * size)
+    if carried := carried_by(student, seed):
+        return Population((carried * size)[:size], (None,) * size)
     return Population.of_seed(seed, size)
 
 

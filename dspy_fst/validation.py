@@ -15,8 +15,8 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.engine.memory import has_gpu
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.reward import metric_fault
-from dspy_fst.rollout.texts import flexes, is_tool, lost_lines, read_texts
-from dspy_fst.types import Population, Rollout
+from dspy_fst.rollout.texts import carried_by, flexes, is_tool, lost_lines, read_texts
+from dspy_fst.types import Rollout
 
 
 def policies_of(program: dspy.Module) -> dict[str, PolicyLM]:
@@ -253,8 +253,7 @@ def _tool_faults(config: FSTConfig, student: dspy.Module) -> Iterator[str]:
 def _protection_faults(config: FSTConfig, student: dspy.Module) -> Iterator[str]:
     """Lines that are not in every text that the search starts from."""
     own = read_texts(student, tools=config.tool_descriptions == "evolved")
-    carried = getattr(student, "population", None)
-    starts = [own, *(carried.unique() if isinstance(carried, Population) else ())]
+    starts = [own, *carried_by(student, own)]
     for name, lines in config.protected.items():
         if name not in own.texts or name in flexes(student):
             texts = ", ".join(repr(text) for text in own.texts if text not in flexes(student))

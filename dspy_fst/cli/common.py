@@ -16,6 +16,9 @@ USAGE, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes: nothing was started; the run stopped and can be continued; Ctrl-C. SIGTERM gives 143."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run dspy.Flex sources that are not the program's own: evolution's.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspy_fst.cli.common import Debug, Json, errors_as_text
+from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text
 from dspy_fst.errors import ConfigurationError, DiskError
 from dspy_fst.run.interrupts import signals_raise
 
@@ -40,6 +40,7 @@ def eval(  # the command's name
     two_by_two: Annotated[
         bool, typer.Option("--two-by-two", help="{base, trained} weights x {seed, evolved} instructions, and drift.")
     ] = False,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -56,7 +57,8 @@ def eval(  # the command's name
         with signals_raise():
             with redirect_stdout(sys.stderr), without_loading_bars(), named.importable():
                 opened, examples = _examples(named, split, limit)
-                subject = _subject(path.resolve(), past, opened, cycle, weights, _config(named, seed))
+                config = _config(named, seed)
+                subject = _subject(path.resolve(), past, opened, cycle, weights, config, trust_code)
                 try:
                     results = _crossed(subject, examples, k) if two_by_two else _scored(subject, candidate, examples, k)
                 finally:
@@ -85,6 +87,8 @@ class Subject:
     cycle: int | None
     past: "Past | None"
     """The run that they are of; None for a saved program that lies outside of one."""
+    own: "dspy.Module | None"
+    """The program as its class makes it, whose sources alone are run; None when others are trusted."""
 
     @property
     def weights(self) -> str:
@@ -164,8 +168,15 @@ def _with_inputs(examples: "list[dspy.Example]", trainset: "list[dspy.Example]",
 
 
 def _subject(
-    path: Path, past: "Past | None", opened: "Opened", cycle: int | None, weights: str | None, config: "FSTConfig"
+    path: Path,
+    past: "Past | None",
+    opened: "Opened",
+    cycle: int | None,
+    weights: str | None,
+    config: "FSTConfig",
+    trust_code: bool,
 ) -> Subject:
+    from dspy_fst.documents import refuse_code
     from dspy_fst.rollout.texts import read_texts, texts_like
     from dspy_fst.saved import load, policy_of
     from dspy_fst.session import open_player, starting_population, trainable_copy
@@ -173,7 +184,7 @@ def _subject(
     if _is_saved(path):
         if cycle is not None or weights is not None:
             raise ConfigurationError([f"--cycle, --weights: {path} holds one population; name the run's directory"])
-        program = load(path, opened.program)
+        program = load(path, opened.program, trust_code=trust_code)
         policy, population = policy_of(program), program.population
     else:
         assert past is not None, "what is no saved program is a run"
@@ -184,13 +195,15 @@ def _subject(
         program = trainable_copy(opened.program, policy)
         seed = read_texts(opened.program, tools=config.tool_descriptions == "evolved")
         population = past.population(cycle) or starting_population(program, seed, config.population_size, {})
+        if not trust_code:
+            refuse_code(path, opened.program, [member.texts for member in population.members])
         if cycle is None and weights is None:  # weights that were named may be of any cycle, or of none
             cycle = past.last_cycle
     seed = texts_like(population.best, opened.program)
     if differing := sorted(population.best.texts.keys() ^ seed.texts.keys()):
         raise ConfigurationError([f"program: {path} is of another program; predictors that differ: {differing}"])
     player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect)
-    return Subject(player, policy, seed, population, cycle, past)
+    return Subject(player, policy, seed, population, cycle, past, None if trust_code else opened.program)
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -213,6 +226,8 @@ def _scored(subject: Subject, candidate: str, examples: "list[dspy.Example]", k:
 
 
 def _chosen(subject: Subject, name: str) -> "list[Candidate]":
+    from dspy_fst.documents import refuse_code
+
     population = subject.population
     named = {"best": [population.best], "all": list(population.unique()), "seed": [subject.seed]}
     if name in named:
@@ -223,7 +238,10 @@ def _chosen(subject: Subject, name: str) -> "list[Candidate]":
     if subject.past is None:
         known = ", ".join(member.digest for member in population.unique())
         raise ConfigurationError([f"--candidate {name}: use best, all, seed or one of {known}"])
-    return [subject.past.candidate(name)]
+    tried = subject.past.candidate(name)
+    if subject.own is not None:
+        refuse_code(subject.past.run_dir, subject.own, [tried.texts])
+    return [tried]
 
 
 def _figures(made: "Estimate", wanted: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from dspy_fst.cli.common import Debug, errors_as_text
+from dspy_fst.cli.common import Debug, TrustCode, errors_as_text
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.run.interrupts import signals_raise
 from dspy_fst.serve.settings import ChoiceName, ServeSettings
@@ -69,6 +69,7 @@ def serve(
     model_name: Annotated[
         str, typer.Option(help="The trained model's name at /v1/chat/completions.")
     ] = ServeSettings.model_name,
+    trust_code: TrustCode = False,
     debug: Debug = False,
 ) -> None:
     """Serve a compiled program over HTTP.
@@ -107,7 +108,8 @@ def serve(
             without_loading_bars(),
             importable(source.folder),
         ):  # to the end: the program may import more when it is called
-            listen(create_app(load(compiled, make_program(*source), **policy), settings), settings)
+            loaded = load(compiled, make_program(*source), trust_code=trust_code, **policy)
+            listen(create_app(loaded, settings), settings)
 
 
 class _Source(NamedTuple):

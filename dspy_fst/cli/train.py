@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspy_fst.cli.common import Debug, Json, errors_as_text, told_how_to_go_on
+from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text, told_how_to_go_on
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.interrupts import signals_raise
 
@@ -50,6 +50,7 @@ def run(
 def resume(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's directory.")],
     track: Track = None,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -65,7 +66,7 @@ def resume(
             return
         # The directory may have been moved since: it is the one that was named now.
         project = kept_in(run_dir).model_copy(update={"run_dir": str(run_dir)})
-        _train(_tracked(project, track), as_json)
+        _train(_tracked(project, track), as_json, going_on_in=None if trust_code else run_dir)
 
 
 def _same(kept: "Project", given: "Project") -> bool:
@@ -99,8 +100,12 @@ def _why_not_resumed(run_dir: Path) -> str:
     )
 
 
-def _train(project: "Project", as_json: bool) -> None:
-    """Compile what the project names, save the compiled program beside the run and show the outcome."""
+def _train(project: "Project", as_json: bool, going_on_in: Path | None = None) -> None:
+    """Compile what the project names, save the compiled program beside the run and show the outcome.
+
+    Args:
+        going_on_in: A run's directory that may be somebody else's: no source that it holds is run.
+    """
     run_dir = project.run_path
     typer.echo("reading the project", err=True)
 
@@ -110,9 +115,16 @@ def _train(project: "Project", as_json: bool) -> None:
 
     # The project stays importable to the end: its functions may import more when they are called.
     with told_how_to_go_on(run_dir), signals_raise(), redirect_stdout(sys.stderr), project.importable():
+        from dspy_fst.rollout.texts import flexes
         from dspy_fst.saved import policy_of, save
 
         opened = project.open(listeners=[keep])
+        if going_on_in is not None and flexes(opened.program):
+            raise RunDirectoryError(
+                f"{going_on_in}: the program has a dspy.Flex, and going on runs the sources that the directory holds. "
+                "Read them there (in states/, populations/ and search.jsonl); if you trust them: --trust-code. "
+                "`dspy-fst run` of your own project file goes on without asking"
+            )
         compiled = opened.optimizer.compile(opened.program, trainset=opened.trainset, valset=opened.valset)
         try:
             if not (run_dir / "compiled").exists():

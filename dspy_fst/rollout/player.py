@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import dspy
+from dspy.predict.flex.bridge import BridgeRuntime
 from dspy.primitives.code_interpreter import CodeExecutionError, CodeInterpreterError
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 
@@ -25,6 +26,9 @@ from dspy_fst.rollout.recording import OUTSIDE, SETTING, Recording, is_recorded,
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.rollout.texts import UnboundError, with_texts
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Group, Population, Problem, Rollout
+
+STARTS = ("_create_interpreter", "install")
+"""What dspy.Flex 3.4 calls before it gives its source to the interpreter."""
 
 
 @dataclass(frozen=True)
@@ -186,22 +190,27 @@ class Player:
             who = "frozen lm" if frozen else "lm"
             cause = error.__cause__ or error
             return {"reward": None, "mask": f"{who}: {type(cause).__name__}", "feedback": str(cause)}
-        if isinstance(error, CodeInterpreterError) and not _is_the_source_s(error):
-            return {"reward": None, "mask": f"interpreter: {name}", "feedback": str(error)}
-        if isinstance(error, CodeInterpreterError):
-            return {"reward": self.settings.failure_score, "failure": "source", "feedback": str(error)}
         if isinstance(error, OSError):  # ConnectionError and TimeoutError among them: a tool's outage
             return {"reward": None, "mask": f"outage: {name}"}
+        if _is_the_source_s(error):
+            return {"reward": self.settings.failure_score, "failure": "source", "feedback": f"{name}: {error}"}
+        if isinstance(error, CodeInterpreterError):
+            return {"reward": None, "mask": f"interpreter: {name}", "feedback": str(error)}
         if recording.last_predictor in (None, OUTSIDE):  # it failed before the policy had said anything
             return {"reward": None, "mask": f"program: {name}", "feedback": repr(error)}
         return {"reward": self.settings.failure_score, "failure": name, "feedback": f"The program failed: {error}"}
 
 
-def _is_the_source_s(error: CodeInterpreterError) -> bool:
-    """Whether the source of a dspy.Flex is to blame, and not the interpreter: its code raised, or dspy.Flex refused
-    what it gave."""
-    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, CodeExecutionError) or innermost.f_globals["__name__"].startswith("dspy.predict.flex")
+def _is_the_source_s(error: BaseException) -> bool:
+    """Whether the source of a dspy.Flex is to blame: it raised, gave what dspy.Flex refuses, or ended its interpreter.
+
+    Not where the interpreter could not be started: the source had not been given to it.
+    """
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if BridgeRuntime.forward.__code__ not in codes:
+        return isinstance(error, CodeExecutionError)
+    inside = codes[codes.index(BridgeRuntime.forward.__code__) + 1 :]
+    return not inside or inside[0].co_name not in STARTS
 
 
 def failing_predictor(error: BaseException) -> tuple[str | None, bool]:

@@ -122,6 +122,26 @@ def predictor_of(component: str) -> str:
     return f"{tool['host']}react" if tool else component
 
 
+def carried_by(program: dspy.Module, seed: Candidate) -> tuple[Candidate, ...]:
+    """Members of the population that a compiled program carries, with the seed's components.
+
+    Tools are read out of a member's texts, or written back into them, as in the seed. A member that has other
+    components all the same is left out.
+    """
+    population = getattr(program, "population", None)
+    members = population.members if isinstance(population, Population) else ()
+    fitting = [_with_components(seed, member, program) for member in members]
+    return tuple(member for member in fitting if member.texts.keys() == seed.texts.keys())
+
+
+def _with_components(seed: Candidate, member: Candidate, program: dspy.Module) -> Candidate:
+    """The member with tools as the seed has them; as it is where more than tools differs."""
+    differing = seed.texts.keys() ^ member.texts.keys()
+    if not differing or not all(map(is_tool, differing)):
+        return member
+    return texts_like(seed, with_texts(program, member))
+
+
 def _bind(name: str, flex: dspy.Flex, source: str) -> None:
     try:
         flex._bind_code(source)

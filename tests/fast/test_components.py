@@ -5,11 +5,15 @@ import pytest
 from dspy.primitives.code_interpreter import CodeInterpreterError
 from dspy.primitives.local_interpreter import LocalInterpreter
 
+from dspy_fst.errors import EngineError
 from dspy_fst.fast.evolve import SearchSettings, evolve
+from dspy_fst.fast.gepa_adapter import OUTAGE
+from dspy_fst.prepare import _left_out
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import UnboundError, read_texts, with_texts
 from dspy_fst.run.journal import Journal
+from dspy_fst.session import starting_population
 from dspy_fst.types import Candidate, Population, Problem
 from tests.fakes import fields, scripted_policy
 
@@ -40,6 +44,18 @@ class Shouts(dspy.Module):
         return self.last(said=self.say(question=question).answer)
 
 
+class First(dspy.Module):
+    """A dspy.Flex that is called before any predictor has spoken."""
+
+    def __init__(self, interpreter=LocalInterpreter):
+        super().__init__()
+        self.last = dspy.Flex("question -> answer", interpreter_factory=interpreter)
+        self.say = dspy.Predict("question -> said")
+
+    def forward(self, question):
+        return self.last(question=question)
+
+
 class Agent(dspy.Module):
     """An agent with two tools, one argument of which is described."""
 
@@ -55,6 +71,11 @@ class Agent(dspy.Module):
 
 def loud(gold, pred, trace=None, pred_name=None, pred_trace=None):
     return dspy.Prediction(score=float(pred.answer == gold.answer), feedback=f"{pred_name}: {pred.answer}")
+
+
+def kept(candidate, reflective_dataset, components_to_update):
+    """A proposer that changes nothing."""
+    return {name: candidate[name] for name in components_to_update}
 
 
 def plain(messages, seed):
@@ -178,6 +199,29 @@ def test_the_tools_of_react_v2_evolve_too():
     assert [tool.desc for tool in spoken.tools.values()] == ["New.", "Submit the final outputs for the task."]
 
 
+@pytest.mark.parametrize("tools", [False, True])
+def test_a_carried_population_goes_on_where_tool_descriptions_is_set_otherwise(tools):
+    program = Agent()
+    before, now = read_texts(program, tools=not tools), read_texts(program, tools=tools)
+    evolved = Candidate({**before.texts, "agent.react": before.texts["agent.react"] + "\nBe quick."})
+    program.population = Population((evolved, before), (1.0, 0.5))
+    start = starting_population(program, now, 2, {})
+    assert start.members == (Candidate({**now.texts, "agent.react": now.texts["agent.react"] + "\nBe quick."}), now)
+    spoken = [with_texts(program, member).agent.react.signature.instructions for member in (evolved, start.best)]
+    assert spoken[0] == spoken[1]
+
+
+def test_a_carried_candidate_of_other_components_is_told_and_left_out():
+    program = Shouts()
+    seed = read_texts(program)
+    program.population = Population((Candidate({**seed.texts, "third": "Go."}), seed), (1.0, 0.5))
+    assert starting_population(program, seed, 2, {}).members == (seed, seed)
+    (told,) = _left_out(program, seed)
+    assert "1 of the 2 candidates that it carries have other components than the program (third)" in told
+    program.population = Population.of_seed(seed, 2)
+    assert _left_out(program, seed) == []
+
+
 def test_a_tool_s_description_evolves_on_the_steps_of_its_agent():
     seen = {}
 
@@ -238,13 +282,70 @@ def test_a_source_that_does_not_bind_or_that_raises_is_a_failed_rollout(source, 
     assert rollout.feedback
 
 
-def test_an_interpreter_that_cannot_start_masks():
-    def gone():
-        raise CodeInterpreterError("deno is missing")
+FAULTS = {
+    "break": "SyntaxError",
+    "return None": "TypeError",
+    "return 'loud'": "ValueError",
+    "return dspy.Prediction(other=1)": "missing required output",
+    "raise KeyError('x')": "KeyError",
+    "raise SystemExit": "SystemExit",
+    "import os; os._exit(1)": "exited unexpectedly",
+    "import time; time.sleep(60)": "exceeded execution timeout",
+}
 
-    program = Shouts(gone)
+
+@pytest.mark.parametrize("program", [Shouts, First])
+@pytest.mark.parametrize("body", FAULTS)
+def test_a_source_s_own_fault_is_scored_whether_or_not_a_predictor_has_spoken(program, body):
+    limit = 1.0 if "sleep" in body else None
+    program = program(lambda: LocalInterpreter(execution_timeout=limit))
+    source = f"class X(dspy.Module):\n    def forward(self, **inputs):\n        {body}"
+    faulty = Candidate({**read_texts(program).texts, "last": source})
+    (rollout,) = player_of(program).play([Task(PROBLEMS[0], faulty)], "test")
+    assert (rollout.reward, rollout.failure, rollout.mask) == (0.0, "source", None)
+    assert FAULTS[body] in rollout.feedback
+
+
+def test_faulty_sources_do_not_stop_a_search():
+    broken = "class X(dspy.Module):\n    def forward(self, **inputs):\n        break\n        # {}"
+    asked = []
+
+    def code_proposer(**given):
+        asked.append(given)
+        return dict.fromkeys(given["components_to_update"], broken.format(len(asked)))
+
+    program = First()
+    program.last._bind_code(broken.format("seed"))
+    search = evolved(program, propose=kept, code_proposer=code_proposer, settings={"components": "all"})
+    assert search.counts["failed: source"] > OUTAGE
+
+
+class Gone(LocalInterpreter):
+    def start(self):
+        raise CodeInterpreterError("no worker")
+
+
+def missing():
+    raise CodeInterpreterError("deno is missing")
+
+
+@pytest.mark.parametrize("interpreter", [missing, Gone])
+@pytest.mark.parametrize("program", [Shouts, First])
+def test_an_interpreter_that_cannot_start_masks(program, interpreter):
+    program = program(interpreter)
     (rollout,) = player_of(program).play([Task(PROBLEMS[0], read_texts(program))], "test")
     assert (rollout.reward, rollout.mask) == (None, "interpreter: CodeInterpreterError")
+
+
+def test_an_engine_s_outage_inside_a_source_masks():
+    def fails(messages, seed):
+        raise EngineError("the server is gone")
+
+    program = First()
+    (rollout,) = player_of(program, fails).play([Task(PROBLEMS[0], read_texts(program))], "test")
+    assert rollout.reward is None
+    assert rollout.mask.startswith("lm: ")
+    assert "the server is gone" in rollout.feedback
 
 
 def test_a_broken_source_never_gets_into_a_population_although_failing_scores_best():

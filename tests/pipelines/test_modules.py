@@ -1,6 +1,7 @@
 """Programs some of whose modules are trained, or scored by themselves, through compile() on the real base model."""
 
 import dspy
+import numpy as np
 import pytest
 
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
@@ -59,15 +60,20 @@ def test_a_predictor_with_scores_of_its_own_learns_from_them_and_the_events_tell
         if rollout.reward is not None:
             own = rollout.reward if rollout.failure else rollout.predictor_scores["first"]
             first = [call.completion_ids for call in rollout.calls if call.predictor == "first"]
-            measured.setdefault(rollout.problem, []).append((own, rollout.reward, first))
-    for row in run.rows:
-        scores = [own if row.predictor == "first" else reward for own, reward, _ in measured[row.problem]]
-        if row.predictor == "first":
-            own = {own for own, _, said in measured[row.problem] if row.completion_ids in said}
-            mean = sum(scores) / len(scores)
-            assert any((row.advantage > 0) == (score > mean) for score in own)
+            measured.setdefault(rollout.problem, []).append((own, first))
+    taught = 0
+    for problem, of in measured.items():
+        scores = np.array([own for own, _ in of])
+        rows = [row for row in run.rows if (row.problem, row.predictor) == (problem, "first")]
+        taught += bool(rows)
+        learnt = sorted((row.completion_ids, row.advantage) for row in rows)
+        advantages = (scores - scores.mean()) / scores.std() if np.ptp(scores) > 1e-6 else ()
+        earned = sorted((said, a) for (_, first), a in zip(of, advantages, strict=False) for said in first)
+        assert [said for said, _ in learnt] == [said for said, _ in earned]
+        assert [a for _, a in learnt] == pytest.approx([a for _, a in earned], abs=1e-4)
+    assert taught
     assert reports["first"]["score"] == pytest.approx(
-        sum(own for of in measured.values() for own, _, _ in of) / sum(map(len, measured.values()))
+        sum(own for of in measured.values() for own, _ in of) / sum(map(len, measured.values()))
     )
     assert reports["second"]["score"] is None
     assert sum(of["calls"] for of in reports.values()) == run.reports("step")[0]["counts"]["calls"]
