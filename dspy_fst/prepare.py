@@ -220,7 +220,9 @@ def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy:
 def _left_out(student: dspy.Module, seed: Candidate) -> list[str]:
     """A sentence when the run cannot start from all of the population that the student carries."""
     carried = getattr(student, "population", None)
-    lost = len(carried.members) - len(carried_by(student, seed)) if isinstance(carried, Population) else 0
+    if not isinstance(carried, Population):
+        return []
+    lost = len(carried.members) - len(carried_by(student, seed))
     if not lost:
         return []
     differing = sorted({name for member in carried.members for name in member.texts.keys() ^ seed.texts.keys()})
