@@ -39,9 +39,7 @@ def _rollout(rollout: Rollout) -> dict[str, Any]:
 
 
 def _entry(predictor: Any, inputs: Mapping[str, Any], output: Any) -> dict[str, Any]:
-    name = getattr(predictor, PREDICTOR_TAG, None)
-    if name is None:
-        raise _OpaqueError
+    name = getattr(predictor, PREDICTOR_TAG, None)  # None: made while the program ran, as those inside a dspy.Flex
     return {"predictor": name, "inputs": _native(dict(inputs)), "output": _prediction(output)}
 
 
@@ -75,13 +73,15 @@ def from_plain(
 
     Args:
         candidates: Of each rollout.
-        speaking: The program under a candidate, its predictors tagged; traces refer to its predictors.
+        speaking: The program under a candidate, its predictors tagged; traces refer to its predictors, and to None
+            for one that was made while the program ran.
     """
     rollouts = []
     for item, candidate in zip(data, candidates, strict=True):
         predictors = dict(speaking(candidate).named_predictors()) if item["trace"] else {}
         trace = tuple(
-            (predictors[entry["predictor"]], entry["inputs"], _predicted(entry["output"])) for entry in item["trace"]
+            (predictors.get(entry["predictor"]), entry["inputs"], _predicted(entry["output"]))
+            for entry in item["trace"]
         )
         known = {key: item[key] for key in ("problem", "reward", "feedback", "mask", "failure")}
         rollouts.append(

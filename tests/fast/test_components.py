@@ -1,5 +1,7 @@
 """Texts beside instructions: sources of dspy.Flex modules and tools' descriptions, as components of a candidate."""
 
+import json
+
 import dspy
 import pytest
 from dspy.primitives.code_interpreter import CodeInterpreterError
@@ -9,7 +11,9 @@ from dspy_fst.errors import EngineError
 from dspy_fst.fast.evolve import SearchSettings, evolve
 from dspy_fst.fast.gepa_adapter import OUTAGE
 from dspy_fst.prepare import _left_out
+from dspy_fst.rollout.plain import from_plain, to_plain
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.recording import tag_predictors
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import UnboundError, read_texts, with_texts
 from dspy_fst.run.journal import Journal
@@ -318,6 +322,17 @@ def test_faulty_sources_do_not_stop_a_search():
     program.last._bind_code(broken.format("seed"))
     search = evolved(program, propose=kept, code_proposer=code_proposer, settings={"components": "all"})
     assert search.counts["failed: source"] > OUTAGE
+
+
+def test_calls_inside_a_source_come_back_from_a_journal_in_their_places():
+    program = Shouts()
+    (rollout,) = player_of(program).play([Task(PROBLEMS[0], read_texts(program))], "test")
+    assert len(rollout.trace) == 2
+    tag_predictors(program)
+    data = json.loads(json.dumps(to_plain([rollout])))
+    (again,) = from_plain(data, [rollout.candidate], lambda candidate: program)
+    assert [predictor for predictor, _, _ in again.trace] == [program.say, None]
+    assert [entry[1:] for entry in again.trace] == [entry[1:] for entry in rollout.trace]
 
 
 class Gone(LocalInterpreter):
