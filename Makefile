@@ -35,6 +35,7 @@ docs: .venv/.ready ## The documentation as a site, in site/.
 evidence: .venv/.ready ## The short form of BENCHMARKS.md: the runs that are missing, then its tables.
 	$(RUN) -m benchmarks.evidence.grid short
 	$(RUN) -m benchmarks.evidence.tables
+	$(RUN) -m benchmarks.evidence.charts
 
 # uv does not read pip's settings, so a machine's own package index and wheel folders are handed on.
 # Without a wheel folder the CPU build of torch comes from torch's own index (--torch-backend).

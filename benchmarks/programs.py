@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ import torch
 import transformers
 
 from benchmarks.evidence.run import commit
-from benchmarks.readme import table
+from benchmarks.readme import program_table, spent
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.compiled import policy_of
 from dspy_fst.evaluation import estimate, play
@@ -134,11 +133,6 @@ def make(run: Run, out: Path) -> None:
     write_json(out / "result.json", result)
 
 
-def spent(result: dict[str, Any]) -> int:
-    """Rollouts in all; those on the validation set, the same for each candidate of every arm, are outside."""
-    return int(result["search rollouts"] + result["training rollouts"])
-
-
 def made(run: Run, folder: Path) -> dict[str, Any]:
     """The result of a run, made in a process of its own unless it is there.
 
@@ -169,36 +163,6 @@ def arms(program: str, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
         yield made(Run(program, arm, seed, spent(fst)), folder)
 
 
-def figures(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row for each program and arm: accuracies of the seeds, their mean, rollouts."""
-    rows = []
-    for program in TASKS:
-        of = [result for result in results if result["program"] == program]
-        seed_accuracies = [result["accuracy of the seed program"] for result in of if result["arm"] == "fst"]
-        if not of:
-            continue
-        rows.append([program, "seed program", _mean(seed_accuracies), "-", "-", "0"])
-        for arm in ARMS:
-            runs = [result for result in of if result["arm"] == arm]
-            parts = [
-                f"{statistics.fmean(run[name] for run in runs):,.0f}"
-                for name in ("search rollouts", "training rollouts")
-            ]
-            total = f"{statistics.fmean(spent(run) for run in runs):,.0f}"
-            rows.append([program, arm, _mean([run["accuracy"] for run in runs]), *parts, total])
-    return rows
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def shown(results: Sequence[dict[str, Any]]) -> str:
-    """The table of everything that was measured."""
-    head = ["program", "arm", "held-out accuracy (lowest to highest seed)", "search", "training", "rollouts in all"]
-    return table(head, figures(results))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", action="append", choices=sorted(TASKS), help="instead of all")
@@ -213,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = [result for seed in SEEDS for result in arms(program, seed, options.folder)]
         kept = [run for run in kept if run["program"] != program] + results
         write_json(RESULTS, kept)
-    print(shown(kept))
+    print(program_table(kept))
     return None
 
 

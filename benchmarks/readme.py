@@ -5,11 +5,14 @@ python -m benchmarks.throughput
 python -m benchmarks.durability && python -m benchmarks.durability --engine vllm --kills 4
 python -m benchmarks.soak
 python -m benchmarks.serving
+python -m benchmarks.programs
 python -m benchmarks.readme
 """
 
 import json
 import re
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +99,36 @@ def soak(figures: dict[str, Any]) -> str:
     return table(["growth in each of", "memory", "file handles", "threads", "processes"], rows)
 
 
-TABLES = {"demo": demo, "throughput": throughput, "durability": durability, "soak": soak, "serving": serving}
+def spent(result: Mapping[str, Any]) -> int:
+    """Rollouts in all; those on the validation set, the same for each candidate of every arm, are outside."""
+    return int(result["search rollouts"] + result["training rollouts"])
+
+
+def program_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Held-out accuracy and rollouts of each program's arms, over seeds."""
+    rows = []
+    for program, arm in dict.fromkeys((run["program"], run["arm"]) for run in results):
+        runs = [run for run in results if (run["program"], run["arm"]) == (program, arm)]
+        if arm == "fst":
+            rows.append([program, "as it was", _mean([run["accuracy of the seed program"] for run in runs]), "0"])
+        rows.append(
+            [program, arm, _mean([run["accuracy"] for run in runs]), f"{statistics.fmean(map(spent, runs)):,.0f}"]
+        )
+    return table(["program", "arm", "held-out accuracy (lowest to highest seed)", "rollouts of all kinds"], rows)
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+TABLES = {
+    "programs": program_table,
+    "demo": demo,
+    "throughput": throughput,
+    "durability": durability,
+    "soak": soak,
+    "serving": serving,
+}
 
 
 def render(text: str) -> str:

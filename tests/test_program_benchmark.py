@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import programs
-from benchmarks.programs import ARMS, TASKS, Run, figures, spent
+from benchmarks.programs import ARMS, TASKS, Run
+from benchmarks.readme import program_table, spent
 from dspy_fst.config import FSTConfig
 from dspy_fst.plan import Plan
 
@@ -40,7 +40,8 @@ def test_the_table_shows_every_arm_with_its_spread_and_its_rollouts() -> None:
         for arm, accuracy in (("fst", 0.7), ("gepa", 0.3), ("rl", 0.0))
         for seed in range(3)
     ]
-    rows = figures(results)
-    assert [row[1] for row in rows] == ["seed program", *programs.ARMS]
-    assert rows[1][2:] == ["0.80 (0.70 to 0.90)", "800", "2,880", "3,680"]
+    rows = program_table(results).splitlines()[2:]
+    assert rows[0] == "| relay | as it was | 0.01 (0.01 to 0.01) | 0 |"
+    assert rows[1] == "| relay | fst | 0.80 (0.70 to 0.90) | 3,680 |"
+    assert len(rows) == 1 + len(ARMS)
     assert spent(results[0]) == 3680

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.evidence.raw import RESULTS, ROLLOUTS, Result, by_arm, read
 
 matplotlib.rcParams["svg.hashsalt"] = "dspy_fst"  # so that the same lines give the same file
-SHOWN = {"fst": "#1f77b4", "rl": "#d62728", "gepa": "#7f7f7f", "gepa_then_rl": "#2ca02c", "rl_then_gepa": "#9467bd"}
+SHOWN = {"fst": "#1f77b4", "rl": "#d62728", "gepa": "#7f7f7f", "gepa_then_rl": "#2ca02c", "anchored": "#9467bd"}
 """Arms of the charts and their colours."""
 CHART = RESULTS / "main.svg"
 Axis = Callable[[Mapping[str, float]], float]
@@ -58,13 +58,14 @@ def _curve(panel: Axes, arm: str, runs: Sequence[Result], axis: Axis) -> None:
         (statistics.median(map(axis, lines)), statistics.median(line["evolved accuracy"] for line in lines))
         for lines in checkpoints
     ]
-    panel.plot(*zip(*middle, strict=True), color=SHOWN[arm], label=arm.replace("_", " "))
+    panel.plot(*zip(*middle, strict=True), "o-", color=SHOWN[arm], label=arm.replace("_", " "), markersize=3)
     points = [(axis(line), line["evolved accuracy"]) for lines in checkpoints for line in lines]
     panel.plot(*zip(*points, strict=True), ".", color=SHOWN[arm], alpha=0.35, markersize=4)
 
 
 def main() -> None:
-    draw(read("long", "main"), "reverse_drop").savefig(CHART, metadata={"Date": None})
+    results = read("long", "main") or read("short", "main")
+    draw(results, "reverse_drop").savefig(CHART, metadata={"Date": None})
     print(f"{CHART} is drawn")
 
 
