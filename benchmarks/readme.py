@@ -12,7 +12,7 @@ python -m benchmarks.readme
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def _mean(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-TABLES = {
+TABLES: dict[str, Callable[[Any], str]] = {
     "programs": program_table,
     "demo": demo,
     "throughput": throughput,

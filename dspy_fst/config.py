@@ -173,6 +173,11 @@ class FSTConfig(BaseModel):
                 "method='distill' learns from the KL under the program's own texts alone: set seed_kl_coefficient=1.0 "
                 "and seed_kl_teacher='population'"
             )
+        if self.seed_kl_teacher == "population" and self.seed_kl_coefficient == 0:
+            raise ValueError(
+                "seed_kl_teacher='population' does nothing at seed_kl_coefficient=0; set it to 0.1 or so, or leave the "
+                "teacher out"
+            )
         if self.seed_kl_teacher == "population" and self.tool_descriptions == "evolved":
             raise ValueError(
                 "seed_kl_teacher='population' distils instructions only, and tool_descriptions='evolved' lets other "

@@ -217,6 +217,16 @@ def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy:
     }
 
 
+def _played(config: FSTConfig) -> str:
+    """The rollouts of a problem in a step, in words."""
+    held = config.rollouts_per_problem - (0 if config.method == "distill" else config.group_size)
+    group = f"{config.group_size} over {config.population_size} candidates"
+    under_seed = f"{held} under the program's own texts"
+    if config.method == "distill":
+        return under_seed
+    return f"{group} + {under_seed}" if held else group
+
+
 def _left_out(student: dspy.Module, seed: Candidate) -> list[str]:
     """A sentence when the run cannot start from all of the population that the student carries."""
     carried = getattr(student, "population", None)
@@ -367,7 +377,7 @@ def _announce(session: Session) -> None:
         f"fast: {budget.searches} searches, up to {budget.search_rollouts + budget.overshoot_rollouts} rollouts "
         f"+ {budget.scoring_rollouts} to score carried candidates",
         f"slow: {budget.updates} updates, {budget.training_rollouts} rollouts "
-        f"({config.problems_per_step} problems x {config.group_size} over {config.population_size} candidates), "
+        f"({config.problems_per_step} problems x {_played(config)}), "
         f"learning rate {config.learning_rate:g} after {config.warmup_steps} warm-up updates",
         f"in all at most {rollouts} rollouts and about {rollouts * tokens:,.0f} sampled tokens "
         f"({session.calls_per_rollout:.1f} calls, {tokens:.0f} tokens a rollout); "

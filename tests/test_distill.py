@@ -96,7 +96,11 @@ def test_what_the_text_taught_is_in_the_weights_without_the_text(distilled):
     ("recipe", "told"),
     [
         ({"method": "distill"}, "set seed_kl_coefficient=1.0 and seed_kl_teacher='population'"),
-        ({"seed_kl_teacher": "population", "tool_descriptions": "evolved"}, "use tool_descriptions='fixed'"),
+        ({"seed_kl_teacher": "population"}, "does nothing at seed_kl_coefficient=0"),
+        (
+            {"seed_kl_teacher": "population", "seed_kl_coefficient": 0.1, "tool_descriptions": "evolved"},
+            "use tool_descriptions='fixed'",
+        ),
     ],
 )
 def test_distilling_without_a_teacher_is_refused(recipe, told):

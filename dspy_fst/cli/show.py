@@ -153,7 +153,7 @@ def _cycles(record: "Record") -> tuple[Sequence[str], list[list[str]]]:
 
 
 def _steps(steps: Sequence["StepReport"]) -> tuple[Sequence[str], list[list[str]]]:
-    columns = ("step", "cycle", "reward", "KL", "entropy", "grad", "flat", "masked", "failed", "capped")
+    columns = ("step", "cycle", "reward", "KL", "KL seed", "entropy", "grad", "flat", "masked", "failed", "capped")
     return (*columns, "ESS", "tokens", "seconds"), [_step(step) for step in steps]
 
 
@@ -163,7 +163,8 @@ def _step(step: "StepReport") -> list[str]:
 
     update, lost = step.update, lost_of(step.counts)
     # An update of an empty batch measured nothing, whatever numbers it holds.
-    measures = (update.kl_to_start, update.entropy, update.grad_norm) if update.tokens else (None, None, None)
+    measured = (update.kl_to_start, update.kl_under_seed, update.entropy, update.grad_norm)
+    measures = measured if update.tokens else (None,) * len(measured)
     shares = (update.capped_share, update.effective_sample_share) if update.tokens else (None, None)
     return [
         str(step.step),

@@ -129,9 +129,12 @@ class ProgressView:
         self._times.measured("train", self._standing.played)
         self._measured(event)
         figures, counts = self._figures, report["counts"]
+        held = report["update"].get("kl_under_seed")
+        under_seed = "" if held is None else f"under the seed {_small(held)}, "
         self._say(
             f"step {report['step']}: reward {number(figures.get('train/reward'))}, "
-            f"KL {_small(figures.get('train/kl_to_start'))}, entropy {number(figures.get('train/entropy'))}, "
+            f"KL {_small(figures.get('train/kl_to_start'))}, {under_seed}"
+            f"entropy {number(figures.get('train/entropy'))}, "
             f"{counts.get('flat_groups', 0)}/{counts.get('groups', 0)} groups flat, "
             f"{counted(report['update']['tokens'], 'token')} trained{_lost(counts)}"
         )

@@ -32,6 +32,10 @@ class Score:
         return self.predictor_feedback.get(predictor) or self.feedback
 
 
+OWN = ("predictor_scores", "predictor_feedback")
+"""What a metric may return of single predictors."""
+
+
 class Reward:
     """Calls a metric of DSPy's or of GEPA's signature.
 
@@ -83,7 +87,9 @@ class Reward:
     def _as_score(self, returned: Any) -> Score:
         if not (isinstance(returned, dspy.Prediction) or (isinstance(returned, dict) and "score" in returned)):
             return Score(_finite(returned))
-        scores, feedback = (self._by_predictor(returned, of) for of in ("predictor_scores", "predictor_feedback"))
+        if unknown := sorted(name for name in dict(returned) if name.startswith("predictor_") and name not in OWN):
+            raise UnmeasuredError(f"metric returned {unknown[0]}; it may return {' and '.join(OWN)}")
+        scores, feedback = (self._by_predictor(returned, of) for of in OWN)
         return Score(
             value=_finite(returned["score"]),
             feedback=str(returned.get("feedback") or ""),

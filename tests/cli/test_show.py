@@ -52,7 +52,7 @@ def test_cycles_and_steps_show_what_was_measured_and_a_dash_for_what_was_not(tmp
     assert cells(cycles, "1") == ["1", "20", "3", "5", "2", "0.625", "0.750", "0.750", "0.625", "0.750"]
     assert cells(steps, "1")[3:6] == ["–", "–", "–"]  # noqa: RUF001
     assert cells(steps, "2")[2:4] == ["–", "0.010"]  # noqa: RUF001
-    assert cells(steps, "2")[6:9] == ["1/4", "3", "1"]
+    assert cells(steps, "2")[7:10] == ["1/4", "3", "1"]
 
 
 def test_what_was_masked_and_warned_of_is_told_with_its_reason(tmp_path):
