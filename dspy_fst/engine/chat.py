@@ -12,7 +12,7 @@ _SAMPLING = {
     "presence_penalty": "a presence penalty",
 }
 _MASKING = {
-    *("logit_bias", "structured_outputs", "bad_words", "allowed_token_ids", "min_tokens", "ignore_eos"),
+    *("logit_bias", "structured_outputs", "bad_words", "allowed_token_ids", "min_tokens"),
     *("thinking_token_budget", "use_beam_search", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 }
 """Servers' own settings under which some tokens cannot be drawn, or must be."""
