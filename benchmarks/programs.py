@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from benchmarks.evidence.run import commit
@@ -35,6 +34,7 @@ from programs import reckon, relay
 from programs.common import Task
 from programs.lab import BASE as LAB
 from programs.lab import FeedbackProposer
+from programs.lab.pretrain import one_thread
 from programs.reckon.proposer import proposer as reckon_proposer
 from programs.tiny import RECKON
 
@@ -90,9 +90,9 @@ class Run:
         return f"{self.program}-{self.arm}-{self.seed}"
 
 
+@one_thread()
 def make(run: Run, out: Path) -> None:
     """Train, measure before and after, and write ``out/result.json``; a run that was killed goes on."""
-    torch.set_num_threads(1)  # so small a model is slower on several
     transformers.logging.disable_progress_bar()
     program, base_model, proposer = TASKS[run.program]
     task: Task = program.build(train=384, val=32, test=PROBLEMS, seed=run.seed)

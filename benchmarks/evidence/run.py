@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from benchmarks.evidence.arms import ARMS, RECIPE
@@ -31,7 +30,7 @@ from dspy_fst.session import version_of
 from dspy_fst.types import Candidate, Problem, Rollout
 from programs.lab import BASE, FeedbackProposer, build
 from programs.lab.measure import load as load_model
-from programs.lab.pretrain import told_accuracy
+from programs.lab.pretrain import one_thread, told_accuracy
 
 INTERVAL = 3
 """Updates between two measured checkpoints."""
@@ -62,11 +61,11 @@ class Run:
         return {**RECIPE, **ARMS[self.arm], **self.changes}
 
 
+@one_thread()
 def make(run: Run, out: Path) -> None:
     """Train, measure and write ``out/result.json``; a run that was killed goes on, one that is finished stays."""
     if (out / "result.json").exists():
         return
-    torch.set_num_threads(1)  # so small a model is slower on several
     transformers.logging.disable_progress_bar()
     lab = build(run.world, seed=run.seed, test=PROBLEMS)
     seed = read_texts(lab.program)
