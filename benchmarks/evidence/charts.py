@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.raw import RESULTS, ROLLOUTS, Result, by_arm, read
+from benchmarks.evidence.raw import RESULTS, Result, all_rollouts, by_arm, read
 
 matplotlib.rcParams["svg.hashsalt"] = "dspy_fst"  # so that the same lines give the same file
 SHOWN = {"fst": "#1f77b4", "rl": "#d62728", "gepa": "#7f7f7f", "gepa_then_rl": "#2ca02c", "anchored": "#9467bd"}
@@ -21,10 +21,6 @@ Axis = Callable[[Mapping[str, float]], float]
 
 def _updates(line: Mapping[str, float]) -> float:
     return line["step"]
-
-
-def _rollouts(line: Mapping[str, float]) -> float:
-    return sum(line[name] for name in ROLLOUTS)
 
 
 def _drift(line: Mapping[str, float]) -> float:
@@ -38,7 +34,7 @@ def draw(results: Sequence[Result], world: str) -> Figure:
     """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels: tuple[Axes, ...] = tuple(figure.subplots(1, 3, sharey=True))
-    across = {"weight updates": _updates, "rollouts, searches included": _rollouts, "KL from the base, nats": _drift}
+    across = {"weight updates": _updates, "rollouts, searches included": all_rollouts, "KL from the base, nats": _drift}
     for panel, (label, axis) in zip(panels, across.items(), strict=True):
         for arm, runs in by_arm(results, world).items():
             if arm in SHOWN:

@@ -46,7 +46,12 @@ def curve(result: Result, of: str = "evolved accuracy") -> list[tuple[float, flo
 
 def spent(result: Result) -> list[tuple[float, float]]:
     """(all rollouts, accuracy): searches count as training does."""
-    return [(sum(line[name] for name in ROLLOUTS), line["evolved accuracy"]) for line in result["lines"]]
+    return [(all_rollouts(line), line["evolved accuracy"]) for line in result["lines"]]
+
+
+def all_rollouts(line: Mapping[str, Any]) -> float:
+    """What a checkpoint had cost, in rollouts of searches and updates together."""
+    return float(sum(line[name] for name in ROLLOUTS))
 
 
 def last(result: Result) -> Mapping[str, Any]:

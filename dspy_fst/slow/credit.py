@@ -72,11 +72,11 @@ def credit(
     lessons = [list(group.lesson(stds if normalize == "batch" else {}, epsilon)) for group in measured]
     rows = _rows([lesson for lesson in lessons if lesson])
     counts = _counts(groups, measured, rows, trained, epsilon)
-    counts.update(_held_counts(held, trained))
-    kept = _held(held, trained) if rows or held_alone else ()
+    kept = _held(held, trained)
+    counts.update(_held_counts(held, kept, trained))
     flat = Counter(name for group in measured if len(group.rollouts) > 1 for name in group.untaught(epsilon))
     reports = predictor_reports(groups, rows, flat)
-    return Batch(rows=rows, weights=weights, held=kept, counts=counts, predictors=reports)
+    return Batch(rows=rows, weights=weights, held=kept if rows or held_alone else (), counts=counts, predictors=reports)
 
 
 def _held(rollouts: Sequence[HeldRollout], trained: Collection[str] | None) -> tuple[Held, ...]:
@@ -84,19 +84,20 @@ def _held(rollouts: Sequence[HeldRollout], trained: Collection[str] | None) -> t
         Held(call, prompt)
         for one in rollouts
         for call, prompt in zip(one.rollout.calls, one.start_prompts, strict=True)
-        if prompt is not None and call in _trained_calls(one.rollout, trained)
+        if prompt is not None and _is_trained(call, trained)
     )
 
 
-def _held_counts(rollouts: Sequence[HeldRollout], trained: Collection[str] | None) -> dict[str, int]:
+def _held_counts(
+    rollouts: Sequence[HeldRollout], held: Sequence[Held], trained: Collection[str] | None
+) -> dict[str, int]:
     if not rollouts:
         return {}
     calls = sum(len(_trained_calls(one.rollout, trained)) for one in rollouts)
-    held = len(_held(rollouts, trained))
     return {
         "held_rollouts": len(rollouts),
-        "held_calls": held,
-        "held_calls_unread": calls - held,
+        "held_calls": len(held),
+        "held_calls_unread": calls - len(held),
         "held_tokens": sum(one.rollout.tokens for one in rollouts),
     }
 
@@ -206,12 +207,12 @@ def _rows(lessons: Sequence[Sequence[tuple[int, Call, float]]]) -> tuple[Row, ..
 
 
 def _trained_calls(rollout: Rollout, trained: Collection[str] | None) -> list[Call]:
-    """Calls with at least one token to learn from; a greedy call was not drawn, so it has no gradient."""
-    return [
-        call
-        for call in rollout.calls
-        if call.completion_ids and call.temperature > 0 and (trained is None or call.predictor in trained)
-    ]
+    return [call for call in rollout.calls if _is_trained(call, trained)]
+
+
+def _is_trained(call: Call, trained: Collection[str] | None) -> bool:
+    """Whether it has a token to learn from; a greedy call was not drawn, so it has no gradient."""
+    return bool(call.completion_ids) and call.temperature > 0 and (trained is None or call.predictor in trained)
 
 
 def _single_version(rollouts: Sequence[Rollout]) -> WeightsVersion:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.evidence.raw import ROLLOUTS, Result, by_arm, curve, final, first_at, last, shown
+from benchmarks.evidence.raw import Result, all_rollouts, by_arm, curve, final, first_at, last, shown
 from benchmarks.readme import table
 
 LEVEL = 0.8
@@ -19,7 +19,7 @@ def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
                 shown([final(run) for run in runs.values()]),
                 shown([last(run)["seed accuracy"] for run in runs.values()]),
                 shown([first_at(curve(run), LEVEL) for run in runs.values()], ".1f"),
-                f"{statistics.median(sum(last(run)[name] for name in ROLLOUTS) for run in runs.values()):,.0f}",
+                f"{statistics.median(all_rollouts(last(run)) for run in runs.values()):,.0f}",
             ]
             for arm, runs in arms.items()
         ],
