@@ -18,6 +18,7 @@ MAIN: dict[str, dict[str, Any]] = {
     "fst": {},
     "rl": {"method": "rl"},
     "gepa": {"method": "gepa"},
+    "gepa_long": {"method": "gepa", "search_rollouts": 240 + 6 * 32 * 8},
     "gepa_then_rl": {"method": "gepa_then_rl"},
     "rl_then_gepa": {"method": "rl_then_gepa"},
 }
@@ -55,6 +56,7 @@ ABOUT = {
     "fst": "Fast-Slow Training",
     "rl": "CISPO under the seed instruction",
     "gepa": "the same search rollouts, no weight update",
+    "gepa_long": "search with the rollouts of FST's updates too",
     "gepa_then_rl": "all searching first, then RL over the population",
     "rl_then_gepa": "RL, then all searching under the final weights",
     "one_prompt": "FST with one instruction instead of four",

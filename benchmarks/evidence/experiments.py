@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.arms import MAIN, SENSITIVITY, VARIANTS
+from benchmarks.evidence.arms import ARMS, MAIN, SENSITIVITY, VARIANTS
 from benchmarks.evidence.claims.continual import SEQUENCE
 from benchmarks.evidence.raw import RESULTS
 from benchmarks.evidence.run import Run
@@ -41,7 +41,7 @@ class Place:
 def planned(arm: str, world: str, seed: int, base: Path = BASE, *, carry: bool = False) -> Run:
     """A run at its arm's own learning rate, chosen on other seeds (`benchmarks.evidence.tune`)."""
     found: Mapping[str, Any] = read_json(TUNED) or {}
-    changes = {"learning_rate": found[arm]["learning_rate"]} if arm in found else {}
+    changes = {} if ARMS[arm].get("method") == "gepa" else {"learning_rate": found[arm]["learning_rate"]}
     return Run(arm, world, seed, str(base), carry, changes)
 
 

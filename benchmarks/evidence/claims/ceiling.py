@@ -55,7 +55,7 @@ def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
     arms = by_arm(results, world, base)
     body = []
     for arm, runs in arms.items():
-        if arm in ("gepa", "rl_then_gepa"):  # no curve in updates, or one that ends with a jump
+        if arm in ("gepa", "gepa_long", "rl_then_gepa"):  # no curve in updates, or one that ends with a jump
             body.append([arm, "", shown([peak(run) for run in runs.values()])])
             continue
         low, high = interval(list(runs.values()))

@@ -7,7 +7,7 @@ operations when they are told, at the end of the run; the base's own stands in t
 
 from collections.abc import Sequence
 
-from benchmarks.evidence.raw import Result, at_level, by_arm, peak, shown
+from benchmarks.evidence.raw import Result, at_level, by_arm, last, peak, shown
 from benchmarks.readme import table
 
 MATCHED = 0.9
@@ -19,7 +19,7 @@ def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
     figures = [f"{text} KL per {per}" for text in ("evolved", "seed") for per in ("token", "rollout")]
     body = []
     for arm, runs in arms.items():
-        if arm == "gepa":
+        if not any(last(run)["updates"] for run in runs.values()):
             continue  # its weights are the base's
         levels = {seed: MATCHED * peak(rl) for seed, rl in arms["rl"].items()}
         kept = shown([run["other instructions"]["trained"] for run in runs.values()])
