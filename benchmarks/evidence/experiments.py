@@ -1,14 +1,14 @@
 """Which runs answer which questions. An experiment is a list of stages; a stage needs what the ones before it left."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.arms import ARMS, MAIN, SENSITIVITY, VARIANTS
+from benchmarks.evidence.arms import ARMS, MAIN, RECIPE, SENSITIVITY, VARIANTS
 from benchmarks.evidence.claims.continual import SEQUENCE
 from benchmarks.evidence.raw import RESULTS
-from benchmarks.evidence.run import Run
+from benchmarks.evidence.run import INTERVAL, Run
 from dspy_fst.run.files import read_json
 from programs.lab import BASE
 
@@ -16,6 +16,12 @@ TUNED = RESULTS / "tuned.json"
 HARD_WORLDS = ("ends_decrement", "benchmarks.evidence.worlds:CEILING", "benchmarks.evidence.worlds:BY_LENGTH")
 PAIRS = (("reverse_drop", "descending"), ("descending", "reverse_drop"))
 """(first task, second task) of the plasticity claim."""
+WORLD = "reverse_drop"
+COMPARED = (*MAIN, "anchored")
+"""Arms of the main comparison, on the main world."""
+ELSEWHERE = ("fst", "rl", "gepa_long", "gepa_then_rl")
+"""Those of them that are compared on other worlds and from another base."""
+UPDATES = RECIPE["cycles"] * RECIPE["steps_per_cycle"]
 CARRIED = ("fst", "rl", "gepa_then_rl", "anchored")
 """Arms whose weights go on to other tasks."""
 WEAKER = "base-weaker"
@@ -38,11 +44,20 @@ class Place:
         return self.folder / WEAKER
 
 
-def planned(arm: str, world: str, seed: int, base: Path = BASE, *, carry: bool = False) -> Run:
-    """A run at its arm's own learning rate, chosen on other seeds (`benchmarks.evidence.tune`)."""
+def planned(arm: str, world: str, seed: int, base: Path = BASE) -> Run:
+    """A run at its arm's own learning rate, chosen on other seeds (`benchmarks.evidence.tune`).
+
+    The seed instruction is asked at every checkpoint where drift is reported, and elsewhere at the ends.
+    """
     found: Mapping[str, Any] = read_json(TUNED) or {}
     changes = {} if ARMS[arm].get("method") == "gepa" else {"learning_rate": found[arm]["learning_rate"]}
-    return Run(arm, world, seed, str(base), carry, changes)
+    drift = world == WORLD and arm in COMPARED
+    return Run(arm, world, seed, str(base), changes=changes, seed_interval=INTERVAL if drift else UPDATES)
+
+
+def going_on(before: Path, arm: str, world: str, seed: int, *, carry: bool = False) -> Run:
+    """A run from what another left, measured at its ends."""
+    return replace(planned(arm, world, seed, before), carry=carry, interval=UPDATES, seed_interval=UPDATES)
 
 
 def _each(arms: Iterable[str], worlds: Iterable[str], seeds: Iterable[int], base: Path = BASE) -> list[Run]:
@@ -51,17 +66,17 @@ def _each(arms: Iterable[str], worlds: Iterable[str], seeds: Iterable[int], base
 
 def main(place: Place, seeds: range) -> Stages:
     """Every arm of the main comparison on the main world."""
-    return [_each((*MAIN, "anchored"), ("reverse_drop",), seeds)]
+    return [_each(COMPARED, (WORLD,), seeds)]
 
 
 def worlds(place: Place, seeds: range) -> Stages:
-    """The same on worlds where text, or weights, can do less."""
-    return [_each(MAIN, HARD_WORLDS, seeds)]
+    """Worlds where text, or weights, can do less."""
+    return [_each(ELSEWHERE, HARD_WORLDS, seeds)]
 
 
 def variants(place: Place, seeds: range) -> Stages:
     """The method's open questions, on the main world and where problems need different advice."""
-    return [_each(("fst", "gepa_then_rl", *VARIANTS), ("reverse_drop", HARD_WORLDS[-1]), seeds)]
+    return [_each(("fst", "gepa_then_rl", *VARIANTS), (WORLD, HARD_WORLDS[-1]), seeds)]
 
 
 def plasticity(place: Place, seeds: range) -> Stages:
@@ -69,7 +84,7 @@ def plasticity(place: Place, seeds: range) -> Stages:
     first = [run for one, _ in PAIRS for run in _each(CARRIED, (one,), seeds)]
     fresh = [run for _, two in PAIRS for run in _each(("rl",), (two,), seeds)]
     second = [
-        planned("rl", two, seed, place.of(planned(arm, one, seed)))
+        going_on(place.of(planned(arm, one, seed)), "rl", two, seed)
         for one, two in PAIRS
         for seed in seeds
         for arm in CARRIED
@@ -84,7 +99,7 @@ def continual(place: Place, seeds: range) -> Stages:
     before = {(arm, seed): planned(arm, SEQUENCE[0], seed) for arm in arms for seed in seeds}
     for world in SEQUENCE[1:]:
         before = {
-            (arm, seed): planned(arm, world, seed, place.of(run), carry=True) for (arm, seed), run in before.items()
+            (arm, seed): going_on(place.of(run), arm, world, seed, carry=True) for (arm, seed), run in before.items()
         }
         stages.append(list(before.values()))
     return stages
@@ -92,12 +107,12 @@ def continual(place: Place, seeds: range) -> Stages:
 
 def sensitivity(place: Place, seeds: range) -> Stages:
     """T, K, G, anchors and budget, one at a time."""
-    return [_each(("fst", *SENSITIVITY), ("reverse_drop",), seeds)]
+    return [_each(("fst", *SENSITIVITY), (WORLD,), seeds)]
 
 
 def bases(place: Place, seeds: range) -> Stages:
     """The main comparison on a base that was pretrained less, from another seed."""
-    return [_each(MAIN, ("reverse_drop",), seeds, place.weaker_base)]
+    return [_each(ELSEWHERE, (WORLD,), seeds, place.weaker_base)]
 
 
 EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {

@@ -65,6 +65,7 @@ def _made(run: Run, place: Place, console: Console) -> str | None:
     out.mkdir(exist_ok=True)
     words = [sys.executable, "-m", "benchmarks.evidence.run", run.arm, "--world", run.world, "--seed", str(run.seed)]
     words += ["--base", run.base, "--changes", json.dumps(run.changes), "--out", str(out)]
+    words += ["--interval", str(run.interval), "--seed-interval", str(run.seed_interval)]
     words += ["--carry"] if run.carry else []
     one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     log = out / "log.txt"

@@ -10,7 +10,7 @@ import json
 import shutil
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from programs.lab.measure import load as load_model
 from programs.lab.pretrain import one_thread, told_accuracy
 
 INTERVAL = 3
-"""Updates between two measured checkpoints."""
 PROBLEMS, SAMPLES = 96, 2
 """Held-out problems of a measurement, and rollouts of each."""
 TOLD = 12
@@ -56,6 +55,10 @@ class Run:
     """Whether that run's population is carried on too, not only its weights."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the recipe, e.g. a tuned learning rate."""
+    interval: int = INTERVAL
+    """Updates between two measured checkpoints."""
+    seed_interval: int = INTERVAL
+    """Updates between two that are measured under the seed instruction too; the first and the last always are."""
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -90,7 +93,9 @@ def make(run: Run, out: Path) -> None:
         compiled, Reward(lab.metric), PlayerSettings(threads=64, seed=run.seed), policy.handle.engine.expect
     )
     measurer = Measurer(Past.of(out / "run"), player, policy, seed, lab.testset)
-    lines = [measurer.line(step) for step in measurer.steps()]
+    steps = measurer.steps(run.interval)
+    under_seed = measurer.steps(run.seed_interval)
+    lines = [measurer.line(step, ("seed", "evolved") if step in under_seed else ("evolved",)) for step in steps]
     cells = measurer.cells(lines, read_texts(compiled))
     others = {"base": others_told(measurer.base), "trained": others_told(policy.checkpoint)}
     shutil.rmtree(out / "final", ignore_errors=True)
@@ -119,22 +124,24 @@ class Measurer:
         self.trained = list(past.record.steps)
         self.base = past.checkpoint(version_of(0))
 
-    def steps(self) -> Iterator[int]:
-        """Measured steps: numbers of updates made before."""
+    def steps(self, interval: int) -> list[int]:
+        """Steps to measure: numbers of updates made before; the first and the last are always among them."""
         last = len(self.trained)
-        yield from (step for step in range(0, last, INTERVAL))
-        yield last
+        return [*range(0, last, interval), last]
 
-    def line(self, step: int) -> dict[str, Any]:
-        """Accuracy and drift of the weights after so many updates, and all that was spent by then."""
+    def line(self, step: int, under: Sequence[str]) -> dict[str, Any]:
+        """Accuracy and drift of the weights after so many updates, and all that was spent by then.
+
+        `under`: "seed" and "evolved", whose instructions it is measured under.
+        """
         texts = {"seed": self.seed, "evolved": self._best(step)}
         checkpoint = self.past.checkpoint(version_of(step))
         line: dict[str, Any] = {"step": step, **self._spent(step)}
-        for name, candidate in texts.items():
-            if name == "evolved" and candidate == self.seed:
+        for name in under:
+            if name == "evolved" and texts[name] == self.seed and "seed" in under:
                 line |= {key.replace("seed", name): line[key] for key in list(line) if key.startswith("seed ")}
                 continue
-            rollouts = self._play(checkpoint, candidate)
+            rollouts = self._play(checkpoint, texts[name])
             line[f"{name} accuracy"] = _accuracy(rollouts)
             drift = drift_of(checkpoint, self.base, rollouts) if step else None
             line[f"{name} KL per token"] = drift.per_token if drift else 0.0
@@ -205,10 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", default=str(BASE), help="a Hugging Face folder, or a finished run to go on from")
     parser.add_argument("--carry", action="store_true", help="go on from that run's population too")
     parser.add_argument("--changes", type=json.loads, default={}, help="fields of the recipe, as JSON")
+    parser.add_argument("--interval", type=int, default=INTERVAL, help="updates between two measured checkpoints")
+    parser.add_argument("--seed-interval", type=int, default=INTERVAL, help="the same, under the seed instruction")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    run = Run(options.arm, options.world, options.seed, options.base, options.carry, options.changes)
-    make(run, options.out)
+    values = vars(options)
+    out = values.pop("out")
+    make(Run(**values), out)
 
 
 if __name__ == "__main__":
