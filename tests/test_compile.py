@@ -1,4 +1,4 @@
-"""compile(), end to end, on the laboratory's base model: the in-process engine, and a real vLLM server."""
+"""compile(), end to end, on the laboratory's base model. On a real vLLM server: tests/test_survival.py."""
 
 import json
 from contextlib import suppress
@@ -19,7 +19,6 @@ from programs.lab import BASE, FeedbackProposer, build
 from tests.relay import Relay, any_answer, relay
 
 PROBE = [[5, 6, 7, 8, 9]]
-ENGINES = ["in_process", pytest.param("vllm", marks=pytest.mark.vllm)]
 SHORT = {
     "cycles": 2,
     "steps_per_cycle": 2,
@@ -61,13 +60,21 @@ def same_weights(one, other):
     return all(first[name].equal(second[name]) for name in first)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_two_module_program_and_its_model_are_trained_together(tmp_path, engine):
-    student = relay(engine)
+def test_a_two_module_program_and_its_model_are_trained_together(tmp_path):
+    student = relay()
     before = read_texts(student)
     compiled = compile_relay(tmp_path / "run", program=student)
+    assert read_texts(student) == before
+    assert_trained_together(student, compiled, tmp_path / "run")
+    assert [entry["score"] for entry in compiled.candidate_programs] == sorted(
+        (entry["score"] for entry in compiled.candidate_programs), reverse=True
+    )
+    policy_of(compiled).release()
 
-    steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
+
+def assert_trained_together(student, compiled, run_dir):
+    """Texts and weights both changed, on tokens of the step's own weights, and the student's did not."""
+    steps = [event["report"] for event in read_events(run_dir) if event["event"] == "step"]
     assert [step["step"] for step in steps] == [0, 1, 2, 3]
     for step in steps:
         assert step["update"]["rows"] > 0
@@ -76,17 +83,11 @@ def test_a_two_module_program_and_its_model_are_trained_together(tmp_path, engin
     assert compiled._compiled
     assert len(compiled.population.members) == 2
     assert any("brief" in text for member in compiled.population.members for text in member.texts.values())
-    assert [entry["score"] for entry in compiled.candidate_programs] == sorted(
-        (entry["score"] for entry in compiled.candidate_programs), reverse=True
-    )
     start = load_file(start_of(compiled).path / "model.safetensors")
     assert not all(start[name].equal(tensor) for name, tensor in weights_of(compiled).items())
-
-    assert read_texts(student) == before
     assert policy_of(student).checkpoint.path == BASE
     assert policy_of(student) is not policy_of(compiled)
     assert speaks(compiled)
-    policy_of(compiled).release()
 
 
 def test_a_continued_run_equals_an_uninterrupted_one(tmp_path):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks.evidence import arms, charts, experiments, raw, tables, tune
-from benchmarks.evidence.claims import TABLES, ceiling, continual, plasticity
+from benchmarks.evidence.claims import TABLES, bound, ceiling, continual, plasticity
 from benchmarks.evidence.run import Run, make
 from dspy_fst.config import FSTConfig
 from dspy_fst.run.files import read_json
-from programs.lab import BASE
+from programs.lab import BASE, build
 from programs.lab.world import load_world
 
 PLACE = experiments.Place(Path("runs"))
@@ -112,6 +112,18 @@ def test_an_arm_is_held_against_rl_on_its_own_seed_with_searches_counted():
     assert rollouts[0] == pytest.approx(9 * 256 / (256 + 3 * 256))
 
 
+def test_the_bound_holds_a_told_run_against_rl_that_was_not_told():
+    results = [
+        result("rl", 0, [0.0, 0.2, 0.4, 0.8], search=0, world="reverse_drop"),
+        result("fst", 0, [0.2, 0.4, 0.8, 0.9], world="reverse_drop"),
+        result("rl", 0, [0.3, 0.8, 0.9, 0.9], search=0, world=bound.TOLD["reverse_drop"]),
+    ]
+    lines = bound.rows(results, "reverse_drop").splitlines()
+    assert lines[-1].startswith("| rl, told the rule | 0.30 | 0.90 |")
+    assert lines[-1].endswith("| 3.0 |")
+    assert lines[-2].endswith("| 1.5 |")
+
+
 def test_what_a_run_never_came_to_counts_against_it():
     assert raw.shown([3.0, None, 1.0], ".1f", never=0.0) == "1.0 (0.0 to 3.0)"
     assert raw.shown([5.0, None, None], ".0f") == "never (5 to never)"
@@ -154,6 +166,9 @@ def test_the_worlds_of_the_evidence_are_what_they_say():
     hidden, lengths = load_world(f"{worlds}:CEILING"), load_world(f"{worlds}:BY_LENGTH")
     assert lengths.answer("1 2 3 4") == "4 3 2"
     assert lengths.answer("1 2 3 4 5") == "5 4 3 2 1"
+    told, world = load_world(bound.TOLD["reverse_drop"]), load_world("reverse_drop")
+    assert (told.seed_instruction, told.told) == (world.told, world.told)
+    assert build(told, seed=3).trainset[0].toDict() == build(world, seed=3).trainset[0].toDict()
     problems = [f"{a} {b} {c} {d}" for a in range(10) for b in range(10) for c in range(10) for d in range(10)]
     followed = sum(len(hidden.answer(numbers).split()) == 3 for numbers in problems) / len(problems)
     assert math.isclose(followed, 0.8, abs_tol=0.02)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.arms import ARMS, MAIN, RECIPE, SENSITIVITY, VARIANTS
+from benchmarks.evidence.claims.bound import TOLD
 from benchmarks.evidence.claims.continual import SEQUENCE
 from benchmarks.evidence.raw import RESULTS
 from benchmarks.evidence.run import INTERVAL, Run
@@ -105,6 +106,11 @@ def continual(place: Place, seeds: range) -> Stages:
     return stages
 
 
+def bound(place: Place, seeds: range) -> Stages:
+    """RL that is told the rule from the start, beside RL and FST that are not."""
+    return [[*_each(("fst", "rl"), TOLD, seeds), *_each(("rl",), TOLD.values(), seeds)]]
+
+
 def sensitivity(place: Place, seeds: range) -> Stages:
     """T, K, G, anchors and budget, one at a time."""
     return [_each(("fst", *SENSITIVITY), (WORLD,), seeds)]
@@ -116,7 +122,7 @@ def bases(place: Place, seeds: range) -> Stages:
 
 
 EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {
-    made.__name__: made for made in (main, worlds, variants, plasticity, continual, sensitivity, bases)
+    made.__name__: made for made in (main, worlds, variants, plasticity, continual, sensitivity, bases, bound)
 }
 FORMS: dict[str, dict[str, int]] = {"short": {"main": 3}, "long": {**dict.fromkeys(EXPERIMENTS, 3), "main": 5}}
 """Experiments of each form, and over how many seeds each goes."""

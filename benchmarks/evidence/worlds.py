@@ -1,11 +1,12 @@
-"""Worlds made to tell apart what the lab's own do not: a ceiling below 1, and problems that need different advice.
+"""Worlds beside the lab's own: a ceiling below 1, problems that need different advice, rules that are told.
 
 They are named by import path, as anybody's own world is: ``benchmarks.evidence.worlds:CEILING``.
 """
 
 import zlib
+from dataclasses import replace
 
-from programs.lab.world import World, operations
+from programs.lab.world import World, load_world, operations
 
 TOLD = "Reverse the list, then drop the last number."
 _main, _other = operations("reverse", "drop_last"), operations("reverse")
@@ -27,3 +28,8 @@ CEILING = World(name="ceiling", answer=_with_exceptions, told=TOLD)
 BY_LENGTH = World(name="by_length", answer=_by_length, told=TOLD)
 """One instruction advises well on two thirds of the problems at most, and the base cannot follow a condition: a
 population may hold both advices, and the weights have to learn which one holds where."""
+
+TOLD_REVERSE_DROP, TOLD_ENDS_DECREMENT = (
+    replace(world, seed_instruction=world.told) for world in map(load_world, ("reverse_drop", "ends_decrement"))
+)
+"""The lab's own, with the rule in the seed instruction: what no search for instructions can do better, for nothing."""

@@ -149,5 +149,5 @@ def test_a_program_of_the_paper_learns_on_vllm(name: str, paper_server: dict[str
 
 @pytest.mark.vllm
 def test_a_program_with_a_tool_learns_on_vllm(tmp_path: Path) -> None:
-    with serving(RECKON, tmp_path) as server:  # relay's like is in tests/test_compile.py
+    with serving(RECKON, tmp_path) as server:  # relay's like is in tests/test_survival.py
         assert_compiles_on(server, CASES["reckon"], tmp_path / "run")

@@ -11,7 +11,8 @@ LEVELS = {"0.9 of RL's peak": 0.9, "RL's peak": 1.0}
 """The peak alone hangs on the noise of one checkpoint."""
 
 
-def _reached(of: Callable[[Result], list[tuple[float, float]]], run: Result, level: float) -> float | None:
+def reached(of: Callable[[Result], list[tuple[float, float]]], run: Result, level: float) -> float | None:
+    """Where a curve of a run first comes to a level; None when it never does."""
     return first_at(of(run), level)
 
 
@@ -25,7 +26,7 @@ def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
                 f"{arm}: {ABOUT[arm]}",
                 shown([final(run) for run in runs.values()]),
                 *(
-                    shown(ratios(arms, arm, partial(_reached, of), share), ".1f", never=0.0)
+                    shown(ratios(arms, arm, partial(reached, of), share), ".1f", never=0.0)
                     for share in LEVELS.values()
                     for of in (curve, spent)
                 ),
