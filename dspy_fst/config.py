@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dspy_fst.errors import meant
+
 Method = Literal["fst", "rl", "gepa", "gepa_then_rl", "rl_then_gepa", "distill"]
 AUTO_CYCLES = {"light": 2, "medium": 8, "heavy": 34}
 """Cycles of DSPy's three budgets (ours): 12, 48 and 204 updates; the paper's longest stages have 200."""
@@ -223,6 +225,7 @@ def make_config(recipe: dict[str, Any]) -> tuple[FSTConfig | None, list[str]]:
 def _sentence(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        return f"{where}: there is no such setting; see dspy_fst.FSTConfig for all of them"
+        close = meant(where, list(FSTConfig.model_fields))
+        return f"{where}: there is no such setting{close or '; see dspy_fst.FSTConfig for all of them'}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{where}={fault['input']!r}: {message}" if where else message

@@ -1,5 +1,6 @@
 """What a user can meet: every error names the setting or file, what is wrong, and what to do."""
 
+import difflib
 from collections.abc import Sequence
 
 
@@ -62,3 +63,9 @@ def is_signal(error: BaseException) -> bool:
     What handlers of signals raise are subclasses of SystemExit.
     """
     return isinstance(error, SystemExit) and type(error) is not SystemExit
+
+
+def meant(name: str, known: Sequence[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing when nothing that is known is close."""
+    close = difflib.get_close_matches(name, known, cutoff=0.65)  # its 0.6 takes "metrc" for "track" as well
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -12,7 +12,6 @@
 Modules and relative paths are looked for in the file's folder. Nothing heavy is imported before `Project.open`.
 """
 
-import difflib
 import importlib
 import json
 import os
@@ -31,7 +30,7 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.errors import ConfigurationError
+from dspy_fst.errors import ConfigurationError, meant
 from dspy_fst.run.interrupts import Terminated
 
 if TYPE_CHECKING:
@@ -425,19 +424,13 @@ def _sentence(fault: Any, clean: Callable[[Any], Any]) -> str:
         *_, name = fault["loc"]
         parts: dict[str, type[BaseModel]] = {"recipe": Recipe, "policy": PolicySettings}
         known = parts.get(str(fault["loc"][0]), Project).model_fields
-        return f"{where}: there is no such setting{_meant(str(name), list(known))}"
+        return f"{where}: there is no such setting{meant(str(name), list(known))}"
     if fault["type"] == "missing":
         return f"{where}: it is missing"
     message = fault["msg"].removeprefix("Value error, ")
     # Only plain values are shown, and none of what may be a key that was written in the wrong place.
     shown = isinstance(fault["input"], str | int | float) and not where.endswith("api_key_env")
     return ": ".join(part for part in (f"{where}={clean(fault['input'])!r}" if shown else where, message) if part)
-
-
-def _meant(name: str, known: Sequence[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing when nothing is close."""
-    close = difflib.get_close_matches(name, known, cutoff=0.65)  # its 0.6 takes "metrc" for "track" as well
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 @dataclass
@@ -485,7 +478,7 @@ class _Faults:
 
 def _lacks(module: ModuleType, attribute: str) -> str:
     known = [name for name in vars(module) if not name.startswith("_")]
-    return f"{module.__file__ or module.__name__} has no {attribute!r}{_meant(attribute, known)}"
+    return f"{module.__file__ or module.__name__} has no {attribute!r}{meant(attribute, known)}"
 
 
 def _imported(references: Mapping[str, str], faults: _Faults) -> dict[str, Any]:
@@ -561,6 +554,6 @@ def _read_examples(path: Path, inputs: Sequence[str]) -> "list[dspy.Example]":
         if not isinstance(fields, dict):
             raise ValueError(f"line {number} is no JSON object")
         if lacking := [name for name in inputs if name not in fields]:
-            raise ValueError(f"line {number} has no {lacking[0]!r}{_meant(lacking[0], list(fields))}")
+            raise ValueError(f"line {number} has no {lacking[0]!r}{meant(lacking[0], list(fields))}")
         examples.append(dspy.Example(fields).with_inputs(*inputs))
     return examples

@@ -204,7 +204,12 @@ ONE_RENAMED = [*LAB.trainset[:7], RENAMED[7], *LAB.trainset[8:]]
 
 ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     # the recipe
-    ("unknown-setting", {"lr": 1e-4}, "lr: there is no such setting"),
+    ("unknown-setting", {"lr": 1e-4}, "lr: there is no such setting; see dspy_fst.FSTConfig"),
+    (
+        "misspelt-setting",
+        {"learning_rat": 1e-4},
+        "learning_rat: there is no such setting; did you mean 'learning_rate'",
+    ),
     ("method-unknown", {"method": "sft"}, "method='sft': Input should be 'fst', 'rl'"),
     ("components-unknown", {"components": "some"}, "components='some': Input should be 'round_robin' or 'all'"),
     ("normalization-unknown", {"advantage_normalization": "z"}, "advantage_normalization='z'"),
