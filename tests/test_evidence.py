@@ -155,7 +155,16 @@ def test_stages_and_second_tasks_are_told_apart_from_fresh_runs():
         result("fst", 0, [0.1, 0.2], world=third),
         result("fst", 0, [0.1, 0.3], world=third, base="fst-y-0", carry=True),
     ]
-    assert "| fst | 0.90 | 0.70, fresh 0.60 | 0.30, fresh 0.20 |" in continual.rows(results[:3] + results[5:])
+    stalls = [
+        result("rl", 0, [0.1, 0.9], world=first),
+        result("rl", 0, [0.1, 0.5], world=second),
+        result("rl", 0, [0.1, 0.35], world=second, base="rl-x-0", carry=True),
+        result("rl", 0, [0.1, 0.3], world=third),
+        result("rl", 0, [0.1, 0.3], world=third, base="rl-y-0", carry=True),
+    ]
+    told = continual.rows([*results[:3], *results[5:], *stalls])
+    assert "| fst | 0.90 | 0.70, fresh 0.60 | 0.30, fresh 0.20 | 1.00 |" in told
+    assert "| rl | 0.90 | 0.35, fresh 0.50 | 0.30 | 0.50 |" in told.replace("0.30, fresh 0.30", "0.30")
     table = plasticity.rows(results, second)
     assert "| the base | 0.50 |" in table
     assert "| fst | 0.40 |" in table

@@ -5,9 +5,9 @@ the arm's own instruction and under the seed's. "Other instructions" is the accu
 operations when they are told, at the end of the run; the base's own stands in the cell's brackets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from benchmarks.evidence.raw import Result, at_level, by_arm, last, peak, shown
+from benchmarks.evidence.raw import Result, Runs, at_level, by_arm, last, peak, shown
 from benchmarks.readme import table
 
 MATCHED = 0.9
@@ -25,6 +25,15 @@ def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
         kept = shown([run["other instructions"]["trained"] for run in runs.values()])
         before = shown([run["other instructions"]["base"] for run in runs.values()])
         moved = [shown([at_level(run, levels[s], name) for s, run in runs.items()], ".3f") for name in figures]
-        body.append([arm, *moved, f"{kept} [{before}]"])
+        body.append([arm, *moved, shown(_of_rl(arms, arm, levels)), f"{kept} [{before}]"])
     head = ["own prompts, a token", "own prompts, a rollout", "seed prompts, a token", "seed prompts, a rollout"]
-    return table(["arm", *head, "other instructions"], body)
+    return table(["arm", *head, "own prompts, of RL's", "other instructions"], body)
+
+
+def _of_rl(arms: Runs, arm: str, levels: Mapping[int, float]) -> list[float | None]:
+    """The arm's drift in a rollout over RL's on the same seed; None where it never came to the level."""
+    ratios: list[float | None] = []
+    for seed, run in arms[arm].items():
+        its, rl = (at_level(of, levels[seed], "evolved KL per rollout") for of in (run, arms["rl"][seed]))
+        ratios.append(None if its is None or rl is None else its / rl)
+    return ratios
