@@ -18,7 +18,7 @@ MAIN: dict[str, dict[str, Any]] = {
     "fst": {},
     "rl": {"method": "rl"},
     "gepa": {"method": "gepa"},
-    "gepa_long": {"method": "gepa", "search_rollouts": 240 + 6 * 32 * 8},
+    "gepa_long": {"method": "gepa", "search_rollouts": 1850, "anchors": 128},
     "gepa_then_rl": {"method": "gepa_then_rl"},
     "rl_then_gepa": {"method": "rl_then_gepa"},
 }
@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "anchored": {"seed_kl_coefficient": 0.1},
     "front_loaded": {"first_search_share": 0.7},
     "restarting": {"first_search_share": 0.7, "search_when_flat": 0.5},
+    "same_rate": {"method": "gepa_then_rl"},
     "distill": {
         "method": "distill",
         "seed_kl_coefficient": 1.0,
@@ -55,8 +56,8 @@ ARMS = {**MAIN, **VARIANTS, **SENSITIVITY}
 ABOUT = {
     "fst": "Fast-Slow Training",
     "rl": "CISPO under the seed instruction",
-    "gepa": "the same search rollouts, no weight update",
-    "gepa_long": "search with the rollouts of FST's updates too",
+    "gepa": "one search with the budget of FST's four, no weight update",
+    "gepa_long": "GEPA with as many rollouts as FST's searches and updates, and four times its anchors",
     "gepa_then_rl": "all searching first, then RL over the population",
     "rl_then_gepa": "RL, then all searching under the final weights",
     "one_prompt": "FST with one instruction instead of four",
@@ -64,6 +65,7 @@ ABOUT = {
     "anchored": "FST held to its start under the seed instruction (ours)",
     "front_loaded": "FST with 70 % of the search rollouts in the first cycle",
     "restarting": "front-loaded, later searches only when most groups are flat",
+    "same_rate": "all searching first, then RL, at FST's learning rate and not at its own",
     "distill": "no reward: what the base says under the population is taught under the seed",
     "fst_and_distill": "FST, and that with a tenth of the weight",
     **dict.fromkeys(SENSITIVITY, "FST with this number changed"),

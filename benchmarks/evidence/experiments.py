@@ -61,13 +61,18 @@ def going_on(before: Path, arm: str, world: str, seed: int, *, carry: bool = Fal
     return replace(planned(arm, world, seed, before), carry=carry, interval=UPDATES, seed_interval=UPDATES)
 
 
+def compared(arms: Iterable[str], seeds: Iterable[int]) -> list[Run]:
+    """Arms on the main world."""
+    return _each(arms, (WORLD,), seeds)
+
+
 def _each(arms: Iterable[str], worlds: Iterable[str], seeds: Iterable[int], base: Path = BASE) -> list[Run]:
     return [planned(arm, world, seed, base) for seed in seeds for world in worlds for arm in arms]
 
 
 def main(place: Place, seeds: range) -> Stages:
     """Every arm of the main comparison on the main world."""
-    return [_each(COMPARED, (WORLD,), seeds)]
+    return [compared(COMPARED, seeds)]
 
 
 def worlds(place: Place, seeds: range) -> Stages:
@@ -82,15 +87,14 @@ def variants(place: Place, seeds: range) -> Stages:
 
 def plasticity(place: Place, seeds: range) -> Stages:
     """RL on a second task from each arm's weights, and from the base."""
-    first = [run for one, _ in PAIRS for run in _each(CARRIED, (one,), seeds)]
-    fresh = [run for _, two in PAIRS for run in _each(("rl",), (two,), seeds)]
+    first = _each(CARRIED, {world: None for pair in PAIRS for world in pair}, seeds)
     second = [
         going_on(place.of(planned(arm, one, seed)), "rl", two, seed)
         for one, two in PAIRS
         for seed in seeds
         for arm in CARRIED
     ]
-    return [first + fresh, second]
+    return [first, second]
 
 
 def continual(place: Place, seeds: range) -> Stages:

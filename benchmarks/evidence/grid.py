@@ -5,9 +5,10 @@ python -m benchmarks.evidence.grid long                # every experiment, the m
 python -m benchmarks.evidence.grid long main worlds    # only these
 python -m benchmarks.evidence.grid short --world my_pkg.my_world:WORLD    # the main comparison on a world of your own
 python -m benchmarks.evidence.grid short --base my_base                   # or from a base model of your own
+python -m benchmarks.evidence.grid short --arm my_arm                     # or of RL and an arm of your own
 
 Runs lie in runs/evidence; results go to benchmarks/results/evidence/FORM/EXPERIMENT.jsonl, one line a run, or, when a
-world, a base or a number of seeds is named, to the same place below runs/evidence: those are not published.
+world, a base, an arm or a number of seeds is named, to the same place below runs/evidence: those are not published.
 """
 
 import argparse
@@ -17,15 +18,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks.evidence.experiments import EXPERIMENTS, FORMS, Place, Stages
+from benchmarks.evidence.arms import ARMS
+from benchmarks.evidence.experiments import EXPERIMENTS, FORMS, Place, Stages, compared
 from benchmarks.evidence.raw import RESULTS
-from benchmarks.evidence.run import Run
+from benchmarks.evidence.run import INTERVAL, Run
 from dspy_fst.run.files import read_json
 from programs.lab.pretrain import Recipe, pretrain
 
@@ -41,6 +43,10 @@ def make_all(stages: Stages, place: Place, processes: int, console: Console) -> 
     place.folder.mkdir(parents=True, exist_ok=True)
     results = []
     for stage in stages:
+        if others := [place.of(run) for run in stage if _is_another(run, place.of(run))]:
+            raise SystemExit(
+                "\n".join(f"{out}: another run lies here; move it away to make this one" for out in others)
+            )
         _make_base(stage, place)
         with ThreadPoolExecutor(processes) as pool:
             faults = [fault for fault in pool.map(lambda run: _made(run, place, console), stage) if fault]
@@ -55,6 +61,17 @@ def _make_base(stage: Sequence[Run], place: Place) -> None:
     base = place.weaker_base
     if any(run.base == str(base) for run in stage) and not (base / "recipe.json").exists():
         pretrain(Recipe(seed=1, target=0.45), base)
+
+
+def _is_another(run: Run, out: Path) -> bool:
+    """Whether a finished run was of another recipe, world or base than the one asked for."""
+    stored = read_json(out / "result.json")
+    if stored is None:
+        return False
+    asked = {**asdict(run), "recipe": run.recipe}
+    stored = {"interval": INTERVAL, "seed_interval": INTERVAL, **stored}  # older results do not say it
+    stored["base"], asked["base"] = Path(stored["base"]).name, Path(asked["base"]).name
+    return any(stored[name] != value for name, value in asked.items())
 
 
 def _made(run: Run, place: Place, console: Console) -> str | None:
@@ -102,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("experiment", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; without one all of the form's")
     parser.add_argument("--world", help="the main comparison on this world instead; a name or an import path")
     parser.add_argument("--base", type=Path, help="the main comparison from this model instead: a Hugging Face folder")
+    parser.add_argument("--arm", action="append", choices=sorted(ARMS), help="these arms beside RL instead of all")
     parser.add_argument("--seeds", type=int, help="instead of the form's own number")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs") / "evidence")
@@ -112,9 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     place = Place(options.folder)
     changed = {"world": options.world, "base": options.base and str(options.base)}
     changed = {name: value for name, value in changed.items() if value}
-    own = bool(changed or options.seeds)
-    for name in ["main"] if changed else options.experiment or form:
-        stages = EXPERIMENTS[name](place, range(options.seeds or form[name]))
+    own = bool(changed or options.arm or options.seeds)
+    for name in ["main"] if changed or options.arm else options.experiment or form:
+        seeds = range(options.seeds or form[name])
+        stages = [compared(("rl", *options.arm), seeds)] if options.arm else EXPERIMENTS[name](place, seeds)
         stages = [[replace(run, **changed) for run in stage] for stage in stages]
         results = make_all(stages, place, options.processes, Console())
         path = (options.folder if own else RESULTS) / options.form / f"{name}.jsonl"

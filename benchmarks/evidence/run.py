@@ -71,6 +71,7 @@ def make(run: Run, out: Path) -> None:
     if (out / "result.json").exists():
         return
     transformers.logging.disable_progress_bar()
+    made_at = commit()
     lab = build(run.world, seed=run.seed, test=PROBLEMS)
     seed = read_texts(lab.program)
     if run.carry:
@@ -92,17 +93,17 @@ def make(run: Run, out: Path) -> None:
     player = Player(
         compiled, Reward(lab.metric), PlayerSettings(threads=64, seed=run.seed), policy.handle.engine.expect
     )
-    measurer = Measurer(Past.of(out / "run"), player, policy, seed, lab.testset)
+    measurer = Measurer(Past.of(out / "run"), player, policy, (seed, read_texts(compiled)), lab.testset)
     steps = measurer.steps(run.interval)
     under_seed = measurer.steps(run.seed_interval)
     lines = [measurer.line(step, ("seed", "evolved") if step in under_seed else ("evolved",)) for step in steps]
-    cells = measurer.cells(lines, read_texts(compiled))
+    cells = measurer.cells(lines)
     others = {"base": others_told(measurer.base), "trained": others_told(policy.checkpoint)}
     shutil.rmtree(out / "final", ignore_errors=True)
     save(compiled, out / "final")
     policy.release()
     entropy = [[s.step, s.update.entropy] for s in measurer.past.record.steps if s.update.tokens]
-    result = {**asdict(run), "recipe": run.recipe, "commit": commit(), "lines": lines, "cells": cells}
+    result = {**asdict(run), "recipe": run.recipe, "commit": made_at, "lines": lines, "cells": cells}
     result |= {"other instructions": others, "entropy": entropy, "instruction": dict(read_texts(compiled).texts)}
     write_json(out / "result.json", result)
     shutil.rmtree(out / "run" / "weights")
@@ -118,8 +119,17 @@ def _weights(base: str) -> Path:
 class Measurer:
     """Plays held-out problems under what a run had at a step."""
 
-    def __init__(self, past: Past, player: Player, policy: PolicyLM, seed: Candidate, examples: Sequence[Any]):
-        self.past, self.player, self.policy, self.seed = past, player, policy, seed
+    def __init__(
+        self,
+        past: Past,
+        player: Player,
+        policy: PolicyLM,
+        texts: tuple[Candidate, Candidate],
+        examples: Sequence[Any],
+    ):
+        """`texts`: what the program started with, and what compile() returned."""
+        self.past, self.player, self.policy = past, player, policy
+        self.seed, self.compiled = texts
         self.problems = [Problem(index, example) for index, example in enumerate(examples)]
         self.trained = list(past.record.steps)
         self.base = past.checkpoint(version_of(0))
@@ -148,21 +158,22 @@ class Measurer:
             line[f"{name} KL per rollout"] = drift.per_rollout if drift else 0.0
         return line
 
-    def cells(self, lines: Sequence[Mapping[str, Any]], evolved: Candidate) -> dict[str, float]:
+    def cells(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """The table of {base, trained} weights x {seed, evolved} instructions; three are measured already."""
         return {
             "base weights, seed instructions": lines[0]["seed accuracy"],
-            "base weights, evolved instructions": _accuracy(self._play(self.base, evolved)),
+            "base weights, evolved instructions": _accuracy(self._play(self.base, self.compiled))
+            if self.trained
+            else lines[-1]["evolved accuracy"],
             "trained weights, seed instructions": lines[-1]["seed accuracy"],
             "trained weights, evolved instructions": lines[-1]["evolved accuracy"],
         }
 
     def _best(self, step: int) -> Candidate:
-        """What spoke when the step was made: the population's best by its anchors; after the end, the last one's."""
+        """What spoke when the step was made: the population's best by its anchors; at the end, what came back."""
         if step == len(self.trained):
-            population = self.past.population(self.past.last_cycle)
-        else:
-            population = self.past.population(self.trained[step].cycle)
+            return self.compiled
+        population = self.past.population(self.trained[step].cycle)
         return population.best if population else self.seed
 
     def _play(self, checkpoint: Checkpoint, candidate: Candidate) -> list[Rollout]:
@@ -197,10 +208,12 @@ def others_told(checkpoint: Checkpoint) -> float:
 
 
 def commit() -> str:
-    """The repository's commit, with a mark when files were changed since."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, timeout=30
-    )
+    """The repository's commit, with a mark when files were changed since; "unknown" outside of one."""
+    words = ["git", "describe", "--always", "--dirty"]
+    try:
+        told = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+    except OSError:
+        return "unknown"
     return told.stdout.strip() or "unknown"
 
 

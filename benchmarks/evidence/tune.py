@@ -3,7 +3,7 @@
 python -m benchmarks.evidence.tune
 
 The rule: the highest mean accuracy over the measured checkpoints, averaged over the seeds. An arm that is compared at
-another's best rate is no baseline.
+another's best rate is no baseline. Three arms are tuned; every other one is a change of one of them and takes its rate.
 """
 
 import argparse
@@ -17,10 +17,12 @@ from rich.console import Console
 
 from benchmarks.evidence.arms import SENSITIVITY, VARIANTS
 from benchmarks.evidence.experiments import TUNED, Place
-from benchmarks.evidence.grid import make_all
+from benchmarks.evidence.grid import make_all, write
+from benchmarks.evidence.raw import RESULTS
 from benchmarks.evidence.run import Run
 from dspy_fst.run.files import write_json
 
+LINES = RESULTS / "tune.jsonl"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 WORLD, SEEDS = "reverse", (100, 101)
 ARMS = ("fst", "rl", "gepa_then_rl")
@@ -53,8 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for rate in RATES:
         stage = [Run(arm, WORLD, seed, changes={"learning_rate": rate}) for arm in ARMS for seed in SEEDS]
         results += make_all([stage], Place(options.folder / str(rate)), options.processes, Console())
+    write(results, LINES)
     write_json(TUNED, chosen(results))
-    print(f"the chosen rates are in {TUNED}")
+    print(f"the chosen rates are in {TUNED}, what they were chosen from is in {LINES}")
 
 
 if __name__ == "__main__":

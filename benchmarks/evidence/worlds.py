@@ -29,7 +29,9 @@ BY_LENGTH = World(name="by_length", answer=_by_length, told=TOLD)
 """One instruction advises well on two thirds of the problems at most, and the base cannot follow a condition: a
 population may hold both advices, and the weights have to learn which one holds where."""
 
-TOLD_REVERSE_DROP, TOLD_ENDS_DECREMENT = (
-    replace(world, seed_instruction=world.told) for world in map(load_world, ("reverse_drop", "ends_decrement"))
+TOLD_REVERSE_DROP = replace(
+    load_world("reverse_drop"), seed_instruction="Drop the first number, then reverse the list."
 )
-"""The lab's own, with the rule in the seed instruction: what no search for instructions can do better, for nothing."""
+"""The lab's own with the rule in its seed instruction, in the wording that the base is known to follow best."""
+
+TOLD_ENDS_DECREMENT = replace(load_world("ends_decrement"), seed_instruction=load_world("ends_decrement").told)
