@@ -3,13 +3,15 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.evidence import arms, charts, experiments, raw, tables, tune
-from benchmarks.evidence.claims import TABLES, bound, ceiling, continual, plasticity
+from benchmarks.evidence.claims import TABLES, aims, bound, ceiling, continual, plasticity, two_by_two
+from benchmarks.evidence.claims.efficiency import reached
 from benchmarks.evidence.run import Run, make
 from dspy_fst.config import FSTConfig
 from dspy_fst.run.files import read_json
@@ -91,16 +93,22 @@ def test_a_run_measures_its_checkpoints_and_another_goes_on_from_its_program(tmp
 
 
 def result(arm, seed, accuracies, *, interval=3, search=100, world="w", base="base", **more):
+    """A line of which nothing is played: accuracies at checkpoints, a KL of a tenth of a nat for each update."""
     lines = [
         {
-            "step": step * interval,
+            "step": step,
             "evolved accuracy": accuracy,
-            "training rollouts": 256 * step * interval,
+            "training rollouts": 256 * step,
             "search rollouts": search,
+            **dict.fromkeys(("reflections", "tokens sampled", "tokens trained"), 0),
+            "updates": step,
+            **{f"{text} KL per {per}": step / 10 for text in ("seed", "evolved") for per in ("token", "rollout")},
         }
-        for step, accuracy in enumerate(accuracies)
+        for step, accuracy in ((interval * place, accuracy) for place, accuracy in enumerate(accuracies))
     ]
-    return {"arm": arm, "seed": seed, "world": world, "base": base, "carry": False, "lines": lines, **more}
+    kept = {"base": 0.6, "trained": 0.5}
+    told = {"cells": dict.fromkeys(two_by_two.CELLS, 0.1), "entropy": [[0, 0.2]], "other instructions": kept}
+    return {"arm": arm, "seed": seed, "world": world, "base": base, "carry": False, "lines": lines, **told, **more}
 
 
 def test_the_first_time_at_a_level_lies_between_two_checkpoints():
@@ -113,28 +121,28 @@ def test_the_first_time_at_a_level_lies_between_two_checkpoints():
 
 def test_an_arm_is_held_against_rl_on_its_own_seed_with_searches_counted():
     results = [
-        result("rl", 0, [0.0, 0.2, 0.4, 0.8], search=0),
-        result("rl", 1, [0.0, 0.3, 0.6, 0.3], search=0),
-        result("fst", 0, [0.2, 0.8, 0.9, 0.9], search=256),
-        result("fst", 1, [0.1, 0.2, 0.2, 0.5], search=256),
+        result("rl", 0, [0.0, 0.2, 0.4, 0.8, 0.8, 0.8], search=0),
+        result("rl", 1, [0.0, 0.3, 0.6, 0.6, 0.6, 0.6], search=0),
+        result("fst", 0, [0.2, 0.8, 0.9, 0.9, 0.9, 0.9], search=256),
+        result("fst", 1, [0.1, 0.2, 0.2, 0.5, 0.5, 0.5], search=256),
     ]
     found = raw.by_arm(results, "w")
-    steps = raw.ratios(found, "fst", lambda run, level: raw.first_at(raw.curve(run), level))
-    assert steps == [pytest.approx(9 / 3), None]  # on seed 1 it never comes to RL's .6
-    rollouts = raw.ratios(found, "fst", lambda run, level: raw.first_at(raw.spent(run), level))
-    assert rollouts[0] == pytest.approx(9 * 256 / (256 + 3 * 256))
+    steps = raw.ratios(found, "fst", partial(reached, raw.curve))
+    assert steps == [pytest.approx(12 / (36 / 7)), None]  # on seed 1 it never comes to RL's .6
+    rollouts = raw.ratios(found, "fst", partial(reached, raw.spent))
+    assert rollouts[0] == pytest.approx(12 * 256 / (256 + 36 / 7 * 256))
 
 
 def test_the_bound_holds_a_told_run_against_rl_that_was_not_told():
     results = [
-        result("rl", 0, [0.0, 0.2, 0.4, 0.8], search=0, world="reverse_drop"),
-        result("fst", 0, [0.2, 0.4, 0.8, 0.9], world="reverse_drop"),
-        result("rl", 0, [0.3, 0.8, 0.9, 0.9], search=0, world=bound.TOLD["reverse_drop"]),
+        result("rl", 0, [0.0, 0.2, 0.4, 0.8, 0.8, 0.8], search=0, world="reverse_drop"),
+        result("fst", 0, [0.2, 0.4, 0.8, 0.8, 0.8, 0.8], world="reverse_drop"),
+        result("rl", 0, [0.9, 0.9, 0.9, 0.9, 0.9, 0.9], search=0, world=bound.TOLD["reverse_drop"]),
     ]
     lines = bound.rows(results, "reverse_drop").splitlines()
-    assert lines[-1].startswith("| rl, told the rule | 0.30 | 0.90 |")
-    assert lines[-1].endswith("| 3.0 |")
-    assert lines[-2].endswith("| 1.5 |")
+    assert lines[-1].startswith("| rl, told the rule | 0.90 | 0.90 |")
+    assert lines[-1].endswith("| 12.0 |")  # there at once: counted as one update
+    assert lines[-2].endswith("| 1.3 |")
 
 
 def test_what_a_run_never_came_to_counts_against_it():
@@ -143,10 +151,34 @@ def test_what_a_run_never_came_to_counts_against_it():
     assert raw.shown([0.5]) == "0.50"
 
 
-def test_smallest_to_largest_is_the_bootstrap_interval_of_a_median_of_five():
-    values, draw = np.array([1.0, 2.0, 5.0, 7.0, 11.0]), np.random.default_rng(0)
-    medians = np.median(values[draw.integers(5, size=(20_000, 5))], axis=1)
-    assert list(np.quantile(medians, [0.025, 0.975])) == [1.0, 11.0]
+def test_of_five_seeds_the_median_and_both_ends_are_shown():
+    assert raw.shown([11.0, 2.0, 7.0, 1.0, 5.0], ".0f") == "5 (1 to 11)"
+    assert raw.middle([1.0, None, 3.0], never=0.0) == 1.0
+
+
+def test_a_peak_is_no_single_checkpoint_s_luck():
+    lucky = result("rl", 0, [0.1, 0.2, 0.9, 0.2, 0.4])
+    assert raw.peak(lucky) == pytest.approx(0.5)
+
+
+def test_a_table_that_lacks_runs_says_which():
+    only = [result("fst", 0, [0.1, 0.5])]
+    with pytest.raises(raw.Lacking, match="no runs of rl"):
+        TABLES["efficiency"](only, "w")
+    told = tables.printed(only)
+    assert "no runs of rl" in told
+    assert "| fst |" in told
+
+
+def test_an_aim_is_met_or_missed_by_its_lines():
+    slow, fast = [0.0, 0.0, 0.1, 0.2, 0.4, 0.6, 0.8], [0.5, 0.8, 0.9, 0.9, 0.9, 0.9, 0.9]
+    lines = [result("rl", 0, slow, world="reverse_drop"), result("fst", 0, fast, world="reverse_drop")]
+    rows = aims.rows(lines).splitlines()
+    assert next(row for row in rows if "a third of the steps" in row).endswith("| yes |")
+    swapped = [{**line, "arm": {"rl": "fst", "fst": "rl"}[line["arm"]]} for line in lines]
+    rows = aims.rows(swapped).splitlines()
+    assert next(row for row in rows if "a third of the steps" in row).endswith("| no |")
+    assert next(row for row in rows if "a first signal" in row).endswith("| no runs of rl, fst |")
 
 
 def test_a_ceiling_is_found_again_from_the_curve_that_it_made():
@@ -208,9 +240,6 @@ def test_a_chart_has_a_curve_for_each_arm_that_was_run():
         result("fst", 0, [0.2, 0.8, 0.9]),
         result("fst", 1, [0.1, 0.4, 0.7]),
     ]
-    for made in results:
-        for line in made["lines"]:
-            line["evolved KL per rollout"] = line["step"] / 10
     panels = charts.draw(results, "w").axes
     told = [text.get_text() for text in panels[0].get_legend().get_texts()]
     assert told == ["fst", "rl"]

@@ -1,7 +1,8 @@
 """Raw lines of the evidence, and the few ways in which every claim reads them.
 
-A figure is a median over seeds; its interval is the smallest to the largest, which for up to five seeds is what the
-95 % percentile bootstrap of a median comes to. Arms are compared with RL on the same seed: the same problems.
+A figure is a median over seeds; beside it stand the smallest and the largest. For three and for five seeds that is
+also the 95 % percentile bootstrap of the median; it covers the true median 3 times in 4 and 15 times in 16. Arms are
+compared with RL on the same seed: the same problems.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 from benchmarks.evidence.arms import ABOUT
 
 RESULTS = Path(__file__).parent.parent / "results" / "evidence"
+IDENTITY = ("arm", "world", "seed", "base", "carry")
 ROLLOUTS = ("training rollouts", "search rollouts")
 Result = Mapping[str, Any]
 """What `benchmarks.evidence.run` writes of one run."""
@@ -21,10 +23,15 @@ Runs = Mapping[str, Mapping[int, Result]]
 """Arm -> seed -> its run."""
 
 
+class Lacking(Exception):
+    """Lines that a table needs are not there; it says which."""
+
+
 def read(form: str, experiment: str) -> list[Result]:
-    """The raw lines of an experiment; empty when it was not made yet."""
-    path = RESULTS / form / f"{experiment}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The raw lines of an experiment, or of "all" of a form, each run once; empty when it was not made yet."""
+    paths = sorted((RESULTS / form).glob("*.jsonl" if experiment == "all" else f"{experiment}.jsonl"))
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return list({tuple(line[name] for name in IDENTITY): line for line in lines}.values())
 
 
 def by_arm(results: Sequence[Result], world: str, base: str = "base") -> dict[str, dict[int, Result]]:
@@ -32,21 +39,35 @@ def by_arm(results: Sequence[Result], world: str, base: str = "base") -> dict[st
     found: dict[str, dict[int, Result]] = {arm: {} for arm in ABOUT}
     for result in results:
         if result["world"] == world and result["base"] == base:
-            found[result["arm"]][result["seed"]] = result
+            found.setdefault(result["arm"], {})[result["seed"]] = result
     return {arm: runs for arm, runs in found.items() if runs}
+
+
+def need(arms: Runs, *names: str) -> None:
+    """Raises:
+    Lacking: an arm that a table is made of was not run.
+    """
+    if missing := [name for name in names if name not in arms]:
+        raise Lacking(f"no runs of {', '.join(missing)}")
 
 
 # ---- what a run came to ------------------------------------------------------------------------
 
 
-def curve(result: Result, of: str = "evolved accuracy") -> list[tuple[float, float]]:
-    """(updates, figure) at each measured checkpoint."""
-    return [(line["step"], line[of]) for line in result["lines"]]
+def curve(result: Result) -> list[tuple[float, float]]:
+    """(updates, accuracy) at each measured checkpoint."""
+    return [(line["step"], line["evolved accuracy"]) for line in result["lines"]]
 
 
 def spent(result: Result) -> list[tuple[float, float]]:
     """(all rollouts, accuracy): searches count as training does."""
     return [(all_rollouts(line), line["evolved accuracy"]) for line in result["lines"]]
+
+
+def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Each figure's mean with its neighbours': a single checkpoint's standard error is about 0.025."""
+    values = [value for _, value in points]
+    return [(at, statistics.fmean(values[max(i - 1, 0) : i + 2])) for i, (at, _) in enumerate(points)]
 
 
 def all_rollouts(line: Mapping[str, Any]) -> float:
@@ -66,8 +87,8 @@ def final(result: Result) -> float:
 
 
 def peak(result: Result) -> float:
-    """The best accuracy of a run's checkpoints."""
-    return max(value for _, value in curve(result))
+    """The best that a run came to, smoothed: the largest of nine noisy figures would be too high."""
+    return max(value for _, value in smooth(curve(result)))
 
 
 def first_at(points: Sequence[tuple[float, float]], level: float) -> float | None:
@@ -100,6 +121,11 @@ def shown(values: Sequence[float | None], form: str = ".2f", *, never: float = m
     if len(known) % 2 == 0 and all(math.isfinite(value) for value in known):
         middle = _figure(statistics.median(known), form)
     return low if low == high else f"{middle} ({low} to {high})"
+
+
+def middle(values: Sequence[float | None], *, never: float = math.inf) -> float:
+    """Median over seeds, where what a run never came to counts as ``never``."""
+    return statistics.median(never if value is None else value for value in values)
 
 
 def _figure(value: float, form: str) -> str:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evidence.claims import TABLES
-from benchmarks.evidence.raw import Result, read
+from benchmarks.evidence.raw import Lacking, Result, read
 
 PAGE = Path(__file__).parent.parent.parent / "BENCHMARKS.md"
 PLACE = re.compile(r"<!-- (\w+): (\w+) (\w+) ([\w:.]+)(?: from ([\w-]+))? -->\n.*?<!-- end -->", re.DOTALL)
-"""``<!-- efficiency: long main reverse_drop from weaker -->`` to ``<!-- end -->``: claim, form, experiment, world and
-base."""
+"""``<!-- efficiency: long main reverse_drop from weaker -->`` to ``<!-- end -->``: claim, form, experiment (or "all"),
+world (or "all") and base."""
 
 
 def rendered(page: str) -> str:
@@ -25,10 +25,17 @@ def rendered(page: str) -> str:
     def made(found: re.Match[str]) -> str:
         claim, form, experiment, world, base = found.groups()
         results = read(form, experiment)
-        body = TABLES[claim](results, world, base or "base") if results else "not made yet"
+        body = _body(claim, results, world, base or "base") if results else "not made yet"
         return f"{found[0].splitlines()[0]}\n{body}\n<!-- end -->"
 
     return PLACE.sub(made, page)
+
+
+def _body(claim: str, results: Sequence[Result], world: str, base: str) -> str:
+    try:
+        return TABLES[claim](results, world, base)
+    except Lacking as lack:
+        return f"{lack}: no such table"
 
 
 OF_ONE_WORLD = ("efficiency", "ceiling", "drift", "first_signal", "two_by_two", "entropy", "costs")
@@ -39,7 +46,7 @@ def printed(results: Sequence[Result]) -> str:
     """Every table that these lines can fill, by world and base model."""
     kinds = dict.fromkeys((result["world"], result["base"]) for result in results if not result["carry"])
     return "\n\n".join(
-        f"## {claim}: {world} from {base}\n\n{TABLES[claim](results, world, base)}"
+        f"## {claim}: {world} from {base}\n\n{_body(claim, results, world, base)}"
         for world, base in kinds
         for claim in OF_ONE_WORLD
     )

@@ -27,7 +27,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 WORLD, SEEDS = "reverse", (100, 101)
 ARMS = ("fst", "rl", "gepa_then_rl")
 """The rest take what is nearest: `rl_then_gepa` trains as `rl`, every variant of FST as `fst`."""
-AS = {"rl_then_gepa": "rl", **dict.fromkeys((*VARIANTS, *SENSITIVITY), "fst")}
+AS = {"rl_then_gepa": "rl", **dict.fromkeys((*VARIANTS, *SENSITIVITY), "fst"), "fst_slower": "gepa_then_rl"}
 
 
 def rule(result: dict[str, Any]) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from benchmarks.evidence.claims import (
+    aims,
     bound,
     ceiling,
     continual,
@@ -18,6 +19,7 @@ from benchmarks.evidence.claims import (
 )
 
 CLAIMS: tuple[ModuleType, ...] = (
+    aims,
     bound,
     ceiling,
     continual,

@@ -4,26 +4,26 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from benchmarks.evidence.arms import ABOUT
-from benchmarks.evidence.raw import Result, by_arm, curve, final, first_at, ratios, shown, spent
+from benchmarks.evidence.raw import Result, by_arm, curve, final, first_at, need, ratios, shown, smooth, spent
 from benchmarks.readme import table
 
 LEVELS = {"0.9 of RL's peak": 0.9, "RL's peak": 1.0}
-"""The peak alone hangs on the noise of one checkpoint."""
 
 
 def reached(of: Callable[[Result], list[tuple[float, float]]], run: Result, level: float) -> float | None:
-    """Where a curve of a run first comes to a level; None when it never does."""
-    return first_at(of(run), level)
+    """Where a run's smoothed curve first comes to a level; None when it never does."""
+    return first_at(smooth(of(run)), level)
 
 
 def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
     """RL's steps and rollouts over the arm's, to two levels."""
     arms = by_arm(results, world, base)
+    need(arms, "rl")
     return table(
         ["arm", "accuracy at the end", *(f"{what}, to {named}" for named in LEVELS for what in ("steps", "rollouts"))],
         [
             [
-                f"{arm}: {ABOUT[arm]}",
+                f"{arm}: {ABOUT.get(arm, '')}",
                 shown([final(run) for run in runs.values()]),
                 *(
                     shown(ratios(arms, arm, partial(reached, of), share), ".1f", never=0.0)

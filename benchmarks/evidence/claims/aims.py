@@ -1,0 +1,147 @@
+"""What was to be shown, beside the paper's figures and ours; each verdict follows from the lines."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks.evidence.claims.bound import TOLD
+from benchmarks.evidence.claims.ceiling import fitted_ceiling, interval
+from benchmarks.evidence.claims.continual import ends, worst_shares
+from benchmarks.evidence.claims.drift import MATCHED, OWN
+from benchmarks.evidence.claims.efficiency import reached
+from benchmarks.evidence.claims.first_signal import SIGNAL
+from benchmarks.evidence.claims.plasticity import learnt
+from benchmarks.evidence.raw import (
+    Lacking,
+    Result,
+    at_level,
+    by_arm,
+    curve,
+    final,
+    first_at,
+    middle,
+    need,
+    peak,
+    ratios,
+    shown,
+    spent,
+)
+from benchmarks.readme import table
+
+Points = list[tuple[float, float]]
+Told = tuple[str, bool]
+"""Our figures in words, and whether the aim is met."""
+MAIN, NEAR_ZERO = TOLD
+CEILING, BY_LENGTH = "benchmarks.evidence.worlds:CEILING", "benchmarks.evidence.worlds:BY_LENGTH"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """One row: what is aimed at, what the paper reports, how ours follows from the lines."""
+
+    words: str
+    paper: str
+    of: Callable[[Sequence[Result]], Told]
+
+
+def saved(results: Sequence[Result], of: Callable[[Result], Points], world: str, base: str, at_least: float) -> Told:
+    """RL's cost of its own peak over FST's."""
+    arms = by_arm(results, world, base)
+    need(arms, "rl", "fst")
+    found = ratios(arms, "fst", partial(reached, of))
+    return f"{shown(found, '.1f', never=0.0)} times fewer", middle(found, never=0.0) >= at_least
+
+
+def ceiling(results: Sequence[Result], world: str) -> Told:
+    """Fitted for the arms that train; what is left of a search is its end."""
+    arms = by_arm(results, world)
+    need(arms, "fst", "rl", "gepa_long")
+    runs = {arm: list(arms[arm].values()) for arm in ("fst", "rl")}
+    tops = {arm: fitted_ceiling(of) for arm, of in runs.items()}
+    ranges = {arm: "{:.2f} to {:.2f}".format(*interval(of)) for arm, of in runs.items()}
+    gepa = [final(run) for run in arms["gepa_long"].values()]
+    words = ", ".join(f"{arm} {tops[arm]:.2f} ({ranges[arm]})" for arm in runs)
+    return f"{words}, gepa_long {shown(gepa)}", tops["fst"] > max(tops["rl"], middle(gepa))
+
+
+def drift(results: Sequence[Result], base: str, at_most: float) -> Told:
+    """KL of a rollout under the arm's own prompts, where accuracy first is 0.9 of RL's peak."""
+    arms = by_arm(results, MAIN, base)
+    need(arms, "rl", "fst")
+
+    def moved(run: Result, seed: int) -> float | None:
+        return at_level(run, MATCHED * peak(arms["rl"][seed]), OWN)
+
+    pairs = [(moved(run, seed), moved(arms["rl"][seed], seed)) for seed, run in arms["fst"].items()]
+    found = [None if its is None or rl is None else its / rl for its, rl in pairs]
+    return f"{shown(found)} of RL's", middle(found) <= at_most
+
+
+def plasticity(results: Sequence[Result], world: str) -> Told:
+    """Accuracy on a second task."""
+    after = learnt(results, world)
+    need({arm: {} for arm in after}, "the base", "fst", "rl")
+    words = ", ".join(f"from {arm} {shown(after[arm])}" for arm in ("the base", "fst", "rl"))
+    base, fst, rl = (middle(after[arm]) for arm in ("the base", "fst", "rl"))
+    return words, fst >= base > rl
+
+
+def continual(results: Sequence[Result], at_least: float) -> Told:
+    """The worst of three stages beside the best that any arm came to there."""
+    if not any(result["carry"] for result in results):
+        raise Lacking("no runs that go on")
+    shares = worst_shares(ends(results))
+    words = ", ".join(f"{arm} {shares[arm]:.2f}" for arm in ("fst", "rl"))
+    return words, shares["fst"] >= at_least > shares["rl"]
+
+
+def first_signal(results: Sequence[Result], at_least: float) -> Told:
+    """Updates to a first signal where the base gets nothing right."""
+    arms = by_arm(results, NEAR_ZERO)
+    need(arms, "rl", "fst")
+    found = {arm: [first_at(curve(run), SIGNAL) for run in arms[arm].values()] for arm in ("fst", "rl")}
+    words = ", ".join(f"{arm} {shown(updates, '.1f')}" for arm, updates in found.items())
+    return words, middle(found["rl"]) >= at_least * max(middle(found["fst"]), 1.0)
+
+
+AIMS = (
+    Aim(
+        "a third of the steps to RL's peak", "1.4 to 3.0", partial(saved, of=curve, world=MAIN, base="base", at_least=3)
+    ),
+    Aim("half of all rollouts", "-", partial(saved, of=spent, world=MAIN, base="base", at_least=2)),
+    Aim(
+        "the same, from a base that was pretrained less",
+        "-",
+        partial(saved, of=curve, world=MAIN, base="base-weaker", at_least=3),
+    ),
+    Aim(
+        "the same, where the base gets nothing right",
+        "-",
+        partial(saved, of=curve, world=NEAR_ZERO, base="base", at_least=3),
+    ),
+    Aim("a higher ceiling", "CodeIO 47.4 against 43.0", partial(ceiling, world=MAIN)),
+    Aim("... where nobody can get more than 0.8", "", partial(ceiling, world=CEILING)),
+    Aim("... where problems need different advice", "", partial(ceiling, world=BY_LENGTH)),
+    Aim("KL at matched reward at most 0.3 of RL's", "0.3", partial(drift, base="base", at_most=0.3)),
+    Aim("... from a base that was pretrained less", "", partial(drift, base="base-weaker", at_most=0.3)),
+    Aim(
+        "a second task as from the base, while RL's falls short: reverse_drop, descending",
+        "RL collapses, FST as the base",
+        partial(plasticity, world="descending"),
+    ),
+    Aim("... descending, reverse_drop", "", partial(plasticity, world="reverse_drop")),
+    Aim("each of three stages at 0.95 of the best", "RL stalls in the second", partial(continual, at_least=0.95)),
+    Aim("a first signal in a fifth of the updates", "50 against 250 to 300", partial(first_signal, at_least=5)),
+)
+
+
+def rows(results: Sequence[Result], world: str = "", base: str = "base") -> str:
+    return table(["aim", "the paper", "here", "met"], [[aim.words, aim.paper, *_row(aim, results)] for aim in AIMS])
+
+
+def _row(aim: Aim, results: Sequence[Result]) -> list[str]:
+    try:
+        words, met = aim.of(results)
+    except Lacking as lack:
+        return ["not made yet", str(lack)]
+    return [words, "yes" if met else "no"]
