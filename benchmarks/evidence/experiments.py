@@ -81,8 +81,13 @@ def worlds(place: Place, seeds: range) -> Stages:
 
 
 def variants(place: Place, seeds: range) -> Stages:
-    """The method's open questions, on the main world and where problems need different advice."""
-    return [_each(("fst", "gepa_then_rl", *VARIANTS), (WORLD, HARD_WORLDS[-1]), seeds)]
+    """The method's open questions, on the main world."""
+    return [compared(("fst", "gepa_then_rl", *VARIANTS), seeds)]
+
+
+def variants_elsewhere(place: Place, seeds: range) -> Stages:
+    """The same where the base gets nothing right, and where problems need different advice."""
+    return [_each(("fst", "gepa_then_rl", *VARIANTS), HARD_WORLDS[::2], seeds)]
 
 
 def plasticity(place: Place, seeds: range) -> Stages:
@@ -126,7 +131,8 @@ def bases(place: Place, seeds: range) -> Stages:
 
 
 EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {
-    made.__name__: made for made in (main, worlds, variants, plasticity, continual, sensitivity, bases, bound)
+    made.__name__: made
+    for made in (main, worlds, variants, variants_elsewhere, plasticity, continual, sensitivity, bases, bound)
 }
 FORMS: dict[str, dict[str, int]] = {"short": {"main": 3}, "long": {**dict.fromkeys(EXPERIMENTS, 3), "main": 5}}
 """Experiments of each form, and over how many seeds each goes."""

@@ -53,15 +53,16 @@ def saved(results: Sequence[Result], of: Callable[[Result], Points], world: str,
 
 
 def ceiling(results: Sequence[Result], world: str) -> Told:
-    """Fitted for the arms that train; what is left of a search is its end."""
+    """Fitted for the arms that train, and above only when the intervals do not meet; of a search, its end."""
     arms = by_arm(results, world)
     need(arms, "fst", "rl", "gepa_long")
     runs = {arm: list(arms[arm].values()) for arm in ("fst", "rl")}
     tops = {arm: fitted_ceiling(of) for arm, of in runs.items()}
-    ranges = {arm: "{:.2f} to {:.2f}".format(*interval(of)) for arm, of in runs.items()}
+    ranges = {arm: interval(of) for arm, of in runs.items()}
     gepa = [final(run) for run in arms["gepa_long"].values()]
-    words = ", ".join(f"{arm} {tops[arm]:.2f} ({ranges[arm]})" for arm in runs)
-    return f"{words}, gepa_long {shown(gepa)}", tops["fst"] > max(tops["rl"], middle(gepa))
+    words = ", ".join(f"{arm} {tops[arm]:.2f} ({low:.2f} to {high:.2f})" for arm, (low, high) in ranges.items())
+    above = ranges["fst"][0] > max(ranges["rl"][1], middle(gepa))
+    return f"{words}, gepa_long {shown(gepa)}", above
 
 
 def drift(results: Sequence[Result], base: str, at_most: float) -> Told:
