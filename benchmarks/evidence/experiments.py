@@ -20,8 +20,8 @@ PAIRS = (("reverse_drop", "descending"), ("descending", "reverse_drop"))
 WORLD = "reverse_drop"
 COMPARED = (*MAIN, "anchored")
 """Arms of the main comparison, on the main world."""
-ELSEWHERE = ("fst", "rl", "gepa_long", "gepa_then_rl")
-"""Those of them that are compared on other worlds and from another base."""
+ELSEWHERE = ("fst", "rl", "gepa_long", "gepa_then_rl", "front_loaded")
+"""What is compared on other worlds and from another base; the last did best of the variants on the main one."""
 UPDATES = RECIPE["cycles"] * RECIPE["steps_per_cycle"]
 CARRIED = ("fst", "rl", "gepa_then_rl", "anchored")
 """Arms whose weights go on to other tasks."""
