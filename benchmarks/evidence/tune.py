@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.evidence.arms import SENSITIVITY, VARIANTS
+from benchmarks.evidence.claims.sensitivity import over_the_run
 from benchmarks.evidence.experiments import TUNED, Place
 from benchmarks.evidence.grid import make_all, write
 from benchmarks.evidence.raw import RESULTS
@@ -30,17 +31,12 @@ ARMS = ("fst", "rl", "gepa_then_rl")
 AS = {"rl_then_gepa": "rl", **dict.fromkeys((*VARIANTS, *SENSITIVITY), "fst"), "fst_slower": "gepa_then_rl"}
 
 
-def rule(result: dict[str, Any]) -> float:
-    """Mean accuracy over a run's checkpoints, the start left out."""
-    return statistics.fmean(line["evolved accuracy"] for line in result["lines"][1:])
-
-
 def chosen(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Arm -> its rate, and what each rate came to."""
     table: dict[str, dict[str, float]] = {}
     for arm in ARMS:
         for rate in RATES:
-            of = [rule(r) for r in results if r["arm"] == arm and r["recipe"]["learning_rate"] == rate]
+            of = [over_the_run(r) for r in results if r["arm"] == arm and r["recipe"]["learning_rate"] == rate]
             table.setdefault(arm, {})[str(rate)] = statistics.fmean(of)
     best = {arm: {"learning_rate": float(max(row, key=row.__getitem__)), "tried": row} for arm, row in table.items()}
     return {**best, **{arm: {"learning_rate": best[like]["learning_rate"], "as": like} for arm, like in AS.items()}}
