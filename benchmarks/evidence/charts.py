@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.evidence.raw import RESULTS, Result, all_rollouts, by_arm, read
 
 matplotlib.rcParams["svg.hashsalt"] = "dspy_fst"  # so that the same lines give the same file
-SHOWN = {"fst": "#1f77b4", "rl": "#d62728", "gepa": "#7f7f7f", "gepa_then_rl": "#2ca02c", "anchored": "#9467bd"}
+SHOWN = {"fst": "#1f77b4", "rl": "#d62728", "gepa_long": "#7f7f7f", "gepa_then_rl": "#2ca02c", "anchored": "#9467bd"}
 """Arms of the charts and their colours."""
 CHART = RESULTS / "main.svg"
 Axis = Callable[[Mapping[str, float]], float]

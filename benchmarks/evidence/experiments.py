@@ -23,7 +23,7 @@ COMPARED = (*MAIN, "anchored")
 ELSEWHERE = ("fst", "rl", "gepa_long", "gepa_then_rl", "front_loaded")
 """What is compared on other worlds and from another base; the last did best of the variants on the main one."""
 UPDATES = RECIPE["cycles"] * RECIPE["steps_per_cycle"]
-CARRIED = ("fst", "rl", "gepa_then_rl", "anchored")
+CARRIED = ("fst", "front_loaded", "rl", "gepa_then_rl", "anchored")
 """Arms whose weights go on to other tasks."""
 WEAKER = "base-weaker"
 Stages = list[list[Run]]
@@ -104,9 +104,8 @@ def plasticity(place: Place, seeds: range) -> Stages:
 
 def continual(place: Place, seeds: range) -> Stages:
     """Three worlds in a row, and each of them from the base."""
-    arms = ("fst", "rl", "gepa_then_rl", "anchored")
-    stages = [_each(arms, SEQUENCE, seeds)]
-    before = {(arm, seed): planned(arm, SEQUENCE[0], seed) for arm in arms for seed in seeds}
+    stages = [_each(CARRIED, SEQUENCE, seeds)]
+    before = {(arm, seed): planned(arm, SEQUENCE[0], seed) for arm in CARRIED for seed in seeds}
     for world in SEQUENCE[1:]:
         before = {
             (arm, seed): going_on(place.of(run), arm, world, seed, carry=True) for (arm, seed), run in before.items()
