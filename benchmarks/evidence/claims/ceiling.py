@@ -1,7 +1,8 @@
 """Claim (b): a higher ceiling. A sigmoid in updates is fitted to an arm's curves of all seeds together.
 
 R(C) = R0 + (A - R0) / (1 + (Cmid / C)^B) after ScaleRL (2510.13786), with the A in [0, 1] that is read as the ceiling.
-The interval is that of fits to the seeds drawn with replacement.
+The interval is that of fits to the seeds drawn with replacement. Where a curve still rises at its end the fit comes to
+its bound, 1, and has found no ceiling.
 """
 
 import warnings
@@ -15,6 +16,8 @@ from benchmarks.evidence.raw import Result, by_arm, curve, final, shown
 from benchmarks.readme import table
 
 RESAMPLES, COVERAGE = 200, 0.9
+AT_THE_BOUND = 0.995
+"""A fit above it came to the largest value that it may take."""
 Floats = NDArray[np.float64]
 
 
