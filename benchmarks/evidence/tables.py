@@ -1,4 +1,4 @@
-"""Writes the tables of BENCHMARKS.md from the raw lines alone, or prints those of lines that are not published.
+"""Writes the tables of BENCHMARKS.md and README.md from raw lines alone, or prints those of lines not published.
 
 python -m benchmarks.evidence.tables
 python -m benchmarks.evidence.tables runs/evidence/short/main.jsonl
@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.evidence.claims import TABLES
 from benchmarks.evidence.raw import Lacking, Result, read
 
-PAGE = Path(__file__).parent.parent.parent / "BENCHMARKS.md"
+PAGES = [Path(__file__).parent.parent.parent / name for name in ("BENCHMARKS.md", "README.md")]
 PLACE = re.compile(r"<!-- (\w+): (\w+) (\w+) ([\w:.]+)(?: from ([\w-]+))? -->\n.*?<!-- end -->", re.DOTALL)
 """``<!-- efficiency: long main reverse_drop from weaker -->`` to ``<!-- end -->``: claim, form, experiment (or "all"),
 world (or "all") and base."""
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="?", type=Path, help="raw lines to print the tables of")
     options = parser.parse_args(arguments)
     if options.results is None:
-        PAGE.write_text(rendered(PAGE.read_text()))
+        for page in PAGES:
+            page.write_text(rendered(page.read_text()))
     else:
         print(printed([json.loads(line) for line in options.results.read_text().splitlines()]))
 

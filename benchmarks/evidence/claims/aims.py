@@ -115,7 +115,7 @@ AIMS = (
     ),
     Aim("half of all rollouts", "-", partial(saved, of=spent, world=MAIN, base="base", at_least=2)),
     Aim(
-        "the same, from a base that was pretrained less",
+        "a third of the steps, from a base that was pretrained less",
         "-",
         partial(saved, of=curve, world=MAIN, base="base-weaker", at_least=3),
     ),
