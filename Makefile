@@ -47,7 +47,7 @@ evidence: .venv/.ready ## The short form of BENCHMARKS.md: the runs that are mis
 	index=$$(.venv/bin/pip config list | sed -n "s/.*[.]index-url='\(.*\)'/\1/p" | head -n 1); \
 	if [ -n "$$links" ]; then export UV_FIND_LINKS="$$links"; else backend="--torch-backend cpu"; fi; \
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
-	.venv/bin/uv pip install -q --python $(RUN) $$backend --no-deps -r requirements/lock.txt && \
+	.venv/bin/uv pip install -q --compile-bytecode --python $(RUN) $$backend --no-deps -r requirements/lock.txt && \
 	.venv/bin/uv pip install -q --python $(RUN) --no-deps -e .
 	touch $@
 

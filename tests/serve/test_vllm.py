@@ -21,10 +21,9 @@ def test_behind_vllm_programs_and_chats_stream_token_by_token_and_nothing_is_lef
         server.wait_for(server.ready, "vLLM serves weights", limit_s=500)
         behind = psutil.Process(server.process.pid).children(recursive=True)
         assert behind
-        told = events(server.ask(NUMBERS, f"{PATH}/stream").text)
+        told = next(filter(in_pieces, (events(server.ask(NUMBERS, f"{PATH}/stream").text) for _ in range(20))))
         assert told[0] == ("start", {"tokens": True})
         deltas = [data for name, data in told if name == "delta"]
-        assert len(deltas) > 1
         assert "".join(delta["text"] for delta in deltas).strip() == told[-1][1]["outputs"]["answer"].strip()
         assert told[-1][1]["outputs"] == server.ask(NUMBERS).json()["outputs"]
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0)
@@ -39,3 +38,8 @@ def test_behind_vllm_programs_and_chats_stream_token_by_token_and_nothing_is_lef
         assert server.end() == 0, server.said
         _, alive = psutil.wait_procs(behind, timeout=30)
         assert alive == []
+
+
+def in_pieces(told):
+    """Whether the answer came in several; a busy server may send all tokens of one so short in one piece."""
+    return sum(name == "delta" for name, _ in told) > 1
