@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.arms import ARMS, MAIN, RECIPE, SENSITIVITY, VARIANTS
+from benchmarks.evidence.claims.aims import BY_LENGTH, CEILING, NEAR_ZERO, WORLD
 from benchmarks.evidence.claims.bound import TOLD
 from benchmarks.evidence.claims.continual import SEQUENCE
 from benchmarks.evidence.raw import RESULTS
@@ -14,10 +15,9 @@ from dspy_fst.run.files import read_json
 from programs.lab import BASE
 
 TUNED = RESULTS / "tuned.json"
-HARD_WORLDS = ("ends_decrement", "benchmarks.evidence.worlds:CEILING", "benchmarks.evidence.worlds:BY_LENGTH")
+HARD_WORLDS = (NEAR_ZERO, CEILING, BY_LENGTH)
 PAIRS = (("reverse_drop", "descending"), ("descending", "reverse_drop"))
 """(first task, second task) of the plasticity claim."""
-WORLD = "reverse_drop"
 COMPARED = (*MAIN, "anchored")
 """Arms of the main comparison, on the main world."""
 ELSEWHERE = ("fst", "rl", "gepa_long", "gepa_then_rl", "front_loaded")

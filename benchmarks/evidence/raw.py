@@ -8,7 +8,7 @@ compared with RL on the same seed: the same problems.
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def by_arm(results: Sequence[Result], world: str, base: str = "base") -> dict[st
     return {arm: runs for arm, runs in found.items() if runs}
 
 
-def need(arms: Runs, *names: str) -> None:
+def need(arms: Collection[str], *names: str) -> None:
     """Raises:
     Lacking: an arm that a table is made of was not run.
     """

@@ -1,36 +1,10 @@
 """The paper's claims, a file each: how its table follows from raw lines."""
 
 from collections.abc import Callable
-from types import ModuleType
+from importlib import import_module
+from pkgutil import iter_modules
 
-from benchmarks.evidence.claims import (
-    aims,
-    bound,
-    ceiling,
-    continual,
-    costs,
-    drift,
-    efficiency,
-    entropy,
-    first_signal,
-    plasticity,
-    sensitivity,
-    two_by_two,
-)
-
-CLAIMS: tuple[ModuleType, ...] = (
-    aims,
-    bound,
-    ceiling,
-    continual,
-    costs,
-    drift,
-    efficiency,
-    entropy,
-    first_signal,
-    plasticity,
-    sensitivity,
-    two_by_two,
-)
-TABLES: dict[str, Callable[..., str]] = {module.__name__.rpartition(".")[2]: module.rows for module in CLAIMS}
+TABLES: dict[str, Callable[..., str]] = {
+    module.name: import_module(f"{__name__}.{module.name}").rows for module in iter_modules(__path__)
+}
 """Claim -> (raw lines, world, base) -> its table in Markdown."""

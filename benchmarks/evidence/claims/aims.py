@@ -7,21 +7,19 @@ from functools import partial
 from benchmarks.evidence.claims.bound import TOLD
 from benchmarks.evidence.claims.ceiling import AT_THE_BOUND, fitted_ceiling, interval
 from benchmarks.evidence.claims.continual import ends, worst_shares
-from benchmarks.evidence.claims.drift import MATCHED, OWN
+from benchmarks.evidence.claims.drift import OWN, of_rl
 from benchmarks.evidence.claims.efficiency import reached
 from benchmarks.evidence.claims.first_signal import SIGNAL
 from benchmarks.evidence.claims.plasticity import learnt
 from benchmarks.evidence.raw import (
     Lacking,
     Result,
-    at_level,
     by_arm,
     curve,
     final,
     first_at,
     middle,
     need,
-    peak,
     ratios,
     shown,
     spent,
@@ -31,7 +29,7 @@ from benchmarks.readme import table
 Points = list[tuple[float, float]]
 Told = tuple[str, bool]
 """Our figures in words, and whether the aim is met."""
-MAIN, NEAR_ZERO = TOLD
+WORLD, NEAR_ZERO = TOLD
 CEILING, BY_LENGTH = "benchmarks.evidence.worlds:CEILING", "benchmarks.evidence.worlds:BY_LENGTH"
 
 
@@ -71,21 +69,16 @@ def ceiling(results: Sequence[Result], world: str) -> Told:
 
 def drift(results: Sequence[Result], base: str, at_most: float) -> Told:
     """KL of a rollout under the arm's own prompts, where accuracy first is 0.9 of RL's peak."""
-    arms = by_arm(results, MAIN, base)
+    arms = by_arm(results, WORLD, base)
     need(arms, "rl", "fst")
-
-    def moved(run: Result, seed: int) -> float | None:
-        return at_level(run, MATCHED * peak(arms["rl"][seed]), OWN)
-
-    pairs = [(moved(run, seed), moved(arms["rl"][seed], seed)) for seed, run in arms["fst"].items()]
-    found = [None if its is None or rl is None else its / rl for its, rl in pairs]
+    found = of_rl(arms, "fst", OWN)
     return f"{shown(found)} of RL's", middle(found) <= at_most
 
 
 def plasticity(results: Sequence[Result], world: str) -> Told:
     """Accuracy on a second task."""
     after = learnt(results, world)
-    need({arm: {} for arm in after}, "the base", "fst", "rl")
+    need(after, "the base", "fst", "rl")
     words = ", ".join(f"from {arm} {shown(after[arm])}" for arm in ("the base", "fst", "rl"))
     base, fst, rl = (middle(after[arm]) for arm in ("the base", "fst", "rl"))
     return words, fst >= base > rl
@@ -111,15 +104,17 @@ def first_signal(results: Sequence[Result], at_least: float) -> Told:
 
 AIMS = (
     Aim(
-        "a third of the steps to RL's peak", "1.4 to 3.0", partial(saved, of=curve, world=MAIN, base="base", at_least=3)
+        "a third of the steps to RL's peak",
+        "1.4 to 3.0",
+        partial(saved, of=curve, world=WORLD, base="base", at_least=3),
     ),
-    Aim("half of all rollouts", "-", partial(saved, of=spent, world=MAIN, base="base", at_least=2)),
+    Aim("half of all rollouts", "-", partial(saved, of=spent, world=WORLD, base="base", at_least=2)),
     Aim(
         "a third of the steps, from a base that was pretrained less",
         "-",
-        partial(saved, of=curve, world=MAIN, base="base-weaker", at_least=3),
+        partial(saved, of=curve, world=WORLD, base="base-weaker", at_least=3),
     ),
-    Aim("a higher ceiling", "CodeIO 47.4 against 43.0", partial(ceiling, world=MAIN)),
+    Aim("a higher ceiling", "CodeIO 47.4 against 43.0", partial(ceiling, world=WORLD)),
     Aim("... where nobody can get more than 0.8", "", partial(ceiling, world=CEILING)),
     Aim("... where problems need different advice", "", partial(ceiling, world=BY_LENGTH)),
     Aim("KL at matched reward at most 0.3 of RL's", "0.3", partial(drift, base="base", at_most=0.3)),

@@ -8,10 +8,10 @@ of the laboratory's single operations when they are told; the base's own stands 
 
 from collections.abc import Sequence
 
-from benchmarks.evidence.raw import Lacking, Result, at_level, by_arm, last, need, peak, shown
+from benchmarks.evidence.raw import Lacking, Result, Runs, at_level, by_arm, last, need, peak, shown
 from benchmarks.readme import table
 
-TOKEN, OWN, SEED = FIGURES = ("evolved KL per token", "evolved KL per rollout", "seed KL per rollout")
+TOKEN, OWN, SEED = ("evolved KL per token", "evolved KL per rollout", "seed KL per rollout")
 HEAD = [
     "own prompts, a token",
     "own prompts, a rollout",
@@ -32,25 +32,31 @@ def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
         "seed KL per rollout" not in line for runs in arms.values() for run in runs.values() for line in run["lines"]
     ):
         raise Lacking("no drift under the seed at every checkpoint")
-    levels = {seed: MATCHED * peak(rl) for seed, rl in arms["rl"].items()}
     body = []
     for arm, runs in arms.items():
         if not any(last(run)["updates"] for run in runs.values()):
             continue  # its weights are the base's
-        matched = {(seed, name): at_level(run, levels[seed], name) for seed, run in runs.items() for name in FIGURES}
-        absolute = [shown([matched[seed, name] for seed in runs], ".3f") for name in (TOKEN, OWN)]
-        of_rl = [
-            shown([_ratio(matched[seed, name], at_level(arms["rl"][seed], levels[seed], name)) for seed in runs])
-            for name in (OWN, SEED)
-        ]
+        absolute = [shown(list(matched(arms, arm, name).values()), ".3f") for name in (TOKEN, OWN)]
+        beside_rl = [shown(of_rl(arms, arm, name)) for name in (OWN, SEED)]
         at_the_end = [
             shown([_ratio(last(run)[name], last(arms["rl"][seed])[name]) for seed, run in runs.items()])
             for name in (OWN, SEED)
         ]
         kept = shown([run["other instructions"]["trained"] for run in runs.values()])
         before = shown([run["other instructions"]["base"] for run in runs.values()])
-        body.append([arm, *absolute, *of_rl, *at_the_end, f"{kept} [{before}]"])
+        body.append([arm, *absolute, *beside_rl, *at_the_end, f"{kept} [{before}]"])
     return table(["arm", *HEAD], body)
+
+
+def matched(arms: Runs, arm: str, figure: str) -> dict[int, float | None]:
+    """Seed -> a figure where the arm first comes to `MATCHED` of RL's peak; None when it never does."""
+    return {seed: at_level(run, MATCHED * peak(arms["rl"][seed]), figure) for seed, run in arms[arm].items()}
+
+
+def of_rl(arms: Runs, arm: str, figure: str) -> list[float | None]:
+    """The same over RL's own on the same seed."""
+    rl = matched(arms, "rl", figure)
+    return [_ratio(its, rl[seed]) for seed, its in matched(arms, arm, figure).items()]
 
 
 def _ratio(its: float | None, of_rl: float | None) -> float | None:
