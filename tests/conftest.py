@@ -5,6 +5,7 @@ import signal
 import pytest
 import transformers
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 # Deadlines measure the machine's other work; a random example that fails once must fail again.
 settings.register_profile("tests", deadline=None, derandomize=True)
@@ -20,3 +21,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start servers first: a long one that begins last would keep one of two workers waiting."""
     served = {item.path for item in items if item.get_closest_marker("vllm")}
     items.sort(key=lambda item: item.path not in served)
+
+
+SHARE_A_SERVER = ("tests/engine/test_replies.py", "tests/engine/test_vllm_server.py")
+
+
+class FilesOrServers(LoadFileScheduling):
+    """A file's tests go to one worker, and so do those of files that share a server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return SHARE_A_SERVER[0] if file in SHARE_A_SERVER else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadFileScheduling:
+    return FilesOrServers(config, log)

@@ -1,0 +1,33 @@
+"""One real server that several files share: to start it takes longer than all that they ask of it."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
+from tests.engine.lessons import LESSONS
+from tests.engine.taught import teach
+from tests.engine.test_server_process import members
+
+
+@pytest.fixture(scope="package")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that thinks and calls tools, of the shape of `tiny_qwen`."""
+    return teach(tmp_path_factory.mktemp("taught") / "model", LESSONS)
+
+
+@pytest.fixture(scope="package")
+def server(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    """Each test loads the weights that it is about; the tokenizer and its template stay the taught model's."""
+    logging.getLogger("dspy_fst").setLevel(logging.INFO)
+    log = tmp_path_factory.mktemp("log") / "vllm.log"
+    engine = VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, startup_timeout_s=240, request_timeout_s=60, log_path=log))
+    engine.load(Checkpoint("taught", taught))
+    yield engine
+    group = engine.process_group
+    engine.close()
+    assert group is not None
+    assert members(group) == []
