@@ -7,6 +7,7 @@ its bound, 1, and has found no ceiling.
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,12 @@ def sigmoid(updates: Floats, start: float, ceiling: float, middle: float, steepn
 
 def fitted_ceiling(runs: Sequence[Result]) -> float:
     """A of the least-squares fit to the curves of all runs together; the start is their mean at no update."""
-    points = np.array([point for run in runs for point in curve(run)], dtype=np.float64)
+    return _ceiling_of(tuple(sorted(tuple(curve(run)) for run in runs)))
+
+
+@cache  # of few seeds there are few samples with replacement, and two claims ask for the same ones
+def _ceiling_of(curves: tuple[tuple[tuple[float, float], ...], ...]) -> float:
+    points = np.array([point for its in curves for point in its], dtype=np.float64)
     start = float(points[points[:, 0] == 0, 1].mean())
     later = points[points[:, 0] > 0]
     with warnings.catch_warnings():
