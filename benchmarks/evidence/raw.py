@@ -116,11 +116,9 @@ def shown(values: Sequence[float | None], form: str = ".2f", *, never: float = m
 
     A value that a run never came to counts as ``never``: it is not left out, which would flatter the runs that failed.
     """
-    known = sorted(never if value is None else value for value in values)
-    low, middle, high = (_figure(value, form) for value in (known[0], statistics.median_low(known), known[-1]))
-    if len(known) % 2 == 0 and all(math.isfinite(value) for value in known):
-        middle = _figure(statistics.median(known), form)
-    return low if low == high else f"{middle} ({low} to {high})"
+    known = [never if value is None else value for value in values]
+    low, median, high = (_figure(value, form) for value in (min(known), middle(known), max(known)))
+    return low if low == high else f"{median} ({low} to {high})"
 
 
 def middle(values: Sequence[float | None], *, never: float = math.inf) -> float:
