@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "restarting": {"first_search_share": 0.7, "search_when_flat": 0.5},
     "gepa_then_rl_faster": {"method": "gepa_then_rl"},
     "fst_slower": {},
+    "anchored_slower": {"seed_kl_coefficient": 0.1},
     "distill": {
         "method": "distill",
         "seed_kl_coefficient": 1.0,
@@ -68,6 +69,7 @@ ABOUT = {
     "restarting": "front-loaded, later searches only when most groups are flat",
     "gepa_then_rl_faster": "all searching first, then RL, at the learning rate of FST",
     "fst_slower": "FST at the learning rate of gepa_then_rl",
+    "anchored_slower": "the anchored FST at the learning rate of gepa_then_rl",
     "distill": "no reward: what the base says under the population is taught under the seed",
     "fst_and_distill": "FST, and that with a tenth of the weight",
     **dict.fromkeys(SENSITIVITY, "FST with this number changed"),

@@ -28,7 +28,11 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 WORLD, SEEDS = "reverse", (100, 101)
 ARMS = ("fst", "rl", "gepa_then_rl")
 """The rest take what is nearest: `rl_then_gepa` trains as `rl`, every variant of FST as `fst`."""
-AS = {"rl_then_gepa": "rl", **dict.fromkeys((*VARIANTS, *SENSITIVITY), "fst"), "fst_slower": "gepa_then_rl"}
+AS = {
+    "rl_then_gepa": "rl",
+    **dict.fromkeys((*VARIANTS, *SENSITIVITY), "fst"),
+    **dict.fromkeys(("fst_slower", "anchored_slower"), "gepa_then_rl"),
+}
 
 
 def chosen(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
