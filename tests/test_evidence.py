@@ -2,21 +2,22 @@
 
 import json
 import math
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.evidence import arms, charts, experiments, raw, tables, tune
+from benchmarks.evidence import arms, charts, experiments, grid, marks, raw, tables, tune
 from benchmarks.evidence.claims import TABLES, aims, bound, ceiling, continual, plasticity, two_by_two
 from benchmarks.evidence.claims.efficiency import reached
 from benchmarks.evidence.run import Run, make
 from dspy_fst.config import FSTConfig
 from dspy_fst.run.files import read_json
 from programs.lab import BASE, build
-from programs.lab.world import load_world
+from programs.lab.world import load_world, operations
 
 PLACE = experiments.Place(Path("runs"))
 
@@ -43,20 +44,29 @@ def test_nothing_is_tuned_on_what_is_reported(runs):
     assert not set(tune.SEEDS) & {run.seed for run in runs}
 
 
-def test_every_arm_that_trains_has_a_tuned_rate():
-    trained = {arm for arm in arms.ARMS if arms.ARMS[arm].get("method") != "gepa"}
-    assert trained == {*tune.ARMS, *tune.AS}
+@pytest.mark.parametrize("arm", arms.ARMS)
+def test_every_arm_has_a_learning_rate_that_was_tuned(arm):
+    assert read_json(experiments.RATES)[arms.tuned_as(arm)]["learning_rate"] in tune.TRIED
+    assert experiments.planned(arm, "reverse_drop", 0)
+
+
+def test_an_arm_of_one_s_own_is_one_more_variant_and_one_that_is_to_be_tuned_says_so(monkeypatch):
+    monkeypatch.setitem(arms.ARMS, "mine", {"group_size": 4})
+    assert experiments.planned("mine", "reverse_drop", 0).recipe["group_size"] == 4
+    monkeypatch.setattr(arms, "TUNED", (*arms.TUNED, "mine"))
+    with pytest.raises(ValueError, match=r"mine has no learning rate .*: python -m benchmarks.evidence.tune"):
+        experiments.planned("mine", "reverse_drop", 0)
 
 
 def test_the_rates_follow_from_the_lines_that_they_were_chosen_from_and_are_those_of_what_is_published():
     lines = [json.loads(line) for line in tune.LINES.read_text().splitlines()]
-    rates = read_json(experiments.TUNED)
+    rates = read_json(experiments.RATES)
     assert tune.chosen(lines) == rates
     for path in raw.RESULTS.glob("*/*.jsonl"):
         for line in path.read_text().splitlines():
             made = json.loads(line)
             if made["lines"][-1]["updates"]:
-                assert made["recipe"]["learning_rate"] == rates[made["arm"]]["learning_rate"]
+                assert made["recipe"]["learning_rate"] == rates[arms.tuned_as(made["arm"])]["learning_rate"]
 
 
 def test_every_run_has_a_folder_of_its_own_and_what_it_goes_on_from_is_made_before(runs):
@@ -140,13 +150,12 @@ def test_the_bound_holds_a_told_run_against_rl_that_was_not_told():
         result("rl", 0, [0.9, 0.9, 0.9, 0.9, 0.9, 0.9], search=0, world=bound.TOLD["reverse_drop"]),
     ]
     lines = bound.rows(results, "reverse_drop").splitlines()
-    assert lines[-1].startswith("| rl, told the rule | 0.90 | 0.90 |")
-    assert lines[-1].endswith("| 12.0 |")  # there at once: counted as one update
-    assert lines[-2].endswith("| 1.3 |")
+    assert lines[-1] == "| rl, told the rule | 0.90 | 0.90 | 0.0 | 0.0 |"
+    assert lines[-3].startswith("| rl | 0.00 | 0.80 |")
 
 
 def test_what_a_run_never_came_to_counts_against_it():
-    assert raw.shown([3.0, None, 1.0], ".1f", never=0.0) == "1.0 (0.0 to 3.0)"
+    assert raw.shown([3.0, None, 1.0], ".1f", never=0.0) == "1.0 (never to 3.0)"
     assert raw.shown([5.0, None, None], ".0f") == "never (5 to never)"
     assert raw.shown([0.5]) == "0.50"
 
@@ -168,6 +177,14 @@ def test_a_table_that_lacks_runs_says_which():
     told = tables.printed(only)
     assert "no runs of rl" in told
     assert "| fst |" in told
+
+
+def test_a_peak_that_rl_never_had_is_no_measure():
+    flat = [result("rl", 0, [0.0, 0.01, 0.0]), result("fst", 0, [0.3, 0.6, 0.9])]
+    for claim in ("efficiency", "drift"):
+        with pytest.raises(raw.Lacking, match="RL came to no signal"):
+            TABLES[claim](flat, "w")
+    assert "| rl | never | never |" in tables.printed(flat)
 
 
 def test_an_aim_is_met_or_missed_by_its_lines():
@@ -245,3 +262,87 @@ def test_a_chart_has_a_curve_for_each_arm_that_was_run():
     assert told == ["fst", "rl"]
     assert list(panels[1].lines[0].get_ydata()) == pytest.approx([0.15, 0.6, 0.8])
     assert list(panels[1].lines[0].get_xdata()) == [100, 868, 1636]
+
+
+# A user's own worlds, bases and mistakes
+
+
+MINE = """
+from programs.lab.world import World, operations
+SHIFT = World(name="shift", answer=operations({names}), told="Move the first number to the end.")
+RAISES = World(name="raises", answer=lambda numbers: numbers[100], told="x")
+NUMBER = World(name="number", answer=lambda numbers: 7, told="x")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "own_worlds.py").write_text(MINE.format(names="'rotate_left'"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path / "own_worlds.py"
+    sys.modules.pop("own_worlds", None)
+    marks.world_mark.cache_clear()
+
+
+def started(monkeypatch):
+    """The runs that would be started; each leaves a result without lines."""
+    made = []
+
+    def make(run, place, console):
+        made.append(run)
+        place.of(run).mkdir(exist_ok=True)
+        (place.of(run) / "result.json").write_text(json.dumps({**asdict(run), "recipe": run.recipe, **marked(run)}))
+
+    monkeypatch.setattr(grid, "_made", make)
+    return made
+
+
+def marked(run):
+    return {"marks": run.marks(), "lines": []}
+
+
+def test_a_world_from_outside_has_runs_and_a_file_of_its_own_and_a_changed_one_is_another(mine, monkeypatch, capsys):
+    made = started(monkeypatch)
+    grid.main(["short", "--world", "own_worlds:SHIFT", "--arm", "rl", "--arm", "fst", "--seeds", "1"])
+    assert [(run.arm, run.world) for run in made] == [("rl", "own_worlds:SHIFT"), ("fst", "own_worlds:SHIFT")]
+    path = Path("runs/evidence/short/main-own_worlds.SHIFT-rl-fst.jsonl")
+    assert len(path.read_text().splitlines()) == 2
+    assert f"tables {path}" in capsys.readouterr().out
+
+    mine.write_text(MINE.format(names="'reverse'"))
+    sys.modules.pop("own_worlds")
+    marks.world_mark.cache_clear()
+    with pytest.raises(SystemExit, match="fst-shift-0: another run lies here"):
+        grid.main(["short", "--world", "own_worlds:SHIFT", "--seeds", "1"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["--world", "no_such"], "world 'no_such': ValueError: .*no such world"),
+        (["--world", "no_module:X"], "ModuleNotFoundError"),
+        (["--world", "own_worlds:RAISES"], "world 'own_worlds:RAISES': IndexError"),
+        (["--world", "own_worlds:NUMBER"], "problems, answers, feedback and instructions are texts, not int"),
+        (["--base", "nowhere", "--world", "no_such"], "(?s)world 'no_such'.*base 'nowhere': no model lies there"),
+    ],
+)
+def test_what_is_wrong_with_a_world_or_a_base_is_told_before_anything_runs(mine, monkeypatch, asked, told):
+    made = started(monkeypatch)
+    with pytest.raises(SystemExit, match=told):
+        grid.main(["short", *asked])
+    assert made == []
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "asked", [["--seeds", "0"], ["--seeds", "-1"], ["--processes", "0"], ["main", "--world", "reverse"]]
+)
+def test_a_command_that_means_nothing_is_refused(mine, asked):
+    with pytest.raises(SystemExit, match="2"):
+        grid.main(["short", *asked])
+
+
+def test_an_operation_that_is_not_known_is_named_when_the_world_is_made():
+    with pytest.raises(ValueError, match="no such operation: rotate_lefft"):
+        operations("rotate_lefft")

@@ -55,6 +55,17 @@ SENSITIVITY: dict[str, dict[str, Any]] = {
 
 ARMS = {**MAIN, **VARIANTS, **SENSITIVITY}
 
+TUNED = ("fst", "rl", "gepa_then_rl")
+"""Arms whose learning rate is chosen by `benchmarks.evidence.tune`."""
+RATE_OF = {"rl_then_gepa": "rl", "fst_slower": "gepa_then_rl", "anchored_slower": "gepa_then_rl"}
+"""Arms that take the rate of one of them; every other one is a variant of FST and takes FST's."""
+
+
+def tuned_as(arm: str) -> str:
+    """The tuned arm whose learning rate an arm takes."""
+    return arm if arm in TUNED else RATE_OF.get(arm, "fst")
+
+
 ABOUT = {
     "fst": "Fast-Slow Training",
     "rl": "CISPO under the seed instruction",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.arms import ARMS, MAIN, RECIPE, SENSITIVITY, VARIANTS
+from benchmarks.evidence.arms import ARMS, MAIN, RECIPE, SENSITIVITY, VARIANTS, tuned_as
 from benchmarks.evidence.claims.aims import BY_LENGTH, CEILING, NEAR_ZERO, WORLD
 from benchmarks.evidence.claims.bound import TOLD
 from benchmarks.evidence.claims.continual import SEQUENCE
@@ -14,7 +14,8 @@ from benchmarks.evidence.run import INTERVAL, Run
 from dspy_fst.run.files import read_json
 from programs.lab import BASE
 
-TUNED = RESULTS / "tuned.json"
+RATES = RESULTS / "tuned.json"
+"""Tuned arm -> its learning rate."""
 HARD_WORLDS = (NEAR_ZERO, CEILING, BY_LENGTH)
 PAIRS = (("reverse_drop", "descending"), ("descending", "reverse_drop"))
 """(first task, second task) of the plasticity claim."""
@@ -46,12 +47,17 @@ class Place:
 
 
 def planned(arm: str, world: str, seed: int, base: Path = BASE) -> Run:
-    """A run at its arm's own learning rate, chosen on other seeds (`benchmarks.evidence.tune`).
+    """A run at its arm's learning rate, chosen on other seeds (`benchmarks.evidence.tune`).
 
     The seed instruction is asked at every checkpoint where drift is reported, and elsewhere at the ends.
+
+    Raises:
+        ValueError: an arm is to be tuned and was not yet.
     """
-    found: Mapping[str, Any] = read_json(TUNED) or {}
-    changes = {} if ARMS[arm].get("method") == "gepa" else {"learning_rate": found[arm]["learning_rate"]}
+    found: Mapping[str, Any] = read_json(RATES) or {}
+    if tuned_as(arm) not in found:
+        raise ValueError(f"{tuned_as(arm)} has no learning rate in {RATES}: python -m benchmarks.evidence.tune")
+    changes = {} if ARMS[arm].get("method") == "gepa" else {"learning_rate": found[tuned_as(arm)]["learning_rate"]}
     drift = world == WORLD and arm in COMPARED
     return Run(arm, world, seed, str(base), changes=changes, seed_interval=INTERVAL if drift else UPDATES)
 

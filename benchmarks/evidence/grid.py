@@ -8,20 +8,24 @@ python -m benchmarks.evidence.grid short --base my_base                   # or f
 python -m benchmarks.evidence.grid short --arm my_arm                     # or of RL and an arm of your own
 
 Runs lie in runs/evidence; results go to benchmarks/results/evidence/FORM/EXPERIMENT.jsonl, one line a run, or, when a
-world, a base, an arm or a number of seeds is named, to the same place below runs/evidence: those are not published.
+world, a base, an arm or a number of seeds is named, to a file below runs/evidence named after them: those are not
+published.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from benchmarks.evidence.arms import ARMS
@@ -29,6 +33,7 @@ from benchmarks.evidence.experiments import EXPERIMENTS, FORMS, Place, Stages, c
 from benchmarks.evidence.raw import RESULTS
 from benchmarks.evidence.run import INTERVAL, Run
 from dspy_fst.run.files import read_json
+from programs.lab import BASE
 from programs.lab.pretrain import Recipe, pretrain
 
 RUN_LIMIT_S = 3600
@@ -40,7 +45,11 @@ def make_all(stages: Stages, place: Place, processes: int, console: Console) -> 
     Raises:
         SystemExit: a run failed; the finished ones are kept, and the same command goes on.
     """
+    _try_first(stages, place)
     place.folder.mkdir(parents=True, exist_ok=True)
+    runs = {place.of(run) for stage in stages for run in stage}
+    done = sum((out / "result.json").exists() for out in runs)
+    console.print(f"{len(runs)} runs, {done} of them finished before; {processes} at a time")
     results = []
     for stage in stages:
         if others := [place.of(run) for run in stage if _is_another(run, place.of(run))]:
@@ -56,6 +65,24 @@ def make_all(stages: Stages, place: Place, processes: int, console: Console) -> 
     return results
 
 
+def _try_first(stages: Stages, place: Place) -> None:
+    """Try each world, and each base that is there from the start, before anything runs.
+
+    Raises:
+        SystemExit: everything that is wrong with them.
+    """
+    made_later = {str(place.weaker_base), *(str(place.of(run)) for stage in stages for run in stage)}
+    faults: dict[str, None] = {}
+    for run in (run for stage in stages for run in stage):
+        here = replace(run, base=str(BASE)) if run.base in made_later else run
+        try:
+            here.marks()
+        except ValueError as fault:
+            faults |= dict.fromkeys(str(fault).splitlines())
+    if faults:
+        raise SystemExit("\n".join(faults))
+
+
 def _make_base(stage: Sequence[Run], place: Place) -> None:
     """The second base, when a run starts from it: another seed, and stopped earlier."""
     base = place.weaker_base
@@ -68,8 +95,9 @@ def _is_another(run: Run, out: Path) -> bool:
     stored = read_json(out / "result.json")
     if stored is None:
         return False
-    asked = {**asdict(run), "recipe": run.recipe}
-    stored = {"interval": INTERVAL, "seed_interval": INTERVAL, **stored}  # older results do not say it
+    asked = {**asdict(run), "recipe": run.recipe, "marks": run.marks()}
+    # Older results do not say these.
+    stored = {"interval": INTERVAL, "seed_interval": INTERVAL, "marks": asked["marks"], **stored}
     stored["base"], asked["base"] = Path(stored["base"]).name, Path(asked["base"]).name
     return any(stored[name] != value for name, value in asked.items())
 
@@ -87,14 +115,15 @@ def _made(run: Run, place: Place, console: Console) -> str | None:
     one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     log = out / "log.txt"
     try:
-        with log.open("w") as file:
+        with log.open("a") as file:
             done = subprocess.run(
                 words, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **one_thread}, timeout=RUN_LIMIT_S
             )
     except subprocess.TimeoutExpired:
         return f"{out}: not finished after {RUN_LIMIT_S} s; see {log}"
     if done.returncode:
-        return f"{out}: it ended with {done.returncode}; see {log}"
+        *_, last = ["", *log.read_text().splitlines()]
+        return f"{out}: it ended with {done.returncode}: {last.strip()} (see {log})"
     console.print(f"{out.name}: {_summary(read_json(out / 'result.json'))}", markup=False)
     return None
 
@@ -113,6 +142,20 @@ def write(results: Sequence[dict[str, Any]], path: Path) -> None:
     partial.replace(path)
 
 
+def stop(number: int, frame: FrameType | None) -> None:
+    """Told to end: so are the runs under way, each of which stops in order."""
+    for child in psutil.Process().children():
+        child.terminate()
+    raise KeyboardInterrupt
+
+
+def positive(text: str) -> int:
+    """A number of 1 or more."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("form", choices=sorted(FORMS))
@@ -120,25 +163,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--world", help="the main comparison on this world instead; a name or an import path")
     parser.add_argument("--base", type=Path, help="the main comparison from this model instead: a Hugging Face folder")
     parser.add_argument("--arm", action="append", choices=sorted(ARMS), help="these arms beside RL instead of all")
-    parser.add_argument("--seeds", type=int, help="instead of the form's own number")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=positive, help="instead of the form's own number")
+    parser.add_argument(
+        "--processes", type=positive, default=os.cpu_count() or 1, help="runs at a time, one thread each"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs") / "evidence")
     options = parser.parse_args(arguments)
     form = FORMS[options.form]
     if unknown := sorted(set(options.experiment) - set(form)):
         parser.error(f"no such experiment: {', '.join(unknown)}; the {options.form} form has {', '.join(form)}")
-    place = Place(options.folder)
     changed = {"world": options.world, "base": options.base and str(options.base)}
     changed = {name: value for name, value in changed.items() if value}
-    own = bool(changed or options.arm or options.seeds)
-    for name in ["main"] if changed or options.arm else options.experiment or form:
+    if options.experiment and (changed or options.arm):
+        parser.error("--world, --base and --arm are of the main comparison: name no experiment beside them")
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        make_form(options, changed)
+    except ValueError as fault:
+        raise SystemExit(str(fault)) from fault
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; finished runs are kept, and the same command goes on") from None
+
+
+def make_form(options: argparse.Namespace, changed: Mapping[str, Any]) -> None:
+    """The runs that the command asks for, and their files."""
+    form, place, own = FORMS[options.form], Place(options.folder), [*changed.values(), *(options.arm or ())]
+    for name in ["main"] if own else options.experiment or form:
         seeds = range(options.seeds or form[name])
-        stages = [compared(("rl", *options.arm), seeds)] if options.arm else EXPERIMENTS[name](place, seeds)
+        arms = dict.fromkeys(("rl", *options.arm)) if options.arm else None
+        stages = [compared(arms, seeds)] if arms else EXPERIMENTS[name](place, seeds)
         stages = [[replace(run, **changed) for run in stage] for stage in stages]
         results = make_all(stages, place, options.processes, Console())
-        path = (options.folder if own else RESULTS) / options.form / f"{name}.jsonl"
+        published = not own and options.seeds is None
+        file = "-".join((name, *(Path(word).name.replace(":", ".") for word in own)))
+        path = (RESULTS if published else options.folder) / options.form / f"{file}.jsonl"
         write(results, path)
-        print(f"{len(results)} runs are in {path}; python -m benchmarks.evidence.tables writes BENCHMARKS.md from them")
+        after = "writes BENCHMARKS.md" if published else f"{path}  prints their tables"
+        print(f"{len(results)} runs are in {path}\npython -m benchmarks.evidence.tables {after}")
 
 
 if __name__ == "__main__":

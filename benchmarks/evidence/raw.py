@@ -23,8 +23,12 @@ Runs = Mapping[str, Mapping[int, Result]]
 """Arm -> seed -> its run."""
 
 
+SIGNAL = 0.1
+"""Accuracy that counts as a first signal."""
+
+
 class Lacking(Exception):
-    """Lines that a table needs are not there; it says which."""
+    """What a table needs is not in the lines; it says what."""
 
 
 def read(form: str, experiment: str) -> list[Result]:
@@ -49,6 +53,15 @@ def need(arms: Collection[str], *names: str) -> None:
     """
     if missing := [name for name in names if name not in arms]:
         raise Lacking(f"no runs of {', '.join(missing)}")
+
+
+def need_peak(arms: Runs) -> None:
+    """Raises:
+    Lacking: RL was not run, or came to no signal on a seed: nobody can be held to its peak.
+    """
+    need(arms, "rl")
+    if low := [seed for seed, run in arms["rl"].items() if peak(run) < SIGNAL]:
+        raise Lacking(f"RL came to no signal, so it has no peak to reach (seed {', '.join(map(str, low))})")
 
 
 # ---- what a run came to ------------------------------------------------------------------------
@@ -117,17 +130,15 @@ def shown(values: Sequence[float | None], form: str = ".2f", *, never: float = m
     A value that a run never came to counts as ``never``: it is not left out, which would flatter the runs that failed.
     """
     known = [never if value is None else value for value in values]
-    low, median, high = (_figure(value, form) for value in (min(known), middle(known), max(known)))
+    low, median, high = (
+        "never" if value == never else f"{value:{form}}" for value in (min(known), middle(known), max(known))
+    )
     return low if low == high else f"{median} ({low} to {high})"
 
 
 def middle(values: Sequence[float | None], *, never: float = math.inf) -> float:
     """Median over seeds, where what a run never came to counts as ``never``."""
     return statistics.median(never if value is None else value for value in values)
-
-
-def _figure(value: float, form: str) -> str:
-    return f"{value:{form}}" if math.isfinite(value) else "never"
 
 
 def ratios(arms: Runs, arm: str, of: Callable[[Result, float], float | None], share: float = 1.0) -> list[float | None]:

@@ -18,6 +18,7 @@ from typing import Any
 import transformers
 
 from benchmarks.evidence.arms import ARMS, RECIPE
+from benchmarks.evidence.marks import base_mark, world_mark
 from dspy_fst import FSTOptimizer, PolicyLM, load, save
 from dspy_fst.compiled import policy_of
 from dspy_fst.engine.base import Checkpoint
@@ -64,6 +65,28 @@ class Run:
     def recipe(self) -> dict[str, Any]:
         return {**RECIPE, **ARMS[self.arm], **self.changes}
 
+    @property
+    def weights(self) -> Path:
+        """Where its base's weights lie: a model folder, or what a finished run of this benchmark left."""
+        final = Path(self.base) / "final" / "weights"
+        return final if final.is_dir() else Path(self.base)
+
+    def marks(self) -> dict[str, str]:
+        """Of what lies outside of the repository.
+
+        Raises:
+            ValueError: the world or the base cannot be used; both are named when neither can.
+        """
+        made, faults = {}, []
+        for name, mark in {"world": lambda: world_mark(self.world), "base": lambda: base_mark(self.weights)}.items():
+            try:
+                made[name] = mark()
+            except ValueError as fault:
+                faults.append(str(fault))
+        if faults:
+            raise ValueError("\n".join(faults))
+        return made
+
 
 @one_thread()
 def make(run: Run, out: Path) -> None:
@@ -71,14 +94,14 @@ def make(run: Run, out: Path) -> None:
     if (out / "result.json").exists():
         return
     transformers.logging.disable_progress_bar()
-    made_at = commit()
+    made_at, marks = commit(), run.marks()
     lab = build(run.world, seed=run.seed, test=PROBLEMS)
     seed = read_texts(lab.program)
     if run.carry:
         student = load(Path(run.base) / "final", lab.program)
     else:
         student = lab.program
-        student.set_lm(PolicyLM(_weights(run.base), engine="in_process", max_tokens=16))
+        student.set_lm(PolicyLM(run.weights, engine="in_process", max_tokens=16))
     optimizer = FSTOptimizer(
         metric=lab.metric,
         propose=FeedbackProposer(seed=run.seed),
@@ -103,17 +126,11 @@ def make(run: Run, out: Path) -> None:
     save(compiled, out / "final")
     policy.release()
     entropy = [[s.step, s.update.entropy] for s in measurer.past.record.steps if s.update.tokens]
-    result = {**asdict(run), "recipe": run.recipe, "commit": made_at, "lines": lines, "cells": cells}
+    result = {**asdict(run), "recipe": run.recipe, "commit": made_at, "marks": marks, "lines": lines, "cells": cells}
     result |= {"other instructions": others, "entropy": entropy, "instruction": dict(read_texts(compiled).texts)}
     write_json(out / "result.json", result)
     shutil.rmtree(out / "run" / "weights")
     shutil.rmtree(out / "run" / "states")
-
-
-def _weights(base: str) -> Path:
-    """The weights of a model folder, or of a finished run of this benchmark."""
-    final = Path(base) / "final" / "weights"
-    return final if final.is_dir() else Path(base)
 
 
 class Measurer:

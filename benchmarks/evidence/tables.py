@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for page in PAGES:
             page.write_text(rendered(page.read_text()))
     else:
+        if not options.results.is_file():
+            parser.error(f"{options.results}: no such file; python -m benchmarks.evidence.grid says where it wrote")
         print(printed([json.loads(line) for line in options.results.read_text().splitlines()]))
 
 

@@ -118,6 +118,7 @@ def measure(
 
     `names`: of the worlds, also import paths; None takes those that ship with the lab.
     """
+    worlds = [load_world(name) for name in names or world_names()]
     rng = random.Random(f"measure-{seed}")
     parsed: list[float] = []
     lengths: list[int] = []
@@ -135,7 +136,6 @@ def measure(
         tasks = [operation_tasks(rng, op.name, wording, samples // len(op.wordings)) for wording in op.wordings]
         operations[op.name] = score([task for wording_tasks in tasks for task in wording_tasks])
         unheard.append(score(operation_tasks(rng, op.name, op.unheard, samples // 4)))
-    worlds = [load_world(name) for name in names or world_names()]
     return Report(
         operations=operations,
         unheard=round(sum(unheard) / len(unheard), 3),
@@ -175,6 +175,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="replies a cell of the table")
     parser.add_argument("--json", action="store_true", help="print the raw report instead of tables")
     options = parser.parse_args()
+    if not (options.model / "config.json").is_file():
+        parser.error(f"{options.model}: no model lies there")
     report = measure(*load(options.model), samples=options.samples, names=options.world)
     print(asdict(report) if options.json else table(report))
 

@@ -206,6 +206,8 @@ def fit(
                 f"step {step:4d}  {time.monotonic() - began:4.0f} s  loss {loss:.3f}  told {told:.3f}",
                 flush=True,
             )
+    if told < recipe.target:
+        print(f"stopped after {step} steps at {told:.3f}, before the target of {recipe.target}", flush=True)
     seconds = round(time.monotonic() - began)
     return {"steps": step, "tokens": tokens, "parameters": model.num_parameters(), "seconds": seconds}
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from programs.lab.operations import OPENERS, apply
+from programs.lab.operations import BY_NAME, OPENERS, apply
 
 LENGTHS = (4, 5, 6)
 
@@ -20,7 +20,13 @@ def draw_digits(rng: random.Random) -> str:
 
 
 def operations(*names: str) -> Callable[[str], str]:
-    """The answer function of a world made of known operations, e.g. operations("reverse")("1 2 3") == "3 2 1"."""
+    """The answer function of a world made of known operations, e.g. operations("reverse")("1 2 3") == "3 2 1".
+
+    Raises:
+        ValueError: one of them is not known.
+    """
+    if unknown := [name for name in names if name not in BY_NAME]:
+        raise ValueError(f"no such operation: {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
     return lambda numbers: " ".join(map(str, apply(names, [int(digit) for digit in numbers.split()])))
 
 

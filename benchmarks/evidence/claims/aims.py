@@ -9,9 +9,9 @@ from benchmarks.evidence.claims.ceiling import AT_THE_BOUND, fitted_ceiling, int
 from benchmarks.evidence.claims.continual import ends, worst_shares
 from benchmarks.evidence.claims.drift import OWN, of_rl
 from benchmarks.evidence.claims.efficiency import reached
-from benchmarks.evidence.claims.first_signal import SIGNAL
 from benchmarks.evidence.claims.plasticity import learnt
 from benchmarks.evidence.raw import (
+    SIGNAL,
     Lacking,
     Result,
     by_arm,
@@ -20,6 +20,7 @@ from benchmarks.evidence.raw import (
     first_at,
     middle,
     need,
+    need_peak,
     ratios,
     shown,
     spent,
@@ -46,8 +47,9 @@ def saved(results: Sequence[Result], of: Callable[[Result], Points], world: str,
     """RL's cost of its own peak over FST's."""
     arms = by_arm(results, world, base)
     need(arms, "rl", "fst")
+    need_peak(arms)
     found = ratios(arms, "fst", partial(reached, of))
-    return f"{shown(found, '.1f', never=0.0)} times fewer", middle(found, never=0.0) >= at_least
+    return f"RL's over FST's: {shown(found, '.1f', never=0.0)}", middle(found, never=0.0) >= at_least
 
 
 def ceiling(results: Sequence[Result], world: str) -> Told:
@@ -71,6 +73,7 @@ def drift(results: Sequence[Result], base: str, at_most: float) -> Told:
     """KL of a rollout under the arm's own prompts, where accuracy first is 0.9 of RL's peak."""
     arms = by_arm(results, WORLD, base)
     need(arms, "rl", "fst")
+    need_peak(arms)
     found = of_rl(arms, "fst", OWN)
     return f"{shown(found)} of RL's", middle(found) <= at_most
 

@@ -8,7 +8,7 @@ of the laboratory's single operations when they are told; the base's own stands 
 
 from collections.abc import Sequence
 
-from benchmarks.evidence.raw import Lacking, Result, Runs, at_level, by_arm, last, need, peak, shown
+from benchmarks.evidence.raw import Lacking, Result, Runs, at_level, by_arm, last, need_peak, peak, shown
 from benchmarks.readme import table
 
 TOKEN, OWN, SEED = ("evolved KL per token", "evolved KL per rollout", "seed KL per rollout")
@@ -27,7 +27,7 @@ MATCHED = 0.9
 
 def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
     arms = by_arm(results, world, base)
-    need(arms, "rl")
+    need_peak(arms)
     if any(
         "seed KL per rollout" not in line for runs in arms.values() for run in runs.values() for line in run["lines"]
     ):

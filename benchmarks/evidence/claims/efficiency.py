@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from benchmarks.evidence.arms import ABOUT
-from benchmarks.evidence.raw import Result, by_arm, curve, final, first_at, need, ratios, shown, smooth, spent
+from benchmarks.evidence.raw import Result, by_arm, curve, final, first_at, need_peak, ratios, shown, smooth, spent
 from benchmarks.readme import table
 
 LEVELS = {"0.9 of RL's peak": 0.9, "RL's peak": 1.0}
@@ -18,7 +18,7 @@ def reached(of: Callable[[Result], list[tuple[float, float]]], run: Result, leve
 def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
     """RL's steps and rollouts over the arm's, to two levels."""
     arms = by_arm(results, world, base)
-    need(arms, "rl")
+    need_peak(arms)
     return table(
         ["arm", "accuracy at the end", *(f"{what}, to {named}" for named in LEVELS for what in ("steps", "rollouts"))],
         [

@@ -5,11 +5,8 @@ The first measurement is after the first search: a signal that is there by then 
 
 from collections.abc import Sequence
 
-from benchmarks.evidence.raw import Result, by_arm, curve, first_at, shown, spent
+from benchmarks.evidence.raw import SIGNAL, Result, by_arm, curve, first_at, shown, spent
 from benchmarks.readme import table
-
-SIGNAL = 0.1
-"""Accuracy that counts as a first signal."""
 
 
 def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
