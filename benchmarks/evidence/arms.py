@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "front_loaded": {"first_search_share": 0.7},
     "restarting": {"first_search_share": 0.7, "search_when_flat": 0.5},
     "gepa_then_rl_faster": {"method": "gepa_then_rl"},
+    "rl_slower": {"method": "rl"},
     "fst_slower": {},
     "anchored_slower": {"seed_kl_coefficient": 0.1},
     "distill": {
@@ -57,7 +58,12 @@ ARMS = {**MAIN, **VARIANTS, **SENSITIVITY}
 
 TUNED = ("fst", "rl", "gepa_then_rl")
 """Arms whose learning rate is chosen by `benchmarks.evidence.tune`."""
-RATE_OF = {"rl_then_gepa": "rl", "fst_slower": "gepa_then_rl", "anchored_slower": "gepa_then_rl"}
+RATE_OF = {
+    "rl_then_gepa": "rl",
+    "rl_slower": "gepa_then_rl",
+    "fst_slower": "gepa_then_rl",
+    "anchored_slower": "gepa_then_rl",
+}
 """Arms that take the rate of one of them; every other one is a variant of FST and takes FST's."""
 
 
@@ -79,6 +85,7 @@ ABOUT = {
     "front_loaded": "FST with 70 % of the search rollouts in the first cycle",
     "restarting": "front-loaded, later searches only when most groups are flat",
     "gepa_then_rl_faster": "all searching first, then RL, at the learning rate of FST",
+    "rl_slower": "RL at the learning rate of gepa_then_rl",
     "fst_slower": "FST at the learning rate of gepa_then_rl",
     "anchored_slower": "the anchored FST at the learning rate of gepa_then_rl",
     "distill": "no reward: what the base says under the population is taught under the seed",

@@ -24,7 +24,7 @@ COMPARED = (*MAIN, "anchored")
 ELSEWHERE = ("fst", "rl", "gepa_long", "gepa_then_rl", "front_loaded")
 """What is compared on other worlds and from another base; the last did best of the variants on the main one."""
 UPDATES = RECIPE["cycles"] * RECIPE["steps_per_cycle"]
-CARRIED = ("fst", "fst_slower", "front_loaded", "rl", "gepa_then_rl", "anchored", "anchored_slower")
+CARRIED = ("fst", "fst_slower", "front_loaded", "rl", "rl_slower", "gepa_then_rl", "anchored", "anchored_slower")
 """Arms whose weights go on to other tasks."""
 WEAKER = "base-weaker"
 Stages = list[list[Run]]
