@@ -92,8 +92,8 @@ def variants(place: Place, seeds: range) -> Stages:
 
 
 def variants_elsewhere(place: Place, seeds: range) -> Stages:
-    """The same where the base gets nothing right, and where problems need different advice."""
-    return [_each(("fst", "gepa_then_rl", *VARIANTS), HARD_WORLDS[::2], seeds)]
+    """The same where problems need different advice."""
+    return [_each(("fst", "gepa_then_rl", *VARIANTS), (BY_LENGTH,), seeds)]
 
 
 def plasticity(place: Place, seeds: range) -> Stages:
