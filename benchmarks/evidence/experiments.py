@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.arms import ARMS, MAIN, RECIPE, SENSITIVITY, VARIANTS, tuned_as
-from benchmarks.evidence.claims.aims import BY_LENGTH, CEILING, NEAR_ZERO, WORLD
+from benchmarks.evidence.claims.aims import BY_LENGTH, CEILING, HARD, NEAR_ZERO, WEAKER, WORLD
 from benchmarks.evidence.claims.bound import TOLD
 from benchmarks.evidence.claims.continual import SEQUENCE
 from benchmarks.evidence.raw import RESULTS
@@ -16,7 +16,7 @@ from programs.lab import BASE
 
 RATES = RESULTS / "tuned.json"
 """Tuned arm -> its learning rate."""
-HARD_WORLDS = (NEAR_ZERO, CEILING, BY_LENGTH)
+HARD_WORLDS = (NEAR_ZERO, CEILING, BY_LENGTH, HARD)
 PAIRS = (("reverse_drop", "descending"), ("descending", "reverse_drop"))
 """(first task, second task) of the plasticity claim."""
 COMPARED = (*MAIN, "anchored")
@@ -26,7 +26,6 @@ ELSEWHERE = ("fst", "rl", "gepa_long", "gepa_then_rl", "front_loaded")
 UPDATES = RECIPE["cycles"] * RECIPE["steps_per_cycle"]
 CARRIED = ("fst", "fst_slower", "front_loaded", "rl", "rl_slower", "gepa_then_rl", "anchored", "anchored_slower")
 """Arms whose weights go on to other tasks."""
-WEAKER = "base-weaker"
 Stages = list[list[Run]]
 
 
