@@ -35,5 +35,5 @@ class FilesOrServers(LoadFileScheduling):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadFileScheduling:
-    return FilesOrServers(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadFileScheduling | None:
+    return FilesOrServers(config, log) if config.getoption("dist") == "loadfile" else None

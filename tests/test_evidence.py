@@ -2,10 +2,13 @@
 
 import json
 import math
+import signal
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,8 +185,12 @@ def test_a_table_that_lacks_runs_says_which():
 def test_a_peak_that_rl_never_had_is_no_measure():
     flat = [result("rl", 0, [0.0, 0.01, 0.0]), result("fst", 0, [0.3, 0.6, 0.9])]
     for claim in ("efficiency", "drift"):
-        with pytest.raises(raw.Lacking, match="RL came to no signal"):
+        with pytest.raises(raw.NoPeak):
             TABLES[claim](flat, "w")
+    told = aims.rows([{**line, "world": "reverse_drop"} for line in flat], "reverse_drop")
+    assert "| RL came to no signal, so it has no peak to reach | - |" in told
+    mostly = [result("rl", seed, [0.0, 0.4, 0.8]) for seed in (1, 2)]
+    assert "| fst: " in TABLES["efficiency"]([*flat, *mostly], "w")
     assert "| rl | never | never |" in tables.printed(flat)
 
 
@@ -196,6 +203,45 @@ def test_an_aim_is_met_or_missed_by_its_lines():
     rows = aims.rows(swapped).splitlines()
     assert next(row for row in rows if "a third of the steps" in row).endswith("| no |")
     assert next(row for row in rows if "a first signal" in row).endswith("| no runs of rl, fst |")
+
+
+@pytest.mark.parametrize(
+    ("fst", "rl", "met"),
+    [
+        ((0.9, 0.9), (0.5, 0.5), "yes"),
+        ((0.52, 0.5), (0.5, 0.52), "no"),
+        ((None, None), (0.5, 0.5), "yes"),  # still rising, and above RL's ceiling already
+        ((None, None), (0.9, 0.9), "no"),
+        ((0.9, 0.9), (None, None), "no"),  # RL still rises: its ceiling is not known
+    ],
+)
+def test_a_ceiling_is_above_when_its_range_is_or_when_it_rises_from_above(fst, rl, met):
+    updates = np.arange(3, 25, 3)
+
+    def rising(top):
+        return [0.02, *(updates * 0.03 if top is None else ceiling.sigmoid(updates.astype(float), 0.02, top, 7.0, 2.5))]
+
+    lines = [result("gepa_long", 0, [0.1], world="reverse_drop")]
+    for arm, tops in {"fst": fst, "rl": rl}.items():
+        lines += [result(arm, seed, rising(top), world="reverse_drop") for seed, top in enumerate(tops)]
+    row = next(row for row in aims.rows(lines).splitlines() if row.startswith("| a higher ceiling"))
+    assert row.endswith(f"| {met} |")
+
+
+def test_rl_at_its_peak_from_the_start_is_not_called_never():
+    held = raw.by_arm([result("rl", 0, [0.9, 0.9, 0.9]), result("fst", 0, [0.2, 0.9, 0.9])], "w")
+    assert raw.ratios(held, "rl", partial(reached, raw.curve)) == [1.0]
+
+
+def test_two_results_of_one_run_that_differ_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(raw, "RESULTS", tmp_path)
+    (tmp_path / "long").mkdir()
+    for name, accuracy in (("a", 0.2), ("b", 0.2), ("c", 0.3)):
+        (tmp_path / "long" / f"{name}.jsonl").write_text(json.dumps(result("rl", 0, [0.1, accuracy])) + "\n")
+    with pytest.raises(ValueError, match=r"two different results of \('rl', 'w', 0"):
+        raw.read("long", "all")
+    (tmp_path / "long" / "c.jsonl").unlink()
+    assert len(raw.read("long", "all")) == 1
 
 
 def test_a_ceiling_is_found_again_from_the_curve_that_it_made():
@@ -310,6 +356,16 @@ def test_a_world_from_outside_has_runs_and_a_file_of_its_own_and_a_changed_one_i
     assert len(path.read_text().splitlines()) == 2
     assert f"tables {path}" in capsys.readouterr().out
 
+    other = Path("my_base")
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    (other / "model.safetensors").write_bytes(b"weights")
+    grid.main(["short", "--base", str(other), "--arm", "fst", "--seeds", "1"])
+    (other / "model.safetensors").write_bytes(b"other weights")
+    marks.base_mark.cache_clear()
+    with pytest.raises(SystemExit, match="fst-reverse_drop-0-from-my_base: another run lies here"):
+        grid.main(["short", "--base", str(other), "--arm", "fst", "--seeds", "1"])
+
     mine.write_text(MINE.format(names="'reverse'"))
     sys.modules.pop("own_worlds")
     marks.world_mark.cache_clear()
@@ -341,6 +397,15 @@ def test_what_is_wrong_with_a_world_or_a_base_is_told_before_anything_runs(mine,
 def test_a_command_that_means_nothing_is_refused(mine, asked):
     with pytest.raises(SystemExit, match="2"):
         grid.main(["short", *asked])
+
+
+def test_told_to_end_the_grid_ends_what_it_started(monkeypatch):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    ours = SimpleNamespace(children=lambda: [child])  # the test's own process may have others
+    monkeypatch.setattr(grid.psutil, "Process", lambda: ours)
+    with pytest.raises(KeyboardInterrupt):
+        grid.stop(signal.SIGTERM, None)
+    assert child.wait(20) == -signal.SIGTERM
 
 
 def test_an_operation_that_is_not_known_is_named_when_the_world_is_made():

@@ -21,6 +21,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,10 +32,10 @@ from rich.console import Console
 
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.experiments import EXPERIMENTS, FORMS, Place, Stages, compared
+from benchmarks.evidence.marks import base_mark, world_mark
 from benchmarks.evidence.raw import RESULTS
 from benchmarks.evidence.run import INTERVAL, Run
 from dspy_fst.run.files import read_json
-from programs.lab import BASE
 from programs.lab.pretrain import Recipe, pretrain
 
 RUN_LIMIT_S = 3600
@@ -47,7 +49,7 @@ def make_all(stages: Stages, place: Place, processes: int, console: Console) -> 
     """
     _try_first(stages, place)
     place.folder.mkdir(parents=True, exist_ok=True)
-    runs = {place.of(run) for stage in stages for run in stage}
+    runs = {place.of(run) for run in chain.from_iterable(stages)}
     done = sum((out / "result.json").exists() for out in runs)
     console.print(f"{len(runs)} runs, {done} of them finished before; {processes} at a time")
     results = []
@@ -71,14 +73,16 @@ def _try_first(stages: Stages, place: Place) -> None:
     Raises:
         SystemExit: everything that is wrong with them.
     """
-    made_later = {str(place.weaker_base), *(str(place.of(run)) for stage in stages for run in stage)}
-    faults: dict[str, None] = {}
-    for run in (run for stage in stages for run in stage):
-        here = replace(run, base=str(BASE)) if run.base in made_later else run
+    made_later = {str(place.weaker_base), *(str(place.of(run)) for run in chain.from_iterable(stages))}
+    tries = [partial(world_mark, world) for world in dict.fromkeys(run.world for run in chain.from_iterable(stages))]
+    bases = {run.weights for run in chain.from_iterable(stages) if run.base not in made_later}
+    tries += [partial(base_mark, folder) for folder in sorted(bases)]
+    faults = []
+    for attempt in tries:
         try:
-            here.marks()
+            attempt()
         except ValueError as fault:
-            faults |= dict.fromkeys(str(fault).splitlines())
+            faults.append(str(fault))
     if faults:
         raise SystemExit("\n".join(faults))
 

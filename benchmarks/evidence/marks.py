@@ -27,6 +27,7 @@ def world_mark(name: str) -> str:
         raise ValueError(f"world {name!r}: {type(fault).__name__}: {fault}") from fault
 
 
+@cache
 def base_mark(folder: Path) -> str:
     """Of a model's weights.
 

@@ -31,11 +31,23 @@ class Lacking(Exception):
     """What a table needs is not in the lines; it says what."""
 
 
+class NoPeak(Lacking):
+    """RL learnt nothing: its runs are there, what others are held against is not."""
+
+
 def read(form: str, experiment: str) -> list[Result]:
-    """The raw lines of an experiment, or of "all" of a form, each run once; empty when it was not made yet."""
+    """The raw lines of an experiment, or of "all" of a form, each run once; empty when it was not made yet.
+
+    Raises:
+        ValueError: two experiments hold different results of one run.
+    """
     paths = sorted((RESULTS / form).glob("*.jsonl" if experiment == "all" else f"{experiment}.jsonl"))
-    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    return list({tuple(line[name] for name in IDENTITY): line for line in lines}.values())
+    found: dict[tuple[Any, ...], Result] = {}
+    for line in (json.loads(text) for path in paths for text in path.read_text().splitlines()):
+        run = tuple(line[name] for name in IDENTITY)
+        if found.setdefault(run, line)["lines"] != line["lines"]:
+            raise ValueError(f"{form}: two different results of {run}")
+    return list(found.values())
 
 
 def by_arm(results: Sequence[Result], world: str, base: str = "base") -> dict[str, dict[int, Result]]:
@@ -57,11 +69,12 @@ def need(arms: Collection[str], *names: str) -> None:
 
 def need_peak(arms: Runs) -> None:
     """Raises:
-    Lacking: RL was not run, or came to no signal on a seed: nobody can be held to its peak.
+    Lacking: RL was not run.
+    NoPeak: its median came to no signal: nobody can be held to its peak.
     """
     need(arms, "rl")
-    if low := [seed for seed, run in arms["rl"].items() if peak(run) < SIGNAL]:
-        raise Lacking(f"RL came to no signal, so it has no peak to reach (seed {', '.join(map(str, low))})")
+    if middle([peak(run) for run in arms["rl"].values()]) < SIGNAL:
+        raise NoPeak("RL came to no signal, so it has no peak to reach")
 
 
 # ---- what a run came to ------------------------------------------------------------------------
@@ -148,5 +161,5 @@ def ratios(arms: Runs, arm: str, of: Callable[[Result, float], float | None], sh
         level = share * peak(arms["rl"][seed])
         own, its = of(arms["rl"][seed], level), of(run, level)
         # What is there before the first update costs no step: counted as one, so that the ratio stays a number.
-        values.append(None if own is None or its is None else own / max(its, 1.0))
+        values.append(None if own is None or its is None else max(own, 1.0) / max(its, 1.0))
     return values

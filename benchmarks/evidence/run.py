@@ -75,17 +75,9 @@ class Run:
         """Of what lies outside of the repository.
 
         Raises:
-            ValueError: the world or the base cannot be used; both are named when neither can.
+            ValueError: the world or the base cannot be used.
         """
-        made, faults = {}, []
-        for name, mark in {"world": lambda: world_mark(self.world), "base": lambda: base_mark(self.weights)}.items():
-            try:
-                made[name] = mark()
-            except ValueError as fault:
-                faults.append(str(fault))
-        if faults:
-            raise ValueError("\n".join(faults))
-        return made
+        return {"world": world_mark(self.world), "base": base_mark(self.weights)}
 
 
 @one_thread()
@@ -225,13 +217,21 @@ def others_told(checkpoint: Checkpoint) -> float:
 
 
 def commit() -> str:
-    """The repository's commit, with a mark when files were changed since; "unknown" outside of one."""
-    words = ["git", "describe", "--always", "--dirty"]
+    """The repository's commit, with a mark when files were changed since; "unknown" outside of one.
+
+    Results do not count: a grid writes them between its runs.
+    """
+    at = _git("describe", "--always")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return f"{at}-dirty" if at and changed else at or "unknown"
+
+
+def _git(*words: str) -> str:
     try:
-        told = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
+        told = subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
     except OSError:
-        return "unknown"
-    return told.stdout.strip() or "unknown"
+        return ""
+    return told.stdout.strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

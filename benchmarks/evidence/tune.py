@@ -16,10 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.evidence.arms import TUNED as ARMS
+from benchmarks.evidence.arms import TUNED
 from benchmarks.evidence.claims.sensitivity import over_the_run
-from benchmarks.evidence.experiments import RATES as CHOSEN
-from benchmarks.evidence.experiments import Place
+from benchmarks.evidence.experiments import RATES, Place
 from benchmarks.evidence.grid import make_all, write
 from benchmarks.evidence.raw import RESULTS
 from benchmarks.evidence.run import Run
@@ -33,7 +32,7 @@ WORLD, SEEDS = "reverse", (100, 101)
 def chosen(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Arm -> its rate, and what each rate came to."""
     table: dict[str, dict[str, float]] = {}
-    for arm in ARMS:
+    for arm in TUNED:
         for rate in TRIED:
             of = [over_the_run(r) for r in results if r["arm"] == arm and r["recipe"]["learning_rate"] == rate]
             table.setdefault(arm, {})[str(rate)] = statistics.fmean(of)
@@ -47,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     results = []
     for rate in TRIED:
-        stage = [Run(arm, WORLD, seed, changes={"learning_rate": rate}) for arm in ARMS for seed in SEEDS]
+        stage = [Run(arm, WORLD, seed, changes={"learning_rate": rate}) for arm in TUNED for seed in SEEDS]
         results += make_all([stage], Place(options.folder / str(rate)), options.processes, Console())
     write(results, LINES)
-    write_json(CHOSEN, chosen(results))
-    print(f"the chosen rates are in {CHOSEN}, what they were chosen from is in {LINES}")
+    write_json(RATES, chosen(results))
+    print(f"the chosen rates are in {RATES}, what they were chosen from is in {LINES}")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.evidence.claims.bound import TOLD
 from benchmarks.evidence.claims.ceiling import AT_THE_BOUND, fitted_ceiling, interval
 from benchmarks.evidence.claims.continual import ends, worst_shares
 from benchmarks.evidence.claims.drift import OWN, of_rl
 from benchmarks.evidence.claims.efficiency import reached
 from benchmarks.evidence.claims.plasticity import learnt
+from benchmarks.evidence.places import BY_LENGTH, CEILING, HARD, NEAR_ZERO, WEAKER, WORLD
 from benchmarks.evidence.raw import (
     SIGNAL,
     Lacking,
+    NoPeak,
     Result,
     by_arm,
     curve,
@@ -30,10 +31,6 @@ from benchmarks.readme import table
 Points = list[tuple[float, float]]
 Told = tuple[str, bool]
 """Our figures in words, and whether the aim is met."""
-WORLD, NEAR_ZERO = TOLD
-HARD = "descending"
-CEILING, BY_LENGTH = "benchmarks.evidence.worlds:CEILING", "benchmarks.evidence.worlds:BY_LENGTH"
-WEAKER = "base-weaker"
 
 
 @dataclass(frozen=True)
@@ -154,6 +151,8 @@ def rows(results: Sequence[Result], world: str = "all", base: str = "base") -> s
 def _row(aim: Aim, results: Sequence[Result]) -> list[str]:
     try:
         words, met = aim.of(results)
+    except NoPeak as lack:
+        return [str(lack), "-"]
     except Lacking as lack:
         return [NOT_MADE, str(lack)]
     return [words, "yes" if met else "no"]

@@ -6,15 +6,9 @@ It pays for no search and begins where a search is to end, so it says what a wor
 from collections.abc import Sequence
 
 from benchmarks.evidence.claims.efficiency import reached
+from benchmarks.evidence.places import TOLD
 from benchmarks.evidence.raw import Result, by_arm, curve, final, need, shown
 from benchmarks.readme import table
-
-TOLD = {
-    "reverse_drop": "benchmarks.evidence.worlds:TOLD_REVERSE_DROP",
-    "ends_decrement": "benchmarks.evidence.worlds:TOLD_ENDS_DECREMENT",
-}
-"""World -> the same one, with the rule in its seed instruction."""
-
 
 LEVELS = (0.5, 0.8)
 

@@ -7,11 +7,11 @@ their population, and the anchor then holds the weights under the instruction th
 import statistics
 from collections.abc import Mapping, Sequence
 
+from benchmarks.evidence.places import SEQUENCE
 from benchmarks.evidence.raw import Result, final, shown
 from benchmarks.readme import table
 
 Ends = tuple[list[float], list[float]]
-SEQUENCE = ("reverse_drop", "ends_decrement", "descending")
 
 
 def rows(results: Sequence[Result], world: str = "", base: str = "base") -> str:
