@@ -54,8 +54,7 @@ def saved(results: Sequence[Result], of: Callable[[Result], Points], world: str,
 def ceiling(results: Sequence[Result], world: str, base: str) -> Told:
     """Fitted for the arms that train, of a search its end; above when the intervals do not meet.
 
-    A fit that comes to its bound of 1 has found no ceiling: the curve was still rising. FST's is then at least what
-    its worst run ended at, and RL's is not known.
+    A fit that comes to its bound of 1 has found no ceiling: the curve was still rising.
     """
     arms = by_arm(results, world, base)
     need(arms, "fst", "rl", "gepa_long")
@@ -64,11 +63,9 @@ def ceiling(results: Sequence[Result], world: str, base: str) -> Told:
     ranges = {arm: interval(of) for arm, of in runs.items()}
     gepa = [final(run) for run in arms["gepa_long"].values()]
     words = ", ".join(f"{arm} {tops[arm]:.2f} ({low:.2f} to {high:.2f})" for arm, (low, high) in ranges.items())
-    bounded = {arm: top > AT_THE_BOUND for arm, top in tops.items()}
-    at_least = min(map(final, runs["fst"])) if bounded["fst"] else ranges["fst"][0]
-    above = not bounded["rl"] and at_least > max(ranges["rl"][1], middle(gepa))
-    note = f" (1.00 is the fit's bound; fst ends at {shown(list(map(final, runs['fst'])))})" if bounded["fst"] else ""
-    return f"{words}, gepa_long {shown(gepa)}{note}", above
+    known = max(tops.values()) < AT_THE_BOUND
+    above = known and ranges["fst"][0] > max(ranges["rl"][1], middle(gepa))
+    return f"{words}, gepa_long {shown(gepa)}" + ("" if known else "; 1.00 is the fit's bound"), above
 
 
 def drift(results: Sequence[Result], world: str, base: str, at_most: float) -> Told:
