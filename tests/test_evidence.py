@@ -337,14 +337,11 @@ def started(monkeypatch):
     def make(run, place, console):
         made.append(run)
         place.of(run).mkdir(exist_ok=True)
-        (place.of(run) / "result.json").write_text(json.dumps({**asdict(run), "recipe": run.recipe, **marked(run)}))
+        told = {**asdict(run), "recipe": run.recipe, "marks": run.marks(), "lines": []}
+        (place.of(run) / "result.json").write_text(json.dumps(told))
 
     monkeypatch.setattr(grid, "_made", make)
     return made
-
-
-def marked(run):
-    return {"marks": run.marks(), "lines": []}
 
 
 def test_a_world_from_outside_has_runs_and_a_file_of_its_own_and_a_changed_one_is_another(mine, monkeypatch, capsys):

@@ -36,6 +36,7 @@ from benchmarks.evidence.marks import base_mark, world_mark
 from benchmarks.evidence.raw import RESULTS
 from benchmarks.evidence.run import INTERVAL, Run
 from dspy_fst.run.files import read_json
+from programs.lab.demo import positive
 from programs.lab.pretrain import Recipe, pretrain
 
 RUN_LIMIT_S = 3600
@@ -73,9 +74,10 @@ def _try_first(stages: Stages, place: Place) -> None:
     Raises:
         SystemExit: everything that is wrong with them.
     """
-    made_later = {str(place.weaker_base), *(str(place.of(run)) for run in chain.from_iterable(stages))}
-    tries = [partial(world_mark, world) for world in dict.fromkeys(run.world for run in chain.from_iterable(stages))]
-    bases = {run.weights for run in chain.from_iterable(stages) if run.base not in made_later}
+    runs = list(chain.from_iterable(stages))
+    made_later = {str(place.weaker_base), *(str(place.of(run)) for run in runs)}
+    tries = [partial(world_mark, world) for world in dict.fromkeys(run.world for run in runs)]
+    bases = {run.weights for run in runs if run.base not in made_later}
     tries += [partial(base_mark, folder) for folder in sorted(bases)]
     faults = []
     for attempt in tries:
@@ -151,13 +153,6 @@ def stop(number: int, frame: FrameType | None) -> None:
     for child in psutil.Process().children():
         child.terminate()
     raise KeyboardInterrupt
-
-
-def positive(text: str) -> int:
-    """A number of 1 or more."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ import random
 from functools import cache
 from pathlib import Path
 
+from dspy_fst.run.files import sha256_of
 from programs.lab.world import World, load_world
 
 PROBLEMS = 20
@@ -37,7 +38,7 @@ def base_mark(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise ValueError(f"base {str(folder)!r}: no model lies there (config.json and *.safetensors)")
-    return _digest(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
+    return _digest(b"".join(bytes.fromhex(sha256_of(file)) for file in files))
 
 
 def _tried(world: World) -> list[str]:

@@ -29,7 +29,7 @@ def rendered(page: str) -> str:
     return PLACE.sub(made, page)
 
 
-@cache  # two pages hold the same table, and a ceiling is fitted hundreds of times
+@cache  # two pages hold the same table
 def _published(claim: str, form: str, experiment: str, world: str, base: str) -> str:
     results = read(form, experiment)
     return _body(claim, results, world, base) if results else "not made yet"

@@ -51,13 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["in_process", "vllm"], default="in_process")
-    parser.add_argument("--seeds", type=_positive, default=3, help="independent runs")
+    parser.add_argument("--seeds", type=positive, default=3, help="independent runs")
     parser.add_argument("--world", default="reverse_drop", help="a world's name or import path")
     parser.add_argument("--run-dir", help="where the runs are kept; default: a new folder under runs/")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of 1 or more, from the command line."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError("at least 1")
     return number

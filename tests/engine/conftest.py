@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
+from dspy_fst.engine.vllm_server import VLLMServer
 from tests.engine.lessons import LESSONS
 from tests.engine.taught import teach
 from tests.engine.test_server_process import members
+from tests.engine.tiny_qwen import small
 
 
 @pytest.fixture(scope="package")
@@ -23,8 +24,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """Each test loads the weights that it is about; the tokenizer and its template stay the taught model's."""
     logging.getLogger("dspy_fst").setLevel(logging.INFO)
-    log = tmp_path_factory.mktemp("log") / "vllm.log"
-    engine = VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, startup_timeout_s=240, request_timeout_s=60, log_path=log))
+    engine = VLLMServer(small(tmp_path_factory.mktemp("log") / "vllm.log"))
     engine.load(Checkpoint("taught", taught))
     yield engine
     group = engine.process_group

@@ -14,8 +14,8 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.vllm_server import VLLMServer
 from dspy_fst.errors import EngineError, SyncError
 from tests.engine.test_server_process import members, wait_until_gone
-from tests.engine.test_vllm_server import PROBES, ask, small, verify
-from tests.engine.tiny_qwen import make_model, save
+from tests.engine.test_vllm_server import PROBES, ask, verify
+from tests.engine.tiny_qwen import make_model, save, small
 
 
 @pytest.mark.vllm

@@ -35,10 +35,6 @@ def gap(model: Qwen3ForCausalLM, completion: Completion, temperature: float) -> 
     return max(abs(a - b) for a, b in zip(scores, completion.logprobs, strict=True))
 
 
-def small(log: Path | None = None) -> VLLMSettings:
-    return VLLMSettings(cpu_kv_cache_gib=1, startup_timeout_s=240, request_timeout_s=60, log_path=log)
-
-
 # Settings, without a server
 
 

@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.vllm_server import VLLMSettings
 
 END = "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -51,6 +52,11 @@ def make_model(seed: int, *, tied: bool = False) -> Qwen3ForCausalLM:
         initializer_range=0.15,
     )
     return Qwen3ForCausalLM(config).eval()
+
+
+def small(log: Path | None = None) -> VLLMSettings:
+    """Of a server for a model so small, whose output goes to a file."""
+    return VLLMSettings(cpu_kv_cache_gib=1, startup_timeout_s=240, request_timeout_s=60, log_path=log)
 
 
 def save(model: Qwen3ForCausalLM, folder: Path, version: str) -> Checkpoint:

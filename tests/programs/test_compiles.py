@@ -12,13 +12,14 @@ import pytest
 
 from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
+from dspy_fst.engine.vllm_server import VLLMServer
 from dspy_fst.rollout.texts import read_texts
 from programs import codeio, hover, math, physics, reckon, relay, star_graph
 from programs.common import Task
 from programs.lab import BASE as LAB
 from programs.tiny import PAPER, RECKON
 from programs.tiny.courses import GRAPH
+from tests.engine.tiny_qwen import small
 from tests.pipelines.watched import Watched, assert_tokens_are_exact, run_watched, tokens_of
 
 SMALL = {"train": 24, "val": 4, "test": 1, "seed": 5}
@@ -60,8 +61,7 @@ CASES = {
 @contextmanager
 def serving(base: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """A server that many runs from a base may share: each puts its own weights on it. Says how to reach it."""
-    log = folder / "vllm.log"
-    engine = VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, startup_timeout_s=240, request_timeout_s=60, log_path=log))
+    engine = VLLMServer(small(folder / "vllm.log"))
     engine.load(Checkpoint("base", base))
     assert engine.address is not None
     try:

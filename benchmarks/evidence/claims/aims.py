@@ -132,9 +132,9 @@ AIMS = (
     Aim(
         "a second task as from the base, while RL's falls short: reverse_drop, descending",
         "RL collapses, FST as the base",
-        partial(plasticity, world="descending"),
+        partial(plasticity, world=HARD),
     ),
-    Aim("... descending, reverse_drop", "", partial(plasticity, world="reverse_drop")),
+    Aim("... descending, reverse_drop", "", partial(plasticity, world=WORLD)),
     Aim("each of three stages at 0.95 of the best", "RL stalls in the second", partial(continual, at_least=0.95)),
 )
 
