@@ -1,6 +1,7 @@
 """Settings of the whole test run."""
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 import transformers
@@ -15,6 +16,17 @@ transformers.logging.disable_progress_bar()
 # A runner in the background ignores these, and children inherit it: what tests send would not arrive.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_left_alone() -> Iterator[None]:
+    """A handler that stays meets the next signal of another test, whichever shares the process."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    yield
+    assert {number: signal.getsignal(number) for number in HANDLED} == before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

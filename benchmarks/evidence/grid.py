@@ -175,13 +175,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     changed = {name: value for name, value in changed.items() if value}
     if options.experiment and (changed or options.arm):
         parser.error("--world, --base and --arm are of the main comparison: name no experiment beside them")
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         make_form(options, changed)
     except ValueError as fault:
         raise SystemExit(str(fault)) from fault
     except KeyboardInterrupt:
         raise SystemExit("stopped; finished runs are kept, and the same command goes on") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_form(options: argparse.Namespace, changed: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """A server process that is always ended: by close, at exit, with its owner, or when nobody holds it."""
 
+import contextlib
 import os
 import re
 import signal
@@ -11,7 +12,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 _SUPERVISE = Path(__file__).with_name("served") / "supervise.py"
+_KILLED_S = 10.0  # large processes take a while to give their memory back, which the next server needs
 _LOG_BYTES_READ = 4_194_304
 _LINE_CHARACTERS = 300
 _ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception)\b: .*")
@@ -110,22 +114,30 @@ def _temporary_log() -> Path:
 def _end(supervisor: subprocess.Popen[bytes], grace_s: float, owner: int) -> None:
     if os.getpid() != owner:
         return  # a forked child ran the finalizer; the server is not its own
-    _signal_group(supervisor.pid, signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
-    while time.monotonic() < deadline and _group_lives(supervisor):
-        time.sleep(0.05)
-    _signal_group(supervisor.pid, signal.SIGKILL)
-    supervisor.wait()
+    for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILLED_S)):
+        _signal_group(supervisor.pid, number)
+        deadline = time.monotonic() + seconds
+        while _group_lives(supervisor):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _group_lives(supervisor: subprocess.Popen[bytes]) -> bool:
-    supervisor.poll()  # a zombie would count as a member
-    return _signal_group(supervisor.pid, 0)
+    supervisor.poll()  # reaps it: only then is the group's id free
+    return any(_lives_in(supervisor.pid, process) for process in psutil.process_iter())
 
 
-def _signal_group(group: int, number: int) -> bool:
+def _lives_in(group: int, process: psutil.Process) -> bool:
+    """Whether the process belongs to the group and is no zombie, which nobody may ever reap in a container."""
     try:
-        os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):  # the latter on macOS for a group of zombies
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):  # it went meanwhile
         return False
-    return True
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter on macOS for a group of zombies
+        os.killpg(group, number)
