@@ -23,6 +23,7 @@ from benchmarks.evidence.grid import make_all, write
 from benchmarks.evidence.raw import RESULTS
 from benchmarks.evidence.run import Run
 from dspy_fst.run.files import write_json
+from programs.lab.demo import positive
 
 LINES = RESULTS / "tune.jsonl"
 TRIED = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -41,7 +42,7 @@ def chosen(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=positive, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, default=Path("runs") / "evidence-tune")
     options = parser.parse_args(arguments)
     results = []
