@@ -146,7 +146,7 @@ def server(home):
 def test_a_compiled_program_answers_as_its_schema_says(server):
     reply = server.ask(NUMBERS)
     assert reply.status_code == 200, reply.text
-    schema = httpx.get(f"{server.url}/openapi.json").json()
+    schema = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
     operation = schema["paths"][PATH]["post"]
     for value, part in ((NUMBERS, operation["requestBody"]), (reply.json(), operation["responses"]["200"])):
         jsonschema.validate(
@@ -202,7 +202,7 @@ def test_malformed_oversized_and_unknown_callers_are_refused(server):
     assert told(b"4" * 1_100_000) == (413, "too_large")
     assert told(iter([b"4" * 400_000] * 3)) == (413, "too_large")
     assert told(json.dumps(NUMBERS), Authorization="") == (401, "unauthorized")
-    assert httpx.get(f"{server.url}/nothing", headers=server.auth).status_code == 404
+    assert httpx.get(f"{server.url}/nothing", headers=server.auth, timeout=60).status_code == 404
 
 
 def test_too_many_at_once_are_refused_and_the_figures_add_up(server):

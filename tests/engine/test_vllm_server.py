@@ -207,7 +207,7 @@ def test_a_prompt_beyond_the_context_is_the_requests_fault(server: VLLMServer, c
 @pytest.mark.vllm
 def test_developer_endpoints_are_closed_to_others_on_the_machine(server: VLLMServer) -> None:
     assert server.address is not None
-    with httpx.Client(base_url=server.address.url, trust_env=False) as stranger:
+    with httpx.Client(base_url=server.address.url, timeout=60, trust_env=False) as stranger:
         for path in ("/collective_rpc", "/pause", "/v1/completions"):
             assert stranger.post(path, json={}).status_code == 401
         assert stranger.get("/health").status_code == 200

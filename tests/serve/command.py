@@ -66,7 +66,7 @@ class Server:
         return {"Authorization": f"Bearer {self.key}"}
 
     def ready(self) -> bool:
-        return bool(self.url) and httpx.get(f"{self.url}/ready", timeout=10).status_code == 200
+        return bool(self.url) and httpx.get(f"{self.url}/ready", timeout=60).status_code == 200
 
     def ask(self, body: Any, path: str = PATH) -> httpx.Response:
         return httpx.post(self.url + path, json=body, headers=self.auth, timeout=120)

@@ -60,7 +60,7 @@ class Visit:
 
     def ready(self):
         try:
-            return httpx.get(f"{self.url}/ready").status_code == 200
+            return httpx.get(f"{self.url}/ready", timeout=60).status_code == 200
         except httpx.ConnectError:
             return False
 
@@ -138,7 +138,7 @@ def test_a_second_signal_ends_at_once():
     def insist(visit):
         thread, got = visit.asking("x")
         visit.terminate()
-        wait_until(lambda: httpx.get(f"{visit.url}/ready").status_code == 503, "it drains")
+        wait_until(lambda: httpx.get(f"{visit.url}/ready", timeout=60).status_code == 503, "it drains")
         visit.terminate()
         thread.join(30)
         replies.extend(got)

@@ -81,7 +81,7 @@ def test_a_module_s_outputs_arrive_before_the_next_module_has_answered():
     program, _ = compiled(slow_at_last, TwoSteps())
     with (
         served(app_behind(program)) as url,
-        httpx.stream("POST", url + STREAM, json=question("x"), headers=AUTH) as reply,
+        httpx.stream("POST", url + STREAM, json=question("x"), headers=AUTH, timeout=60) as reply,
     ):
         lines = reply.iter_lines()
         assert any("plan" in line for line in lines)

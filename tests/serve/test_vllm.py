@@ -17,7 +17,7 @@ def test_behind_vllm_programs_and_chats_stream_token_by_token_and_nothing_is_lef
     out = saved_lab(tmp_path / "out")
     with serving(out, "--program", "programs.lab.project:program", "--engine", "vllm") as server:
         server.wait_for(lambda: bool(server.url), "it listens")
-        assert httpx.get(f"{server.url}/health").json() == {"alive": True}
+        assert httpx.get(f"{server.url}/health", timeout=60).json() == {"alive": True}
         server.wait_for(server.ready, "vLLM serves weights", limit_s=500)
         behind = psutil.Process(server.process.pid).children(recursive=True)
         assert behind
@@ -33,7 +33,7 @@ def test_behind_vllm_programs_and_chats_stream_token_by_token_and_nothing_is_lef
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         client.close()
         assert text == whole.choices[0].message.content
-        assert httpx.post(f"{server.url}/collective_rpc", headers=server.auth).status_code == 404
+        assert httpx.post(f"{server.url}/collective_rpc", headers=server.auth, timeout=60).status_code == 404
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0, server.said
         _, alive = psutil.wait_procs(behind, timeout=30)
