@@ -1,6 +1,8 @@
 """Settings of the whole test run."""
 
+import os
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -13,11 +15,17 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 transformers.logging.disable_progress_bar()
 
+# DSPy, not imported yet, keeps replies of LMs in the home folder: those of an earlier test run would be taken.
+CACHE = tempfile.TemporaryDirectory(prefix="dspy-cache-")
+os.environ["DSPY_CACHEDIR"] = CACHE.name
+
 # A runner in the background ignores these, and children inherit it: what tests send would not arrive.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+SERVED_LIMIT_S = 1800
+"""Of a test on vLLM, its share of starting servers included: half a minute each, or several where cores are few."""
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -32,6 +40,9 @@ def signals_are_left_alone() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start servers first: a long one that begins last would keep one of two workers waiting."""
     served = {item.path for item in items if item.get_closest_marker("vllm")}
+    for item in items:
+        if item.path in served:
+            item.add_marker(pytest.mark.timeout(SERVED_LIMIT_S))
     items.sort(key=lambda item: item.path not in served)
 
 

@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,9 @@ def test_what_the_student_s_own_engine_holds_will_be_given_back():
     assert next(need.free for need in needs if need.place == MEMORY) == 1000 + 4 * P
 
 
-def test_a_run_that_goes_on_has_part_of_what_it_needs_on_disk(tmp_path):
+def test_a_run_that_goes_on_has_part_of_what_it_needs_on_disk(tmp_path, monkeypatch):
+    disk = shutil.disk_usage(tmp_path)  # others write to it between two looks
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     for name in ("weights/step-000000/model.safetensors", "states/000001/trainer/state.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True)
         with (tmp_path / name).open("wb") as file:

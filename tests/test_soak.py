@@ -44,7 +44,7 @@ def test_whatever_leaks_is_named(tmp_path):
         path = tmp_path / str(number)
         path.write_bytes(b"x" * 100_000)
         kept += [path.open(), b"x" * ONE_MODEL]  # written, so that it takes memory
-        threading.Thread(target=end.wait).start()
+        threading.Thread(target=end.wait, daemon=True).start()
         measures.append(Measure.now(tmp_path))
     end.set()
     for file in kept[::2]:

@@ -41,6 +41,8 @@ _READINESS_POLL_S = 0.25
 _PROGRESS_EVERY_S = 15.0
 _DEATH_NOTICE_S = 3.0
 """How long a server whose connection broke gets to be seen as dead, so that the error can say why."""
+_WIND_UP_S = 60.0
+"""The same for one whose engine has died: it says so to health checks, and takes its time to end."""
 
 _OURS = {
     *("--model", "--host", "--port", "--api-key", "--served-model-name"),
@@ -358,12 +360,16 @@ class VLLMServer:
             yield
         except NoAnswerError as error:
             process = self._process
-            if process is None or not process.exits_within(_DEATH_NOTICE_S):
+            if process is None or not self._ends(process):
                 raise
             killed = f"vLLM was killed: {self._killed_because}" if self._killed_because else "vLLM died"
             raise ServerDiedError(
                 f"{killed}, {_obituary(process)}\nclose() the engine; load() then starts a new server"
             ) from error
+
+    def _ends(self, process: ServerProcess) -> bool:
+        """Whether it is dead or about to be; a server that is only slow, or refuses a request, is neither."""
+        return process.exits_within(_DEATH_NOTICE_S) or (not self.alive() and process.exits_within(_WIND_UP_S))
 
 
 def vllm_command(settings: VLLMSettings, model: Path, port: int) -> list[str]:

@@ -95,6 +95,7 @@ class _Server(uvicorn.Server):
         self.unanswered = await self._service.gate.emptied(self._drain_s)
         self._service.gate.expire()
         await asyncio.sleep(LAST_CALL_S)  # closing resets whoever has connected and is not accepted yet
+        await asyncio.sleep(0)  # after a wait this goes on before those who stand at the door are let in
         # Listening ends before the connections do: uvicorn's own shutdown would cut those that it has not read yet.
         for server in self.servers:
             server.close()

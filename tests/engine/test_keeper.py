@@ -53,7 +53,7 @@ class Server:
         self.loaded: list[str] = []
         self.killed: list[str] = []
         self.closed = threading.Event()
-        self.in_flight, self.tokens = 0, 0
+        self.in_flight, self.tokens, self.moves = 0, 0, 0
 
     def load(self, checkpoint: Checkpoint) -> None:
         self.version = None
@@ -73,6 +73,7 @@ class Server:
         return [[-1.0] * (len(sequence) - 1) for sequence in sequences]
 
     def progress(self, timeout_s: float) -> tuple[float, str]:
+        self.tokens += self.moves
         return 0.0, f"tokens {self.tokens}"
 
     def kill(self, reason: str) -> None:
@@ -572,7 +573,6 @@ def watched(server: Server, seconds: float) -> list[str]:
     watch(server, 0.2)  # type: ignore[arg-type]
     deadline = time.monotonic() + seconds
     while not server.killed and time.monotonic() < deadline:
-        server.tokens += server.moves
         time.sleep(0.01)
     server.address = None  # ends the watching
     return server.killed
@@ -581,7 +581,7 @@ def watched(server: Server, seconds: float) -> list[str]:
 @pytest.fixture
 def server(world: World) -> Server:
     server = Server(world, 0)
-    server.in_flight, server.moves = 3, 0
+    server.in_flight = 3
     return server
 
 

@@ -1,7 +1,10 @@
 """What is sent to vLLM and what is accepted from it, against a server of canned replies."""
 
 import json
+import os
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,7 +13,9 @@ from typing import Any
 import pytest
 from dspy.lm15 import Config, FunctionTool, InvalidRequestError, Message, Request, ToolChoice, UnsupportedFeatureError
 
+from dspy_fst.engine import vllm_server
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.process import ServerProcess
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.vllm_client import NoAnswerError, pinned
 from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
@@ -78,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(length)) if length else None
         self.server.asked.append((self.path, body))
         if path == self.server.stalled_path:
-            self.server.stall.wait(10)
+            self.server.stall.wait(60)
         status, reply = self.server.replies.get(path, (404, {"error": {"message": "no such path"}}))
         if path == "/v1/completions" and body:
             sharpness = 1 / body["temperature"] if self.server.logprobs_heed_temperature else 1.0
@@ -117,7 +122,14 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 @pytest.fixture
 def engine(canned: Canned) -> Iterator[VLLMServer]:
-    engine = VLLMServer(VLLMSettings(attach_url=canned.url, request_timeout_s=2.0, load_timeout_s=0.5))
+    engine = VLLMServer(VLLMSettings(attach_url=canned.url, request_timeout_s=60, load_timeout_s=60))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def impatient(canned: Canned) -> Iterator[VLLMServer]:
+    engine = VLLMServer(VLLMSettings(attach_url=canned.url, request_timeout_s=2, load_timeout_s=2))
     yield engine
     engine.close()
 
@@ -271,12 +283,40 @@ def test_a_connection_that_another_thread_closed_is_an_engine_error(engine: VLLM
 
 
 def test_a_reply_that_never_comes_ends_with_the_time_out(
-    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+    impatient: VLLMServer, canned: Canned, checkpoint: Checkpoint
 ) -> None:
-    engine.load(checkpoint)
+    impatient.load(checkpoint)
     canned.stalled_path = "/v1/chat/completions"
     with pytest.raises(EngineError, match="gave no reply"):
+        impatient.complete(REQUEST, seed=0)
+
+
+SLOW_END = "import time; time.sleep({}); raise SystemExit(3)"
+
+
+def test_a_server_whose_engine_is_gone_is_waited_for_so_that_its_end_can_be_told(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "_DEATH_NOTICE_S", 0.1)
+    engine.load(checkpoint)
+    canned.replies["/health"] = (503, "")
+    engine._process = ServerProcess([sys.executable, "-c", SLOW_END.format(2)], os.environ, log_path=None, grace_s=1)
+    canned.replies["/v1/chat/completions"] = (500, {"error": {"message": "EngineDeadError"}})
+    with pytest.raises(EngineError, match="vLLM died, exit status 3"):
         engine.complete(REQUEST, seed=0)
+
+
+def test_a_server_that_is_well_and_refuses_a_request_is_not_waited_for(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "_DEATH_NOTICE_S", 0.1)
+    engine.load(checkpoint)
+    engine._process = ServerProcess([sys.executable, "-c", SLOW_END.format(50)], os.environ, log_path=None, grace_s=1)
+    canned.replies["/v1/chat/completions"] = (500, {"error": {"message": "an outage"}})
+    began = time.monotonic()
+    with pytest.raises(NoAnswerError, match="an outage"):
+        engine.complete(REQUEST, seed=0)
+    assert time.monotonic() - began < 25
 
 
 # Swapping weights
@@ -313,12 +353,12 @@ def test_a_failed_swap_resumes_the_server_but_serves_nothing(
 
 
 def test_a_swap_that_hangs_says_what_was_waited_for_and_resumes(
-    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+    impatient: VLLMServer, canned: Canned, checkpoint: Checkpoint
 ) -> None:
-    engine.load(checkpoint)
+    impatient.load(checkpoint)
     canned.stalled_path = "/collective_rpc"
-    with pytest.raises(EngineError, match=r"waited 0\.5 s in vain .*collective_rpc"):
-        engine.load(checkpoint)
+    with pytest.raises(EngineError, match=r"waited 2 s in vain .*collective_rpc"):
+        impatient.load(checkpoint)
     assert canned.paths()[-1] == "/resume"
 
 

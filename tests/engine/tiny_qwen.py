@@ -56,7 +56,7 @@ def make_model(seed: int, *, tied: bool = False) -> Qwen3ForCausalLM:
 
 def small(log: Path | None = None) -> VLLMSettings:
     """Of a server for a model so small, whose output goes to a file."""
-    return VLLMSettings(cpu_kv_cache_gib=1, startup_timeout_s=240, request_timeout_s=60, log_path=log)
+    return VLLMSettings(cpu_kv_cache_gib=1, startup_timeout_s=900, request_timeout_s=60, log_path=log)
 
 
 def save(model: Qwen3ForCausalLM, folder: Path, version: str) -> Checkpoint:

@@ -313,10 +313,10 @@ def test_a_rollout_over_its_time_is_masked_and_its_late_calls_are_refused():
             return reply
 
     program = Hangs()
-    player, engine = player_of(program, timeout_s=0.3)
+    player, engine = player_of(program, timeout_s=3)
     started = time.monotonic()
     rollouts = player.play([Task(p, read_texts(program)) for p in PROBLEMS], "test")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 15
     assert [r.mask for r in rollouts] == [None, "timeout", None, None]
     assert engine.expected[-1] == 0
     release.set()
