@@ -32,6 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rl_slower": {"method": "rl"},
     "fst_slower": {},
     "anchored_slower": {"seed_kl_coefficient": 0.1},
+    "one_prompt_slower": {"population_size": 1},
+    "own_baselines_slower": {"baseline": "candidate"},
     "distill": {
         "method": "distill",
         "seed_kl_coefficient": 1.0,
@@ -56,20 +58,32 @@ SENSITIVITY: dict[str, dict[str, Any]] = {
 
 ARMS = {**MAIN, **VARIANTS, **SENSITIVITY}
 
-TUNED = ("fst", "rl", "gepa_then_rl")
+TUNED = (
+    *("fst", "rl", "gepa_then_rl"),
+    *("one_prompt", "own_baselines", "anchored", "distill", "fst_and_distill"),
+)
 """Arms whose learning rate is chosen by `benchmarks.evidence.tune`."""
 RATE_OF = {
-    "rl_then_gepa": "rl",
+    "rl_then_gepa": "rl",  # its weights are RL's
     "rl_slower": "gepa_then_rl",
     "fst_slower": "gepa_then_rl",
     "anchored_slower": "gepa_then_rl",
+    "one_prompt": "fst",  # one thing changed; at the rate tuned for it below
+    "own_baselines": "fst",
+    "one_prompt_slower": "one_prompt",
+    "own_baselines_slower": "own_baselines",
 }
-"""Arms that take the rate of one of them; every other one is a variant of FST and takes FST's."""
+"""Arms that take the rate of one of them. Those in neither take FST's: they search otherwise, or one number differs."""
+
+
+def used_under(arm: str) -> str:
+    """Which instruction an arm's weights are made for, "seed" or "evolved"."""
+    return "seed" if ARMS[arm].get("method") == "distill" else "evolved"
 
 
 def tuned_as(arm: str) -> str:
     """The tuned arm whose learning rate an arm takes."""
-    return arm if arm in TUNED else RATE_OF.get(arm, "fst")
+    return RATE_OF.get(arm, arm if arm in TUNED else "fst")
 
 
 ABOUT = {
@@ -88,6 +102,8 @@ ABOUT = {
     "rl_slower": "RL at the learning rate of gepa_then_rl",
     "fst_slower": "FST at the learning rate of gepa_then_rl",
     "anchored_slower": "the anchored FST at the learning rate of gepa_then_rl",
+    "one_prompt_slower": "one instruction instead of four, at the learning rate tuned for that",
+    "own_baselines_slower": "a baseline of each candidate's own, at the learning rate tuned for that",
     "distill": "no reward: what the base says under the population is taught under the seed",
     "fst_and_distill": "FST, and that with a tenth of the weight",
     **dict.fromkeys(SENSITIVITY, "FST with this number changed"),
