@@ -56,15 +56,23 @@ SENSITIVITY: dict[str, dict[str, Any]] = {
 
 ARMS = {**MAIN, **VARIANTS, **SENSITIVITY}
 
-TUNED = ("fst", "rl", "gepa_then_rl")
+TUNED = (
+    *("fst", "rl", "gepa_then_rl"),
+    *("one_prompt", "own_baselines", "anchored", "front_loaded", "restarting", "distill", "fst_and_distill"),
+)
 """Arms whose learning rate is chosen by `benchmarks.evidence.tune`."""
 RATE_OF = {
-    "rl_then_gepa": "rl",
+    "rl_then_gepa": "rl",  # its weights are RL's
     "rl_slower": "gepa_then_rl",
     "fst_slower": "gepa_then_rl",
     "anchored_slower": "gepa_then_rl",
 }
-"""Arms that take the rate of one of them; every other one is a variant of FST and takes FST's."""
+"""Arms that take the rate of one of them; every other one takes FST's: one number of it is changed."""
+
+
+def used_under(arm: str) -> str:
+    """Which instruction an arm's weights are made for, "seed" or "evolved"."""
+    return "seed" if ARMS[arm].get("method") == "distill" else "evolved"
 
 
 def tuned_as(arm: str) -> str:

@@ -80,9 +80,9 @@ def need_peak(arms: Runs) -> None:
 # ---- what a run came to ------------------------------------------------------------------------
 
 
-def curve(result: Result) -> list[tuple[float, float]]:
-    """(updates, accuracy) at each measured checkpoint."""
-    return [(line["step"], line["evolved accuracy"]) for line in result["lines"]]
+def curve(result: Result, under: str = "evolved") -> list[tuple[float, float]]:
+    """(updates, accuracy) at each measured checkpoint, under the "seed" or the "evolved" instruction."""
+    return [(line["step"], line[f"{under} accuracy"]) for line in result["lines"]]
 
 
 def spent(result: Result) -> list[tuple[float, float]]:
