@@ -103,7 +103,7 @@ def _is_another(run: Run, out: Path) -> bool:
         return False
     asked = {**asdict(run), "recipe": run.recipe, "marks": run.marks()}
     # Older results do not say these.
-    stored = {"interval": INTERVAL, "seed_interval": INTERVAL, "marks": asked["marks"], **stored}
+    stored = {"carry": False, "interval": INTERVAL, "seed_interval": INTERVAL, "marks": asked["marks"], **stored}
     stored["base"], asked["base"] = Path(stored["base"]).name, Path(asked["base"]).name
     return any(stored[name] != value for name, value in asked.items())
 
