@@ -58,7 +58,7 @@ ARMS = {**MAIN, **VARIANTS, **SENSITIVITY}
 
 TUNED = (
     *("fst", "rl", "gepa_then_rl"),
-    *("one_prompt", "own_baselines", "anchored", "front_loaded", "restarting", "distill", "fst_and_distill"),
+    *("one_prompt", "own_baselines", "anchored", "distill", "fst_and_distill"),
 )
 """Arms whose learning rate is chosen by `benchmarks.evidence.tune`."""
 RATE_OF = {
@@ -67,7 +67,7 @@ RATE_OF = {
     "fst_slower": "gepa_then_rl",
     "anchored_slower": "gepa_then_rl",
 }
-"""Arms that take the rate of one of them; every other one takes FST's: one number of it is changed."""
+"""Arms that take the rate of one of them; every other one takes FST's: its updates are FST's, or differ in one number."""
 
 
 def used_under(arm: str) -> str:
