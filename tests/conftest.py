@@ -34,14 +34,17 @@ def signals_are_left_alone() -> Iterator[None]:
     """A handler that stays meets the next signal of another test, whichever shares the process."""
     before = {number: signal.getsignal(number) for number in HANDLED}
     yield
-    assert {number: signal.getsignal(number) for number in HANDLED} == before
+    after = {number: signal.getsignal(number) for number in HANDLED}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start servers first: a long one that begins last would keep one of two workers waiting."""
     served = {item.path for item in items if item.get_closest_marker("vllm")}
     for item in items:
-        if item.path in served:
+        if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.timeout(SERVED_LIMIT_S))
     items.sort(key=lambda item: item.path not in served)
 

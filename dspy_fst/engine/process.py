@@ -1,18 +1,22 @@
 """A server process that is always ended: by close, at exit, with its owner, or when nobody holds it."""
 
 import contextlib
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 _SUPERVISE = Path(__file__).with_name("served") / "supervise.py"
 _KILLED_S = 10.0  # large processes take a while to give their memory back, which the next server needs
@@ -48,6 +52,7 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._stopping = threading.Lock()
         # A finalizer also runs at interpreter exit and when the engine is garbage.
         self._finalizer = weakref.finalize(self, _end, self._supervisor, grace_s, os.getpid())
 
@@ -89,7 +94,8 @@ class ServerProcess:
         Args:
             keep_log: Leave a temporary log behind, for an error message that points to it.
         """
-        self._finalizer()
+        with self._stopping:  # who comes second waits, too
+            self._finalizer()
         if self._log_is_temporary and not keep_log:
             self.log_path.unlink(missing_ok=True)
 
@@ -115,26 +121,32 @@ def _end(supervisor: subprocess.Popen[bytes], grace_s: float, owner: int) -> Non
     if os.getpid() != owner:
         return  # a forked child ran the finalizer; the server is not its own
     for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILLED_S)):
-        _signal_group(supervisor.pid, number)
+        _signal_group(supervisor.pid, number)  # SIGKILL also when nobody is seen: a look is no snapshot
         deadline = time.monotonic() + seconds
-        while _group_lives(supervisor):
-            if time.monotonic() > deadline:
-                break
+        while (lives := _group_lives(supervisor.pid)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        else:
-            return
+    if lives:
+        logger.warning("process group %d was killed and is not gone after %g s", supervisor.pid, _KILLED_S)
+    supervisor.poll()  # reaped last: until then the group's id is nobody else's
 
 
-def _group_lives(supervisor: subprocess.Popen[bytes]) -> bool:
-    supervisor.poll()  # reaps it: only then is the group's id free
-    return any(_lives_in(supervisor.pid, process) for process in psutil.process_iter())
+def _group_lives(group: int) -> bool:
+    try:
+        return any(_lives_in(group, process) for process in psutil.process_iter())
+    except OSError:  # no file descriptor is left to look with
+        return True
 
 
 def _lives_in(group: int, process: psutil.Process) -> bool:
-    """Whether the process belongs to the group and is no zombie, which nobody may ever reap in a container."""
+    """Whether the process belongs to the group and holds memory.
+
+    A zombie does not, and in a container nobody may ever reap it; but one of many threads does until the last ends.
+    """
     try:
-        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, OSError):  # it went meanwhile
+        if os.getpgid(process.pid) != group:
+            return False
+        return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
+    except (psutil.Error, ProcessLookupError):  # it went meanwhile
         return False
 
 

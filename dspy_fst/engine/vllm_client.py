@@ -102,6 +102,13 @@ class VLLMClient:
         """Raises EngineError unless the server answers that it is well."""
         self._call("GET", "/health", timeout_s=QUICK_TIMEOUT_S)
 
+    def engine_died(self) -> bool:
+        """Whether the server says so itself; one that does not answer says nothing."""
+        try:
+            return self._send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).status_code == 503
+        except NoAnswerError:
+            return False
+
     def find_model(self) -> str:
         """Name under which the server serves its (first) model, asked once.
 

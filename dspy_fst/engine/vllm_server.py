@@ -42,7 +42,7 @@ _PROGRESS_EVERY_S = 15.0
 _DEATH_NOTICE_S = 3.0
 """How long a server whose connection broke gets to be seen as dead, so that the error can say why."""
 _WIND_UP_S = 60.0
-"""The same for one whose engine has died: it says so to health checks, and takes its time to end."""
+"""The same for one whose engine has died: it says so to health checks and takes its time to end. Then it is killed."""
 
 _OURS = {
     *("--model", "--host", "--port", "--api-key", "--served-model-name"),
@@ -211,10 +211,11 @@ class VLLMServer:
 
     def alive(self) -> bool:
         """Whether the server answers now."""
-        if self._client is None or (self._process is not None and self._process.exit_status is not None):
+        client, process = self._client, self._process  # another thread may close it meanwhile
+        if client is None or (process is not None and process.exit_status is not None):
             return False
         try:
-            self._client.ping()
+            client.ping()
         except EngineError:
             return False
         return True
@@ -368,8 +369,15 @@ class VLLMServer:
             ) from error
 
     def _ends(self, process: ServerProcess) -> bool:
-        """Whether it is dead or about to be; a server that is only slow, or refuses a request, is neither."""
-        return process.exits_within(_DEATH_NOTICE_S) or (not self.alive() and process.exits_within(_WIND_UP_S))
+        """Whether it is dead, or was about to be and is now; a server that is slow or refuses a request is neither."""
+        if process.exits_within(_DEATH_NOTICE_S):
+            return True
+        client = self._client
+        if client is None or not client.engine_died():
+            return False
+        if not process.exits_within(_WIND_UP_S):
+            self.kill(f"its engine died, and it did not end within {_WIND_UP_S:g} s")
+        return process.exits_within(_DEATH_NOTICE_S)
 
 
 def vllm_command(settings: VLLMSettings, model: Path, port: int) -> list[str]:

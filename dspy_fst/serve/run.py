@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import select
 import socket
 import sys
+import time
 from types import FrameType
 
 import uvicorn
@@ -94,13 +96,23 @@ class _Server(uvicorn.Server):
         print(f"ending within {self._drain_s:g} s; a second signal ends at once", file=sys.stderr, flush=True)
         self.unanswered = await self._service.gate.emptied(self._drain_s)
         self._service.gate.expire()
-        await asyncio.sleep(LAST_CALL_S)  # closing resets whoever has connected and is not accepted yet
-        await asyncio.sleep(0)  # after a wait this goes on before those who stand at the door are let in
+        await asyncio.sleep(LAST_CALL_S)
+        await self._let_in()
         # Listening ends before the connections do: uvicorn's own shutdown would cut those that it has not read yet.
         for server in self.servers:
             server.close()
         await asyncio.sleep(LAST_CALL_S)
         self.should_exit = True
+
+    async def _let_in(self) -> None:
+        """Accept whoever has connected, which an event loop does one a turn: closing would reset them."""
+        doors = select.poll()
+        for door in (door for server in self.servers for door in server.sockets):
+            doors.register(door.fileno(), select.POLLIN)
+        until = time.monotonic() + LAST_CALL_S
+        while doors.poll(0) and time.monotonic() < until:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # an accepted connection is attached one turn later
 
     async def _end_if_failed(self) -> None:
         if self._service.failure is not None:

@@ -1,6 +1,7 @@
 """A server process never outlives its owner, and loading never overlaps sampling."""
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -38,13 +39,25 @@ time.sleep(600)
 
 
 def members(group: int) -> list[int]:
-    """Process ids of a group, zombies not counted."""
+    """Process ids of a group, those not counted that have ended and that nobody reaped."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getpgid(process.pid) == group and not ended(process):
                 found.append(process.pid)
     return found
+
+
+def ended(process: psutil.Process) -> bool:
+    """Whether its last thread has ended; the first one may be dead while others still hold the memory."""
+    if not process.is_running():
+        return True
+    with contextlib.suppress(OSError):  # it went meanwhile, or this system has no /proc
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{process.pid}/task").iterdir()]
+        return all(stat.rpartition(")")[2].split()[0] in "ZX" for stat in stats)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def below(owner: int, name: str) -> psutil.Process | None:
@@ -85,8 +98,18 @@ def test_stop_ends_the_whole_group_even_when_it_ignores_sigterm(tmp_path: Path) 
     assert members(process.group) == []
 
 
-# To end a process the kernel takes back its memory, page by page.
-LARGE = STUBBORN.replace("os.fork()", "held = bytearray(2**28); os.fork(); held[::4096] = bytes(2**16)")
+# To end a process the kernel takes back its memory, page by page, when the last of its threads has ended.
+LARGE = STUBBORN.replace(
+    "os.fork()",
+    """
+import threading
+held = bytearray(2**28)
+os.fork()
+held[::4096] = bytes(2**16)
+for _ in range(30):
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+""",
+)
 
 
 def test_what_had_to_be_killed_is_gone_when_stop_returns(tmp_path: Path) -> None:
@@ -94,6 +117,34 @@ def test_what_had_to_be_killed_is_gone_when_stop_returns(tmp_path: Path) -> None
     wait_until_ready(tmp_path / "log")
     process.stop()
     assert members(process.group) == []
+
+
+def test_a_group_is_killed_also_when_nobody_can_look_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = start(STUBBORN, tmp_path / "log", grace_s=0.1)
+    wait_until_ready(tmp_path / "log")
+
+    def none_left() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dspy_fst.engine.process._KILLED_S", 0.1)
+        patch.setattr(psutil, "process_iter", none_left)
+        process.stop()
+    assert "was killed and is not gone after 0.1 s" in caplog.text
+    assert wait_until_gone(process.group, seconds=20) == []
+
+
+def test_who_stops_it_a_second_time_waits_for_the_first(tmp_path: Path) -> None:
+    process = start(STUBBORN, tmp_path / "log", grace_s=1)
+    wait_until_ready(tmp_path / "log")
+    first = threading.Thread(target=process.stop)
+    first.start()
+    until(process._stopping.locked)
+    process.stop()
+    assert members(process.group) == []
+    first.join()
 
 
 def test_kill_ends_a_group_that_is_stopped_with_its_supervisor(tmp_path: Path) -> None:

@@ -306,6 +306,19 @@ def test_a_server_whose_engine_is_gone_is_waited_for_so_that_its_end_can_be_told
         engine.complete(REQUEST, seed=0)
 
 
+def test_a_server_whose_engine_is_gone_and_that_does_not_end_is_killed(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "_DEATH_NOTICE_S", 2)
+    monkeypatch.setattr(vllm_server, "_WIND_UP_S", 0.1)
+    engine.load(checkpoint)
+    canned.replies["/health"] = (503, "")
+    engine._process = ServerProcess([sys.executable, "-c", SLOW_END.format(600)], os.environ, log_path=None, grace_s=1)
+    canned.replies["/v1/chat/completions"] = (500, {"error": {"message": "EngineDeadError"}})
+    with pytest.raises(EngineError, match=r"vLLM was killed: its engine died, and it did not end within 0\.1 s"):
+        engine.complete(REQUEST, seed=0)
+
+
 def test_a_server_that_is_well_and_refuses_a_request_is_not_waited_for(
     engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

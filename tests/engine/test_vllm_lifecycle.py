@@ -1,7 +1,6 @@
 """How a real server starts, fails and dies; each test has a server of its own, one after the other."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -79,12 +78,14 @@ def test_sigkill_of_the_owner_takes_vllm_and_its_engine_core_along(
     checkpoint = save(make_model(0), tmp_path, "step-000001")
     command = [sys.executable, "-c", OWNER, str(checkpoint.path), str(tmp_path / "log")]
     owner = subprocess.Popen(command)
-    core, deadline = None, time.monotonic() + 600
-    while core is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-        core = below(owner.pid, "EngineCore")
-    assert core is not None
-    group = os.getpgid(core.pid)
-    owner.send_signal(signal.SIGKILL)
-    owner.wait()
+    try:
+        core, deadline = None, time.monotonic() + 600
+        while core is None and owner.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+            core = below(owner.pid, "EngineCore")
+        assert core is not None, (tmp_path / "log").read_text()
+        group = os.getpgid(core.pid)
+    finally:
+        owner.kill()
+        owner.wait()
     assert wait_until_gone(group, seconds=60) == []

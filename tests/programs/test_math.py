@@ -100,7 +100,7 @@ def test_a_reply_that_computes_for_ever_is_given_up_and_stops_no_other_thread(ve
     done.set()
     clock.join()
     assert answer is None
-    assert took < 60
+    assert took < 30
     assert max(b - a for a, b in pairwise(ticks)) < took / 2
     assert verifier.same("5", "5.0") is True  # a new child
 

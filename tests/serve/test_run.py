@@ -1,5 +1,6 @@
 """Listening and ending, in this process: signals come to its main thread, callers are other threads."""
 
+import asyncio
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -17,7 +19,7 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import EngineError
 from dspy_fst.run.interrupts import Terminated, signals_raise
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.run import serve
+from dspy_fst.serve.run import LAST_CALL_S, serve
 from dspy_fst.serve.settings import ServeSettings
 from tests.serve.makers import AUTH, KEY, PATH, Hold, compiled, echo, question, wait_until
 
@@ -124,6 +126,31 @@ def test_what_was_let_in_is_answered_before_the_end_and_the_engine_is_released()
     assert set(outcomes) <= {200, 503, "refused"}
     assert outcomes[200] == 8
     assert visit.engine.closed >= 1
+
+
+def test_whoever_stands_at_the_door_when_it_closes_is_told(monkeypatch):
+    told, busy = Counter(), threading.Event()
+
+    def block():
+        """The loop is busy from before the last call until after it."""
+        busy.set()
+        time.sleep(LAST_CALL_S + 1)
+
+    def late(visit):
+        gate, emptied = visit.gate, visit.gate.emptied
+
+        async def emptied_and_busy(limit_s):
+            asyncio.get_running_loop().call_soon(block)
+            return await emptied(limit_s)
+
+        monkeypatch.setattr(gate, "emptied", emptied_and_busy)
+        visit.terminate()
+        assert busy.wait(30)
+        with ThreadPoolExecutor(5) as pool:
+            told.update(reply.status_code for reply in pool.map(visit.ask, "vwxyz"))
+
+    Visit(late).run()
+    assert told == {503: 5}
 
 
 def test_a_request_that_does_not_end_is_answered_when_the_drain_is_over_and_keeps_nobody(caplog):

@@ -1,15 +1,15 @@
 """The command with a real vLLM behind it."""
 
 import signal
-from contextlib import suppress
 
 import httpx
 import openai
 import psutil
 import pytest
 
+from tests.engine.test_server_process import ended
 from tests.serve.command import NUMBERS, saved_lab, serving
-from tests.serve.makers import PATH, events
+from tests.serve.makers import PATH, events, wait_until
 
 
 @pytest.mark.vllm
@@ -36,15 +36,7 @@ def test_behind_vllm_programs_and_chats_stream_token_by_token_and_nothing_is_lef
         assert httpx.post(f"{server.url}/collective_rpc", headers=server.auth, timeout=60).status_code == 404
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0, server.said
-        _, alive = psutil.wait_procs(behind, timeout=30)
-        assert [process for process in alive if not gone(process)] == []
-
-
-def gone(process):
-    """Whether it has ended, though nobody may have reaped it."""
-    with suppress(psutil.Error):
-        return process.status() == psutil.STATUS_ZOMBIE
-    return True
+        wait_until(lambda: all(map(ended, behind)), "nothing is left running")
 
 
 def in_pieces(told):
