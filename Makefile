@@ -24,7 +24,7 @@ test: lint .venv/.browser ## Lint, types and every test, the real vLLM server's 
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.ready ## The tests that need no server and no pretraining (under two minutes).
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not vllm"
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not vllm"
 
 lint: .venv/.ready ## Style and types.
 	.venv/bin/ruff check .

@@ -58,6 +58,7 @@ def home(tmp_path_factory):
 
 def said(*arguments, code=2):
     """What the command wrote on stderr; it must not get as far as listening."""
+    sys.modules.pop("mine", None)  # this process may have imported another test's
     result = CliRunner().invoke(app, ["serve", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == code, result.output
     assert result.stdout == ""
