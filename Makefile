@@ -23,7 +23,7 @@ demo: .venv/.ready ## Train the miniature laboratory's program and model togethe
 test: lint .venv/.browser ## Lint, types and every test, the real vLLM server's included.
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: .venv/.ready ## The tests that need no server and no pretraining (under two minutes).
+test-fast: .venv/.ready ## The tests that need no server and train little (about two minutes).
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not vllm"
 
 lint: .venv/.ready ## Style and types.

@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import transformers
@@ -26,6 +27,14 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SERVED_LIMIT_S = 1800
 """Of a test on vLLM, its share of starting servers included: half a minute each, or several where cores are few."""
+TESTS = Path(__file__).parent
+COMPILE_A_LOT = {
+    *("test_cli.py", "test_compile.py", "test_evidence.py", "test_nothing_silent.py", "run/test_journal.py"),
+    *("cli/test_eval.py", "cli/test_init.py", "cli/test_serve.py", "report/test_charts.py", "report/test_page.py"),
+    *("pipelines/test_adversarial.py", "pipelines/test_shapes.py"),
+    *("programs/test_compiles.py", "programs/test_lab.py", "programs/test_tiny.py"),
+}
+"""Files whose tests, or what they share, train models: two thirds of the time of a sixth of all tests."""
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -44,6 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start servers first: a long one that begins last would keep one of two workers waiting."""
     served = {item.path for item in items if item.get_closest_marker("vllm")}
     for item in items:
+        if item.path.relative_to(TESTS).as_posix() in COMPILE_A_LOT:
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.timeout(SERVED_LIMIT_S))
     items.sort(key=lambda item: item.path not in served)
