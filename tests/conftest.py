@@ -51,9 +51,10 @@ def signals_are_left_alone() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start servers first: a long one that begins last would keep one of two workers waiting."""
+    long = {TESTS / name for name in COMPILE_A_LOT}
     served = {item.path for item in items if item.get_closest_marker("vllm")}
     for item in items:
-        if item.path.relative_to(TESTS).as_posix() in COMPILE_A_LOT:
+        if item.path in long:
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.timeout(SERVED_LIMIT_S))
