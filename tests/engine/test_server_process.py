@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,6 +18,7 @@ from dspy_fst.engine.gate import Gate
 from dspy_fst.engine.ports import free_port, port_taken
 from dspy_fst.engine.process import ServerProcess, telling_lines
 from dspy_fst.errors import EngineError
+from tests.serve.makers import wait_until
 
 # A server that ignores SIGTERM and has a child that does so too: the worst case.
 STUBBORN = """
@@ -83,10 +83,7 @@ def start(code: str, log: Path | None, grace_s: float = 1.0) -> ServerProcess:
 
 def wait_until_ready(log: Path) -> None:
     """Both processes have said so; their lines may be mixed."""
-    deadline = time.monotonic() + 20
-    while (log.read_text() if log.exists() else "").count("ready") < 2:
-        assert time.monotonic() < deadline, "two processes were never ready"
-        time.sleep(0.05)
+    wait_until(lambda: log.exists() and log.read_text().count("ready") == 2, "two processes are ready", limit_s=20)
 
 
 def test_stop_ends_the_whole_group_even_when_it_ignores_sigterm(tmp_path: Path) -> None:
@@ -141,7 +138,7 @@ def test_who_stops_it_a_second_time_waits_for_the_first(tmp_path: Path) -> None:
     wait_until_ready(tmp_path / "log")
     first = threading.Thread(target=process.stop)
     first.start()
-    until(process._stopping.locked)
+    wait_until(process._stopping.locked, "the first stops it", limit_s=20)
     process.stop()
     assert members(process.group) == []
     first.join()
@@ -229,13 +226,6 @@ def test_ports_are_found_and_seen_taken() -> None:
         assert port_taken("127.0.0.1", port)
 
 
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_load_waits_for_samplers_and_goes_before_later_ones() -> None:
     gate, order = Gate(), []
 
@@ -250,7 +240,7 @@ def test_a_load_waits_for_samplers_and_goes_before_later_ones() -> None:
     threads = [threading.Thread(target=load), threading.Thread(target=sample_later)]
     with gate.sampling(5):
         threads[0].start()
-        until(lambda: gate._loaders_waiting == 1)
+        wait_until(lambda: gate._loaders_waiting == 1, "the load waits", limit_s=20)
         threads[1].start()
         time.sleep(0.1)  # were it let in, it would be by now
         order.append("first")

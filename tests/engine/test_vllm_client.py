@@ -295,7 +295,7 @@ SLOW_END = "import time; time.sleep({}); raise SystemExit(3)"
 
 
 def test_a_server_whose_engine_is_gone_is_waited_for_so_that_its_end_can_be_told(
-    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_server, "_DEATH_NOTICE_S", 0.1)
     engine.load(checkpoint)

@@ -42,4 +42,5 @@ def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
 
 def over_the_run(run: Result, under: str = "evolved") -> float:
     """Mean accuracy of the checkpoints after the start, which is also the rule that learning rates are chosen by."""
-    return statistics.fmean(value for _, value in curve(run, under)[1:] or curve(run, under))
+    points = curve(run, under)
+    return statistics.fmean(value for _, value in points[1:] or points)
