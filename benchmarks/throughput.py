@@ -32,7 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.compiled import policy_of
 from dspy_fst.engine.base import Engine, verify_sync
-from dspy_fst.engine.in_process import InProcessEngine, _Pending, generate
+from dspy_fst.engine.generation import Pending, generate
+from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.rollout.player import Player, PlayerSettings
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import read_texts
@@ -98,7 +99,7 @@ def own_batch(engine: Engine, groups: Sequence[Group]) -> Callable[[], Any]:
     prompts = [call.prompt_ids for group in groups for rollout in group.rollouts for call in rollout.calls]
     if isinstance(engine, InProcessEngine):
         return lambda: generate(
-            engine._model, engine._eos(), [_Pending(p, MAX_TOKENS, 1.0, seed) for seed, p in enumerate(prompts)]
+            engine._model, engine._eos(), [Pending(p, MAX_TOKENS, 1.0, seed) for seed, p in enumerate(prompts)]
         )
     return vllm_batch(engine, prompts)
 

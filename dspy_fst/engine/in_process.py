@@ -9,19 +9,18 @@ than ``linger_s`` is not waited for.
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from dspy import lm15
 from jinja2 import TemplateError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspy_fst.engine.base import Checkpoint, Completion, Scorer
 from dspy_fst.engine.chat import chat_messages, chat_options, text_response
+from dspy_fst.engine.generation import Pending, cut, generate
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
@@ -44,31 +43,6 @@ class InProcessSettings:
     """Seconds a caller waits for its reply before EngineError."""
 
 
-@dataclass
-class _Reply:
-    """What was sampled for one call."""
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str = ""
-    weights: WeightsVersion = ""
-
-
-@dataclass
-class _Pending:
-    """One call that waits for its batch."""
-
-    prompt: tuple[int, ...]
-    max_tokens: int
-    temperature: float
-    seed: int
-    reply: "Future[_Reply]" = field(default_factory=Future)
-
-    @property
-    def order(self) -> tuple[int, tuple[int, ...], int]:
-        return (len(self.prompt), self.prompt, self.seed)
-
-
 class InProcessEngine:
     """Engine over ``transformers``; see `dspy_fst.engine.base.Engine` for the contract."""
 
@@ -80,7 +54,7 @@ class InProcessEngine:
         self._reader: ReplyReader | None = None
         self._lock = threading.Condition()
         self._model_lock = threading.Lock()
-        self._pending: list[_Pending] = []
+        self._pending: list[Pending] = []
         self._callers = 0
         self._worker: threading.Thread | None = None
         self._closed = False
@@ -115,7 +89,7 @@ class InProcessEngine:
                 f"the prompt has {len(prompt)} tokens and the model's context "
                 f"{self._model.config.max_position_embeddings}"
             )
-        call = _Pending(prompt, min(request.config.max_tokens or room, room), temperature, seed)
+        call = Pending(prompt, min(request.config.max_tokens or room, room), temperature, seed)
         with self._lock:
             if self._closed:
                 raise EngineError("the in-process engine was closed")
@@ -197,7 +171,7 @@ class InProcessEngine:
                     for call in calls:
                         call.reply.set_exception(EngineError("the in-process engine was closed"))
                     return
-            for batch in _cut(calls, self.settings.max_batch_tokens):
+            for batch in cut(calls, self.settings.max_batch_tokens):
                 self._answer(batch)
 
     def _wake(self) -> None:
@@ -215,7 +189,7 @@ class InProcessEngine:
     def _complete(self) -> bool:
         return self._closed or len(self._pending) >= self._callers
 
-    def _answer(self, batch: list[_Pending]) -> None:
+    def _answer(self, batch: list[Pending]) -> None:
         try:
             with self._model_lock:
                 replies = generate(self._model, self._eos(), batch)
@@ -232,111 +206,3 @@ class InProcessEngine:
         ids = self._model.generation_config.eos_token_id
         ids = self._tokenizer.eos_token_id if ids is None else ids
         return frozenset(ids if isinstance(ids, list) else [ids])
-
-
-def _cut(calls: list[_Pending], budget: int) -> list[list[_Pending]]:
-    """Split sorted calls so that rows x (longest prompt + longest completion) stays within the budget."""
-    batches: list[list[_Pending]] = []
-    width = 0
-    for call in calls:
-        width = max(width, len(call.prompt) + call.max_tokens)
-        if batches and width * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(call)
-        else:
-            batches.append([call])
-            width = len(call.prompt) + call.max_tokens
-    return batches
-
-
-@torch.no_grad()
-def generate(model: Any, eos: frozenset[int], calls: Sequence[_Pending]) -> list[_Reply]:
-    """Sample a reply for every call: ids, their log-probabilities at the call's temperature, finish reason.
-
-    Identical prompts (the G/K rollouts of one candidate on one problem) are read once. Rows that have
-    finished leave the batch when half of it is done.
-    """
-    prompts = list(dict.fromkeys(call.prompt for call in calls))
-    row_of = {prompt: row for row, prompt in enumerate(prompts)}
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # padded on the left: the next token is last in every row
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    cache = DynamicCache(config=model.config)
-    logits = _forward(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
-    expand = torch.tensor([row_of[call.prompt] for call in calls], device=model.device)
-    cache.batch_select_indices(expand)
-    logits, mask = logits[expand], mask[expand]
-
-    draws = [np.random.default_rng(call.seed).random(call.max_tokens) for call in calls]
-    temperatures = torch.tensor([call.temperature for call in calls], device=model.device)
-    replies = [_Reply() for _ in calls]
-    live = list(range(len(calls)))  # live[i] is the call that row i of the cache belongs to
-    while True:
-        step = [min(len(replies[call].ids), len(draws[call]) - 1) for call in live]
-        uniform = torch.tensor([draws[call][n] for call, n in zip(live, step, strict=True)], dtype=torch.float64)
-        tokens, logprobs = sample(logits, temperatures[live], uniform.to(model.device))
-        for call, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
-            _append(replies[call], token, logprob, eos, calls[call].max_tokens)
-        rows = [row for row, call in enumerate(live) if not replies[call].finish_reason]
-        if not rows:
-            return replies
-        if 2 * len(rows) <= len(live):
-            kept = torch.tensor(rows, device=model.device)
-            cache.batch_select_indices(kept)
-            mask, tokens, live = mask[kept], tokens[kept], [live[row] for row in rows]
-        position = mask.sum(-1, keepdim=True)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        logits = _forward(model, tokens[:, None], mask, position, cache)
-
-
-def _append(reply: _Reply, token: int, logprob: float, eos: frozenset[int], max_tokens: int) -> None:
-    if reply.finish_reason:
-        return  # it ended, and waits in the batch for the others
-    reply.ids.append(token)
-    reply.logprobs.append(logprob)
-    if token in eos:
-        reply.finish_reason = "stop"
-    elif len(reply.ids) == max_tokens:
-        reply.finish_reason = "length"
-
-
-def _forward(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor, cache: DynamicCache
-) -> torch.Tensor:
-    """Next-token logits (rows, vocabulary) in float32."""
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits: torch.Tensor = output.logits[:, -1].float()
-    return logits
-
-
-def sample(
-    logits: torch.Tensor, temperatures: torch.Tensor, uniform: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row by inverting the distribution function at ``uniform``; 0 temperature is the argmax.
-
-    Args:
-        logits: (rows, vocabulary), float32.
-        temperatures: (rows,).
-        uniform: (rows,) float64 in [0, 1).
-
-    Returns:
-        Token ids and their log-probabilities under the distribution drawn from, both (rows,).
-    """
-    greedy = temperatures == 0
-    logprobs = (logits / torch.where(greedy, 1.0, temperatures)[:, None]).log_softmax(-1)
-    cumulative = logprobs.double().exp().cumsum(-1)
-    # Scaled by the total: rounding may leave it just under 1, and a draw beyond it would have no token.
-    tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    tokens = torch.where(greedy, logits.argmax(-1), tokens.clamp(max=logits.shape[-1] - 1))
-    chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
-    return tokens, torch.where(greedy, 0.0, chosen)
