@@ -103,6 +103,11 @@ class FSTConfig(BaseModel):
     """Tokens, padding included, of one forward and backward pass (ours; memory and speed only, the gradient is
     the same; larger on a GPU)."""
 
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the trainer's model body, and type of the published weights: ``"auto"`` is bfloat16 on a GPU and
+    float32 on a CPU (ours). The weights that AdamW moves are float32 always. The engine has its own:
+    ``engine_options={"dtype": ...}`` of the PolicyLM."""
+
     failure_score: float = 0.0
     """Reward of a run that failed through the policy's doing (DSPy's default)."""
     format_failure_score: float = 0.0

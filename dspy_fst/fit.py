@@ -16,7 +16,7 @@ of a micro-batch (``micro_batch_tokens``, or one longest reply).
 | disk      | resumable states    | 12 P each, the first 4 P    | keep_states, one being written                      |
 | an update | logits, at most     | 4 T V (5 with KL, else 3)   | ours, measured: log-softmax, the reference's, KL's  |
 | an update | layers, at most     | 4 T L (16 h + 6 f)          | ours, measured: what the backward pass reads        |
-| an update | casts, at most      | 2 P                         | bfloat16 copies of the weights, on a GPU            |
+| an update | casts, at most      | 2 P                         | bfloat16 copies of the weights, under such a body   |
 | sampling  | in process, at most | max_batch_tokens times L    | keys and values; never at the time of an update     |
 
 With ``method="gepa"`` nothing is updated, and of the trainer's rows only the weights count.
@@ -221,7 +221,7 @@ def _trainer_takes(size: ModelSize, config: FSTConfig, tokens: int, *, on_gpu: b
         "the trainer",
         (20 if with_kl else 16) * parameters,
         (smaller, f"kl_coefficient=0 ({shown(4 * parameters)} less)") if with_kl else (smaller,),
-        at_most=logits + layers + (2 * parameters if on_gpu else 0),
+        at_most=logits + layers + (2 * parameters if _bytes_of(config.precision, on_gpu=on_gpu) == 2 else 0),
         when="an update",
         relief=f"lower micro_batch_tokens={config.micro_batch_tokens}",
     )
@@ -279,7 +279,7 @@ def _disk_takes(size: ModelSize, config: FSTConfig, *, on_gpu: bool) -> list[Tak
         Take(
             DISK,
             "published weights",
-            versions * _bytes_of("auto", on_gpu=on_gpu) * size.untied,
+            versions * _bytes_of(config.precision, on_gpu=on_gpu) * size.untied,
             ("free space there", "name a run_dir on another disk", "lower keep_weights or keep_states"),
         ),
         Take(DISK, "resumable states", (12 * moved + (4 if moved < kept else 0)) * size.parameters),

@@ -297,6 +297,7 @@ def trainer_settings(config: FSTConfig) -> TrainerSettings:
         seed_kl_coefficient=config.seed_kl_coefficient,
         min_effective_share=config.min_effective_share,
         micro_batch_tokens=config.micro_batch_tokens,
+        precision=config.precision,
     )
 
 

@@ -237,6 +237,7 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("cap-zero", {"importance_cap": 0}, "importance_cap=0: Input should be greater than 0"),
     ("kl-negative", {"kl_coefficient": -0.1}, "kl_coefficient=-0.1: Input should be greater than or equal to 0"),
     ("micro-batch-zero", {"micro_batch_tokens": 0}, "micro_batch_tokens=0: Input should be greater than or equal to 1"),
+    ("precision-half", {"precision": "half"}, "precision='half': Input should be 'auto', 'float32' or 'bfloat16'"),
     ("failure-score-none", {"failure_score": None}, "failure_score=None: Input should be a valid number"),
     ("timeout-infinite", {"rollout_timeout_s": INF}, "rollout_timeout_s=inf: Input should be a finite number"),
     ("masked-share-two", {"max_masked_share": 2}, "max_masked_share=2: Input should be less than or equal to 1"),

@@ -133,6 +133,8 @@ def test_the_disk_holds_what_is_kept_and_what_is_being_written():
     disk = takes(keep_weights=2, keep_states=2)[DISK]
     assert disk == {"published weights": 4 * 4 * P, "resumable states": 3 * 12 * P}
     assert takes(room=ON_GPU)[DISK]["published weights"] == 4 * 2 * P
+    assert takes(room=ON_GPU, precision="float32")[DISK]["published weights"] == 4 * 4 * P
+    assert takes(precision="bfloat16")[DISK]["published weights"] == 4 * 2 * P
 
 
 def test_a_short_run_never_has_as_many_versions_as_it_may_keep():
@@ -151,6 +153,9 @@ def test_an_update_may_take_more_with_its_micro_batches():
     layers = 4 * 1000 * 4 * (16 * 128 + 6 * 384)
     assert update(micro_batch_tokens=1000) == 4 * 1000 * size.vocabulary * 5 + layers
     assert update(micro_batch_tokens=1000, kl_coefficient=0) == 4 * 1000 * size.vocabulary * 3 + layers
+    assert (
+        update(precision="bfloat16", micro_batch_tokens=1000) == update(micro_batch_tokens=1000) + 2 * size.parameters
+    )
     long_replies = PolicyLM(BASE, engine="in_process", max_tokens=1000)
     assert update(long_replies, micro_batch_tokens=10) == update(micro_batch_tokens=1000)
 
