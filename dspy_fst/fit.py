@@ -15,6 +15,7 @@ of a micro-batch (``micro_batch_tokens``, or one longest reply).
 | disk      | published weights   | 4 P or 2 P each             | the first, keep_weights more, one being written     |
 | disk      | resumable states    | 12 P each, the first 4 P    | keep_states, one being written                      |
 | an update | logits, at most     | 4 T V (5 with KL, else 3)   | ours, measured: log-softmax, the reference's, KL's  |
+| an update | a teacher's logits  | 4 T V more                  | read in parts of T tokens and put in our order      |
 | an update | layers, at most     | 4 T L (16 h + 6 f)          | ours, measured: what the backward pass reads        |
 | an update | casts, at most      | 2 P                         | bfloat16 copies of the weights, under such a body   |
 | sampling  | in process, at most | max_batch_tokens times L    | keys and values; never at the time of an update     |
@@ -214,7 +215,8 @@ def _trainer_takes(size: ModelSize, config: FSTConfig, tokens: int, *, on_gpu: b
     if config.method == "gepa":
         return [Take(place, "the trainer", 4 * parameters, (smaller,))]
     with_kl = config.kl_coefficient > 0 or config.seed_kl_coefficient > 0
-    logits = 4 * tokens * size.vocabulary * (5 if with_kl else 3)
+    copies = (5 if with_kl else 3) + (config.seed_kl_teacher == "population")
+    logits = 4 * tokens * size.vocabulary * copies
     layers = 4 * tokens * size.layers * (16 * size.width + 6 * size.inner_width)
     trainer = Take(
         place,

@@ -17,6 +17,7 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.fit import measure_fit, writable_fault
 from dspy_fst.plan import Plan
 from dspy_fst.policy import PolicyLM
+from dspy_fst.preflight.environment import environment_faults
 from dspy_fst.rollout.player import Task
 from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
@@ -165,7 +166,7 @@ def checked(
     faults += config_faults
     if teacher is not None:
         faults.append("teacher: nothing is learnt from a teacher program here; leave it out")
-    faults += program_faults(student) + trained_faults(student, config)
+    faults += environment_faults() + program_faults(student) + trained_faults(student, config)
     faults += data_faults(trainset, valset, config) + input_faults(student, trainset, valset)
     if config is not None:
         try:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "dspy_fst"
 LAYERS = [
     ["errors"],
     ["types"],
-    ["config", "engine.base"],
+    ["config", "engine.base", "preflight.environment", "preflight.model_folder"],
     ["plan", "slow", "rollout", "engine", "run"],
     ["fast", "report"],
     ["policy"],
@@ -28,7 +28,7 @@ CORNERS = {
     "torch": ["slow", "engine", "policy", "cli.doctor"],
     "gepa": ["fast"],
     "vllm": [],
-    "accelerate": ["slow", "report.tracking"],
+    "accelerate": ["report.tracking"],
     "trl": ["slow"],
     "matplotlib": ["report.charts"],
     "jinja2": ["report.page", "engine.in_process"],

@@ -118,11 +118,6 @@ def micro_batches(sequences: Sequence[Scored], budget: int, *, share: bool) -> I
         yield _micro_batch(sequences, chunk.readings)
 
 
-def side_by_side(sequences: Sequence[Scored]) -> MicroBatch:
-    """One micro-batch of all sequences in their order, each read by itself."""
-    return _micro_batch(sequences, [_Reading.of([i], sequences, share=False) for i in range(len(sequences))])
-
-
 class _Chunk:
     """A micro-batch while it is filled. Readings come with the longest prefix first."""
 
@@ -179,7 +174,9 @@ def _micro_batch(sequences: Sequence[Scored], readings: Sequence[_Reading]) -> M
         suffix_ids=suffix_ids,
         predict_at=torch.tensor(predict_at),
         targets=torch.tensor([token for sequence in chosen for token in sequence.ids[sequence.start :]]),
-        temperatures=torch.tensor([sequence.temperature for sequence in chosen for _ in range(sequence.tokens)]),
+        temperatures=torch.tensor(
+            [sequence.temperature for sequence in chosen for _ in range(sequence.tokens)], dtype=torch.float32
+        ),
     )
 
 

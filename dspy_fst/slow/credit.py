@@ -52,7 +52,8 @@ def credit(
         baseline: ``"problem"`` holds a rollout against all of its group (FST, eq. 3); ``"candidate"`` only against
             those of its own candidate, as if each candidate's rollouts of a problem were a group of their own.
         normalize: ``"group"`` divides by the group's standard deviation (FST, eq. 3); ``"batch"`` by that of the
-            centred rewards of all live groups (ScaleRL, 2510.13786), each predictor's own scores apart.
+            centred rewards of all live groups with a trained call (ScaleRL, 2510.13786), each predictor's own scores
+            apart.
         trained: Predictors whose calls are trained; None means all.
         held: Rollouts under the program's own texts, whose calls become ``Batch.held``.
         held_alone: Whether they are learnt from although no group was live.
@@ -68,7 +69,7 @@ def credit(
         groups = [part for group in groups for part in _by_candidate(group)]
     weights = _single_version([*(r for group in groups for r in group.rollouts), *(one.rollout for one in held)])
     measured = [_Measured(group, trained) for group in groups]
-    stds = _stds([strand for group in measured for strand in group.strands.values() if strand.spread > epsilon])
+    stds = _stds([strand for group in measured for strand in group.credited.values() if strand.spread > epsilon])
     lessons = [list(group.lesson(stds if normalize == "batch" else {}, epsilon)) for group in measured]
     rows = _rows([lesson for lesson in lessons if lesson])
     counts = _counts(groups, measured, rows, trained, epsilon)
@@ -152,8 +153,10 @@ class _Measured:
             for i, rollout in self._numbered()
             for call in _trained_calls(rollout, trained)
         ]
-        self.strands = {strand.predictor: strand for _, _, strand in self._calls} or {None: strands[None]}
-        """Those that a call is credited by; of a group without trained calls the rewards'."""
+        self.credited = {strand.predictor: strand for _, _, strand in self._calls}
+        """Those that a trained call is credited by; none in a group without trained calls."""
+        self.strands = self.credited or {None: strands[None]}
+        """The same; of a group without trained calls the rewards', which tell whether it was live."""
 
     def _numbered(self) -> list[tuple[int, Rollout]]:
         return list(enumerate(self.rollouts))

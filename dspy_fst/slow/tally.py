@@ -36,9 +36,9 @@ class Tokens:
     @classmethod
     def of(cls, rows: Sequence[Row], device: torch.device) -> "Tokens":
         lengths = torch.tensor([len(row.completion_ids) for row in rows])
-        advantages = torch.tensor([row.advantage for row in rows]).repeat_interleave(lengths)
-        weights = torch.tensor([row.token_weight for row in rows]).repeat_interleave(lengths)
-        behaviour = torch.tensor([logprob for row in rows for logprob in row.logprobs])
+        advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float32).repeat_interleave(lengths)
+        weights = torch.tensor([row.token_weight for row in rows], dtype=torch.float32).repeat_interleave(lengths)
+        behaviour = torch.tensor([logprob for row in rows for logprob in row.logprobs], dtype=torch.float32)
         return cls(behaviour.to(device), advantages.to(device), weights.to(device))
 
 

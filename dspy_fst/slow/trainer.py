@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
+from dspy_fst.preflight.environment import environment_faults
 from dspy_fst.slow import losses
-from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches, side_by_side
+from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 from dspy_fst.slow.checkpoint import Publisher, read_state, write_state
+from dspy_fst.slow.exact import exact_matmuls
 from dspy_fst.slow.policy import Policy
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.tally import NO_UPDATE, Tally, Tokens
@@ -40,7 +41,8 @@ class Trainer:
             held against older ones.
 
     Raises:
-        TrainingError: the model's logits are not those of a plain LM head, or several processes were launched.
+        TrainingError: the model's logits are not those of a plain LM head, or the process was launched as one of
+            several (see `dspy_fst.preflight.environment`).
     """
 
     def __init__(
@@ -52,26 +54,25 @@ class Trainer:
         reference: str | Path | None = None,
     ):
         self.settings = settings
-        self._accelerator = Accelerator(cpu=device == "cpu")
-        if self._accelerator.num_processes > 1:
-            raise TrainingError("the trainer updates in one process; launch it without torchrun or accelerate launch")
-        on_cuda = self._accelerator.device.type == "cuda"
+        if faults := environment_faults():
+            raise TrainingError("; ".join(faults))
+        on_cuda = device == "auto" and torch.cuda.is_available()
+        self._device = torch.device("cuda" if on_cuda else "cpu")
         low = settings.precision == "bfloat16" or (settings.precision == "auto" and on_cuda)
         self._dtype = torch.bfloat16 if low else torch.float32
         self._reference_path = model if reference is None else reference
         torch.manual_seed(settings.seed)
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        policy = Policy.load(model, dtype=self._dtype)
-        self._names = [name for name, p in policy.model.named_parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            [p for p in policy.parameters() if p.requires_grad],
+        self._policy = Policy.load(model, dtype=self._dtype).to(self._device)
+        self._names = [name for name, p in self._policy.model.named_parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            [p for p in self._policy.parameters() if p.requires_grad],
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self._policy, self._optimizer = self._accelerator.prepare(policy, optimizer)
         self._updates = 0
 
     # ---- what it holds -------------------------------------------------------------------------
@@ -108,6 +109,7 @@ class Trainer:
 
     # ---- one update ----------------------------------------------------------------------------
 
+    @exact_matmuls()
     def step(self, batch: Batch) -> UpdateReport:
         """Make one optimizer step over all rows and held calls of the batch; an empty batch moves nothing.
 
@@ -121,9 +123,9 @@ class Trainer:
         sequences = self._checked(_completions(batch.rows))
         _check_recorded(batch.rows)
         self._optimizer.zero_grad()
-        tally = Tally(self._accelerator.device)
+        tally = Tally(self._device)
         for micro in self._micro_batches(sequences):
-            self._accelerator.backward(self._loss(micro, batch.rows, tally))
+            self._loss(micro, batch.rows, tally).backward()
         self._hold(batch.held, tally)
         grad_norm = self._finite_norm(tally)
         if batch.rows:
@@ -134,7 +136,7 @@ class Trainer:
 
     def _loss(self, micro: MicroBatch, rows: Sequence[Row], tally: Tally) -> Tensor:
         """This micro-batch's share of the loss; shares add up because token weights sum to 1 over the batch."""
-        tokens = Tokens.of([rows[member] for member in micro.members], self._accelerator.device)
+        tokens = Tokens.of([rows[member] for member in micro.members], self._device)
         log_probs = self._log_probs(self._policy, micro)
         chosen = log_probs.gather(-1, micro.targets[:, None])[:, 0]
         loss = losses.cispo(chosen, tokens.behaviour, tokens.advantages, tokens.weights, self.settings.importance_cap)
@@ -162,10 +164,10 @@ class Trainer:
         )
         tokens = sum(sequence.tokens for sequence in ours)
         for micro in self._micro_batches(ours):
-            read = side_by_side([its[member] for member in micro.members]).to(self._accelerator.device)
             log_probs = self._log_probs(self._policy, micro)
-            kl = self._kl(log_probs, micro if ours == its else read).sum() / tokens
-            self._accelerator.backward(self.settings.seed_kl_coefficient * kl)
+            other = None if ours == its else [its[member] for member in micro.members]
+            kl = self._kl(log_probs, micro, other).sum() / tokens
+            (self.settings.seed_kl_coefficient * kl).backward()
             tally.hold(kl, log_probs, self.settings.seed_kl_coefficient, calls=len(micro.members))
 
     def _finite_norm(self, tally: Tally) -> Tensor:
@@ -192,7 +194,7 @@ class Trainer:
 
     def _apply(self, report: UpdateReport) -> None:
         if self.settings.max_grad_norm is not None:
-            norm = torch.tensor(report.grad_norm, device=self._accelerator.device)
+            norm = torch.tensor(report.grad_norm, device=self._device)
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.max_grad_norm, norm)
         for group in self._optimizer.param_groups:
             group["lr"] = report.learning_rate
@@ -233,10 +235,26 @@ class Trainer:
     def _chosen(self, micro: MicroBatch) -> Tensor:
         return self._log_probs(self._policy, micro).gather(-1, micro.targets[:, None])[:, 0]
 
-    def _kl(self, log_probs: Tensor, micro: MicroBatch) -> Tensor:
+    def _kl(self, log_probs: Tensor, micro: MicroBatch, other: Sequence[Scored] | None = None) -> Tensor:
+        """KL to the start at every scored token, shape (N,).
+
+        Args:
+            other: What the start reads instead of each member, with the same scored tokens; None: the same.
+        """
         with torch.no_grad():
-            reference = self._log_probs(self._reference, micro)
+            reference = self._log_probs(self._reference, micro) if other is None else self._start_after(other)
         return losses.kl_divergence(log_probs, reference)
+
+    def _start_after(self, sequences: Sequence[Scored]) -> Tensor:
+        """The start's log-probabilities, shape (N, V), sequence by sequence; it reads them in parts of the budget.
+
+        A teacher's prompts may be far longer than the policy's, so the policy's micro-batch is no measure for them.
+        """
+        parts: dict[int, Tensor] = {}
+        for micro in self._micro_batches(list(sequences)):
+            log_probs = self._log_probs(self._reference, micro)
+            parts |= dict(zip(micro.members, log_probs.split(micro.tokens), strict=True))
+        return torch.cat([parts[index] for index in range(len(sequences))])
 
     @cached_property
     def _reference(self) -> Policy:
@@ -247,9 +265,10 @@ class Trainer:
                 f"the reference {self._reference_path} is a {its.model_type!r} of {its.vocab_size} tokens, the policy "
                 f"a {ours.model_type!r} of {ours.vocab_size}; the KL needs an earlier state of the same model"
             )
-        return policy.to(self._accelerator.device)
+        return policy.to(self._device)
 
     @torch.no_grad()
+    @exact_matmuls()
     def _per_token(self, sequences: list[Scored], value: Callable[[MicroBatch], Tensor]) -> list[list[float]]:
         """One value for every scored token of every sequence, in the order given."""
         result: list[list[float]] = [[] for _ in sequences]
@@ -263,7 +282,7 @@ class Trainer:
     def _micro_batches(self, sequences: list[Scored]) -> Iterator[MicroBatch]:
         budget = self.settings.micro_batch_tokens
         share = self.settings.share_prompts and self._policy.shares_prompts
-        return (micro.to(self._accelerator.device) for micro in micro_batches(sequences, budget, share=share))
+        return (micro.to(self._device) for micro in micro_batches(sequences, budget, share=share))
 
     def _checked(self, sequences: list[Scored]) -> list[Scored]:
         """Refuse what a GPU would answer with an assertion that kills the process."""
@@ -305,8 +324,8 @@ class Trainer:
         for index, moments in self._optimizer.state_dict()["state"].items():
             tensors |= {f"{moment}/{self._names[index]}": moments[moment] for moment in MOMENTS}
         tensors["generator/cpu"] = torch.get_rng_state()
-        if self._accelerator.device.type == "cuda":
-            tensors["generator/cuda"] = torch.cuda.get_rng_state(self._accelerator.device)
+        if self._device.type == "cuda":
+            tensors["generator/cuda"] = torch.cuda.get_rng_state(self._device)
         write_state(Path(directory), tensors, {"updates": self._updates})
 
     def load_state(self, directory: Path) -> None:
@@ -332,8 +351,8 @@ class Trainer:
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
         self._updates = int(facts["updates"])
         torch.set_rng_state(tensors["generator/cpu"])
-        if "generator/cuda" in tensors and self._accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["generator/cuda"], self._accelerator.device)
+        if "generator/cuda" in tensors and self._device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["generator/cuda"], self._device)
 
 
 def _completions(calls: Sequence[Call] | Sequence[Row]) -> list[Scored]:
