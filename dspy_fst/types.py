@@ -84,6 +84,8 @@ class Call:
     """Temperature it was drawn at; training scores the same distribution. 0 is greedy and cannot be trained."""
     reasoning_tokens: int = 0
     """How many of its tokens are thoughts, which no adapter sees. They are trained like the others."""
+    cut_by_context: bool = False
+    """Whether the context was full before the reply had ``max_tokens``, e.g. the 3 tokens that a long prompt left."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class PredictorReport:
     tokens: int
     """Sampled in its calls."""
     truncated: int
-    """Calls that were cut off at ``max_tokens``."""
+    """Calls that were cut off, at ``max_tokens`` or by the end of the context."""
     unparsed: int
     """Rollouts that ended in a reply of its that does not parse."""
     rows: int

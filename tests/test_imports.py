@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "dspy_fst"
 LAYERS = [
     ["errors"],
     ["types"],
-    ["config", "engine.base", "preflight.environment", "preflight.model_folder"],
+    ["config", "engine.base", "engine.queueing", "preflight.environment", "preflight.model_folder"],
     ["plan", "slow", "rollout", "engine", "run"],
     ["fast", "report"],
     ["policy"],

@@ -3,7 +3,9 @@
 The engine (`dspy_fst.engine.in_process`) decides which calls make a batch; nothing here knows of threads or requests.
 """
 
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
 
 
@@ -34,6 +37,14 @@ class Pending:
     temperature: float
     seed: int
     reply: "Future[Reply]" = field(default_factory=Future)
+    arrived_at: float = field(default_factory=time.monotonic)
+    begun: threading.Event = field(default_factory=threading.Event)
+    """Set when its batch begins, or when it is answered without one."""
+    began_at: float = 0.0
+    """``time.monotonic()`` of the batch's beginning."""
+
+    def __post_init__(self) -> None:
+        self.reply.add_done_callback(lambda _: self.begun.set())
 
     @property
     def order(self) -> tuple[int, tuple[int, ...], int]:
@@ -55,11 +66,19 @@ def cut(calls: list[Pending], budget: int) -> list[list[Pending]]:
 
 
 @torch.no_grad()
-def generate(model: Any, eos: frozenset[int], calls: Sequence[Pending]) -> list[Reply]:
+def generate(
+    model: Any, eos: frozenset[int], calls: Sequence[Pending], overdue: Callable[[], bool] = lambda: False
+) -> list[Reply]:
     """Sample a reply for every call: ids, their log-probabilities at the call's temperature, finish reason.
 
     Identical prompts (the G/K rollouts of one candidate on one problem) are read once. Rows that have
     finished leave the batch when half of it is done.
+
+    Args:
+        overdue: Asked before each token; once it says yes, the batch is given up.
+
+    Raises:
+        EngineError: the batch was given up.
     """
     prompts = list(dict.fromkeys(call.prompt for call in calls))
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
@@ -81,6 +100,8 @@ def generate(model: Any, eos: frozenset[int], calls: Sequence[Pending]) -> list[
     replies = [Reply() for _ in calls]
     live = list(range(len(calls)))  # live[i] is the call that row i of the cache belongs to
     while True:
+        if overdue():
+            raise EngineError("the batch was given up: it ran for longer than timeout_s")
         step = [min(len(replies[call].ids), len(draws[call]) - 1) for call in live]
         uniform = torch.tensor([draws[call][n] for call, n in zip(live, step, strict=True)], dtype=torch.float64)
         tokens, logprobs = sample(logits, temperatures[live], uniform.to(model.device))

@@ -7,6 +7,7 @@ than ``linger_s`` is not waited for.
 """
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspy_fst.engine.base import Checkpoint, Completion, Scorer
 from dspy_fst.engine.chat import chat_messages, chat_options, text_response
-from dspy_fst.engine.generation import Pending, cut, generate
+from dspy_fst.engine.generation import Pending, Reply, cut, generate
+from dspy_fst.engine.queueing import queueing
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
@@ -40,7 +42,7 @@ class InProcessSettings:
     """Seconds without a new call after which a batch runs although some caller in flight has not called. On a machine
     so busy that a caller takes longer, batches differ from run to run, and so do the last bits."""
     timeout_s: float = 600.0
-    """Seconds a caller waits for its reply before EngineError."""
+    """Seconds a batch may run before its callers get EngineError. The wait for earlier batches does not count."""
 
 
 class InProcessEngine:
@@ -58,6 +60,8 @@ class InProcessEngine:
         self._callers = 0
         self._worker: threading.Thread | None = None
         self._closed = False
+        self._moved_at = 0.0
+        """``time.monotonic()`` at which the queue last moved: the calls in flight were gathered, or a batch began."""
 
     @property
     def weights(self) -> WeightsVersion | None:
@@ -95,12 +99,7 @@ class InProcessEngine:
                 raise EngineError("the in-process engine was closed")
             self._pending.append(call)
             self._wake()
-        try:
-            reply = call.reply.result(timeout=self.settings.timeout_s)
-        except TimeoutError as error:
-            raise EngineError(
-                f"no reply from the in-process engine within {self.settings.timeout_s:g} s (timeout_s)"
-            ) from error
+        reply = self._reply_to(call)
         text = self._tokenizer.decode(reply.ids, skip_special_tokens=True)
         response = text_response(request.model, text, reply.finish_reason, len(prompt), len(reply.ids))
         tokens = (prompt, tuple(reply.ids), tuple(reply.logprobs))
@@ -131,6 +130,33 @@ class InProcessEngine:
         if self._worker is not None:
             self._worker.join(timeout=self.settings.timeout_s)
         self._model = self._tokenizer = self._reader = self._version = None
+
+    def _reply_to(self, call: Pending) -> Reply:
+        """Wait for the batch of a call to begin, then for at most ``timeout_s`` for its reply.
+
+        Raises:
+            EngineError: the batch takes longer, failed, or never began because the one before it is stuck.
+        """
+        # A batch is given up at timeout_s, and at a token's end: one that outlasts this is stuck inside the model.
+        stuck_s = 2 * self.settings.timeout_s + self.settings.linger_s
+        with queueing():
+            while not call.begun.wait(max(self._deadline(call, stuck_s) - time.monotonic(), 0.0)):
+                if time.monotonic() >= self._deadline(call, stuck_s):
+                    raise EngineError(
+                        f"the in-process engine's queue has not moved for {stuck_s:g} s: the batch that runs is stuck"
+                    )
+        if not call.reply.done():
+            left = call.began_at + self.settings.timeout_s - time.monotonic()
+            try:
+                return call.reply.result(timeout=max(left, 0.0))
+            except TimeoutError as error:
+                raise EngineError(
+                    f"no reply from the in-process engine within {self.settings.timeout_s:g} s (timeout_s)"
+                ) from error
+        return call.reply.result()
+
+    def _deadline(self, call: Pending, limit_s: float) -> float:
+        return max(self._moved_at, call.arrived_at) + limit_s
 
     # ---- one batch at a time -------------------------------------------------------------------
 
@@ -168,8 +194,7 @@ class InProcessEngine:
                 self._gather()
                 calls, self._pending = sorted(self._pending, key=lambda call: call.order), []
                 if self._closed:
-                    for call in calls:
-                        call.reply.set_exception(EngineError("the in-process engine was closed"))
+                    self._refuse(calls)
                     return
             for batch in cut(calls, self.settings.max_batch_tokens):
                 self._answer(batch)
@@ -183,16 +208,25 @@ class InProcessEngine:
         """Wait until every caller in flight has called, or nobody new has for ``linger_s``."""
         seen = 0
         while seen < len(self._pending) < self._callers and not self._closed:
-            seen = len(self._pending)
+            seen, self._moved_at = len(self._pending), time.monotonic()
             self._lock.wait_for(self._complete, timeout=self.settings.linger_s)
 
     def _complete(self) -> bool:
         return self._closed or len(self._pending) >= self._callers
 
     def _answer(self, batch: list[Pending]) -> None:
+        if self._closed:
+            self._refuse(batch)
+            return
         try:
             with self._model_lock:
-                replies = generate(self._model, self._eos(), batch)
+                began_at = self._begin(batch)
+                replies = generate(
+                    self._model,
+                    self._eos(),
+                    batch,
+                    lambda: time.monotonic() - began_at > self.settings.timeout_s,
+                )
                 for reply in replies:
                     reply.weights = self._version or ""
         except Exception as error:  # a reply is owed to every caller, whatever went wrong
@@ -201,6 +235,18 @@ class InProcessEngine:
             return
         for call, reply in zip(batch, replies, strict=True):
             call.reply.set_result(reply)
+
+    def _begin(self, batch: list[Pending]) -> float:
+        """Start the clock of a batch's callers."""
+        self._moved_at = now = time.monotonic()
+        for call in batch:
+            call.began_at = now
+            call.begun.set()
+        return now
+
+    def _refuse(self, calls: list[Pending]) -> None:
+        for call in calls:
+            call.reply.set_exception(EngineError("the in-process engine was closed"))
 
     def _eos(self) -> frozenset[int]:
         ids = self._model.generation_config.eos_token_id

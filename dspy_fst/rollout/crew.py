@@ -21,6 +21,7 @@ def run_all(
     on_timeout: Callable[[int], T],
     in_flight: Callable[[int], None] = lambda count: None,
     on_result: Callable[[T], None] = lambda result: None,
+    queued_s: Callable[[int], float] = lambda index: 0.0,
 ) -> list[T]:
     """Run every job and return the results in the order of the jobs.
 
@@ -29,6 +30,7 @@ def run_all(
             and another takes its place.
         in_flight: Told how many jobs are running or about to, before the start and at each end.
         on_result: Called in this thread for each result as it comes.
+        queued_s: Seconds that a job has waited for its turn elsewhere; they do not count towards ``timeout_s``.
 
     Raises:
         Exception: the first exception that a job let through; jobs not yet started are dropped.
@@ -64,7 +66,7 @@ def run_all(
     def give_up_overdue() -> list[int]:
         nonlocal left
         with lock:
-            overdue = [i for i, since in started.items() if time.monotonic() - since > timeout_s]
+            overdue = [i for i, since in started.items() if time.monotonic() - since - queued_s(i) > timeout_s]
             for index in overdue:
                 del started[index]
                 left -= 1

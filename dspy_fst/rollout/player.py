@@ -47,7 +47,7 @@ class PlayerSettings:
     threads: int = 64
     """Rollouts in flight."""
     timeout_s: float = 600.0
-    """Seconds one rollout may take before it is masked."""
+    """Seconds one rollout may take before it is masked. Those in which its call queues for a batch do not count."""
     failure_score: float = 0.0
     """Reward of a rollout in which the program failed through the policy's doing."""
     format_failure_score: float = 0.0
@@ -116,6 +116,7 @@ class Player:
                     on_timeout=timed_out,
                     in_flight=self._in_flight,
                     on_result=on_rollout,
+                    queued_s=lambda index: recordings[index].queue_time.seconds,
                 )
         finally:  # after an interrupt, threads still under way must not call any more
             for recording in recordings:

@@ -14,6 +14,7 @@ import dspy
 from dspy import lm15
 
 from dspy_fst.engine.base import Completion
+from dspy_fst.engine.queueing import QueueTime, counted_in
 from dspy_fst.errors import EngineError
 from dspy_fst.types import PREDICTOR_TAG, Call
 
@@ -28,6 +29,8 @@ class Recording:
 
     def __init__(self, seed: int):
         self.seed = seed
+        self.queue_time = QueueTime()
+        """How long calls of this rollout have waited for their turn in the engine."""
         self._calls: list[Call] = []
         self._asked: Counter[tuple[str, int]] = Counter()
         self._lock = threading.Lock()
@@ -101,7 +104,9 @@ def complete_recorded(
     if recording is None:
         return complete(request, free_seed()).response
     predictor = calling_predictor()
-    completion = complete(request, recording.next_seed(predictor, request))
+    seed = recording.next_seed(predictor, request)
+    with counted_in(recording.queue_time):
+        completion = complete(request, seed)
     temperature = request.config.temperature
     recording.add(
         Call(
@@ -113,6 +118,12 @@ def complete_recorded(
             weights=completion.weights,
             temperature=1.0 if temperature is None else temperature,
             reasoning_tokens=completion.reasoning_tokens,
+            cut_by_context=_cut_by_context(completion, request.config.max_tokens),
         )
     )
     return completion.response
+
+
+def _cut_by_context(completion: Completion, max_tokens: int | None) -> bool:
+    """Whether a reply was cut before it had the tokens that were asked for: the model's context was full."""
+    return completion.finish_reason == "length" and (max_tokens is None or len(completion.completion_ids) < max_tokens)

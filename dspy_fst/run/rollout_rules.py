@@ -10,7 +10,7 @@ FLAT_SHARE, EDGE = 0.8, 0.25
 """Share of flat groups that leaves too little to learn from, and how near to an end of the reward's range the mean is
 when "all wrong" or "all right" is said (ours)."""
 MASKED_SHARE = TRUNCATED_SHARE = 0.1
-"""Shares of rollouts that measured nothing, and of calls cut off at ``max_tokens`` (ours)."""
+"""Shares of rollouts that measured nothing, and of calls cut off (ours)."""
 UNTRAINED_SHARE = 0.5
 """Share of measured rollouts without a call that can be trained (ours)."""
 REWARD_FALL, REWARD_NOISE = 0.3, 0.1
@@ -82,6 +82,22 @@ def truncated_replies(history: History) -> Finding | None:
     return Finding("truncated", history.reports[-SHORT:], seen, advice)
 
 
+def replies_cut_by_context(history: History) -> Finding | None:
+    counts = history.counts(SHORT)
+    cut = counts["truncated_by_context"]
+    if not counts["calls"] or cut < TRUNCATED_SHARE * counts["calls"]:
+        return None
+    seen = (
+        f"{cut / counts['calls']:.0%} of the replies were cut off before max_tokens, because prompt and reply filled "
+        "the model's context"
+    )
+    advice = (
+        "Shorten the prompts (fewer turns, demos or tools), or raise max_model_len where the model allows it; a higher "
+        "max_tokens changes nothing"
+    )
+    return Finding("context full", history.reports[-SHORT:], seen, advice)
+
+
 def untrained_rollouts(history: History) -> Finding | None:
     counts = history.counts(SHORT)
     share = counts["no_trained_calls"] / _measured(counts)
@@ -133,6 +149,7 @@ ROLLOUT_RULES = (
     parse_failures,
     masked_rollouts,
     truncated_replies,
+    replies_cut_by_context,
     untrained_rollouts,
     greedy_calls,
     reward_fell,

@@ -237,6 +237,7 @@ def _counts(
 ) -> Counter[str]:
     """What the batch holds and what was left out of it; names that counted nothing read 0."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
+    calls = [call for rollout in rollouts for call in rollout.calls]
     unmeasured = sum(len(group.rollouts) < 2 for group in measured)
     live = sum(group.is_live(epsilon) for group in measured)
     counts = Counter(
@@ -245,15 +246,12 @@ def _counts(
         unmeasured_groups=unmeasured,
         flat_groups=len(groups) - live - unmeasured,
         rollouts=len(rollouts),
-        calls=sum(len(rollout.calls) for rollout in rollouts),
-        truncated_calls=sum(call.finish_reason == "length" for rollout in rollouts for call in rollout.calls),
+        calls=len(calls),
+        truncated_calls=sum(call.finish_reason == "length" and not call.cut_by_context for call in calls),
+        truncated_by_context=sum(call.cut_by_context for call in calls),
         no_trained_calls=sum(r.reward is not None and not _trained_calls(r, trained) for r in rollouts),
-        greedy_calls=sum(
-            call.temperature == 0 and (trained is None or call.predictor in trained)
-            for rollout in rollouts
-            for call in rollout.calls
-        ),
-        reasoning_tokens=sum(call.reasoning_tokens for rollout in rollouts for call in rollout.calls),
+        greedy_calls=sum(call.temperature == 0 and (trained is None or call.predictor in trained) for call in calls),
+        reasoning_tokens=sum(call.reasoning_tokens for call in calls),
         rows=len(rows),
         tokens=sum(len(row.completion_ids) for row in rows),
     )

@@ -94,6 +94,14 @@ def test_a_reply_that_is_cut_says_so_and_one_that_ends_keeps_its_stop_token(engi
     assert whole.completion_ids[-1] == AutoTokenizer.from_pretrained(BASE).eos_token_id
 
 
+def test_a_prompt_that_leaves_little_of_the_context_gets_a_short_reply_that_says_length(engine):
+    prompt = len(engine.complete(request_of("1 " * 500, max_tokens=1), seed=1).prompt_ids)
+    longest = request_of("1 " * (500 + 1024 - prompt - 4), max_tokens=64)
+    cut = engine.complete(longest, seed=1)
+    assert cut.finish_reason == "length"
+    assert len(cut.completion_ids) == 1024 - len(cut.prompt_ids) < 64
+
+
 def test_different_seeds_draw_differently(engine):
     replies = {
         engine.complete(request_of("1 2 3 4 5 6", temperature=2.0), seed=seed).completion_ids for seed in range(12)

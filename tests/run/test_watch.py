@@ -65,6 +65,7 @@ FIRES = {
         (6, "steps 4 to 6: 10% of the rollouts measured nothing, most often because of 'timeout'", "Mend the cause"),
     ),
     "truncated": ([(1, {"truncated_calls": 8})], (0, "10% of the replies were cut off", "PolicyLM(max_tokens=...)")),
+    "context full": ([(1, {"truncated_by_context": 8})], (0, "before max_tokens", "max_model_len")),
     "reward fell": (
         [(5, {"reward": 0.8}), (5, {"reward": 0.55})],
         (9, "steps 5 to 9: mean reward is 0.55, down from 0.8 in steps 0 to 4", "kl_coefficient"),
