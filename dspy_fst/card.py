@@ -86,7 +86,7 @@ import dspy
 program = ...  # a fresh program of the same class
 program.load("FOLDER/program.json")  # the best instructions
 lm = dspy.LM("openai/FOLDER", api_base="http://localhost:8000/v1", api_key="none")
-{predictors}
+{predictors}{_adapter(facts)}
 ```
 
 With dspy_fst, which also gives the whole population and serves the weights itself.{told}
@@ -98,6 +98,19 @@ program = dspy_fst.load("FOLDER", program{trusted})
 ```
 
 The weights alone: `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`.{frozen}"""
+
+
+def _adapter(facts: Facts) -> str:
+    """The line that has DSPy speak through the adapter of the training; empty where none was recorded."""
+    saved = facts.policy.adapter
+    if saved is None:
+        return ""
+    if not saved.is_own():
+        return f"\ndspy.configure(adapter=...)  # the weights were trained through {saved.name}"
+    place = "dspy.adapters.baml_adapter" if saved.name == "BAMLAdapter" else "dspy"
+    tools = saved.settings.get("use_native_function_calling")
+    made = f"{place}.{saved.name}(use_native_function_calling={bool(tools)})"
+    return f"\ndspy.configure(adapter={made})  # the weights were trained through it"
 
 
 def _path(predictor: str) -> str:

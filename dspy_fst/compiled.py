@@ -1,7 +1,8 @@
 """A compiled program: the user's own program class, speaking evolved instructions with trained weights.
 
 On it: ``population`` (Population), ``candidate_programs`` (``[{"score", "program"}]``, best first),
-``detailed_results`` (CompiledResults) and ``_compiled``. Its PolicyLM is the trained one, on a running engine.
+``detailed_results`` (CompiledResults) and ``_compiled``. Its PolicyLM is the trained one, on a running engine, and it
+speaks through the adapter of its training whatever DSPy is set to (`dspy_fst.rollout.adapters`).
 `dspy_fst.saved` writes it to disk.
 """
 
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import dspy
 
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.rollout.adapters import adapter_in_force, keep, kept_by
 from dspy_fst.rollout.player import Task
 from dspy_fst.rollout.texts import carry, with_texts
 from dspy_fst.saved import load, policy_of, save
@@ -43,6 +45,7 @@ def compiled_program(run: "Session", population: Population, *, track_stats: boo
     if validation:
         population = _ranked(population, validation)
     compiled = with_texts(run.program, population.best)
+    keep(compiled, kept_by(compiled) or adapter_in_force())
     carry(compiled, population)
     if track_stats:
         compiled.detailed_results = CompiledResults(

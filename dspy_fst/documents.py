@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import dspy
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dspy_fst.engine.portable import PolicyState, Positive
 from dspy_fst.errors import RunDirectoryError
+from dspy_fst.rollout.adapters import SavedAdapter
 from dspy_fst.rollout.texts import flexes, speakers, texts_like
 from dspy_fst.run.files import plain, population_from_json
 from dspy_fst.run.plain_weights import weights_faults
@@ -41,6 +42,14 @@ class SavedPolicy(Strict):
     predictors: dict[str, Sampling]
     frozen: dict[str, str]
     """Predictor -> the model of its frozen LM, which must be set again after loading."""
+    adapter: SavedAdapter | None = None
+    """What the program was trained through; None in folders of releases that recorded none."""
+
+    @model_validator(mode="after")
+    def _adapter_sets_what_it_may(self) -> "SavedPolicy":
+        if self.adapter is not None and (faults := self.adapter.faults()):
+            raise ValueError("; ".join(faults))
+        return self
 
 
 class SavedPopulation(Strict):

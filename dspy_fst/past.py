@@ -8,8 +8,9 @@ from pathlib import Path
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.report.record import Record, read_records
+from dspy_fst.rollout.adapters import SavedAdapter, recorded
 from dspy_fst.run.directory import VERSION
-from dspy_fst.run.files import population_from_json
+from dspy_fst.run.files import population_from_json, read_json
 from dspy_fst.run.sealed import read_document
 from dspy_fst.session import version_of
 from dspy_fst.types import Candidate, Population, WeightsVersion
@@ -47,6 +48,19 @@ class Past:
     def last_cycle(self) -> int | None:
         """The newest cycle that searched or trained; None before the first."""
         return max([*self.populations, *(step.cycle for step in self.record.steps)], default=None)
+
+    @property
+    def adapter(self) -> SavedAdapter | None:
+        """What the run speaks through; None for a run of a release that recorded none.
+
+        Raises:
+            RunDirectoryError: its recipe holds something else in that place.
+        """
+        path = self.run_dir / "recipe.json"
+        try:
+            return recorded((read_json(path) or {}).get("adapter"))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RunDirectoryError(f"{path}: adapter: {error}") from error
 
     def require_cycle(self, cycle: int) -> None:
         """

@@ -18,6 +18,7 @@ from dspy_fst.fit import measure_fit, writable_fault
 from dspy_fst.plan import Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.environment import environment_faults
+from dspy_fst.rollout.adapters import adapter_in_force, differing_adapter, identity, kept_by
 from dspy_fst.rollout.player import Task
 from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
@@ -81,7 +82,7 @@ def open_session(
         session = _assemble(optimizer, student, trainset, valset or (), config, run, policy)
         session.publish(run.state.get("step", 0))
         session.prune_weights()  # a kill may have come between a commit and this
-        with dspy.context(lm=_configured(policy)):
+        with dspy.context(lm=_configured(policy), adapter=kept_by(student) or adapter_in_force()):
             if not run.state:
                 _preflight(session)
             _announce(session)
@@ -194,6 +195,7 @@ def checked(
         if fit := measure_fit(policy, config, run_dir):
             faults += fit.faults()
             warnings = fit.warnings()
+        warnings += differing_adapter(student)
         warnings += _left_out(student, read_texts(student, tools=config.tool_descriptions == "evolved"))
     if faults or config is None:
         raise ConfigurationError(faults)
@@ -212,6 +214,7 @@ def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy:
         "engine": policy.handle.resolved_kind,
         "temperature": policy.kwargs["temperature"],
         "max_tokens": policy.kwargs["max_tokens"],
+        "adapter": identity(student),
         "program": _fingerprint(bare.dump_state()),
         "population": [m.digest for m in carried.members] if isinstance(carried, Population) else None,
         "trainset": f"{len(trainset)} examples, {_fingerprint([example.toDict() for example in trainset])}",

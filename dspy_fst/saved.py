@@ -3,7 +3,7 @@
     OUT/manifest.json     size and checksum of every other file
     OUT/program.json      DSPy's own state of the program, without LMs
     OUT/population.json   the K candidates and their scores
-    OUT/policy.json       how to speak with the weights, and which predictors do
+    OUT/policy.json       how to speak with the weights, which predictors do, and through which adapter
     OUT/weights/          a Hugging Face folder
 
 A folder may come from somebody else: loading it runs no code and reads nothing outside it. Keys, addresses and frozen
@@ -34,6 +34,7 @@ from dspy_fst.documents import (
 )
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.policy import PolicyLM, resolve_kind
+from dspy_fst.rollout.adapters import describe, keep, kept_by, made
 from dspy_fst.rollout.texts import carry, set_tools, speakers
 from dspy_fst.run.files import flush, population_to_json, write_json
 from dspy_fst.run.sealed import read_document, seal, verify
@@ -88,26 +89,36 @@ def save(compiled: dspy.Module, path: str | Path) -> Path:
     return path
 
 
-def load(path: str | Path, program: dspy.Module, *, trust_code: bool = False, **policy_settings: Any) -> dspy.Module:
-    """A copy of ``program`` as it was compiled and saved: its instructions, population and trained weights.
+def load(
+    path: str | Path,
+    program: dspy.Module,
+    *,
+    trust_code: bool = False,
+    adapter: dspy.Adapter | None = None,
+    **policy_settings: Any,
+) -> dspy.Module:
+    """A copy of ``program`` as it was compiled and saved: its instructions, population, adapter and trained weights.
 
     Args:
         path: A folder written by `save` or `dspy_fst.export.export`.
         program: A fresh program of the same class; it is not changed. Its frozen LMs are kept.
         trust_code: Take up sources of dspy.Flex modules that are not this program's own: evolution wrote them, or
             whoever made the folder. They run in the interpreter of the program's dspy.Flex.
+        adapter: Speak through this one and not through that of the training, which is told; or the training's, where
+            it is no adapter of DSPy's own and so cannot be made from its name.
         **policy_settings: Override how the weights are served, e.g. ``engine="vllm"``; ``engine_options`` are added
             to the saved ones.
 
     Raises:
         RunDirectoryError: the folder is damaged, not a saved program, of another program, or asks for what only this
             machine may decide.
-        ConfigurationError: a frozen LM is not set.
+        ConfigurationError: a frozen LM is not set, or an adapter that is not DSPy's own.
     """
     path = Path(path).resolve()
     verify(path, ASIDE if weights_in(path) == path else ())
     saved, population, state = read_saved(path, program, trust_code=trust_code)
     _require_frozen_lms(saved.frozen, program)
+    speaks_through = adapter if saved.adapter is None else made(saved.adapter, adapter)
     policies = _policies(saved, weights_in(path), policy_settings)
     loaded = program.deepcopy()
     try:
@@ -118,6 +129,8 @@ def load(path: str | Path, program: dspy.Module, *, trust_code: bool = False, **
     for name, speaker in speakers(loaded).items():
         speaker.lm = policies.get(name, own[name].lm)
     set_tools(loaded, population.best)  # DSPy's state holds no tools
+    if speaks_through is not None:
+        keep(loaded, speaks_through)
     carry(loaded, population)
     return loaded
 
@@ -131,6 +144,7 @@ def _policy_document(compiled: dspy.Module) -> dict[str, Any]:
         "policy": {**state, "model": WEIGHTS},
         "predictors": {name: {key: kwargs[key] for key in Sampling.model_fields} for name, kwargs in trained.items()},
         "frozen": {name: lm.model for name, lm in lms.items() if name not in trained},
+        "adapter": describe(adapter).model_dump() if (adapter := kept_by(compiled)) else None,
     }
 
 

@@ -177,6 +177,7 @@ def _subject(
     trust_code: bool,
 ) -> Subject:
     from dspy_fst.documents import refuse_code
+    from dspy_fst.rollout.adapters import keep, made
     from dspy_fst.rollout.texts import read_texts, texts_like
     from dspy_fst.saved import load, policy_of
     from dspy_fst.session import open_player, starting_population, trainable_copy
@@ -193,6 +194,8 @@ def _subject(
         checkpoint = past.checkpoint(weights or past.version(cycle))
         policy = policy_of(opened.program).fork(checkpoint)
         program = trainable_copy(opened.program, policy)
+        if (adapter := past.adapter) is not None:
+            keep(program, made(adapter, None))
         seed = read_texts(opened.program, tools=config.tool_descriptions == "evolved")
         population = past.population(cycle) or starting_population(program, seed, config.population_size, {})
         if not trust_code:

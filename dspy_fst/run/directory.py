@@ -30,6 +30,8 @@ from dspy_fst.types import Population, WeightsVersion
 LOCK = ".lock"
 PROJECT = "project.yaml"
 """Written by the command line once the run was accepted."""
+RECORDED_SINCE = {"adapter"}
+"""Keys that recipes of earlier releases lack; such a run is continued under whatever is in force."""
 UNCLAIMED = (LOCK, PROJECT, "recipe.json.new")
 """What may lie in a directory that no run has begun in; the last is left by a kill in the first moment."""
 VERSION, HALF_WRITTEN = re.compile(r"step-\d+"), re.compile(r"\.step-\d+")
@@ -249,8 +251,8 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
         return f"run_dir={str(path)!r} is not empty and holds no readable recipe.json; name a new directory"
     wanted = plain(recipe)
     differing = [
-        f"{key} (there {found.get(key)!r}, now {wanted.get(key)!r})"
-        for key in sorted({*found, *wanted})
+        f"{key} (there {_told(found.get(key))}, now {_told(wanted.get(key))})"
+        for key in sorted({*found, *wanted} - (RECORDED_SINCE - found.keys()))
         if found.get(key) != wanted.get(key)
     ]
     if differing:
@@ -259,6 +261,14 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
             "Name a new directory, or go back to that configuration to continue it"
         )
     return None
+
+
+def _told(value: Any) -> str:
+    """A value of a recipe as a person reads it: an adapter by its name and settings."""
+    if not (isinstance(value, Mapping) and isinstance(value.get("name"), str)):
+        return repr(value)
+    parts = [part for part in value.values() if isinstance(part, Mapping)]
+    return f"{value['name']}({', '.join(f'{name}={of!r}' for part in parts for name, of in part.items())})"
 
 
 def _signs_of_a_run(log: bytes) -> str | None:

@@ -21,6 +21,7 @@ from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import chat_messages, text_response
 from dspy_fst.errors import EngineError
 from dspy_fst.policy import EngineHandle, PolicyLM
+from dspy_fst.rollout.adapters import adapter_in_force
 from dspy_fst.rollout.recording import calling_predictor, complete_recorded
 from dspy_fst.serve.errors import ApiError
 from dspy_fst.serve.upstream import Upstream
@@ -68,7 +69,7 @@ class Deltas:
 
     def begin(self) -> None:
         """A new reply of the predictor."""
-        adapter = type(dspy.settings.adapter or dspy.ChatAdapter()).__name__
+        adapter = type(adapter_in_force()).__name__
         fields = self._fields if adapter in _READABLE else []
         self._listeners = [StreamListener(name, predict_name=self.predictor) for name in fields]
 

@@ -1,0 +1,343 @@
+"""The adapter is part of a run, of the saved program and of whatever serves it."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import cloudpickle
+import dspy
+import pytest
+from dspy.adapters.baml_adapter import BAMLAdapter
+from dspy.utils.exceptions import AdapterParseError
+
+import dspy_fst
+from dspy_fst import FSTOptimizer
+from dspy_fst.compiled import policy_of
+from dspy_fst.errors import ConfigurationError, RunDirectoryError
+from dspy_fst.export import export
+from dspy_fst.past import Past
+from dspy_fst.rollout.adapters import SavedAdapter, describe, identity, made
+from dspy_fst.run.sealed import seal
+from dspy_fst.serve.app import create_app
+from dspy_fst.serve.settings import ServeSettings
+from programs.lab import build
+from tests.relay import Relay, any_answer, relay
+from tests.serve.makers import KEY, ask
+
+RECIPE = {
+    "cycles": 1,
+    "steps_per_cycle": 1,
+    "problems_per_step": 2,
+    "population_size": 1,
+    "group_size": 2,
+    "anchors": 2,
+    "search_rollouts": 3,
+    "progress": False,
+}
+JSON_FORM, CHAT_FORM = "Respond with a JSON object", "[[ ## completed ## ]]"
+
+
+def propose(candidate, reflective_dataset, components_to_update):
+    return {name: candidate[name] + " Be brief." for name in components_to_update}
+
+
+def compile_relay(run_dir, program=None, **changes):
+    lab = build(train=8, val=2, test=2)
+    optimizer = FSTOptimizer(metric=any_answer, propose=propose, run_dir=run_dir, **{**RECIPE, **changes})
+    return optimizer.compile(program or relay(), trainset=lab.trainset)
+
+
+class Prompts(dspy.utils.BaseCallback):
+    """What every LM is asked, as one text a call."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_lm_start(self, call_id, instance, inputs):
+        self.seen.append("\n".join(str(message["content"]) for message in inputs["messages"]))
+
+
+def asked_by(program, **context):
+    """The prompts of one call of the program."""
+    prompts = Prompts()
+    with dspy.context(callbacks=[prompts], **context), suppress(AdapterParseError):
+        program(numbers="3 1 2")
+    return prompts.seen
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Compiled under JSONAdapter, and saved."""
+    folder = tmp_path_factory.mktemp("json")
+    prompts = Prompts()
+    with dspy.context(adapter=dspy.JSONAdapter(), callbacks=[prompts]):
+        compiled = compile_relay(folder / "run")
+    saved = dspy_fst.save(compiled, folder / "saved")
+    yield compiled, saved, folder / "run", prompts.seen
+    policy_of(compiled).release()
+
+
+IN_A_FRESH_PROCESS = """
+import sys, json
+from tests.cases.test_adapters import asked_by
+from tests.relay import Relay
+import dspy_fst
+loaded = dspy_fst.load(sys.argv[1], Relay())
+print(json.dumps(asked_by(loaded)))
+"""
+
+
+def test_loaded_in_a_fresh_process_it_asks_as_the_run_asked(trained):
+    compiled, saved, _, during = trained
+    assert all(JSON_FORM in prompt for prompt in during)
+    ran = subprocess.run(
+        [sys.executable, "-c", IN_A_FRESH_PROCESS, str(saved)], capture_output=True, text=True, timeout=300, check=True
+    )
+    prompts = json.loads(ran.stdout.splitlines()[-1])
+    assert prompts == asked_by(compiled, adapter=dspy.JSONAdapter())[: len(prompts)]
+    assert prompts
+    assert all(JSON_FORM in prompt and CHAT_FORM not in prompt for prompt in prompts)
+
+
+def test_the_compiled_program_asks_as_it_was_trained_and_tells_of_another_setting_once(trained, caplog):
+    compiled, *_ = trained
+    assert JSON_FORM in asked_by(compiled)[0]
+    assert "XMLAdapter" not in caplog.text
+    for _ in range(2):
+        assert JSON_FORM in asked_by(compiled, adapter=dspy.XMLAdapter())[0]
+    told = [record.getMessage() for record in caplog.records if "DSPy is set to" in record.getMessage()]
+    assert len(told) == 1
+    assert "XMLAdapter" in told[0]
+    assert "JSONAdapter" in told[0]
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda program: program.deepcopy(),
+        copy.deepcopy,
+        lambda program: cloudpickle.loads(cloudpickle.dumps(program)),
+        lambda program: program.candidate_programs[0]["program"],
+    ],
+    ids=["dspy's deepcopy", "deepcopy", "cloudpickle", "a candidate program"],
+)
+def test_copies_ask_as_it_was_trained(trained, copied):
+    twin = copied(trained[0])
+    assert isinstance(twin, Relay)
+    assert JSON_FORM in asked_by(twin)[0]
+
+
+def test_dspy_s_own_whole_program_save_keeps_it(trained, tmp_path):
+    trained[0].save(tmp_path / "whole", save_program=True)
+    assert JSON_FORM in asked_by(dspy.load(tmp_path / "whole", allow_pickle=True))[0]
+
+
+class Outer(dspy.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.own, self.inner = dspy.Predict("numbers -> answer"), inner
+
+    def forward(self, numbers):
+        with suppress(AdapterParseError):
+            self.own(numbers=numbers)
+        return self.inner(numbers=numbers)
+
+
+def test_as_a_part_of_another_program_it_asks_as_it_was_trained_and_the_other_parts_do_not(trained):
+    outer = Outer(trained[0])
+    outer.own.lm = policy_of(trained[0])
+    first, then, *_ = asked_by(outer, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False))
+    assert CHAT_FORM in first
+    assert JSON_FORM in then
+
+
+def test_in_parallel_threads_and_in_tasks_it_asks_as_it_was_trained(trained):
+    prompts = Prompts()
+    with dspy.context(callbacks=[prompts]):
+        dspy.Parallel(num_threads=2, disable_progress_bar=True, max_errors=9)([(trained[0], {"numbers": "1 2"})] * 2)
+    assert prompts.seen
+    assert all(JSON_FORM in prompt for prompt in prompts.seen)
+
+
+def test_refine_s_advice_reaches_a_program_that_keeps_its_adapter(trained):
+    """dspy.Refine puts an adapter of its own round the one in force for the time of a call."""
+
+    class WrapperAdapter(dspy.ChatAdapter):
+        __module__ = dspy.Refine.__module__
+
+        def __call__(self, lm, lm_kwargs, signature, demos, inputs):
+            inputs["hint_"] = "count twice"
+            signature = signature.append("hint_", dspy.InputField())
+            return adapter(lm, lm_kwargs, signature, demos, inputs)
+
+    adapter = before = dspy.ChatAdapter()
+    (first, *_) = asked_by(trained[0], adapter=WrapperAdapter())
+    assert "count twice" in first
+    assert JSON_FORM in first
+    assert adapter is before
+
+
+def test_a_run_is_not_continued_under_another_adapter(trained):
+    _, _, run_dir, _ = trained
+    with pytest.raises((ConfigurationError, RunDirectoryError)) as refused:
+        compile_relay(run_dir)
+    assert "adapter" in str(refused.value)
+    assert "JSONAdapter" in str(refused.value)
+    assert "ChatAdapter" in str(refused.value)
+
+
+def test_a_run_of_a_release_that_recorded_no_adapter_goes_on(trained, tmp_path):
+    run_dir = shutil.copytree(trained[2], tmp_path / "run")
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    del recipe["adapter"]
+    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        policy_of(compile_relay(run_dir)).release()
+
+
+def test_a_continued_training_goes_on_through_the_adapter_of_the_first(trained, tmp_path):
+    prompts = Prompts()
+    with dspy.context(callbacks=[prompts]):
+        compiled = compile_relay(tmp_path / "run", program=trained[0])
+    assert prompts.seen
+    assert all(JSON_FORM in prompt for prompt in prompts.seen)
+    policy_of(compiled).release()
+
+
+def test_loaded_with_another_adapter_on_purpose_it_speaks_through_that_and_tells(trained, caplog):
+    loaded = dspy_fst.load(trained[1], Relay(), adapter=dspy.XMLAdapter())
+    assert "trained through JSONAdapter" in caplog.text
+    assert "<answer>" in asked_by(loaded)[0]
+    policy_of(loaded).release()
+
+
+def rewritten(saved: Path, folder: Path, change) -> Path:
+    """A copy of a saved program whose policy.json was changed, sealed as its author would."""
+    shutil.copytree(saved, folder)
+    (folder / "manifest.json").unlink()
+    document = json.loads((folder / "policy.json").read_text())
+    change(document)
+    (folder / "policy.json").write_text(json.dumps(document))
+    seal(folder, "0.0.0")
+    return folder
+
+
+def test_a_folder_of_a_release_that_recorded_no_adapter_loads_and_speaks_as_dspy_is_set(trained, tmp_path):
+    old = rewritten(trained[1], tmp_path / "old", lambda document: document.pop("adapter"))
+    loaded = dspy_fst.load(old, Relay())
+    assert CHAT_FORM in asked_by(loaded)[0]
+    policy_of(loaded).release()
+
+
+def test_an_adapter_s_class_is_never_imported_from_a_folder(trained, tmp_path):
+    def name_another(document):
+        document["adapter"].update(name="antigravity.Adapter", settings={"header": "x"})
+
+    foreign = rewritten(trained[1], tmp_path / "foreign", name_another)
+    with pytest.raises(ConfigurationError, match=r"antigravity.Adapter.*adapter="):
+        dspy_fst.load(foreign, Relay())
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("settings", [{"callbacks": "x"}, {"use_native_function_calling": "yes"}, {"format": None}])
+def test_an_adapter_of_dspy_s_is_given_its_plain_settings_only(trained, tmp_path, settings):
+    bad = rewritten(trained[1], tmp_path / "bad", lambda document: document["adapter"].update(settings=settings))
+    with pytest.raises(RunDirectoryError, match="adapter"):
+        dspy_fst.load(bad, Relay())
+
+
+class MarkedAdapter(dspy.ChatAdapter):
+    """An adapter of a user's own."""
+
+    def __init__(self, mark="M"):
+        super().__init__()
+        self.mark = mark
+
+    def format(self, signature, demos, inputs):
+        first, *rest = super().format(signature, demos, inputs)
+        return [{**first, "content": f"{self.mark} {first['content']}"}, *rest]
+
+
+@pytest.fixture
+def marked(trained, tmp_path):
+    """Saved by a program that was trained through MarkedAdapter."""
+    mark = {"name": f"{__name__}.MarkedAdapter", "settings": {"mark": "M"}, "lms": {}}
+    return rewritten(trained[1], tmp_path / "marked", lambda document: document.update(adapter=mark))
+
+
+def test_an_adapter_of_the_user_s_is_taken_from_him(marked):
+    given = dspy_fst.load(marked, Relay(), adapter=MarkedAdapter())
+    assert asked_by(given)[0].startswith("M ")
+    with dspy.context(adapter=MarkedAdapter()):
+        found = dspy_fst.load(marked, Relay())
+    assert asked_by(found)[0].startswith("M ")
+    for program in (given, found):
+        policy_of(program).release()
+
+
+def test_an_adapter_of_the_user_s_with_other_settings_is_told(marked, caplog):
+    policy_of(dspy_fst.load(marked, Relay(), adapter=MarkedAdapter("other"))).release()
+    assert "mark='M'" in caplog.text
+    assert "mark='other'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        dspy.ChatAdapter(use_native_function_calling=True, parallel_tool_calls=True),
+        dspy.ChatAdapter(use_json_adapter_fallback=False, native_response_types=[dspy.Reasoning]),
+        dspy.JSONAdapter(use_native_function_calling=False),
+        dspy.XMLAdapter(),
+        BAMLAdapter(),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_dspy_s_is_made_again_as_it_was(adapter):
+    again = made(SavedAdapter.model_validate_json(describe(adapter).model_dump_json()), None)
+    assert type(again) is type(adapter)
+    assert describe(again) == describe(adapter)
+
+
+def test_what_a_two_step_adapter_extracts_with_is_recorded_and_must_be_given():
+    adapter = dspy.TwoStepAdapter(dspy.LM("openai/gpt-x"))
+    saved = describe(adapter)
+    assert saved.lms == {"extraction_model": "openai/gpt-x"}
+    with pytest.raises(ConfigurationError, match="TwoStepAdapter"):
+        made(saved, None)
+    with dspy.context(adapter=adapter):
+        assert made(saved, None) is adapter
+
+
+def test_adapters_that_a_program_holds_itself_are_part_of_a_run():
+    program = relay()
+    program.adapter = dspy.JSONAdapter()
+    plain, held = identity(relay()), identity(program)
+    assert plain["name"] == held["name"] == "ChatAdapter"
+    assert "JSONAdapter" in str(held)
+    assert "JSONAdapter" not in str(plain)
+
+
+def test_a_served_program_asks_as_it_was_trained(trained):
+    asked_by(trained[0])  # whatever released its engine, it is there again
+    served = create_app(trained[0], ServeSettings(api_key=KEY, signature="numbers: str -> answer: str"))
+    prompts = Prompts()
+    with dspy.context(callbacks=[prompts]):
+        ask(served, {"inputs": {"numbers": "3 1 2"}})
+    assert prompts.seen
+    assert all(JSON_FORM in prompt for prompt in prompts.seen)
+
+
+def test_a_run_that_is_evaluated_asks_as_it_was_trained(trained):
+    assert Past.of(trained[2]).adapter == describe(dspy.JSONAdapter())
+
+
+def test_an_exported_card_tells_the_adapter(trained, tmp_path):
+    card = (export(trained[1], tmp_path / "exported") / "README.md").read_text()
+    assert "dspy.configure(adapter=dspy.JSONAdapter(use_native_function_calling=True))" in card
+    loaded = dspy_fst.load(tmp_path / "exported", Relay())
+    assert JSON_FORM in asked_by(loaded)[0]
+    policy_of(loaded).release()
