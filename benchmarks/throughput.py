@@ -31,9 +31,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.compiled import policy_of
-from dspy_fst.engine.base import Engine, verify_sync
+from dspy_fst.engine.base import Engine
 from dspy_fst.engine.generation import Pending, generate
 from dspy_fst.engine.in_process import InProcessEngine
+from dspy_fst.engine.sync import Expected, verify
 from dspy_fst.rollout.player import Player, PlayerSettings
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import read_texts
@@ -230,8 +231,9 @@ def publish(kind: str, repeats: int, model: Path) -> list[float]:
 
         def sync() -> None:
             path = next(versions)
-            engine.load(trainer.publish(path, path.name))
-            verify_sync(engine.score(probes), trainer.score(probes), tolerance=2e-3, version=path.name)
+            checkpoint = trainer.publish(path, path.name)
+            engine.load(checkpoint)
+            verify(engine, Expected(checkpoint, probes, trainer.score(probes), trainer.dtype))
 
         def write() -> None:
             with (next(versions)).open("wb") as file:

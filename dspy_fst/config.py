@@ -124,8 +124,8 @@ class FSTConfig(BaseModel):
     validation_samples: int = Field(1, ge=1)
     """Rollouts for each validation problem and candidate, outside the budget (ours)."""
     sync_tolerance: float | None = Field(None, gt=0)
-    """Largest gap in nats between the engine's and the trainer's log-probabilities; None is 2e-3 in float32
-    and 0.3 in bfloat16 (ours)."""
+    """Largest mean gap in nats a token between the engine's and the trainer's log-probabilities on texts of the run,
+    after a publish; None is the measured limit of the precision, see engine/sync.py (ours)."""
     min_effective_share: float = Field(0.5, ge=0, le=1)
     """Effective sample share (see UpdateReport) of a batch's importance weights below which the run stops before it
     learns from them: the engine samples from another distribution than the trainer scores (ours)."""

@@ -26,7 +26,9 @@ class EngineError(FSTError):
 
 
 class SyncError(EngineError):
-    """After a publish the engine's log-probabilities do not agree with the trainer's."""
+    """After a publish the engine uses other weights than the trainer's, or computes other
+    log-probabilities from them.
+    """
 
 
 class MeasurementError(FSTError):
@@ -54,7 +56,7 @@ class RunDirectoryError(FSTError):
 
 
 class DiskError(RunDirectoryError):
-    """The disk refused to write. What was committed is whole, and the run can be continued."""
+    """The disk refused to write, or gave back something else. What was committed is whole, and the run can go on."""
 
 
 def is_signal(error: BaseException) -> bool:

@@ -310,6 +310,7 @@ def _preflight(session: Session) -> None:
     first = [Problem(i, example) for i, example in enumerate(session.trainset[:PREFLIGHT_ROLLOUTS])]
     tasks = [Task(problem, session.population.best) for problem in first]
     rollouts = session.player.play(tasks, "preflight")
+    session.see_texts(rollouts)
     faults = context_faults(session.policy, rollouts)
     reasons = sorted({rollout.mask for rollout in rollouts if rollout.mask is not None})
     if any(reason.startswith("metric") for reason in reasons) or all(rollout.mask for rollout in rollouts):

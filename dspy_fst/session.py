@@ -16,12 +16,12 @@ from typing import Any
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.engine.base import Scorer, verify_sync
 from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
 from dspy_fst.fast.evolve import Search, SearchSettings
 from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose, ProposeCode
 from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
+from dspy_fst.publishing import NaturalTexts, Publishing
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
@@ -46,10 +46,6 @@ from dspy_fst.types import (
     UpdateReport,
     WeightsVersion,
 )
-
-FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 2e-3, 0.3
-"""Gaps in nats that the same weights may show on two engines (ours; float32 measures 1e-6 to 1e-4 here)."""
-PROBE_COUNT, PROBE_TOKENS = 4, 24
 
 
 @dataclass
@@ -79,6 +75,7 @@ class Session:
     """Measured on the first examples before the start."""
     _seconds: Counter[str] = field(default_factory=Counter)
     _watch: Watch = field(init=False)
+    _publishing: Publishing = field(init=False)
     _journal: Journal | None = None
     _trainer_moved: bool = True
     """Whether the trainer changed since the last commit."""
@@ -87,6 +84,10 @@ class Session:
         """Take up the reports of a run that goes on."""
         worst = min(self.config.failure_score, self.config.format_failure_score)
         self._watch = Watch(worst, self.config.perfect_score, self.config.parse_warning_share)
+        texts = NaturalTexts(self.program, self.trained, self.trainset, self.trainer.tokenizer)
+        self._publishing = Publishing(
+            self.policy.handle, self.trainer, texts, tolerance=self.config.sync_tolerance, tell=self._tell_recovery
+        )
         events = self.run.events()
         self.cycle_reports += [CycleReport.from_json(e["report"]) for e in events if e["event"] == "cycle"]
         self.step_reports += [StepReport.from_json(e["report"]) for e in events if e["event"] == "step"]
@@ -219,6 +220,7 @@ class Session:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         self._refuse_stale(step, rollouts)
         self._refuse_unmeasured(step, rollouts)
+        self.see_texts(rollouts)
         return groups
 
     def play_seed(self, step: int, population: Population) -> list[HeldRollout]:
@@ -299,38 +301,23 @@ class Session:
         """Hand the weights after ``step`` updates to the engine and prove that it serves them.
 
         Raises:
-            SyncError: the engine's log-probabilities on the probes are not the trainer's.
+            SyncError, DiskError, EngineError: as `Publishing.serve` has it.
         """
         version = version_of(step)
         self._trainer_moved = True
         with self._timed("publish"):
             with self.run.writing():
                 checkpoint = self.trainer.publish(self.run.weights_path(version), version)
-            probes = self._probes()
-            expected = self.trainer.score(probes)
+            self._publishing.serve(checkpoint)
 
-            def verify(engine: Scorer) -> None:
-                verify_sync(engine.score(probes), expected, tolerance=self._sync_tolerance(), version=version)
-
-            engine = self.policy.handle.engine
-            engine.on_recovery(self._tell_recovery, verify)
-            engine.load(checkpoint)
-            verify(engine)
-            self.policy.handle.checkpoint = checkpoint
-
-    def _sync_tolerance(self) -> float:
-        return self.config.sync_tolerance or _default_tolerance(self.trainer)
+    def see_texts(self, rollouts: Sequence[Rollout]) -> None:
+        """Verify later publishes on these prompts and replies, unless some were seen before."""
+        self._publishing.texts.see(rollouts)
 
     def _best_version(self) -> WeightsVersion | None:
         """The weights that sampled the step with the highest mean reward."""
         measured = [report for report in self.step_reports if report.reward is not None]
         return version_of(max(measured, key=lambda report: report.reward or 0.0).step) if measured else None
-
-    def _probes(self) -> list[list[int]]:
-        """Fixed token sequences, the same at every publish."""
-        draw = random.Random(f"{self.config.seed} probes")
-        size = self.trainer.vocabulary
-        return [[draw.randrange(size) for _ in range(PROBE_TOKENS)] for _ in range(PROBE_COUNT)]
 
     def commit_step(
         self,
@@ -409,10 +396,6 @@ class Session:
 def version_of(step: int) -> WeightsVersion:
     """Name of the weights after that many steps; names sort as steps do."""
     return f"step-{step:06d}"
-
-
-def _default_tolerance(trainer: Trainer) -> float:
-    return FLOAT32_TOLERANCE if trainer.dtype == "float32" else BFLOAT16_TOLERANCE
 
 
 def new_run_dir() -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dspy import lm15
 
-from dspy_fst.engine.base import Checkpoint, Completion
+from dspy_fst.engine.base import Checkpoint, Completion, Holding
 from dspy_fst.engine.chat import chat_messages, text_response
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.policy import PolicyLM
@@ -43,6 +43,9 @@ class ScriptedEngine:
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         return [[-1.0] * (len(sequence) - 1) for sequence in sequences]
+
+    def held(self, checkpoint: Checkpoint) -> Holding | None:
+        return None
 
     def expect(self, callers: int) -> None:
         self.expected.append(callers)

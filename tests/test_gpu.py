@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from dspy_fst.engine.base import verify_sync
 from dspy_fst.engine.in_process import InProcessEngine
+from dspy_fst.engine.sync import Expected, verify
 from dspy_fst.rollout.recording import Recording
-from dspy_fst.session import BFLOAT16_TOLERANCE
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from programs.lab import BASE
 from programs.lab.demo import run
@@ -28,8 +27,9 @@ def test_the_trainer_computes_in_bfloat16_and_keeps_float32_parameters():
 def test_the_engine_serves_what_the_trainer_publishes(tmp_path):
     trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
     engine = InProcessEngine()
-    engine.load(trainer.publish(tmp_path / "v0", "v0"))
-    verify_sync(engine.score(SEQUENCES), trainer.score(SEQUENCES), tolerance=BFLOAT16_TOLERANCE, version="v0")
+    checkpoint = trainer.publish(tmp_path / "v0", "v0")
+    engine.load(checkpoint)
+    assert verify(engine, Expected(checkpoint, SEQUENCES, trainer.score(SEQUENCES), trainer.dtype)).identical
     completion = engine.complete(request_of("1 2 3 4"), seed=Recording(0).seed)
     assert completion.completion_ids
     engine.close()

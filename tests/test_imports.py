@@ -9,10 +9,11 @@ PACKAGE = Path(__file__).parent.parent / "dspy_fst"
 LAYERS = [
     ["errors"],
     ["types"],
-    ["config", "engine.base", "engine.queueing", "preflight.environment", "preflight.model_folder"],
+    ["config", "engine.base", "engine.queueing", "engine.served", "preflight.environment", "preflight.model_folder"],
     ["plan", "slow", "rollout", "engine", "run"],
     ["fast", "report"],
     ["policy"],
+    ["publishing"],
     ["validation", "documents"],
     ["fit"],
     ["session"],
@@ -27,7 +28,7 @@ LAYERS = [
 CORNERS = {
     "torch": ["slow", "engine", "policy", "cli.doctor"],
     "gepa": ["fast"],
-    "vllm": [],
+    "vllm": ["engine.served"],
     "accelerate": ["report.tracking"],
     "trl": ["slow"],
     "matplotlib": ["report.charts"],

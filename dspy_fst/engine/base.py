@@ -1,15 +1,13 @@
-"""What samples tokens: the one protocol that every engine meets, and the rule that its weights are verified."""
+"""What samples tokens: the one protocol that every engine meets. Its weights are verified by `engine.sync`."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from dspy.lm15 import Request, Response
 
-from dspy_fst.errors import SyncError
 from dspy_fst.types import WeightsVersion
 
 
@@ -34,10 +32,32 @@ class Checkpoint:
 
     version: WeightsVersion
     path: Path
+    digests: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Of every tensor as its writer held it, by name in the folder; empty when nobody recorded them."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What an engine's weights in use are, beside those of a published folder."""
+
+    digests: Mapping[str, str]
+    """Of every tensor as the engine read it from the folder, by name in the folder."""
+    wrong: Mapping[str, str]
+    """Tensor -> how the one in use differs, e.g. ``{"lm_head.weight": "83 of 4096 numbers, by up to 0.002"}``."""
+    dtype: str
+    """``"float32"`` or ``"bfloat16"``: the arithmetic of the engine's body."""
 
 
 class Scorer(Protocol):
-    """Whatever scores token sequences under the weights that it serves."""
+    """Whatever scores token sequences under the weights that it serves, and can say what those are."""
+
+    def held(self, checkpoint: Checkpoint) -> Holding | None:
+        """Compare the weights that the forward pass reads with a folder's; None when the engine cannot tell.
+
+        Raises:
+            EngineError: the folder cannot be read, or the engine does not answer.
+        """
+        ...
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1."""
@@ -55,10 +75,12 @@ class Engine(Scorer, Protocol):
     def load(self, checkpoint: Checkpoint) -> None:
         """Serve these weights from now on; starts the engine when it is not running.
 
-        No reply sampled after this returns comes from older weights.
+        No reply sampled after this returns comes from older weights, nor from weights that ``verify`` (see
+        :meth:`on_recovery`) refuses.
 
         Raises:
             EngineError: it cannot start, or does not answer in time.
+            SyncError: it serves other weights than these, and could not be made to serve them.
         """
         ...
 
@@ -76,9 +98,10 @@ class Engine(Scorer, Protocol):
         ...
 
     def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
-        """Have each recovery from a failure told as a sentence, and the recovered engine verified before it samples.
+        """Have each recovery from a failure told as a sentence, and the engine verified before it samples.
 
-        ``verify`` belongs to the weights that are loaded next; None lets go of the last one, too.
+        ``verify`` belongs to the weights that are loaded next: it runs at their load, and after each recovery on them.
+        None lets go of the last one, too.
         """
         ...
 
@@ -89,34 +112,3 @@ class Engine(Scorer, Protocol):
     def close(self) -> None:
         """Release everything that was started. May be called twice."""
         ...
-
-
-def verify_sync(
-    sampled_by: Sequence[Sequence[float]],
-    trained_by: Sequence[Sequence[float]],
-    *,
-    tolerance: float,
-    version: WeightsVersion,
-) -> float:
-    """Compare the two sides' log-probabilities on the same probe sequences.
-
-    Returns:
-        The largest absolute gap, in nats.
-
-    Raises:
-        SyncError: a gap exceeds ``tolerance`` or is not a number; the message names the probes and gaps.
-    """
-    gaps = [
-        [abs(a - b) for a, b in zip(sampled, trained, strict=True)]
-        for sampled, trained in zip(sampled_by, trained_by, strict=True)
-    ]
-    # `not <=` and not `>`: a NaN must count as a gap.
-    wrong = [i for i, probe in enumerate(gaps) if any(not gap <= tolerance for gap in probe)]
-    if wrong:
-        shown = ", ".join(f"probe {i}: {np.max(gaps[i]):.3g} over {len(gaps[i])} tokens" for i in wrong)
-        raise SyncError(
-            f"weights {version}: the engine's log-probabilities differ from the trainer's by more than "
-            f"{tolerance:g} nats on {len(wrong)} of {len(gaps)} probe sequences ({shown}). The engine serves "
-            "stale or altered weights; nothing was sampled from them."
-        )
-    return max((gap for probe in gaps for gap in probe), default=0.0)

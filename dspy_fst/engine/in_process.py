@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from dspy import lm15
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dspy_fst.engine.base import Checkpoint, Completion, Scorer
+from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.chat import chat_messages, chat_options, text_response
 from dspy_fst.engine.generation import Pending, Reply, cut, generate
+from dspy_fst.engine.holding import compare, head_in_float32
 from dspy_fst.engine.queueing import queueing
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError
@@ -35,7 +37,8 @@ class InProcessSettings:
     device: str | None = None
     """Torch device, e.g. ``"cuda:0"``; None takes the GPU when there is one."""
     dtype: str | None = None
-    """``"float32"`` or ``"bfloat16"``; None is float32 on CPU, bfloat16 on CUDA. Sampling is in float32."""
+    """``"float32"`` or ``"bfloat16"``; None is float32 on CPU, bfloat16 on CUDA. The LM head and sampling are in
+    float32."""
     max_batch_tokens: int = 65_536
     """Prompt plus completion tokens of one batch, padding included; larger batches are cut."""
     linger_s: float = 2.0
@@ -62,6 +65,7 @@ class InProcessEngine:
         self._closed = False
         self._moved_at = 0.0
         """``time.monotonic()`` at which the queue last moved: the calls in flight were gathered, or a batch began."""
+        self._verify: Callable[[Scorer], None] | None = None
 
     @property
     def weights(self) -> WeightsVersion | None:
@@ -83,6 +87,23 @@ class InProcessEngine:
             except (OSError, ValueError, RuntimeError) as error:
                 raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} do not load: {error}") from error
             self._version = checkpoint.version
+        try:
+            if self._verify is not None:
+                self._verify(self)
+        except BaseException:
+            self._version = None
+            raise
+
+    def held(self, checkpoint: Checkpoint) -> Holding:
+        with self._model_lock:
+            if self._model is None:
+                raise EngineError("the in-process engine has no weights yet: load a checkpoint first")
+            try:
+                return compare(self._model, checkpoint.path)
+            except (OSError, SafetensorError) as error:
+                raise EngineError(
+                    f"weights {checkpoint.version} at {checkpoint.path} cannot be read: {error}"
+                ) from error
 
     def complete(self, request: lm15.Request, seed: int) -> Completion:
         prompt = self._render(request)
@@ -118,7 +139,8 @@ class InProcessEngine:
         return [row[: length - 1] for row, length in zip(chosen, lengths, strict=True)]
 
     def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
-        """Nothing to do: this engine fails and falls with the process."""
+        """Verify the weights that are loaded next; there is no recovery: this engine falls with the process."""
+        self._verify = verify
 
     def take_counts(self) -> Counter[str]:
         return Counter()
@@ -168,6 +190,7 @@ class InProcessEngine:
         self._reader = ReplyReader.of(self._tokenizer)
         model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=False)
         self._model = model.to(device).eval()
+        head_in_float32(self._model, checkpoint.path)
         self._closed = False
         self._worker = threading.Thread(target=self._serve, name="in-process-engine", daemon=True)
         self._worker.start()

@@ -2,8 +2,8 @@
 
 The contract of this file: a reply that arrived is never asked for again; a request that the server refuses is
 never retried; a server is restarted once, however many threads saw it fail, and nobody samples from it before it
-is loaded and verified; after ``max_restarts`` every call fails at once. A server that somebody else launched is
-never restarted, only asked again.
+is loaded and verified; a swap that leaves other weights in use is mended by a restart on the new ones; after
+``max_restarts`` every call fails at once. A server that somebody else launched is never restarted, only asked again.
 """
 
 import copy
@@ -17,12 +17,12 @@ from typing import TypeVar
 from dspy.lm15 import Request
 from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after_attempt, wait_exponential, wait_random
 
-from dspy_fst.engine.base import Checkpoint, Completion, Scorer
+from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.gate import Turn
 from dspy_fst.engine.vllm_client import Address, NoAnswerError
 from dspy_fst.engine.vllm_server import ServerDiedError, VLLMServer, VLLMSettings, require_checkpoint
 from dspy_fst.engine.watchdog import watch
-from dspy_fst.errors import EngineError
+from dspy_fst.errors import EngineError, SyncError
 from dspy_fst.types import WeightsVersion
 
 logger = logging.getLogger(__name__)
@@ -47,15 +47,15 @@ class Keeper:
 
     def __init__(self, settings: VLLMSettings | None = None, make: Callable[[VLLMSettings], VLLMServer] = VLLMServer):
         self.settings = settings or VLLMSettings()
-        self.after_restart: Callable[[Scorer], None] | None = None
-        """Checks a restarted server (which it is given) before anybody samples, and raises when it is unsound.
+        self.verify: Callable[[Scorer], None] | None = None
+        """Checks a server (which it is given) before anybody samples, and raises when it is unsound.
 
-        It belongs to the weights that are loaded after it was set. It runs in the thread that restarts, and not in
-        ``load``, whose caller verifies new weights in any case."""
+        It belongs to the weights that are loaded after it was set. It runs in the thread that loads or restarts."""
         self.on_event: Callable[[str], None] = logger.warning
         """Told one sentence per restart, with the reason, in the thread that restarts."""
         self.counts: Counter[str] = Counter()
-        """``"restarts"``, ``"asked again"`` and ``"swaps failed"`` since the last ``take_counts``."""
+        """Since the last ``take_counts``: ``"restarts"``, ``"asked again"``, ``"swaps failed"``, ``"swaps refused"``
+        (they left other weights in use than they should)."""
         self.server = make(self.settings)
         """The server of the moment. A restart puts another in its place: its identity tells restarts apart."""
         self._make = make
@@ -94,9 +94,9 @@ class Keeper:
         with self._turn.of("a load"):
             self._raise_refusal()
             self._closing.clear()
-            self._wanted, self._check = checkpoint, self.after_restart
+            self._wanted, self._check = checkpoint, self.verify
             try:
-                change = self._launch if self.server.address is None else self._swap
+                change = self._begin if self.server.address is None else self._swap
                 change(checkpoint)
             except BaseException:
                 self._wanted = None
@@ -111,12 +111,16 @@ class Keeper:
         """Log-probability of every token but the first of each sequence, at temperature 1."""
         return self._persist(lambda server: server.score(sequences))
 
+    def held(self, checkpoint: Checkpoint) -> Holding | None:
+        """Compare the weights in use with the folder's; see ``Scorer.held``."""
+        return self._persist(lambda server: server.held(checkpoint))
+
     def expect(self, callers: int) -> None:
         """Nothing to do: vLLM batches whatever is in flight."""
 
     def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
         """Tell each restart, and verify the restarted server before anybody samples from it; None: not any more."""
-        self.on_event, self.after_restart = tell, verify
+        self.on_event, self.verify = tell, verify
         if verify is None:
             self._check = None
 
@@ -183,14 +187,33 @@ class Keeper:
 
     # ---- starting again --------------------------------------------------------------------------
 
-    def _swap(self, checkpoint: Checkpoint) -> None:
+    def _begin(self, checkpoint: Checkpoint) -> None:
+        self._launch(checkpoint)
         try:
-            self.server.load(checkpoint)
-        except EngineError as error:
-            self._count("swaps failed")
+            if self._check is not None:
+                self._check(self.server)
+        except NoAnswerError as error:  # it died of the check, which says nothing of its weights
             if self.settings.attach_url is not None:
                 raise
-            self._relaunch(checkpoint, EngineError(f"the weights could not be swapped: {error}"), verify=False)
+            self._relaunch(checkpoint, error)
+
+    def _swap(self, checkpoint: Checkpoint) -> None:
+        """Swap the weights in place; where that fails, or other weights are served then, start afresh on these."""
+        cause: EngineError
+        try:
+            self.server.load(checkpoint)
+            if self._check is not None:
+                self._check(self.server)
+            return
+        except SyncError as error:
+            self._count("swaps refused")
+            cause = error
+        except EngineError as error:
+            self._count("swaps failed")
+            cause = EngineError(f"the weights could not be swapped: {error}")
+        if self.settings.attach_url is not None:
+            raise cause
+        self._relaunch(checkpoint, cause)
 
     def _restart(self, failed: VLLMServer, cause: EngineError) -> None:
         """Replace a server that failed, unless another thread has done so."""
@@ -199,17 +222,17 @@ class Keeper:
         with self._turn.of("a request"):
             self._raise_refusal()
             if failed is self.server and self._wanted is not None:
-                self._relaunch(self._wanted, cause, verify=True)
+                self._relaunch(self._wanted, cause)
 
-    def _relaunch(self, checkpoint: Checkpoint, cause: EngineError, *, verify: bool) -> None:
+    def _relaunch(self, checkpoint: Checkpoint, cause: EngineError) -> None:
         """Start servers until one stands on these weights; raises EngineError when none may be started any more."""
         while True:
             self._spend_restart(checkpoint.version, cause)
             self._replace_server()
             try:
                 self._launch(checkpoint)
-                if verify and self._check is not None:
-                    self._verify(self._check)
+                if self._check is not None:
+                    self._refuse_unsound(self._check)
                 return
             except EngineError as error:
                 if self._refusal is not None:
@@ -227,13 +250,15 @@ class Keeper:
         if self.settings.attach_url is None:
             watch(self.server, self.settings.stall_timeout_s)
 
-    def _verify(self, check: Callable[[Scorer], None]) -> None:
+    def _refuse_unsound(self, check: Callable[[Scorer], None]) -> None:
         try:
             check(self.server)
         except NoAnswerError:
             raise  # it failed again, which says nothing of its weights
         except BaseException as error:
-            self._refusal = error if isinstance(error, EngineError) else EngineError(f"after_restart failed: {error!r}")
+            self._refusal = (
+                error if isinstance(error, EngineError) else EngineError(f"the check of the weights failed: {error!r}")
+            )
             self._replace_server()
             raise
 

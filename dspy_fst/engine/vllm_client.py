@@ -28,7 +28,7 @@ from dspy.lm15 import (
 )
 from dspy.lm15 import TimeoutError as RequestTimeoutError
 
-from dspy_fst.engine.base import Completion
+from dspy_fst.engine.base import Completion, Holding
 from dspy_fst.engine.chat import refuse_reshaped_sampling
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
@@ -44,6 +44,8 @@ QUICK_TIMEOUT_S = 30.0
 _RESHAPING: Mapping[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _ENGINE_FAULTS = (TransportError, RequestTimeoutError, ServerError, AuthError, UnsupportedModelError)
 _FINISHED = {"stop", "length", "tool_calls"}
+COMPARE = "dspy_fst_compare"
+"""The method of `engine/served/dspy_fst_weight_check.py`."""
 _TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
 
@@ -216,6 +218,22 @@ class VLLMClient:
             self._resume_quietly()
             raise
         self._call("POST", "/resume", timeout_s=QUICK_TIMEOUT_S)
+
+    def held(self, folder: Path, *, optional: bool) -> Holding | None:
+        """Have every worker compare the weights it uses with a folder's.
+
+        Args:
+            folder: As the server sees it.
+            optional: Give None instead of an error where the server's workers lack our extension.
+        """
+        rpc = {"method": COMPARE, "kwargs": {"folder": str(folder)}}
+        reply = self._send("POST", "/collective_rpc", json=rpc, timeout_s=self._load_timeout_s)
+        if optional and not reply.is_success and COMPARE in reply.text:
+            return None
+        _require_success(reply, f"POST {self.address.url}/collective_rpc")
+        workers = reply.json()["results"]
+        wrong = {name: how for worker in workers for name, how in worker["wrong"].items()}
+        return Holding(workers[0]["digests"], wrong, workers[0]["dtype"])
 
     def close(self) -> None:
         """Close every connection. May be called twice."""

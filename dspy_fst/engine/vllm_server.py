@@ -1,16 +1,14 @@
 """The engine that users run: a vLLM server, launched here or elsewhere, whose weights are swapped in place.
 
 The contract of this file: nothing starts before the first ``load``; what was started is always ended; no
-reply straddles two versions; every wait has a limit that its error names. vLLM's flags stand here only.
+reply straddles two versions; every wait has a limit that its error names. vLLM's flags stand in vllm_launch.py.
 Written for vLLM 0.32 (CPU) and 0.33; what differs on a GPU (dtype, CUDA graphs) is untried.
 """
 
 import importlib.util
 import ipaddress
 import logging
-import os
 import secrets
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,20 +17,18 @@ from pathlib import Path
 
 from dspy.lm15 import Request
 
-from dspy_fst.engine.base import Checkpoint, Completion
+from dspy_fst.engine.base import Checkpoint, Completion, Holding
 from dspy_fst.engine.gate import Gate
 from dspy_fst.engine.ports import free_port, port_taken
 from dspy_fst.engine.process import ServerProcess, telling_lines
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.vllm_client import Address, NoAnswerError, VLLMClient
+from dspy_fst.engine.vllm_launch import vllm_command, vllm_environment
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
 
 logger = logging.getLogger(__name__)
 
-SERVED_NAME = "policy"
-_LAUNCHER = "vllm.entrypoints.launchers.api_server.entry"
-_SERVED_FOLDER = Path(__file__).with_name("served")
 _POSITIVE = (
     *("startup_timeout_s", "request_timeout_s", "load_timeout_s", "stall_timeout_s", "stop_grace_s"),
     "cpu_kv_cache_gib",
@@ -46,7 +42,7 @@ _WIND_UP_S = 60.0
 
 _OURS = {
     *("--model", "--host", "--port", "--api-key", "--served-model-name"),
-    *("--logprobs-mode", "--generation-config", "--disable-log-stats"),
+    *("--logprobs-mode", "--generation-config", "--disable-log-stats", "--worker-extension-cls"),
 }
 _DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 _HOW_TO_ATTACH = (
@@ -262,6 +258,12 @@ class VLLMServer:
             self._answered_at = time.monotonic()
             return scores
 
+    def held(self, checkpoint: Checkpoint) -> Holding | None:
+        """Compare the weights in use with the folder's; None on an attached server without our worker extension."""
+        with self._gate.sampling(self.settings.request_timeout_s), self._explaining_death():
+            client, _ = self._serving()
+            return client.held(checkpoint.path.resolve(), optional=self.settings.attach_url is not None)
+
     def expect(self, callers: int) -> None:
         """Nothing to do: vLLM batches whatever is in flight."""
 
@@ -380,44 +382,6 @@ class VLLMServer:
         return process.exits_within(_DEATH_NOTICE_S)
 
 
-def vllm_command(settings: VLLMSettings, model: Path, port: int) -> list[str]:
-    """The command line of a server for this folder; no secret is on it."""
-    on_gpu = _has_gpu()
-    eager = not on_gpu if settings.enforce_eager is None else settings.enforce_eager
-    dtype = ("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype
-    length = [] if settings.max_model_len is None else ["--max-model-len", str(settings.max_model_len)]
-    return [
-        *(sys.executable, "-m", _LAUNCHER),  # the `vllm` command fails on the CPU build
-        *("--model", str(model), "--served-model-name", SERVED_NAME),
-        *("--host", settings.host, "--port", str(port)),
-        *("--dtype", dtype, "--gpu-memory-utilization", str(settings.gpu_memory_utilization), *length),
-        *("--logprobs-mode", "processed_logprobs"),  # of what was sampled from, temperature included
-        *("--generation-config", "vllm"),  # not the model's own sampling defaults
-        *("--middleware", "dspy_fst_key_guard.KeyGuard"),
-        "--disable-uvicorn-access-log",
-        "--no-log-error-stack",  # on by itself in developer mode: a stack for every refused request
-        *(["--enforce-eager"] if eager else []),
-        # With its generators on the CPU, a seeded prompt that is prefilled in pieces kills vLLM 0.32.
-        *([] if on_gpu else ["--no-enable-chunked-prefill"]),
-        *settings.extra_args,
-    ]
-
-
-def vllm_environment(settings: VLLMSettings, key: str) -> dict[str, str]:
-    """This process's environment with what a server of ours needs."""
-    python_path = os.pathsep.join(filter(None, [str(_SERVED_FOLDER), os.environ.get("PYTHONPATH")]))
-    return {
-        **os.environ,
-        "PYTHONPATH": python_path,
-        "VLLM_API_KEY": key,
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
-        "VLLM_NO_USAGE_STATS": "1",
-        # The default of 5 s closes pooled connections between two batches, sometimes under a request.
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
-    }
-
-
 def _answers(client: VLLMClient) -> bool:
     try:
         client.ping()
@@ -453,9 +417,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

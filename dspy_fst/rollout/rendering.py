@@ -20,8 +20,8 @@ def prompts_under(candidate: Candidate, rollout: Rollout, tokenizer: Any) -> tup
     rendered = {
         (name, before): after
         for name, predictor, inputs in _traced(rollout)
-        if (before := _render(predictor, predictor.signature.instructions, inputs, tokenizer)) is not None
-        and (after := _render(predictor, candidate.texts.get(name), inputs, tokenizer)) is not None
+        if (before := render(predictor, predictor.signature.instructions, inputs, tokenizer)) is not None
+        and (after := render(predictor, candidate.texts.get(name), inputs, tokenizer)) is not None
     }
     return tuple(rendered.get((call.predictor, call.prompt_ids)) for call in rollout.calls)
 
@@ -32,7 +32,7 @@ def _traced(rollout: Rollout) -> Iterator[tuple[str, dspy.Predict, dict[str, Any
             yield name, predictor, inputs
 
 
-def _render(predictor: dspy.Predict, instructions: str | None, inputs: dict[str, Any], tokenizer: Any) -> Ids | None:
+def render(predictor: dspy.Predict, instructions: str | None, inputs: dict[str, Any], tokenizer: Any) -> Ids | None:
     """The prompt's ids; None when the adapter or the chat template refuses."""
     if instructions is None:
         return None

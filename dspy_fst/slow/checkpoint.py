@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 # does it too, but costs three times the writing of a small model.
 from transformers.core_model_loading import revert_weight_conversion
 
+from dspy_fst.engine.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
 
 STATE_FORMAT = 1
@@ -35,11 +36,14 @@ class Publisher:
         self._model, self._dtype = model, dtype
         self._texts = _texts(model, tokenizer, dtype)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path) -> dict[str, str]:
         """Write ``path``: weights, config, generation config and tokenizer; embeddings always untied.
 
         Tied embeddings are written twice, because vLLM on the CPU serves its pre-packed copy of a tied LM head
         after a reload: stale weights, and no complaint.
+
+        Returns:
+            The digest of every tensor, taken in memory: what a reader of the folder must find.
 
         Raises:
             TrainingError: ``path`` exists.
@@ -47,7 +51,9 @@ class Publisher:
         with written_whole(path) as scratch:
             for name, content in self._texts.items():
                 (scratch / name).write_bytes(content)
-            save_file(self._tensors(), scratch / "model.safetensors", metadata={"format": "pt"})
+            tensors = self._tensors()
+            save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        return {name: digest(tensor) for name, tensor in tensors.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}

@@ -307,8 +307,8 @@ class Trainer:
         Raises:
             TrainingError: ``directory`` exists.
         """
-        self._publisher.write(Path(directory))
-        return Checkpoint(version=version, path=Path(directory))
+        digests = self._publisher.write(Path(directory))
+        return Checkpoint(version=version, path=Path(directory), digests=digests)
 
     @cached_property
     def _publisher(self) -> Publisher:

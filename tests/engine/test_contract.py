@@ -10,7 +10,8 @@ from dspy.utils.exceptions import ContextWindowExceededError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspy_fst import PolicyLM
-from dspy_fst.engine.base import Checkpoint, verify_sync
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.sync import Expected, verify, verify_numbers
 from dspy_fst.errors import SyncError
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
@@ -176,13 +177,19 @@ def test_new_weights_are_served_at_once_and_verified(engine, tmp_path):
     with torch.no_grad():
         for parameter in trainer.parameters.values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(SyncError, match="2 of 2 probe sequences"):
-        verify_sync(engine.score(SEQUENCES), trainer.score(SEQUENCES), tolerance=2e-3, version="v1")
+    scores = trainer.score(SEQUENCES)
+    with pytest.raises(SyncError, match="nats a token on average over 10 tokens"):
+        verify_numbers(engine.score(SEQUENCES), scores, tolerance=2e-3, version="v1")
     checkpoint = trainer.publish(tmp_path / "v1", "v1")
     assert isinstance(checkpoint, Checkpoint)
+    expected = Expected(checkpoint, SEQUENCES, scores, trainer.dtype)
+    with pytest.raises(SyncError, match=r"uses other weights than were published: .*lm_head\.weight .* by up to"):
+        verify(engine, expected)
     engine.load(checkpoint)
     assert engine.weights == "v1"
-    verify_sync(engine.score(SEQUENCES), trainer.score(SEQUENCES), tolerance=2e-3, version="v1")
+    proof = verify(engine, expected)
+    assert proof.identical
+    assert proof.mean_gap < 1e-4
     completion = engine.complete(request_of("1 2 3 4"), seed=1)
     assert completion.weights == "v1"
     expected = scored(tmp_path / "v1", (*completion.prompt_ids, *completion.completion_ids))

@@ -343,7 +343,7 @@ def test_a_server_that_somebody_else_launched_is_asked_again_and_never_restarted
 
 def test_weights_that_cannot_be_swapped_are_launched_afresh(world, engine, weights):
     checked = []
-    engine.after_restart = checked.append
+    engine.verify = checked.append
     engine.load(weights("v0"))
 
     def swap_fails(server: Server, checkpoint: Checkpoint) -> None:
@@ -356,7 +356,7 @@ def test_weights_that_cannot_be_swapped_are_launched_afresh(world, engine, weigh
     assert engine.complete(REQUEST, 1).weights == "v1"
     assert engine.counts == {"swaps failed": 1, "restarts": 1}
     assert "on weights v1 (restart 1 of 3): the weights could not be swapped: waited 600 s" in engine.told[0]
-    assert checked == []  # who loads verifies
+    assert [server.number for server in checked] == [0, 1]
     world.on_ask = dies
     ask_each(engine, 1)
     assert engine.counts["restarts"] == 1 + 3  # the load that succeeded in the end gave all of them back
@@ -393,24 +393,25 @@ def test_nobody_samples_from_a_restarted_server_before_it_is_verified(world, eng
     before: list[list[tuple[int, int]]] = []
 
     def check(fresh: Any) -> None:
-        assert fresh is world.servers[1]
-        assert fresh.score([[1, 2]]) == [[-1.0]]
+        if fresh.number:
+            assert fresh.score([[1, 2]]) == [[-1.0]]
         time.sleep(0.1)
-        before.append([asked for asked in world.asked if asked[0] == 1])
+        before.append([asked for asked in world.asked if asked[0] == fresh.number])
 
-    engine.after_restart = check
+    engine.verify = check
     engine.load(weights("v0"))
     ask_all(engine)
-    assert before == [[]]
+    assert before == [[], []]
 
 
 def test_a_restarted_server_with_wrong_weights_serves_nobody(world, engine, weights):
     world.on_ask = first_dies
 
     def check(fresh: Any) -> None:
-        raise SyncError("weights v0: probe 0 differs by 0.6 nats")
+        if fresh.number:
+            raise SyncError("weights v0: probe 0 differs by 0.6 nats")
 
-    engine.after_restart = check
+    engine.verify = check
     engine.load(weights("v0"))
     errors = ask_each(engine, 8)
     assert [type(error) for error in errors] == [SyncError] * 8
@@ -423,39 +424,93 @@ def test_a_restarted_server_with_wrong_weights_serves_nobody(world, engine, weig
 
 def test_a_server_that_fails_while_it_is_verified_is_restarted(world, engine, weights):
     world.on_ask = lambda server, seed: server.number < 2 and dies(server, seed)
-    engine.after_restart = lambda fresh: fresh.score([[1, 2]]) and None
+    engine.verify = lambda fresh: fresh.score([[1, 2]]) and None
     engine.load(weights("v0"))
     assert engine.complete(REQUEST, 1).weights == "v0"
     assert engine.counts["restarts"] == 2
+
+
+UNSOUND = (
+    "weights v1: the engine uses other weights than were published: lm_head.weight (all of it). Nothing was sampled"
+)
+
+
+def refuses(where: Callable[[Server], bool]) -> Callable[[Any], None]:
+    def check(server: Any) -> None:
+        if where(server):
+            raise SyncError(UNSOUND)
+
+    return check
+
+
+def test_a_swap_that_leaves_other_weights_in_use_is_mended_by_one_restart_and_told(world, engine, weights):
+    engine.verify = refuses(lambda server: len(server.loaded) > 1)
+    engine.load(weights("v0"))
+    engine.load(weights("v1"))
+    assert world.launched == [["v0", "v1"], ["v1"]]
+    assert engine.complete(REQUEST, 1).weights == "v1"
+    assert engine.counts == {"swaps refused": 1, "restarts": 1}
+    assert engine.told == [f"vLLM is started again on weights v1 (restart 1 of 3): {UNSOUND}"]
+
+
+def test_weights_that_a_restart_does_not_mend_are_refused_and_serve_nobody(world, engine, weights):
+    engine.load(weights("v0"))
+    engine.verify = refuses(lambda server: True)
+    with pytest.raises(SyncError, match=r"lm_head\.weight"):
+        engine.load(weights("v1"))
+    assert world.launched == [["v0", "v1"], ["v1"]]
+    with pytest.raises(SyncError, match=r"lm_head\.weight"):
+        engine.complete(REQUEST, 1)
+    assert world.asked == []
+    assert all(server.address is None for server in world.servers)
+
+
+def test_a_first_launch_on_other_weights_is_refused_at_once(world, engine, weights):
+    engine.verify = refuses(lambda server: True)
+    with pytest.raises(SyncError, match=r"lm_head\.weight"):
+        engine.load(weights("v0"))
+    assert world.launched == [["v0"]]
+    with pytest.raises(EngineError, match="no weights are served"):
+        engine.complete(REQUEST, 1)
+
+
+def test_the_server_of_somebody_else_on_other_weights_is_refused(world, weights):
+    engine = Keeper(VLLMSettings(attach_url="http://127.0.0.1:9"), world.make)
+    engine.load(weights("v0"))
+    engine.verify = refuses(lambda server: True)
+    with pytest.raises(SyncError, match=r"lm_head\.weight"):
+        engine.load(weights("v1"))
+    assert len(world.launched) == 1
 
 
 def test_a_check_that_breaks_leaves_nothing_unverified_behind(world, engine, weights):
     world.on_ask = first_dies
 
     def check(fresh: Any) -> None:
-        raise ZeroDivisionError("a slip")
+        if fresh.number:
+            raise ZeroDivisionError("a slip")
 
-    engine.after_restart = check
+    engine.verify = check
     engine.load(weights("v0"))
     with pytest.raises(ZeroDivisionError):
         engine.complete(REQUEST, 1)
-    with pytest.raises(EngineError, match="after_restart failed: ZeroDivisionError"):
+    with pytest.raises(EngineError, match="the check of the weights failed: ZeroDivisionError"):
         engine.complete(REQUEST, 1)
 
 
 def test_weights_are_verified_by_the_check_that_was_set_before_they_were_loaded(world, engine, weights):
     """A new check is set while a late request restarts the server on the old weights."""
     checked = []
-    engine.after_restart = lambda fresh: checked.append("old")
+    engine.verify = lambda fresh: checked.append("old")
     engine.load(weights("v0"))
     world.on_ask = first_dies
-    world.on_load = lambda server, checkpoint: setattr(engine, "after_restart", lambda fresh: checked.append("new"))
+    world.on_load = lambda server, checkpoint: setattr(engine, "verify", lambda fresh: checked.append("new"))
     engine.complete(REQUEST, 1)
-    assert checked == ["old"]
+    assert checked == ["old", "old"]
     engine.load(weights("v1"))
     world.on_ask = lambda server, seed: server.number < 2 and dies(server, seed)
     engine.complete(REQUEST, 1)
-    assert checked == ["old", "new"]
+    assert checked == ["old", "old", "new", "new"]
 
 
 # Threads that meet
@@ -521,10 +576,11 @@ def test_closing_does_not_wait_for_ever_for_a_check_that_hangs(world, engine, we
     checking, go_on = threading.Event(), threading.Event()
 
     def check(fresh: Any) -> None:
-        checking.set()
-        assert go_on.wait(10)
+        if fresh.number:
+            checking.set()
+            assert go_on.wait(10)
 
-    engine.after_restart = check
+    engine.verify = check
     engine.load(weights("v0"))
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(engine.complete, REQUEST, 1)

@@ -12,7 +12,7 @@ import pytest
 from dspy.lm15 import Config, InvalidRequestError, Message, Request
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from dspy_fst.engine.base import Checkpoint, Completion, verify_sync
+from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings, vllm_command, vllm_environment, vllm_faults
 from dspy_fst.errors import EngineError
 from tests.engine.tiny_qwen import make_model, rescore, save, untied
@@ -136,8 +136,7 @@ def test_a_load_changes_version_scores_and_samples(
     for model, checkpoint in zip(models, checkpoints, strict=True):
         server.load(checkpoint)
         assert server.weights == checkpoint.version
-        theirs = server.score(PROBES)
-        verify_sync(theirs, [rescore(model, p) for p in PROBES], tolerance=TOLERANCE, version=checkpoint.version)
+        assert largest_gap(server.score(PROBES), model) < TOLERANCE
         # The same long prompt under every version: stale keys and values of the last one would show.
         reply = server.complete(ask(LONG), seed=1)
         assert reply.weights == checkpoint.version
@@ -230,12 +229,12 @@ def test_another_engine_can_attach_and_leaves_the_server_running(
         stranger.load(checkpoints[2])
 
 
-def hf_scores(model: Qwen3ForCausalLM) -> list[list[float]]:
-    return [rescore(model, probe) for probe in PROBES]
-
-
-def verify(sampled_by: Sequence[Sequence[float]], model: Qwen3ForCausalLM) -> float:
-    return verify_sync(sampled_by, hf_scores(model), tolerance=TOLERANCE, version="step-000002")
+def largest_gap(sampled_by: Sequence[Sequence[float]], model: Qwen3ForCausalLM) -> float:
+    return max(
+        abs(a - b)
+        for sampled, probe in zip(sampled_by, PROBES, strict=True)
+        for a, b in zip(sampled, rescore(model, probe), strict=True)
+    )
 
 
 @pytest.mark.vllm
@@ -243,4 +242,4 @@ def test_an_untied_export_of_a_tied_model_stays_fresh(server: VLLMServer, tmp_pa
     for seed in (7, 8):
         model = make_model(seed, tied=True)
         server.load(save(untied(model), tmp_path, f"step-{seed}"))
-        verify(server.score(PROBES), model)
+        assert largest_gap(server.score(PROBES), model) < TOLERANCE

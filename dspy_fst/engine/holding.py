@@ -1,0 +1,67 @@
+"""What a transformers model in this process holds, and how its head computes.
+
+Read from transformers 5.19 (`core_model_loading.revert_weight_conversion`): a loaded model's tensors may be renamed and
+fused, experts for one; they are compared under the folder's names.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from dspy_fst.engine.base import Holding
+from dspy_fst.engine.served.dspy_fst_weight_check import difference, digest
+
+
+@torch.no_grad()
+def compare(model: Any, folder: Path) -> Holding:
+    """Compare every tensor of a live model with the one in the folder, number by number.
+
+    Raises:
+        OSError, SafetensorError: the folder cannot be read.
+    """
+    used = revert_weight_conversion(model, dict(model.state_dict()))
+    digests: dict[str, str] = {}
+    wrong: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                wanted = tensors.get_tensor(name)
+                digests[name] = digest(wanted)
+                how = difference(used[name], wanted) if name in used else "the model has no such tensor"
+                if how is not None:
+                    wrong[name] = how
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    wrong |= dict.fromkeys(used.keys() - digests.keys() - tied, "not in the folder")
+    return Holding(digests, wrong, str(model.dtype).removeprefix("torch."))
+
+
+@torch.no_grad()
+def head_in_float32(model: Any, folder: Path) -> None:
+    """Have the LM head hold and compute with the folder's numbers in float32, as the trainer's does.
+
+    A model with tied embeddings gets a head of its own; its embedding stays in the body's precision.
+    """
+    head = model.get_output_embeddings()
+    if head is None or head.weight.dtype == torch.float32:
+        return
+    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        exact = _read(folder, revert_weight_conversion(model, {names[id(parameter)]: parameter}))
+        number = parameter.detach().float()
+        setattr(head, name, nn.Parameter(number if exact is None else exact.to(number), requires_grad=False))
+    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+
+
+def _read(folder: Path, names: Iterable[str]) -> torch.Tensor | None:
+    """The first of these tensors that the folder's files hold."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in set(names) & set(tensors.keys()):
+                found: torch.Tensor = tensors.get_tensor(name)
+                return found
+    return None
