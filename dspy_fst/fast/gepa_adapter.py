@@ -43,6 +43,8 @@ comes back. Keep to what the examples show and the current description says; the
 
 OUTAGE = 12
 """Rollouts in a row, whole batches of them, that may measure nothing before a search stops (ours)."""
+TRIES = 2
+"""How often a masked rollout is made in all, before it stays unmeasured for the search (ours)."""
 
 
 class Journal(Protocol):
@@ -89,6 +91,7 @@ class RolloutBank:
         self._play, self._program, self._journal = play, program, journal
         self._masked_in_a_row = 0
         self._made: dict[tuple[str, int], Rollout] = {}
+        self._tries: Counter[tuple[str, int]] = Counter()
         self.fresh: list[Rollout] = []
         self.reused = 0
         self.sampled_tokens = 0
@@ -99,8 +102,10 @@ class RolloutBank:
         self.fresh += played.values()
         self.reused += len(wanted) - len(missing)
         known = self._made | played
-        # A masked rollout measured nothing: whoever asks again gets another try.
-        self._made |= {key: rollout for key, rollout in played.items() if rollout.mask is None}
+        self._tries.update(played.keys())
+        # A masked rollout measured nothing: whoever asks again gets another try, but no try without end.
+        done = {key: rollout for key, rollout in played.items() if rollout.mask is None or self._tries[key] >= TRIES}
+        self._made |= done
         return [known[candidate.digest, problem.index] for problem, candidate in wanted]
 
     def _play_once(self, wanted: Sequence[tuple[Problem, Candidate]]) -> list[Rollout]:

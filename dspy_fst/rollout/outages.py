@@ -70,24 +70,28 @@ class Outages(BaseCallback):
         if isinstance(exception, AdapterParseError) and not recorded:
             self._seen.append((f"frozen lm: {type(exception).__name__}", exception))
         else:
-            self._look(exception)
+            self._look(exception, "lm" if recorded else "frozen lm")
 
-    def _look(self, exception: BaseException | None) -> None:
-        if exception is not None and not self._is_known(exception) and (reason := self.cause_of(exception)):
+    def _look(self, exception: BaseException | None, who: str = "lm") -> None:
+        if exception is not None and not self._is_known(exception) and (reason := self.cause_of(exception, who)):
             self._seen.append((reason, exception))
 
     def _is_known(self, error: Any) -> bool:
         return any(error is seen for _, seen in self._seen)
 
-    def cause_of(self, error: BaseException) -> str | None:
-        """The outage that an exception is, or was raised from, as a mask's reason; else None."""
+    def cause_of(self, error: BaseException, who: str = "lm") -> str | None:
+        """The outage that an exception is, or was raised from, as a mask's reason; else None.
+
+        Args:
+            who: Whose LM it was, should it be an LM's and not have been seen before.
+        """
         for link in _chain(error):
             if reason := next((reason for reason, seen in self._seen if seen is link), None):
                 return reason
             if isinstance(link, OSError):
                 return f"outage: {type(link).__name__}"
             if isinstance(link, LMError | EngineError) and not isinstance(link, ContextWindowExceededError):
-                return f"lm: {type(link).__name__}"
+                return f"{who}: {type(link).__name__}"
         return None
 
     def behind(self, error: BaseException | None = None) -> str | None:
