@@ -52,8 +52,8 @@ class Outages(BaseCallback):
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         recorded = self._recorded.pop(call_id, False)
-        if exception is None or (recorded and isinstance(exception, ContextWindowExceededError)):
-            return  # that the context overflows is the policy's own failure
+        if exception is None or (recorded and not _is_an_lm_s(exception)):
+            return  # that a prompt overflows the policy's context, or cannot be written at all, is no outage
         who = "lm" if recorded else "frozen lm"
         self._seen.append((f"{who}: {type(exception.__cause__ or exception).__name__}", exception))
 
@@ -90,7 +90,7 @@ class Outages(BaseCallback):
                 return reason
             if isinstance(link, OSError):
                 return f"outage: {type(link).__name__}"
-            if isinstance(link, LMError | EngineError) and not isinstance(link, ContextWindowExceededError):
+            if _is_an_lm_s(link):
                 return f"{who}: {type(link).__name__}"
         return None
 
@@ -111,6 +111,11 @@ class Outages(BaseCallback):
     def forget(self) -> None:
         """Let go of the exceptions, whose tracebacks hold the rollout's copy of the program."""
         self._seen.clear()
+
+
+def _is_an_lm_s(error: BaseException) -> bool:
+    overflow = isinstance(error, ContextWindowExceededError)
+    return isinstance(error, LMError | EngineError | OSError) and not overflow
 
 
 def leaves_a_hole(error: BaseException) -> bool:

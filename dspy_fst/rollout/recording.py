@@ -82,6 +82,7 @@ class Apart:
 
     def __init__(self, recording: Recording):
         self._recording = recording
+        self.queue_time = recording.queue_time
 
     def next_seed(self, predictor: str, request: lm15.Request) -> int:
         return self._recording.next_seed(f"{METRIC}{predictor}", request)
