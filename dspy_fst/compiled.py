@@ -18,8 +18,7 @@ from dspy_fst.rollout.adapters import adapter_in_force, keep, kept_by
 from dspy_fst.rollout.player import Task
 from dspy_fst.rollout.texts import carry, with_texts
 from dspy_fst.saved import load, policy_of, save
-from dspy_fst.session import version_of
-from dspy_fst.types import Candidate, CycleReport, Population, Problem, StepReport
+from dspy_fst.types import Candidate, CycleReport, Population, Problem, StepReport, version_of
 
 if TYPE_CHECKING:
     from dspy_fst.session import Session

@@ -132,7 +132,8 @@ class FSTConfig(BaseModel):
     max_skipped_updates: int = Field(3, ge=1)
     """Updates in a row that may be skipped because something was not finite; the next one stops the run (ours)."""
     checkpoint_every: int = Field(1, ge=1)
-    """Updates between two states that a killed run can go on from (ours)."""
+    """Steps between two states that a killed run can go on from (ours). There is one before every search and at the
+    end, too. What came after the last state is played again."""
     keep_states: int = Field(2, ge=1)
     """Resumable states kept in the run directory; the newest is the one that counts (ours)."""
     keep_weights: int = Field(2, ge=1)

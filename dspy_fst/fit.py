@@ -12,13 +12,16 @@ of a micro-batch (``micro_batch_tokens``, or one longest reply).
 | trainer   | a state being saved | 12 P of main memory         | copied from the GPU, when it is on one              |
 | engine    | weights             | 4 P on a CPU, 2 P on a GPU  | float32 or bfloat16; the head untied                |
 | engine    | vLLM, keys, values  | cpu_kv_cache_gib            | on a GPU all is within gpu_memory_utilization       |
-| disk      | published weights   | 4 P or 2 P each             | the first, keep_weights more, one being written     |
+| disk      | published weights   | 4 P or 2 P each             | the first, the best, keep_weights, one being written |
 | disk      | resumable states    | 12 P each, the first 4 P    | keep_states, one being written                      |
 | an update | logits, at most     | 4 T V (5 with KL, else 3)   | ours, measured: log-softmax, the reference's, KL's  |
 | an update | a teacher's logits  | 4 T V more                  | read in parts of T tokens and put in our order      |
 | an update | layers, at most     | 4 T L (16 h + 6 f)          | ours, measured: what the backward pass reads        |
 | an update | casts, at most      | 2 P                         | bfloat16 copies of the weights, under such a body   |
 | sampling  | in process, at most | max_batch_tokens times L    | keys and values; never at the time of an update     |
+
+Written over a run, what it removes again included: 4 P or 2 P at every update that moves the weights, 12 P at every
+state (``checkpoint_every``). After a step that moved nothing a state shares its files with the one before.
 
 With ``method="gepa"`` nothing is updated, and of the trainer's rows only the weights count.
 
@@ -41,9 +44,10 @@ import psutil
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.memory import free_gpu_bytes
 from dspy_fst.policy import PolicyLM
+from dspy_fst.run.written import GIB, MUCH_WRITTEN, Writes
+from dspy_fst.run.written import shown as shown
 from dspy_fst.validation import stored_shapes
 
-MIB, GIB = 2**20, 2**30
 MEMORY, GPU, DISK = "memory", "GPU memory", "disk"
 
 
@@ -112,14 +116,18 @@ class Fit:
     model: str
     parameters: int
     needs: tuple[Need, ...]
+    writes: Writes
 
     def faults(self) -> list[str]:
         """A sentence for every place that cannot hold what is taken for certain."""
         return [fault for need in self.needs if (fault := need.fault(self._model))]
 
     def warnings(self) -> list[str]:
-        """A sentence for every place that may become too small for a time."""
-        return [warning for need in self.needs if (warning := need.warning(self._model))]
+        """A sentence for every place that may become too small for a time, and one when very much is written."""
+        warnings = [warning for need in self.needs if (warning := need.warning(self._model))]
+        if self.writes.total > MUCH_WRITTEN and self.writes.states:
+            warnings.append(f"{DISK}: {self.writes.words}; raise checkpoint_every to write fewer states")
+        return warnings
 
     @property
     def _model(self) -> str:
@@ -158,7 +166,7 @@ def measure_fit(policy: PolicyLM, config: FSTConfig, run_dir: Path, room: Room |
     if policy.handle.engine.weights is not None:  # the student's engine runs, and is stopped before ours starts
         free[engine.place] += engine.certain
     needs = [Need(place, tuple(take for take in takes if take.place == place), free[place]) for place in room.free]
-    return Fit(policy.model, size.parameters, tuple(needs))
+    return Fit(policy.model, size.parameters, tuple(needs), _writes(size, config, on_gpu=on_gpu))
 
 
 # ---- what is taken -----------------------------------------------------------------------------
@@ -273,19 +281,31 @@ def _bytes_of(dtype: str, *, on_gpu: bool) -> int:
 
 def _disk_takes(size: ModelSize, config: FSTConfig, *, on_gpu: bool) -> list[Take]:
     """See the table at the top. A short run never has as many as it may keep."""
-    cycles = 0 if config.method == "gepa" else config.cycles
-    versions = min(1 + cycles * config.steps_per_cycle, config.keep_weights + 2)
+    writes = _writes(size, config, on_gpu=on_gpu)
+    # The best of the committed steps is kept beside the best of all until the next state.
+    best = 1 if config.checkpoint_every == 1 else 2
+    versions = min(1 + writes.updates, 1 + best + config.keep_weights + 1)
     kept = config.keep_states + 1
-    moved = min(cycles * math.ceil(config.steps_per_cycle / config.checkpoint_every), kept)
+    moved = min(writes.states, kept)
     return [
         Take(
             DISK,
             "published weights",
-            versions * _bytes_of(config.precision, on_gpu=on_gpu) * size.untied,
+            versions * writes.weights,
             ("free space there", "name a run_dir on another disk", "lower keep_weights or keep_states"),
         ),
-        Take(DISK, "resumable states", (12 * moved + (4 if moved < kept else 0)) * size.parameters),
+        Take(DISK, "resumable states", moved * writes.state + (4 * size.parameters if moved < kept else 0)),
     ]
+
+
+def _writes(size: ModelSize, config: FSTConfig, *, on_gpu: bool) -> Writes:
+    cycles = 0 if config.method == "gepa" else config.cycles
+    return Writes(
+        weights=_bytes_of(config.precision, on_gpu=on_gpu) * size.untied,
+        updates=cycles * config.steps_per_cycle,
+        state=12 * size.parameters,
+        states=cycles * math.ceil(config.steps_per_cycle / config.checkpoint_every),
+    )
 
 
 # ---- what is there -----------------------------------------------------------------------------
@@ -354,12 +374,3 @@ def writable_fault(run_dir: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"{where}: nothing can be written there ({error}); name another directory"
     return None
-
-
-def shown(amount: int) -> str:
-    """Bytes as people read them.
-
-    >>> shown(3 * 2**29), shown(2**20)
-    ('1.5 GiB', '1 MiB')
-    """
-    return f"{amount / GIB:.1f} GiB" if amount >= GIB else f"{amount / MIB:.0f} MiB"

@@ -134,6 +134,7 @@ def alternate(run: Session) -> Population:
             groups = run.play(step, population)
             batch = credit(groups, held=run.play_seed(step, population), **run.credit_rules)
             update = run.update(batch)
-            run.publish(step + 1)
+            if update.moved:
+                run.publish(step + 1)
             run.commit_step(step, cycle, groups, batch, update, population)
     return population

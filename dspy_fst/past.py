@@ -12,8 +12,7 @@ from dspy_fst.rollout.adapters import SavedAdapter, recorded
 from dspy_fst.run.directory import VERSION
 from dspy_fst.run.files import population_from_json, read_json
 from dspy_fst.run.sealed import read_document
-from dspy_fst.session import version_of
-from dspy_fst.types import Candidate, Population, WeightsVersion
+from dspy_fst.types import Candidate, Population, WeightsVersion, version_of
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,12 @@ class Past:
         """Name of the weights at the end of a cycle; without a cycle the newest that are kept."""
         if cycle is None:
             return self.record.weights or (self.kept or [version_of(0)])[-1]
-        steps = [report.step for report in self.record.steps if report.cycle <= cycle]
-        return version_of(max(steps) + 1 if steps else 0)
+        return self.version_after(1 + max((r.step for r in self.record.steps if r.cycle <= cycle), default=-1))
+
+    def version_after(self, steps: int) -> WeightsVersion:
+        """Name of the weights after so many steps; one that moved nothing left the name as it was."""
+        made = [report for report in self.record.steps if report.step < steps]
+        return max(made, key=lambda report: report.step).left if made else version_of(0)
 
     def checkpoint(self, version: WeightsVersion) -> Checkpoint:
         """These weights.

@@ -24,9 +24,9 @@ from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
 from dspy_fst.run.interrupts import interruption_named
 from dspy_fst.run.secrets import Redactor
-from dspy_fst.session import Session, new_run_dir, open_player, starting_population, trainable_copy, version_of
+from dspy_fst.session import Session, new_run_dir, open_player, starting_population, trainable_copy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.types import Candidate, Population, Problem
+from dspy_fst.types import Candidate, Population, Problem, version_of
 from dspy_fst.validation import (
     context_faults,
     data_faults,
@@ -80,7 +80,7 @@ def open_session(
         for warning in warnings:
             run.tell({"event": "note", "text": f"warning: {warning}"})
         session = _assemble(optimizer, student, trainset, valset or (), config, run, policy)
-        session.publish(run.state.get("step", 0))
+        session.publish(moved_at(run.state))
         session.prune_weights()  # a kill may have come between a commit and this
         with dspy.context(lm=_configured(policy), adapter=kept_by(student) or adapter_in_force()):
             if not run.state:
@@ -116,6 +116,12 @@ def _what_is_saved(run: RunDirectory) -> str:
     return f"saved: {step} updates, {searches} searches. Compile again with run_dir={str(run.path)!r} to go on"
 
 
+def moved_at(state: Mapping[str, Any]) -> int:
+    """Steps after which the committed weights moved last. Older releases published new ones after every step."""
+    moved: int = state.get("moved_at", state.get("step", 0))
+    return moved
+
+
 def _assemble(
     optimizer: "FSTOptimizer",
     student: dspy.Module,
@@ -127,7 +133,7 @@ def _assemble(
 ) -> Session:
     """Load the trainer, at the committed state when there is one, and put the session together."""
     trainer = Trainer(policy.checkpoint.path, trainer_settings(config))
-    run.drop_weights_from(version_of(run.state.get("step", 0)))
+    run.drop_weights_from(version_of(moved_at(run.state)))
     if run.state:
         trainer.load_state(run.trainer_state)
     program = trainable_copy(student, policy)

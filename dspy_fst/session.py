@@ -29,6 +29,7 @@ from dspy_fst.rollout.shown import shown, telling
 from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.files import population_from_json
+from dspy_fst.run.history import best_versions
 from dspy_fst.run.journal import Journal
 from dspy_fst.run.watch import Watch
 from dspy_fst.slow.tally import NO_UPDATE
@@ -44,7 +45,7 @@ from dspy_fst.types import (
     Rollout,
     StepReport,
     UpdateReport,
-    WeightsVersion,
+    version_of,
 )
 
 
@@ -79,6 +80,8 @@ class Session:
     _journal: Journal | None = None
     _trainer_moved: bool = True
     """Whether the trainer changed since the last commit."""
+    _moved_at: int = 0
+    """Steps after which the weights moved last: their version."""
 
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
@@ -255,9 +258,10 @@ class Session:
 
     def _refuse_stale(self, step: int, rollouts: Sequence[Rollout]) -> None:
         sampled_by = {call.weights for rollout in rollouts for call in rollout.calls}
-        if stale := sorted(sampled_by - {version_of(step)}):
+        published = self.policy.checkpoint.version
+        if stale := sorted(sampled_by - {published}):
             raise TrainingError(
-                f"step {step}: calls were sampled by weights {stale} and not by {version_of(step)}, which were "
+                f"step {step}: calls were sampled by weights {stale} and not by {published}, which were "
                 "published for it; nothing was learnt from them"
             )
 
@@ -298,13 +302,13 @@ class Session:
         return replace(NO_UPDATE, skipped=f"{error}; the batch is in {path.relative_to(self.run.path)}")
 
     def publish(self, step: int) -> None:
-        """Hand the weights after ``step`` updates to the engine and prove that it serves them.
+        """Hand the weights that the ``step``-th update moved last to the engine and prove that it serves them.
 
         Raises:
             SyncError, DiskError, EngineError: as `Publishing.serve` has it.
         """
         version = version_of(step)
-        self._trainer_moved = True
+        self._trainer_moved, self._moved_at = True, step
         with self._timed("publish"):
             with self.run.writing():
                 checkpoint = self.trainer.publish(self.run.weights_path(version), version)
@@ -313,11 +317,6 @@ class Session:
     def see_texts(self, rollouts: Sequence[Rollout]) -> None:
         """Verify later publishes on these prompts and replies, unless some were seen before."""
         self._publishing.texts.see(rollouts)
-
-    def _best_version(self) -> WeightsVersion | None:
-        """The weights that sampled the step with the highest mean reward."""
-        measured = [report for report in self.step_reports if report.reward is not None]
-        return version_of(max(measured, key=lambda report: report.reward or 0.0).step) if measured else None
 
     def commit_step(
         self,
@@ -328,7 +327,7 @@ class Session:
         update: UpdateReport,
         population: Population,
     ) -> None:
-        """Keep what the slow step measured; every ``checkpoint_every`` steps also the state to go on from."""
+        """Keep what the slow step measured, and where one is due the state to go on from (see `_state_is_due`)."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
         report = StepReport(
@@ -340,16 +339,28 @@ class Session:
             sampled_tokens=sum(rollout.tokens for rollout in rollouts) + batch.counts["held_tokens"],
             seconds=dict(self._seconds),
             predictors=batch.predictors,
+            weights=self.step_reports[-1].left if self.step_reports else version_of(0),
+            published=version_of(self._moved_at),
         )
         self.step_reports.append(report)
         self.run.emit("step", report=report)
         self.run.emit("trajectories", step=step, rollouts=[shown(rollout) for rollout in telling(groups)])
         for text in self._watch.see(report):
             self.run.emit("warning", step=step, text=text)
-        if (step + 1) % self.config.checkpoint_every == 0 or step + 1 == cycle.steps.stop:
+        if self._state_is_due(step, cycle):
             searched = self.run.state.get("searched", -1)
             self._commit(cycle=cycle.index, searched=searched, step=step + 1, population=population)
         self.prune_weights()  # only now is known how good the weights were that sampled this step
+
+    def _state_is_due(self, step: int, cycle: Cycle) -> bool:
+        """Every ``checkpoint_every`` steps, at the run's end, and before a search: its journal goes on from a state."""
+        later = [other for other in self.plan.cycles if other.index > cycle.index]
+        ends = step + 1 == cycle.steps.stop
+        return (
+            (step + 1) % self.config.checkpoint_every == 0
+            or (ends and not any(other.steps for other in later))
+            or (ends and bool(later) and self.must_search(later[0]))
+        )
 
     def _recoveries(self) -> dict[str, int]:
         return {f"engine: {what}": count for what, count in self.policy.handle.engine.take_counts().items()}
@@ -357,7 +368,8 @@ class Session:
     def prune_weights(self) -> None:
         """Remove what is neither the first, nor the best, nor among the newest weights."""
         with self.run.writing():
-            self.run.prune_weights(self.config.keep_weights, self._best_version())
+            committed = self.run.state.get("step", 0)
+            self.run.prune_weights(self.config.keep_weights, best_versions(self.step_reports, committed))
 
     def commit_start(self) -> None:
         """Keep the state before the first search."""
@@ -365,7 +377,7 @@ class Session:
 
     def _commit(self, **state: Any) -> None:
         save_trainer = self.trainer.save_state if self._trainer_moved else None
-        self.run.commit(save_trainer, judged_by=self.player.reward.identity, **state)
+        self.run.commit(save_trainer, judged_by=self.player.reward.identity, moved_at=self._moved_at, **state)
         self._trainer_moved = False
 
     # ---- watching ------------------------------------------------------------------------------
@@ -391,11 +403,6 @@ class Session:
             yield
         finally:
             self._seconds[activity] += time.monotonic() - started  # type: ignore[assignment]
-
-
-def version_of(step: int) -> WeightsVersion:
-    """Name of the weights after that many steps; names sort as steps do."""
-    return f"step-{step:06d}"
 
 
 def new_run_dir() -> Path:

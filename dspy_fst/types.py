@@ -25,6 +25,15 @@ WeightsVersion = str
 """Name of one immutable set of policy weights, e.g. ``"step-000012"``; ``"step-000000"`` is the start."""
 
 
+def version_of(step: int) -> WeightsVersion:
+    """Name of the weights that an update moved last as the ``step``-th; names sort as steps do.
+
+    >>> version_of(12)
+    'step-000012'
+    """
+    return f"step-{step:06d}"
+
+
 @dataclass(frozen=True)
 class Candidate:
     """The fast weights: one text per component of the program (GEPA's candidate).
@@ -248,6 +257,11 @@ class UpdateReport:
     skipped: str | None = None
     """Why the weights were left as they are although there was a batch; else None."""
 
+    @property
+    def moved(self) -> bool:
+        """Whether the weights are others than before; nothing is published after an update that moved nothing."""
+        return self.rows > 0 and self.skipped is None
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -264,6 +278,20 @@ class StepReport:
     """Wall time by activity: ``sampling``, ``update``, ``publish``."""
     predictors: Mapping[str, PredictorReport] = field(default_factory=dict)
     """By name; see Batch."""
+    weights: WeightsVersion | None = None
+    """The version that sampled the step; None in the events of releases that published one a step."""
+    published: WeightsVersion | None = None
+    """The version that the step left: another one where the update moved the weights."""
+
+    @property
+    def sampled_by(self) -> WeightsVersion:
+        """``weights``, also of an older run."""
+        return self.weights or version_of(self.step)
+
+    @property
+    def left(self) -> WeightsVersion:
+        """``published``, also of an older run."""
+        return self.published or version_of(self.step + 1)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "StepReport":

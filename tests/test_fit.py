@@ -1,5 +1,6 @@
 """What a run takes of memory and disk, on figures one can check by hand, and what a machine is asked for."""
 
+import dataclasses
 import errno
 import gc
 import json
@@ -28,6 +29,7 @@ from dspy_fst.fit import (
     writable_fault,
 )
 from dspy_fst.policy import PolicyLM
+from dspy_fst.run.written import Writes
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.validation import stored_shapes
@@ -131,10 +133,26 @@ def tensors_by_storage() -> dict[int, torch.Tensor]:
 
 def test_the_disk_holds_what_is_kept_and_what_is_being_written():
     disk = takes(keep_weights=2, keep_states=2)[DISK]
-    assert disk == {"published weights": 4 * 4 * P, "resumable states": 3 * 12 * P}
-    assert takes(room=ON_GPU)[DISK]["published weights"] == 4 * 2 * P
-    assert takes(room=ON_GPU, precision="float32")[DISK]["published weights"] == 4 * 4 * P
-    assert takes(precision="bfloat16")[DISK]["published weights"] == 4 * 2 * P
+    assert disk == {"published weights": 5 * 4 * P, "resumable states": 3 * 12 * P}
+    assert takes(room=ON_GPU)[DISK]["published weights"] == 5 * 2 * P
+    assert takes(room=ON_GPU, precision="float32")[DISK]["published weights"] == 5 * 4 * P
+    assert takes(precision="bfloat16")[DISK]["published weights"] == 5 * 2 * P
+    assert takes(checkpoint_every=2)[DISK]["published weights"] == 6 * 4 * P  # the best of the committed steps too
+
+
+def test_what_is_written_over_a_run_is_told_and_warned_of_from_a_tebibyte_on():
+    """The largest of the cases: 8B parameters, 48 steps."""
+    written = measure_fit(lab_policy(), FSTConfig(cycles=8), Path("nowhere"), PLENTY).writes
+    assert (written.updates, written.states) == (48, 48)
+    assert written.total == 49 * 4 * P + 48 * 12 * P
+    rare = measure_fit(lab_policy(), FSTConfig(cycles=8, checkpoint_every=6), Path("nowhere"), PLENTY)
+    assert rare.writes.total == 49 * 4 * P + 8 * 12 * P
+    assert not rare.warnings()
+    large = dataclasses.replace(rare, writes=Writes(16 * 10**9, 48, 96 * 10**9, 48))
+    assert large.warnings() == [
+        "disk: written over the run: at most 5021.7 GiB, 14.9 GiB of weights for each of 48 updates and 89.4 GiB for "
+        "each of 48 states; raise checkpoint_every to write fewer states"
+    ]
 
 
 def test_a_short_run_never_has_as_many_versions_as_it_may_keep():
@@ -183,7 +201,7 @@ def test_a_fault_says_who_takes_how_much_and_what_to_do():
         "engine_options={'cpu_kv_cache_gib': 1} (3 GiB less)"
     )
     assert "disk: training" in disk
-    assert "14 MiB for published weights and 32 MiB for resumable states, and 16 MiB are free; free space" in disk
+    assert "18 MiB for published weights and 32 MiB for resumable states, and 16 MiB are free; free space" in disk
     assert not fit.warnings()
 
 

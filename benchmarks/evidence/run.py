@@ -28,8 +28,7 @@ from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import read_texts
 from dspy_fst.run.files import write_json
-from dspy_fst.session import version_of
-from dspy_fst.types import Candidate, Problem, Rollout
+from dspy_fst.types import Candidate, Problem, Rollout, version_of
 from programs.lab import BASE, FeedbackProposer, build
 from programs.lab.measure import load as load_model
 from programs.lab.pretrain import one_thread, told_accuracy
@@ -154,7 +153,7 @@ class Measurer:
         `under`: "seed" and "evolved", whose instructions it is measured under.
         """
         texts = {"seed": self.seed, "evolved": self._best(step)}
-        checkpoint = self.past.checkpoint(version_of(step))
+        checkpoint = self.past.checkpoint(self.past.version_after(step))
         line: dict[str, Any] = {"step": step, **self._spent(step)}
         for name in under:
             if name == "evolved" and texts[name] == self.seed and "seed" in under:

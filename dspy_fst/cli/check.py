@@ -96,11 +96,13 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
         policy = next(iter(policies_of(opened.program).values()))
         plan = _plan(config, opened, policy)
         time = _measured(opened, config, plan) if measure else None
+        fit = measure_fit(policy, config, run_dir)
         return {
             "project": _project(project, opened, policy, run_dir),
             "settings": _settings(config, project),
             "plan": plan,
-            "needs": _needs(measure_fit(policy, config, run_dir)),
+            "needs": _needs(fit),
+            "written": None if fit is None else fit.writes.words,
             "warnings": [*warnings, *_proposer_warnings(project, opened), *_measured_warnings(time)],
             "time": time,
         }
@@ -333,6 +335,7 @@ def _show(told: dict[str, Any]) -> None:
             ("where", "taken", "at most", "free"),
             [(n["place"], size(n["certain"]), size(n["at_most"]), size(n["free"])) for n in told["needs"]],
         )
+        out.line(told["written"])
     out.heading("Time")
     _show_time(out, told["time"])
     if told["warnings"]:

@@ -269,7 +269,7 @@ def _figures(made: "Estimate", wanted: int) -> dict[str, Any]:
 def _crossed(subject: Subject, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
     """The table of {base, trained} x {seed, evolved}, one result."""
     from dspy_fst.evaluation import INTERVAL, table
-    from dspy_fst.session import version_of
+    from dspy_fst.types import version_of
 
     if subject.past is None:
         raise ConfigurationError(

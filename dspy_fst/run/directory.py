@@ -14,13 +14,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dspy_fst.config import FSTConfig
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.files import plain, population_to_json, read_json, remove, write_json, writing
 from dspy_fst.run.journal import Journal
@@ -82,7 +83,10 @@ class RunDirectory:
 
     @property
     def state(self) -> Mapping[str, Any]:
-        """What was committed last: ``cycle``, ``searched``, ``step``, ``population``; empty at the start."""
+        """What was committed last: ``cycle``, ``searched``, ``step``, ``moved_at``, ``population``.
+
+        Empty at the start.
+        """
         return self._state.fields if self._state else {}
 
     @property
@@ -227,16 +231,19 @@ class RunDirectory:
                 if HALF_WRITTEN.match(path.name) or (VERSION.fullmatch(path.name) and path.name >= version):
                     remove(path)
 
-    def prune_weights(self, keep: int, best: WeightsVersion | None = None) -> None:
+    def prune_weights(self, keep: int, best: Collection[WeightsVersion] = ()) -> None:
         """Remove all but the first, the best and the ``keep`` newest versions."""
         versions = sorted(path for path in (self.path / "weights").iterdir() if VERSION.fullmatch(path.name))
         for path in versions[1:-keep]:
-            if path.name != best:
+            if path.name not in best:
                 remove(path.rename(path.with_name(f".{path.name}.old")))  # gone at once, or not at all
 
 
 def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
-    """Why a run of this recipe cannot live here, as a sentence; None when it can."""
+    """Why a run of this recipe cannot live here, as a sentence; None when it can.
+
+    A setting that the directory's recipe does not name had its default there: an older release knew fewer.
+    """
     if path.exists() and not path.is_dir():
         return f"run_dir={str(path)!r} is a file; name a directory"
     if not path.exists() or all(entry.name in UNCLAIMED for entry in path.iterdir()):
@@ -250,6 +257,8 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     if not isinstance(found, Mapping):
         return f"run_dir={str(path)!r} is not empty and holds no readable recipe.json; name a new directory"
     wanted = plain(recipe)
+    defaults = plain(FSTConfig.model_validate({}).model_dump())
+    found = {**{key: defaults[key] for key in wanted if key in defaults}, **found}  # an older release had fewer
     differing = [
         f"{key} (there {_told(found.get(key))}, now {_told(wanted.get(key))})"
         for key in sorted({*found, *wanted} - (RECORDED_SINCE - found.keys()))

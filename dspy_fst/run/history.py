@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspy_fst.types import StepReport
+from dspy_fst.types import StepReport, WeightsVersion
 
 WINDOW = 5
 """Steps over which a slow trouble must hold, or a level is averaged (ours): one batch is noise."""
@@ -53,3 +53,16 @@ class History:
 def span(steps: Sequence[StepReport]) -> str:
     first, last = steps[0].step, steps[-1].step
     return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
+def best_versions(reports: Sequence[StepReport], committed: int) -> set[WeightsVersion]:
+    """Weights that sampled the step with the highest mean reward, of all and of the first ``committed`` steps.
+
+    A killed run goes on from the committed steps, whose best would otherwise be gone.
+    """
+    found = set()
+    for some in (reports, [report for report in reports if report.step < committed]):
+        measured = [report for report in some if report.reward is not None]
+        if measured:
+            found.add(max(measured, key=lambda report: report.reward or 0.0).sampled_by)
+    return found
