@@ -5,7 +5,7 @@ import importlib.util
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dspy_fst.engine.base import Checkpoint, Engine
 from dspy_fst.engine.portable import PolicyState, portable_options
+from dspy_fst.engine.prompts import Ids, PromptRenderer
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.rollout.recording import RECORDED, complete_recorded
@@ -193,7 +194,14 @@ class EngineHandle:
 
     def complete(self, request: lm15.Request) -> lm15.Response:
         # The engine is asked for last: a late call of a rollout that was given up must not start one.
-        return complete_recorded(lambda *call: self.ready().complete(*call), request, _free_seed)
+        return complete_recorded(
+            lambda *call: self.ready().complete(*call), request, _free_seed, continued=self._continued
+        )
+
+    def _continued(self, request: lm15.Request, said: Sequence[Ids]) -> Ids | None:
+        """The prompt of a conversation that goes on, from the ids that were sampled; see `PromptRenderer.continued`."""
+        reader = self.reader
+        return PromptRenderer(reader.tokenizer, reader.traits).continued(request, said) if reader.tokenizer else None
 
     def close(self) -> None:
         """DSPy closes LMs it does not own the engine of; only `release` stops ours."""

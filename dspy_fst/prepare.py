@@ -17,6 +17,7 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.fit import measure_fit, writable_fault
 from dspy_fst.plan import Plan
 from dspy_fst.policy import PolicyLM
+from dspy_fst.preflight.chat_template import template_warnings
 from dspy_fst.preflight.environment import environment_faults
 from dspy_fst.rollout.adapters import adapter_in_force, differing_adapter, identity, kept_by
 from dspy_fst.rollout.player import Task
@@ -146,7 +147,7 @@ def _assemble(
         program=program,
         policy=policy,
         trained=frozenset(config.trained or policies_of(student)),
-        player=open_player(program, optimizer.metric, config, policy.handle.engine.expect, trainset),
+        player=open_player(program, optimizer.metric, config, policy.handle.engine.expect),
         trainer=trainer,
         run=run,
         population=starting_population(student, seed, config.population_size, run.state),
@@ -202,6 +203,7 @@ def checked(
             faults += fit.faults()
             warnings = fit.warnings()
         warnings += differing_adapter(student)
+        warnings += template_warnings(policy.checkpoint.path)
         warnings += _left_out(student, read_texts(student, tools=config.tool_descriptions == "evolved"))
     if faults or config is None:
         raise ConfigurationError(faults)

@@ -431,13 +431,8 @@ def starting_population(student: dspy.Module, seed: Candidate, size: int, state:
 
 
 def open_player(
-    program: dspy.Module,
-    metric: Callable[..., Any],
-    config: FSTConfig,
-    in_flight: Callable[[int], None],
-    peers: Sequence[dspy.Example] = (),
+    program: dspy.Module, metric: Callable[..., Any], config: FSTConfig, in_flight: Callable[[int], None]
 ) -> Player:
-    """The player of a run or a command; ``peers`` are examples of the program's (see Reward)."""
     settings = PlayerSettings(
         threads=config.num_threads,
         timeout_s=config.rollout_timeout_s,
@@ -445,5 +440,5 @@ def open_player(
         format_failure_score=config.format_failure_score,
         seed=config.seed,
     )
-    reward = Reward(metric, frozenset(name for name, _ in program.named_predictors()), peers)
+    reward = Reward(metric, frozenset(name for name, _ in program.named_predictors()))
     return Player(program, reward, settings, in_flight)

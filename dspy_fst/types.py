@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import dspy
 
@@ -95,6 +95,9 @@ class Call:
     """How many of its tokens are thoughts, which no adapter sees. They are trained like the others."""
     cut_by_context: bool = False
     """Whether the context was full before the reply had ``max_tokens``, e.g. the 3 tokens that a long prompt left."""
+    turn: Literal["first", "continued", "rerendered"] = "first"
+    """Whether its prompt goes on from an earlier call of the rollout: ``"continued"`` begins with that call's prompt
+    and reply as they were sampled; ``"rerendered"`` holds the reply in other letters or other ids."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.memory import has_gpu
 from dspy_fst.policy import PolicyLM
+from dspy_fst.preflight.adapter_folder import adapter_fault
+from dspy_fst.preflight.chat_template import template_faults
 from dspy_fst.rollout.reward import metric_fault
 from dspy_fst.rollout.texts import carried_by, flexes, is_tool, lost_lines, read_texts
 from dspy_fst.types import Rollout
@@ -294,6 +296,8 @@ def model_faults(policy: PolicyLM) -> list[str]:
     path, where = policy.checkpoint.path, f"model={policy.model!r}"
     if not path.is_dir() and _means_a_path(policy.model):
         return [f"{where}: there is no such folder; name a Hugging Face folder or a hub model"]
+    if fault := adapter_fault(path):
+        return [f"{where}: {fault}"]
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # files of others may break in any way
@@ -305,7 +309,7 @@ def model_faults(policy: PolicyLM) -> list[str]:
     except Exception as error:
         faults.append(f"{where}: its tokenizer cannot be read: {_briefly(error)}")
     else:
-        faults += [f"{where}: {fault}" for fault in _template_faults(tokenizer)]
+        faults += [f"{where}: {fault}" for fault in template_faults(tokenizer)]
     limit, longest = _context_limit(policy, config), policy.kwargs["max_tokens"]
     if limit and isinstance(longest, int) and longest >= limit:
         faults.append(
@@ -369,27 +373,6 @@ def _weight_files(folder: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index.name}: no index of weights ({error!r})") from error
     return [folder / name for name in sorted(names)]
-
-
-def _template_faults(tokenizer: Any) -> Iterator[str]:
-    if tokenizer.chat_template is None:
-        yield "its tokenizer has no chat template; choose the instruct model, or set tokenizer.chat_template"
-        return
-    conversation = [{"role": "user", "content": "x"}]
-    try:
-        plain = tokenizer.apply_chat_template(conversation, tokenize=False)
-        prompted = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(prompted)["input_ids"]
-    except Exception as error:  # a template may raise anything
-        yield f"its chat template fails ({_briefly(error)}); set tokenizer.chat_template"
-        return
-    if plain == prompted:
-        yield (
-            "its chat template adds no generation prompt, so replies would continue the user's turn; "
-            "add {% if add_generation_prompt %}... to tokenizer.chat_template"
-        )
-    if not ids:
-        yield "its tokenizer knows no words; tokenizer.json is missing, copy or download the model again"
 
 
 def _briefly(error: Exception) -> str:

@@ -33,7 +33,7 @@ class ScriptedEngine:
         self.loaded.append(checkpoint)
         self.version = checkpoint.version
 
-    def complete(self, request: lm15.Request, seed: int) -> Completion:
+    def complete(self, request: lm15.Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
         messages = chat_messages(request)
         text = self.speak(messages, seed)
         prompt = tuple(ord(c) for message in messages for c in message["content"])

@@ -112,6 +112,8 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
 
 
 def _project(project: "Project", opened: "Opened", policy: "PolicyLM", run_dir: Path) -> dict[str, Any]:
+    from dspy_fst.preflight.chat_template import template_kind
+
     reflection = project.reflection_lm.model if project.reflection_lm else None
     return {
         "program": project.program,
@@ -119,6 +121,7 @@ def _project(project: "Project", opened: "Opened", policy: "PolicyLM", run_dir: 
         "trainset": f"{len(opened.trainset)} examples",
         "valset": f"{len(opened.valset or ())} examples",
         "model": policy.model,
+        "chat_template": template_kind(policy.checkpoint.path) or "not known before the model is on this machine",
         "engine": policy.handle.resolved_kind,
         "temperature": policy.kwargs["temperature"],
         "max_tokens": policy.kwargs["max_tokens"],
@@ -257,7 +260,7 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
         began = monotonic()
         policy.handle.ready()
         program = trainable_copy(opened.program, policy)
-        player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
+        player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect)
         _timed(player, opened, 1)  # the first call of an engine is slower than any other
         start_s = monotonic() - began
         alone_s, _ = _timed(player, opened, 1)

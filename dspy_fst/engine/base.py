@@ -84,8 +84,12 @@ class Engine(Scorer, Protocol):
         """
         ...
 
-    def complete(self, request: Request, seed: int) -> Completion:
+    def complete(self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
         """Sample one reply. ``seed`` fixes the draw given the weights (up to batching on a server).
+
+        Args:
+            prompt_ids: The rendered prompt, where the caller has it (a conversation that goes on from sampled ids).
+                None: the engine renders the request.
 
         Raises:
             EngineError: the engine is gone or did not answer in time.

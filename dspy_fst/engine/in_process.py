@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from dspy import lm15
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
-from dspy_fst.engine.chat import chat_messages, chat_options, text_response
+from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.generation import Pending, Reply, cut, generate
 from dspy_fst.engine.holding import compare, head_in_float32
+from dspy_fst.engine.prompts import PromptRenderer
 from dspy_fst.engine.queueing import queueing
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError
@@ -57,6 +57,7 @@ class InProcessEngine:
         self._model: Any = None
         self._tokenizer: Any = None
         self._reader: ReplyReader | None = None
+        self._renderer: PromptRenderer | None = None
         self._lock = threading.Condition()
         self._model_lock = threading.Lock()
         self._pending: list[Pending] = []
@@ -105,8 +106,8 @@ class InProcessEngine:
                     f"weights {checkpoint.version} at {checkpoint.path} cannot be read: {error}"
                 ) from error
 
-    def complete(self, request: lm15.Request, seed: int) -> Completion:
-        prompt = self._render(request)
+    def complete(self, request: lm15.Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
+        prompt = self._render(request) if prompt_ids is None else prompt_ids
         temperature = 1.0 if request.config.temperature is None else request.config.temperature
         room = self._model.config.max_position_embeddings - len(prompt)
         if room <= 0:
@@ -121,7 +122,9 @@ class InProcessEngine:
             self._pending.append(call)
             self._wake()
         reply = self._reply_to(call)
-        text = self._tokenizer.decode(reply.ids, skip_special_tokens=True)
+        # Without the token that ended it, which need not be a special one. A server leaves it out, too.
+        said = reply.ids[:-1] if reply.finish_reason == "stop" else reply.ids
+        text = self._tokenizer.decode(said, skip_special_tokens=True)
         response = text_response(request.model, text, reply.finish_reason, len(prompt), len(reply.ids))
         tokens = (prompt, tuple(reply.ids), tuple(reply.logprobs))
         completion = Completion(response, *tokens, reply.finish_reason, reply.weights)
@@ -151,7 +154,7 @@ class InProcessEngine:
             self._lock.notify_all()
         if self._worker is not None:
             self._worker.join(timeout=self.settings.timeout_s)
-        self._model = self._tokenizer = self._reader = self._version = None
+        self._model = self._tokenizer = self._reader = self._renderer = self._version = None
 
     def _reply_to(self, call: Pending) -> Reply:
         """Wait for the batch of a call to begin, then for at most ``timeout_s`` for its reply.
@@ -187,7 +190,8 @@ class InProcessEngine:
         device = self.settings.device or ("cuda" if cuda else "cpu")
         dtype = self.settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
-        self._reader = ReplyReader.of(self._tokenizer)
+        self._reader = ReplyReader.of(self._tokenizer, checkpoint.path)
+        self._renderer = PromptRenderer(self._tokenizer, self._reader.traits)
         model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=False)
         self._model = model.to(device).eval()
         head_in_float32(self._model, checkpoint.path)
@@ -196,19 +200,10 @@ class InProcessEngine:
         self._worker.start()
 
     def _render(self, request: lm15.Request) -> tuple[int, ...]:
-        messages, options = chat_messages(request), chat_options(request)
-        if self._reader is not None:
-            self._reader.check(request)
-        with self._lock:  # fast tokenizers refuse concurrent use
-            if self._tokenizer is None:
-                raise EngineError("the in-process engine has no weights yet: load a checkpoint first")
-            try:
-                rendered = self._tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_dict=True, **options
-                )
-            except TemplateError as error:  # e.g. it wants user and assistant to take turns
-                raise lm15.UnsupportedFeatureError(f"the chat template refuses the messages: {error}") from error
-        return tuple(rendered["input_ids"])
+        if self._reader is None or self._renderer is None:
+            raise EngineError("the in-process engine has no weights yet: load a checkpoint first")
+        self._reader.check(request)
+        return self._renderer.ids(request)
 
     def _serve(self) -> None:
         while True:
@@ -272,6 +267,4 @@ class InProcessEngine:
             call.reply.set_exception(EngineError("the in-process engine was closed"))
 
     def _eos(self) -> frozenset[int]:
-        ids = self._model.generation_config.eos_token_id
-        ids = self._tokenizer.eos_token_id if ids is None else ids
-        return frozenset(ids if isinstance(ids, list) else [ids])
+        return frozenset() if self._reader is None else self._reader.stop_ids

@@ -103,9 +103,10 @@ class Keeper:
                 raise
             self._restarts = 0
 
-    def complete(self, request: Request, seed: int) -> Completion:
+    def complete(self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
         """Sample one reply, however the server fails meanwhile; see ``Engine.complete``."""
-        return self._persist(lambda server: server.complete(request, seed))
+        rendered = () if prompt_ids is None else (prompt_ids,)
+        return self._persist(lambda server: server.complete(request, seed, *rendered))
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1."""

@@ -14,6 +14,8 @@ from typing import Any
 from dspy import lm15
 
 from dspy_fst.engine.base import Completion
+from dspy_fst.engine.chat_template import PLAIN, TemplateTraits
+from dspy_fst.engine.stop_tokens import stop_ids
 
 THINK, THOUGHT, TOOL_CALL = "<think>", "</think>", "<tool_call>"
 HERMES: Mapping[str, Any] = {
@@ -45,23 +47,28 @@ class ReplyReader:
     """Whether the model may think before it answers."""
     takes_tools: bool
     """Whether the chat template shows tools to the model."""
+    traits: TemplateTraits = PLAIN
+    """How the chat template treats a conversation; requests are fitted to it (`dspy_fst.engine.chat_template`)."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end a reply, by all that the model's files say."""
 
     @classmethod
     def load(cls, path: Path) -> "ReplyReader":
         """The reader for a Hugging Face folder; one that divides nothing where there is no tokenizer."""
         if not (path / "tokenizer_config.json").is_file():
-            return cls(None, HERMES, thinks=False, takes_tools=False)
+            return UNREAD
         from transformers import AutoTokenizer
 
-        return cls.of(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        return cls.of(AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "ReplyReader":
-        """The reader for a tokenizer with its chat template."""
+    def of(cls, tokenizer: Any, folder: Path | None = None) -> "ReplyReader":
+        """The reader for a tokenizer with its chat template, and for the model's folder that it came from."""
         own: Mapping[str, Any] | None = getattr(tokenizer, "response_template", None)
         chat = tokenizer.get_chat_template(tools=[{}]) if tokenizer.chat_template else ""
         thinks = THOUGHT in chat if own is None else any(name in own["fields"] for name in _THOUGHTS)
-        return cls(tokenizer, own or HERMES, thinks, takes_tools="tools" in chat)
+        stops = frozenset() if folder is None else stop_ids(folder, tokenizer)
+        return cls(tokenizer, own or HERMES, thinks, "tools" in chat, TemplateTraits.of(tokenizer), stops)
 
     def check(self, request: lm15.Request) -> None:
         """Raises UnsupportedFeatureError when the request has tools that the model would never see."""
@@ -130,6 +137,10 @@ class ReplyReader:
             return len(self.tokenizer.decode(ids[:tokens], skip_special_tokens=True))
 
         return bisect_left(range(len(ids)), end, key=length)
+
+
+UNREAD = ReplyReader(None, HERMES, thinks=False, takes_tools=False)
+"""Divides nothing: for a folder without a tokenizer."""
 
 
 def _calls(found: list[Any], completion: Completion) -> list[lm15.ToolCallPart]:

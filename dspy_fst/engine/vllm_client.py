@@ -29,7 +29,7 @@ from dspy.lm15 import (
 from dspy.lm15 import TimeoutError as RequestTimeoutError
 
 from dspy_fst.engine.base import Completion, Holding
-from dspy_fst.engine.chat import refuse_reshaped_sampling
+from dspy_fst.engine.chat import refuse_reshaped_sampling, text_response
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
 
@@ -122,14 +122,22 @@ class VLLMClient:
             self._model = str(models[0]["id"])
         return self._model
 
-    def sample(self, request: Request, seed: int, weights: WeightsVersion) -> Completion:
+    def sample(
+        self, request: Request, seed: int, weights: WeightsVersion, prompt_ids: Sequence[int] | None = None
+    ) -> Completion:
         """One reply to the request, whatever model it names, stamped with the given version.
+
+        Args:
+            prompt_ids: The rendered prompt; None: the server renders it. What the server refuses as ids is put to it as
+                messages, so that the error is the same.
 
         Raises:
             EngineError: no usable answer came.
             dspy.lm15.LM15Error: the server refuses the request itself.
         """
         routed = pinned(request, model=f"vllm:{self.find_model()}", seed=seed)
+        if prompt_ids is not None and (completion := self._sample_after(prompt_ids, routed, weights)) is not None:
+            return completion
         try:
             response = self._router.complete(routed)
         except _ENGINE_FAULTS as error:
@@ -140,6 +148,41 @@ class VLLMClient:
                 raise ContextLengthError(str(error)) from error
             raise
         return read_completion(response, weights, keep_logprobs=request.config.logprobs is not None)
+
+    def _sample_after(self, prompt_ids: Sequence[int], request: Request, weights: WeightsVersion) -> Completion | None:
+        """One reply after exactly these ids; None where the server refuses them.
+
+        The chat endpoint renders messages and takes no ids. This one samples from the same distribution and returns the
+        same fields.
+        """
+        config = request.config
+        body = {
+            **(config.extensions or {}),
+            "model": self.find_model(),
+            "prompt": list(prompt_ids),
+            "max_tokens": config.max_tokens,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "seed": config.seed,
+            "logprobs": 0,
+        }
+        reply = self._send("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s)
+        if reply.is_client_error:
+            return None
+        _require_success(reply, f"POST {self.address.url}/v1/completions")
+        choice = reply.json()["choices"][0]
+        ids, logprobs = choice.get("token_ids") or (), (choice.get("logprobs") or {}).get("token_logprobs") or ()
+        if choice.get("finish_reason") not in _FINISHED:
+            raise NoAnswerError(
+                f"vLLM broke off a reply ({choice.get('finish_reason')!r}); its tokens are not a sample"
+            )
+        if len(ids) != len(logprobs) or choice.get("prompt_token_ids") != list(prompt_ids):
+            raise EngineError(
+                "vLLM sampled after other ids than it was given, or returned ids without log-probabilities"
+            )
+        reason = choice["finish_reason"]
+        response = text_response(request.model, choice["text"], reason, len(prompt_ids), len(ids))
+        return Completion(response, tuple(prompt_ids), tuple(ids), tuple(logprobs), reason, weights)
 
     def tokens_processed(self, timeout_s: float) -> str:
         """vLLM's counters of prompt and sampled tokens, which move at every step; empty when it keeps none."""

@@ -18,10 +18,12 @@ from pathlib import Path
 from dspy.lm15 import Request
 
 from dspy_fst.engine.base import Checkpoint, Completion, Holding
+from dspy_fst.engine.chat_template import fitted
 from dspy_fst.engine.gate import Gate
 from dspy_fst.engine.ports import free_port, port_taken
 from dspy_fst.engine.process import ServerProcess, telling_lines
-from dspy_fst.engine.replies import ReplyReader
+from dspy_fst.engine.replies import UNREAD, ReplyReader
+from dspy_fst.engine.stop_tokens import with_stop_tokens
 from dspy_fst.engine.vllm_client import Address, NoAnswerError, VLLMClient
 from dspy_fst.engine.vllm_launch import vllm_command, vllm_environment
 from dspy_fst.errors import EngineError
@@ -160,7 +162,7 @@ class VLLMServer:
         self._weights: WeightsVersion | None = None
         self._process: ServerProcess | None = None
         self._client: VLLMClient | None = None
-        self._reader: ReplyReader | None = None
+        self._reader = UNREAD
         self._killed_because: str | None = None
         self._answered_at = 0.0
         self._tokens_processed = ""
@@ -235,15 +237,15 @@ class VLLMServer:
                 self._client.swap_weights(checkpoint.path.resolve())
             self._weights = checkpoint.version
 
-    def complete(self, request: Request, seed: int) -> Completion:
+    def complete(self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
         """Sample one reply from the whole distribution; see ``Engine.complete``."""
         with self._gate.sampling(self.settings.request_timeout_s), self._explaining_death():
             client, weights = self._serving()
-            if self._reader is not None:
-                self._reader.check(request)
-            completion = client.sample(request, seed, weights)
+            self._reader.check(request)
+            asked = with_stop_tokens(fitted(request, self._reader.traits), self._reader.stop_ids)
+            completion = client.sample(asked, seed, weights, prompt_ids)
             self._answered_at = time.monotonic()
-            return completion if self._reader is None else self._reader.read(completion, request)
+            return self._reader.read(completion, request)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1.

@@ -7,8 +7,8 @@ A `Recording` lives in DSPy's context for the time of one rollout, so it follows
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import dspy
 from dspy import lm15
@@ -20,6 +20,9 @@ from dspy_fst.types import PREDICTOR_TAG, Call
 
 SETTING = "fst_recording"
 """Name of the DSPy context setting that holds the current Recording."""
+Ids = tuple[int, ...]
+Conversation = tuple[tuple[Any, ...], ...]
+"""Role and parts of every message, the system's first."""
 OUTSIDE = ""
 """Predictor name of a call that no predictor of the program made (the program called its LM directly)."""
 
@@ -32,6 +35,7 @@ class Recording:
         self.queue_time = QueueTime()
         """How long calls of this rollout have waited for their turn in the engine."""
         self._calls: list[Call] = []
+        self._said: list[tuple[Conversation, Ids]] = []
         self._asked: Counter[tuple[str, int]] = Counter()
         self._lock = threading.Lock()
         self._closed = False
@@ -51,10 +55,22 @@ class Recording:
         entropy = repr((self.seed, predictor, digest, nth)).encode()
         return int.from_bytes(hashlib.sha256(entropy).digest()[:4], "big") >> 1
 
-    def add(self, call: Call) -> None:
+    def add(self, call: Call, request: lm15.Request) -> None:
         with self._lock:
             if not self._closed:
                 self._calls.append(call)
+                self._said.append((_conversation(request), (*call.prompt_ids, *call.completion_ids)))
+
+    def said_before(self, request: lm15.Request) -> list[Ids]:
+        """Ids of every call (prompt and reply) whose messages this request repeats and goes on from, with a reply."""
+        now = _conversation(request)
+        with self._lock:
+            said = list(self._said)
+        return [
+            ids
+            for earlier, ids in said
+            if earlier == now[: len(earlier)] and len(now) > len(earlier) and now[len(earlier)][0] == "assistant"
+        ]
 
     def close(self) -> tuple[Call, ...]:
         """Take the calls; whatever the program's left-over threads still ask is refused from now on."""
@@ -62,33 +78,10 @@ class Recording:
             self._closed = True
             return tuple(self._calls)
 
-    def apart(self) -> "Apart":
-        """For calls that are made during the rollout and are not the program's: a metric that asks a judge."""
-        return Apart(self)
-
     @property
     def last_predictor(self) -> str | None:
         with self._lock:
             return self._calls[-1].predictor if self._calls else None
-
-
-METRIC = "(metric)"
-"""Stands for the predictor in the seeds of calls that a metric makes of the policy."""
-
-
-class Apart:
-    """Gives a metric's calls of the policy seeds of the rollout, so that a run that goes on draws them again, and keeps
-    none of them: nobody trains on what a judge says."""
-
-    def __init__(self, recording: Recording):
-        self._recording = recording
-        self.queue_time = recording.queue_time
-
-    def next_seed(self, predictor: str, request: lm15.Request) -> int:
-        return self._recording.next_seed(f"{METRIC}{predictor}", request)
-
-    def add(self, call: Call) -> None:
-        """Not kept."""
 
 
 def tag_predictors(program: dspy.Module) -> None:
@@ -115,21 +108,27 @@ def is_recorded(lm: Any) -> bool:
 
 
 def complete_recorded(
-    complete: Callable[[lm15.Request, int], Completion], request: lm15.Request, free_seed: Callable[[], int]
+    complete: Callable[..., Completion],
+    request: lm15.Request,
+    free_seed: Callable[[], int],
+    continued: Callable[[lm15.Request, Sequence[Ids]], Ids | None] = lambda request, said: None,
 ) -> lm15.Response:
     """Sample one reply and, when a rollout is running in this context, record it.
 
     Args:
-        complete: The engine's method.
+        complete: The engine's method, called with the request, the seed, and the prompt's ids where they are known.
         free_seed: Gives the seed of a call that belongs to no rollout.
+        continued: Gives the prompt of a request that goes on from one of some earlier calls' ids, or None.
     """
-    recording: Recording | Apart | None = dspy.settings.get(SETTING)
+    recording: Recording | None = dspy.settings.get(SETTING)
     if recording is None:
         return complete(request, free_seed()).response
     predictor = calling_predictor()
     seed = recording.next_seed(predictor, request)
+    said = recording.said_before(request)
+    prompt_ids = continued(request, said) if said else None
     with counted_in(recording.queue_time):
-        completion = complete(request, seed)
+        completion = complete(request, seed) if prompt_ids is None else complete(request, seed, prompt_ids)
     temperature = request.config.temperature
     recording.add(
         Call(
@@ -142,9 +141,31 @@ def complete_recorded(
             temperature=1.0 if temperature is None else temperature,
             reasoning_tokens=completion.reasoning_tokens,
             cut_by_context=_cut_by_context(completion, request.config.max_tokens),
-        )
+            turn=_turn(completion.prompt_ids, said),
+        ),
+        request,
     )
     return completion.response
+
+
+def _turn(prompt_ids: Ids, said: Sequence[Ids]) -> Literal["first", "continued", "rerendered"]:
+    if not said:
+        return "first"
+    return "continued" if any(prompt_ids[: len(ids)] == ids for ids in said) else "rerendered"
+
+
+def _conversation(request: lm15.Request) -> Conversation:
+    """What a chat template can show of a request's messages; ids of tool calls are made anew for each request."""
+    system = (("system", repr(request.system)),) if request.system else ()
+    return (*system, *((message.role, *map(_shown, message.parts)) for message in request.messages))
+
+
+def _shown(part: Any) -> Any:
+    if isinstance(part, lm15.ToolCallPart):
+        return ("call", part.name, repr(part.input))
+    if isinstance(part, lm15.ToolResultPart):
+        return ("result", part.name, repr(part.content))
+    return part.text if isinstance(part, lm15.TextPart) else repr(part)
 
 
 def _cut_by_context(completion: Completion, max_tokens: int | None) -> bool:

@@ -5,14 +5,17 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
-from dspy.lm15 import Config, InvalidRequestError, Message, Request
+from dspy.lm15 import Config, ContextLengthError, InvalidRequestError, Message, Request
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from dspy_fst.engine.base import Checkpoint, Completion
+from dspy_fst.engine.chat_template import TemplateTraits
+from dspy_fst.engine.prompts import PromptRenderer
 from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings, vllm_command, vllm_environment, vllm_faults
 from dspy_fst.errors import EngineError
 from tests.engine.tiny_qwen import make_model, rescore, save, untied
@@ -243,3 +246,81 @@ def test_an_untied_export_of_a_tied_model_stays_fresh(server: VLLMServer, tmp_pa
         model = make_model(seed, tied=True)
         server.load(save(untied(model), tmp_path, f"step-{seed}"))
         assert largest_gap(server.score(PROBES), model) < TOLERANCE
+
+
+# Prompts that were rendered here
+
+
+@pytest.mark.vllm
+def test_ids_given_as_the_prompt_are_sampled_from_as_the_messages_are(
+    server: VLLMServer, checkpoints: list[Checkpoint], models: list[Qwen3ForCausalLM]
+) -> None:
+    server.load(checkpoints[0])
+    request = ask("Tell me more.", temperature=0.8)
+    by_messages = server.complete(request, 5)
+    by_ids = server.complete(request, 5, by_messages.prompt_ids)
+    assert (by_ids.completion_ids, by_ids.finish_reason) == (by_messages.completion_ids, by_messages.finish_reason)
+    assert by_ids.prompt_ids == by_messages.prompt_ids
+    assert by_ids.logprobs == pytest.approx(by_messages.logprobs, abs=TOLERANCE)
+    assert by_ids.response.text == by_messages.response.text
+    assert gap(models[0], by_ids, 0.8) < TOLERANCE
+
+
+@pytest.mark.vllm
+def test_a_conversation_goes_on_from_the_ids_that_the_server_sampled(
+    server: VLLMServer, checkpoints: list[Checkpoint], models: list[Qwen3ForCausalLM], taught: Path
+) -> None:
+    server.load(checkpoints[0])
+    tokenizer = AutoTokenizer.from_pretrained(taught)
+    renderer = PromptRenderer(tokenizer, TemplateTraits.of(tokenizer))
+    respelt = 0
+    for seed in range(6):
+        first = ask("Tell me more.")
+        reply = server.complete(first, seed)
+        said = (*reply.prompt_ids, *reply.completion_ids)
+        text = tokenizer.decode([id for id in reply.completion_ids if id != tokenizer.eos_token_id])
+        goes_on = replace(first, messages=(*first.messages, Message.assistant(text), Message.user("Go on.")))
+        prompt = renderer.continued(goes_on, [said])
+        rendered = server.complete(goes_on, seed).prompt_ids
+        if prompt is None:  # a reply whose bytes are no text
+            continue
+        respelt += rendered != prompt
+        answer = server.complete(goes_on, seed, prompt)
+        assert answer.prompt_ids[: len(said)] == said
+        assert tokenizer.decode(answer.prompt_ids) == tokenizer.decode(rendered)
+        assert gap(models[0], answer, 1.0) < TOLERANCE
+    assert respelt
+
+
+@pytest.mark.vllm
+def test_a_prompt_of_ids_beyond_the_context_is_refused_as_its_messages_are(
+    server: VLLMServer, checkpoints: list[Checkpoint]
+) -> None:
+    server.load(checkpoints[0])
+    with pytest.raises(ContextLengthError):
+        server.complete(ask("x" * 2000), 1, tuple([300] * 2000))
+
+
+@pytest.mark.vllm
+def test_a_reply_ends_at_every_token_that_the_model_s_files_name(
+    server: VLLMServer, checkpoints: list[Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.load(checkpoints[0])
+    ends = frozenset(range(100, 400))
+    monkeypatch.setattr(server, "_reader", replace(server._reader, stop_ids=ends))
+    for request, given in ((ask("Tell me more.", max_tokens=200), ()), (ask("Tell.", max_tokens=200), ((30, 31, 32),))):
+        reply = server.complete(request, 5, *given)
+        assert (reply.finish_reason, reply.completion_ids[-1] in ends) == ("stop", True)
+        assert not ends & set(reply.completion_ids[:-1])
+
+
+@pytest.mark.vllm
+def test_a_system_text_that_the_template_has_no_role_for_is_sent_in_the_first_user_turn(
+    server: VLLMServer, checkpoints: list[Checkpoint], taught: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.load(checkpoints[0])
+    monkeypatch.setattr(server, "_reader", replace(server._reader, traits=TemplateTraits(system="refused")))
+    reply = server.complete(replace(ask("Which?"), system="Name a flower."), 5)
+    text = AutoTokenizer.from_pretrained(taught).decode(reply.prompt_ids)
+    assert "<|user|>Name a flower.\n\nWhich?" in text
+    assert "<|system|>" not in text

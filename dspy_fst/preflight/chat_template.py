@@ -1,0 +1,80 @@
+"""What a model's chat template means for a run, told before work and from the tokenizer alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dspy_fst.engine.chat_template import TemplateTraits
+
+THOUGHT_MARK = "</think>"
+
+
+def template_faults(tokenizer: Any) -> Iterator[str]:
+    """Faults of a template that would spoil every call."""
+    if not tokenizer.chat_template:
+        yield (
+            "its tokenizer has no chat template, as a base model's, and cannot be asked in messages; choose the "
+            "instruct model, or set tokenizer.chat_template and save it into the model's folder"
+        )
+        return
+    conversation = [{"role": "user", "content": "x"}]
+    try:
+        plain = tokenizer.apply_chat_template(conversation, tokenize=False)
+        prompted = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompted)["input_ids"]
+    except Exception as error:  # a template may raise anything
+        yield f"its chat template fails ({_briefly(error)}); set tokenizer.chat_template"
+        return
+    if plain == prompted:
+        yield (
+            "its chat template adds no generation prompt, so replies would continue the user's turn; "
+            "add {% if add_generation_prompt %}... to tokenizer.chat_template"
+        )
+    if not ids:
+        yield "its tokenizer knows no words; tokenizer.json is missing, copy or download the model again"
+
+
+def template_warnings(folder: Path) -> list[str]:
+    """What the template does to a conversation that its user should know of; empty before a download."""
+    traits = _traits(folder)
+    if traits is None or traits.has_system:
+        return []
+    fate = "refuses a system message" if traits.system == "refused" else "leaves the system message out without a word"
+    return [f"the model's chat template {fate}: DSPy's instruction goes into the first user turn, on every engine"]
+
+
+def template_kind(folder: Path) -> str | None:
+    """Whether a conversation's next prompt can begin with the ids that were sampled; None before a download."""
+    traits = _traits(folder)
+    if traits is None:
+        return None
+    system = "" if traits.has_system else "; no system role: its text goes into the first user turn"
+    own = f"; its own system prompt where there is none: {traits.own_system!r}" if traits.own_system else ""
+    if not traits.keeps_replies:
+        turns = "rewrites earlier turns: each turn of a conversation is trained by itself"
+    elif traits.keeps_thoughts:
+        turns = "keeps earlier turns: a conversation goes on from the sampled ids"
+    else:
+        turns = (
+            "keeps earlier turns, without their thoughts: a conversation goes on from the sampled ids of plain replies"
+        )
+    return turns + system + own
+
+
+def _traits(folder: Path) -> TemplateTraits | None:
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # told as a fault of the model
+        return None
+    traits = TemplateTraits.of(tokenizer) if tokenizer.chat_template else None
+    thinks = THOUGHT_MARK in str(tokenizer.chat_template)
+    return traits if thinks or traits is None else traits.without_thoughts()
+
+
+def _briefly(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 200 else f"{text[:200]}...") or type(error).__name__

@@ -1,0 +1,129 @@
+"""Chat templates as they are found: without a system role, strict about turns, silent about what they drop."""
+
+import dspy
+import pytest
+from dspy import lm15
+from transformers import AutoTokenizer
+
+from dspy_fst import PolicyLM
+from dspy_fst.engine.chat_template import TemplateTraits, fitted, fitted_messages
+from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.rendering import prompts_under
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.texts import read_texts
+from dspy_fst.types import Problem
+from dspy_fst.validation import model_faults
+from tests.cases.real_tokenizer import CHATML, DROPS_SYSTEM, NO_SYSTEM, STRIPS_THOUGHTS, save_model
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}"
+    + CHATML.removeprefix("{% for message in messages %}")
+)
+
+
+def traits(template: str) -> TemplateTraits:
+    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer.folder)
+    tokenizer.chat_template = template
+    return TemplateTraits.of(tokenizer)
+
+
+class save_tokenizer:
+    """Where the module's tokenizer lies."""
+
+    folder: str = ""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tokenizer_folder(tmp_path_factory):
+    save_tokenizer.folder = str(save_model(tmp_path_factory.mktemp("plain") / "model"))
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, TemplateTraits()),
+        (NO_SYSTEM, TemplateTraits(system="refused", alternating=True)),
+        (DROPS_SYSTEM, TemplateTraits(system="dropped")),
+        (STRIPS_THOUGHTS, TemplateTraits(keeps_replies=False)),
+        (SMOLLM2, TemplateTraits(own_system="You are a helpful AI assistant named SmolLM")),
+    ],
+    ids=["chatml", "no system", "drops system", "strips thoughts", "own system"],
+)
+def test_what_a_template_does_is_found_from_the_tokenizer_alone(template, expected):
+    # None of them shows a model's thoughts (reasoning_content); only the last is of a model that has any.
+    assert traits(template).without_thoughts() == expected.without_thoughts()
+
+
+def turns(*said: str) -> list[dict[str, str]]:
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": roles[one[0]], "content": one} for one in said]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("s", "u"), [("user", "s\n\nu")]),
+        (("s", "u", "a", "u2"), [("user", "s\n\nu"), ("assistant", "a"), ("user", "u2")]),
+        (("s", "a", "u"), [("user", "s"), ("assistant", "a"), ("user", "u")]),
+        (("s", "u", "u2", "a", "a2"), [("user", "s\n\nu\n\nu2"), ("assistant", "a\n\na2")]),
+        (("u",), [("user", "u")]),
+    ],
+)
+def test_requests_and_messages_are_fitted_alike(before, after):
+    rules = TemplateTraits(system="refused", alternating=True)
+    messages = turns(*before)
+    assert [(m["role"], m["content"]) for m in fitted_messages(messages, rules)] == after
+    system = next((m["content"] for m in messages if m["role"] == "system"), None)
+    rest = [
+        lm15.Message.user(m["content"]) if m["role"] == "user" else lm15.Message.assistant(m["content"])
+        for m in messages
+        if m["role"] != "system"
+    ]
+    request = fitted(lm15.Request("m", tuple(rest), system=system), rules)
+    assert request.system is None
+    assert [(m.role, m.text) for m in request.messages] == after
+
+
+def test_a_template_that_keeps_the_system_text_changes_nothing():
+    messages = turns("s", "u", "u2")
+    assert fitted_messages(messages, TemplateTraits()) == messages
+    request = lm15.Request("m", (lm15.Message.user("u"), lm15.Message.user("u2")), system="s")
+    assert fitted(request, TemplateTraits()) == request
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM], ids=["refused", "dropped"])
+def test_a_program_runs_and_its_instruction_stands_in_the_first_user_turn(template, tmp_path):
+    policy = PolicyLM(save_model(tmp_path / "model", template), engine="in_process", max_tokens=4)
+    assert model_faults(policy) == []
+    program = dspy.Predict(dspy.Signature("question -> answer", "Answer with a flower."))
+    program.set_lm(policy)
+    program.demos = [dspy.Example(question="q", answer="rose")]
+    try:
+        player = Player(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings(threads=2))
+        example = dspy.Example(question="Which?").with_inputs("question")
+        (rollout,) = player.play([Task(Problem(0, example), read_texts(program))], "fit")
+    finally:
+        policy.release()
+    assert (rollout.mask, rollout.failure) == (None, "parse")
+    (call,) = rollout.calls
+    tokenizer = AutoTokenizer.from_pretrained(policy.checkpoint.path)
+    text = tokenizer.decode(call.prompt_ids)
+    first_turn = text.partition("<|im_end|>")[0]
+    assert text.startswith("<|im_start|>user\n")
+    assert "Answer with a flower." in first_turn
+    assert first_turn.endswith("[[ ## question ## ]]\nq")
+    assert text.count("Answer with a flower.") == 1
+    # Who renders the prompt again, for the term that holds the policy to its start, finds the same call.
+    other = read_texts(program)
+    assert prompts_under(other, rollout, tokenizer) == (call.prompt_ids,)
+
+
+def test_a_tokenizer_without_a_template_is_named_for_what_it_is(tmp_path):
+    policy = PolicyLM(save_model(tmp_path / "model", None), engine="in_process", max_tokens=4)
+    (fault,) = model_faults(policy)
+    assert "no chat template" in fault
+    assert "base model" in fault
+    with pytest.raises(Exception, match="no chat template"):
+        policy("hello")
+    policy.release()
