@@ -19,6 +19,8 @@ from pydantic_core import to_jsonable_python
 
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import chat_messages, text_response
+from dspy_fst.engine.chat_template import fitted
+from dspy_fst.engine.stop_tokens import with_stop_tokens
 from dspy_fst.errors import EngineError
 from dspy_fst.policy import EngineHandle, PolicyLM
 from dspy_fst.rollout.adapters import adapter_in_force
@@ -122,7 +124,9 @@ class StreamingHandle:
         if request.tools or self._handle.reader.thinks:  # the pieces would hold calls and thoughts
             return engine.complete(request, seed)
         try:
-            chunks = self._upstream.stream(_body(request, seed))
+            reader = self._handle.reader
+            asked = with_stop_tokens(fitted(request, reader.traits), reader.stop_ids)
+            chunks = self._upstream.stream(_body(asked, seed))
             first = next(chunks)
         except (lm15.LM15Error, ApiError, EngineError):
             # The engine says what is wrong in the words that DSPy knows, or starts its server again.
@@ -144,6 +148,7 @@ def _body(request: lm15.Request, seed: int) -> dict[str, Any]:
         "max_tokens": config.max_tokens,
         "seed": seed,
         "return_token_ids": True,
+        **(config.extensions or {}),
         **_WHOLE_SOFTMAX,
     }
 
