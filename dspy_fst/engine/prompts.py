@@ -5,7 +5,7 @@ were sampled, and the next prompt would hold a turn that nobody sampled. `Prompt
 """
 
 import threading
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,7 +81,9 @@ def continued(rendered: Ids, said: Sequence[Ids], text_of: Callable[[Sequence[in
         begun = text_of(ids)
         if not text.startswith(begun):
             continue
-        cut = bisect_left(range(len(rendered)), len(begun), key=lambda tokens: len(text_of(rendered[:tokens])))
-        if text_of(rendered[:cut]) == begun:
+        # The longest beginning of that length: a character of several tokens may read as one before it is whole.
+        lengths = range(len(rendered) + 1)
+        cut = bisect_right(lengths, len(begun), key=lambda tokens: len(text_of(rendered[:tokens]))) - 1
+        if text_of(rendered[:cut]) == begun and text_of(ids + rendered[cut:]) == text:
             return ids + rendered[cut:]
     return None

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from dspy_fst import PolicyLM
 from dspy_fst.engine.chat_template import TemplateTraits, fitted, fitted_messages
+from dspy_fst.preflight.chat_template import template_kind, template_warnings
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward
@@ -127,3 +128,27 @@ def test_a_tokenizer_without_a_template_is_named_for_what_it_is(tmp_path):
     with pytest.raises(Exception, match="no chat template"):
         policy("hello")
     policy.release()
+
+
+@pytest.mark.parametrize(
+    ("template", "kind", "warning"),
+    [
+        (CHATML, "keeps earlier turns: a conversation goes on from the sampled ids", None),
+        (NO_SYSTEM, "no system role: its text goes into the first user turn", "refuses a system message"),
+        (DROPS_SYSTEM, "no system role: its text goes into the first user turn", "leaves the system message out"),
+        (STRIPS_THOUGHTS, "rewrites earlier turns: each turn of a conversation is trained by itself", None),
+        (SMOLLM2, "its own system prompt where there is none: 'You are a helpful AI assistant named SmolLM'", None),
+    ],
+    ids=["chatml", "no system", "drops system", "strips thoughts", "own system"],
+)
+def test_check_says_what_the_template_does_and_a_run_warns_of_what_it_moves(template, kind, warning, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer.folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    assert kind in template_kind(tmp_path)
+    told = template_warnings(tmp_path)
+    assert len(told) == (warning is not None)
+    if warning is not None:
+        assert warning in told[0]
+        assert "DSPy's instruction goes into the first user turn, on every engine" in told[0]
+    assert (template_kind(tmp_path / "none"), template_warnings(tmp_path / "none")) == (None, [])

@@ -5,6 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dspy_fst import PolicyLM
+from dspy_fst.engine.prompts import continued
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import read_texts
@@ -116,6 +117,20 @@ def test_a_template_that_leaves_thoughts_out_is_not_continued(policy_of):
 def test_where_the_system_text_goes_into_the_first_turn_conversations_continue_all_the_same(policy_of):
     rollouts = played(policy_of(NO_SYSTEM))
     assert [continues(rollout) for rollout in rollouts] == [[True] * (TURNS - 1)] * ROLLOUTS
+
+
+def test_a_reply_of_broken_bytes_goes_on_as_it_was_sampled():
+    """Its text has the sign for what cannot be read, which the next prompt spells in three bytes of its own."""
+    sign = "\N{REPLACEMENT CHARACTER}".encode()
+
+    def text_of(ids):
+        return bytes(ids).decode(errors="replace")
+
+    said = (*b"hi", 0xF0)  # the first byte of four
+    rendered = (*b"hi", *sign, *b"|go on")
+    assert text_of(said) == "hi\N{REPLACEMENT CHARACTER}"
+    assert continued(rendered, [said], text_of) == (*said, *b"|go on")
+    assert continued((*b"ho", *sign, *b"|go on"), [said], text_of) is None
 
 
 def test_only_a_request_that_repeats_all_messages_and_a_reply_goes_on_from_a_call():
