@@ -87,8 +87,8 @@ def _fill(folder: Path, saved: Path, card: str) -> None:
     if taken := sorted({path.name for path in (saved / WEIGHTS).iterdir()} & {*DOCUMENTS, CARD}):
         raise RunDirectoryError(f"{saved / WEIGHTS}: {', '.join(taken)} is a name of ours; remove it and save again")
     shutil.copytree(saved / WEIGHTS, folder, dirs_exist_ok=True)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # transformers may leave weights for their owner alone
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # transformers may leave weights for their owner alone
     for name in documents:
         shutil.copyfile(saved / name, folder / name)
     (folder / CARD).write_text(card, encoding="utf-8", errors="replace")  # a model's text may hold half a character

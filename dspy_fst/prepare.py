@@ -286,7 +286,8 @@ def _files_fingerprint(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    for path in sorted([*weights, folder / "config.json"]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

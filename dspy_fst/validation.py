@@ -16,6 +16,7 @@ from dspy_fst.engine.memory import has_gpu
 from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.adapter_folder import adapter_fault
 from dspy_fst.preflight.chat_template import template_faults
+from dspy_fst.preflight.model_folder import folder_faults, stored_layer_fault
 from dspy_fst.rollout.reward import metric_fault
 from dspy_fst.rollout.texts import carried_by, flexes, is_tool, lost_lines, read_texts
 from dspy_fst.types import Rollout
@@ -304,6 +305,8 @@ def model_faults(policy: PolicyLM) -> list[str]:
         missing = "" if path.is_dir() else "there is no such folder, and as a hub model it is "
         return [f"{where}: {missing}not a model that transformers can read: {_briefly(error)}"]
     faults = [f"{where}: {fault}" for fault in (*_kind_faults(config), *_weights_faults(path))]
+    if path.is_dir() and not faults and (fault := stored_layer_fault(path)):
+        faults.append(f"{where}: {fault}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
@@ -345,6 +348,7 @@ def _weights_faults(path: Path) -> Iterator[str]:
             yield "the folder holds no weights (model.safetensors); copy or download the model again"
     except ValueError as error:
         yield f"its weights cannot be read ({error}); copy or download the model again"
+    yield from folder_faults(path)
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

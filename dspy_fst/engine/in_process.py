@@ -27,6 +27,7 @@ from dspy_fst.engine.prompts import PromptRenderer
 from dspy_fst.engine.queueing import queueing
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError
+from dspy_fst.preflight.model_folder import folder_faults, layer_fault
 from dspy_fst.types import WeightsVersion
 
 
@@ -190,9 +191,15 @@ class InProcessEngine:
         device = self.settings.device or ("cuda" if cuda else "cpu")
         dtype = self.settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+        if faults := list(folder_faults(checkpoint.path)):
+            raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} are not served: {'; '.join(faults)}")
         self._reader = ReplyReader.of(self._tokenizer, checkpoint.path)
         self._renderer = PromptRenderer(self._tokenizer, self._reader.traits)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=False)
+        model, told = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        if fault := layer_fault(told):
+            raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} are not served: {fault}")
         self._model = model.to(device).eval()
         head_in_float32(self._model, checkpoint.path)
         self._closed = False

@@ -8,6 +8,8 @@ from dspy_fst.run.sealed import read_document
 
 SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model"}
 """Weights, configuration, chat templates and vocabularies. Others, pickles above all, can run code when read."""
+TEMPLATES = "additional_chat_templates"
+"""The one folder that may lie among the weights: transformers' place for named chat templates, ``NAME.jinja``."""
 NEEDED = ("config.json", "model.safetensors")
 ELSEWHERE, CODE = "it can name a file elsewhere", "it can bring code, and trust_remote_code stays off"
 FILES = {"adapter_config.json": "it can name another model to load", "model.safetensors.index.json": ELSEWHERE}
@@ -26,7 +28,13 @@ def weights_faults(folder: Path, aside: Collection[str] = ()) -> list[str]:
     faults = [f"{folder.name}/{name} is missing" for name in NEEDED if name not in names]
     for path in paths:
         where = f"{folder.name}/{path.name}"
-        if path.suffix not in SUFFIXES or not path.is_file():
+        if path.name == TEMPLATES and path.is_dir() and not path.is_symlink():
+            faults += [
+                f"{where}/{inner.name}: only chat templates (NAME.jinja) lie there, no folders and no links"
+                for inner in sorted(path.iterdir())
+                if inner.suffix != ".jinja" or inner.is_symlink() or not inner.is_file()
+            ]
+        elif path.suffix not in SUFFIXES or not path.is_file():
             faults.append(f"{where}: only {', '.join(sorted(SUFFIXES))} files are read, as others can run code")
         elif path.name in FILES:
             faults.append(f"{where}: {FILES[path.name]}")

@@ -17,27 +17,47 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 # Read from transformers 5.19. Undoes the renaming and fusing of from_pretrained (experts, for one): save_pretrained
 # does it too, but costs three times the writing of a small model.
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import cached_file
 
 from dspy_fst.engine.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
+from dspy_fst.preflight.model_folder import wrapped_names
+from dspy_fst.slow.rendered import rendering_fault
 
 STATE_FORMAT = 1
 
 
-class Publisher:
-    """Writes a model's weights as the folder an engine serves; all but the weights is prepared once."""
+PROCESSOR_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("image_processor_config.json", "feature_extraction_config.json", "chat_template.json"),
+)
+"""What shapes the prompts of multimodal models, beside the tokenizer's own files (names of transformers 5.19)."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype):
+
+class Publisher:
+    """Writes a model's weights as the folder an engine serves; all but the weights is prepared once.
+
+    Args:
+        source: Folder or hub name that the tokenizer was read from; its processor's files are carried as they are.
+
+    Raises:
+        TrainingError: the files that would be published render prompts that the tokenizer does not.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, source: str | Path
+    ):
         self._model, self._dtype = model, dtype
-        self._texts = _texts(model, tokenizer, dtype)
+        self._texts = _texts(model, tokenizer, dtype) | _processor_files(source)
+        _check_rendering(self._texts, tokenizer)
 
     def write(self, path: Path) -> dict[str, str]:
-        """Write ``path``: weights, config, generation config and tokenizer; embeddings always untied.
+        """Write ``path``: weights, config, generation config, tokenizer, templates; embeddings always untied.
 
         Tied embeddings are written twice, because vLLM on the CPU serves its pre-packed copy of a tied LM head
         after a reload: stale weights, and no complaint.
@@ -46,12 +66,16 @@ class Publisher:
             The digest of every tensor, taken in memory: what a reader of the folder must find.
 
         Raises:
-            TrainingError: ``path`` exists.
+            TrainingError: ``path`` exists, or the model came to hold an adapter.
         """
         with written_whole(path) as scratch:
-            for name, content in self._texts.items():
-                (scratch / name).write_bytes(content)
+            _write_files(scratch, self._texts)
             tensors = self._tensors()
+            if found := wrapped_names(iter(tensors)):
+                raise TrainingError(
+                    f"{found[0]} is a tensor of an adapter or a parametrization, which no loader of whole weights "
+                    "knows; merge it before training"
+                )
             save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         return {name: digest(tensor) for name, tensor in tensors.items()}
 
@@ -67,7 +91,7 @@ class Publisher:
 
 
 def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> dict[str, bytes]:
-    """File name -> content of everything in a published folder that training does not change."""
+    """Path below the folder -> content of everything in a published folder that training does not change."""
     config = copy.deepcopy(model.config)
     for part in (config, config.get_text_config()):
         part.tie_word_embeddings = False
@@ -76,11 +100,33 @@ def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: to
         tokenizer.save_pretrained(scratch)
         # Written without transformers' validation: many published generation configs would not pass it.
         model.generation_config.to_json_file(Path(scratch) / "generation_config.json")
-        texts = {file.name: file.read_bytes() for file in Path(scratch).iterdir() if file.is_file()}
+        files = [file for file in Path(scratch).rglob("*") if file.is_file()]  # named templates lie in a folder
+        texts = {file.relative_to(scratch).as_posix(): file.read_bytes() for file in files}
     # to_json_string leaves out what equals the model class's default; these two an engine must not guess.
     described = json.loads(config.to_json_string())
     described |= {"tie_word_embeddings": False, "architectures": [type(model).__name__]}
     return texts | {"config.json": _json(described)}
+
+
+def _processor_files(source: str | Path) -> dict[str, bytes]:
+    absent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    found = {name: cached_file(source, name, **absent) for name in PROCESSOR_FILES}
+    return {name: Path(path).read_bytes() for name, path in found.items() if path is not None}
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def _check_rendering(files: Mapping[str, bytes], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read the tokenizer back from what will be published, and compare the prompts that both make."""
+    with tempfile.TemporaryDirectory() as scratch:
+        _write_files(Path(scratch), files)
+        published = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
+        if fault := rendering_fault(tokenizer, published):
+            raise TrainingError(f"the weights are not published: {fault}")
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -123,7 +169,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     try:
         scratch.chmod(0o755)  # mkdtemp lets only its owner in; an engine may run as somebody else
         yield scratch
-        for written in (*scratch.iterdir(), scratch):
+        for written in (*scratch.rglob("*"), scratch):
             _flush(written)
         scratch.rename(path)
         _flush(path.parent)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from dspy_fst.errors import TrainingError
+from dspy_fst.preflight.model_folder import folder_faults, layer_fault, wrapped_names
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 
 PROBE_TOLERANCE = 1e-3
@@ -25,11 +26,14 @@ class Policy(nn.Module):
     lifts the asymptote from 0.52 to 0.61). Parameters are always float32: at the learning rates of RL most
     updates of a bfloat16 parameter round away. Dropout stays off: training scores what was sampled.
 
-    An adapter (LoRA) goes in where ``model`` comes in: only parameters that require a gradient are trained.
+    Raises:
+        TrainingError: the model holds an adapter (LoRA) or a parametrization. The head's weight is read past what wraps
+            it, so a LoRA on it would have no gradient; and no loader knows the names that would be published.
     """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
+        _refuse_wrapped(model)
         self.model = model.eval()
         self.body_dtype = torch.float32
         self.shares_prompts = False
@@ -42,6 +46,8 @@ class Policy(nn.Module):
         Raises:
             TrainingError: some of its layers are not in the files, or it scales or caps its logits after the head.
         """
+        if faults := list(folder_faults(Path(path))):
+            raise TrainingError(f"{path}: {'; '.join(faults)}")
         model, told = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
@@ -110,11 +116,13 @@ class Policy(nn.Module):
 
 
 def _refuse_random_layers(path: str | Path, told: Mapping[str, Any]) -> None:
-    """transformers makes up what the files lack, and says so in its log only."""
-    absent = sorted({str(key) for kind in ("missing_keys", "mismatched_keys") for key in told.get(kind) or ()})
-    if absent:
-        shown = ", ".join(absent[:4]) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
+    if fault := layer_fault(told):
+        raise TrainingError(f"{path}: {fault}")
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if found := wrapped_names(name for name, _ in model.named_modules()):
         raise TrainingError(
-            f"{path}: its files lack {shown}, or hold them in another shape; transformers would fill them at random. "
-            "Download or save the model again"
+            f"the model holds an adapter or a parametrization ({found[0]}), and the trainer trains whole weights; "
+            "merge it (merge_and_unload) and give the merged model"
         )

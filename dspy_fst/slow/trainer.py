@@ -60,6 +60,7 @@ class Trainer:
         self._device = torch.device("cuda" if on_cuda else "cpu")
         low = settings.precision == "bfloat16" or (settings.precision == "auto" and on_cuda)
         self._dtype = torch.bfloat16 if low else torch.float32
+        self._source = model
         self._reference_path = model if reference is None else reference
         torch.manual_seed(settings.seed)
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -312,7 +313,7 @@ class Trainer:
 
     @cached_property
     def _publisher(self) -> Publisher:
-        return Publisher(self._policy.model, self._tokenizer, self._dtype)
+        return Publisher(self._policy.model, self._tokenizer, self._dtype, self._source)
 
     def save_state(self, directory: Path) -> None:
         """Write weights, AdamW's moments, the schedule and torch's generators as the new folder ``directory``.
