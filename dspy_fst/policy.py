@@ -18,6 +18,7 @@ from dspy_fst.engine.portable import PolicyState, portable_options
 from dspy_fst.engine.prompts import Ids, PromptRenderer
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.preflight.adapter_folder import adapter_fault
 from dspy_fst.rollout.recording import RECORDED, complete_recorded
 
 EngineKind = Literal["auto", "vllm", "in_process"]
@@ -164,7 +165,10 @@ class EngineHandle:
         with self._lock:
             engine = self.engine
             if engine.weights is None:
-                engine.load(_downloaded(self.checkpoint))
+                checkpoint = _downloaded(self.checkpoint)
+                if fault := adapter_fault(checkpoint.path):
+                    raise ConfigurationError([f"model={str(self.checkpoint.path)!r}: {fault}"])
+                engine.load(checkpoint)
             return engine
 
     @property

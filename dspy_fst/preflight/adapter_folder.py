@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
+from dspy_fst.preflight.model_folder import ADAPTER, WHOLE
+
 
 def adapter_fault(folder: Path) -> str | None:
     """What is wrong with a folder that holds an adapter and no model; None for every other folder.
 
-    Merged weights beside an adapter's files are another case: there the folder holds a config.json.
+    Whole weights beside an adapter's files are another case (`dspy_fst.preflight.model_folder`).
     """
-    described = folder / "adapter_config.json"
-    if not described.is_file() or (folder / "config.json").is_file():
+    described = folder / ADAPTER
+    if not described.is_file() or any((folder / name).is_file() for name in WHOLE):
         return None
     try:
         settings = json.loads(described.read_text(encoding="utf-8"))

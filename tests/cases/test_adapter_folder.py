@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from dspy_fst import PolicyLM
+from dspy_fst.errors import ConfigurationError
 from dspy_fst.validation import model_faults
 from programs.lab import BASE
 
@@ -23,6 +24,13 @@ def test_it_says_what_it_is_which_base_it_belongs_to_and_what_to_do(tmp_path):
     assert "holds a LORA adapter of the model 'Qwen/Qwen3-0.6B', and no model" in fault
     assert "merge_and_unload" in fault
     assert str(tmp_path / "lora") in fault
+
+
+def test_a_policy_that_is_asked_without_a_run_says_the_same(tmp_path):
+    policy = adapter(tmp_path / "lora", peft_type="LORA", base_model_name_or_path="Qwen/Qwen3-0.6B")
+    (tmp_path / "lora" / "config.json").write_text("{}")  # some trainers leave the base's beside it
+    with pytest.raises(ConfigurationError, match=r"adapter of the model 'Qwen/Qwen3-0\.6B', and no model"):
+        policy.handle.ready()
 
 
 @pytest.mark.parametrize("written", ["{}", "[]", "not json"])
