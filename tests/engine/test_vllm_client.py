@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == self.server.stalled_path:
             self.server.stall.wait(60)
         status, reply = self.server.replies.get(path, (404, {"error": {"message": "no such path"}}))
-        if path == "/v1/completions" and body:
+        if path == "/v1/completions" and body and reply is None:
             sharpness = 1 / body["temperature"] if self.server.logprobs_heed_temperature else 1.0
             top = {"a": -0.5 * sharpness, "b": -1.0 * sharpness}
             reply = {"choices": [{"index": 0, "logprobs": {"top_logprobs": [top]}}]}
@@ -252,6 +252,63 @@ def test_what_may_pass_when_asked_again_has_its_own_class(
     with pytest.raises(EngineError) as caught:
         engine.complete(REQUEST, seed=0)
     assert not isinstance(caught.value, NoAnswerError)
+
+
+def ids_reply(**changes: Any) -> dict[str, Any]:
+    """A reply of vLLM 0.32 to a prompt of ids, cut down to what is read."""
+    choice = {
+        "index": 0,
+        "text": "ab",
+        "finish_reason": "stop",
+        "token_ids": [7, 8],
+        "prompt_token_ids": [5, 6],
+        "logprobs": {"token_logprobs": [-0.5, -1.5]},
+    }
+    return {"id": "cmpl-1", "model": "policy", "choices": [{**choice, **changes}]}
+
+
+def test_a_prompt_of_ids_is_sampled_from_as_it_is_with_the_same_pins(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    canned.replies["/v1/completions"] = (200, ids_reply())
+    canned.asked.clear()
+    completion = engine.complete(REQUEST, 3, (5, 6))
+    ((path, body),) = canned.asked
+    assert (path, body["prompt"], body["max_tokens"], body["seed"]) == ("/v1/completions", [5, 6], 4, 3)
+    pins = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "logprobs": 0}
+    assert {name: body[name] for name in pins} == pins
+    assert body["return_token_ids"] is True
+    assert (completion.prompt_ids, completion.completion_ids) == ((5, 6), (7, 8))
+    assert (completion.logprobs, completion.finish_reason) == ((-0.5, -1.5), "stop")
+    assert (completion.response.text, completion.weights) == ("ab", "step-000001")
+
+
+def test_ids_that_the_server_refuses_are_put_to_it_as_messages(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    canned.replies["/v1/completions"] = (400, {"error": {"message": "no"}})
+    assert engine.complete(REQUEST, 3, (5, 6)).prompt_ids == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        ((200, ids_reply(finish_reason="abort")), NoAnswerError),
+        ((500, {"error": {"message": "EngineDeadError"}}), NoAnswerError),
+        ((200, ids_reply(prompt_token_ids=[5])), EngineError),
+        ((200, ids_reply(logprobs=None)), EngineError),
+    ],
+)
+def test_a_reply_to_ids_that_is_not_exact_is_refused(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, reply: Any, kind: type[EngineError]
+) -> None:
+    engine.load(checkpoint)
+    canned.replies["/v1/completions"] = reply
+    with pytest.raises(EngineError) as caught:
+        engine.complete(REQUEST, 3, (5, 6))
+    assert isinstance(caught.value, NoAnswerError) == (kind is NoAnswerError)
 
 
 def test_progress_shows_tokens_and_replies_and_a_silent_server_shows_none(
