@@ -6,14 +6,16 @@ speaks through the adapter of its training whatever DSPy is set to (`dspy_fst.ro
 `dspy_fst.saved` writes it to disk.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dspy
 
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.fast.evolve import outcome_counts
 from dspy_fst.rollout.adapters import adapter_in_force, keep, kept_by
 from dspy_fst.rollout.player import Task
 from dspy_fst.rollout.texts import carry, with_texts
@@ -35,12 +37,15 @@ class CompiledResults:
     """Reports of the cycles made in this process; ``events.jsonl`` holds those of earlier ones too."""
     steps: tuple[StepReport, ...]
     validation: Mapping[str, float]
-    """Candidate digest -> mean validation score under the final weights; empty without a valset."""
+    """Candidate digest -> mean validation score under the final weights; empty without a valset. A candidate of which
+    no rollout was measured has none."""
+    validation_counts: Mapping[str, int] = field(default_factory=dict)
+    """``rollouts``, ``masked: <reason>`` and ``failed: <reason>`` of the validation."""
 
 
 def compiled_program(run: "Session", population: Population, *, track_stats: bool = True) -> dspy.Module:
     """The program that a run ends with."""
-    validation = _validate(run, population)
+    validation, counts = _validate(run, population)
     if validation:
         population = _ranked(population, validation)
     compiled = with_texts(run.program, population.best)
@@ -52,15 +57,17 @@ def compiled_program(run: "Session", population: Population, *, track_stats: boo
             cycles=tuple(run.cycle_reports),
             steps=tuple(run.step_reports),
             validation=validation,
+            validation_counts=counts,
         )
-    run.run.emit("done", population=population, validation=validation, weights=run.policy.checkpoint.version)
+    weights = run.policy.checkpoint.version
+    run.run.emit("done", population=population, validation=validation, validation_counts=counts, weights=weights)
     return compiled
 
 
-def _validate(run: "Session", population: Population) -> dict[str, float]:
-    """Mean score of each member on the valset under the final weights."""
+def _validate(run: "Session", population: Population) -> tuple[dict[str, float], Counter[str]]:
+    """Mean score of each member on the valset under the final weights, and how its rollouts ended."""
     if not run.valset:
-        return {}
+        return {}, Counter()
     members = population.unique()
     run.run.tell({"event": "phase", "phase": "validating the population"})
     tasks = [
@@ -75,7 +82,24 @@ def _validate(run: "Session", population: Population) -> dict[str, float]:
         rewards = [r.reward for r in rollouts if r.candidate.digest == member.digest and r.reward is not None]
         if rewards:
             scores[member.digest] = sum(rewards) / len(rewards)
-    return scores
+    counts = Counter(rollouts=len(rollouts)) + outcome_counts(rollouts)
+    for text in _validation_warnings(members, scores, counts):
+        run.run.emit("warning", step=run.run.state.get("step", 0), text=text)
+    return scores, counts
+
+
+def _validation_warnings(
+    members: Sequence[Candidate], scores: Mapping[str, float], counts: Mapping[str, int]
+) -> Iterator[str]:
+    """What the validation did not measure."""
+    masked = {name.removeprefix("masked: "): count for name, count in counts.items() if name.startswith("masked: ")}
+    if masked:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in masked.items())
+        yield f"validation: {sum(masked.values())} of {counts['rollouts']} rollouts measured nothing ({reasons})"
+    if not scores:
+        yield "validation: nothing was measured, so the scores on the anchors choose the best candidate"
+    elif lost := [member.digest for member in members if member.digest not in scores]:
+        yield f"validation: no rollout of {', '.join(lost)} was measured; such candidates rank last"
 
 
 def _ranked(population: Population, validation: Mapping[str, float]) -> Population:

@@ -121,6 +121,9 @@ class FSTConfig(BaseModel):
     parse_warning_share: float = Field(0.1, gt=0, le=1)
     """Share of a step's rollouts that end in a reply that does not parse from which on a warning names the predictors,
     once a cycle (ours)."""
+    parse_trial: int = Field(8, ge=0)
+    """Rollouts of each form of prompt that is tried before the start where hardly any of the first replies parse: other
+    adapters, demos, a lower temperature; 0 tries none (ours)."""
     validation_samples: int = Field(1, ge=1)
     """Rollouts for each validation problem and candidate, outside the budget (ours)."""
     sync_tolerance: float | None = Field(None, gt=0)

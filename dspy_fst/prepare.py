@@ -19,17 +19,16 @@ from dspy_fst.plan import Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.chat_template import template_warnings
 from dspy_fst.preflight.environment import environment_faults
+from dspy_fst.preflight.first_rollouts import Spent, try_first
 from dspy_fst.rollout.adapters import adapter_in_force, differing_adapter, identity, kept_by
-from dspy_fst.rollout.player import Task
 from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
 from dspy_fst.run.interrupts import interruption_named
 from dspy_fst.run.secrets import Redactor
 from dspy_fst.session import Session, new_run_dir, open_player, starting_population, trainable_copy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.types import Candidate, Population, Problem, version_of
+from dspy_fst.types import Candidate, Population, version_of
 from dspy_fst.validation import (
-    context_faults,
     data_faults,
     engine_faults,
     input_faults,
@@ -48,11 +47,10 @@ logger = logging.getLogger(__name__)
 NOT_IDENTITY = {
     *("num_threads", "rollout_timeout_s", "micro_batch_tokens"),
     *("checkpoint_every", "keep_states", "keep_weights"),
-    *("max_masked_share", "max_skipped_updates", "min_effective_share", "parse_warning_share"),
+    *("max_masked_share", "max_skipped_updates", "min_effective_share", "parse_warning_share", "parse_trial"),
 }
 """Settings that may differ between a run and its continuation: they change its cost or when it gives up or warns, not
 its result."""
-PREFLIGHT_ROLLOUTS = 4
 
 
 @contextmanager
@@ -84,9 +82,8 @@ def open_session(
         session.publish(moved_at(run.state))
         session.prune_weights()  # a kill may have come between a commit and this
         with dspy.context(lm=_configured(policy), adapter=kept_by(student) or adapter_in_force()):
-            if not run.state:
-                _preflight(session)
-            _announce(session)
+            spent = None if run.state else try_first(session)
+            _announce(session, spent)
             if not run.state:
                 session.commit_start()
             yield session
@@ -314,41 +311,6 @@ def trainer_settings(config: FSTConfig) -> TrainerSettings:
     )
 
 
-def _preflight(session: Session) -> None:
-    """Play the first examples once: a metric that raises shows now, and the plan learns what a rollout takes."""
-    first = [Problem(i, example) for i, example in enumerate(session.trainset[:PREFLIGHT_ROLLOUTS])]
-    tasks = [Task(problem, session.population.best) for problem in first]
-    rollouts = session.player.play(tasks, "preflight")
-    session.see_texts(rollouts)
-    faults = context_faults(session.policy, rollouts)
-    reasons = sorted({rollout.mask for rollout in rollouts if rollout.mask is not None})
-    if any(reason.startswith("metric") for reason in reasons) or all(rollout.mask for rollout in rollouts):
-        lost = sum(rollout.mask is not None for rollout in rollouts)
-        shown = f"{lost} of the first {len(rollouts)} examples cannot be measured ({'; '.join(reasons)})"
-        detail = next(rollout.feedback for rollout in rollouts if rollout.mask)
-        shown += f": {detail}" if detail else ""
-        faults.append(f"{shown}; {_advice(reasons)}")
-    if faults:
-        raise ConfigurationError(faults)
-    if all(rollout.failure for rollout in rollouts):
-        kinds = sorted({str(rollout.failure) for rollout in rollouts})
-        note = f"warning: every reply to the first examples failed ({', '.join(kinds)}), so the metric was not tried"
-        if unparsed := sorted({rollout.failed_in for rollout in rollouts if rollout.failed_in}):
-            note += f"; look at the replies of {', '.join(map(repr, unparsed))}"
-        session.run.emit("note", text=note)
-    calls = [len(rollout.calls) for rollout in rollouts]
-    session.calls_per_rollout = sum(calls) / len(calls)
-    session.tokens_per_rollout = sum(rollout.tokens for rollout in rollouts) / len(rollouts)
-
-
-def _advice(reasons: Sequence[str]) -> str:
-    if any(reason.startswith("metric") for reason in reasons):
-        return "mend the metric; it must return a finite number, or dspy.Prediction(score=..., feedback=...)"
-    if any(reason.startswith("timeout") for reason in reasons):
-        return "raise rollout_timeout_s or look at what the program waits for"
-    return "run the program on one example by hand to see the error"
-
-
 def _subject(session: Session) -> dict[str, Any]:
     """What is trained on what, for whoever reads the events alone."""
     lms = {name: predictor.lm or dspy.settings.lm for name, predictor in session.program.named_predictors()}
@@ -365,7 +327,7 @@ def _subject(session: Session) -> dict[str, Any]:
     }
 
 
-def _announce(session: Session) -> None:
+def _announce(session: Session, spent: Spent | None) -> None:
     """Say what the run will spend before it is spent."""
     config, budget, state = session.config, session.plan.budget(len(session.valset)), session.run.state
     if state:
@@ -385,6 +347,7 @@ def _announce(session: Session) -> None:
         config=config.model_dump(),
         budget=asdict(budget),
         tokens_per_rollout=tokens,
+        before_the_start=spent,
         **_subject(session),
     )
     for line in (
@@ -396,7 +359,8 @@ def _announce(session: Session) -> None:
         f"learning rate {config.learning_rate:g} after {config.warmup_steps} warm-up updates",
         f"in all at most {rollouts} rollouts and about {rollouts * tokens:,.0f} sampled tokens "
         f"({session.calls_per_rollout:.1f} calls, {tokens:.0f} tokens a rollout); "
-        f"{budget.validation_rollouts} validation rollouts outside the budget",
+        f"{budget.validation_rollouts} validation rollouts outside the budget, "
+        f"and {spent.rollouts if spent else 0} were made before the start",
     ):
         session.tell_note(line)
     if 0 < budget.updates <= config.warmup_steps:

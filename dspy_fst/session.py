@@ -19,6 +19,7 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
 from dspy_fst.fast.evolve import Search, SearchSettings
 from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose, ProposeCode
+from dspy_fst.fast.told import warnings_of
 from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.publishing import NaturalTexts, Publishing
@@ -194,18 +195,11 @@ class Session:
         self.run.save_population(cycle.index, search.population)
         self.run.emit("cycle", report=report, candidates=candidates, parents=search.population.parents)
         step = self.run.state.get("step", 0)
-        if not search.counts["reflections"] + search.counts["reflections_failed"]:
-            self._warn_of_no_reflection(cycle, step)
+        for text in warnings_of(search.counts, cycle.index):
+            self.run.emit("warning", step=step, text=text)
         self._commit(cycle=cycle.index, searched=cycle.index, step=step, population=search.population)
         if self._journal is not None:
             self._journal.remove()
-
-    def _warn_of_no_reflection(self, cycle: Cycle, step: int) -> None:
-        text = (
-            f"cycle {cycle.index}: nothing was reflected on, so no instruction changed: every rollout was perfect, or "
-            "no call of a predictor was traced"
-        )
-        self.run.emit("warning", step=step, text=text)
 
     # ---- slow ----------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SAMPLED = 8
 """Rollouts in flight while the time is measured; few, as a check must not cost what it is there to tell."""
 TIME_DEPENDS_ON = (
-    "not measured, and neither the program nor the metric was called: it depends on how fast this machine "
+    "not measured, and the program was not called: it depends on how fast this machine "
     "samples and updates, how long the replies are, and on the reflection LM; "
     f"--measure starts the engine, samples up to {SAMPLED + 2} rollouts and tells a range"
 )
@@ -73,6 +73,7 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
         ConfigurationError: with every fault, as a run would tell them.
     """
     from dspy_fst.fit import measure_fit
+    from dspy_fst.preflight.score_scale import of_labels, scale_warnings
     from dspy_fst.prepare import checked
     from dspy_fst.project import load_project
     from dspy_fst.report.progress import without_loading_bars
@@ -97,6 +98,8 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
         plan = _plan(config, opened, policy)
         time = _measured(opened, config, plan) if measure else None
         fit = measure_fit(policy, config, run_dir)
+        scores = [*of_labels(opened.optimizer.metric, opened.trainset), *(time or {}).get("scores", ())]
+        warnings += scale_warnings(scores, config.perfect_score)
         return {
             "project": _project(project, opened, policy, run_dir),
             "settings": _settings(config, project),
@@ -276,6 +279,7 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
         "engine_start_s": start_s,
         "alone_s": alone_s,
         "together_s": together_s,
+        "scores": rewards,
         "mean_score": sum(rewards) / len(rewards),
         "lost": Counter(
             str(rollout.mask or rollout.failure) for rollout in rollouts if rollout.mask or rollout.failure

@@ -17,6 +17,18 @@ REWARD_FALL, REWARD_NOISE = 0.3, 0.1
 """Fall of the mean reward, as a share of its height over the worst, and of the whole range (ours)."""
 
 
+NEARLY_ALL = 0.9
+"""Share of replies that do not parse from which on a lower score for them teaches nothing (ours)."""
+FORM_ADVICE = (
+    "Raise max_tokens if they are cut off; else try dspy.configure(adapter=dspy.JSONAdapter()), two demos, a lower "
+    "temperature, or simpler output fields"
+)
+OR_THE_SCORE = "; or set format_failure_score below failure_score, so that the form is learnt"
+NOT_THE_SCORE = (
+    ". A lower format_failure_score does not help while nearly every reply fails: it shifts all rewards alike"
+)
+
+
 def flat_groups(history: History) -> Finding | None:
     steps = history.reports[-WINDOW:]
     shares = [r.counts["flat_groups"] / r.counts["groups"] for r in steps if r.counts.get("groups")]
@@ -50,10 +62,7 @@ def parse_failures(history: History) -> Finding | None:
     ]
     seen = f"{share:.0%} of the rollouts ended in a reply that does not parse"
     seen += f" ({'; '.join(by_predictor)})" if by_predictor else ""
-    advice = (
-        "Raise max_tokens if they are cut off, simplify the output fields, or set format_failure_score below "
-        "failure_score"
-    )
+    advice = FORM_ADVICE + (NOT_THE_SCORE if share >= NEARLY_ALL else OR_THE_SCORE)
     return Finding(f"parse in cycle {now.cycle}", [now], seen, advice)
 
 

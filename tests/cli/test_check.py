@@ -157,3 +157,11 @@ def test_measuring_finds_a_metric_that_raises(project):
 def test_the_example_s_project_opens_in_another_directory(project, monkeypatch):
     monkeypatch.chdir(os.sep)
     assert len(load_project(project).open().trainset) == 64
+
+
+def test_a_metric_above_the_perfect_score_is_told(project):
+    module = project.parent / "percent.py"
+    module.write_text("def metric(gold, pred):\n    return 100.0 * (gold.answer == pred.answer)\n")
+    change(project, metric="percent:metric")
+    warnings = told(project)["warnings"]
+    assert any("the metric gives up to 100" in warning and "perfect_score=1" in warning for warning in warnings)

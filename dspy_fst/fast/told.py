@@ -1,0 +1,26 @@
+"""What whoever watches a run is told of a search that has ended. Pure functions of its counts."""
+
+from collections.abc import Mapping
+
+
+def warnings_of(counts: Mapping[str, int], cycle: int) -> list[str]:
+    """A sentence for each thing that a search left undone or changed; see ``Search.counts``."""
+    told = []
+    if not counts.get("reflections", 0) + counts.get("reflections_failed", 0):
+        told.append(
+            "nothing was reflected on, so no instruction changed: every rollout was perfect, or no call of a predictor "
+            "was traced"
+        )
+    if refused := counts.get("texts_refused", 0):
+        told.append(
+            f"{refused} proposed texts held control characters and were refused; the proposer's replies are spoilt, "
+            "most often by JSON escapes such as \\f in \\frac"
+        )
+    if mended := counts.get("texts_mended", 0):
+        told.append(f"{mended} proposed texts held LaTeX that JSON had spoilt (\\frac as a form feed) and were mended")
+    if unmeasured := counts.get("unmeasured", 0):
+        told.append(
+            f"{unmeasured} scores of candidates on anchors are missing, as their rollouts measured nothing; they count "
+            "for no place in the population"
+        )
+    return [f"cycle {cycle}: {text}" for text in told]

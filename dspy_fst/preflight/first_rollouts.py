@@ -1,0 +1,122 @@
+"""A few rollouts before a run: what would go wrong in all of them shows now, and the plan learns what a rollout takes.
+
+Refused is a metric that raises or gives no number, on examples of the trainset or of the valset, a program that never
+measures, and a context that is too short. Told is a metric whose best score is above ``perfect_score``, and a program
+hardly any of whose replies parse, with what was found to help (`parse_trial`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import dspy
+from dspy.teleprompt.bootstrap_trace import FailedPrediction
+
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.fast.records import cut
+from dspy_fst.preflight.parse_trial import parse_share, trial
+from dspy_fst.preflight.score_scale import of_labels, scale_warnings
+from dspy_fst.rollout.player import Task
+from dspy_fst.session import Session
+from dspy_fst.types import Problem, Rollout
+from dspy_fst.validation import context_faults
+
+COUNT = 4
+"""Examples of each set that are tried (ours)."""
+HARDLY = 0.5
+"""Share of replies that parse below which other forms are tried (ours)."""
+SHOWN = 300
+"""Characters of a failing reply, and of the reason, that a warning shows (ours)."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What was played before the start; none of it is in the budget, and nothing is learnt from it."""
+
+    rollouts: int
+    sampled_tokens: int
+
+
+def try_first(session: Session) -> Spent:
+    """Play and judge them.
+
+    Raises:
+        ConfigurationError: with every fault that showed.
+    """
+    train = _played(session, session.trainset, list(range(min(COUNT, len(session.trainset)))), "preflight")
+    val = _played(session, session.valset, spread(len(session.valset)), "preflight validation")
+    session.see_texts(train)
+    faults = context_faults(session.policy, [*train, *val])
+    faults += _unmeasured(train, f"the first {len(train)} examples")
+    faults += _unmeasured(val, f"the {len(val)} examples of the valset that were tried")
+    if faults:
+        raise ConfigurationError(faults)
+    scores = [rollout.reward for rollout in [*train, *val] if rollout.reward is not None and not rollout.failure]
+    scores += of_labels(session.player.reward.metric, session.trainset)
+    for warning in scale_warnings(scores, session.config.perfect_score):
+        session.run.emit("note", text=f"warning: {warning}")
+    if all(rollout.failure for rollout in train):
+        session.run.emit("note", text=f"warning: {_all_failed(train)}")
+    tried = trial(session, train) if session.config.parse_trial and parse_share(train) < HARDLY else None
+    if tried:
+        session.run.emit("note", text=f"warning: {tried.told()}")
+    calls = [len(rollout.calls) for rollout in train]
+    session.calls_per_rollout = sum(calls) / len(calls)
+    session.tokens_per_rollout = sum(rollout.tokens for rollout in train) / len(train)
+    everything = [*train, *val, *(tried.rollouts if tried else ())]
+    return Spent(len(everything), sum(rollout.tokens for rollout in everything))
+
+
+def spread(size: int, count: int = COUNT) -> list[int]:
+    """At most ``count`` indices, evenly over a set.
+
+    >>> spread(9, 4)
+    [0, 2, 4, 6]
+    >>> spread(3, 4)
+    [0, 1, 2]
+    """
+    taken = min(size, count)
+    return [index * size // taken for index in range(taken)]
+
+
+def _played(session: Session, examples: Sequence[dspy.Example], indices: Sequence[int], draw: str) -> list[Rollout]:
+    tasks = [Task(Problem(index, examples[index]), session.population.best) for index in indices]
+    return session.player.play(tasks, draw) if tasks else []
+
+
+def _unmeasured(rollouts: Sequence[Rollout], which: str) -> list[str]:
+    reasons = sorted({rollout.mask for rollout in rollouts if rollout.mask is not None})
+    lost = [rollout for rollout in rollouts if rollout.mask is not None]
+    if not lost or not (any(map(_is_the_metric_s, reasons)) or len(lost) == len(rollouts)):
+        return []
+    detail = next((rollout.feedback for rollout in lost if rollout.feedback), "")
+    shown = f"{len(lost)} of {which} cannot be measured ({'; '.join(reasons)})"
+    return [f"{shown}{f': {detail}' if detail else ''}; {_advice(reasons)}"]
+
+
+def _is_the_metric_s(reason: str) -> bool:
+    return reason.startswith("metric")
+
+
+def _advice(reasons: Sequence[str]) -> str:
+    if any(map(_is_the_metric_s, reasons)):
+        return "mend the metric; it must return a finite number, or dspy.Prediction(score=..., feedback=...)"
+    if any(reason.startswith("timeout") for reason in reasons):
+        return "raise rollout_timeout_s or look at what the program waits for"
+    return "run the program on one example by hand to see the error"
+
+
+def _all_failed(rollouts: Sequence[Rollout]) -> str:
+    kinds = sorted({str(rollout.failure) for rollout in rollouts})
+    told = f"every reply to the first examples failed ({', '.join(kinds)}), so the metric was not tried"
+    shown = next((found for rollout in rollouts if (found := _failing_reply(rollout))), "")
+    return f"{told}. {shown}" if shown else told
+
+
+def _failing_reply(rollout: Rollout) -> str:
+    """A reply that did not parse, and what was missed in it."""
+    said = next((entry[2] for entry in rollout.trace if isinstance(entry[2], FailedPrediction)), None)
+    if said is None:
+        return ""
+    why = " ".join(line for line in rollout.feedback.splitlines() if line.startswith(("Expected", "Actual")))
+    whom = f" of {rollout.failed_in!r}" if rollout.failed_in else ""
+    return f"A reply{whom}: {cut(said.completion_text, SHOWN)!r}. {cut(why, SHOWN)}".rstrip()
