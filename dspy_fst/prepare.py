@@ -144,7 +144,7 @@ def _assemble(
         program=program,
         policy=policy,
         trained=frozenset(config.trained or policies_of(student)),
-        player=open_player(program, optimizer.metric, config, policy.handle.engine.expect),
+        player=open_player(program, optimizer.metric, config, policy.handle.engine.expect, trainset),
         trainer=trainer,
         run=run,
         population=starting_population(student, seed, config.population_size, run.state),

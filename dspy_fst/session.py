@@ -425,8 +425,13 @@ def starting_population(student: dspy.Module, seed: Candidate, size: int, state:
 
 
 def open_player(
-    program: dspy.Module, metric: Callable[..., Any], config: FSTConfig, in_flight: Callable[[int], None]
+    program: dspy.Module,
+    metric: Callable[..., Any],
+    config: FSTConfig,
+    in_flight: Callable[[int], None],
+    peers: Sequence[dspy.Example] = (),
 ) -> Player:
+    """The player of a run or a command; ``peers`` are examples of the program's (see Reward)."""
     settings = PlayerSettings(
         threads=config.num_threads,
         timeout_s=config.rollout_timeout_s,
@@ -434,5 +439,5 @@ def open_player(
         format_failure_score=config.format_failure_score,
         seed=config.seed,
     )
-    reward = Reward(metric, frozenset(name for name, _ in program.named_predictors()))
+    reward = Reward(metric, frozenset(name for name, _ in program.named_predictors()), peers)
     return Player(program, reward, settings, in_flight)

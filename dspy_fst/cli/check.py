@@ -263,7 +263,7 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
         began = monotonic()
         policy.handle.ready()
         program = trainable_copy(opened.program, policy)
-        player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect)
+        player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
         _timed(player, opened, 1)  # the first call of an engine is slower than any other
         start_s = monotonic() - began
         alone_s, _ = _timed(player, opened, 1)

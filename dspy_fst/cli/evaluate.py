@@ -205,7 +205,7 @@ def _subject(
     seed = texts_like(population.best, opened.program)
     if differing := sorted(population.best.texts.keys() ^ seed.texts.keys()):
         raise ConfigurationError([f"program: {path} is of another program; predictors that differ: {differing}"])
-    player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect)
+    player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
     return Subject(player, policy, seed, population, cycle, past, None if trust_code else opened.program)
 
 

@@ -5,6 +5,7 @@ budget of fresh rollouts, and the K complementary candidates of its Pareto front
 """
 
 import logging
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import dspy
 import gepa
 
-from dspy_fst.errors import ReflectionError
+from dspy_fst.errors import MeasurementError, ReflectionError
 from dspy_fst.fast.gepa_adapter import (
     BankedAdapter,
     Feedback,
@@ -26,10 +27,9 @@ from dspy_fst.fast.gepa_adapter import (
     Propose,
     ProposeCode,
     RolloutBank,
-    SeededPolicy,
-    write_seeded_state,
 )
-from dspy_fst.fast.pareto import top_k
+from dspy_fst.fast.pareto import mean, top_k
+from dspy_fst.fast.seeding import BetterWhereMeasured, SeededPolicy, write_seeded_state
 from dspy_fst.rollout.texts import binds
 from dspy_fst.run.files import writing
 from dspy_fst.types import Candidate, Population, Problem, Rollout
@@ -66,16 +66,18 @@ class Search:
 
     population: Population
     candidates: tuple[Candidate, ...]
-    """Every candidate that was scored on all anchors, the carried population first."""
+    """Every candidate that was scored on the anchors, the carried population first; without those of which nothing was
+    measured."""
     scores: tuple[tuple[float, ...], ...]
-    """scores[candidate][anchor]."""
+    """scores[candidate][anchor]. An anchor that was never measured shows the candidate's mean over the others, and is
+    counted as ``unmeasured``; no frontier is made of it."""
     rollouts: int
     """Fresh runs of the program."""
     sampled_tokens: int
     reused: int
     counts: Counter[str]
-    """``reflections``, ``reflections_failed``, ``lines_restored``, ``accepted``, ``masked: <reason>``,
-    ``failed: <reason>``."""
+    """``reflections``, ``reflections_failed``, ``lines_restored``, ``texts_mended``, ``texts_refused``, ``accepted``,
+    ``unmeasured`` (anchors of candidates without a score), ``masked: <reason>``, ``failed: <reason>``."""
 
 
 def evolve(
@@ -125,13 +127,14 @@ def evolve(
     seeds = population.unique()
     scored = bank.get([(problem, seed) for seed in seeds for problem in anchors])
     rows = [scored[i : i + len(anchors)] for i in range(0, len(scored), len(anchors))]
+    _refuse_unmeasured(scored)
     spent_on_seeds = len(bank.fresh)
     watch = _Watch(on_candidate)
     # Each iteration costs a minibatch at least, unless it is answered from the bank: then only this cap ends it.
     iterations = settings.budget // settings.minibatch
 
     with _forgotten_if_failed(journal), tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
-        write_seeded_state(Path(folder), seeds, [adapter.scores(row) for row in rows])
+        write_seeded_state(Path(folder), seeds, [[r.reward for r in row] for row in rows])
         result = gepa.optimize(
             seed_candidate=dict(seeds[0].texts),
             trainset=list(anchors),
@@ -140,7 +143,8 @@ def evolve(
             reflection_minibatch_size=settings.minibatch,
             perfect_score=settings.perfect_score,
             module_selector=settings.components,
-            cache_evaluation=True,
+            cache_evaluation=False,  # the bank answers; gepa's own cache would never ask again for a masked rollout
+            acceptance_criterion=BetterWhereMeasured(),
             val_evaluation_policy=SeededPolicy(),
             stop_callbacks=[
                 lambda state: len(bank.fresh) - spent_on_seeds >= settings.budget,
@@ -163,16 +167,37 @@ def evolve(
                 "mend the reflection LM or the proposer and compile again with the same run_dir to go on"
             ) from None
     candidates = tuple(Candidate(dict(texts)) for texts in result.candidates)
-    scores = tuple(tuple(row[a] for a in range(len(anchors))) for row in result.val_subscores)
+    scores = tuple(tuple(row.get(a) for a in range(len(anchors))) for row in result.val_subscores)
+    unmeasured = sum(score is None for row in scores for score in row)
+    parents = {
+        candidate.digest: tuple(candidates[p].digest for p in of if p is not None)
+        for candidate, of in zip(candidates, result.parents, strict=True)
+    }
+    known = [i for i, row in enumerate(scores) if any(score is not None for score in row)]
     return Search(
-        population=_population(program, candidates, scores, result.parents, settings.size),
-        candidates=candidates,
-        scores=scores,
+        population=_population(program, [candidates[i] for i in known], [scores[i] for i in known], parents, settings),
+        candidates=tuple(candidates[i] for i in known),
+        scores=tuple(_filled(scores[i]) for i in known),
         rollouts=len(bank.fresh),
         sampled_tokens=bank.sampled_tokens,
         reused=bank.reused,
-        counts=adapter.counts + Counter(accepted=len(candidates) - len(seeds)) + outcome_counts(bank.fresh),
+        counts=adapter.counts
+        + Counter(accepted=len(candidates) - len(seeds), unmeasured=unmeasured)
+        + outcome_counts(bank.fresh),
     )
+
+
+def _refuse_unmeasured(scored: Sequence[Rollout]) -> None:
+    """
+    Raises:
+        MeasurementError: no anchor was measured under any candidate, so there is nothing to start from.
+    """
+    if all(rollout.reward is None for rollout in scored):
+        reasons = ", ".join(sorted({str(rollout.mask) for rollout in scored}))
+        raise MeasurementError(
+            f"none of the {len(scored)} rollouts that a search starts from measured anything ({reasons}); mend the "
+            "cause and compile again with the same run_dir to go on"
+        )
 
 
 @contextmanager
@@ -191,22 +216,24 @@ def outcome_counts(rollouts: Sequence[Rollout]) -> Counter[str]:
     return masked + Counter(f"failed: {rollout.failure}" for rollout in rollouts if rollout.failure)
 
 
+def _filled(row: Sequence[float | None]) -> tuple[float, ...]:
+    """The row with its own mean where nothing was measured."""
+    return tuple(mean(row) if score is None else score for score in row)
+
+
 def _population(
     program: dspy.Module,
     candidates: Sequence[Candidate],
-    scores: Sequence[Sequence[float]],
-    parents: Sequence[Any],
-    size: int,
+    scores: Sequence[Sequence[float | None]],
+    parents: Mapping[str, tuple[str, ...]],
+    settings: SearchSettings,
 ) -> Population:
     bound = [i for i, candidate in enumerate(candidates) if binds(program, candidate)]
-    chosen = [bound[i] for i in top_k([scores[i] for i in bound], size)]
+    chosen = [bound[i] for i in top_k([scores[i] for i in bound], settings.size)]
     return Population(
         members=tuple(candidates[i] for i in chosen),
-        scores=tuple(sum(scores[i]) / len(scores[i]) for i in chosen),
-        parents={
-            candidate.digest: tuple(candidates[p].digest for p in of if p is not None)
-            for candidate, of in zip(candidates, parents, strict=True)
-        },
+        scores=tuple(mean(scores[i]) for i in chosen),
+        parents={candidate.digest: parents[candidate.digest] for candidate in candidates},
     )
 
 
@@ -217,7 +244,8 @@ class _Watch:
         self._on_candidate = on_candidate
 
     def on_valset_evaluated(self, event: dict[str, Any]) -> None:
-        self._on_candidate(Candidate(dict(event["candidate"])), event["average_score"])
+        if math.isfinite(event["average_score"]):  # else none of its anchors was measured
+            self._on_candidate(Candidate(dict(event["candidate"])), event["average_score"])
 
 
 class _Log:

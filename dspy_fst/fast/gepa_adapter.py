@@ -1,4 +1,4 @@
-"""The one place that touches the insides of gepa 0.1.4 and of DSPy 3.4's GEPA adapter."""
+"""DSPy 3.4's GEPA adapter, answering from rollouts of our own. It and `seeding` alone touch gepa's insides."""
 
 import hashlib
 import json
@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import dspy
@@ -15,11 +14,11 @@ from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from dspy.teleprompt.gepa.gepa_utils import DspyAdapter
 from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 from gepa.core.adapter import EvaluationBatch
-from gepa.core.state import GEPAState, ValsetEvaluation
-from gepa.strategies.eval_policy import FullEvaluationPolicy
 
 from dspy_fst.errors import MeasurementError, RunDirectoryError
-from dspy_fst.fast.records import bounded
+from dspy_fst.fast.mending import kept_texts
+from dspy_fst.fast.records import asked_for, bounded
+from dspy_fst.fast.seeding import UNMEASURED
 from dspy_fst.rollout.plain import from_plain, to_plain
 from dspy_fst.rollout.recording import tag_predictors
 from dspy_fst.rollout.texts import is_tool, lost_lines, predictor_of, with_texts
@@ -44,6 +43,8 @@ comes back. Keep to what the examples show and the current description says; the
 
 OUTAGE = 12
 """Rollouts in a row, whole batches of them, that may measure nothing before a search stops (ours)."""
+TRIES = 2
+"""How often a masked rollout is made in all, before it stays unmeasured for the search (ours)."""
 
 
 class Journal(Protocol):
@@ -90,6 +91,7 @@ class RolloutBank:
         self._play, self._program, self._journal = play, program, journal
         self._masked_in_a_row = 0
         self._made: dict[tuple[str, int], Rollout] = {}
+        self._tries: Counter[tuple[str, int]] = Counter()
         self.fresh: list[Rollout] = []
         self.reused = 0
         self.sampled_tokens = 0
@@ -100,8 +102,10 @@ class RolloutBank:
         self.fresh += played.values()
         self.reused += len(wanted) - len(missing)
         known = self._made | played
-        # A masked rollout measured nothing: whoever asks again gets another try.
-        self._made |= {key: rollout for key, rollout in played.items() if rollout.mask is None}
+        self._tries.update(played.keys())
+        # A masked rollout measured nothing: whoever asks again gets another try, but no try without end.
+        done = {key: rollout for key, rollout in played.items() if rollout.mask is None or self._tries[key] >= TRIES}
+        self._made |= done
         return [known[candidate.digest, problem.index] for problem, candidate in wanted]
 
     def _play_once(self, wanted: Sequence[tuple[Problem, Candidate]]) -> list[Rollout]:
@@ -211,19 +215,13 @@ class BankedAdapter(DspyAdapter):
             batches.append(
                 EvaluationBatch(
                     outputs=[None] * len(made),
-                    scores=self.scores(made),
+                    scores=[UNMEASURED if r.reward is None else r.reward for r in made],
                     trajectories=[_trajectory(i, r, examples) for i, r in enumerate(made) if r.reward is not None],
                     num_metric_calls=fresh,
                 )
             )
             fresh = 0  # the fresh ones are counted once, with the first item
         return batches
-
-    def scores(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Rewards for GEPA, which knows no masks: a masked rollout takes the mean of the measured ones."""
-        measured = [rollout.reward for rollout in rollouts if rollout.reward is not None]
-        mean = sum(measured) / len(measured) if measured else 0.0
-        return [mean if rollout.reward is None else rollout.reward for rollout in rollouts]
 
     def propose_new_texts(
         self, candidate: dict[str, str], reflective_dataset: dict[str, Any], components_to_update: list[str]
@@ -241,7 +239,8 @@ class BankedAdapter(DspyAdapter):
             self.last_failure = gave["failed"]
             raise RuntimeError(gave["failed"])
         self.counts["reflections"] += 1
-        return {name: self._with_protected(name, text) for name, text in gave["texts"].items()}
+        texts = kept_texts(gave["texts"], candidate, self._flex_paths, self.counts)
+        return {name: self._with_protected(name, text) for name, text in texts.items()}
 
     def _with_protected(self, component: str, text: str) -> str:
         """The text with the protected lines that it lost, at its end."""
@@ -324,7 +323,9 @@ class BankedAdapter(DspyAdapter):
             else:
                 continue
             made = super().make_reflective_dataset(candidate, replace(eval_batch, trajectories=[given]), [name])
-            records += [bounded(record, others, self._record_tokens) for record in made[name]]
+            failed = own and isinstance(chosen[2], FailedPrediction)
+            told = [asked_for(record, chosen[2], predictor) for record in made[name]] if failed else made[name]
+            records += [bounded(record, others, self._record_tokens) for record in told]
         return records
 
     def _feedback_of(
@@ -370,31 +371,3 @@ def _trajectory(index: int, rollout: Rollout, examples: Mapping[int, dspy.Exampl
         "score": rollout.reward,
         "feedback": rollout.feedback,
     }
-
-
-class SeededPolicy(FullEvaluationPolicy):
-    """Every anchor for every new candidate; the seeds bring their scores with them and are not scored again."""
-
-    def get_seed_eval_batch(self, loader: Any) -> list[Any]:
-        return []
-
-
-def write_seeded_state(run_dir: Path, candidates: Sequence[Candidate], scores: Sequence[Sequence[float]]) -> None:
-    """A GEPA state that starts from several scored candidates; ``gepa.optimize(run_dir=...)`` goes on from it."""
-    evaluations = [
-        ValsetEvaluation(outputs_by_val_id=dict.fromkeys(range(len(row))), scores_by_val_id=dict(enumerate(row)))
-        for row in scores
-    ]
-    state = GEPAState(dict(candidates[0].texts), evaluations[0])
-    for candidate, evaluation in zip(candidates[1:], evaluations[1:], strict=True):
-        state.update_state_with_new_program(
-            parent_program_idx=[],
-            new_program=dict(candidate.texts),
-            valset_evaluation=evaluation,
-            run_dir=None,
-            num_metric_calls_by_discovery_of_new_program=0,
-        )
-        state.parent_program_for_candidate[-1] = [None]
-    state.total_num_evals = 0
-    state.num_full_ds_evals = len(candidates)
-    state.save(str(run_dir), use_cloudpickle=True)

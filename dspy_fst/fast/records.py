@@ -6,6 +6,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
+from dspy_fst.rollout.parses import form_asked_for, form_of
 from dspy_fst.types import PREDICTOR_TAG
 
 CHARACTERS = 4
@@ -18,6 +19,20 @@ REST = "Rest of the Run"
 
 Record = dict[str, Any]
 """GEPA's: ``{"Inputs": {field: value}, "Generated Outputs": {field: value} or the reply, "Feedback": text}``."""
+
+
+FOLLOW = "Your output failed to parse. Follow this structure:\n"
+"""DSPy's words, before what a ChatAdapter of its own would have asked for."""
+
+
+def asked_for(record: Record, failed: FailedPrediction, predictor: Any) -> Record:
+    """The record of a reply that did not parse, with the form that the adapter in force asks for.
+
+    Args:
+        predictor: Under the candidate; asked where the reply does not say in what form it was wanted.
+    """
+    form = form_of(failed) or form_asked_for(predictor)
+    return {**record, "Feedback": FOLLOW + form} if form else record
 
 
 def bounded(record: Record, others: Sequence[Any], tokens: int) -> Record:

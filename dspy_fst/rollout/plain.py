@@ -6,6 +6,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
+from dspy_fst.rollout.parses import failed_reply, form_of
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Rollout
 
 NATIVE = (str, int, float, bool, type(None))
@@ -47,7 +48,7 @@ def _prediction(value: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, FailedPrediction):
-        return {"failed": value.completion_text, "format_reward": value.format_reward}
+        return {"failed": value.completion_text, "format_reward": value.format_reward, "form": form_of(value)}
     if type(value) is dspy.Prediction:
         completions = getattr(value, "_completions", None)
         if completions is not None and len(completions) > 1:
@@ -94,7 +95,7 @@ def _predicted(data: Mapping[str, Any] | None) -> Any:
     if data is None:
         return None
     if "failed" in data:
-        return FailedPrediction(data["failed"], data["format_reward"])
+        return failed_reply(data["failed"], data.get("form", ""), data["format_reward"])
     if data["sampled"]:
         return dspy.Prediction.from_completions({name: [value] for name, value in data["fields"].items()})
     return dspy.Prediction(**data["fields"])

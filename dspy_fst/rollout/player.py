@@ -2,33 +2,30 @@
 
 A failure of the policy (a reply that does not parse, a context that overflows, a program that trips over
 its own LM's output) is scored. A run that never measured the policy (engine gone, tool outage, time-out,
-metric crash) is masked. Both are counted; the boundary is drawn once, in `_play`.
+metric crash) is masked. Both are counted; the boundary is drawn once, in `dspy_fst.rollout.outcomes`.
 """
 
 import contextvars
 import hashlib
 import logging
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import dspy
-from dspy.predict.flex.bridge import BridgeRuntime
-from dspy.primitives.code_interpreter import CodeExecutionError, CodeInterpreterError
-from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 
 from dspy_fst.errors import is_signal
+from dspy_fst.rollout.blame import Blame
 from dspy_fst.rollout.crew import run_all
+from dspy_fst.rollout.outages import Outages
+from dspy_fst.rollout.outcomes import Ending
+from dspy_fst.rollout.parallel import parallel_calls_once
 from dspy_fst.rollout.parses import FailedParses
-from dspy_fst.rollout.recording import OUTSIDE, SETTING, Recording, is_recorded, tag_predictors
-from dspy_fst.rollout.reward import Reward, UnmeasuredError
+from dspy_fst.rollout.recording import SETTING, Recording, tag_predictors
+from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import UnboundError, with_texts
-from dspy_fst.types import PREDICTOR_TAG, Candidate, Group, Population, Problem, Rollout
-
-STARTS = ("_create_interpreter", "install")
-"""What dspy.Flex 3.4 calls before it gives its source to the interpreter."""
+from dspy_fst.types import Candidate, Group, Population, Problem, Rollout
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,8 @@ class Player:
         in_flight: Callable[[int], None] = lambda count: None,
     ):
         self.program, self.reward, self.settings, self._in_flight = program, reward, settings, in_flight
+        self._blame = Blame(reward)
+        parallel_calls_once()
 
     def groups(
         self, problems: Sequence[Problem], population: Population, group_size: int, draw: str, **watch: Any
@@ -142,87 +141,26 @@ class Player:
             return Rollout(task.problem.index, task.candidate, (), reward, feedback, failure="unbound source")
         program = spoken.deepcopy()
         trace: list[Any] = []
-        parses = FailedParses(trace)
-        outcome: dict[str, Any]
+        parses, outages = FailedParses(trace), Outages()
+        ended = Ending(recording, parses, outages, self.settings.failure_score, self.settings.format_failure_score)
         settings = {
             SETTING: recording,
-            "callbacks": [*dspy.settings.callbacks, parses],
+            "callbacks": [*dspy.settings.callbacks, parses, outages],
             "trace": trace,
             "disable_history": True,
         }
-        with dspy.context(**settings):
-            try:
-                prediction = program(**task.problem.example.inputs())
-            except (Exception, SystemExit) as error:  # a tool's argparse, or exit() in code that the model wrote
-                if is_signal(error):
-                    raise
-                outcome = self._failure(error, recording)
-            else:
-                outcome = self._scored(task, prediction, trace)
-        calls = recording.close()
-        return Rollout(task.problem.index, task.candidate, calls, trace=parses.in_trace(), **outcome)
-
-    def _scored(self, task: Task, prediction: Any, trace: list[Any]) -> dict[str, Any]:
-        if prediction is None:  # BestOfN and Refine, when no try parsed
-            feedback = "The program gave no prediction."
-            return {"reward": self.settings.failure_score, "failure": "no prediction", "feedback": feedback}
         try:
-            score = self.reward(task.problem.example, prediction, trace)
-        except UnmeasuredError as error:
-            detail = repr(error.__cause__) if error.__cause__ else ""
-            return {"reward": None, "mask": str(error), "prediction": prediction, "feedback": detail}
-        return {
-            "reward": score.value,
-            "feedback": score.feedback,
-            "prediction": prediction,
-            "predictor_scores": score.predictor_scores,
-        }
-
-    def _failure(self, error: BaseException, recording: Recording) -> dict[str, Any]:
-        name = type(error).__name__
-        failed_in, frozen = failing_predictor(error)
-        where = {"failed_in": failed_in}
-        if isinstance(error, AdapterParseError) and not frozen:
-            feedback = f"The reply could not be parsed: {error}"
-            return {"reward": self.settings.format_failure_score, "failure": "parse", "feedback": feedback, **where}
-        if isinstance(error, ContextWindowExceededError) and not frozen:
-            return {"reward": self.settings.failure_score, "failure": "context", "feedback": str(error), **where}
-        if isinstance(error, AdapterParseError | LMError):
-            who = "frozen lm" if frozen else "lm"
-            cause = error.__cause__ or error
-            return {"reward": None, "mask": f"{who}: {type(cause).__name__}", "feedback": str(cause)}
-        if isinstance(error, OSError):  # ConnectionError and TimeoutError among them: a tool's outage
-            return {"reward": None, "mask": f"outage: {name}"}
-        if _is_the_source_s(error):
-            return {"reward": self.settings.failure_score, "failure": "source", "feedback": f"{name}: {error}"}
-        if isinstance(error, CodeInterpreterError):
-            return {"reward": None, "mask": f"interpreter: {name}", "feedback": str(error)}
-        if recording.last_predictor in (None, OUTSIDE):  # it failed before the policy had said anything
-            return {"reward": None, "mask": f"program: {name}", "feedback": repr(error)}
-        return {"reward": self.settings.failure_score, "failure": name, "feedback": f"The program failed: {error}"}
-
-
-def _is_the_source_s(error: BaseException) -> bool:
-    """Whether the source of a dspy.Flex is to blame: it raised, gave what dspy.Flex refuses, or ended its interpreter.
-
-    Not where the interpreter could not be started: the source had not been given to it.
-    """
-    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if BridgeRuntime.forward.__code__ not in codes:
-        return isinstance(error, CodeExecutionError)
-    inside = codes[codes.index(BridgeRuntime.forward.__code__) + 1 :]
-    return not inside or inside[0].co_name not in STARTS
-
-
-def failing_predictor(error: BaseException) -> tuple[str | None, bool]:
-    """Name of the innermost tagged predictor on the exception's way, found in its traceback (None: there is none), and
-    whether it speaks with an LM whose calls are not recorded."""
-    name, frozen = None, False
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        predictor = frame.f_locals.get("self")
-        if isinstance(predictor, dspy.Predict) and hasattr(predictor, PREDICTOR_TAG):
-            name, frozen = getattr(predictor, PREDICTOR_TAG), not is_recorded(predictor.lm or dspy.settings.lm)
-    return name, frozen
+            with dspy.context(**settings):
+                prediction = program(**task.problem.example.inputs())
+        except (Exception, SystemExit) as error:  # a tool's argparse, or exit() in code that the model wrote
+            if is_signal(error):
+                raise
+            outcome = ended.by(error)
+        else:  # outside of the rollout's settings: the metric is no part of the run
+            outcome = ended.with_prediction(task.problem.example, prediction, trace, self.reward, self._blame)
+        calls, whole = recording.close(), parses.in_trace()
+        ended.forget()
+        return Rollout(task.problem.index, task.candidate, calls, trace=whole, **outcome)
 
 
 @contextmanager

@@ -78,10 +78,33 @@ class Recording:
             self._closed = True
             return tuple(self._calls)
 
+    def apart(self) -> "Apart":
+        """For calls that are made during the rollout and are not the program's: a metric that asks a judge."""
+        return Apart(self)
+
     @property
     def last_predictor(self) -> str | None:
         with self._lock:
             return self._calls[-1].predictor if self._calls else None
+
+
+METRIC = "(metric)"
+"""Stands for the predictor in the seeds of calls that a metric makes of the policy."""
+
+
+class Apart:
+    """Gives a metric's calls of the policy seeds of the rollout, so that a run that goes on draws them again, and keeps
+    none of them: nobody trains on what a judge says."""
+
+    def __init__(self, recording: Recording):
+        self._recording = recording
+        self.queue_time = recording.queue_time
+
+    def next_seed(self, predictor: str, request: lm15.Request) -> int:
+        return self._recording.next_seed(f"{METRIC}{predictor}", request)
+
+    def add(self, call: Call) -> None:
+        """Not kept."""
 
 
 def tag_predictors(program: dspy.Module) -> None:
@@ -120,7 +143,7 @@ def complete_recorded(
         free_seed: Gives the seed of a call that belongs to no rollout.
         continued: Gives the prompt of a request that goes on from one of some earlier calls' ids, or None.
     """
-    recording: Recording | None = dspy.settings.get(SETTING)
+    recording: Recording | Apart | None = dspy.settings.get(SETTING)
     if recording is None:
         return complete(request, free_seed()).response
     predictor = calling_predictor()

@@ -1,21 +1,30 @@
-"""A DSPy metric as a reward: a finite score and feedback, or the reason why there is none."""
+"""A DSPy metric as a reward: a finite score and feedback, or the reason why there is none.
+
+A metric measures a finished run and is no part of it. It may ask an LM (a judge): what it asks is in no trace, is no
+call of the program's and is not trained on, also when it asks the policy.
+"""
 
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
 
 from dspy_fst.errors import is_signal
+from dspy_fst.rollout.recording import SETTING, Apart, Recording
 
 Metric = Callable[..., Any]
 
 
 class UnmeasuredError(Exception):
     """The metric gave no usable score; the message is the reason."""
+
+
+class NotFiniteScoreError(UnmeasuredError):
+    """The metric gave nan or an infinity."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +54,11 @@ class Reward:
 
     Args:
         predictors: The program's, which alone may get scores and feedback of their own; None checks no name.
+        peers: Examples of the same set: their labels are other answers of the right form (`dspy_fst.rollout.blame`).
     """
 
-    def __init__(self, metric: Metric, predictors: Collection[str] | None = None):
-        self.metric, self._predictors = metric, predictors
+    def __init__(self, metric: Metric, predictors: Collection[str] | None = None, peers: Sequence[dspy.Example] = ()):
+        self.metric, self._predictors, self.peers = metric, predictors, peers
         self._names = _filled_by_name(metric)
 
     @property
@@ -68,16 +78,24 @@ class Reward:
         trace: Any = None,
         pred_name: str | None = None,
         pred_trace: Any = None,
+        apart: Apart | None = None,
     ) -> Score:
         """Score one prediction.
+
+        Args:
+            trace: Of the finished run; the metric gets a copy.
+            apart: Where the metric's own calls of the policy get their seeds from; by default from their prompts alone.
 
         Raises:
             UnmeasuredError: the metric raised, or returned something that is not a finite number, or named a
                 predictor that the program does not have.
         """
-        known = {"trace": trace, "pred_name": pred_name, "pred_trace": pred_trace}
+        finished = None if trace is None else list(trace)
+        known = {"trace": finished, "pred_name": pred_name, "pred_trace": pred_trace}
+        own = {SETTING: apart or Recording(0).apart(), "trace": [], "caller_modules": [], "disable_history": True}
         try:
-            returned = self.metric(gold, pred, **{given: known[ours] for given, ours in self._names.items()})
+            with dspy.context(**own):
+                returned = self.metric(gold, pred, **{given: known[ours] for given, ours in self._names.items()})
         except (Exception, SystemExit) as error:
             if is_signal(error):
                 raise
@@ -116,7 +134,7 @@ def _finite(given: Any, of_whom: str = "") -> float:
     except (TypeError, ValueError):
         raise UnmeasuredError(f"metric returned {type(given).__name__}{of_whom}") from None
     if not math.isfinite(value):
-        raise UnmeasuredError(f"metric returned {value}{of_whom}")
+        raise NotFiniteScoreError(f"metric returned {value}{of_whom}")
     return value
 
 

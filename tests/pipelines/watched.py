@@ -167,8 +167,8 @@ def _watching() -> Iterator[Watched]:
         watched.batches.append(batch)
         return step(self, batch)
 
-    def watched_generate(model: Any, eos: Any, calls: Any) -> Any:
-        replies = generate(model, eos, calls)
+    def watched_generate(model: Any, eos: Any, calls: Any, *rest: Any) -> Any:
+        replies = generate(model, eos, calls, *rest)
         watched.sampled += [(c.prompt, tuple(r.ids), tuple(r.logprobs)) for c, r in zip(calls, replies, strict=True)]
         return replies
 

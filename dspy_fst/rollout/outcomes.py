@@ -1,0 +1,144 @@
+"""How a rollout ended: scored, the policy's failure, or not measured. The one place where that line is drawn.
+
+The policy's failures are scored: a reply that does not parse, a context that overflows, a program that trips over
+what the policy wrote, a metric that cannot read it. What did not measure the policy is masked: an outage, a frozen
+LM's failure, a program that fails before the policy spoke, a metric that fails by itself.
+"""
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+from dspy.predict.flex.bridge import BridgeRuntime
+from dspy.primitives.code_interpreter import CodeExecutionError, CodeInterpreterError
+from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
+
+from dspy_fst.rollout.blame import Blame
+from dspy_fst.rollout.outages import Outages
+from dspy_fst.rollout.parses import FailedParses
+from dspy_fst.rollout.recording import OUTSIDE, Recording, is_recorded
+from dspy_fst.rollout.reward import Reward, UnmeasuredError
+from dspy_fst.types import PREDICTOR_TAG
+
+STARTS = ("_create_interpreter", "install")
+"""What dspy.Flex 3.4 calls before it gives its source to the interpreter."""
+
+Outcome = Mapping[str, Any]
+"""Fields of a Rollout: ``reward`` or ``mask``, and what is known beside."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Judges the end of one rollout by what was seen in it."""
+
+    recording: Recording
+    parses: FailedParses
+    outages: Outages
+    failure_score: float
+    format_failure_score: float
+
+    def by(self, error: BaseException) -> Outcome:
+        """The program raised."""
+        name = type(error).__name__
+        failed_in, frozen = failing_predictor(error)
+        where = {"failed_in": failed_in}
+        if isinstance(error, AdapterParseError) and not frozen:
+            return self._unparsed(error, failed_in)
+        if isinstance(error, ContextWindowExceededError) and not frozen:
+            return {"reward": self.failure_score, "failure": "context", "feedback": str(error), **where}
+        if isinstance(error, AdapterParseError | LMError):
+            who = "frozen lm" if frozen else "lm"
+            cause = error.__cause__ or error
+            return _masked(f"{who}: {type(cause).__name__}", str(cause))
+        if isinstance(error, OSError):  # ConnectionError and TimeoutError among them: a tool's outage
+            return _masked(f"outage: {name}")
+        if _is_the_source_s(error):
+            return {"reward": self.failure_score, "failure": "source", "feedback": f"{name}: {error}"}
+        if isinstance(error, CodeInterpreterError):
+            return _masked(f"interpreter: {name}", str(error))
+        if outage := self.outages.behind(error):
+            return _masked(outage, repr(error))
+        if self.recording.last_predictor in (None, OUTSIDE):  # it failed before the policy had said anything
+            return _masked(f"program: {name}", repr(error))
+        if lost := self.parses.behind():
+            return self._unparsed(lost[1], lost[0])
+        return {"reward": self.failure_score, "failure": name, "feedback": f"The program failed: {error}"}
+
+    def with_prediction(
+        self, example: dspy.Example, prediction: Any, trace: list[Any], reward: Reward, blame: Blame
+    ) -> Outcome:
+        """The program returned.
+
+        Args:
+            trace: The finished run's.
+        """
+        if prediction is None:  # BestOfN and Refine, when no try gave one
+            return self._nothing()
+        try:
+            score = reward(example, prediction, trace, apart=self.recording.apart())
+        except UnmeasuredError as error:
+            return self._unmeasured(example, prediction, trace, error, blame)
+        return {
+            "reward": score.value,
+            "feedback": score.feedback,
+            "prediction": prediction,
+            "predictor_scores": score.predictor_scores,
+        }
+
+    def forget(self) -> None:
+        """Let go of exceptions that hold the rollout's copy of the program."""
+        self.parses.forget()
+        self.outages.forget()
+
+    def _nothing(self) -> Outcome:
+        if outage := self.outages.behind():
+            return _masked(outage, "The program gave no prediction.")
+        if lost := self.parses.behind():
+            return self._unparsed(lost[1], lost[0])
+        feedback = "The program gave no prediction."
+        return {"reward": self.failure_score, "failure": "no prediction", "feedback": feedback}
+
+    def _unparsed(self, error: AdapterParseError, predictor: str | None) -> Outcome:
+        feedback = f"The reply could not be parsed: {error}"
+        told = {"failure": "parse", "feedback": feedback, "failed_in": predictor}
+        return {"reward": self.format_failure_score, **told}
+
+    def _unmeasured(
+        self, example: dspy.Example, prediction: Any, trace: list[Any], error: UnmeasuredError, blame: Blame
+    ) -> Outcome:
+        if outage := self.outages.behind():  # a hole in the prediction: the metric fell over it
+            return _masked(outage, str(error))
+        if policy_s := blame.of_policy(example, prediction, trace, error):
+            reason, feedback = policy_s
+            return {"reward": self.failure_score, "failure": reason, "feedback": feedback, "prediction": prediction}
+        detail = repr(error.__cause__) if error.__cause__ else ""
+        return {**_masked(str(error), detail), "prediction": prediction}
+
+
+def _masked(reason: str, detail: str = "") -> Outcome:
+    return {"reward": None, "mask": reason, "feedback": detail}
+
+
+def _is_the_source_s(error: BaseException) -> bool:
+    """Whether the source of a dspy.Flex is to blame: it raised, gave what dspy.Flex refuses, or ended its interpreter.
+
+    Not where the interpreter could not be started: the source had not been given to it.
+    """
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if BridgeRuntime.forward.__code__ not in codes:
+        return isinstance(error, CodeExecutionError)
+    inside = codes[codes.index(BridgeRuntime.forward.__code__) + 1 :]
+    return not inside or inside[0].co_name not in STARTS
+
+
+def failing_predictor(error: BaseException) -> tuple[str | None, bool]:
+    """Name of the innermost tagged predictor on the exception's way, found in its traceback (None: there is none), and
+    whether it speaks with an LM whose calls are not recorded."""
+    name, frozen = None, False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        predictor = frame.f_locals.get("self")
+        if isinstance(predictor, dspy.Predict) and hasattr(predictor, PREDICTOR_TAG):
+            name, frozen = getattr(predictor, PREDICTOR_TAG), not is_recorded(predictor.lm or dspy.settings.lm)
+    return name, frozen

@@ -1,0 +1,171 @@
+"""A search on a scripted policy: masked anchors, forms of adapters, texts that JSON spoilt."""
+
+import dspy
+import pytest
+from dspy.adapters.baml_adapter import BAMLAdapter
+from dspy.utils import DummyLM
+
+from dspy_fst.fast.evolve import SearchSettings, evolve
+from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.texts import read_texts
+from dspy_fst.types import Population, Problem, Rollout
+from tests.fakes import fields, scripted_policy
+
+ANCHORS = [Problem(i, dspy.Example(question=str(i), answer="yes").with_inputs("question")) for i in range(6)]
+
+
+class Asks(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.solve = dspy.Predict(dspy.Signature("question -> answer", "Answer."))
+
+    def forward(self, question):
+        return self.solve(question=question)
+
+
+def search(propose, *, speak=lambda m, s: fields(answer="no"), masked=lambda p, c, nth: False, **settings):
+    """A search in which ``masked(problem, candidate, how often asked)`` says which rollouts measure nothing."""
+    program = Asks()
+    program.set_lm(scripted_policy(speak, version="step-000000")[0])
+    metric = Reward(lambda gold, pred, trace=None: float(pred.answer == gold.answer))
+    player = Player(program, metric, PlayerSettings(threads=2))
+    asked = []
+
+    def play(wanted):
+        played = player.play([Task(problem, candidate) for problem, candidate in wanted], "search")
+        given = []
+        for (problem, candidate), rollout in zip(wanted, played, strict=True):
+            nth = asked.count((problem.index, candidate.digest))
+            asked.append((problem.index, candidate.digest))
+            lost = masked(problem.index, candidate.texts["solve"], nth)
+            given.append(Rollout(problem.index, candidate, (), None, mask="timeout") if lost else rollout)
+        return given
+
+    settings = SearchSettings(**{"size": 2, "budget": 24, "minibatch": 3, "seed": 1, **settings})
+    return evolve(
+        Population.of_seed(read_texts(program), 2),
+        ANCHORS,
+        program,
+        play=play,
+        feedback=lambda *_: "wrong",
+        propose=propose,
+        settings=settings,
+    )
+
+
+def better(candidate, reflective_dataset, components_to_update):
+    return dict.fromkeys(components_to_update, "Say yes.")
+
+
+def half_right(messages, seed):
+    """Right under the proposal, but for the questions 0 to 2."""
+    said = messages[-1]["content"].split("## question ## ]]\n")[1][0]
+    return fields(answer="yes" if "Say yes." in messages[0]["content"] and said in "345" else "no")
+
+
+def test_what_was_masked_in_a_minibatch_is_asked_again_and_measured():
+    """Masked are the questions of the proposal's minibatch that it gets wrong: the others' mean is 1."""
+    asked = []
+
+    def masked(problem, text, nth):
+        asked.append(text)
+        return problem < 3 and text == "Say yes." and asked.count(text) <= 3
+
+    found = search(better, speak=half_right, masked=masked, budget=3)
+    assert (found.counts["accepted"], found.counts["unmeasured"]) == (1, 0)
+    assert found.counts["masked: timeout"] > 0
+    assert found.candidates[1].texts["solve"] == "Say yes."
+    assert found.scores[1] == (0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
+
+
+def test_an_anchor_that_was_never_measured_wins_no_place_in_the_frontier():
+    """Its parent was measured there and stays; with an invented score the proposal would be better everywhere."""
+
+    def speak(messages, seed):
+        said = messages[-1]["content"].split("## question ## ]]\n")[1][0]
+        new = "Say yes." in messages[0]["content"]
+        return fields(answer="yes" if said in ("35" if new else "5") else "no")
+
+    found = search(better, speak=speak, masked=lambda p, text, nth: p in (0, 1, 2) and text == "Say yes.", budget=3)
+    assert (found.counts["accepted"], found.counts["unmeasured"]) == (1, 3)
+    assert found.scores[1] == pytest.approx(
+        (2 / 3, 2 / 3, 2 / 3, 1.0, 0.0, 1.0)
+    )  # its mean is shown, and not chosen by
+    assert [member.texts["solve"] for member in found.population.members] == ["Say yes.", "Answer."]
+
+
+def test_a_proposal_is_not_accepted_for_what_was_masked():
+    found = search(better, masked=lambda p, text, nth: p > 0 and text == "Answer.")
+    assert found.counts["accepted"] == 0
+
+
+ADAPTERS = {
+    "chat": (dspy.ChatAdapter, "[[ ## answer ## ]]"),
+    "json": (dspy.JSONAdapter, '"answer": "{answer}"'),
+    "baml": (BAMLAdapter, "Respond with a JSON object"),
+    "xml": (dspy.XMLAdapter, "<answer>"),
+    "two steps": (lambda: dspy.TwoStepAdapter(DummyLM([{"x": "y"}] * 999)), "understood by another agent"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_reply_that_does_not_parse_is_reflected_on_with_the_form_of_the_adapter_in_force(name):
+    make, form = ADAPTERS[name]
+    told = []
+
+    def proposes(candidate, reflective_dataset, components_to_update):
+        told.extend(record["Feedback"] for record in reflective_dataset["solve"])
+        return better(candidate, reflective_dataset, components_to_update)
+
+    with dspy.context(adapter=make()):
+        adapter = dspy.settings.adapter
+        search(proposes, speak=lambda m, s: "nonsense", budget=6)
+        asked_for = adapter.format(Asks().solve.signature, [], {})[0]["content"]
+    assert told
+    assert all(asked_for in feedback for feedback in told)
+    assert form in told[0]
+    assert ("Respond with the corresponding output fields, starting with the field" in told[0]) == (name == "chat")
+
+
+class OwnAdapter(Asks):
+    """Sets an adapter for its one call."""
+
+    def forward(self, question):
+        with dspy.context(adapter=dspy.XMLAdapter()):
+            return self.solve(question=question)
+
+
+def test_an_adapter_that_the_program_sets_itself_is_the_one_in_force(monkeypatch):
+    monkeypatch.setattr("tests.cases.test_fast_search.Asks", OwnAdapter)
+    told = []
+
+    def proposes(candidate, reflective_dataset, components_to_update):
+        told.extend(record["Feedback"] for record in reflective_dataset["solve"])
+        return better(candidate, reflective_dataset, components_to_update)
+
+    search(proposes, speak=lambda m, s: "nonsense", budget=6)
+    assert "<answer>" in told[0]
+
+
+SPOILT = "Give \x0crac{1}{2} in \x08oxed{}, never 3 \times 4."
+
+
+def test_latex_that_json_spoilt_is_mended_and_counted():
+    def spoils(candidate, reflective_dataset, components_to_update):
+        return dict.fromkeys(components_to_update, f"Say yes. {SPOILT}")
+
+    found = search(spoils, speak=half_right)
+    texts = {candidate.texts["solve"] for candidate in found.candidates}
+    assert texts == {"Answer.", r"Say yes. Give \frac{1}{2} in \boxed{}, never 3 \times 4."}
+    assert found.counts["texts_mended"] > 0
+    assert found.counts["texts_refused"] == 0
+
+
+def test_a_text_with_other_control_characters_is_refused_and_counted():
+    def spoils(candidate, reflective_dataset, components_to_update):
+        return dict.fromkeys(components_to_update, "Say yes. \x1b[31m")
+
+    found = search(spoils, speak=half_right)
+    assert {candidate.texts["solve"] for candidate in found.candidates} == {"Answer."}
+    assert found.counts["texts_refused"] > 0
