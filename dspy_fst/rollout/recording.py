@@ -93,8 +93,8 @@ METRIC = "(metric)"
 
 
 class Apart:
-    """Gives a metric's calls of the policy seeds of the rollout, so that a run that goes on draws them again, and keeps
-    none of them: nobody trains on what a judge says."""
+    """Gives a metric's calls of the policy seeds of the rollout, so that a run that goes on draws them again. They are
+    kept nowhere: nobody trains on what a judge says."""
 
     def __init__(self, recording: Recording):
         self._recording = recording
@@ -102,9 +102,6 @@ class Apart:
 
     def next_seed(self, predictor: str, request: lm15.Request) -> int:
         return self._recording.next_seed(f"{METRIC}{predictor}", request)
-
-    def add(self, call: Call) -> None:
-        """Not kept."""
 
 
 def tag_predictors(program: dspy.Module) -> None:
@@ -148,6 +145,9 @@ def complete_recorded(
         return complete(request, free_seed()).response
     predictor = calling_predictor()
     seed = recording.next_seed(predictor, request)
+    if isinstance(recording, Apart):
+        with counted_in(recording.queue_time):
+            return complete(request, seed).response
     said = recording.said_before(request)
     prompt_ids = continued(request, said) if said else None
     with counted_in(recording.queue_time):
