@@ -6,6 +6,7 @@ from dspy.adapters.baml_adapter import BAMLAdapter
 from dspy.utils import DummyLM
 
 from dspy_fst.fast.evolve import SearchSettings, evolve
+from dspy_fst.fast.told import warnings_of
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import read_texts
@@ -169,3 +170,13 @@ def test_a_text_with_other_control_characters_is_refused_and_counted():
     found = search(spoils, speak=half_right)
     assert {candidate.texts["solve"] for candidate in found.candidates} == {"Answer."}
     assert found.counts["texts_refused"] > 0
+
+
+def test_what_a_search_changed_or_left_open_is_told():
+    counts = {"reflections": 3, "texts_mended": 2, "texts_refused": 1, "unmeasured": 4}
+    told = "\n".join(warnings_of(counts, 1))
+    assert "cycle 1: 2 proposed texts held LaTeX that JSON had spoilt" in told
+    assert "cycle 1: 1 proposed texts held control characters and were refused" in told
+    assert "cycle 1: 4 scores of candidates on anchors are missing" in told
+    assert warnings_of({"reflections": 1}, 0) == []
+    assert "nothing was reflected on" in warnings_of({}, 0)[0]
