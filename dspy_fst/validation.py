@@ -11,6 +11,7 @@ import dspy
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from dspy_fst.architectures import context_length, text_writers, unlike_vllm
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.memory import has_gpu
 from dspy_fst.policy import PolicyLM
@@ -304,7 +305,7 @@ def model_faults(policy: PolicyLM) -> list[str]:
     except Exception as error:  # files of others may break in any way
         missing = "" if path.is_dir() else "there is no such folder, and as a hub model it is "
         return [f"{where}: {missing}not a model that transformers can read: {_briefly(error)}"]
-    faults = [f"{where}: {fault}" for fault in (*_kind_faults(config), *_weights_faults(path))]
+    faults = [f"{where}: {fault}" for fault in (*_kind_faults(policy, config), *_weights_faults(path))]
     if path.is_dir() and not faults and (fault := stored_layer_fault(path)):
         faults.append(f"{where}: {fault}")
     try:
@@ -327,17 +328,17 @@ def _means_a_path(model: str) -> bool:
     return Path(model).exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
-def _kind_faults(config: Any) -> Iterator[str]:
-    """Models that transformers would load, and that do not write text or cannot be trained."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
+def _kind_faults(policy: PolicyLM, config: Any) -> Iterator[str]:
+    """Models that transformers would load, and that do not write text, or that trainer or engine cannot serve."""
     given = config.architectures or []
-    if given and not set(given) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    if given and not set(given) & text_writers():
         # transformers would put a random head on it, and say so in its log only.
         yield f"it is a {given[0]}, which writes no text; choose a causal language model (...ForCausalLM)"
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
         yield f"its weights are quantized ({method}) and cannot be trained; choose the model in bfloat16 or float32"
+    if policy.handle.resolved_kind == "vllm":
+        yield from unlike_vllm(config, policy.handle.options.get("max_model_len"))
 
 
 def _weights_faults(path: Path) -> Iterator[str]:
@@ -429,8 +430,7 @@ def _context_limit(policy: PolicyLM, config: Any) -> int | None:
     told = policy.handle.options.get("max_model_len")
     if isinstance(told, int) and told > 0:
         return told
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    return limit
+    return context_length(config)
 
 
 def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout]) -> list[str]:

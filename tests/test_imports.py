@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dspy_fst"
 LAYERS = [
     ["errors"],
-    ["types"],
+    ["types", "architectures"],
     [
         "config",
         "engine.base",

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
+from dspy_fst.engine.reading import BatchReader
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
 
@@ -67,7 +66,7 @@ def cut(calls: list[Pending], budget: int) -> list[list[Pending]]:
 
 @torch.no_grad()
 def generate(
-    model: Any, eos: frozenset[int], calls: Sequence[Pending], overdue: Callable[[], bool] = lambda: False
+    reader: BatchReader, eos: frozenset[int], calls: Sequence[Pending], overdue: Callable[[], bool] = lambda: False
 ) -> list[Reply]:
     """Sample a reply for every call: ids, their log-probabilities at the call's temperature, finish reason.
 
@@ -80,43 +79,41 @@ def generate(
     Raises:
         EngineError: the batch was given up.
     """
+    replies = [Reply() for _ in calls]
+    widths = {len(call.prompt) for call in calls} if reader.one_length else {0}
+    for width in sorted(widths):
+        rows = [row for row, call in enumerate(calls) if width in (0, len(call.prompt))]
+        _fill([replies[row] for row in rows], reader, eos, [calls[row] for row in rows], overdue)
+    return replies
+
+
+def _fill(
+    replies: list[Reply], reader: BatchReader, eos: frozenset[int], calls: list[Pending], overdue: Callable[[], bool]
+) -> None:
     prompts = list(dict.fromkeys(call.prompt for call in calls))
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # padded on the left: the next token is last in every row
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    cache = DynamicCache(config=model.config)
-    logits = _forward(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
-    expand = torch.tensor([row_of[call.prompt] for call in calls], device=model.device)
-    cache.batch_select_indices(expand)
-    logits, mask = logits[expand], mask[expand]
-
+    device = reader.device
+    batch = reader.begin(prompts)
+    batch.select(torch.tensor([row_of[call.prompt] for call in calls], device=device))
     draws = [np.random.default_rng(call.seed).random(call.max_tokens) for call in calls]
-    temperatures = torch.tensor([call.temperature for call in calls], device=model.device)
-    replies = [Reply() for _ in calls]
-    live = list(range(len(calls)))  # live[i] is the call that row i of the cache belongs to
+    temperatures = torch.tensor([call.temperature for call in calls], device=device)
+    live = list(range(len(calls)))  # live[i] is the call that row i of the batch belongs to
     while True:
         if overdue():
             raise EngineError("the batch was given up: it ran for longer than timeout_s")
         step = [min(len(replies[call].ids), len(draws[call]) - 1) for call in live]
         uniform = torch.tensor([draws[call][n] for call, n in zip(live, step, strict=True)], dtype=torch.float64)
-        tokens, logprobs = sample(logits, temperatures[live], uniform.to(model.device))
+        tokens, logprobs = sample(batch.logits, temperatures[live], uniform.to(device))
         for call, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
             _append(replies[call], token, logprob, eos, calls[call].max_tokens)
         rows = [row for row, call in enumerate(live) if not replies[call].finish_reason]
         if not rows:
-            return replies
+            return
         if 2 * len(rows) <= len(live):
-            kept = torch.tensor(rows, device=model.device)
-            cache.batch_select_indices(kept)
-            mask, tokens, live = mask[kept], tokens[kept], [live[row] for row in rows]
-        position = mask.sum(-1, keepdim=True)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        logits = _forward(model, tokens[:, None], mask, position, cache)
+            kept = torch.tensor(rows, device=device)
+            batch.select(kept)
+            tokens, live = tokens[kept], [live[row] for row in rows]
+        batch.append(tokens)
 
 
 def _append(reply: Reply, token: int, logprob: float, eos: frozenset[int], max_tokens: int) -> None:
@@ -128,22 +125,6 @@ def _append(reply: Reply, token: int, logprob: float, eos: frozenset[int], max_t
         reply.finish_reason = "stop"
     elif len(reply.ids) == max_tokens:
         reply.finish_reason = "length"
-
-
-def _forward(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor, cache: DynamicCache
-) -> torch.Tensor:
-    """Next-token logits (rows, vocabulary) in float32."""
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits: torch.Tensor = output.logits[:, -1].float()
-    return logits
 
 
 def sample(

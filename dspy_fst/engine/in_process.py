@@ -17,18 +17,23 @@ import torch
 from dspy import lm15
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from dspy_fst.architectures import context_length, load_model
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.generation import Pending, Reply, cut, generate
 from dspy_fst.engine.holding import compare, head_in_float32
 from dspy_fst.engine.prompts import PromptRenderer
 from dspy_fst.engine.queueing import queueing
+from dspy_fst.engine.reading import BatchReader
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError
 from dspy_fst.preflight.model_folder import folder_faults, layer_fault
 from dspy_fst.types import WeightsVersion
+
+UNLIMITED_REPLY = 1024
+"""Longest reply of a model without a context limit (Mamba, Bloom) when the call names none: PolicyLM's own default."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class InProcessEngine:
         self.settings = settings or InProcessSettings()
         self._version: WeightsVersion | None = None
         self._model: Any = None
+        self._batch_reader: Any = None
+        self._context: int | None = None
         self._tokenizer: Any = None
         self._reader: ReplyReader | None = None
         self._renderer: PromptRenderer | None = None
@@ -85,7 +92,7 @@ class InProcessEngine:
                 if self._model is None:
                     self._start(checkpoint)
                 else:
-                    self._model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
+                    self._take(checkpoint)
             except (OSError, ValueError, RuntimeError) as error:
                 raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} do not load: {error}") from error
             self._version = checkpoint.version
@@ -110,13 +117,7 @@ class InProcessEngine:
     def complete(self, request: lm15.Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
         prompt = self._render(request) if prompt_ids is None else prompt_ids
         temperature = 1.0 if request.config.temperature is None else request.config.temperature
-        room = self._model.config.max_position_embeddings - len(prompt)
-        if room <= 0:
-            raise lm15.ContextLengthError(
-                f"the prompt has {len(prompt)} tokens and the model's context "
-                f"{self._model.config.max_position_embeddings}"
-            )
-        call = Pending(prompt, min(request.config.max_tokens or room, room), temperature, seed)
+        call = Pending(prompt, self._room(prompt, request.config.max_tokens), temperature, seed)
         with self._lock:
             if self._closed:
                 raise EngineError("the in-process engine was closed")
@@ -155,7 +156,7 @@ class InProcessEngine:
             self._lock.notify_all()
         if self._worker is not None:
             self._worker.join(timeout=self.settings.timeout_s)
-        self._model = self._tokenizer = self._reader = self._renderer = self._version = None
+        self._model = self._batch_reader = self._tokenizer = self._reader = self._renderer = self._version = None
 
     def _reply_to(self, call: Pending) -> Reply:
         """Wait for the batch of a call to begin, then for at most ``timeout_s`` for its reply.
@@ -195,16 +196,43 @@ class InProcessEngine:
             raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} are not served: {'; '.join(faults)}")
         self._reader = ReplyReader.of(self._tokenizer, checkpoint.path)
         self._renderer = PromptRenderer(self._tokenizer, self._reader.traits)
-        model, told = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
+        self._read(checkpoint, device, dtype)
+        self._closed = False
+        if self._worker is None or not self._worker.is_alive():
+            self._worker = threading.Thread(target=self._serve, name="in-process-engine", daemon=True)
+            self._worker.start()
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        """Put other weights of the same model in the place of those that are served."""
+        stored = load_file(checkpoint.path / "model.safetensors")
+        if stored.keys() == self._model.state_dict().keys():
+            self._model.load_state_dict(stored)
+            return
+        # Its tensors have other names on disk, or other shapes (experts, for one): from_pretrained converts them.
+        del stored
+        device, dtype = self._model.device, self._model.dtype
+        self._model = self._batch_reader = self._version = None  # room for the next
+        self._read(checkpoint, str(device), dtype)
+
+    def _read(self, checkpoint: Checkpoint, device: str, dtype: Any) -> None:
+        model, told = load_model(checkpoint.path, dtype=dtype, output_loading_info=True)
         if fault := layer_fault(told):
             raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} are not served: {fault}")
         self._model = model.to(device).eval()
         head_in_float32(self._model, checkpoint.path)
-        self._closed = False
-        self._worker = threading.Thread(target=self._serve, name="in-process-engine", daemon=True)
-        self._worker.start()
+        self._batch_reader = BatchReader(self._model)
+        self._context = context_length(self._model.config)
+
+    def _room(self, prompt: tuple[int, ...], wanted: int | None) -> int:
+        """Tokens that the reply may have."""
+        if self._context is None:
+            return wanted or UNLIMITED_REPLY
+        room = self._context - len(prompt)
+        if room <= 0:
+            raise lm15.ContextLengthError(
+                f"the prompt has {len(prompt)} tokens and the model's context {self._context}"
+            )
+        return min(wanted or room, room)
 
     def _render(self, request: lm15.Request) -> tuple[int, ...]:
         if self._reader is None or self._renderer is None:
@@ -247,7 +275,7 @@ class InProcessEngine:
             with self._model_lock:
                 began_at = self._begin(batch)
                 replies = generate(
-                    self._model,
+                    self._batch_reader,
                     self._eos(),
                     batch,
                     lambda: time.monotonic() - began_at > self.settings.timeout_s,

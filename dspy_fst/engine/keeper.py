@@ -17,8 +17,10 @@ from typing import TypeVar
 from dspy.lm15 import Request
 from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after_attempt, wait_exponential, wait_random
 
+from dspy_fst.architectures import folder_restart_reason
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.gate import Turn
+from dspy_fst.engine.memory import has_gpu
 from dspy_fst.engine.vllm_client import Address, NoAnswerError
 from dspy_fst.engine.vllm_server import ServerDiedError, VLLMServer, VLLMSettings, require_checkpoint
 from dspy_fst.engine.watchdog import watch
@@ -200,6 +202,11 @@ class Keeper:
 
     def _swap(self, checkpoint: Checkpoint) -> None:
         """Swap the weights in place; where that fails, or other weights are served then, start afresh on these."""
+        if self.settings.attach_url is None and (reason := folder_restart_reason(checkpoint.path, on_gpu=has_gpu())):
+            logger.info("vLLM is started again on weights %s: %s", checkpoint.version, reason)
+            self._replace_server(keep_log=False)
+            self._begin(checkpoint)
+            return
         cause: EngineError
         try:
             self.server.load(checkpoint)
@@ -241,10 +248,10 @@ class Keeper:
                 cause = error
             self._closing.wait(RELAUNCH_PAUSE_S)
 
-    def _replace_server(self) -> None:
+    def _replace_server(self, *, keep_log: bool = True) -> None:
         """End the server; put the next in its place first, so that requests that still fail see that it is gone."""
         failed, self.server = self.server, self._make(self.settings)
-        failed.close(keep_log=True)
+        failed.close(keep_log=keep_log)
 
     def _launch(self, checkpoint: Checkpoint) -> None:
         self.server.load(checkpoint)

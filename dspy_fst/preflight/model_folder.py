@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dspy_fst.architectures import load_model
+
 ADAPTER = "adapter_config.json"
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Files of which any one tells of whole weights."""
@@ -79,15 +81,12 @@ def layer_fault(told: Mapping[str, Any]) -> str | None:
 
 def stored_layer_fault(folder: Path) -> str | None:
     """The same of a local folder before any work: its files' names and shapes against the model's, without numbers."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        _, told = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="float32", device_map="meta", trust_remote_code=False, output_loading_info=True
-        )
+        _, told = load_model(folder, dtype="float32", device_map="meta", output_loading_info=True)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):  # e.g. files larger than the memory, which `fit` tells
             return None

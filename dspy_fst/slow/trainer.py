@@ -260,7 +260,7 @@ class Trainer:
     @cached_property
     def _reference(self) -> Policy:
         policy = Policy.load(self._reference_path, dtype=self._dtype, trainable=False)
-        ours, its = self._policy.model.config, policy.model.config
+        ours, its = (held.model.config.get_text_config() for held in (self._policy, policy))
         if (ours.model_type, ours.vocab_size) != (its.model_type, its.vocab_size):
             raise TrainingError(
                 f"the reference {self._reference_path} is a {its.model_type!r} of {its.vocab_size} tokens, the policy "
@@ -294,6 +294,11 @@ class Trainer:
                 )
             if sequence.start < 1:
                 raise TrainingError(f"call {index} has no prompt: its first token is predicted from nothing")
+            if (last := self._policy.last_position) is not None and len(sequence.ids) > last + 1:
+                raise TrainingError(
+                    f"call {index} has {len(sequence.ids)} tokens, and the model reads {last + 1} at most; lower "
+                    "max_tokens or shorten the prompt"
+                )
             if min(sequence.ids) < 0 or max(sequence.ids) >= self.vocabulary:
                 raise TrainingError(
                     f"call {index} has token ids outside 0..{self.vocabulary - 1}: it was sampled from another model"

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
 from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.policy import Policy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Batch, Group, Held
-from tests.slow.makers import VOCABULARY, make_batch, make_call, make_rollout, make_row, make_tokenizer, save_model
+from tests.slow.makers import VOCABULARY, make_batch, make_call, make_rollout, make_row, save_model
 
 SETTINGS = TrainerSettings(learning_rate=1e-2, kl_coefficient=0.1, importance_cap=1.5, micro_batch_tokens=40)
 
@@ -319,21 +319,6 @@ def test_a_reference_of_another_model_is_refused(start, tmp_path, batch):
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(TrainingError, match="of 65 tokens"):
         make_trainer(start, reference=tmp_path).step(batch)
-
-
-def test_a_model_that_scales_its_logits_is_refused_by_its_type(tmp_path):
-    config = GraniteConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        logits_scaling=8.0,
-    )
-    GraniteForCausalLM(config).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(TrainingError, match="granite"):
-        make_trainer(tmp_path)
 
 
 def test_settings_name_all_their_faults_at_once():

@@ -1,0 +1,247 @@
+"""Architectures that people have: trained and sampled as plain transformers would, or refused with a sentence."""
+
+import dataclasses
+import json
+from functools import cache
+
+import pytest
+import torch
+from transformers import AutoConfig, Qwen3ForCausalLM
+
+from benchmarks.architectures import EQUAL, PAGE, RESULTS, InProcess, Outcome, measured, page
+from benchmarks.families import FAMILIES, Family
+from dspy_fst import PolicyLM
+from dspy_fst.architectures import context_length, restart_reason
+from dspy_fst.engine import keeper as keeper_module
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.keeper import Keeper
+from dspy_fst.engine.vllm_server import VLLMSettings
+from dspy_fst.errors import TrainingError
+from dspy_fst.slow.batching import Scored, micro_batches
+from dspy_fst.slow.head import Head
+from dspy_fst.slow.policy import Policy
+from dspy_fst.slow.settings import TrainerSettings
+from dspy_fst.slow.trainer import Trainer
+from dspy_fst.validation import model_faults
+from programs.lab import BASE
+from tests.engine.test_contract import request_of
+from tests.engine.test_keeper import World
+
+BY_NAME = {family.name: family for family in FAMILIES}
+
+
+@cache
+def outcome(name: str) -> Outcome:
+    return measured(BY_NAME[name])
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_family_is_trained_and_sampled_as_plain_transformers_would(name):
+    found = outcome(name)
+    assert found.refused is None
+    gaps = {key: value for key, value in dataclasses.asdict(found).items() if isinstance(value, float)}
+    moved = gaps.pop("moved")
+    assert all(gap <= EQUAL for gap in gaps.values()), gaps
+    assert moved > 100 * EQUAL, "an engine that stayed behind would not be seen"
+
+
+def test_the_page_is_what_a_new_measurement_writes():
+    served = json.loads(RESULTS.read_text())["vllm"]
+    assert PAGE.read_text() == page([outcome(family.name) for family in FAMILIES], served)
+
+
+# ---- what a family does to its logits ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("Granite", Head(scale=1 / 8)),
+        ("Cohere 2", Head(scale=3.0)),
+        ("Gemma 2", Head(cap=1.5)),
+        ("MiniCPM3", Head(before=256 / 64)),
+        ("Falcon-H1", Head(scale=0.5)),
+        ("Llama", Head()),
+    ],
+)
+def test_scales_and_caps_are_measured(name, head):
+    found = Head.of(BY_NAME[name].make())
+    assert (found.before, found.scale) == pytest.approx((head.before, head.scale), rel=1e-6)
+    assert found.cap == (None if head.cap is None else pytest.approx(head.cap))
+    if head == Head():
+        assert found == head, "a plain head must not cost a rounding"
+
+
+class Bent(Qwen3ForCausalLM):
+    """A model with a head of its own kind."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.sign() * output.logits.abs().sqrt()
+        return output
+
+
+def test_another_function_of_the_logits_is_refused_by_its_type():
+    with pytest.raises(TrainingError, match="'qwen3' cannot be trained: what it does to its logits"):
+        Head.of(Bent(BY_NAME["Qwen3"].config()).eval())
+
+
+# ---- positions that depend on the length ---------------------------------------------------------------------------
+
+
+def longrope() -> Family:
+    return BY_NAME["Phi-3, longrope"]
+
+
+def dynamic() -> Family:
+    told = {**BY_NAME["Llama, dynamic rope"].told, "max_position_embeddings": 32}
+    return dataclasses.replace(BY_NAME["Llama, dynamic rope"], told=told)
+
+
+def learned() -> Family:
+    return dataclasses.replace(BY_NAME["GPT-2"], told={"n_inner": None, "max_position_embeddings": 32})
+
+
+def test_the_context_of_a_longrope_model_is_its_original_length(tmp_path):
+    assert context_length(longrope().config()) == 128
+    path = longrope().save(tmp_path / "model")
+    assert model_faults(PolicyLM(path, engine="in_process", max_tokens=120)) == []
+    assert any("context of 128" in fault for fault in model_faults(PolicyLM(path, engine="in_process", max_tokens=200)))
+
+
+def test_vllm_is_told_no_longer_context_for_longrope(tmp_path):
+    path = longrope().save(tmp_path / "model")
+    long, short = (
+        model_faults(PolicyLM(path, engine="vllm", max_tokens=64, engine_options={"max_model_len": length}))
+        for length in (256, 128)
+    )
+    assert any("set max_model_len to 128 or less" in fault for fault in long)
+    assert short == []
+
+
+def test_dynamic_rope_is_refused_for_vllm_only(tmp_path):
+    path = dynamic().save(tmp_path / "model")
+    assert any("'dynamic'" in fault for fault in model_faults(PolicyLM(path, engine="vllm", max_tokens=8)))
+    assert model_faults(PolicyLM(path, engine="in_process", max_tokens=8)) == []
+
+
+@pytest.mark.parametrize("family", [longrope, dynamic, learned], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("share", [False, True], ids=["alone", "shared"])
+def test_a_short_text_beside_one_of_full_length_keeps_its_numbers(family, share, tmp_path):
+    """Padding behind the short text's suffix stands at positions that the model does not have."""
+    policy = Policy.load(family().save(tmp_path / "model"), dtype=torch.float32)
+    assert policy.shares_prompts
+    limit = context_length(policy.model.config)
+    long = tuple(3 + i % 500 for i in range(limit))
+    texts = [Scored(long, limit - 4), Scored((*long[: limit - 4], 9), limit - 4), Scored((7, 8, *long[: limit - 8]), 2)]
+    for micro in micro_batches(texts, 10_000, share=share):
+        with torch.no_grad():
+            logits = policy(micro)
+        found = dict(zip(micro.members, logits.split(micro.tokens), strict=True))
+        for member, ours in found.items():
+            text = texts[member]
+            own = policy.model(torch.tensor([text.ids]), use_cache=False).logits[0, text.start - 1 : -1]
+            assert torch.allclose(ours, own, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [longrope, dynamic, learned], ids=lambda make: make.__name__)
+def test_a_text_longer_than_its_positions_is_refused_by_the_trainer(family, tmp_path):
+    path = family().save(tmp_path / "model")
+    trainer = Trainer(path, TrainerSettings(learning_rate=1e-3))
+    limit = context_length(AutoConfig.from_pretrained(path))
+    with pytest.raises(TrainingError, match=f"call 0 has {limit + 1} tokens, and the model reads {limit} at most"):
+        trainer.score([[5] * (limit + 1)])
+
+
+@pytest.mark.parametrize("family", [longrope, dynamic, learned], ids=lambda make: make.__name__)
+def test_a_reply_that_ended_early_does_not_grow_past_the_context(family, tmp_path):
+    """It waits in the batch for the others, at positions that the model does not have."""
+    from dspy_fst.engine.generation import Pending, generate
+    from dspy_fst.engine.reading import BatchReader
+
+    model = family().make()
+    limit = context_length(model.config)
+    calls = [Pending(tuple(range(5, 5 + limit - 4)), 2, 1.0, 0), *(Pending((5, 6 + i), 20, 1.0, i) for i in range(3))]
+    for call, reply in zip(calls, generate(BatchReader(model), frozenset(), calls), strict=True):
+        ids = torch.tensor([[*call.prompt, *reply.ids]])
+        with torch.no_grad():
+            own = model(ids, use_cache=False).logits[0, len(call.prompt) - 1 : -1].log_softmax(-1)
+        assert reply.logprobs == pytest.approx(
+            own.gather(-1, ids[0, len(call.prompt) :, None])[:, 0].tolist(), abs=1e-4
+        )
+
+
+# ---- what is not swapped, not sampled, not trained -------------------------------------------------------------------
+
+
+def test_experts_are_not_swapped_into_a_running_server_on_a_cpu():
+    moe = ("Qwen3-MoE", "Mixtral", "OLMoE", "DeepSeek-V3, Kimi-K2", "Qwen3-Next", "GPT-OSS", "Granite-MoE")
+    for name in (*moe, "Llama 4 (text)", "Jamba", "Phi-3.5-MoE", "ERNIE 4.5-MoE"):
+        assert "experts" in restart_reason(BY_NAME[name].config(), on_gpu=False), name
+        assert restart_reason(BY_NAME[name].config(), on_gpu=True) is None
+    for name in ("Qwen3", "Gemma 3 (multimodal)", "Granite", "Mamba", "GPT-2"):
+        assert restart_reason(BY_NAME[name].config(), on_gpu=False) is None
+
+
+@pytest.mark.parametrize(("name", "launched"), [("Qwen3-MoE", [["v0"], ["v1"]]), ("Qwen3", [["v0", "v1"]])])
+def test_a_server_is_started_again_for_new_experts(name, launched, tmp_path, monkeypatch):
+    monkeypatch.setattr(keeper_module, "has_gpu", lambda: False)
+    folder = BY_NAME[name].save(tmp_path / "model")
+    world = World()
+    engine = Keeper(VLLMSettings(), world.make)
+    for version in ("v0", "v1"):
+        engine.load(Checkpoint(version, folder))
+    assert world.launched == launched
+    assert not engine.take_counts(), "no restart of a server that failed"
+
+
+def test_a_model_without_a_context_limit_answers(tmp_path):
+    with InProcess(BY_NAME["Bloom"].save(tmp_path / "model")) as sampler:
+        completion = sampler.engine.complete(request_of("1 2", max_tokens=None), seed=3)
+    assert context_length(BY_NAME["Bloom"].config()) is None
+    assert completion.finish_reason == "stop" or len(completion.completion_ids) == 1024
+
+
+def test_the_towers_beside_the_text_part_are_left_as_they_are(tmp_path):
+    trainer = Trainer(BY_NAME["Gemma 3 (multimodal)"].save(tmp_path / "model"), TrainerSettings(learning_rate=1e-3))
+    trained = set(trainer.parameters)
+    assert any("language_model" in name for name in trained)
+    assert not any("vision" in name or "projector" in name for name in trained)
+
+
+def test_of_a_model_that_reads_text_only_everything_is_trained():
+    for name in ("Qwen3", "GPT-2", "Mamba", "Llama 4 (text)"):
+        policy = Policy(BY_NAME[name].make())
+        policy._set_trainable(True)
+        assert all(parameter.requires_grad for parameter in policy.model.parameters()), name
+
+
+def test_a_load_that_fails_leaves_an_engine_that_can_load_again(tmp_path):
+    """Of a model whose files must be converted, the old weights are gone by then."""
+    from dspy_fst.errors import EngineError
+
+    good = BY_NAME["Qwen3-MoE"].save(tmp_path / "good")
+    bad = BY_NAME["Qwen3-MoE"].save(tmp_path / "bad")
+    (bad / "config.json").unlink()
+    with InProcess(good) as sampler:
+        before = sampler.engine.score([[2, 30, 31]])
+        with pytest.raises(EngineError):
+            sampler.load(Checkpoint("bad", bad))
+        sampler.load(Checkpoint("good", good))
+        assert sampler.engine.score([[2, 30, 31]]) == before
+        assert sampler.sample(["1 2"])[0].weights == "good"
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path):
+    """BERT with a language model's head: its log-probabilities can be computed, and nothing samples from them."""
+    path = Family("BERT", "bert", {"bos_token_id": None}).save(tmp_path / "model")
+    with pytest.raises(TrainingError, match=r"'bert' cannot be trained: .*depends on the tokens behind it"):
+        Policy.load(path, dtype=torch.float32)
+
+
+def test_the_laboratory_s_model_is_swapped_in_place(tmp_path):
+    with InProcess(BASE) as sampler:
+        model = sampler.engine._model
+        trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-3))
+        sampler.load(trainer.publish(tmp_path / "v1", "v1"))
+        assert sampler.engine._model is model
