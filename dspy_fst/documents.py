@@ -9,9 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dspy_fst.engine.portable import PolicyState, Positive
 from dspy_fst.errors import RunDirectoryError
+from dspy_fst.program_state import read_state
 from dspy_fst.rollout.adapters import SavedAdapter
 from dspy_fst.rollout.texts import flexes, speakers, texts_like
-from dspy_fst.run.files import plain, population_from_json
+from dspy_fst.run.files import population_from_json
 from dspy_fst.run.plain_weights import weights_faults
 from dspy_fst.run.sealed import MANIFEST, read_document, sentences
 from dspy_fst.types import Candidate, Population
@@ -32,7 +33,7 @@ class Sampling(Strict):
     """How one predictor samples from the policy."""
 
     temperature: float = Field(ge=0, allow_inf_nan=False)
-    max_tokens: Positive
+    max_tokens: Positive | None
 
 
 class SavedPolicy(Strict):
@@ -58,35 +59,6 @@ class SavedPopulation(Strict):
     members: list[dict[str, str]] = Field(min_length=1)
     scores: list[float | None]
     parents: dict[str, list[str]]
-
-
-class SavedField(Strict):
-    prefix: str | None
-    description: str | None
-
-
-class SavedSignature(Strict):
-    instructions: str
-    fields: list[SavedField]
-
-
-class SavedPredictor(Strict):
-    """What dspy.Predict 3.4 saves. Its loader would set any other key as an attribute, ``config`` among them, which can
-    send prompts and keys to another address."""
-
-    traces: list[Any]
-    train: list[Any]
-    demos: list[dict[str, Any]]
-    signature: SavedSignature
-    lm: None
-    fields: dict[str, Any] = {}
-
-
-class SavedFlex(Strict):
-    """What dspy.Flex 3.4 saves."""
-
-    module_src: str
-    lm: None
 
 
 def weights_in(folder: Path) -> Path:
@@ -120,8 +92,7 @@ def read_saved(
         raise RunDirectoryError(f"{folder} was saved from another program; predictors that differ: {sorted(differing)}")
     if len(listed.scores) != len(listed.members):
         raise RunDirectoryError(f"{folder / POPULATION}: there must be a score, or null, for each member")
-    state = read_document(folder / PROGRAM)
-    _check_state(folder / PROGRAM, state, program)
+    state = read_state(folder / PROGRAM, read_document(folder / PROGRAM), program)
     if not trust_code:
         states = {name: state[name]["module_src"] for name in flexes(program)}
         refuse_code(folder, program, [states, *listed.members])
@@ -136,30 +107,6 @@ def _parse(document: type[Any], path: Path) -> Any:
             f"{path}: {sentences(error)}. A saved program sets only what belongs to it; give the rest to load(), e.g. "
             "engine_options={...}"
         ) from error
-
-
-def _check_state(path: Path, state: Any, program: dspy.Module) -> None:
-    """Hold DSPy's state against the program that is to take it up."""
-    own = dict(without_lms(program).named_parameters())
-    if not isinstance(state, dict) or {*state} - {"metadata"} != {*own}:
-        raise RunDirectoryError(f"{path} was saved from another program; its parts are not {sorted(own)}")
-    for name, parameter in own.items():
-        if isinstance(parameter, dspy.Flex):
-            try:
-                SavedFlex.model_validate(state[name])
-            except ValidationError as error:
-                raise RunDirectoryError(f"{path}: {name}: {sentences(error)}; save the program again") from error
-            continue
-        if not isinstance(parameter, dspy.Predict):
-            if state[name] != plain(parameter.dump_state()):
-                raise RunDirectoryError(f"{path}: {name} is no predictor and not as in this program; it is not loaded")
-            continue
-        try:
-            signature = SavedPredictor.model_validate(state[name]).signature
-        except ValidationError as error:
-            raise RunDirectoryError(f"{path}: {name}: {sentences(error)}; save the program again") from error
-        if len(signature.fields) != len(parameter.signature.fields):
-            raise RunDirectoryError(f"{path} was saved from another program; the fields of {name} differ")
 
 
 def refuse_code(path: Path, program: dspy.Module, texts: Iterable[Mapping[str, str]]) -> None:
@@ -178,12 +125,3 @@ def refuse_code(path: Path, program: dspy.Module, texts: Iterable[Mapping[str, s
                 f"{path}: it holds another source for the dspy.Flex {name!r} than this program, and it would be run. "
                 f"Read it there (in {POPULATION} and {PROGRAM}, or in a run's populations/ and events.jsonl); {TRUST}"
             )
-
-
-def without_lms(program: dspy.Module) -> dspy.Module:
-    """A copy in which no predictor has an LM: DSPy would save their headers and addresses."""
-    bare = program.deepcopy()
-    for _, parameter in bare.named_parameters():
-        if hasattr(parameter, "lm"):
-            parameter.lm = None
-    return bare

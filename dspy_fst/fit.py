@@ -158,7 +158,7 @@ def measure_fit(policy: PolicyLM, config: FSTConfig, run_dir: Path, room: Room |
     if size is None:
         return None
     room = room or room_now(run_dir)
-    longest = max(config.micro_batch_tokens, policy.kwargs["max_tokens"] or 0)
+    longest = max(config.micro_batch_tokens, policy.reply_limit or 0)
     engine = _engine_take(size, policy, room)
     on_gpu = GPU in room.free
     takes = [*_trainer_takes(size, config, longest, on_gpu=on_gpu), engine, *_disk_takes(size, config, on_gpu=on_gpu)]

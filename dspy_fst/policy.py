@@ -40,7 +40,7 @@ class PolicyLM(dspy.LM):
         engine: ``"vllm"`` (a server that this package starts), ``"in_process"`` (transformers), or ``"auto"``:
             vLLM where it is installed and there is a GPU, else in process.
         temperature: Of sampling; 1.0 trains the model's own distribution.
-        max_tokens: Longest reply, in tokens.
+        max_tokens: Longest reply, in tokens; None: as far as the model's context goes.
         engine_options: Fields of VLLMSettings or InProcessSettings, e.g. ``{"max_model_len": 8192}``.
         version: Name of these weights.
 
@@ -54,7 +54,7 @@ class PolicyLM(dspy.LM):
         *,
         engine: EngineKind = "auto",
         temperature: float = 1.0,
-        max_tokens: int = 1024,
+        max_tokens: int | None = 1024,
         engine_options: Mapping[str, Any] | None = None,
         version: str = BASE_VERSION,
         num_retries: int = 3,
@@ -81,14 +81,32 @@ class PolicyLM(dspy.LM):
         """The weights that this LM speaks with."""
         return self.handle.checkpoint
 
+    # Not named as their settings are: dspy.LM.copy sets the attribute of a setting's name. It drops a None from kwargs.
+
+    @property
+    def sampling_temperature(self) -> float:
+        """Of replies for which no predictor asks for another; 1.0 is the model's own distribution."""
+        temperature: float = self.kwargs.get("temperature", 1.0)
+        return temperature
+
+    @property
+    def reply_limit(self) -> int | None:
+        """Longest reply, in tokens; None: as far as the model's context goes."""
+        longest: int | None = self.kwargs.get("max_tokens")
+        return longest
+
+    def _get_initial_kwargs(self, *, temperature: Any, max_tokens: Any, **kwargs: Any) -> dict[str, Any]:
+        # dspy.LM takes a folder named o3-mini or gpt-5 for OpenAI's model, whose rules and names of settings differ.
+        return {"temperature": temperature, "max_tokens": max_tokens, **kwargs}
+
     def fork(self, checkpoint: Checkpoint | None = None) -> "PolicyLM":
         """The same LM on an engine of its own, so that training it leaves this one as it is."""
         checkpoint = checkpoint or self.checkpoint
         return PolicyLM(
             checkpoint.path,
             engine=self.handle.kind,
-            temperature=self.kwargs["temperature"],
-            max_tokens=self.kwargs["max_tokens"],
+            temperature=self.sampling_temperature,
+            max_tokens=self.reply_limit,
             engine_options=self.handle.options,
             version=checkpoint.version,
             num_retries=self.num_retries,
@@ -111,8 +129,8 @@ class PolicyLM(dspy.LM):
             "model": str(self.checkpoint.path),
             "engine": self.handle.kind,
             "engine_options": portable_options(self.handle.options),
-            "temperature": self.kwargs["temperature"],
-            "max_tokens": self.kwargs["max_tokens"],
+            "temperature": self.sampling_temperature,
+            "max_tokens": self.reply_limit,
             "num_retries": self.num_retries,
             "version": self.checkpoint.version,
         }

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
-from dspy_fst.documents import without_lms
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fit import measure_fit, writable_fault
 from dspy_fst.plan import Plan
@@ -20,6 +19,8 @@ from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.chat_template import template_warnings
 from dspy_fst.preflight.environment import environment_faults
 from dspy_fst.preflight.first_rollouts import Spent, try_first
+from dspy_fst.preflight.parts import part_faults, part_warnings
+from dspy_fst.program_state import without_lms
 from dspy_fst.rollout.adapters import adapter_in_force, differing_adapter, identity, kept_by
 from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
@@ -171,7 +172,7 @@ def checked(
     faults += config_faults
     if teacher is not None:
         faults.append("teacher: nothing is learnt from a teacher program here; leave it out")
-    faults += environment_faults() + program_faults(student) + trained_faults(student, config)
+    faults += environment_faults() + program_faults(student) + part_faults(student) + trained_faults(student, config)
     faults += data_faults(trainset, valset, config) + input_faults(student, trainset, valset)
     if config is not None:
         try:
@@ -201,6 +202,7 @@ def checked(
             warnings = fit.warnings()
         warnings += differing_adapter(student)
         warnings += template_warnings(policy.checkpoint.path)
+        warnings += part_warnings(student)
         warnings += _left_out(student, read_texts(student, tools=config.tool_descriptions == "evolved"))
     if faults or config is None:
         raise ConfigurationError(faults)
@@ -217,8 +219,8 @@ def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy:
         "weights": policy.checkpoint.version,
         "model_files": _files_fingerprint(policy.checkpoint.path),
         "engine": policy.handle.resolved_kind,
-        "temperature": policy.kwargs["temperature"],
-        "max_tokens": policy.kwargs["max_tokens"],
+        "temperature": policy.sampling_temperature,
+        "max_tokens": policy.reply_limit,
         "adapter": identity(student),
         "program": _fingerprint(bare.dump_state()),
         "population": [m.digest for m in carried.members] if isinstance(carried, Population) else None,

@@ -218,11 +218,13 @@ class Project(_Part):
 
     def _program(self, objects: Mapping[str, Any], faults: "_Faults") -> "dspy.Module | None":
         """A copy of the program whose predictors all have an LM; the user's own stays as it is."""
+        from dspy_fst.rollout.copying import copied
+
         program = _made_program(self.program, objects, faults)
         if program is None:
             return None
         policy = self._policy(program, faults)
-        program = program.deepcopy()
+        program = copied(program)
         for _, predictor in program.named_predictors():
             if predictor.lm is None:
                 predictor.lm = policy

@@ -26,16 +26,17 @@ from dspy_fst.documents import (
     POPULATION,
     PROGRAM,
     WEIGHTS,
-    Sampling,
     SavedPolicy,
     read_saved,
     weights_in,
-    without_lms,
 )
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.policy import PolicyLM, resolve_kind
+from dspy_fst.program_state import take_state, write_state
 from dspy_fst.rollout.adapters import describe, keep, kept_by, made
+from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.texts import carry, set_tools, speakers
+from dspy_fst.rollout.tree import all_predictors
 from dspy_fst.run.files import flush, population_to_json, write_json
 from dspy_fst.run.sealed import read_document, seal, verify
 from dspy_fst.run.secrets import Redactor
@@ -76,7 +77,7 @@ def save(compiled: dspy.Module, path: str | Path) -> Path:
     try:
         scratch.chmod(0o755)  # mkdtemp lets only its owner in
         shutil.copytree(policy_of(compiled).checkpoint.path, scratch / WEIGHTS)
-        without_lms(compiled).save(scratch / PROGRAM)
+        write_state(compiled, scratch / PROGRAM)
         write_json(scratch / POPULATION, population_to_json(compiled.population))
         write_json(scratch / POLICY, _policy_document(compiled))
         _refuse_secrets(scratch, Redactor.of(compiled))
@@ -120,14 +121,18 @@ def load(
     _require_frozen_lms(saved.frozen, program)
     speaks_through = adapter if saved.adapter is None else made(saved.adapter, adapter)
     policies = _policies(saved, weights_in(path), policy_settings)
-    loaded = program.deepcopy()
+    loaded: dspy.Module = copied(program)
     try:
-        loaded.load_state(state)
+        take_state(loaded, state)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, SyntaxError, RuntimeError) as error:
         raise RunDirectoryError(f"{path / PROGRAM}: DSPy cannot load it: {error}") from error
     own = speakers(program)
     for name, speaker in speakers(loaded).items():
         speaker.lm = policies.get(name, own[name].lm)
+    named = {id(speaker) for speaker in speakers(loaded).values()}
+    for predictor in all_predictors(loaded, (dspy.Predict, dspy.Flex)):  # where DSPy does not look
+        if id(predictor) not in named and isinstance(predictor.lm or dspy.settings.lm, PolicyLM | None):
+            predictor.lm = next(iter(policies.values()))
     set_tools(loaded, population.best)  # DSPy's state holds no tools
     if speaks_through is not None:
         keep(loaded, speaks_through)
@@ -139,13 +144,17 @@ def _policy_document(compiled: dspy.Module) -> dict[str, Any]:
     lms = {name: speaker.lm for name, speaker in speakers(compiled).items() if speaker.lm is not None}
     state = policy_of(compiled).dump_state()
     del state["_dspy_lm_class"]
-    trained = {name: lm.kwargs for name, lm in lms.items() if isinstance(lm, PolicyLM)}
+    trained = {name: _sampling(lm) for name, lm in lms.items() if isinstance(lm, PolicyLM)}
     return {
         "policy": {**state, "model": WEIGHTS},
-        "predictors": {name: {key: kwargs[key] for key in Sampling.model_fields} for name, kwargs in trained.items()},
+        "predictors": trained,
         "frozen": {name: lm.model for name, lm in lms.items() if name not in trained},
         "adapter": describe(adapter).model_dump() if (adapter := kept_by(compiled)) else None,
     }
+
+
+def _sampling(lm: PolicyLM) -> dict[str, Any]:
+    return {"temperature": lm.sampling_temperature, "max_tokens": lm.reply_limit}
 
 
 def _package_version() -> str:
@@ -180,12 +189,13 @@ def _require_frozen_lms(frozen: Mapping[str, str], program: dspy.Module) -> None
 
 
 def _policies(saved: SavedPolicy, weights: Path, overrides: Mapping[str, Any]) -> dict[str, PolicyLM]:
-    """Predictor -> its PolicyLM; all share one engine."""
+    """Predictor -> its PolicyLM; all share one engine, and those that sample alike one LM, as get_lm() wants it."""
     settings = saved.policy.settings(resolve_kind(overrides.get("engine", saved.policy.engine)))
     options = {**settings["engine_options"], **overrides.get("engine_options", {})}
     policy = PolicyLM(**{**settings, "model": weights, **overrides, "engine_options": options})
-    own = {name: sampling.model_dump() for name, sampling in saved.predictors.items()}
-    return {
-        name: policy.copy(**{key: value for key, value in settings.items() if key not in overrides})
-        for name, settings in own.items()
-    }
+    lms: dict[tuple[Any, ...], PolicyLM] = {}
+    policies = {}
+    for name, sampling in saved.predictors.items():
+        own = {key: value for key, value in sampling.model_dump().items() if key not in overrides}
+        policies[name] = lms.setdefault(tuple(own.items()), policy.copy(**own))
+    return policies

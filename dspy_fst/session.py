@@ -23,11 +23,13 @@ from dspy_fst.fast.told import warnings_of
 from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.publishing import NaturalTexts, Publishing
+from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.rollout.shown import shown, telling
 from dspy_fst.rollout.texts import carried_by, read_texts
+from dspy_fst.rollout.tree import all_predictors
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.files import population_from_json
 from dspy_fst.run.history import best_versions
@@ -406,12 +408,13 @@ def new_run_dir() -> Path:
 def trainable_copy(student: dspy.Module, policy: PolicyLM) -> dspy.Module:
     """A copy of the student in which every predictor of its PolicyLM speaks through ``policy``'s engine.
 
-    Each keeps its own temperature and limits.
+    Each LM keeps its own temperature and limits, and stays one LM: BestOfN and Refine refuse a module of two.
     """
-    copy = student.deepcopy()
-    for _, predictor in copy.named_sub_modules((dspy.Predict, dspy.Flex)):  # those that DSPy holds frozen, too
+    copy: dspy.Module = copied(student)
+    lms: dict[PolicyLM, PolicyLM] = {}
+    for predictor in all_predictors(copy, (dspy.Predict, dspy.Flex)):  # also those that DSPy holds frozen, or misses
         if isinstance(lm := predictor.lm or dspy.settings.lm, PolicyLM):
-            predictor.lm = lm.on(policy.handle)
+            predictor.lm = lms[lm] if lm in lms else lms.setdefault(lm, lm.on(policy.handle))
     return copy
 
 

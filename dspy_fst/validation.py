@@ -18,6 +18,7 @@ from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.adapter_folder import adapter_fault
 from dspy_fst.preflight.chat_template import template_faults
 from dspy_fst.preflight.model_folder import folder_faults, stored_layer_fault
+from dspy_fst.preflight.parts import no_predictors
 from dspy_fst.rollout.reward import metric_fault
 from dspy_fst.rollout.texts import carried_by, flexes, is_tool, lost_lines, read_texts
 from dspy_fst.types import Rollout
@@ -54,7 +55,7 @@ def program_faults(student: Any) -> list[str]:
         return [f"student: {type(student).__name__} is not a dspy.Module"]
     predictors = student.named_predictors()
     if not predictors:
-        return ["student: the program has no predictors, so there is nothing to train"]
+        return [no_predictors(student)]
     faults = [
         f"student: predictor {name!r} has no LM; call program.set_lm(PolicyLM(...)) or dspy.configure(lm=...)"
         for name, predictor in predictors
@@ -85,7 +86,7 @@ def trained_faults(student: Any, config: FSTConfig | None) -> list[str]:
         if name not in policies
     ]
     own = {name: predictor.config for name, predictor in student.named_predictors() if name in policies}
-    drawn = [own[n].get("temperature", policies[n].kwargs["temperature"]) for n in config.trained if n in own]
+    drawn = [own[n].get("temperature", policies[n].sampling_temperature) for n in config.trained if n in own]
     if drawn and all(temperature == 0 for temperature in drawn):
         faults.append(
             f"trained: {', '.join(config.trained)} have temperature=0, and greedy replies have no gradient; give one "
@@ -103,14 +104,14 @@ def _sampling_faults(student: dspy.Module) -> list[str]:
         faults += [*_bad_numbers(policy.kwargs), *_reshaping(policy.kwargs)]
     for name, config in own.items():
         faults += [f"predictor {name!r}: {fault}" for fault in _reshaping(config)]
-    drawn = [config.get("temperature", policies[name].kwargs["temperature"]) for name, config in own.items()]
+    drawn = [config.get("temperature", policies[name].sampling_temperature) for name, config in own.items()]
     if drawn and all(temperature == 0 for temperature in drawn):
         faults.append("temperature=0: greedy replies have no gradient; use PolicyLM(temperature=1.0)")
     return list(dict.fromkeys(faults))
 
 
 def _bad_numbers(settings: Mapping[str, Any]) -> Iterator[str]:
-    temperature, longest = settings["temperature"], settings["max_tokens"]
+    temperature, longest = settings.get("temperature"), settings.get("max_tokens")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
         yield f"temperature={temperature!r}: it must be a number above 0, at most 2; 1.0 is the model's own"
     if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
@@ -163,13 +164,16 @@ def input_faults(student: Any, trainset: Any, valset: Any) -> list[str]:
 
 def _call_of(student: dspy.Module) -> Callable[[dict[str, Any]], str | None]:
     """A function that says why the program would not take these inputs."""
-    forward = inspect.getattr_static(student, "forward", None)  # plain getattr makes DSPy log a warning
+    try:
+        forward = object.__getattribute__(student, "forward")  # plain getattr makes DSPy log a warning
+    except AttributeError:
+        forward = None
     signature, required = inspect.signature(forward) if forward else None, _required_fields(student)
 
     def refused(inputs: dict[str, Any]) -> str | None:
         try:
             if signature is not None:
-                signature.bind(student, **inputs)
+                signature.bind(**inputs)
         except TypeError as error:
             return str(error)
         missing = [name for name in required if name not in inputs]
@@ -314,7 +318,7 @@ def model_faults(policy: PolicyLM) -> list[str]:
         faults.append(f"{where}: its tokenizer cannot be read: {_briefly(error)}")
     else:
         faults += [f"{where}: {fault}" for fault in template_faults(tokenizer)]
-    limit, longest = _context_limit(policy, config), policy.kwargs["max_tokens"]
+    limit, longest = _context_limit(policy, config), policy.reply_limit
     if limit and isinstance(longest, int) and longest >= limit:
         faults.append(
             f"max_tokens={longest}: the context of {limit} tokens leaves no room for a prompt; "
@@ -439,7 +443,7 @@ def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout]) -> list[str]:
 
     config = AutoConfig.from_pretrained(policy.checkpoint.path, trust_remote_code=False)
     limit = _context_limit(policy, config)
-    reply = policy.kwargs["max_tokens"] or 0
+    reply = policy.reply_limit or 0
     longest = max((len(call.prompt_ids) for rollout in rollouts for call in rollout.calls), default=0)
     overflow = any(rollout.failure == "context" for rollout in rollouts)
     if limit is None or not (overflow or longest + reply > limit):

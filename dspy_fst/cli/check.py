@@ -126,8 +126,8 @@ def _project(project: "Project", opened: "Opened", policy: "PolicyLM", run_dir: 
         "model": policy.model,
         "chat_template": template_kind(policy.checkpoint.path) or "not known before the model is on this machine",
         "engine": policy.handle.resolved_kind,
-        "temperature": policy.kwargs["temperature"],
-        "max_tokens": policy.kwargs["max_tokens"],
+        "temperature": policy.sampling_temperature,
+        "max_tokens": policy.reply_limit,
         "proposes": project.propose or reflection or "nobody",
         "run_dir": str(run_dir),
     }
@@ -184,7 +184,7 @@ def _longest_rollout(program: "dspy.Module", policy: "PolicyLM") -> int | None:
     from dspy_fst.validation import policies_of
 
     own = {name: predictor.config for name, predictor in program.named_predictors()}
-    limits = [own[name].get("max_tokens", lm.kwargs["max_tokens"]) for name, lm in policies_of(program).items()]
+    limits = [own[name].get("max_tokens", lm.reply_limit) for name, lm in policies_of(program).items()]
     return sum(limits) if all(limits) else None
 
 

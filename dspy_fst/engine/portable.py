@@ -40,7 +40,7 @@ class PolicyState(BaseModel):
     engine: Literal["auto", "vllm", "in_process"]
     engine_options: PortableOptions
     temperature: float = Field(ge=0, allow_inf_nan=False)
-    max_tokens: Positive
+    max_tokens: Positive | None
     num_retries: int = Field(ge=0)
     version: str
 

@@ -17,6 +17,7 @@ import dspy
 
 from dspy_fst.errors import is_signal
 from dspy_fst.rollout.blame import Blame
+from dspy_fst.rollout.copying import Copier
 from dspy_fst.rollout.crew import run_all
 from dspy_fst.rollout.outages import Outages
 from dspy_fst.rollout.outcomes import Ending
@@ -121,25 +122,25 @@ class Player:
             for recording in recordings:
                 recording.close()
 
-    def _speaking(self, candidate: Candidate) -> dspy.Module | UnboundError:
-        """The program under a candidate, its predictors tagged; or why there is none."""
+    def _speaking(self, candidate: Candidate) -> Copier | UnboundError:
+        """What makes copies of the program under a candidate, its predictors tagged; or why there is none."""
         try:
             program = with_texts(self.program, candidate)
         except UnboundError as error:
             return error
         tag_predictors(program)
-        return program
+        return Copier(program)
 
     def _seed(self, task: Task, draw: str) -> int:
         entropy = repr((self.settings.seed, draw, task.problem.index, task.candidate.digest, task.sample))
         return int.from_bytes(hashlib.sha256(entropy.encode()).digest()[:8], "big")
 
-    def _play(self, task: Task, spoken: dspy.Module | UnboundError, recording: Recording) -> Rollout:
+    def _play(self, task: Task, spoken: Copier | UnboundError, recording: Recording) -> Rollout:
         if isinstance(spoken, UnboundError):
             feedback = f"The source could not be read: {spoken}"
             reward = self.settings.failure_score
             return Rollout(task.problem.index, task.candidate, (), reward, feedback, failure="unbound source")
-        program = spoken.deepcopy()
+        program = spoken.copy(lean=True)
         trace: list[Any] = []
         parses, outages = FailedParses(trace), Outages()
         ended = Ending(recording, parses, outages, self.settings.failure_score, self.settings.format_failure_score)

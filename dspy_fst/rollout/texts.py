@@ -20,6 +20,7 @@ import dspy
 from dspy.primitives.code_interpreter import CodeInterpreterError
 
 from dspy_fst.errors import FSTError
+from dspy_fst.rollout.copying import copied
 from dspy_fst.types import Candidate, Population
 
 FINISHERS = ("finish", "submit")
@@ -47,13 +48,13 @@ def texts_like(candidate: Candidate, program: dspy.Module) -> Candidate:
     return read_texts(program, tools=any(map(is_tool, candidate.texts)))
 
 
-def with_texts(program: dspy.Module, candidate: Candidate) -> dspy.Module:
+def with_texts(program: dspy.Module, candidate: Candidate) -> Any:
     """A copy of the program that speaks the candidate's texts; the program itself is left as it is.
 
     Raises:
         UnboundError: a dspy.Flex refuses its source.
     """
-    copy = program.deepcopy()
+    copy = copied(program)
     for name, flex in flexes(copy).items():
         if candidate.texts.get(name, flex.module_src) != flex.module_src:
             _bind(name, flex, candidate.texts[name])

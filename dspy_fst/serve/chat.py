@@ -109,8 +109,8 @@ class Chat:
     def _body(self, request: ChatRequest) -> dict[str, Any]:
         """The request as it is passed on, with the policy's own settings where the caller says nothing."""
         body = request.model_dump(exclude_none=True, exclude=_OURS)
-        own = {"temperature": self._policy.kwargs["temperature"], "seed": secrets.randbits(31)}
-        most = request.max_completion_tokens or request.max_tokens or self._policy.kwargs["max_tokens"]
+        own = {"temperature": self._policy.sampling_temperature, "seed": secrets.randbits(31)}
+        most = request.max_completion_tokens or request.max_tokens or self._policy.reply_limit
         return {**own, **body, "max_tokens": most}
 
     def _whole(self, upstream: Upstream, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.policy import PolicyLM
+from dspy_fst.rollout.copying import Copier
 from dspy_fst.rollout.recording import Recording, tag_predictors
 from dspy_fst.rollout.texts import with_texts
 from dspy_fst.saved import policy_of
@@ -82,13 +83,14 @@ class Service:
         self._last_fields = list(last.signature.output_fields)
         self._spoken = {member.digest: self._speaking(program, member) for member in self.population.unique()}
 
-    def _speaking(self, program: dspy.Module, candidate: Candidate) -> dspy.Module:
+    def _speaking(self, program: dspy.Module, candidate: Candidate) -> Copier:
         spoken = with_texts(program, candidate)
         tag_predictors(spoken)
+        lms: dict[PolicyLM, PolicyLM] = {}  # one LM stays one: BestOfN and Refine refuse a module of two
         for _, predictor in spoken.named_predictors():
-            if self.upstream is not None and isinstance(predictor.lm, PolicyLM):
-                predictor.lm = streaming_lm(predictor.lm, self.upstream)
-        return spoken
+            if self.upstream is not None and isinstance(lm := predictor.lm, PolicyLM):
+                predictor.lm = lms.setdefault(lm, streaming_lm(lm, self.upstream))
+        return Copier(spoken)
 
     # ---- the engine ----------------------------------------------------------------------------
 

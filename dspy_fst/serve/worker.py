@@ -16,6 +16,7 @@ from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError,
 from pydantic import BaseModel, ValidationError
 
 from dspy_fst.errors import EngineError
+from dspy_fst.rollout.copying import Copier
 from dspy_fst.rollout.recording import SETTING, Recording
 from dspy_fst.serve.errors import ApiError
 from dspy_fst.serve.gate import Ticket
@@ -90,7 +91,7 @@ async def in_thread(work: Callable[[], T], ticket: Ticket | None = None) -> T:
 
 
 def run_program(
-    program: dspy.Module,
+    program: Copier,
     inputs: Mapping[str, Any],
     outputs: type[BaseModel],
     recording: Recording,
@@ -109,7 +110,7 @@ def run_program(
     settings = {SETTING: recording, "trace": [], "disable_history": True, **context}
     try:
         with dspy.context(**settings):
-            prediction = program.deepcopy()(**inputs)
+            prediction = program.copy(lean=True)(**inputs)
         return outputs.model_validate({name: prediction[name] for name in outputs.model_fields if name in prediction})
     except Exception as error:
         refusal = _as_api_error(error, outputs)

@@ -251,6 +251,7 @@ def _counts(
         truncated_by_context=sum(call.cut_by_context for call in calls),
         continued_calls=sum(call.turn == "continued" for call in calls),
         rerendered_calls=sum(call.turn == "rerendered" for call in calls),
+        unnamed_calls=sum(not call.predictor for call in calls),
         no_trained_calls=sum(r.reward is not None and not _trained_calls(r, trained) for r in rollouts),
         greedy_calls=sum(call.temperature == 0 and (trained is None or call.predictor in trained) for call in calls),
         reasoning_tokens=sum(call.reasoning_tokens for call in calls),

@@ -1,0 +1,87 @@
+"""What of a program a run cannot reach: predictors that DSPy does not name, holds frozen, or cannot be copied."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dspy
+
+from dspy_fst.rollout.copying import copy_faults
+from dspy_fst.rollout.recording import is_recorded
+from dspy_fst.rollout.tree import frozen_predictors, hidden_predictors
+
+_SHOWN = 5
+"""Places that a message names."""
+
+
+def part_faults(student: Any) -> list[str]:
+    """Why rollouts would share predictors with the student, or train another model than its own."""
+    if not isinstance(student, dspy.Module):
+        return []
+    faults = copy_faults(student)
+    named = [lm for _, p in student.named_predictors() if is_recorded(lm := p.lm or dspy.settings.lm)]
+    hidden = {place: p.lm for place, p in hidden_predictors(student).items() if is_recorded(p.lm)}
+    foreign = [place for place, lm in hidden.items() if named and lm.handle is not named[0].handle]
+    if foreign:
+        faults.append(
+            f"student: the predictors at {_listed(foreign)} hold another PolicyLM than the others; one model is "
+            "trained, so share one PolicyLM and give the others a frozen dspy.LM"
+        )
+    return faults
+
+
+def no_predictors(student: dspy.Module) -> str:
+    """Why a program of which DSPy names no predictor cannot be trained, and what would help."""
+    frozen, hidden = _frozen_places(student), hidden_predictors(student)
+    if frozen:
+        return (
+            f"student: all its predictors are in {_listed(frozen)}, marked as compiled (_compiled), and DSPy holds "
+            f"such a part frozen; {_freed(frozen)}"
+        )
+    if hidden:
+        return f"student: DSPy names none of its predictors; they are at {_listed(hidden)}: {_HOLD}"
+    return "student: the program has no predictors, so there is nothing to train"
+
+
+def part_warnings(student: dspy.Module) -> list[str]:
+    """Predictors that are called in rollouts and neither evolve nor learn."""
+    frozen, hidden = _frozen_places(student), hidden_predictors(student)
+    warnings = []
+    if hidden:
+        warnings.append(
+            f"student: {_counted(len(hidden))} at {_listed(hidden)} cannot be seen by DSPy's named_predictors(): texts "
+            f"there do not evolve, and calls from there train nothing (unnamed_calls counts them); {_HOLD}"
+        )
+    if frozen:
+        warnings.append(
+            f"student: {_counted(sum(frozen.values()))} in {_listed(frozen)}, marked as compiled (_compiled), are held "
+            f"frozen by DSPy: they neither evolve nor learn; {_freed(frozen)}"
+        )
+    return warnings
+
+
+_HOLD = "hold them as attributes, or in a list or dict that is an attribute itself"
+
+
+def _frozen_places(student: dspy.Module) -> dict[str, int]:
+    """Place of a part that is marked as compiled -> how many predictors only it holds."""
+    named = {id(p) for _, p in student.named_parameters()}
+    places: dict[str, int] = {}
+    for place, predictor in frozen_predictors(student):
+        if id(predictor) not in named:
+            places[place] = places.get(place, 0) + 1
+    return places
+
+
+def _freed(places: Mapping[str, int]) -> str:
+    attributes = ", ".join(f"program.{place}._compiled = False" for place in list(places)[:_SHOWN])
+    return f"to train it, set {attributes}"
+
+
+def _counted(count: int) -> str:
+    return "1 predictor" if count == 1 else f"{count} predictors"
+
+
+def _listed(places: Any) -> str:
+    names = list(places)
+    more = f" and {len(names) - _SHOWN} more places" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more

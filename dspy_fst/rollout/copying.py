@@ -1,0 +1,184 @@
+"""Copies of a program: for a rollout, for a request, for a run. They share no predictor with it, and all of its data.
+
+DSPy's own ``deepcopy`` shares what it cannot copy *and the list or dict around it*, so that two "copies" speak with one
+predictor; and it copies everything else, a retriever's index included. Here:
+
+    copied always       parts (modules, predictors and DSPy's other parameters) and whatever holds one: containers,
+                        plain objects, tools, closures, partial functions. What the program holds once, a copy holds
+                        once.
+    bound anew          methods of what is copied, e.g. ``program.forward`` set on the instance
+    copied while small  containers and plain objects that hold no part, up to `SMALL` values: what one rollout writes
+                        into ``self.seen = []`` no other rollout reads
+    by reference        everything else: arrays, indexes, LMs, functions, locks, files, connections; objects that hold
+                        one of the last three; what has more than `SMALL` values; what optimizers left on the program
+
+What holds a part and cannot be copied (a generator, a thread) is a fault: `copy_faults`.
+"""
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import dspy
+
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.rollout.anatomy import CONTAINERS, copies_itself, holds, is_atom, is_live, is_plain, is_state
+from dspy_fst.rollout.making import Making
+from dspy_fst.rollout.tree import Tree
+
+SMALL = 1_000
+"""Values, keys counted, up to which a container or plain object without parts is copied (ours: notes, no corpus)."""
+DEEPEST = 50
+"""Levels of such a value; a copy goes down a level a call."""
+METHODS = (types.MethodType, types.BuiltinMethodType, functools.partial)
+OUTER = (list, dict, set)
+
+
+def copied(program: Any) -> Any:
+    """A copy of a program; the program is left as it is.
+
+    Raises:
+        ConfigurationError: a copy would share a predictor with the program (see `copy_faults`).
+    """
+    return Copier(program).copy()
+
+
+class Copier:
+    """Makes copies of one program. It looks through the program once, so a copy costs what is copied, not what is held.
+
+    The program must not change between the copies.
+
+    Raises:
+        ConfigurationError: a copy would share a predictor with the program (see `copy_faults`).
+    """
+
+    def __init__(self, program: Any):
+        tree = Tree(program)
+        if faults := tree.faults():
+            raise ConfigurationError(faults)
+        self._program = program
+        self._chosen: dict[int, Any] = {**_small(tree.holding), **tree.holding}
+
+    def copy(self, *, lean: bool = False) -> Any:
+        """One copy.
+
+        Args:
+            lean: Whether modules that copy their parts while they run (dspy.BestOfN, dspy.Refine) do it like this.
+        """
+        making = Making(self._chosen)
+        made = making(self._program)
+        if lean:
+            modules = [
+                making.memo[key] for key, x in self._chosen.items() if isinstance(x, dspy.Module) and key in making.memo
+            ]
+            for module in modules:
+                module.__dict__["deepcopy"] = types.MethodType(copied, module)
+        return made
+
+
+def copy_faults(program: dspy.Module) -> list[str]:
+    """Why copies of the program would share a predictor with it; a copy is made and looked through."""
+    tree = Tree(program)
+    if faults := tree.faults():
+        return faults
+    try:
+        parts = Tree(copied(program)).parts()
+    except Exception as error:  # user classes are made and filled
+        return [f"student: the program cannot be copied for its rollouts: {error!r}"]
+    shared = [tree.place(id(part)) for part in parts.values() if id(part) in tree.holding]
+    return [f"student: a copy of the program shares {place} with it; hold it as an attribute" for place in shared]
+
+
+def _small(holding: Mapping[int, Any]) -> dict[int, Any]:
+    """id -> object, for what is copied of the values without parts that parts, and what holds parts, hold."""
+    chosen: dict[int, Any] = {}
+    shared: set[int] = set()
+    for holder in holding.values():
+        if isinstance(holder, types.FunctionType):
+            continue  # what a closure holds is its surroundings: DSPy's deepcopy shares it, too
+        for _, x in holds(holder):
+            if is_atom(x) or id(x) in holding or id(x) in chosen:
+                continue
+            value = _Value(x, holding)
+            if value.large and isinstance(holder, dspy.Predict) and type(x) in OUTER:
+                chosen[id(x)] = x  # a rollout may add a demo
+            elif not value.large:
+                shared |= value.shared()
+                chosen |= value.open()
+    return {key: x for key, x in chosen.items() if key not in shared}
+
+
+class _Value:
+    """What a value without parts holds: id -> object, and which holds which."""
+
+    def __init__(self, value: Any, known: Mapping[int, Any]):
+        self.nodes: dict[int, Any] = {id(value): value}
+        self._holders: dict[int, list[int]] = {id(value): []}
+        self._held: dict[int, list[int]] = {}
+        self.large = not self._walk(value, known)
+
+    def _walk(self, value: Any, known: Mapping[int, Any]) -> bool:
+        count, front = 0, [(value, 0)]
+        while front:
+            holder, depth = front.pop()
+            for _, x in holds(holder) if _is_open(holder) else ():
+                count += 1
+                if count > SMALL or depth > DEEPEST:
+                    return False
+                if is_atom(x) or id(x) in known:
+                    continue
+                self._holders.setdefault(id(x), []).append(id(holder))
+                self._held.setdefault(id(holder), []).append(id(x))
+                if id(x) not in self.nodes:
+                    self.nodes[id(x)] = x
+                    front.append((x, depth + 1))
+        return True
+
+    def open(self) -> dict[int, Any]:
+        """What a copy would be made of."""
+        return {key: x for key, x in self.nodes.items() if _is_open(x) or is_state(x)}
+
+    def shared(self) -> set[int]:
+        """What is passed by reference, with all that it holds."""
+        return self._closure(self._shared_objects(), self._held)
+
+    def _shared_objects(self) -> list[int]:
+        """Objects that stand for something outside, or hold what does, or whose own rule of copying may be dear."""
+        resources = [key for key, x in self.nodes.items() if is_live(x) and not is_plain(type(x))]
+        holding = self._closure(resources, self._holders, through=lambda x: not is_plain(type(x)))
+        shared = []
+        for key, x in self.nodes.items():
+            if is_plain(type(x)) and copies_itself(type(x)):
+                shared += [] if self._copies_cheaply(key) else [key]
+            elif is_plain(type(x)) and (key in holding or is_live(x)):
+                shared.append(key)
+        return shared
+
+    def _copies_cheaply(self, key: int) -> bool:
+        inside = [self.nodes[inner] for inner in self._closure([key], self._held)]
+        if not all(_is_open(x) or is_state(x) or is_live(x) for x in inside):
+            return False  # an array, an index: its rule may well copy it
+        try:
+            copy.deepcopy(self.nodes[key])
+        except Exception:
+            return False
+        return True
+
+    def _closure(
+        self, keys: Iterable[int], step: Mapping[int, list[int]], through: Callable[[Any], bool] = lambda x: True
+    ) -> set[int]:
+        """The keys and what is reached from them, no further than objects that are not gone ``through``."""
+        found, front = set(), list(keys)
+        while front:
+            key = front.pop()
+            if key not in found:
+                found.add(key)
+                front += step.get(key, []) if through(self.nodes[key]) else []
+        return found
+
+
+def _is_open(x: Any) -> bool:
+    """Whether a copy is made of what it holds."""
+    return isinstance(x, (*CONTAINERS, *METHODS)) or is_plain(type(x))

@@ -1,0 +1,246 @@
+"""The copier on programs of any shape: it shares no predictor, copies no data, and what is held once stays one."""
+
+import functools
+import gc
+import random
+import threading
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque, namedtuple
+
+import dspy
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspy_fst.rollout.copying import SMALL, Copier, copied
+from dspy_fst.rollout.tree import Tree
+from dspy_fst.types import Candidate
+
+Pair = namedtuple("Pair", "left right")
+
+
+class Plain:
+    def __init__(self, **held):
+        self.__dict__.update(held)
+
+
+class Slotted:
+    __slots__ = ("_inner", "lock")
+
+    def __init__(self, inner):
+        self._inner, self.lock = inner, threading.Lock()
+
+
+class Node(dspy.Module):
+    """A module that holds whatever it is given."""
+
+    def __init__(self, **held):
+        super().__init__()
+        self.__dict__.update(held)
+
+    def method(self, x=None):
+        return self
+
+
+class Counted(dict):
+    """A dict with an attribute of its own."""
+
+
+def in_counted(x):
+    holder = Counted(a=x)
+    holder.note = x
+    return holder
+
+
+def in_closure(x):
+    return lambda: x
+
+
+WRAPS = {
+    "list": lambda x: [x, threading.Lock()],
+    "dict": lambda x: {"a": x, "lock": threading.Lock()},
+    "key": lambda x: {x: 1} if isinstance(x, dspy.Module) else {"k": x},
+    "tuple": lambda x: (x, threading.Lock()),
+    "set": lambda x: {x} if isinstance(x, dspy.Module) else [x],
+    "frozenset": lambda x: frozenset([x]) if isinstance(x, dspy.Module) else (x,),
+    "deque": lambda x: deque([x], maxlen=3),
+    "ordered": lambda x: OrderedDict(a=x),
+    "defaultdict": lambda x: defaultdict(list, a=x),
+    "namedtuple": lambda x: Pair(x, 1),
+    "subclass": in_counted,
+    "object": lambda x: Plain(inner=x, lock=threading.Lock(), notes=[]),
+    "slots": Slotted,
+    "namespace": lambda x: types.SimpleNamespace(x=x),
+    "module": lambda x: Node(inner=x, lock=threading.Lock()),
+    "closure": in_closure,
+    "partial": lambda x: functools.partial(print, x),
+    "method": lambda x: Node(inner=x).method,
+    "tool": lambda x: dspy.Tool(Node(inner=x).method, name="t", desc="d", args={}),
+    "weak": lambda x: (x, weakref.ref(x)) if isinstance(x, dspy.Module) else (x,),
+    "array": lambda x: np.array([x, None], dtype=object),
+    "proxy": lambda x: types.MappingProxyType({"a": x}),
+}
+
+
+def built(predictors, wraps, itself):
+    """A program of a shape, and the predictors and the data that were put into it."""
+    asks = [dspy.Predict("question -> answer") for _ in range(predictors)]
+    data = [np.ones(8), threading.Lock(), [str(n) for n in range(SMALL + 1)]]
+    held = list(asks)
+    for index, (wrap, place) in enumerate(wraps):
+        held.append(WRAPS[wrap](held[place % len(held)]))
+        if index % 3 == 2:
+            held.append(Node(shared=held[-2], data=data[index % len(data)]))
+    program = Node(**{f"h{index}": x for index, x in enumerate(held)}, data=list(data))
+    if itself:
+        program.itself = [program, program.method]
+    for part in Tree(program).parts().values():
+        part.__dict__.setdefault("parent", program)
+    return program, asks, data
+
+
+SHAPES = st.lists(st.tuples(st.sampled_from(sorted(WRAPS)), st.integers(0, 20)), min_size=1, max_size=8)
+
+
+def reachable(root):
+    """Every object that the garbage collector finds from a module on, by id; classes, LMs and code left out."""
+    found, front = {}, [root]
+    left_out = (type, types.ModuleType, types.BuiltinFunctionType, dspy.BaseLM, weakref.ref)
+    while front:
+        x = front.pop()
+        if id(x) in found or isinstance(x, left_out) or (isinstance(x, dict) and "__builtins__" in x):
+            continue
+        found[id(x)] = x
+        front += list(x.flat) if isinstance(x, np.ndarray) and x.dtype.hasobject else gc.get_referents(x)
+    return found
+
+
+@given(st.integers(1, 3), SHAPES, st.booleans())
+def test_random_programs(predictors, wraps, itself):
+    program, asks, data = built(predictors, wraps, itself)
+    before = {place: dict(part.__dict__) for place, part in Tree(program).parts().items()}
+    copy = copied(program)
+    there, here = reachable(program), reachable(copy)
+    modules = {key for key, x in there.items() if isinstance(x, dspy.Module)}
+    assert not modules & here.keys()
+    assert sum(isinstance(x, dspy.Predict) for x in here.values()) == len(asks)
+    assert all(id(x) in here for x in data)
+    assert sum(isinstance(x, np.ndarray) and not x.dtype.hasobject for x in here.values()) == 1
+    assert list(Tree(copy).parts()) == list(before)
+    assert {place: dict(part.__dict__) for place, part in Tree(program).parts().items()} == before
+
+
+def test_what_a_rollout_changes_in_a_predictor_is_its_own():
+    program = Node(ask=dspy.Predict("question -> answer", temperature=0.5))
+    program.ask.demos = [dspy.Example(question=str(n), answer=str(n)) for n in range(2 * SMALL)]
+    program.ask.traces, program.history = [1], [2]
+    copies = [Copier(program).copy() for _ in range(2)]
+    copies[0].ask.demos.append("x")
+    copies[0].ask.config["temperature"] = 1.0
+    copies[0].ask.traces.append(3)
+    copies[0].ask.signature = copies[0].ask.signature.with_instructions("other")
+    for untouched in (program, copies[1]):
+        assert len(untouched.ask.demos) == 2 * SMALL
+        assert untouched.ask.config == {"temperature": 0.5}
+        assert untouched.ask.traces == [1]
+        assert untouched.ask.signature.instructions != "other"
+    assert copies[1].ask.demos[0] is program.ask.demos[0]
+    assert program.history == [2]
+    assert copies[1].history == []
+
+
+class Memory:
+    """It says how it is copied: with a lock of its own."""
+
+    def __init__(self):
+        self.items, self.lock = [], threading.Lock()
+
+    def __getstate__(self):
+        return {"items": self.items}
+
+    def __setstate__(self, state):
+        self.items, self.lock = state["items"], threading.Lock()
+
+
+class Ends:
+    """It ends something when it is collected."""
+
+    def __init__(self):
+        self.notes = []
+
+    def __del__(self):
+        self.notes.append("ended")
+
+
+def test_small_values_are_each_copy_s_own_and_what_stands_for_the_outside_is_shared():
+    client = Plain(lock=threading.Lock(), log=[])
+    basket = Plain(items=[], client=client)
+    program = Node(
+        ask=dspy.Predict("question -> answer"),
+        seen=set(),
+        counts=defaultdict(int),
+        rng=random.Random(7),
+        numpy_rng=np.random.default_rng(7),
+        memory=Memory(),
+        ends=Ends(),
+        client=client,
+        log=client.log,
+        basket=basket,
+        search=dspy.Tool(basket.items.append, name="add", desc="d", args={}),
+        corpus={str(n): n for n in range(SMALL)},
+        small={str(n): n for n in range(10)},
+    )
+    copy = Copier(program).copy()
+    own = ("seen", "counts", "rng", "numpy_rng", "memory", "basket", "search", "small")
+    shared = ("ends", "client", "log", "corpus")
+    assert [name for name in own if getattr(copy, name) is getattr(program, name)] == []
+    assert [name for name in shared if getattr(copy, name) is not getattr(program, name)] == []
+    assert copy.rng.random() == program.rng.random()
+    assert copy.numpy_rng.random() == program.numpy_rng.random()
+    assert copy.basket.client is client
+    copy.search.func("bread")
+    assert copy.basket.items == ["bread"]
+    assert basket.items == []
+    copy.memory.items.append(1)
+    assert program.memory.items == []
+    assert copy.memory.lock is not program.memory.lock
+
+
+def test_variables_of_a_closure_without_predictors_stay_one_for_all():
+    count = 0
+    program = Node(ask=dspy.Predict("question -> answer"))
+
+    def forward(question):
+        nonlocal count
+        count += 1
+        return program.ask
+
+    program.forward = forward
+    copies = [copied(program) for _ in range(3)]
+    assert [copy.forward("x") is copy.ask for copy in copies] == [True] * 3
+    assert count == 3
+
+
+def test_an_optimizer_s_records_are_no_part_of_a_program():
+    program = Node(ask=dspy.Predict("question -> answer"))
+    program.candidate_programs = [{"score": 1.0, "program": Node(ask=dspy.Predict("question -> answer"))}]
+    copy = copied(program)
+    assert copy.candidate_programs is program.candidate_programs
+    assert list(Tree(program).parts()) == ["", "ask"]
+    assert Candidate({}).texts == {}
+
+
+class Deep(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.ask, self.data = dspy.Predict("question -> answer"), np.ones(8)
+
+
+def test_a_module_copied_while_a_rollout_runs_shares_its_data_too():
+    program = Node(module=Deep())
+    lean = Copier(program).copy(lean=True)
+    inner = lean.module.deepcopy()
+    assert inner.data is program.module.data
+    assert inner.ask is not lean.module.ask
+    assert "deepcopy" not in Copier(program).copy().module.__dict__
