@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from dspy_fst.card import Facts, model_card
 from dspy_fst.documents import CARD, DOCUMENTS, POLICY, POPULATION, PROGRAM, WEIGHTS, SavedPolicy, weights_in
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
+from dspy_fst.program_state import parts_in
 from dspy_fst.report.record import read_records
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import flush, population_from_json, read_json, writing
@@ -144,8 +145,8 @@ def _holds_foreign_code(state: Mapping[str, Any], population: Population, run: "
 
     What a program of another run started from is not known; it counts as foreign.
     """
-    for name, of in state.items():
-        if "module_src" in of:
+    for name, of in parts_in(state).items():
+        if isinstance(of, Mapping) and "module_src" in of:
             started = {node.texts.get(name) for node in run.record.nodes if node.born is None} if run else set()
             if run is None or run.carried or {member.texts[name] for member in population.members} - started:
                 return True

@@ -75,16 +75,20 @@ def write_state(program: dspy.Module, path: Path) -> None:
     write_json(path, {**state, METADATA: {"dependency_versions": get_dependency_versions()}})
 
 
+def parts_in(state: Any) -> dict[str, Any]:
+    """Parameter's name -> its state, in a program.json; of a bare predictor or dspy.Flex the document is its state."""
+    parts = {key: value for key, value in state.items() if key != METADATA} if isinstance(state, dict) else {}
+    bare = isinstance(parts.get("demos"), list) or isinstance(parts.get("module_src"), str)
+    return {"self": parts} if bare else parts
+
+
 def read_state(path: Path, state: Any, program: dspy.Module) -> dict[str, Any]:
     """Parameter's name -> its state, held against the program that is to take it up; fields are in its order.
 
     Raises:
         RunDirectoryError: it is of another program, or sets what it may not.
     """
-    own = dict(without_lms(program).named_parameters())
-    parts = {key: value for key, value in state.items() if key != METADATA} if isinstance(state, dict) else {}
-    if own.keys() == ALONE and parts.keys() != ALONE:
-        parts = {"self": parts}
+    own, parts = dict(without_lms(program).named_parameters()), parts_in(state)
     if parts.keys() != own.keys():
         raise RunDirectoryError(f"{path} was saved from another program; its parts are not {sorted(own)}")
     return {name: _checked(path, name, parts[name], parameter) for name, parameter in own.items()}
