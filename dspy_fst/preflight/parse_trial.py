@@ -111,7 +111,7 @@ def _setups(session: Session, *, demos: bool) -> Iterator[Setup]:
     yield from map(Setup, others)
     if demos:
         yield from (Setup(adapter, demos=True) for adapter in (current, *others))
-    if (session.policy.kwargs["temperature"] or 0) > COOLER:
+    if (session.policy.sampling_temperature or 0) > COOLER:
         yield Setup(current, temperature=COOLER)
 
 
