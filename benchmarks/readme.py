@@ -6,6 +6,7 @@ python -m benchmarks.durability && python -m benchmarks.durability --engine vllm
 python -m benchmarks.soak
 python -m benchmarks.serving
 python -m benchmarks.programs
+python -m benchmarks.sync
 python -m benchmarks.readme
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+README, BENCHMARKS = (Path(__file__).parent.parent / name for name in ("README.md", "BENCHMARKS.md"))
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -99,6 +100,18 @@ def soak(figures: dict[str, Any]) -> str:
     return table(["growth in each of", "memory", "file handles", "threads", "processes"], rows)
 
 
+def sync(results: Mapping[str, Any]) -> str:
+    """How often each check after a publish judged rightly, of the seeds."""
+    rows = []
+    for name, result in results.items():
+        for what, row in result["rows"].items():
+            right, former = (f"{row[check]} of {result['seeds']}" for check in ("right", "former"))
+            gap = f"{max(row['gaps']):.2g}" if "gaps" in row else ""
+            rows.append([name, what, right, former, gap])
+    head = ["engine, precision", "what is served", "judged rightly", "by the former check", "largest mean gap, nats"]
+    return table(head, rows)
+
+
 def spent(result: Mapping[str, Any]) -> int:
     """Rollouts in all; those on the validation set, the same for each candidate of every arm, are outside."""
     return int(result["search rollouts"] + result["training rollouts"])
@@ -128,11 +141,12 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "durability": durability,
     "soak": soak,
     "serving": serving,
+    "sync": sync,
 }
 
 
 def render(text: str) -> str:
-    """The README with its tables made anew."""
+    """A page with its tables made anew."""
     for name, write in TABLES.items():
         content = write(json.loads((RESULTS / f"{name}.json").read_text()))
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -141,4 +155,5 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
+    for page in (README, BENCHMARKS):
+        page.write_text(render(page.read_text()))

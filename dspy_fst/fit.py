@@ -11,6 +11,7 @@ of a micro-batch (``micro_batch_tokens``, or one longest reply).
 | trainer   | reference           | 4 P                         | the frozen start, for a KL coefficient > 0          |
 | trainer   | a state being saved | 12 P of main memory         | copied from the GPU, when it is on one              |
 | engine    | weights             | 4 P on a CPU, 2 P on a GPU  | float32 or bfloat16; the head untied                |
+| engine    | in process, bfloat16 | 2 V h more                 | the head is in float32                              |
 | engine    | vLLM, keys, values  | cpu_kv_cache_gib            | on a GPU all is within gpu_memory_utilization       |
 | disk      | published weights   | 4 P or 2 P each             | the first, the best, keep_weights, one being written |
 | disk      | resumable states    | 12 P each, the first 4 P    | keep_states, one being written                      |
@@ -268,7 +269,7 @@ def _in_process_take(size: ModelSize, options: Mapping[str, Any], room: Room) ->
     return Take(
         GPU if on_gpu else MEMORY,
         "the engine",
-        number * size.untied,
+        number * size.untied + (4 - number) * size.vocabulary * size.width,
         at_most=number * size.cached * settings.max_batch_tokens,
         when="sampling",
         relief=f"lower engine_options={{'max_batch_tokens': {settings.max_batch_tokens}}}",

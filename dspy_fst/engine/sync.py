@@ -15,8 +15,13 @@ from dspy_fst.engine.base import Checkpoint, Holding, Scorer
 from dspy_fst.errors import DiskError, SyncError
 from dspy_fst.types import WeightsVersion
 
-MEAN_GAP_LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
-"""Mean absolute gap in nats a token on natural text that sound engines stay below (ours)."""
+MEAN_GAP_LIMITS = {"float32": 1e-3, "bfloat16": 0.15}
+"""Mean absolute gap in nats a token on natural text that sound engines stay below.
+
+Ours: about three times what `benchmarks.sync` measures in bfloat16 (SmolLM2 0.05 in process and 0.045 on vLLM; the
+laboratory's model 0.04 on both). In float32 the laboratory's model shows 2e-6. A tied head that was left behind is off
+by 0.6, Qwen3-MoE with unpacked experts by 0.47, a model with the long factors of Phi-3's longrope by 0.22.
+"""
 SHOWN = 5
 """Tensors that an error names."""
 

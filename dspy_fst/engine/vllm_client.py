@@ -78,6 +78,7 @@ class VLLMClient:
         self._request_timeout_s = request_timeout_s
         self._load_timeout_s = load_timeout_s
         self._model: str | None = None
+        self._cannot_compare = False
         self._http = httpx.Client(
             base_url=address.url,
             headers={"Authorization": f"Bearer {address.api_key}"} if address.api_key else {},
@@ -269,9 +270,14 @@ class VLLMClient:
             folder: As the server sees it.
             optional: Give None instead of an error where the server's workers lack our extension.
         """
+        if self._cannot_compare:
+            return None
         rpc = {"method": COMPARE, "kwargs": {"folder": str(folder)}}
         reply = self._send("POST", "/collective_rpc", json=rpc, timeout_s=self._load_timeout_s)
         if optional and not reply.is_success and COMPARE in reply.text:
+            self._cannot_compare = True
+            with suppress(EngineError):
+                self.ping()  # the server closes the connection behind such an answer; the next request would meet that
             return None
         _require_success(reply, f"POST {self.address.url}/collective_rpc")
         workers = reply.json()["results"]
