@@ -75,7 +75,7 @@ def continued(rendered: Ids, said: Sequence[Ids], text_of: Callable[[Sequence[in
     (1, 2, 9, 1)
     """
     text = text_of(rendered)
-    for ids in sorted(said, key=len, reverse=True):
+    for ids in sorted(said, key=lambda ids: (-len(ids), ids)):
         if rendered[: len(ids)] == ids:
             return rendered
         begun = text_of(ids)

@@ -61,16 +61,20 @@ class Recording:
                 self._calls.append(call)
                 self._said.append((_conversation(request), (*call.prompt_ids, *call.completion_ids)))
 
-    def said_before(self, request: lm15.Request) -> list[Ids]:
-        """Ids of every call (prompt and reply) whose messages this request repeats and goes on from, with a reply."""
+    def said_before(self, request: lm15.Request) -> list[tuple[int, Ids]]:
+        """The calls whose messages this request repeats and goes on from, with a reply: messages and ids of each.
+
+        The longest conversation comes first; calls of equal length in an order that does not depend on time.
+        """
         now = _conversation(request)
         with self._lock:
             said = list(self._said)
-        return [
-            ids
+        found = [
+            (len(earlier), ids)
             for earlier, ids in said
             if earlier == now[: len(earlier)] and len(now) > len(earlier) and now[len(earlier)][0] == "assistant"
         ]
+        return sorted(found, key=lambda one: (-one[0], one[1]))
 
     def close(self) -> tuple[Call, ...]:
         """Take the calls; whatever the program's left-over threads still ask is refused from now on."""
@@ -149,7 +153,7 @@ def complete_recorded(
         with counted_in(recording.queue_time):
             return complete(request, seed).response
     said = recording.said_before(request)
-    prompt_ids = continued(request, said) if said else None
+    prompt_ids = continued(request, [ids for _, ids in said]) if said else None
     with counted_in(recording.queue_time):
         completion = complete(request, seed) if prompt_ids is None else complete(request, seed, prompt_ids)
     temperature = request.config.temperature
@@ -171,10 +175,12 @@ def complete_recorded(
     return completion.response
 
 
-def _turn(prompt_ids: Ids, said: Sequence[Ids]) -> Literal["first", "continued", "rerendered"]:
+def _turn(prompt_ids: Ids, said: Sequence[tuple[int, Ids]]) -> Literal["first", "continued", "rerendered"]:
+    """What became of the last turn; one that goes on from an older turn only has the last one's reply written anew."""
     if not said:
         return "first"
-    return "continued" if any(prompt_ids[: len(ids)] == ids for ids in said) else "rerendered"
+    last = [ids for messages, ids in said if messages == said[0][0]]
+    return "continued" if any(prompt_ids[: len(ids)] == ids for ids in last) else "rerendered"
 
 
 def _conversation(request: lm15.Request) -> Conversation:

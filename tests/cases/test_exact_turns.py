@@ -39,9 +39,9 @@ class Chat(dspy.Module):
         return dspy.Prediction(answer=text)
 
 
-def played(policy: PolicyLM, **options) -> list[Rollout]:
+def played(policy: PolicyLM, threads: int = ROLLOUTS, **options) -> list[Rollout]:
     program = Chat(policy, **options)
-    player = Player(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings(threads=ROLLOUTS))
+    player = Player(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings(threads=threads))
     example = dspy.Example(question="Tell me more.").with_inputs("question")
     tasks = [Task(Problem(0, example), read_texts(program), sample) for sample in range(ROLLOUTS)]
     rollouts = player.play(tasks, "turns")
@@ -49,18 +49,19 @@ def played(policy: PolicyLM, **options) -> list[Rollout]:
     return rollouts
 
 
-@pytest.fixture
-def policy_of(tmp_path):
-    """Makes a policy whose random model writes a few tokens of any kind."""
-    made = []
+@pytest.fixture(scope="module")
+def policy_of(tmp_path_factory):
+    """Makes a policy whose random model writes a few tokens of any kind; one for each template."""
+    made = {}
 
     def make(template: str) -> PolicyLM:
-        policy = PolicyLM(save_model(tmp_path / "model", template), engine="in_process", max_tokens=6)
-        made.append(policy)
-        return policy
+        if template not in made:
+            folder = save_model(tmp_path_factory.mktemp("turns") / "model", template)
+            made[template] = PolicyLM(folder, engine="in_process", max_tokens=6)
+        return made[template]
 
     yield make
-    for policy in made:
+    for policy in made.values():
         policy.release()
 
 
@@ -109,6 +110,22 @@ def test_a_reply_that_the_program_altered_is_rendered_and_counted(policy_of):
     assert [call.turn for call in rollouts[0].calls] == ["first", "rerendered", "rerendered"]
 
 
+def test_a_turn_whose_last_reply_alone_was_altered_goes_on_from_the_turn_before_it_and_counts_as_rendered(policy_of):
+    altered = []
+
+    def said(text):
+        altered.append(text)
+        return text if len(altered) % TURNS == 1 else f"(noted) {text}"
+
+    rollouts = played(policy_of(CHATML), threads=1, said=said)
+    for rollout in rollouts:
+        first, _, third = rollout.calls
+        assert [call.turn for call in rollout.calls] == ["first", "continued", "rerendered"]
+        whole = first.prompt_ids + first.completion_ids
+        assert third.prompt_ids[: len(whole)] == whole
+        assert sequences(rollout) == 2
+
+
 def test_a_template_that_leaves_thoughts_out_is_not_continued(policy_of):
     rollouts = played(policy_of(STRIPS_THOUGHTS), said=lambda text: "Yes.")
     assert {call.turn for rollout in rollouts for call in rollout.calls[1:]} == {"rerendered"}
@@ -143,7 +160,7 @@ def test_only_a_request_that_repeats_all_messages_and_a_reply_goes_on_from_a_cal
     call = Call("ask", (1, 2), (3, 4), (-1.0, -1.0), "stop", "v0")
     recording.add(call, Request("m", asked, system="s"))
     goes_on = (*asked, Message.assistant("y"), Message.user("z"))
-    assert recording.said_before(Request("m", goes_on, system="s")) == [(1, 2, 3, 4)]
+    assert recording.said_before(Request("m", goes_on, system="s")) == [(2, (1, 2, 3, 4))]
     for other in (asked, (*asked, Message.user("z")), (Message.user("w"), *goes_on[1:])):
         assert recording.said_before(Request("m", other, system="s")) == []
     assert recording.said_before(Request("m", goes_on, system="t")) == []
