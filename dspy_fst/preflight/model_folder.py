@@ -87,12 +87,17 @@ def stored_layer_fault(folder: Path) -> str | None:
     logging.set_verbosity(logging.CRITICAL)
     try:
         _, told = load_model(folder, dtype="float32", device_map="meta", output_loading_info=True)
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):  # e.g. files larger than the memory, which `fit` tells
-            return None
+    except Exception as error:  # a model's own code may raise anything on a config that is not its files'
+        if isinstance(error, OSError | MemoryError) or "Cannot allocate memory" in str(error):
+            return None  # files larger than the memory; `fit` tells
+        if "ignore_mismatched_sizes" in str(error):
+            return (
+                "its files hold some layers in another shape than its config.json says; they are of two models, or "
+                "the config was edited: download or save the model again"
+            )
         return (
-            "its files hold some layers in another shape than its config.json says; they are of two models, or the "
-            "config was edited: download or save the model again"
+            f"transformers cannot make its model ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            "look at its config.json, or download or save the model again"
         )
     finally:
         logging.set_verbosity(verbosity)

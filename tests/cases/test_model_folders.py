@@ -4,20 +4,26 @@ import json
 import shutil
 from pathlib import Path
 
+import dspy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import dspy_fst
 from dspy_fst import PolicyLM
+from dspy_fst.compiled import policy_of
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
-from dspy_fst.errors import EngineError, TrainingError
+from dspy_fst.errors import EngineError, RunDirectoryError, TrainingError
+from dspy_fst.export import export
+from dspy_fst.rollout.texts import carry, read_texts
 from dspy_fst.run.plain_weights import weights_faults
 from dspy_fst.run.sealed import seal, verify
 from dspy_fst.slow.policy import Policy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.types import Population
 from dspy_fst.validation import model_faults
 from programs.lab import BASE
 from tests.slow.makers import save_model
@@ -142,6 +148,13 @@ def test_any_layer_that_the_files_do_not_hold_is_told_before_work(folder, change
     (fault,) = faults_of(folder)
     assert ("lack model.layers.0.mlp.up_proj.weight" in fault) is (change == "lacks")
     assert "in another shape than its config.json says" in fault or change == "lacks"
+
+
+def test_a_config_that_no_model_can_be_made_of_is_told_before_work(folder):
+    """Its vocabulary is smaller than the padding's id."""
+    edited(folder, "config.json", vocab_size=60)
+    (fault,) = faults_of(folder)
+    assert "transformers cannot make its model (AssertionError" in fault
 
 
 # ---- two sets of weights, other formats and precisions ------------------------------------------
@@ -320,3 +333,29 @@ def test_a_link_among_the_templates_is_refused(folder, tmp_path):
     (folder / "additional_chat_templates" / "y.jinja").symlink_to(tmp_path / "secret.jinja")
     (fault,) = weights_faults(folder)
     assert "no links" in fault
+
+
+def test_named_templates_come_back_from_a_saved_program_and_an_export(folder, tmp_path):
+    """Through compile's own publisher, dspy_fst.save, dspy_fst.load and dspy-fst export."""
+    with_named_templates(folder)
+    policy = PolicyLM(str(folder), engine="in_process", max_tokens=4)
+    path = (
+        Trainer(folder, SETTINGS, device="cpu")
+        .publish(tmp_path / "run" / "weights" / "step-000000", "step-000000")
+        .path
+    )
+    program = dspy.ChainOfThought("question -> answer")
+    program.set_lm(policy)
+    policy.handle.checkpoint = Checkpoint("step-000000", path)
+    carry(program, Population.of_seed(read_texts(program), 2))
+    saved = dspy_fst.save(program, tmp_path / "compiled")
+    loaded = dspy_fst.load(saved, dspy.ChainOfThought("question -> answer"), engine="in_process")
+    assert ids(policy_of(loaded).checkpoint.path, [TOOL]) == ids(folder, [TOOL])
+    out = export(tmp_path / "compiled", tmp_path / "out")
+    assert (out / "additional_chat_templates").stat().st_mode & 0o777 == 0o755
+    assert ids(out, [TOOL]) == ids(folder, [TOOL])
+    again = dspy_fst.load(out, dspy.ChainOfThought("question -> answer"), engine="in_process")
+    assert ids(policy_of(again).checkpoint.path, [TOOL]) == ids(folder, [TOOL])
+    (out / "additional_chat_templates" / "tool_use.jinja").write_text("changed")
+    with pytest.raises(RunDirectoryError, match=r"additional_chat_templates/tool_use\.jinja"):
+        dspy_fst.load(out, dspy.ChainOfThought("question -> answer"), engine="in_process")
