@@ -166,6 +166,7 @@ class EngineHandle:
         self._make = engine_maker(self.resolved_kind, options)
         self._engine: Engine | None = None
         self._reader: ReplyReader | None = None
+        self._renderer: PromptRenderer | None = None
         self._lock = threading.RLock()
 
     @property
@@ -223,7 +224,11 @@ class EngineHandle:
     def _continued(self, request: lm15.Request, said: Sequence[Ids]) -> Ids | None:
         """The prompt of a conversation that goes on, from the ids that were sampled; see `PromptRenderer.continued`."""
         reader = self.reader
-        return PromptRenderer(reader.tokenizer, reader.traits).continued(request, said) if reader.tokenizer else None
+        if reader.tokenizer is None:
+            return None
+        with self._lock:  # one renderer, as its lock is what keeps threads apart in one tokenizer
+            self._renderer = self._renderer or PromptRenderer(reader.tokenizer, reader.traits)
+        return self._renderer.continued(request, said)
 
     def close(self) -> None:
         """DSPy closes LMs it does not own the engine of; only `release` stops ours."""
