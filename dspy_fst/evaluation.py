@@ -144,7 +144,8 @@ def two_by_two(
     The engine serves the trained weights again when this returns.
     """
     policy = policy_of(compiled)
-    player = Player(compiled, Reward(metric), PlayerSettings(threads=threads, seed=seed), policy.handle.engine.expect)
+    reward, settings = Reward(metric, peers=testset), PlayerSettings(threads=threads, seed=seed)
+    player = Player(compiled, reward, settings, policy.handle.engine.expect)
     best = compiled.population.best
     own, evolved = texts_like(best, student), texts_like(best, compiled)
     return table(player, policy, start_of(compiled), own, evolved, testset, k=k)

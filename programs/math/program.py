@@ -56,7 +56,9 @@ def metric(
     gold: Any, pred: Any, trace: Any = None, pred_name: str | None = None, pred_trace: Any = None
 ) -> dspy.Prediction:
     r"""1 for an equal result, plain or in \boxed{}, else 0 and the expected one."""
-    written = getattr(pred, "answer", None)  # as it is: a form feed at its beginning is what JSON left of \\frac
+    written = getattr(
+        pred, "answer", None
+    )  # as it is: a form feed at its beginning is what JSON left of a LaTeX command
     return judged(fault(gold.answer, "" if written is None else str(written)))
 
 

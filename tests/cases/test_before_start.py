@@ -5,7 +5,6 @@ import pytest
 
 from dspy_fst import FSTOptimizer
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.preflight.score_scale import of_labels
 from dspy_fst.run.directory import read_events
 from programs.lab import build
 from tests.fakes import fields, scripted_policy
@@ -171,6 +170,8 @@ def test_a_metric_above_the_perfect_score_is_told_before_the_first_search(best, 
 
 
 def test_a_metric_that_asks_a_judge_is_not_asked_for_labels():
+    from dspy_fst.preflight.score_scale import of_labels
+
     judge = dspy.Predict("given_answer -> verdict: float")
     asked = []
 
