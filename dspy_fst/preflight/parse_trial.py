@@ -87,8 +87,13 @@ class Trial:
 
 def parse_share(rollouts: Sequence[Rollout]) -> float:
     """Share of the policy's replies that parsed; 1 where none was read."""
-    read = [isinstance(entry[2], FailedPrediction) for rollout in rollouts for entry in rollout.trace]
-    return 1 - sum(read) / len(read) if read else 1.0
+    failed = [
+        isinstance(said, FailedPrediction)
+        for rollout in rollouts
+        for predictor, _, said in rollout.trace
+        if predictor is not None and is_recorded(getattr(predictor, "lm", None) or dspy.settings.lm)
+    ]
+    return 1 - sum(failed) / len(failed) if failed else 1.0
 
 
 def trial(session: Session, first: Sequence[Rollout]) -> Trial:

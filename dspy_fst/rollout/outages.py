@@ -103,10 +103,9 @@ class Outages(BaseCallback):
         if error is not None and (reason := self.cause_of(error)):
             return reason
         tripped_over = getattr(error, "obj", None)  # of an AttributeError: what has no such attribute
-        for reason, seen in self._seen:
-            if seen is tripped_over or leaves_a_hole(seen):
-                return reason
-        return None
+        if isinstance(tripped_over, BaseException) and (reason := self.cause_of(tripped_over)):
+            return reason
+        return next((reason for reason, seen in self._seen if leaves_a_hole(seen)), None)
 
     def forget(self) -> None:
         """Let go of the exceptions, whose tracebacks hold the rollout's copy of the program."""

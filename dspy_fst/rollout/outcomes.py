@@ -112,7 +112,7 @@ class Ending:
             return _masked(outage, str(error))
         if policy_s := blame.of_policy(example, prediction, trace, error):
             reason, feedback = policy_s
-            return {"reward": self.failure_score, "failure": reason, "feedback": feedback, "prediction": prediction}
+            return {"reward": self.failure_score, "failure": reason, "feedback": feedback}
         detail = repr(error.__cause__) if error.__cause__ else ""
         return {**_masked(str(error), detail), "prediction": prediction}
 

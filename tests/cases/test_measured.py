@@ -1,5 +1,6 @@
 """What is measured is what the program and the policy did: judges, outages and odd values on a scripted policy."""
 
+import asyncio
 import threading
 import time
 
@@ -390,3 +391,36 @@ def test_an_infinite_answer_that_the_label_has_too_is_not_the_policy_s_failure()
     program = Asks(signature="question -> answer: float")
     rollout = play(program, speak=lambda m, s: fields(answer="inf"), metric=negative, example=gold)
     assert rollout.mask == "metric returned nan"
+
+
+class Gathers(Asks):
+    """Asks a tool in a task, keeps its exception, and reads the result without looking."""
+
+    async def ask_tool(self, question):
+        raise ConnectionError("down")
+
+    async def both(self, question):
+        return await asyncio.gather(self.ask_tool(question), return_exceptions=True)
+
+    def forward(self, question):
+        said = self.solve(question=question)
+        (found,) = asyncio.run(self.both(question))
+        return dspy.Prediction(answer=said.answer, found=found.text)
+
+
+class TooMany(Votes):
+    """dspy.Parallel gives up after its first error."""
+
+    def forward(self, question):
+        with dspy.context(max_errors=1):
+            return super().forward(question)
+
+
+def test_an_exception_that_is_read_as_a_result_masks():
+    rollout = play(Gathers())
+    assert (rollout.reward, rollout.mask) == (None, "outage: ConnectionError")
+
+
+def test_a_parallel_that_gives_up_because_of_an_outage_masks():
+    rollout = play(TooMany(), speak=in_turn(fields(answer="1"), EngineError("gone"), fields(answer="1")))
+    assert (rollout.reward, rollout.mask) == (None, "lm: EngineError")
