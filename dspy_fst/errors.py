@@ -25,6 +25,10 @@ class EngineError(FSTError):
     """The engine that samples tokens could not be started, reached or kept alive."""
 
 
+class NoAnswerError(EngineError):
+    """The server broke off, did not answer in time or failed inside; it may be dead."""
+
+
 class SyncError(EngineError):
     """After a publish the engine uses other weights than the trainer's, or computes other
     log-probabilities from them.

@@ -5,21 +5,23 @@ import importlib.util
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import dspy
 from dspy import lm15
+from dspy.clients.engines.base import StreamEvent
 from pydantic import ValidationError
 
-from dspy_fst.engine.base import Checkpoint, Engine
+from dspy_fst.engine.base import Checkpoint, Completion, Engine
 from dspy_fst.engine.portable import PolicyState, portable_options
 from dspy_fst.engine.prompts import Ids, PromptRenderer
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.preflight.adapter_folder import adapter_fault
-from dspy_fst.rollout.recording import RECORDED, complete_recorded
+from dspy_fst.policy_stream import events, events_in_thread, pieces
+from dspy_fst.rollout.recording import RECORDED, complete_recorded, stream_recorded
 
 EngineKind = Literal["auto", "vllm", "in_process"]
 BASE_VERSION = "base"
@@ -230,6 +232,14 @@ class EngineHandle:
             self._renderer = self._renderer or PromptRenderer(reader.tokenizer, reader.traits)
         return self._renderer.continued(request, said)
 
+    def stream(self, request: lm15.Request) -> Iterator[StreamEvent]:
+        """The reply's events as it is sampled (``dspy.streamify``); it is recorded as a whole one is."""
+
+        def told(asked: lm15.Request, seed: int, prompt_ids: Ids | None) -> Generator[str, None, Completion]:
+            return pieces(self.ready(), self.reader, asked, seed, prompt_ids)
+
+        return events(stream_recorded(told, request, _free_seed, self._continued), request)
+
     def close(self) -> None:
         """DSPy closes LMs it does not own the engine of; only `release` stops ours."""
 
@@ -249,6 +259,10 @@ class AsyncHandle:
 
     async def complete(self, request: lm15.Request) -> lm15.Response:
         return await asyncio.to_thread(self._handle.complete, request)
+
+    def stream(self, request: lm15.Request) -> AsyncIterator[StreamEvent]:
+        """See `EngineHandle.stream`."""
+        return events_in_thread(self._handle.stream(request))
 
     async def aclose(self) -> None:
         """See `EngineHandle.close`."""

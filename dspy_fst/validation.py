@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from dspy_fst.architectures import context_length, text_writers, unlike_vllm
 from dspy_fst.config import FSTConfig
+from dspy_fst.engine.chat import temperature_fault
 from dspy_fst.engine.memory import has_gpu
 from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.adapter_folder import adapter_fault
@@ -112,14 +113,16 @@ def _sampling_faults(student: dspy.Module) -> list[str]:
 
 def _bad_numbers(settings: Mapping[str, Any]) -> Iterator[str]:
     temperature, longest = settings.get("temperature"), settings.get("max_tokens")
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
-        yield f"temperature={temperature!r}: it must be a number above 0, at most 2; 1.0 is the model's own"
+    if fault := temperature_fault(temperature):
+        yield fault
     if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
         yield f"max_tokens={longest!r}: it must be a whole number above 0, the longest reply in tokens"
 
 
 def _reshaping(settings: Mapping[str, Any]) -> Iterator[str]:
     """Settings under which tokens are drawn from another distribution than the one that is scored."""
+    if (temperature := settings.get("temperature")) is not None and (fault := temperature_fault(temperature)):
+        yield fault
     for key in ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
         if settings.get(key) not in (None, 0, 0.0, 1, 1.0):
             yield f"{key}={settings[key]}: training scores plain temperature sampling; remove it"

@@ -373,6 +373,12 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("temperature-text", {"policy": {"temperature": "hot"}}, "temperature='hot': it must be a number above 0"),
     ("temperature-nan", {"policy": {"temperature": NAN}}, "temperature=nan: it must be a number above 0"),
     ("temperature-negative", {"policy": {"temperature": -1}}, "temperature=-1: it must be a number above 0"),
+    ("temperature-tiny", {"policy": {"temperature": 0.001}}, "temperature=0.001: vLLM samples at 0.01 instead"),
+    (
+        "temperature-tiny-in-predictor",
+        {"student": predictor(temperature=0.001)},
+        "predictor 'self': temperature=0.001: vLLM samples at 0.01 instead",
+    ),
     ("temperature-bool", {"policy": {"temperature": True}}, "temperature=True: it must be a number above 0"),
     ("max-tokens-text", {"policy": {"max_tokens": "16"}}, "max_tokens='16': it must be a whole number above 0"),
     ("max-tokens-zero", {"policy": {"max_tokens": 0}}, "max_tokens=0: it must be a whole number above 0"),

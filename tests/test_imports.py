@@ -20,6 +20,7 @@ LAYERS = [
     ],
     ["plan", "slow", "rollout", "engine", "run", "preflight.adapter_folder", "preflight.chat_template"],
     ["fast", "report", "preflight.parts"],
+    ["policy_stream"],
     ["policy"],
     ["publishing"],
     ["validation", "program_state"],

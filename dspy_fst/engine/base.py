@@ -1,10 +1,10 @@
 """What samples tokens: the one protocol that every engine meets. Its weights are verified by `engine.sync`."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dspy.lm15 import Request, Response
 
@@ -115,4 +115,16 @@ class Engine(Scorer, Protocol):
 
     def close(self) -> None:
         """Release everything that was started. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class StreamingEngine(Protocol):
+    """An engine that can tell a reply while it is sampled."""
+
+    def stream(self, request: Request, seed: int) -> Generator[str, None, Completion]:
+        """`Engine.complete`, its text told in pieces; the generator returns what ``complete`` would have.
+
+        Closing it ends the reply. Once a piece was told, a failure is not survived by asking again.
+        """
         ...

@@ -17,6 +17,23 @@ _MASKING = {
 }
 """Servers' own settings under which some tokens cannot be drawn, or must be."""
 
+LEAST_TEMPERATURE = 0.01
+"""vLLM 0.32 raises temperatures between 0 and this one to it (vllm/sampling_params.py), and reports log-probabilities
+at what it raised them to."""
+
+
+def temperature_fault(temperature: Any) -> str | None:
+    """Why no call can be sampled at this temperature and scored at it, or None."""
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not number or not 0 <= temperature <= 2:
+        return f"temperature={temperature!r}: it must be a number above 0, at most 2; 1.0 is the model's own"
+    if 0 < temperature < LEAST_TEMPERATURE:
+        return (
+            f"temperature={temperature!r}: vLLM samples at {LEAST_TEMPERATURE} instead, so training would score another "
+            f"distribution than was sampled; use 0 (greedy) or at least {LEAST_TEMPERATURE}"
+        )
+    return None
+
 
 def refuse_reshaped_sampling(request: lm15.Request) -> None:
     """Refuse settings under which tokens are not drawn from softmax(logits / temperature).
@@ -33,6 +50,9 @@ def refuse_reshaped_sampling(request: lm15.Request) -> None:
                 f"{name}={getattr(request.config, name)!r}: {meaning} is not what training scores; remove it from "
                 "the PolicyLM or the predictor's config"
             )
+    temperature = request.config.temperature
+    if temperature is not None and 0 < temperature < LEAST_TEMPERATURE:
+        raise lm15.UnsupportedFeatureError(str(temperature_fault(temperature)))
     if masks := sorted(_masks(request.config)):
         raise lm15.UnsupportedFeatureError(
             f"{', '.join(masks)}: the reply would be drawn with some tokens masked, which is not what training scores; "

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import TypeVar
 
 from dspy.lm15 import Request
@@ -109,6 +110,18 @@ class Keeper:
         """Sample one reply, however the server fails meanwhile; see ``Engine.complete``."""
         rendered = () if prompt_ids is None else (prompt_ids,)
         return self._persist(lambda server: server.complete(request, seed, *rendered))
+
+    def stream(self, request: Request, seed: int) -> Generator[str, None, Completion]:
+        """`complete`, its text told in pieces; once one was told nothing is asked again: it would be heard twice."""
+        with closing(self._serving().stream(request, seed)) as pieces:
+            try:
+                first = next(pieces)
+            except StopIteration as end:
+                return end.value
+            except EngineError:  # asked whole, which starts a server again where there is need
+                return self.complete(request, seed)
+            yield first
+            return (yield from pieces)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1."""

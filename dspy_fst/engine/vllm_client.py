@@ -4,8 +4,8 @@ Libraries' internals show here in two places: lm15's transport (dspy 3.4.1; not 
 loopback traffic off a proxy) and vLLM's developer endpoints (0.32).
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from dspy.lm15 import TimeoutError as RequestTimeoutError
 
 from dspy_fst.engine.base import Completion, Holding
 from dspy_fst.engine.chat import refuse_reshaped_sampling, text_response
-from dspy_fst.errors import EngineError
+from dspy_fst.engine.vllm_stream import read_stream, sse_chunks
+from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
 
 MAX_CONNECTIONS = 512
@@ -46,11 +47,9 @@ _ENGINE_FAULTS = (TransportError, RequestTimeoutError, ServerError, AuthError, U
 _FINISHED = {"stop", "length", "tool_calls"}
 COMPARE = "dspy_fst_compare"
 """The method of `engine/served/dspy_fst_weight_check.py`."""
+_CONTROL = {"/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+"""Endpoints that answer 500 also to what the caller did wrong: files that do not fit, an adapter of too high a rank."""
 _TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
-
-
-class NoAnswerError(EngineError):
-    """The server broke off, did not answer in time or failed inside; it may be dead."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,31 @@ class VLLMClient:
         routed = pinned(request, model=f"vllm:{self.find_model()}", seed=seed)
         if prompt_ids is not None and (completion := self._sample_after(prompt_ids, routed, weights)) is not None:
             return completion
-        try:
+        with self._as_engine_errors():
             response = self._router.complete(routed)
+        return read_completion(response, weights, keep_logprobs=request.config.logprobs is not None)
+
+    def stream(self, request: Request, seed: int, weights: WeightsVersion) -> Generator[str, None, Completion]:
+        """`sample`, its text told in pieces as it comes; closing the generator ends the reply on the server too."""
+        name = self.find_model()
+        routed = pinned(request, model=f"vllm:{name}", seed=seed)
+        with self._as_engine_errors():
+            lm = self._router.lm(routed.model)
+            wire = lm.build_request(replace(routed, model=name), stream=True)
+        try:
+            with self._http.stream(wire.method, wire.url, headers=wire.headers, content=wire.body) as reply:
+                if not reply.is_success:
+                    with self._as_engine_errors():
+                        raise lm.normalize_error(reply.status_code, reply.read().decode("utf-8", "replace"))
+                return (yield from read_stream(sse_chunks(reply), request, weights))
+        except (httpx.HTTPError, RuntimeError) as error:  # the latter when another thread closed the client
+            raise NoAnswerError(f"vLLM at {self.address.url} gave no reply to a request: {error}") from error
+
+    @contextmanager
+    def _as_engine_errors(self) -> Iterator[None]:
+        """What lm15 tells of this server, in the words of an engine; refusals of the request itself stay."""
+        try:
+            yield
         except _ENGINE_FAULTS as error:
             raise NoAnswerError(f"vLLM at {self.address.url} gave no reply to a request: {error}") from error
         except InvalidRequestError as error:
@@ -148,7 +170,6 @@ class VLLMClient:
             if "maximum context length" in str(error) and not isinstance(error, ContextLengthError):
                 raise ContextLengthError(str(error)) from error
             raise
-        return read_completion(response, weights, keep_logprobs=request.config.logprobs is not None)
 
     def _sample_after(self, prompt_ids: Sequence[int], request: Request, weights: WeightsVersion) -> Completion | None:
         """One reply after exactly these ids; None where the server refuses them.
@@ -295,8 +316,16 @@ class VLLMClient:
 
     def _call(self, method: str, path: str, *, timeout_s: float, json: object = None) -> httpx.Response:
         reply = self._send(method, path, timeout_s=timeout_s, json=json)
-        _require_success(reply, f"{method} {self.address.url}{path}")
+        refused = reply.is_server_error and path.partition("?")[0] in _CONTROL and self._is_well()
+        _require_success(reply, f"{method} {self.address.url}{path}", refused=refused)
         return reply
+
+    def _is_well(self) -> bool:
+        """Whether the server lives, so that its 500 is its answer to a request that it cannot do."""
+        try:
+            return self._send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).is_success
+        except NoAnswerError:
+            return False
 
     def _send(self, method: str, path: str, *, timeout_s: float, json: object = None) -> httpx.Response:
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
@@ -390,9 +419,26 @@ def read_scores(choice: Mapping[str, Any], sequence: Sequence[int]) -> list[floa
         raise EngineError(f"vLLM scored other tokens than it was given: token {error} is missing") from error
 
 
-def _require_success(reply: httpx.Response, what: str) -> None:
+def _require_success(reply: httpx.Response, what: str, *, refused: bool = False) -> None:
+    """
+    Args:
+        refused: A server error is known to be a refusal: the server lives on, and asking again changes nothing.
+    """
     if reply.is_success:
         return
     hint = " Is the API key right?" if reply.status_code == 401 else ""
+    if refused:
+        raise EngineError(
+            f"{what} answered {reply.status_code}, and the server is well, so it refused: {_reason(reply)}"
+        )
     kind = NoAnswerError if reply.is_server_error else EngineError
-    raise kind(f"{what} answered {reply.status_code}: {reply.text[:500]}{hint}")
+    raise kind(f"{what} answered {reply.status_code}: {_reason(reply)}{hint}")
+
+
+def _reason(reply: httpx.Response) -> str:
+    """What a server says of an error: vLLM's own sentence where it gives one."""
+    try:
+        error = reply.json()["error"]
+        return str(error["message"] if isinstance(error, Mapping) else error)[:500]
+    except (ValueError, KeyError, TypeError):
+        return reply.text[:500]

@@ -10,7 +10,7 @@ import ipaddress
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,13 +239,15 @@ class VLLMServer:
 
     def complete(self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
         """Sample one reply from the whole distribution; see ``Engine.complete``."""
-        with self._gate.sampling(self.settings.request_timeout_s), self._explaining_death():
-            client, weights = self._serving()
-            self._reader.check(request)
-            asked = with_stop_tokens(fitted(request, self._reader.traits), self._reader.stop_ids)
+        with self._asking(request) as (client, weights, asked):
             completion = client.sample(asked, seed, weights, prompt_ids)
-            self._answered_at = time.monotonic()
-            return self._reader.read(completion, request)
+        return self._reader.read(completion, request)
+
+    def stream(self, request: Request, seed: int) -> Generator[str, None, Completion]:
+        """`complete`, its text told in pieces, in which thoughts and tool calls stand as the model writes them."""
+        with self._asking(request) as (client, weights, asked):
+            completion = yield from client.stream(asked, seed, weights)
+        return self._reader.read(completion, request)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1.
@@ -254,17 +256,22 @@ class VLLMServer:
         """
         if not sequences:
             return []
-        with self._gate.sampling(self.settings.request_timeout_s), self._explaining_death():
-            client, _ = self._serving()
-            scores = client.score(sequences)
-            self._answered_at = time.monotonic()
-            return scores
+        with self._holding_still() as (client, _):
+            return client.score(sequences)
 
-    def held(self, checkpoint: Checkpoint) -> Holding | None:
-        """Compare the weights in use with the folder's; None on an attached server without our worker extension."""
+    @contextmanager
+    def _asking(self, request: Request) -> Iterator[tuple[VLLMClient, WeightsVersion, Request]]:
+        """The server, the version of its weights, and the request as its chat template can show it."""
+        with self._holding_still() as (client, weights):
+            self._reader.check(request)
+            yield client, weights, with_stop_tokens(fitted(request, self._reader.traits), self._reader.stop_ids)
+
+    @contextmanager
+    def _holding_still(self) -> Iterator[tuple[VLLMClient, WeightsVersion]]:
+        """The server, under weights that are not changed meanwhile; a death is told with its last words."""
         with self._gate.sampling(self.settings.request_timeout_s), self._explaining_death():
-            client, _ = self._serving()
-            return client.held(checkpoint.path.resolve(), optional=self.settings.attach_url is not None)
+            yield self._serving()
+            self._answered_at = time.monotonic()
 
     def expect(self, callers: int) -> None:
         """Nothing to do: vLLM batches whatever is in flight."""

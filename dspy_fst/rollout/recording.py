@@ -7,7 +7,7 @@ A `Recording` lives in DSPy's context for the time of one rollout, so it follows
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal
 
 import dspy
@@ -147,32 +147,59 @@ def complete_recorded(
     recording: Recording | Apart | None = dspy.settings.get(SETTING)
     if recording is None:
         return complete(request, free_seed()).response
+    seed, prompt_ids, record = _begun(recording, request, continued)
+    with counted_in(recording.queue_time):
+        completion = complete(request, seed) if prompt_ids is None else complete(request, seed, prompt_ids)
+    record(completion)
+    return completion.response
+
+
+def stream_recorded(
+    stream: Callable[[lm15.Request, int, Ids | None], Generator[str, None, Completion]],
+    request: lm15.Request,
+    free_seed: Callable[[], int],
+    continued: Callable[[lm15.Request, Sequence[Ids]], Ids | None] = lambda request, said: None,
+) -> Generator[str, None, Completion]:
+    """`complete_recorded` for a reply that is told in pieces; one that is not heard to its end is not recorded."""
+    recording: Recording | Apart | None = dspy.settings.get(SETTING)
+    if recording is None:
+        return (yield from stream(request, free_seed(), None))
+    seed, prompt_ids, record = _begun(recording, request, continued)
+    completion = yield from stream(request, seed, prompt_ids)
+    record(completion)
+    return completion
+
+
+def _begun(
+    recording: Recording | Apart,
+    request: lm15.Request,
+    continued: Callable[[lm15.Request, Sequence[Ids]], Ids | None],
+) -> tuple[int, Ids | None, Callable[[Completion], None]]:
+    """Of a rollout's call that begins now: its seed, its prompt's ids where they are known, and what records its end."""
     predictor = calling_predictor()
     seed = recording.next_seed(predictor, request)
     if isinstance(recording, Apart):
-        with counted_in(recording.queue_time):
-            return complete(request, seed).response
-    said = recording.said_before(request)
-    prompt_ids = continued(request, [ids for _, ids in said]) if said else None
-    with counted_in(recording.queue_time):
-        completion = complete(request, seed) if prompt_ids is None else complete(request, seed, prompt_ids)
-    temperature = request.config.temperature
-    recording.add(
-        Call(
-            predictor=predictor,
-            prompt_ids=completion.prompt_ids,
-            completion_ids=completion.completion_ids,
-            logprobs=completion.logprobs,
-            finish_reason=completion.finish_reason,
-            weights=completion.weights,
-            temperature=1.0 if temperature is None else temperature,
-            reasoning_tokens=completion.reasoning_tokens,
-            cut_by_context=_cut_by_context(completion, request.config.max_tokens),
-            turn=_turn(completion.prompt_ids, said),
-        ),
-        request,
-    )
-    return completion.response
+        return seed, None, lambda completion: None
+    said, temperature = recording.said_before(request), request.config.temperature
+
+    def record(completion: Completion) -> None:
+        recording.add(
+            Call(
+                predictor=predictor,
+                prompt_ids=completion.prompt_ids,
+                completion_ids=completion.completion_ids,
+                logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+                weights=completion.weights,
+                temperature=1.0 if temperature is None else temperature,
+                reasoning_tokens=completion.reasoning_tokens,
+                cut_by_context=_cut_by_context(completion, request.config.max_tokens),
+                turn=_turn(completion.prompt_ids, said),
+            ),
+            request,
+        )
+
+    return seed, continued(request, [ids for _, ids in said]) if said else None, record
 
 
 def _turn(prompt_ids: Ids, said: Sequence[tuple[int, Ids]]) -> Literal["first", "continued", "rerendered"]:

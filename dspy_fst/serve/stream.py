@@ -5,7 +5,7 @@ finished is cut into pieces afterwards.
 """
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from itertools import chain
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import dspy
 from dspy import lm15
+from dspy.clients.engines.base import StreamEvent
 from dspy.streaming import StreamListener
 from dspy.utils.callback import BaseCallback
 from pydantic_core import to_jsonable_python
@@ -99,6 +100,10 @@ class StreamingHandle:
 
     def complete(self, request: lm15.Request) -> lm15.Response:
         return complete_recorded(self._sample, request, lambda: secrets.randbits(31))
+
+    def stream(self, request: lm15.Request) -> Iterator[StreamEvent]:
+        """See `EngineHandle`."""
+        return self._handle.stream(request)
 
     @property
     def supports_function_calling(self) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
 
+from dspy_fst.engine.vllm_stream import sse_chunks
 from dspy_fst.errors import EngineError
 from dspy_fst.serve.errors import ApiError
 
@@ -74,19 +75,7 @@ class Upstream:
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         reply = self._post(asked)
         try:
-            for line in reply.iter_lines():
-                name, _, data = line.partition(":")
-                if name != "data" or not data.strip():
-                    continue
-                if data.strip() == "[DONE]":
-                    return
-                chunk = json.loads(data)
-                if "error" in chunk:
-                    raise EngineError(f"vLLM failed in the middle of a reply: {chunk['error']}")
-                yield chunk
-            raise EngineError("vLLM broke off a reply")
-        except (httpx.HTTPError, ValueError) as error:
-            raise EngineError(f"vLLM broke off a reply: {error}") from error
+            yield from sse_chunks(reply)
         finally:
             reply.close()
 

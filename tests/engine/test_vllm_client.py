@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -420,6 +421,40 @@ def test_a_failed_swap_resumes_the_server_but_serves_nothing(
     assert engine.weights is None
     with pytest.raises(EngineError, match="no weights are served"):
         engine.complete(REQUEST, seed=0)
+
+
+def test_a_500_of_a_server_that_is_well_is_a_refusal_and_tells_its_reason(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    canned.replies["/collective_rpc"] = (500, {"error": {"message": "rank 64 is above max_lora_rank 16"}})
+    with pytest.raises(
+        EngineError, match=r"the server is well, so it refused: rank 64 is above max_lora_rank 16$"
+    ) as told:
+        engine.load(checkpoint)
+    assert not isinstance(told.value, NoAnswerError)
+
+
+def test_a_500_of_a_server_that_is_not_well_may_mean_that_it_is_dead(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    canned.replies["/collective_rpc"] = (500, {"error": {"message": "EngineDeadError"}})
+    canned.replies["/health"] = (500, "")
+    with pytest.raises(NoAnswerError, match="EngineDeadError"):
+        engine.load(checkpoint)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 0.001, 0.0099])
+def test_a_temperature_that_vllm_would_raise_is_refused(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, temperature: float
+) -> None:
+    engine.load(checkpoint)
+    asked = len(canned.asked)
+    request = replace(REQUEST, config=replace(REQUEST.config, temperature=temperature))
+    with pytest.raises(UnsupportedFeatureError, match=r"vLLM samples at 0.01 instead"):
+        engine.complete(request, seed=0)
+    assert len(canned.asked) == asked
 
 
 def test_a_swap_that_hangs_says_what_was_waited_for_and_resumes(

@@ -1,5 +1,6 @@
 """The real server: exact tokens, provably fresh weights, no process left behind."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -8,16 +9,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import dspy
 import httpx
 import pytest
 from dspy.lm15 import Config, ContextLengthError, InvalidRequestError, Message, Request
+from dspy.utils.exceptions import AdapterParseError
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.chat_template import TemplateTraits
 from dspy_fst.engine.prompts import PromptRenderer
+from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings, vllm_command, vllm_environment, vllm_faults
 from dspy_fst.errors import EngineError
+from dspy_fst.rollout.recording import SETTING, Recording
 from tests.engine.tiny_qwen import make_model, rescore, save, untied
 
 PROBES = [[3, *range(40, 90), 0], [4, *range(300, 340)], [5, 6]]
@@ -123,6 +129,60 @@ def test_sampled_tokens_score_alike_on_both_sides(
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert list(reply.prompt_ids) == rendered
     assert len({reply.completion_ids for reply in replies}) == 64
+
+
+@pytest.mark.vllm
+def test_a_reply_comes_in_pieces_that_are_the_whole_reply_of_the_same_draw(
+    server: VLLMServer, checkpoints: list[Checkpoint], models: list[Qwen3ForCausalLM]
+) -> None:
+    server.load(checkpoints[0])
+    whole = server.complete(ask("draw", max_tokens=24), seed=5)
+    stream = server.stream(ask("draw", max_tokens=24), seed=5)
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            told: Completion = end.value
+            break
+    assert len(pieces) > 3
+    assert "".join(pieces) == told.response.message.text == whole.response.message.text
+    assert (told.prompt_ids, told.completion_ids) == (whole.prompt_ids, whole.completion_ids)
+    assert told.finish_reason == whole.finish_reason
+    assert told.weights == whole.weights == checkpoints[0].version
+    assert gap(models[0], told, 1.0) < TOLERANCE
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("is_async", [True, False])
+def test_streamify_tells_tokens_while_the_model_speaks(
+    server: VLLMServer, checkpoints: list[Checkpoint], is_async: bool
+) -> None:
+    server.load(checkpoints[0])
+    policy = PolicyLM("no-model", engine="in_process", max_tokens=24, version=checkpoints[0].version)
+    policy.handle._make = lambda: server
+    policy.handle._reader = ReplyReader.load(Path("nowhere"))  # these weights neither think nor call tools
+    program = dspy.Predict("question -> answer")
+    program.set_lm(policy)
+    ask_in_pieces = dspy.streamify(program, is_async_program=is_async)
+    chunks: list[str] = []
+
+    async def listen() -> None:
+        async for item in ask_in_pieces(question="draw"):
+            if getattr(item, "choices", None):
+                chunks.append(item.choices[0].delta.content or "")
+
+    recording = Recording(seed=3)
+    with (
+        dspy.context(**{SETTING: recording}, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)),
+        pytest.raises(AdapterParseError) as said,  # random weights
+    ):
+        asyncio.run(listen())
+    (call,) = recording.close()
+    assert len([chunk for chunk in chunks if chunk]) > 3
+    assert "".join(chunks) == said.value.lm_response
+    assert len(call.completion_ids) == len(call.logprobs) <= 24
+    assert call.weights == checkpoints[0].version
 
 
 @pytest.mark.vllm
