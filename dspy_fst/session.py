@@ -1,6 +1,5 @@
 """A run in progress: what the alternation in optimizer.py works with, opened, timed, committed and closed."""
 
-import itertools
 import os
 import random
 import time
@@ -25,7 +24,7 @@ from dspy_fst.policy import PolicyLM
 from dspy_fst.publishing import NaturalTexts, Publishing
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
-from dspy_fst.rollout.rendering import prompts_under
+from dspy_fst.rollout.rendering import held_under, unread_fault
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.rollout.shown import shown, telling
 from dspy_fst.rollout.texts import carried_by, read_texts
@@ -238,9 +237,14 @@ class Session:
         self._refuse_unmeasured(step, rollouts)
         if self.config.seed_kl_teacher == "seed":
             return [HeldRollout(rollout, tuple(call.prompt_ids for call in rollout.calls)) for rollout in rollouts]
-        teachers = itertools.cycle(population.members)
-        tokenizer = self.trainer.tokenizer
-        return [HeldRollout(rollout, prompts_under(next(teachers), rollout, tokenizer)) for rollout in rollouts]
+        return held_under(population.members, rollouts, self.trainer.tokenizer)
+
+    def teaching_faults(self, rollouts: Sequence[Rollout]) -> list[str]:
+        """Why the population's texts could teach nothing in rollouts such as these, where the recipe has them teach."""
+        if self.config.seed_kl_coefficient == 0 or self.config.seed_kl_teacher == "seed":
+            return []
+        fault = unread_fault(rollouts, self.population.best, self.trainer.tokenizer)
+        return [fault] if fault else []
 
     @property
     def credit_rules(self) -> dict[str, Any]:

@@ -132,6 +132,8 @@ class Rollout:
     """The program's ``dspy.Prediction``; None when the run ended in a failure or was masked."""
     trace: tuple[Any, ...] = ()
     """DSPy's trace: ``(predictor, inputs, prediction)`` for every module call."""
+    asked: tuple[Any, ...] = ()
+    """Every call of a predictor that speaks with the policy, as `rollout.rendering` can make its prompt again."""
 
     def __post_init__(self) -> None:
         if (self.reward is None) != (self.mask is not None):

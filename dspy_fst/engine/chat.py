@@ -29,8 +29,8 @@ def temperature_fault(temperature: Any) -> str | None:
         return f"temperature={temperature!r}: it must be a number above 0, at most 2; 1.0 is the model's own"
     if 0 < temperature < LEAST_TEMPERATURE:
         return (
-            f"temperature={temperature!r}: vLLM samples at {LEAST_TEMPERATURE} instead, so training would score another "
-            f"distribution than was sampled; use 0 (greedy) or at least {LEAST_TEMPERATURE}"
+            f"temperature={temperature!r}: vLLM samples at {LEAST_TEMPERATURE} instead, so training would score "
+            f"another distribution than was sampled; use 0 (greedy) or at least {LEAST_TEMPERATURE}"
         )
     return None
 

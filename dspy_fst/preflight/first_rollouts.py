@@ -45,7 +45,7 @@ def try_first(session: Session) -> Spent:
     train = _played(session, session.trainset, list(range(min(COUNT, len(session.trainset)))), "preflight")
     val = _played(session, session.valset, spread(len(session.valset)), "preflight validation")
     session.see_texts(train)
-    faults = context_faults(session.policy, [*train, *val])
+    faults = context_faults(session.policy, [*train, *val]) + session.teaching_faults(train)
     faults += _unmeasured(train, f"the first {len(train)} examples")
     faults += _unmeasured(val, f"the {len(val)} examples of the valset that were tried")
     if faults:

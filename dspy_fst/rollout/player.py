@@ -24,6 +24,7 @@ from dspy_fst.rollout.outcomes import Ending
 from dspy_fst.rollout.parallel import parallel_calls_once
 from dspy_fst.rollout.parses import FailedParses
 from dspy_fst.rollout.recording import SETTING, Recording, tag_predictors
+from dspy_fst.rollout.rendering import Listening
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import UnboundError, with_texts
 from dspy_fst.types import Candidate, Group, Population, Problem, Rollout
@@ -142,11 +143,11 @@ class Player:
             return Rollout(task.problem.index, task.candidate, (), reward, feedback, failure="unbound source")
         program = spoken.copy(lean=True)
         trace: list[Any] = []
-        parses, outages = FailedParses(trace), Outages()
+        parses, outages, listening = FailedParses(trace), Outages(), Listening()
         ended = Ending(recording, parses, outages, self.settings.failure_score, self.settings.format_failure_score)
         settings = {
             SETTING: recording,
-            "callbacks": [*dspy.settings.callbacks, parses, outages],
+            "callbacks": [*dspy.settings.callbacks, parses, outages, listening],
             "trace": trace,
             "disable_history": True,
         }
@@ -161,7 +162,8 @@ class Player:
             outcome = ended.with_prediction(task.problem.example, prediction, trace, self.reward, self._blame)
         calls, whole = recording.close(), parses.in_trace()
         ended.forget()
-        return Rollout(task.problem.index, task.candidate, calls, trace=whole, **outcome)
+        asked = tuple(listening.asked)
+        return Rollout(task.problem.index, task.candidate, calls, trace=whole, asked=asked, **outcome)
 
 
 @contextmanager

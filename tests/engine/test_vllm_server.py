@@ -160,7 +160,7 @@ def test_streamify_tells_tokens_while_the_model_speaks(
 ) -> None:
     server.load(checkpoints[0])
     policy = PolicyLM("no-model", engine="in_process", max_tokens=24, version=checkpoints[0].version)
-    policy.handle._make = lambda: server
+    policy.handle._engine = server  # not by its maker: the server is shared, and outlives this handle
     policy.handle._reader = ReplyReader.load(Path("nowhere"))  # these weights neither think nor call tools
     program = dspy.Predict("question -> answer")
     program.set_lm(policy)
