@@ -8,7 +8,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 from dspy._vendor.lm15.transports import StdlibTransport
@@ -18,19 +17,17 @@ from dspy.lm15 import (
     InvalidRequestError,
     LMRouter,
     Request,
-    Response,
     RouterConfig,
     ServerError,
-    ToolChoice,
     TransportError,
-    UnsupportedFeatureError,
     UnsupportedModelError,
 )
 from dspy.lm15 import TimeoutError as RequestTimeoutError
 
 from dspy_fst.engine.base import Completion, Holding
-from dspy_fst.engine.chat import refuse_reshaped_sampling, text_response
+from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.vllm_stream import read_stream, sse_chunks
+from dspy_fst.engine.vllm_wire import FINISHED, RESHAPING, pinned, read_completion, read_scores
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
 
@@ -40,11 +37,7 @@ CONNECT_TIMEOUT_S = 10.0
 QUICK_TIMEOUT_S = 30.0
 """For endpoints that answer without touching the weights."""
 
-# The training loss scores the whole softmax, so a truncated one would be another policy. Every request says
-# so, for a server that somebody else launched may take defaults from generation_config.json.
-_RESHAPING: Mapping[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _ENGINE_FAULTS = (TransportError, RequestTimeoutError, ServerError, AuthError, UnsupportedModelError)
-_FINISHED = {"stop", "length", "tool_calls"}
 COMPARE = "dspy_fst_compare"
 """The method of `engine/served/dspy_fst_weight_check.py`."""
 _CONTROL = {"/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
@@ -194,7 +187,7 @@ class VLLMClient:
         _require_success(reply, f"POST {self.address.url}/v1/completions")
         choice = reply.json()["choices"][0]
         ids, logprobs = choice.get("token_ids") or (), (choice.get("logprobs") or {}).get("token_logprobs") or ()
-        if choice.get("finish_reason") not in _FINISHED:
+        if choice.get("finish_reason") not in FINISHED:
             raise NoAnswerError(
                 f"vLLM broke off a reply ({choice.get('finish_reason')!r}); its tokens are not a sample"
             )
@@ -259,7 +252,7 @@ class VLLMClient:
             "max_tokens": 1,
             "temperature": temperature,
             "logprobs": 5,
-            **_RESHAPING,
+            **RESHAPING,
         }
         reply = self._call("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s).json()
         ranked = sorted(reply["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)
@@ -337,86 +330,6 @@ class VLLMClient:
             ) from error
         except (httpx.HTTPError, RuntimeError) as error:  # the latter when another thread closed the client
             raise NoAnswerError(f"{method} {self.address.url}{path} failed: {error}") from error
-
-
-def pinned(request: Request, *, model: str, seed: int) -> Request:
-    """The request as it is sent: exact ids and log-probabilities, sampled from softmax(logits / temperature).
-
-    Raises:
-        dspy.lm15.UnsupportedFeatureError: it asks for another distribution, which training would not score.
-    """
-    refuse_reshaped_sampling(request)
-    config = request.config
-    asked = dict(config.extensions or {})
-    if reshaping := sorted(name for name in asked if name in _RESHAPING and asked[name] != _RESHAPING[name]):
-        raise UnsupportedFeatureError(f"{', '.join(reshaping)}: not what training scores; remove it from the LM")
-    pins = replace(
-        config,
-        temperature=1.0 if config.temperature is None else config.temperature,
-        top_p=1.0,
-        top_k=None,  # not a field of this wire
-        # Shown to the model all the same; "auto" needs a parser of the server's, which may force the form of a call.
-        tool_choice=ToolChoice(mode="none") if request.tools else None,
-        seed=seed,
-        logprobs=config.logprobs or 0,
-        extensions={**asked, **_RESHAPING, "return_token_ids": True},
-    )
-    return replace(request, model=model, config=pins)
-
-
-def read_completion(response: Response, weights: WeightsVersion, *, keep_logprobs: bool = False) -> Completion:
-    """The exact tokens of a reply.
-
-    Args:
-        response: As lm15 read it, provider data included.
-        weights: The version that sampled it.
-        keep_logprobs: Whether the caller had asked for log-probabilities in the response itself.
-
-    Raises:
-        NoAnswerError: the server broke the reply off.
-        EngineError: ids or log-probabilities are missing or do not match; nothing is re-tokenized instead.
-    """
-    data = response.provider_data or {}
-    choice = (data.get("choices") or [{}])[0]
-    prompt_ids, completion_ids = data.get("prompt_token_ids"), choice.get("token_ids")
-    # lm15 reads every reason that it does not know, "abort" among them, as a finished reply.
-    finish_reason = choice.get("finish_reason")
-    if finish_reason not in _FINISHED:
-        raise NoAnswerError(f"vLLM broke off a reply ({finish_reason!r}); its tokens are not a sample")
-    if not prompt_ids or completion_ids is None:
-        raise EngineError(
-            "vLLM returned no token ids: the server ignores return_token_ids. It must be vLLM 0.32 or newer"
-        )
-    logprobs = tuple(entry.logprob for entry in response.logprobs or ())
-    if len(logprobs) != len(completion_ids):
-        raise EngineError(
-            f"vLLM returned {len(completion_ids)} sampled ids but {len(logprobs)} log-probabilities; "
-            "the reply cannot be trained on"
-        )
-    shown = replace(response, provider_data=None, logprobs=response.logprobs if keep_logprobs else None)
-    return Completion(
-        response=shown,
-        prompt_ids=tuple(prompt_ids),
-        completion_ids=tuple(completion_ids),
-        logprobs=logprobs,
-        finish_reason=finish_reason,
-        weights=weights,
-    )
-
-
-def read_scores(choice: Mapping[str, Any], sequence: Sequence[int]) -> list[float]:
-    """Log-probability of each token but the first, from one choice of a /v1/completions reply.
-
-    Raises:
-        EngineError: the choice does not score this sequence.
-    """
-    entries = choice.get("prompt_logprobs")
-    if not entries or len(entries) != len(sequence):
-        raise EngineError(f"vLLM scored {len(entries or ())} of {len(sequence)} tokens of a sequence")
-    try:
-        return [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], sequence[1:], strict=True)]
-    except KeyError as error:
-        raise EngineError(f"vLLM scored other tokens than it was given: token {error} is missing") from error
 
 
 def _require_success(reply: httpx.Response, what: str, *, refused: bool = False) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dspy.lm15 import Request
 
-from dspy_fst.engine.base import Checkpoint, Completion, Holding
+from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.chat_template import fitted
 from dspy_fst.engine.gate import Gate
 from dspy_fst.engine.ports import free_port, port_taken
@@ -258,6 +258,11 @@ class VLLMServer:
             return []
         with self._holding_still() as (client, _):
             return client.score(sequences)
+
+    def held(self, checkpoint: Checkpoint) -> Holding | None:
+        """Compare the weights in use with the folder's; None on an attached server without our worker extension."""
+        with self._holding_still() as (client, _):
+            return client.held(checkpoint.path.resolve(), optional=self.settings.attach_url is not None)
 
     @contextmanager
     def _asking(self, request: Request) -> Iterator[tuple[VLLMClient, WeightsVersion, Request]]:

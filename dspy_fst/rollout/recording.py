@@ -175,7 +175,7 @@ def _begun(
     request: lm15.Request,
     continued: Callable[[lm15.Request, Sequence[Ids]], Ids | None],
 ) -> tuple[int, Ids | None, Callable[[Completion], None]]:
-    """Of a rollout's call that begins now: its seed, its prompt's ids where they are known, and what records its end."""
+    """Of a call that begins now: its seed, its prompt's ids where they are known, and what records its end."""
     predictor = calling_predictor()
     seed = recording.next_seed(predictor, request)
     if isinstance(recording, Apart):
