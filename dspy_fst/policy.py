@@ -19,8 +19,8 @@ from dspy_fst.engine.portable import PolicyState, portable_options
 from dspy_fst.engine.prompts import Ids, PromptRenderer
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.preflight.adapter_folder import adapter_fault
 from dspy_fst.policy_stream import events, events_in_thread, pieces
+from dspy_fst.preflight.adapter_folder import adapter_fault
 from dspy_fst.rollout.recording import RECORDED, complete_recorded, stream_recorded
 
 EngineKind = Literal["auto", "vllm", "in_process"]

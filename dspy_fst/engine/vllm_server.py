@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dspy.lm15 import Request
 
-from dspy_fst.engine.base import Checkpoint, Completion
+from dspy_fst.engine.base import Checkpoint, Completion, Holding
 from dspy_fst.engine.chat_template import fitted
 from dspy_fst.engine.gate import Gate
 from dspy_fst.engine.ports import free_port, port_taken

@@ -135,7 +135,8 @@ def _played(session: Session, setup: Setup, demos: list[dspy.Example], shown_to:
     ]
     unasked = Reward(lambda gold, pred, trace=None: 0.0)
     player = Player(program, unasked, session.player.settings, session.policy.handle.engine.expect)
-    return player.play(tasks, f"parse trial {describe(setup.adapter)} {setup}")
+    with dspy.context(adapter=setup.adapter):  # so that nobody is told that it differs from the setting
+        return player.play(tasks, f"parse trial {describe(setup.adapter)} {setup}")
 
 
 def _speaking(program: dspy.Module) -> list[tuple[str, dspy.Predict]]:

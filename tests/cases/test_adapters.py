@@ -37,6 +37,7 @@ RECIPE = {
     "anchors": 2,
     "search_rollouts": 3,
     "progress": False,
+    "parse_trial": 0,
 }
 JSON_FORM, CHAT_FORM = "Respond with a JSON object", "[[ ## completed ## ]]"
 
