@@ -10,6 +10,7 @@ engine's scores after an update was published and loaded.
 
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ import transformers
 from dspy import lm15
 from torch import Tensor
 
+from benchmarks.architectures_vllm import serve_all
 from benchmarks.families import FAMILIES, Family
 from dspy_fst import PolicyLM
 from dspy_fst.architectures import load_model
@@ -278,11 +280,13 @@ def measured(family: Family) -> Outcome:
 def main() -> None:
     """Measure and write the page; see the module."""
     transformers.logging.disable_progress_bar()
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"vllm": {}}
-    outcomes = [measured(family) for family in FAMILIES]
-    known["in_process"] = {outcome.family: asdict(outcome) for outcome in outcomes}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"vllm": {}, "in_process": {}}
+    if sys.argv[1:2] == ["--vllm"]:
+        known["vllm"] = serve_all(sys.argv[2:], known["vllm"])
+    else:
+        known["in_process"] = {family.name: asdict(measured(family)) for family in FAMILIES}
     RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    PAGE.write_text(page(outcomes, known["vllm"]))
+    PAGE.write_text(page([Outcome(**known["in_process"][family.name]) for family in FAMILIES], known["vllm"]))
 
 
 if __name__ == "__main__":

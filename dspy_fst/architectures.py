@@ -76,6 +76,18 @@ def _rotations(text: Any) -> Iterator[Mapping[str, Any]]:
         yield from (value for value in parameters.values() if isinstance(value, Mapping))
 
 
+def largest(config: Any, name: str) -> int | None:
+    """A number of the text part's config; of one that its layers have each for itself, the largest; None: not there."""
+    text = config.get_text_config()
+    try:
+        found = getattr(text, name, None)
+    except Exception:  # Gemma 4's head_dim: transformers refuses to say one for all layers
+        layers = text.per_layer_config
+        found = [getattr(layer, name, None) for layer in (layers.values() if isinstance(layers, dict) else layers)]
+    numbers = [number for number in (found if isinstance(found, list | tuple) else [found]) if isinstance(number, int)]
+    return max(numbers, default=None)
+
+
 def has_experts(config: Any) -> bool:
     """Whether the model is a mixture of experts."""
     text = config.get_text_config()

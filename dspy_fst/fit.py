@@ -42,6 +42,7 @@ from typing import Any
 
 import psutil
 
+from dspy_fst.architectures import largest
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.memory import free_gpu_bytes
 from dspy_fst.policy import PolicyLM
@@ -196,23 +197,23 @@ def model_size(folder: Path) -> ModelSize | None:
         shapes = stored_shapes(folder)
         if not shapes:
             return None
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
         return None
-    if config.tie_word_embeddings:
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", getattr(config, "tie_word_embeddings", False))
+    if tied:
         shapes.pop("lm_head.weight", None)
     parameters = sum(map(math.prod, shapes.values()))
-    heads = getattr(config, "num_attention_heads", None) or 1
-    width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
-    cached_width = (getattr(config, "head_dim", None) or width // heads) * (
-        getattr(config, "num_key_value_heads", None) or heads
-    )
+    heads = largest(config, "num_attention_heads") or 1
+    width, layers = largest(config, "hidden_size") or 0, largest(config, "num_hidden_layers") or 0
+    vocabulary = largest(config, "vocab_size") or 0
+    cached_width = (largest(config, "head_dim") or width // heads) * (largest(config, "num_key_value_heads") or heads)
     return ModelSize(
         parameters=parameters,
-        untied=parameters + (config.vocab_size * width if config.tie_word_embeddings else 0),
-        vocabulary=config.vocab_size,
+        untied=parameters + (vocabulary * width if tied else 0),
+        vocabulary=vocabulary,
         width=width,
-        inner_width=getattr(config, "intermediate_size", None) or 4 * width,
+        inner_width=largest(config, "intermediate_size") or 4 * width,
         layers=layers,
         cached=2 * layers * cached_width,
     )
