@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import dspy
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.copying import Copier
@@ -111,7 +112,7 @@ def run_program(
     try:
         with dspy.context(**settings):
             prediction = program.copy(lean=True)(**inputs)
-        return outputs.model_validate({name: prediction[name] for name in outputs.model_fields if name in prediction})
+        return _as_outputs(prediction, outputs)
     except Exception as error:
         refusal = _as_api_error(error, outputs)
         if refusal.status == 500:
@@ -120,6 +121,19 @@ def run_program(
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
             logger.warning("the program did not answer (%s): %s", refusal.type, why[:_SHOWN])
         raise refusal from error
+
+
+class _NoPredictionError(Exception):
+    """The program gave something else than a prediction."""
+
+
+def _as_outputs(prediction: Any, outputs: type[BaseModel]) -> BaseModel:
+    """What the program gave, as its schema says, and such that it can be sent."""
+    if not isinstance(prediction, dspy.Example | Mapping):
+        raise _NoPredictionError(f"the program gave {type(prediction).__name__}, not a dspy.Prediction")
+    made = outputs.model_validate({name: prediction[name] for name in outputs.model_fields if name in prediction})
+    made.model_dump_json()  # a field of any type may hold what has no JSON form
+    return made
 
 
 def _as_api_error(error: Exception, outputs: type[BaseModel]) -> ApiError:
@@ -132,6 +146,8 @@ def _as_api_error(error: Exception, outputs: type[BaseModel]) -> ApiError:
         return ApiError(503, "engine", "The engine that runs the model failed; ask again later.")
     if isinstance(error, LMError):
         return ApiError(502, "lm_failed", "A language model that the program asks failed; ask again later.")
-    if isinstance(error, ValidationError):
+    if isinstance(error, _NoPredictionError):
+        return ApiError(502, "no_prediction", "The program gave no prediction on these inputs; another seed may do.")
+    if isinstance(error, ValidationError | PydanticSerializationError):
         return ApiError(502, "outputs_invalid", f"The program's outputs are not as its schema says ({fields}).")
     return ApiError(500, "program_failed", "The program failed on these inputs; the server's log says why.")
