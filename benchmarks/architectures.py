@@ -231,7 +231,7 @@ windows of 8 tokens, experts and recurrent layers as in the family. What was com
   trainer;
 - **vLLM**: what vLLM scores on a CPU when it is started on a model, and after a reload of other weights, against
   the trainer. The scores of every version are compared in a run, too: a reload that went wrong ends in a new start.
-  For mixtures of experts the server is started again at once.
+  For mixtures of experts the server is started again at once. An empty cell was not measured yet.
 
 *Equal* means within EQUAL_GAP nats, or that part of the gradient's norm; an engine that stayed behind would be off by
 0.05 and more. These are kinds of models, not the models themselves: a real checkpoint has its tokenizer, its chat
