@@ -219,15 +219,17 @@ class Comparison:
 
     def _put_down(self, layer: nn.Module, info: Any, loads: "list[_Load]", used: Tensor, how: str) -> None:
         """Put a difference down to those of the folder's tensors, fused into this one, that it lies in."""
+        fused = "" if len(loads) == 1 else f", in the {len(loads)} tensors fused with it"
+        found: dict[str, str] = {}
         for load in loads:
             self._load(layer, info, [load])
             part = getattr(layer, load.name)
             if part.shape != used.shape or not part.is_floating_point():  # the live one has another layout
-                self.wrong[load.origin] = (
-                    how if len(loads) == 1 else f"{how}, in the {len(loads)} tensors fused with it"
-                )
+                found[load.origin] = how + fused
             elif (own := difference(used, part)) is not None:
-                self.wrong[load.origin] = own
+                found[load.origin] = own
+        # Equal to the file, and yet not what a first load makes of it: the kernel reads it in another order.
+        self.wrong |= found or {load.origin: f"{how}{fused}: it is not packed for its kernel" for load in loads}
 
     def _compare_packed_head(self, name: str, layer: nn.Module) -> None:
         """A head keeps its parameter beside the packed copy; where the copy is multiplied with, it must be the same."""
