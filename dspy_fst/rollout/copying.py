@@ -10,7 +10,7 @@ predictor; and it copies everything else, a retriever's index included. Here:
     copied while small  containers and plain objects that hold no part, up to `SMALL` values: what one rollout writes
                         into ``self.seen = []`` no other rollout reads
     by reference        everything else: arrays, indexes, LMs, functions, locks, files, connections; objects that hold
-                        one of the last three; what has more than `SMALL` values; what optimizers left on the program
+                        one of the last three at any depth; what has more than `SMALL` values; results of optimizers
 
 What holds a part and cannot be copied (a generator, a thread) is a fault: `copy_faults`.
 """
@@ -18,7 +18,7 @@ What holds a part and cannot be copied (a generator, a thread) is a fault: `copy
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dspy
@@ -147,7 +147,7 @@ class _Value:
     def _shared_objects(self) -> list[int]:
         """Objects that stand for something outside, or hold what does, or whose own rule of copying may be dear."""
         resources = [key for key, x in self.nodes.items() if is_live(x) and not is_plain(type(x))]
-        holding = self._closure(resources, self._holders, through=lambda x: not is_plain(type(x)))
+        holding = self._closure(resources, self._holders)  # at any depth: a semaphore holds a condition, that a lock
         shared = []
         for key, x in self.nodes.items():
             if is_plain(type(x)) and copies_itself(type(x)):
@@ -166,16 +166,14 @@ class _Value:
             return False
         return True
 
-    def _closure(
-        self, keys: Iterable[int], step: Mapping[int, list[int]], through: Callable[[Any], bool] = lambda x: True
-    ) -> set[int]:
-        """The keys and what is reached from them, no further than objects that are not gone ``through``."""
+    def _closure(self, keys: Iterable[int], step: Mapping[int, list[int]]) -> set[int]:
+        """The keys and what is reached from them."""
         found, front = set(), list(keys)
         while front:
             key = front.pop()
             if key not in found:
                 found.add(key)
-                front += step.get(key, []) if through(self.nodes[key]) else []
+                front += step.get(key, [])
         return found
 
 

@@ -175,7 +175,7 @@ class Ends:
 
 def test_small_values_are_each_copy_s_own_and_what_stands_for_the_outside_is_shared():
     client = Plain(lock=threading.Lock(), log=[])
-    basket = Plain(items=[], client=client)
+    basket = Plain(items=[])
     program = Node(
         ask=dspy.Predict("question -> answer"),
         seen=set(),
@@ -186,6 +186,9 @@ def test_small_values_are_each_copy_s_own_and_what_stands_for_the_outside_is_sha
         ends=Ends(),
         client=client,
         log=client.log,
+        shop=Plain(basket=[], client=client),
+        limit=threading.Semaphore(4),
+        wait=threading.Barrier(2).wait,
         basket=basket,
         search=dspy.Tool(basket.items.append, name="add", desc="d", args={}),
         corpus={str(n): n for n in range(SMALL)},
@@ -193,12 +196,11 @@ def test_small_values_are_each_copy_s_own_and_what_stands_for_the_outside_is_sha
     )
     copy = Copier(program).copy()
     own = ("seen", "counts", "rng", "numpy_rng", "memory", "basket", "search", "small")
-    shared = ("ends", "client", "log", "corpus")
+    shared = ("ends", "client", "log", "corpus", "shop", "limit", "wait")
     assert [name for name in own if getattr(copy, name) is getattr(program, name)] == []
     assert [name for name in shared if getattr(copy, name) is not getattr(program, name)] == []
     assert copy.rng.random() == program.rng.random()
     assert copy.numpy_rng.random() == program.numpy_rng.random()
-    assert copy.basket.client is client
     copy.search.func("bread")
     assert copy.basket.items == ["bread"]
     assert basket.items == []
