@@ -18,8 +18,8 @@ def on_engine(alter):
     """The relay on an engine whose completions are altered: ``alter(completion) -> completion``."""
 
     class Altered(InProcessEngine):
-        def complete(self, request, seed):
-            return alter(super().complete(request, seed))
+        def complete(self, *asked):
+            return alter(super().complete(*asked))
 
     program = relay()
     policy = policy_of(program)
@@ -38,20 +38,24 @@ def steps_of(run_dir):
     return [event["report"] for event in read_events(run_dir) if event["event"] == "step"]
 
 
-def infinite_from(first, last):
-    """Records an infinite log-probability in the steps between these versions."""
+class InfiniteIn:
+    """Records an infinite log-probability in these steps; told of the steps that are done as a listener of the run."""
 
-    def alter(completion):
-        if not first <= completion.weights <= last:
+    def __init__(self, steps):
+        self._steps, self._done = steps, 0
+
+    def __call__(self, completion):
+        if self._done not in self._steps:
             return completion
         return replace(completion, logprobs=(float("-inf"), *completion.logprobs[1:]))
 
-    return alter
+    def hear(self, event):
+        self._done += event["event"] == "step"
 
 
 def test_an_update_that_is_not_finite_is_skipped_kept_for_inspection_and_the_run_goes_on(tmp_path):
-    program = on_engine(infinite_from("step-000001", "step-000002"))
-    compile_relay(tmp_path / "run", program=program, method="rl")
+    infinite = InfiniteIn((1, 2))
+    compile_relay(tmp_path / "run", program=on_engine(infinite), method="rl", listeners=[infinite.hear])
     steps = steps_of(tmp_path / "run")
     assert [bool(step["update"]["skipped"]) for step in steps] == [False, True, True, False]
     assert "skipped/step-000001.json" in steps[1]["update"]["skipped"]
@@ -61,9 +65,15 @@ def test_an_update_that_is_not_finite_is_skipped_kept_for_inspection_and_the_run
 
 
 def test_updates_that_are_never_finite_stop_the_run(tmp_path):
-    program = on_engine(infinite_from("step-000001", "step-000009"))
+    infinite = InfiniteIn(range(1, 10))
     with pytest.raises(NotFiniteError, match=r"2 updates before this one were skipped.*max_skipped_updates"):
-        compile_relay(tmp_path / "run", program=program, method="rl", max_skipped_updates=2)
+        compile_relay(
+            tmp_path / "run",
+            program=on_engine(infinite),
+            method="rl",
+            max_skipped_updates=2,
+            listeners=[infinite.hear],
+        )
     assert len(steps_of(tmp_path / "run")) == 3
 
 
