@@ -117,6 +117,19 @@ def compile_small(
     return optimizer.compile(program, trainset=LAB.trainset, valset=LAB.valset)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is run, killed and continued."""
+
+    make: Callable[..., Any]
+    """Called with the run directory, ``engine``, ``propose`` and the settings; a child process must find it by name."""
+    proposer: Callable[..., dict[str, str]]
+    """Its proposals depend on its arguments alone."""
+
+
+LABORATORY = Subject(compile_small, FeedbackProposer())
+
+
 # ---- moments --------------------------------------------------------------------------------------
 
 
@@ -263,7 +276,7 @@ class Paid:
         os.write(self._file, f"{kind} {digest}\n".encode())
 
 
-def watch(passages: Passages, paid: Paid) -> Callable[..., dict[str, str]]:
+def watch(passages: Passages, paid: Paid, proposer: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
     """Let the run's phases pass; returns the proposer to use."""
     play, play_one = Player.play, Player._play
     phase = ""
@@ -286,7 +299,7 @@ def watch(passages: Passages, paid: Paid) -> Callable[..., dict[str, str]]:
         paid.note("act", key)
         paid.note("reflection", key)
         with passages.at("reflection"):
-            return FeedbackProposer()(candidate, reflective_dataset, components_to_update)
+            return proposer(candidate, reflective_dataset, components_to_update)
 
     Player.play, Player._play = watched_play, watched_play_one  # type: ignore[method-assign]
     Trainer.step = _passing(passages, "update", Trainer.step)  # type: ignore[method-assign]
@@ -303,18 +316,20 @@ def _passing(passages: Passages, place: str, method: Callable[..., Any]) -> Call
     return call
 
 
-def attempt(run_dir: Path, notes: Path, engine: str, settings: Mapping[str, Any], moment: Moment | None) -> None:
+def attempt(
+    run_dir: Path, notes: Path, engine: str, settings: Mapping[str, Any], moment: Moment | None, subject: Subject
+) -> None:
     """Compile in this (child) process, to the end or to the moment. Tells by files in ``notes``."""
     sys.stdout.flush()
     output = os.open(notes / "output", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(output, 1), os.dup2(output, 2)
     passages = Passages(run_dir, moment)
     passages.watch_files()
-    propose = watch(passages, Paid(notes / "paid"))
+    propose = watch(passages, Paid(notes / "paid"), subject.proposer)
     (notes / "begun").touch()
     started = time.monotonic()
     try:
-        compile_small(run_dir, engine=engine, propose=propose, **settings)
+        subject.make(run_dir, engine=engine, propose=propose, **settings)
     except BaseException:
         traceback.print_exc()
         raise
@@ -394,9 +409,21 @@ class Trial:
     """Parts of the outcome that differ from the undisturbed run's."""
 
 
+@dataclass(frozen=True)
+class Killed:
+    """A run that was killed, continued and ended."""
+
+    run_dir: Path
+    deaths: list[str]
+    """When it was told to die; one that ended before its moment came says so."""
+    resumed_from: list[str]
+    paid_twice: Counter[str]
+    """Kind -> how many acts, rollouts and reflections were begun again."""
+
+
 @dataclass
 class Killer:
-    """Makes runs, kills and continues them, and compares.
+    """Makes runs, kills them and continues them, each attempt in a process of its own.
 
     Args:
         folder: Where the runs are made.
@@ -405,17 +432,9 @@ class Killer:
     folder: Path
     engine: str = "in_process"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    whole: dict[str, Any] = field(init=False)
-    """The outcome of the undisturbed run."""
-    counts: dict[str, int] = field(init=False)
-    """How often it passed each place."""
-    seconds: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
-        self.whole, noted = self.undisturbed("whole")
-        self.counts, self.seconds = noted["counts"], noted["seconds"]
+    subject: Subject = LABORATORY
+    seconds: float = 0.0
+    """Of the undisturbed run, for deaths by the clock."""
 
     def undisturbed(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """The outcome of a run that nobody kills, and what its process told."""
@@ -424,8 +443,8 @@ class Killer:
         told_by_child = json.loads((notes / "told").read_text())
         return outcome(run_dir), told_by_child
 
-    def trial(self, name: str, *deaths: Death) -> Trial:
-        """Kill a run at each moment in turn, let it end, compare, and remove it when it is equal."""
+    def killed(self, name: str, *deaths: Death) -> Killed:
+        """Kill a run at each moment in turn, and let it end."""
         run_dir, notes = self._places(name)
         happened, resumed_from = [], []
         for death in deaths:
@@ -433,11 +452,8 @@ class Killer:
             happened.append(str(death) if died else f"(ended before {death})")
             resumed_from.append(where(run_dir))
         self._finish(run_dir, notes)
-        twice = Counter(line.split()[0] for line in _repeated((notes / "paid").read_text().splitlines()))
-        unequal = self._differing(outcome(run_dir))
-        if not unequal:
-            shutil.rmtree(run_dir)
-        return Trial(happened, resumed_from, twice["act"], twice["rollout"], twice["reflection"], unequal)
+        again = Counter(line.split()[0] for line in _repeated((notes / "paid").read_text().splitlines()))
+        return Killed(run_dir, happened, resumed_from, again)
 
     def _places(self, name: str) -> tuple[Path, Path]:
         notes = self.folder / f"{name}-notes"
@@ -453,8 +469,10 @@ class Killer:
         """One process; returns its exit status, negative when a signal ended it."""
         (notes / "begun").unlink(missing_ok=True)
         moment = death if isinstance(death, Moment) else None
-        arguments = (run_dir, notes, self.engine, self.settings, moment)
-        child = self._context.Process(target=attempt, args=arguments)
+        arguments = (run_dir, notes, self.engine, self.settings, moment, self.subject)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        child = context.Process(target=attempt, args=arguments)
         child.start()
         if isinstance(death, Clock):
             _wait_for(notes / "begun")
@@ -466,7 +484,31 @@ class Killer:
             raise TimeoutError(f"waited {PATIENCE_S} s for the run in {run_dir} to end or to die at {death}")
         return int(child.exitcode)
 
-    def _differing(self, found: dict[str, Any]) -> list[str]:
+
+@dataclass
+class Comparison(Killer):
+    """Compares what was killed and continued with an undisturbed run, which it makes at first."""
+
+    whole: dict[str, Any] = field(init=False)
+    """The outcome of the undisturbed run."""
+    counts: dict[str, int] = field(init=False)
+    """How often it passed each place."""
+
+    def __post_init__(self) -> None:
+        self.whole, noted = self.undisturbed("whole")
+        self.counts, self.seconds = noted["counts"], noted["seconds"]
+
+    def trial(self, name: str, *deaths: Death) -> Trial:
+        """Kill a run at each moment in turn, let it end, compare, and remove it when it is equal."""
+        killed = self.killed(name, *deaths)
+        twice = killed.paid_twice
+        unequal = self.differing(outcome(killed.run_dir))
+        if not unequal:
+            shutil.rmtree(killed.run_dir)
+        return Trial(killed.deaths, killed.resumed_from, twice["act"], twice["rollout"], twice["reflection"], unequal)
+
+    def differing(self, found: dict[str, Any]) -> list[str]:
+        """The parts of an outcome that are not the undisturbed run's."""
         shown = (lambda left: left) if self.engine == "in_process" else outline
         whole, found = shown(self.whole), shown(found)
         return [part for part in whole if whole[part] != found[part]]
@@ -485,7 +527,7 @@ def _wait_for(path: Path, seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-def plan_deaths(killer: Killer, kills: int, rng: random.Random) -> list[tuple[Death, ...]]:
+def plan_deaths(killer: Comparison, kills: int, rng: random.Random) -> list[tuple[Death, ...]]:
     """A list of deaths for each trial: every fifth by the clock, every third dies a second time."""
     moments = iter(draw_moments(killer.counts, 2 * kills, rng))
     planned: list[tuple[Death, ...]] = []
@@ -511,7 +553,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="durability-"))
-    killer = Killer(folder, options.engine)
+    killer = Comparison(folder, options.engine)
     console, trials = Console(stderr=True), []
     for index, deaths in enumerate(plan_deaths(killer, options.kills, random.Random(options.seed))):
         trials.append(killer.trial(f"trial-{index}", *deaths))

@@ -7,6 +7,7 @@ python -m benchmarks.soak
 python -m benchmarks.serving
 python -m benchmarks.programs
 python -m benchmarks.sync
+python -m benchmarks.real_model
 python -m benchmarks.readme
 """
 
@@ -16,6 +17,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.real_model.tables import TABLES as OF_REAL_MODEL
 
 RESULTS = Path(__file__).parent / "results"
 README, BENCHMARKS = (Path(__file__).parent.parent / name for name in ("README.md", "BENCHMARKS.md"))
@@ -147,11 +150,20 @@ TABLES: dict[str, Callable[[Any], str]] = {
 
 def render(text: str) -> str:
     """A page with its tables made anew."""
-    for name, write in TABLES.items():
-        content = write(json.loads((RESULTS / f"{name}.json").read_text()))
+    for name, made in _tables().items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)  # type: ignore[misc]
+        text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)  # type: ignore[misc]
     return text
+
+
+def _tables() -> dict[str, str]:
+    real = _results("real_model")
+    ours = {name: write(_results(name)) for name, write in TABLES.items()}
+    return ours | {f"real_{part}": table(*write(real)) for part, write in OF_REAL_MODEL.items() if part in real}
+
+
+def _results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What mkdocs makes of the code at build time, so that no page can go stale: a page for each setting, the command
 line's reference, and the pieces that pages include by a comment:
 
-    <!-- include table: demo -->                           a table of README.md, from <!-- demo --> to <!-- end -->
+    <!-- include table: demo -->                           a table of README.md or BENCHMARKS.md, from <!-- demo --> to
+                                                           <!-- end -->
     <!-- include source: dspy_fst.optimizer:alternate -->  a function as it stands in the code
     <!-- include docstring: dspy_fst.fit -->               a module's docstring
 """
@@ -154,9 +155,9 @@ def command_line() -> str:
 
 
 def _table(name: str) -> str:
-    """A table of the README, which `python -m benchmarks.readme` writes."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", readme, re.DOTALL)[1]  # type: ignore[index]
+    """A table of the README or BENCHMARKS.md, which `python -m benchmarks.readme` writes."""
+    pages = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "BENCHMARKS.md"))
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", pages, re.DOTALL)[1]  # type: ignore[index]
 
 
 def _source(place: str) -> str:

@@ -62,13 +62,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 SHARE_A_SERVER = ("tests/engine/test_replies.py", "tests/engine/test_vllm_server.py")
+REAL = "tests/real/"
+"""Two processes with a real model each would need 16 GB."""
 
 
 class FilesOrServers(LoadFileScheduling):
-    """A file's tests go to one worker, and so do those of files that share a server."""
+    """A file's tests go to one worker, and so do those of files that share a server or need much memory."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
+        if file.startswith(REAL):
+            return REAL
         return SHARE_A_SERVER[0] if file in SHARE_A_SERVER else file
 
 

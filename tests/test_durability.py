@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from benchmarks.durability import Clock, Killer, Moment, Passages, Trial, draw_moments, outline
+from benchmarks.durability import Clock, Comparison, Moment, Passages, Trial, draw_moments, outline
 
 DEATHS = {
     "in the search": [("search rollout", "after"), ("reflection", "after"), ("write journal", "half")],
@@ -26,7 +26,7 @@ DEATHS = {
 
 @pytest.fixture(scope="module")
 def killer(tmp_path_factory):
-    return Killer(tmp_path_factory.mktemp("durability"), settings={"steps_per_cycle": 2})
+    return Comparison(tmp_path_factory.mktemp("durability"), settings={"steps_per_cycle": 2})
 
 
 def moments(killer, name):

@@ -15,6 +15,7 @@ import dspy
 
 from programs.common import Task, judged, said
 
+MOODS = ("happy", "sad")
 HAPPY = (
     "My sister called to say that she is coming home tomorrow.",
     "We won the match in the last minute and everybody sang.",
@@ -63,6 +64,13 @@ DEMOS = (
 WRONG = "The writer is {}, and the answer was {!r}."
 
 
+HINTS = (
+    "Good news, thanks and fun mean happy; a loss, an illness, a failure or worry means sad.",
+    "Think of how the writer feels, not of how you would feel.",
+    "Answer with one word, happy or sad, and nothing else.",
+)
+
+
 class Mood(dspy.Signature):
     """Say whether the writer of the sentence is happy or sad."""
 
@@ -105,9 +113,6 @@ def build(*, demos: int = 0, train: int = 24, val: int = 6, test: int = 6) -> Ta
     return Task(program, metric, *_cut(sentences, (train, val, test)))
 
 
-MOODS = ("happy", "sad")
-
-
 def _example(sentence: str, mood: str) -> dspy.Example:
     return dspy.Example(sentence=sentence, mood=mood).with_inputs("sentence")
 
@@ -115,3 +120,12 @@ def _example(sentence: str, mood: str) -> dspy.Example:
 def _cut(sentences: Sequence[dspy.Example], sizes: Sequence[int]) -> list[list[dspy.Example]]:
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     return [list(sentences[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+
+
+def hint(candidate: dict[str, str], reflective_dataset: Any, components_to_update: list[str]) -> dict[str, str]:
+    """GEPA's ``ProposalFn`` without a language model: the first hint that the instruction lacks is put at its end."""
+    return {name: _hinted(candidate[name]) for name in components_to_update}
+
+
+def _hinted(text: str) -> str:
+    return " ".join([text, *[line for line in HINTS if line not in text][:1]])
