@@ -235,7 +235,7 @@ windows of 8 tokens, experts and recurrent layers as in the family. What was com
 
 *Equal* means within EQUAL_GAP nats, or that part of the gradient's norm; an engine that stayed behind would be off by
 0.05 and more. These are kinds of models, not the models themselves: a real checkpoint has its tokenizer, its chat
-template and its size on top, and `dspy-fst check` looks at those.
+template and its size on top, and `dspy-fst check FILE` looks at those.
 """
 
 
