@@ -252,6 +252,7 @@ class VLLMClient:
             "max_tokens": 1,
             "temperature": temperature,
             "logprobs": 5,
+            "return_tokens_as_token_ids": True,  # by their texts, tokens that read alike would stand once
             **RESHAPING,
         }
         reply = self._call("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s).json()
