@@ -75,3 +75,9 @@ def meant(name: str, known: Sequence[str]) -> str:
     """``"; did you mean 'x'?"``, or nothing when nothing that is known is close."""
     close = difflib.get_close_matches(name, known, cutoff=0.65)  # its 0.6 takes "metrc" for "track" as well
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def briefly(error: BaseException) -> str:
+    """What an error says, on one line of at most 200 characters; its type where it says nothing."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 200 else f"{text[:200]}...") or type(error).__name__

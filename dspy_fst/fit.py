@@ -46,8 +46,7 @@ from dspy_fst.architectures import largest
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.memory import free_gpu_bytes
 from dspy_fst.policy import PolicyLM
-from dspy_fst.run.written import GIB, MUCH_WRITTEN, Writes
-from dspy_fst.run.written import shown as shown
+from dspy_fst.run.written import GIB, MUCH_WRITTEN, Writes, shown
 from dspy_fst.validation import stored_shapes
 
 MEMORY, GPU, DISK = "memory", "GPU memory", "disk"

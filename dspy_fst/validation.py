@@ -15,6 +15,7 @@ from dspy_fst.architectures import context_length, text_writers, unlike_vllm
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.chat import temperature_fault
 from dspy_fst.engine.memory import has_gpu
+from dspy_fst.errors import briefly
 from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.adapter_folder import adapter_fault
 from dspy_fst.preflight.chat_template import template_faults
@@ -311,14 +312,14 @@ def model_faults(policy: PolicyLM) -> list[str]:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # files of others may break in any way
         missing = "" if path.is_dir() else "there is no such folder, and as a hub model it is "
-        return [f"{where}: {missing}not a model that transformers can read: {_briefly(error)}"]
+        return [f"{where}: {missing}not a model that transformers can read: {briefly(error)}"]
     faults = [f"{where}: {fault}" for fault in (*_kind_faults(policy, config), *_weights_faults(path))]
     if path.is_dir() and not faults and (fault := stored_layer_fault(path)):
         faults.append(f"{where}: {fault}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        faults.append(f"{where}: its tokenizer cannot be read: {_briefly(error)}")
+        faults.append(f"{where}: its tokenizer cannot be read: {briefly(error)}")
     else:
         faults += [f"{where}: {fault}" for fault in template_faults(tokenizer)]
     limit, longest = _context_limit(policy, config), policy.reply_limit
@@ -385,11 +386,6 @@ def _weight_files(folder: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index.name}: no index of weights ({error!r})") from error
     return [folder / name for name in sorted(names)]
-
-
-def _briefly(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return (text if len(text) <= 200 else f"{text[:200]}...") or type(error).__name__
 
 
 def engine_faults(policy: PolicyLM) -> list[str]:

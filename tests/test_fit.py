@@ -25,11 +25,10 @@ from dspy_fst.fit import (
     measure_fit,
     model_size,
     room_now,
-    shown,
     writable_fault,
 )
 from dspy_fst.policy import PolicyLM
-from dspy_fst.run.written import Writes
+from dspy_fst.run.written import Writes, shown
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.validation import stored_shapes

@@ -319,7 +319,7 @@ def _unmeasured(rollouts: "Sequence[Rollout]") -> Iterator[str]:
 
 
 def _show(told: dict[str, Any]) -> None:
-    from dspy_fst.fit import shown as size
+    from dspy_fst.run.written import shown as size
 
     out = Printer()
     out.heading("Project")

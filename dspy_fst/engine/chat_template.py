@@ -4,7 +4,7 @@ The contract of this file: a request is fitted before it is rendered, in one way
 renders a prompt again, so that a template without a system role never drops a text or refuses a program.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -90,26 +90,6 @@ def fitted(request: lm15.Request, traits: TemplateTraits) -> lm15.Request:
     if traits.alternating:
         messages = _joined(messages)
     return replace(request, system=system, messages=tuple(messages))
-
-
-def fitted_messages(messages: Sequence[Mapping[str, Any]], traits: TemplateTraits) -> list[dict[str, Any]]:
-    """The same for messages as DSPy's adapters write them, whose contents are texts."""
-    fit = [dict(message) for message in messages]
-    if fit and fit[0]["role"] == "system" and not traits.has_system:
-        system = fit.pop(0)
-        if fit and fit[0]["role"] == "user":
-            fit[0]["content"] = f"{system['content']}{SEPARATOR}{fit[0]['content']}"
-        else:
-            fit.insert(0, {**system, "role": "user"})
-    if not traits.alternating:
-        return fit
-    joined: list[dict[str, Any]] = []
-    for message in fit:
-        if joined and joined[-1]["role"] == message["role"] and set(joined[-1]) == set(message) == {"role", "content"}:
-            joined[-1]["content"] += SEPARATOR + message["content"]
-        else:
-            joined.append(message)
-    return joined
 
 
 def _joined(messages: Sequence[lm15.Message]) -> list[lm15.Message]:

@@ -2,22 +2,37 @@ r"""Control characters in proposed texts: what JSON made of LaTeX is mended, any
 
 DSPy 3.4.1's instruction proposer answers in JSON, where ``\frac`` is a form feed and "rac", ``\boxed`` a backspace and
 "oxed", ``\times`` a tab and "imes": valid escapes, so nothing complains, and the policy would read and learn the
-debris.
+debris. Tabs and line ends are ordinary characters of a text. They are mended only where no reader could mean them.
 """
 
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 
-ALWAYS = {"\b": "b", "\f": "f"}
-"""Escapes that no instruction holds: before a letter they were a backslash and theirs."""
-REST_OF = {
-    "\t": ("t", "imes|heta|ext(?:bf|it|rm|tt)?(?=\\{)|frac(?=\\{)|riangle|ilde(?=\\{)|an(?=[\\s(\\\\{^])|au\\b|op\\b"),
-    "\r": ("r", "ight|ho\\b|angle|floor|ceil|Rightarrow"),
-    "\n": ("n", "abla\\b|eq(?=[\\s\\d\\\\}$])|eg(?=[\\s\\d\\\\}$])"),
+NEVER_MEANT = {"\a": "a", "\b": "b", "\f": "f", "\v": "v"}
+"""Control characters that no instruction holds: before a letter they were a backslash and this letter."""
+_ARGUMENT = r"(?=\{)"
+_WORD_ENDS = r"(?![A-Za-z])"
+ANYWHERE = {
+    "\t": ("t", rf"imes{_WORD_ENDS}|heta{_WORD_ENDS}|riangle{_WORD_ENDS}|(?:ext(?:bf|it|rm|tt)?|frac|ilde){_ARGUMENT}"),
+    "\r": ("r", r"ight(?=[)\]}|.\\])|ightarrow"),
+    "\n": ("n", r"abla(?=[_^{\\])"),
 }
-"""Escapes that a text may hold: only before what is no word of its own, and ends a LaTeX command."""
-_ALWAYS = re.compile("([\b\f])(?=[A-Za-z])")
+"""Character of ordinary texts -> its letter, and the rests of LaTeX commands that are no words: mended everywhere."""
+_FORMULA_GOES_ON = r"(?=\s*(?:[\d\\({^_$)}=+*/,-]|[A-Za-z]\b))"
+IN_FORMULAS = {
+    "\t": ("t", rf"(?:anh?|au|op|o){_FORMULA_GOES_ON}"),
+    "\r": ("r", rf"(?:ho|angle|floor|ceil|ight){_FORMULA_GOES_ON}"),
+    "\n": ("n", rf"(?:eq|eg|abla|otin){_FORMULA_GOES_ON}"),
+}
+"""The same for rests that may be words, or begin one ("an", "eg"): mended between the marks of a formula only."""
+_FORMULA = re.compile(
+    r"(?<!\\)\$\$.+?\$\$"
+    r"|(?<![\\$])\$[^$]+?(?<![\s\\])\$(?!\d)"  # "$5 or $6" is money: a blank stands before the second mark
+    r"|\\\(.+?\\\)|\\\[.+?\\\]",
+    re.DOTALL,
+)
+_NEVER_MEANT = re.compile("([\a\b\f\v])(?=[A-Za-z])")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
 
 
@@ -26,14 +41,19 @@ def mended(text: str) -> str:
 
     >>> mended("Write \x0crac{1}{2} or \x08oxed{3 \times 4}.")
     'Write \\frac{1}{2} or \\boxed{3 \\times 4}.'
-    >>> mended("Two lines:\n\tindented\nend")
-    'Two lines:\n\tindented\nend'
+    >>> mended("Answer:\tan integer\neg 5, and not $\tan x$")
+    'Answer:\tan integer\neg 5, and not $\\tan x$'
     """
-    text = _ALWAYS.sub(lambda found: "\\" + ALWAYS[found[1]], text)
-    for control, (letter, rest) in REST_OF.items():
-        # A tab that begins a line is an indent, and a carriage return before a line feed a line's end.
-        before = "(?<=[^\\s])( ?)" if control == "\t" else "()"
-        text = re.sub(f"{before}{control}(?={rest})", rf"\1\\{letter}", text)
+    text = _NEVER_MEANT.sub(lambda found: "\\" + NEVER_MEANT[found[1]], text)
+    text = _with_backslashes(text, ANYWHERE)
+    return _FORMULA.sub(lambda formula: _with_backslashes(formula[0], IN_FORMULAS), text)
+
+
+def _with_backslashes(text: str, commands: Mapping[str, tuple[str, str]]) -> str:
+    for control, (letter, rest) in commands.items():
+        # A tab that begins a line is an indent.
+        before = r"(?<=[^\s])( ?)" if control == "\t" else "()"
+        text = re.sub(rf"{before}{control}(?={rest})", rf"\1\\{letter}", text)
     return text
 
 

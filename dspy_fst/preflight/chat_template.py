@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dspy_fst.engine.chat_template import TemplateTraits
+from dspy_fst.errors import briefly
 
 THOUGHT_MARK = "</think>"
 
@@ -23,7 +24,7 @@ def template_faults(tokenizer: Any) -> Iterator[str]:
         prompted = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(prompted)["input_ids"]
     except Exception as error:  # a template may raise anything
-        yield f"its chat template fails ({_briefly(error)}); set tokenizer.chat_template"
+        yield f"its chat template fails ({briefly(error)}); set tokenizer.chat_template"
         return
     if plain == prompted:
         yield (
@@ -73,8 +74,3 @@ def _traits(folder: Path) -> TemplateTraits | None:
     traits = TemplateTraits.of(tokenizer) if tokenizer.chat_template else None
     thinks = THOUGHT_MARK in str(tokenizer.chat_template)
     return traits if thinks or traits is None else traits.without_thoughts()
-
-
-def _briefly(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return (text if len(text) <= 200 else f"{text[:200]}...") or type(error).__name__

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dspy_fst.architectures import load_model
+from dspy_fst.errors import briefly
 
 ADAPTER = "adapter_config.json"
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -96,7 +97,7 @@ def stored_layer_fault(folder: Path) -> str | None:
                 "the config was edited: download or save the model again"
             )
         return (
-            f"transformers cannot make its model ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            f"transformers cannot make its model ({type(error).__name__}: {briefly(error)}); "
             "look at its config.json, or download or save the model again"
         )
     finally:

@@ -6,6 +6,7 @@ from dspy.adapters.baml_adapter import BAMLAdapter
 from dspy.utils import DummyLM
 
 from dspy_fst.fast.evolve import SearchSettings, evolve
+from dspy_fst.fast.mending import mended
 from dspy_fst.fast.told import warnings_of
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.reward import Reward
@@ -161,6 +162,37 @@ def test_latex_that_json_spoilt_is_mended_and_counted():
     assert texts == {"Answer.", r"Say yes. Give \frac{1}{2} in \boxed{}, never 3 \times 4."}
     assert found.counts["texts_mended"] > 0
     assert found.counts["texts_refused"] == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Answer:\tan integer",
+        "first line\neg 5 apples",
+        "top\tau",
+        "name\ttext\tto",
+        "It costs $5.\neg 6 apples are $7.",
+        "Price: $5\tan apple\tcosts $6.",
+        "Two lines:\n\tindented\r\nright",
+    ],
+)
+def test_ordinary_tabs_and_line_ends_are_left_as_they_are(text):
+    assert mended(text) == text
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "meant"),
+    [
+        ("Write $\times$ or $\tan x$.", r"Write $\times$ or $\tan x$."),
+        ("It costs $5. Write $x \neq 0$.", r"It costs $5. Write $x \neq 0$."),
+        ("\\(a \to b\\), $$\neg p$$", r"\(a \to b\), $$\neg p$$"),
+        ("\\left(1\right)", r"\left(1\right)"),
+        ("Use \textbf{one} word", r"Use \textbf{one} word"),
+        ("the angle \x07lpha of \x0bec{v}", r"the angle \alpha of \vec{v}"),
+    ],
+)
+def test_what_can_only_be_latex_is_mended(spoilt, meant):
+    assert mended(spoilt) == meant
 
 
 def test_a_text_with_other_control_characters_is_refused_and_counted():
