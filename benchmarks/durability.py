@@ -287,10 +287,10 @@ def watch(passages: Passages, paid: Paid, proposer: Callable[..., dict[str, str]
         paid.note("act", [draw, *((t.problem.index, t.candidate.digest, t.sample) for t in tasks)])
         return play(self, tasks, draw, *rest, **options)
 
-    def watched_play_one(self: Player, task: Task, spoken: Any, recording: Any) -> Any:
+    def watched_play_one(self: Player, task: Task, spoken: Any, recording: Any, anew: bool) -> Any:
         paid.note("rollout", recording.seed)
         with passages.at(f"{phase} rollout"):
-            return play_one(self, task, spoken, recording)
+            return play_one(self, task, spoken, recording, anew)
 
     def propose(
         candidate: dict[str, str], reflective_dataset: Mapping[str, Any], components_to_update: list[str]

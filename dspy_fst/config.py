@@ -203,6 +203,11 @@ class FSTConfig(BaseModel):
         return group + (self.seed_kl_rollouts if self.seed_kl_coefficient > 0 else 0)
 
     @property
+    def distills(self) -> bool:
+        """Whether rollouts under the program's own texts are taught by the population's."""
+        return self.seed_kl_coefficient > 0 and self.seed_kl_teacher == "population"
+
+    @property
     def lookahead(self) -> int:
         """Problems of a cycle, counted with repetition."""
         return self.steps_per_cycle * self.problems_per_step

@@ -232,16 +232,16 @@ class Session:
             for sample in range(self.config.seed_kl_rollouts)
         ]
         with self._timed("sampling"):
-            rollouts = self.player.play(tasks, f"seed-{step}", self._tell_rollout)
+            rollouts = self.player.play(tasks, f"seed-{step}", self._tell_rollout, anew=self.config.distills)
         self._refuse_stale(step, rollouts)
         self._refuse_unmeasured(step, rollouts)
-        if self.config.seed_kl_teacher == "seed":
+        if not self.config.distills:
             return [HeldRollout(rollout, tuple(call.prompt_ids for call in rollout.calls)) for rollout in rollouts]
         return held_under(population.members, rollouts, self.trainer.tokenizer)
 
     def teaching_faults(self, rollouts: Sequence[Rollout]) -> list[str]:
         """Why the population's texts could teach nothing in rollouts such as these, where the recipe has them teach."""
-        if self.config.seed_kl_coefficient == 0 or self.config.seed_kl_teacher == "seed":
+        if not self.config.distills:
             return []
         fault = unread_fault(rollouts, self.population.best, self.trainer.tokenizer)
         return [fault] if fault else []

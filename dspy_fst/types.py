@@ -133,7 +133,8 @@ class Rollout:
     trace: tuple[Any, ...] = ()
     """DSPy's trace: ``(predictor, inputs, prediction)`` for every module call."""
     asked: tuple[Any, ...] = ()
-    """Every call of a predictor that speaks with the policy, as `rollout.rendering` can make its prompt again."""
+    """Every call of a predictor that speaks with the policy, as `rollout.rendering` can make its prompt again; empty
+    unless it was played for that (`Player.play`, ``anew``)."""
 
     def __post_init__(self) -> None:
         if (self.reward is None) != (self.mask is not None):

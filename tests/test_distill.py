@@ -29,7 +29,7 @@ def test_a_call_s_prompt_under_other_texts_is_the_one_that_those_texts_are_asked
     problem = Problem(0, dspy.Example(numbers="1 2 3 4 5").with_inputs("numbers"))
     seed = read_texts(program)
     other = Candidate({"first": "Sort the list.", "last": "Do not explain."})
-    (rollout,) = player.play([Task(problem, seed)], "test")
+    (rollout,) = player.play([Task(problem, seed)], "test", anew=True)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     assert prompts_under(seed, rollout, tokenizer) == tuple(call.prompt_ids for call in rollout.calls)
     (spoken,) = player.play([Task(problem, other)], "test")

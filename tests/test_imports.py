@@ -19,6 +19,7 @@ LAYERS = [
         "engine.prompts",
         "preflight.environment",
         "preflight.model_folder",
+        "run.secrets",
     ],
     ["plan", "slow", "rollout", "engine", "run", "preflight.adapter_folder", "preflight.chat_template"],
     ["fast", "report", "preflight.parts"],

@@ -13,10 +13,9 @@ from dspy.lm15 import Request
 
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import text_response
+from dspy_fst.engine.vllm_wire import FINISHED
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
-
-FINISHED = {"stop", "length"}
 
 
 def sse_chunks(reply: httpx.Response) -> Iterator[dict[str, Any]]:
@@ -43,9 +42,16 @@ def sse_chunks(reply: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def read_stream(
-    chunks: Iterable[dict[str, Any]], request: Request, weights: WeightsVersion
+    chunks: Iterable[dict[str, Any]], request: Request, weights: WeightsVersion, *, scored: bool = True
 ) -> Generator[str, None, Completion]:
     """The pieces of a reply's text as they come; returns the reply with its tokens and log-probabilities.
+
+    Args:
+        chunks: As the server sends them, see `sse_chunks`.
+        request: What was asked.
+        weights: The version that samples.
+        scored: Whether the reply is a sample to train on, so that log-probabilities were asked for. A reply that is
+            only shown has none.
 
     Raises:
         NoAnswerError: the server broke the reply off.
@@ -67,7 +73,7 @@ def read_stream(
                 yield piece
     if finish_reason not in FINISHED:
         raise NoAnswerError(f"vLLM broke off a reply ({finish_reason!r}); its tokens are not a sample")
-    if not prompt_ids or len(ids) != len(logprobs):
+    if scored and (not prompt_ids or len(ids) != len(logprobs)):
         raise EngineError(
             f"vLLM streamed {len(prompt_ids)} ids of the prompt, {len(ids)} sampled ids and {len(logprobs)} "
             "log-probabilities; the reply cannot be trained on. It must be vLLM 0.32 or newer"

@@ -80,7 +80,7 @@ def spread(size: int, count: int = COUNT) -> list[int]:
 
 def _played(session: Session, examples: Sequence[dspy.Example], indices: Sequence[int], draw: str) -> list[Rollout]:
     tasks = [Task(Problem(index, examples[index]), session.population.best) for index in indices]
-    return session.player.play(tasks, draw) if tasks else []
+    return session.player.play(tasks, draw, anew=session.config.distills) if tasks else []
 
 
 def _unmeasured(rollouts: Sequence[Rollout], which: str) -> list[str]:

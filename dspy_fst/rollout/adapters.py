@@ -18,6 +18,7 @@ from dspy.adapters.baml_adapter import BAMLAdapter
 from pydantic import BaseModel, ConfigDict, StrictBool
 
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.run.secrets import is_secret
 
 logger = logging.getLogger(__name__)
 OWN: Mapping[str, type[dspy.Adapter]] = {
@@ -32,6 +33,10 @@ NATIVE_TYPES: Mapping[str, type] = {"Citations": dspy.adapters.types.citation.Ci
 """Types that DSPy's adapters hand to an LM's own features by default."""
 KEPT = "_fst_adapter"
 """Attribute of a trained program that holds its KeptAdapter."""
+ASKING: Mapping[str, str] = {"TwoStepAdapter": "extraction_model"}
+"""Those of `OWN` that cannot be made without an LM -> the attribute that holds it."""
+LONGEST_NAME = 500
+"""Characters of the longest name of a class or a setting that is believed (ours)."""
 PLACES = "adapters of the program"
 """Key of a description under which stand the adapters that are attributes of the program."""
 
@@ -44,7 +49,7 @@ class AdapterSettings(BaseModel):
     use_native_function_calling: StrictBool | None = None
     parallel_tool_calls: StrictBool | None = None
     use_json_adapter_fallback: StrictBool | None = None
-    native_response_types: list[str] | None = None
+    native_response_types: list[str] = []
     """Names of types, e.g. ``["Citations", "Reasoning"]``."""
 
 
@@ -64,14 +69,25 @@ class SavedAdapter(BaseModel):
         return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
 
     def is_own(self) -> bool:
-        """Whether it can be made again from this record alone."""
+        """Whether it can be made again from this record alone; one with `faults` cannot."""
         native = self.settings.get("native_response_types") or []
-        return self.name in OWN and not self.lms and isinstance(native, list) and {*native} <= NATIVE_TYPES.keys()
+        return (
+            self.name in OWN
+            and not self.lms
+            and self.name not in ASKING
+            and isinstance(native, list)
+            and {*native} <= NATIVE_TYPES.keys()
+        )
 
     def faults(self) -> list[str]:
-        """Why the record of an adapter of DSPy's is none, one sentence each."""
+        """Why the record is that of no adapter, one sentence each."""
+        names = [self.name, *self.settings, *self.lms]
+        if strange := [name for name in names if not name.isprintable() or not 0 < len(name) <= LONGEST_NAME]:
+            return [f"adapter: {strange[0][:LONGEST_NAME]!r} is no name of a class or of a setting"]
         if self.name not in OWN:
             return []
+        if self.name in ASKING and ASKING[self.name] not in self.lms:
+            return [f"adapter: a {self.name} has an LM as its {ASKING[self.name]}, and none is recorded"]
         unknown = sorted(self.settings.keys() - AdapterSettings.model_fields.keys())
         return [f"adapter: {name} is no setting of {self.name}" for name in unknown] or self._wrong_values()
 
@@ -89,11 +105,16 @@ def adapter_in_force() -> dspy.Adapter:
 
 
 def describe(adapter: dspy.Adapter) -> SavedAdapter:
-    """The adapter's class, the plain settings that shape its prompts, and the LMs that it asks."""
+    """The adapter's class, the plain settings that shape its prompts, and the LMs that it asks.
+
+    A text that is a secret by its name or its form is left out: it is never recorded, compared or logged.
+    """
     kind = type(adapter)
     own = OWN.get(kind.__name__) is kind
     held = {name: value for name, value in sorted(vars(adapter).items()) if name[0] != "_" and name != "callbacks"}
-    shown = {name: _plain(value) for name, value in held.items() if not own or name in AdapterSettings.model_fields}
+    shown = {
+        name: _plain(name, value) for name, value in held.items() if not own or name in AdapterSettings.model_fields
+    }
     return SavedAdapter(
         name=kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}",
         settings={name: value for name, value in shown.items() if value is not _OPAQUE},
@@ -104,7 +125,9 @@ def describe(adapter: dspy.Adapter) -> SavedAdapter:
 _OPAQUE = object()
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, str) and is_secret(name, value):
+        return _OPAQUE
     if isinstance(value, str | int | float | bool | None):
         return value
     if isinstance(value, list | tuple) and all(isinstance(item, type) for item in value):
@@ -143,7 +166,9 @@ def recorded(found: Any) -> SavedAdapter | None:
     """
     if found is None:
         return None
-    saved = SavedAdapter.model_validate({name: value for name, value in dict(found).items() if name != PLACES})
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{found!r} is no record of an adapter")
+    saved = SavedAdapter.model_validate({name: value for name, value in found.items() if name != PLACES})
     if faults := saved.faults():
         raise ValueError("; ".join(faults))
     return saved

@@ -7,12 +7,15 @@ Three words are used throughout:
     plain       an object of a Python class whose state is all in ``__dict__`` and ``__slots__``
 """
 
+import asyncio
+import contextvars
 import copyreg
 import enum
 import functools
 import gc
 import io
 import itertools
+import logging
 import random
 import sys
 import threading
@@ -45,7 +48,16 @@ RECORDS = frozenset(
     }
 )
 """Attributes in which optimizers (ours, DSPy 3.4's) leave their results. Programs in them are no part of this one."""
+
+
+class Opaque:
+    """Base of objects of ours that a program's copy holds and nobody looks into."""
+
+    __slots__ = ()
+
+
 _ATOMS = (
+    Opaque,
     type(None),
     bool,
     int,
@@ -64,8 +76,14 @@ _ATOMS = (
     enum.Enum,
     PurePath,
     dspy.BaseLM,
+    logging.Filterer,
+    logging.LoggerAdapter,
+    asyncio.AbstractEventLoop,
+    contextvars.Context,
+    contextvars.ContextVar,
 )
-"""Never looked into and never copied. An LM is a client: DSPy compares LMs by identity."""
+"""Never looked into and never copied. An LM is a client: DSPy compares LMs by identity. Loggers, their handlers, event
+loops and contexts belong to the process: what else of it they lead to is no part of the program."""
 _STATES = (random.Random, itertools.count)
 """Of C classes those whose whole state is small and their own."""
 _PROTOCOL = (

@@ -19,12 +19,23 @@ import copy
 import functools
 import types
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import dspy
 
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.rollout.anatomy import CONTAINERS, copies_itself, holds, is_atom, is_live, is_plain, is_state
+from dspy_fst.rollout.anatomy import (
+    CONTAINERS,
+    Opaque,
+    copies_itself,
+    holds,
+    is_atom,
+    is_live,
+    is_plain,
+    is_state,
+    may_hold,
+)
 from dspy_fst.rollout.making import Making
 from dspy_fst.rollout.tree import Tree
 
@@ -50,22 +61,27 @@ class Copier:
 
     The program must not change between the copies.
 
+    Args:
+        program: What is copied.
+        known: id -> object, for what is passed by reference without a look into it.
+
     Raises:
         ConfigurationError: a copy would share a predictor with the program (see `copy_faults`).
     """
 
-    def __init__(self, program: Any):
-        tree = Tree(program)
+    def __init__(self, program: Any, known: Mapping[int, Any] = types.MappingProxyType({})):
+        tree = Tree(program, known)
         if faults := tree.faults():
             raise ConfigurationError(faults)
-        self._program = program
-        self._chosen: dict[int, Any] = {**_small(tree.holding), **tree.holding}
+        self._program, self._known = program, known
+        self._chosen: dict[int, Any] = {**_small(tree.holding, known), **tree.holding}
 
     def copy(self, *, lean: bool = False) -> Any:
         """One copy.
 
         Args:
-            lean: Whether modules that copy their parts while they run (dspy.BestOfN, dspy.Refine) do it like this.
+            lean: Whether modules that copy their parts while they run (dspy.BestOfN, dspy.Refine) do it like this, and
+                without another walk through what the copies share.
         """
         making = Making(self._chosen)
         made = making(self._program)
@@ -74,8 +90,26 @@ class Copier:
                 making.memo[key] for key, x in self._chosen.items() if isinstance(x, dspy.Module) and key in making.memo
             ]
             for module in modules:
-                module.__dict__["deepcopy"] = types.MethodType(copied, module)
+                module.__dict__["deepcopy"] = types.MethodType(self._again, module)
         return made
+
+    @cached_property
+    def _again(self) -> "_Again":
+        return _Again(self._known, self._chosen)
+
+
+class _Again(Opaque):
+    """Copies a part of a copy. Such a part may have changed since, so it is looked through, down to what is shared."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self, known: Mapping[int, Any], chosen: Mapping[int, Any]):
+        held = (x for holder in chosen.values() for _, x in holds(holder))
+        shared = {id(x): x for x in held if id(x) not in chosen and may_hold(x)}
+        self._known = {**known, **shared}
+
+    def __call__(self, part: Any) -> Any:
+        return Copier(part, self._known).copy(lean=True)
 
 
 def copy_faults(program: dspy.Module) -> list[str]:
@@ -91,17 +125,18 @@ def copy_faults(program: dspy.Module) -> list[str]:
     return [f"student: a copy of the program shares {place} with it; hold it as an attribute" for place in shared]
 
 
-def _small(holding: Mapping[int, Any]) -> dict[int, Any]:
+def _small(holding: Mapping[int, Any], known: Mapping[int, Any]) -> dict[int, Any]:
     """id -> object, for what is copied of the values without parts that parts, and what holds parts, hold."""
+    passed = {**known, **holding}
     chosen: dict[int, Any] = {}
     shared: set[int] = set()
     for holder in holding.values():
         if isinstance(holder, types.FunctionType):
             continue  # what a closure holds is its surroundings: DSPy's deepcopy shares it, too
         for _, x in holds(holder):
-            if is_atom(x) or id(x) in holding or id(x) in chosen:
+            if is_atom(x) or id(x) in passed or id(x) in chosen:
                 continue
-            value = _Value(x, holding)
+            value = _Value(x, passed)
             if value.large and isinstance(holder, dspy.Predict) and type(x) in OUTER:
                 chosen[id(x)] = x  # a rollout may add a demo
             elif not value.large:

@@ -92,9 +92,22 @@ class Player:
         return [Group(problem.index, tuple(rollouts[i * size : (i + 1) * size])) for i, problem in enumerate(problems)]
 
     def play(
-        self, tasks: Sequence[Task], draw: str, on_rollout: Callable[[Rollout], None] = lambda rollout: None
+        self,
+        tasks: Sequence[Task],
+        draw: str,
+        on_rollout: Callable[[Rollout], None] = lambda rollout: None,
+        *,
+        anew: bool = False,
     ) -> list[Rollout]:
-        """Make the rollouts, in the order of the tasks. Never raises for what happens inside one."""
+        """Make the rollouts, in the order of the tasks. Never raises for what happens inside one.
+
+        Args:
+            tasks: What is played.
+            draw: Name of the random draw.
+            on_rollout: Called with each rollout as it ends.
+            anew: Whether the prompts of these rollouts are to be rendered anew under other texts. Only then is each
+                call taken down in ``Rollout.asked``, with its predictor, inputs and adapter.
+        """
         programs = {task.candidate.digest: task.candidate for task in tasks}
         spoken = {digest: self._speaking(candidate) for digest, candidate in programs.items()}
         recordings = [Recording(self._seed(task, draw)) for task in tasks]
@@ -102,7 +115,7 @@ class Player:
         def job(index: int) -> Callable[[], Rollout]:
             task = tasks[index]
             context = contextvars.copy_context()  # the caller's dspy.context holds inside the worker threads
-            return lambda: context.run(self._play, task, spoken[task.candidate.digest], recordings[index])
+            return lambda: context.run(self._play, task, spoken[task.candidate.digest], recordings[index], anew)
 
         def timed_out(index: int) -> Rollout:
             calls = recordings[index].close()
@@ -136,7 +149,7 @@ class Player:
         entropy = repr((self.settings.seed, draw, task.problem.index, task.candidate.digest, task.sample))
         return int.from_bytes(hashlib.sha256(entropy.encode()).digest()[:8], "big")
 
-    def _play(self, task: Task, spoken: Copier | UnboundError, recording: Recording) -> Rollout:
+    def _play(self, task: Task, spoken: Copier | UnboundError, recording: Recording, anew: bool) -> Rollout:
         if isinstance(spoken, UnboundError):
             feedback = f"The source could not be read: {spoken}"
             reward = self.settings.failure_score
@@ -147,7 +160,7 @@ class Player:
         ended = Ending(recording, parses, outages, self.settings.failure_score, self.settings.format_failure_score)
         settings = {
             SETTING: recording,
-            "callbacks": [*dspy.settings.callbacks, parses, outages, listening],
+            "callbacks": [*dspy.settings.callbacks, parses, outages, *([listening] if anew else [])],
             "trace": trace,
             "disable_history": True,
         }

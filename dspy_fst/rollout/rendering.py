@@ -58,8 +58,9 @@ def held_under(teachers: Sequence[Candidate], rollouts: Sequence[Rollout], token
     Raises:
         TrainingError: no call of any rollout could be rendered anew, so that nothing could be taught.
     """
+    renderer = _renderer(tokenizer)
     held = [
-        HeldRollout(rollout, prompts_under(teacher, rollout, tokenizer))
+        HeldRollout(rollout, _prompts(teacher, rollout, tokenizer, renderer))
         for rollout, teacher in zip(rollouts, itertools.cycle(teachers), strict=False)
     ]
     if not any(ids is not None for of in held for ids in of.start_prompts) and (fault := _unread(rollouts)):
@@ -69,7 +70,8 @@ def held_under(teachers: Sequence[Candidate], rollouts: Sequence[Rollout], token
 
 def unread_fault(rollouts: Sequence[Rollout], teacher: Candidate, tokenizer: Any) -> str | None:
     """Why nothing can be taught by a teacher's texts, when not one call of these rollouts has a prompt under them."""
-    prompts = (prompts_under(teacher, rollout, tokenizer) for rollout in rollouts)
+    renderer = _renderer(tokenizer)
+    prompts = (_prompts(teacher, rollout, tokenizer, renderer) for rollout in rollouts)
     return None if any(ids is not None for of in prompts for ids in of) else _unread(rollouts)
 
 
@@ -91,9 +93,20 @@ def prompts_under(candidate: Candidate, rollout: Rollout, tokenizer: Any) -> tup
 
     A call is found again among the rollout's calls of predictors by its prompt: one that, rendered anew, gives exactly
     the text that was sampled from. Not the ids: a conversation that goes on keeps the ids of its earlier replies. None
-    for a call that none of them gives; whoever uses this counts them.
+    for a call that none of them gives, as for every call of a rollout that was played without ``anew``; whoever uses
+    this counts them.
     """
-    renderer = PromptRenderer(tokenizer, TemplateTraits.of(tokenizer))
+    return _prompts(candidate, rollout, tokenizer, _renderer(tokenizer))
+
+
+def _renderer(tokenizer: Any) -> PromptRenderer:
+    """Made once for many rollouts: the traits are found by rendering a handful of conversations."""
+    return PromptRenderer(tokenizer, TemplateTraits.of(tokenizer))
+
+
+def _prompts(
+    candidate: Candidate, rollout: Rollout, tokenizer: Any, renderer: PromptRenderer
+) -> tuple[Ids | None, ...]:
     rendered: dict[tuple[str, str], Ids] = {}
     for asked in rollout.asked:
         before = _render(asked, asked.predictor.signature.instructions, renderer)
@@ -106,8 +119,7 @@ def prompts_under(candidate: Candidate, rollout: Rollout, tokenizer: Any) -> tup
 def render(predictor: dspy.Predict, instructions: str, inputs: dict[str, Any], tokenizer: Any) -> Ids | None:
     """The prompt's ids of a call that nobody made, through the adapter in force; None when it refuses."""
     lm = predictor.lm or dspy.settings.lm
-    renderer = PromptRenderer(tokenizer, TemplateTraits.of(tokenizer))
-    return _render(Asked("", predictor, inputs, lm, adapter_in_force()), instructions, renderer)
+    return _render(Asked("", predictor, inputs, lm, adapter_in_force()), instructions, _renderer(tokenizer))
 
 
 def _render(asked: Asked, instructions: str | None, renderer: PromptRenderer) -> Ids | None:

@@ -1,7 +1,8 @@
 """Where the parts of a program stand: also in nested containers, objects and closures, where DSPy does not look."""
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import dspy
@@ -14,9 +15,14 @@ class Tree:
     """Everything in a program that may lead to a part of it.
 
     ``nodes``: id -> object, the program first; ``holding``: those that are parts or hold one.
+
+    Args:
+        program: Where the walk begins.
+        known: id -> object, for what is known to hold no part: it is not walked into.
     """
 
-    def __init__(self, program: Any):
+    def __init__(self, program: Any, known: Mapping[int, Any] = MappingProxyType({})):
+        self._known = known
         self.nodes: dict[int, Any] = {id(program): program}
         self._holders: dict[int, list[int]] = {id(program): []}
         self._named: dict[int, tuple[int, str]] = {}
@@ -65,7 +71,7 @@ class Tree:
         while path:
             holder, held, leads = path[-1]
             for name, value in held:
-                if not may_hold(value):
+                if id(value) in self._known or not may_hold(value):
                     continue
                 leads[0] = True
                 seen = id(value) in self.nodes

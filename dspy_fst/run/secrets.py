@@ -7,6 +7,7 @@ shapes that only keys have. What is written or shown goes through `Redactor.clea
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -86,6 +87,22 @@ class Redactor:
                 yield from self._places(item, f"{where}[{index}]")
         elif isinstance(value, str) and self.clean(value) != value:
             yield where
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether a setting of this name and value is kept out of every record.
+
+    By its name, whatever the value: an object's own attribute is left out whole, so no other text is spoilt by it. By
+    its value, where that is one of the environment's secrets or looks like a key.
+    """
+    if _NAME.search(name):
+        return True
+    return _knowing(tuple(_named_secrets(dict(os.environ)))).clean(value) != value
+
+
+@lru_cache(maxsize=8)
+def _knowing(secrets: tuple[str, ...]) -> Redactor:
+    return Redactor(secrets)
 
 
 def _is_worth_hiding(value: str) -> bool:

@@ -19,9 +19,11 @@ from dspy.utils.callback import BaseCallback
 from pydantic_core import to_jsonable_python
 
 from dspy_fst.engine.base import Completion
-from dspy_fst.engine.chat import chat_messages, text_response
+from dspy_fst.engine.chat import chat_messages
 from dspy_fst.engine.chat_template import fitted
 from dspy_fst.engine.stop_tokens import with_stop_tokens
+from dspy_fst.engine.vllm_stream import read_stream
+from dspy_fst.engine.vllm_wire import RESHAPING
 from dspy_fst.errors import EngineError
 from dspy_fst.policy import EngineHandle, PolicyLM
 from dspy_fst.rollout.adapters import adapter_in_force
@@ -34,8 +36,6 @@ Tell = Callable[[Any, str], None]
 """(data, name of the event); may raise EngineError when nobody listens."""
 SETTING = "fst_deltas"
 """Name of the DSPy context setting that holds the current Deltas."""
-# The policy's own distribution, as in training, whatever defaults the server has.
-_WHOLE_SOFTMAX = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _READABLE = ("ChatAdapter", "JSONAdapter", "XMLAdapter")
 """Adapters whose replies DSPy's listeners can read while they grow."""
 
@@ -154,26 +154,19 @@ def _body(request: lm15.Request, seed: int) -> dict[str, Any]:
         "seed": seed,
         "return_token_ids": True,
         **(config.extensions or {}),
-        **_WHOLE_SOFTMAX,
+        # The policy's own distribution, as in training, whatever defaults the server has.
+        "top_p": 1.0,
+        **RESHAPING,
     }
 
 
 def _read(request: lm15.Request, weights: str, chunks: Iterable[dict[str, Any]], deltas: Deltas) -> Completion:
     """The whole reply, told piece by piece on the way."""
-    prompt_ids: list[int] = []
-    ids: list[int] = []
-    text, finish_reason = "", None
+    pieces = read_stream(chunks, request, weights, scored=False)
     deltas.begin()
-    for chunk in chunks:
-        prompt_ids = chunk.get("prompt_token_ids") or prompt_ids
-        for choice in chunk["choices"]:
-            ids += choice.get("token_ids") or []
-            finish_reason = choice.get("finish_reason") or finish_reason
-            if piece := choice["delta"].get("content"):
-                text += piece
-                deltas.add(piece)
-    deltas.end()
-    if finish_reason not in ("stop", "length"):
-        raise EngineError(f"vLLM broke off a reply ({finish_reason!r})")
-    response = text_response(request.model, text, finish_reason, len(prompt_ids), len(ids))
-    return Completion(response, tuple(prompt_ids), tuple(ids), (), finish_reason, weights)
+    while True:
+        try:
+            deltas.add(next(pieces))
+        except StopIteration as end:
+            deltas.end()
+            return cast(Completion, end.value)

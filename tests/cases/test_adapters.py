@@ -13,6 +13,8 @@ import dspy
 import pytest
 from dspy.adapters.baml_adapter import BAMLAdapter
 from dspy.utils.exceptions import AdapterParseError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import dspy_fst
 from dspy_fst import FSTOptimizer
@@ -20,11 +22,21 @@ from dspy_fst.compiled import policy_of
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.export import export
 from dspy_fst.past import Past
-from dspy_fst.rollout.adapters import SavedAdapter, describe, identity, made
+from dspy_fst.rollout.adapters import (
+    NATIVE_TYPES,
+    AdapterSettings,
+    SavedAdapter,
+    describe,
+    identity,
+    keep,
+    made,
+    recorded,
+)
 from dspy_fst.run.sealed import seal
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import ServeSettings
 from programs.lab import build
+from tests.pipelines.watched import lab_policy, says
 from tests.relay import Relay, any_answer, relay
 from tests.serve.makers import KEY, ask
 
@@ -85,6 +97,7 @@ def trained(tmp_path_factory):
 IN_A_FRESH_PROCESS = """
 import sys, json
 from tests.cases.test_adapters import asked_by
+from tests.pipelines.watched import lab_policy, says
 from tests.relay import Relay
 import dspy_fst
 loaded = dspy_fst.load(sys.argv[1], Relay())
@@ -342,3 +355,153 @@ def test_an_exported_card_tells_the_adapter(trained, tmp_path):
     loaded = dspy_fst.load(tmp_path / "exported", Relay())
     assert JSON_FORM in asked_by(loaded)[0]
     policy_of(loaded).release()
+
+
+# ---- secrets, and records that somebody else wrote ------------------------------------------------
+
+
+class Keyed(dspy.ChatAdapter):
+    """An adapter of a user's own that asks a service with a key."""
+
+    def __init__(self, mark="M", **secrets):
+        super().__init__()
+        self.mark, self.max_tokens = mark, 5
+        vars(self).update(secrets)
+
+
+SECRETS = {
+    "api_key": "sk-abc",
+    "password": "swordfish",
+    "service": "sk-proj-A1b2C3d4E5f6G7h8I9j0K1l2M3n4",
+    "address": "https://me:hunter2@example.com/",
+    "from_environment": "zz-plain-looking-value",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", SECRETS["from_environment"])
+
+
+def shows_a_secret(text):
+    return [value for value in SECRETS.values() if value in text]
+
+
+def test_an_adapter_s_secrets_are_not_recorded_or_compared(environment):
+    keyed, plain = describe(Keyed(**SECRETS)), describe(Keyed())
+    assert keyed == plain
+    assert keyed.settings["mark"] == "M"
+    assert keyed.settings["max_tokens"] == 5
+    assert keyed.settings.keys().isdisjoint(SECRETS)
+    program = relay()
+    program.inner_adapter = Keyed(**SECRETS)
+    with dspy.context(adapter=Keyed(**SECRETS)):
+        one = identity(program)
+    program.inner_adapter = Keyed(**{**SECRETS, "api_key": "another"})
+    with dspy.context(adapter=Keyed(**{**SECRETS, "api_key": "another"})):
+        assert identity(program) == one
+    assert shows_a_secret(str(one)) == []
+    assert describe(Keyed("other", **SECRETS)) != keyed
+
+
+def test_an_adapter_s_secrets_are_not_logged(environment, caplog):
+    made(describe(Keyed(**SECRETS)), Keyed("other", **SECRETS))
+    with dspy.context(adapter=Keyed("other", **SECRETS)):
+        made(describe(Keyed(**SECRETS)), None)
+    program = relay()
+    keep(program, Keyed(**SECRETS))
+    with dspy.context(adapter=Keyed("third", **SECRETS)), suppress(AdapterParseError):
+        program(numbers="3 1 2")
+    policy_of(program).release()
+    assert caplog.text.count("mark='other'") == 2
+    assert "mark='third'" in caplog.text
+    assert shows_a_secret(caplog.text) == []
+
+
+def test_a_run_through_an_adapter_with_secrets_is_continued_saved_and_loaded(environment, tmp_path):
+    with dspy.context(adapter=Keyed(**SECRETS)):
+        policy_of(compile_relay(tmp_path / "run")).release()
+        compiled = compile_relay(tmp_path / "run")
+    saved = dspy_fst.save(compiled, tmp_path / "saved")
+    policy_of(compiled).release()
+    written = [path.read_text() for path in (*saved.glob("*.json"), *(tmp_path / "run").glob("*.json*"))]
+    assert len(written) > 5
+    assert [shows_a_secret(text) for text in written if shows_a_secret(text)] == []
+    loaded = dspy_fst.load(saved, Relay(), adapter=Keyed(**SECRETS))
+    assert loaded.first.lm.checkpoint.path == saved / "weights"
+
+
+OWN_NAMES = [
+    "ChatAdapter",
+    "JSONAdapter",
+    "XMLAdapter",
+    "BAMLAdapter",
+    "TwoStepAdapter",
+    "x.Mine",
+    "a\nb",
+    "",
+    "x" * 999,
+]
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.text(max_size=5), max_size=2)
+)
+SETTING_NAMES = st.sampled_from([*AdapterSettings.model_fields, "callbacks", "format", "__class__", "_fst", "x\ny", ""])
+NATIVE = st.lists(st.sampled_from([*NATIVE_TYPES, "Foo"]), max_size=2)
+ANYTHING = st.recursive(VALUES, lambda inner: st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=4)
+RECORDS = st.fixed_dictionaries(
+    {
+        "name": st.one_of(st.sampled_from(OWN_NAMES), ANYTHING),
+        "settings": st.one_of(st.dictionaries(SETTING_NAMES, st.one_of(VALUES, NATIVE), max_size=3), ANYTHING),
+        "lms": st.one_of(
+            st.just({}),
+            st.dictionaries(st.sampled_from(["extraction_model", "x", ""]), st.text(max_size=5), max_size=2),
+            ANYTHING,
+        ),
+    }
+)
+
+
+@given(RECORDS)
+@example({"name": "TwoStepAdapter", "settings": {}, "lms": {}})
+@example({"name": "TwoStepAdapter", "settings": {}, "lms": {"x": "openai/gpt-x"}})
+@example({"name": "ChatAdapter", "settings": {"native_response_types": None}, "lms": {}})
+@settings(max_examples=300, deadline=None)
+def test_a_record_that_somebody_wrote_makes_an_adapter_that_works_or_is_refused_in_plain_words(record):
+    try:
+        saved = recorded(record)
+    except ValueError:
+        return
+    try:
+        adapter = made(saved, None)
+    except ConfigurationError:
+        return
+    assert describe(adapter).name == saved.name
+    assert adapter.format(says("Reverse the list.").signature, [], {"numbers": "1 2"})
+    assert adapter._call_preprocess(lab_policy(), {}, says("Reverse the list.").signature, {"numbers": "1 2"})
+
+
+@pytest.mark.parametrize("found", [5, [1], "ChatAdapter", True, {"name": "ChatAdapter"}, {}], ids=str)
+def test_a_recipe_s_adapter_that_is_none_is_refused(found, trained, tmp_path):
+    with pytest.raises(ValueError, match=r"name|record|adapter"):
+        recorded(found)
+    run = tmp_path / "run"
+    shutil.copytree(trained[2], run)
+    recipe = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.json").write_text(json.dumps({**recipe, "adapter": found}))
+    with pytest.raises(RunDirectoryError, match="adapter"):
+        _ = Past.of(run).adapter
+
+
+@pytest.mark.parametrize(
+    ("record", "match"),
+    [
+        ({"name": "TwoStepAdapter", "settings": {}, "lms": {}}, "a TwoStepAdapter has an LM as its extraction_model"),
+        ({"name": "x\ny", "settings": {}, "lms": {}}, "is no name of a class"),
+        ({"name": "x.Mine", "settings": {"x\ny": 1}, "lms": {}}, "is no name of a class or of a setting"),
+        ({"name": "ChatAdapter", "settings": {"native_response_types": None}, "lms": {}}, "not of the right type"),
+    ],
+)
+def test_a_saved_folder_s_adapter_is_checked_before_use(trained, tmp_path, record, match):
+    bad = rewritten(trained[1], tmp_path / "bad", lambda document: document.update(adapter=record))
+    with pytest.raises(RunDirectoryError, match=match):
+        dspy_fst.load(bad, Relay())

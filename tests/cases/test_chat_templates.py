@@ -100,7 +100,7 @@ def test_a_program_runs_and_its_instruction_stands_in_the_first_user_turn(templa
     try:
         player = Player(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings(threads=2))
         example = dspy.Example(question="Which?").with_inputs("question")
-        (rollout,) = player.play([Task(Problem(0, example), read_texts(program))], "fit")
+        (rollout,) = player.play([Task(Problem(0, example), read_texts(program))], "fit", anew=True)
     finally:
         policy.release()
     assert (rollout.mask, rollout.failure) == (None, "parse")

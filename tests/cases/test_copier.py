@@ -1,7 +1,10 @@
 """The copier on programs of any shape: it shares no predictor, copies no data, and what is held once stays one."""
 
+import asyncio
+import contextvars
 import functools
 import gc
+import logging
 import random
 import threading
 import types
@@ -10,11 +13,12 @@ from collections import OrderedDict, defaultdict, deque, namedtuple
 
 import dspy
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspy_fst.rollout.copying import SMALL, Copier, copied
-from dspy_fst.rollout.tree import Tree
+from dspy_fst.rollout.copying import SMALL, Copier, copied, copy_faults
+from dspy_fst.rollout.tree import Tree, hidden_predictors
 from dspy_fst.types import Candidate
 
 Pair = namedtuple("Pair", "left right")
@@ -246,3 +250,87 @@ def test_a_module_copied_while_a_rollout_runs_shares_its_data_too():
     assert inner.data is program.module.data
     assert inner.ask is not lean.module.ask
     assert "deepcopy" not in Copier(program).copy().module.__dict__
+
+
+class Rows(list):
+    """Counts how often somebody goes through it."""
+
+    walks = 0
+
+    def __iter__(self):
+        Rows.walks += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("around", [dspy.BestOfN, dspy.Refine])
+def test_a_try_of_a_module_walks_through_no_data(around):
+    rows = Rows({"row": str(n)} for n in range(2 * SMALL))
+    inner = Node(ask=dspy.Predict("question -> answer"), data=rows, notes=[])
+    program = Node(module=around(Node(inner=inner), N=3, reward_fn=lambda *_: 1.0, threshold=1.0))
+    copier = Copier(program)
+    lean = copier.copy(lean=True)
+    lean.module.deepcopy()
+    Rows.walks = 0
+    lean = copier.copy(lean=True)
+    tries = [lean.module.module.deepcopy() for _ in range(3)]
+    again = [one.inner.deepcopy() for one in tries]
+    assert Rows.walks == 0
+    notes = [lean.module.module.inner.notes, *(one.inner.notes for one in tries), *(one.notes for one in again)]
+    asks = [lean.module.module.inner.ask, *(one.inner.ask for one in tries), *(one.ask for one in again)]
+    assert len(set(map(id, notes))) == len(set(map(id, asks))) == 7
+    assert all(one.inner.data is rows for one in tries)
+
+
+def test_what_a_rollout_has_put_into_a_part_is_copied_for_each_of_its_tries():
+    program = Node(module=Node(ask=dspy.Predict("question -> answer"), notes=[]))
+    lean = Copier(program).copy(lean=True)
+    lean.module.more, lean.module.notes = [dspy.Predict("question -> answer")], ["seen"]
+    one, other = lean.module.deepcopy(), lean.module.deepcopy()
+    assert len({id(x.more[0]) for x in (one, other, lean.module)}) == 3
+    assert len({id(x.notes) for x in (one, other, lean.module)}) == 3
+    assert one.notes == ["seen"]
+
+
+class Remembering(logging.Handler):
+    """A handler of the process that holds a predictor, as a monitor of somebody's does."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = dspy.Predict("question -> answer")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "process",
+    [
+        lambda: logging.getLogger("of.a.program"),
+        lambda: logging.LoggerAdapter(logging.getLogger("of.a.program"), {}),
+        lambda: logging.getLogger().handlers[-1],
+    ],
+    ids=["logger", "adapter", "handler"],
+)
+def test_a_logger_leads_out_of_the_program(process, nested):
+    handler = Remembering()
+    logging.getLogger().addHandler(handler)
+    try:
+        log = process()
+        program = Node(ask=dspy.Predict("question -> answer"), log=[Plain(log=log)] if nested else log)
+        assert hidden_predictors(program) == {}
+        assert copy_faults(program) == []
+        twin = copied(program)
+        assert (twin.log[0].log if nested else twin.log) is log
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def test_an_event_loop_and_a_context_lead_out_of_the_program():
+    ask, loop = dspy.Predict("question -> answer"), asyncio.new_event_loop()
+    variable = contextvars.ContextVar("variable")
+    variable.set(ask)
+    loop.call_later(3600, print, ask)
+    program = Node(loop=loop, context=contextvars.copy_context(), variable=variable)
+    try:
+        assert Tree(program).parts().keys() == {""}
+        assert copied(program).loop is loop
+    finally:
+        loop.close()

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.compiled import policy_of
+from dspy_fst.engine.chat_template import TemplateTraits
 from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
 from dspy_fst.rollout.rendering import held_under, prompts_under
@@ -15,6 +16,7 @@ from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.texts import read_texts
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
+from tests.pipelines.watched import lab_policy, run_watched, says
 from tests.relay import Relay, any_answer, relay
 
 PROBLEM = Problem(0, dspy.Example(numbers="1 2 3 4 5").with_inputs("numbers"))
@@ -27,7 +29,9 @@ def tokenizer():
 
 
 def played(program, candidate):
-    (rollout,) = Player(program, Reward(any_answer), PlayerSettings()).play([Task(PROBLEM, candidate)], "test")
+    (rollout,) = Player(program, Reward(any_answer), PlayerSettings()).play(
+        [Task(PROBLEM, candidate)], "test", anew=True
+    )
     return rollout
 
 
@@ -120,3 +124,39 @@ def test_distilling_through_such_an_adapter_is_refused_before_the_first_update(t
     with dspy.context(adapter=Restless()), pytest.raises(ConfigurationError, match="Restless") as told:
         optimizer.compile(relay(), trainset=lab.trainset)
     assert "seed_kl_teacher" in str(told.value)
+
+
+def test_calls_are_taken_down_only_for_who_renders_them_anew():
+    program = relay()
+    player = Player(program, Reward(any_answer), PlayerSettings())
+    for anew in (False, True):
+        (rollout,) = player.play([Task(PROBLEM, read_texts(program))], "test", anew=anew)
+        assert rollout.calls
+        assert bool(rollout.asked) is anew
+    policy_of(program).release()
+
+
+def distilled_rollouts(run_dir, **recipe):
+    run = run_watched(says("Reverse the list."), run_dir, seed_kl_coefficient=1.0, **recipe)
+    return {draw.partition("-")[0]: bool(rollout.asked) for draw, rollout in run.rollouts if rollout.calls}
+
+
+def test_a_run_takes_calls_down_for_its_teacher_only(tmp_path):
+    with dspy.context(lm=lab_policy()):
+        held = distilled_rollouts(tmp_path / "held")
+        taught = distilled_rollouts(tmp_path / "taught", seed_kl_teacher="population")
+    assert {*held.values()} == {False}
+    assert {draw for draw, asked in taught.items() if asked} == {"seed", "preflight"}
+    assert taught["search"] is taught["step"] is False
+
+
+def test_the_template_is_tried_once_for_all_rollouts(tokenizer, monkeypatch):
+    program, made = relay(), []
+    seed = read_texts(program)
+    rollouts = [played(program, seed) for _ in range(3)]
+    of = TemplateTraits.of
+    monkeypatch.setattr(TemplateTraits, "of", lambda tried: made.append(tried) or of(tried))
+    held = held_under([seed], rollouts, tokenizer)
+    assert [of.start_prompts for of in held] == [tuple(c.prompt_ids for c in r.calls) for r in rollouts]
+    assert [tried is tokenizer for tried in made].count(True) == 1  # others belong to engines
+    policy_of(program).release()
