@@ -308,7 +308,7 @@ def test_an_adapter_of_the_user_s_with_other_settings_is_told(marked, caplog):
         dspy.XMLAdapter(),
         BAMLAdapter(),
     ],
-    ids=str,
+    ids=["native calls", "no second call", "JSON without native calls", "XML", "BAML"],
 )
 def test_an_adapter_of_dspy_s_is_made_again_as_it_was(adapter):
     again = made(SavedAdapter.model_validate_json(describe(adapter).model_dump_json()), None)

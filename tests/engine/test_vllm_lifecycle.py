@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.sync import verify_identity
 from dspy_fst.engine.vllm_server import VLLMServer
 from dspy_fst.errors import EngineError, SyncError
 from tests.engine.test_server_process import below, members, wait_until_gone
-from tests.engine.test_vllm_server import PROBES, ask, verify
+from tests.engine.test_vllm_server import PROBES, TOLERANCE, ask, largest_gap
 from tests.engine.tiny_qwen import make_model, save, small
 
 
@@ -25,14 +26,24 @@ def test_stale_tied_head_is_caught(tmp_path: Path) -> None:
     engine = VLLMServer(small(tmp_path / "log"))
     first, second = make_model(7, tied=True), make_model(8, tied=True)
     try:
-        engine.load(save(first, tmp_path, "step-000001"))
-        verify(engine.score(PROBES), first)
-        engine.load(save(second, tmp_path, "step-000002"))
-        with pytest.raises(SyncError, match="step-000002"):
-            verify(engine.score(PROBES), second)
+        fresh = save(first, tmp_path, "step-000001")
+        engine.load(fresh)
+        prove(engine, fresh)
+        assert largest_gap(engine.score(PROBES), first) < TOLERANCE
+        stale = save(second, tmp_path, "step-000002")
+        engine.load(stale)
+        with pytest.raises(SyncError, match=r"step-000002.*a packed copy was left behind"):
+            prove(engine, stale)
+        assert largest_gap(engine.score(PROBES), second) > 0.1
         assert_death_is_explained(engine)
     finally:
         engine.close()
+
+
+def prove(engine: VLLMServer, checkpoint: Checkpoint) -> None:
+    held = engine.held(checkpoint)
+    assert held is not None
+    verify_identity(held, checkpoint)
 
 
 def assert_death_is_explained(engine: VLLMServer) -> None:
@@ -66,6 +77,7 @@ OWNER = """
 import sys
 from pathlib import Path
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.sync import verify_identity
 from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
 VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, log_path=Path(sys.argv[2]))).load(Checkpoint("v", Path(sys.argv[1])))
 """
