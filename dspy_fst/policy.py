@@ -15,6 +15,7 @@ from dspy.clients.engines.base import StreamEvent
 from pydantic import ValidationError
 
 from dspy_fst.engine.base import Checkpoint, Completion, Engine
+from dspy_fst.engine.memory import has_gpu
 from dspy_fst.engine.portable import PolicyState, portable_options
 from dspy_fst.engine.prompts import Ids, PromptRenderer
 from dspy_fst.engine.replies import ReplyReader
@@ -293,7 +294,7 @@ def resolve_kind(kind: EngineKind) -> EngineKind:
     """What ``"auto"`` stands for on this machine."""
     if kind != "auto":
         return kind
-    return "vllm" if _has_gpu() and importlib.util.find_spec("vllm") else "in_process"
+    return "vllm" if has_gpu() and importlib.util.find_spec("vllm") else "in_process"
 
 
 def engine_maker(kind: EngineKind, options: Mapping[str, Any]) -> Callable[[], Engine]:
@@ -318,9 +319,3 @@ def engine_maker(kind: EngineKind, options: Mapping[str, Any]) -> Callable[[], E
     except TypeError as error:
         raise ConfigurationError([f"engine_options of engine={kind!r}: {error}"]) from error
     raise ConfigurationError([f"engine={kind!r} is unknown; use 'auto', 'vllm' or 'in_process'"])
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

@@ -14,13 +14,14 @@ class Gate:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._samplers = 0
+        self._checkers = 0
         self._loaders_waiting = 0
         self._loading = False
 
     @property
     def samplers(self) -> int:
-        """How many are in now."""
-        return self._samplers
+        """How many wait for tokens now: none while somebody checks the weights, as no token is processed meanwhile."""
+        return 0 if self._checkers else self._samplers
 
     @contextmanager
     def sampling(self, timeout_s: float) -> Iterator[None]:
@@ -39,6 +40,18 @@ class Gate:
             with self._changed:
                 self._samplers -= 1
                 self._changed.notify_all()
+
+    @contextmanager
+    def checking(self, timeout_s: float) -> Iterator[None]:
+        """`sampling` of one who looks at the weights and asks for no token."""
+        with self.sampling(timeout_s):
+            with self._changed:
+                self._checkers += 1
+            try:
+                yield
+            finally:
+                with self._changed:
+                    self._checkers -= 1
 
     @contextmanager
     def loading(self, timeout_s: float) -> Iterator[None]:

@@ -24,6 +24,7 @@ from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.generation import Pending, Reply, cut, generate
 from dspy_fst.engine.holding import compare, head_in_float32
+from dspy_fst.engine.logprobs import with_logprobs
 from dspy_fst.engine.prompts import PromptRenderer
 from dspy_fst.engine.queueing import queueing
 from dspy_fst.engine.reading import BatchReader
@@ -34,6 +35,9 @@ from dspy_fst.types import WeightsVersion
 
 UNLIMITED_REPLY = 1024
 """Longest reply of a model without a context limit (Mamba, Bloom) when the call names none: PolicyLM's own default."""
+
+SCORED_AT_ONCE = 64
+"""Tokens whose log-probabilities over the vocabulary are in memory at once (ours: 39 MiB at 150k entries)."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,11 @@ class InProcessEngine:
                 ) from error
 
     def complete(self, request: lm15.Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
+        if request.config.logprobs:
+            raise lm15.UnsupportedFeatureError(
+                f"top_logprobs={request.config.logprobs}: the in-process engine tells the log-probabilities of the "
+                "sampled tokens only; leave top_logprobs out, or use engine='vllm'"
+            )
         prompt = self._render(request) if prompt_ids is None else prompt_ids
         temperature = 1.0 if request.config.temperature is None else request.config.temperature
         call = Pending(prompt, self._room(prompt, request.config.max_tokens), temperature, seed)
@@ -130,18 +139,24 @@ class InProcessEngine:
         response = text_response(request.model, text, reply.finish_reason, len(prompt), len(reply.ids))
         tokens = (prompt, tuple(reply.ids), tuple(reply.logprobs))
         completion = Completion(response, *tokens, reply.finish_reason, reply.weights)
+        if request.config.logprobs is not None:
+            completion = with_logprobs(completion, [self._tokenizer.decode([number]) for number in reply.ids])
         return completion if self._reader is None else self._reader.read(completion, request)
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        lengths = [len(sequence) for sequence in sequences]
-        # Padded on the right: under a causal mask no real token looks at the padding.
-        rows = [[*sequence, *[0] * (max(lengths) - len(sequence))] for sequence in sequences]
         with self._model_lock:
-            ids = torch.tensor(rows, device=self._model.device)
-            logprobs = self._model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
-            chosen = logprobs.gather(-1, ids[:, 1:, None])[:, :, 0].tolist()
-        return [row[: length - 1] for row, length in zip(chosen, lengths, strict=True)]
+            return [self._token_logprobs(sequence) for sequence in sequences]
+
+    def _token_logprobs(self, sequence: Sequence[int]) -> list[float]:
+        """Of one sequence alone, and in parts: a token takes as many logits as the vocabulary has entries."""
+        if len(sequence) < 2:
+            return []
+        ids = torch.tensor([[*sequence]], device=self._model.device)
+        logits = self._model(input_ids=ids).logits[0, :-1]
+        parts = zip(logits.split(SCORED_AT_ONCE), ids[0, 1:].split(SCORED_AT_ONCE), strict=True)
+        chosen = [part.float().log_softmax(-1).gather(-1, wanted[:, None])[:, 0] for part, wanted in parts]
+        return torch.cat(chosen).tolist()
 
     def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
         """Verify the weights that are loaded next; there is no recovery: this engine falls with the process."""
@@ -205,13 +220,14 @@ class InProcessEngine:
     def _take(self, checkpoint: Checkpoint) -> None:
         """Put other weights of the same model in the place of those that are served."""
         stored = load_file(checkpoint.path / "model.safetensors")
+        self._version = None  # what fails from here on may have copied a part
         if stored.keys() == self._model.state_dict().keys():
             self._model.load_state_dict(stored)
             return
         # Its tensors have other names on disk, or other shapes (experts, for one): from_pretrained converts them.
         del stored
         device, dtype = self._model.device, self._model.dtype
-        self._model = self._batch_reader = self._version = None  # room for the next
+        self._model = self._batch_reader = None  # room for the next
         self._read(checkpoint, str(device), dtype)
 
     def _read(self, checkpoint: Checkpoint, device: str, dtype: Any) -> None:

@@ -26,6 +26,7 @@ from dspy.lm15 import TimeoutError as RequestTimeoutError
 
 from dspy_fst.engine.base import Completion, Holding
 from dspy_fst.engine.chat import text_response
+from dspy_fst.engine.logprobs import with_logprobs
 from dspy_fst.engine.vllm_stream import read_stream, sse_chunks
 from dspy_fst.engine.vllm_wire import FINISHED, RESHAPING, pinned, read_completion, read_scores
 from dspy_fst.errors import EngineError, NoAnswerError
@@ -129,11 +130,12 @@ class VLLMClient:
             dspy.lm15.LM15Error: the server refuses the request itself.
         """
         routed = pinned(request, model=f"vllm:{self.find_model()}", seed=seed)
-        if prompt_ids is not None and (completion := self._sample_after(prompt_ids, routed, weights)) is not None:
+        told = request.config.logprobs is not None
+        if prompt_ids is not None and (completion := self._sample_after(prompt_ids, routed, weights, told)) is not None:
             return completion
         with self._as_engine_errors():
             response = self._router.complete(routed)
-        return read_completion(response, weights, keep_logprobs=request.config.logprobs is not None)
+        return read_completion(response, weights, keep_logprobs=told)
 
     def stream(self, request: Request, seed: int, weights: WeightsVersion) -> Generator[str, None, Completion]:
         """`sample`, its text told in pieces as it comes; closing the generator ends the reply on the server too."""
@@ -164,7 +166,9 @@ class VLLMClient:
                 raise ContextLengthError(str(error)) from error
             raise
 
-    def _sample_after(self, prompt_ids: Sequence[int], request: Request, weights: WeightsVersion) -> Completion | None:
+    def _sample_after(
+        self, prompt_ids: Sequence[int], request: Request, weights: WeightsVersion, keep_logprobs: bool
+    ) -> Completion | None:
         """One reply after exactly these ids; None where the server refuses them.
 
         The chat endpoint renders messages and takes no ids. This one samples from the same distribution and returns the
@@ -179,14 +183,15 @@ class VLLMClient:
             "temperature": config.temperature,
             "top_p": config.top_p,
             "seed": config.seed,
-            "logprobs": 0,
+            "logprobs": config.logprobs,
         }
         reply = self._send("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s)
         if reply.is_client_error:
             return None
         _require_success(reply, f"POST {self.address.url}/v1/completions")
         choice = reply.json()["choices"][0]
-        ids, logprobs = choice.get("token_ids") or (), (choice.get("logprobs") or {}).get("token_logprobs") or ()
+        scored = choice.get("logprobs") or {}
+        ids, logprobs = choice.get("token_ids") or (), scored.get("token_logprobs") or ()
         if choice.get("finish_reason") not in FINISHED:
             raise NoAnswerError(
                 f"vLLM broke off a reply ({choice.get('finish_reason')!r}); its tokens are not a sample"
@@ -197,7 +202,10 @@ class VLLMClient:
             )
         reason = choice["finish_reason"]
         response = text_response(request.model, choice["text"], reason, len(prompt_ids), len(ids))
-        return Completion(response, tuple(prompt_ids), tuple(ids), tuple(logprobs), reason, weights)
+        completion = Completion(response, tuple(prompt_ids), tuple(ids), tuple(logprobs), reason, weights)
+        if not keep_logprobs:
+            return completion
+        return with_logprobs(completion, scored["tokens"], scored["top_logprobs"] if config.logprobs else ())
 
     def tokens_processed(self, timeout_s: float) -> str:
         """vLLM's counters of prompt and sampled tokens, which move at every step; empty when it keeps none."""
@@ -284,17 +292,22 @@ class VLLMClient:
         Args:
             folder: As the server sees it.
             optional: Give None instead of an error where the server's workers lack our extension.
+
+        Raises:
+            EngineError: the check itself failed, on a server that is well; it would fail again.
+            NoAnswerError: no answer came.
         """
         if self._cannot_compare:
             return None
         rpc = {"method": COMPARE, "kwargs": {"folder": str(folder)}}
-        reply = self._send("POST", "/collective_rpc", json=rpc, timeout_s=self._load_timeout_s)
-        if optional and not reply.is_success and COMPARE in reply.text:
+        try:
+            reply = self._call("POST", "/collective_rpc", json=rpc, timeout_s=self._load_timeout_s)
+        except EngineError as error:
+            # The words of vLLM 0.32 for a method that its workers lack (`v1/serial_utils.run_method`).
+            if not optional or f"Method {COMPARE!r} is not implemented." not in str(error):
+                raise
             self._cannot_compare = True
-            with suppress(EngineError):
-                self.ping()  # the server closes the connection behind such an answer; the next request would meet that
             return None
-        _require_success(reply, f"POST {self.address.url}/collective_rpc")
         workers = reply.json()["results"]
         wrong = {name: how for worker in workers for name, how in worker["wrong"].items()}
         return Holding(workers[0]["digests"], wrong, workers[0]["dtype"])
@@ -316,10 +329,10 @@ class VLLMClient:
 
     def _is_well(self) -> bool:
         """Whether the server lives, so that its 500 is its answer to a request that it cannot do."""
-        try:
-            return self._send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).is_success
-        except NoAnswerError:
-            return False
+        for _ in range(2):  # it closes the connection behind some answers, which the next request may meet
+            with suppress(NoAnswerError):
+                return self._send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).is_success
+        return False
 
     def _send(self, method: str, path: str, *, timeout_s: float, json: object = None) -> httpx.Response:
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspy_fst.engine.memory import has_gpu
+
 if TYPE_CHECKING:
     from dspy_fst.engine.vllm_server import VLLMSettings
 
@@ -21,7 +23,7 @@ _OVERRIDES = "--hf-overrides"
 
 def vllm_command(settings: "VLLMSettings", model: Path, port: int) -> list[str]:
     """The command line of a server for this folder; no secret is on it."""
-    on_gpu = _has_gpu()
+    on_gpu = has_gpu()
     eager = not on_gpu if settings.enforce_eager is None else settings.enforce_eager
     dtype = ("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype
     length = [] if settings.max_model_len is None else ["--max-model-len", str(settings.max_model_len)]
@@ -76,9 +78,3 @@ def _head_in_float32(extra_args: Sequence[str]) -> list[str]:
         except ValueError:
             return list(extra_args)  # vLLM says itself what is wrong with it
     return [*kept, _OVERRIDES, json.dumps({"head_dtype": "float32", **overrides})]
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

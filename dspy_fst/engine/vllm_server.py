@@ -48,8 +48,11 @@ _OURS = {
 }
 _DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 _HOW_TO_ATTACH = (
-    "Launch it with VLLM_SERVER_DEV_MODE=1 in its environment and with --logprobs-mode processed_logprobs "
-    "--generation-config vllm, on a host that nobody else reaches: these endpoints can run any method."
+    "Launch it with VLLM_SERVER_DEV_MODE=1, VLLM_API_KEY and a PYTHONPATH with dspy_fst/engine/served in its "
+    "environment, and with --logprobs-mode processed_logprobs --generation-config vllm "
+    "--middleware dspy_fst_key_guard.KeyGuard --worker-extension-cls dspy_fst_weight_check.WeightCheck "
+    """--hf-overrides '{"head_dtype": "float32"}', on a host that nobody else reaches: """
+    "these endpoints can run any method, and vLLM's own check of the key leaves them open."
 )
 _HINTS: Mapping[str, str] = {
     "memory utilization": "free memory (is another server still running?) or lower gpu_memory_utilization",
@@ -184,7 +187,7 @@ class VLLMServer:
 
     @property
     def in_flight(self) -> int:
-        """Requests that wait for a reply now; 0 while weights are loaded."""
+        """Requests that wait for tokens now; 0 while weights are loaded or compared."""
         return self._gate.samplers
 
     def progress(self, timeout_s: float) -> tuple[float, str]:
@@ -261,7 +264,7 @@ class VLLMServer:
 
     def held(self, checkpoint: Checkpoint) -> Holding | None:
         """Compare the weights in use with the folder's; None on an attached server without our worker extension."""
-        with self._holding_still() as (client, _):
+        with self._holding_still(sampling=False) as (client, _):
             return client.held(checkpoint.path.resolve(), optional=self.settings.attach_url is not None)
 
     @contextmanager
@@ -272,9 +275,14 @@ class VLLMServer:
             yield client, weights, with_stop_tokens(fitted(request, self._reader.traits), self._reader.stop_ids)
 
     @contextmanager
-    def _holding_still(self) -> Iterator[tuple[VLLMClient, WeightsVersion]]:
-        """The server, under weights that are not changed meanwhile; a death is told with its last words."""
-        with self._gate.sampling(self.settings.request_timeout_s), self._explaining_death():
+    def _holding_still(self, *, sampling: bool = True) -> Iterator[tuple[VLLMClient, WeightsVersion]]:
+        """The server, under weights that are not changed meanwhile; a death is told with its last words.
+
+        Args:
+            sampling: Whether the server processes tokens for it: the watchdog kills one that does not.
+        """
+        still = self._gate.sampling if sampling else self._gate.checking
+        with still(self.settings.request_timeout_s), self._explaining_death():
             yield self._serving()
             self._answered_at = time.monotonic()
 

@@ -33,6 +33,8 @@ PROJECT = "project.yaml"
 """Written by the command line once the run was accepted."""
 RECORDED_SINCE = {"adapter"}
 """Keys that recipes of earlier releases lack; such a run is continued under whatever is in force."""
+NO_LONGER_IDENTITY = {"sync_tolerance"}
+"""Keys that earlier releases recorded as a part of what makes a run this run; any value may follow them."""
 UNCLAIMED = (LOCK, PROJECT, "recipe.json.new")
 """What may lie in a directory that no run has begun in; the last is left by a kill in the first moment."""
 VERSION, HALF_WRITTEN = re.compile(r"step-\d+"), re.compile(r"\.step-\d+")
@@ -261,7 +263,7 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     found = {**{key: defaults[key] for key in wanted if key in defaults}, **found}  # an older release had fewer
     differing = [
         f"{key} (there {_told(found.get(key))}, now {_told(wanted.get(key))})"
-        for key in sorted({*found, *wanted} - (RECORDED_SINCE - found.keys()))
+        for key in sorted({*found, *wanted} - (RECORDED_SINCE - found.keys()) - NO_LONGER_IDENTITY)
         if found.get(key) != wanted.get(key)
     ]
     if differing:

@@ -14,8 +14,10 @@ from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.compiled import policy_of
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.in_process import InProcessEngine
+from dspy_fst.engine.sync import MEAN_GAP_LIMITS
 from dspy_fst.errors import FSTError, SyncError
 from dspy_fst.run.directory import read_events
+from dspy_fst.run.files import read_json
 from programs.lab import BASE, build
 from tests.relay import any_answer, relay
 
@@ -23,6 +25,7 @@ Fault = Callable[[dict[str, Tensor], Mapping[str, Tensor]], None]
 """(tensors of the folder, those of the version before): what the engine loads instead."""
 BOTH = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 LAYER = "model.layers.1."
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def all_stale(tensors: dict[str, Tensor], before: Mapping[str, Tensor]) -> None:
@@ -99,6 +102,20 @@ def compile_with(policy: PolicyLM, run_dir: Path, precision: str, **changes):
 def policy_in(precision: str) -> PolicyLM:
     options = {"dtype": precision, "device": "cpu"}
     return PolicyLM(BASE, engine="in_process", max_tokens=12, temperature=1.5, engine_options=options)
+
+
+def test_the_limits_leave_sound_engines_twice_what_was_measured_and_faults_to_the_tensors():
+    """What a limit of numbers must not refuse; what is below it, identity must find."""
+    measured = read_json(RESULTS / "sync.json")
+    for name, result in measured.items():
+        limit = MEAN_GAP_LIMITS[name.split(", ")[1]]
+        assert limit > 2 * max(result["rows"]["sound"]["gaps"]), name
+        for what, row in result["rows"].items():
+            assert row["right"] == result["seeds"], (name, what)
+            assert what == "sound" or min(row["tensors"]) > 0, (name, what)
+    kinds = read_json(RESULTS / "architectures.json")["in_process"].values()
+    largest = max(kind["published"] for kind in kinds if kind["refused"] is None)
+    assert MEAN_GAP_LIMITS["float32"] > 2 * largest
 
 
 @BOTH

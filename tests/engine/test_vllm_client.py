@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,11 +16,12 @@ import pytest
 from dspy.lm15 import Config, FunctionTool, InvalidRequestError, Message, Request, ToolChoice, UnsupportedFeatureError
 
 from dspy_fst.engine import vllm_server
-from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.base import Checkpoint, Holding
 from dspy_fst.engine.process import ServerProcess
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.vllm_client import NoAnswerError, pinned
 from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
+from dspy_fst.engine.watchdog import watch
 from dspy_fst.errors import EngineError
 from tests.engine.taught import TEMPLATE, make_tokenizer
 
@@ -285,6 +287,23 @@ def test_a_prompt_of_ids_is_sampled_from_as_it_is_with_the_same_pins(
     assert (completion.response.text, completion.weights) == ("ab", "step-000001")
 
 
+def test_a_reply_to_ids_tells_its_logprobs_to_who_asks(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    scored = {"token_logprobs": [-0.5, -1.5], "tokens": ["a", "\u00e9"], "top_logprobs": [{"b": -2.0, "a": -0.5}] * 2}
+    canned.replies["/v1/completions"] = (200, ids_reply(logprobs=scored))
+    assert engine.complete(REQUEST, 3, (5, 6)).response.logprobs is None
+    for asked, top in ((0, []), (2, [("a", -0.5), ("b", -2.0)])):
+        request = replace(REQUEST, config=replace(REQUEST.config, logprobs=asked))
+        entries = engine.complete(request, 3, (5, 6)).response.logprobs
+        assert entries is not None
+        assert canned.asked[-1][1]["logprobs"] == asked
+        assert [(e.token, e.logprob, e.token_id) for e in entries] == [("a", -0.5, 7), ("\u00e9", -1.5, 8)]
+        assert [[(t.token, t.logprob) for t in e.top] for e in entries] == [top] * 2
+        assert entries[1].bytes == (0xC3, 0xA9)
+
+
 def test_ids_that_the_server_refuses_are_put_to_it_as_messages(
     engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
 ) -> None:
@@ -443,6 +462,77 @@ def test_a_500_of_a_server_that_is_not_well_may_mean_that_it_is_dead(
     canned.replies["/health"] = (500, "")
     with pytest.raises(NoAnswerError, match="EngineDeadError"):
         engine.load(checkpoint)
+
+
+# Checking weights
+
+HELD: dict[str, Any] = {"digests": {"w": "1"}, "wrong": {}, "dtype": "float32"}
+MISSING = "Call to collective_rpc method failed: Method 'dspy_fst_compare' is not implemented."
+BROKEN = "Call to collective_rpc method failed: dspy_fst_compare() ran out of memory"
+
+
+def test_a_check_that_fails_on_a_server_that_is_well_is_told_and_not_taken_for_a_dead_server(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    engine.load(checkpoint)
+    canned.replies["/collective_rpc"] = (500, {"error": {"message": BROKEN}})
+    with pytest.raises(EngineError, match=r"the server is well, so it refused: .* ran out of memory") as told:
+        engine.held(checkpoint)
+    assert not isinstance(told.value, NoAnswerError)
+    canned.replies["/health"] = (503, "")
+    with pytest.raises(NoAnswerError, match="ran out of memory"):
+        engine.held(checkpoint)
+
+
+def test_only_a_server_that_says_so_lacks_the_extension(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
+) -> None:
+    """A check that fails names the method too; taken for a missing one it would never be asked for again."""
+    engine.load(checkpoint)
+    canned.replies["/collective_rpc"] = (500, {"error": {"message": BROKEN}})
+    with pytest.raises(EngineError):
+        engine.held(checkpoint)
+    canned.replies["/collective_rpc"] = (200, {"results": [HELD]})
+    assert engine.held(checkpoint) == Holding(HELD["digests"], {}, "float32")
+    canned.replies["/collective_rpc"] = (500, {"error": {"message": MISSING}})
+    assert engine.held(checkpoint) is None
+    asked = len(canned.asked)
+    assert engine.held(checkpoint) is None
+    assert len(canned.asked) == asked
+
+
+def test_a_check_that_takes_long_is_no_request_that_hangs(
+    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It processes no token for as long as it takes, which load_timeout_s bounds and not stall_timeout_s."""
+    engine.load(checkpoint)
+    killed: list[str] = []
+    monkeypatch.setattr(engine, "kill", killed.append)
+    canned.replies["/metrics"] = (200, 'vllm:generation_tokens_total{engine="0"} 4.0\n')
+    canned.replies["/collective_rpc"] = (200, {"results": [HELD]})
+    watch(engine, 0.5)
+    canned.stalled_path = "/collective_rpc"
+    with ThreadPoolExecutor(2) as pool:
+        checking = pool.submit(engine.held, checkpoint)
+        time.sleep(1.5)
+        assert (engine.in_flight, killed) == (0, [])
+        loading = pool.submit(engine.load, checkpoint)
+        time.sleep(0.2)
+        assert not loading.done()  # the weights stay while they are compared
+        canned.stall.set()
+        assert checking.result(30) == Holding(HELD["digests"], {}, "float32")
+        loading.result(30)
+    canned.stall.clear()
+    canned.stalled_path = "/v1/chat/completions"
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(engine.complete, REQUEST, 0)
+        for _ in range(200):
+            if killed:
+                break
+            time.sleep(0.1)
+        canned.stall.set()
+        asking.result(30)
+    assert "no token was processed for 0.5 s" in killed[0]
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 0.001, 0.0099])

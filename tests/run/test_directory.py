@@ -31,6 +31,12 @@ def test_a_run_of_another_recipe_is_refused_with_the_difference(tmp_path):
         RunDirectory(tmp_path / "run", {"seed": 1, "cycles": 3})
 
 
+def test_a_setting_that_is_no_part_of_a_run_any_more_may_have_had_any_value(tmp_path):
+    """`sync_tolerance` meant another gap in earlier releases; what remains of it says nothing of the run."""
+    RunDirectory(tmp_path / "run", {"seed": 1, "sync_tolerance": 0.3}).close()
+    RunDirectory(tmp_path / "run", {"seed": 1}).close()
+
+
 def test_a_foreign_directory_is_left_alone(tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(RunDirectoryError, match="not empty"):

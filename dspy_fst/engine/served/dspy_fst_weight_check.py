@@ -159,6 +159,15 @@ class Comparison:
                 state.restore()
 
     def _compare_layer(self, layer: nn.Module, info: Any) -> None:
+        """Compare a layer, then let go of its blank tensors: all layers' together would be a second model."""
+        empty = _Kept(layer)
+        try:
+            self._compare_loaded(layer, info)
+        finally:
+            empty.restore()
+            info.reset()
+
+    def _compare_loaded(self, layer: nn.Module, info: Any) -> None:
         """Load what was buffered for a layer into blank tensors and compare them with the live ones."""
         live, buffered = self.live[layer], info.loaded_weights
         loads = [_Load(origin, *load) for origin, load in zip(buffered.names, buffered, strict=True)]
@@ -173,7 +182,6 @@ class Comparison:
                 used = multiplied_out(packed, raw[name].shape[1], used)
             if (how := difference(used, wanted[name])) is not None:
                 self._put_down(layer, info, [load for load in loads if load.name == name], used, how)
-        info.reset()
 
     def _load(self, layer: nn.Module, info: Any, loads: "list[_Load]") -> None:
         """Run the model's own loaders into blank tensors, NaN where nothing is loaded."""
