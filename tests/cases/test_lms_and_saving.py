@@ -18,6 +18,7 @@ from dspy_fst.rollout.texts import read_texts
 from dspy_fst.run.sealed import MANIFEST, seal
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.types import Population
 from programs.lab import BASE, build
 from tests.pipelines.watched import SHORT, append_words, lab_policy, run_watched, says, shorter
 from tests.serve.makers import AUTH, KEY, ask
@@ -184,6 +185,38 @@ def test_a_program_with_other_fields_is_refused(judged, tmp_path, order, named):
         without_field_names(tmp_path / "out")
     with pytest.raises(RunDirectoryError, match="the fields of judge differ"):
         dspy_fst.load(tmp_path / "out", judging(order))
+
+
+class Judge(dspy.Module):
+    """The same as a class, with a ``forward`` that every copy has."""
+
+    def __init__(self, order, descriptions=LEARNT):
+        super().__init__()
+        self.judge = fields_of(order, descriptions)
+
+    def forward(self, **inputs):
+        return self.judge(**inputs)
+
+
+@pytest.fixture
+def judge_saved(tmp_path):
+    program = Judge("numbers rule answer verdict")
+    program.set_lm(lab_policy())
+    program.population = Population.of_seed(read_texts(program), 2)
+    return dspy_fst.save(program, tmp_path / "out")
+
+
+@pytest.mark.parametrize("order", ["rule numbers verdict answer", "numbers rule verdict answer"])
+def test_a_class_s_descriptions_go_to_the_fields_of_their_names(judge_saved, order):
+    fields = dspy_fst.load(judge_saved, Judge(order, {})).judge.signature.fields
+    assert " ".join(fields) == order
+    assert {name: field.json_schema_extra["desc"] for name, field in fields.items()} == LEARNT
+
+
+@pytest.mark.parametrize("order", ["digits rule answer verdict", "numbers digits answer verdict"])
+def test_a_class_of_other_fields_is_refused(judge_saved, order):
+    with pytest.raises(RunDirectoryError, match="the fields of judge differ"):
+        dspy_fst.load(judge_saved, Judge(order))
 
 
 # ---- models and limits ---------------------------------------------------------------------------
