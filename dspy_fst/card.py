@@ -10,6 +10,8 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.documents import SavedPolicy
 from dspy_fst.report.record import Evaluated, Record, TwoByTwo, best
 from dspy_fst.report.words import interval, number, plain, share, with_error
+from dspy_fst.rollout.adapters import code_of
+from dspy_fst.rollout.texts import in_python
 from dspy_fst.types import Population
 
 EVALUATION = ("split", "problems", "candidate", "weights", "cycle", "seed", "k", "mean@k", "95% interval")
@@ -63,7 +65,7 @@ def _head(facts: Facts) -> str:
 
 def _use(facts: Facts) -> str:
     predictors = "\n".join(
-        f"{_path(name)}.lm = lm.copy(temperature={sampling.temperature:g}, max_tokens={sampling.max_tokens})"
+        f"{in_python(name)}.lm = lm.copy(temperature={sampling.temperature:g}, max_tokens={sampling.max_tokens})"
         for name, sampling in facts.policy.predictors.items()
     )
     frozen = "".join(
@@ -101,21 +103,12 @@ The weights alone: `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`
 
 
 def _adapter(facts: Facts) -> str:
-    """The line that has DSPy speak through the adapter of the training; empty where none was recorded."""
+    """The lines that have DSPy speak through the adapter of the training; empty where none was recorded."""
     saved = facts.policy.adapter
     if saved is None:
         return ""
-    if not saved.is_own():
-        return f"\ndspy.configure(adapter=...)  # the weights were trained through {saved.name}"
-    place = "dspy.adapters.baml_adapter" if saved.name == "BAMLAdapter" else "dspy"
-    tools = saved.settings.get("use_native_function_calling")
-    made = f"{place}.{saved.name}(use_native_function_calling={bool(tools)})"
-    return f"\ndspy.configure(adapter={made})  # the weights were trained through it"
-
-
-def _path(predictor: str) -> str:
-    """A predictor in Python; a program that is one predictor is called ``self``."""
-    return "program" if predictor == "self" else f"program.{predictor}"
+    lines = [*code_of(saved), "dspy.configure(adapter=adapter)  # the weights were trained through it"]
+    return "".join(f"\n{line}" for line in lines)
 
 
 # ---- training ----------------------------------------------------------------------------------

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 SAMPLED = 8
 """Rollouts in flight while the time is measured; few, as a check must not cost what it is there to tell."""
 TIME_DEPENDS_ON = (
-    "not measured, and the program was not called: it depends on how fast this machine "
+    "not measured, and neither the program nor the metric was called: it depends on how fast this machine "
     "samples and updates, how long the replies are, and on the reflection LM; "
-    f"--measure starts the engine, samples up to {SAMPLED + 2} rollouts and tells a range"
+    f"--measure starts the engine, samples up to {SAMPLED + 2} rollouts, scores them, and tells a range "
+    "and whether the metric goes beyond perfect_score"
 )
 
 
@@ -42,14 +43,19 @@ def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The project: a YAML file.")],
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Start the engine and sample a few rollouts, to tell how long it may take."),
+        typer.Option(
+            "--measure",
+            help="Start the engine and sample and score a few rollouts, to tell how long it may take and whether the "
+            "metric's scale fits perfect_score. A metric that asks a paid LM spends.",
+        ),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Validate a project; show recipe and plan.
 
-    Everything that a run would refuse is told at once, with what the run would spend and take. Nothing is spent.
+    Everything that a run would refuse is told at once, with what the run would spend and take. Without --measure
+    neither the program nor the metric is called, and nothing is spent.
     """
     with errors_as_text(debug):
         try:
@@ -98,8 +104,9 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
         plan = _plan(config, opened, policy)
         time = _measured(opened, config, plan) if measure else None
         fit = measure_fit(policy, config, run_dir)
-        scores = [*of_labels(opened.optimizer.metric, opened.trainset), *(time or {}).get("scores", ())]
-        warnings += scale_warnings(scores, config.perfect_score)
+        if time is not None:
+            scores = [*of_labels(opened.optimizer.metric, opened.trainset), *time["scores"]]
+            warnings += scale_warnings(scores, config.perfect_score)
         return {
             "project": _project(project, opened, policy, run_dir),
             "settings": _settings(config, project),

@@ -56,7 +56,8 @@ def try_first(session: Session) -> Spent:
         session.run.emit("note", text=f"warning: {warning}")
     if all(rollout.failure for rollout in train):
         session.run.emit("note", text=f"warning: {_all_failed(train)}")
-    tried = trial(session, train) if session.config.parse_trial and parse_share(train) < HARDLY else None
+    share = parse_share(train)
+    tried = trial(session, share) if session.config.parse_trial and share is not None and share < HARDLY else None
     if tried:
         session.run.emit("note", text=f"warning: {tried.told()}")
     calls = [len(rollout.calls) for rollout in train]

@@ -1,20 +1,22 @@
 """Hardly any reply parses: what would help on this very model? A bounded trial, which changes nothing by itself.
 
 Tried on a few examples are DSPy's other forms of prompt (ChatAdapter, JSONAdapter, XMLAdapter), two labelled examples
-as demos, both together, and a lower temperature. What it finds is told with the lines of code that use it.
+as demos, both together, a lower temperature, and that with the best of the others. What the trial finds is told with
+the lines of code that use it.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
-from dspy_fst.rollout.adapters import adapter_in_force, describe, keep, kept_by
+from dspy_fst.rollout.adapters import adapter_in_force, code_of, describe, keep, kept_by
 from dspy_fst.rollout.player import Player, Task
 from dspy_fst.rollout.recording import is_recorded
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import with_texts
+from dspy_fst.rollout.texts import in_python, with_texts
 from dspy_fst.session import Session
 from dspy_fst.types import Problem, Rollout
 
@@ -45,86 +47,139 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """A setup and what was played in it."""
+
+    setup: Setup
+    rollouts: tuple[Rollout, ...] = field(repr=False)
+
+    @property
+    def share(self) -> float | None:
+        """Share of the replies that parsed; None where no reply was read."""
+        return parse_share(self.rollouts)
+
+    @property
+    def rank(self) -> float:
+        """The share; what was not measured stands behind everything that was."""
+        return -1.0 if self.share is None else self.share
+
+    def __str__(self) -> str:
+        masks = Counter(rollout.mask for rollout in self.rollouts if rollout.mask is not None)
+        reasons = f" ({masks.total()} of {len(self.rollouts)} rollouts masked: {'; '.join(sorted(masks))})"
+        share = "none read" if self.share is None else f"{self.share:.0%}"
+        return f"  {share:>9}  {self.setup}{reasons if masks else ''}"
+
+
+@dataclass(frozen=True)
 class Trial:
     """What was tried, and what came of it."""
 
     before: float
     """Share of the first replies that parsed."""
-    setups: tuple[Setup, ...]
-    shares: tuple[float, ...]
-    """Share of the replies that parsed, for each setup."""
+    attempts: tuple[Attempt, ...]
+    current: dspy.Adapter
+    """The adapter that the program speaks through now."""
+    keeps_adapter: bool
+    """Whether the program keeps it (a trained one), whatever DSPy is set to."""
+    speaking: tuple[str, ...]
+    """Predictors that speak with the policy."""
     shown_to: tuple[str, ...]
-    """Predictors that can be shown labelled examples."""
-    rollouts: tuple[Rollout, ...] = field(repr=False)
+    """Those of them that can be shown labelled examples."""
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        return tuple(rollout for attempt in self.attempts for rollout in attempt.rollouts)
 
     def told(self) -> str:
         """A table and what to write, as text."""
-        each = len(self.rollouts) // len(self.setups)
+        each = len(self.rollouts) // len(self.attempts)
         lines = [
             f"of the replies to the first examples {self.before:.0%} parse. Tried on this model, with {each} rollouts "
             f"each ({len(self.rollouts)} in all; nothing of it is used by itself):"
         ]
-        ranked = sorted(zip(self.shares, self.setups, strict=True), key=lambda pair: -pair[0])
-        lines += [f"  {share:>4.0%}  {setup}" for share, setup in ranked]
+        ranked = sorted(self.attempts, key=lambda attempt: -attempt.rank)
+        lines += map(str, ranked)
         if not self.shown_to:
             lines.append("  demos were not tried: the examples hold no output field of a predictor that does not parse")
-        share, best = ranked[0]
-        if share <= self.before:
+        if ranked[0].rank <= self.before:
             return "\n".join(
                 [*lines, "Nothing of it helps: take an instruct model, or fewer and simpler output fields"]
             )
-        return "\n".join([*lines, "For the first of them write, before compile():", *self._code(best)])
+        code = [f"  {line}" for line in self.code(ranked[0].setup)]
+        return "\n".join([*lines, "For the first of them write, before compile():", *code])
 
-    def _code(self, best: Setup) -> Iterator[str]:
-        yield f"  dspy.configure(adapter=dspy.{type(best.adapter).__name__}())"
-        if best.demos:
-            yield f"  demos, trainset = trainset[-{DEMOS}:], trainset[:-{DEMOS}]"
+    def code(self, setup: Setup) -> Iterator[str]:
+        """Lines of Python that have ``program`` ask in this way; they use ``dspy``, ``program`` and ``trainset``."""
+        if setup.adapter is not self.current:
+            yield from code_of(describe(setup.adapter))
+            if self.keeps_adapter:
+                yield "from dspy_fst.rollout.adapters import keep"
+                yield "keep(program, adapter)  # a trained program keeps its adapter, whatever DSPy is set to"
+            else:
+                yield "dspy.configure(adapter=adapter)"
+        if setup.demos:
+            yield f"demos, trainset = trainset[-{DEMOS}:], trainset[:-{DEMOS}]"
             for name in self.shown_to:
-                yield f"  program.{name}.demos = demos".replace("program.self.", "program.")
-        if best.temperature is not None:
-            yield f"  policy = PolicyLM(..., temperature={best.temperature:g})"
+                yield f"{in_python(name)}.demos = [*{in_python(name)}.demos, *demos]"
+        if setup.temperature is not None:
+            first = in_python(self.speaking[0])
+            yield f"lm = ({first}.lm or dspy.settings.lm).copy(temperature={setup.temperature:g})"
+            for name in self.speaking:
+                yield f"{in_python(name)}.lm = lm"
 
 
-def parse_share(rollouts: Sequence[Rollout]) -> float:
-    """Share of the policy's replies that parsed; 1 where none was read."""
+def parse_share(rollouts: Sequence[Rollout]) -> float | None:
+    """Share of the policy's replies that parsed; None where no reply was read."""
     failed = [
         isinstance(said, FailedPrediction)
         for rollout in rollouts
         for predictor, _, said in rollout.trace
         if predictor is not None and is_recorded(getattr(predictor, "lm", None) or dspy.settings.lm)
     ]
-    return 1 - sum(failed) / len(failed) if failed else 1.0
+    return 1 - sum(failed) / len(failed) if failed else None
 
 
-def trial(session: Session, first: Sequence[Rollout]) -> Trial:
+def trial(session: Session, before: float) -> Trial:
     """Sample ``parse_trial`` rollouts in each setup. The metric is not asked.
 
     Args:
-        first: The rollouts that hardly parsed.
+        before: Share of the first replies that parsed.
     """
     demos = list(session.trainset[-DEMOS:]) if len(session.trainset) > DEMOS else []
-    shown_to = tuple(name for name, predictor in _speaking(session.program) if _fits(predictor, demos))
-    setups = tuple(_setups(session, demos=bool(shown_to)))
-    played = [_played(session, setup, demos if setup.demos else [], shown_to) for setup in setups]
-    shares = tuple(map(parse_share, played))
-    return Trial(parse_share(first), setups, shares, shown_to, tuple(one for of in played for one in of))
+    speaking = _speaking(session.program)
+    shown_to = tuple(name for name, predictor in speaking if _fits(predictor, demos))
+    kept = kept_by(session.program)
+    current = kept or adapter_in_force()
+
+    def attempt(setup: Setup) -> Attempt:
+        return Attempt(setup, tuple(_played(session, setup, demos if setup.demos else [], shown_to)))
+
+    attempts = list(map(attempt, _forms(current, demos=bool(shown_to))))
+    if (session.policy.sampling_temperature or 0) > COOLER:
+        best = max(attempts, key=lambda found: found.rank)
+        attempts.append(attempt(Setup(current, temperature=COOLER)))
+        if best.rank < 1:
+            attempts.append(attempt(Setup(best.setup.adapter, best.setup.demos, COOLER)))
+    names = tuple(name for name, _ in speaking)
+    return Trial(before, tuple(attempts), current, kept is not None, names, shown_to)
 
 
-def _setups(session: Session, *, demos: bool) -> Iterator[Setup]:
-    current = kept_by(session.program) or adapter_in_force()
-    others = [kind() for kind in FORMS if type(current) is not kind]
+def _forms(current: dspy.Adapter, *, demos: bool) -> Iterator[Setup]:
+    others = [form() for form in FORMS if type(current) is not form]
     yield from map(Setup, others)
     if demos:
         yield from (Setup(adapter, demos=True) for adapter in (current, *others))
-    if (session.policy.sampling_temperature or 0) > COOLER:
-        yield Setup(current, temperature=COOLER)
 
 
 def _played(session: Session, setup: Setup, demos: list[dspy.Example], shown_to: Sequence[str]) -> list[Rollout]:
     program = with_texts(session.program, session.population.best)
+    cooler: dict[int, dspy.BaseLM] = {}  # one for each LM: BestOfN and Refine refuse a program of two
     for name, predictor in _speaking(program):
         if setup.temperature is not None:
-            predictor.lm = (predictor.lm or dspy.settings.lm).copy(temperature=setup.temperature)
+            lm = predictor.lm or dspy.settings.lm
+            if id(lm) not in cooler:
+                cooler[id(lm)] = lm.copy(temperature=setup.temperature)
+            predictor.lm = cooler[id(lm)]
         if name in shown_to and demos:
             predictor.demos = [*predictor.demos, *demos]
     keep(program, setup.adapter)
@@ -141,7 +196,11 @@ def _played(session: Session, setup: Setup, demos: list[dspy.Example], shown_to:
 
 def _speaking(program: dspy.Module) -> list[tuple[str, dspy.Predict]]:
     """Predictors that speak with the policy."""
-    return [(name, one) for name, one in program.named_predictors() if is_recorded(one.lm or dspy.settings.lm)]
+    return [
+        (name, predictor)
+        for name, predictor in program.named_predictors()
+        if is_recorded(predictor.lm or dspy.settings.lm)
+    ]
 
 
 def _fits(predictor: dspy.Predict, demos: Sequence[dspy.Example]) -> bool:

@@ -1,7 +1,8 @@
 """Does the metric give more than ``perfect_score``? Then every rollout that is half right counts as solved.
 
 A metric from 0 to 100 under the default of 1 leaves nothing to reflect on: a search skips what is perfect, and an
-occasional 0 hides that from every warning.
+occasional 0 hides that from every warning. The metric is called here, and may ask whom it likes through a client of its
+own: only a start, or a check that was told to measure, comes here.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ class _NobodyIsAsked(BaseCallback):
 def of_labels(metric: Callable[..., Any], examples: Sequence[dspy.Example]) -> list[float]:
     """What the metric gives for the labels of the first examples, which are right answers.
 
-    Nothing where the metric cannot read them, or asks an LM: that would be paid for.
+    Nothing where the metric cannot read them, or asks an LM of DSPy's: that would be paid for.
     """
     scores, reward = [], Reward(metric)
     for example in examples[:LABELLED]:

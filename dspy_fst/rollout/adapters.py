@@ -7,6 +7,7 @@ it. An adapter that the program sets itself, in its ``forward``, still holds whe
 """
 
 import copyreg
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -200,6 +201,37 @@ def made(saved: SavedAdapter, given: dspy.Adapter | None) -> dspy.Adapter:
             "load(..., adapter=...), or dspy.configure(adapter=...) before loading"
         ]
     )
+
+
+def code_of(saved: SavedAdapter) -> list[str]:
+    """Lines of Python, behind ``import dspy``, after which ``adapter`` is the recorded one.
+
+    Every recorded setting is written out, as DSPy's defaults change. An adapter that cannot be made from its record
+    alone is one line to be filled in.
+    """
+    if not saved.is_own():
+        return [f"adapter = ...  # to be made by you: {saved}"]
+    kind = OWN[saved.name]
+    taken = inspect.signature(kind).parameters
+    arguments = ", ".join(f"{name}={_code(value)}" for name, value in saved.settings.items() if name in taken)
+    by_default = describe(kind()).settings
+    public = hasattr(dspy, saved.name)
+    return [
+        *([] if public else [f"from {kind.__module__} import {saved.name}"]),
+        f"adapter = {'dspy.' if public else ''}{saved.name}({arguments})",
+        *(
+            f"adapter.{name} = {_code(value)}"
+            for name, value in saved.settings.items()
+            if name not in taken and value != by_default.get(name)
+        ),
+    ]
+
+
+def _code(value: Any) -> str:
+    if isinstance(value, list):
+        types = [NATIVE_TYPES[name] for name in value]
+        return f"[{', '.join(f'{kind.__module__}.{kind.__qualname__}' for kind in types)}]"
+    return repr(value)
 
 
 # ---- on a program --------------------------------------------------------------------------------

@@ -180,6 +180,11 @@ def _place_of(tool: str) -> str:
     return f"[the description of {tool}]"
 
 
+def in_python(predictor: str) -> str:
+    """A predictor as Python writes it, below ``program``; a program that is one predictor calls it ``self``."""
+    return "program" if predictor == "self" else f"program.{predictor.removeprefix('self.')}"
+
+
 def lost_lines(text: str, protected: Sequence[str]) -> list[str]:
     """Protected lines that are no line of the text.
 

@@ -11,13 +11,17 @@ from pathlib import Path
 import cloudpickle
 import dspy
 import pytest
+import yaml
 from dspy.adapters.baml_adapter import BAMLAdapter
+from dspy.adapters.types.citation import Citations
 from dspy.utils.exceptions import AdapterParseError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import dspy_fst
 from dspy_fst import FSTOptimizer
+from dspy_fst.cli import app
 from dspy_fst.compiled import policy_of
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.export import export
@@ -26,16 +30,18 @@ from dspy_fst.rollout.adapters import (
     NATIVE_TYPES,
     AdapterSettings,
     SavedAdapter,
+    code_of,
     describe,
     identity,
     keep,
     made,
     recorded,
 )
+from dspy_fst.run.directory import read_events
 from dspy_fst.run.sealed import seal
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import ServeSettings
-from programs.lab import build
+from programs.lab import BASE, build
 from tests.pipelines.watched import lab_policy, says
 from tests.relay import Relay, any_answer, relay
 from tests.serve.makers import KEY, ask
@@ -54,7 +60,13 @@ RECIPE = {
 JSON_FORM, CHAT_FORM = "Respond with a JSON object", "[[ ## completed ## ]]"
 
 
+STOPPED: list[str] = []
+"""Anything in it stops whoever proposes, as a signal would."""
+
+
 def propose(candidate, reflective_dataset, components_to_update):
+    if STOPPED:
+        raise KeyboardInterrupt
     return {name: candidate[name] + " Be brief." for name in components_to_update}
 
 
@@ -204,13 +216,24 @@ def test_a_run_is_not_continued_under_another_adapter(trained):
     assert "ChatAdapter" in str(refused.value)
 
 
-def test_a_run_of_a_release_that_recorded_no_adapter_goes_on(trained, tmp_path):
-    run_dir = shutil.copytree(trained[2], tmp_path / "run")
+def test_a_run_of_a_release_that_recorded_no_adapter_goes_on(tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr(f"{__name__}.STOPPED", ["now"])
+    with dspy.context(adapter=dspy.JSONAdapter()), pytest.raises(KeyboardInterrupt):
+        compile_relay(run_dir)
+    monkeypatch.undo()
     recipe = json.loads((run_dir / "recipe.json").read_text())
     del recipe["adapter"]
     (run_dir / "recipe.json").write_text(json.dumps(recipe))
-    with dspy.context(adapter=dspy.JSONAdapter()):
-        policy_of(compile_relay(run_dir)).release()
+    assert not [event for event in read_events(run_dir) if event["event"] == "step"]
+    prompts = Prompts()
+    with dspy.context(adapter=dspy.JSONAdapter(), callbacks=[prompts]):
+        compiled = compile_relay(run_dir)
+    assert [event for event in read_events(run_dir) if event["event"] == "step"]
+    assert prompts.seen
+    assert all(JSON_FORM in prompt for prompt in prompts.seen)
+    assert JSON_FORM in asked_by(compiled, adapter=dspy.ChatAdapter())[0]
+    policy_of(compiled).release()
 
 
 def test_a_continued_training_goes_on_through_the_adapter_of_the_first(trained, tmp_path):
@@ -276,6 +299,11 @@ class MarkedAdapter(dspy.ChatAdapter):
         return [{**first, "content": f"{self.mark} {first['content']}"}, *rest]
 
 
+def changed(adapter, **settings):
+    vars(adapter).update(settings)
+    return adapter
+
+
 @pytest.fixture
 def marked(trained, tmp_path):
     """Saved by a program that was trained through MarkedAdapter."""
@@ -316,6 +344,32 @@ def test_an_adapter_of_dspy_s_is_made_again_as_it_was(adapter):
     assert describe(again) == describe(adapter)
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        dspy.ChatAdapter(use_native_function_calling=True, parallel_tool_calls=True),
+        dspy.ChatAdapter(use_json_adapter_fallback=False, native_response_types=[dspy.Reasoning]),
+        dspy.XMLAdapter(native_response_types=[]),
+        dspy.JSONAdapter(use_native_function_calling=False),
+        BAMLAdapter(parallel_tool_calls=False),
+        changed(dspy.JSONAdapter(), use_json_adapter_fallback=False, native_response_types=[Citations]),
+    ],
+    ids=str,
+)
+def test_the_code_that_is_told_for_an_adapter_makes_it(adapter):
+    namespace = {"dspy": dspy}
+    exec("\n".join(code_of(describe(adapter))), namespace)
+    assert type(namespace["adapter"]) is type(adapter)
+    assert describe(namespace["adapter"]) == describe(adapter)
+
+
+def test_the_code_for_an_adapter_of_the_user_s_names_it_and_is_left_to_him():
+    (line,) = code_of(describe(MarkedAdapter("seen")))
+    assert line.startswith("adapter = ...")
+    assert "MarkedAdapter(" in line
+    assert "mark='seen'" in line
+
+
 def test_what_a_two_step_adapter_extracts_with_is_recorded_and_must_be_given():
     adapter = dspy.TwoStepAdapter(dspy.LM("openai/gpt-x"))
     saved = describe(adapter)
@@ -345,13 +399,37 @@ def test_a_served_program_asks_as_it_was_trained(trained):
     assert all(JSON_FORM in prompt for prompt in prompts.seen)
 
 
-def test_a_run_that_is_evaluated_asks_as_it_was_trained(trained):
-    assert Past.of(trained[2]).adapter == describe(dspy.JSONAdapter())
+def test_a_run_that_is_evaluated_asks_as_it_was_trained(trained, tmp_path):
+    run_dir = shutil.copytree(trained[2], tmp_path / "run")
+    project = {
+        "program": "tests.relay:Relay",
+        "metric": "tests.relay:any_answer",
+        "propose": f"{__name__}:propose",
+        "trainset": "relay_examples:examples",
+        "valset": "relay_examples:examples",
+        "model": str(BASE),
+        "policy": {"engine": "in_process", "max_tokens": 12, "temperature": 1.5},
+        "run_dir": str(run_dir),
+    }
+    module = "from programs.lab import build\nexamples = build(train=8, val=2, test=2).trainset\n"
+    (tmp_path / "relay_examples.py").write_text(module)
+    (tmp_path / "project.yaml").write_text(yaml.safe_dump(project))
+    prompts = Prompts()
+    arguments = ["eval", run_dir, "--project", tmp_path / "project.yaml", "--k", 1, "--limit", 2, "--json"]
+    with dspy.context(callbacks=[prompts]):
+        result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert len(prompts.seen) >= 2
+    assert all(JSON_FORM in prompt and CHAT_FORM not in prompt for prompt in prompts.seen)
 
 
 def test_an_exported_card_tells_the_adapter(trained, tmp_path):
     card = (export(trained[1], tmp_path / "exported") / "README.md").read_text()
-    assert "dspy.configure(adapter=dspy.JSONAdapter(use_native_function_calling=True))" in card
+    lines = "\n".join(line for line in card.splitlines() if line.startswith("adapter = "))
+    namespace = {"dspy": dspy}
+    exec(lines, namespace)
+    assert describe(namespace["adapter"]) == describe(dspy.JSONAdapter())
+    assert "dspy.configure(adapter=adapter)" in card
     loaded = dspy_fst.load(tmp_path / "exported", Relay())
     assert JSON_FORM in asked_by(loaded)[0]
     policy_of(loaded).release()

@@ -159,9 +159,14 @@ def test_the_example_s_project_opens_in_another_directory(project, monkeypatch):
     assert len(load_project(project).open().trainset) == 64
 
 
-def test_a_metric_above_the_perfect_score_is_told(project):
+def test_a_metric_above_the_perfect_score_is_told_where_it_may_be_called(project):
     module = project.parent / "percent.py"
-    module.write_text("def metric(gold, pred):\n    return 100.0 * (gold.answer == pred.answer)\n")
+    called = project.parent / "called"
+    body = f"    open({str(called)!r}, 'a').close()\n    return 100.0 * (gold.answer == pred.answer)\n"
+    module.write_text("def metric(gold, pred):\n" + body)
     change(project, metric="percent:metric")
-    warnings = told(project)["warnings"]
+    assert not any("perfect_score" in warning for warning in told(project)["warnings"])
+    assert not called.exists(), "a metric may pay for a judge through a client of its own"
+    warnings = told(project, "--measure")["warnings"]
+    assert called.exists()
     assert any("the metric gives up to 100" in warning and "perfect_score=1" in warning for warning in warnings)
