@@ -20,6 +20,7 @@ from dspy_fst.preflight.chat_template import template_warnings
 from dspy_fst.preflight.environment import environment_faults
 from dspy_fst.preflight.first_rollouts import Spent, try_first
 from dspy_fst.preflight.parts import part_faults, part_warnings
+from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.program_state import without_lms
 from dspy_fst.rollout.adapters import adapter_in_force, differing_adapter, identity, kept_by
 from dspy_fst.rollout.texts import carried_by, read_texts
@@ -203,6 +204,7 @@ def checked(
             warnings = fit.warnings()
         warnings += differing_adapter(student)
         warnings += template_warnings(policy.checkpoint.path)
+        warnings += restart_warnings(policy.checkpoint.path, policy.handle.resolved_kind, policy.handle.options)
         warnings += part_warnings(student)
         warnings += _left_out(student, read_texts(student, tools=config.tool_descriptions == "evolved"))
     if faults or config is None:

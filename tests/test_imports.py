@@ -22,7 +22,7 @@ LAYERS = [
         "run.secrets",
     ],
     ["plan", "slow", "rollout", "engine", "run", "preflight.adapter_folder", "preflight.chat_template"],
-    ["fast", "report", "preflight.parts"],
+    ["fast", "report", "preflight.parts", "preflight.restarts"],
     ["policy_stream"],
     ["policy"],
     ["publishing"],

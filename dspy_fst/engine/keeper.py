@@ -58,13 +58,15 @@ class Keeper:
         """Told one sentence per restart, with the reason, in the thread that restarts."""
         self.counts: Counter[str] = Counter()
         """Since the last ``take_counts``: ``"restarts"``, ``"asked again"``, ``"swaps failed"``, ``"swaps refused"``
-        (they left other weights in use than they should)."""
+        (they left other weights in use than they should), ``"restarts for experts"`` (no failure: their new weights are
+        not swapped)."""
         self.server = make(self.settings)
         """The server of the moment. A restart puts another in its place: its identity tells restarts apart."""
         self._make = make
         self._wanted: Checkpoint | None = None
         self._check: Callable[[Scorer], None] | None = None
         self._restarts = 0
+        self._unswappable: tuple[str | None] | None = None
         self._refusal: EngineError | None = None
         limits = ("startup_timeout_s", "load_timeout_s", "request_timeout_s")
         self._turn = Turn("load or restart vLLM", {name: getattr(self.settings, name) for name in limits})
@@ -215,7 +217,8 @@ class Keeper:
 
     def _swap(self, checkpoint: Checkpoint) -> None:
         """Swap the weights in place; where that fails, or other weights are served then, start afresh on these."""
-        if self.settings.attach_url is None and (reason := folder_restart_reason(checkpoint.path, on_gpu=has_gpu())):
+        if self.settings.attach_url is None and (reason := self._restart_reason(checkpoint)):
+            self._count("restarts for experts")
             logger.info("vLLM is started again on weights %s: %s", checkpoint.version, reason)
             self._replace_server(keep_log=False)
             self._begin(checkpoint)
@@ -235,6 +238,12 @@ class Keeper:
         if self.settings.attach_url is not None:
             raise cause
         self._relaunch(checkpoint, cause)
+
+    def _restart_reason(self, checkpoint: Checkpoint) -> str | None:
+        """`folder_restart_reason`, read at the first swap: an engine serves versions of one model."""
+        if self._unswappable is None:
+            self._unswappable = (folder_restart_reason(checkpoint.path, on_gpu=has_gpu()),)
+        return self._unswappable[0]
 
     def _restart(self, failed: VLLMServer, cause: EngineError) -> None:
         """Replace a server that failed, unless another thread has done so."""

@@ -17,6 +17,8 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.keeper import Keeper
 from dspy_fst.engine.vllm_server import VLLMSettings
 from dspy_fst.errors import TrainingError
+from dspy_fst.preflight import restarts
+from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.head import Head
 from dspy_fst.slow.policy import Policy
@@ -192,7 +194,37 @@ def test_a_server_is_started_again_for_new_experts(name, launched, tmp_path, mon
     for version in ("v0", "v1"):
         engine.load(Checkpoint(version, folder))
     assert world.launched == launched
-    assert not engine.take_counts(), "no restart of a server that failed"
+    counted = {"restarts for experts": 1} if len(launched) > 1 else {}
+    assert engine.take_counts() == counted, "and no restart of a server that failed"
+
+
+def test_the_kind_of_a_model_is_read_once_and_not_at_each_publish(tmp_path, monkeypatch):
+    monkeypatch.setattr(keeper_module, "has_gpu", lambda: False)
+    folder, world, read = BY_NAME["Qwen3-MoE"].save(tmp_path / "model"), World(), []
+    reason = keeper_module.folder_restart_reason
+    monkeypatch.setattr(
+        keeper_module, "folder_restart_reason", lambda *asked, **on: [read.append(asked), reason(*asked, **on)][1]
+    )
+    engine = Keeper(VLLMSettings(), world.make)
+    for version in ("v0", "v1", "v2", "v3"):
+        engine.load(Checkpoint(version, folder))
+    assert world.launched == [["v0"], ["v1"], ["v2"], ["v3"]]
+    assert engine.take_counts() == {"restarts for experts": 3}
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "Qwen3"])
+def test_a_server_that_each_publish_starts_anew_is_told_before_the_run(name, tmp_path, monkeypatch):
+    folder = BY_NAME[name].save(tmp_path / "model")
+    monkeypatch.setattr(restarts, "has_gpu", lambda: False)
+    told = restart_warnings(folder, "vllm", {})
+    assert [text.partition(":")[0] for text in told] == [
+        "the vLLM server is started anew for each new version of the weights"
+    ] * (name == "Qwen3-MoE")
+    assert restart_warnings(folder, "in_process", {}) == []
+    assert restart_warnings(folder, "vllm", {"attach_url": "http://127.0.0.1:1"}) == []
+    monkeypatch.setattr(restarts, "has_gpu", lambda: True)
+    assert restart_warnings(folder, "vllm", {}) == []
 
 
 def test_a_model_without_a_context_limit_answers(tmp_path):
