@@ -1,7 +1,7 @@
 """Measures, family by family, whether training and sampling give what plain transformers gives: docs/architectures.md.
 
     python -m benchmarks.architectures            # the columns that need no server; a minute or two
-    python -m benchmarks.architectures --vllm     # and vLLM's, one process for each family; half an hour
+    python -m benchmarks.architectures --vllm     # vLLM's column, one process for each family; some ten minutes
 
 Each family is a tiny random model (see `benchmarks.families`). What is compared is what a user meets: the trainer's
 scores and gradient, with prompts shared and not; recorded log-probabilities of replies sampled side by side; the

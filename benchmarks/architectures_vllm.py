@@ -1,6 +1,6 @@
 """The vLLM column of docs/architectures.md: what vLLM scores when it starts on a model, and after a reload.
 
-    python -m benchmarks.architectures --vllm            # the families of `TRIED`, a quarter of a minute each
+    python -m benchmarks.architectures --vllm            # the families of `TRIED`, some seconds each
     python -m benchmarks.architectures --vllm Granite    # some
 
 vLLM's own `LLM` class is asked, in one process for each family, and not a server: it is the same engine, and the reload
@@ -10,12 +10,15 @@ is the same call (`reload_weights`). Its attention on a CPU has no heads of 16 n
 import dataclasses
 import json
 import os
+import select
+import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.families import FAMILIES, Family
+from dspy_fst.architectures import unlike_vllm
 
 TRIED = (
     *("Llama", "Llama 3.1 (llama3 rope)", "Llama, YaRN", "Qwen2", "Qwen3", "Qwen3-MoE", "Mixtral", "OLMoE", "Gemma 2"),
@@ -38,6 +41,10 @@ TRIED = (
 SEQUENCES = ((2, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40), (9, 8, 7, 50, 51))
 WIDER = {"num_attention_heads": 2, "n_head": 2, "head_dim": 32, "num_key_value_heads": 2}
 EQUAL = 3e-4
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""A gibibyte for the cache, and the engine in the process that asks it."""
+TIMEOUT_S = 300.0
+"""Of one family's process."""
 
 
 def serve_all(names: Sequence[str], known: dict[str, str]) -> dict[str, str]:
@@ -46,10 +53,14 @@ def serve_all(names: Sequence[str], known: dict[str, str]) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = {}
         for number, family in enumerate(tried):
+            if refusals := unlike_vllm(family.config(), None):
+                known[family.name] = f"refused: {refusals[0]}"
+                continue
             try:
                 prepared[family.name] = _prepare(_wider(family), Path(scratch) / str(number))
             except Exception as error:  # a family whose heads cannot be wider
                 known[family.name] = f"not tried ({type(error).__name__})"
+        os.environ |= ENVIRONMENT
         import vllm  # noqa: F401 - once, and not in each of the processes
 
         for name, (folders, own) in prepared.items():
@@ -96,9 +107,13 @@ def _in_a_process(folders: list[str]) -> dict[str, Any]:
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read()
+        in_time = bool(select.select([pipe], [], [], TIMEOUT_S)[0])
+        if not in_time:
+            os.kill(child, signal.SIGKILL)
+        reply = pipe.read()
     os.waitpid(child, 0)
-    answered: dict[str, Any] = json.loads(told) if told else {"error": "the process ended without a word"}
+    silent = "the process ended without an answer" if in_time else f"no answer within {TIMEOUT_S:g} s"
+    answered: dict[str, Any] = json.loads(reply) if reply else {"error": silent}
     return answered
 
 

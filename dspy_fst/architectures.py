@@ -9,6 +9,8 @@ from typing import Any
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names under which configs give the longest text; others (Bloom, Mamba) have no such limit."""
+_WITHOUT_A_HEAD_IN_VLLM = {"bloom", "gemma2", "gemma3n", "gemma3n_text"}
+"""Model types for which vLLM 0.32 multiplies with the embedding and has no place for a head of its own."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
@@ -96,13 +98,18 @@ def has_experts(config: Any) -> bool:
 
 
 def unlike_vllm(config: Any, max_model_len: int | None) -> list[str]:
-    """Why a vLLM server would compute other numbers than the trainer for this model, one sentence each.
+    """Why a vLLM server would not start, or would compute other numbers than the trainer, one sentence each.
 
     Args:
         max_model_len: What the server is told; None leaves it to vLLM.
     """
     faults = []
     text = config.get_text_config()
+    if {config.model_type, text.model_type} & _WITHOUT_A_HEAD_IN_VLLM:
+        faults.append(
+            f"vLLM has no place for an LM head of its own in a {config.model_type!r} model, and published weights hold one, "
+            "so its server would not start; use engine='in_process'"
+        )
     if any(parameters.get("rope_type") == "dynamic" and "alpha" not in parameters for parameters in _rotations(text)):
         faults.append(
             "its rotary embedding is scaled by 'dynamic', which vLLM scales for short texts too and transformers does "

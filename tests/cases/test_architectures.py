@@ -127,6 +127,14 @@ def test_dynamic_rope_is_refused_for_vllm_only(tmp_path):
     assert model_faults(PolicyLM(path, engine="in_process", max_tokens=8)) == []
 
 
+@pytest.mark.parametrize("family", ["Gemma 2", "Bloom", "Gemma 3n (text)"])
+def test_a_model_without_a_head_of_its_own_in_vllm_is_refused_for_vllm_only(family, tmp_path):
+    folder = BY_NAME[family].save(tmp_path / "model")
+    (fault,) = model_faults(PolicyLM(folder, engine="vllm", max_tokens=8))
+    assert "vLLM has no place for an LM head of its own" in fault
+    assert not model_faults(PolicyLM(folder, engine="in_process", max_tokens=8))
+
+
 @pytest.mark.parametrize("family", [longrope, dynamic, learned], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("share", [False, True], ids=["alone", "shared"])
 def test_a_short_text_beside_one_of_full_length_keeps_its_numbers(family, share, tmp_path):
