@@ -4,8 +4,10 @@ The contract is that of DSPy 3.4, clients/engines/base.py: one start event, delt
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 
 from dspy import lm15
 from dspy.clients.engines.base import StreamEvent
@@ -13,6 +15,18 @@ from dspy.clients.engines.base import StreamEvent
 from dspy_fst.engine.base import Completion, Engine, StreamingEngine
 from dspy_fst.engine.prompts import Ids
 from dspy_fst.engine.replies import ReplyReader
+
+_PIECE = re.compile(
+    r"""
+    \s* " (?: \s* , \s* " \w+ " )? \s* : \s* "?  # JSON: a field's end with the next name, as far as the next value
+    | \s* \w+
+    | \s* [^\w\s"]+
+    | \s* " [^\w\s":]*
+    | \s+
+    """,
+    re.VERBOSE,
+)
+"""Words, runs of signs, and joints of JSON; together every character of a text."""
 
 
 def pieces(
@@ -30,7 +44,7 @@ def pieces(
 
 
 def events(told: Generator[str, None, Completion], request: lm15.Request) -> Iterator[StreamEvent]:
-    """The pieces and their end as events; a reply of which no piece was told is one piece."""
+    """The pieces and their end as events; a reply of which no piece was told is told in words when it is whole."""
     with closing(told):
         started = False
         while True:
@@ -46,7 +60,23 @@ def events(told: Generator[str, None, Completion], request: lm15.Request) -> Ite
     if started:
         yield lm15.StreamEndEvent(finish_reason=response.finish_reason, usage=response.usage)
     else:
-        yield from lm15.response_to_events(response)
+        for event in lm15.response_to_events(response):
+            yield from _in_words(event)
+
+
+def _in_words(event: StreamEvent) -> Iterator[StreamEvent]:
+    """A text's delta as one delta a word, any other event as it is.
+
+    DSPy's listener finds no field in a piece that holds the field's beginning and its end (StreamListener.receive).
+    The log-probabilities stay with the first word; whoever puts the reply together again joins them in order.
+    """
+    if not isinstance(event, lm15.StreamDeltaEvent) or not isinstance(event.delta, lm15.TextDelta):
+        yield event
+        return
+    first, *rest = _PIECE.findall(event.delta.text) or [""]
+    yield lm15.StreamDeltaEvent(delta=replace(event.delta, text=first))
+    for piece in rest:
+        yield lm15.StreamDeltaEvent(delta=lm15.TextDelta(text=piece, part_index=event.delta.part_index))
 
 
 async def events_in_thread(source: Iterator[StreamEvent]) -> AsyncIterator[StreamEvent]:

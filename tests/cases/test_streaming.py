@@ -19,6 +19,7 @@ from dspy_fst.rollout.texts import read_texts
 from dspy_fst.types import Problem
 from programs.lab import BASE
 from tests.fakes import ScriptedEngine, fields, scripted_policy
+from tests.pipelines.watched import lab_policy, says
 
 ANSWER = "first this, then that"
 REPLIES = {
@@ -71,11 +72,12 @@ def heard(program, *, async_streaming=True, is_async=False, fields=("answer",), 
     return asyncio.run(gathered(ask(**inputs))) if async_streaming else list(ask(**inputs))
 
 
+@pytest.mark.parametrize("engine", [StreamingScript, ScriptedEngine], ids=["in pieces", "whole"])
 @pytest.mark.parametrize("async_streaming", [True, False])
 @pytest.mark.parametrize("is_async", [True, False])
 @pytest.mark.parametrize("adapter", sorted(REPLIES))
-def test_a_listener_hears_its_field_in_pieces(adapter, is_async, async_streaming):
-    program, _ = program_over(REPLIES[adapter])
+def test_a_listener_hears_its_field_in_pieces(adapter, is_async, async_streaming, engine):
+    program, _ = program_over(REPLIES[adapter], engine)
     with dspy.context(adapter=ADAPTERS[adapter]()):
         told = heard(program, async_streaming=async_streaming, is_async=is_async)
     *pieces, prediction = told
@@ -112,11 +114,51 @@ def test_pieces_arrive_while_the_model_still_speaks():
     assert list(stream)[-1].answer == ANSWER
 
 
-def test_an_engine_that_answers_whole_gives_one_piece():
-    program, _ = program_over(REPLIES["ChatAdapter"], ScriptedEngine)
-    *chunks, prediction = heard(program, fields=())
-    assert [text for chunk in chunks if (text := chunk.choices[0].delta.content)] == [REPLIES["ChatAdapter"]]
-    assert prediction.answer == ANSWER
+@pytest.mark.parametrize("reply", [*REPLIES.values(), " 1,\n\t2 ", "", '"', "é\u2028 [[ ##"])
+def test_the_pieces_of_a_reply_that_came_whole_make_up_the_reply(reply):
+    policy, _ = scripted_policy(lambda messages, seed: reply)
+    request = dspy.lm15.Request(model=policy.model, messages=(dspy.lm15.Message.user("hello"),))
+    told = list(policy.handle.stream(request))
+    assert [told[0].type, told[-1].type] == ["start", "end"]
+    assert "".join(event.delta.text for event in told[1:-1]) == reply
+    assert len(told) > 4 or len(reply.split()) < 3
+
+
+ANSWERS = ["3", "x.", "3 1 2", "He said: no!", "a\nb", 'with "marks", and {more}', "an_underscore [1]"]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("order", [("plan", "answer"), ("answer", "plan")], ids=["last", "first"])
+@pytest.mark.parametrize("adapter", sorted(REPLIES))
+def test_a_listener_hears_exactly_its_field_of_a_reply_that_came_whole(adapter, order, answer):
+    values = {name: {"plan": "think", "answer": answer}[name] for name in order}
+    xml = "\n\n".join(f"<{name}>\n{value}\n</{name}>" for name, value in values.items())
+    forms = {
+        "ChatAdapter": [fields(**values), fields(**values).removesuffix("[[ ## completed ## ]]").rstrip()],
+        "JSONAdapter": [json.dumps(values), json.dumps(values, indent=2), json.dumps(values, separators=(",", ":"))],
+        "XMLAdapter": [xml, xml.replace("\n\n", "")],
+    }
+    for reply in forms[adapter]:
+        program, _ = program_over(reply, ScriptedEngine)
+        with dspy.context(adapter=ADAPTERS[adapter]()):
+            *pieces, prediction = heard(program)
+        said = "".join(piece.chunk for piece in pieces)
+        if adapter == "JSONAdapter":
+            # DSPy's listener tells the value as JSON, and of a field that is not the last one also `, "`.
+            rest = said
+            said, length = json.JSONDecoder().raw_decode(rest)
+            assert "".join(rest[length:].split()) in ("", ',"')
+        assert said == prediction.answer == answer
+
+
+def test_a_listener_hears_its_field_of_a_model_in_process():
+    policy = lab_policy(temperature=0.5)
+    program = says("Reverse the list.")
+    program.set_lm(policy)
+    *pieces, prediction = heard(program, numbers="1 2 3")
+    policy.release()
+    assert prediction.answer
+    assert "".join(piece.chunk for piece in pieces) == prediction.answer
 
 
 @pytest.mark.parametrize("is_async", [True, False])
