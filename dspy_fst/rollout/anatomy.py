@@ -10,6 +10,7 @@ Three words are used throughout:
 import asyncio
 import contextvars
 import copyreg
+import dataclasses
 import enum
 import functools
 import gc
@@ -98,6 +99,10 @@ _PROTOCOL = (
 )
 
 
+_OF_DATACLASSES = [getattr(dataclasses, name, None) for name in ("_dataclass_getstate", "_dataclass_setstate")]
+"""What ``@dataclass(frozen=True, slots=True)`` puts into a class: no rule of the user's, and all state is in slots."""
+
+
 def is_part(x: Any) -> bool:
     return isinstance(x, BaseModule | Parameter)
 
@@ -136,16 +141,16 @@ def copies_itself(kind: type) -> bool:
     """Whether the class says how its objects are copied or pickled."""
     known = (object, BaseModel)
     return any(
-        all(getattr(kind, name, None) is not getattr(base, name, None) for base in known)
+        all(rule is not getattr(base, name, None) for base in known)
         for name in _PROTOCOL
-        if hasattr(kind, name)
+        if (rule := getattr(kind, name, None)) is not None and rule not in _OF_DATACLASSES
     )
 
 
 def rebuilds_itself(x: Any) -> bool:
     """Whether a part or plain object makes its copy's attributes itself, as dspy.Flex does its bridge."""
     known = {getattr(base, "__setstate__", None) for base in (dspy.Module, BaseModel)}
-    return getattr(type(x), "__setstate__", None) not in {*known, None}
+    return getattr(type(x), "__setstate__", None) not in {*known, *_OF_DATACLASSES, None}
 
 
 def attributes(x: Any) -> dict[str, Any]:

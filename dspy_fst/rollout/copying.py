@@ -121,8 +121,19 @@ def copy_faults(program: dspy.Module) -> list[str]:
         parts = Tree(copied(program)).parts()
     except Exception as error:  # user classes are made and filled
         return [f"student: the program cannot be copied for its rollouts: {error!r}"]
-    shared = [tree.place(id(part)) for part in parts.values() if id(part) in tree.holding]
-    return [f"student: a copy of the program shares {place} with it; hold it as an attribute" for place in shared]
+    return [_shared_fault(tree, id(part)) for part in parts.values() if id(part) in tree.holding]
+
+
+def _shared_fault(tree: Tree, part: int) -> str:
+    told = f"student: a copy of the program shares {tree.place(part) or 'the program itself'} with it"
+    if sharing := tree.copying_themselves(part):
+        whose = ", ".join(f"{place} (class {kind})" for place, kind in sharing.items())
+        return (
+            f"{told}, because the copying method (__deepcopy__, __copy__ or __reduce__) of {whose} "
+            "does not copy what it holds: leave that method out, or let it copy.deepcopy(value, memo) every value that "
+            "holds a module"
+        )
+    return f"{told}; hold it as an attribute"
 
 
 def _small(holding: Mapping[int, Any], known: Mapping[int, Any]) -> dict[int, Any]:

@@ -24,6 +24,7 @@ from dspy_fst.rollout.anatomy import (
 
 _ABSENT = object()
 _CACHE = type(functools.lru_cache(len))
+_WEAK_DICTS: tuple[Any, ...] = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary)
 
 
 class Making:
@@ -185,7 +186,21 @@ def _function(x: types.FunctionType, inner: Making) -> Any:
 
 def _weak(x: Any, inner: Making) -> Any:
     target = inner(x())
-    return x if target is x() else type(x)(target)
+    if target is x():
+        return x
+    return type(x)(target, x.__callback__, x.key) if isinstance(x, weakref.KeyedRef) else type(x)(target)
+
+
+def _weak_dict(x: Any, inner: Making) -> Any:
+    """Python's own deepcopy of these shares what they refer to weakly."""
+    base = next(kind for kind in _WEAK_DICTS if isinstance(x, kind))
+    new: Any = object.__new__(type(x))
+    inner.memo[id(x)] = new
+    base.__init__(new)
+    for key, value in list(x.items()):
+        base.__setitem__(new, inner(key), inner(value))
+    _fill(new, {name: inner(value) for name, value in attributes(x).items() if name not in vars(new)})
+    return new
 
 
 def _proxy(x: Any, inner: Making) -> Any:
@@ -218,5 +233,6 @@ _MAKERS: list[tuple[tuple[Any, ...], Any]] = [
     ((functools.partial,), _partial),
     ((_CACHE,), _cache),
     ((weakref.ref,), _weak),
+    (_WEAK_DICTS, _weak_dict),
     ((types.MappingProxyType,), _proxy),
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import dspy
 
-from dspy_fst.rollout.anatomy import globals_read, holds, is_part, may_hold
+from dspy_fst.rollout.anatomy import copies_itself, globals_read, holds, is_part, is_plain, may_hold
 from dspy_fst.rollout.making import can_be_made
 
 
@@ -60,6 +60,14 @@ class Tree:
                     if is_part(value) and id(value) in self.holding
                 ]
         return faults
+
+    def copying_themselves(self, key: int) -> dict[str, str]:
+        """Place -> class, of what holds a node and is neither a part nor copied but by its class's own rule."""
+        return {
+            self.place(above): type(node).__name__
+            for above, node in self._reaching([key]).items()
+            if is_plain(type(node)) and not is_part(node) and copies_itself(type(node))
+        }
 
     def _part_in(self, key: int) -> str:
         below = next(k for k, node in self.nodes.items() if is_part(node) and key in self._reaching([k]))

@@ -45,6 +45,7 @@ class Trainer:
             several (see `dspy_fst.preflight.environment`).
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: str | Path,
@@ -110,6 +111,8 @@ class Trainer:
 
     # ---- one update ----------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # a caller may be in torch.no_grad() or torch.inference_mode()
+    @torch.enable_grad()
     @exact_matmuls()
     def step(self, batch: Batch) -> UpdateReport:
         """Make one optimizer step over all rows and held calls of the batch; an empty batch moves nothing.
@@ -258,6 +261,7 @@ class Trainer:
         return torch.cat([parts[index] for index in range(len(sequences))])
 
     @cached_property
+    @torch.inference_mode(False)
     def _reference(self) -> Policy:
         policy = Policy.load(self._reference_path, dtype=self._dtype, trainable=False)
         ours, its = (held.model.config.get_text_config() for held in (self._policy, policy))
@@ -268,6 +272,7 @@ class Trainer:
             )
         return policy.to(self._device)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     @exact_matmuls()
     def _per_token(self, sequences: list[Scored], value: Callable[[MicroBatch], Tensor]) -> list[list[float]]:
@@ -334,6 +339,7 @@ class Trainer:
             tensors["generator/cuda"] = torch.cuda.get_rng_state(self._device)
         write_state(Path(directory), tensors, {"updates": self._updates})
 
+    @torch.inference_mode(False)
     def load_state(self, directory: Path) -> None:
         """Go on from :meth:`save_state`, bit for bit as if never interrupted. The reference stays the start.
 

@@ -10,6 +10,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque, namedtuple
+from dataclasses import dataclass
 
 import dspy
 import numpy as np
@@ -334,3 +335,57 @@ def test_an_event_loop_and_a_context_lead_out_of_the_program():
         assert copied(program).loop is loop
     finally:
         loop.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Python gives such a class ``__getstate__`` and ``__setstate__``."""
+
+    ask: object
+    lock: object
+
+
+def test_a_frozen_dataclass_with_slots_is_copied_beside_its_lock():
+    ask = dspy.Predict("question -> answer")
+    program = Node(ask=ask, held=[Frozen(ask, threading.Lock())], lone=Frozen("words", threading.Lock()))
+    assert copy_faults(program) == []
+    twin = copied(program)
+    assert twin.held[0].ask is twin.ask is not ask
+    assert twin.held[0].lock is program.held[0].lock
+    assert twin.lone is program.lone  # it holds a lock and no part
+
+
+class Registry(weakref.WeakValueDictionary):
+    note = ""
+
+
+def test_weak_dictionaries_refer_to_the_copy_s_own():
+    ask, gone = dspy.Predict("question -> answer"), dspy.Predict("question -> answer")
+    program = Node(ask=ask, values=Registry({"a": ask, "b": gone}), keys=weakref.WeakKeyDictionary({ask: [ask]}))
+    program.values.note = "kept"
+    del gone
+    gc.collect()
+    assert copy_faults(program) == []
+    twin = copied(program)
+    assert dict(twin.values) == {"a": twin.ask}
+    assert twin.values.note == "kept"
+    assert dict(twin.keys) == {twin.ask: [twin.ask]}
+    assert twin.ask is not ask
+    del twin.ask, twin.keys
+    gc.collect()
+    assert not dict(twin.values)
+
+
+class Sharing:
+    def __init__(self, ask):
+        self.ask = ask
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_helper_whose_own_copies_share_a_predictor_is_named():
+    ask = dspy.Predict("question -> answer")
+    (fault,) = copy_faults(Node(ask=ask, helpers=[Sharing(ask)]))
+    assert "shares ask with it, because the copying method (__deepcopy__, __copy__ or __reduce__)" in fault
+    assert "of helpers[0] (class Sharing)" in fault

@@ -375,3 +375,21 @@ def mean_kl_gradient(start, reference, calls, prompts):
     kl = torch.cat(values).mean()
     kl.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, kl.item()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_a_caller_s_mode_without_gradients_changes_no_update(start, tmp_path, batch, mode):
+    reference = save_model(tmp_path / "reference", tied=False, seed=9)
+    plain, inside = make_trainer(start, reference), None
+    with mode():
+        inside = make_trainer(start, reference)
+        inside.score([[1, 2, 3, 4]])
+        reports = [inside.step(batch)]
+        inside.save_state(tmp_path / "state")
+        inside.load_state(tmp_path / "state")
+        reports.append(inside.step(batch))
+    reports.append(inside.step(batch))  # and back outside
+    assert reports == [plain.step(batch) for _ in range(3)]
+    assert reports[0].grad_norm > 0
+    ours, its = inside.parameters, plain.parameters
+    assert all(torch.equal(ours[name], its[name]) for name in its)
