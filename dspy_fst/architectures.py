@@ -107,8 +107,8 @@ def unlike_vllm(config: Any, max_model_len: int | None) -> list[str]:
     text = config.get_text_config()
     if {config.model_type, text.model_type} & _WITHOUT_A_HEAD_IN_VLLM:
         faults.append(
-            f"vLLM has no place for an LM head of its own in a {config.model_type!r} model, and published weights hold one, "
-            "so its server would not start; use engine='in_process'"
+            f"vLLM has no place for an LM head of its own in a {config.model_type!r} model, and published weights hold "
+            "one, so its server would not start; use engine='in_process'"
         )
     if any(parameters.get("rope_type") == "dynamic" and "alpha" not in parameters for parameters in _rotations(text)):
         faults.append(

@@ -8,7 +8,6 @@ hardly any of whose replies parse, with what was found to help (`parse_trial`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.errors import ConfigurationError
@@ -42,8 +41,7 @@ def try_first(session: Session) -> Spent:
     Raises:
         ConfigurationError: with every fault that showed.
     """
-    train = _played(session, session.trainset, list(range(min(COUNT, len(session.trainset)))), "preflight")
-    val = _played(session, session.valset, spread(len(session.valset)), "preflight validation")
+    train, val = _played(session)
     session.see_texts(train)
     faults = context_faults(session.policy, [*train, *val]) + session.teaching_faults(train)
     faults += _unmeasured(train, f"the first {len(train)} examples")
@@ -79,9 +77,14 @@ def spread(size: int, count: int = COUNT) -> list[int]:
     return [index * size // taken for index in range(taken)]
 
 
-def _played(session: Session, examples: Sequence[dspy.Example], indices: Sequence[int], draw: str) -> list[Rollout]:
-    tasks = [Task(Problem(index, examples[index]), session.population.best) for index in indices]
-    return session.player.play(tasks, draw, anew=session.config.distills) if tasks else []
+def _played(session: Session) -> tuple[list[Rollout], list[Rollout]]:
+    """The first of the trainset, and some of the valset; together, so that an engine batches them."""
+    first, some = range(min(COUNT, len(session.trainset))), spread(len(session.valset))
+    candidate = session.population.best
+    tasks = [Task(Problem(index, session.trainset[index]), candidate) for index in first]
+    tasks += [Task(Problem(index, session.valset[index]), candidate, sample=1) for index in some]  # other seeds
+    rollouts = session.player.play(tasks, "preflight", anew=session.config.distills)
+    return rollouts[: len(first)], rollouts[len(first) :]
 
 
 def _unmeasured(rollouts: Sequence[Rollout], which: str) -> list[str]:
