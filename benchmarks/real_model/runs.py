@@ -33,6 +33,7 @@ RECIPE: dict[str, Any] = {
     "kl_coefficient": 0.0,
     "micro_batch_tokens": 1024,
     "num_threads": 8,
+    "parse_trial": 0,
     "keep_states": 1,
     "keep_weights": 1,
     "progress": False,

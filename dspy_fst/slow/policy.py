@@ -78,7 +78,7 @@ class Policy(nn.Module):
         if alone:
             return prefixes.last_hidden_state.flatten(0, 1)
         cache = prefixes.past_key_values
-        cache.batch_select_indices(batch.prefix_of)  # differentiable: all copies add to their prefix's gradient
+        _copy_prefixes(cache, batch.prefix_of)
         lengths = batch.prefix_lengths[batch.prefix_of, None]
         positions = torch.arange(batch.prefix_ids.shape[1], device=lengths.device)
         steps = torch.arange(batch.suffix_ids.shape[1], device=lengths.device)
@@ -141,6 +141,16 @@ class Policy(nn.Module):
         rows = dict(zip(batch.members, self(batch).split(batch.tokens), strict=True))
         ours = torch.cat([rows[index] for index in range(len(texts))])
         return float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
+
+
+def _copy_prefixes(cache: DynamicCache, prefix_of: Tensor) -> None:
+    """Give each suffix the keys and values of its prefix, to whose gradient all copies add.
+
+    Not the cache's own batch_select_indices: it indexes with a tensor, and on several CPU threads torch adds up the
+    gradient of that in another order each time. A continued run would not be the same bit for bit.
+    """
+    for layer in cache.layers:
+        layer.keys, layer.values = (kept.index_select(0, prefix_of) for kept in (layer.keys, layer.values))
 
 
 def _refuse_random_layers(path: str | Path, told: Mapping[str, Any]) -> None:

@@ -1,13 +1,16 @@
 """A real pretrained model on the embedded engine."""
 
+import shutil
 from statistics import fmean
 
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks.durability import Comparison, outcome
 from benchmarks.real_model import scores, shares
+from benchmarks.real_model.runs import MOODS_RUN, gaps, step_reports
 from programs import smollm2
-from tests.real.asked import SYSTEM_OF_THE_TEMPLATE, request_of
+from tests.real.asked import DEATH, RESUMED_FROM, SMALL, SYSTEM_OF_THE_TEMPLATE, request_of
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def test_a_request_without_a_system_text_gets_the_template_s_own_and_one_with_it
 
 
 def test_which_adapter_a_small_model_follows_and_what_demos_bring(in_process):
-    """Of 48 replies each, at temperature 1: ChatAdapter 0 and 1, JSONAdapter 3 and 33, XMLAdapter 0 and 24."""
+    """Of 24 replies, without and with two demos: ChatAdapter 0 and 1, JSONAdapter 0 and 20, XMLAdapter 0 and 13."""
     policy = in_process()
     parsed = {
         (adapter, demos): shares.share(policy, adapter, demos, 12).parsed
@@ -55,3 +58,24 @@ def test_which_adapter_a_small_model_follows_and_what_demos_bring(in_process):
     assert parsed["JSONAdapter", 2] > 0.3
     assert parsed["JSONAdapter", 2] > parsed["JSONAdapter", 0] + 0.1
     assert parsed["XMLAdapter", 2] > parsed["ChatAdapter", 0]
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real")
+    yield Comparison(folder, settings={**SMALL, "precision": "float32"}, subject=MOODS_RUN)
+    shutil.rmtree(folder)  # gigabytes
+
+
+def test_a_run_in_float32_that_is_killed_and_continued_equals_an_undisturbed_one(comparison):
+    killed = comparison.killed("killed", DEATH)
+    assert (killed.deaths, killed.resumed_from) == ([str(DEATH)], [RESUMED_FROM])
+    assert gaps(killed.run_dir) == []
+    assert comparison.differing(outcome(killed.run_dir)) == []
+    assert step_reports(killed.run_dir)[0]["reward"] > 0
+
+
+def test_the_real_model_learns_from_some_of_its_replies(comparison):
+    reports = step_reports(comparison.folder / "whole")
+    assert any(report["update"]["rows"] for report in reports)
+    assert all(report["update"]["effective_sample_share"] > 0.99 for report in reports if report["update"]["rows"])
