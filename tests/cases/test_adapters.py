@@ -354,7 +354,7 @@ def test_an_adapter_of_dspy_s_is_made_again_as_it_was(adapter):
         BAMLAdapter(parallel_tool_calls=False),
         changed(dspy.JSONAdapter(), use_json_adapter_fallback=False, native_response_types=[Citations]),
     ],
-    ids=str,
+    ids=["native calls", "no second call", "XML", "JSON without native calls", "BAML", "set on it"],
 )
 def test_the_code_that_is_told_for_an_adapter_makes_it(adapter):
     namespace = {"dspy": dspy}
