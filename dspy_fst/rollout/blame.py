@@ -3,13 +3,14 @@
 A metric that reads ``float(pred.price)`` or ``pred.plan["steps"]`` is right, and still raises when the policy writes
 "soon", None or a dict without that key. Two findings put it on the policy's account:
 
-- The prediction holds a number that is not finite (a float field that says "nan", "inf" or "1e400"), and the score is
-  not finite either, or the metric could not calculate with it.
+- The prediction holds a number that is not finite (a float field that says "nan", "inf" or "1e400", or a text that
+  ``float()`` reads as one), and the score is not finite either, or the metric could not calculate with it.
 - The metric measures the same prediction once the labels stand in it: the example's own, and those of other examples,
   which are wrong answers of the right form. Then nothing but the values that the policy wrote keeps it from measuring.
 
 Everything else stays the metric's fault, and measures nothing: no label in the prediction, a label of another type than
-what the program gives, an outage of a judge, a bug that a wrong answer of the right form meets as well.
+what the program gives, an outage of a judge, a bug that a wrong answer of the right form meets as well. So does
+whatever a metric that asked an LM could not read: it may be the judge's words, which depend on the answer too.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ class Blame:
         labels = dict(gold.labels().items())
         if calculated and (bad := next(_not_finite(dict(pred.items())), None)) and not any(_not_finite(labels)):
             return NOT_FINITE, f"The prediction holds a number that is not finite: {bad}."
-        if not (isinstance(error, NotFiniteScoreError) or isinstance(cause, OF_VALUES)):
+        if error.asked_an_lm or not (isinstance(error, NotFiniteScoreError) or isinstance(cause, OF_VALUES)):
             return None
         if not self._measures_labels(gold, pred, trace, _place(error)):
             return None
@@ -111,7 +112,11 @@ def _place(error: UnmeasuredError) -> str:
 
 def _not_finite(value: Any, at: str = "", depth: int = 0) -> Iterator[str]:
     """Places of numbers that are not finite, as ``field.part = nan``."""
-    if isinstance(value, bool | str | bytes) or depth > DEEPEST:
+    if isinstance(value, bool | bytes) or depth > DEEPEST:
+        return
+    if isinstance(value, str):
+        if _reads_odd(value):
+            yield f"{at} = {value}"
         return
     if isinstance(value, Complex):  # int and float, numpy's scalars, Fraction
         if _is_odd(value):
@@ -133,11 +138,20 @@ def _is_odd(value: Any) -> bool:
     return not (math.isfinite(number.real) and math.isfinite(number.imag))
 
 
+def _reads_odd(text: str) -> bool:
+    """Whether ``float()``, with which a metric reads a text, gives nan or an infinity."""
+    try:
+        return not math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | dspy.Example):  # a dspy.Prediction is an Example, and no Mapping
         yield from value.items()
     elif isinstance(value, BaseModel):
         yield from ((name, getattr(value, name)) for name in type(value).model_fields)
+        yield from (value.model_extra or {}).items()
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     elif isinstance(value, list | tuple | set | frozenset):

@@ -10,11 +10,12 @@ An LM that fails and a tool that is gone raise where they are called. What becom
   policy's doing.
 
 Which of them it was is read from the exception's traceback when the rollout is over: its outermost frame is of whoever
-caught it.
+caught it, or of the coroutine that it ended.
 """
 
-from collections.abc import Iterator
-from types import FrameType
+import dis
+import inspect
+from types import FrameType, TracebackType
 from typing import Any
 
 import dspy
@@ -22,6 +23,7 @@ from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 
 from dspy_fst.errors import EngineError
+from dspy_fst.rollout.exceptions import chain, is_a_network_fault
 from dspy_fst.rollout.recording import is_recorded
 from dspy_fst.types import PREDICTOR_TAG
 
@@ -32,12 +34,15 @@ LEAVES_A_HOLE = (
     "dspy.utils.callback",
     "dspy.primitives.module",
     "concurrent.futures.thread",
+    "multiprocessing.pool",
     "threading",
 )
-"""Modules that keep an exception to themselves, of DSPy 3.4 and of Python. The last four begin tasks and threads: an
+"""Modules that keep an exception to themselves, of DSPy 3.4 and of Python. The last five begin tasks and threads: an
 exception whose outermost frame is theirs stayed in an asyncio.gather(return_exceptions=True), a future or a thread."""
 TRIES = ("dspy.predict.best_of_n", "dspy.predict.refine")
 """Those of them that go on trying: no hole where a later try gave a prediction."""
+RAISES = ("RERAISE", "RAISE_VARARGS")
+"""CPython's instructions that raise by themselves."""
 
 
 class Outages(BaseCallback):
@@ -85,10 +90,10 @@ class Outages(BaseCallback):
         Args:
             who: Whose LM it was, should it be an LM's and not have been seen before.
         """
-        for link in _chain(error):
+        for link in chain(error):
             if reason := next((reason for reason, seen in self._seen if seen is link), None):
                 return reason
-            if isinstance(link, OSError):
+            if is_a_network_fault(link):
                 return f"outage: {type(link).__name__}"
             if _is_an_lm_s(link):
                 return f"{who}: {type(link).__name__}"
@@ -125,14 +130,16 @@ def leaves_a_hole(error: BaseException) -> bool:
     where = frame.f_globals.get("__name__")
     if where in TRIES:
         return frame.f_locals.get("best_pred") is None
-    return where in LEAVES_A_HOLE
+    return where in LEAVES_A_HOLE or _ended_a_coroutine(error.__traceback__)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The exception and those that it was raised from, by ``raise ... from``."""
-    link: BaseException | None = error
-    seen: set[int] = set()
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__
+def _ended_a_coroutine(outermost: TracebackType) -> bool:
+    """Whether the exception left a coroutine, and so stayed in its task.
+
+    The coroutine's last instruction is then the one that raised, or that raises anew after a ``finally`` or in an
+    ``except``. One that handled the exception ended on another.
+    """
+    frame = outermost.tb_frame
+    if not frame.f_code.co_flags & inspect.CO_COROUTINE or frame.f_lasti < 0:
+        return False
+    return frame.f_lasti == outermost.tb_lasti or dis.opname[frame.f_code.co_code[frame.f_lasti]] in RAISES

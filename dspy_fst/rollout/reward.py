@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import dspy
+from dspy.utils.callback import BaseCallback
 
 from dspy_fst.errors import is_signal
 from dspy_fst.rollout.recording import SETTING, Apart, Recording
@@ -21,6 +22,9 @@ Metric = Callable[..., Any]
 
 class UnmeasuredError(Exception):
     """The metric gave no usable score; the message is the reason."""
+
+    asked_an_lm = False
+    """Whether the metric had asked an LM: what it could not read may be a judge's words."""
 
 
 class NotFiniteScoreError(UnmeasuredError):
@@ -43,6 +47,19 @@ class Score:
 
 OWN = ("predictor_scores", "predictor_feedback")
 """What a metric may return of single predictors."""
+
+
+class Asked(BaseCallback):
+    """DSPy's callback for the time of one metric: whether it asks an LM."""
+
+    def __init__(self) -> None:
+        self.an_lm = False
+
+    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self.an_lm = True
+
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self.an_lm = self.an_lm or isinstance(instance, dspy.Predict)
 
 
 class Reward:
@@ -92,15 +109,23 @@ class Reward:
         """
         finished = None if trace is None else list(trace)
         known = {"trace": finished, "pred_name": pred_name, "pred_trace": pred_trace}
+        asked = Asked()
         own = {SETTING: apart or Recording(0).apart(), "trace": [], "caller_modules": [], "disable_history": True}
         try:
-            with dspy.context(**own):
-                returned = self.metric(gold, pred, **{given: known[ours] for given, ours in self._names.items()})
+            with dspy.context(**own, callbacks=[*dspy.settings.callbacks, asked]):
+                returned = self._returned(gold, pred, {given: known[ours] for given, ours in self._names.items()})
+            return self._as_score(returned)
+        except UnmeasuredError as error:
+            error.asked_an_lm = asked.an_lm
+            raise
+
+    def _returned(self, gold: dspy.Example, pred: Any, given: Mapping[str, Any]) -> Any:
+        try:
+            return self.metric(gold, pred, **given)
         except (Exception, SystemExit) as error:
             if is_signal(error):
                 raise
             raise UnmeasuredError(f"metric raised {type(error).__name__}") from error
-        return self._as_score(returned)
 
     def _as_score(self, returned: Any) -> Score:
         if not (isinstance(returned, dspy.Prediction) or (isinstance(returned, dict) and "score" in returned)):
