@@ -1,10 +1,12 @@
-"""What of a program a run cannot reach: predictors that DSPy does not name, holds frozen, or cannot be copied."""
+"""What of a program a run cannot reach: predictors that DSPy does not name, holds frozen, or cannot be copied, and LMs
+that its adapters ask."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dspy
 
+from dspy_fst.rollout.adapters import adapter_in_force, adapters_held_by, kept_by
 from dspy_fst.rollout.copying import copy_faults
 from dspy_fst.rollout.recording import is_recorded
 from dspy_fst.rollout.tree import frozen_predictors, hidden_predictors
@@ -26,7 +28,23 @@ def part_faults(student: Any) -> list[str]:
             f"student: the predictors at {_listed(foreign)} hold another PolicyLM than the others; one model is "
             "trained, so share one PolicyLM and give the others a frozen dspy.LM"
         )
-    return faults
+    return faults + list(_adapter_faults(student))
+
+
+def _adapter_faults(student: dspy.Module) -> Iterator[str]:
+    """A sentence for each PolicyLM that an adapter asks: it stays on an engine of its own while the run's weights move,
+    and its replies would be taken down as those of the predictor whose reply it reads."""
+    places = {"adapter": kept_by(student) or adapter_in_force(), **adapters_held_by(student)}
+    for place, outer in places.items():
+        inner = [value for value in vars(outer).values() if isinstance(value, dspy.Adapter)]
+        for adapter in (outer, *inner):
+            kind = type(adapter).__name__
+            yield from (
+                f"{place}: {kind} asks a PolicyLM (its {name}), which would keep its weights while the run trains "
+                f"those of the student; give it a frozen LM: {name}=dspy.LM(...)"
+                for name, lm in vars(adapter).items()
+                if is_recorded(lm)
+            )
 
 
 def no_predictors(student: dspy.Module) -> str:

@@ -139,13 +139,18 @@ def _plain(name: str, value: Any) -> Any:
 def identity(program: dspy.Module) -> dict[str, Any]:
     """The adapters that a run of this program speaks through: the one in force, and those that the program holds."""
     adapter = kept_by(program) or adapter_in_force()
-    places = {
-        f"{name}.{attribute}".removeprefix("self."): str(describe(value))
+    places = {place: str(describe(held)) for place, held in adapters_held_by(program).items()}
+    return {**describe(adapter).model_dump(), **({PLACES: places} if places else {})}
+
+
+def adapters_held_by(program: dspy.Module) -> dict[str, dspy.Adapter]:
+    """The adapters that are attributes of the program or of its parts, by place, e.g. ``"writer.adapter"``."""
+    return {
+        f"{name}.{attribute}".removeprefix("self."): value
         for name, module in program.named_sub_modules(dspy.Module)
         for attribute, value in vars(module).items()
         if isinstance(value, dspy.Adapter)
     }
-    return {**describe(adapter).model_dump(), **({PLACES: places} if places else {})}
 
 
 def differing_adapter(program: dspy.Module) -> list[str]:

@@ -435,6 +435,45 @@ def test_an_exported_card_tells_the_adapter(trained, tmp_path):
     policy_of(loaded).release()
 
 
+class Extracts(dspy.ChatAdapter):
+    """An adapter of a user's own that hands the replies to another one."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.second = dspy.TwoStepAdapter(lm)
+
+
+def test_an_adapter_that_asks_a_policy_is_refused_before_any_work(tmp_path):
+    program, other = relay(), lab_policy()
+    held = relay()
+    held.reader = dspy.TwoStepAdapter(policy_of(held))
+    cases = [
+        (program, dspy.TwoStepAdapter(policy_of(program)), "adapter"),
+        (program, dspy.TwoStepAdapter(other), "adapter"),
+        (program, Extracts(policy_of(program)), "adapter"),
+        (held, dspy.ChatAdapter(), "reader"),
+    ]
+    for student, adapter, place in cases:
+        with dspy.context(adapter=adapter), pytest.raises(ConfigurationError) as refused:
+            compile_relay(tmp_path / "run", student)
+        assert [*refused.value.faults] == [
+            f"{place}: TwoStepAdapter asks a PolicyLM (its extraction_model), which would keep its weights while the "
+            "run trains those of the student; give it a frozen LM: extraction_model=dspy.LM(...)"
+        ]
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_two_step_adapter_that_asks_a_frozen_lm_trains(tmp_path):
+    frozen, student = dspy.utils.DummyLM([{"answer": "1 2"}] * 500), says("Reverse the list.")
+    student.set_lm(lab_policy())
+    with dspy.context(adapter=dspy.TwoStepAdapter(frozen)):
+        compiled = compile_relay(tmp_path / "run", student)
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    (step,) = [event["report"] for event in events if event["event"] == "step"]
+    assert step["counts"]["calls"] == step["counts"]["rollouts"]  # extractions are not among them
+    policy_of(compiled).release()
+
+
 # ---- secrets, and records that somebody else wrote ------------------------------------------------
 
 
