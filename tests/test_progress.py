@@ -75,6 +75,13 @@ def test_plain_lines_are_written_at_once():
     assert written[-1] == "[demo] hello\n"
 
 
+def test_a_note_s_table_keeps_its_lines():
+    file = io.StringIO()
+    view = ProgressView("demo", Console(file=file))
+    view({"event": "note", "text": "what was tried:\n 25%  JSONAdapter\n 0%  XMLAdapter"})
+    assert file.getvalue() == "[demo] what was tried:\n   25%  JSONAdapter\n   0%  XMLAdapter\n"
+
+
 def test_a_log_that_cannot_write_a_sign_gets_another_one():
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     view = ProgressView("demo", Console(file=file))

@@ -160,11 +160,11 @@ class ProgressView:
     def _say(self, line: str, *, keep: bool = False) -> None:
         """One line: among the newest in the live view, or above it for good when it is worth keeping."""
         self._heard = self._clock()
-        line = _printable(line, self.console.encoding)
         if self._plain or (keep and self._live):
+            line = _printable(line, self.console.encoding, kept="\n").replace("\n", "\n  ")  # a table, code to copy
             self.console.print(f"[{self.title}] {line}", markup=False, highlight=False, soft_wrap=True)
         else:
-            self._recent.append(line)
+            self._recent.append(_printable(line, self.console.encoding))
 
     def _refresh(self, *, now: bool) -> None:
         """A terminal's view draws itself; a notebook's is sent."""
@@ -392,7 +392,7 @@ def _line(text: Text) -> Text:
     return text
 
 
-def _printable(text: str, encoding: str) -> str:
-    """Without control codes, which a model's text may hold, and without what the terminal cannot write."""
-    seen = "".join(character if character.isprintable() else " " for character in text)
+def _printable(text: str, encoding: str, kept: str = "") -> str:
+    """Without control codes but ``kept``: a model's text may hold some. Without what the terminal cannot write."""
+    seen = "".join(character if character.isprintable() or character in kept else " " for character in text)
     return seen.encode(encoding, "replace").decode(encoding)
