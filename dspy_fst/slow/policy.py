@@ -132,7 +132,7 @@ class Policy(nn.Module):
                 f"{kind}: its logits differ from those of its head over its hidden states by {gap:.2g} of their size; "
                 "choose a model with a plain LM head"
             )
-        plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+        plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
         self.shares_prompts = plain and self._gap(texts, own, share=True) <= PROBE_TOLERANCE
 
     def _gap(self, texts: list[tuple[tuple[int, ...], int]], own: Tensor, *, share: bool) -> float:
