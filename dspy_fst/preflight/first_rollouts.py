@@ -55,6 +55,8 @@ def try_first(session: Session) -> Spent:
     if all(rollout.failure for rollout in train):
         session.run.emit("note", text=f"warning: {_all_failed(train)}")
     share = parse_share(train)
+    if told := _unnamed_calls([*train, *val]):
+        session.run.emit("note", text=f"warning: {told}")
     tried = trial(session, share) if session.config.parse_trial and share is not None and share < HARDLY else None
     if tried:
         session.run.emit("note", text=f"warning: {tried.told()}")
@@ -95,6 +97,18 @@ def _unmeasured(rollouts: Sequence[Rollout], which: str) -> list[str]:
     detail = next((rollout.feedback for rollout in lost if rollout.feedback), "")
     shown = f"{len(lost)} of {which} cannot be measured ({'; '.join(reasons)})"
     return [f"{shown}{f': {detail}' if detail else ''}; {_advice(reasons)}"]
+
+
+def _unnamed_calls(rollouts: Sequence[Rollout]) -> str:
+    """Empty where the program names every predictor that spoke with the policy."""
+    calls = [call for rollout in rollouts for call in rollout.calls]
+    unnamed = sum(not call.predictor for call in calls)
+    if not unnamed:
+        return ""
+    return (
+        f"{unnamed} of {len(calls)} calls of the first rollouts were made by predictors that the program does not "
+        "name, and are not trained: hold every predictor as an attribute of the program, or in its lists and dicts"
+    )
 
 
 def _is_the_metric_s(reason: str) -> bool:

@@ -8,6 +8,7 @@ import dspy
 
 from dspy_fst.rollout.adapters import adapter_in_force, adapters_held_by, kept_by
 from dspy_fst.rollout.copying import copy_faults
+from dspy_fst.rollout.outside import outside_predictors
 from dspy_fst.rollout.recording import is_recorded
 from dspy_fst.rollout.tree import frozen_predictors, hidden_predictors
 
@@ -49,7 +50,7 @@ def _adapter_faults(student: dspy.Module) -> Iterator[str]:
 
 def no_predictors(student: dspy.Module) -> str:
     """Why a program of which DSPy names no predictor cannot be trained, and what would help."""
-    frozen, hidden = _frozen_places(student), hidden_predictors(student)
+    frozen, hidden = _frozen_places(student), _unnamed(student)
     if frozen:
         return (
             f"student: all its predictors are in {_listed(frozen)}, marked as compiled (_compiled), and DSPy holds "
@@ -62,7 +63,7 @@ def no_predictors(student: dspy.Module) -> str:
 
 def part_warnings(student: dspy.Module) -> list[str]:
     """Predictors that are called in rollouts and neither evolve nor learn."""
-    frozen, hidden = _frozen_places(student), hidden_predictors(student)
+    frozen, hidden = _frozen_places(student), _unnamed(student)
     warnings = []
     if hidden:
         warnings.append(
@@ -78,6 +79,12 @@ def part_warnings(student: dspy.Module) -> list[str]:
 
 
 _HOLD = "hold them as attributes, or in a list or dict that is an attribute itself"
+
+
+def _unnamed(student: dspy.Module) -> dict[str, dspy.Predict]:
+    """Place -> predictor that DSPy does not name; of those outside of the program, the policy's."""
+    outside = {place: p for place, p in outside_predictors(student).items() if is_recorded(p.lm or dspy.settings.lm)}
+    return {**hidden_predictors(student), **outside}
 
 
 def _frozen_places(student: dspy.Module) -> dict[str, int]:

@@ -37,6 +37,7 @@ from dspy_fst.rollout.anatomy import (
     may_hold,
 )
 from dspy_fst.rollout.making import Making
+from dspy_fst.rollout.outside import outside_faults
 from dspy_fst.rollout.tree import Tree
 
 SMALL = 1_000
@@ -115,7 +116,7 @@ class _Again(Opaque):
 def copy_faults(program: dspy.Module) -> list[str]:
     """Why copies of the program would share a predictor with it; a copy is made and looked through."""
     tree = Tree(program)
-    if faults := tree.faults():
+    if faults := [*tree.faults(), *outside_faults(tree)]:
         return faults
     try:
         parts = Tree(copied(program)).parts()

@@ -1,0 +1,218 @@
+"""Parts that a program's code reads past the program: from global variables, enclosing functions and classes.
+
+A copy of a program has attributes of its own and the same code. A predictor that ``forward`` reads from a global
+variable is therefore one for all rollouts, whatever their texts, and DSPy does not name it.
+
+Looked at are the functions that the program holds, ``forward`` and the special methods of its classes, and whatever of
+its classes' methods and of the same file's functions these name. Constructors are left out: there a program takes up
+what it holds. Only variables that the code names count, and of containers the first `FIRST` values.
+"""
+
+import functools
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import dspy
+
+from dspy_fst.rollout.anatomy import CONTAINERS, attributes, holds, is_part, is_plain, may_hold
+from dspy_fst.rollout.tree import Tree, all_predictors
+
+FIRST = 1_000
+"""Values of a container that are looked at (ours: programs hold few parts)."""
+_ENTRIES = ("forward", "aforward")
+_CONSTRUCTION = (
+    "__init__",
+    "__new__",
+    "__post_init__",
+    "__init_subclass__",
+    "__set_name__",
+    "__copy__",
+    "__deepcopy__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__getstate__",
+    "__setstate__",
+    "__del__",
+    "__repr__",
+    "__str__",
+)
+_LIBRARIES = {"dspy", "dspy_fst", "pydantic", "builtins", *sys.stdlib_module_names}
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A part that is read past the program.
+
+    ``reader``: e.g. ``"Program.forward()"``; ``variable``: e.g. ``"global variable STEPS"``; ``place``: where in it
+    the part stands, e.g. ``"global variable STEPS[0]"``.
+    """
+
+    reader: str
+    variable: str
+    place: str
+    part: Any
+
+
+@dataclass(frozen=True)
+class _Function:
+    name: str
+    code: types.FunctionType
+    held: bool
+    """Whether the program holds it, so that copies have their own closure of it."""
+
+
+def outside_faults(tree: Tree) -> list[str]:
+    """Why copies would speak with a part of the program that its code reads from elsewhere."""
+    faults = []
+    for found in read_outside(tree):
+        own = next((key for part in all_parts(found.part) if (key := id(part)) in tree.holding), None)
+        if own is not None:
+            faults.append(
+                f"student: {found.reader} reads the {found.variable}, which is or holds {_named(tree, own)}, so all "
+                f"copies of the program would speak with that one. {_advice(tree.place(own))}"
+            )
+    return faults
+
+
+def outside_predictors(program: dspy.Module) -> dict[str, dspy.Predict]:
+    """Place -> predictor that only the program's code leads to, e.g. ``{"class attribute Program.steps[0]": ...}``."""
+    tree = Tree(program)
+    predictors = {found.place: p for found in read_outside(tree) for p in all_predictors(found.part)}
+    return {place: p for place, p in predictors.items() if id(p) not in tree.holding}
+
+
+def all_parts(part: Any) -> list[Any]:
+    return list(Tree(part).parts().values())
+
+
+def read_outside(tree: Tree) -> Iterator[Outside]:
+    """Every part that code of the program reads past the program, once for each function."""
+    methods, values = _of_classes(tree)
+    front = [
+        _Function(f"the function at {tree.place(key)}", node, True)
+        for key, node in tree.nodes.items()
+        if isinstance(node, types.FunctionType)
+    ]
+    front += [method for name, found in methods.items() if _is_entry(name) for method in found]
+    seen: set[int] = set()
+    told: set[tuple[_Function, int]] = set()
+    while front:
+        function = front.pop(0)
+        if id(function.code) in seen:
+            continue
+        seen.add(id(function.code))
+        names = _names(function.code)
+        read = [*_variables(function, names), *(value for name in names for value in values.get(name, ()))]
+        for variable, value in read:
+            if isinstance(value, types.FunctionType):
+                if value.__globals__ is function.code.__globals__:
+                    front.append(_Function(f"{value.__name__}()", value, False))
+                continue
+            if function.held and is_part(value) and id(value) in tree.holding:
+                continue  # Tree.faults tells it
+            for place, part in _parts_of(variable, value):
+                if (function, id(part)) not in told:
+                    told.add((function, id(part)))
+                    yield Outside(function.name, variable, place, part)
+        front += [method for name in names for method in methods.get(name, ())]
+
+
+def _of_classes(tree: Tree) -> tuple[dict[str, list[_Function]], dict[str, list[tuple[str, Any]]]]:
+    """Name -> methods, and name -> (place, value), of the classes of the program's parts and of what holds them."""
+    methods: dict[str, list[_Function]] = {}
+    values: dict[str, list[tuple[str, Any]]] = {}
+    seen: set[tuple[int, str]] = set()
+    for node in tree.holding.values():
+        if not (is_part(node) or is_plain(type(node))):
+            continue
+        hidden = set(attributes(node))  # the object's own comes first
+        for kind in type(node).__mro__:
+            if kind.__module__.split(".")[0] in _LIBRARIES:
+                continue
+            for name, value in vars(kind).items():
+                if name in hidden:
+                    continue
+                functions = _functions(value)
+                if not any({"super", name} & set(_names(function)) for function in functions):
+                    hidden.add(name)  # what the base classes have under this name is not called
+                if (id(kind), name) in seen:
+                    continue
+                seen.add((id(kind), name))
+                if functions:
+                    found = [_Function(f"{kind.__name__}.{name}()", function, False) for function in functions]
+                    methods.setdefault(name, []).extend(found)
+                else:
+                    values.setdefault(name, []).append((f"class attribute {kind.__name__}.{name}", value))
+    return methods, values
+
+
+def _functions(value: Any) -> list[types.FunctionType]:
+    """The functions behind an entry of a class."""
+    if isinstance(value, staticmethod | classmethod):
+        value = value.__func__
+    inner = [value]
+    if isinstance(value, property):
+        inner = [value.fget, value.fset]
+    elif isinstance(value, functools.cached_property | functools.partialmethod):
+        inner = [value.func]
+    elif not is_part(value) and not isinstance(value, (*CONTAINERS, types.FunctionType, type)):
+        inner = [getattr(value, "__wrapped__", None)]
+    return [function for function in inner if isinstance(function, types.FunctionType)]
+
+
+def _is_entry(name: str) -> bool:
+    return name in _ENTRIES or (name.startswith("__") and name.endswith("__") and name not in _CONSTRUCTION)
+
+
+def _names(function: types.FunctionType) -> list[str]:
+    """The names of globals and attributes that the code has, functions within it included; in order, each once."""
+    codes, names = [function.__code__], {}
+    while codes:
+        code = codes.pop()
+        names.update(dict.fromkeys(code.co_names))
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    return list(names)
+
+
+def _variables(function: _Function, names: list[str]) -> Iterator[tuple[str, Any]]:
+    """(how a message calls it, value) of what the function reads past its arguments."""
+    code = function.code
+    read = [(f"global variable {name}", code.__globals__[name]) for name in names if name in code.__globals__]
+    if not function.held:
+        free = code.__code__.co_freevars
+        for place, value in holds(code):
+            name = place.removeprefix("'s ")
+            read.append((f"enclosing function's variable {name}" if name in free else "default of an argument", value))
+    for variable, value in read:
+        if isinstance(value, type | types.ModuleType):  # Registry.steps, prompts.ASK
+            inside = vars(value)
+            yield from ((f"{variable}.{name}", inside[name]) for name in names if name in inside)
+        else:
+            yield variable, value
+
+
+def _parts_of(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(place, part) of the value itself, or of what a container holds."""
+    front = [(place, value)]
+    seen: set[int] = set()
+    while front and len(seen) < FIRST:
+        place, x = front.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if is_part(x):
+            yield place, x
+        elif isinstance(x, CONTAINERS):
+            front += [(place + name, inner) for name, inner in islice(holds(x), FIRST) if may_hold(inner)]
+
+
+def _named(tree: Tree, key: int) -> str:
+    return f"{tree.place(key)!r} of this program" if tree.place(key) else "the program itself"
+
+
+def _advice(place: str) -> str:
+    return f"Read it from the program: self.{place}" if place else "Use self"
