@@ -46,7 +46,8 @@ class FromContainer(Own):
         return self.inner(numbers)
 
     def inner(self, numbers):
-        return list(map(lambda n: STEPS["last"][0](numbers=n), [numbers])).pop()
+        answers = [STEPS["last"][0](numbers=n) for n in [numbers]]
+        return answers[0]
 
 
 class FromFunction(Own):
