@@ -48,8 +48,8 @@ def played():
     player = Player(program, Reward(short), PlayerSettings(), engine.expect)
     sampled, generate = {}, in_process.generate
 
-    def watched(model, eos, calls):
-        replies = generate(model, eos, calls)
+    def watched(*given):
+        replies = generate(*given)
         sampled.update({tuple(reply.logprobs): tuple(reply.ids) for reply in replies})
         return replies
 
