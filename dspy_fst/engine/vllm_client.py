@@ -303,8 +303,10 @@ class VLLMClient:
         try:
             reply = self._call("POST", "/collective_rpc", json=rpc, timeout_s=self._load_timeout_s)
         except EngineError as error:
-            # The words of vLLM 0.32 for a method that its workers lack (`v1/serial_utils.run_method`).
-            if not optional or f"Method {COMPARE!r} is not implemented." not in str(error):
+            # The words of vLLM 0.32 for a method that its workers lack: of `v1/serial_utils.run_method`, and of Python
+            # where a worker in a process of its own looks it up.
+            lacking = (f"Method {COMPARE!r} is not implemented.", f"object has no attribute {COMPARE!r}")
+            if not optional or not any(words in str(error) for words in lacking):
                 raise
             self._cannot_compare = True
             return None
