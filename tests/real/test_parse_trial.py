@@ -47,12 +47,13 @@ def told(tmp_path_factory):
 def test_json_with_two_demos_brings_most(told):
     tried = re.findall(r"^ +(\d+)%  (.+)$", told, re.MULTILINE)
     shares = {setup: int(share) for share, setup in tried}
-    assert tried[0][1] == "JSONAdapter, 2 demos"
+    assert tried[0][1] in ("JSONAdapter, 2 demos", "JSONAdapter, 2 demos, temperature 0.5")
     assert shares["JSONAdapter, 2 demos"] >= 40
     assert shares["ChatAdapter, temperature 0.5"] <= 20
     assert {"JSONAdapter", "XMLAdapter", "ChatAdapter, 2 demos", "XMLAdapter, 2 demos"} < shares.keys()
 
 
 def test_it_says_what_to_write(told):
-    assert "dspy.configure(adapter=dspy.JSONAdapter())" in told
-    assert "program.tell.demos = demos" in told
+    assert "adapter = dspy.JSONAdapter(" in told
+    assert "dspy.configure(adapter=adapter)" in told
+    assert "program.tell.demos = [*program.tell.demos, *demos]" in told
