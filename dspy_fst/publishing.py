@@ -1,6 +1,7 @@
 """Handing the trainer's weights to the engine, and the proof that it serves them before anybody samples."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import dspy
@@ -8,7 +9,7 @@ import dspy
 from dspy_fst.engine.base import Checkpoint, Scorer
 from dspy_fst.engine.sync import Expected, verify
 from dspy_fst.policy import EngineHandle
-from dspy_fst.rollout.rendering import render
+from dspy_fst.rollout.rendering import render, renderer_of
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Rollout
 
@@ -49,19 +50,20 @@ class NaturalTexts:
 
     def ids(self) -> list[list[int]]:
         """The texts' token ids, each at least two long."""
-        texts = self._recorded or list(self._first_prompts())[:TEXTS]
+        texts = self._recorded or list(islice(self._first_prompts(), TEXTS))
         texts = texts or [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in LAST_RESORT]
         return [text[:TEXT_TOKENS] for text in texts if len(text) > 1]
 
     def _first_prompts(self) -> Iterable[list[int]]:
         predictors = [p for name, p in self._program.named_predictors() if name in self._trained]
+        renderer = renderer_of(self._tokenizer)
         for example in self._examples[:TEXTS]:
             inputs = example.inputs().toDict()
             for predictor in predictors:
                 signature = predictor.signature
                 if signature.input_fields.keys() <= inputs.keys():
                     asked = {name: inputs[name] for name in signature.input_fields}
-                    if ids := render(predictor, signature.instructions, asked, self._tokenizer):
+                    if ids := render(predictor, signature.instructions, asked, renderer):
                         yield list(ids)
 
 

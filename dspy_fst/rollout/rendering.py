@@ -58,7 +58,7 @@ def held_under(teachers: Sequence[Candidate], rollouts: Sequence[Rollout], token
     Raises:
         TrainingError: no call of any rollout could be rendered anew, so that nothing could be taught.
     """
-    renderer = _renderer(tokenizer)
+    renderer = renderer_of(tokenizer)
     held = [
         HeldRollout(rollout, _prompts(teacher, rollout, tokenizer, renderer))
         for rollout, teacher in zip(rollouts, itertools.cycle(teachers), strict=False)
@@ -70,7 +70,7 @@ def held_under(teachers: Sequence[Candidate], rollouts: Sequence[Rollout], token
 
 def unread_fault(rollouts: Sequence[Rollout], teacher: Candidate, tokenizer: Any) -> str | None:
     """Why nothing can be taught by a teacher's texts, when not one call of these rollouts has a prompt under them."""
-    renderer = _renderer(tokenizer)
+    renderer = renderer_of(tokenizer)
     prompts = (_prompts(teacher, rollout, tokenizer, renderer) for rollout in rollouts)
     return None if any(ids is not None for of in prompts for ids in of) else _unread(rollouts)
 
@@ -96,10 +96,10 @@ def prompts_under(candidate: Candidate, rollout: Rollout, tokenizer: Any) -> tup
     for a call that none of them gives, as for every call of a rollout that was played without ``anew``; whoever uses
     this counts them.
     """
-    return _prompts(candidate, rollout, tokenizer, _renderer(tokenizer))
+    return _prompts(candidate, rollout, tokenizer, renderer_of(tokenizer))
 
 
-def _renderer(tokenizer: Any) -> PromptRenderer:
+def renderer_of(tokenizer: Any) -> PromptRenderer:
     """Made once for many rollouts: the traits are found by rendering a handful of conversations."""
     return PromptRenderer(tokenizer, TemplateTraits.of(tokenizer))
 
@@ -116,10 +116,10 @@ def _prompts(
     return tuple(rendered.get((call.predictor, tokenizer.decode(call.prompt_ids))) for call in rollout.calls)
 
 
-def render(predictor: dspy.Predict, instructions: str, inputs: dict[str, Any], tokenizer: Any) -> Ids | None:
+def render(predictor: dspy.Predict, instructions: str, inputs: dict[str, Any], renderer: PromptRenderer) -> Ids | None:
     """The prompt's ids of a call that nobody made, through the adapter in force; None when it refuses."""
     lm = predictor.lm or dspy.settings.lm
-    return _render(Asked("", predictor, inputs, lm, adapter_in_force()), instructions, _renderer(tokenizer))
+    return _render(Asked("", predictor, inputs, lm, adapter_in_force()), instructions, renderer)
 
 
 def _render(asked: Asked, instructions: str | None, renderer: PromptRenderer) -> Ids | None:
