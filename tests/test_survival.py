@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 
 import pytest
 
@@ -19,7 +18,7 @@ OUTAGE = """
 import os
 
 class Outage:
-    '''Answers 500 to chat completions for as long as a file exists.'''
+    '''Answers 500 to as many chat completions as a file says, then removes it.'''
 
     def __init__(self, app):
         self._app = app
@@ -27,6 +26,13 @@ class Outage:
     async def __call__(self, scope, receive, send):
         if scope.get("path") != "/v1/chat/completions" or not os.path.exists(os.environ["OUTAGE_FLAG"]):
             return await self._app(scope, receive, send)
+        with open(os.environ["OUTAGE_FLAG"]) as file:
+            left = int(file.read()) - 1
+        if left:
+            with open(os.environ["OUTAGE_FLAG"], "w") as file:
+                file.write(str(left))
+        else:
+            os.unlink(os.environ["OUTAGE_FLAG"])
         await send({"type": "http.response.start", "status": 500, "headers": []})
         await send({"type": "http.response.body", "body": b'{"error": {"message": "an outage"}}'})
 """
@@ -43,7 +49,7 @@ class Trouble:
 
     def __init__(self, flag):
         self.flag, self.engine, self.groups = flag, None, set()
-        self.plan = {1: self.answer_500_for_a_while, 2: self.kill_the_core, 3: self.stop_the_api}
+        self.plan = {1: self.answer_500_a_few_times, 2: self.kill_the_core, 3: self.stop_the_api}
         self.step, self.played = -1, 0
 
     def __call__(self, event):
@@ -56,9 +62,8 @@ class Trouble:
                 self.groups.add(self.engine.server.process_group)
                 self.plan.pop(self.step)()
 
-    def answer_500_for_a_while(self):
-        self.flag.touch()
-        threading.Timer(1.5, self.flag.unlink).start()
+    def answer_500_a_few_times(self):
+        self.flag.write_text("3")
 
     def kill_the_core(self):
         self.process("EngineCore").send_signal(signal.SIGKILL)
