@@ -35,6 +35,7 @@ LAYERS = [
     ["prepare", "saved", "past", "card"],
     ["compiled", "export"],
     ["optimizer", "evaluation"],
+    ["naming", "settings_file"],
     ["project"],
     ["interop", "serve", "templates"],
     ["cli"],
@@ -50,7 +51,7 @@ CORNERS = {
     "jinja2": ["report.page", "engine.prompts"],
     "rich": ["report", "cli"],
     "typer": ["cli"],
-    "yaml": ["project"],
+    "yaml": ["project", "settings_file"],
     **{name: ["serve"] for name in ("fastapi", "fastapi_offline", "starlette", "uvicorn", "prometheus_client")},
 }
 """Library -> where it may be imported."""

@@ -99,7 +99,7 @@ def serve(
             from dspy_fst.serve.run import serve as listen
         except ModuleNotFoundError as error:
             raise ConfigurationError([f"{error}; serving is an extra: pip install 'dspy-fst[serve]'"]) from error
-        from dspy_fst.project import importable, make_program
+        from dspy_fst.naming import importable, make_program
         from dspy_fst.report.progress import without_loading_bars
         from dspy_fst.saved import load
 
