@@ -8,7 +8,8 @@ from typing import Any
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.documents import SavedPolicy
-from dspy_fst.report.record import Evaluated, Record, TwoByTwo, best
+from dspy_fst.report.evaluated import Evaluated, TwoByTwo
+from dspy_fst.report.record import Record, best
 from dspy_fst.report.words import interval, number, plain, share, with_error
 from dspy_fst.rollout.adapters import code_of
 from dspy_fst.rollout.texts import in_python

@@ -45,6 +45,7 @@ class CompiledResults:
 
 def compiled_program(run: "Session", population: Population, *, track_stats: bool = True) -> dspy.Module:
     """The program that a run ends with."""
+    run.tell_end()
     validation, counts = _validate(run, population)
     if validation:
         population = _ranked(population, validation)

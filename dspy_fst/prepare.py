@@ -14,6 +14,7 @@ import dspy
 from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fit import measure_fit, writable_fault
+from dspy_fst.opening import new_run_dir, open_player, starting_population, trainable_copy
 from dspy_fst.plan import Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.chat_template import template_warnings
@@ -27,7 +28,7 @@ from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
 from dspy_fst.run.interrupts import interruption_named
 from dspy_fst.run.secrets import Redactor
-from dspy_fst.session import Session, new_run_dir, open_player, starting_population, trainable_copy
+from dspy_fst.session import Session
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Candidate, Population, version_of
 from dspy_fst.validation import (

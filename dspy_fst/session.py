@@ -1,15 +1,12 @@
 """A run in progress: what the alternation in optimizer.py works with, opened, timed, committed and closed."""
 
-import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import dspy
@@ -22,15 +19,13 @@ from dspy_fst.fast.told import warnings_of
 from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.publishing import NaturalTexts, Publishing
-from dspy_fst.rollout.copying import copied
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.player import Player, Task
 from dspy_fst.rollout.rendering import held_under, unread_fault
-from dspy_fst.rollout.reward import Reward, UnmeasuredError
+from dspy_fst.rollout.reward import UnmeasuredError
 from dspy_fst.rollout.shown import shown, telling
-from dspy_fst.rollout.texts import carried_by, read_texts
-from dspy_fst.rollout.tree import all_predictors
+from dspy_fst.rollout.texts import read_texts
 from dspy_fst.run.directory import RunDirectory
-from dspy_fst.run.files import population_from_json
+from dspy_fst.run.ending import EVENT, StopReason, complete
 from dspy_fst.run.history import best_versions
 from dspy_fst.run.journal import Journal
 from dspy_fst.run.watch import Watch
@@ -76,6 +71,8 @@ class Session:
     calls_per_rollout: float = 0.0
     tokens_per_rollout: float = 0.0
     """Measured on the first examples before the start."""
+    stopped: StopReason | None = None
+    """Why no further step is made before the plan is done; None as long as it goes on."""
     _seconds: Counter[str] = field(default_factory=Counter)
     _watch: Watch = field(init=False)
     _publishing: Publishing = field(init=False)
@@ -101,9 +98,10 @@ class Session:
 
     # ---- where the run stands ------------------------------------------------------------------
 
-    def cycles(self) -> list[Cycle]:
-        """Cycles that are not finished."""
-        return [cycle for cycle in self.plan.cycles if cycle.index >= self.run.state.get("cycle", 0)]
+    def cycles(self) -> Iterator[Cycle]:
+        """Cycles that are not finished; none any more once the run was stopped."""
+        first = self.run.state.get("cycle", 0)
+        return (cycle for cycle in self.plan.cycles if cycle.index >= first and self.stopped is None)
 
     def must_search(self, cycle: Cycle) -> bool:
         """Whether this cycle has a fast phase that was not committed yet."""
@@ -117,9 +115,20 @@ class Session:
         solved = last.reward is not None and last.reward >= self.config.perfect_score / 2
         return flat >= (self.config.search_when_flat or 0.0) and not solved
 
-    def steps(self, cycle: Cycle) -> range:
-        """Steps of the cycle that were not committed yet."""
-        return range(max(cycle.steps.start, self.run.state.get("step", 0)), cycle.steps.stop)
+    def steps(self, cycle: Cycle) -> Iterator[int]:
+        """Steps of the cycle that were not committed yet; none any more once the run was stopped."""
+        first = max(cycle.steps.start, self.run.state.get("step", 0))
+        return (step for step in range(first, cycle.steps.stop) if self.stopped is None)
+
+    def stop(self, reason: StopReason) -> None:
+        """Make no further step: the step in hand is committed, and the alternation is over."""
+        self.stopped = self.stopped or reason
+
+    def tell_end(self) -> StopReason:
+        """Say why the alternation is over; after the last commit (see `dspy_fst.run.ending`)."""
+        reason = self.stopped or complete(len(self.step_reports))
+        self.run.emit(EVENT, reason=reason)
+        return reason
 
     # ---- fast ----------------------------------------------------------------------------------
 
@@ -353,11 +362,13 @@ class Session:
         self.prune_weights()  # only now is known how good the weights were that sampled this step
 
     def _state_is_due(self, step: int, cycle: Cycle) -> bool:
-        """Every ``checkpoint_every`` steps, at the run's end, and before a search: its journal goes on from a state."""
+        """Every ``checkpoint_every`` steps, where the run ends or is stopped, and before a search: its journal goes on
+        from a state."""
         later = [other for other in self.plan.cycles if other.index > cycle.index]
         ends = step + 1 == cycle.steps.stop
         return (
-            (step + 1) % self.config.checkpoint_every == 0
+            self.stopped is not None
+            or (step + 1) % self.config.checkpoint_every == 0
             or (ends and not any(other.steps for other in later))
             or (ends and bool(later) and self.must_search(later[0]))
         )
@@ -403,48 +414,3 @@ class Session:
             yield
         finally:
             self._seconds[activity] += time.monotonic() - started  # type: ignore[assignment]
-
-
-def new_run_dir() -> Path:
-    return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-
-
-def trainable_copy(student: dspy.Module, policy: PolicyLM) -> dspy.Module:
-    """A copy of the student in which every predictor of its PolicyLM speaks through ``policy``'s engine.
-
-    Each LM keeps its own temperature and limits, and stays one LM: BestOfN and Refine refuse a module of two.
-    """
-    copy: dspy.Module = copied(student)
-    lms: dict[PolicyLM, PolicyLM] = {}
-    for predictor in all_predictors(copy, (dspy.Predict, dspy.Flex)):  # also those that DSPy holds frozen, or misses
-        if isinstance(lm := predictor.lm or dspy.settings.lm, PolicyLM):
-            predictor.lm = lms[lm] if lm in lms else lms.setdefault(lm, lm.on(policy.handle))
-    return copy
-
-
-def starting_population(student: dspy.Module, seed: Candidate, size: int, state: Mapping[str, Any]) -> Population:
-    """The run's committed population, else the compiled student's own, else copies of its texts."""
-    if "population" in state:
-        return population_from_json(state["population"])
-    if carried := carried_by(student, seed):
-        return Population((carried * size)[:size], (None,) * size)
-    return Population.of_seed(seed, size)
-
-
-def open_player(
-    program: dspy.Module,
-    metric: Callable[..., Any],
-    config: FSTConfig,
-    in_flight: Callable[[int], None],
-    peers: Sequence[dspy.Example] = (),
-) -> Player:
-    """The player of a run or a command; ``peers`` are examples of the program's (see Reward)."""
-    settings = PlayerSettings(
-        threads=config.num_threads,
-        timeout_s=config.rollout_timeout_s,
-        failure_score=config.failure_score,
-        format_failure_score=config.format_failure_score,
-        seed=config.seed,
-    )
-    reward = Reward(metric, frozenset(name for name, _ in program.named_predictors()), peers)
-    return Player(program, reward, settings, in_flight)

@@ -28,7 +28,7 @@ LAYERS = [
     ["publishing"],
     ["validation", "program_state"],
     ["documents"],
-    ["fit"],
+    ["fit", "opening"],
     ["preflight.score_scale"],
     ["session"],
     ["preflight.first_rollouts", "preflight.parse_trial"],

@@ -261,7 +261,7 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
         ConfigurationError: the program or its metric cannot be measured.
         EngineError: the engine does not start.
     """
-    from dspy_fst.session import open_player, trainable_copy
+    from dspy_fst.opening import open_player, trainable_copy
     from dspy_fst.validation import context_faults, policies_of
 
     typer.echo("starting the engine", err=True)

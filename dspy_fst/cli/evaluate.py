@@ -177,10 +177,10 @@ def _subject(
     trust_code: bool,
 ) -> Subject:
     from dspy_fst.documents import refuse_code
+    from dspy_fst.opening import open_player, starting_population, trainable_copy
     from dspy_fst.rollout.adapters import keep, made
     from dspy_fst.rollout.texts import read_texts, texts_like
     from dspy_fst.saved import load, policy_of
-    from dspy_fst.session import open_player, starting_population, trainable_copy
 
     if _is_saved(path):
         if cycle is not None or weights is not None:

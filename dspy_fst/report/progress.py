@@ -139,6 +139,10 @@ class ProgressView:
             f"{counted(report['update']['tokens'], 'token')} trained{_lost(counts)}"
         )
 
+    def _on_ended(self, event: Mapping[str, Any]) -> None:
+        if event["reason"]["kind"] != "complete":
+            self._say(f"ended after step {event['reason']['step']}: {event['reason']['text']}", keep=True)
+
     def _on_note(self, event: Mapping[str, Any]) -> None:
         self._say(event["text"], keep=True)
 

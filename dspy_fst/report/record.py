@@ -5,25 +5,32 @@ were not measured are None.
 """
 
 import fcntl
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dspy_fst.errors import RunDirectoryError
+from dspy_fst.report.evaluated import (
+    SEEN,
+    Conditions,
+    Evaluated,
+    TwoByTwo,
+    as_written,
+    evaluated_of,
+    evaluations_in,
+    two_by_two_of,
+)
 from dspy_fst.run.directory import LOCK, read_events
+from dspy_fst.run.ending import StopReason, ended_of
 from dspy_fst.types import Candidate, CycleReport, PredictorReport, StepReport, UpdateReport
 
 State = Literal["finished", "running", "stopped"]
 Events = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
-
-SEEN = {"val": "these problems chose the best candidate", "train": "these problems were trained on"}
-"""Split -> why its figures are no honest test. Other splits are of the user's making, and nothing is known of them."""
 
 
 @dataclass(frozen=True)
@@ -164,67 +171,6 @@ class Earned:
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """On which problems and under what an evaluation was made; None where it was not written."""
-
-    split: str | None
-    limit: int | None
-    """Only so many problems of the split, its first ones; None for all."""
-    problems_of_split: int | None
-    """Problems that were played."""
-    k: int | None
-    """Rollouts for each."""
-    cycle: int | None
-    """Whose end was evaluated; None when the weights were named instead."""
-    weights: str | None
-    candidate: str | None
-    """Its digest."""
-    seed: int | None
-
-    @property
-    def words(self) -> str:
-        """All that is known, in one line."""
-        first = "" if self.limit is None else "the first "
-        known = {
-            f"split {self.split}": self.split,
-            f"{first}{self.problems_of_split} problems": self.problems_of_split,
-            f"k={self.k}": self.k,
-            f"cycle {self.cycle}": self.cycle,
-            f"weights {self.weights}": self.weights,
-            f"candidate {self.candidate}": self.candidate,
-            f"seed {self.seed}": self.seed,
-        }
-        return ", ".join(words for words, value in known.items() if value is not None)
-
-
-@dataclass(frozen=True)
-class TwoByTwo(Conditions):
-    """Scores of {instructions} x {weights}; ``weights`` names the trained ones, ``candidate`` the evolved ones."""
-
-    cells: Mapping[tuple[str, str], tuple[float, float | None]]
-    """(row, column), e.g. ``("seed", "base")``, -> mean and its standard error."""
-
-    @property
-    def rows(self) -> list[str]:
-        return list(dict.fromkeys(row for row, _ in self.cells))
-
-    @property
-    def columns(self) -> list[str]:
-        return list(dict.fromkeys(column for _, column in self.cells))
-
-
-@dataclass(frozen=True)
-class Evaluated(Conditions):
-    """One candidate's evaluation on a split: mean@k and its interval."""
-
-    problems: int | None
-    """Problems that were measured; the others' rollouts were all masked."""
-    mean: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
 class Record:
     """All that the events of one run tell."""
 
@@ -248,6 +194,8 @@ class Record:
     trajectories: Mapping[int, tuple[Played, ...]] = field(default_factory=dict)
     """Step -> the best and the worst rollout of its most telling group."""
     weights: str | None = None
+    ended: StopReason | None = None
+    """Why the run's alternation is over; None while it goes on, after a kill, and for a run of an older release."""
     two_by_two: TwoByTwo | None = None
     evaluations: tuple[Evaluated, ...] = ()
 
@@ -431,7 +379,7 @@ def record_of(events: Events, *, name: str = "run", evaluations: Sequence[str] =
     done: Mapping[str, Any] = next(reversed(_of(events, "done")), {})
     times = [event["time"] for event in events if event.get("time") is not None]
     cycles = tuple(_cycle(event["report"]) for event in _of(events, "cycle"))
-    evaluated = list(_parsed(evaluations))
+    evaluated = list(evaluations_in(evaluations))
     nodes = _lineage(events, done)
     final = [node.digest for texts in _members(done) if (node := _with_texts(nodes.values(), texts))]
     return Record(
@@ -449,8 +397,9 @@ def record_of(events: Events, *, name: str = "run", evaluations: Sequence[str] =
         population=tuple(final) if done else cycles[-1].population if cycles else (),
         trajectories={event["step"]: tuple(map(_played, event["rollouts"])) for event in _of(events, "trajectories")},
         weights=done.get("weights"),
-        two_by_two=next((table for data in reversed(evaluated) if (table := _two_by_two(data))), None),
-        evaluations=tuple(made for data in evaluated if (made := _evaluated(data))),
+        ended=ended_of(events),
+        two_by_two=next((table for data in reversed(evaluated) if (table := two_by_two_of(data))), None),
+        evaluations=tuple(made for data in evaluated if (made := evaluated_of(data))),
     )
 
 
@@ -458,22 +407,17 @@ def _of(events: Events, kind: str) -> list[Mapping[str, Any]]:
     return [event for event in events if event.get("event") == kind]
 
 
-def _known(cls: type[T], data: Mapping[str, Any], **made: Any) -> T:
-    """An instance from what was written; what another release did not write is None."""
-    return cls(**{known.name: data.get(known.name) for known in fields(cls)} | made)  # type: ignore[arg-type]
-
-
 def _cycle(data: Mapping[str, Any]) -> CycleReport:
-    return _known(CycleReport, data, scores=tuple(data["scores"]), population=tuple(data["population"]))
+    return as_written(CycleReport, data, scores=tuple(data["scores"]), population=tuple(data["population"]))
 
 
 def _step(data: Mapping[str, Any]) -> StepReport:
-    predictors = {name: _known(PredictorReport, of) for name, of in (data.get("predictors") or {}).items()}
-    return _known(StepReport, data, update=_known(UpdateReport, data["update"]), predictors=predictors)
+    predictors = {name: as_written(PredictorReport, of) for name, of in (data.get("predictors") or {}).items()}
+    return as_written(StepReport, data, update=as_written(UpdateReport, data["update"]), predictors=predictors)
 
 
 def _played(data: Mapping[str, Any]) -> Played:
-    return _known(Played, data, modules=tuple(_known(Module, module) for module in data["modules"]))
+    return as_written(Played, data, modules=tuple(as_written(Module, module) for module in data["modules"]))
 
 
 def _warnings(events: Events) -> Iterator[Told]:
@@ -535,52 +479,3 @@ def _members(done: Mapping[str, Any]) -> list[dict[str, str]]:
 def _with_texts(nodes: Iterable[Node], texts: Mapping[str, str]) -> Node | None:
     """The candidate of these texts. Not by digest: secrets are taken out of what is written, so it would differ."""
     return next((node for node in nodes if node.texts == texts), None)
-
-
-# ---- from evaluations --------------------------------------------------------------------------
-
-
-def _parsed(lines: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    for line in lines:
-        try:
-            data = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(data, dict):
-            yield data
-
-
-def _two_by_two(data: Mapping[str, Any]) -> TwoByTwo | None:
-    cells = data.get("cells")
-    if data.get("kind") != "two_by_two" or not isinstance(cells, dict):
-        return None
-    read = {}
-    for name, cell in cells.items():
-        row, _, column = name.partition("/")
-        if isinstance(cell, list) and len(cell) == 2 and (mean := _number(cell[0])) is not None:
-            read[row, column] = (mean, _number(cell[1]))
-    return _under(TwoByTwo, data, cells=read) if read else None
-
-
-def _evaluated(data: Mapping[str, Any]) -> Evaluated | None:
-    if data.get("kind") != "eval" or (mean := _number(data.get("mean"))) is None:
-        return None
-    return _under(Evaluated, data, mean=mean, low=_number(data.get("low")), high=_number(data.get("high")))
-
-
-def _under(cls: type[T], data: Mapping[str, Any], **made: Any) -> T:
-    """An evaluation with its conditions, as far as they are what they should be: other tools may write such lines."""
-    texts = [name for name in ("split", "weights", "candidate") if not isinstance(data.get(name), str)]
-    counts = ("limit", "problems_of_split", "problems", "k", "cycle", "seed")
-    return _known(cls, {**data, **dict.fromkeys(texts), **{name: _count(data.get(name)) for name in counts}}, **made)
-
-
-def _count(value: Any) -> int | None:
-    """The value when it is a whole number."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _number(value: Any) -> float | None:
-    """The value when it is a finite number."""
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if real else None
