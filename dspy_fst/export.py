@@ -25,15 +25,13 @@ from dspy_fst.documents import CARD, DOCUMENTS, POLICY, POPULATION, PROGRAM, WEI
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.program_state import parts_in
 from dspy_fst.report.record import read_records
-from dspy_fst.run.directory import read_events
+from dspy_fst.run.directory import COMPILED, read_events
 from dspy_fst.run.files import flush, population_from_json, read_json, writing
 from dspy_fst.run.plain_weights import weights_faults
 from dspy_fst.run.sealed import MANIFEST, read_document, seal, sentences, verify
 from dspy_fst.run.secrets import Redactor
 from dspy_fst.types import Population
 
-COMPILED = "compiled"
-"""Where `dspy-fst run` saves the compiled program, in the run's directory."""
 PACKAGES = ("dspy-fst", "dspy", "gepa", "torch", "transformers")
 
 
@@ -75,8 +73,8 @@ def _saved_in(source: Path) -> Path:
     if (source / COMPILED / POLICY).is_file():
         return source / COMPILED
     raise RunDirectoryError(
-        f"{source} holds no {COMPILED}/ and is no folder of dspy_fst.save. Finish the run with dspy-fst resume, which "
-        f"saves the program there; after compile() in Python, call dspy_fst.save(compiled, RUN_DIR/{COMPILED})"
+        f"{source} holds no {COMPILED}/ and is no folder of dspy_fst.save. Finish the run, with dspy-fst resume or by "
+        f"the same compile() in Python: its end saves the program there"
     )
 
 

@@ -11,6 +11,7 @@ from dspy.teleprompt import Teleprompter
 from dspy_fst.compiled import compiled_program
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.evolve import evolve
+from dspy_fst.kept import keep_compiled
 from dspy_fst.prepare import open_session
 from dspy_fst.report.progress import ProgressView
 from dspy_fst.report.tracking import Track, Tracking, trackers_of
@@ -102,7 +103,8 @@ class FSTOptimizer(Teleprompter):
 
         Returns:
             A copy that speaks the best instructions with the trained weights, with ``population``,
-            ``detailed_results``, ``candidate_programs`` and ``_compiled`` set; see `dspy_fst.compiled`.
+            ``detailed_results``, ``candidate_programs`` and ``_compiled`` set; see `dspy_fst.compiled`. The same
+            program lies in ``run_dir/compiled``, for `dspy_fst.load`, `dspy-fst serve` and the other commands.
 
         Raises:
             ConfigurationError: before any work, with every fault that was found.
@@ -119,7 +121,9 @@ class FSTOptimizer(Teleprompter):
             if view:
                 view.recall(run.run.events())
             stack.enter_context(tracking.following(run.run.path, run.run.events(), run.tell_note))
-            return compiled_program(run, alternate(run), track_stats=self.track_stats)
+            compiled = compiled_program(run, alternate(run), track_stats=self.track_stats)
+            keep_compiled(compiled, run)
+            return compiled
 
 
 def alternate(run: Session) -> Population:

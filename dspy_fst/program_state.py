@@ -69,10 +69,15 @@ def without_lms(program: dspy.Module) -> Any:
 
 def write_state(program: dspy.Module, path: Path) -> None:
     """Write program.json."""
+    write_json(path, written_state(program))
+
+
+def written_state(program: dspy.Module) -> dict[str, Any]:
+    """What program.json holds of a program."""
     parameters = dict(without_lms(program).named_parameters())
     parts = {name: _with_names(parameter.dump_state(), parameter) for name, parameter in parameters.items()}
     state = parts["self"] if parameters.keys() == ALONE else parts
-    write_json(path, {**state, METADATA: {"dependency_versions": get_dependency_versions()}})
+    return {**state, METADATA: {"dependency_versions": get_dependency_versions()}}
 
 
 def parts_in(state: Any) -> dict[str, Any]:

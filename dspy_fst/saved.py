@@ -14,7 +14,8 @@ import importlib.metadata
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +74,40 @@ def save(compiled: dspy.Module, path: str | Path) -> Path:
     if path.exists():
         raise FileExistsError(f"{path} exists; name a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path, compiled) as scratch:
+        scratch.rename(path)
+        flush(path.parent)
+    return path
+
+
+@contextmanager
+def written_beside(path: Path, compiled: dspy.Module, copy: Callable[[str, str], Any] = shutil.copy2) -> Iterator[Path]:
+    """A folder beside ``path`` that holds the saved program, whole and checked, to be renamed to it.
+
+    Args:
+        copy: Brings one file of the weights there.
+
+    Raises:
+        ValueError, RunDirectoryError: as `save` has it.
+    """
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         scratch.chmod(0o755)  # mkdtemp lets only its owner in
-        shutil.copytree(policy_of(compiled).checkpoint.path, scratch / WEIGHTS)
+        shutil.copytree(policy_of(compiled).checkpoint.path, scratch / WEIGHTS, copy_function=copy)
+        for name, document in documents_of(compiled).items():
+            write_json(scratch / name, document)
         write_state(compiled, scratch / PROGRAM)
-        write_json(scratch / POPULATION, population_to_json(compiled.population))
-        write_json(scratch / POLICY, _policy_document(compiled))
         _refuse_secrets(scratch, Redactor.of(compiled))
         seal(scratch, _package_version())
         read_saved(scratch, compiled, trust_code=True)  # whatever it holds is this program's own
-        scratch.rename(path)
-        flush(path.parent)
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return path
+
+
+def documents_of(compiled: dspy.Module) -> dict[str, Any]:
+    """File -> what it says of the program, apart from DSPy's own state of it."""
+    return {POPULATION: population_to_json(compiled.population), POLICY: _policy_document(compiled)}
 
 
 def load(

@@ -33,7 +33,7 @@ LAYERS = [
     ["session"],
     ["preflight.first_rollouts", "preflight.parse_trial"],
     ["prepare", "saved", "past", "card"],
-    ["compiled", "export"],
+    ["compiled", "export", "kept"],
     ["optimizer", "evaluation"],
     ["naming", "settings_file"],
     ["project"],

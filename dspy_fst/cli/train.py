@@ -101,7 +101,7 @@ def _why_not_resumed(run_dir: Path) -> str:
 
 
 def _train(project: "Project", as_json: bool, going_on_in: Path | None = None) -> None:
-    """Compile what the project names, save the compiled program beside the run and show the outcome.
+    """Compile what the project names and show the outcome.
 
     Args:
         going_on_in: A run's directory that may be somebody else's: no source that it holds is run.
@@ -116,7 +116,8 @@ def _train(project: "Project", as_json: bool, going_on_in: Path | None = None) -
     # The project stays importable to the end: its functions may import more when they are called.
     with told_how_to_go_on(run_dir), signals_raise(), redirect_stdout(sys.stderr), project.importable():
         from dspy_fst.rollout.texts import flexes
-        from dspy_fst.saved import policy_of, save
+        from dspy_fst.run.directory import COMPILED
+        from dspy_fst.saved import policy_of
 
         opened = project.open(listeners=[keep])
         if going_on_in is not None and flexes(opened.program):
@@ -126,11 +127,12 @@ def _train(project: "Project", as_json: bool, going_on_in: Path | None = None) -
                 "`dspy-fst run` of your own project file goes on without asking"
             )
         compiled = opened.optimizer.compile(opened.program, trainset=opened.trainset, valset=opened.valset)
-        try:
-            if not (run_dir / "compiled").exists():
-                save(compiled, run_dir / "compiled")
-        finally:
-            policy_of(compiled).release()
+        policy_of(compiled).release()
+    if not (run_dir / COMPILED).is_dir():
+        raise RunDirectoryError(
+            f"{run_dir}: the run is done, but its program could not be saved there: the last warning above says why. "
+            "Mend that and give the same command again; nothing is trained anew"
+        )
     outcome = _outcome(run_dir)
     assert outcome is not None, "a compiled run ends with its outcome"
     _show(outcome, as_json)
@@ -138,12 +140,12 @@ def _train(project: "Project", as_json: bool, going_on_in: Path | None = None) -
 
 def _outcome(run_dir: Path) -> dict[str, Any] | None:
     """What a finished run came to, as its events tell; None while it is not finished."""
-    from dspy_fst.run.directory import read_events
+    from dspy_fst.run.directory import COMPILED, read_events
 
     events = read_events(run_dir)
-    if not events or events[-1]["event"] != "done":
+    done = next((event for event in reversed(events) if event["event"] == "done"), None)  # one that goes on cuts it
+    if done is None:
         return None
-    done = events[-1]
     steps = [event["report"] for event in events if event["event"] == "step"]
     members = zip(done["population"]["members"], done["population"]["scores"], strict=True)
     return {
@@ -153,7 +155,7 @@ def _outcome(run_dir: Path) -> dict[str, Any] | None:
         "population": [{"score": score, "texts": texts} for texts, score in members],
         "validation": done["validation"],
         "weights": str(run_dir / "weights" / done["weights"]),
-        "compiled": str(run_dir / "compiled"),
+        "compiled": str(run_dir / COMPILED),
     }
 
 

@@ -7,6 +7,7 @@ populations/      cycle-000.json ...
 weights/          step-000000/ ... (Hugging Face folders)
 states/           000007/ ...: state.json, trainer/; the newest is the one to go on from
 skipped/          batches whose update was not finite, for inspection
+compiled/         the program that compile() gave back, for dspy_fst.load and the commands
 """
 
 import hashlib
@@ -31,6 +32,8 @@ from dspy_fst.types import Population, WeightsVersion
 LOCK = ".lock"
 PROJECT = "project.yaml"
 """Written by the command line once the run was accepted."""
+COMPILED = "compiled"
+"""The compiled program, saved when compile() ends."""
 RECORDED_SINCE = {"adapter"}
 """Keys that recipes of earlier releases lack; such a run is continued under whatever is in force."""
 NO_LONGER_IDENTITY = {"sync_tolerance"}

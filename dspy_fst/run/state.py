@@ -56,7 +56,7 @@ def commit_state(
     else:
         files = last.files
         for name in files:
-            _share(last.path / name, scratch / name)
+            share(last.path / name, scratch / name)
     document = {"format": FORMAT, "fields": fields, "files": files}
     write_json(scratch / "state.json", {**document, "sha256": _checksum(document)})
     path = folder / f"{number:06d}"
@@ -138,7 +138,7 @@ def _facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _share(there: Path, here: Path) -> None:
+def share(there: Path, here: Path) -> None:
     """The same file under a second name; a copy where the file system has no links."""
     here.parent.mkdir(parents=True, exist_ok=True)
     try:
