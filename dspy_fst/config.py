@@ -7,7 +7,7 @@ names its default's source in brackets, for `source_of` to read.
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dspy_fst.errors import meant
 
@@ -80,6 +80,9 @@ class FSTConfig(BaseModel):
     """Linear warm-up (paper, App. D)."""
     max_grad_norm: float | None = Field(None, gt=0)
     """Gradient clipping (ours: none; unstated in the paper)."""
+    continue_optimizer: bool = Field(False, strict=True)
+    """Whether a run that goes on from a compiled program takes over AdamW's moments and the number of updates that its
+    run ended with, so that the warm-up is not made again (ours; off: both start anew)."""
     importance_cap: float = Field(4.0, gt=0)
     """CISPO's cap on the importance weight itself, not 1 + a clip (paper, App. D; ScaleRL finds 4, 5, 8 alike)."""
     kl_coefficient: float = Field(0.001, ge=0)
@@ -146,8 +149,8 @@ class FSTConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _a_truth_value_is_no_number(cls, value: Any) -> Any:
-        if isinstance(value, bool):
+    def _a_truth_value_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("True and False are no numbers")
         return value
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import dspy
 
 from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
+from dspy_fst.continuing import optimizer_faults, take_over
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fit import measure_fit, writable_fault
 from dspy_fst.opening import new_run_dir, open_player, starting_population, trainable_copy
@@ -28,6 +29,7 @@ from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
 from dspy_fst.run.interrupts import interruption_named
 from dspy_fst.run.secrets import Redactor
+from dspy_fst.run.state import moved_at
 from dspy_fst.session import Session
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Candidate, Population, version_of
@@ -83,6 +85,8 @@ def open_session(
         for warning in warnings:
             run.tell({"event": "note", "text": f"warning: {warning}"})
         session = _assemble(optimizer, student, trainset, valset or (), config, run, policy)
+        if not run.state and (words := take_over(session.trainer, config, student, original)):
+            run.emit("note", text=words)
         session.publish(moved_at(run.state))
         session.prune_weights()  # a kill may have come between a commit and this
         with dspy.context(lm=_configured(policy), adapter=kept_by(student) or adapter_in_force()):
@@ -116,12 +120,6 @@ def _what_is_saved(run: RunDirectory) -> str:
         return "nothing was saved yet"
     step, searches = run.state["step"], run.state["searched"] + 1
     return f"saved: {step} updates, {searches} searches. Compile again with run_dir={str(run.path)!r} to go on"
-
-
-def moved_at(state: Mapping[str, Any]) -> int:
-    """Steps after which the committed weights moved last. Older releases published new ones after every step."""
-    moved: int = state.get("moved_at", state.get("step", 0))
-    return moved
 
 
 def _assemble(
@@ -198,6 +196,7 @@ def checked(
             f"student: {place} holds a secret (an API key, or an environment variable's value); remove it"
             for place in redactor.places(without_lms(student).dump_state())
         ]
+        faults += optimizer_faults(config, student, policy, run_dir)
         recipe = redactor.clean(run_identity(config, student, trainset, policy))
         faults += [fault] if (fault := directory_fault(run_dir, recipe)) else []
         if fit := measure_fit(policy, config, run_dir):

@@ -30,7 +30,7 @@ LAYERS = [
     ["documents"],
     ["fit", "opening"],
     ["preflight.score_scale"],
-    ["session"],
+    ["session", "continuing"],
     ["preflight.first_rollouts", "preflight.parse_trial"],
     ["prepare", "saved", "past", "card"],
     ["compiled", "export", "kept"],

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -273,8 +274,21 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
         return (
             f"run_dir={str(path)!r} holds a run of another configuration: {'; '.join(differing)}. "
             "Name a new directory, or go back to that configuration to continue it"
+            f"{_more_cycles(path, found, wanted)}"
         )
     return None
+
+
+def _more_cycles(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The way for who seems to want more training of what the run came to; empty for others."""
+    goes_on = wanted.get("population") is not None and found.get("population") != wanted.get("population")
+    if not goes_on and found.get("cycles") == wanted.get("cycles"):
+        return ""
+    return (
+        ". More cycles are a run of their own, from this one's result: FSTOptimizer(run_dir=NEW, ...).compile("
+        f"compiled, ...), where compiled may be dspy_fst.load({str(path / COMPILED)!r}, program); or dspy-fst run FILE "
+        f"--continue-from {shlex.quote(str(path))} --run-dir NEW"
+    )
 
 
 def _told(value: Any) -> str:

@@ -72,21 +72,38 @@ def prune_states(folder: Path, keep: int) -> None:
         remove(old.rename(old.with_name(f".{old.name}.old")))  # gone at once, or not at all
 
 
-def newest_state(folder: Path) -> RunState | None:
-    """The state to go on from; None when there is none. What a kill left half written is removed.
+def newest_state(folder: Path, *, tidy: bool = True) -> RunState | None:
+    """The state to go on from; None when there is none.
+
+    Args:
+        tidy: Remove what a kill left half written; only for the run that holds the directory.
 
     Raises:
         RunDirectoryError: the newest state is damaged; nothing was changed.
     """
-    if not folder.is_dir():
-        return None
-    numbered = _numbered(folder)
+    numbered = _numbered(folder) if folder.is_dir() else []
     if not numbered:
         return None
     state = _verified(numbered[-1], other=numbered[-2] if len(numbered) > 1 else None)
-    for left_over in folder.glob(".*"):
+    for left_over in folder.glob(".*") if tidy else ():
         shutil.rmtree(left_over, ignore_errors=True)
     return state
+
+
+def glance(folder: Path) -> RunState | None:
+    """The newest state as its document tells of it, its other files unread; None when there is none to go on from."""
+    try:
+        path = _numbered(folder)[-1]
+        document = _document(path, RunDirectoryError)
+        return RunState(path, document["fields"], document["files"])
+    except (OSError, IndexError, RunDirectoryError):
+        return None
+
+
+def moved_at(fields: Mapping[str, Any]) -> int:
+    """Steps after which a state's weights moved last. Older releases published new ones after every step."""
+    moved: int = fields.get("moved_at", fields.get("step", 0))
+    return moved
 
 
 def _verified(path: Path, other: Path | None) -> RunState:
@@ -96,6 +113,17 @@ def _verified(path: Path, other: Path | None) -> RunState:
         )
         return RunDirectoryError(f"{path} is damaged: {what}; {way_out}, or name a new run_dir. Nothing was changed")
 
+    document = _document(path, damaged)
+    files = document["files"]
+    if differing := sorted({*files}.symmetric_difference(_files_in(path))):
+        raise damaged(f"missing or foreign files: {', '.join(differing)}")
+    for name, facts in files.items():
+        if (path / name).stat().st_size != facts["bytes"] or sha256_of(path / name) != facts["sha256"]:
+            raise damaged(f"{name} does not match its checksum")
+    return RunState(path, document["fields"], files)
+
+
+def _document(path: Path, damaged: Callable[[str], RunDirectoryError]) -> dict[str, Any]:
     document = read_json(path / "state.json")
     if not isinstance(document, dict):
         raise damaged("state.json is missing or no JSON")
@@ -107,13 +135,7 @@ def _verified(path: Path, other: Path | None) -> RunState:
     checksum = document.pop("sha256", None)
     if checksum != _checksum(document):
         raise damaged("state.json does not match its checksum")
-    files = document["files"]
-    if differing := sorted({*files}.symmetric_difference(_files_in(path))):
-        raise damaged(f"missing or foreign files: {', '.join(differing)}")
-    for name, facts in files.items():
-        if (path / name).stat().st_size != facts["bytes"] or sha256_of(path / name) != facts["sha256"]:
-            raise damaged(f"{name} does not match its checksum")
-    return RunState(path, document["fields"], files)
+    return document
 
 
 def _is_whole(path: Path) -> bool:

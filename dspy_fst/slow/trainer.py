@@ -4,11 +4,11 @@ The caller owns the loop and may do anything between two calls; texts never chan
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
 from dspy_fst.preflight.environment import environment_faults
 from dspy_fst.slow import losses
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
+from dspy_fst.slow.calls import check_recorded, completions
 from dspy_fst.slow.checkpoint import Publisher, read_state, write_state
 from dspy_fst.slow.exact import exact_matmuls
 from dspy_fst.slow.policy import Policy
@@ -124,8 +125,8 @@ class Trainer:
         """
         if not batch.rows and not batch.held:
             return NO_UPDATE
-        sequences = self._checked(_completions(batch.rows))
-        _check_recorded(batch.rows)
+        sequences = self._checked(completions(batch.rows))
+        check_recorded(batch.rows)
         self._optimizer.zero_grad()
         tally = Tally(self._device)
         for micro in self._micro_batches(sequences):
@@ -159,7 +160,7 @@ class Trainer:
         """
         if not held or self.settings.seed_kl_coefficient == 0:
             return
-        ours = self._checked(_completions([one.call for one in held]))
+        ours = self._checked(completions([one.call for one in held]))
         its = self._checked(
             [
                 replace(o, ids=(*h.start_prompt_ids, *h.call.completion_ids), start=len(h.start_prompt_ids))
@@ -219,11 +220,11 @@ class Trainer:
 
     def logprobs(self, calls: Sequence[Call]) -> list[list[float]]:
         """Log-probability of every completion token, at the call's temperature: what an engine recorded."""
-        return self._per_token(_completions(calls), self._chosen)
+        return self._per_token(completions(calls), self._chosen)
 
     def kl_by_call(self, calls: Sequence[Call]) -> list[list[float]]:
         """Exact KL(theta || start) in nats at every completion token of each call, teacher-forced."""
-        return self._per_token(_completions(calls), lambda micro: self._kl(self._log_probs(self._policy, micro), micro))
+        return self._per_token(completions(calls), lambda micro: self._kl(self._log_probs(self._policy, micro), micro))
 
     def kl_to_start(self, calls: Sequence[Call]) -> float:
         """Mean of :meth:`kl_by_call` over all completion tokens."""
@@ -355,6 +356,31 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[f"weights/{name}"])
+        self._take_optimizer(tensors, facts)
+        torch.set_rng_state(tensors["generator/cpu"])
+        if "generator/cuda" in tensors and self._device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["generator/cuda"], self._device)
+
+    @torch.inference_mode(False)
+    def load_optimizer(self, directory: Path) -> list[str]:
+        """Take over AdamW's moments and the number of updates from another run's :meth:`save_state`; no weights.
+
+        Returns:
+            The parameters that the state has no weights of, and so no moments: a head that was tied there to the
+            embedding is a parameter of its own once it was published.
+
+        Raises:
+            TrainingError: the state is unreadable, or of a model with other parameters.
+        """
+        tensors, facts = read_state(Path(directory))
+        own = {f"weights/{name}": parameter.shape for name, parameter in self.parameters.items()}
+        found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weights/")}
+        if not found.items() <= own.items():
+            raise TrainingError(f"{directory} holds the state of another model than {self._source}")
+        self._take_optimizer(tensors, facts)
+        return [name.removeprefix("weights/") for name in own if name not in found]
+
+    def _take_optimizer(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         state = {
             index: {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
             for index, name in enumerate(self._names)
@@ -362,22 +388,3 @@ class Trainer:
         }
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
         self._updates = int(facts["updates"])
-        torch.set_rng_state(tensors["generator/cpu"])
-        if "generator/cuda" in tensors and self._device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["generator/cuda"], self._device)
-
-
-def _completions(calls: Sequence[Call] | Sequence[Row]) -> list[Scored]:
-    return [Scored((*call.prompt_ids, *call.completion_ids), len(call.prompt_ids), call.temperature) for call in calls]
-
-
-def _check_recorded(rows: Sequence[Row]) -> None:
-    for index, row in enumerate(rows):
-        who = f"call {index} ({row.predictor or 'unnamed'})"
-        if len(row.logprobs) != len(row.completion_ids):
-            raise TrainingError(
-                f"{who} has {len(row.logprobs)} log-probabilities for its {len(row.completion_ids)} tokens; the engine "
-                "must record the ones it sampled with"
-            )
-        if not all(map(math.isfinite, row.logprobs)):
-            raise NotFiniteError(f"{who} was recorded with a log-probability that is not finite")

@@ -163,3 +163,33 @@ def test_a_model_whose_files_lack_a_layer_is_refused(start, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrainingError, match=r"lack model\.layers\.0\.mlp\.up_proj\.weight"):
         Policy.load(folder, dtype=torch.float32)
+
+
+def test_an_optimizer_is_taken_over_with_published_weights_and_the_next_update_is_the_same(start, tmp_path):
+    trainer = make_trainer(start)
+    for seed in range(2):
+        trainer.step(draw_batch(seed))
+    trainer.save_state(tmp_path / "state")
+    published = trainer.publish(tmp_path / "weights", "step-000002").path
+    taking, anew = make_trainer(published), make_trainer(published)
+    assert taking.load_optimizer(tmp_path / "state") == []
+    for one in (trainer, taking, anew):
+        one.step(draw_batch(2))
+    assert [one.updates for one in (trainer, taking, anew)] == [3, 3, 1]
+    wanted = trainer.parameters
+    assert all(tensor.equal(wanted[name]) for name, tensor in taking.parameters.items())
+    assert not all(tensor.equal(wanted[name]) for name, tensor in anew.parameters.items())
+
+
+def test_a_head_that_was_tied_has_no_moments_to_take_over(tied_start, start, tmp_path):
+    trainer = make_trainer(tied_start)
+    trainer.step(draw_batch(0))
+    trainer.save_state(tmp_path / "state")
+    taking = make_trainer(trainer.publish(tmp_path / "weights", "step-000001").path)
+    assert taking.load_optimizer(tmp_path / "state") == ["lm_head.weight"]
+    taking.step(draw_batch(1))
+    taking.save_state(tmp_path / "after")
+    counts = load_file(tmp_path / "after" / "state.safetensors")
+    assert (counts["step/lm_head.weight"], counts["step/model.embed_tokens.weight"]) == (1, 2)
+    with pytest.raises(TrainingError, match="the state of another model"):
+        make_trainer(tied_start).load_optimizer(tmp_path / "after")
