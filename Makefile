@@ -11,11 +11,13 @@ export TOKENIZERS_PARALLELISM ?= false
 # Tests run in two processes: one thread each takes a tenth less of the cores than two.
 test test-fast: OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-fast lint docs evidence lock clean
+.PHONY: setup demo test test-fast lint docs evidence lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/.ready ## The environment in .venv alone: the lock's versions and this package.
 
 demo: .venv/.ready ## Train the miniature laboratory's program and model together, then print what each half brought.
 	$(RUN) -m programs.lab.demo --engine $(ENGINE) --seeds $(SEEDS)

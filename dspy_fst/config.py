@@ -5,6 +5,7 @@ names its default's source in brackets, for `source_of` to read.
 """
 
 import re
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -239,10 +240,19 @@ def make_config(recipe: dict[str, Any]) -> tuple[FSTConfig | None, list[str]]:
         return None, [_sentence(fault) for fault in error.errors()]
 
 
+def unknown_settings(names: Iterable[str], others: Sequence[str] = ()) -> list[str]:
+    """A sentence for each name that is neither a setting nor one of the ``others``, with the one that was meant."""
+    known = [*FSTConfig.model_fields, *others]
+    return [
+        f"{name}: there is no such setting{meant(name, known) or '; see dspy_fst.FSTConfig for all of them'}"
+        for name in names
+        if name not in known
+    ]
+
+
 def _sentence(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        close = meant(where, list(FSTConfig.model_fields))
-        return f"{where}: there is no such setting{close or '; see dspy_fst.FSTConfig for all of them'}"
+        return "; ".join(unknown_settings([where]))
     message = fault["msg"].removeprefix("Value error, ")
     return f"{where}={fault['input']!r}: {message}" if where else message

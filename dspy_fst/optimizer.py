@@ -1,5 +1,6 @@
 """FSTOptimizer: the alternation of fast and slow learning."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,7 @@ import dspy
 from dspy.teleprompt import Teleprompter
 
 from dspy_fst.compiled import compiled_program
+from dspy_fst.config import unknown_settings
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.evolve import evolve
 from dspy_fst.kept import keep_compiled
@@ -16,7 +18,7 @@ from dspy_fst.prepare import open_session
 from dspy_fst.report.progress import ProgressView
 from dspy_fst.report.tracking import Track, Tracking, trackers_of
 from dspy_fst.rollout.reward import Metric
-from dspy_fst.run.interrupts import signals_raise
+from dspy_fst.run.interrupts import ctrl_c_told, signals_raise
 from dspy_fst.session import Session
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import Population
@@ -28,29 +30,6 @@ class FSTOptimizer(Teleprompter):
 
     >>> optimizer = FSTOptimizer(metric=metric, reflection_lm=dspy.LM("openai/gpt-5"))  # doctest: +SKIP
     >>> compiled = optimizer.compile(program, trainset=train, valset=val)              # doctest: +SKIP
-
-    Args:
-        metric: ``(gold, pred, trace=None) -> float`` or GEPA's ``(gold, pred, trace, pred_name, pred_trace)
-            -> float | dspy.Prediction(score=..., feedback=...)``. Feedback is what the reflection reads. The
-            prediction may also hold ``predictor_scores={name: float}``, by which those predictors' calls are credited
-            instead of by ``score``, and ``predictor_feedback={name: text}``.
-        reflection_lm: A strong, frozen LM that proposes instructions.
-        propose: A proposer that needs no LM instead: gepa's ``(candidate, reflective_dataset,
-            components_to_update) -> {component: text}``.
-        code_proposer: A proposer of sources for the program's dspy.Flex modules: DSPy's ``(candidate,
-            reflective_dataset, components_to_update, task_descriptions, context_blurbs) -> {component: source}``.
-            Without it ``reflection_lm`` writes them.
-        run_dir: Where the run is kept; the same directory and recipe continue a run. None makes a new
-            directory under ``runs/``.
-        auto: DSPy's budgets: ``"light"``, ``"medium"`` or ``"heavy"`` instead of ``cycles``: 2, 8 or 34.
-        num_threads: Rollouts in flight.
-        seed: Of every random draw.
-        track_stats: Keep every report in ``compiled.detailed_results``.
-        progress: Show a live view (a terminal) or plain lines (elsewhere).
-        listeners: Functions that are told every event of the run.
-        track: Experiment trackers by accelerate's names, e.g. ``"tensorboard"`` or ``["wandb", "mlflow"]``, or
-            trackers made with settings of their own. A continued run may name others.
-        **recipe: Any other field of FSTConfig, e.g. ``cycles=4, learning_rate=1e-5``.
     """
 
     def __init__(
@@ -70,9 +49,40 @@ class FSTOptimizer(Teleprompter):
         track: Track | Sequence[Track] = (),
         **recipe: Any,
     ):
+        """Describe the run; work begins with `compile`.
+
+        Args:
+            metric: ``(gold, pred, trace=None) -> float`` or GEPA's ``(gold, pred, trace, pred_name, pred_trace)
+                -> float | dspy.Prediction(score=..., feedback=...)``. Feedback is what the reflection reads. The
+                prediction may also hold ``predictor_scores={name: float}``, by which those predictors' calls are
+                credited instead of by ``score``, and ``predictor_feedback={name: text}``.
+            reflection_lm: A strong, frozen LM that proposes instructions.
+            propose: A proposer that needs no LM instead: gepa's ``(candidate, reflective_dataset,
+                components_to_update) -> {component: text}``.
+            code_proposer: A proposer of sources for the program's dspy.Flex modules: DSPy's ``(candidate,
+                reflective_dataset, components_to_update, task_descriptions, context_blurbs) -> {component: source}``.
+                Without it ``reflection_lm`` writes them.
+            run_dir: Where the run is kept; the same directory and recipe continue a run. None makes a new
+                directory under ``runs/``.
+            auto: DSPy's budgets: ``"light"``, ``"medium"`` or ``"heavy"`` instead of ``cycles``: 2, 8 or 34.
+            num_threads: Rollouts in flight.
+            seed: Of every random draw.
+            track_stats: Keep every report in ``compiled.detailed_results``.
+            progress: Show a live view (a terminal) or plain lines (elsewhere).
+            listeners: Functions that are told every event of the run.
+            track: Experiment trackers by accelerate's names, e.g. ``"tensorboard"`` or ``["wandb", "mlflow"]``, or
+                trackers made with settings of their own. A continued run may name others.
+            **recipe: Any other field of FSTConfig, e.g. ``cycles=4, learning_rate=1e-5``.
+
+        Raises:
+            ConfigurationError: arguments of a wrong kind, or names that are no setting, all of them with the one that
+                was meant.
+        """
         super().__init__()
         self.trackers, faults = trackers_of(track)
-        if faults := [*argument_faults(run_dir, listeners, track_stats=track_stats, progress=progress), *faults]:
+        faults += argument_faults(run_dir, listeners, track_stats=track_stats, progress=progress)
+        own = inspect.signature(FSTOptimizer).parameters
+        if faults := [*unknown_settings(recipe, [name for name in own if name != "recipe"]), *faults]:
             raise ConfigurationError(faults)
         self.metric, self.reflection_lm, self.propose = metric, reflection_lm, propose
         self.code_proposer = code_proposer
@@ -110,8 +120,11 @@ class FSTOptimizer(Teleprompter):
             ConfigurationError: before any work, with every fault that was found.
             FSTError: the run stopped; what it committed is whole, and the same call goes on from there.
             SystemExit: SIGTERM or SIGHUP came; like Ctrl-C it ends the run after everything was let go.
+            KeyboardInterrupt: Ctrl-C; its text says what is saved. In a script it is a SystemExit as well, so that a
+                script which does not catch it ends with 130 and without a traceback.
         """
         with ExitStack() as stack:
+            stack.enter_context(ctrl_c_told(self.progress))
             stack.enter_context(signals_raise())
             title = Path(self.run_dir).name if self.run_dir else "run"
             view = stack.enter_context(ProgressView(title)) if self.progress else None

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from dspy_fst.engine.base import Checkpoint, Completion, Engine
 from dspy_fst.engine.memory import has_gpu
+from dspy_fst.engine.options import made
 from dspy_fst.engine.portable import PolicyState, portable_options
 from dspy_fst.engine.prompts import Ids, PromptRenderer
 from dspy_fst.engine.replies import ReplyReader
@@ -37,18 +38,6 @@ class PolicyLM(dspy.LM):
 
     >>> policy = PolicyLM("Qwen/Qwen3-0.6B")          # doctest: +SKIP
     >>> program.set_lm(policy)                        # doctest: +SKIP
-
-    Args:
-        model: A Hugging Face folder or hub name.
-        engine: ``"vllm"`` (a server that this package starts), ``"in_process"`` (transformers), or ``"auto"``:
-            vLLM where it is installed and there is a GPU, else in process.
-        temperature: Of sampling; 1.0 trains the model's own distribution.
-        max_tokens: Longest reply, in tokens; None: as far as the model's context goes.
-        engine_options: Fields of VLLMSettings or InProcessSettings, e.g. ``{"max_model_len": 8192}``.
-        version: Name of these weights.
-
-    Raises:
-        ConfigurationError: no model, or an unknown engine or engine option.
     """
 
     def __init__(
@@ -62,6 +51,21 @@ class PolicyLM(dspy.LM):
         version: str = BASE_VERSION,
         num_retries: int = 3,
     ):
+        """Name the model; nothing is loaded or started.
+
+        Args:
+            model: A Hugging Face folder or hub name.
+            engine: ``"vllm"`` (a server that this package starts), ``"in_process"`` (transformers), or ``"auto"``:
+                vLLM where it is installed and there is a GPU, else in process.
+            temperature: Of sampling; 1.0 trains the model's own distribution.
+            max_tokens: Longest reply, in tokens; None: as far as the model's context goes.
+            engine_options: Fields of VLLMSettings or InProcessSettings, e.g. ``{"max_model_len": 8192}``.
+            version: Name of these weights.
+            num_retries: How often a call that failed is asked again.
+
+        Raises:
+            ConfigurationError: no model, or an unknown engine or unknown engine options, all of them named.
+        """
         if not isinstance(model, str | Path) or not str(model):
             raise ConfigurationError([f"model={model!r}: name a Hugging Face folder or a hub model"])
         if not isinstance(engine_options, Mapping | None):
@@ -303,19 +307,15 @@ def engine_maker(kind: EngineKind, options: Mapping[str, Any]) -> Callable[[], E
     Raises:
         ConfigurationError: the engine is unknown or does not take an option.
     """
-    settings: Any
-    try:
-        if kind == "vllm":
-            from dspy_fst.engine.keeper import Keeper
-            from dspy_fst.engine.vllm_server import VLLMSettings
+    if kind == "vllm":
+        from dspy_fst.engine.keeper import Keeper
+        from dspy_fst.engine.vllm_server import VLLMSettings
 
-            settings = VLLMSettings(**options)
-            return lambda: Keeper(settings)
-        if kind == "in_process":
-            from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
+        served = made(VLLMSettings, options, kind)
+        return lambda: Keeper(served)
+    if kind == "in_process":
+        from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
 
-            settings = InProcessSettings(**options)
-            return lambda: InProcessEngine(settings)
-    except TypeError as error:
-        raise ConfigurationError([f"engine_options of engine={kind!r}: {error}"]) from error
+        settings = made(InProcessSettings, options, kind)
+        return lambda: InProcessEngine(settings)
     raise ConfigurationError([f"engine={kind!r} is unknown; use 'auto', 'vllm' or 'in_process'"])

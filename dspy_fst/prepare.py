@@ -21,7 +21,9 @@ from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.chat_template import template_warnings
 from dspy_fst.preflight.environment import environment_faults
 from dspy_fst.preflight.first_rollouts import Spent, try_first
+from dspy_fst.preflight.hub import hub_warnings
 from dspy_fst.preflight.parts import part_faults, part_warnings
+from dspy_fst.preflight.precision import precision_warnings
 from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.program_state import without_lms
 from dspy_fst.rollout.adapters import adapter_in_force, differing_adapter, identity, kept_by
@@ -100,8 +102,11 @@ def open_session(
     except BaseException as error:
         try:
             if name := interruption_named(error):
+                text = f"{name}: stopping; {_what_is_saved(run)}"
+                if isinstance(error, KeyboardInterrupt):
+                    error.args = (text,)  # for whoever shows it in the end
                 with suppress(Exception):  # a terminal that is gone must not keep the server alive
-                    run.tell({"event": "note", "text": f"{name}: stopping; {_what_is_saved(run)}"})
+                    run.tell({"event": "note", "text": text})
             policy.release()
         finally:
             run.abandon()
@@ -203,8 +208,11 @@ def checked(
             faults += fit.faults()
             warnings = fit.warnings()
         warnings += differing_adapter(student)
+        warnings += hub_warnings(str(policy.checkpoint.path))
         warnings += template_warnings(policy.checkpoint.path)
-        warnings += restart_warnings(policy.checkpoint.path, policy.handle.resolved_kind, policy.handle.options)
+        engine = policy.handle.resolved_kind, policy.handle.options
+        warnings += restart_warnings(policy.checkpoint.path, *engine)
+        warnings += precision_warnings(config.precision, *engine)
         warnings += part_warnings(student)
         warnings += _left_out(student, read_texts(student, tools=config.tool_descriptions == "evolved"))
     if faults or config is None:

@@ -19,6 +19,7 @@ from dspy_fst.errors import briefly
 from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.adapter_folder import adapter_fault
 from dspy_fst.preflight.chat_template import template_faults
+from dspy_fst.preflight.hub import hub_fault, means_a_path
 from dspy_fst.preflight.model_folder import folder_faults, stored_layer_fault
 from dspy_fst.preflight.parts import no_predictors
 from dspy_fst.rollout.reward import metric_fault
@@ -304,8 +305,10 @@ def model_faults(policy: PolicyLM) -> list[str]:
     from transformers import AutoConfig, AutoTokenizer
 
     path, where = policy.checkpoint.path, f"model={policy.model!r}"
-    if not path.is_dir() and _means_a_path(policy.model):
+    if not path.is_dir() and means_a_path(policy.model):
         return [f"{where}: there is no such folder; name a Hugging Face folder or a hub model"]
+    if not path.is_dir() and (fault := hub_fault(str(path))):
+        return [f"{where}: {fault}"]
     if fault := adapter_fault(path):
         return [f"{where}: {fault}"]
     try:
@@ -329,11 +332,6 @@ def model_faults(policy: PolicyLM) -> list[str]:
             "lower PolicyLM(max_tokens=...)"
         )
     return faults
-
-
-def _means_a_path(model: str) -> bool:
-    """Whether a name that is no folder was meant as one: a hub's name is ``name`` or ``owner/name``."""
-    return Path(model).exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
 def _kind_faults(policy: PolicyLM, config: Any) -> Iterator[str]:

@@ -16,7 +16,7 @@ from dspy_fst.compiled import policy_of
 from dspy_fst.errors import DiskError, FSTError
 from dspy_fst.run import state
 from dspy_fst.run.directory import read_events
-from dspy_fst.run.interrupts import ENDING, Terminated, signals_raise
+from dspy_fst.run.interrupts import ENDING, Terminated, ctrl_c_told, signals_raise
 from dspy_fst.run.journal import Journal
 from tests.engine.test_server_process import members
 
@@ -81,8 +81,80 @@ def test_a_signal_ends_the_process_in_order_and_the_run_goes_on_to_the_same_end(
     name = "Ctrl-C" if number == signal.SIGINT else number.name
     assert f"{name}: stopping; saved: " in output
     assert f"Compile again with run_dir={str(run_dir)!r} to go on" in output
+    assert "Traceback" not in output
     assert members(script.pid) == []
     assert compiled(run_dir) == undisturbed
+
+
+# ---- how Ctrl-C is shown ----------------------------------------------------------------------------
+
+ENDED = """
+import sys
+from dspy_fst.run.interrupts import ctrl_c_told
+with ctrl_c_told(told={told}):
+    raise KeyboardInterrupt({said})
+"""
+SAVED = "Ctrl-C: stopping; saved: 2 updates"
+
+
+def ended(told, said, *options):
+    """What a script says that Ctrl-C ended, and its exit status."""
+    command = [sys.executable, *options, "-c", ENDED.format(told=told, said=said)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, stdin=subprocess.DEVNULL)
+    return done.stderr, done.returncode
+
+
+def test_a_script_that_ctrl_c_ends_says_what_is_saved_once_and_shows_no_traceback():
+    assert ended(False, repr(SAVED)) == (f"{SAVED}\n", 130)
+    assert ended(True, repr(SAVED)) == ("", 130)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_ctrl_c_before_the_run_is_under_way_is_told_too(told):
+    assert ended(told, "") == ("Ctrl-C: stopped before the run was under way; nothing was changed\n", 130)
+
+
+def test_python_that_is_to_go_on_at_a_prompt_is_not_ended():
+    shown, status = ended(True, repr(SAVED), "-i")
+    assert f"KeyboardInterrupt: {SAVED}" in shown.replace("dspy_fst.run.interrupts.Interrupted", "KeyboardInterrupt")
+    assert status == 0, "the end of its input is what ended it"
+
+
+def test_whoever_catches_ctrl_c_or_an_exit_still_does():
+    for kind in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(kind) as caught, ctrl_c_told(told=True):
+            raise KeyboardInterrupt(SAVED)
+        assert (str(caught.value), caught.value.code) == (SAVED, 130)
+
+
+def test_other_errors_and_excepthook_are_left_alone():
+    hook = sys.excepthook
+    with pytest.raises(ValueError, match="mine"), ctrl_c_told(told=True):
+        raise ValueError("mine")
+    assert sys.excepthook is hook
+
+
+def test_a_notebook_shows_the_sentence_and_no_traceback(capsys, monkeypatch):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    shell = InteractiveShell()
+    shell.run_cell(ENDED.format(told=True, said=repr(SAVED)), store_history=False)
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).strip() == SAVED
+
+
+def test_compile_without_a_view_says_where_ctrl_c_left_the_run(tmp_path, capsys):
+    def listen(event):
+        if event["event"] == "step":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        compile_small(tmp_path / "run", listeners=[listen], **SHORT)
+    assert str(caught.value).startswith("Ctrl-C: stopping; saved: ")
+    assert f"Compile again with run_dir={str(tmp_path / 'run')!r} to go on" in str(caught.value)
+    assert capsys.readouterr().err.endswith(f"{caught.value}\n")
+    assert caught.value.code == 130
 
 
 # ---- signals inside a write, and handlers of others -------------------------------------------------

@@ -1,7 +1,6 @@
 """`dspy-fst check`: is a project in order, and what will it cost? Nothing is trained, and nothing is left behind."""
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspy_fst.cli.common import Debug, Json, errors_as_text
+from dspy_fst.cli.proposer import nobody_proposes, proposer_warnings
 from dspy_fst.cli.tables import Printer
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.report.words import duration
@@ -94,7 +94,7 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
                 opened.optimizer, opened.program, opened.trainset, opened.valset, None
             )
         except ConfigurationError as error:
-            if _nobody_proposes(project):
+            if nobody_proposes(project):
                 error.add_note(
                     f"In {file}: name a strong LM, reflection_lm: openai/gpt-5, and set its key in the environment "
                     "(OPENAI_API_KEY); or a function of yours, propose: my_program:propose; or recipe: {method: rl}"
@@ -113,7 +113,7 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
             "plan": plan,
             "needs": _needs(fit),
             "written": None if fit is None else fit.writes.words,
-            "warnings": [*warnings, *_proposer_warnings(project, opened), *_measured_warnings(time)],
+            "warnings": [*warnings, *proposer_warnings(project, opened), *_measured_warnings(time)],
             "time": time,
         }
 
@@ -211,44 +211,11 @@ def _needs(fit: "Fit | None") -> list[dict[str, Any]] | None:
     ]
 
 
-def _nobody_proposes(project: "Project") -> bool:
-    method = project.recipe.method if project.recipe else "fst"
-    return project.reflection_lm is None and project.propose is None and method != "rl"
-
-
-def _proposer_warnings(project: "Project", opened: "Opened") -> Iterator[str]:
-    """What about the proposer would go unnoticed, or be noticed late."""
-    if project.reflection_lm is None:
-        if project.propose is not None:
-            yield (
-                f"reflection_lm is not set: instructions come from {project.propose} alone. For a task of your own "
-                "name a strong LM, e.g. reflection_lm: openai/gpt-5, and write null in propose"
-            )
-        return
-    name = project.reflection_lm.model
-    if missing := _missing_keys(name, opened.optimizer.reflection_lm):
-        yield (
-            f"reflection_lm={name!r}: {' and '.join(missing)} is not set in the environment, so reflections will fail; "
-            "set it, or name another variable with api_key_env"
-        )
-
-
 def _measured_warnings(time: dict[str, Any] | None) -> Iterator[str]:
     """What the sampled rollouts say of the program."""
     if time is not None and time["lost"]:
         lost = ", ".join(f"{reason}: {count}" for reason, count in time["lost"].items())
         yield f"of {time['rollouts'] + 1} rollouts that were sampled some failed or measured nothing ({lost})"
-
-
-def _missing_keys(name: str, lm: Any) -> Sequence[str]:
-    """Environment variables that the provider wants and that are not set; none where the LM says where to ask."""
-    if lm.kwargs.get("api_key") or lm.kwargs.get("api_base"):
-        return ()
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else importing litellm fetches a list of prices
-    import litellm
-
-    missing: list[str] = litellm.validate_environment(name)["missing_keys"]
-    return missing
 
 
 # ---- measured ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 
 from dspy_fst.cli.common import FAILED, Debug, Json, errors_as_text
 from dspy_fst.cli.tables import Printer
+from dspy_fst.errors import briefly
 
 State = Literal["ok", "missing", "warning", "wrong"]
 PACKAGE = "dspy-fst"
@@ -38,6 +39,7 @@ LITTLE_MEMORY, LITTLE_DISK, LITTLE_SHARED = 2 * GIB, 5 * GIB, GIB // 2
 """Free bytes below which even small models get into trouble (ours)."""
 LOOPBACK_S = 5
 """How long a connection to this machine may take."""
+REINSTALL = "the package does not import; install it anew in an empty environment"
 FEW_FILES = 1024
 """Open files that 64 rollouts in flight, an engine and its server stay below (ours)."""
 
@@ -92,6 +94,7 @@ def _findings() -> Iterator[Finding]:
     yield from _room()
     yield _open_files()
     yield _loopback()
+    yield _hub()
     yield _threads(os.environ)
     yield _keys(os.environ)
 
@@ -184,7 +187,7 @@ def _engine() -> Iterator[Finding]:
         from dspy_fst.policy import resolve_kind
     except Exception as error:  # a broken installation may raise anything
         words = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        yield Finding("import", words, "wrong", "the package does not import; install it anew in an empty environment")
+        yield Finding("import", words, "wrong", REINSTALL)
         return
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     for index, gpu in enumerate(gpus):
@@ -250,6 +253,25 @@ def _loopback() -> Finding:
         advice = "vLLM and dspy-fst serve listen there; allow it in the firewall or sandbox"
         return Finding("loopback ports", str(error), "wrong", advice)
     return Finding("loopback ports", "can be opened and reached")
+
+
+def _hub() -> Finding:
+    """Whether models can be fetched by their names; a machine without a hub trains from folders and the cache."""
+    try:
+        from huggingface_hub import constants
+
+        from dspy_fst.preflight.hub import hub_silence
+    except Exception as error:  # a broken installation may raise anything
+        return Finding("model hub", f"huggingface_hub does not import ({briefly(error)})", "wrong", REINSTALL)
+    silence = hub_silence()
+    if silence is None:
+        return Finding("model hub", f"{constants.ENDPOINT} answers")
+    advice = (
+        f"models come from folders and from the cache ({constants.HF_HUB_CACHE}) only: fetch one elsewhere with hf "
+        "download NAME --local-dir FOLDER and give the folder as the model. Behind a proxy or a mirror set HTTPS_PROXY "
+        "or HF_ENDPOINT. The laboratory (make demo, dspy-fst init --example lab) needs no hub"
+    )
+    return Finding("model hub", silence, "warning", advice)
 
 
 def _threads(environment: Mapping[str, str]) -> Finding:

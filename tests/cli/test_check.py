@@ -170,3 +170,13 @@ def test_a_metric_above_the_perfect_score_is_told_where_it_may_be_called(project
     warnings = told(project, "--measure")["warnings"]
     assert called.exists()
     assert any("the metric gives up to 100" in warning and "perfect_score=1" in warning for warning in warnings)
+
+
+def test_a_trainer_and_an_engine_in_two_precisions_are_told(project):
+    def warned():
+        return [warning for warning in told(project)["warnings"] if "precision" in warning]
+
+    assert warned() == []
+    recipe = {**yaml.safe_load(project.read_text())["recipe"], "precision": "bfloat16"}
+    change(project, recipe=recipe)
+    assert "the importance weights would measure rounding" in warned()[0]

@@ -37,7 +37,7 @@ TINY = {
     "learning_rate": 5e-4,
     "warmup_steps": 0,
 }
-KNOWN_TOOLS = {".", "cd", "export", "ssh", "vllm"}
+KNOWN_TOOLS = {".", "cd", "export", "hf", "ssh", "vllm"}
 """Commands on the pages that are not ours and have nothing here to be held against."""
 MINIMAL = {
     "program": "my_program:Coder",

@@ -1,0 +1,56 @@
+"""What `dspy-fst check` finds about who proposes: nobody does, a key is not set, a server is silent."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dspy_fst.preflight.reach import why_silent
+
+if TYPE_CHECKING:
+    from dspy_fst.project import Opened, Project
+
+
+def nobody_proposes(project: "Project") -> bool:
+    """Whether the project searches and names neither a reflection LM nor a function."""
+    method = project.recipe.method if project.recipe else "fst"
+    return project.reflection_lm is None and project.propose is None and method != "rl"
+
+
+def proposer_warnings(project: "Project", opened: "Opened") -> Iterator[str]:
+    """What about the proposer would go unnoticed, or be noticed late."""
+    if project.reflection_lm is None:
+        if project.propose is not None:
+            yield (
+                f"reflection_lm is not set: instructions come from {project.propose} alone. For a task of your own "
+                "name a strong LM, e.g. reflection_lm: openai/gpt-5, and write null in propose"
+            )
+        return
+    name, lm = project.reflection_lm.model, opened.optimizer.reflection_lm
+    if missing := _missing_keys(name, lm):
+        yield (
+            f"reflection_lm={name!r}: {' and '.join(missing)} is not set in the environment, so reflections will fail; "
+            "set it, or name another variable with api_key_env"
+        )
+    address = _address(lm)
+    if address and (silence := why_silent(address)):
+        yield (
+            f"reflection_lm={name!r}: {address} cannot be reached ({silence}), so reflections will fail; start the "
+            "server, or correct api_base"
+        )
+
+
+def _address(lm: Any) -> str | None:
+    """Where a server of the user's own answers; None for a provider's."""
+    address = lm.kwargs.get("api_base") or lm.kwargs.get("base_url")
+    return str(address) if address else None
+
+
+def _missing_keys(name: str, lm: Any) -> Sequence[str]:
+    """Environment variables that the provider wants and that are not set; none where the LM says where to ask."""
+    if lm.kwargs.get("api_key") or lm.kwargs.get("api_base"):
+        return ()
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else importing litellm fetches a list of prices
+    import litellm
+
+    missing: list[str] = litellm.validate_environment(name)["missing_keys"]
+    return missing

@@ -1,0 +1,38 @@
+"""Whether trainer and engine compute in one precision: two settings say it, and nothing else holds them together."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dspy_fst.engine.memory import has_gpu
+
+SAME = {"float": "float32", "half": "float16"}
+"""vLLM's other names."""
+
+
+def precision_warnings(precision: str, kind: str, options: Mapping[str, Any]) -> list[str]:
+    """A sentence where the two differ; a server that somebody else launched has its own flags and is not judged.
+
+    Args:
+        precision: The recipe's, for the trainer.
+        kind: ``"vllm"`` or ``"in_process"``.
+        options: The engine's.
+    """
+    if options.get("attach_url"):
+        return []
+    trainer = _resolved(precision, on_gpu=has_gpu())
+    device = str(options.get("device") or ("cuda" if has_gpu() else "cpu"))
+    engine = _resolved(options.get("dtype") or "auto", on_gpu=device.startswith("cuda"))
+    if trainer == engine:
+        return []
+    other = f", or precision={engine!r}" if engine in ("float32", "bfloat16") else ""
+    return [
+        f"precision={precision!r} has the trainer compute in {trainer}, and engine_options of engine={kind!r} have the "
+        f"engine compute in {engine}: the importance weights would measure rounding. Let both be the same: "
+        f"engine_options={{'dtype': {trainer!r}}}{other}"
+    ]
+
+
+def _resolved(name: str, *, on_gpu: bool) -> str:
+    if name == "auto":
+        return "bfloat16" if on_gpu else "float32"
+    return SAME.get(name, name)

@@ -1,0 +1,198 @@
+"""A machine that reaches no hub and no server: `check` and `doctor` ask once and say so, and cached models work."""
+
+import json
+import logging
+import shutil
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import pytest
+import yaml
+
+from dspy_fst.preflight.hub import in_cache
+from dspy_fst.preflight.reach import why_silent
+from programs.lab import BASE
+from tests.cli.conftest import invoke
+
+NAME, COMMIT = "somebody/model", "0" * 40
+WAIT_S = 30
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """An address at which nobody listens, as the hub's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    return address
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """(address, connections so far) of one who listens and never says a word, as the hub."""
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept():
+            while True:
+                try:
+                    connections.append(server.accept())
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        yield address, connections
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def answering():
+    """Status -> address of a server that answers with it."""
+    servers = []
+
+    def serve(status):
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of huggingface_hub's that holds nothing yet."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def fill(cache, *, lacking=()):
+    """Put the laboratory's model into the cache under a hub's name."""
+    repository = cache / "models--somebody--model"
+    shutil.copytree(BASE, repository / "snapshots" / COMMIT, ignore=shutil.ignore_patterns(*lacking))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
+@pytest.fixture
+def project(tmp_path):
+    invoke("init", tmp_path / "own", "--model", NAME, "--reflection-lm", "openai/gpt-5")
+    return tmp_path / "own" / "project.yaml"
+
+
+def faults(project):
+    return json.loads(invoke("check", project, "--json", code=2).stdout)["faults"]
+
+
+def warnings(project):
+    return json.loads(invoke("check", project, "--json").stdout)["warnings"]
+
+
+def test_check_asks_a_hub_that_refuses_once_and_says_what_to_do(project, cache, refusing, caplog):
+    with caplog.at_level(logging.INFO, logger="huggingface_hub"):
+        (fault,) = faults(project)
+    assert fault.startswith(f"model={NAME!r}: there is no such folder, and as a hub model it is not a model that this ")
+    assert f"{refusing} cannot be reached ([Errno 111] Connection refused)" in fault
+    assert f"hf download {NAME} --local-dir FOLDER" in fault
+    assert "HF_ENDPOINT" in fault
+    assert "Retry" not in caplog.text
+
+
+def test_check_asks_a_hub_that_says_nothing_once_and_for_a_second(project, cache, silent):
+    address, connections = silent
+    (fault,) = faults(project)
+    assert f"{address} cannot be reached (no answer within 1 s)" in fault
+    assert len(connections) == 1
+
+
+def test_a_model_in_the_cache_is_checked_without_the_hub_and_its_silence_is_told(project, cache, refusing):
+    fill(cache)
+    assert in_cache(NAME) == "whole"
+    (warning,) = [told for told in warnings(project) if NAME in told]
+    assert warning.startswith(f"model={NAME!r} is read from the cache, as {refusing} cannot be reached")
+    assert "set HF_HUB_OFFLINE=1" in warning
+
+
+def test_whoever_said_to_be_offline_is_asked_nothing_and_told_nothing_of_it(project, cache, silent, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (fault,) = faults(project)
+    assert "HF_HUB_OFFLINE is set" in fault
+    fill(cache)
+    assert not any(NAME in told for told in warnings(project))
+    assert silent[1] == []
+
+
+@pytest.mark.parametrize("lacking", ["*.safetensors", "config.json"])
+def test_a_part_of_a_model_in_the_cache_is_told_as_a_part(project, cache, refusing, lacking):
+    fill(cache, lacking=[lacking])
+    assert in_cache(NAME) == "in part"
+    (fault,) = faults(project)
+    assert "the cache holds a part of it only" in fault
+
+
+def test_an_index_whose_files_are_not_all_there_is_a_part(cache):
+    fill(cache, lacking=["*.safetensors"])
+    folder = cache / "models--somebody--model" / "snapshots" / COMMIT
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    (folder / "one.safetensors").touch()
+    assert in_cache(NAME) == "in part"
+    (folder / "two.safetensors").touch()
+    assert in_cache(NAME) == "whole"
+    index.write_text("[]")
+    assert in_cache(NAME) == "whole", "what an index says wrong is told by whoever reads the weights"
+
+
+def test_a_name_that_no_hub_could_have_is_left_to_the_library_s_words(cache):
+    assert in_cache("not a name") == "not"
+
+
+@pytest.mark.parametrize(("status", "silence"), [(200, None), (401, None), (404, None), (503, "it answers 503")])
+def test_whatever_answers_is_reached_but_for_a_proxy_with_nobody_behind(answering, status, silence):
+    assert why_silent(answering(status)) == silence
+
+
+def test_an_address_that_is_none_is_silent_too():
+    assert "protocol" in why_silent("nowhere")
+
+
+def test_doctor_says_whether_the_hub_answers_and_what_works_without(refusing, answering, monkeypatch):
+    def finding():
+        told = json.loads(invoke("doctor", "--json").stdout)
+        return next(found for found in told["findings"] if found["about"] == "model hub")
+
+    offline = finding()
+    assert offline["state"] == "warning"
+    assert offline["found"].startswith(f"{refusing} cannot be reached")
+    for words in (huggingface_hub.constants.HF_HUB_CACHE, "hf download NAME", "--example lab", "HF_ENDPOINT"):
+        assert words in offline["advice"]
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", answering(200))
+    assert finding()["state"] == "ok"
+
+
+def test_a_reflection_server_that_nobody_started_is_told(tmp_path, refusing, answering):
+    def told(address):
+        path = tmp_path / "own" / "project.yaml"
+        lm = {"model": "openai/mine", "api_base": address}
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "reflection_lm": lm}))
+        return [warning for warning in warnings(path) if "reflection_lm" in warning]
+
+    invoke("init", tmp_path / "own", "--model", BASE)
+    (warning,) = told(f"{refusing}/v1")
+    assert f"{refusing}/v1 cannot be reached" in warning
+    assert "start the server, or correct api_base" in warning
+    assert told(f"{answering(404)}/v1") == []
