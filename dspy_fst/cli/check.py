@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspy_fst.cli.common import Debug, Json, errors_as_text
-from dspy_fst.cli.proposer import nobody_proposes, proposer_warnings
+from dspy_fst.cli.proposer import nobody_proposes, proposer_warnings, unreached
 from dspy_fst.cli.tables import Printer
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.report.words import duration
@@ -114,6 +114,7 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
             "needs": _needs(fit),
             "written": None if fit is None else fit.writes.words,
             "warnings": [*warnings, *proposer_warnings(project, opened), *_measured_warnings(time)],
+            "unreached": list(unreached(opened)),
             "time": time,
         }
 
@@ -319,10 +320,11 @@ def _show(told: dict[str, Any]) -> None:
         out.line(told["written"])
     out.heading("Time")
     _show_time(out, told["time"])
-    if told["warnings"]:
-        out.heading("Warnings")
-        for warning in told["warnings"]:
-            out.line(f"- {warning}")
+    for heading, lines in (("Warnings", told["warnings"]), ("Cannot be reached from here", told["unreached"])):
+        if lines:
+            out.heading(heading)
+        for line in lines:
+            out.line(f"- {line}")
 
 
 def _show_plan(out: Printer, plan: dict[str, Any]) -> None:

@@ -25,24 +25,25 @@ def proposer_warnings(project: "Project", opened: "Opened") -> Iterator[str]:
                 "name a strong LM, e.g. reflection_lm: openai/gpt-5, and write null in propose"
             )
         return
-    name, lm = project.reflection_lm.model, opened.optimizer.reflection_lm
-    if missing := _missing_keys(name, lm):
+    name = project.reflection_lm.model
+    if missing := _missing_keys(name, opened.optimizer.reflection_lm):
         yield (
             f"reflection_lm={name!r}: {' and '.join(missing)} is not set in the environment, so reflections will fail; "
             "set it, or name another variable with api_key_env"
         )
-    address = _address(lm)
-    if address and (silence := why_silent(address)):
-        yield (
-            f"reflection_lm={name!r}: {address} cannot be reached ({silence}), so reflections will fail; start the "
-            "server, or correct api_base"
-        )
 
 
-def _address(lm: Any) -> str | None:
-    """Where a server of the user's own answers; None for a provider's."""
+def unreached(opened: "Opened") -> Iterator[str]:
+    """A reflection server of the user's own that does not answer now; it may yet be started before the run."""
+    lm = opened.optimizer.reflection_lm
+    if lm is None:
+        return
     address = lm.kwargs.get("api_base") or lm.kwargs.get("base_url")
-    return str(address) if address else None
+    if address and (silence := why_silent(str(address))):
+        yield (
+            f"reflection_lm={lm.model!r}: {address} cannot be reached ({silence}), so reflections would fail; start "
+            "the server, or correct api_base"
+        )
 
 
 def _missing_keys(name: str, lm: Any) -> Sequence[str]:

@@ -188,11 +188,12 @@ def test_a_reflection_server_that_nobody_started_is_told(tmp_path, refusing, ans
     def told(address):
         path = tmp_path / "own" / "project.yaml"
         lm = {"model": "openai/mine", "api_base": address}
-        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "reflection_lm": lm}))
-        return [warning for warning in warnings(path) if "reflection_lm" in warning]
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "reflection_lm": lm, "propose": None}))
+        return json.loads(invoke("check", path, "--json").stdout)["unreached"]
 
     invoke("init", tmp_path / "own", "--model", BASE)
-    (warning,) = told(f"{refusing}/v1")
-    assert f"{refusing}/v1 cannot be reached" in warning
-    assert "start the server, or correct api_base" in warning
+    (line,) = told(f"{refusing}/v1")
+    assert f"reflection_lm='openai/mine': {refusing}/v1 cannot be reached" in line
+    assert "start the server, or correct api_base" in line
+    assert f"Cannot be reached from here\n- {line}" in invoke("check", tmp_path / "own" / "project.yaml").stdout
     assert told(f"{answering(404)}/v1") == []
