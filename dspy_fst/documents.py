@@ -12,6 +12,7 @@ from dspy_fst.errors import RunDirectoryError
 from dspy_fst.program_state import read_state
 from dspy_fst.rollout.adapters import SavedAdapter
 from dspy_fst.rollout.texts import flexes, speakers, texts_like
+from dspy_fst.run.directory import COMPILED
 from dspy_fst.run.files import population_from_json
 from dspy_fst.run.plain_weights import weights_faults
 from dspy_fst.run.sealed import MANIFEST, read_document, sentences
@@ -64,6 +65,23 @@ class SavedPopulation(Strict):
 def weights_in(folder: Path) -> Path:
     """Where a saved program's weights lie: in weights/, or beside its documents when it was exported."""
     return folder / WEIGHTS if (folder / WEIGHTS).exists() else folder
+
+
+def saved_in(path: Path) -> Path:
+    """The saved program that a folder is, or that a run's directory holds.
+
+    Raises:
+        RunDirectoryError: there is none; the message says how one comes to be there.
+    """
+    for folder in (path, path / COMPILED):
+        if (folder / POLICY).is_file():
+            return folder
+    if (path / "recipe.json").is_file():
+        raise RunDirectoryError(
+            f"{path} holds no {COMPILED}/: the run has not come to its end, or an earlier release made it. Going on, "
+            "with dspy-fst resume or by the same compile() in Python, ends it and saves the program there"
+        )
+    raise RunDirectoryError(f"{path} holds no {COMPILED}/ and is no folder of dspy_fst.save")
 
 
 def read_saved(

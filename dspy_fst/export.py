@@ -21,11 +21,11 @@ import dspy
 from pydantic import ValidationError
 
 from dspy_fst.card import Facts, model_card
-from dspy_fst.documents import CARD, DOCUMENTS, POLICY, POPULATION, PROGRAM, WEIGHTS, SavedPolicy, weights_in
+from dspy_fst.documents import CARD, DOCUMENTS, POLICY, POPULATION, PROGRAM, WEIGHTS, SavedPolicy, saved_in, weights_in
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.program_state import parts_in
 from dspy_fst.report.record import read_records
-from dspy_fst.run.directory import COMPILED, read_events
+from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import flush, population_from_json, read_json, writing
 from dspy_fst.run.plain_weights import weights_faults
 from dspy_fst.run.sealed import MANIFEST, read_document, seal, sentences, verify
@@ -68,14 +68,10 @@ def export(source: str | Path, out: str | Path) -> Path:
 
 
 def _saved_in(source: Path) -> Path:
-    if (source / POLICY).is_file() and weights_in(source) != source:
-        return source
-    if (source / COMPILED / POLICY).is_file():
-        return source / COMPILED
-    raise RunDirectoryError(
-        f"{source} holds no {COMPILED}/ and is no folder of dspy_fst.save. Finish the run, with dspy-fst resume or by "
-        f"the same compile() in Python: its end saves the program there"
-    )
+    saved = saved_in(source)
+    if weights_in(saved) == saved:
+        raise RunDirectoryError(f"{source} was exported already; copy it as it is, or name what it was exported from")
+    return saved
 
 
 def _fill(folder: Path, saved: Path, card: str) -> None:

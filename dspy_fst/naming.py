@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dspy_fst.errors import ConfigurationError, meant
+from dspy_fst.errors import ConfigurationError, FSTError, meant
 from dspy_fst.run.interrupts import Terminated
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ class Faults:
             raise
         except ConfigurationError as error:
             self._add(what, "; ".join(error.faults), error)
+        except FSTError as error:
+            self._add(what, str(error), error)
         except (Exception, SystemExit) as error:
             self._add(what, f"{type(error).__name__}: {' '.join(str(error).split())}", error)
 

@@ -6,6 +6,7 @@
     model: Qwen/Qwen3-0.6B             # for the predictors that hold no LM yet
     reflection_lm: openai/gpt-5        # or  propose: my_program:propose
     run_dir: runs/mine
+    continue_from: runs/before         # a run whose program and weights this one goes on from; may be left out
     track: tensorboard                 # or a list; may be left out
     recipe: {auto: medium}             # fields of FSTConfig, or auto
 
@@ -116,6 +117,9 @@ class Project(_Part):
     code_proposer: Reference | None = None
     """A proposer of sources for dspy.Flex modules, see FSTOptimizer."""
     run_dir: str
+    continue_from: str | None = None
+    """The directory of a finished run, or a saved program: the run goes on from its texts, population and weights. They
+    take the place of the program's own and of ``model``."""
     track: list[str] | str | None = None
     """Experiment trackers, see FSTOptimizer. They are no part of the recipe: a continued run may name others."""
     recipe: Recipe | None = None
@@ -142,11 +146,14 @@ class Project(_Part):
         """A block in which the project's own modules can be imported."""
         return importable(self.folder)
 
-    def open(self, listeners: Sequence[Callable[[Mapping[str, Any]], None]] = ()) -> "Opened":
+    def open(
+        self, listeners: Sequence[Callable[[Mapping[str, Any]], None]] = (), *, trust_code: bool = False
+    ) -> "Opened":
         """Import and make everything that the file names; no model is loaded yet.
 
         Args:
             listeners: Functions that are told every event of the run.
+            trust_code: Take up sources of dspy.Flex modules that ``continue_from`` holds.
 
         Raises:
             ConfigurationError: with everything that does not import, is not there or raises.
@@ -156,7 +163,7 @@ class Project(_Part):
         faults = Faults(self.folder)
         with self.importable():
             objects = imported(self._references(), faults)
-            program = self._program(objects, faults)
+            program = self._program(objects, faults, trust_code)
             trainset = self._examples("trainset", objects, faults)
             valset = self._examples("valset", objects, faults)
             reflection_lm = self._reflection_lm(faults)
@@ -199,19 +206,38 @@ class Project(_Part):
         texts = {setting: getattr(self, setting) for setting in named}
         return {setting: text for setting, text in texts.items() if text is not None and not is_file(text)}
 
-    def _program(self, objects: Mapping[str, Any], faults: "Faults") -> "dspy.Module | None":
+    def _program(self, objects: Mapping[str, Any], faults: "Faults", trust_code: bool) -> "dspy.Module | None":
         """A copy of the program whose predictors all have an LM; the user's own stays as it is."""
         from dspy_fst.rollout.copying import copied
 
         program = made_program(self.program, objects, faults)
         if program is None:
             return None
+        if self.continue_from is not None:
+            return self._continued(self.path(self.continue_from), program, faults, trust_code)
         policy = self._policy(program, faults)
         program = copied(program)
         for _, predictor in program.named_predictors():
             if predictor.lm is None:
                 predictor.lm = policy
         return program
+
+    def _continued(
+        self, before: Path, program: "dspy.Module", faults: "Faults", trust_code: bool
+    ) -> "dspy.Module | None":
+        """The program as another run ended with it, its weights on the engine that is meant here."""
+        from dspy_fst.documents import saved_in
+        from dspy_fst.saved import load
+        from dspy_fst.validation import policies_of
+
+        if before == self.run_path:
+            faults.add("run_dir: it is the run that is gone on from; name a new directory (--run-dir NEW)")
+        held = next(iter(policies_of(program).values()), None)
+        own = {"engine": held.handle.kind, "engine_options": held.handle.options} if held else {}
+        with faults.of("continue_from"):
+            settings = {**own, **self._policy_settings(faults)}
+            return load(saved_in(before), program, trust_code=trust_code, **settings)
+        return None
 
     def _policy(self, program: "dspy.Module", faults: "Faults") -> "PolicyLM | None":
         """The PolicyLM that the program holds, else one of these settings."""
@@ -277,10 +303,13 @@ class Opened:
 def load_project(path: str | Path) -> Project:
     """Read a project file; what it names is neither imported nor looked for yet.
 
+    Args:
+        path: The file, or a folder that holds it as project.yaml.
+
     Raises:
         ConfigurationError: with every fault of the file.
     """
-    path = Path(path).resolve()
+    path = _file_at(Path(path).resolve())
     data = read_settings(path)
     clean = cleaner()
     faults = [
@@ -298,6 +327,21 @@ def load_project(path: str | Path) -> Project:
     if faults:
         raise ConfigurationError(faults)
     return project
+
+
+def _file_at(path: Path) -> Path:
+    """The project's file; of a folder the one in it, unless it is a run's: that may be somebody else's."""
+    if not path.is_dir():
+        return path
+    if (path / "recipe.json").is_file():
+        raise ConfigurationError(
+            [f"{path} is a run's directory, no project's; dspy-fst resume goes on with it, or name your project file"]
+        )
+    if not (path / "project.yaml").is_file():
+        others = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))[:5])
+        found = f"; there are {others}" if others else ""
+        raise ConfigurationError([f"{path} is a folder without a project.yaml; name the project's file{found}"])
+    return path / "project.yaml"
 
 
 def kept_in(run_dir: Path) -> Project:

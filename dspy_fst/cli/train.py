@@ -23,20 +23,30 @@ Track = Annotated[
 
 
 def run(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The project: a YAML file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The project: a YAML file, or the folder of one.")],
+    continue_from: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="A finished run, or a saved program, to go on from in a new --run-dir."),
+    ] = None,
+    new_run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="Instead of the project's.")
+    ] = None,
+    cycles: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     track: Track = None,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train what a project file names.
 
-    Running it again continues where it stopped.
+    Running it again continues where it stopped. More cycles of a finished run are a new one:
+    --continue-from RUN --run-dir NEW.
     """
     with errors_as_text(debug):
         from dspy_fst.project import kept_in, load_project
         from dspy_fst.run.directory import PROJECT
 
-        project = _tracked(load_project(file), track)
+        project = _changed(_tracked(load_project(file), track), continue_from, new_run_dir, cycles)
         run_dir = project.run_path
         if (
             (run_dir / PROJECT).is_file()
@@ -44,7 +54,7 @@ def run(
             and _shown_when_finished(run_dir, as_json)
         ):
             return
-        _train(project, as_json)
+        _train(project, as_json, trust_code=trust_code)
 
 
 def resume(
@@ -66,7 +76,7 @@ def resume(
             return
         # The directory may have been moved since: it is the one that was named now.
         project = kept_in(run_dir).model_copy(update={"run_dir": str(run_dir)})
-        _train(_tracked(project, track), as_json, going_on_in=None if trust_code else run_dir)
+        _train(_tracked(project, track), as_json, going_on_in=run_dir, trust_code=trust_code)
 
 
 def _same(kept: "Project", given: "Project") -> bool:
@@ -89,6 +99,18 @@ def _tracked(project: "Project", track: list[str] | None) -> "Project":
     return project.model_copy(update={"track": track}) if track else project
 
 
+def _changed(project: "Project", continue_from: Path | None, run_dir: Path | None, cycles: int | None) -> "Project":
+    """The project with what the command line sets instead; paths are the working directory's."""
+    from dspy_fst.project import Recipe
+
+    paths = {"continue_from": continue_from, "run_dir": run_dir}
+    changes: dict[str, Any] = {name: str(path.resolve()) for name, path in paths.items() if path is not None}
+    if cycles is not None:
+        given = project.recipe.model_dump(exclude_unset=True, exclude={"auto"}) if project.recipe else {}
+        changes["recipe"] = Recipe.model_validate({**given, "cycles": cycles})
+    return project.model_copy(update=changes)
+
+
 def _why_not_resumed(run_dir: Path) -> str:
     if not (run_dir / "recipe.json").is_file():
         return f"{run_dir} is not the directory of a run that has started; start one with dspy-fst run FILE"
@@ -100,11 +122,12 @@ def _why_not_resumed(run_dir: Path) -> str:
     )
 
 
-def _train(project: "Project", as_json: bool, going_on_in: Path | None = None) -> None:
+def _train(project: "Project", as_json: bool, *, going_on_in: Path | None = None, trust_code: bool = False) -> None:
     """Compile what the project names and show the outcome.
 
     Args:
-        going_on_in: A run's directory that may be somebody else's: no source that it holds is run.
+        going_on_in: A run's directory that may be somebody else's.
+        trust_code: Run the sources that it, or the program that the run goes on from, holds.
     """
     run_dir = project.run_path
     typer.echo("reading the project", err=True)
@@ -119,8 +142,8 @@ def _train(project: "Project", as_json: bool, going_on_in: Path | None = None) -
         from dspy_fst.run.directory import COMPILED
         from dspy_fst.saved import policy_of
 
-        opened = project.open(listeners=[keep])
-        if going_on_in is not None and flexes(opened.program):
+        opened = project.open(listeners=[keep], trust_code=trust_code)
+        if going_on_in is not None and not trust_code and flexes(opened.program):
             raise RunDirectoryError(
                 f"{going_on_in}: the program has a dspy.Flex, and going on runs the sources that the directory holds. "
                 "Read them there (in states/, populations/ and search.jsonl); if you trust them: --trust-code. "
