@@ -7,13 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dspy_fst.asking import reconfigured
     from dspy_fst.config import FSTConfig
     from dspy_fst.errors import ConfigurationError, FSTError
     from dspy_fst.optimizer import FSTOptimizer
     from dspy_fst.policy import PolicyLM
     from dspy_fst.saved import load, save
 
-__all__ = ["ConfigurationError", "FSTConfig", "FSTError", "FSTOptimizer", "PolicyLM", "load", "save"]
+__all__ = ["ConfigurationError", "FSTConfig", "FSTError", "FSTOptimizer", "PolicyLM", "load", "reconfigured", "save"]
 
 _HOMES = {
     **dict.fromkeys(("ConfigurationError", "FSTError"), "errors"),
@@ -21,6 +22,7 @@ _HOMES = {
     "FSTConfig": "config",
     "FSTOptimizer": "optimizer",
     "PolicyLM": "policy",
+    "reconfigured": "asking",
 }
 """Public name -> the module that defines it."""
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import dspy
+
 from dspy_fst.config import FSTConfig
 from dspy_fst.documents import SavedPolicy
 from dspy_fst.report.evaluated import Evaluated, TwoByTwo
 from dspy_fst.report.record import Record, best
 from dspy_fst.report.words import interval, number, plain, share, with_error
-from dspy_fst.rollout.adapters import code_of
+from dspy_fst.rollout.adapters import OWN, SavedAdapter, code_of
 from dspy_fst.rollout.texts import in_python
 from dspy_fst.types import Population
 
@@ -80,7 +82,7 @@ def _use(facts: Facts) -> str:
 `FOLDER` is this folder. With any server that speaks OpenAI's protocol, and DSPy alone:
 
 ```
-vllm serve FOLDER
+vllm serve FOLDER --generation-config vllm   # not the base model's own sampling defaults
 ```
 
 ```python
@@ -108,8 +110,17 @@ def _adapter(facts: Facts) -> str:
     saved = facts.policy.adapter
     if saved is None:
         return ""
-    lines = [*code_of(saved), "dspy.configure(adapter=adapter)  # the weights were trained through it"]
+    lines = [*code_of(_asked_once(saved)), "dspy.configure(adapter=adapter)  # the weights were trained through it"]
     return "".join(f"\n{line}" for line in lines)
+
+
+def _asked_once(saved: SavedAdapter) -> SavedAdapter:
+    """Without the second, JSON call: DSPy's own LMs would make it where the recorded setting says so, rollouts never
+    did. JSONAdapter and those made of it make none."""
+    asks_again = saved.settings.get("use_json_adapter_fallback")
+    if not asks_again or issubclass(OWN.get(saved.name, dspy.Adapter), dspy.JSONAdapter):
+        return saved
+    return saved.model_copy(update={"settings": {**saved.settings, "use_json_adapter_fallback": False}})
 
 
 # ---- training ----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.policy_stream import events, events_in_thread, pieces
 from dspy_fst.preflight.adapter_folder import adapter_fault
 from dspy_fst.rollout.recording import RECORDED, complete_recorded, stream_recorded
+from dspy_fst.rollout.second_call import no_second_call
 
 EngineKind = Literal["auto", "vllm", "in_process"]
 BASE_VERSION = "base"
@@ -50,6 +51,7 @@ class PolicyLM(dspy.LM):
         engine_options: Mapping[str, Any] | None = None,
         version: str = BASE_VERSION,
         num_retries: int = 3,
+        use_json_adapter_fallback: bool = False,
     ):
         """Name the model; nothing is loaded or started.
 
@@ -62,6 +64,8 @@ class PolicyLM(dspy.LM):
             engine_options: Fields of VLLMSettings or InProcessSettings, e.g. ``{"max_model_len": 8192}``.
             version: Name of these weights.
             num_retries: How often a call that failed is asked again.
+            use_json_adapter_fallback: Whether DSPy's adapters may ask again in JSON where a reply does not parse.
+                Rollouts never do, so a score with it is no score of what is trained (`dspy_fst.reconfigured`).
 
         Raises:
             ConfigurationError: no model, or an unknown engine or unknown engine options, all of them named.
@@ -81,7 +85,20 @@ class PolicyLM(dspy.LM):
             cache=False,
         )
         setattr(self, RECORDED, True)
+        self.use_json_adapter_fallback = use_json_adapter_fallback
         self._cache_responses = False  # a predictor's own cache=True would beat LM(cache=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        answer = super().__call__(*args, **kwargs)
+        if not self.use_json_adapter_fallback:
+            no_second_call()
+        return answer
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        answer = await super().acall(*args, **kwargs)
+        if not self.use_json_adapter_fallback:
+            no_second_call()
+        return answer
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -117,6 +134,7 @@ class PolicyLM(dspy.LM):
             engine_options=self.handle.options,
             version=checkpoint.version,
             num_retries=self.num_retries,
+            use_json_adapter_fallback=self.use_json_adapter_fallback,
         )
 
     def on(self, handle: "EngineHandle") -> "PolicyLM":
@@ -140,6 +158,7 @@ class PolicyLM(dspy.LM):
             "max_tokens": self.reply_limit,
             "num_retries": self.num_retries,
             "version": self.checkpoint.version,
+            **({"use_json_adapter_fallback": True} if self.use_json_adapter_fallback else {}),
         }
 
     @classmethod

@@ -58,6 +58,16 @@ def serve(
     engine: Annotated[
         Literal["auto", "vllm", "in_process"] | None, typer.Option(help="Instead of the one it was compiled with.")
     ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of sampling, instead of the training's; 0 is greedy.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest reply in tokens, instead of the training's.")
+    ] = None,
+    json_fallback: Annotated[
+        bool,
+        typer.Option("--json-fallback", help="Ask again in JSON where a reply does not parse; training never does."),
+    ] = False,
     max_in_flight: Annotated[int, typer.Option(help="Requests at work at once.")] = ServeSettings.max_in_flight,
     max_queue: Annotated[
         int, typer.Option(help="Requests that may wait; more are refused with 429.")
@@ -99,16 +109,21 @@ def serve(
             from dspy_fst.serve.run import serve as listen
         except ModuleNotFoundError as error:
             raise ConfigurationError([f"{error}; serving is an extra: pip install 'dspy-fst[serve]'"]) from error
+        from dspy_fst.asking import how_it_asks
         from dspy_fst.naming import importable, make_program
         from dspy_fst.report.progress import without_loading_bars
         from dspy_fst.saved import load
 
-        policy: dict[str, Any] = {} if engine is None else {"engine": engine}
+        said = {"engine": engine, "temperature": temperature, "max_tokens": max_tokens}
+        policy: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+        if json_fallback:
+            policy["use_json_adapter_fallback"] = True
         with (
             without_loading_bars(),
             importable(source.folder),
         ):  # to the end: the program may import more when it is called
             loaded = load(compiled, make_program(*source), trust_code=trust_code, **policy)
+            typer.echo(f"asking the model {how_it_asks(loaded)}", err=True)
             listen(create_app(loaded, settings), settings)
 
 

@@ -43,6 +43,7 @@ class PolicyState(BaseModel):
     max_tokens: Positive | None
     num_retries: int = Field(ge=0)
     version: str
+    use_json_adapter_fallback: bool = False
 
     def settings(self, engine: str) -> dict[str, Any]:
         """Arguments of PolicyLM; options that were not set, or that this engine does not have, are left out."""

@@ -12,8 +12,10 @@ from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.records import cut
+from dspy_fst.preflight.own_adapters import own_adapters
 from dspy_fst.preflight.parse_trial import parse_share, trial
 from dspy_fst.preflight.score_scale import of_labels, scale_warnings
+from dspy_fst.rollout.adapters import adapter_in_force, describe, kept_by
 from dspy_fst.rollout.player import Task
 from dspy_fst.session import Session
 from dspy_fst.types import Problem, Rollout
@@ -55,6 +57,9 @@ def try_first(session: Session) -> Spent:
     if all(rollout.failure for rollout in train):
         session.run.emit("note", text=f"warning: {_all_failed(train)}")
     share = parse_share(train)
+    kept = str(describe(kept_by(session.program) or adapter_in_force()))
+    if told := own_adapters([*train, *val], kept):
+        session.run.emit("note", text=told)
     if told := _unnamed_calls([*train, *val]):
         session.run.emit("note", text=f"warning: {told}")
     tried = trial(session, share) if session.config.parse_trial and share is not None and share < HARDLY else None
@@ -85,7 +90,7 @@ def _played(session: Session) -> tuple[list[Rollout], list[Rollout]]:
     candidate = session.population.best
     tasks = [Task(Problem(index, session.trainset[index]), candidate) for index in first]
     tasks += [Task(Problem(index, session.valset[index]), candidate, sample=1) for index in some]  # other seeds
-    rollouts = session.player.play(tasks, "preflight", anew=session.config.distills)
+    rollouts = session.player.play(tasks, "preflight", anew=True)
     return rollouts[: len(first)], rollouts[len(first) :]
 
 

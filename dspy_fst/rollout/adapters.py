@@ -160,7 +160,8 @@ def differing_adapter(program: dspy.Module) -> list[str]:
         return []
     return [
         f"DSPy is set to {describe(outer)}, but the student was trained through {describe(kept)} and goes on through "
-        "that; to change it on purpose, load it with adapter=..."
+        "that; to change it on purpose, give it to dspy_fst.reconfigured(program, adapter=...) or load(..., "
+        "adapter=...)"
     ]
 
 
@@ -270,7 +271,7 @@ class KeptAdapter:
             self._told.add(other)
             logger.warning(
                 "DSPy is set to %s, but this program was trained through %s and speaks through that; to change it on "
-                "purpose, load it with adapter=...",
+                "purpose, give it to dspy_fst.reconfigured(program, adapter=...) or load(..., adapter=...)",
                 other,
                 self.saved,
             )

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import dspy
-from dspy.clients.call_context import stream_emitted
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError
 
 from dspy_fst.rollout.outages import leaves_a_hole
 from dspy_fst.rollout.recording import is_recorded
+from dspy_fst.rollout.second_call import no_second_call
 from dspy_fst.types import PREDICTOR_TAG
 
 logger = logging.getLogger(__name__)
@@ -68,11 +68,11 @@ class FailedParses(BaseCallback):
             self._asked.add(call_id)
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        """No second call of the policy: an adapter asks no LM again in JSON once it believes that the first reply was
-        shown (ChatAdapter of DSPy 3.4, and those made of it). A frozen LM is asked as it is outside of a rollout."""
+        """No second call of the policy, also where its LM allows one outside of rollouts. A frozen LM is asked as it is
+        outside of a rollout."""
         if call_id in self._asked:
             self._asked.discard(call_id)
-            stream_emitted()
+            no_second_call()
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         if isinstance(instance, dspy.Predict) and hasattr(instance, PREDICTOR_TAG):

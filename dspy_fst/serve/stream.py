@@ -28,6 +28,7 @@ from dspy_fst.errors import EngineError
 from dspy_fst.policy import EngineHandle, PolicyLM
 from dspy_fst.rollout.adapters import adapter_in_force
 from dspy_fst.rollout.recording import calling_predictor, complete_recorded
+from dspy_fst.rollout.second_call import no_second_call
 from dspy_fst.serve.errors import ApiError
 from dspy_fst.serve.upstream import Upstream
 from dspy_fst.types import PREDICTOR_TAG
@@ -137,7 +138,9 @@ class StreamingHandle:
             # The engine says what is wrong in the words that DSPy knows, or starts its server again.
             return engine.complete(request, seed)
         with closing(chunks):
-            return _read(request, str(engine.weights), chain([first], chunks), deltas)
+            completion = _read(request, str(engine.weights), chain([first], chunks), deltas)
+        no_second_call()  # it was heard: with another behind it both would be taken for one reply
+        return completion
 
 
 def streaming_lm(lm: PolicyLM, upstream: Upstream) -> PolicyLM:
