@@ -11,7 +11,6 @@ and never what ``dspy.configure`` or ``dspy.context`` set for the process at lar
 """
 
 import logging
-from typing import Any
 
 import dspy
 
