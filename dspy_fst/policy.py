@@ -35,8 +35,8 @@ class PolicyLM(dspy.LM):
     """An open-weights model on this machine whose every reply is known token by token.
 
     Behaves like any ``dspy.LM``; the engine starts at the first call. DSPy's cache is never used: a cached
-    reply would come from other weights than the current ones. DSPy's adapters ask it once for each reply, in rollouts and
-    outside, unless ``use_json_adapter_fallback`` is set.
+    reply would come from other weights than the current ones. DSPy's adapters ask it once for each reply, in rollouts
+    and outside, unless ``use_json_adapter_fallback`` is set.
 
     >>> policy = PolicyLM("Qwen/Qwen3-0.6B")          # doctest: +SKIP
     >>> program.set_lm(policy)                        # doctest: +SKIP
