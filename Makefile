@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Tests run in two processes: one thread each takes a tenth less of the cores than two.
 test test-fast: OMP_NUM_THREADS = 1
 
-.PHONY: setup demo test test-fast lint docs evidence lock clean
+.PHONY: setup demo test test-fast lint pages docs evidence lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help.
@@ -33,7 +33,10 @@ lint: .venv/.ready ## Style and types.
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-docs: .venv/.ready ## The documentation as a site, in site/.
+pages: .venv/.ready ## Write into the documentation's pages what they say of the code.
+	$(RUN) -m docs.generate
+
+docs: pages ## The documentation as a site, in site/.
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 	@echo "to read it, search included: .venv/bin/python -m http.server -d site, then http://localhost:8000"
 

@@ -12,6 +12,7 @@ import yaml
 from typer.main import get_command
 
 import dspy_fst
+from docs.generate import INCLUDE, filled, pages
 from dspy_fst.cli import app
 from dspy_fst.config import FSTConfig, source_of
 from dspy_fst.engine.in_process import InProcessSettings
@@ -68,6 +69,30 @@ def test_the_command_line_s_page_holds_every_command_and_option(site):
             assert option in text, f"{name} {option}"
 
 
+def test_every_page_holds_what_the_code_says_now_so_that_it_can_be_read_on_a_code_host():
+    made = pages()
+    assert {DOCS / "reference" / f"{name}.md" for name in ("api", "cli", "engines", "project")} <= set(made)
+    stale = [
+        str(path.relative_to(ROOT)) for path, text in made.items() if not path.is_file() or path.read_text() != text
+    ]
+    assert not [path for path in made if re.search(r"^::: ", made[path], re.MULTILINE)], "write <!-- include api: ... -->"
+    assert stale == [], "run `make pages` and commit what it writes"
+    settings = set((DOCS / "settings").glob("*.md"))
+    assert settings <= set(made), "a page of a setting that is no more; run `make pages`"
+
+
+def test_an_include_that_was_changed_by_hand_is_written_anew_and_others_are_left_alone():
+    page = (
+        "# Title\n<!-- include docstring: dspy_fst.errors -->\n\nold\n\n<!-- end include -->\ntext\n<!-- include x -->"
+    )
+    made = INCLUDE.sub(filled, page)
+    assert "old" not in made
+    assert "What a user can meet" in made
+    assert made.startswith("# Title\n<!-- include docstring: dspy_fst.errors -->\n\n")
+    assert made.endswith("<!-- end include -->\ntext\n<!-- include x -->")
+    assert INCLUDE.sub(filled, made) == made
+
+
 @pytest.mark.parametrize(
     ("page", "names"),
     [
@@ -77,8 +102,8 @@ def test_the_command_line_s_page_holds_every_command_and_option(site):
     ],
 )
 def test_the_reference_holds_every_name(site, page, names):
-    headed = set(re.findall(r'<h\d id="([^"]+)"', (site / "reference" / f"{page}.html").read_text()))
-    assert set(names) <= {heading.rpartition(".")[2] for heading in headed}
+    headed = set(re.findall(r"<h\d id=[^>]*><code>(\w+)</code>", (site / "reference" / f"{page}.html").read_text()))
+    assert set(names) <= headed
 
 
 def test_the_loop_on_the_site_is_the_loop_of_the_optimizer(site):
