@@ -7,6 +7,7 @@ python -m benchmarks.soak
 python -m benchmarks.serving
 python -m benchmarks.programs
 python -m benchmarks.sync
+python -m benchmarks.copies --before A_CHECKOUT_OF_845e963
 python -m benchmarks.real_model
 python -m benchmarks.readme
 """
@@ -115,6 +116,23 @@ def sync(results: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
+def copies(results: Mapping[str, Any]) -> str:
+    """Peak memory over the program's own, of this version and of the one before the copier."""
+    rows = [
+        [
+            version,
+            figure["kind"],
+            f"{figure['array_bytes'] / 1e6:,.0f} MB",
+            str(figure["threads"]),
+            *(f"{figure[f'{what}_bytes'] / 1e6:,.0f} MB" for what in ("own", "peak")),
+            f"{figure['ratio']:.2f}",
+        ]
+        for version, figures in (("now", results["now"]), ("845e963", results["before"]))
+        for figure in figures
+    ]
+    return table(["version", "what runs", "array", "at once", "own", "peak", "peak / own"], rows)
+
+
 def spent(result: Mapping[str, Any]) -> int:
     """Rollouts in all; those on the validation set, the same for each candidate of every arm, are outside."""
     return int(result["search rollouts"] + result["training rollouts"])
@@ -145,6 +163,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "soak": soak,
     "serving": serving,
     "sync": sync,
+    "copies": copies,
 }
 
 
