@@ -102,7 +102,7 @@ def _in_a_process(folders: list[str]) -> dict[str, Any]:
         try:
             answer = _scores(folders)
         except BaseException as error:
-            answer = {"error": f"{type(error).__name__}: {error}".partition("\n")[0][:120]}
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:240]}
         os.write(writing, json.dumps(answer).encode())
         os._exit(0)
     os.close(writing)

@@ -257,7 +257,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("MiniCPM3", "minicpm3", _LATENT),
     Family("Cohere", "cohere", {"logit_scale": 3.0}),
     Family("Cohere 2", "cohere2", {"layer_types": _WINDOWED, "logit_scale": 3.0}),
-    Family("LFM2", "lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    # Published models name both widths in config.json. transformers does not read them, vLLM does.
+    Family("LFM2", "lfm2", {"layer_types": ["conv", "full_attention"] * 2, "block_dim": 64, "conv_dim": 64}),
     Family("LFM2-MoE", "lfm2_moe", {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1}),
     Family("Mamba", "mamba"),
     Family("Mamba 2", "mamba2", {"num_heads": 8, "expand": 2}),

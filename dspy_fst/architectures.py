@@ -11,6 +11,8 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names under which configs give the longest text; others (Bloom, Mamba) have no such limit."""
 _WITHOUT_A_HEAD_IN_VLLM = {"bloom", "gemma2", "gemma3n", "gemma3n_text"}
 """Model types for which vLLM 0.32 multiplies with the embedding and has no place for a head of its own."""
+_READ_BY_VLLM_ALONE = {"lfm2": ("block_dim", "conv_dim")}
+"""Model type -> names that vLLM 0.32 reads in config.json and transformers does not: published models have them."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
@@ -109,6 +111,11 @@ def unlike_vllm(config: Any, max_model_len: int | None) -> list[str]:
         faults.append(
             f"vLLM has no place for an LM head of its own in a {config.model_type!r} model, and published weights hold "
             "one, so its server would not start; use engine='in_process'"
+        )
+    if lacking := [name for name in _READ_BY_VLLM_ALONE.get(text.model_type, ()) if not hasattr(text, name)]:
+        faults.append(
+            f"vLLM reads {' and '.join(lacking)} in the config.json of a {text.model_type!r} model, and this one lacks "
+            "it, so its server would not start; copy it from the published model's, or use engine='in_process'"
         )
     if any(parameters.get("rope_type") == "dynamic" and "alpha" not in parameters for parameters in _rotations(text)):
         faults.append(

@@ -135,6 +135,17 @@ def test_a_model_without_a_head_of_its_own_in_vllm_is_refused_for_vllm_only(fami
     assert not model_faults(PolicyLM(folder, engine="in_process", max_tokens=8))
 
 
+def test_what_vllm_alone_reads_in_a_config_is_asked_for_when_vllm_serves(tmp_path):
+    """Without it the server ends with "'Lfm2Config' object has no attribute 'conv_dim'", after it was started."""
+    published = BY_NAME["LFM2"]
+    told = {name: value for name, value in published.told.items() if name not in ("block_dim", "conv_dim")}
+    bare = dataclasses.replace(published, told=told).save(tmp_path / "bare")
+    (fault,) = model_faults(PolicyLM(bare, engine="vllm", max_tokens=8))
+    assert "vLLM reads block_dim and conv_dim in the config.json of a 'lfm2' model" in fault
+    assert model_faults(PolicyLM(bare, engine="in_process", max_tokens=8)) == []
+    assert model_faults(PolicyLM(published.save(tmp_path / "whole"), engine="vllm", max_tokens=8)) == []
+
+
 @pytest.mark.parametrize("family", [longrope, dynamic, learned], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("share", [False, True], ids=["alone", "shared"])
 def test_a_short_text_beside_one_of_full_length_keeps_its_numbers(family, share, tmp_path):
