@@ -1,4 +1,4 @@
-"""Fast-Slow Training of a real pretrained model of 135 million parameters, within 8 GB, on two cores.
+"""Fast-Slow Training of a real pretrained model of 135 million parameters, on two cores, within 6 GiB (9 GiB on vLLM).
 
     python -m benchmarks.real_model                        # all of it
     python -m benchmarks.real_model shares speed --repeats 5
