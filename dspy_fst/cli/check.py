@@ -124,6 +124,7 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
 
 def _project(project: "Project", opened: "Opened", policy: "PolicyLM", run_dir: Path) -> dict[str, Any]:
     from dspy_fst.preflight.chat_template import template_kind
+    from dspy_fst.rollout.adapters import adapter_in_force, describe, kept_by
 
     reflection = project.reflection_lm.model if project.reflection_lm else None
     return {
@@ -134,6 +135,7 @@ def _project(project: "Project", opened: "Opened", policy: "PolicyLM", run_dir: 
         "model": policy.model,
         "chat_template": template_kind(policy.checkpoint.path) or "not known before the model is on this machine",
         "engine": policy.handle.resolved_kind,
+        "adapter": describe(kept_by(opened.program) or adapter_in_force()).name,
         "temperature": policy.sampling_temperature,
         "max_tokens": policy.reply_limit,
         "proposes": project.propose or reflection or "nobody",

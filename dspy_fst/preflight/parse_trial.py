@@ -106,7 +106,8 @@ class Trial:
                 [*lines, "Nothing of it helps: take an instruct model, or fewer and simpler output fields"]
             )
         code = [f"  {line}" for line in self.code(ranked[0].setup)]
-        return "\n".join([*lines, "For the first of them write, before compile():", *code])
+        where = "before compile() or where a project's module makes the program"
+        return "\n".join([*lines, f"For the first of them write, {where}:", *code])
 
     def code(self, setup: Setup) -> Iterator[str]:
         """Lines of Python that have ``program`` ask in this way; they use ``dspy``, ``program`` and ``trainset``."""

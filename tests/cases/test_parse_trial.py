@@ -121,7 +121,7 @@ def test_the_advice_runs_and_the_program_then_asks_as_it_was_tried(keeps):
         keep(program, dspy.ChatAdapter())
     told = tried(program, policy).told()
     assert f"100%  XMLAdapter, {DEMOS} demos" in told
-    code = "\n".join(line.strip() for line in told.partition("before compile():\n")[2].splitlines())
+    code = "\n".join(line.strip() for line in told.partition("makes the program:\n")[2].splitlines())
     assert code
     namespace = {"dspy": dspy, "program": program, "trainset": list(SET)}
     with dspy.context(adapter=None):

@@ -3,6 +3,7 @@
 import json
 import os
 
+import dspy
 import pytest
 import yaml
 
@@ -54,6 +55,12 @@ def test_every_setting_is_told_with_its_value_who_set_it_and_the_source_of_its_d
     assert (rows["weight_decay"]["value"], rows["weight_decay"]["set_by"]) == (0.0, "default")
     rows = {row["name"]: row for row in told(change(project, recipe={"auto": "light"}))["settings"]}
     assert (rows["cycles"]["value"], rows["cycles"]["set_by"]) == (2, "auto: light")
+
+
+def test_the_adapter_that_would_be_trained_is_told(project):
+    assert told(project)["project"]["adapter"] == "ChatAdapter"
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        assert told(project)["project"]["adapter"] == "JSONAdapter"
 
 
 @pytest.mark.parametrize("name", FSTConfig.model_fields)
