@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dspy_fst.asking import reconfigured
     from dspy_fst.config import FSTConfig
-    from dspy_fst.errors import ConfigurationError, FSTError
+    from dspy_fst.errors import ConfigurationError, FSTError, NothingLearnedError
     from dspy_fst.optimizer import FSTOptimizer
     from dspy_fst.policy import PolicyLM
     from dspy_fst.saved import load, save
 
-__all__ = ["ConfigurationError", "FSTConfig", "FSTError", "FSTOptimizer", "PolicyLM", "load", "reconfigured", "save"]
+__all__ = [
+    "ConfigurationError",
+    "FSTConfig",
+    "FSTError",
+    "FSTOptimizer",
+    "NothingLearnedError",
+    "PolicyLM",
+    "load",
+    "reconfigured",
+    "save",
+]
 
 _HOMES = {
-    **dict.fromkeys(("ConfigurationError", "FSTError"), "errors"),
+    **dict.fromkeys(("ConfigurationError", "FSTError", "NothingLearnedError"), "errors"),
     **dict.fromkeys(("load", "save"), "saved"),
     "FSTConfig": "config",
     "FSTOptimizer": "optimizer",

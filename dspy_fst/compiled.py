@@ -16,6 +16,7 @@ import dspy
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.fast.evolve import outcome_counts
+from dspy_fst.preflight.what_helps import end_alternation
 from dspy_fst.rollout.adapters import adapter_in_force, keep, kept_by
 from dspy_fst.rollout.player import Task
 from dspy_fst.rollout.texts import carry, with_texts
@@ -41,11 +42,17 @@ class CompiledResults:
     no rollout was measured has none."""
     validation_counts: Mapping[str, int] = field(default_factory=dict)
     """``rollouts``, ``masked: <reason>`` and ``failed: <reason>`` of the validation."""
+    ending: str = ""
+    """What the updates came to, e.g. ``"6 of 6 updates changed the weights"``."""
 
 
 def compiled_program(run: "Session", population: Population, *, track_stats: bool = True) -> dspy.Module:
-    """The program that a run ends with."""
-    run.tell_end()
+    """The program that a run ends with.
+
+    Raises:
+        NothingLearnedError: it stopped because nothing was learnt any more, and not because all was solved.
+    """
+    end_alternation(run)
     validation, counts = _validate(run, population)
     if validation:
         population = _ranked(population, validation)
@@ -59,9 +66,10 @@ def compiled_program(run: "Session", population: Population, *, track_stats: boo
             steps=tuple(run.step_reports),
             validation=validation,
             validation_counts=counts,
+            ending=run.observer.ending.words,
         )
-    weights = run.policy.checkpoint.version
-    run.run.emit("done", population=population, validation=validation, validation_counts=counts, weights=weights)
+    weights, told = run.policy.checkpoint.version, {"validation": validation, "validation_counts": counts}
+    run.run.emit("done", population=population, weights=weights, ending=run.observer.ending.words, **told)
     return compiled
 
 

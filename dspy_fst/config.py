@@ -138,6 +138,13 @@ class FSTConfig(BaseModel):
     learns from them: the engine samples from another distribution than the trainer scores (ours)."""
     max_skipped_updates: int = Field(3, ge=1)
     """Updates in a row that may be skipped because something was not finite; the next one stops the run (ours)."""
+    max_unmoved_steps: int | None = Field(12, ge=1)
+    """Steps in a row without any gradient that stop the run, which can be continued with a higher number; None never
+    stops (ours: two of the paper's cycles, so that a search came between). A run that stands still because every
+    problem is solved ends there, as finished."""
+    recorded_samples: int = Field(4, ge=0)
+    """Rollouts of each step whose replies are kept in the run's events, for ``dspy-fst show --samples`` and the report:
+    the best and the worst of a group, one of each kind of failure, then drawn ones; 0 keeps none (ours)."""
     checkpoint_every: int = Field(1, ge=1)
     """Steps between two states that a killed run can go on from (ours). There is one before every search and at the
     end, too. What came after the last state is played again."""

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class FSTError(Exception):
@@ -53,6 +54,33 @@ class NotFiniteError(TrainingError):
 
 class MismatchError(TrainingError):
     """The batch was sampled from another distribution than the trainer's. Nothing has moved."""
+
+
+class NothingLearnedError(FSTError):
+    """So many steps in a row had no gradient that the run stopped (``max_unmoved_steps``).
+
+    What was done is saved: the same call with a higher limit goes on. A run whose every problem is solved does not
+    raise this; it ends there.
+
+    Args:
+        what: Which steps, and why they taught nothing, e.g. ``"steps 0 to 11: ..."``.
+        run_dir: Where the run goes on from.
+        steps: How many steps in a row had no gradient.
+        cause: One of `dspy_fst.run.learning.Cause`, e.g. ``"unparsed"``.
+        advice: What helped when it was tried on this model and task, or what to try.
+    """
+
+    def __init__(self, what: str, run_dir: Path, steps: int, cause: str, advice: str = ""):
+        self.what, self.run_dir, self.steps, self.cause, self.advice = what, run_dir, steps, cause, advice
+        how_to_go_on = (
+            "No update changed the weights in these steps, so the run stopped (max_unmoved_steps). What it did is "
+            f"saved: to go on, compile again with run_dir={str(run_dir)!r} and max_unmoved_steps above {steps}; None "
+            "never stops"
+        )
+        super().__init__("\n".join([f"{what}.", *([advice] if advice else []), how_to_go_on]))
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.what, self.run_dir, self.steps, self.cause, self.advice)
 
 
 class RunDirectoryError(FSTError):

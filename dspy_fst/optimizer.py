@@ -15,9 +15,10 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.evolve import evolve
 from dspy_fst.kept import keep_compiled
 from dspy_fst.prepare import open_session
-from dspy_fst.report.progress import ProgressView
+from dspy_fst.report.progress import ProgressView, warn_of_ending
 from dspy_fst.report.tracking import Track, Tracking, trackers_of
 from dspy_fst.rollout.reward import Metric
+from dspy_fst.run.directory import Listener
 from dspy_fst.run.interrupts import ctrl_c_told, signals_raise
 from dspy_fst.session import Session
 from dspy_fst.slow.credit import credit
@@ -45,6 +46,7 @@ class FSTOptimizer(Teleprompter):
         seed: int = 0,
         track_stats: bool = True,
         progress: bool = True,
+        show_samples: bool = False,
         listeners: Sequence[Callable[[Mapping[str, Any]], None]] = (),
         track: Track | Sequence[Track] = (),
         **recipe: Any,
@@ -70,6 +72,7 @@ class FSTOptimizer(Teleprompter):
             track_stats: Keep every report in ``compiled.detailed_results``.
             progress: Show a live view (a terminal) or plain lines (elsewhere).
             listeners: Functions that are told every event of the run.
+            show_samples: Show one sampled reply after each step, of at most 200 characters, in the view or the lines.
             track: Experiment trackers by accelerate's names, e.g. ``"tensorboard"`` or ``["wandb", "mlflow"]``, or
                 trackers made with settings of their own. A continued run may name others.
             **recipe: Any other field of FSTConfig, e.g. ``cycles=4, learning_rate=1e-5``.
@@ -80,13 +83,15 @@ class FSTOptimizer(Teleprompter):
         """
         super().__init__()
         self.trackers, faults = trackers_of(track)
-        faults += argument_faults(run_dir, listeners, track_stats=track_stats, progress=progress)
+        switches = {"track_stats": track_stats, "progress": progress, "show_samples": show_samples}
+        faults += argument_faults(run_dir, listeners, **switches)
         own = inspect.signature(FSTOptimizer).parameters
         if faults := [*unknown_settings(recipe, [name for name in own if name != "recipe"]), *faults]:
             raise ConfigurationError(faults)
         self.metric, self.reflection_lm, self.propose = metric, reflection_lm, propose
         self.code_proposer = code_proposer
         self.run_dir, self.track_stats, self.progress = run_dir, track_stats, progress
+        self.show_samples = show_samples
         self.listeners = tuple(listeners)
         self.recipe: dict[str, Any] = {"seed": seed, **recipe}
         if auto is not None:
@@ -118,6 +123,8 @@ class FSTOptimizer(Teleprompter):
 
         Raises:
             ConfigurationError: before any work, with every fault that was found.
+            NothingLearnedError: so many steps in a row had no gradient (``max_unmoved_steps``). It names ``run_dir``;
+                the same call with a higher limit goes on.
             FSTError: the run stopped; what it committed is whole, and the same call goes on from there.
             SystemExit: SIGTERM or SIGHUP came; like Ctrl-C it ends the run after everything was let go.
             KeyboardInterrupt: Ctrl-C; its text says what is saved. In a script it is a SystemExit as well, so that a
@@ -127,9 +134,9 @@ class FSTOptimizer(Teleprompter):
             stack.enter_context(ctrl_c_told(self.progress))
             stack.enter_context(signals_raise())
             title = Path(self.run_dir).name if self.run_dir else "run"
-            view = stack.enter_context(ProgressView(title)) if self.progress else None
+            view = stack.enter_context(ProgressView(title, samples=self.show_samples)) if self.progress else None
             tracking = Tracking(self.trackers)
-            listeners = (*self.listeners, *((view,) if view else ()), tracking)
+            listeners: tuple[Listener, ...] = (*self.listeners, view or warn_of_ending, tracking)
             run = stack.enter_context(open_session(self, student, trainset, valset, teacher, listeners))
             if view:
                 view.recall(run.run.events())

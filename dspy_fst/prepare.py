@@ -55,7 +55,7 @@ NOT_IDENTITY = {
     *("num_threads", "rollout_timeout_s", "micro_batch_tokens"),
     *("checkpoint_every", "keep_states", "keep_weights"),
     *("max_masked_share", "max_skipped_updates", "min_effective_share", "parse_warning_share", "parse_trial"),
-    "sync_tolerance",
+    *("sync_tolerance", "max_unmoved_steps", "recorded_samples"),
 }
 """Settings that may differ between a run and its continuation: they change its cost or when it gives up or warns, not
 its result."""

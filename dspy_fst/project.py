@@ -122,6 +122,8 @@ class Project(_Part):
     take the place of the program's own and of ``model``."""
     track: list[str] | str | None = None
     """Experiment trackers, see FSTOptimizer. They are no part of the recipe: a continued run may name others."""
+    show_samples: bool = False
+    """Whether one sampled reply is shown after each step."""
     recipe: Recipe | None = None
 
     @model_validator(mode="after")
@@ -176,6 +178,7 @@ class Project(_Part):
             run_dir=self.run_path,
             listeners=listeners,
             track=self.track or (),
+            show_samples=self.show_samples,
             **(self.recipe.model_dump(exclude_unset=True) if self.recipe else {}),
         )
         return Opened(program, optimizer, trainset, valset)

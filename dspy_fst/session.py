@@ -16,19 +16,18 @@ from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
 from dspy_fst.fast.evolve import Search, SearchSettings
 from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose, ProposeCode
 from dspy_fst.fast.told import warnings_of
+from dspy_fst.observing import Observer
 from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
 from dspy_fst.publishing import NaturalTexts, Publishing
 from dspy_fst.rollout.player import Player, Task
 from dspy_fst.rollout.rendering import held_under, unread_fault
 from dspy_fst.rollout.reward import UnmeasuredError
-from dspy_fst.rollout.shown import shown, telling
 from dspy_fst.rollout.texts import read_texts
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason, complete
 from dspy_fst.run.history import best_versions
 from dspy_fst.run.journal import Journal
-from dspy_fst.run.watch import Watch
 from dspy_fst.slow.tally import NO_UPDATE
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import (
@@ -74,7 +73,7 @@ class Session:
     stopped: StopReason | None = None
     """Why no further step is made before the plan is done; None as long as it goes on."""
     _seconds: Counter[str] = field(default_factory=Counter)
-    _watch: Watch = field(init=False)
+    observer: Observer = field(init=False)
     _publishing: Publishing = field(init=False)
     _journal: Journal | None = None
     _trainer_moved: bool = True
@@ -84,8 +83,7 @@ class Session:
 
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
-        worst = min(self.config.failure_score, self.config.format_failure_score)
-        self._watch = Watch(worst, self.config.perfect_score, self.config.parse_warning_share)
+        self.observer = Observer(self.run, self.program, self.policy, self.config, self.trainer.tokenizer)
         texts = NaturalTexts(self.program, self.trained, self.trainset, self.trainer.tokenizer)
         self._publishing = Publishing(
             self.policy.handle, self.trainer, texts, tolerance=self.config.sync_tolerance, tell=self._tell_recovery
@@ -93,8 +91,8 @@ class Session:
         events = self.run.events()
         self.cycle_reports += [CycleReport.from_json(e["report"]) for e in events if e["event"] == "cycle"]
         self.step_reports += [StepReport.from_json(e["report"]) for e in events if e["event"] == "step"]
-        for report in self.step_reports:
-            self._watch.see(report)
+        self.observer.recall(self.step_reports, events)
+        self._stop_if_nothing_is_learned()
 
     # ---- where the run stands ------------------------------------------------------------------
 
@@ -123,6 +121,10 @@ class Session:
     def stop(self, reason: StopReason) -> None:
         """Make no further step: the step in hand is committed, and the alternation is over."""
         self.stopped = self.stopped or reason
+
+    def _stop_if_nothing_is_learned(self) -> None:
+        if reason := self.observer.reason_to_stop:
+            self.stop(reason)
 
     def tell_end(self) -> StopReason:
         """Say why the alternation is over; after the last commit (see `dspy_fst.run.ending`)."""
@@ -201,11 +203,12 @@ class Session:
             {"digest": c.digest, "texts": dict(c.texts), "score": sum(row) / len(row)}
             for c, row in zip(search.candidates, search.scores, strict=True)
         ]
+        self.population = search.population
         self.cycle_reports.append(report)
         self.run.save_population(cycle.index, search.population)
         self.run.emit("cycle", report=report, candidates=candidates, parents=search.population.parents)
         step = self.run.state.get("step", 0)
-        for text in warnings_of(search.counts, cycle.index):
+        for text in warnings_of(search.counts, cycle.index, search.warned):
             self.run.emit("warning", step=step, text=text)
         self._commit(cycle=cycle.index, searched=cycle.index, step=step, population=search.population)
         if self._journal is not None:
@@ -353,9 +356,8 @@ class Session:
         )
         self.step_reports.append(report)
         self.run.emit("step", report=report)
-        self.run.emit("trajectories", step=step, rollouts=[shown(rollout) for rollout in telling(groups)])
-        for text in self._watch.see(report):
-            self.run.emit("warning", step=step, text=text)
+        self.observer.see(report, groups)
+        self._stop_if_nothing_is_learned()
         if self._state_is_due(step, cycle):
             searched = self.run.state.get("searched", -1)
             self._commit(cycle=cycle.index, searched=searched, step=step + 1, population=population)

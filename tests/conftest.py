@@ -32,7 +32,7 @@ COMPILE_A_LOT = {
     *("test_cli.py", "test_compile.py", "test_evidence.py", "test_nothing_silent.py", "run/test_journal.py"),
     *("cases/test_adapters.py", "cases/test_architectures.py", "cases/test_architectures_compile.py"),
     *("cases/test_before_start.py", "cases/test_copies.py", "cases/test_lms_and_saving.py", "cases/test_outside.py"),
-    *("cases/test_unmoved_steps.py", "cases/test_weight_check_memory.py"),
+    *("cases/test_nothing_learned.py", "cases/test_unmoved_steps.py", "cases/test_weight_check_memory.py"),
     *("cli/test_eval.py", "cli/test_init.py", "cli/test_serve.py", "report/test_charts.py", "report/test_page.py"),
     *("pipelines/test_adversarial.py", "pipelines/test_shapes.py"),
     *("programs/test_compiles.py", "programs/test_lab.py", "programs/test_tiny.py"),

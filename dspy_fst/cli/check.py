@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspy_fst.cli.common import Debug, Json, errors_as_text
+from dspy_fst.cli.forms import measured_warnings, remedies
 from dspy_fst.cli.proposer import nobody_proposes, proposer_warnings, unreached
 from dspy_fst.cli.tables import Printer
 from dspy_fst.errors import ConfigurationError
@@ -113,7 +114,7 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
             "plan": plan,
             "needs": _needs(fit),
             "written": None if fit is None else fit.writes.words,
-            "warnings": [*warnings, *proposer_warnings(project, opened), *_measured_warnings(time)],
+            "warnings": [*warnings, *proposer_warnings(project, opened), *measured_warnings(time)],
             "unreached": list(unreached(opened)),
             "time": time,
         }
@@ -214,13 +215,6 @@ def _needs(fit: "Fit | None") -> list[dict[str, Any]] | None:
     ]
 
 
-def _measured_warnings(time: dict[str, Any] | None) -> Iterator[str]:
-    """What the sampled rollouts say of the program."""
-    if time is not None and time["lost"]:
-        lost = ", ".join(f"{reason}: {count}" for reason, count in time["lost"].items())
-        yield f"of {time['rollouts'] + 1} rollouts that were sampled some failed or measured nothing ({lost})"
-
-
 # ---- measured ----------------------------------------------------------------------------------
 
 
@@ -245,6 +239,7 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
         start_s = monotonic() - began
         alone_s, _ = _timed(player, opened, 1)
         together_s, rollouts = _timed(player, opened, SAMPLED)
+        helps = remedies(rollouts, player, opened.trainset, policy, config)
     finally:
         policy.release()
     if faults := [*context_faults(policy, rollouts), *_unmeasured(rollouts)]:
@@ -264,6 +259,7 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
         "calls_per_rollout": sum(len(rollout.calls) for rollout in rollouts) / len(rollouts),
         "tokens_per_rollout": sum(rollout.tokens for rollout in rollouts) / len(rollouts),
         "planned_rollouts": total,
+        "remedies": helps,
         "sampling_s": sorted([total * together_s / len(rollouts), total * alone_s]),
     }
 

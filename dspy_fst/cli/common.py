@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dspy_fst.errors import ConfigurationError, DiskError, FSTError, RunDirectoryError
+from dspy_fst.errors import ConfigurationError, DiskError, FSTError, NothingLearnedError, RunDirectoryError
 from dspy_fst.run.interrupts import Terminated, interruption_named
 
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
@@ -30,7 +30,9 @@ def told_how_to_go_on(run_dir: Path) -> Iterator[None]:
     except BaseException as error:
         if _exit_code(error) == USAGE:
             raise
-        if (run_dir / "project.yaml").is_file():
+        if isinstance(error, NothingLearnedError):
+            error.add_note("On the command line: set max_unmoved_steps in the project's recipe, then dspy-fst run FILE")
+        elif (run_dir / "project.yaml").is_file():
             error.add_note(f"The run can be continued: dspy-fst resume {shlex.quote(str(run_dir))}")
         elif interruption_named(error):
             error.add_note("Nothing was saved yet; the same command starts it again")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspy_fst.cli.common import Debug, Json, errors_as_text
+from dspy_fst.cli.samples import SAMPLES, show_samples
 
 if TYPE_CHECKING:
     from dspy_fst.report.record import Node, Record
@@ -23,10 +24,14 @@ def show(
     steps: Annotated[
         int | None, typer.Option(min=0, help=f"How many of the last steps; {SHOWN_STEPS}, or all with --json.")
     ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Show so many recorded rollouts instead, the newest last.")
+    ] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Of the samples, only what failed or was masked.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a run's tables in the terminal.
+    """Show a run's tables in the terminal, or replies that were sampled (--samples).
 
     Also of a run that is under way or was killed: cycles, steps, predictors, population, costs, evaluations.
     """
@@ -34,7 +39,9 @@ def show(
         from dspy_fst.report.record import read_records
 
         (record,) = read_records([run_dir])
-        if as_json:
+        if samples is not None or failed:
+            show_samples(record, samples or SAMPLES, failed=failed, as_json=as_json)
+        elif as_json:
             typer.echo(json.dumps(summary(run_dir, record, record.steps if steps is None else _last(record, steps))))
         else:
             _print(run_dir, record, _last(record, SHOWN_STEPS if steps is None else steps))
@@ -61,6 +68,8 @@ def summary(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> d
             }
             for node, copies in _members(record)
         ],
+        "ending": record.ending.words,
+        "ended": None if record.ended is None else asdict(record.ended),
         "costs": {**asdict(record.costs), "rollouts": record.costs.rollouts, "tokens": record.costs.tokens},
         "warnings": [asdict(told) for told in record.warnings],
         "lost": dict(record.lost),
@@ -110,6 +119,9 @@ def _print(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> No
     out.table(("what", "spent"), _costs(record))
     _print_trouble(out, record)
     _print_evaluations(out, record)
+    if record.ending.nothing_learned:
+        out.heading("In short")
+        out.line(record.ending.words)
 
 
 def _all(record: "Record") -> str:
@@ -124,10 +136,13 @@ def _state(run_dir: Path, record: "Record") -> str:
     planned = record.budget.get("updates")
     done = f"{len(record.steps)}" + (f" of {planned}" if planned is not None else "") + " steps are done"
     if record.state == "finished":
-        return f"finished; {done}, weights {record.weights}"
+        nothing = f"; {record.ending.words}" if record.ending.nothing_learned else ""
+        return f"finished; {done}, weights {record.weights}{nothing}"
     if record.state == "running":
         return f"running; {done}"
     at = f"stopped at step {len(record.steps)}" if record.started is not None else "stopped before it wrote anything"
+    if record.ended is not None and record.ended.kind == "nothing_learned":
+        return f"{at}; {done}. {record.ended.text}"
     return f"{at}; {done}. To go on: dspy-fst resume {_quoted(run_dir)}"
 
 

@@ -21,6 +21,8 @@ Track = Annotated[
     typer.Option("--track", metavar="NAME", help="Log to this tracker, e.g. tensorboard; repeat it for several."),
 ]
 
+Samples = Annotated[bool, typer.Option("--samples", help="Show one sampled reply after each step.")]
+
 
 def run(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The project: a YAML file, or the folder of one.")],
@@ -33,6 +35,7 @@ def run(
     ] = None,
     cycles: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     track: Track = None,
+    samples: Samples = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -46,7 +49,8 @@ def run(
         from dspy_fst.project import kept_in, load_project
         from dspy_fst.run.directory import PROJECT
 
-        project = _changed(_tracked(load_project(file), track), continue_from, new_run_dir, cycles)
+        project = _sampled(_tracked(load_project(file), track), samples)
+        project = _changed(project, continue_from, new_run_dir, cycles)
         run_dir = project.run_path
         if (
             (run_dir / PROJECT).is_file()
@@ -60,6 +64,7 @@ def run(
 def resume(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's directory.")],
     track: Track = None,
+    samples: Samples = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -76,12 +81,13 @@ def resume(
             return
         # The directory may have been moved since: it is the one that was named now.
         project = kept_in(run_dir).model_copy(update={"run_dir": str(run_dir)})
-        _train(_tracked(project, track), as_json, going_on_in=run_dir, trust_code=trust_code)
+        _train(_sampled(_tracked(project, track), samples), as_json, going_on_in=run_dir, trust_code=trust_code)
 
 
 def _same(kept: "Project", given: "Project") -> bool:
-    """Whether a run of these settings is the one that is kept; trackers may differ."""
-    return kept.model_dump(exclude={"track", "run_dir"}) == given.model_dump(exclude={"track", "run_dir"})
+    """Whether a run of these settings is the one that is kept; what only watches it may differ."""
+    apart = {"track", "run_dir", "show_samples"}
+    return kept.model_dump(exclude=apart) == given.model_dump(exclude=apart)
 
 
 def _shown_when_finished(run_dir: Path, as_json: bool) -> bool:
@@ -109,6 +115,11 @@ def _changed(project: "Project", continue_from: Path | None, run_dir: Path | Non
         given = project.recipe.model_dump(exclude_unset=True, exclude={"auto"}) if project.recipe else {}
         changes["recipe"] = Recipe.model_validate({**given, "cycles": cycles})
     return project.model_copy(update=changes)
+
+
+def _sampled(project: "Project", samples: bool) -> "Project":
+    """The project with samples shown, where they are wanted."""
+    return project.model_copy(update={"show_samples": True}) if samples else project
 
 
 def _why_not_resumed(run_dir: Path) -> str:
@@ -163,18 +174,21 @@ def _train(project: "Project", as_json: bool, *, going_on_in: Path | None = None
 
 def _outcome(run_dir: Path) -> dict[str, Any] | None:
     """What a finished run came to, as its events tell; None while it is not finished."""
+    from dspy_fst.report.record import record_of
     from dspy_fst.run.directory import COMPILED, read_events
 
     events = read_events(run_dir)
     done = next((event for event in reversed(events) if event["event"] == "done"), None)  # one that goes on cuts it
     if done is None:
         return None
-    steps = [event["report"] for event in events if event["event"] == "step"]
+    ending = record_of(events).ending
     members = zip(done["population"]["members"], done["population"]["scores"], strict=True)
     return {
         "run_dir": str(run_dir),
-        "steps": len(steps),
-        "updates": sum(step["update"]["rows"] > 0 and not step["update"]["skipped"] for step in steps),
+        "steps": ending.steps,
+        "updates": ending.moved,
+        "ending": ending.words,
+        "nothing_learned": ending.nothing_learned,
         "population": [{"score": score, "texts": texts} for texts, score in members],
         "validation": done["validation"],
         "weights": str(run_dir / "weights" / done["weights"]),
@@ -189,11 +203,9 @@ def _show(outcome: Mapping[str, Any], as_json: bool) -> None:
     best = outcome["population"][0]
     score = "" if best["score"] is None else f", score {best['score']:.3f}"
     typer.echo(f"{outcome['updates']} weight updates in {outcome['steps']} steps; weights in {outcome['weights']}")
-    if outcome["steps"] and not outcome["updates"]:
-        typer.echo(
-            "warning: nothing was learnt, no step had two rollouts of a problem with different rewards", err=True
-        )
     typer.echo(f"best candidate{score}:")
     for name, text in best["texts"].items():
         typer.echo(f"  {name}: {text}")
     typer.echo(f"the compiled program is in {outcome['compiled']}; dspy_fst.load reads it")
+    if outcome["nothing_learned"]:
+        typer.echo(outcome["ending"])

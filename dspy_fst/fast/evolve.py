@@ -78,6 +78,8 @@ class Search:
     counts: Counter[str]
     """``reflections``, ``reflections_failed``, ``lines_restored``, ``texts_mended``, ``texts_refused``, ``accepted``,
     ``unmeasured`` (anchors of candidates without a score), ``masked: <reason>``, ``failed: <reason>``."""
+    warned: tuple[str, ...] = ()
+    """What the proposer warned of, e.g. feedback that it could not read."""
 
 
 def evolve(
@@ -184,6 +186,7 @@ def evolve(
         counts=adapter.counts
         + Counter(accepted=len(candidates) - len(seeds), unmeasured=unmeasured)
         + outcome_counts(bank.fresh),
+        warned=tuple(adapter.warned),
     )
 
 

@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 from gepa.core.adapter import EvaluationBatch
 
 from dspy_fst.errors import MeasurementError, RunDirectoryError
+from dspy_fst.fast.heard import heard
 from dspy_fst.fast.mending import kept_texts
 from dspy_fst.fast.records import asked_for, bounded
 from dspy_fst.fast.seeding import UNMEASURED
@@ -189,6 +191,8 @@ class BankedAdapter(DspyAdapter):
         self.minibatch = minibatch
         self.counts: Counter[str] = Counter()
         self.last_failure = ""
+        self.warned: dict[str, None] = {}
+        """What the proposer warned of, each text once."""
         self.stopped_by: RunDirectoryError | None = None
         """What the journal raised. gepa logs whatever a reflection raises and goes on."""
 
@@ -234,6 +238,7 @@ class BankedAdapter(DspyAdapter):
         except RunDirectoryError as error:
             self.stopped_by = error
             raise
+        self.warned |= dict.fromkeys(gave.get("warned", ()))
         if "failed" in gave:
             self.counts["reflections_failed"] += 1
             self.last_failure = gave["failed"]
@@ -266,13 +271,17 @@ class BankedAdapter(DspyAdapter):
     def _reflect(
         self, candidate: dict[str, str], reflective_dataset: dict[str, Any], shown: list[str]
     ) -> dict[str, Any]:
-        try:
-            texts = self._proposed(candidate, reflective_dataset, shown)
-            if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
-                raise TypeError(f"the proposer gave no text for {', '.join(map(str, wrong))}")
-            return {"texts": texts}
-        except Exception as error:
-            return {"failed": repr(error)}
+        # What a reflection LM warns of is its library's affair.
+        listening: AbstractContextManager[list[str]] = heard() if self._describe is None else nullcontext([])
+        with listening as warned:
+            try:
+                texts = self._proposed(candidate, reflective_dataset, shown)
+                if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
+                    raise TypeError(f"the proposer gave no text for {', '.join(map(str, wrong))}")
+                gave: dict[str, Any] = {"texts": texts}
+            except Exception as error:
+                gave = {"failed": repr(error)}
+        return {**gave, "warned": warned}
 
     def _proposed(
         self, candidate: dict[str, str], reflective_dataset: dict[str, Any], shown: list[str]

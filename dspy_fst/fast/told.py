@@ -1,11 +1,11 @@
 """What whoever watches a run is told of a search that has ended. Pure functions of its counts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
-def warnings_of(counts: Mapping[str, int], cycle: int) -> list[str]:
-    """A sentence for each thing that a search left undone or changed; see ``Search.counts``."""
-    told = []
+def warnings_of(counts: Mapping[str, int], cycle: int, warned: Sequence[str] = ()) -> list[str]:
+    """A sentence for each thing that a search left undone or changed; see ``Search.counts`` and ``Search.warned``."""
+    told = [f"the proposer says: {text}" for text in warned]
     if not counts.get("reflections", 0) + counts.get("reflections_failed", 0):
         told.append(
             "nothing was reflected on, so no instruction changed: every rollout was perfect, or no call of a predictor "

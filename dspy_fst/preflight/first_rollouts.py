@@ -8,15 +8,13 @@ hardly any of whose replies parse, with what was found to help (`parse_trial`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspy.teleprompt.bootstrap_trace import FailedPrediction
-
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.fast.records import cut
 from dspy_fst.preflight.own_adapters import own_adapters
-from dspy_fst.preflight.parse_trial import parse_share, trial
+from dspy_fst.preflight.parse_trial import parse_share, try_forms
 from dspy_fst.preflight.score_scale import of_labels, scale_warnings
 from dspy_fst.rollout.adapters import adapter_in_force, describe, kept_by
 from dspy_fst.rollout.player import Task
+from dspy_fst.rollout.shown import failed_reply_of
 from dspy_fst.session import Session
 from dspy_fst.types import Problem, Rollout
 from dspy_fst.validation import context_faults
@@ -25,8 +23,6 @@ COUNT = 4
 """Examples of each set that are tried (ours)."""
 HARDLY = 0.5
 """Share of replies that parse below which other forms are tried (ours)."""
-SHOWN = 300
-"""Characters of a failing reply, and of the reason, that a warning shows (ours)."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +50,16 @@ def try_first(session: Session) -> Spent:
     scores += of_labels(session.player.reward.metric, session.trainset)
     for warning in scale_warnings(scores, session.config.perfect_score):
         session.run.emit("note", text=f"warning: {warning}")
-    if all(rollout.failure for rollout in train):
-        session.run.emit("note", text=f"warning: {_all_failed(train)}")
-    share = parse_share(train)
     kept = str(describe(kept_by(session.program) or adapter_in_force()))
     if told := own_adapters([*train, *val], kept):
         session.run.emit("note", text=told)
     if told := _unnamed_calls([*train, *val]):
         session.run.emit("note", text=f"warning: {told}")
-    tried = trial(session, share) if session.config.parse_trial and share is not None and share < HARDLY else None
-    if tried:
-        session.run.emit("note", text=f"warning: {tried.told()}")
+    failed = [_all_failed(train)] if all(rollout.failure for rollout in train) else []
+    share = parse_share(train)
+    tried = try_forms(session, share) if share is not None and share < HARDLY else None
+    if failed or tried:  # one fault, one warning
+        session.run.emit("note", text=f"warning: {'; '.join([*failed, *([tried.told()] if tried else [])])}")
     calls = [len(rollout.calls) for rollout in train]
     session.calls_per_rollout = sum(calls) / len(calls)
     session.tokens_per_rollout = sum(rollout.tokens for rollout in train) / len(train)
@@ -131,15 +126,5 @@ def _advice(reasons: Sequence[str]) -> str:
 def _all_failed(rollouts: Sequence[Rollout]) -> str:
     kinds = sorted({str(rollout.failure) for rollout in rollouts})
     told = f"every reply to the first examples failed ({', '.join(kinds)}), so the metric was not tried"
-    shown = next((found for rollout in rollouts if (found := _failing_reply(rollout))), "")
-    return f"{told}. {shown}" if shown else told
-
-
-def _failing_reply(rollout: Rollout) -> str:
-    """A reply that did not parse, and what was missed in it."""
-    said = next((entry[2] for entry in rollout.trace if isinstance(entry[2], FailedPrediction)), None)
-    if said is None:
-        return ""
-    why = " ".join(line for line in rollout.feedback.splitlines() if line.startswith(("Expected", "Actual")))
-    whom = f" of {rollout.failed_in!r}" if rollout.failed_in else ""
-    return f"A reply{whom}: {cut(said.completion_text, SHOWN)!r}. {cut(why, SHOWN)}".rstrip()
+    reply = failed_reply_of(rollouts)
+    return f"{told}. {reply}" if reply else told

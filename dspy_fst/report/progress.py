@@ -1,7 +1,8 @@
 """What a person sees while a run is going on: a live view in a terminal or a notebook, plain lines elsewhere."""
 
+import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,8 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dspy_fst.report.metrics import entry_of
+from dspy_fst.report.samples import sample_line
+from dspy_fst.report.standing import Standing, Times, counted
 from dspy_fst.report.words import DASH, duration, number
+from dspy_fst.run.learning import NOTHING_CHANGED
 
+logger = logging.getLogger(__name__)
 HEARTBEAT_S = 30.0
 """A plain log says at least this often that rollouts are coming in, so that a wait is not taken for a hang."""
 NOTEBOOK_S = 0.5
@@ -31,6 +36,7 @@ class ProgressView:
         console: Where to; a console without a terminal gets one plain line an event.
         lines: Newest lines that a live view shows.
         clock: Seconds; for the times of the phases and what is left.
+        samples: Whether one sampled reply a step is shown.
     """
 
     def __init__(
@@ -39,6 +45,8 @@ class ProgressView:
         console: Console | None = None,
         lines: int = 6,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        samples: bool = False,
     ):
         self.console = console or Console()
         self.title = title
@@ -48,12 +56,13 @@ class ProgressView:
         self._plain = not (terminal or self._notebook)
         # A notebook keeps its notes and warnings in the view, so it has room for more.
         self._recent: deque[str] = deque(maxlen=2 * lines if self._notebook else lines)
-        self._standing = _Standing()
-        self._times = _Times(clock)
+        self._standing = Standing()
+        self._times = Times(clock)
         self._figures: dict[str, float] = {}
         self._rewards: deque[float | None] = deque(maxlen=SHOWN_REWARDS)
         self._candidates: list[tuple[float | None, str]] = []
         self._searching = False
+        self._samples, self._sample = samples, ""
         self._phase = "starting"
         self._heard = clock()
         self._open = ExitStack()
@@ -87,7 +96,7 @@ class ProgressView:
         show = getattr(self, f"_on_{event['event']}", None)
         if show is not None:
             show(event)
-            self._refresh(now=event["event"] in ("cycle", "step", "warning"))
+            self._refresh(now=event["event"] in ("cycle", "step", "warning", "done", "stopped"))
 
     # ---- one method an event -------------------------------------------------------------------
 
@@ -142,6 +151,19 @@ class ProgressView:
     def _on_ended(self, event: Mapping[str, Any]) -> None:
         if event["reason"]["kind"] != "complete":
             self._say(f"ended after step {event['reason']['step']}: {event['reason']['text']}", keep=True)
+
+    def _on_trajectories(self, event: Mapping[str, Any]) -> None:
+        """One sampled reply of the step, where samples are wanted."""
+        rollouts = event["rollouts"]
+        if self._samples and rollouts:
+            self._sample = sample_line(rollouts[event["step"] % len(rollouts)])
+            if self._plain or self._notebook:
+                self._say(f"sample: {self._sample}")
+
+    def _on_done(self, event: Mapping[str, Any]) -> None:
+        self._phase = "finished"
+        if "ending" in event:
+            self._say(f"finished: {event['ending']}", keep=True)
 
     def _on_note(self, event: Mapping[str, Any]) -> None:
         self._say(event["text"], keep=True)
@@ -206,110 +228,9 @@ class ProgressView:
             yield "groups flat", f"{figures.get('train/flat_groups', 0):g} of {figures.get('train/groups', 0):g}"
         for place, (score, text) in enumerate(tuple(self._candidates)):
             yield "" if place else "best texts", f"{number(score)}  {text}"
+        if self._sample:
+            yield "sample", self._sample
         yield "time", self._times.words
-
-
-class _Standing:
-    """What of the plan is done. A rollout counts when it is made, and for its search or step once that is over."""
-
-    def __init__(self) -> None:
-        self.budget: Mapping[str, int] = {}
-        self.done: Counter[str] = Counter()
-        """``searches``, ``updates``, and the rollouts of each: ``search``, ``train``."""
-        self.masked = self.played = self.played_masked = 0
-
-    def add(self, event: Mapping[str, Any]) -> None:
-        report, step = event["report"], event["event"] == "step"
-        rollouts = report["counts"].get("rollouts", 0) if step else report["rollouts"]
-        self.done.update({"updates" if step else "searches": 1, "train" if step else "search": rollouts})
-        self.masked += sum(count for reason, count in report["counts"].items() if reason.startswith("masked: "))
-        self.played = self.played_masked = 0
-
-    @property
-    def planned(self) -> int:
-        """Rollouts of the searches, at most, and of the updates; validation is outside."""
-        names = ("search_rollouts", "scoring_rollouts", "training_rollouts")
-        return sum(self.budget.get(name, 0) for name in names)
-
-    @property
-    def over(self) -> bool:
-        """Whether searches and updates are all done."""
-        whole = {name: self.budget.get(name, 0) for name in ("searches", "updates")}
-        return bool(self.budget) and all(self.done[name] >= whole[name] for name in whole)
-
-    @property
-    def spent(self) -> int:
-        return self.done["search"] + self.done["train"] + (0 if self.over else self.played)
-
-    def left(self) -> dict[str, float]:
-        """Rollouts to come, by what they are for."""
-        searches, planned = self.budget.get("searches", 0), self.planned - self.budget.get("training_rollouts", 0)
-        return {
-            "search": planned * max(0, searches - self.done["searches"]) / searches if searches else 0.0,
-            "train": max(0, self.budget.get("training_rollouts", 0) - self.done["train"]),
-            "validation": self.budget.get("validation_rollouts", 0),
-        }
-
-    @property
-    def progress(self) -> str:
-        return ", ".join(
-            f"{self.done[name]} of {counted(self.budget[name], one)}"
-            for name, one in (("searches", "search"), ("updates", "update"))
-            if self.budget.get(name)
-        )
-
-    @property
-    def rollouts(self) -> str:
-        of = f" of {self.planned:,}" if self.planned else ""
-        made = self.done["search"] + self.done["train"] + self.played
-        masked = self.masked + self.played_masked
-        return f"{self.spent:,}{of}" + (f", {masked / made:.1%} masked" if masked else "")
-
-
-class _Times:
-    """How long each phase took in this process, and so how long the rest will take."""
-
-    def __init__(self, clock: Callable[[], float]):
-        self._clock = clock
-        self._activity, self._entered = "starting", clock()
-        self._spent: Counter[str] = Counter()
-        self._since: float | None = None
-        """When the search or step in hand began; None before the first."""
-        self._seconds: Counter[str] = Counter()
-        self._rollouts: Counter[str] = Counter()
-
-    def enter(self, activity: str) -> None:
-        now = self._clock()
-        self._spent[self._activity] += now - self._entered  # type: ignore[assignment]
-        self._activity, self._entered = activity, now
-        if self._since is None:
-            self._since = now
-
-    def measured(self, kind: str, rollouts: int) -> None:
-        """A search or a step is over: reflections, the update and the publishing of weights included."""
-        now = self._clock()
-        if self._since is not None and rollouts:
-            self._seconds[kind] += now - self._since  # type: ignore[assignment]
-            self._rollouts[kind] += rollouts
-        self._since = now
-
-    def left(self, standing: _Standing) -> float | None:
-        """Seconds to the end of the run; None before a step was measured here, and once it took longer than that."""
-        if not self._rollouts["train"]:
-            return None
-        of_a_step = self._seconds["train"] / self._rollouts["train"]
-        seconds = 0.0
-        for kind, rollouts in standing.left().items():
-            made = self._rollouts[kind]
-            seconds += rollouts * (self._seconds[kind] / made if made else of_a_step)
-        left = seconds - (self._clock() - (self._since or 0.0))
-        return left if left > 0 else None
-
-    @property
-    def words(self) -> str:
-        spent: dict[str, float] = dict(self._spent)
-        spent[self._activity] = spent.get(self._activity, 0.0) + self._clock() - self._entered
-        return ", ".join(f"{activity} {duration(seconds)}" for activity, seconds in spent.items())
 
 
 class _Notebook:
@@ -329,6 +250,12 @@ class _Notebook:
             self._handle = display(view, display_id=True)
         else:
             self._handle.update(view)
+
+
+def warn_of_ending(event: Mapping[str, Any]) -> None:
+    """A listener in the place of a view: only that no update changed the weights is told, in Python's log."""
+    if event["event"] == "done" and event.get("ending", "").startswith(NOTHING_CHANGED):
+        logger.warning("the run is finished, and %s", event["ending"])
 
 
 @contextmanager
@@ -359,12 +286,6 @@ def sparkline(values: Sequence[float | None]) -> str:
         return BARS[int((value - low) / span * (len(BARS) - 1))] if span else BARS[0]
 
     return "".join(" " if value is None else bar(value) for value in values)
-
-
-def counted(count: int, one: str) -> str:
-    """``1 rollout``, ``2 rollouts``, ``1,200 searches``."""
-    many = f"{one}es" if one.endswith("ch") else f"{one}s"
-    return f"{count:,} {one if count == 1 else many}"
 
 
 def _population(event: Mapping[str, Any]) -> list[tuple[float | None, str]]:

@@ -24,8 +24,10 @@ from dspy_fst.report.evaluated import (
     evaluations_in,
     two_by_two_of,
 )
+from dspy_fst.report.samples import Played, played
 from dspy_fst.run.directory import LOCK, read_events
 from dspy_fst.run.ending import StopReason, ended_of
+from dspy_fst.run.learning import Ending, ending
 from dspy_fst.types import Candidate, CycleReport, PredictorReport, StepReport, UpdateReport
 
 State = Literal["finished", "running", "stopped"]
@@ -62,30 +64,6 @@ class Node:
     def last_score(self) -> float | None:
         """Its newest anchor score."""
         return next(reversed([*self.scores.values()]), None)
-
-
-@dataclass(frozen=True)
-class Module:
-    """One module call of a rollout as people read it: ``outputs``, or the ``reply`` that did not parse."""
-
-    name: str
-    inputs: Mapping[str, str] | None
-    outputs: Mapping[str, str] | None
-    reply: str | None
-
-
-@dataclass(frozen=True)
-class Played:
-    """One sample rollout; see `dspy_fst.rollout.shown`."""
-
-    problem: int
-    candidate: str
-    reward: float | None
-    feedback: str | None
-    mask: str | None
-    failure: str | None
-    tokens: int | None
-    modules: tuple[Module, ...]
 
 
 @dataclass(frozen=True)
@@ -192,7 +170,7 @@ class Record:
     population: tuple[str, ...] = ()
     """Digests of the final population, or of the newest while there is no final one; best first."""
     trajectories: Mapping[int, tuple[Played, ...]] = field(default_factory=dict)
-    """Step -> the best and the worst rollout of its most telling group."""
+    """Step -> its samples: the best and the worst rollout of its most telling group, then others."""
     weights: str | None = None
     ended: StopReason | None = None
     """Why the run's alternation is over; None while it goes on, after a kill, and for a run of an older release."""
@@ -202,6 +180,13 @@ class Record:
     @cached_property
     def by_digest(self) -> Mapping[str, Node]:
         return {node.digest: node for node in self.nodes}
+
+    @cached_property
+    def ending(self) -> Ending:
+        """What the updates came to so far."""
+        failures = [self.config.get(name) or 0.0 for name in ("failure_score", "format_failure_score")]
+        best_score = self.config.get("perfect_score")
+        return ending(self.steps, min(failures), 1.0 if best_score is None else best_score)
 
     @property
     def seen(self) -> list[str]:
@@ -395,7 +380,7 @@ def record_of(events: Events, *, name: str = "run", evaluations: Sequence[str] =
         spent=tuple(_spent(events)),
         nodes=tuple(nodes.values()),
         population=tuple(final) if done else cycles[-1].population if cycles else (),
-        trajectories={event["step"]: tuple(map(_played, event["rollouts"])) for event in _of(events, "trajectories")},
+        trajectories={event["step"]: tuple(map(played, event["rollouts"])) for event in _of(events, "trajectories")},
         weights=done.get("weights"),
         ended=ended_of(events),
         two_by_two=next((table for data in reversed(evaluated) if (table := two_by_two_of(data))), None),
@@ -414,10 +399,6 @@ def _cycle(data: Mapping[str, Any]) -> CycleReport:
 def _step(data: Mapping[str, Any]) -> StepReport:
     predictors = {name: as_written(PredictorReport, of) for name, of in (data.get("predictors") or {}).items()}
     return as_written(StepReport, data, update=as_written(UpdateReport, data["update"]), predictors=predictors)
-
-
-def _played(data: Mapping[str, Any]) -> Played:
-    return as_written(Played, data, modules=tuple(as_written(Module, module) for module in data["modules"]))
 
 
 def _warnings(events: Events) -> Iterator[Told]:

@@ -43,7 +43,8 @@ class Tree:
 
     def faults(self) -> list[str]:
         """Why copies would share a part with the program; empty when they would not."""
-        stuck = {key: node for key, node in self.holding.items() if not can_be_made(node)}
+        all_stuck = {key: node for key, node in self.holding.items() if not can_be_made(node)}
+        stuck = {key: node for key, node in all_stuck.items() if not self._within(key, all_stuck)}
         faults = [
             f"student: {self.place(key)} is a {type(node).__name__} that holds {self._part_in(key)}, and it cannot be "
             "copied: rollouts under other texts would share that module. Make it inside forward(), or hold the module "
@@ -68,6 +69,14 @@ class Tree:
             for above, node in self._reaching([key]).items()
             if is_plain(type(node)) and not is_part(node) and copies_itself(type(node))
         }
+
+    def _within(self, key: int, others: Mapping[int, Any]) -> bool:
+        """Whether it stands inside of one of the others: a generator's cells are told with the generator."""
+        while key in self._named:
+            key, _ = self._named[key]
+            if key in others:
+                return True
+        return False
 
     def _part_in(self, key: int) -> str:
         below = next(k for k, node in self.nodes.items() if is_part(node) and key in self._reaching([k]))

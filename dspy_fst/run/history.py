@@ -3,8 +3,9 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from dspy_fst.run.form_advice import Form
 from dspy_fst.types import StepReport, WeightsVersion
 
 WINDOW = 5
@@ -35,6 +36,15 @@ class History:
     best: float
     parse_share: float
     """``FSTConfig.parse_warning_share``."""
+    form: Form = field(default_factory=Form)
+    """How the program asks now."""
+    reply: str = ""
+    """A failed reply of the newest step, and why it failed; empty where none did."""
+
+    @property
+    def one_reply(self) -> str:
+        """The reply as the end of a sentence; empty where there is none."""
+        return f". {self.reply}" if self.reply else ""
 
     def updates(self, field: str) -> list[tuple[StepReport, float]]:
         """Steps that moved the weights, and what their updates measured of one field of UpdateReport.

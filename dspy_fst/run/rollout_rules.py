@@ -3,6 +3,7 @@
 from collections import Counter
 from statistics import fmean
 
+from dspy_fst.run.form_advice import form_advice
 from dspy_fst.run.history import SHORT, WINDOW, Finding, History, span
 from dspy_fst.types import StepReport
 
@@ -17,12 +18,16 @@ REWARD_FALL, REWARD_NOISE = 0.3, 0.1
 """Fall of the mean reward, as a share of its height over the worst, and of the whole range (ours)."""
 
 
+MOSTLY = 0.5
+"""Share of replies that do not parse from which on that is why every rollout is wrong (ours)."""
+ALL_WRONG = (
+    "Nearly every rollout fails: look at some replies (dspy-fst show RUN_DIR --samples 5); then raise search_passes or "
+    "group_size, give easier problems, or a metric with partial credit"
+)
+ALL_RIGHT = "Nearly every rollout succeeds: stop here, or give harder problems"
+ALL_ALIKE = "The rollouts of a problem score alike: give a finer metric, or raise group_size or the temperature"
 NEARLY_ALL = 0.9
 """Share of replies that do not parse from which on a lower score for them teaches nothing (ours)."""
-FORM_ADVICE = (
-    "Raise max_tokens if they are cut off; else try dspy.configure(adapter=dspy.JSONAdapter()), two demos, a lower "
-    "temperature, or simpler output fields"
-)
 OR_THE_SCORE = "; or set format_failure_score below failure_score, so that the form is learnt"
 NOT_THE_SCORE = (
     ". A lower format_failure_score does not help while nearly every reply fails: it shifts all rewards alike"
@@ -38,15 +43,12 @@ def flat_groups(history: History) -> Finding | None:
     reward, edge = fmean(rewards), EDGE * (history.best - history.worst)
     seen = f"{fmean(shares):.0%} of the groups were flat, so little was learnt; mean reward {reward:.2g}"
     if reward <= history.worst + edge:
-        advice = (
-            "Nearly every rollout fails: look at some replies; then raise search_passes or group_size, give easier "
-            "problems, or a metric with partial credit"
-        )
-        return Finding("all wrong", steps, seen, advice)
+        if min(map(_unparsed_share, steps)) >= max(MOSTLY, history.parse_share):
+            return None  # `parse_failures` tells it, and why
+        return Finding("all wrong", steps, seen + history.one_reply, ALL_WRONG)
     if reward >= history.best - edge:
-        return Finding("all right", steps, seen, "Nearly every rollout succeeds: stop here, or give harder problems")
-    advice = "The rollouts of a problem score alike: give a finer metric, or raise group_size or the temperature"
-    return Finding("all alike", steps, seen, advice)
+        return Finding("all right", steps, seen, ALL_RIGHT)
+    return Finding("all alike", steps, seen, ALL_ALIKE)
 
 
 def parse_failures(history: History) -> Finding | None:
@@ -61,8 +63,8 @@ def parse_failures(history: History) -> Finding | None:
         if of.unparsed
     ]
     seen = f"{share:.0%} of the rollouts ended in a reply that does not parse"
-    seen += f" ({'; '.join(by_predictor)})" if by_predictor else ""
-    advice = FORM_ADVICE + (NOT_THE_SCORE if share >= NEARLY_ALL else OR_THE_SCORE)
+    seen += (f" ({'; '.join(by_predictor)})" if by_predictor else "") + history.one_reply
+    advice = form_advice(history.form) + (NOT_THE_SCORE if share >= NEARLY_ALL else OR_THE_SCORE)
     return Finding(f"parse in cycle {now.cycle}", [now], seen, advice)
 
 

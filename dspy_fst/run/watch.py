@@ -4,6 +4,7 @@ Pure: the warnings are a function of the sequence of reports. A run that is cont
 new `Watch` and drops what that says.
 """
 
+from dspy_fst.run.form_advice import Form
 from dspy_fst.run.history import History
 from dspy_fst.run.rollout_rules import ROLLOUT_RULES
 from dspy_fst.run.update_rules import UPDATE_RULES
@@ -27,10 +28,17 @@ class Watch:
         self._reports: list[StepReport] = []
         self._last_seen: dict[str, int] = {}
 
-    def see(self, report: StepReport) -> list[str]:
-        """Warnings that this report gives rise to: what was seen, over how many steps, and what to do."""
+    def see(self, report: StepReport, form: Form | None = None, reply: str = "") -> list[str]:
+        """Warnings that this report gives rise to: what was seen, over how many steps, and what to do.
+
+        Args:
+            report: Of the newest step.
+            form: How the program asks now, so that what it does already is not advised.
+            reply: A failed reply of the step and its reason, for the warnings that are about such.
+        """
         self._reports.append(report)
-        now, history = len(self._reports), History(self._reports, self._worst, self._best, self._parse_share)
+        now = len(self._reports)
+        history = History(self._reports, self._worst, self._best, self._parse_share, form or Form(), reply)
         warnings = []
         for finding in filter(None, (rule(history) for rule in (*ROLLOUT_RULES, *UPDATE_RULES))):
             if finding.kind not in self._last_seen or now - self._last_seen[finding.kind] > CALM:

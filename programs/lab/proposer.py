@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from programs.lab.operations import BY_NAME, OPENERS, REMARKS, Chain, apply, chains, say
+from programs.unread import tell_unread
 
 Fits = Callable[[list[int]], bool]
 """Whether an answer is possible, as far as one piece of feedback tells."""
 
+READS = "the laboratory's own sentences alone, such as 'Wrong. Too many values; ... Expected: 9 1 7. Got: 9 1.'"
 LONGEST = 5
 """Sentences an instruction keeps; beyond, the oldest go."""
 
@@ -28,6 +30,9 @@ class FeedbackProposer:
     the first proposal states the right rule 6 to 8 times in 10. What is left to the search is to meet a telling
     record, to get past a wrong guess, and to find the wording that the policy understands best.
 
+    It needs the laboratory's own sentences (`programs.lab.world.describe_fault`). The first feedback that it cannot
+    read is warned of (``warnings.warn``), which a run tells among its warnings.
+
     Draws come from a hash of the seed and the inputs, so a resumed run proposes the same again.
     """
 
@@ -36,6 +41,7 @@ class FeedbackProposer:
         self.seed = seed
         self.reads = reads
         self.rewrite = rewrite
+        self._told = False
 
     def __call__(
         self,
@@ -49,6 +55,7 @@ class FeedbackProposer:
     def _propose(self, text: str, records: Sequence[Mapping[str, Any]]) -> str:
         rng = random.Random(json.dumps([self.seed, text, [dict(record) for record in records]], default=str))
         read = rng.sample(list(records), min(self.reads, len(records)))
+        self._tell_unread(read)
         chain = guess_rule(read, rng)
         news = [rng.choice(REMARKS)] if chain is None else [_state(chain, rng)]
         if rng.random() < self.rewrite:
@@ -60,6 +67,12 @@ class FeedbackProposer:
         if rng.random() < 0.2:
             news.append(rng.choice(REMARKS))
         return " ".join([*[sentence for sentence in kept if sentence not in news], *news][-LONGEST:])
+
+    def _tell_unread(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Once: every piece of another metric's feedback is worded anew."""
+        unread = [str(record.get("Feedback", "")) for record in records if _evidence(record) is None]
+        if unread and not self._told:
+            self._told = tell_unread("FeedbackProposer", unread[0], READS)
 
 
 def guess_rule(records: Sequence[Mapping[str, Any]], rng: random.Random) -> Chain | None:

@@ -17,6 +17,7 @@ import pytest
 import dspy_fst
 from dspy_fst import FSTOptimizer
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.rollout.copying import copy_faults
 from dspy_fst.rollout.texts import read_texts, with_texts
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Population
 from programs.lab import build
@@ -317,6 +318,16 @@ def test_a_predictor_that_copies_would_share_is_refused_before_any_work(tmp_path
         compile_short(student, tmp_path)
     assert message in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_generator_is_told_once_and_not_again_for_what_stands_in_it():
+    class Turning(Step):
+        def __init__(self):
+            super().__init__()
+            self.turns = (self.ask(numbers=numbers) for numbers in "12")
+
+    (told,) = copy_faults(Turning())
+    assert told.startswith("student: turns is a generator that holds the program itself, and it cannot be copied")
 
 
 def compile_short(student, tmp_path, **recipe):

@@ -187,3 +187,15 @@ def test_a_trainer_and_an_engine_in_two_precisions_are_told(project):
     recipe = {**yaml.safe_load(project.read_text())["recipe"], "precision": "bfloat16"}
     change(project, recipe=recipe)
     assert "the importance weights would measure rounding" in warned()[0]
+
+
+def test_where_hardly_any_reply_parses_measuring_names_what_helps(project):
+    change(project, recipe={**yaml.safe_load(project.read_text())["recipe"], "parse_trial": 2})
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        result = invoke("check", project, "--measure", "--json")
+    (warning,) = [text for text in json.loads(result.stdout)["warnings"] if "parse" in text]
+    assert warning.startswith("A reply of 'solve': ")
+    assert "of the replies to the first examples 0% parse. Tried on this model, with 2 rollouts each" in warning
+    assert "For the first of them write, before compile()" in warning
+    assert "adapter = dspy.ChatAdapter(" in warning
+    assert "trying up to 7 forms of prompt on this model, 2 rollouts each" in result.stderr

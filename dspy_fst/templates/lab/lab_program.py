@@ -44,4 +44,5 @@ def metric(
 
 
 propose = FeedbackProposer(seed=0)
-"""Writes new instructions without a language model."""
+"""Writes new instructions without a language model. It reads the sentences of describe_fault alone: with a metric that
+says something else it learns nothing, which the run tells; name a reflection_lm then."""

@@ -3,6 +3,7 @@
 `project.yaml` names what is here: the program, the metric, and a proposer that needs no LM.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ PARTS = (
     "The third part is the first three letters of the day, in capitals.",
 )
 """What a code is, in the metric's words: the program has to find it out."""
+RIGHT = "Right."
 
 
 class OrderCode(dspy.Signature):
@@ -44,7 +46,7 @@ def metric(
     if len(given) != len(wanted):
         return dspy.Prediction(score=0.0, feedback=f"{WHOLE}\nExpected {gold.code}")
     faults = [PARTS[i] for i in range(len(wanted)) if given[i] != wanted[i]]
-    feedback = "\n".join([*faults, f"Expected {gold.code}"]) if faults else "Right."
+    feedback = "\n".join([*faults, f"Expected {gold.code}"]) if faults else RIGHT
     return dspy.Prediction(score=1 - len(faults) / len(wanted), feedback=feedback)
 
 
@@ -53,11 +55,20 @@ def propose(
     reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]],
     components_to_update: Sequence[str],
 ) -> dict[str, str]:
-    """A simple stand-in for a reflection LM: append what the feedback says most often."""
+    """A simple stand-in for a reflection LM: append what the feedback says most often.
+
+    It reads the lines of the metric above alone (WHOLE and PARTS), and warns where it finds none of them.
+    """
     texts = {}
     for name in components_to_update:
         text = candidate[name]
         lines = Counter(line for record in reflective_dataset[name] for line in str(record["Feedback"]).splitlines())
+        if lines and not any(line in (WHOLE, *PARTS, RIGHT) for line in lines):
+            warnings.warn(
+                f"propose could not read the feedback {next(iter(lines))[:160]!r}: it reads the lines WHOLE and PARTS "
+                "of my_program.py alone. Change it with the metric, or name a reflection_lm in project.yaml",
+                stacklevel=2,
+            )
         news = [line for line, _ in lines.most_common() if line in (WHOLE, *PARTS) and line not in text]
         texts[name] = " ".join([text, *news[:1]])
     return texts

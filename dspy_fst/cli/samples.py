@@ -1,0 +1,89 @@
+"""`dspy-fst show RUN --samples N [--failed]`: replies of a run as they were sampled, with what they earned and why."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from dspy_fst.cli.tables import Printer
+    from dspy_fst.report.record import Record
+    from dspy_fst.report.samples import Played
+
+SAMPLES = 5
+"""Samples that are shown where no number is given."""
+
+
+def show_samples(record: "Record", count: int, *, failed: bool, as_json: bool) -> None:
+    """Print the newest samples of a run, or say why there is none.
+
+    Args:
+        record: The run's.
+        count: At most so many.
+        failed: Only of what failed or was masked.
+        as_json: As one object: ``samples`` and ``recorded``.
+    """
+    recorded = [(step, sample) for step, samples in record.trajectories.items() for sample in samples]
+    wanted = [(step, sample) for step, sample in recorded if sample.lost or not failed]
+    shown = wanted[-count:]
+    if as_json:
+        data = [{"step": step, **asdict(sample)} for step, sample in shown]
+        typer.echo(json.dumps({"samples": data, "recorded": len(recorded)}))
+        return
+    from dspy_fst.cli.tables import Printer
+
+    out = Printer()
+    if not shown:
+        out.line(_why_none(record, len(recorded)))
+        return
+    which = ", those that failed or were masked" if failed else ""
+    out.line(f"{record.name}: {len(shown)} of {len(recorded)} recorded samples{which}")
+    for step, sample in shown:
+        _print(out, step, sample)
+
+
+def _why_none(record: "Record", recorded: int) -> str:
+    if recorded:
+        return f"{record.name}: none of its {recorded} recorded samples failed or was masked; leave out --failed"
+    if record.config.get("recorded_samples") == 0:
+        return f"{record.name} recorded no replies: recorded_samples is 0 in its recipe; set it to 4 or so"
+    if not record.steps:
+        return f"{record.name} recorded no replies: no step is done, and those of searches are not kept"
+    return f"{record.name} recorded no replies: its steps made no groups of rollouts (method {_method(record)})"
+
+
+def _method(record: "Record") -> str:
+    return str(record.config.get("method", "not known"))
+
+
+def _print(out: "Printer", step: int, sample: "Played") -> None:
+    from dspy_fst.report.words import number
+
+    earned = f"reward {number(sample.reward)}" + (f", {sample.lost}" if sample.lost else "")
+    where = f" in {sample.failed_in}" if sample.failed_in else ""
+    out.heading(f"step {step}, problem {sample.problem}, candidate {sample.candidate}: {earned}{where}")
+    for line in _lines(sample):
+        out.line(f"  {line}")
+
+
+def _lines(sample: "Played") -> Iterator[str]:
+    for module in sample.modules:
+        given = ", ".join(f"{name}={value!r}" for name, value in (module.inputs or {}).items())
+        yield f"{module.name}({given})"
+        if module.reply is not None:
+            yield f"  reply that did not parse: {_indented(module.reply)}"
+        for name, value in (module.outputs or {}).items():
+            yield f"  {name}: {_indented(value)}"
+    said = {module.reply for module in sample.modules}
+    for call in sample.calls:
+        if call.reply not in said:
+            yield f"sampled by {call.predictor or 'a predictor without a name'}{' (cut off)' if call.cut else ''}: " + (
+                _indented(call.reply)
+            )
+    yield f"why: {_indented(sample.feedback or sample.lost or 'the metric gave no feedback')}"
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n      ")

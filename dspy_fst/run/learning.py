@@ -1,0 +1,139 @@
+"""Whether a run's updates changed the weights, and why not where they did not. Pure functions of the step reports.
+
+A step *moved* the weights when its update had a gradient that was finite (see `UpdateReport.moved`). Steps that moved
+nothing, one after the other to the newest, are a *standstill*; its cause is read from the counts of these steps, so a
+run that is continued finds what an uninterrupted one does.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from statistics import fmean
+from typing import Literal
+
+from dspy_fst.run.history import span
+from dspy_fst.types import StepReport
+
+Cause = Literal["solved", "unparsed", "failed", "floor", "alike", "unmeasured", "untrained", "not finite"]
+NOTHING_CHANGED = "no update changed the weights"
+MOST, NEARLY_ALL = 0.5, 0.9
+"""Shares of a standstill's rollouts from which on a cause is the one that is told, and told of all of them (ours)."""
+AT_THE_TOP, AT_THE_FLOOR = 0.05, 0.25
+"""How near to the best and to the worst reward, as a share of the range between them, the mean of a standstill lies
+that is called flat at the top and flat at the floor (ours). The top is strict: a run that reaches it ends well."""
+
+
+@dataclass(frozen=True)
+class Standstill:
+    """The newest steps, none of which moved the weights."""
+
+    steps: Sequence[StepReport]
+    cause: Cause
+    seen: str
+    """The cause in words, e.g. ``"nothing parsed: 100% of the rollouts ended in a reply that does not parse"``."""
+
+    @property
+    def words(self) -> str:
+        """E.g. ``"steps 0 to 11: 12 steps in a row had no gradient: ..."``."""
+        count = len(self.steps)
+        return (
+            f"{span(self.steps)}: {f'{count} steps in a row' if count > 1 else '1 step'} had no gradient: {self.seen}"
+        )
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a run's updates came to, so far or in all."""
+
+    steps: int
+    moved: int
+    """Steps that moved the weights."""
+    cause: Cause | None
+    """Why the newest steps did not; None where the newest one did, or there is none."""
+    seen: str
+
+    @property
+    def nothing_learned(self) -> bool:
+        """Whether there were steps, and none of them moved the weights."""
+        return bool(self.steps) and not self.moved
+
+    @property
+    def words(self) -> str:
+        """One sentence without a full stop; never less than that no update changed the weights, where that is so."""
+        if not self.steps:
+            return f"{NOTHING_CHANGED}: none was made"
+        if not self.moved:
+            return f"{NOTHING_CHANGED}: {self.seen}"
+        done = f"{self.moved} of {self.steps} updates changed the weights"
+        return f"{done}; the last ones did not: {self.seen}" if self.cause else done
+
+
+def moved(report: StepReport) -> bool:
+    """Whether the step's update changed the weights; also of a report in which an older release wrote less."""
+    return bool(report.update.rows or report.update.tokens) and report.update.skipped is None
+
+
+def standstill(reports: Sequence[StepReport], worst: float = 0.0, best: float = 1.0) -> Standstill | None:
+    """The newest steps that moved nothing; None where the newest one moved the weights.
+
+    Args:
+        reports: All steps so far, the newest last.
+        worst: Reward of a failed rollout.
+        best: Reward of a perfect one.
+    """
+    steps = list(takewhile(lambda report: not moved(report), reversed(reports)))[::-1]
+    if not steps:
+        return None
+    cause, seen = _cause(steps, worst, best)
+    return Standstill(steps, cause, seen)
+
+
+def ending(reports: Sequence[StepReport], worst: float = 0.0, best: float = 1.0) -> Ending:
+    """What the updates came to; the arguments are those of `standstill`."""
+    still = standstill(reports, worst, best)
+    done = sum(map(moved, reports))
+    return Ending(len(reports), done, still.cause if still else None, still.seen if still else "")
+
+
+def _cause(steps: Sequence[StepReport], worst: float, best: float) -> tuple[Cause, str]:
+    counts = sum((Counter(report.counts) for report in steps), Counter[str]())
+    masks, failures = _by_reason(counts, "masked: "), _by_reason(counts, "failed: ")
+    rollouts, measured = counts["rollouts"], counts["rollouts"] - masks.total()
+    rewards = [report.reward for report in steps if report.reward is not None]
+    if sum(report.update.skipped is not None for report in steps) > MOST * len(steps):
+        return "not finite", f"the updates were skipped, as they were not finite ({steps[-1].update.skipped})"
+    if rollouts and (not rewards or masks.total() >= MOST * rollouts):
+        return (
+            "unmeasured",
+            f"nothing was measured: {masks.total() / rollouts:.0%} of the rollouts were masked ({_listed(masks)})",
+        )
+    if not rewards:
+        return "untrained", "no call was found that can be learnt from"
+    reward, reach = fmean(rewards), best - worst
+    if reward >= best - AT_THE_TOP * reach:
+        return "solved", f"flat at the top: mean reward {reward:.3g}, so these problems leave nothing to learn"
+    if (unparsed := failures["parse"] / measured) >= MOST:
+        how_many = "nothing" if unparsed == 1 else "hardly anything"
+        return "unparsed", f"{how_many} parsed: {unparsed:.0%} of the rollouts ended in a reply that does not parse"
+    if (failed := failures.total() / measured) >= NEARLY_ALL:
+        return "failed", f"{failed:.0%} of the rollouts failed ({_listed(failures)})"
+    if counts["live_groups"] or counts["no_trained_calls"] >= MOST * measured:
+        return "untrained", f"no call could be trained{_greedy(counts)}"
+    flat = "the rollouts of each problem scored alike"
+    if reward <= worst + AT_THE_FLOOR * reach:
+        return "floor", f"flat at the floor: mean reward {reward:.3g}, and {flat}"
+    return "alike", f"flat at mean reward {reward:.3g}: {flat}"
+
+
+def _greedy(counts: Counter[str]) -> str:
+    greedy = counts["greedy_calls"]
+    return f": {greedy} calls were greedy (temperature 0) and have no gradient" if greedy else ""
+
+
+def _by_reason(counts: Counter[str], kind: str) -> Counter[str]:
+    return Counter({name.removeprefix(kind): count for name, count in counts.items() if name.startswith(kind)})
+
+
+def _listed(reasons: Counter[str]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
