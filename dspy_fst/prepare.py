@@ -1,8 +1,6 @@
 """From a user's arguments to an open session: validate, print the plan, start what a run needs."""
 
-import hashlib
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -13,7 +11,9 @@ import dspy
 
 from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
 from dspy_fst.continuing import optimizer_faults, take_over
+from dspy_fst.engine.portable import portable_options
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.fingerprints import files_fingerprint, fingerprint, program_fingerprint
 from dspy_fst.fit import measure_fit, writable_fault
 from dspy_fst.opening import new_run_dir, open_player, starting_population, trainable_copy
 from dspy_fst.plan import Plan
@@ -222,20 +222,19 @@ def checked(
 
 def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy: PolicyLM) -> dict[str, Any]:
     """What makes a run this run: the recipe, the program, the problems and the model."""
-    bare = without_lms(student)
     carried = getattr(student, "population", None)
     return {
         **{key: value for key, value in config.model_dump().items() if key not in NOT_IDENTITY},
         "model": str(policy.checkpoint.path),
         "weights": policy.checkpoint.version,
-        "model_files": _files_fingerprint(policy.checkpoint.path),
+        "model_files": files_fingerprint(policy.checkpoint.path),
         "engine": policy.handle.resolved_kind,
         "temperature": policy.sampling_temperature,
         "max_tokens": policy.reply_limit,
         "adapter": identity(student),
-        "program": _fingerprint(bare.dump_state()),
+        "program": program_fingerprint(student),
         "population": [m.digest for m in carried.members] if isinstance(carried, Population) else None,
-        "trainset": f"{len(trainset)} examples, {_fingerprint([example.toDict() for example in trainset])}",
+        "trainset": f"{len(trainset)} examples, {fingerprint([example.toDict() for example in trainset])}",
     }
 
 
@@ -269,42 +268,7 @@ def _origin(student: dspy.Module, policy: PolicyLM) -> str:
     carried = getattr(student, "population", None)
     if not isinstance(carried, Population):
         return ""
-    return _fingerprint([policy.checkpoint.version, [member.digest for member in carried.members]])
-
-
-def _fingerprint(data: Any) -> str:
-    return hashlib.sha256(_same_in_every_process(data).encode("utf-8", "replace")).hexdigest()[:16]
-
-
-def _same_in_every_process(data: Any) -> str:
-    """``repr`` without what differs from process to process: the order of sets, and addresses."""
-    if isinstance(data, Mapping):
-        return f"{{{', '.join(f'{key!r}: {_same_in_every_process(value)}' for key, value in data.items())}}}"
-    if isinstance(data, set | frozenset):
-        return f"{{{', '.join(sorted(map(_same_in_every_process, data)))}}}"
-    if isinstance(data, list | tuple):
-        return f"[{', '.join(map(_same_in_every_process, data))}]"
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(data))
-
-
-BLOCK, BLOCKS = 65_536, 64
-"""How much of a model's file is read to recognise it: reading tens of gigabytes would take longer than to notice."""
-
-
-def _files_fingerprint(folder: Path) -> str | None:
-    """Names, sizes and evenly spaced blocks of a model's weights and configuration; None for a hub name."""
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
-    for path in sorted([*weights, folder / "config.json"]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(BLOCK, size // BLOCKS)):
-                file.seek(start)
-                digest.update(file.read(BLOCK))
-    return digest.hexdigest()[:16]
+    return fingerprint([policy.checkpoint.version, [member.digest for member in carried.members]])
 
 
 def trainer_settings(config: FSTConfig) -> TrainerSettings:
@@ -330,8 +294,10 @@ def _subject(session: Session) -> dict[str, Any]:
     speaking = set(policies_of(session.program))
     return {
         "program": type(session.program).__name__,
+        "class": f"{type(session.program).__module__}:{type(session.program).__qualname__}",
         "model": session.policy.model,
         "engine": session.policy.handle.resolved_kind,
+        "engine_options": portable_options(session.policy.handle.options),
         "trained": sorted(session.trained),
         "untrained": sorted(speaking - session.trained),
         "frozen": {name: lm.model for name, lm in lms.items() if name not in speaking and lm is not None},

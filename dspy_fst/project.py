@@ -13,29 +13,34 @@
 Modules and relative paths are looked for in the file's folder. Nothing heavy is imported before `Project.open`.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
 
-from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError, meant
 from dspy_fst.naming import (
     Faults,
-    examples_in,
     importable,
     imported,
     is_file,
     made,
     made_program,
     read_examples,
-    reference_in,
     with_key,
+)
+from dspy_fst.project_parts import (
+    ExamplesReference,
+    Part,
+    PolicySettings,
+    Recipe,
+    Reference,
+    ReflectionSettings,
+    model_alone,
 )
 from dspy_fst.settings_file import cleaner, read_settings, secrets_in
 
@@ -51,51 +56,7 @@ _YOUR_OWN = (
 )
 
 
-def _variable(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):
-        raise ValueError("write the name of an environment variable, not the key itself")
-    return name
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PolicySettings(_Part):
-    """How the trained model is sampled; PolicyLM's default stands where nothing is given."""
-
-    engine: Literal["auto", "vllm", "in_process"] | None = None
-    engine_options: dict[str, Any] | None = None
-    """``api_key_env`` names the environment variable of an attached server's key."""
-    temperature: float | None = None
-    max_tokens: int | None = None
-
-
-class ReflectionSettings(BaseModel):
-    """Arguments of ``dspy.LM``; in the file also the model's name alone."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    model: str
-    api_key_env: Annotated[str, AfterValidator(_variable)] | None = None
-    """Environment variable that holds the key; without it the provider's usual one is used."""
-
-
-class Recipe(FSTConfig):
-    """Fields of FSTConfig, and DSPy's budgets instead of ``cycles``."""
-
-    auto: Literal["light", "medium", "heavy"] | None = None
-
-
-Reference = Annotated[str, AfterValidator(reference_in)]
-ExamplesReference = Annotated[str, AfterValidator(examples_in)]
-
-
-def _model_alone(value: Any) -> Any:
-    return {"model": value} if isinstance(value, str) else value
-
-
-class Project(_Part):
+class Project(Part):
     """The settings of one project file. `load_project` reads it, `open` makes the objects that it names."""
 
     folder: Path
@@ -111,7 +72,7 @@ class Project(_Part):
     model: str | None = None
     """Hugging Face folder or hub name; may be left out when the program holds a PolicyLM."""
     policy: PolicySettings | None = None
-    reflection_lm: Annotated[ReflectionSettings, BeforeValidator(_model_alone)] | None = None
+    reflection_lm: Annotated[ReflectionSettings, BeforeValidator(model_alone)] | None = None
     propose: Reference | None = None
     """A proposer that needs no LM, see FSTOptimizer."""
     code_proposer: Reference | None = None
@@ -183,6 +144,10 @@ class Project(_Part):
         )
         return Opened(program, optimizer, trainset, valset)
 
+    def kept_settings(self) -> dict[str, Any]:
+        """What `keep` writes."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
     def keep(self) -> Path:
         """Write the settings into the run directory, so that it can be resumed knowing nothing else.
 
@@ -195,7 +160,7 @@ class Project(_Part):
         path = self.run_path / PROJECT
         partial = path.with_name(path.name + ".new")
         with writing(self.run_path):
-            text = yaml.safe_dump(self.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+            text = yaml.safe_dump(self.kept_settings(), sort_keys=False)
             partial.write_text(text, encoding="utf-8")
             flush(partial)
             partial.replace(path)
@@ -265,6 +230,8 @@ class Project(_Part):
 
     def _policy_settings(self, faults: "Faults") -> dict[str, Any]:
         settings = self.policy.model_dump(exclude_none=True) if self.policy else {}
+        if self.policy and "max_tokens" in self.policy.model_fields_set:
+            settings["max_tokens"] = self.policy.max_tokens  # null says: as far as the model's context goes
         if "engine_options" in settings:
             options = with_key("policy.engine_options", settings["engine_options"], faults)
             if "log_path" in options:
@@ -303,6 +270,9 @@ class Opened:
     valset: "list[dspy.Example] | None"
 
 
+Kind = TypeVar("Kind", bound=Project)
+
+
 def load_project(path: str | Path) -> Project:
     """Read a project file; what it names is neither imported nor looked for yet.
 
@@ -324,12 +294,25 @@ def load_project(path: str | Path) -> Project:
     if not folder.is_dir():
         faults.append(f"folder: there is no folder {folder}; say where the project's modules and data lie now")
     try:
-        project = Project.model_validate({**data, "folder": folder.resolve()})
-    except ValidationError as error:
-        faults += [_sentence(fault, clean) for fault in error.errors()]
+        project = project_of(Project, data, folder.resolve())
+    except ConfigurationError as error:
+        faults += error.faults
     if faults:
         raise ConfigurationError(faults)
     return project
+
+
+def project_of(kind: type[Kind], settings: Mapping[str, Any], folder: Path) -> Kind:
+    """The project of these settings.
+
+    Raises:
+        ConfigurationError: with every fault of theirs.
+    """
+    try:
+        return kind.model_validate({**settings, "folder": folder})
+    except ValidationError as error:
+        clean = cleaner()
+        raise ConfigurationError([_sentence(fault, clean) for fault in error.errors()]) from None
 
 
 def _file_at(path: Path) -> Path:

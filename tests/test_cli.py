@@ -324,7 +324,9 @@ def test_resume_says_how_to_go_on_without_a_project(tmp_path):
     assert "nothing was saved there yet; start it again" in said("resume", tmp_path, code=2)
     (tmp_path / "states" / "000000").mkdir(parents=True)
     text = said("resume", tmp_path, code=2)
-    assert "was not started by dspy-fst run. Go on from Python: FSTOptimizer(run_dir=" in text
+    assert "it keeps no project.yaml, Python made it). Give --project FILE, or --program MODULE:ATTRIBUTE, the" in text
+    for flag in ("--metric", "--trainset", "--reflection-lm NAME or --propose"):
+        assert flag in text
 
 
 FOREIGN = [

@@ -29,7 +29,7 @@ LAYERS = [
     ["policy"],
     ["publishing", "observing"],
     ["validation", "program_state"],
-    ["documents"],
+    ["documents", "fingerprints"],
     ["fit", "opening"],
     ["preflight.score_scale"],
     ["session", "continuing"],
@@ -38,7 +38,9 @@ LAYERS = [
     ["asking", "compiled", "export", "kept"],
     ["optimizer", "evaluation"],
     ["naming", "settings_file"],
+    ["project_parts"],
     ["project"],
+    ["recorded"],
     ["interop", "serve", "templates"],
     ["cli"],
 ]

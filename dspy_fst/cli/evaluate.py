@@ -5,31 +5,33 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text
+from dspy_fst.cli.named import Inputs, Metric, Program, ProjectFile, Trainset, Valset
+from dspy_fst.cli.subject import Subject, config_of, examples_of, name_of, project_and_past, subject_of, unlike
 from dspy_fst.errors import ConfigurationError, DiskError
 from dspy_fst.run.interrupts import signals_raise
 
 if TYPE_CHECKING:
     import dspy
 
-    from dspy_fst.config import FSTConfig
     from dspy_fst.evaluation import Estimate, TwoByTwo
-    from dspy_fst.past import Past
-    from dspy_fst.policy import PolicyLM
-    from dspy_fst.project import Opened, Project
-    from dspy_fst.rollout.player import Player
-    from dspy_fst.types import Candidate, Population
+    from dspy_fst.types import Candidate
 
 
 def eval(  # the command's name
     path: Annotated[Path, typer.Argument(metavar="RUN_DIR_OR_COMPILED", help="A run, or a program that was saved.")],
-    project: Annotated[Path | None, typer.Option(help="The project file, where the run's directory has none.")] = None,
+    project: ProjectFile = None,
+    program: Program = None,
+    metric: Metric = None,
+    trainset: Trainset = None,
+    valset: Valset = None,
+    inputs: Inputs = None,
     split: Annotated[str, typer.Option(help="val, train, a .jsonl file or module:attribute.")] = "val",
     k: Annotated[int, typer.Option("--k", min=1, help="Rollouts for each problem.")] = 4,
     cycle: Annotated[int | None, typer.Option(min=0, help="Population and weights of this cycle's end.")] = None,
@@ -53,160 +55,25 @@ def eval(  # the command's name
 
         if two_by_two and candidate != "best":
             raise ConfigurationError(["--candidate: --two-by-two compares the seed and the best; leave one out"])
-        named, past = _project(path.resolve(), project)
+        path = path.resolve()
+        flags = {"program": program, "metric": metric, "trainset": trainset, "valset": valset, "inputs": inputs}
+        named, recorded, past = project_and_past(path, project, flags, split)
         with signals_raise():
             with redirect_stdout(sys.stderr), without_loading_bars(), named.importable():
-                opened, examples = _examples(named, split, limit)
-                config = _config(named, seed)
-                subject = _subject(path.resolve(), past, opened, cycle, weights, config, trust_code)
+                opened, examples = examples_of(named, split, limit)
+                config, warnings = config_of(named, seed), unlike(recorded, opened, path)
+                subject = subject_of(path, past, opened, cycle, weights, config, trust_code, warnings)
                 try:
                     results = _crossed(subject, examples, k) if two_by_two else _scored(subject, candidate, examples, k)
                 finally:
                     subject.policy.release()
-            about = {"time": time.time(), "split": _name(split), "seed": seed, "limit": limit}
+            about = {"time": time.time(), "split": name_of(split), "seed": seed, "limit": limit}
             results = [{**result, **about} for result in results]
             kept = None
             try:
                 kept = _keep(subject, results)
             finally:  # what was paid for is shown, whatever the disk says
-                _show(results, kept, as_json)
-
-
-# ---- what is evaluated ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A population and weights, ready to play."""
-
-    player: "Player"
-    policy: "PolicyLM"
-    seed: "Candidate"
-    """The program's own texts."""
-    population: "Population"
-    cycle: int | None
-    past: "Past | None"
-    """The run that they are of; None for a saved program that lies outside of one."""
-    own: "dspy.Module | None"
-    """The program as its class makes it, whose sources alone are run; None when others are trusted."""
-
-    @property
-    def weights(self) -> str:
-        return self.policy.checkpoint.version
-
-
-def _is_saved(path: Path) -> bool:
-    return (path / "policy.json").is_file()
-
-
-def _project(path: Path, file: Path | None) -> "tuple[Project, Past | None]":
-    """The project, and the run when there is one."""
-    from dspy_fst.past import Past
-    from dspy_fst.project import kept_in, load_project
-    from dspy_fst.run.directory import PROJECT
-
-    run_dir = path.parent if _is_saved(path) else path
-    past = Past.of(run_dir) if not _is_saved(path) or (run_dir / "events.jsonl").is_file() else None
-    if file is None and not (run_dir / PROJECT).is_file():
-        raise ConfigurationError(
-            [f"--project: {run_dir} holds no {PROJECT}, so name the file that says which program, metric and examples"]
-        )
-    return load_project(file) if file else kept_in(run_dir), past
-
-
-def _config(project: "Project", seed: int) -> "FSTConfig":
-    """The recipe's scores of failures, threads and time limits, with this seed."""
-    from dspy_fst.config import make_config
-
-    recipe = project.recipe.model_dump(exclude_unset=True, exclude={"auto"}) if project.recipe else {}
-    config, faults = make_config({**recipe, "seed": seed})
-    if config is None:
-        raise ConfigurationError(faults)
-    return config
-
-
-def _name(split: str) -> str:
-    """The split as it is stored: a report that is passed on says nothing of this machine's folders."""
-    return Path(split).name if split.endswith(".jsonl") else split
-
-
-def _examples(project: "Project", split: str, limit: int | None) -> "tuple[Opened, list[dspy.Example]]":
-    """What the project names, and the split's examples."""
-    project = project.model_copy(update={"reflection_lm": None})  # nothing reflects: its key may be missing
-    if split in ("val", "train"):
-        opened = project.open()
-        examples = opened.valset if split == "val" else opened.trainset
-    else:
-        if split.endswith(".jsonl"):
-            project = project.model_copy(update={"valset": str(Path(split).resolve())})
-        else:
-            project = type(project).model_validate({**project.model_dump(exclude_unset=True), "valset": split})
-        opened = project.open()
-        examples = opened.valset
-        if split.endswith(".jsonl") and not project.inputs:
-            examples = _with_inputs(examples or [], opened.trainset, split)
-    if not examples:
-        raise ConfigurationError(
-            [f"--split {split}: there are no examples; use train, a .jsonl file or module:attribute"]
-        )
-    return opened, examples[:limit]
-
-
-def _with_inputs(examples: "list[dspy.Example]", trainset: "list[dspy.Example]", split: str) -> "list[dspy.Example]":
-    """A file's examples with the inputs of the project's own, which Python code made and no setting describes."""
-    if not trainset:
-        raise ConfigurationError(
-            [f"--split {split}: the trainset is empty, so nothing says which fields are inputs; use module:attribute"]
-        )
-    inputs = sorted(trainset[0].inputs().keys())
-    for place, example in enumerate(examples, start=1):
-        if lacking := [name for name in inputs if name not in example]:
-            raise ConfigurationError(
-                [f"--split {split}: example {place} has no {lacking[0]!r}, an input of the trainset"]
-            )
-    return [example.with_inputs(*inputs) for example in examples]
-
-
-def _subject(
-    path: Path,
-    past: "Past | None",
-    opened: "Opened",
-    cycle: int | None,
-    weights: str | None,
-    config: "FSTConfig",
-    trust_code: bool,
-) -> Subject:
-    from dspy_fst.documents import refuse_code
-    from dspy_fst.opening import open_player, starting_population, trainable_copy
-    from dspy_fst.rollout.adapters import keep, made
-    from dspy_fst.rollout.texts import read_texts, texts_like
-    from dspy_fst.saved import load, policy_of
-
-    if _is_saved(path):
-        if cycle is not None or weights is not None:
-            raise ConfigurationError([f"--cycle, --weights: {path} holds one population; name the run's directory"])
-        program = load(path, opened.program, trust_code=trust_code)
-        policy, population = policy_of(program), program.population
-    else:
-        assert past is not None, "what is no saved program is a run"
-        if cycle is not None:
-            past.require_cycle(cycle)
-        checkpoint = past.checkpoint(weights or past.version(cycle))
-        policy = policy_of(opened.program).fork(checkpoint)
-        program = trainable_copy(opened.program, policy)
-        if (adapter := past.adapter) is not None:
-            keep(program, made(adapter, None))
-        seed = read_texts(opened.program, tools=config.tool_descriptions == "evolved")
-        population = past.population(cycle) or starting_population(program, seed, config.population_size, {})
-        if not trust_code:
-            refuse_code(path, opened.program, [member.texts for member in population.members])
-        if cycle is None and weights is None:  # weights that were named may be of any cycle, or of none
-            cycle = past.last_cycle
-    seed = texts_like(population.best, opened.program)
-    if differing := sorted(population.best.texts.keys() ^ seed.texts.keys()):
-        raise ConfigurationError([f"program: {path} is of another program; predictors that differ: {differing}"])
-    player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
-    return Subject(player, policy, seed, population, cycle, past, None if trust_code else opened.program)
+                _show(results, kept, as_json, subject.warnings)
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -321,11 +188,12 @@ def _progress(rollouts: int, weights: str) -> Iterator[Any]:
 
 
 def _keep(subject: Subject, results: Sequence[Mapping[str, Any]]) -> Path | None:
-    """Add the results to the run's evaluations; a saved program outside of a run has no place for them."""
+    """Add the results to the run's evaluations; those of a saved program outside of a run, or of another program than
+    the run's, have no place there."""
     from dspy_fst.evaluation import EVALUATIONS, keep
     from dspy_fst.run.secrets import Redactor
 
-    if subject.past is None:
+    if subject.past is None or subject.warnings:
         return None
     try:
         keep(subject.past.run_dir, Redactor.of(subject.player.program).clean(results))
@@ -335,14 +203,17 @@ def _keep(subject: Subject, results: Sequence[Mapping[str, Any]]) -> Path | None
     return subject.past.run_dir / EVALUATIONS
 
 
-def _show(results: Sequence[Mapping[str, Any]], kept: Path | None, as_json: bool) -> None:
+def _show(results: Sequence[Mapping[str, Any]], kept: Path | None, as_json: bool, warnings: Sequence[str] = ()) -> None:
     from dspy_fst.cli.tables import Printer
     from dspy_fst.report.record import SEEN
 
     if why := SEEN.get(results[0]["split"]):
         typer.echo(f"{results[0]['split']}: {why}; for an honest test name others: --split FILE.jsonl", err=True)
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
     if as_json:
-        typer.echo(json.dumps({"results": results, "kept_in": None if kept is None else str(kept)}))
+        kept_in = None if kept is None else str(kept)
+        typer.echo(json.dumps({"results": results, "kept_in": kept_in, "warnings": list(warnings)}))
         return
     out = Printer()
     first = results[0]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from dspy_fst.cli.common import Debug, TrustCode, errors_as_text
+from dspy_fst.cli.named import Program, ProjectFile, asked_for, working_folder
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.run.interrupts import signals_raise
 from dspy_fst.serve.settings import ChoiceName, ServeSettings
@@ -23,16 +24,8 @@ if TYPE_CHECKING:
 
 def serve(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A compiled program's folder, or a run's directory.")],
-    program: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:ATTRIBUTE",
-            help="The program's class, or a function that makes it. Modules are looked for in the working directory.",
-        ),
-    ] = None,
-    project: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The project file that names it; a run's directory has its own.")
-    ] = None,
+    program: Program = None,
+    project: ProjectFile = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = ServeSettings.host,
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = ServeSettings.port,
     api_key_env: Annotated[
@@ -152,36 +145,27 @@ def _found(out: Path, program: str | None, project: Path | None) -> tuple[Path, 
         RunDirectoryError: there is no compiled program.
     """
     from dspy_fst.project import kept_in, load_project
+    from dspy_fst.recorded import Recorded
     from dspy_fst.run.directory import PROJECT
 
     run = next((folder for folder in (out, out.parent) if (folder / "recipe.json").is_file()), None)
     compiled = out / "compiled" if run == out else out
     if not compiled.is_dir():
-        unfinished = f"{out} is a run that is not finished, or whose program was not saved; see dspy-fst resume"
+        unfinished = (
+            f"{out} is a run that is not finished, or that an earlier release finished: dspy-fst resume {out}, or the "
+            "same compile() in Python, ends it and saves its program"
+        )
         raise RunDirectoryError(unfinished if run == out else f"{out} is no folder; name what dspy_fst.save wrote")
     if program is not None and project is not None:
         raise ConfigurationError(["--program and --project both name the program; give one of them"])
     if project is not None:
         return compiled, _of(load_project(project))
     if program is not None:
-        return compiled, _from_here(program, run or out)
+        return compiled, _Source(program, working_folder(run or out, program))
     if run is not None and (run / PROJECT).is_file():
         return compiled, _of(kept_in(run))
-    fault = f"{out} does not say which class its program is of: give --program module:attribute or --project FILE"
-    raise ConfigurationError([fault])
+    raise ConfigurationError([asked_for(Recorded(out, run), ["program"], keeps=False)])
 
 
 def _of(project: "Project") -> _Source:
     return _Source(project.program, project.folder)
-
-
-def _from_here(reference: str, out: Path) -> _Source:
-    """Code of the working directory, unless that is part of what is served: it may be somebody else's."""
-    here = Path.cwd()
-    if here.resolve().is_relative_to(out):
-        fault = (
-            f"{reference} would be looked for in {here}, which is part of OUT; if the code there is yours, "
-            "say so with --project FILE"
-        )
-        raise ConfigurationError([fault])
-    return _Source(reference, here)

@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text, told_how_to_go_on
+from dspy_fst.cli.named import (
+    Inputs,
+    Metric,
+    Program,
+    ProjectFile,
+    Propose,
+    ReflectionLM,
+    Trainset,
+    Valset,
+    project_for,
+)
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.interrupts import signals_raise
 
@@ -63,25 +74,40 @@ def run(
 
 def resume(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's directory.")],
+    project: ProjectFile = None,
+    program: Program = None,
+    metric: Metric = None,
+    trainset: Trainset = None,
+    valset: Valset = None,
+    inputs: Inputs = None,
+    reflection_lm: ReflectionLM = None,
+    propose: Propose = None,
     track: Track = None,
     samples: Samples = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a run from its directory alone."""
+    """Continue a run from its directory alone.
+
+    Of a run that Python made, say with the flags where its code and examples are.
+    """
     with errors_as_text(debug):
-        from dspy_fst.project import kept_in
+        from dspy_fst.recorded import Recorded
         from dspy_fst.run.directory import PROJECT
 
         run_dir = run_dir.resolve()
         if not (run_dir / PROJECT).is_file():
-            raise RunDirectoryError(_why_not_resumed(run_dir))
+            _refuse_what_has_not_begun(run_dir)
         if _shown_when_finished(run_dir, as_json):
             return
+        flags = {"program": program, "metric": metric, "trainset": trainset, "valset": valset, "inputs": inputs}
+        flags |= {"reflection_lm": reflection_lm, "propose": propose}
+        recorded = Recorded(run_dir, run_dir)
+        named = project_for(recorded, project, flags, recorded.wanted_to_train, to_train=True)
         # The directory may have been moved since: it is the one that was named now.
-        project = kept_in(run_dir).model_copy(update={"run_dir": str(run_dir)})
-        _train(_sampled(_tracked(project, track), samples), as_json, going_on_in=run_dir, trust_code=trust_code)
+        named = named.model_copy(update={"run_dir": str(run_dir)})
+        _train(_sampled(_tracked(named, track), samples), as_json, going_on_in=run_dir, trust_code=trust_code)
 
 
 def _same(kept: "Project", given: "Project") -> bool:
@@ -122,15 +148,15 @@ def _sampled(project: "Project", samples: bool) -> "Project":
     return project.model_copy(update={"show_samples": True}) if samples else project
 
 
-def _why_not_resumed(run_dir: Path) -> str:
+def _refuse_what_has_not_begun(run_dir: Path) -> None:
     if not (run_dir / "recipe.json").is_file():
-        return f"{run_dir} is not the directory of a run that has started; start one with dspy-fst run FILE"
+        raise RunDirectoryError(
+            f"{run_dir} is not the directory of a run that has started; start one with dspy-fst run FILE"
+        )
     if not any((run_dir / "states").glob("[0-9]*")):
-        return f"{run_dir}: nothing was saved there yet; start it again with dspy-fst run FILE"
-    return (
-        f"{run_dir} holds no project.yaml, so it was not started by dspy-fst run. Go on from Python: "
-        f"FSTOptimizer(run_dir={str(run_dir)!r}, ...).compile(...) with the same recipe, program and examples"
-    )
+        raise RunDirectoryError(
+            f"{run_dir}: nothing was saved there yet; start it again with dspy-fst run FILE, or compile() in Python"
+        )
 
 
 def _train(project: "Project", as_json: bool, *, going_on_in: Path | None = None, trust_code: bool = False) -> None:

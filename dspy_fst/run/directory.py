@@ -265,9 +265,12 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     wanted = plain(recipe)
     defaults = plain(FSTConfig.model_validate({}).model_dump())
     found = {**{key: defaults[key] for key in wanted if key in defaults}, **found}  # an older release had fewer
+    apart = (RECORDED_SINCE - found.keys()) | NO_LONGER_IDENTITY
+    if wanted.get("model_files") is not None and found.get("model_files") == wanted.get("model_files"):
+        apart |= {"model"}  # the same files in another place
     differing = [
         f"{key} (there {_told(found.get(key))}, now {_told(wanted.get(key))})"
-        for key in sorted({*found, *wanted} - (RECORDED_SINCE - found.keys()) - NO_LONGER_IDENTITY)
+        for key in sorted({*found, *wanted} - apart)
         if found.get(key) != wanted.get(key)
     ]
     if differing:

@@ -189,7 +189,7 @@ def test_an_index_of_the_one_file_is_no_second_set(folder):
 
 
 def test_pickled_weights_alone_are_trained_as_they_are_and_recognised_when_they_change(folder, tmp_path):
-    from dspy_fst.prepare import _files_fingerprint
+    from dspy_fst.fingerprints import files_fingerprint
 
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -198,10 +198,10 @@ def test_pickled_weights_alone_are_trained_as_they_are_and_recognised_when_they_
     trainer = Trainer(folder, SETTINGS, device="cpu")
     assert all(torch.equal(parameter, tensors[name]) for name, parameter in trainer.parameters.items())
     assert load_file(trainer.publish(tmp_path / "v", "v").path / "model.safetensors").keys() == tensors.keys()
-    before = _files_fingerprint(folder)
+    before = files_fingerprint(folder)
     tensors["model.norm.weight"] += 1
     torch.save(tensors, folder / "pytorch_model.bin")
-    assert _files_fingerprint(folder) != before
+    assert files_fingerprint(folder) != before
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

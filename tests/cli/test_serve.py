@@ -98,7 +98,7 @@ def test_a_program_that_is_not_named_or_not_there_is_told(home, tmp_path, monkey
     monkeypatch.setattr(sys, "path", [*sys.path])
     alone = tmp_path / "alone"
     alone.mkdir()
-    assert "give --program module:attribute or --project FILE" in said(alone)
+    assert "Give --project FILE, or --program MODULE:ATTRIBUTE" in said(alone)
     assert "give one of them" in said(alone, "--program", "mine:make", "--project", "project.yaml")
     assert "is no folder" in said(tmp_path / "none", "--program", "mine:make")
     (tmp_path / "run").mkdir()

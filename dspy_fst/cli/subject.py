@@ -1,0 +1,190 @@
+"""What `dspy-fst eval` measures: a run's or a saved program's population and weights, the metric and the examples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dspy_fst.cli.named import project_for
+from dspy_fst.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import dspy
+
+    from dspy_fst.config import FSTConfig
+    from dspy_fst.past import Past
+    from dspy_fst.policy import PolicyLM
+    from dspy_fst.project import Opened, Project
+    from dspy_fst.recorded import Recorded
+    from dspy_fst.rollout.player import Player
+    from dspy_fst.types import Candidate, Population
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A population and weights, ready to play."""
+
+    player: "Player"
+    policy: "PolicyLM"
+    seed: "Candidate"
+    """The program's own texts."""
+    population: "Population"
+    cycle: int | None
+    past: "Past | None"
+    """The run that they are of; None for a saved program that lies outside of one."""
+    own: "dspy.Module | None"
+    """The program as its class makes it, whose sources alone are run; None when others are trusted."""
+    warnings: tuple[str, ...] = ()
+    """Why the figures are not the run's."""
+
+    @property
+    def weights(self) -> str:
+        return self.policy.checkpoint.version
+
+
+def is_saved(path: Path) -> bool:
+    """Whether the path is a saved program, not a run's directory."""
+    return (path / "policy.json").is_file()
+
+
+def project_and_past(
+    path: Path, file: Path | None, flags: Mapping[str, Any], split: str
+) -> "tuple[Project, Recorded, Past | None]":
+    """The project, what the run or the saved program tells of itself, and the run when there is one."""
+    from dspy_fst.past import Past
+    from dspy_fst.recorded import Recorded
+
+    run_dir = path.parent if is_saved(path) else path
+    past = Past.of(run_dir) if not is_saved(path) or (run_dir / "events.jsonl").is_file() else None
+    recorded = Recorded(path, past.run_dir if past else None)
+    of_split = {"val": "valset", "train": "trainset"}.get(split)
+    wanted = ["program", "metric", *([of_split] if of_split else [])]
+    return project_for(recorded, file, flags, wanted, examples=None if of_split else split), recorded, past
+
+
+def unlike(recorded: "Recorded", opened: "Opened", path: Path) -> list[str]:
+    """What differs between the program and that of the run, as sentences: its figures are then not the run's."""
+    from dspy_fst.fingerprints import program_fingerprint
+    from dspy_fst.saved import policy_of
+    from dspy_fst.types import Population
+
+    recipe, policy = recorded.recipe, policy_of(opened.program)
+    differing = []
+    # A run that went on from a compiled program began with that one's texts: its class alone has others.
+    comparable = recipe.get("population") is None or isinstance(getattr(opened.program, "population", None), Population)
+    if comparable and recipe.get("program") not in (None, program_fingerprint(opened.program)):
+        differing.append("its instructions, fields or demos are others than the run began with")
+    if not is_saved(path):  # a saved program brings its own
+        sampled = {"temperature": policy.sampling_temperature, "max_tokens": policy.reply_limit}
+        differing += [
+            f"it samples with {name}={now}, the run did with {recipe[name]}"
+            for name, now in sampled.items()
+            if name in recipe and recipe[name] != now
+        ]
+    return [f"this is not the program that {recorded.run_dir} trained: {of}" for of in differing]
+
+
+def config_of(project: "Project", seed: int) -> "FSTConfig":
+    """The recipe's scores of failures, threads and time limits, with this seed."""
+    from dspy_fst.config import make_config
+
+    recipe = project.recipe.model_dump(exclude_unset=True, exclude={"auto"}) if project.recipe else {}
+    config, faults = make_config({**recipe, "seed": seed})
+    if config is None:
+        raise ConfigurationError(faults)
+    return config
+
+
+def name_of(split: str) -> str:
+    """The split as it is stored: a report that is passed on says nothing of this machine's folders."""
+    return Path(split).name if split.endswith(".jsonl") else split
+
+
+def examples_of(project: "Project", split: str, limit: int | None) -> "tuple[Opened, list[dspy.Example]]":
+    """What the project names, and the split's examples."""
+    from dspy_fst.naming import examples_in
+
+    project = project.model_copy(update={"reflection_lm": None})  # nothing reflects: its key may be missing
+    if split in ("val", "train"):
+        opened = project.open()
+        examples = opened.valset if split == "val" else opened.trainset
+    else:
+        if split.endswith(".jsonl"):
+            project = project.model_copy(update={"valset": str(Path(split).resolve())})
+        else:
+            try:
+                project = project.model_copy(update={"valset": examples_in(split)})
+            except ValueError as error:
+                raise ConfigurationError([f"--split {split}: {error}"]) from error
+        opened = project.open()
+        examples = opened.valset
+        if split.endswith(".jsonl") and not project.inputs:
+            examples = _with_inputs(examples or [], opened.trainset, split)
+    if not examples:
+        raise ConfigurationError(
+            [f"--split {split}: there are no examples; use train, a .jsonl file or module:attribute"]
+        )
+    return opened, examples[:limit]
+
+
+def _with_inputs(examples: "list[dspy.Example]", trainset: "list[dspy.Example]", split: str) -> "list[dspy.Example]":
+    """A file's examples with the inputs of the project's own, which Python code made and no setting describes."""
+    if not trainset:
+        raise ConfigurationError(
+            [f"--split {split}: the trainset is empty, so nothing says which fields are inputs; use module:attribute"]
+        )
+    inputs = sorted(trainset[0].inputs().keys())
+    for place, example in enumerate(examples, start=1):
+        if lacking := [name for name in inputs if name not in example]:
+            raise ConfigurationError(
+                [f"--split {split}: example {place} has no {lacking[0]!r}, an input of the trainset"]
+            )
+    return [example.with_inputs(*inputs) for example in examples]
+
+
+def subject_of(
+    path: Path,
+    past: "Past | None",
+    opened: "Opened",
+    cycle: int | None,
+    weights: str | None,
+    config: "FSTConfig",
+    trust_code: bool,
+    warnings: Sequence[str] = (),
+) -> Subject:
+    """
+    Raises:
+        ConfigurationError, RunDirectoryError: the program, the cycle or the weights are not this run's.
+    """
+    from dspy_fst.documents import refuse_code
+    from dspy_fst.opening import open_player, starting_population, trainable_copy
+    from dspy_fst.rollout.adapters import keep, made
+    from dspy_fst.rollout.texts import read_texts, texts_like
+    from dspy_fst.saved import load, policy_of
+
+    if is_saved(path):
+        if cycle is not None or weights is not None:
+            raise ConfigurationError([f"--cycle, --weights: {path} holds one population; name the run's directory"])
+        program = load(path, opened.program, trust_code=trust_code)
+        policy, population = policy_of(program), program.population
+    else:
+        assert past is not None, "what is no saved program is a run"
+        if cycle is not None:
+            past.require_cycle(cycle)
+        checkpoint = past.checkpoint(weights or past.version(cycle))
+        policy = policy_of(opened.program).fork(checkpoint)
+        program = trainable_copy(opened.program, policy)
+        if (adapter := past.adapter) is not None:
+            keep(program, made(adapter, None))
+        seed = read_texts(opened.program, tools=config.tool_descriptions == "evolved")
+        population = past.population(cycle) or starting_population(program, seed, config.population_size, {})
+        if not trust_code:
+            refuse_code(path, opened.program, [member.texts for member in population.members])
+        if cycle is None and weights is None:  # weights that were named may be of any cycle, or of none
+            cycle = past.last_cycle
+    seed = texts_like(population.best, opened.program)
+    if differing := sorted(population.best.texts.keys() ^ seed.texts.keys()):
+        raise ConfigurationError([f"program: {path} is of another program; predictors that differ: {differing}"])
+    player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
+    own = None if trust_code else opened.program
+    return Subject(player, policy, seed, population, cycle, past, own, tuple(warnings))
