@@ -4,6 +4,7 @@
                                                            <!-- end -->
     <!-- include source: dspy_fst.optimizer:alternate -->  a function as it stands in the code
     <!-- include docstring: dspy_fst.fit -->               a module's docstring
+    <!-- include sizes: models -->                         the table of `dspy-fst sizes --table`; or what was measured
     <!-- include api: dspy_fst.save level=3 -->            the reference of a class or a function, with members=a,b,...
                                                            where not all of its members are told of
 
@@ -13,8 +14,10 @@ command line's reference are written as whole files. `make pages` does it; a tes
 
 import ast
 import functools
+import json
 import re
 import textwrap
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -148,6 +151,10 @@ def shown_type(annotation: Any) -> str:
         return shown_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is tuple:
         return f"tuple[{', '.join(map(shown_type, typing.get_args(annotation)))}]"
+    if annotation is types.NoneType:
+        return "None"
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(map(shown_type, typing.get_args(annotation)))
     if isinstance(annotation, type):
         return annotation.__name__
     return str(annotation).replace("typing.", "")
@@ -206,9 +213,19 @@ def _docstring(module: str) -> str:
     return ast.get_docstring(_parsed(module)[1]) or ""
 
 
+def _sizes(which: str) -> str:
+    """The page on sizes has two: models against cards, and the arithmetic against what was measured."""
+    from benchmarks.sizes import RESULT, measured_table
+    from dspy_fst.cli.sizes import size_table
+
+    return size_table() if which == "models" else measured_table(json.loads(RESULT.read_text(encoding="utf-8")))
+
+
 def _parsed(module: str) -> tuple[str, ast.Module]:
     """A module's text and syntax; importing it could mean to import torch."""
-    text = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+    place = ROOT / module.replace(".", "/")
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    text = file.read_text(encoding="utf-8")
     return text, ast.parse(text)
 
 
@@ -257,7 +274,7 @@ def _signature(found: re.Match[str]) -> str:
 
 
 LINK = re.compile(r"\[([^\[\]]*)\]\(#[^)]*\)")
-INCLUDED = {"table": _table, "source": _source, "docstring": _docstring, "api": _api}
+INCLUDED = {"table": _table, "source": _source, "docstring": _docstring, "api": _api, "sizes": _sizes}
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,7 @@
 """What a model's config.json tells about its kind: its class, how long its texts may be, what an engine must mind.
 
-But for `load_model` these are functions of a transformers config alone. Read from transformers 5.19 and vLLM 0.32.
+But for `load_model` and `empty_model` these are functions of a transformers config alone. Read from transformers 5.19
+and vLLM 0.32.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,22 @@ def load_model(path: str | Path, **options: Any) -> Any:
     return (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(
         path, trust_remote_code=False, **options
     )
+
+
+def empty_model(config: Any) -> Any:
+    """The model of a config with shapes and without numbers, on torch's meta device: it takes no memory.
+
+    Raises:
+        Exception: whatever the model's own code raises on a config that it does not understand.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    with torch.device("meta"):
+        return (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(
+            config, trust_remote_code=False
+        )
 
 
 def context_length(config: Any) -> int | None:

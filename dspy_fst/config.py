@@ -103,9 +103,10 @@ class FSTConfig(BaseModel):
     under its own candidate alone."""
     advantage_normalization: Literal["group", "batch"] = "group"
     """Standard deviation of the group (paper, Eq. 3) or of the batch (ScaleRL)."""
-    micro_batch_tokens: int = Field(4096, ge=1)
+    micro_batch_tokens: int | Literal["auto"] = "auto"
     """Tokens, padding included, of one forward and backward pass (ours; memory and speed only, the gradient is
-    the same; larger on a GPU)."""
+    the same but for rounding). ``"auto"`` is the largest power of two that fits into what is free at the start, up to
+    4096 on a CPU and 16384 on a GPU; a run keeps its number when it goes on."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the trainer's model body, and type of the published weights: ``"auto"`` is bfloat16 on a GPU and
@@ -161,6 +162,14 @@ class FSTConfig(BaseModel):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("True and False are no numbers")
         return value
+
+    @field_validator("micro_batch_tokens", mode="before")
+    @classmethod
+    def _tokens_or_auto(cls, value: Any) -> Any:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if value == "auto" or (whole and value >= 1):
+            return value
+        raise ValueError("Input should be greater than or equal to 1, a whole number of tokens; or 'auto'")
 
     @field_validator("trained")
     @classmethod

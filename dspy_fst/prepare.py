@@ -14,7 +14,7 @@ from dspy_fst.continuing import optimizer_faults, take_over
 from dspy_fst.engine.portable import portable_options
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fingerprints import files_fingerprint, fingerprint, program_fingerprint
-from dspy_fst.fit import measure_fit, writable_fault
+from dspy_fst.fit import Room, as_recorded, measure_fit, settled, shape_faults, writable_fault
 from dspy_fst.opening import new_run_dir, open_player, starting_population, trainable_copy
 from dspy_fst.plan import Plan
 from dspy_fst.policy import PolicyLM
@@ -162,8 +162,16 @@ def _assemble(
 
 
 def checked(
-    optimizer: "FSTOptimizer", student: Any, trainset: Any, valset: Any, teacher: Any
+    optimizer: "FSTOptimizer", student: Any, trainset: Any, valset: Any, teacher: Any, room: Room | None = None
 ) -> tuple[FSTConfig, Path, dict[str, Any], list[str]]:
+    """Recipe, run directory, identity and warnings of what was given.
+
+    Args:
+        room: A machine to imagine instead of this one; then a config is enough of the model. None: this machine.
+
+    Raises:
+        ConfigurationError: with every fault that was found.
+    """
     settings = dict(optimizer.recipe)
     auto = settings.pop("auto", None)
     faults = []
@@ -182,14 +190,14 @@ def checked(
     faults += data_faults(trainset, valset, config) + input_faults(student, trainset, valset)
     if config is not None:
         try:
-            trainer_settings(config)
+            trainer_settings(settled(config, None))
         except ConfigurationError as error:
             faults += error.faults
     faults += search_faults(config, optimizer.metric, optimizer.reflection_lm, optimizer.propose)
     faults += text_faults(config, student, optimizer.reflection_lm, optimizer.code_proposer)
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
-        faults += model_faults(policy) + engine_faults(policy)
+        faults += model_faults(policy) + engine_faults(policy) if room is None else shape_faults(policy)
     run_dir = (Path(optimizer.run_dir) if optimizer.run_dir else new_run_dir()).resolve()
     faults += [fault] if (fault := writable_fault(run_dir)) else []
     recipe: dict[str, Any] = {}
@@ -204,20 +212,29 @@ def checked(
         faults += optimizer_faults(config, student, policy, run_dir)
         recipe = redactor.clean(run_identity(config, student, trainset, policy))
         faults += [fault] if (fault := directory_fault(run_dir, recipe)) else []
-        if fit := measure_fit(policy, config, run_dir):
+        config = as_recorded(config, run_dir)
+        if fit := measure_fit(policy, config, run_dir, room):
             faults += fit.faults()
             warnings = fit.warnings()
+        config = settled(config, fit)
         warnings += differing_adapter(student)
-        warnings += hub_warnings(str(policy.checkpoint.path))
-        warnings += template_warnings(policy.checkpoint.path)
-        engine = policy.handle.resolved_kind, policy.handle.options
-        warnings += restart_warnings(policy.checkpoint.path, *engine)
-        warnings += precision_warnings(config.precision, *engine)
+        warnings += _model_warnings(policy, config) if room is None else []
         warnings += part_warnings(student)
         warnings += _left_out(student, read_texts(student, tools=config.tool_descriptions == "evolved"))
     if faults or config is None:
         raise ConfigurationError(faults)
     return config, run_dir, recipe, warnings
+
+
+def _model_warnings(policy: PolicyLM, config: FSTConfig) -> list[str]:
+    """What about the model's files and its engine would go unnoticed."""
+    path, engine = policy.checkpoint.path, (policy.handle.resolved_kind, policy.handle.options)
+    return [
+        *hub_warnings(str(path)),
+        *template_warnings(path),
+        *restart_warnings(path, *engine),
+        *precision_warnings(config.precision, *engine),
+    ]
 
 
 def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy: PolicyLM) -> dict[str, Any]:
@@ -283,7 +300,7 @@ def trainer_settings(config: FSTConfig) -> TrainerSettings:
         kl_coefficient=config.kl_coefficient,
         seed_kl_coefficient=config.seed_kl_coefficient,
         min_effective_share=config.min_effective_share,
-        micro_batch_tokens=config.micro_batch_tokens,
+        micro_batch_tokens=int(config.micro_batch_tokens),
         precision=config.precision,
     )
 

@@ -14,24 +14,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.errors import ConfigurationError
 from dspy_fst.fit import (
     DISK,
     GPU,
     MEMORY,
+    SECOND_GPU,
     Need,
     Room,
+    Subject,
     Take,
+    as_recorded,
+    find_size,
+    fit_of,
     free_memory,
+    imagined_room,
+    least_served,
     measure_fit,
     model_size,
     room_now,
+    settled,
+    vllm_share,
     writable_fault,
 )
+from dspy_fst.fit.arithmetic import Reading, update_bytes
+from dspy_fst.fit.fitting import SPARE
 from dspy_fst.policy import PolicyLM
 from dspy_fst.run.written import Writes, shown
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.validation import stored_shapes
+from programs import smollm2
 from programs.lab import BASE
 from tests.slow.makers import make_batch, make_row, save_model
 
@@ -39,6 +52,7 @@ GIB = 2**30
 P = 939_904
 """Parameters of the laboratory's model, untied."""
 HEAD = 594 * 128
+FIRST_RELEASE = Path(__file__).parent / "fixtures" / "first_release" / "run"
 PLENTY = Room({MEMORY: 100 * GIB, DISK: 100 * GIB})
 ON_GPU = Room({GPU: 8 * GIB, MEMORY: 100 * GIB, DISK: 100 * GIB}, gpu_total=10 * GIB)
 
@@ -162,20 +176,186 @@ def test_a_short_run_never_has_as_many_versions_as_it_may_keep():
     assert takes(cycles=1, steps_per_cycle=6, checkpoint_every=6)[DISK]["resumable states"] == (4 + 12) * P
 
 
-def test_an_update_may_take_more_with_its_micro_batches():
-    def update(policy=None, **recipe):
-        fit = measure_fit(policy or lab_policy(), FSTConfig(**recipe), Path("nowhere"), PLENTY)
-        return next(take.at_most for need in fit.needs for take in need.takes if take.when == "an update")
-
+def test_an_update_is_counted_as_autograd_keeps_it():
+    """Of the laboratory's model by hand: h 128, f 384, q 128, k 64, 4 layers, norms on heads, an untied head."""
     size = model_size(BASE)
-    layers = 4 * 1000 * 4 * (16 * 128 + 6 * 384)
-    assert update(micro_batch_tokens=1000) == 4 * 1000 * size.vocabulary * 5 + layers
-    assert update(micro_batch_tokens=1000, kl_coefficient=0) == 4 * 1000 * size.vocabulary * 3 + layers
-    assert (
-        update(precision="bfloat16", micro_batch_tokens=1000) == update(micro_batch_tokens=1000) + 2 * size.parameters
-    )
-    long_replies = PolicyLM(BASE, engine="in_process", max_tokens=1000)
-    assert update(long_replies, micro_batch_tokens=10) == update(micro_batch_tokens=1000)
+    kept = 4 * (24 * 128 + 16 * (128 + 64) + 16 * 384)  # of a token, in all layers
+    ends = 8 * 128 + 4 * 128  # the last norm, and the picked hidden state of a scored token
+    all_scored = Reading(1000, 1000)
+    without_kl = update_bytes(size, all_scored, with_kl=False, low=False)
+    assert without_kl == 1000 * (kept + ends + 12 * 594)
+    assert update_bytes(size, all_scored, with_kl=True, low=False) == without_kl + 1000 * 8 * 594
+    large = dataclasses.replace(size, vocabulary=100_000)
+    with_kl, without = (update_bytes(large, all_scored, with_kl=kl, low=False) for kl in (True, False))
+    assert with_kl - without == 1000 * 2 * 4 * 100_000
+    taught = update_bytes(large, all_scored, with_kl=True, teacher=True, low=False)
+    assert taught - with_kl == 1000 * 4 * 100_000
+    few = update_bytes(size, Reading(1000, 10), with_kl=False, low=False)
+    assert few == 1000 * (kept + 8 * 128) + 10 * 4 * 128 + 4 * 1000 * (128 + 384)  # a layer's gradients are more now
+    the_start_s_pass = 10 * 4 * 594 + 1000 * 4 * (4 * 128 + 3 * 384)
+    with_kl = update_bytes(size, Reading(1000, 10), with_kl=True, low=False)
+    assert with_kl - few == the_start_s_pass - 4 * 1000 * (128 + 384)
+    shared = Reading(1000, 10, kept=5000, masked=7000)
+    assert update_bytes(size, shared, with_kl=False, low=False) == few + 4 * (8 * 128 * 5000 + 4 * 7000)
+
+
+def test_a_bfloat16_body_keeps_less_and_casts_its_weights():
+    size = model_size(BASE)
+    kept = 4 * (26 * 128 + 10 * (128 + 64) + 8 * 384)
+    casts = 2 * (P - 2 * HEAD)
+    expected = 1000 * (kept + 8 * 128 + 4 * 128 + 12 * 594) + casts
+    assert update_bytes(size, Reading(1000, 1000), with_kl=False, low=True) == expected
+
+
+def test_a_reading_of_shared_prompts_counts_each_reply_s_keys():
+    reading = Reading.shared(1000, replies=4, prompt=100, reply=25)  # 5 prompts, 20 replies
+    assert reading == Reading(read=1000, scored=500, kept=20 * 125, masked=20 * 125 * 25)
+    assert Reading.shared(1000, replies=1, prompt=75, reply=25) == Reading(1000, 250)
+
+
+def update(policy=None, room=PLENTY, **recipe):
+    """(expected, at most) of an update on top."""
+    fit = measure_fit(policy or lab_policy(), FSTConfig(**recipe), Path("nowhere"), room)
+    return next((t.expected, t.at_most) for need in fit.needs for t in need.takes if t.when == "an update")
+
+
+def test_what_is_expected_of_an_update_is_less_than_what_it_takes_at_most():
+    expected, at_most = update(micro_batch_tokens=1024)
+    assert 0 < expected < at_most
+    assert update(micro_batch_tokens=2048)[0] == pytest.approx(2 * expected, rel=0.01)
+    assert update(micro_batch_tokens=1024, kl_coefficient=0)[1] < at_most
+    long_replies = PolicyLM(BASE, engine="in_process", max_tokens=1024)
+    assert update(long_replies, micro_batch_tokens=16)[1] == at_most, "a reply longer than the budget comes alone"
+
+
+def room_for(extra: float) -> Room:
+    """Room for what the laboratory's run takes for certain, and ``extra`` bytes for its updates."""
+    return Room({MEMORY: 24 * P + int(extra), DISK: 100 * GIB})
+
+
+def chosen(room, **recipe) -> int:
+    return measure_fit(lab_policy(), FSTConfig(**recipe), Path("nowhere"), room).micro_batch_tokens
+
+
+def test_the_largest_micro_batch_that_fits_at_most_is_chosen():
+    for tokens in (256, 1024, 4096):
+        needed = update(micro_batch_tokens=tokens)[1] / (1 - SPARE)
+        assert chosen(room_for(needed + 1)) == tokens
+        assert chosen(room_for(needed - 2)) < tokens or tokens == 256
+    assert chosen(PLENTY) == 4096
+    assert chosen(Room({GPU: 80 * GIB, MEMORY: 100 * GIB, DISK: 100 * GIB}, 80 * GIB)) == 16384
+    assert chosen(room_for(0), micro_batch_tokens=7) == 7, "a number that the recipe gives is kept"
+
+
+def test_where_none_fits_at_most_the_largest_expected_one_is_chosen_and_the_doubt_is_told():
+    long_replies = PolicyLM(BASE, engine="in_process", max_tokens=4096)
+    expected = update(long_replies, micro_batch_tokens=512)[0] / (1 - SPARE)
+    fit = measure_fit(long_replies, FSTConfig(), Path("nowhere"), room_for(expected + 1))
+    assert fit.micro_batch_tokens == 512
+    assert "an update may take up to" in fit.doubts()[0]
+
+
+def test_a_run_that_goes_on_keeps_the_number_that_it_began_with(tmp_path):
+    def recorded(**config):
+        (tmp_path / "events.jsonl").write_text(json.dumps({"event": "plan", "config": config}) + "\n")
+        return as_recorded(FSTConfig(), tmp_path).micro_batch_tokens
+
+    assert as_recorded(FSTConfig(), tmp_path / "new").micro_batch_tokens == "auto"
+    assert recorded(micro_batch_tokens=512) == 512
+    assert recorded() == "auto"
+    assert as_recorded(FSTConfig(micro_batch_tokens=64), tmp_path).micro_batch_tokens == 64, "the user's own word"
+    assert as_recorded(FSTConfig(), FIRST_RELEASE).micro_batch_tokens == 4096, "its default, which it wrote down"
+
+
+def test_without_a_known_model_the_former_default_is_taken():
+    assert settled(FSTConfig(), None).micro_batch_tokens == 4096
+    assert settled(FSTConfig(micro_batch_tokens=9), None).micro_batch_tokens == 9
+
+
+# ---- a config alone ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "base", [BASE, *sorted((BASE.parent.parent / "tiny" / "bases").iterdir())], ids=lambda p: p.name
+)
+def test_a_config_alone_gives_the_size_of_the_files(base, tmp_path):
+    shutil.copy(base / "config.json", tmp_path)
+    assert model_size(tmp_path) == model_size(base)
+
+
+def test_a_tied_and_an_untied_config_alone_give_the_size_of_the_files(tmp_path):
+    for tied in (True, False):
+        model = save_model(tmp_path / f"{tied}", tied=tied)
+        whole = model_size(model)
+        (model / "model.safetensors").unlink()
+        assert model_size(model) == whole
+        assert whole.tied == tied
+
+
+@pytest.mark.skipif(not smollm2.available(), reason="SmolLM2 is not installed")
+def test_smollm2_s_config_alone_gives_the_size_of_its_files(tmp_path):
+    shutil.copy(smollm2.folder() / "config.json", tmp_path)
+    size = model_size(tmp_path)
+    assert size == model_size(smollm2.folder()) == find_size("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert size.parameters == smollm2.PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768),
+        ("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400),
+        ("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120),
+    ],
+)
+def test_known_models_have_the_parameters_that_their_makers_publish(model, parameters):
+    assert find_size(model).parameters == parameters
+
+
+def test_a_folder_without_a_config_and_a_broken_one_are_told(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"the folder holds no config\.json"):
+        find_size(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="its config cannot be read"):
+        find_size(str(tmp_path))
+
+
+# ---- cards that are imagined --------------------------------------------------------------------
+
+
+def test_an_imagined_card_has_the_trainer_and_the_engine_on_it_and_two_cards_one_each():
+    size = find_size("Qwen/Qwen3-0.6B")
+    subject = Subject("m", size, "vllm", {"gpu_memory_utilization": 0.5})
+    one, two = (fit_of(subject, FSTConfig(), imagined_room(24 * GIB, cards)) for cards in (1, 2))
+    assert {n.place: {t.who: t.certain for t in n.takes} for n in one.needs}[GPU] == {
+        "the trainer": 20 * size.parameters,
+        "the engine": 12 * GIB,
+    }
+    assert {n.place: {t.who for t in n.takes} for n in two.needs} == {
+        GPU: {"the trainer"},
+        SECOND_GPU: {"the engine"},
+        MEMORY: {"the process", "a state being saved"},
+        DISK: {"published weights", "resumable states"},
+    }
+    assert two.micro_batch_tokens > one.micro_batch_tokens
+    assert not two.faults()
+
+
+def test_two_cards_do_not_hold_what_the_trainer_s_card_cannot():
+    size = find_size("Qwen/Qwen3-8B")
+    fit = fit_of(Subject("m", size, "vllm", {"gpu_memory_utilization": 0.9}), FSTConfig(), imagined_room(80 * GIB, 2))
+    (fault,) = fit.faults()
+    assert fault.startswith("GPU memory: training model='m' (8.2B parameters) takes 152.6 GiB for the trainer")
+
+
+def test_a_share_of_the_card_that_cannot_hold_the_served_weights_is_a_fault():
+    size = find_size("Qwen/Qwen3-4B")
+    subject = Subject("m", size, "vllm", {"gpu_memory_utilization": 0.05})
+    fit = fit_of(subject, FSTConfig(), imagined_room(96 * GIB))
+    assert any("gpu_memory_utilization=0.05 is 4.8 GiB of 96.0 GiB, and vLLM's weights" in f for f in fit.faults())
+    assert vllm_share(size, imagined_room(96 * GIB)) * 96 * GIB >= least_served(size)
 
 
 def test_a_place_is_too_small_from_one_byte_on_and_doubtful_up_to_the_most():
@@ -206,7 +386,8 @@ def test_a_fault_says_who_takes_how_much_and_what_to_do():
 
 
 def test_what_may_not_fit_is_only_a_warning():
-    fit = measure_fit(lab_policy(), FSTConfig(), Path("nowhere"), Room({MEMORY: 64 * 2**20, DISK: GIB}))
+    recipe = FSTConfig(micro_batch_tokens=4096)
+    fit = measure_fit(lab_policy(), recipe, Path("nowhere"), Room({MEMORY: 64 * 2**20, DISK: GIB}))
     assert not fit.faults()
     (warning,) = fit.warnings()
     assert "an update may take up to" in warning

@@ -19,6 +19,7 @@ LAYERS = [
         "engine.prompts",
         "preflight.environment",
         "preflight.hub",
+        "preflight.known_models",
         "preflight.model_folder",
         "preflight.reach",
         "run.secrets",
@@ -46,7 +47,7 @@ LAYERS = [
 ]
 """From below to above. A module imports from lower layers, or from its own folder."""
 CORNERS = {
-    "torch": ["slow", "engine", "policy", "cli.doctor"],
+    "torch": ["architectures", "slow", "engine", "policy", "cli.doctor"],
     "gepa": ["fast"],
     "vllm": ["engine.served"],
     "accelerate": ["report.tracking"],

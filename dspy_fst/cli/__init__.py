@@ -17,6 +17,7 @@ from dspy_fst.cli.init import init
 from dspy_fst.cli.report import report
 from dspy_fst.cli.serve import serve
 from dspy_fst.cli.show import show
+from dspy_fst.cli.sizes import sizes
 from dspy_fst.cli.train import resume, run
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -42,5 +43,5 @@ def _options(
     """Fast-Slow Training for DSPy: a program's instructions and its local model's weights, together."""
 
 
-for command in (init, check, doctor, run, resume, show, eval, export, report, serve):
+for command in (init, check, sizes, doctor, run, resume, show, eval, export, report, serve):
     app.command()(command)

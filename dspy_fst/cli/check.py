@@ -15,6 +15,7 @@ import typer
 from dspy_fst.cli.common import Debug, Json, errors_as_text
 from dspy_fst.cli.forms import measured_warnings, remedies
 from dspy_fst.cli.proposer import nobody_proposes, proposer_warnings, unreached
+from dspy_fst.cli.room import UNTRIED, Card, Cards, described_room, needs, show_micro_batch, show_needs
 from dspy_fst.cli.tables import Printer
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.report.words import duration
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import dspy
 
     from dspy_fst.config import FSTConfig
-    from dspy_fst.fit import Fit
+    from dspy_fst.fit import Room
     from dspy_fst.policy import PolicyLM
     from dspy_fst.project import Opened, Project
     from dspy_fst.rollout.player import Player
@@ -50,18 +51,24 @@ def check(
             "metric's scale fits perfect_score. A metric that asks a paid LM spends.",
         ),
     ] = False,
+    gpu: Card = None,
+    cards: Cards = 1,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Validate a project; show recipe and plan.
 
     Everything that a run would refuse is told at once, with what the run would spend and take. Without --measure
-    neither the program nor the metric is called, and nothing is spent.
+    neither the program nor the metric is called, and nothing is spent. With --gpu it tells the room on such a machine,
+    from the model's config alone.
     """
+    if gpu is not None and measure:
+        raise typer.BadParameter("--measure runs on this machine, and --gpu imagines another; use one of them")
+    room = described_room(gpu, cards)
     with errors_as_text(debug):
         try:
             with redirect_stdout(sys.stderr):
-                told = _told(file, measure)
+                told = _told(file, measure, room)
         except ConfigurationError as error:
             if as_json:
                 faults = {"faults": error.faults, "advice": getattr(error, "__notes__", [])}
@@ -73,7 +80,7 @@ def check(
             _show(told)
 
 
-def _told(file: Path, measure: bool) -> dict[str, Any]:
+def _told(file: Path, measure: bool, room: "Room | None") -> dict[str, Any]:
     """All that can be said of a project.
 
     Raises:
@@ -92,7 +99,7 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
         opened = project.open()
         try:
             config, run_dir, _, warnings = checked(
-                opened.optimizer, opened.program, opened.trainset, opened.valset, None
+                opened.optimizer, opened.program, opened.trainset, opened.valset, None, room
             )
         except ConfigurationError as error:
             if nobody_proposes(project):
@@ -104,7 +111,7 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
         policy = next(iter(policies_of(opened.program).values()))
         plan = _plan(config, opened, policy)
         time = _measured(opened, config, plan) if measure else None
-        fit = measure_fit(policy, config, run_dir)
+        fit = measure_fit(policy, config, run_dir, room)
         if time is not None:
             scores = [*of_labels(opened.optimizer.metric, opened.trainset), *time["scores"]]
             warnings += scale_warnings(scores, config.perfect_score)
@@ -112,7 +119,9 @@ def _told(file: Path, measure: bool) -> dict[str, Any]:
             "project": _project(project, opened, policy, run_dir),
             "settings": _settings(config, project),
             "plan": plan,
-            "needs": _needs(fit),
+            "needs": needs(fit),
+            "micro_batch_tokens": {"tokens": config.micro_batch_tokens, "chosen": _chooses_micro_batch(project)},
+            "imagined": room is not None,
             "written": None if fit is None else fit.writes.words,
             "warnings": [*warnings, *proposer_warnings(project, opened), *measured_warnings(time)],
             "unreached": list(unreached(opened)),
@@ -166,6 +175,10 @@ def _settings(config: "FSTConfig", project: "Project") -> list[dict[str, Any]]:
     return rows
 
 
+def _chooses_micro_batch(project: "Project") -> bool:
+    return project.recipe is None or project.recipe.micro_batch_tokens == "auto"
+
+
 def _plan(config: "FSTConfig", opened: "Opened", policy: "PolicyLM") -> dict[str, Any]:
     """What each phase may spend at most; tokens are those of rollouts that call each trained predictor once."""
     from dspy_fst.plan import Plan
@@ -197,22 +210,6 @@ def _longest_rollout(program: "dspy.Module", policy: "PolicyLM") -> int | None:
     own = {name: predictor.config for name, predictor in program.named_predictors()}
     limits = [own[name].get("max_tokens", lm.reply_limit) for name, lm in policies_of(program).items()]
     return sum(limits) if all(limits) else None
-
-
-def _needs(fit: "Fit | None") -> list[dict[str, Any]] | None:
-    """Bytes by place; None before the model is downloaded."""
-    if fit is None:
-        return None
-    return [
-        {
-            "place": need.place,
-            "certain": need.certain,
-            "at_most": need.at_most,
-            "free": need.free,
-            "parts": {take.who: take.certain for take in need.takes},
-        }
-        for need in fit.needs
-    ]
 
 
 # ---- measured ----------------------------------------------------------------------------------
@@ -292,8 +289,6 @@ def _unmeasured(rollouts: "Sequence[Rollout]") -> Iterator[str]:
 
 
 def _show(told: dict[str, Any]) -> None:
-    from dspy_fst.run.written import shown as size
-
     out = Printer()
     out.heading("Project")
     out.table(("", ""), [(name, str(value)) for name, value in told["project"].items()], words=2)
@@ -311,11 +306,11 @@ def _show(told: dict[str, Any]) -> None:
     if told["needs"] is None:
         out.line("not known before the model is on this machine")
     else:
-        out.table(
-            ("where", "taken", "at most", "free"),
-            [(n["place"], size(n["certain"]), size(n["at_most"]), size(n["free"])) for n in told["needs"]],
-        )
+        show_needs(out, told["needs"])
+        show_micro_batch(out, told["micro_batch_tokens"])
         out.line(told["written"])
+        if told["imagined"]:
+            out.line(UNTRIED)
     out.heading("Time")
     _show_time(out, told["time"])
     for heading, lines in (("Warnings", told["warnings"]), ("Cannot be reached from here", told["unreached"])):

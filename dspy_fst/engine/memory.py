@@ -16,3 +16,12 @@ def free_gpu_bytes() -> tuple[int, int] | None:
 
     free, total = torch.cuda.mem_get_info()
     return free, total
+
+
+def free_second_gpu_bytes() -> int | None:
+    """Free bytes of the second CUDA device; None with fewer than two."""
+    if not has_gpu():
+        return None
+    import torch
+
+    return torch.cuda.mem_get_info(1)[0] if torch.cuda.device_count() > 1 else None

@@ -1,0 +1,180 @@
+"""`dspy-fst sizes`: what training a model takes of cards, main memory and disk. A config is enough."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dspy_fst.cli.common import Debug, Json, errors_as_text
+from dspy_fst.cli.room import (
+    UNTRIED,
+    Card,
+    Cards,
+    described_room,
+    micro_batch,
+    needs,
+    show_micro_batch,
+    show_needs,
+)
+from dspy_fst.cli.tables import Printer
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.preflight.known_models import known_models, unknown_fault
+from dspy_fst.run.written import GIB, shown
+
+if TYPE_CHECKING:
+    from dspy_fst.config import FSTConfig
+    from dspy_fst.fit import Fit, Room
+
+LONGEST_REPLY = 1024
+"""Tokens: the default ``max_tokens`` of a PolicyLM."""
+TABLE_CARDS = (24, 48, 80)
+"""GiB of the cards in the table."""
+
+
+def sizes(
+    model: Annotated[
+        str | None, typer.Argument(help="A folder with a config.json, with weights or without; or a hub's model.")
+    ] = None,
+    gpu: Card = None,
+    cards: Cards = 1,
+    kl: Annotated[
+        bool, typer.Option("--kl/--no-kl", help="With the recipe's KL to the start, or with kl_coefficient=0.")
+    ] = True,
+    micro_batch_tokens: Annotated[
+        str, typer.Option(metavar="N", help="Tokens of a micro-batch; auto takes the most that fit.")
+    ] = "auto",
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Tokens of the longest reply: one that is longer than a micro-batch comes alone."
+        ),
+    ] = LONGEST_REPLY,
+    table: Annotated[
+        bool, typer.Option("--table", help="Well-known models against cards of 24, 48 and 80 GiB, as Markdown.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What training a model takes of cards, memory and disk.
+
+    Full weights, the recipe's defaults. `dspy-fst check` tells the same of a project and its recipe.
+    """
+    with errors_as_text(debug):
+        if table:
+            typer.echo(size_table())
+            return
+        if model is None:
+            raise typer.BadParameter("name a model, or ask for --table")
+        if fault := unknown_fault(model):  # told before what takes seconds to import
+            raise ConfigurationError([fault])
+        told = _told(model, described_room(gpu, cards), _recipe(kl, micro_batch_tokens), max_tokens)
+        typer.echo(json.dumps(told)) if as_json else _show(told)
+
+
+def _recipe(kl: bool, tokens: str) -> "FSTConfig":
+    from dspy_fst.config import make_config
+
+    settings: dict[str, Any] = {} if kl else {"kl_coefficient": 0.0}
+    config, faults = make_config({**settings, "micro_batch_tokens": int(tokens) if tokens.isdigit() else tokens})
+    if config is None:
+        raise ConfigurationError(faults)
+    return config
+
+
+def _told(model: str, room: "Room | None", config: "FSTConfig", max_tokens: int) -> dict[str, Any]:
+    from dspy_fst.fit import Subject, find_size, fit_of, room_now, vllm_share
+    from dspy_fst.policy import resolve_kind
+
+    size = find_size(model)
+    where = room or room_now(Path.cwd())
+    kind = "vllm" if where.imagined else resolve_kind("auto")
+    options = {"gpu_memory_utilization": vllm_share(size, where)} if kind == "vllm" and where.on_gpu else {}
+    fit = fit_of(Subject(model, size, kind, options, max_tokens), config, where)
+    return {
+        "model": model,
+        "parameters": size.parameters,
+        "fits": not fit.faults() and fit.expected_to_fit,
+        "sure": not [*fit.faults(), *fit.doubts()],
+        "engine": kind,
+        "engine_options": options,
+        "micro_batch_tokens": micro_batch(fit),
+        "needs": needs(fit),
+        "written": fit.writes.words,
+        "disk_advice": disk_advice(fit),
+        "faults": fit.faults(),
+        "warnings": fit.warnings(),
+        "source": UNTRIED if where.on_gpu else "computed; benchmarks/sizes.py holds it against measured peaks",
+    }
+
+
+def disk_advice(fit: "Fit") -> str:
+    """How to write less."""
+    return (
+        f"each update writes {shown(fit.writes.weights)} of weights and {shown(fit.writes.state)} of state; "
+        "checkpoint_every=6 writes a state every sixth update, keep_states=1 and keep_weights=1 keep fewer"
+    )
+
+
+def _show(told: dict[str, Any]) -> None:
+    out = Printer()
+    out.heading(f"{told['model']}: {told['parameters']:,} parameters")
+    show_needs(out, told["needs"])
+    if told["fits"]:
+        show_micro_batch(out, told["micro_batch_tokens"])
+    options = ", ".join(f"{name}: {value:g}" for name, value in told["engine_options"].items())
+    out.line(f"engine: {told['engine']}{f', engine_options: {{{options}}}' if options else ''}")
+    out.line(told["written"])
+    out.line(told["disk_advice"])
+    out.line(told["source"])
+    out.heading("It fits" if told["sure"] else "It is expected to fit" if told["fits"] else "It does not fit")
+    for line in (*told["faults"], *told["warnings"]):
+        out.line(f"- {line}")
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+
+def size_table() -> str:
+    """Markdown: for each well-known model the micro-batch that fits on one card and on two."""
+    head = ["model", "parameters", "KL", "trainer", "vLLM, least", "state in memory", "disk, kept"]
+    head += [f"{card} GiB{' x 2' * (cards == 2)}" for card in TABLE_CARDS for cards in (1, 2)]
+    lines = [head, ["---"] * len(head), *_rows()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _rows() -> Iterator[list[str]]:
+    from dspy_fst.fit import find_size
+
+    for model in known_models():
+        size = find_size(model)
+        for kl in (True, False):
+            yield _row(model, size, _recipe(kl, "auto"), kl)
+
+
+def _row(model: str, size: Any, config: "FSTConfig", kl: bool) -> list[str]:
+    from dspy_fst.fit import DISK, MEMORY, Subject, fit_of, imagined_room, least_served, vllm_share
+
+    fits = []
+    for card in TABLE_CARDS:
+        for cards in (1, 2):
+            room = imagined_room(card * GIB, cards)
+            options = {"gpu_memory_utilization": vllm_share(size, room)}
+            fits.append(fit_of(Subject(model, size, "vllm", options, LONGEST_REPLY), config, room))
+    taken = {take.who: take.certain for need in fits[0].needs for take in need.takes}
+    kept = {need.place: need.certain for need in fits[0].needs}
+    return [
+        model.partition("/")[2],
+        f"{size.parameters / 1e9:.2f}B",
+        "on" if kl else "off",
+        *(f"{amount / GIB:.1f}" for amount in (taken["the trainer"], least_served(size), kept[MEMORY], kept[DISK])),
+        *map(_fitting, fits),
+    ]
+
+
+def _fitting(fit: "Fit") -> str:
+    """The micro-batch that fits at most; in brackets one that is only expected to."""
+    if fit.faults() or not fit.expected_to_fit:
+        return "no"
+    return f"({fit.micro_batch_tokens:,})" if fit.doubts() else f"{fit.micro_batch_tokens:,}"

@@ -1,0 +1,171 @@
+"""`dspy-fst sizes` and `check --gpu`: what fits where, from a config alone."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from dspy_fst.fit import find_size
+from dspy_fst.preflight.known_models import unknown_fault
+from programs.lab import BASE
+from tests.cli.conftest import invoke
+
+GIB = 2**30
+SMALL = "Qwen/Qwen3-0.6B"
+
+
+def told(*options):
+    return json.loads(invoke("sizes", *options, "--json").stdout)
+
+
+@pytest.fixture
+def config_alone(tmp_path):
+    """A model's folder that holds nothing but the config of Qwen3-0.6B's shape."""
+    from transformers import AutoConfig
+
+    from dspy_fst.preflight.known_models import known_models
+
+    folder = tmp_path / "config-alone"
+    AutoConfig.for_model(**known_models()[SMALL], architectures=["Qwen3ForCausalLM"]).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_is_told_part_by_part_for_a_card(config_alone):
+    said = told(config_alone, "--gpu", "24GiB", "--max-tokens", "512")
+    assert said["parameters"] == 596_049_920
+    assert (said["fits"], said["sure"]) == (True, True)
+    needs = {need["place"]: need for need in said["needs"]}
+    assert needs["GPU memory"]["parts"]["the trainer"] == 20 * 596_049_920
+    assert needs["GPU memory"]["free"] == 24 * GIB - GIB // 2
+    assert needs["memory"]["parts"]["a state being saved"] == 12 * 596_049_920
+    assert needs["memory"]["free"] is None
+    assert needs["GPU memory"]["certain"] < needs["GPU memory"]["expected"] <= needs["GPU memory"]["at_most"]
+    assert said["micro_batch_tokens"] == {"tokens": 512, "chosen": True}
+    assert said["source"].startswith("computed, not measured")
+
+
+def test_a_known_name_says_the_same_as_its_config(config_alone):
+    named, folder = (told(model, "--gpu", "48GiB") for model in (SMALL, config_alone))
+    assert {**folder, "model": SMALL} == named
+
+
+def test_two_cards_give_the_engine_one_and_nothing_is_sharded():
+    one, two = (told(SMALL, "--gpu", "24GiB", "--cards", cards) for cards in (1, 2))
+    parts = {need["place"]: need["parts"] for need in two["needs"]}
+    assert set(parts["GPU memory"]) == {"the trainer"}
+    assert set(parts["GPU memory of the second card"]) == {"the engine"}
+    assert two["micro_batch_tokens"]["tokens"] > one["micro_batch_tokens"]["tokens"]
+    large = told("Qwen/Qwen3-8B", "--gpu", "80GiB", "--cards", "2")
+    assert not large["fits"]
+    assert "152.6 GiB for the trainer" in large["faults"][0]
+
+
+def test_replies_longer_than_the_micro_batch_make_it_doubtful():
+    said = told(SMALL, "--gpu", "24GiB", "--max-tokens", "4096")
+    assert (said["fits"], said["sure"]) == (True, False)
+    assert "an update may take up to" in said["warnings"][0]
+    assert "It is expected to fit" in invoke("sizes", SMALL, "--gpu", "24GiB", "--max-tokens", "4096").stdout
+
+
+def test_without_the_kl_the_frozen_start_is_left_out():
+    with_kl, without = (told(SMALL, "--gpu", "24GiB", kl) for kl in ("--kl", "--no-kl"))
+    held = [said["needs"][0]["parts"]["the trainer"] for said in (with_kl, without)]
+    assert held[0] - held[1] == 4 * 596_049_920
+
+
+def test_a_given_micro_batch_is_kept_and_a_bad_one_refused():
+    assert told(SMALL, "--gpu", "24GiB", "--micro-batch-tokens", "300")["micro_batch_tokens"] == {
+        "tokens": 300,
+        "chosen": False,
+    }
+    assert "micro_batch_tokens='many'" in invoke("sizes", SMALL, "--micro-batch-tokens", "many", code=2).stderr
+
+
+def test_this_machine_is_looked_at_when_no_card_is_named():
+    said = told(BASE)
+    assert {need["place"] for need in said["needs"]} >= {"memory", "disk"}
+    assert all(need["free"] > 0 for need in said["needs"])
+
+
+def test_the_text_says_what_is_taken_what_is_written_and_that_no_card_was_tried():
+    text = invoke("sizes", "Qwen/Qwen3-8B", "--gpu", "80GiB").stdout
+    assert "It does not fit" in text
+    assert "written over the run: at most 5141.4 GiB" in text
+    assert "this package has not run on a GPU" in text
+
+
+@pytest.mark.parametrize("size", ["much", "0GiB", "-1", "24 TiB"])
+def test_a_size_that_is_none_is_refused(size):
+    assert "is no size; write one like 24GiB" in invoke("sizes", SMALL, "--gpu", size, code=2).stderr
+
+
+def test_cards_without_their_size_are_refused():
+    assert "say how large each card is" in invoke("sizes", SMALL, "--cards", "2", code=2).stderr
+
+
+def test_an_unknown_name_without_a_hub_is_told_in_a_sentence_and_at_once(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    began = time.process_time()
+    fault = unknown_fault("nobody/nothing")
+    assert time.process_time() - began < 1
+    assert "there is no such folder, as a hub model its config is not on this machine" in fault
+    assert SMALL in fault
+
+
+def test_an_unknown_name_is_told_before_anything_heavy_is_imported():
+    source = (
+        "import sys; from dspy_fst.cli import main; sys.argv = ['dspy-fst', 'sizes', 'nobody/nothing', '--gpu', '24']\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules, 'dspy' in sys.modules)"
+    )
+    environment = {"HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, env=environment)
+    assert ended.stdout.split() == ["2", "False", "False"], ended.stderr
+    assert "HF_HUB_OFFLINE is set" in ended.stderr
+
+
+# ---- check -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path, config_alone):
+    """The laboratory's project with a model of which only the config is there."""
+    invoke("init", tmp_path, "--example", "lab")
+    file = tmp_path / "project.yaml"
+    settings = yaml.safe_load(file.read_text())
+    settings |= {"model": str(config_alone), "policy": {"engine": "auto", "max_tokens": 512}}
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def test_check_tells_the_room_on_an_imagined_card_from_the_config_alone(project):
+    said = json.loads(invoke("check", project, "--gpu", "80GiB", "--json").stdout)
+    needs = {need["place"]: need for need in said["needs"]}
+    assert needs["GPU memory"]["parts"] == {"the trainer": 20 * 596_049_920, "the engine": int(80 * GIB * 0.3)}
+    assert said["micro_batch_tokens"]["chosen"]
+    rows = {row["name"]: row for row in said["settings"]}
+    assert rows["micro_batch_tokens"]["value"] == said["micro_batch_tokens"]["tokens"] >= 4096
+    assert "this package has not run on a GPU" in invoke("check", project, "--gpu", "80GiB").stdout
+    two = json.loads(invoke("check", project, "--gpu", "80GiB", "--cards", "2", "--json").stdout)
+    assert "GPU memory of the second card" in {need["place"] for need in two["needs"]}
+
+
+def test_check_says_what_does_not_fit_on_it(project):
+    refused = json.loads(invoke("check", project, "--gpu", "8GiB", "--json", code=2).stdout)
+    assert any(fault.startswith("GPU memory: training model=") for fault in refused["faults"])
+
+
+def test_check_on_this_machine_still_wants_the_weights(project):
+    assert "the folder holds no weights" in invoke("check", project, code=2).stderr
+
+
+def test_check_measures_on_this_machine_only(project):
+    assert "--gpu imagines another" in invoke("check", project, "--gpu", "8GiB", "--measure", code=2).stderr
+
+
+def test_the_size_of_a_folder_with_weights_is_that_of_its_config(tmp_path):
+    shutil.copy(BASE / "config.json", tmp_path)
+    assert find_size(str(tmp_path)) == find_size(str(BASE))

@@ -1,0 +1,80 @@
+"""The arithmetic of sizes against what was measured; the recipes for GPUs and the README against the arithmetic."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from benchmarks.sizes import RESULT, TOLERANCE, Case, computed
+from dspy_fst.cli.sizes import LONGEST_REPLY
+from dspy_fst.config import FSTConfig
+from dspy_fst.fit import DISK, Subject, find_size, fit_of, imagined_room, vllm_share
+from dspy_fst.fit.arithmetic import Reading
+from dspy_fst.fit.shape import ModelSize
+from tests.docs.pages import DOCS, ROOT
+
+GIB = 2**30
+MEASURED = json.loads(RESULT.read_text()) if RESULT.is_file() else []
+
+
+def name_of(row):
+    case = row["case"]
+    return f"{case['model']}-{case['precision']}-kl-{case['kl']}-share-{case['share']}"
+
+
+def test_one_line_of_each_size_and_kl_was_measured():
+    float32 = {(row["case"]["model"], row["case"]["kl"]) for row in MEASURED if row["case"]["precision"] == "float32"}
+    assert float32 >= {(model, kl) for model in ("1M", "135M") for kl in (True, False)}
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=name_of)
+def test_what_is_computed_now_is_what_was_measured_then(row):
+    now = computed(ModelSize(**row["size"]), Case(**row["case"]), Reading(**row["reading"]))
+    assert now == pytest.approx(row["peak"], rel=TOLERANCE)
+
+
+def recipes():
+    """Project files of the page on GPUs that name a model."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "gpus.md").read_text(), re.DOTALL)
+    return [block for block in map(yaml.safe_load, blocks) if "model" in block]
+
+
+def test_the_recipes_for_a_card_fit_on_it_by_the_arithmetic():
+    found = recipes()
+    assert found
+    for recipe in found:
+        policy, size = recipe["policy"], find_size(recipe["model"])
+        subject = Subject("it", size, policy["engine"], policy["engine_options"], policy["max_tokens"])
+        fit = fit_of(subject, FSTConfig(**recipe.get("recipe", {})), imagined_room(24 * GIB))
+        assert [*fit.faults(), *fit.doubts()] == []
+        assert f"micro-batches of {fit.micro_batch_tokens} tokens" in (DOCS / "gpus.md").read_text()
+
+
+README_SAYS = [
+    (24, "Qwen/Qwen2.5-0.5B-Instruct", "0.5B trains on a card of 24 GiB", {}),
+    (48, "Qwen/Qwen2.5-1.5B-Instruct", "1.5B on 48", {}),
+    (80, "Qwen/Qwen3-1.7B", "1.7B on 80", {}),
+    (80, "meta-llama/Llama-3.2-3B-Instruct", "(3B with `kl_coefficient=0`)", {"kl_coefficient": 0}),
+]
+
+
+def fit_on(card, model, **recipe):
+    room, size = imagined_room(card * GIB), find_size(model)
+    options = {"gpu_memory_utilization": vllm_share(size, room)}
+    return fit_of(Subject(model, size, "vllm", options, LONGEST_REPLY), FSTConfig(**recipe), room)
+
+
+@pytest.mark.parametrize(("card", "model", "words", "recipe"), README_SAYS, ids=[says[2] for says in README_SAYS])
+def test_what_the_readme_says_of_cards_is_what_is_computed(card, model, words, recipe):
+    assert words in " ".join((ROOT / "README.md").read_text().split())
+    fit = fit_on(card, model, **recipe)
+    assert [*fit.faults(), *fit.doubts()] == []
+
+
+def test_the_readme_s_other_figures_are_computed_too():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "and 8B on none" in readme
+    assert fit_on(80, "Qwen/Qwen3-8B").faults()
+    disk = next(need.certain for need in fit_on(24, "Qwen/Qwen3-0.6B").needs if need.place == DISK)
+    assert f"A run of 0.6B keeps up to {disk / GIB:.0f} GiB" in readme
