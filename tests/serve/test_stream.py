@@ -185,6 +185,22 @@ def test_a_program_that_fails_ends_the_stream_with_an_error():
     assert told[1][1]["error"]["type"] == "reply_not_parsed"
 
 
+def test_a_reply_that_was_heard_is_not_asked_for_again_in_json_also_where_the_program_may():
+    def says(messages, seed):
+        return '{"answer": "yes"}' if "JSON object" in messages[-1]["content"] else "no fields"
+
+    program, _ = compiled(says)
+    program.lm.use_json_adapter_fallback = True
+    fake = FakeVLLM(says)
+    with behind(program, fake) as engine:
+        app = app_behind(program)
+        told = events(ask(app, question("x"), STREAM).text)
+        assert told[-1][1]["error"]["type"] == "reply_not_parsed"
+        assert len(fake.asked) == 1
+        assert ask(app, question("x")).json()["outputs"] == {"answer": "yes"}  # nobody heard the first reply
+        assert engine.whole_replies == 2
+
+
 def test_listeners_at_the_same_time_hear_their_own_answers(two_steps):
     fake = FakeVLLM(speak)
     with behind(two_steps, fake), served(app_behind(two_steps)) as url:
