@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.families import FAMILIES, Family
-from dspy_fst.architectures import unlike_vllm
+from benchmarks.families import FAMILIES, Family, knows
+from dspy_fst.preflight.vllm_start import vllm_faults
 
 TRIED = (
     *("Llama", "Llama 3.1 (llama3 rope)", "Llama, YaRN", "Qwen2", "Qwen3", "Qwen3-MoE", "Mixtral", "OLMoE", "Gemma 2"),
@@ -53,7 +53,7 @@ def serve_all(names: Sequence[str], known: dict[str, str]) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = {}
         for number, family in enumerate(tried):
-            if refusals := unlike_vllm(family.config(), None):
+            if refusals := list(vllm_faults(family.config(), {"dtype": "float32"}, on_gpu=False)):
                 known[family.name] = f"refused: {refusals[0]}"
                 continue
             try:
@@ -72,7 +72,7 @@ def serve_all(names: Sequence[str], known: dict[str, str]) -> dict[str, str]:
 def _wider(family: Family) -> Family:
     config = family.config().get_text_config()
     told: dict[str, Any] = {
-        name: value for name, value in WIDER.items() if hasattr(config, name) and name not in family.told
+        name: value for name, value in WIDER.items() if knows(config, name) and name not in family.told
     }
     if "rope_parameters" in family.told and "short_factor" in family.told["rope_parameters"]:
         rope = family.told["rope_parameters"]

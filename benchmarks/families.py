@@ -75,7 +75,7 @@ class Family:
         whole = CONFIG_MAPPING[self.model_type]
         default = whole(**self.beside)
         text = default.get_text_config()
-        told = {name: value for name, value in SMALL.items() if _knows(text, name)} | dict(self.told)
+        told = {name: value for name, value in SMALL.items() if knows(text, name)} | dict(self.told)
         told = {name: value for name, value in told.items() if value is not None or name in ("sliding_window",)}
         if text is default:
             return whole(**told)
@@ -89,7 +89,8 @@ class Family:
         return folder
 
 
-def _knows(config: Any, name: str) -> bool:
+def knows(config: Any, name: str) -> bool:
+    """Whether a config has a setting of this name that can be told."""
     try:
         return hasattr(config, name) and not (
             isinstance(getattr(type(config), name, None), property) and getattr(type(config), name).fset is None
@@ -156,7 +157,7 @@ FAMILIES: tuple[Family, ...] = (
             }
         },
     ),
-    Family("Llama 4 (text)", "llama4_text"),
+    Family("Llama 4 (text)", "llama4_text", {"num_experts_per_tok": 1}),
     Family("Qwen2", "qwen2"),
     Family("Qwen2-MoE", "qwen2_moe"),
     Family("Qwen3", "qwen3"),
@@ -236,7 +237,8 @@ FAMILIES: tuple[Family, ...] = (
         "Granite 4 (hybrid)", "granitemoehybrid", {"layer_types": ["mamba", "attention"] * 2, "logits_scaling": 6.0}
     ),
     Family("DeepSeek-V2", "deepseek_v2", _LATENT),
-    Family("DeepSeek-V3, Kimi-K2", "deepseek_v3", _LATENT),
+    # Published models name how they choose experts. transformers knows one way only, and vLLM reads it.
+    Family("DeepSeek-V3, Kimi-K2", "deepseek_v3", {**_LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
     Family(
         "Kimi-Linear", "kimi_linear", {**_LATENT, "linear_head_dim": 16, "linear_num_heads": 4, "layer_types": _MIXED}
     ),

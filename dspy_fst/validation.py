@@ -11,7 +11,7 @@ import dspy
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from dspy_fst.architectures import context_length, text_writers, unlike_vllm
+from dspy_fst.architectures import context_length, text_writers
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.chat import temperature_fault
 from dspy_fst.engine.memory import has_gpu
@@ -22,6 +22,7 @@ from dspy_fst.preflight.chat_template import template_faults
 from dspy_fst.preflight.hub import hub_fault, means_a_path
 from dspy_fst.preflight.model_folder import folder_faults, stored_layer_fault
 from dspy_fst.preflight.parts import no_predictors
+from dspy_fst.preflight.vllm_start import vllm_faults
 from dspy_fst.rollout.reward import metric_fault
 from dspy_fst.rollout.texts import carried_by, flexes, is_tool, lost_lines, read_texts
 from dspy_fst.types import Rollout
@@ -344,7 +345,7 @@ def _kind_faults(policy: PolicyLM, config: Any) -> Iterator[str]:
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
         yield f"its weights are quantized ({method}) and cannot be trained; choose the model in bfloat16 or float32"
     if policy.handle.resolved_kind == "vllm":
-        yield from unlike_vllm(config, policy.handle.options.get("max_model_len"))
+        yield from vllm_faults(config, policy.handle.options, on_gpu=has_gpu())
 
 
 def _weights_faults(path: Path) -> Iterator[str]:

@@ -22,6 +22,7 @@ LAYERS = [
         "preflight.known_models",
         "preflight.model_folder",
         "preflight.reach",
+        "preflight.vllm_start",
         "run.secrets",
     ],
     ["plan", "slow", "rollout", "engine", "run", "preflight.adapter_folder", "preflight.chat_template"],

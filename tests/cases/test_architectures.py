@@ -10,15 +10,16 @@ from transformers import AutoConfig, Qwen3ForCausalLM
 
 from benchmarks.architectures import EQUAL, PAGE, RESULTS, InProcess, Outcome, measured, page
 from benchmarks.families import FAMILIES, Family
-from dspy_fst import PolicyLM
-from dspy_fst.architectures import context_length, restart_reason
+from dspy_fst import PolicyLM, validation
+from dspy_fst.architectures import context_length, restart_reason, unlike_vllm
 from dspy_fst.engine import keeper as keeper_module
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.keeper import Keeper
 from dspy_fst.engine.vllm_server import VLLMSettings
 from dspy_fst.errors import TrainingError
-from dspy_fst.preflight import restarts
+from dspy_fst.preflight import restarts, vllm_start
 from dspy_fst.preflight.restarts import restart_warnings
+from dspy_fst.preflight.vllm_start import vllm_faults
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.head import Head
 from dspy_fst.slow.policy import Policy
@@ -140,10 +141,38 @@ def test_what_vllm_alone_reads_in_a_config_is_asked_for_when_vllm_serves(tmp_pat
     published = BY_NAME["LFM2"]
     told = {name: value for name, value in published.told.items() if name not in ("block_dim", "conv_dim")}
     bare = dataclasses.replace(published, told=told).save(tmp_path / "bare")
-    (fault,) = model_faults(PolicyLM(bare, engine="vllm", max_tokens=8))
+    fault, *_ = model_faults(PolicyLM(bare, engine="vllm", max_tokens=8))
     assert "vLLM reads block_dim and conv_dim in the config.json of a 'lfm2' model" in fault
     assert model_faults(PolicyLM(bare, engine="in_process", max_tokens=8)) == []
-    assert model_faults(PolicyLM(published.save(tmp_path / "whole"), engine="vllm", max_tokens=8)) == []
+    assert unlike_vllm(published.config(), None) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "says"),
+    [
+        ("Qwen3.5 (text)", "bfloat16", "imports torchvision, which is not installed"),
+        ("Gemma 3 (multimodal)", "float32", "imports torchvision, which is not installed"),
+        ("Qwen3-Next", "float32", "in bfloat16 alone, and its server would not start in float32"),
+        ("LFM2", "float32", "other log-probabilities than transformers"),
+    ],
+)
+def test_what_vllm_cannot_do_on_this_machine_is_told_before_it_starts(name, dtype, says, monkeypatch):
+    monkeypatch.setattr(vllm_start, "find_spec", lambda name: None)
+    config, options = BY_NAME[name].config(), {"dtype": dtype}
+    assert [says in fault for fault in vllm_faults(config, options, on_gpu=False)] == [True]
+    assert list(vllm_faults(config, {**options, "attach_url": "http://127.0.0.1:1"}, on_gpu=False)) == []
+    monkeypatch.setattr(vllm_start, "find_spec", lambda name: "found")
+    assert list(vllm_faults(config, options, on_gpu=True)) == []
+    assert list(vllm_faults(BY_NAME["Qwen3"].config(), options, on_gpu=False)) == []
+
+
+def test_such_a_model_is_refused_with_the_other_faults_of_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "has_gpu", lambda: False)
+    folder = BY_NAME["Qwen3-Next"].save(tmp_path / "model")
+    options = {"dtype": "float32"}
+    (fault,) = model_faults(PolicyLM(folder, engine="vllm", max_tokens=8, engine_options=options))
+    assert "on a CPU vLLM computes the linear attention of a 'qwen3_next' model in bfloat16 alone" in fault
+    assert model_faults(PolicyLM(folder, engine="in_process", max_tokens=8)) == []
 
 
 @pytest.mark.parametrize("family", [longrope, dynamic, learned], ids=lambda make: make.__name__)

@@ -1,0 +1,54 @@
+"""What ends the start of a vLLM server on this machine, or makes it compute other numbers here, seen before it starts.
+
+From the model's config, the engine's options and what is installed. Measured with vLLM 0.32 on a CPU, family by family:
+`benchmarks.architectures`. An attached server is somebody else's and runs elsewhere: nothing is known of it.
+"""
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from dspy_fst.architectures import unlike_vllm
+
+_BESIDE_IMAGES = {"qwen3_5_text", "qwen3_5_moe_text"}
+"""Text models whose code in vLLM stands beside that of the model that reads images, and imports what that needs."""
+_DELTA_NETS = {"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid"}
+"""Model types whose linear attention vLLM computes on a CPU in bfloat16 alone."""
+_OTHER_NUMBERS_ON_A_CPU = {"lfm2", "lfm2_moe"}
+"""Model types that vLLM scores 0.2 nats off on a CPU, from the second token on: its convolution over tokens."""
+_NOT_BFLOAT16 = ("float", "float32", "half", "float16")
+
+
+def vllm_faults(config: Any, options: Mapping[str, Any], *, on_gpu: bool) -> Iterator[str]:
+    """Why a vLLM server would not serve this model as the trainer computes it, one sentence each.
+
+    Args:
+        config: The model's, of transformers.
+        options: Of the engine; ``max_model_len``, ``dtype`` and ``attach_url`` are read.
+    """
+    yield from unlike_vllm(config, options.get("max_model_len"))
+    if options.get("attach_url") is None:
+        yield from _faults_here(config, options, on_gpu)
+
+
+def _faults_here(config: Any, options: Mapping[str, Any], on_gpu: bool) -> Iterator[str]:
+    text = config.get_text_config()
+    kinds, kind = {config.model_type, text.model_type}, repr(config.model_type)
+    if (text is not config or kinds & _BESIDE_IMAGES) and find_spec("torchvision") is None:
+        yield (
+            f"vLLM's code for a {kind} model imports torchvision, which is not installed, so its server would not "
+            "start; install torchvision, or use engine='in_process'"
+        )
+    if on_gpu:
+        return
+    if kinds & _DELTA_NETS and options.get("dtype") in _NOT_BFLOAT16:
+        yield (
+            f"on a CPU vLLM computes the linear attention of a {kind} model in bfloat16 alone, and its server would "
+            f"not start in {options['dtype']}; set engine_options={{'dtype': 'bfloat16'}} and precision='bfloat16', "
+            "or use engine='in_process'"
+        )
+    if kinds & _OTHER_NUMBERS_ON_A_CPU:
+        yield (
+            f"on a CPU vLLM gives the tokens of a {kind} model other log-probabilities than transformers, by 0.2 "
+            "nats, so no publish would pass the check; use engine='in_process'"
+        )
