@@ -40,6 +40,8 @@ TRIED = (
 )
 SEQUENCES = ((2, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40), (9, 8, 7, 50, 51))
 WIDER = {"num_attention_heads": 2, "n_head": 2, "head_dim": 32, "num_key_value_heads": 2}
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+"""The one size of a latent key and value that vLLM's attention has on a CPU: DeepSeek's own."""
 EQUAL = 3e-4
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """A gibibyte for the cache, and the engine in the process that asks it."""
@@ -77,6 +79,8 @@ def _wider(family: Family) -> Family:
     if "rope_parameters" in family.told and "short_factor" in family.told["rope_parameters"]:
         rope = family.told["rope_parameters"]
         told |= {"rope_parameters": {**rope, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}}
+    if knows(config, "kv_lora_rank"):
+        told |= LATENT
     return dataclasses.replace(family, told={**family.told, **told})
 
 

@@ -229,7 +229,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("FlexOLMo", "flex_olmo"),
     Family("SmolLM3", "smollm3"),
     Family("GLM 4", "glm4"),
-    Family("GLM 4-MoE", "glm4_moe"),
+    Family("GLM 4-MoE", "glm4_moe", {"head_dim": 32}),  # published, too, and read by vLLM
     Family("GLM 4.7-Flash", "glm4_moe_lite", _LATENT),
     Family("Granite", "granite", {"logits_scaling": 8.0}),
     Family("Granite-MoE", "granitemoe", {"logits_scaling": 6.0}),

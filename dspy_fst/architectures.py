@@ -12,7 +12,11 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names under which configs give the longest text; others (Bloom, Mamba) have no such limit."""
 _WITHOUT_A_HEAD_IN_VLLM = {"bloom", "gemma2", "gemma3n", "gemma3n_text"}
 """Model types for which vLLM 0.32 multiplies with the embedding and has no place for a head of its own."""
-_READ_BY_VLLM_ALONE = {"lfm2": ("block_dim", "conv_dim"), "deepseek_v3": ("topk_method", "scoring_func")}
+_READ_BY_VLLM_ALONE = {
+    "lfm2": ("block_dim", "conv_dim"),
+    "deepseek_v3": ("topk_method", "scoring_func"),
+    "glm4_moe": ("head_dim",),
+}
 """Model type -> names that vLLM 0.32 reads in config.json and transformers does not: published models have them."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
