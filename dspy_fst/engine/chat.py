@@ -17,6 +17,9 @@ _MASKING = {
 }
 """Servers' own settings under which some tokens cannot be drawn, or must be."""
 
+_ROLES = {"developer": "system"}
+"""OpenAI's newer name of a role -> the one that chat templates know."""
+
 LEAST_TEMPERATURE = 0.01
 """vLLM 0.32 raises temperatures between 0 and this one to it (vllm/sampling_params.py), and reports log-probabilities
 at what it raised them to."""
@@ -88,7 +91,7 @@ def chat_messages(request: lm15.Request) -> list[dict[str, Any]]:
         if results:
             messages += [{"role": "tool", "name": part.name, "content": _text(part.content)} for part in results]
         else:
-            messages.append({"role": message.role, **_said(message)})
+            messages.append({"role": _ROLES.get(message.role, message.role), **_said(message)})
     return messages
 
 

@@ -84,6 +84,11 @@ class InProcessEngine:
     def weights(self) -> WeightsVersion | None:
         return self._version
 
+    @property
+    def context(self) -> int | None:
+        """Tokens of prompt and reply together; None where the model has no limit, and before the first load."""
+        return self._context
+
     def expect(self, callers: int) -> None:
         """Tell how many rollouts are in flight; a batch waits for that many calls."""
         with self._lock:

@@ -39,6 +39,7 @@ class Recording:
         self._asked: Counter[tuple[str, int]] = Counter()
         self._lock = threading.Lock()
         self._closed = False
+        self._why = ""
 
     def next_seed(self, predictor: str, request: lm15.Request) -> int:
         """Seed of a call: of the rollout, the predictor, the prompt and how often it was asked before.
@@ -49,7 +50,7 @@ class Recording:
         digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
         with self._lock:
             if self._closed:
-                raise EngineError("this rollout was given up (timeout); its late calls are refused")
+                raise EngineError(f"{self._why}; its late calls are refused")
             nth = self._asked[predictor, digest]
             self._asked[predictor, digest] += 1
         entropy = repr((self.seed, predictor, digest, nth)).encode()
@@ -76,11 +77,17 @@ class Recording:
         ]
         return sorted(found, key=lambda one: (-one[0], one[1]))
 
-    def close(self) -> tuple[Call, ...]:
-        """Take the calls; whatever the program's left-over threads still ask is refused from now on."""
+    def close(self, why: str = "this rollout was given up (timeout)") -> tuple[Call, ...]:
+        """Take the calls; whatever the program's left-over threads still ask is refused from now on, saying why."""
         with self._lock:
-            self._closed = True
+            self._closed, self._why = True, why
             return tuple(self._calls)
+
+    @property
+    def closed(self) -> str | None:
+        """Why late calls are refused; None while calls are taken."""
+        with self._lock:
+            return self._why if self._closed else None
 
     def apart(self) -> "Apart":
         """For calls that are made during the rollout and are not the program's: a metric that asks a judge."""

@@ -2,53 +2,46 @@
 
 POST /v1/program             the program: inputs to outputs
 POST /v1/program/stream      the same, telling on the way what each module says (not when candidates vote)
-POST /v1/chat/completions    the trained model itself; GET /v1/models names it
+POST /v1/chat/completions    the trained model itself; GET /v1/models and /v1/models/NAME name it
 GET  /health /ready          alive; able to answer
 GET  /metrics                Prometheus
 GET  /docs /openapi.json     what the program takes and gives
+
+HEAD is answered wherever GET is.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import dspy
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.exceptions import HTTPException
 
-from dspy_fst.serve.chat import Chat, ChatRequest
-from dspy_fst.serve.errors import ApiError, ErrorReply, Fault
+from dspy_fst.serve.body import BodyRoute
+from dspy_fst.serve.chat import Chat
+from dspy_fst.serve.chat_reply import ChatReply, ModelCard, ModelList
+from dspy_fst.serve.chat_request import ChatRequest
+from dspy_fst.serve.errors import ApiError
 from dspy_fst.serve.events import EventStream, Feed
 from dspy_fst.serve.limits import Limits
 from dspy_fst.serve.metrics import CONTENT_TYPE
+from dspy_fst.serve.openapi import (
+    EVENTS,
+    chat_responses,
+    complete_document,
+    program_events,
+    program_responses,
+    refusals,
+)
 from dspy_fst.serve.service import SEED_BITS, Meta, Service
 from dspy_fst.serve.settings import CHAT, DOCS_FILES, HEALTH, METRICS, MODELS, READY, ServeSettings
-
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorReply, "description": "The request cannot be done."},
-    401: {"model": ErrorReply, "description": "The key is missing or wrong."},
-    413: {"model": ErrorReply, "description": "The body is too large."},
-    422: {"model": ErrorReply, "description": "The body does not fit the schema; `faults` say where."},
-    429: {"model": ErrorReply, "description": "The line is full; see Retry-After."},
-    500: {"model": ErrorReply, "description": "The program failed."},
-    502: {"model": ErrorReply, "description": "A model's reply could not be used."},
-    503: {"model": ErrorReply, "description": "Not ready, ending, or the engine failed."},
-    504: {"model": ErrorReply, "description": "There was no answer in time."},
-}
-_EVENTS = """Server-sent events, in this order:
-
-- `start`: `{"tokens": bool}`, whether `delta` events will come; they do where the engine is a vLLM server.
-- `delta`: `{"module", "field", "text"}`, a piece of an output field of the last module as the model writes it.
-- `module`: `{"module", "outputs"}`, a module has finished.
-- `result`: what the endpoint without `/stream` gives. It counts, whatever the pieces before it were.
-- `error`: the body of an error, instead of a result.
-"""
 
 
 def create_app(program: dspy.Module, settings: ServeSettings | None = None) -> FastAPI:
@@ -70,6 +63,7 @@ def create_app(program: dspy.Module, settings: ServeSettings | None = None) -> F
         lifespan=_lifespan,
         redoc_url=None,
         static_url=DOCS_FILES,
+        redirect_slashes=False,  # its address would be made of what the caller sends as Host
     )
     app.state.service = service
     router = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_key else [])
@@ -77,7 +71,7 @@ def create_app(program: dspy.Module, settings: ServeSettings | None = None) -> F
     _add_chat(router, service)
     _add_state(app, router, service)
     app.include_router(router)
-    app.add_exception_handler(RequestValidationError, _refuse)
+    complete_document(app, CHAT)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_middleware(
         Limits,
@@ -119,20 +113,21 @@ def _add_program(router: APIRouter, service: Service) -> None:
         answer,
         methods=["POST"],
         response_model=reply_model,
-        responses=_REFUSALS,
+        responses=program_responses(),
+        route_class_override=BodyRoute,
         summary=f"Ask {service.name}",
     )
     if settings.choice == "vote":
         return  # nobody is heard before all have spoken
-    stream = {"description": "Events; see above.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
     router.add_api_route(
         settings.stream_path,
         tell,
         methods=["POST"],
         response_class=StreamingResponse,
-        responses={**_REFUSALS, 200: stream},
+        responses=program_events(reply_model.__name__),
+        route_class_override=BodyRoute,
         summary=f"Ask {service.name} and listen",
-        description=_EVENTS,
+        description=EVENTS,
     )
 
 
@@ -150,24 +145,35 @@ def _models(service: Service) -> tuple[type[BaseModel], type[BaseModel]]:
 def _add_chat(router: APIRouter, service: Service) -> None:
     chat = Chat(service.settings.model_name, service.policy, service.engine, service.upstream, service.metrics)
 
-    @router.post(CHAT, responses=_REFUSALS, response_model=None, summary="Ask the trained model")
     async def complete(body: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions, as far as the engine goes."""
         reply = await chat.answer(body, request.state.ticket)
         return reply if isinstance(reply, EventStream) else JSONResponse(reply)
 
-    @router.get(MODELS, responses={401: _REFUSALS[401]}, summary="Name the trained model")
-    async def models() -> dict[str, Any]:
-        model = {"id": chat.name, "object": "model", "created": 0, "owned_by": "dspy_fst"}
-        return {"object": "list", "data": [model]}
+    router.add_api_route(
+        CHAT,
+        complete,
+        methods=["POST"],
+        response_model=None,
+        responses=chat_responses(ChatReply),
+        route_class_override=BodyRoute,
+        summary="Ask the trained model",
+    )
+
+    async def models() -> ModelList:
+        return ModelList(data=[ModelCard(id=chat.name)])
+
+    async def model(name: Annotated[str, PathParameter(min_length=1)]) -> ModelCard:
+        return chat.card(name)
+
+    _add_get(router, MODELS, models, responses=refusals(401, 403), summary="Name the trained model")
+    _add_get(router, f"{MODELS}/{{name:path}}", model, responses=refusals(401, 403, 404), summary="The model of a name")
 
 
 def _add_state(app: FastAPI, router: APIRouter, service: Service) -> None:
-    @app.get(HEALTH, summary="Alive")
     async def health() -> dict[str, bool]:
         return {"alive": True}
 
-    @app.get(READY, responses={503: _REFUSALS[503]}, summary="Able to answer")
     async def ready() -> dict[str, str]:
         """The version of the weights that answer."""
         if service.gate.draining:
@@ -176,24 +182,35 @@ def _add_state(app: FastAPI, router: APIRouter, service: Service) -> None:
             raise ApiError(503, "not_ready", reason)
         return {"weights": str(service.engine.weights)}
 
-    @router.get(METRICS, response_class=Response, responses={401: _REFUSALS[401]}, summary="Figures for Prometheus")
     async def metrics() -> Response:
         return Response(service.metrics.page(), media_type=CONTENT_TYPE)
 
+    _add_get(app.router, HEALTH, health, summary="Alive")
+    _add_get(app.router, READY, ready, responses=refusals(503), summary="Able to answer")
+    page: dict[int | str, Any] = {200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}}
+    _add_get(
+        router,
+        METRICS,
+        metrics,
+        response_class=Response,
+        responses={**page, **refusals(401, 403)},
+        summary="Figures for Prometheus",
+    )
+
+
+def _add_get(router: APIRouter, path: str, endpoint: Callable[..., Any], **more: Any) -> None:
+    """GET, and HEAD, which load balancers ask and FastAPI would refuse."""
+    router.add_api_route(path, endpoint, methods=["GET"], **more)
+    router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False, **more)
+
 
 async def _refuse(request: Request, error: Exception) -> NoReturn:
-    """The frameworks' own errors in our shape; the middleware sends them."""
-    if isinstance(error, RequestValidationError):
-        # Without the values: they may be long, or secret.
-        if any(fault["type"] == "json_invalid" for fault in error.errors()):
-            raise ApiError(422, "invalid", "The body is no JSON.") from None
-        faults = [Fault(where=".".join(map(str, fault["loc"][1:])), message=fault["msg"]) for fault in error.errors()]
-        raise ApiError(422, "invalid", "The body does not fit the schema at /openapi.json.", faults=faults) from None
+    """Starlette's own errors in our shape; the middleware sends them."""
     assert isinstance(error, HTTPException)
-    types = {404: "not_found", 405: "method_not_allowed"}
+    codes = {404: "not_found", 405: "method_not_allowed"}
     raise ApiError(
         error.status_code,
-        types.get(error.status_code, "invalid"),
+        codes.get(error.status_code, "invalid"),
         str(error.detail),
         headers=dict(error.headers or {}),
     ) from None

@@ -1,22 +1,42 @@
-"""What a caller is told when something goes wrong: always the same shape, never a traceback or a secret."""
+"""What a caller is told when something goes wrong: OpenAI's error body on every path, never a traceback or a secret."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+
+ErrorType = Literal[
+    "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
+]
+CONTEXT_LENGTH = "context_length_exceeded"
+"""The code by which openai's, LiteLLM's and DSPy's clients know that a prompt is too long."""
+ENGINE = "engine"
+_TYPES: dict[int, ErrorType] = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_LONGEST_NAME = 64
+"""Characters of a caller's own word that an error repeats."""
 
 
 class Fault(BaseModel):
     """One thing that is wrong with a request."""
 
     where: str
+    """Place in the body, e.g. ``"messages.0.content"``; empty for the body as a whole."""
     message: str
 
 
 class ErrorDetail(BaseModel):
-    type: str
+    """OpenAI's error object, and the faults of a body beside it."""
+
     message: str
+    type: ErrorType
+    """What kind of error, as OpenAI names it."""
+    param: str | None = None
+    """The setting that is wrong, where it is one."""
+    code: str
+    """One word for programs, e.g. ``"queue_full"``."""
     faults: list[Fault] = []
+    """What is wrong with a body, the first ones where there are many."""
 
 
 class ErrorReply(BaseModel):
@@ -30,8 +50,9 @@ class ApiError(Exception):
 
     Args:
         status: Of HTTP.
-        type: One word for programs, e.g. ``"queue_full"``.
-        message: One sentence for people: what is wrong and what to do.
+        code: One word for programs, e.g. ``"queue_full"``.
+        message: For people: what is wrong and what to do.
+        param: The setting that is wrong.
         faults: Of the request, one by one.
         headers: To be sent along.
     """
@@ -39,15 +60,18 @@ class ApiError(Exception):
     def __init__(
         self,
         status: int,
-        type: str,
+        code: str,
         message: str,
         *,
+        param: str | None = None,
         faults: Sequence[Fault] = (),
         headers: dict[str, str] | None = None,
     ):
-        super().__init__(f"{status} {type}: {message}")
-        self.status, self.type, self.headers = status, type, headers or {}
-        self.reply = ErrorReply(error=ErrorDetail(type=type, message=message, faults=list(faults)))
+        super().__init__(f"{status} {code}: {message}")
+        self.status, self.code, self.headers = status, code, headers or {}
+        kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        detail = ErrorDetail(message=message, type=kind, param=param, code=code, faults=list(faults))
+        self.reply = ErrorReply(error=detail)
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.reply.model_dump(), self.status, headers=self.headers)
@@ -56,3 +80,24 @@ class ApiError(Exception):
 def internal_error() -> ApiError:
     """For what nobody foresaw; the log has the traceback."""
     return ApiError(500, "internal", "The server failed on this request; its log says why.")
+
+
+def engine_failed() -> ApiError:
+    return ApiError(503, ENGINE, "The engine that runs the model failed; ask again later.")
+
+
+def context_exceeded(context: int | None, param: str) -> ApiError:
+    """A prompt that is too long, in the words by which LiteLLM knows it (its `is_error_str_context_window_exceeded`).
+
+    Args:
+        context: Tokens of the model's context, where they are known.
+        param: The part of the body that holds the prompt.
+    """
+    told = "shorter than this prompt" if context is None else f"{context} tokens"
+    message = f"This model's maximum context length is {told}. The prompt leaves no room for a reply: shorten it."
+    return ApiError(400, CONTEXT_LENGTH, message, param=param)
+
+
+def shown(word: str) -> str:
+    """A word of the caller's, quoted and cut to what fits into a sentence."""
+    return repr(word if len(word) <= _LONGEST_NAME else f"{word[:_LONGEST_NAME]}...")

@@ -11,6 +11,11 @@ from starlette.types import Receive, Scope, Send
 
 from dspy_fst.errors import EngineError
 
+
+class ListenerGoneError(EngineError):
+    """Nobody listens any more."""
+
+
 PING_S = 15.0
 """Silence after which a comment is sent: proxies close connections that say nothing."""
 
@@ -27,14 +32,14 @@ class Feed:
         """Tell the listener.
 
         Raises:
-            EngineError: nobody listens any more, so what is being made can be stopped.
+            ListenerGoneError: what is being made can be stopped.
         """
         text = data if isinstance(data, str) else json.dumps(data)
         self._put(format_sse_event(data_str=text, event=event))
 
     def _put(self, item: bytes | None) -> None:
         if self._closed or self._loop.is_closed():
-            raise EngineError("the caller left in the middle of a stream")
+            raise ListenerGoneError("the caller left in the middle of a stream")
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def listen(self, work: Coroutine[Any, Any, None]) -> AsyncGenerator[bytes, None]:

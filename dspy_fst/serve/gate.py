@@ -33,6 +33,13 @@ class Ticket:
     def has_turn(self) -> bool:
         return self._holders > 0
 
+    @property
+    def why_over(self) -> str:
+        """Why the request was given up, for the log."""
+        if time.monotonic() >= self.until:
+            return "the request is over its time"
+        return "the server ends" if self._gate.expired else "the caller left"
+
     async def turn(self) -> None:
         """Wait in line for a place at work."""
         await self._gate.turns.acquire()
@@ -69,6 +76,8 @@ class Gate:
         self.places, self.line = places, line
         self.draining = False
         """Set for good when the server is told to end: nobody is let in any more."""
+        self.expired = False
+        """Set for good when those who are in are not waited for any more."""
         self.turns = asyncio.Semaphore(places)
         self.tickets: set[Ticket] = set()
         """The places taken now."""
@@ -120,6 +129,7 @@ class Gate:
 
     def expire(self) -> None:
         """Let the time of every request that is in be over now."""
+        self.expired = True
         for deadline in self._deadlines:
             if not deadline.expired():
                 deadline.reschedule(asyncio.get_running_loop().time())

@@ -18,7 +18,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dspy_fst.serve.errors import ApiError, internal_error
 from dspy_fst.serve.gate import Gate, LineFullError, Ticket
 from dspy_fst.serve.metrics import Metrics
-from dspy_fst.serve.settings import DOCS, DOCS_FILES, HEALTH, READY, RESERVED, SCHEMA, ServeSettings, is_loopback
+from dspy_fst.serve.settings import (
+    DOCS,
+    DOCS_FILES,
+    HEALTH,
+    MODELS,
+    READY,
+    RESERVED,
+    SCHEMA,
+    ServeSettings,
+    is_loopback,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +72,24 @@ class Limits:
         try:
             await self._guarded(scope, receive, reply)
         except ApiError as error:
-            self.metrics.error(error.type)
+            self.metrics.error(error.code)
             await reply.fail(error, scope, receive)
         except _GoneError:
-            pass
+            logger.info("the caller of %s left before there was an answer", scope["path"])
         except Exception:
             logger.exception("a request to %s failed", scope["path"])
             self.metrics.error("internal")
             await reply.fail(internal_error(), scope, receive)
         finally:
             # Paths that nobody serves are counted as one: each would else stay in memory for good.
-            endpoint = scope["path"] if scope["path"] in self._endpoints else "other"
-            self.metrics.request(endpoint, reply.status or CLIENT_GONE, time.perf_counter() - began)
+            self.metrics.request(
+                self._endpoint(scope["path"]), reply.status or CLIENT_GONE, time.perf_counter() - began
+            )
+
+    def _endpoint(self, path: str) -> str:
+        if path.startswith(f"{MODELS}/"):
+            return MODELS
+        return path if path in self._endpoints else "other"
 
     async def _guarded(self, scope: Scope, receive: Receive, reply: "_Reply") -> None:
         headers = Headers(scope=scope)
@@ -129,7 +145,7 @@ class Limits:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.settings.api_key.encode()):
             message = "Send the server's key as 'Authorization: Bearer KEY'."
-            raise ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
 
     def _check_open(self) -> None:
         if self.gate.draining:

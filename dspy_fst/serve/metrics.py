@@ -25,7 +25,7 @@ class Metrics:
         )
         self._errors = Counter(
             "dspy_fst_errors",
-            "Errors by type. unauthorized, too_large, queue_full, not_ready and draining were refused before any work.",
+            "Errors by code. invalid_api_key, too_large, queue_full, not_ready, draining were refused before any work.",
             ["type"],
             registry=registry,
         )
@@ -54,8 +54,8 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
-    def error(self, type: str) -> None:
-        self._errors.labels(type).inc()
+    def error(self, code: str) -> None:
+        self._errors.labels(code).inc()
 
     def tokens(self, prompt: int, completion: int) -> None:
         self._tokens.labels("prompt").inc(prompt)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
 import dspy
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model
 from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticSerializationError
 
 from dspy_fst.errors import ConfigurationError
 
@@ -19,17 +18,9 @@ SIGNATURE_HELP = "set signature (--signature), e.g. 'question: str, year: int ->
 
 
 class Sent(BaseModel):
-    """What a caller sends: known fields only, and text that every tokenizer can take."""
+    """What a caller sends: known fields only. That all text is Unicode is seen when the body is read (`body`)."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-    @model_validator(mode="after")
-    def _is_unicode(self) -> "Sent":
-        try:
-            self.model_dump_json()
-        except PydanticSerializationError:
-            raise ValueError("it holds text that is not valid Unicode (half of a surrogate pair)") from None
-        return self
 
 
 class Given(BaseModel):

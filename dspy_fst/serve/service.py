@@ -79,6 +79,7 @@ class Service:
         self.metrics = Metrics(self.gate)
         self.failure: BaseException | None = None
         """Why the engine could not be started."""
+        self._releasing = False
         self._last, last = program.named_predictors()[-1]
         self._last_fields = list(last.signature.output_fields)
         self._spoken = {member.digest: self._speaking(program, member) for member in self.population.unique()}
@@ -99,10 +100,14 @@ class Service:
         try:
             await in_thread(self.policy.handle.ready)
         except Exception as error:
-            logger.error("the engine could not be started: %s", error)
             self.failure = error
+            if self._releasing:
+                logger.info("the server ended while its engine was being started")
+            else:
+                logger.error("the engine could not be started: %s", error)
 
     async def release(self) -> None:
+        self._releasing = True
         await in_thread(self._release)
 
     def _release(self) -> None:
@@ -138,6 +143,7 @@ class Service:
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
         ranks = speakers(self.settings.choice, len(self.population.members), seed)
         recordings = [Recording(hash((seed, rank))) for rank in ranks]
+        why = "the request was answered"
         try:
             outcomes = await asyncio.gather(
                 *(
@@ -146,8 +152,11 @@ class Service:
                 ),
                 return_exceptions=True,
             )
+        except asyncio.CancelledError:
+            why = ticket.why_over
+            raise
         finally:  # also when the request is given up: what still runs must not call the model any more
-            calls = [call for recording in recordings for call in recording.close()]
+            calls = [call for recording in recordings for call in recording.close(why)]
             read, sampled = sum(len(c.prompt_ids) for c in calls), sum(len(c.completion_ids) for c in calls)
             self.metrics.tokens(read, sampled)
         winner, agreement = self._decide(outcomes)

@@ -46,6 +46,8 @@ class ServeSettings:
     model_name: str = "policy"
     """Name of the trained model at the chat endpoint."""
     max_body_bytes: int = 1_000_000
+    max_body_values: int = 20_000
+    """Entries of all objects and arrays of a body together. They, more than its bytes, are what checking it costs."""
     max_in_flight: int = 32
     """Requests at work at once; each may use one thread, or one for each candidate that votes."""
     max_queue: int = 128
@@ -81,7 +83,7 @@ def is_loopback(host: str) -> bool:
 
 def _faults(settings: ServeSettings) -> list[str]:
     faults = []
-    for name in ("max_body_bytes", "max_in_flight", "timeout_s", "drain_s", "retry_after_s"):
+    for name in ("max_body_bytes", "max_body_values", "max_in_flight", "timeout_s", "drain_s", "retry_after_s"):
         if not (value := getattr(settings, name)) > 0:
             faults.append(f"{name} is {value!r}: it must be more than 0")
     if settings.max_queue < 0:

@@ -29,7 +29,6 @@ from dspy_fst.policy import EngineHandle, PolicyLM
 from dspy_fst.rollout.adapters import adapter_in_force
 from dspy_fst.rollout.recording import calling_predictor, complete_recorded
 from dspy_fst.rollout.second_call import no_second_call
-from dspy_fst.serve.errors import ApiError
 from dspy_fst.serve.upstream import Upstream
 from dspy_fst.types import PREDICTOR_TAG
 
@@ -134,7 +133,7 @@ class StreamingHandle:
             asked = with_stop_tokens(fitted(request, reader.traits), reader.stop_ids)
             chunks = self._upstream.stream(_body(asked, seed))
             first = next(chunks)
-        except (lm15.LM15Error, ApiError, EngineError):
+        except (lm15.LM15Error, EngineError):
             # The engine says what is wrong in the words that DSPy knows, or starts its server again.
             return engine.complete(request, seed)
         with closing(chunks):

@@ -3,13 +3,14 @@
 import json
 import threading
 from collections.abc import Generator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
+from dspy import lm15
 
 from dspy_fst.engine.vllm_stream import sse_chunks
 from dspy_fst.errors import EngineError
-from dspy_fst.serve.errors import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 10.0
 _PROBE = ((0, 1),)
+_TOO_LONG = ("maximum context length", "max_tokens must be at least 1, got 0")
+"""vLLM 0.32's words for a prompt that is longer than the context (renderers/params.py), and for one that fills it, so
+that no token is left for a reply (sampling_params.py; nobody asks for none)."""
 
 
 class Addressed(Protocol):
@@ -27,6 +31,15 @@ class Addressed(Protocol):
     def address(self) -> "Address | None": ...
 
     def score(self, sequences: "Sequence[Sequence[int]]") -> list[list[float]]: ...
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A server's model."""
+
+    name: str
+    context: int | None
+    """Tokens of prompt and reply together, e.g. 4096; None where the server does not tell."""
 
 
 class Upstream:
@@ -41,7 +54,7 @@ class Upstream:
         self._engine = engine
         self._timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         self._clients: dict[bool, httpx.Client] = {}
-        self._models: dict[str, str] = {}
+        self._models: dict[str, _Served] = {}
         self._lock = threading.Lock()
 
     @property
@@ -49,11 +62,21 @@ class Upstream:
         """Where the server listens now; None while it is started."""
         return self._engine.address
 
+    @property
+    def context(self) -> int | None:
+        """Tokens of the model's context; None where the server does not tell, or cannot be asked now."""
+        if (address := self.address) is None:
+            return None
+        try:
+            return self._model(*self._reached(address)).context
+        except (httpx.HTTPError, EngineError):
+            return None  # the request that follows says why
+
     def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """One chat completion.
 
         Raises:
-            ApiError: the server refuses the request, with its own words.
+            lm15.LM15Error: the server refuses the request, with its own words.
             EngineError: there is no server, or it failed.
         """
         reply = self._post(body)
@@ -70,7 +93,7 @@ class Upstream:
         Closing the iterator ends the reply on the server too.
 
         Raises:
-            ApiError, EngineError: see `chat`; before the first chunk or between two.
+            lm15.LM15Error, EngineError: see `chat`; before the first chunk or between two.
         """
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         reply = self._post(asked)
@@ -108,11 +131,15 @@ class Upstream:
         address = self.address
         if address is None:
             raise httpx.ConnectError("the server is being started")
-        client = self._client(address.through_proxy)
+        client, url, headers = self._reached(address)
+        asked = {**body, "model": self._model(client, url, headers).name}
+        sent = client.build_request("POST", f"{url}/v1/chat/completions", json=asked, headers=headers)
+        return client.send(sent, stream=True)
+
+    def _reached(self, address: "Address") -> tuple[httpx.Client, str, dict[str, str]]:
+        """What a request to the server needs: client, URL and headers."""
         headers = {"Authorization": f"Bearer {address.api_key}"} if address.api_key else {}
-        url = f"{address.url}/v1/chat/completions"
-        asked = {**body, "model": self._model(client, address.url, headers)}
-        return client.send(client.build_request("POST", url, json=asked, headers=headers), stream=True)
+        return self._client(address.through_proxy), address.url, headers
 
     def _client(self, through_proxy: bool) -> httpx.Client:
         with self._lock:
@@ -123,18 +150,19 @@ class Upstream:
                 )
             return self._clients[through_proxy]
 
-    def _model(self, client: httpx.Client, url: str, headers: Mapping[str, str]) -> str:
-        """The name under which the server knows its model, asked once."""
+    def _model(self, client: httpx.Client, url: str, headers: Mapping[str, str]) -> _Served:
+        """The server's model, asked once."""
         if url not in self._models:
             reply = client.get(f"{url}/v1/models", headers=headers)
             if not reply.is_success:
                 raise EngineError(f"vLLM answered {reply.status_code} when it was asked for its models")
-            self._models[url] = str(reply.json()["data"][0]["id"])
+            card = reply.json()["data"][0]
+            self._models[url] = _Served(str(card["id"]), card.get("max_model_len"))
         return self._models[url]
 
 
 def _refusal(reply: httpx.Response) -> Exception:
-    """What an error of the server means to our caller; only what is the request's fault is told in its words."""
+    """What an error of the server means; only what is the request's fault is told in its words."""
     reply.read()
     if reply.status_code not in (400, 404, 422):
         return EngineError(f"vLLM answered {reply.status_code}: {reply.text[:500]}")
@@ -142,4 +170,6 @@ def _refusal(reply: httpx.Response) -> Exception:
         message = str(reply.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         message = "The model server refused the request."
-    return ApiError(400, "invalid_request", message[:2000])
+    if any(words in message for words in _TOO_LONG):
+        return lm15.ContextLengthError(message)
+    return lm15.InvalidRequestError(message)

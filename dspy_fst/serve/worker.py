@@ -19,7 +19,8 @@ from pydantic_core import PydanticSerializationError
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.copying import Copier
 from dspy_fst.rollout.recording import SETTING, Recording
-from dspy_fst.serve.errors import ApiError
+from dspy_fst.serve.errors import CONTEXT_LENGTH, ApiError, engine_failed
+from dspy_fst.serve.events import ListenerGoneError
 from dspy_fst.serve.gate import Ticket
 
 logger = logging.getLogger(__name__)
@@ -115,12 +116,22 @@ def run_program(
         return _as_outputs(prediction, outputs)
     except Exception as error:
         refusal = _as_api_error(error, outputs)
-        if refusal.status == 500:
-            logger.exception("the program failed")
-        else:  # a traceback for each reply that does not parse would hide the rest
-            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            logger.warning("the program did not answer (%s): %s", refusal.type, why[:_SHOWN])
+        _log(error, refusal, recording.closed)
         raise refusal from error
+
+
+def _log(error: Exception, refusal: ApiError, over: str | None) -> None:
+    """
+    Args:
+        over: Why nobody waits for the answer any more; None: somebody does.
+    """
+    why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_SHOWN]
+    if over is not None or isinstance(error, ListenerGoneError) or isinstance(error.__cause__, ListenerGoneError):
+        logger.info("the program was stopped: %s", over or why)
+    elif refusal.status == 500:
+        logger.error("the program failed", exc_info=error)
+    else:  # a traceback for each reply that does not parse would hide the rest
+        logger.warning("the program did not answer (%s): %s", refusal.code, why)
 
 
 class _NoPredictionError(Exception):
@@ -141,9 +152,9 @@ def _as_api_error(error: Exception, outputs: type[BaseModel]) -> ApiError:
     if isinstance(error, AdapterParseError):
         return ApiError(502, "reply_not_parsed", "The model's reply could not be read; another seed may do.")
     if isinstance(error, ContextWindowExceededError):
-        return ApiError(400, "context_length_exceeded", "The inputs are too long for the model's context.")
+        return ApiError(400, CONTEXT_LENGTH, "The inputs are too long for the model's context.", param="inputs")
     if isinstance(error, EngineError) or isinstance(error.__cause__, EngineError):
-        return ApiError(503, "engine", "The engine that runs the model failed; ask again later.")
+        return engine_failed()
     if isinstance(error, LMError):
         return ApiError(502, "lm_failed", "A language model that the program asks failed; ask again later.")
     if isinstance(error, _NoPredictionError):

@@ -85,24 +85,31 @@ def test_the_same_seed_draws_the_same_reply_in_process():
         {"stop": ["x"]},
         {"presence_penalty": 1},
         {"logprobs": True},
-        {"tools": [{"type": "function"}]},
+        {"tools": [{"type": "function", "function": {"name": "add"}}]},
         {"response_format": {"type": "json_object"}},
     ],
 )
 def test_what_the_engine_in_process_would_silently_not_do_is_refused_by_name(app, more):
     reply = ask(app, chat(**more), CHAT)
-    assert (reply.status_code, reply.json()["error"]["type"]) == (400, "unsupported")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "unsupported")
     assert next(iter(more)) in reply.json()["error"]["message"]
 
 
-def test_a_stream_is_refused_where_the_engine_answers_whole(app):
-    reply = ask(app, chat(stream=True), CHAT)
-    assert (reply.status_code, reply.json()["error"]["type"]) == (400, "streaming_unavailable")
+def test_a_stream_in_process_tells_the_reply_when_it_is_whole(app):
+    told = [data for _, data in events(ask(app, chat(stream=True), CHAT).text)]
+    assert told[-1] == "[DONE]"
+    assert [chunk["choices"][0]["delta"] for chunk in told[:-1]] == [
+        {"role": "assistant", "content": ""},
+        {"content": "hello (1 messages)"},
+        {},
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in told[:-1]] == [None, None, "stop"]
+    assert len({chunk["id"] for chunk in told[:-1]}) == 1
 
 
 def test_another_model_is_not_found(app):
     reply = ask(app, {**chat(), "model": "gpt-5"}, CHAT)
-    assert (reply.status_code, reply.json()["error"]["type"]) == (404, "model_not_found")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +127,8 @@ def test_another_model_is_not_found(app):
     ],
 )
 def test_what_is_not_offered_is_refused(app, body):
-    assert ask(app, body, CHAT).status_code == 422
+    reply = ask(app, body, CHAT)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +144,7 @@ def test_a_failing_engine_is_told_in_openai_s_shape(error, status, type):
         raise error
 
     reply = ask(create_app(compiled(fail)[0], ServeSettings(api_key=KEY)), chat(), CHAT)
-    assert (reply.status_code, reply.json()["error"]["type"]) == (status, type)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, type)
     assert "secret-token-123" not in reply.text
 
 
@@ -150,7 +158,7 @@ def test_what_the_model_s_chat_template_refuses_is_the_caller_s_mistake_and_told
     with served(app):
         wait_until(lambda: get(app, "/ready").status_code == 200, "the engine serves weights")
         refused = ask(app, {**chat(), "messages": [{"role": "assistant", "content": "hello"}]}, CHAT)
-        assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_request")
         assert "Roles must alternate." in refused.json()["error"]["message"]
         assert ask(app, chat(), CHAT).status_code == 200
 
@@ -228,7 +236,7 @@ def test_what_the_server_behind_refuses_keeps_its_status_and_only_the_request_s_
 ):
     fake.answer = answer
     reply = ask(app_behind, {**chat(stream=stream), "model": "mine"}, CHAT)
-    assert (reply.status_code, reply.json()["error"]["type"]) == (status, type)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, type)
     assert ("too long by 3 tokens" in reply.text) == (status == 400)
     assert "inside" not in reply.text
 
@@ -237,7 +245,7 @@ def test_a_stream_that_breaks_off_is_no_end(app_behind, fake):
     fake.break_after = 3
     told = events(ask(app_behind, {**chat(stream=True), "model": "mine"}, CHAT).text)
     assert told[-1][0] == "error"
-    assert told[-1][1]["error"]["type"] == "engine"
+    assert told[-1][1]["error"]["code"] == "engine"
     with served(app_behind) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
         with pytest.raises(openai.APIError, match="engine"):

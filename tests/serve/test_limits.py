@@ -52,7 +52,7 @@ def test_nobody_is_answered_without_the_key(path, headers):
     reply = ask(app, question("x"), path, headers=headers)
     assert reply.status_code == 401
     assert reply.headers["WWW-Authenticate"] == "Bearer"
-    assert reply.json()["error"]["type"] == "unauthorized"
+    assert reply.json()["error"]["code"] == "invalid_api_key"
     assert KEY not in reply.text
 
 
@@ -100,7 +100,7 @@ def test_a_body_that_is_too_large_is_refused_whether_its_length_is_told_or_not(c
     app = app_of(settings={"max_body_bytes": 1_000})
     reply = ask(app, None, content=content())
     assert reply.status_code == 413
-    assert reply.json()["error"]["type"] == "too_large"
+    assert reply.json()["error"]["code"] == "too_large"
     assert ask(app, question("x" * 900)).status_code == 200
 
 
@@ -138,7 +138,7 @@ def test_when_the_line_is_full_the_next_is_told_when_to_come_back_and_the_others
     refused, shown, served = asyncio.run(crowd())
     assert refused.status_code == 429
     assert refused.headers["Retry-After"] == "7"
-    assert refused.json()["error"]["type"] == "queue_full"
+    assert refused.json()["error"]["code"] == "queue_full"
     assert "dspy_fst_in_flight 2.0" in shown
     assert "dspy_fst_queue 3.0" in shown
     assert [reply.json()["outputs"]["answer"] for reply in served] == [f"echo {i}" for i in range(5)]
@@ -217,10 +217,10 @@ def test_a_request_over_its_time_is_told_so_and_keeps_its_place_until_its_thread
     gate = app.state.service.gate
     late = ask(app, question("x"))
     assert late.status_code == 504
-    assert late.json()["error"]["type"] == "timeout"
+    assert late.json()["error"]["code"] == "timeout"
     assert (gate.at_work(), gate.overdue(), gate.waiting()) == (1, 1, 0)
     not_ready = get(app, "/ready")
-    assert (not_ready.status_code, not_ready.json()["error"]["type"]) == (503, "not_ready")
+    assert (not_ready.status_code, not_ready.json()["error"]["code"]) == (503, "not_ready")
     assert ask(app, question("x")).status_code == 503
     hold.free.set()
 
@@ -293,7 +293,7 @@ def test_a_stream_over_its_time_ends_with_an_error():
     hold.free.set()
     names = [name for name, _ in events(reply.text)]
     assert names == ["start", "error"]
-    assert events(reply.text)[-1][1]["error"]["type"] == "timeout"
+    assert events(reply.text)[-1][1]["error"]["code"] == "timeout"
 
 
 # ---- readiness and the end ----------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_until_weights_are_served_the_server_is_alive_and_not_ready():
     assert get(app, "/health").status_code == 200
     assert get(app, "/ready").status_code == 503
     refused = ask(app, question("x"))
-    assert (refused.status_code, refused.json()["error"]["type"]) == (503, "not_ready")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
     assert refused.headers["Retry-After"] == "1"
     engine.version = "step-000009"
     assert get(app, "/ready").json() == {"weights": "step-000009"}
@@ -332,7 +332,7 @@ def test_while_it_ends_the_server_refuses_and_finishes_what_is_in_line():
             return refused, ready, await asyncio.gather(*sent)
 
     refused, ready, served = asyncio.run(end())
-    assert (refused.status_code, refused.json()["error"]["type"]) == (503, "draining")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
     assert refused.headers["Connection"] == "close"
     assert ready.status_code == 503
     assert [reply.status_code for reply in served] == [200, 200, 200]
@@ -354,7 +354,7 @@ def test_what_is_not_finished_when_the_drain_is_over_gets_an_answer_all_the_same
 
     replies = asyncio.run(end())
     hold.free.set()
-    assert [(reply.status_code, reply.json()["error"]["type"]) for reply in replies] == [(503, "draining")] * 2
+    assert [(reply.status_code, reply.json()["error"]["code"]) for reply in replies] == [(503, "draining")] * 2
 
 
 def test_the_lifespan_starts_the_engine_and_releases_it():
@@ -447,6 +447,6 @@ def test_an_unforeseen_failure_is_told_without_its_inside():
 
     app.state.service.answer = broken
     reply = ask(app, question("x"))
-    assert (reply.status_code, reply.json()["error"]["type"]) == (500, "internal")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
     assert "secret-token-123" not in reply.text
     assert isinstance(reply, httpx.Response)

@@ -251,31 +251,32 @@ def failing(error):
 def test_what_went_wrong_is_named_and_nothing_of_the_inside_is_told(app, status, type):
     app = app()
     reply = ask(app, question("x"))
-    assert (reply.status_code, reply.json()["error"]["type"]) == (status, type)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, type)
     assert "secret-token-123" not in reply.text
     assert "Traceback" not in reply.text
     assert figures(app)[f'dspy_fst_errors_total{{type="{type}"}}'] == 1
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "is_json"),
     [
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b'{"inputs": "x"}',
-        b'{"inputs": {"question": "\\ud800"}}',
-        b"[" * 100_000,
-        b"\xff\xfe",
+        pytest.param(b"", False, id="empty"),
+        pytest.param(b"{", False, id="cut off"),
+        pytest.param(b"[]", True, id="an array"),
+        pytest.param(b"null", True, id="null"),
+        pytest.param(b'{"inputs": "x"}', True, id="a string of inputs"),
+        pytest.param(b'{"inputs": {"question": "\\ud800"}}', False, id="half a surrogate pair"),
+        pytest.param(b'{"inputs": {"question": NaN}}', False, id="NaN"),
+        pytest.param(b"[" * 100_000, False, id="100,000 levels"),
+        pytest.param(b"\xff\xfe", False, id="no UTF-8"),
     ],
 )
-def test_a_malformed_body_is_refused_in_the_same_shape(body):
+def test_a_malformed_body_is_refused_in_the_same_shape(body, is_json):
     reply = ask(app_of(), None, content=body, headers={"Content-Type": "application/json"})
-    assert reply.status_code in (400, 422)
-    assert set(reply.json()["error"]) == {"type", "message", "faults"}
-    if body == b"{":
-        assert reply.json()["error"]["message"] == "The body is no JSON."
+    assert reply.status_code == (422 if is_json else 400)
+    assert set(reply.json()["error"]) == {"type", "message", "param", "code", "faults"}
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+    assert reply.json()["error"]["code"] == ("invalid" if is_json else "invalid_json")
 
 
 def test_faults_say_where_and_do_not_repeat_what_was_sent():
@@ -295,7 +296,7 @@ def test_paths_and_methods_that_are_not_there_are_told_in_the_same_shape(method,
 
     reply = asyncio.run(send())
     assert reply.status_code == status
-    assert reply.json()["error"]["type"] in ("not_found", "method_not_allowed")
+    assert reply.json()["error"]["code"] in ("not_found", "method_not_allowed")
 
 
 def test_a_program_that_was_not_compiled_is_refused():

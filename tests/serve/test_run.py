@@ -164,7 +164,7 @@ def test_a_request_that_does_not_end_is_answered_when_the_drain_is_over_and_keep
 
     (reply,) = Visit(stay, hold, drain_s=0.3).run()
     hold.free.set()
-    assert (reply.status_code, reply.json()["error"]["type"]) == (503, "draining")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "draining")
     assert "1 requests were not answered within 0.3 s" in caplog.text
 
 

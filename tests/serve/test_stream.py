@@ -155,7 +155,7 @@ def test_a_server_that_breaks_off_in_the_middle_ends_the_stream_with_an_error(tw
         app = app_behind(two_steps)
         told = events(ask(app, question("x"), STREAM).text)
     assert [name for name, _ in told][-1] == "error"
-    assert told[-1][1]["error"]["type"] == "engine"
+    assert told[-1][1]["error"]["code"] == "engine"
     assert len(fake.asked) == 1  # what a listener has heard is not asked for again
     assert figures(app)['dspy_fst_errors_total{type="engine"}'] == 1
 
@@ -182,7 +182,7 @@ def test_a_program_that_fails_ends_the_stream_with_an_error():
     program, _ = compiled(lambda messages, seed: "no fields")
     told = events(ask(app_behind(program), question("x"), STREAM).text)
     assert [name for name, _ in told] == ["start", "error"]
-    assert told[1][1]["error"]["type"] == "reply_not_parsed"
+    assert told[1][1]["error"]["code"] == "reply_not_parsed"
 
 
 def test_a_reply_that_was_heard_is_not_asked_for_again_in_json_also_where_the_program_may():

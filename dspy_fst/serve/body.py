@@ -1,0 +1,147 @@
+"""Bodies of requests: read, bounded, then validated, in a thread.
+
+The contract of this file: what a body costs is bounded before it is validated, so that no body of a lawful size
+keeps the event loop or makes a long reply. What is accepted is what the schema at /openapi.json says: no text is taken
+for a number.
+"""
+
+import math
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, from_json
+
+from dspy_fst.serve.errors import ApiError, Fault
+from dspy_fst.serve.worker import in_thread
+
+MOST_DEEP = 64
+"""Levels of a body's nesting, and of JSON inside one of its strings; deeper ones break readers that recurse."""
+SHOWN_FAULTS = 20
+_LONGEST_WORD, _LONGEST_SENTENCE = 64, 200
+"""Characters of a name and of a fault: a caller may have chosen either."""
+M = TypeVar("M", bound=BaseModel)
+
+
+class BodyRoute(APIRoute):
+    """A route whose endpoint takes ``(body, request)``; its body is read in a thread, which the loop does not wait for.
+
+    The status of a body that does not fit is the one that the route documents: 422, or 400 as OpenAI answers.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        assert self.body_field is not None
+        model: type[BaseModel] = self.body_field.field_info.annotation  # type: ignore[assignment]
+        status = 422 if 422 in self.responses else 400
+
+        async def handle(request: Request) -> Response:
+            most: int = request.app.state.service.settings.max_body_values
+            _require_json(request.headers.get("content-type", ""))
+            work = partial(read, await request.body(), model, most, status)
+            response: Response = await self.endpoint(await in_thread(work, request.state.ticket), request)
+            return response
+
+        return handle
+
+
+def read(body: bytes, model: type[M], most: int, status: int) -> M:
+    """The body as a model.
+
+    Args:
+        most: Values that it may hold: every entry of every object and array counts.
+        status: Of a body that does not fit the model.
+
+    Raises:
+        ApiError: it is no JSON (400), holds too much (400), or does not fit (``status``).
+    """
+    value = parsed(body)
+    check_size(value, most)
+    try:
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        raise _misfit(error, value, status) from None
+
+
+def parsed(text: bytes | str) -> Any:
+    """JSON in UTF-8.
+
+    Raises:
+        ApiError: it is none; half of a surrogate pair, NaN and nesting of more than 200 levels are none, too.
+    """
+    try:
+        return from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, "invalid_json", f"The body is no JSON in UTF-8: {error}.") from None
+
+
+def check_size(value: Any, most: int) -> None:
+    """Refuse a value that holds more than ``most`` values, nests too deep, or has a number that no float holds.
+
+    Raises:
+        ApiError: with what to change.
+    """
+    count, level, depth = 0, [value], 0
+    while level:
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict | list):
+                count += len(one)
+                if count > most:
+                    raise ApiError(
+                        400, "too_many_values", f"The body holds more than {most} values; send less at once."
+                    )
+                inner.extend(one.values() if isinstance(one, dict) else one)
+            elif isinstance(one, float) and not math.isfinite(one):
+                raise ApiError(400, "invalid_json", "The body holds a number that is out of range.")
+        level = inner
+        depth += bool(level)
+        if depth > MOST_DEEP:
+            raise ApiError(400, "too_deep", f"The body nests deeper than {MOST_DEEP} levels.")
+
+
+def _require_json(content_type: str) -> None:
+    """Pages in a browser may send any other kind of body to a server on this machine without asking it first.
+
+    Raises:
+        ApiError: the body is not said to be JSON.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ApiError(415, "unsupported_media_type", "Send JSON, with the header 'Content-Type: application/json'.")
+
+
+def _misfit(error: ValidationError, body: Any, status: int) -> ApiError:
+    """What is wrong with a body: the first faults, and how many there are."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    told = {(_place(fault, body), _said(fault)): None for fault in found[:SHOWN_FAULTS]}
+    faults = [Fault(where=where, message=message) for where, message in told]
+    first = f"{faults[0].where or 'the body'}: {faults[0].message}"
+    more = f" ({len(found)} faults in all, the first ones stand in 'faults')" if len(found) > 1 else ""
+    message = f"The body does not fit the schema at /openapi.json: {first}{more}"
+    return ApiError(status, "invalid", message, param=faults[0].where or None, faults=faults)
+
+
+def _place(fault: ErrorDetails, body: Any) -> str:
+    """Where a fault is, in names of the body: pydantic's own names of unions and validators are left out."""
+    place: list[str] = []
+    here = body
+    for step in fault["loc"]:
+        if _has(here, step):
+            here = here[step]
+            place.append(str(step))
+    if fault["type"] == "missing":
+        place.append(str(fault["loc"][-1]))
+    return ".".join(step if len(step) <= _LONGEST_WORD else f"{step[:_LONGEST_WORD]}..." for step in place)
+
+
+def _has(value: Any, step: Any) -> bool:
+    if isinstance(value, list):
+        return isinstance(step, int) and step < len(value)
+    return isinstance(value, dict) and step in value
+
+
+def _said(fault: ErrorDetails) -> str:
+    return fault["msg"].removeprefix("Value error, ")[:_LONGEST_SENTENCE]

@@ -1,0 +1,263 @@
+"""What a caller may send to the chat endpoint: of OpenAI's chat completions, what is offered here.
+
+The contract of this file: whatever this server or OpenAI's client gave may be sent back (`AssistantMessage`), and a
+setting whose value changes nothing is no reason to refuse a request. Text only: nothing that a caller names is fetched.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Discriminator, Field, model_validator
+
+from dspy_fst.engine.chat import LEAST_TEMPERATURE, temperature_fault
+from dspy_fst.serve.body import MOST_DEEP, check_size, parsed
+from dspy_fst.serve.errors import ApiError
+from dspy_fst.serve.schema import Sent
+
+MOST_MESSAGES = 2048
+"""As many as OpenAI takes."""
+_MOST_ARGUMENTS = 10_000
+"""Values in the arguments of one tool call."""
+
+
+def _is_object(text: str) -> str:
+    """Arguments of a tool call as every chat template can read them."""
+    if not text:
+        return text
+    try:
+        value = parsed(text)
+        check_size(value, _MOST_ARGUMENTS)
+    except ApiError as error:
+        raise ValueError(f"arguments must be a JSON object of at most {MOST_DEEP} levels ({error.code})") from None
+    if not isinstance(value, dict):
+        raise ValueError("arguments must be a JSON object, as text")
+    return text
+
+
+def _is_sampled(temperature: float) -> float:
+    if fault := temperature_fault(temperature):
+        raise ValueError(fault)
+    return temperature
+
+
+def _is_false(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is offered here")
+    return value
+
+
+Off = Annotated[bool, AfterValidator(_is_false), Field(json_schema_extra={"enum": [False]})]
+"""A switch that stays off."""
+Nothing = Annotated[dict[str, Any], Field(max_length=0)]
+Temperature = Annotated[
+    float,
+    AfterValidator(_is_sampled),
+    Field(ge=0, le=2, json_schema_extra={"anyOf": [{"maximum": 0}, {"minimum": LEAST_TEMPERATURE}]}),
+]
+
+
+# ---- messages ------------------------------------------------------------------------------------
+
+
+class TextPart(Sent):
+    type: Literal["text"]
+    text: str
+
+
+Content = str | list[TextPart]
+
+
+class SystemMessage(Sent):
+    role: Literal["system", "developer"]
+    """``"developer"`` is OpenAI's newer name for the same; chat templates know the older one."""
+    content: Content
+    name: str | None = None
+
+
+class UserMessage(Sent):
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class Function(Sent):
+    name: str
+    arguments: Annotated[str, AfterValidator(_is_object)]
+
+
+class ToolCall(Sent):
+    id: str
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class AssistantMessage(Sent):
+    """A reply as this server, OpenAI's client or LiteLLM's tells it, empty fields included."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    annotations: list[dict[str, Any]] | None = None
+    audio: None = None
+    function_call: None = None
+    provider_specific_fields: dict[str, Any] | None = None
+
+
+class ToolMessage(Sent):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+    name: str | None = None
+
+
+ROLES = "role must be 'system', 'developer', 'user', 'assistant' or 'tool'"
+Message = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage,
+    Discriminator("role", custom_error_type="role", custom_error_message=ROLES),
+]
+
+
+def as_template_reads(message: Message) -> dict[str, Any]:
+    """A message as both engines take it: without what no chat template shows."""
+    told = message.model_dump(exclude_none=True, exclude={"refusal", "annotations", "provider_specific_fields"})
+    if isinstance(message, SystemMessage):
+        told["role"] = "system"
+    if isinstance(message, AssistantMessage):
+        if message.refusal is not None and message.content is None:
+            told["content"] = message.refusal
+        if (thought := told.pop("reasoning", None)) is not None:
+            told.setdefault("reasoning_content", thought)
+        if not message.tool_calls:
+            told.pop("tool_calls", None)
+            told.setdefault("content", "")
+    return told
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+class FunctionTold(Sent):
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Sent):
+    type: Literal["function"]
+    function: FunctionTold
+
+
+class FunctionName(Sent):
+    name: str
+
+
+class ToolNamed(Sent):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class TextFormat(Sent):
+    type: Literal["text", "json_object"]
+
+
+class JsonSchema(Sent):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Sent):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class StreamOptions(Sent):
+    include_usage: bool | None = None
+    include_obfuscation: Off | None = None
+
+
+class ChatRequest(Sent):
+    """OpenAI's chat completions, as far as the engine goes. The first settings are known everywhere."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    temperature: Temperature | None = Field(None, description="The trained policy's own when it is not given.")
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    n: int | None = Field(None, ge=1, le=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Told by some clients, and nothing to do with a reply.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    # Only as what changes nothing.
+    store: Off | None = None
+    logit_bias: Nothing | None = None
+    modalities: list[Literal["text"]] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    # A vLLM server's.
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    stop: str | list[str] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolNamed | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: TextFormat | SchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice names a tool, and there are no tools")
+        return self
+
+    @property
+    def most(self) -> tuple[str, int] | None:
+        """The longest reply that is asked for, in tokens, under the name by which it is asked for."""
+        for name in ("max_completion_tokens", "max_tokens"):
+            if (value := getattr(self, name)) is not None:
+                return name, value
+        return None
+
+    def for_server(self) -> dict[str, Any]:
+        """What a vLLM server is asked beside the messages and the policy's own settings."""
+        given = self.model_dump(exclude_none=True, by_alias=True, include=_EVERYWHERE | _SERVER)
+        return {name: value for name, value in given.items() if not self._changes_nothing(name)}
+
+    def unknown_in_process(self) -> list[str]:
+        """Settings that the engine in process would not do, by name."""
+        neutral: Mapping[str, Any] = {"top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
+        given = self.for_server()
+        return [name for name in given if name not in _EVERYWHERE and given[name] != neutral.get(name)]
+
+    def _changes_nothing(self, name: str) -> bool:
+        value = getattr(self, name)
+        if name in ("tool_choice", "parallel_tool_calls"):
+            return not self.tools
+        if name == "top_logprobs":
+            return not self.logprobs
+        if name == "response_format":
+            return bool(value.type == "text")
+        return name in ("stop", "tools", "logprobs") and value in ([], False)
+
+
+_EVERYWHERE = {"temperature", "seed"}
+"""Settings that both engines take as they are."""
+_SERVER = {
+    *("top_p", "presence_penalty", "frequency_penalty", "stop", "logprobs", "top_logprobs"),
+    *("tools", "tool_choice", "parallel_tool_calls", "response_format"),
+}
+"""Settings that only a vLLM server takes."""
