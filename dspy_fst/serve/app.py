@@ -11,13 +11,12 @@ HEAD is answered wherever GET is.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import dspy
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
@@ -71,7 +70,7 @@ def create_app(program: dspy.Module, settings: ServeSettings | None = None) -> F
     _add_chat(router, service)
     _add_state(app, router, service)
     app.include_router(router)
-    complete_document(app, CHAT)
+    complete_document(app, CHAT, settings.model_name)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_middleware(
         Limits,
@@ -160,20 +159,21 @@ def _add_chat(router: APIRouter, service: Service) -> None:
         summary="Ask the trained model",
     )
 
+    @router.get(MODELS, responses=refusals(401, 403), summary="Name the trained model")
     async def models() -> ModelList:
         return ModelList(data=[ModelCard(id=chat.name)])
 
-    async def model(name: Annotated[str, PathParameter(min_length=1)]) -> ModelCard:
+    @router.get(f"{MODELS}/{{name:path}}", responses=refusals(401, 403, 404), summary="The model of a name")
+    async def model(name: str) -> ModelCard:
         return chat.card(name)
-
-    _add_get(router, MODELS, models, responses=refusals(401, 403), summary="Name the trained model")
-    _add_get(router, f"{MODELS}/{{name:path}}", model, responses=refusals(401, 403, 404), summary="The model of a name")
 
 
 def _add_state(app: FastAPI, router: APIRouter, service: Service) -> None:
+    @app.get(HEALTH, summary="Alive")
     async def health() -> dict[str, bool]:
         return {"alive": True}
 
+    @app.get(READY, responses=refusals(503), summary="Able to answer")
     async def ready() -> dict[str, str]:
         """The version of the weights that answer."""
         if service.gate.draining:
@@ -182,26 +182,13 @@ def _add_state(app: FastAPI, router: APIRouter, service: Service) -> None:
             raise ApiError(503, "not_ready", reason)
         return {"weights": str(service.engine.weights)}
 
+    page: dict[int | str, Any] = {200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}}
+
+    @router.get(
+        METRICS, response_class=Response, responses={**page, **refusals(401, 403)}, summary="Figures for Prometheus"
+    )
     async def metrics() -> Response:
         return Response(service.metrics.page(), media_type=CONTENT_TYPE)
-
-    _add_get(app.router, HEALTH, health, summary="Alive")
-    _add_get(app.router, READY, ready, responses=refusals(503), summary="Able to answer")
-    page: dict[int | str, Any] = {200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}}
-    _add_get(
-        router,
-        METRICS,
-        metrics,
-        response_class=Response,
-        responses={**page, **refusals(401, 403)},
-        summary="Figures for Prometheus",
-    )
-
-
-def _add_get(router: APIRouter, path: str, endpoint: Callable[..., Any], **more: Any) -> None:
-    """GET, and HEAD, which load balancers ask and FastAPI would refuse."""
-    router.add_api_route(path, endpoint, methods=["GET"], **more)
-    router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False, **more)
 
 
 async def _refuse(request: Request, error: Exception) -> NoReturn:

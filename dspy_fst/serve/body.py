@@ -6,6 +6,7 @@ for a number.
 """
 
 import math
+import re
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import ErrorDetails, from_json, to_json
 
 from dspy_fst.serve.errors import ApiError, Fault
 from dspy_fst.serve.worker import in_thread
@@ -23,6 +24,7 @@ MOST_DEEP = 64
 SHOWN_FAULTS = 20
 _LONGEST_WORD, _LONGEST_SENTENCE = 64, 200
 """Characters of a name and of a fault: a caller may have chosen either."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -57,49 +59,91 @@ def read(body: bytes, model: type[M], most: int, status: int) -> M:
     Raises:
         ApiError: it is no JSON (400), holds too much (400), or does not fit (``status``).
     """
+    check_count(body, most)
     value = parsed(body)
-    check_size(value, most)
+    check_values(value)
     try:
-        return model.model_validate_json(body, strict=True)
+        try:
+            return model.model_validate_json(body, strict=True)
+        except ValidationError as error:
+            if not _made_whole(value, error):
+                raise
+            return model.model_validate_json(to_json(value), strict=True)
     except ValidationError as error:
         raise _misfit(error, value, status) from None
+
+
+def _made_whole(value: Any, error: ValidationError) -> bool:
+    """Write 5.0 as 5 where a whole number is wanted, in place: JSON has one kind of number. Whether any was so written.
+
+    Strict validation takes 5.0 for no integer, and JSON Schema takes it for one.
+    """
+    made = False
+    for fault in error.errors(include_url=False, include_context=False, include_input=False):
+        holder, steps = value, _steps(fault, value)
+        for step in steps[:-1]:
+            holder = holder[step]
+        number = holder[steps[-1]] if steps else None
+        if fault["type"] == "int_type" and isinstance(number, float) and number.is_integer():
+            holder[steps[-1]] = int(number)
+            made = True
+    return made
 
 
 def parsed(text: bytes | str) -> Any:
     """JSON in UTF-8.
 
     Raises:
-        ApiError: it is none; half of a surrogate pair, NaN and nesting of more than 200 levels are none, too.
+        ApiError: it is none, or nests too deep to be read; half of a surrogate pair and NaN are none, too.
     """
     try:
         return from_json(text, allow_inf_nan=False)
     except ValueError as error:
+        if "recursion limit" in str(error):  # pydantic's own, of 200 levels
+            raise _too_deep() from None
         raise ApiError(400, "invalid_json", f"The body is no JSON in UTF-8: {error}.") from None
 
 
-def check_size(value: Any, most: int) -> None:
-    """Refuse a value that holds more than ``most`` values, nests too deep, or has a number that no float holds.
+def check_count(body: bytes, most: int) -> None:
+    """Refuse a body that may hold more than ``most`` values, before any of them is made.
+
+    Every entry of an object or array follows a comma or an opening bracket. Objects in great numbers would also have
+    Python's collector of garbage stop all threads for seconds.
 
     Raises:
         ApiError: with what to change.
     """
-    count, level, depth = 0, [value], 0
+    if _separators(body) > most and _separators(_STRING.sub(b"", body)) > most:
+        message = f"The body holds more than {most} values (entries of arrays and objects); send less at once."
+        raise ApiError(400, "too_many_values", message)
+
+
+def _separators(body: bytes) -> int:
+    return body.count(b",") + body.count(b"[") + body.count(b"{")
+
+
+def check_values(value: Any) -> None:
+    """Refuse a value that nests too deep, or has a number that no float holds.
+
+    Raises:
+        ApiError: with what to change.
+    """
+    level, depth = [value], 0
     while level:
         inner: list[Any] = []
         for one in level:
             if isinstance(one, dict | list):
-                count += len(one)
-                if count > most:
-                    raise ApiError(
-                        400, "too_many_values", f"The body holds more than {most} values; send less at once."
-                    )
                 inner.extend(one.values() if isinstance(one, dict) else one)
             elif isinstance(one, float) and not math.isfinite(one):
                 raise ApiError(400, "invalid_json", "The body holds a number that is out of range.")
         level = inner
         depth += bool(level)
         if depth > MOST_DEEP:
-            raise ApiError(400, "too_deep", f"The body nests deeper than {MOST_DEEP} levels.")
+            raise _too_deep()
+
+
+def _too_deep() -> ApiError:
+    return ApiError(400, "too_deep", f"The body nests deeper than {MOST_DEEP} levels.")
 
 
 def _require_json(content_type: str) -> None:
@@ -126,15 +170,21 @@ def _misfit(error: ValidationError, body: Any, status: int) -> ApiError:
 
 def _place(fault: ErrorDetails, body: Any) -> str:
     """Where a fault is, in names of the body: pydantic's own names of unions and validators are left out."""
-    place: list[str] = []
+    place = [str(step) for step in _steps(fault, body)]
+    if fault["type"] == "missing":
+        place.append(str(fault["loc"][-1]))
+    return ".".join(step if len(step) <= _LONGEST_WORD else f"{step[:_LONGEST_WORD]}..." for step in place)
+
+
+def _steps(fault: ErrorDetails, body: Any) -> list[Any]:
+    """The keys and indices of the body that lead to a fault."""
+    steps: list[Any] = []
     here = body
     for step in fault["loc"]:
         if _has(here, step):
             here = here[step]
-            place.append(str(step))
-    if fault["type"] == "missing":
-        place.append(str(fault["loc"][-1]))
-    return ".".join(step if len(step) <= _LONGEST_WORD else f"{step[:_LONGEST_WORD]}..." for step in place)
+            steps.append(step)
+    return steps
 
 
 def _has(value: Any, step: Any) -> bool:
@@ -144,4 +194,7 @@ def _has(value: Any, step: Any) -> bool:
 
 
 def _said(fault: ErrorDetails) -> str:
+    """A fault in pydantic's words, without what was sent."""
+    if fault["type"] == "union_tag_invalid":
+        return f"Input should be one of the kinds {fault['msg'].partition('expected tags: ')[2]}"
     return fault["msg"].removeprefix("Value error, ")[:_LONGEST_SENTENCE]

@@ -7,16 +7,16 @@ setting whose value changes nothing is no reason to refuse a request. Text only:
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from dspy_fst.engine.chat import LEAST_TEMPERATURE, temperature_fault
-from dspy_fst.serve.body import MOST_DEEP, check_size, parsed
+from dspy_fst.serve.body import MOST_DEEP, check_count, check_values, parsed
 from dspy_fst.serve.errors import ApiError
 from dspy_fst.serve.schema import Sent
 
 MOST_MESSAGES = 2048
 """As many as OpenAI takes."""
-_MOST_ARGUMENTS = 10_000
+MOST_ARGUMENTS = 10_000
 """Values in the arguments of one tool call."""
 
 
@@ -25,8 +25,9 @@ def _is_object(text: str) -> str:
     if not text:
         return text
     try:
+        check_count(text.encode(), MOST_ARGUMENTS)
         value = parsed(text)
-        check_size(value, _MOST_ARGUMENTS)
+        check_values(value)
     except ApiError as error:
         raise ValueError(f"arguments must be a JSON object of at most {MOST_DEEP} levels ({error.code})") from None
     if not isinstance(value, dict):
@@ -52,7 +53,7 @@ Nothing = Annotated[dict[str, Any], Field(max_length=0)]
 Temperature = Annotated[
     float,
     AfterValidator(_is_sampled),
-    Field(ge=0, le=2, json_schema_extra={"anyOf": [{"maximum": 0}, {"minimum": LEAST_TEMPERATURE}]}),
+    WithJsonSchema({"type": "number", "anyOf": [{"const": 0}, {"minimum": LEAST_TEMPERATURE, "maximum": 2}]}),
 ]
 
 
@@ -114,11 +115,7 @@ class ToolMessage(Sent):
     name: str | None = None
 
 
-ROLES = "role must be 'system', 'developer', 'user', 'assistant' or 'tool'"
-Message = Annotated[
-    SystemMessage | UserMessage | AssistantMessage | ToolMessage,
-    Discriminator("role", custom_error_type="role", custom_error_message=ROLES),
-]
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 def as_template_reads(message: Message) -> dict[str, Any]:
@@ -182,9 +179,23 @@ class StreamOptions(Sent):
     include_obfuscation: Off | None = None
 
 
+def _where(name: str, values: dict[str, Any], needs: str, need: dict[str, Any]) -> dict[str, Any]:
+    """A rule of JSON Schema: where one setting has one of these values, another one has to be there."""
+    told = {"properties": {name: values}, "required": [name]}
+    return {"if": told, "then": {"properties": {needs: need}, "required": [needs]}}
+
+
+_TOGETHER: list[Any] = [
+    _where("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", {"const": True}),
+    _where("tool_choice", {"not": {"enum": [None, "none", "auto"]}}, "tools", {"type": "array", "minItems": 1}),
+]
+"""What `ChatRequest._fits_together` checks."""
+
+
 class ChatRequest(Sent):
     """OpenAI's chat completions, as far as the engine goes. The first settings are known everywhere."""
 
+    model_config = ConfigDict(json_schema_extra={"allOf": _TOGETHER})
     model: str
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     temperature: Temperature | None = Field(None, description="The trained policy's own when it is not given.")

@@ -68,7 +68,9 @@ class Limits:
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        reply = _Reply(send, self.gate)
+        reply = _Reply(send, self.gate, bodiless=scope["method"] == "HEAD")
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # load balancers ask so, and FastAPI's routes would refuse it
         try:
             await self._guarded(scope, receive, reply)
         except ApiError as error:
@@ -208,9 +210,10 @@ def _replayed(body: bytes, left: asyncio.Future[Message]) -> Receive:
 class _Reply:
     """The way out: remembers what was sent, so that an error is told once and in the right form."""
 
-    def __init__(self, send: Send, gate: Gate):
+    def __init__(self, send: Send, gate: Gate, bodiless: bool):
         self.status: int | None = None
         self.is_whole = False
+        self._bodiless = bodiless
         self._send, self._gate = send, gate
         self._is_stream = False
 
@@ -223,6 +226,8 @@ class _Reply:
             self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
         elif message["type"] == "http.response.body":
             self.is_whole = not message.get("more_body", False)
+            if self._bodiless:
+                message = {**message, "body": b""}
         await self._send(message)
 
     async def fail(self, error: ApiError, scope: Scope, receive: Receive) -> None:

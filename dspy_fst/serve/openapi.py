@@ -67,11 +67,12 @@ def chat_responses(reply: type[BaseModel]) -> Responses:
     return {**refusals(*_ASKED, 404), 200: whole}
 
 
-def complete_document(app: FastAPI, chat: str) -> None:
+def complete_document(app: FastAPI, chat: str, model: str) -> None:
     """Add to the app's document what FastAPI does not find, and take out what it assumes of every body.
 
     Args:
         chat: Path of the endpoint that answers a body that does not fit with 400, as OpenAI does.
+        model: The only name of a model that it knows.
     """
     made = app.openapi
 
@@ -80,6 +81,7 @@ def complete_document(app: FastAPI, chat: str) -> None:
         _, chunk = models_json_schema([(ChatChunk, "serialization")], ref_template=_MODELS)
         schemas = document["components"]["schemas"]
         schemas.update(chunk["$defs"])
+        schemas["ChatRequest"]["properties"]["model"]["enum"] = [model]
         document["paths"][chat]["post"]["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)

@@ -21,8 +21,10 @@ class _Listener(ThreadingHTTPServer):
 class FakeVLLM:
     """Says what it is told, a few characters a chunk; keeps what it was asked."""
 
-    def __init__(self, speak: Speak, piece: int = 3):
-        self.speak, self.piece = speak, piece
+    def __init__(self, speak: Speak, piece: int = 3, context: int | None = None):
+        self.speak, self.piece, self.context = speak, piece, context
+        self.refuse: Callable[[dict[str, Any]], str | None] = lambda body: None
+        """Words with which a request is refused as the caller's fault, or None."""
         self.asked: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.answer: tuple[int, Any] | None = None
@@ -46,7 +48,7 @@ class FakeVLLM:
 
             def do_GET(self) -> None:
                 fake.paths.append(self.path)
-                self._json(200, {"data": [{"id": "weights-of-the-server"}]})
+                self._json(200, {"data": [{"id": "weights-of-the-server", "max_model_len": fake.context}]})
 
             def do_POST(self) -> None:
                 fake.paths.append(self.path)
@@ -56,6 +58,8 @@ class FakeVLLM:
                     self._json(401, {"error": {"message": "wrong key"}})
                 elif fake.answer is not None:
                     self._json(*fake.answer)
+                elif (words := fake.refuse(body)) is not None:
+                    self._json(400, {"error": {"message": words, "type": "BadRequestError", "code": 400}})
                 elif body.get("stream"):
                     self._stream(body)
                 else:
@@ -102,15 +106,18 @@ class FakeVLLM:
 
     def whole(self, body: dict[str, Any]) -> dict[str, Any]:
         text = self.speak(body["messages"], body["seed"])
-        message = {"role": "assistant", "content": text}
+        message = {"role": "assistant", "content": text, "refusal": None, "annotations": None, "reasoning": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
         return {
             "id": "chatcmpl-1",
             "object": "chat.completion",
             "created": 1,
             "model": "weights-of-the-server",
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "choices": [{**choice, "stop_reason": None, "token_ids": None, "routed_experts": None}],
             "usage": {"prompt_tokens": 7, "completion_tokens": len(text), "total_tokens": 7 + len(text)},
             "kv_transfer_params": {"host": "inside"},
+            "prompt_logprobs": None,
+            "prompt_token_ids": None,
         }
 
     def chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -128,7 +135,7 @@ class FakeVLLM:
                 "index": 0,
                 "delta": {"content": piece},
                 "finish_reason": "stop" if number == len(pieces) - 1 else None,
-                **({"token_ids": [ord(c) for c in piece]} if ids else {}),
+                "token_ids": [ord(c) for c in piece] if ids else None,
             }
             yield {**head, "choices": [choice]}
         usage = {"prompt_tokens": 3, "completion_tokens": len(text), "total_tokens": 3 + len(text)}
