@@ -1,8 +1,13 @@
 """Settings that cannot work are refused together, before anything listens."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from dspy_fst import ConfigurationError
+from dspy_fst.serve.body import MOST_DEEP, SHOWN_FAULTS
+from dspy_fst.serve.chat_request import MOST_MESSAGES
 from dspy_fst.serve.settings import ServeSettings, is_loopback
 
 
@@ -60,3 +65,14 @@ def test_everything_wrong_is_told_together():
 @pytest.mark.parametrize("path", ["/metrics", "/v1/chat/completions", "/", "/a b", "/{name}", "/v1//x", "/v1/x/"])
 def test_a_path_that_would_hide_another_or_match_many_is_refused(path):
     assert "path" in faults_of(path=path)[0]
+
+
+def test_the_page_on_serving_has_every_limit_as_it_is():
+    page = (Path(__file__).parent.parent.parent / "docs" / "serving.md").read_text()
+    rows = dict(re.findall(r"^\| `?([a-z_ ]+)`?[^|]*\| ([\d,]+) \|", page.partition("## Limits")[2], re.MULTILINE))
+    told = {name.strip(): float(value.replace(",", "")) for name, value in rows.items()}
+    names = ("max_body_bytes", "max_body_values", "max_in_flight", "max_queue", "timeout_s", "drain_s")
+    assert {name: told[name] for name in names} == {name: getattr(ServeSettings(), name) for name in names}
+    assert told["levels of nesting"] == MOST_DEEP
+    assert told["messages of one chat"] == MOST_MESSAGES
+    assert told["faults that an error lists"] == SHOWN_FAULTS
