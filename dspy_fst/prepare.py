@@ -29,6 +29,7 @@ from dspy_fst.program_state import without_lms
 from dspy_fst.rollout.adapters import adapter_in_force, differing_adapter, identity, kept_by
 from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
+from dspy_fst.run.halted import tell_halted
 from dspy_fst.run.interrupts import interruption_named
 from dspy_fst.run.secrets import Redactor
 from dspy_fst.run.state import moved_at
@@ -107,6 +108,7 @@ def open_session(
                     error.args = (text,)  # for whoever shows it in the end
                 with suppress(Exception):  # a terminal that is gone must not keep the server alive
                     run.tell({"event": "note", "text": text})
+            tell_halted(run, error)
             policy.release()
         finally:
             run.abandon()

@@ -1,0 +1,76 @@
+"""`dspy-fst runs`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dspy_fst.cli.common import Debug, Json, errors_as_text
+from dspy_fst.errors import RunDirectoryError
+
+if TYPE_CHECKING:
+    from dspy_fst.report.listing import Listed
+
+COLUMNS = ("run", "state", "recipe", "start", "end", "rollouts", "tokens", "hours", "$")
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look; the working directory.")] = Path(),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the runs below a folder.
+
+    With state, recipe in short, start and end score, and what they took. Made by Python or by the command line.
+    """
+    with errors_as_text(debug):
+        from dspy_fst.cli.tables import Printer
+        from dspy_fst.report.listing import list_runs
+
+        if not folder.is_dir():
+            raise RunDirectoryError(f"{folder} is no folder")
+        listing = list_runs(folder)
+        if as_json:
+            found = [{**asdict(run), "path": str(run.path.resolve())} for run in listing.runs]
+            typer.echo(json.dumps({"runs": found, "not_read": listing.closed}))
+            return
+        out = Printer()
+        if listing.runs:
+            out.table(COLUMNS, [_row(folder, run) for run in listing.runs], words=3)
+            out.line(
+                "start, end: validation scores; r marks mean rewards of the first and the last step. hours: pauses too"
+            )
+            if any(run.resumable for run in listing.runs):
+                out.line("to go on with one that can be resumed: dspy-fst resume RUN, or the same compile() in Python")
+        else:
+            out.line(f"there are no runs below {folder.resolve()}")
+        for reason in listing.closed:
+            out.line(f"not looked into: {reason}")
+
+
+def _row(folder: Path, run: "Listed") -> list[str]:
+    from dspy_fst.report.words import DASH, number
+
+    mark = " r" if run.measured == "reward" else ""
+    scores = [DASH if score is None else f"{number(score)}{mark}" for score in (run.start, run.end)]
+    name = "." if run.path == folder else str(run.path.relative_to(folder))
+    if run.state == "unreadable":
+        return [name, _state(run), *[DASH] * (len(COLUMNS) - 2)]
+    spent = [f"{run.rollouts:,}", f"{run.tokens:,}", number(run.hours, 2)]
+    return [name, _state(run), run.recipe, *scores, *spent, number(run.dollars, 2)]
+
+
+def _state(run: "Listed") -> str:
+    """``stopped at 3 of 8 (Ctrl-C), can be resumed``."""
+    done = f"{run.steps} of {run.planned}" if run.planned is not None else f"{run.steps} steps"
+    why = f" ({run.why})" if run.why else ""
+    if run.state == "unreadable":
+        return f"cannot be read{why}"
+    if run.state == "finished":
+        return f"finished early at {done}{why}, can be resumed" if run.resumable else f"finished, {done}"
+    if run.state == "running":
+        return f"running, {done}"
+    why = why or " (killed, or of an earlier release)"
+    return f"stopped at {done}{why}, {'can be resumed' if run.resumable else 'nothing was saved'}"

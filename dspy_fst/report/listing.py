@@ -1,0 +1,145 @@
+"""The runs below a folder, each in a line, from what their directories hold alone.
+
+A folder may hold anything: what is no run is passed over, and what cannot be read as one is listed with the reason.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dspy_fst.report.record import Record, read_records
+from dspy_fst.run.directory import read_events
+from dspy_fst.run.files import read_json
+from dspy_fst.run.halted import halted_of
+from dspy_fst.run.state import glance
+
+State = Literal["running", "finished", "stopped", "unreadable"]
+NOT_ENTERED = {"__pycache__", "node_modules", "site-packages"}
+"""Folders without runs that may hold very much; hidden ones are not entered either."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One run's directory."""
+
+    path: Path
+    state: State
+    why: str | None = None
+    """What stopped it, or ended it early, or why it cannot be read; None where nothing is known of it."""
+    resumable: bool = False
+    """Whether it has a state to go on from, and steps of its plan are left."""
+    steps: int = 0
+    planned: int | None = None
+    recipe: str = ""
+    """The recipe and what is trained, in short."""
+    measured: Literal["validation", "reward"] | None = None
+    """What the two scores are: the best validated candidate's, or the mean reward of the first and the last step."""
+    start: float | None = None
+    end: float | None = None
+    rollouts: int = 0
+    tokens: int = 0
+    """Sampled ones; like the rollouts without those of validations."""
+    hours: float = 0.0
+    """From the first event to the last, pauses included."""
+    dollars: float | None = None
+    """What the reflection LM cost, as far as its provider told; None where nothing was told."""
+    last: float | None = None
+    """Seconds since 1970, of the last event."""
+
+
+@dataclass
+class Listing:
+    """What a folder holds."""
+
+    runs: list[Listed] = field(default_factory=list)
+    """The newest first."""
+    closed: list[str] = field(default_factory=list)
+    """Folders that could not be looked into, each with the reason."""
+
+
+def list_runs(folder: Path) -> Listing:
+    """Every run at or below the folder. Links are not followed, and runs within runs are not looked for."""
+    listing = Listing()
+    listing.runs = sorted(map(_listed, _found(folder, listing.closed)), key=lambda run: -(run.last or 0.0))
+    return listing
+
+
+def _found(folder: Path, closed: list[str]) -> Iterator[Path]:
+    def tell(error: OSError) -> None:
+        closed.append(f"{error.filename}: {error.strerror}")
+
+    for path, below, files in os.walk(folder, onerror=tell):
+        if _is_run(Path(path), files):
+            below.clear()
+            yield Path(path)
+        below[:] = sorted(name for name in below if name not in NOT_ENTERED and not name.startswith("."))
+
+
+def _is_run(path: Path, files: Sequence[str]) -> bool:
+    """Whether a run began here: it has a recipe, and a folder that only runs make."""
+    return "recipe.json" in files and all((path / name).is_dir() for name in ("states", "weights"))
+
+
+def _listed(path: Path) -> Listed:
+    try:
+        (record,) = read_records([path])
+        return _of(path, record, read_events(path))
+    except Exception as error:  # another release, another tool or a broken disk wrote it
+        return Listed(path, "unreadable", f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
+
+
+def _of(path: Path, record: Record, events: Sequence[Mapping[str, Any]]) -> Listed:
+    recipe = read_json(path / "recipe.json")
+    if not isinstance(recipe, Mapping):
+        return Listed(path, "unreadable", "recipe.json holds no recipe")
+    early = record.ended is not None and record.ended.early
+    why = record.ended.text if record.ended and early else halted_of(events)
+    measured, start, end = _scores(record, events)
+    money = [event["dollars"] for event in events if event.get("dollars") is not None]
+    return Listed(
+        path=path,
+        state=record.state,
+        why=None if record.state == "running" else why,
+        resumable=(record.state == "stopped" and glance(path / "states") is not None) or early,
+        steps=len(record.steps),
+        planned=record.budget.get("updates"),
+        recipe=_recipe(recipe, next((event for event in events if event.get("event") == "plan"), {})),
+        measured=measured,
+        start=start,
+        end=end,
+        rollouts=record.costs.rollouts,
+        tokens=record.costs.tokens,
+        hours=((record.last or 0.0) - (record.started or 0.0)) / 3600,
+        dollars=sum(money) if money else None,
+        last=record.last,
+    )
+
+
+def _recipe(recipe: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    """``fst 8x6 steps of 32x8, K=4, lr 1e-06, Triage on Qwen3-0.6B``: cycles by steps, problems by rollouts of each."""
+    steps = f"{recipe.get('cycles', '?')}x{recipe.get('steps_per_cycle', '?')} steps"
+    batch = f"{recipe.get('problems_per_step', '?')}x{recipe.get('group_size', '?')}"
+    rate = recipe.get("learning_rate")
+    words = [
+        f"{recipe.get('method', '?')} {steps} of {batch}",
+        f"K={recipe.get('population_size', '?')}",
+        f"lr {rate:g}" if isinstance(rate, int | float) else "lr ?",
+        f"{plan.get('program', 'a program')} on {Path(str(plan.get('model') or recipe.get('model'))).name}",
+    ]
+    return ", ".join(words)
+
+
+def _scores(
+    record: Record, events: Sequence[Mapping[str, Any]]
+) -> tuple[Literal["validation", "reward"] | None, float | None, float | None]:
+    """What is known of the start and of the newest state, of one kind; the start may not have been validated."""
+    states = [event for event in events if event.get("event") == "validation"]
+    start = next((event.get("score") for event in states if event.get("report", {}).get("when") == "start"), None)
+    validated = [node.validation for node in record.nodes if node.validation is not None]
+    end = states[-1].get("score") if states else max(validated, default=None)
+    if start is not None or end is not None:
+        return "validation", start, end
+    rewards = record.rewards
+    return ("reward", rewards[0], rewards[-1]) if rewards else (None, None, None)
