@@ -284,6 +284,7 @@ def test_a_stopped_python_run_is_resumed_from_the_command_line(here):
     run_dir = here / "run"
     with pytest.raises(KilledError):
         compile_relay(run_dir, listeners=[kill], **QUICK)
+    assert read_events(run_dir)[-1]["why"].startswith("KilledError")
     assert "dspy-fst resume" in invoke("serve", run_dir, *CODE[:2], code=2).stderr
     asked = invoke("resume", run_dir, code=2).stderr
     for flag in ("--program", "--metric", "--trainset", "--valset", "--reflection-lm NAME or --propose"):

@@ -39,9 +39,7 @@ def runs(
         out = Printer()
         if listing.runs:
             out.table(COLUMNS, [_row(folder, run) for run in listing.runs], words=3)
-            out.line(
-                "start, end: validation scores; r marks mean rewards of the first and the last step. hours: pauses too"
-            )
+            out.line("start, end: validation scores, or with r the mean rewards of the first and the last step")
             if any(run.resumable for run in listing.runs):
                 out.line("to go on with one that can be resumed: dspy-fst resume RUN, or the same compile() in Python")
         else:

@@ -5,7 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-import pytest
 from filelock import FileLock
 
 from dspy_fst.errors import MeasurementError
@@ -126,7 +125,14 @@ def test_a_folder_without_runs_and_what_is_no_folder_are_told(tmp_path):
     assert "is no folder" in invoke("runs", tmp_path / "none", code=2).stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
-def test_a_folder_that_may_not_be_looked_into_is_told(tmp_path):
-    (tmp_path / "closed").mkdir(mode=0)
-    assert "not looked into" in invoke("runs", tmp_path).stdout
+def test_a_folder_that_may_not_be_looked_into_is_told(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refused(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert f"not looked into: {tmp_path / 'closed'}: Permission denied" in invoke("runs", tmp_path).stdout
