@@ -12,6 +12,7 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.documents import SavedPolicy
 from dspy_fst.report.evaluated import Evaluated, TwoByTwo
 from dspy_fst.report.record import Record, best
+from dspy_fst.report.verdict import validations_table, verdict
 from dspy_fst.report.words import interval, number, plain, share, with_error
 from dspy_fst.rollout.adapters import OWN, SavedAdapter, code_of
 from dspy_fst.rollout.texts import in_python
@@ -154,6 +155,7 @@ def _training(facts: Facts) -> Iterator[str]:
     spent = {
         "rollouts of searches": costs.search_rollouts,
         "rollouts of training": costs.training_rollouts,
+        "rollouts of validation, outside the budget": costs.validation_rollouts,
         "reflections": costs.reflections,
         "sampled tokens": costs.tokens,
         "trained tokens": costs.trained_tokens,
@@ -193,10 +195,13 @@ def _scores(facts: Facts) -> Iterator[str]:
         "validation score, best candidate": best([node.validation for node in record.nodes]),
     }
     shown = [(name, number(value)) for name, value in measured.items() if value is not None]
-    if shown or record.evaluations or record.two_by_two:
+    if shown or record.validations or record.evaluations or record.two_by_two:
         yield "## Scores"
     if shown:
         yield _table(("what", "score"), shown)
+    if record.validations:
+        table = validations_table(record)
+        yield f"{table.title}: {_inline(verdict(record))}\n\n" + _table(table.columns, table.rows)
     if record.evaluations:
         yield "Evaluations:\n\n" + _table(EVALUATION, [_evaluation(made) for made in record.evaluations])
     if record.two_by_two:

@@ -131,6 +131,14 @@ class FSTConfig(BaseModel):
     adapters, demos, a lower temperature; 0 tries none (ours)."""
     validation_samples: int = Field(1, ge=1)
     """Rollouts for each validation problem and candidate, outside the budget (ours)."""
+    validate_every: int | Literal["cycle"] | None = None
+    """When the run's weights and population are measured on the valset between its start and its end, outside the
+    budget: ``"cycle"``, after the updates of every cycle; a whole number, after so many steps; None, never (ours)."""
+    patience: int | None = Field(None, ge=1)
+    """Validations in a row without a new best score after which the run ends; None, never (ours)."""
+    return_best: bool = Field(False, strict=True)
+    """Whether ``compile()`` returns the validated state of weights and population with the highest score, the start
+    included, and not always the end (ours)."""
     sync_tolerance: float | None = Field(None, gt=0)
     """Largest mean gap in nats a token between the engine's and the trainer's log-probabilities on texts of the run,
     after a publish; None is the measured limit of the precision, see engine/sync.py (ours)."""
@@ -171,6 +179,13 @@ class FSTConfig(BaseModel):
             return value
         raise ValueError("Input should be greater than or equal to 1, a whole number of tokens; or 'auto'")
 
+    @field_validator("validate_every", mode="before")
+    @classmethod
+    def _an_interval_of_validations(cls, value: Any) -> Any:
+        if value in (None, "cycle") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError("use 'cycle', a whole number of steps, or None (null in a project file) for never")
+
     @field_validator("trained")
     @classmethod
     def _order_and_repetition_mean_nothing(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -194,6 +209,15 @@ class FSTConfig(BaseModel):
                 f"baseline='candidate' compares a candidate's rollouts of a problem with each other, and group_size="
                 f"{self.group_size} gives each of {self.population_size} only one; use group_size="
                 f"{2 * self.population_size}, or baseline='problem'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patience_counts_validations(self) -> "FSTConfig":
+        if self.patience is not None and self.validate_every is None:
+            raise ValueError(
+                f"patience={self.patience} counts validations, and validate_every=None makes none between the start "
+                "and the end; set validate_every='cycle' or a number of steps"
             )
         return self
 

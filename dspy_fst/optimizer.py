@@ -114,12 +114,13 @@ class FSTOptimizer(Teleprompter):
                 weights and population.
             trainset: Problems of both phases.
             teacher: Refused: nothing here learns from a teacher program.
-            valset: Chooses the best of the final population; without it the anchors' scores do.
+            valset: Measures the student before the start and the final population, and chooses the best of it, or the
+                best state of the run (``return_best``). Without it nothing is compared, and the anchors' scores choose.
 
         Returns:
             A copy that speaks the best instructions with the trained weights, with ``population``,
-            ``detailed_results``, ``candidate_programs`` and ``_compiled`` set; see `dspy_fst.compiled`. The same
-            program lies in ``run_dir/compiled``, for `dspy_fst.load`, `dspy-fst serve` and the other commands.
+            ``detailed_results``, ``summary()``, ``candidate_programs`` and ``_compiled`` set; see `dspy_fst.compiled`.
+            The same program lies in ``run_dir/compiled``, for `dspy_fst.load`, `dspy-fst serve` and other commands.
 
         Raises:
             ConfigurationError: before any work, with every fault that was found.

@@ -49,6 +49,12 @@ class Past:
         return max([*self.populations, *(step.cycle for step in self.record.steps)], default=None)
 
     @property
+    def returned_cycle(self) -> int | None:
+        """The cycle whose end the run returned, or the newest; None where it returned a state from before its end."""
+        returned = self.record.returned
+        return self.last_cycle if returned is None or returned.when == "end" else None
+
+    @property
     def adapter(self) -> SavedAdapter | None:
         """What the run speaks through; None for a run of a release that recorded none.
 
@@ -71,11 +77,14 @@ class Past:
             raise ConfigurationError([f"cycle {cycle}: {self.run_dir} has not come to it; its cycles so far: {last}"])
 
     def population(self, cycle: int | None = None) -> Population | None:
-        """The population that a cycle trained with; without a cycle the newest, ranked as the run's end ranked it.
+        """The population that a cycle trained with; without a cycle the one that the run returned, ranked as there,
+        or the newest while it is not finished.
 
         None for a run that has not searched by then.
         """
-        known = [number for number in self.populations if cycle is None or number <= cycle]
+        returned = self.record.returned
+        latest = returned.searched if cycle is None and returned is not None else cycle
+        known = [number for number in self.populations if latest is None or number <= latest]
         if not known:
             return None
         population = self.populations[max(known)]
@@ -91,7 +100,7 @@ class Past:
         return replace(population, members=tuple(members), scores=tuple(scores.get(m.digest) for m in members))
 
     def version(self, cycle: int | None = None) -> WeightsVersion:
-        """Name of the weights at the end of a cycle; without a cycle the newest that are kept."""
+        """Name of the weights at the end of a cycle; without one those that the run returned, or the newest kept."""
         if cycle is None:
             return self.record.weights or (self.kept or [version_of(0)])[-1]
         return self.version_after(1 + max((r.step for r in self.record.steps if r.cycle <= cycle), default=-1))

@@ -28,6 +28,7 @@ class Budget:
     """Rollouts that score the carried populations before each search."""
     training_rollouts: int
     validation_rollouts: int
+    """Of the start, in between and of the end, at most; outside of what the run is planned to spend."""
     updates: int
 
 
@@ -43,6 +44,11 @@ class Plan:
         self.config, self.size, self.origin = config, size, origin
         self._orders: dict[int, list[int]] = {}
         self.cycles = _schedule(config, self.search_budget(0))
+
+    @property
+    def updates(self) -> int:
+        """Steps of all cycles."""
+        return sum(len(cycle.steps) for cycle in self.cycles)
 
     def problems(self, step: int) -> list[int]:
         """Problems of a step's batch, all different: a walk through one seeded shuffle of the trainset per epoch.
@@ -69,7 +75,6 @@ class Plan:
         """What the run will spend; rollouts are runs of the whole program."""
         config = self.config
         searches = [cycle for cycle in self.cycles if cycle.search_budget]
-        updates = sum(len(cycle.steps) for cycle in self.cycles)
         anchors = len(self.anchors(0))
         # The first search starts from one text; later ones from up to K.
         carried = sum(config.population_size if cycle.index else 1 for cycle in searches)
@@ -78,10 +83,24 @@ class Plan:
             search_rollouts=sum(cycle.search_budget for cycle in searches),
             overshoot_rollouts=anchors * len(searches),
             scoring_rollouts=carried * anchors,
-            training_rollouts=updates * config.problems_per_step * config.rollouts_per_problem,
-            validation_rollouts=validation_size * config.validation_samples * config.population_size,
-            updates=updates,
+            training_rollouts=self.updates * config.problems_per_step * config.rollouts_per_problem,
+            validation_rollouts=validation_size * config.validation_samples * self._validated_candidates(),
+            updates=self.updates,
         )
+
+    def validates_after(self, step: int) -> bool:
+        """Whether a validation follows this step; that of the run's end comes on top."""
+        every = self.config.validate_every
+        if every == "cycle":
+            return any(cycle.steps and step == cycle.steps[-1] for cycle in self.cycles)
+        return every is not None and (step + 1) % every == 0
+
+    def _validated_candidates(self) -> int:
+        """The student, then the population each time. The end is not played again where its state was just measured."""
+        between = [step for cycle in self.cycles for step in cycle.steps if self.validates_after(step)]
+        last = self.cycles[-1].steps
+        again = bool(between) and bool(last) and between[-1] == last[-1]
+        return 1 + self.config.population_size * (len(between) + (not again))
 
     def search_budget(self, cycle: int) -> int:
         """Fresh rollouts of a search over the cycle's anchors, at least one minibatch."""

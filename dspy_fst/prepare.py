@@ -26,6 +26,7 @@ from dspy_fst.preflight.parts import part_faults, part_warnings
 from dspy_fst.preflight.precision import precision_warnings
 from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.program_state import without_lms
+from dspy_fst.publishing import recoveries
 from dspy_fst.rollout.adapters import adapter_in_force, differing_adapter, identity, kept_by
 from dspy_fst.rollout.texts import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault
@@ -36,6 +37,7 @@ from dspy_fst.run.state import moved_at
 from dspy_fst.session import Session
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Candidate, Population, version_of
+from dspy_fst.validating import CHANGED, NO_VALSET, Validation, valset_faults
 from dspy_fst.validation import (
     data_faults,
     engine_faults,
@@ -56,10 +58,10 @@ NOT_IDENTITY = {
     *("num_threads", "rollout_timeout_s", "micro_batch_tokens"),
     *("checkpoint_every", "keep_states", "keep_weights"),
     *("max_masked_share", "max_skipped_updates", "min_effective_share", "parse_warning_share", "parse_trial"),
-    *("sync_tolerance", "max_unmoved_steps", "recorded_samples"),
+    *("sync_tolerance", "max_unmoved_steps", "recorded_samples", "validate_every", "patience", "return_best"),
 }
-"""Settings that may differ between a run and its continuation: they change its cost or when it gives up or warns, not
-its result."""
+"""Settings that may differ between a run and its continuation: they change its cost, when it ends, gives up or warns,
+or which of its states is returned, and not what a step does."""
 
 
 @contextmanager
@@ -96,6 +98,7 @@ def open_session(
             spent = None if run.state else try_first(session)
             _announce(session, spent)
             if not run.state:
+                session.validate_start()
                 session.commit_start()
             yield session
         # The compiled program lives on: its restarts are no business of this run, and must not hold its trainer.
@@ -145,6 +148,9 @@ def _assemble(
         trainer.load_state(run.trainer_state)
     program = trainable_copy(student, policy)
     seed = read_texts(student, tools=config.tool_descriptions == "evolved")
+    player = open_player(program, optimizer.metric, config, policy.handle.engine.expect, trainset)
+    problems = fingerprint([example.toDict() for example in valset])
+    samples = config.validation_samples
     return Session(
         config=config,
         plan=Plan(config, len(trainset), origin=_origin(student, policy)),
@@ -153,9 +159,10 @@ def _assemble(
         program=program,
         policy=policy,
         trained=frozenset(config.trained or policies_of(student)),
-        player=open_player(program, optimizer.metric, config, policy.handle.engine.expect, trainset),
+        player=player,
         trainer=trainer,
         run=run,
+        validation=Validation(run, player, valset, samples, problems, lambda: recoveries(policy)),
         population=starting_population(student, seed, config.population_size, run.state),
         propose=optimizer.propose,
         code_proposer=optimizer.code_proposer,
@@ -189,7 +196,8 @@ def checked(
     if teacher is not None:
         faults.append("teacher: nothing is learnt from a teacher program here; leave it out")
     faults += environment_faults() + program_faults(student) + part_faults(student) + trained_faults(student, config)
-    faults += data_faults(trainset, valset, config) + input_faults(student, trainset, valset)
+    faults += [*data_faults(trainset, valset, config), *valset_faults(config, valset)]
+    faults += input_faults(student, trainset, valset)
     if config is not None:
         try:
             trainer_settings(settled(config, None))
@@ -333,6 +341,8 @@ def _announce(session: Session, spent: Spent | None) -> None:
         going_on = f"going on in {session.run.path}: {state['step']} of {budget.updates} updates are done"
         session.tell_note(going_on)
         before, now = state.get("judged_by"), session.player.reward.identity
+        if session.validation.left_out:
+            session.tell_note(f"warning: {CHANGED.format(count=session.validation.left_out)}")
         if before != now:
             changed = f"the metric changed since the run was stopped (was {before}, now {now})"
             session.run.emit("warning", step=state["step"], text=f"{changed}; its rewards are not comparable")
@@ -361,6 +371,8 @@ def _announce(session: Session, spent: Spent | None) -> None:
         f"and {spent.rollouts if spent else 0} were made before the start",
     ):
         session.tell_note(line)
+    if not session.validation:
+        session.tell_note(NO_VALSET)
     if 0 < budget.updates <= config.warmup_steps:
         note = f"warning: the {budget.updates} updates all lie in the warm-up; lower warmup_steps or raise cycles"
         session.run.emit("note", text=note)

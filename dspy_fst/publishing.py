@@ -7,8 +7,8 @@ from typing import Any
 import dspy
 
 from dspy_fst.engine.base import Checkpoint, Scorer
-from dspy_fst.engine.sync import Expected, verify
-from dspy_fst.policy import EngineHandle
+from dspy_fst.engine.sync import Expected, verify, verify_identity
+from dspy_fst.policy import EngineHandle, PolicyLM
 from dspy_fst.rollout.rendering import render, renderer_of
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Rollout
@@ -124,3 +124,32 @@ class Publishing:
         if not proved:  # an engine of somebody's own, whose load does not ask for the proof
             prove(engine)
         self._handle.checkpoint = checkpoint
+
+    def serve_again(self, checkpoint: Checkpoint) -> None:
+        """Serve weights of an earlier publish, which the trainer holds no more: their tensors alone are compared.
+
+        Their numbers were compared when they were published.
+
+        Raises:
+            SyncError, EngineError: as `serve` has it.
+        """
+
+        proved = False
+
+        def prove(engine: Scorer) -> None:
+            nonlocal proved
+            if (held := engine.held(checkpoint)) is not None:
+                verify_identity(held, checkpoint)
+            proved = True
+
+        engine = self._handle.engine
+        engine.on_recovery(self._tell, prove)
+        engine.load(checkpoint)
+        if not proved:
+            prove(engine)
+        self._handle.checkpoint = checkpoint
+
+
+def recoveries(policy: PolicyLM) -> dict[str, int]:
+    """Failures of the engine that were survived since this was last asked, by kind."""
+    return {f"engine: {what}": count for what, count in policy.handle.engine.take_counts().items()}

@@ -12,22 +12,26 @@ from typing import Any
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.errors import NotFiniteError
 from dspy_fst.fast.evolve import Search, SearchSettings
-from dspy_fst.fast.gepa_adapter import Feedback, Play, Propose, ProposeCode
+from dspy_fst.fast.gepa_adapter import Play, Propose, ProposeCode
+from dspy_fst.fast.reporting import candidates_told, cycle_report
 from dspy_fst.fast.told import warnings_of
 from dspy_fst.observing import Observer
 from dspy_fst.plan import Cycle, Plan
 from dspy_fst.policy import PolicyLM
-from dspy_fst.publishing import NaturalTexts, Publishing
+from dspy_fst.publishing import NaturalTexts, Publishing, recoveries
 from dspy_fst.rollout.player import Player, Task
-from dspy_fst.rollout.rendering import held_under, unread_fault
-from dspy_fst.rollout.reward import UnmeasuredError
+from dspy_fst.rollout.rendering import held_under
+from dspy_fst.rollout.reward import feedback_by
 from dspy_fst.rollout.texts import read_texts
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason, complete
-from dspy_fst.run.history import best_versions
+from dspy_fst.run.history import best_versions, is_stuck
 from dspy_fst.run.journal import Journal
+from dspy_fst.run.refusals import refuse_stale, refuse_unmeasured
+from dspy_fst.run.validated import Validated, When, best_validated, exhausted, handed_in
 from dspy_fst.slow.tally import NO_UPDATE
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import (
@@ -43,6 +47,7 @@ from dspy_fst.types import (
     UpdateReport,
     version_of,
 )
+from dspy_fst.validating import Validation
 
 
 @dataclass
@@ -61,6 +66,7 @@ class Session:
     player: Player
     trainer: Trainer
     run: RunDirectory
+    validation: Validation
     population: Population
     propose: Propose | None
     code_proposer: ProposeCode | None
@@ -92,7 +98,7 @@ class Session:
         self.cycle_reports += [CycleReport.from_json(e["report"]) for e in events if e["event"] == "cycle"]
         self.step_reports += [StepReport.from_json(e["report"]) for e in events if e["event"] == "step"]
         self.observer.recall(self.step_reports, events)
-        self._stop_if_nothing_is_learned()
+        self._stop_if_nothing_is_gained()
 
     # ---- where the run stands ------------------------------------------------------------------
 
@@ -104,14 +110,10 @@ class Session:
     def must_search(self, cycle: Cycle) -> bool:
         """Whether this cycle has a fast phase that was not committed yet."""
         due = bool(cycle.search_budget) and self.run.state.get("searched", -1) < cycle.index
-        return due and (cycle.index == 0 or self.config.search_when_flat is None or self._stuck_before(cycle))
-
-    def _stuck_before(self, cycle: Cycle) -> bool:
-        """Whether the last step before the cycle had too many groups that taught nothing, and not from being solved."""
-        last = next(report for report in self.step_reports if report.step == cycle.steps.start - 1)
-        flat = last.counts.get("flat_groups", 0) / max(1, last.counts.get("groups", 0))
-        solved = last.reward is not None and last.reward >= self.config.perfect_score / 2
-        return flat >= (self.config.search_when_flat or 0.0) and not solved
+        if not due or cycle.index == 0 or self.config.search_when_flat is None:
+            return due
+        before = next(report for report in self.step_reports if report.step == cycle.steps.start - 1)
+        return is_stuck(before, self.config.search_when_flat, self.config.perfect_score)
 
     def steps(self, cycle: Cycle) -> Iterator[int]:
         """Steps of the cycle that were not committed yet; none any more once the run was stopped."""
@@ -122,15 +124,14 @@ class Session:
         """Make no further step: the step in hand is committed, and the alternation is over."""
         self.stopped = self.stopped or reason
 
-    def _stop_if_nothing_is_learned(self) -> None:
-        if reason := self.observer.reason_to_stop:
+    def _stop_if_nothing_is_gained(self) -> None:
+        reason = self.observer.reason_to_stop or exhausted(self.validation.states, self.config.patience)
+        if reason and (reason.kind == "nothing_learned" or len(self.step_reports) < self.plan.updates):
             self.stop(reason)
 
-    def tell_end(self) -> StopReason:
+    def tell_end(self) -> None:
         """Say why the alternation is over; after the last commit (see `dspy_fst.run.ending`)."""
-        reason = self.stopped or complete(len(self.step_reports))
-        self.run.emit(EVENT, reason=reason)
-        return reason
+        self.run.emit(EVENT, reason=self.stopped or complete(len(self.step_reports)))
 
     # ---- fast ----------------------------------------------------------------------------------
 
@@ -147,7 +148,7 @@ class Session:
         return {
             "journal": self._journal,
             "play": self._play_for_search(cycle),
-            "feedback": self._feedback(),
+            "feedback": feedback_by(self.player.reward),
             "propose": self.propose,
             "code_proposer": self.code_proposer,
             "reflection_lm": self.reflection_lm,
@@ -172,41 +173,13 @@ class Session:
 
         return play
 
-    def _feedback(self) -> Feedback:
-        def feedback(example: dspy.Example, pred: Any, trace: Any, name: str, pred_trace: Any) -> str:
-            try:
-                score = self.player.reward(example, pred, trace, name, pred_trace)
-            except UnmeasuredError as error:
-                return f"No feedback: {error}."
-            return score.feedback_for(name) or f"This run scored {score.value:g}."
-
-        return feedback
-
     def commit_search(self, cycle: Cycle, search: Search) -> None:
         """Keep what the fast phase found."""
-        report = CycleReport(
-            cycle=cycle.index,
-            scores=search.population.scores,
-            population=tuple(member.digest for member in search.population.members),
-            rollouts=search.rollouts,
-            reused=search.reused,
-            reflections=search.counts["reflections"],
-            proposals_accepted=search.counts["accepted"],
-            sampled_tokens=search.sampled_tokens,
-            counts={
-                **{name: count for name, count in search.counts.items() if name not in ("reflections", "accepted")},
-                **self._recoveries(),
-            },
-            seconds=self._seconds["sampling"],
-        )
-        candidates = [
-            {"digest": c.digest, "texts": dict(c.texts), "score": sum(row) / len(row)}
-            for c, row in zip(search.candidates, search.scores, strict=True)
-        ]
+        report = cycle_report(cycle.index, search, recoveries(self.policy), self._seconds["sampling"])
         self.population = search.population
         self.cycle_reports.append(report)
         self.run.save_population(cycle.index, search.population)
-        self.run.emit("cycle", report=report, candidates=candidates, parents=search.population.parents)
+        self.run.emit("cycle", report=report, candidates=candidates_told(search), parents=search.population.parents)
         step = self.run.state.get("step", 0)
         for text in warnings_of(search.counts, cycle.index, search.warned):
             self.run.emit("warning", step=step, text=text)
@@ -228,8 +201,7 @@ class Session:
                 problems, population, self.config.group_size, f"step-{step}", on_rollout=self._tell_rollout
             )
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        self._refuse_stale(step, rollouts)
-        self._refuse_unmeasured(step, rollouts)
+        self._require_sound(step, rollouts)
         self.see_texts(rollouts)
         return groups
 
@@ -237,7 +209,7 @@ class Session:
         """Rollouts of the step's problems under the program's own texts, where the recipe holds the policy to them."""
         if self.config.seed_kl_coefficient == 0:
             return []
-        seed = read_texts(self.program, tools=self.config.tool_descriptions == "evolved")
+        seed = self._own_texts()
         tasks = [
             Task(Problem(index, self.trainset[index]), seed, sample)
             for index in self.plan.problems(step)
@@ -245,18 +217,13 @@ class Session:
         ]
         with self._timed("sampling"):
             rollouts = self.player.play(tasks, f"seed-{step}", self._tell_rollout, anew=self.config.distills)
-        self._refuse_stale(step, rollouts)
-        self._refuse_unmeasured(step, rollouts)
+        self._require_sound(step, rollouts)
         if not self.config.distills:
             return [HeldRollout(rollout, tuple(call.prompt_ids for call in rollout.calls)) for rollout in rollouts]
         return held_under(population.members, rollouts, self.trainer.tokenizer)
 
-    def teaching_faults(self, rollouts: Sequence[Rollout]) -> list[str]:
-        """Why the population's texts could teach nothing in rollouts such as these, where the recipe has them teach."""
-        if not self.config.distills:
-            return []
-        fault = unread_fault(rollouts, self.population.best, self.trainer.tokenizer)
-        return [fault] if fault else []
+    def _own_texts(self) -> Candidate:
+        return read_texts(self.program, tools=self.config.tool_descriptions == "evolved")
 
     @property
     def credit_rules(self) -> dict[str, Any]:
@@ -268,24 +235,9 @@ class Session:
             "held_alone": self.config.method == "distill",
         }
 
-    def _refuse_stale(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        sampled_by = {call.weights for rollout in rollouts for call in rollout.calls}
-        published = self.policy.checkpoint.version
-        if stale := sorted(sampled_by - {published}):
-            raise TrainingError(
-                f"step {step}: calls were sampled by weights {stale} and not by {published}, which were "
-                "published for it; nothing was learnt from them"
-            )
-
-    def _refuse_unmeasured(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        masked = Counter(rollout.mask for rollout in rollouts if rollout.mask is not None)
-        if masked.total() > self.config.max_masked_share * len(rollouts):
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in masked.most_common())
-            raise MeasurementError(
-                f"step {step}: {masked.total()} of {len(rollouts)} rollouts measured nothing ({reasons}), more than "
-                f"max_masked_share={self.config.max_masked_share:g}. Nothing was learnt from them; mend the cause and "
-                f"compile again with run_dir={str(self.run.path)!r} to go on"
-            )
+    def _require_sound(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        refuse_stale(f"step {step}", rollouts, self.policy.checkpoint.version)
+        refuse_unmeasured(step, rollouts, self.config.max_masked_share, self.run.path)
 
     def update(self, batch: Batch) -> UpdateReport:
         """One weight update; a batch without a live group leaves the weights as they are.
@@ -346,7 +298,7 @@ class Session:
             step=step,
             cycle=cycle.index,
             reward=sum(rewards) / len(rewards) if rewards else None,
-            counts={**batch.counts, **self._recoveries()},
+            counts={**batch.counts, **recoveries(self.policy)},
             update=update,
             sampled_tokens=sum(rollout.tokens for rollout in rollouts) + batch.counts["held_tokens"],
             seconds=dict(self._seconds),
@@ -357,7 +309,9 @@ class Session:
         self.step_reports.append(report)
         self.run.emit("step", report=report)
         self.observer.see(report, groups)
-        self._stop_if_nothing_is_learned()
+        if self.validation and self.plan.validates_after(step):
+            self._measure("between", population, population.unique())
+        self._stop_if_nothing_is_gained()
         if self._state_is_due(step, cycle):
             searched = self.run.state.get("searched", -1)
             self._commit(cycle=cycle.index, searched=searched, step=step + 1, population=population)
@@ -375,14 +329,12 @@ class Session:
             or (ends and bool(later) and self.must_search(later[0]))
         )
 
-    def _recoveries(self) -> dict[str, int]:
-        return {f"engine: {what}": count for what, count in self.policy.handle.engine.take_counts().items()}
-
     def prune_weights(self) -> None:
         """Remove what is neither the first, nor the best, nor among the newest weights."""
         with self.run.writing():
             committed = self.run.state.get("step", 0)
-            self.run.prune_weights(self.config.keep_weights, best_versions(self.step_reports, committed))
+            best = best_versions(self.step_reports, committed) | best_validated(self.validation.states, committed)
+            self.run.prune_weights(self.config.keep_weights, best)
 
     def commit_start(self) -> None:
         """Keep the state before the first search."""
@@ -392,6 +344,33 @@ class Session:
         save_trainer = self.trainer.save_state if self._trainer_moved else None
         self.run.commit(save_trainer, judged_by=self.player.reward.identity, moved_at=self._moved_at, **state)
         self._trainer_moved = False
+
+    # ---- validation, outside of the budget -------------------------------------------------------
+
+    def validate_start(self) -> None:
+        """Measure the student as it was handed in: its own texts under its own weights."""
+        if self.validation:
+            own = self._own_texts()
+            self._measure("start", handed_in(own, self.population), [own])
+
+    def validate_end(self, population: Population) -> Validated | None:
+        """Measure the population under the final weights; None without a valset."""
+        return self._measure("end", population, population.unique()) if self.validation else None
+
+    def serve_validated(self, state: Validated) -> None:
+        """Serve the weights of a validated state, which are kept."""
+        if state.weights != self.policy.checkpoint.version:
+            self._publishing.serve_again(Checkpoint(state.weights, self.run.weights_path(state.weights)))
+
+    def _measure(self, when: When, population: Population, candidates: Sequence[Candidate]) -> Validated:
+        return self.validation.measure(
+            when,
+            step=len(self.step_reports),
+            searched=self.cycle_reports[-1].cycle if self.cycle_reports else -1,
+            weights=self.policy.checkpoint.version,
+            population=population,
+            candidates=candidates,
+        )
 
     # ---- watching ------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import dspy
 
 from dspy_fst.errors import TrainingError
+from dspy_fst.tables import TextTable
 
 PREDICTOR_TAG = "_fst_predictor_name"
 """Attribute that carries a predictor's name on a rollout's copy of the program, and on copies made of it."""
@@ -69,6 +70,28 @@ class Population:
     def of_seed(cls, seed: Candidate, size: int) -> "Population":
         """The population before any search: ``size`` copies of the program's own texts."""
         return cls(members=(seed,) * size, scores=(None,) * size)
+
+    def __repr__(self) -> str:
+        return self._table().text
+
+    def _repr_html_(self) -> str:
+        return self._table().html
+
+    def _table(self) -> TextTable:
+        """Each member once, best first."""
+        score_of = {member.digest: score for member, score in zip(self.members, self.scores, strict=True)}
+        copies = Counter(member.digest for member in self.members)
+        rows = [
+            [
+                member.digest,
+                "not scored" if (score := score_of[member.digest]) is None else f"{score:.3f}",
+                str(copies[member.digest]),
+                "\n".join(f"{name}: {text}" for name, text in member.texts.items()),
+            ]
+            for member in self.unique()
+        ]
+        title = f"Population of {len(self.members)} candidates, {len(rows)} different, best first"
+        return TextTable(title, ("candidate", "score", "copies", "texts"), rows, last_is_words=True)
 
     def unique(self) -> tuple[Candidate, ...]:
         """Members without repetition, in order."""

@@ -30,6 +30,7 @@ SERVED_LIMIT_S = 1800
 TESTS = Path(__file__).parent
 COMPILE_A_LOT = {
     *("test_cli.py", "test_compile.py", "test_evidence.py", "test_nothing_silent.py", "run/test_journal.py"),
+    "test_start_and_end.py",
     *("cases/test_adapters.py", "cases/test_architectures.py", "cases/test_architectures_compile.py"),
     *("cases/test_before_start.py", "cases/test_copies.py", "cases/test_lms_and_saving.py", "cases/test_outside.py"),
     *("cases/test_nothing_learned.py", "cases/test_unmoved_steps.py", "cases/test_weight_check_memory.py"),

@@ -48,6 +48,8 @@ def test_a_run_that_died_is_continued_to_its_end(there):
     ]
     assert policy_of(compiled).checkpoint.version == "step-000002"
     assert "2 of 2 steps are done, weights step-000002" in invoke("show", "run").stdout
+    assert "validation: not validated" in invoke("show", "run").stdout
+    assert str(compiled.summary()).count("not validated") == 2
     assert invoke("report", "run", "--out", "report.html").exit_code == 0
     assert "step-000002" in (there / "report.html").read_text()
 

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dspy_fst"
 LAYERS = [
-    ["errors"],
+    ["errors", "tables"],
     ["types", "architectures"],
     [
         "config",
@@ -33,7 +33,7 @@ LAYERS = [
     ["validation", "program_state"],
     ["documents", "fingerprints"],
     ["fit", "opening"],
-    ["preflight.score_scale"],
+    ["preflight.score_scale", "validating"],
     ["session", "continuing"],
     ["preflight.first_rollouts", "preflight.parse_trial", "preflight.what_helps"],
     ["prepare", "saved", "past", "card"],
@@ -53,6 +53,7 @@ CORNERS = {
     "vllm": ["engine.served"],
     "accelerate": ["report.tracking"],
     "trl": ["slow"],
+    "scipy": ["run.paired"],
     "matplotlib": ["report.charts"],
     "jinja2": ["report.page", "engine.prompts"],
     "rich": ["report", "cli"],

@@ -85,7 +85,7 @@ def test_the_budget_counts_every_phase():
     assert budget.search_rollouts == 40
     assert budget.scoring_rollouts == 10 + 4 * 10
     assert budget.training_rollouts == 2 * 6 * 32 * 8
-    assert budget.validation_rollouts == 28
+    assert budget.validation_rollouts == 7 + 28  # the start is one candidate, the end four
     assert budget.updates == 12
 
 

@@ -88,7 +88,7 @@ def test_the_budget_is_the_sum_of_the_cycles(plan, validation):
     rollouts = sum(len(plan.problems(step)) * config.group_size for step in steps)
     assert (budget.searches, budget.search_rollouts) == (sum(map(bool, searches)), sum(searches))
     assert (budget.updates, budget.training_rollouts) == (len(steps), rollouts)
-    assert budget.validation_rollouts == validation * config.validation_samples * config.population_size
+    assert budget.validation_rollouts == validation * config.validation_samples * (1 + config.population_size)
     assert steps == list(range(config.cycles * config.steps_per_cycle))
 
 

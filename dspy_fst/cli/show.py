@@ -49,6 +49,8 @@ def show(
 
 def summary(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> dict[str, Any]:
     """What is shown, as one JSON object."""
+    from dspy_fst.report.verdict import validation_told
+
     return {
         "run_dir": str(run_dir.resolve()),
         "state": record.state,
@@ -70,6 +72,8 @@ def summary(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> d
         ],
         "ending": record.ending.words,
         "ended": None if record.ended is None else asdict(record.ended),
+        "validations": [validation_told(record, state) for state in record.validations],
+        "returned": None if record.returned is None else record.returned.index,
         "costs": {**asdict(record.costs), "rollouts": record.costs.rollouts, "tokens": record.costs.tokens},
         "warnings": [asdict(told) for told in record.warnings],
         "lost": dict(record.lost),
@@ -105,6 +109,7 @@ def _print(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> No
 
     out = Printer()
     out.line(f"{record.name}: {_state(run_dir, record)}")
+    _print_validations(out, record)
     if record.cycles:
         out.heading("Cycles")
         out.table(*_cycles(record))
@@ -122,6 +127,16 @@ def _print(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> No
     if record.ending.nothing_learned:
         out.heading("In short")
         out.line(record.ending.words)
+
+
+def _print_validations(out: Any, record: "Record") -> None:
+    from dspy_fst.report.verdict import validations_table, verdict
+
+    out.line(f"validation: {verdict(record)}")
+    if record.validations:
+        table = validations_table(record)
+        out.heading(table.title)
+        out.table(table.columns, table.rows, words=table.words)
 
 
 def _all(record: "Record") -> str:
@@ -234,10 +249,12 @@ def _costs(record: "Record") -> list[tuple[str, str]]:
         "rollouts": costs.rollouts,
         "  of searches": costs.search_rollouts,
         "  of training": costs.training_rollouts,
+        "of validation, outside the budget": costs.validation_rollouts,
         "evaluations answered without a rollout": costs.reused,
         "reflections": costs.reflections,
         "reflections that failed": costs.reflections_failed,
         "tokens sampled": costs.tokens,
+        "tokens sampled for validation": costs.validation_tokens,
         "tokens trained": costs.trained_tokens,
         "weight updates": costs.updates,
         "updates skipped": costs.skipped,

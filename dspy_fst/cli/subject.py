@@ -181,7 +181,7 @@ def subject_of(
         if not trust_code:
             refuse_code(path, opened.program, [member.texts for member in population.members])
         if cycle is None and weights is None:  # weights that were named may be of any cycle, or of none
-            cycle = past.last_cycle
+            cycle = past.returned_cycle
     seed = texts_like(population.best, opened.program)
     if differing := sorted(population.best.texts.keys() ^ seed.texts.keys()):
         raise ConfigurationError([f"program: {path} is of another program; predictors that differ: {differing}"])

@@ -201,13 +201,15 @@ def _train(project: "Project", as_json: bool, *, going_on_in: Path | None = None
 def _outcome(run_dir: Path) -> dict[str, Any] | None:
     """What a finished run came to, as its events tell; None while it is not finished."""
     from dspy_fst.report.record import record_of
+    from dspy_fst.report.verdict import validation_told, verdict
     from dspy_fst.run.directory import COMPILED, read_events
 
     events = read_events(run_dir)
     done = next((event for event in reversed(events) if event["event"] == "done"), None)  # one that goes on cuts it
     if done is None:
         return None
-    ending = record_of(events).ending
+    record = record_of(events, name=run_dir.name)
+    ending = record.ending
     members = zip(done["population"]["members"], done["population"]["scores"], strict=True)
     return {
         "run_dir": str(run_dir),
@@ -217,6 +219,9 @@ def _outcome(run_dir: Path) -> dict[str, Any] | None:
         "nothing_learned": ending.nothing_learned,
         "population": [{"score": score, "texts": texts} for texts, score in members],
         "validation": done["validation"],
+        "start_and_end": verdict(record),
+        "validations": [validation_told(record, state) for state in record.validations],
+        "returned": done.get("returned"),
         "weights": str(run_dir / "weights" / done["weights"]),
         "compiled": str(run_dir / COMPILED),
     }
@@ -229,6 +234,7 @@ def _show(outcome: Mapping[str, Any], as_json: bool) -> None:
     best = outcome["population"][0]
     score = "" if best["score"] is None else f", score {best['score']:.3f}"
     typer.echo(f"{outcome['updates']} weight updates in {outcome['steps']} steps; weights in {outcome['weights']}")
+    typer.echo(f"validation: {outcome['start_and_end']}")
     typer.echo(f"best candidate{score}:")
     for name, text in best["texts"].items():
         typer.echo(f"  {name}: {text}")

@@ -194,6 +194,7 @@ def disk_takes(size: ModelSize, config: FSTConfig, *, on_gpu: bool) -> list[Take
     writes = writes_of(size, config, on_gpu=on_gpu)
     # The best of the committed steps is kept beside the best of all until the next state.
     best = 1 if config.checkpoint_every == 1 else 2
+    best *= 1 if config.validate_every is None else 2  # the best by reward, and the best by validation
     versions = min(1 + writes.updates, 1 + best + config.keep_weights + 1)
     kept = config.keep_states + 1
     moved = min(writes.states, kept)

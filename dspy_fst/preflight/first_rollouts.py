@@ -14,6 +14,7 @@ from dspy_fst.preflight.parse_trial import parse_share, try_forms
 from dspy_fst.preflight.score_scale import of_labels, scale_warnings
 from dspy_fst.rollout.adapters import adapter_in_force, describe, kept_by
 from dspy_fst.rollout.player import Task
+from dspy_fst.rollout.rendering import unread_fault
 from dspy_fst.rollout.shown import failed_reply_of
 from dspy_fst.session import Session
 from dspy_fst.types import Problem, Rollout
@@ -41,7 +42,7 @@ def try_first(session: Session) -> Spent:
     """
     train, val = _played(session)
     session.see_texts(train)
-    faults = context_faults(session.policy, [*train, *val]) + session.teaching_faults(train)
+    faults = context_faults(session.policy, [*train, *val]) + _teaching_faults(session, train)
     faults += _unmeasured(train, f"the first {len(train)} examples")
     faults += _unmeasured(val, f"the {len(val)} examples of the valset that were tried")
     if faults:
@@ -65,6 +66,14 @@ def try_first(session: Session) -> Spent:
     session.tokens_per_rollout = sum(rollout.tokens for rollout in train) / len(train)
     everything = [*train, *val, *(tried.rollouts if tried else ())]
     return Spent(len(everything), sum(rollout.tokens for rollout in everything))
+
+
+def _teaching_faults(session: Session, rollouts: Sequence[Rollout]) -> list[str]:
+    """Why the population's texts could teach nothing in rollouts such as these, where the recipe has them teach."""
+    if not session.config.distills:
+        return []
+    fault = unread_fault(rollouts, session.population.best, session.trainer.tokenizer)
+    return [fault] if fault else []
 
 
 def spread(size: int, count: int = COUNT) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 from dspy_fst.report.record import best
 
 NOTHING_TRAINED = {"tokens": 0, "rows": 0}
+VALIDATION_FIELDS = ("counts", "sampled_tokens", "seconds")
 PLACES = ("step", "cycle")
 """Fields that say where an event stands; they measure nothing."""
 
@@ -24,7 +25,7 @@ class Entry:
     group: str
     """``"train"``, ``"search"`` or ``"validation"``."""
     index: int
-    """Of the step or the cycle; 0 for the validation."""
+    """Of the step or the cycle; of a validation it follows the steps that were done. It never falls."""
     values: Mapping[str, float]
 
 
@@ -37,7 +38,13 @@ def entry_of(event: Mapping[str, Any]) -> Entry | None:
             report = event["report"]
             fields = {**report, "best_score": best(report["scores"])}
             return Entry("search", report["cycle"], _numbers("search", fields))
-        case "done" if event.get("validation"):
+        case "validation":
+            report = event["report"]
+            fields = {"best_score": event["score"], **{name: report[name] for name in VALIDATION_FIELDS}}
+            # A run that was finished may go on: what it measures then must come after its end, for trackers.
+            index = 2 * report["step"] + (report["when"] == "end")
+            return Entry("validation", index, _numbers("validation", fields))
+        case "done" if event.get("validation") and "returned" not in event:  # of releases without such an event
             fields = {"best_score": best(list(event["validation"].values()))}
             return Entry("validation", 0, _numbers("validation", fields))
     return None

@@ -19,7 +19,9 @@ from dspy_fst.report.charts import chart_svg, lineage_svg
 from dspy_fst.report.diff import word_diff
 from dspy_fst.report.measures import Chart, health_charts, learning_charts, lost_charts, predictor_charts
 from dspy_fst.report.record import Node, Record, best, read_records
+from dspy_fst.report.verdict import validations_table, verdict
 from dspy_fst.report.words import DASH, duration, interval, number, plain, share, signed, with_error
+from dspy_fst.tables import TextTable
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -158,6 +160,14 @@ class Run:
         return number(next((report.reward for report in self.record.steps if report.step == step), None))
 
     @property
+    def verdict(self) -> str:
+        return verdict(self.record)
+
+    @property
+    def validations(self) -> TextTable:
+        return validations_table(self.record)
+
+    @property
     def evaluated(self) -> bool:
         return bool(self.record.two_by_two or self.record.evaluations)
 
@@ -167,7 +177,7 @@ class Run:
         return [
             Figure("Training reward", change(record.rewards), "first and last update"),
             Figure("Anchor score", change([*record.carried[:1], *record.found[-1:]]), "carried in first, found last"),
-            Figure("Validation", number(best([node.validation for node in record.nodes])), "best candidate"),
+            Figure("Validation", _validated(record), "start and end, best candidate"),
             Figure("Updates", _of(costs.updates, record.budget.get("updates")), "weights moved"),
             Figure("Searches", _of(len(record.cycles), record.budget.get("searches")), "instructions evolved"),
             Figure("Rollouts", _of(costs.rollouts, _planned(record.budget)), "searches, scoring, training; of at most"),
@@ -200,6 +210,7 @@ def cost_rows(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
         "Rollouts in all": "rollouts",
         "of searches, scoring included": "search_rollouts",
         "of training": "training_rollouts",
+        "Rollouts of validation, outside the budget": "validation_rollouts",
         "Evaluations answered without a rollout": "reused",
         "Reflections": "reflections",
         "Reflections that failed": "reflections_failed",
@@ -207,6 +218,7 @@ def cost_rows(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
         "Tokens sampled in all": "tokens",
         "in searches": "search_tokens",
         "in training": "training_tokens",
+        "Tokens of validation": "validation_tokens",
         "Tokens trained": "trained_tokens",
         "Weight updates": "updates",
         "Updates skipped": "skipped",
@@ -272,6 +284,13 @@ def change(values: Sequence[float | None]) -> str:
     '0.250 → 0.750'
     """
     return " → ".join(map(number, [*values[:1], *values[1:][-1:]])) or DASH
+
+
+def _validated(record: Record) -> str:
+    if record.validations:
+        start, newest = record.start_validated, record.validations[-1]
+        return change([start.score if start else None, newest.score])
+    return number(best([node.validation for node in record.nodes]))
 
 
 def _of(done: int, planned: int | None) -> str:

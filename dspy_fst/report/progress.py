@@ -16,8 +16,10 @@ from rich.text import Text
 from dspy_fst.report.metrics import entry_of
 from dspy_fst.report.samples import sample_line
 from dspy_fst.report.standing import Standing, Times, counted
+from dspy_fst.report.verdict import in_a_line
 from dspy_fst.report.words import DASH, duration, number
 from dspy_fst.run.learning import NOTHING_CHANGED
+from dspy_fst.run.validated import Validated
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 30.0
@@ -61,6 +63,7 @@ class ProgressView:
         self._figures: dict[str, float] = {}
         self._rewards: deque[float | None] = deque(maxlen=SHOWN_REWARDS)
         self._candidates: list[tuple[float | None, str]] = []
+        self._validated: list[Validated] = []
         self._searching = False
         self._samples, self._sample = samples, ""
         self._phase = "starting"
@@ -87,6 +90,8 @@ class ProgressView:
         for event in events:
             if event["event"] == "plan":
                 self._standing.budget = event["budget"]
+            elif event["event"] == "validation":
+                self._take_validation(event)
             elif event["event"] in ("cycle", "step"):
                 self._measured(event)
         self._standing.played = self._standing.played_masked = 0
@@ -96,7 +101,7 @@ class ProgressView:
         show = getattr(self, f"_on_{event['event']}", None)
         if show is not None:
             show(event)
-            self._refresh(now=event["event"] in ("cycle", "step", "warning", "done", "stopped"))
+            self._refresh(now=event["event"] in ("cycle", "step", "validation", "warning", "done", "stopped"))
 
     # ---- one method an event -------------------------------------------------------------------
 
@@ -147,6 +152,15 @@ class ProgressView:
             f"{counts.get('flat_groups', 0)}/{counts.get('groups', 0)} groups flat, "
             f"{counted(report['update']['tokens'], 'token')} trained{_lost(counts)}"
         )
+
+    def _on_validation(self, event: Mapping[str, Any]) -> None:
+        self._times.measured("validation", event["report"]["counts"]["rollouts"])
+        self._take_validation(event)
+        self._say(in_a_line(self._validated), keep=True)
+
+    def _take_validation(self, event: Mapping[str, Any]) -> None:
+        self._standing.done["validation"] += event["report"]["counts"]["rollouts"]
+        self._validated.append(Validated.from_event(event))
 
     def _on_ended(self, event: Mapping[str, Any]) -> None:
         if event["reason"]["kind"] != "complete":
@@ -226,6 +240,8 @@ class ProgressView:
             yield "KL to start", f"{_small(figures.get('train/kl_to_start'))} nats a token"
             yield "entropy", f"{number(figures.get('train/entropy'))} nats a token"
             yield "groups flat", f"{figures.get('train/flat_groups', 0):g} of {figures.get('train/groups', 0):g}"
+        if validated := tuple(self._validated):
+            yield "validation", in_a_line(validated).removeprefix("validation ")
         for place, (score, text) in enumerate(tuple(self._candidates)):
             yield "" if place else "best texts", f"{number(score)}  {text}"
         if self._sample:

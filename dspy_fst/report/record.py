@@ -28,6 +28,7 @@ from dspy_fst.report.samples import Played, played
 from dspy_fst.run.directory import LOCK, read_events
 from dspy_fst.run.ending import StopReason, ended_of
 from dspy_fst.run.learning import Ending, ending
+from dspy_fst.run.validated import Validated, validated_in
 from dspy_fst.types import Candidate, CycleReport, PredictorReport, StepReport, UpdateReport
 
 State = Literal["finished", "running", "stopped"]
@@ -85,7 +86,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a run spent in all, as far as its events go; validation is not among it."""
+    """What a run spent in all, as far as its events go; validation stands apart."""
 
     search_rollouts: int
     """Scoring the carried population included."""
@@ -100,6 +101,9 @@ class Costs:
     """Sampled for the weight updates."""
     trained_tokens: int
     """Of those, the tokens that the updates learnt from."""
+    validation_rollouts: int
+    """Outside of the budget, as are its tokens; neither is in ``rollouts`` and ``tokens``."""
+    validation_tokens: int
     updates: int
     """Updates that moved the weights."""
     skipped: int
@@ -172,6 +176,10 @@ class Record:
     trajectories: Mapping[int, tuple[Played, ...]] = field(default_factory=dict)
     """Step -> its samples: the best and the worst rollout of its most telling group, then others."""
     weights: str | None = None
+    validations: tuple[Validated, ...] = ()
+    """States that were measured on the valset, in order; empty for runs of older releases."""
+    returned: Validated | None = None
+    """The one of them that compile() returned; None while the run is not finished."""
     ended: StopReason | None = None
     """Why the run's alternation is over; None while it goes on, after a kill, and for a run of an older release."""
     two_by_two: TwoByTwo | None = None
@@ -187,6 +195,12 @@ class Record:
         failures = [self.config.get(name) or 0.0 for name in ("failure_score", "format_failure_score")]
         best_score = self.config.get("perfect_score")
         return ending(self.steps, min(failures), 1.0 if best_score is None else best_score)
+
+    @property
+    def start_validated(self) -> Validated | None:
+        """The validation of the start, on the newest one's terms; None where there is none."""
+        terms = self.validations[-1].terms if self.validations else None
+        return next((state for state in self.validations if state.when == "start" and state.terms == terms), None)
 
     @property
     def seen(self) -> list[str]:
@@ -280,6 +294,8 @@ class Record:
             search_tokens=sum(cycle.sampled_tokens for cycle in cycles),
             training_tokens=sum(step.sampled_tokens for step in steps),
             trained_tokens=sum(update.tokens for update in trained),
+            validation_rollouts=sum(state.counts.get("rollouts", 0) for state in self.validations),
+            validation_tokens=sum(state.sampled_tokens for state in self.validations),
             updates=len(trained),
             skipped=sum(step.update.skipped is not None for step in steps),
             seconds=self._seconds(),
@@ -291,9 +307,11 @@ class Record:
         for step in self.steps:
             for activity, seconds in step.seconds.items():
                 spent[names.get(activity, activity)] += seconds or 0.0  # type: ignore[assignment]
+        if self.validations:
+            spent["validation"] = math.fsum(state.seconds for state in self.validations)  # type: ignore[assignment]
         whole = (self.last or 0.0) - (self.started or 0.0)
         rest = max(0.0, whole - math.fsum(spent.values()))
-        return {**spent, "everything else (reflections, validation, saving, pauses)": rest}
+        return {**spent, "everything else (reflections, saving, pauses)": rest}
 
 
 def best(scores: Sequence[float | None]) -> float | None:
@@ -365,7 +383,7 @@ def record_of(events: Events, *, name: str = "run", evaluations: Sequence[str] =
     times = [event["time"] for event in events if event.get("time") is not None]
     cycles = tuple(_cycle(event["report"]) for event in _of(events, "cycle"))
     evaluated = list(evaluations_in(evaluations))
-    nodes = _lineage(events, done)
+    nodes, validations = _lineage(events, done), validated_in(events)
     final = [node.digest for texts in _members(done) if (node := _with_texts(nodes.values(), texts))]
     return Record(
         name=name,
@@ -382,6 +400,8 @@ def record_of(events: Events, *, name: str = "run", evaluations: Sequence[str] =
         population=tuple(final) if done else cycles[-1].population if cycles else (),
         trajectories={event["step"]: tuple(map(played, event["rollouts"])) for event in _of(events, "trajectories")},
         weights=done.get("weights"),
+        validations=tuple(validations),
+        returned=next((state for state in validations if state.index == done.get("returned")), None),
         ended=ended_of(events),
         two_by_two=next((table for data in reversed(evaluated) if (table := two_by_two_of(data))), None),
         evaluations=tuple(made for data in evaluated if (made := evaluated_of(data))),

@@ -13,7 +13,7 @@ class Standing:
     def __init__(self) -> None:
         self.budget: Mapping[str, int] = {}
         self.done: Counter[str] = Counter()
-        """``searches``, ``updates``, and the rollouts of each: ``search``, ``train``."""
+        """``searches``, ``updates``, and the rollouts of each: ``search``, ``train``; those of ``validation``."""
         self.masked = self.played = self.played_masked = 0
 
     def add(self, event: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ class Standing:
         return {
             "search": planned * max(0, searches - self.done["searches"]) / searches if searches else 0.0,
             "train": max(0, self.budget.get("training_rollouts", 0) - self.done["train"]),
-            "validation": self.budget.get("validation_rollouts", 0),
+            "validation": max(0, self.budget.get("validation_rollouts", 0) - self.done["validation"]),
         }
 
     @property

@@ -214,3 +214,16 @@ def metric_fault(metric: Any) -> str | None:
         f"metric: {name}({', '.join(p.name for p in parameters)}) has the wrong signature; it must take (gold, pred), "
         "then optionally trace, pred_name and pred_trace, and need nothing else"
     )
+
+
+def feedback_by(reward: Reward) -> Callable[[dspy.Example, Any, Any, str, Any], str]:
+    """What a reflection reads of one predictor's part in a run: the metric's words, else its score."""
+
+    def feedback(example: dspy.Example, pred: Any, trace: Any, name: str, pred_trace: Any) -> str:
+        try:
+            score = reward(example, pred, trace, name, pred_trace)
+        except UnmeasuredError as error:
+            return f"No feedback: {error}."
+        return score.feedback_for(name) or f"This run scored {score.value:g}."
+
+    return feedback

@@ -76,3 +76,10 @@ def best_versions(reports: Sequence[StepReport], committed: int) -> set[WeightsV
         if measured:
             found.add(max(measured, key=lambda report: report.reward or 0.0).sampled_by)
     return found
+
+
+def is_stuck(report: StepReport, flat_share: float, perfect_score: float) -> bool:
+    """Whether at least so large a share of the step's groups taught nothing, and not from being solved."""
+    flat = report.counts.get("flat_groups", 0) / max(1, report.counts.get("groups", 0))
+    solved = report.reward is not None and report.reward >= perfect_score / 2
+    return flat >= flat_share and not solved

@@ -75,7 +75,7 @@ def test_the_plan_is_what_a_run_may_spend_at_most(project):
     # Two searches of 90, one then two carried candidates on 20 anchors, a last pass over them in each.
     assert plan["phases"]["fast"] == {"searches": 2, "updates": 0, "rollouts": 280, "tokens": 280 * 16}
     assert plan["phases"]["slow"] == {"searches": 0, "updates": 6, "rollouts": 6 * 16 * 8, "tokens": 6 * 16 * 8 * 16}
-    assert plan["phases"]["validation"]["rollouts"] == 2 * 32
+    assert plan["phases"]["validation"]["rollouts"] == (1 + 2) * 32  # the student, and two candidates
     assert [cycle["steps"] for cycle in plan["cycles"]] == [3, 3]
 
 
@@ -141,7 +141,7 @@ def test_measuring_tells_a_range_from_rollouts_that_were_played(project):
     time = told(project, "--measure")["time"]
     low, high = time["sampling_s"]
     assert 0 < low <= high
-    assert time["planned_rollouts"] == 280 + 768 + 64
+    assert time["planned_rollouts"] == 280 + 768 + 96
     assert {low, high} == {
         time["planned_rollouts"] * s for s in (time["together_s"] / time["rollouts"], time["alone_s"])
     }

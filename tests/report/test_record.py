@@ -46,7 +46,7 @@ def test_costs_add_up_to_the_time_from_the_first_event_to_the_last():
         "sampling for updates": 12.0,
         "weight updates": 4.0,
         "publishing weights": 2.0,
-        "everything else (reflections, validation, saving, pauses)": 130.0 - 22.0,
+        "everything else (reflections, saving, pauses)": 130.0 - 22.0,
     }
 
 

@@ -1,14 +1,11 @@
 """Scores and feedback of single predictors: how a metric gives them, and what is refused."""
 
-from types import SimpleNamespace
-
 import dspy
 import pytest
 
 from dspy_fst.rollout.player import Player, PlayerSettings, Task
-from dspy_fst.rollout.reward import Reward, UnmeasuredError
+from dspy_fst.rollout.reward import Reward, UnmeasuredError, feedback_by
 from dspy_fst.rollout.texts import read_texts
-from dspy_fst.session import Session
 from dspy_fst.types import Problem
 from tests.fakes import fields, scripted_policy
 
@@ -97,7 +94,6 @@ def test_a_failure_names_its_predictor_and_has_no_scores():
 
 def test_the_reflection_reads_what_was_said_of_its_predictor():
     given = {"score": 0.5, "feedback": "So so.", "predictor_feedback": {"draft": "Too long."}}
-    run = SimpleNamespace(player=SimpleNamespace(reward=Reward(lambda gold, pred: given, NAMES)))
-    told = Session._feedback(run)
+    told = feedback_by(Reward(lambda gold, pred: given, NAMES))
     asked = (dspy.Example(), dspy.Prediction(), None)
     assert (told(*asked, "draft", None), told(*asked, "answer", None)) == ("Too long.", "So so.")

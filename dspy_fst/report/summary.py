@@ -1,0 +1,135 @@
+"""What a run came to, on one page of text or as tables in a notebook: made of its record alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dspy_fst.report.record import Record, Told
+from dspy_fst.report.verdict import NOT_VALIDATED, validations_table, verdict
+from dspy_fst.report.words import DASH, duration, number
+from dspy_fst.tables import TextTable
+from dspy_fst.types import CycleReport, StepReport
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The parts of a summary; ``str()`` of it is the page."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    """Label and value: how the run ended, start against end, what changed, what it cost."""
+    tables: tuple[TextTable, ...]
+    """The validations and the population."""
+    warnings: tuple[str, ...]
+
+    def show(self) -> "Summary":
+        """Print it, but in a notebook, which shows what a cell returns."""
+        if not _in_notebook():
+            print(self)
+        return self
+
+    @property
+    def text(self) -> str:
+        width = max(len(label) for label, _ in self.facts)
+        lines = [f"  {label.ljust(width)}  {value}" for label, value in self.facts]
+        told = [f"  - {warning}" for warning in self.warnings] or ["  None."]
+        return "\n".join([self.title, *lines, *(table.text for table in self.tables), "Warnings", *told])
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"<{self.title}; print() shows its summary>"
+
+    def _repr_html_(self) -> str:
+        facts = TextTable(self.title, ("", ""), self.facts, words=2).html
+        told = "".join(f"<li>{escape(warning)}</li>" for warning in self.warnings) or "<li>None.</li>"
+        return "\n".join([facts, *(table.html for table in self.tables), f"<p>Warnings</p><ul>{told}</ul>"])
+
+
+def summary_of(record: Record, *, run_dir: Path | None = None) -> Summary:
+    """The summary of a run that is finished, goes on, or was stopped."""
+    validated = [validations_table(record)] if record.validations else []
+    return Summary(
+        title=f"Run {run_dir or record.name}: {record.state}",
+        facts=tuple(_facts(record)),
+        tables=(*validated, population_table(record)),
+        warnings=tuple(
+            ("" if told.step is None else f"after step {told.step}: ") + told.text for told in record.warnings
+        ),
+    )
+
+
+def _told(warning: Told) -> str:
+    return warning.text if warning.step is None else f"after step {warning.step}: {warning.text}"
+
+
+def _facts(record: Record) -> Sequence[tuple[str, str]]:
+    costs = record.costs
+    spent = (
+        f"{costs.rollouts:,} rollouts (searches {costs.search_rollouts:,}, training {costs.training_rollouts:,}), "
+        f"{costs.tokens:,} sampled tokens, {costs.reflections:,} reflections"
+    )
+    outside = f"{costs.validation_rollouts:,} rollouts, {costs.validation_tokens:,} sampled tokens, outside the budget"
+    return [
+        ("ended", record.ended.text if record.ended else DASH),
+        ("start and end", verdict(record)),
+        ("updates", record.ending.words),
+        ("spent", spent),
+        ("validation", outside if record.validations else NOT_VALIDATED),
+        ("time", duration(sum(costs.seconds.values()))),
+    ]
+
+
+def population_table(record: Record) -> TextTable:
+    """The population that is returned, or the newest; best first, copies counted."""
+    rows = []
+    for digest in dict.fromkeys(record.population):
+        node = record.by_digest[digest]
+        score = node.last_score if node.validation is None else node.validation
+        texts = "\n".join(f"{name}: {text}" for name, text in node.texts.items())
+        rows.append([digest, number(score), str(record.population.count(digest)), texts])
+    columns = ("candidate", "score", "copies", "texts")
+    return TextTable("Population, best first", columns, rows, last_is_words=True)
+
+
+def cycles_table(cycles: Sequence[CycleReport]) -> TextTable:
+    """What each search spent and found."""
+    columns = ("cycle", "rollouts", "reused", "reflections", "accepted", "best score", "sampled tokens")
+    rows = [
+        [
+            str(cycle.cycle),
+            *(f"{of:,}" for of in (cycle.rollouts, cycle.reused, cycle.reflections, cycle.proposals_accepted)),
+            number(max((score for score in cycle.scores if score is not None), default=None)),
+            f"{cycle.sampled_tokens:,}",
+        ]
+        for cycle in cycles
+    ]
+    return TextTable("Searches", columns, rows, words=0)
+
+
+def steps_table(steps: Sequence[StepReport]) -> TextTable:
+    """What each update sampled and learnt."""
+    columns = ("step", "cycle", "reward", "KL to start", "entropy", "flat groups", "trained tokens", "weights left")
+    return TextTable("Steps", columns, [_step(step) for step in steps], words=0, last_is_words=True)
+
+
+def _step(step: StepReport) -> list[str]:
+    update: Any = step.update
+    # An update of an empty batch measured nothing, whatever numbers it holds.
+    measured = (update.kl_to_start, update.entropy) if update.tokens else (None, None)
+    return [
+        *map(str, (step.step, step.cycle)),
+        *map(number, (step.reward, *measured)),
+        f"{step.counts.get('flat_groups', 0)}/{step.counts.get('groups', 0)}",
+        "skipped" if update.skipped else f"{update.tokens:,}",
+        step.left,
+    ]
+
+
+def _in_notebook() -> bool:
+    from rich.console import Console
+
+    return Console().is_jupyter

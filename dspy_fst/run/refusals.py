@@ -1,0 +1,39 @@
+"""Rollouts that nothing may be learnt or concluded from stop the run before anything is."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from dspy_fst.errors import MeasurementError, TrainingError
+from dspy_fst.types import Rollout, WeightsVersion
+
+
+def refuse_stale(where: str, rollouts: Sequence[Rollout], published: WeightsVersion) -> None:
+    """
+    Args:
+        where: What they were made for, e.g. ``"step 3"``.
+
+    Raises:
+        TrainingError: calls were sampled by other weights than those that were published for it.
+    """
+    sampled_by = {call.weights for rollout in rollouts for call in rollout.calls}
+    if stale := sorted(sampled_by - {published}):
+        raise TrainingError(
+            f"{where}: calls were sampled by weights {stale} and not by {published}, which were published for it; "
+            "nothing was learnt from them"
+        )
+
+
+def refuse_unmeasured(step: int, rollouts: Sequence[Rollout], max_masked_share: float, run_dir: Path) -> None:
+    """
+    Raises:
+        MeasurementError: a larger share than ``max_masked_share`` measured nothing.
+    """
+    masked = Counter(rollout.mask for rollout in rollouts if rollout.mask is not None)
+    if masked.total() > max_masked_share * len(rollouts):
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in masked.most_common())
+        raise MeasurementError(
+            f"step {step}: {masked.total()} of {len(rollouts)} rollouts measured nothing ({reasons}), more than "
+            f"max_masked_share={max_masked_share:g}. Nothing was learnt from them; mend the cause and "
+            f"compile again with run_dir={str(run_dir)!r} to go on"
+        )

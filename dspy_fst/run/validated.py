@@ -1,0 +1,203 @@
+"""What a run's validations measured: states of weights and population, their order, and what follows from it. Pure.
+
+A run writes one event for each (`dspy_fst.validating` makes them):
+
+    {"event": "validation", "report": {"index": 0, "when": "start", "step": 0, ...}, "scores": {...}, "score": 0.25}
+
+Validations are compared only with others on the same terms: problems, rollouts a problem, and metric.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from dspy_fst.run.ending import StopReason
+from dspy_fst.run.files import population_from_json
+from dspy_fst.run.paired import COVERAGE, Difference, difference
+from dspy_fst.types import Candidate, Population, WeightsVersion
+
+EVENT = "validation"
+When = Literal["start", "between", "end"]
+DECLINE_ADVICE = (
+    "Lower learning_rate or raise kl_coefficient. return_best=True returns the best validated state, also when it is "
+    "set after the end and the program is compiled again with this run_dir"
+)
+
+
+@dataclass(frozen=True)
+class Validated:
+    """One state of a run, measured on the valset."""
+
+    index: int
+    """Place among the run's validations, from 0."""
+    when: When
+    step: int
+    """Updates that had been made."""
+    searched: int
+    """Newest cycle that had searched; -1 before any."""
+    weights: WeightsVersion
+    population: Population
+    """As it was trained with, or is to be; for the start the program's own texts come first."""
+    candidates: tuple[str, ...]
+    """Digests of the members that were measured: of the start the program's own texts alone."""
+    rewards: tuple[tuple[float | None, ...], ...]
+    """rewards[candidate][problem]: mean over the problem's rollouts; None where none was measured."""
+    terms: Mapping[str, Any]
+    """What makes it comparable with others: the problems, the rollouts of each, the metric."""
+    counts: Mapping[str, int]
+    """``rollouts`` (fresh ones), ``reused`` (measured before under the same weights), ``masked: <reason>``,
+    ``failed: <reason>``, ``engine: <what>``."""
+    sampled_tokens: int
+    seconds: float
+
+    @classmethod
+    def from_event(cls, event: Mapping[str, Any]) -> "Validated":
+        """The state that a run's event holds."""
+        report = event["report"]
+        kept = {name: report[name] for name in cls.__dataclass_fields__}
+        rewards = tuple(tuple(row) for row in report["rewards"])
+        population = population_from_json(report["population"])
+        return cls(**{**kept, "population": population, "candidates": tuple(report["candidates"]), "rewards": rewards})
+
+    @cached_property
+    def scores(self) -> Mapping[str, float]:
+        """Digest -> mean over its measured problems; without the candidates of which none was measured."""
+        means = {digest: _mean(row) for digest, row in zip(self.candidates, self.rewards, strict=True)}
+        return {digest: mean for digest, mean in means.items() if mean is not None}
+
+    @property
+    def score(self) -> float | None:
+        """The best candidate's; None when nothing was measured."""
+        return max(self.scores.values(), default=None)
+
+    @property
+    def best_rewards(self) -> tuple[float | None, ...]:
+        """The best candidate's score on each problem; of equal ones the first counts."""
+        return max(self.rewards, key=_sortable)
+
+    @property
+    def measured_all(self) -> bool:
+        return all(reward is not None for row in self.rewards for reward in row)
+
+    @property
+    def where(self) -> str:
+        """E.g. ``"after step 5"``; steps are counted from 0, as in the reports."""
+        if self.when == "start":
+            return "at the start"
+        return "at the end" if self.when == "end" else f"after step {self.step - 1}"
+
+    @property
+    def told(self) -> str:
+        """E.g. ``"the state after step 5 (validation 0.430)"``."""
+        score = "nothing was measured" if self.score is None else f"validation {self.score:.3f}"
+        return f"the {'end' if self.when == 'end' else 'state ' + self.where} ({score})"
+
+    def same_as(self, other: "Validated") -> bool:
+        """Whether it is the same state, of which one may have been measured in between and once more at the end."""
+        return self.weights == other.weights and self.population.members == other.population.members
+
+    @property
+    def ranked(self) -> Population:
+        """The population, best score first; members without a score come last."""
+        own = [member.digest for member in self.population.unique()][: len(self.candidates)]
+        score_of = {  # by place: a text that secrets were taken out of has another digest
+            digest: mean for digest, row in zip(own, self.rewards, strict=False) if (mean := _mean(row)) is not None
+        }
+        members = sorted(
+            self.population.members, key=lambda member: score_of.get(member.digest, float("-inf")), reverse=True
+        )
+        return replace(
+            self.population, members=tuple(members), scores=tuple(score_of.get(member.digest) for member in members)
+        )
+
+
+def _sortable(row: Sequence[float | None]) -> float:
+    """The mean of a row; one without a measured problem comes last."""
+    mean = _mean(row)
+    return float("-inf") if mean is None else mean
+
+
+def _mean(row: Sequence[float | None]) -> float | None:
+    measured = [reward for reward in row if reward is not None]
+    return sum(measured) / len(measured) if measured else None
+
+
+def validated_in(events: Sequence[Mapping[str, Any]]) -> list[Validated]:
+    """Every validation that the events tell of, in order."""
+    return [Validated.from_event(event) for event in events if event.get("event") == EVENT]
+
+
+def handed_in(own: Candidate, population: Population) -> Population:
+    """The starting population with the program's own texts first: a student that carries one speaks them."""
+    members = sorted(population.members, key=lambda member: member.digest != own.digest)
+    if members[0].digest != own.digest:  # the program was edited since it was compiled
+        members = [own, *members[:-1]]
+    return replace(population, members=tuple(members), scores=(None,) * len(members))
+
+
+def best_of(states: Sequence[Validated]) -> Validated | None:
+    """The state with the highest score; of equal ones the first, which moved least. None when nothing was measured."""
+    measured = [state for state in states if state.score is not None]
+    return max(measured, key=lambda state: state.score or 0.0, default=None)
+
+
+def best_validated(states: Sequence[Validated], committed: int) -> set[WeightsVersion]:
+    """Weights of the best state, of all and of those up to the committed step, from which a killed run goes on."""
+    found = (best_of(states), best_of([state for state in states if state.step <= committed]))
+    return {state.weights for state in found if state is not None}
+
+
+def gain(before: Validated, after: Validated) -> Difference | None:
+    """What the best candidate of one state scores more than that of another, paired by problem.
+
+    None when they are not on the same terms, or share no measured problem.
+    """
+    if before.terms != after.terms or before.score is None or after.score is None:
+        return None
+    return difference(before.best_rewards, after.best_rewards)
+
+
+def decline(states: Sequence[Validated]) -> str | None:
+    """A warning when the newest state is worse than the start, or than the best before it, beyond its interval.
+
+    Once an episode: nothing is told again while it stays so.
+    """
+    fallen = _fallen(states)
+    if not fallen or _fallen(states[:-1]):
+        return None
+    now, (before, by) = states[-1], fallen[0]
+    return (
+        f"validation {now.where}: {now.score:.3f}, below the {before.score:.3f} {before.where} by {-by.mean:.3f} "
+        f"({COVERAGE:.0%} interval {-(by.high or 0.0):.3f} to {-(by.low or 0.0):.3f}, {by.problems} problems). "
+        f"{DECLINE_ADVICE}"
+    )
+
+
+def _fallen(states: Sequence[Validated]) -> list[tuple[Validated, Difference]]:
+    """Which of the start and the best before the newest state it fell below, and by how much."""
+    if not states:
+        return []
+    *earlier, now = states
+    best = best_of(earlier)
+    references = [state for state in earlier if state.when == "start" or state is best]
+    differences = [(state, gain(state, now)) for state in references]
+    return [(state, by) for state, by in differences if by is not None and by.falls]
+
+
+def exhausted(states: Sequence[Validated], patience: int | None) -> StopReason | None:
+    """Why the run is stopped early: so many validations in a row brought no new best; else None.
+
+    Validations that measured nothing are not counted.
+    """
+    best = best_of(states)
+    if patience is None or best is None:
+        return None
+    since = sum(state.score is not None and state.index > best.index for state in states)
+    if since < patience:
+        return None
+    text = (
+        f"{since} validations in a row brought no new best (patience={patience}): the best is {best.score:.3f} "
+        f"{best.where}. To go on, raise patience or leave it out, and compile again with the same run_dir"
+    )
+    return StopReason("early_stopping", states[-1].step, text)
