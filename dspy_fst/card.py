@@ -63,8 +63,15 @@ def _head(facts: Facts) -> str:
         f"# {program} and its model\n\n"
         f"The weights of {base} and the instructions of a [DSPy](https://dspy.ai) program, trained together by "
         "Fast-Slow Training ([arXiv 2605.12484](https://arxiv.org/abs/2605.12484)) with dspy_fst. The weights were "
-        "trained with these instructions: use both."
+        f"trained with these instructions: use both.{_nothing_learned(facts)}"
     )
+
+
+def _nothing_learned(facts: Facts) -> str:
+    """That the weights are the base's, where the run that is told of changed none."""
+    if facts.record is None or not facts.record.ending.nothing_learned:
+        return ""
+    return f"\n\nIn this run {facts.record.ending.words}; the weights are those that it started from."
 
 
 def _use(facts: Facts) -> str:

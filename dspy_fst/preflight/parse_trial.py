@@ -169,14 +169,16 @@ class Trial:
 
     @property
     def _heading(self) -> str:
-        each = len(self.rollouts) // len(self.attempts)
-        tried = (
-            f"Tried on this model, with {each} rollouts each ({len(self.rollouts)} in all; nothing of it is used by "
-            "itself)"
-        )
+        each, whole = len(self.rollouts) // len(self.attempts), len(self.rollouts)
         if self.reward_before is None:
-            return f"of the replies to the first examples {self.before:.0%} parse. {tried}:"
-        return f"{tried}, mean reward and share of the replies that parsed:"
+            return (
+                f"of the replies to the first examples {self.before:.0%} parse. Tried on this model, with {each} "
+                f"rollouts each ({whole} in all; nothing of it is used by itself):"
+            )
+        return (
+            f"Tried on this model, with {each} rollouts each ({whole} in all; nothing of it is used by itself), mean "
+            "reward and share of the replies that parsed:"
+        )
 
     @property
     def _nothing_helps(self) -> str:

@@ -25,7 +25,7 @@ from dspy_fst.types import Candidate, Population
 from tests.cli.conftest import invoke
 from tests.fakes import fields
 from tests.relay import Relay
-from tests.report.happenings import whole_run
+from tests.report.happenings import plan, step, whole_run
 from tests.test_compile import speaks
 
 
@@ -276,3 +276,9 @@ def test_a_saved_program_alone_is_exported_with_what_it_tells(finished, tmp_path
     assert "model.safetensors" in outcome["files"]
     assert "saved outside of its run's directory" in (tmp_path / "out" / "README.md").read_text()
     dspy_fst.load(tmp_path / "out", Relay())
+
+
+def test_the_card_of_a_run_that_changed_no_weights_says_so():
+    flat = step(0, 0.0, tokens=0, rows=0)
+    assert "In this run no update changed the weights: " in model_card(facts(record=record_of([plan(), flat])))
+    assert "no update changed" not in model_card(facts())
