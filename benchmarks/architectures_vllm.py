@@ -81,7 +81,12 @@ def _wider(family: Family) -> Family:
         told |= {"rope_parameters": {**rope, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}}
     if knows(config, "kv_lora_rank"):
         told |= LATENT
-    return dataclasses.replace(family, told={**family.told, **told})
+    wider = dataclasses.replace(family, told={**family.told, **told})
+    try:
+        wider.config()
+    except Exception:  # heads that are no heads of attention, as those of Mamba 2
+        return family
+    return wider
 
 
 def _prepare(family: Family, folder: Path) -> tuple[list[str], list[list[list[float]]]]:

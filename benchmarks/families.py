@@ -197,6 +197,7 @@ FAMILIES: tuple[Family, ...] = (
             "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": 594,
             "final_logit_softcapping": 3.0,
+            "num_experts": None,
         },
     ),
     Family("Mistral", "mistral"),

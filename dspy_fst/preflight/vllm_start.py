@@ -16,6 +16,8 @@ _DELTA_NETS = {"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_
 """Model types whose linear attention vLLM computes on a CPU in bfloat16 alone."""
 _OTHER_NUMBERS_ON_A_CPU = {"lfm2", "lfm2_moe"}
 """Model types that vLLM scores 0.2 nats off on a CPU, from the second token on: its convolution over tokens."""
+_SELECTIVE_SCANS = {"mamba", "falcon_mamba", "jamba"}
+"""Model types for whose recurrent layers vLLM has no kernel on a CPU; those of Mamba 2 are another kind."""
 _NOT_BFLOAT16 = ("float", "float32", "half", "float16")
 
 
@@ -46,6 +48,11 @@ def _faults_here(config: Any, options: Mapping[str, Any], on_gpu: bool) -> Itera
             f"on a CPU vLLM computes the linear attention of a {kind} model in bfloat16 alone, and its server would "
             f"not start in {options['dtype']}; set engine_options={{'dtype': 'bfloat16'}} and precision='bfloat16', "
             "or use engine='in_process'"
+        )
+    if kinds & _SELECTIVE_SCANS:
+        yield (
+            f"on a CPU vLLM has no kernel for the recurrent layers of a {kind} model, so its server would not start; "
+            "use engine='in_process'"
         )
     if kinds & _OTHER_NUMBERS_ON_A_CPU:
         yield (

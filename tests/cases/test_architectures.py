@@ -154,6 +154,7 @@ def test_what_vllm_alone_reads_in_a_config_is_asked_for_when_vllm_serves(tmp_pat
         ("Gemma 3 (multimodal)", "float32", "imports torchvision, which is not installed"),
         ("Qwen3-Next", "float32", "in bfloat16 alone, and its server would not start in float32"),
         ("LFM2", "float32", "other log-probabilities than transformers"),
+        ("Mamba", "bfloat16", "no kernel for the recurrent layers of a 'mamba' model"),
     ],
 )
 def test_what_vllm_cannot_do_on_this_machine_is_told_before_it_starts(name, dtype, says, monkeypatch):
