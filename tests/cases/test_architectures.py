@@ -154,6 +154,7 @@ def test_what_vllm_alone_reads_in_a_config_is_asked_for_when_vllm_serves(tmp_pat
         ("Gemma 3 (multimodal)", "float32", "imports torchvision, which is not installed"),
         ("Qwen3-Next", "float32", "in bfloat16 alone, and its server would not start in float32"),
         ("LFM2", "float32", "other log-probabilities than transformers"),
+        ("DeepSeek-V2", "bfloat16", "other log-probabilities than transformers"),
         ("Mamba", "bfloat16", "no kernel for the recurrent layers of a 'mamba' model"),
     ],
 )
@@ -165,6 +166,11 @@ def test_what_vllm_cannot_do_on_this_machine_is_told_before_it_starts(name, dtyp
     monkeypatch.setattr(vllm_start, "find_spec", lambda name: "found")
     assert list(vllm_faults(config, options, on_gpu=True)) == []
     assert list(vllm_faults(BY_NAME["Qwen3"].config(), options, on_gpu=False)) == []
+
+
+def test_a_model_for_which_vllm_has_no_code_is_refused_on_every_machine():
+    faults = [list(vllm_faults(BY_NAME["Phi-3.5-MoE"].config(), {}, on_gpu=on_gpu)) for on_gpu in (False, True)]
+    assert faults == [["vLLM has no code for a 'phimoe' model as transformers writes it; use engine='in_process'"]] * 2
 
 
 def test_such_a_model_is_refused_with_the_other_faults_of_its_files(tmp_path, monkeypatch):
