@@ -16,6 +16,7 @@ _READ_BY_VLLM_ALONE = {
     "lfm2": ("block_dim", "conv_dim"),
     "deepseek_v3": ("topk_method", "scoring_func"),
     "glm4_moe": ("head_dim",),
+    "glm4_moe_lite": ("first_k_dense_replace",),
 }
 """Model type -> names that vLLM 0.32 reads in config.json and transformers does not: published models have them."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
