@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Tests run in two processes: one thread each takes a tenth less of the cores than two.
 test test-fast: OMP_NUM_THREADS = 1
 
-.PHONY: setup demo test test-fast lint pages docs evidence lock clean
+.PHONY: setup demo test test-fast lint pages docs film evidence lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help.
@@ -39,6 +39,9 @@ pages: .venv/.ready ## Write into the documentation's pages what they say of the
 docs: pages ## The documentation as a site, in site/.
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 	@echo "to read it, search included: .venv/bin/python -m http.server -d site, then http://localhost:8000"
+
+film: .venv/.browser ## The README's film and the report's pictures, from a run of the laboratory.
+	$(RUN) -m docs.film
 
 evidence: .venv/.ready ## The short form of BENCHMARKS.md: the runs that are missing, then its tables.
 	$(RUN) -m benchmarks.evidence.grid short

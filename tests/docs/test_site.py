@@ -123,9 +123,9 @@ def test_no_page_loads_anything_from_elsewhere(site):
     assert [sheet.name for sheet in site.rglob("*.css") if remote.search(sheet.read_text())] == []
 
 
-@pytest.mark.parametrize("page", ["troubleshooting.md", "gpus.md"])
+@pytest.mark.parametrize("page", ["troubleshooting.md", "gpus.md", "parsing.md"])
 def test_every_quoted_message_is_one_that_the_package_prints(page):
-    known = literals(ROOT / "dspy_fst")
+    known = [*literals(ROOT / "dspy_fst"), *literals(ROOT / "programs")]
     quoted = list(fences(DOCS / page, "text"))
     assert quoted
     assert [fence.where for fence in quoted if not any(_says(text, fence.text) for text in known)] == []
