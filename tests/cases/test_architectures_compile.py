@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.families import FAMILIES
 from dspy_fst import FSTOptimizer, PolicyLM
+from dspy_fst.architectures import load_model
 from dspy_fst.fit import model_size
 from dspy_fst.run.directory import read_events
 
@@ -67,3 +68,12 @@ def test_the_size_of_every_family_is_known(name, tmp_path):
     assert size.parameters >= sum(p.numel() for p in BY_NAME[name].make().parameters()), "buffers may come on top"
     assert size.vocabulary == 594
     assert isinstance(size.inner_width, int)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_family_s_config_alone_counts_its_parameters_exactly(name, tmp_path):
+    folder = BY_NAME[name].save(tmp_path / "model")
+    trained = sum(parameter.numel() for parameter in load_model(folder, dtype="float32").parameters())
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()
+    assert model_size(folder).parameters == trained
