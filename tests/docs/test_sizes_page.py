@@ -78,3 +78,16 @@ def test_the_readme_s_other_figures_are_computed_too():
     assert fit_on(80, "Qwen/Qwen3-8B").faults()
     disk = next(need.certain for need in fit_on(24, "Qwen/Qwen3-0.6B").needs if need.place == DISK)
     assert f"A run of 0.6B keeps up to {disk / GIB:.0f} GiB" in readme
+
+
+def test_what_the_page_says_of_the_disk_at_8b_is_computed():
+    fit = fit_on(80, "Qwen/Qwen3-8B")
+    weights, states = (take.certain / GIB for need in fit.needs for take in need.takes if take.place == DISK)
+    update = (fit.writes.weights + fit.writes.state) / GIB
+    page = " ".join((DOCS / "sizes.md").read_text().split())
+    assert (
+        f"keeps {weights:.0f} GiB of weights and {states:.0f} GiB of states, and writes {update:.0f} GiB at every"
+        in page
+    )
+    assert f"{fit.writes.weights / GIB:.0f} GiB of weights, which it must publish" in page
+    assert f"Over {fit.writes.updates} updates that is {fit.writes.total / 2**40:.0f} TiB" in page
