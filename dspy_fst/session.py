@@ -179,7 +179,8 @@ class Session:
         self.population = search.population
         self.cycle_reports.append(report)
         self.run.save_population(cycle.index, search.population)
-        self.run.emit("cycle", report=report, candidates=candidates_told(search), parents=search.population.parents)
+        told = {"candidates": candidates_told(search), "parents": search.population.parents, **search.money}
+        self.run.emit("cycle", report=report, **told)
         step = self.run.state.get("step", 0)
         for text in warnings_of(search.counts, cycle.index, search.warned):
             self.run.emit("warning", step=step, text=text)

@@ -67,7 +67,7 @@ def _state(run: "Listed") -> str:
     if run.state == "unreadable":
         return f"cannot be read{why}"
     if run.state == "finished":
-        return f"finished early at {done}{why}, can be resumed" if run.resumable else f"finished, {done}"
+        return f"finished early at {done}{why}" if run.resumable else f"finished, {done}"
     if run.state == "running":
         return f"running, {done}"
     why = why or " (killed, or of an earlier release)"

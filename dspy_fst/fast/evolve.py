@@ -28,6 +28,7 @@ from dspy_fst.fast.gepa_adapter import (
     ProposeCode,
     RolloutBank,
 )
+from dspy_fst.fast.money import Meter
 from dspy_fst.fast.pareto import mean, top_k
 from dspy_fst.fast.seeding import BetterWhereMeasured, SeededPolicy, write_seeded_state
 from dspy_fst.rollout.texts import binds
@@ -80,6 +81,13 @@ class Search:
     ``unmeasured`` (anchors of candidates without a score), ``masked: <reason>``, ``failed: <reason>``."""
     warned: tuple[str, ...] = ()
     """What the proposer warned of, e.g. feedback that it could not read."""
+    dollars: float | None = None
+    """What the reflection LM cost in this process, as far as its price is known."""
+
+    @property
+    def money(self) -> dict[str, float]:
+        """``dollars``, where they are known."""
+        return {} if self.dollars is None else {"dollars": self.dollars}
 
 
 def evolve(
@@ -111,7 +119,7 @@ def evolve(
         MeasurementError: nothing is measured any more.
         RunDirectoryError: the journal is of another search, or cannot be written.
     """
-    journal = journal or NoJournal()
+    journal, meter = journal or NoJournal(), Meter(reflection_lm)
     bank = RolloutBank(play, program, journal)
     adapter = BankedAdapter(
         program,
@@ -187,6 +195,7 @@ def evolve(
         + Counter(accepted=len(candidates) - len(seeds), unmeasured=unmeasured)
         + outcome_counts(bank.fresh),
         warned=tuple(adapter.warned),
+        dollars=meter.dollars,
     )
 
 

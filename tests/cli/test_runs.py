@@ -12,7 +12,7 @@ from dspy_fst.run.directory import RunDirectory, read_events
 from dspy_fst.run.halted import tell_halted
 from dspy_fst.run.interrupts import Terminated
 from tests.cli.conftest import invoke
-from tests.report.happenings import plan, step
+from tests.report.happenings import SEED, cycle, plan, step
 
 FIRST_RELEASE = Path(__file__).parent.parent / "fixtures" / "first_release" / "run"
 RECIPE = {"method": "fst", "cycles": 2, "steps_per_cycle": 2, "problems_per_step": 4, "group_size": 8}
@@ -28,7 +28,8 @@ def listed(folder):
 def began(path, steps=2):
     """A run that committed a state and so many steps; it is let go."""
     run = RunDirectory(path, RECIPE)
-    for event in [plan(), *(step(number, 0.25 * (number + 1)) for number in range(steps))]:
+    search = cycle(0, {SEED: 0.25}, {}, [SEED], rollouts=8) | {"dollars": 0.5}
+    for event in [plan(), search, *(step(number, 0.25 * (number + 1)) for number in range(steps))]:
         run.emit(event["event"], **{name: value for name, value in event.items() if name not in ("event", "time")})
     run.commit(lambda folder: folder.mkdir(), cycle=0, searched=0, step=steps)
     return run
@@ -61,6 +62,7 @@ def test_runs_of_every_kind_and_release_are_listed_with_state_recipe_scores_and_
     assert run["rollouts"] > 6 * 6 * 4
     assert 0 < run["hours"] < 1
     assert (found["killed"]["measured"], found["killed"]["start"], found["killed"]["end"]) == ("reward", 0.25, 0.5)
+    assert (found["killed"]["dollars"], run["dollars"]) == (0.5, None)
     assert (found["old"]["steps"], found["old"]["planned"]) == (1, 2)
     text = invoke("runs", tmp_path).stdout
     assert "stopped at 2 of 4 (SIGTERM), can be resumed" in text
