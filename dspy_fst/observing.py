@@ -71,7 +71,7 @@ class Observer:
             samples = telling(groups, kept, f"{self._config.seed} samples {report.step}")
             self._run.emit("trajectories", step=report.step, rollouts=[shown(one, self._decode) for one in samples])
         reply = failed_reply_of([rollout for group in groups for rollout in group.rollouts])
-        for text in self._watch.see(report, self._form(), reply):
+        for text in self._watch.see(report, self.form, reply):
             self._run.emit("warning", step=report.step, text=text)
 
     @property
@@ -101,7 +101,9 @@ class Observer:
 
     # ---- how the program asks ------------------------------------------------------------------
 
-    def _form(self) -> Form:
+    @property
+    def form(self) -> Form:
+        """How the program asks now, and what is known of other ways."""
         tried = self.tried
         speaking = [of for _, of in self._program.named_predictors() if is_recorded(of.lm or dspy.settings.lm)]
         return Form(

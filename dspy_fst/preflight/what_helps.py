@@ -9,12 +9,12 @@ from dataclasses import replace
 
 from dspy_fst.errors import NothingLearnedError
 from dspy_fst.preflight.parse_trial import try_forms
+from dspy_fst.run.form_advice import form_advice
 from dspy_fst.run.learning import Cause, Standstill
 from dspy_fst.run.rollout_rules import ALL_ALIKE, ALL_WRONG
 from dspy_fst.session import Session
 
 IN_WORDS: Mapping[Cause, str] = {
-    "unparsed": "Take an instruct model, two demos, or fewer and simpler output fields",
     "failed": "Mend what the rollouts fail by, or shorten the prompts",
     "floor": ALL_WRONG,
     "alike": ALL_ALIKE,
@@ -22,7 +22,7 @@ IN_WORDS: Mapping[Cause, str] = {
     "untrained": "Let the program call a predictor that holds the PolicyLM, at a temperature above 0, on every path",
     "not finite": "Lower learning_rate or set max_grad_norm",
 }
-"""Cause -> what to do."""
+"""Cause -> what to do; where replies do not parse, that depends on how the program asks."""
 
 
 def end_alternation(session: Session) -> None:
@@ -55,6 +55,7 @@ def what_helps(session: Session, still: Standstill) -> str:
             return str(observer.tried["told"])
         if observer.went_on and (found := try_forms(session, 0.0)):
             return found.told()
+        return form_advice(observer.form)
     if still.cause == "floor" and observer.went_on:
         rewards = [report.reward for report in still.steps if report.reward is not None]
         if found := try_forms(session, 0.0, sum(rewards) / len(rewards)):

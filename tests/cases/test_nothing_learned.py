@@ -188,3 +188,10 @@ def test_the_command_line_ends_with_an_error_goes_on_with_a_higher_limit_and_its
     said = invoke("run", project).stdout.splitlines()
     assert said[0].startswith("0 weight updates in 3 steps")
     assert said[-1].startswith("no update changed the weights: flat at the floor: mean reward 0")
+
+
+def test_where_nothing_was_tried_a_stop_advises_what_is_not_done_yet(tmp_path):
+    with pytest.raises(NothingLearnedError) as stop:
+        compile_unparsed(tmp_path / "run", max_unmoved_steps=1, parse_trial=0)
+    assert "two demos, a lower temperature, simpler output fields" in stop.value.advice
+    assert "JSONAdapter" not in stop.value.advice, "it is in use"
