@@ -14,7 +14,9 @@ from typing import Any
 from dspy import lm15
 from pydantic import ValidationError
 
-from dspy_fst.engine.base import Engine
+from dspy_fst.engine.base import Completion, Engine
+from dspy_fst.engine.chat import chat_messages
+from dspy_fst.engine.chat_template import fitted
 from dspy_fst.engine.vllm_wire import RESHAPING
 from dspy_fst.errors import EngineError
 from dspy_fst.policy import PolicyLM
@@ -109,7 +111,7 @@ class Chat:
         except (EngineError, ValidationError, lm15.LM15Error) as error:
             raise self._as_api_error(error) from error
 
-    def _sample(self, request: ChatRequest) -> Any:
+    def _sample(self, request: ChatRequest) -> Completion:
         """A reply of the engine in process.
 
         Raises:
@@ -117,11 +119,7 @@ class Chat:
             EngineError, lm15.LM15Error: see `Engine.complete`.
         """
         body = self._body(request)
-        asked = {"model": self._policy.model, **{key: body[key] for key in ("messages", "temperature", "max_tokens")}}
-        try:
-            canonical = lm15.request_from_openai_chat(asked)
-        except (ValueError, TypeError) as error:
-            raise ApiError(400, "invalid_request", str(error)[:2000]) from error
+        canonical = self._canonical({key: body[key] for key in ("messages", "temperature", "max_tokens")})
         return self._engine.complete(canonical, body["seed"])
 
     def _body(self, request: ChatRequest) -> dict[str, Any]:
@@ -136,9 +134,30 @@ class Chat:
             **RESHAPING,
             **self._stops(),
             **request.for_server(),
-            "messages": [as_template_reads(message) for message in request.messages],
+            "messages": self._messages(request),
             "max_tokens": self._longest(request),
         }
+
+    def _messages(self, request: ChatRequest) -> list[dict[str, Any]]:
+        """The messages, for a server as the model's template can show them; the engine in process fits them itself."""
+        told = [as_template_reads(message) for message in request.messages]
+        if self._upstream is None or any(message.get("tool_calls") for message in told):
+            return told
+        traits = self._policy.handle.reader.traits
+        if traits.has_system and not traits.alternating:
+            return told
+        return chat_messages(fitted(self._canonical({"messages": told}), traits))
+
+    def _canonical(self, body: Mapping[str, Any]) -> lm15.Request:
+        """A body as DSPy's engines take it.
+
+        Raises:
+            ApiError, lm15.LM15Error: it cannot be read.
+        """
+        try:
+            return lm15.request_from_openai_chat({"model": self._policy.model, **body})
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, "invalid_request", str(error)[:2000]) from error
 
     def _stops(self) -> dict[str, Any]:
         ids = self._policy.handle.reader.stop_ids if self._upstream is not None else ()

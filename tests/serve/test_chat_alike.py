@@ -1,12 +1,14 @@
 """What clients expect of the chat endpoint, on an engine in process and behind a vLLM server alike."""
 
 import json
+from dataclasses import replace
 
 import openai
 import pytest
 from dspy import lm15
 
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.chat_template import TemplateTraits
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import CHAT, MODELS, ServeSettings
 from tests.serve.fake_vllm import FakeVLLM, behind
@@ -320,3 +322,16 @@ def test_the_server_behind_is_asked_for_the_policy_s_own_distribution():
     (asked,) = fake.asked
     assert (asked["temperature"], asked["top_p"], asked["top_k"], asked["min_p"]) == (1.0, 1.0, 0, 0.0)
     assert asked["repetition_penalty"] == 1.0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_template_without_a_system_role_is_met_behind_a_server_too(stream):
+    program, _ = compiled(speak)
+    fake = FakeVLLM(speak)
+    with behind(program, fake):
+        app = create_app(program, ServeSettings(api_key=KEY))
+        handle = app.state.service.policy.handle
+        handle._reader = replace(handle.reader, traits=TemplateTraits(system="refused", alternating=True))
+        reply = Served(app, None).ask({"role": "system", "content": "Be kind."}, USER, USER, stream=stream)
+    assert reply.status_code == 200
+    assert fake.asked[0]["messages"] == [{"role": "user", "content": "Be kind.\n\nhello\n\nhello"}]

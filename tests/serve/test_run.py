@@ -1,6 +1,7 @@
 """Listening and ending, in this process: signals come to its main thread, callers are other threads."""
 
 import asyncio
+import logging
 import os
 import re
 import signal
@@ -206,15 +207,18 @@ def test_a_server_whose_engine_does_not_start_ends_and_says_why():
     assert engine.closed >= 1
 
 
-def test_a_server_that_is_ended_while_its_engine_starts_has_not_failed():
+def test_a_server_that_is_ended_while_its_engine_starts_has_not_failed_and_the_log_does_not_say_so(caplog):
     def told_to_end_meanwhile(checkpoint):
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: engine.closed > 0, "the engine is closed")
         raise EngineError("closed while it was started")
 
     app, settings, engine = unstarted(told_to_end_meanwhile)
+    caplog.set_level(logging.INFO, "dspy_fst.serve")
     serve(app, settings)
     assert app.state.service.failure is not None
+    assert "the server ended while its engine was being started" in caplog.text
+    assert "could not be started" not in caplog.text
 
 
 def test_the_address_is_told_and_only_a_key_that_was_made_here(capsys):
