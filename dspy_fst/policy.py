@@ -96,6 +96,7 @@ class PolicyLM(dspy.LM):
         return answer
 
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as a call, to be awaited; DSPy's adapters ask once for each reply here too."""
         answer = await super().acall(*args, **kwargs)
         if not self.use_json_adapter_fallback:
             no_second_call()
