@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dspy
 import httpx
 
 import dspy_fst
@@ -24,7 +25,7 @@ END_S = 60
 NUMBERS = {"inputs": {"numbers": "4 7 1 9"}}
 
 
-def saved_lab(folder: Path) -> Path:
+def compiled_lab() -> dspy.Module:
     """The laboratory's base model as a compiled program of two candidates. Greedy: a question has one answer."""
     lab = build(train=4, val=0, test=0)
     lab.program.set_lm(dspy_fst.PolicyLM(BASE, engine="in_process", max_tokens=12, temperature=0.0))
@@ -32,7 +33,12 @@ def saved_lab(folder: Path) -> Path:
     members = tuple(Candidate(dict.fromkeys(names, text)) for text in (lab.world.told, lab.world.seed_instruction))
     program = with_texts(lab.program, members[0])
     program.population = Population(members, (0.4, 0.1))
-    return dspy_fst.save(program, folder)
+    return program
+
+
+def saved_lab(folder: Path) -> Path:
+    """`compiled_lab` in a folder."""
+    return dspy_fst.save(compiled_lab(), folder)
 
 
 class Server:
