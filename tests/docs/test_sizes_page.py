@@ -25,7 +25,7 @@ def name_of(row):
 
 def test_one_line_of_each_size_and_kl_was_measured():
     float32 = {(row["case"]["model"], row["case"]["kl"]) for row in MEASURED if row["case"]["precision"] == "float32"}
-    assert float32 >= {(model, kl) for model in ("1M", "135M") for kl in (True, False)}
+    assert float32 >= {(model, kl) for model in ("1M", "25M", "135M") for kl in (True, False)}
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=name_of)
