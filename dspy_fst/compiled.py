@@ -70,7 +70,7 @@ def compiled_program(run: "Session", population: Population, *, track_stats: boo
     """The program that a run ends with, or the best of its validated states where ``return_best`` asks for it.
 
     Raises:
-        NothingLearnedError: it stopped because nothing was learnt any more, and not because all was solved.
+        NothingLearnedError: it stopped because no update changed the weights, and not because all was solved.
     """
     end_alternation(run)
     end = run.validate_end(population)
@@ -80,6 +80,7 @@ def compiled_program(run: "Session", population: Population, *, track_stats: boo
     compiled = with_texts(run.program, population.best)
     keep(compiled, kept_by(compiled) or adapter_in_force())
     carry(compiled, population)
+    run.tell_end()
     run.run.emit(
         "done",
         population=population,

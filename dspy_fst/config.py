@@ -149,8 +149,9 @@ class FSTConfig(BaseModel):
     """Updates in a row that may be skipped because something was not finite; the next one stops the run (ours)."""
     max_unmoved_steps: int | None = Field(12, ge=1)
     """Steps in a row without any gradient that stop the run, which can be continued with a higher number; None never
-    stops (ours: two of the paper's cycles, so that a search came between). A run that stands still because every
-    problem is solved ends there, as finished."""
+    stops (ours: two of the paper's cycles, so that a search came between). Where an earlier step moved the weights, or
+    every problem is solved, the run ends there and returns its program; else it is an error. Under
+    ``method="rl_then_gepa"`` nothing ends a run before its search."""
     recorded_samples: int = Field(4, ge=0)
     """Rollouts of each step whose replies are kept in the run's events, for ``dspy-fst show --samples`` and the report:
     the best and the worst of a group, one of each kind of failure, then drawn ones; 0 keeps none (ours)."""

@@ -57,10 +57,10 @@ class MismatchError(TrainingError):
 
 
 class NothingLearnedError(FSTError):
-    """So many steps in a row had no gradient that the run stopped (``max_unmoved_steps``).
+    """So many steps in a row had no gradient that the run stopped (``max_unmoved_steps``), and none before had one.
 
     What was done is saved: the same call with a higher limit goes on. A run whose every problem is solved does not
-    raise this; it ends there.
+    raise this, nor one of which some update changed the weights: it ends there and returns its program.
 
     Args:
         what: Which steps, and why they taught nothing, e.g. ``"steps 0 to 11: ..."``.

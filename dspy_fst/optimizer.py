@@ -15,7 +15,7 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.evolve import evolve
 from dspy_fst.kept import keep_compiled
 from dspy_fst.prepare import open_session
-from dspy_fst.report.progress import ProgressView, warn_of_ending
+from dspy_fst.report.progress import EndingLog, ProgressView
 from dspy_fst.report.tracking import Track, Tracking, trackers_of
 from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.directory import Listener
@@ -124,8 +124,8 @@ class FSTOptimizer(Teleprompter):
 
         Raises:
             ConfigurationError: before any work, with every fault that was found.
-            NothingLearnedError: so many steps in a row had no gradient (``max_unmoved_steps``). It names ``run_dir``;
-                the same call with a higher limit goes on.
+            NothingLearnedError: so many steps in a row had no gradient (``max_unmoved_steps``), and no step before
+                them. It names ``run_dir``; the same call with a higher limit goes on.
             FSTError: the run stopped; what it committed is whole, and the same call goes on from there.
             SystemExit: SIGTERM or SIGHUP came; like Ctrl-C it ends the run after everything was let go.
             KeyboardInterrupt: Ctrl-C; its text says what is saved. In a script it is a SystemExit as well, so that a
@@ -137,7 +137,7 @@ class FSTOptimizer(Teleprompter):
             title = Path(self.run_dir).name if self.run_dir else "run"
             view = stack.enter_context(ProgressView(title, samples=self.show_samples)) if self.progress else None
             tracking = Tracking(self.trackers)
-            listeners: tuple[Listener, ...] = (*self.listeners, view or warn_of_ending, tracking)
+            listeners: tuple[Listener, ...] = (*self.listeners, view or EndingLog(), tracking)
             run = stack.enter_context(open_session(self, student, trainset, valset, teacher, listeners))
             if view:
                 view.recall(run.run.events())

@@ -50,6 +50,11 @@ class Plan:
         """Steps of all cycles."""
         return sum(len(cycle.steps) for cycle in self.cycles)
 
+    @property
+    def searches_late(self) -> bool:
+        """Whether the only search comes after updates (rl_then_gepa)."""
+        return any(cycle.search_budget for cycle in self.cycles) and not self.cycles[0].search_budget
+
     def problems(self, step: int) -> list[int]:
         """Problems of a step's batch, all different: a walk through one seeded shuffle of the trainset per epoch.
 

@@ -126,12 +126,12 @@ class Session:
 
     def _stop_if_nothing_is_gained(self) -> None:
         reason = self.observer.reason_to_stop or exhausted(self.validation.states, self.config.patience)
-        if reason and (reason.kind == "nothing_learned" or len(self.step_reports) < self.plan.updates):
+        if reason and len(self.step_reports) < self.plan.updates and not self.plan.searches_late:
             self.stop(reason)
 
     def tell_end(self) -> None:
-        """Say why the alternation is over; after the last commit (see `dspy_fst.run.ending`)."""
-        self.run.emit(EVENT, reason=self.stopped or complete(len(self.step_reports)))
+        """Say why the run is over; after the end's validation (see `dspy_fst.run.ending`)."""
+        self.run.emit(EVENT, reason=(self.stopped or complete(len(self.step_reports))).told)
 
     # ---- fast ----------------------------------------------------------------------------------
 

@@ -208,6 +208,9 @@ def test_a_run_that_gets_no_better_is_ended_with_its_reason(stopped):
     assert (
         "2 validations in a row brought no new best (patience=2): the best is 0.900 after step 0" in record.ended.text
     )
+    assert record.ended.advice.startswith("To go on, raise patience or leave it out")
+    assert "finished early; 3 of 4 steps are done" in invoke("show", str(stopped[0])).stdout
+    assert "dspy-fst resume" in invoke("resume", str(stopped[0])).stderr
 
 
 def test_it_stays_ended_and_goes_on_when_its_patience_is_raised(again, workplace):

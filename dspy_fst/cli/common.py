@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dspy_fst.errors import ConfigurationError, DiskError, FSTError, NothingLearnedError, RunDirectoryError
+from dspy_fst.run.ending import StopReason
 from dspy_fst.run.interrupts import Terminated, interruption_named
 
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
@@ -37,6 +38,14 @@ def told_how_to_go_on(run_dir: Path) -> Iterator[None]:
         elif interruption_named(error):
             error.add_note("Nothing was saved yet; the same command starts it again")
         raise
+
+
+def going_on(ended: StopReason, run_dir: Path) -> str:
+    """How a run that ended early goes on by the command line."""
+    return (
+        f"On the command line: raise {ended.setting} in the recipe of the project file, or set it to null, then "
+        f"dspy-fst run FILE, or dspy-fst resume {shlex.quote(str(run_dir))} --project FILE"
+    )
 
 
 @contextmanager

@@ -40,8 +40,14 @@ def runs(
         if listing.runs:
             out.table(COLUMNS, [_row(folder, run) for run in listing.runs], words=3)
             out.line("start, end: validation scores, or with r the mean rewards of the first and the last step")
-            if any(run.resumable for run in listing.runs):
+            if any(run.resumable and run.setting is None for run in listing.runs):
                 out.line("to go on with one that can be resumed: dspy-fst resume RUN, or the same compile() in Python")
+            if any(run.setting for run in listing.runs):
+                out.line(
+                    "to go on with one that ended early: raise the setting that it names in the recipe of its project "
+                    "file, then dspy-fst run FILE, or dspy-fst resume RUN --project FILE; in Python the same compile() "
+                    "with that setting raised"
+                )
         else:
             out.line(f"there are no runs below {folder.resolve()}")
         for reason in listing.closed:
@@ -67,8 +73,10 @@ def _state(run: "Listed") -> str:
     if run.state == "unreadable":
         return f"cannot be read{why}"
     if run.state == "finished":
-        return f"finished early at {done}{why}" if run.resumable else f"finished, {done}"
+        return f"finished early at {done}{why}, raise {run.setting} to go on" if run.setting else f"finished, {done}"
     if run.state == "running":
         return f"running, {done}"
+    if run.setting:
+        return f"stopped at {done}{why}, raise {run.setting} to go on"
     why = why or " (killed, or of an earlier release)"
     return f"stopped at {done}{why}, {'can be resumed' if run.resumable else 'nothing was saved'}"

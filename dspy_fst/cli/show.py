@@ -124,9 +124,22 @@ def _print(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> No
     out.table(("what", "spent"), _costs(record))
     _print_trouble(out, record)
     _print_evaluations(out, record)
+    _print_advice(out, run_dir, record)
     if record.ending.nothing_learned:
         out.heading("In short")
         out.line(record.ending.words)
+
+
+def _print_advice(out: Any, run_dir: Path, record: "Record") -> None:
+    """How a run that ended early goes on."""
+    from dspy_fst.cli.common import going_on
+
+    if record.ended is None or not record.ended.early:
+        return
+    out.heading("To go on")
+    for line in (record.ended.advice or "").splitlines():
+        out.line(line)
+    out.line(going_on(record.ended, run_dir))
 
 
 def _print_validations(out: Any, record: "Record") -> None:
@@ -152,6 +165,8 @@ def _state(run_dir: Path, record: "Record") -> str:
     done = f"{len(record.steps)}" + (f" of {planned}" if planned is not None else "") + " steps are done"
     if record.state == "finished":
         nothing = f"; {record.ending.words}" if record.ending.nothing_learned else ""
+        if record.ended is not None and record.ended.early:
+            return f"finished early; {done}, weights {record.weights}; {record.ended.text}"
         return f"finished; {done}, weights {record.weights}{nothing}"
     if record.state == "running":
         return f"running; {done}"

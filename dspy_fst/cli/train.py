@@ -4,12 +4,13 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text, told_how_to_go_on
+from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text, going_on, told_how_to_go_on
 from dspy_fst.cli.named import (
     Inputs,
     Metric,
@@ -21,7 +22,7 @@ from dspy_fst.cli.named import (
     Valset,
     project_for,
 )
-from dspy_fst.errors import RunDirectoryError
+from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.run.interrupts import signals_raise
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def resume(
 ) -> None:
     """Continue a run from its directory alone.
 
-    Of a run that Python made, say with the flags where its code and examples are.
+    Of a run that Python made, say with the flags where its code and examples are. A run that ended early goes on with
+    --project FILE, in whose recipe the setting that ended it is raised.
     """
     with errors_as_text(debug):
         from dspy_fst.recorded import Recorded
@@ -99,7 +101,7 @@ def resume(
         run_dir = run_dir.resolve()
         if not (run_dir / PROJECT).is_file():
             _refuse_what_has_not_begun(run_dir)
-        if _shown_when_finished(run_dir, as_json):
+        if project is None and _shown_when_finished(run_dir, as_json):
             return
         flags = {"program": program, "metric": metric, "trainset": trainset, "valset": valset, "inputs": inputs}
         flags |= {"reflection_lm": reflection_lm, "propose": propose}
@@ -107,6 +109,8 @@ def resume(
         named = project_for(recorded, project, flags, recorded.wanted_to_train, to_train=True)
         # The directory may have been moved since: it is the one that was named now.
         named = named.model_copy(update={"run_dir": str(run_dir)})
+        if project is not None and _changes_nothing(run_dir, named) and _shown_when_finished(run_dir, as_json):
+            return
         _train(_sampled(_tracked(named, track), samples), as_json, going_on_in=run_dir, trust_code=trust_code)
 
 
@@ -116,14 +120,36 @@ def _same(kept: "Project", given: "Project") -> bool:
     return kept.model_dump(exclude=apart) == given.model_dump(exclude=apart)
 
 
+def _changes_nothing(run_dir: Path, given: "Project") -> bool:
+    """Whether a project is the one that the run keeps. Of a run that keeps none, or none that may be used, training
+    decides."""
+    from dspy_fst.project import kept_in
+    from dspy_fst.run.directory import PROJECT
+
+    try:
+        return (run_dir / PROJECT).is_file() and _same(kept_in(run_dir), given)
+    except ConfigurationError:
+        return False
+
+
 def _shown_when_finished(run_dir: Path, as_json: bool) -> bool:
     """Show what a finished run came to; False when there is something left to do."""
     outcome = _outcome(run_dir)
     if outcome is None or not Path(outcome["compiled"]).is_dir():
         return False
-    typer.echo(f"{run_dir} is finished; to train anew name another run_dir", err=True)
+    typer.echo(_finished(run_dir, outcome), err=True)
     _show(outcome, as_json)
     return True
+
+
+def _finished(run_dir: Path, outcome: Mapping[str, Any]) -> str:
+    """That there is nothing to do, and how a run that ended early goes on."""
+    from dspy_fst.run.ending import StopReason
+
+    ended = StopReason(**outcome["ended"]) if outcome["ended"] else None
+    if ended is None or not ended.early:
+        return f"{run_dir} is finished; to train anew name another run_dir"
+    return f"{run_dir} is finished: it ended early, after step {ended.step}. {ended.text}.\n{going_on(ended, run_dir)}"
 
 
 def _tracked(project: "Project", track: list[str] | None) -> "Project":
@@ -217,6 +243,7 @@ def _outcome(run_dir: Path) -> dict[str, Any] | None:
         "updates": ending.moved,
         "ending": ending.words,
         "nothing_learned": ending.nothing_learned,
+        "ended": None if record.ended is None else asdict(record.ended),
         "population": [{"score": score, "texts": texts} for texts, score in members],
         "validation": done["validation"],
         "start_and_end": verdict(record),
@@ -239,5 +266,7 @@ def _show(outcome: Mapping[str, Any], as_json: bool) -> None:
     for name, text in best["texts"].items():
         typer.echo(f"  {name}: {text}")
     typer.echo(f"the compiled program is in {outcome['compiled']}; dspy_fst.load reads it")
+    if outcome["ended"] and outcome["ended"]["kind"] != "complete":
+        typer.echo(f"ended early, after step {outcome['ended']['step']}: {outcome['ended']['text']}")
     if outcome["nothing_learned"]:
         typer.echo(outcome["ending"])

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from dspy_fst.errors import NothingLearnedError
 from dspy_fst.preflight.parse_trial import try_forms
+from dspy_fst.run.ending import StopReason
 from dspy_fst.run.form_advice import form_advice
 from dspy_fst.run.learning import Cause, Standstill
 from dspy_fst.run.rollout_rules import ALL_ALIKE, ALL_WRONG
@@ -26,25 +27,40 @@ IN_WORDS: Mapping[Cause, str] = {
 
 
 def end_alternation(session: Session) -> None:
-    """Say why no further step is made (see `dspy_fst.run.ending`), and where nothing was learnt what helps.
+    """Where nothing was learnt any more: say what helps. The end itself is told with the outcome (`Session.tell_end`).
 
     Raises:
-        NothingLearnedError: the run is at ``max_unmoved_steps``, and not because every problem is solved.
+        NothingLearnedError: the run is at ``max_unmoved_steps`` with steps of its plan left, no update changed the
+            weights, and not because every problem is solved. Its end is told here.
     """
     still, stopped = session.observer.standstill, session.stopped
     if still is None or still.cause == "solved":
-        session.tell_end()
-    elif stopped is not None and stopped.kind == "nothing_learned":
-        advice = what_helps(session, still)
-        error = NothingLearnedError(still.words, session.run.path, len(still.steps), still.cause, advice)
-        session.stopped = replace(stopped, text=str(error))
+        return
+    if stopped is not None and stopped.kind == "nothing_learned":
+        _end_early(session, still, stopped)
+    elif session.observer.ending.nothing_learned:
+        text = f"{session.observer.ending.words}.\n{what_helps(session, still)}"
+        session.run.emit("warning", step=still.steps[-1].step, text=text)
+
+
+def _end_early(session: Session, still: Standstill, stopped: StopReason) -> None:
+    """An error where no update of the run changed the weights; else a warning, as its program is worth having."""
+    helps, count = what_helps(session, still), len(still.steps)
+    if session.observer.ending.nothing_learned:
+        error = NothingLearnedError(still.words, session.run.path, count, still.cause, helps)
+        session.stopped = replace(stopped, advice=str(error).removeprefix(f"{still.words}.").strip())
         session.tell_end()
         raise error
-    else:
-        session.tell_end()
-        if session.observer.ending.nothing_learned:
-            text = f"{session.observer.ending.words}.\n{what_helps(session, still)}"
-            session.run.emit("warning", step=still.steps[-1].step, text=text)
+    advice = (
+        f"{helps}.\nTo go on, raise max_unmoved_steps above {count}, or set it to None, which never stops, and compile "
+        "again with the same run_dir"
+    )
+    session.stopped = replace(stopped, advice=advice)
+    done = (
+        f"The run ends here, after {stopped.step} of {session.plan.updates} steps (max_unmoved_steps). Earlier updates "
+        "changed the weights, so its program is returned and saved"
+    )
+    session.run.emit("warning", step=still.steps[-1].step, text=f"{still.words}.\n{done}.\n{advice}")
 
 
 def what_helps(session: Session, still: Standstill) -> str:

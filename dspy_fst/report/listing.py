@@ -30,6 +30,8 @@ class Listed:
     """What stopped it, or ended it early, or why it cannot be read; None where nothing is known of it."""
     resumable: bool = False
     """Whether it has a state to go on from, and steps of its plan are left."""
+    setting: str | None = None
+    """The setting that ended it early: it goes on only when that is raised."""
     steps: int = 0
     planned: int | None = None
     recipe: str = ""
@@ -103,6 +105,7 @@ def _of(path: Path, record: Record, events: Sequence[Mapping[str, Any]]) -> List
         state=record.state,
         why=None if record.state == "running" else why,
         resumable=(record.state == "stopped" and glance(path / "states") is not None) or early,
+        setting=record.ended.setting if record.ended else None,
         steps=len(record.steps),
         planned=record.budget.get("updates"),
         recipe=_recipe(recipe, next((event for event in events if event.get("event") == "plan"), {})),

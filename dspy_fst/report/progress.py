@@ -163,8 +163,11 @@ class ProgressView:
         self._validated.append(Validated.from_event(event))
 
     def _on_ended(self, event: Mapping[str, Any]) -> None:
-        if event["reason"]["kind"] != "complete":
-            self._say(f"ended after step {event['reason']['step']}: {event['reason']['text']}", keep=True)
+        """What helps against a standstill comes as a warning or with the error."""
+        reason = event["reason"]
+        if reason["kind"] != "complete":
+            told = _sentences(reason) if reason["kind"] == "early_stopping" else reason["text"]
+            self._say(f"ended after step {reason['step']}: {told}", keep=True)
 
     def _on_trajectories(self, event: Mapping[str, Any]) -> None:
         """One sampled reply of the step, where samples are wanted."""
@@ -268,10 +271,28 @@ class _Notebook:
             self._handle.update(view)
 
 
-def warn_of_ending(event: Mapping[str, Any]) -> None:
-    """A listener in the place of a view: only that no update changed the weights is told, in Python's log."""
-    if event["event"] == "done" and event.get("ending", "").startswith(NOTHING_CHANGED):
-        logger.warning("the run is finished, and %s", event["ending"])
+class EndingLog:
+    """A listener in the place of a view: tells Python's log that the run ended early, or changed no weights."""
+
+    def __init__(self) -> None:
+        self._reason: Mapping[str, Any] | None = None
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Take one event of the run. An end without an outcome is an error, which says all of it."""
+        if event["event"] == "ended":
+            self._reason = event["reason"]
+        if event["event"] != "done":
+            return
+        if self._reason and self._reason["kind"] != "complete":
+            step, told = self._reason["step"], _sentences(self._reason)
+            logger.warning("the run is finished early, after %s: %s", counted(step, "step"), told)
+        if event.get("ending", "").startswith(NOTHING_CHANGED):
+            logger.warning("the run is finished, and %s", event["ending"])
+
+
+def _sentences(reason: Mapping[str, Any]) -> str:
+    """What was seen, and what to do where something can be done."""
+    return ". ".join(filter(None, (reason["text"], reason.get("advice"))))
 
 
 @contextmanager

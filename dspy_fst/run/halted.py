@@ -4,7 +4,8 @@
     {"event": "halted", "why": "MeasurementError: step 3: 20 of 24 rollouts measured nothing ..."}
 
 A run that goes on cuts it with all that stands after its last commit. A run whose alternation is over says why in
-another event, see `dspy_fst.run.ending`.
+another event, see `dspy_fst.run.ending`; that one comes after the validation of the end, so a run that is stopped while
+its end is validated is told here.
 """
 
 from collections.abc import Mapping, Sequence

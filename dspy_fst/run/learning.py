@@ -60,9 +60,9 @@ class Ending:
 
     @property
     def words(self) -> str:
-        """One sentence without a full stop; never less than that no update changed the weights, where that is so."""
+        """One sentence without a full stop; never less than that no update changed the weights, where one was made."""
         if not self.steps:
-            return f"{NOTHING_CHANGED}: none was made"
+            return "no update of the weights was made"
         if not self.moved:
             return f"{NOTHING_CHANGED}: {self.seen}"
         done = f"{self.moved} of {self.steps} updates changed the weights"

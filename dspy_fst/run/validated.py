@@ -24,6 +24,8 @@ DECLINE_ADVICE = (
     "set after the end and the program is compiled again with this run_dir"
 )
 
+MORE_PATIENCE = "To go on, raise patience or leave it out, and compile again with the same run_dir"
+
 
 @dataclass(frozen=True)
 class Validated:
@@ -198,6 +200,6 @@ def exhausted(states: Sequence[Validated], patience: int | None) -> StopReason |
         return None
     text = (
         f"{since} validations in a row brought no new best (patience={patience}): the best is {best.score:.3f} "
-        f"{best.where}. To go on, raise patience or leave it out, and compile again with the same run_dir"
+        f"{best.where}"
     )
-    return StopReason("early_stopping", states[-1].step, text)
+    return StopReason("early_stopping", states[-1].step, text, MORE_PATIENCE)

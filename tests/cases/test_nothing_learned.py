@@ -1,6 +1,7 @@
 """A run that learns nothing stops, says why and what helped, and goes on with a higher limit; its last line is true."""
 
 import io
+import json
 
 import dspy
 import pytest
@@ -11,6 +12,7 @@ from dspy_fst import FSTOptimizer
 from dspy_fst.compiled import policy_of
 from dspy_fst.errors import NothingLearnedError
 from dspy_fst.report.progress import ProgressView
+from dspy_fst.report.record import read_records
 from dspy_fst.run.directory import read_events
 from programs.lab import build
 from tests.cases.test_unmoved_steps import compile_judged, steps_of
@@ -42,10 +44,10 @@ def test_with_a_raised_limit_it_goes_on_and_equals_a_run_that_never_stopped(tmp_
     """Steps 1 to 3 move nothing: at a limit of 3 the run stops behind the fourth, in the middle of a cycle."""
     settings = {"parse_trial": 0, "checkpoint_every": 5}
     whole = compile_judged(tmp_path / "whole", 0, 4, 5, max_unmoved_steps=None, **settings)
-    with pytest.raises(NothingLearnedError, match="steps 1 to 3"):
-        compile_judged(tmp_path / "run", 0, 4, 5, max_unmoved_steps=3, **settings)
-    with pytest.raises(NothingLearnedError, match="steps 1 to 3"):  # counted across the continuation
-        compile_judged(tmp_path / "run", 0, 4, 5, max_unmoved_steps=3, **settings)
+    for _ in range(2):  # counted across the continuation
+        compiled = compile_judged(tmp_path / "run", 0, 4, 5, max_unmoved_steps=3, **settings)
+        assert compiled.detailed_results.ending.startswith("1 of 4 updates changed the weights; the last ones did not")
+        policy_of(compiled).release()
     assert len(steps_of(tmp_path / "run")) == 4
     resumed = compile_judged(tmp_path / "run", 0, 4, 5, max_unmoved_steps=4, **settings)
     assert same_weights(whole, resumed)
@@ -53,6 +55,54 @@ def test_with_a_raised_limit_it_goes_on_and_equals_a_run_that_never_stopped(tmp_
     for events in kept:
         events[0].pop("config")  # names the limit
     assert kept[0] == kept[1]
+
+
+def test_a_run_that_learned_and_then_no_more_ends_early_and_returns_its_program(tmp_path, caplog):
+    settings = {"max_unmoved_steps": 3, "parse_trial": 0, "progress": False}
+    compiled = compile_judged(tmp_path / "run", 0, **settings)
+    assert policy_of(compiled).checkpoint.version == "step-000001"
+    policy_of(compiled).release()
+    assert (tmp_path / "run" / "compiled").is_dir()
+    assert [event["event"] for event in read_events(tmp_path / "run")[-3:]] == ["validation", "ended", "done"]
+    (record,) = read_records([tmp_path / "run"])
+    ended = record.ended
+    assert (record.state, ended.kind, ended.step, ended.early) == ("finished", "nothing_learned", 4, True)
+    assert ended.text.startswith("steps 1 to 3: 3 steps in a row had no gradient: flat at the floor")
+    assert "\n" not in ended.text
+    assert "raise max_unmoved_steps above 3, or set it to None" in ended.advice
+    (warning,) = [text for text in texts_of(tmp_path / "run", "warning") if "The run ends here, after 4 of 6" in text]
+    assert warning.endswith(ended.advice)
+    assert "the run is finished early, after 4 steps: steps 1 to 3" in caplog.text
+    assert "[demo] ended after step 4: steps 1 to 3" in lines_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("moving", [(), (0, 1, 2)], ids=["none", "three"])
+def test_a_run_that_did_all_of_its_plan_returns_its_program_however_it_ended(tmp_path, moving):
+    """At the limit in its very last step, as auto="light" may be."""
+    limit = 6 - len(moving)
+    compiled = compile_judged(tmp_path / "run", *moving, max_unmoved_steps=limit, parse_trial=0)
+    policy_of(compiled).release()
+    (record,) = read_records([tmp_path / "run"])
+    assert (record.state, record.ended.kind, len(record.steps)) == ("finished", "complete", 6)
+    assert record.validations[-1].when == "end"
+    assert record.ended.advice is None
+    assert (tmp_path / "run" / "compiled").is_dir()
+
+
+def test_no_run_is_ended_before_its_only_search(tmp_path):
+    compiled = compile_relay(
+        tmp_path / "run", metric=flat(0.5), max_unmoved_steps=1, parse_trial=0, **{**RL, "method": "rl_then_gepa"}
+    )
+    policy_of(compiled).release()
+    kinds = [event["event"] for event in read_events(tmp_path / "run")]
+    assert (kinds.count("step"), kinds.count("cycle")) == (6, 1)
+
+
+def test_a_run_that_only_searches_warns_of_no_weights(tmp_path, caplog):
+    compiled = compile_relay(tmp_path / "run", method="gepa", cycles=1, steps_per_cycle=1, progress=False)
+    policy_of(compiled).release()
+    assert compiled.detailed_results.ending == "no update of the weights was made"
+    assert "changed the weights" not in caplog.text
 
 
 def test_the_count_goes_on_across_a_kill(tmp_path):
@@ -163,7 +213,7 @@ def test_one_sampled_reply_a_step_is_shown_where_it_is_wanted(unparsed):
 
 def test_a_run_stopped_because_nothing_parses_names_the_cause_and_what_was_tried(tmp_path):
     with pytest.raises(NothingLearnedError) as stop:
-        compile_unparsed(tmp_path / "run", max_unmoved_steps=1)
+        compile_unparsed(tmp_path / "run", cycles=2, max_unmoved_steps=1)
     assert stop.value.cause == "unparsed"
     assert "step 0: 1 step had no gradient: nothing parsed: 100%" in str(stop.value)
     assert "For the first of them write, before compile()" in str(stop.value)
@@ -183,6 +233,9 @@ def test_the_command_line_ends_with_an_error_goes_on_with_a_higher_limit_and_its
     assert "sample: last under " in text
     first = invoke("show", tmp_path / "run").stdout.splitlines()[0]
     assert first.startswith("run: stopped at step 2; 2 of 3 steps are done. steps 0 to 1: 2 steps in a row")
+    listed = invoke("runs", tmp_path).stdout
+    assert "raise max_unmoved_steps to go on" in " ".join(listed.split())
+    assert "No update changed the weights in these steps" not in listed, "the advice stands in show"
     recipe["max_unmoved_steps"] = None
     project.write_text(yaml.safe_dump(settings))
     said = invoke("run", project).stdout.splitlines()
@@ -190,8 +243,38 @@ def test_the_command_line_ends_with_an_error_goes_on_with_a_higher_limit_and_its
     assert said[-1].startswith("no update changed the weights: flat at the floor: mean reward 0")
 
 
+def test_resume_of_a_run_that_ended_early_names_the_setting_and_goes_on_when_it_is_raised(tmp_path):
+    recipe = {**SETTINGS["recipe"], **RL, "cycles": 1, "parse_trial": 0, "max_unmoved_steps": 2}
+    settings = {**SETTINGS, "metric": "topped:metric", "recipe": recipe}
+    project, run_dir = tmp_path / "project.yaml", tmp_path / "run"
+    (tmp_path / f"{MODULE}.py").write_text(SOURCE)
+    (tmp_path / "topped.py").write_text("def metric(gold, pred, trace=None):\n    return 1.0\n")
+    project.write_text(yaml.safe_dump(settings))
+    assert "ended early, after step 2: steps 0 to 1: 2 steps" in invoke("run", project).stdout
+    same = (("resume", run_dir), ("resume", run_dir, "--project", project), ("run", project))
+    for command in same:
+        said = invoke(*command).stderr
+        assert "is finished: it ended early, after step 2. steps 0 to 1" in said
+        assert (
+            f"raise max_unmoved_steps in the recipe of the project file, or set it to null, then dspy-fst run FILE, or "
+            f"dspy-fst resume {run_dir} --project FILE" in said
+        )
+    shown = invoke("show", run_dir).stdout
+    assert shown.startswith("run: finished early; 2 of 3 steps are done, weights step-000000; steps 0 to 1: 2 steps")
+    assert f"dspy-fst resume {run_dir} --project FILE" in " ".join(shown.split())
+    (listed,) = json.loads(invoke("runs", tmp_path, "--json").stdout)["runs"]
+    assert (listed["state"], listed["setting"], listed["resumable"]) == ("finished", "max_unmoved_steps", True)
+    text = " ".join(invoke("runs", tmp_path).stdout.split())
+    assert "dspy-fst resume RUN --project FILE" in text
+    assert "to go on with one that can be resumed" not in text
+    recipe["max_unmoved_steps"] = 9
+    project.write_text(yaml.safe_dump(settings))
+    assert "in 3 steps" in invoke("resume", run_dir, "--project", project).stdout
+    assert "is finished; to train anew" in invoke("resume", run_dir, "--project", project).stderr
+
+
 def test_where_nothing_was_tried_a_stop_advises_what_is_not_done_yet(tmp_path):
     with pytest.raises(NothingLearnedError) as stop:
-        compile_unparsed(tmp_path / "run", max_unmoved_steps=1, parse_trial=0)
+        compile_unparsed(tmp_path / "run", cycles=2, max_unmoved_steps=1, parse_trial=0)
     assert "two demos, a lower temperature, simpler output fields" in stop.value.advice
     assert "JSONAdapter" not in stop.value.advice, "it is in use"

@@ -3,9 +3,11 @@
 import pytest
 
 from dspy_fst.compiled import policy_of
+from dspy_fst.errors import MeasurementError
 from dspy_fst.report.record import read_records, record_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.ending import StopReason, complete, ended_of
+from dspy_fst.run.halted import halted_of
 from dspy_fst.session import Session
 from tests.report.happenings import whole_run
 from tests.test_compile import compile_relay
@@ -43,6 +45,29 @@ def test_a_run_that_is_stopped_makes_no_further_step_and_goes_on_when_it_is_cont
     policy_of(second).release()
     assert [step.step for step in second.detailed_results.steps] == [0, 1, 2, 3]
     assert reasons(tmp_path / "run") == [{"kind": "complete", "step": 4, "text": "all of the plan is done: 4 steps"}]
+
+
+def test_what_stops_the_validation_of_the_end_is_told_and_not_hidden_by_an_end(tmp_path, monkeypatch):
+    def stopped(session, population):
+        raise MeasurementError("the judge is down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "validate_end", stopped)
+        with pytest.raises(MeasurementError):
+            compile_relay(tmp_path / "run", method="rl", cycles=1)
+    events = read_events(tmp_path / "run")
+    assert (reasons(tmp_path / "run"), halted_of(events)) == ([], "MeasurementError: the judge is down")
+    policy_of(compile_relay(tmp_path / "run", method="rl", cycles=1)).release()
+    assert [reason["kind"] for reason in reasons(tmp_path / "run")] == ["complete"]
+    assert halted_of(read_events(tmp_path / "run")) is None
+
+
+def test_the_advice_is_apart_from_the_words_and_that_of_an_older_release_is_found():
+    reason = StopReason("nothing_learned", 2, "2 steps had no gradient", "Try demos.\nA table")
+    older = {"kind": reason.kind, "step": 2, "text": f"{reason.text}.\n{reason.advice}"}
+    for event in (reason.told, older):
+        assert ended_of([{"event": "ended", "reason": event}]) == reason
+    assert complete(2).told == {"kind": "complete", "step": 2, "text": "all of the plan is done: 2 steps"}
 
 
 def test_a_run_that_was_killed_and_one_of_an_older_release_have_no_reason(tmp_path):

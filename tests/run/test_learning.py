@@ -54,7 +54,7 @@ def test_a_step_that_moved_the_weights_ends_a_standstill():
 def test_the_ending_never_says_less_than_that_nothing_changed():
     flat = still(reward=0.0)
     assert ending([flat, flat]).words.startswith("no update changed the weights: flat at the floor")
-    assert ending([]).words == "no update changed the weights: none was made"
+    assert ending([]).words == "no update of the weights was made"
     assert ending([step(0), step(1)]).words == "2 of 2 updates changed the weights"
     assert ending([step(0), flat]).words.startswith("1 of 2 updates changed the weights; the last ones did not: flat")
     assert [ending(of).nothing_learned for of in ([flat], [], [step(0)])] == [True, False, False]
