@@ -37,7 +37,9 @@ SCENES = (
     """
     export KEY=a-key-of-your-own-choice
     say dspy-fst serve trial/run --port 8765 --api-key-env KEY '&'
-    until curl -s 127.0.0.1:8765/ready > /dev/null; do sleep 0.2; done; sleep 1
+    curl -sf -m 5 --retry 300 --retry-connrefused --retry-delay 1 --retry-max-time 60 127.0.0.1:8765/ready \\
+      > /dev/null || { echo unready; kill %1; exit 1; }
+    sleep 1
     say curl 127.0.0.1:8765/v1/program -H '"Authorization: Bearer $KEY"' -H '"Content-Type: application/json"' \\
       -d "'{\\"inputs\\": {\\"numbers\\": \\"3 1 4 1 5\\"}}'"
     echo; sleep 1
@@ -166,6 +168,7 @@ def check(file: Path) -> None:
         for own in (str(ROOT), str(Path.home()), sys.prefix, socket.gethostname(), f"{getuser()}@"):
             assert own not in text, f"{file.name} shows {own}"
         assert "Traceback" not in text
+        assert "unready" not in text, f"{file.name} shows a service that did not come up"
 
 
 if __name__ == "__main__":

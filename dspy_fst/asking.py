@@ -5,7 +5,8 @@ the ``max_tokens`` of its training, and once for each reply. From first to last 
 
 1. what the program's own code sets in ``forward``,
 2. what `reconfigured`, `dspy_fst.load` or a flag of ``dspy-fst serve`` says of this program by name,
-3. the training's,
+3. what a predictor was made with, e.g. ``dspy.Predict(signature, temperature=0.3)``,
+4. the training's,
 
 and never what ``dspy.configure`` or ``dspy.context`` set for the process at large.
 """
@@ -17,6 +18,7 @@ import dspy
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.adapters import describe, keep, kept_by
 from dspy_fst.rollout.copying import copied
+from dspy_fst.rollout.own_sampling import clear_own_sampling, own_sampling
 from dspy_fst.rollout.texts import carry
 from dspy_fst.rollout.tree import all_predictors
 from dspy_fst.saved import policy_of
@@ -62,6 +64,7 @@ def reconfigured(
     for predictor in all_predictors(changed, (dspy.Predict, dspy.Flex)):
         if isinstance(lm := predictor.lm, PolicyLM):
             predictor.lm = lms[id(lm)] if id(lm) in lms else lms.setdefault(id(lm), lm.copy(**sampling))
+            clear_own_sampling(predictor, sampling)
     if adapter is not None:
         _tell_of(changed, adapter)
         keep(changed, adapter)
@@ -84,10 +87,11 @@ def how_it_asks(program: dspy.Module) -> str:
     """
     adapter = kept_by(program)
     through = "as DSPy is set" if adapter is None else f"through {describe(adapter).name}"
-    lms = [lm for _, predictor in program.named_predictors() if isinstance(lm := predictor.lm, PolicyLM)]
-    temperatures = sorted({f"{lm.sampling_temperature:g}" for lm in lms})
-    limits = sorted({_limit(lm.reply_limit) for lm in lms})
-    again = any(lm.use_json_adapter_fallback for lm in lms)
+    predictors = [predictor for _, predictor in program.named_predictors()]
+    asking = [(own_sampling(of), lm) for of in predictors if isinstance(lm := of.lm, PolicyLM)]
+    temperatures = sorted({f"{own.get('temperature', lm.sampling_temperature):g}" for own, lm in asking})
+    limits = sorted({_limit(own.get("max_tokens", lm.reply_limit)) for own, lm in asking})
+    again = any(lm.use_json_adapter_fallback for _, lm in asking)
     once = "again in JSON where a reply does not parse" if again else "each reply asked for once"
     return f"{through}, temperature {' or '.join(temperatures)}, {' or '.join(limits)}, {once}"
 

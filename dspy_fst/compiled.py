@@ -35,7 +35,7 @@ class CompiledResults:
 
     run_dir: Path
     cycles: tuple[CycleReport, ...]
-    """Reports of the cycles made in this process; ``events.jsonl`` holds those of earlier ones too."""
+    """Reports of every cycle of the run, those of earlier processes included."""
     steps: tuple[StepReport, ...]
     validation: Mapping[str, float]
     """Candidate digest -> mean validation score of the state that was returned; empty without a valset. A candidate of

@@ -35,6 +35,15 @@ class Sampling(Strict):
 
     temperature: float = Field(ge=0, allow_inf_nan=False)
     max_tokens: Positive | None
+    own: "OwnSampling | None" = None
+    """What the predictor itself sets; None in folders of earlier releases, where the program's own code counts."""
+
+
+class OwnSampling(Strict):
+    """What of sampling a predictor was made with; DSPy has it count before its LM's."""
+
+    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    max_tokens: Positive | None = None
 
 
 class SavedPolicy(Strict):

@@ -101,7 +101,7 @@ class Faults:
         """A block of the user's: what it raises is a fault. A script that exits while it is imported counts too."""
         try:
             yield
-        except Terminated:  # SIGTERM came; that it is a SystemExit too does not make it the script's
+        except (Terminated, KeyboardInterrupt):  # a signal came; that it may be a SystemExit too makes it no script's
             raise
         except ConfigurationError as error:
             self._add(what, "; ".join(error.faults), error)

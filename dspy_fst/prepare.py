@@ -24,6 +24,7 @@ from dspy_fst.preflight.first_rollouts import Spent, try_first
 from dspy_fst.preflight.hub import hub_warnings
 from dspy_fst.preflight.parts import part_faults, part_warnings
 from dspy_fst.preflight.precision import precision_warnings
+from dspy_fst.preflight.reach import ANSWER_S, IN_A_RUN_S
 from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.program_state import without_lms
 from dspy_fst.publishing import recoveries
@@ -80,7 +81,7 @@ def open_session(
     Raises:
         ConfigurationError: with every fault that was found.
     """
-    config, run_dir, recipe, warnings = checked(optimizer, student, trainset, valset, teacher)
+    config, run_dir, recipe, warnings = checked(optimizer, student, trainset, valset, teacher, hub_s=IN_A_RUN_S)
     original = next(iter(policies_of(student).values()))
     original.release()  # its engine would hold memory beside the training one; it starts again when called
     policy = original.fork()
@@ -112,9 +113,11 @@ def open_session(
                 with suppress(Exception):  # a terminal that is gone must not keep the server alive
                     run.tell({"event": "note", "text": text})
             tell_halted(run, error)
-            policy.release()
-        finally:
-            run.abandon()
+        finally:  # a second Ctrl-C may come while the first is told
+            try:
+                policy.release()
+            finally:
+                run.abandon()
         raise
     run.close()
 
@@ -171,12 +174,19 @@ def _assemble(
 
 
 def checked(
-    optimizer: "FSTOptimizer", student: Any, trainset: Any, valset: Any, teacher: Any, room: Room | None = None
+    optimizer: "FSTOptimizer",
+    student: Any,
+    trainset: Any,
+    valset: Any,
+    teacher: Any,
+    room: Room | None = None,
+    hub_s: float = ANSWER_S,
 ) -> tuple[FSTConfig, Path, dict[str, Any], list[str]]:
     """Recipe, run directory, identity and warnings of what was given.
 
     Args:
         room: A machine to imagine instead of this one; then a config is enough of the model. None: this machine.
+        hub_s: Seconds that a model hub has to answer.
 
     Raises:
         ConfigurationError: with every fault that was found.
@@ -207,7 +217,7 @@ def checked(
     faults += text_faults(config, student, optimizer.reflection_lm, optimizer.code_proposer)
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
-        faults += model_faults(policy) + engine_faults(policy) if room is None else shape_faults(policy)
+        faults += model_faults(policy, hub_s) + engine_faults(policy) if room is None else shape_faults(policy)
     run_dir = (Path(optimizer.run_dir) if optimizer.run_dir else new_run_dir()).resolve()
     faults += [fault] if (fault := writable_fault(run_dir)) else []
     recipe: dict[str, Any] = {}

@@ -36,6 +36,7 @@ from dspy_fst.policy import PolicyLM, resolve_kind
 from dspy_fst.program_state import take_state, write_state
 from dspy_fst.rollout.adapters import describe, keep, kept_by, made
 from dspy_fst.rollout.copying import copied
+from dspy_fst.rollout.own_sampling import clear_own_sampling, own_sampling, set_own_sampling
 from dspy_fst.rollout.texts import carry, set_tools, speakers
 from dspy_fst.rollout.tree import all_predictors
 from dspy_fst.run.files import flush, population_to_json, write_json
@@ -149,10 +150,14 @@ def load(
     own = speakers(program)
     for name, speaker in speakers(loaded).items():
         speaker.lm = policies.get(name, own[name].lm)
+        if (sampling := saved.predictors.get(name)) is not None and sampling.own is not None:
+            set_own_sampling(speaker, sampling.own.model_dump(exclude_none=True))
     named = {id(speaker) for speaker in speakers(loaded).values()}
     for predictor in all_predictors(loaded, (dspy.Predict, dspy.Flex)):  # where DSPy does not look
         if id(predictor) not in named and isinstance(predictor.lm or dspy.settings.lm, PolicyLM | None):
             predictor.lm = next(iter(policies.values()))
+        if isinstance(predictor.lm, PolicyLM):
+            clear_own_sampling(predictor, policy_settings)
     set_tools(loaded, population.best)  # DSPy's state holds no tools
     if speaks_through is not None:
         keep(loaded, speaks_through)
@@ -164,7 +169,11 @@ def _policy_document(compiled: dspy.Module) -> dict[str, Any]:
     lms = {name: speaker.lm for name, speaker in speakers(compiled).items() if speaker.lm is not None}
     state = policy_of(compiled).dump_state()
     del state["_dspy_lm_class"]
-    trained = {name: _sampling(lm) for name, lm in lms.items() if isinstance(lm, PolicyLM)}
+    trained = {
+        name: {**_sampling(lm), "own": own_sampling(speakers(compiled)[name])}
+        for name, lm in lms.items()
+        if isinstance(lm, PolicyLM)
+    }
     return {
         "policy": {**state, "model": WEIGHTS},
         "predictors": trained,
@@ -216,6 +225,6 @@ def _policies(saved: SavedPolicy, weights: Path, overrides: Mapping[str, Any]) -
     lms: dict[tuple[Any, ...], PolicyLM] = {}
     policies = {}
     for name, sampling in saved.predictors.items():
-        own = {key: value for key, value in sampling.model_dump().items() if key not in overrides}
+        own = {key: value for key, value in sampling.model_dump(exclude={"own"}).items() if key not in overrides}
         policies[name] = lms.setdefault(tuple(own.items()), policy.copy(**own))
     return policies

@@ -22,6 +22,7 @@ from dspy_fst.preflight.chat_template import template_faults
 from dspy_fst.preflight.hub import hub_fault, means_a_path
 from dspy_fst.preflight.model_folder import folder_faults, stored_layer_fault
 from dspy_fst.preflight.parts import no_predictors
+from dspy_fst.preflight.reach import ANSWER_S
 from dspy_fst.preflight.vllm_start import vllm_faults
 from dspy_fst.rollout.reward import metric_fault
 from dspy_fst.rollout.texts import carried_by, flexes, is_tool, lost_lines, read_texts
@@ -301,14 +302,14 @@ def _proposer_fault(propose: Any, setting: str = "propose", wanted: tuple[str, .
     return None
 
 
-def model_faults(policy: PolicyLM) -> list[str]:
-    """Faults of the model's files that show without loading its weights."""
+def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
+    """Faults of the model's files that show without loading its weights; a hub has ``hub_s`` seconds to answer."""
     from transformers import AutoConfig, AutoTokenizer
 
     path, where = policy.checkpoint.path, f"model={policy.model!r}"
     if not path.is_dir() and means_a_path(policy.model):
         return [f"{where}: there is no such folder; name a Hugging Face folder or a hub model"]
-    if not path.is_dir() and (fault := hub_fault(str(path))):
+    if not path.is_dir() and (fault := hub_fault(str(path), hub_s)):
         return [f"{where}: {fault}"]
     if fault := adapter_fault(path):
         return [f"{where}: {fault}"]

@@ -14,9 +14,11 @@ import pytest
 from benchmarks.durability import PRELOADED, compile_small, outcome
 from dspy_fst.compiled import policy_of
 from dspy_fst.errors import DiskError, FSTError
+from dspy_fst.naming import Faults
+from dspy_fst.policy import PolicyLM
 from dspy_fst.run import state
 from dspy_fst.run.directory import read_events
-from dspy_fst.run.interrupts import ENDING, Terminated, ctrl_c_told, signals_raise
+from dspy_fst.run.interrupts import ENDING, InterruptedScript, Terminated, ctrl_c_told, signals_raise
 from dspy_fst.run.journal import Journal
 from tests.engine.test_server_process import members
 
@@ -111,7 +113,7 @@ def test_a_script_that_ctrl_c_ends_says_what_is_saved_once_and_shows_no_tracebac
 
 @pytest.mark.parametrize("told", [True, False])
 def test_ctrl_c_before_the_run_is_under_way_is_told_too(told):
-    assert ended(told, "") == ("Ctrl-C: stopped before the run was under way; nothing was changed\n", 130)
+    assert ended(told, "") == ("Ctrl-C: stopped before the run was under way; nothing was trained\n", 130)
 
 
 def test_python_that_is_to_go_on_at_a_prompt_is_not_ended():
@@ -125,6 +127,32 @@ def test_whoever_catches_ctrl_c_or_an_exit_still_does():
         with pytest.raises(kind) as caught, ctrl_c_told(told=True):
             raise KeyboardInterrupt(SAVED)
         assert (str(caught.value), caught.value.code) == (SAVED, 130)
+
+
+def test_a_second_ctrl_c_while_the_first_is_told_keeps_no_engine(tmp_path, monkeypatch):
+    released = []
+    release = PolicyLM.release
+    monkeypatch.setattr(PolicyLM, "release", lambda self: (released.append(self), release(self)))
+
+    def twice(event):
+        if event["event"] == "plan" or event.get("text", "").startswith("Ctrl-C"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_small(tmp_path / "run", **SHORT, listeners=[twice])
+    student, policy = released
+    assert policy is not student
+    assert policy.handle._engine is None
+
+
+def test_ctrl_c_in_a_user_s_module_is_no_fault_of_the_module(tmp_path):
+    for error in (InterruptedScript(SAVED), KeyboardInterrupt(SAVED), Terminated(15)):
+        with pytest.raises(type(error)), Faults(tmp_path).of("program"):
+            raise error
+    faults = Faults(tmp_path)
+    with faults.of("program"):
+        raise SystemExit(2)
+    assert faults.told == ["program: SystemExit: 2"]
 
 
 def test_other_errors_and_excepthook_are_left_alone():

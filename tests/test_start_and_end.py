@@ -16,6 +16,7 @@ from dspy_fst import FSTOptimizer
 from dspy_fst.compiled import CompiledResults, policy_of
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.past import Past
+from dspy_fst.report.listing import list_runs
 from dspy_fst.report.record import read_records
 from dspy_fst.report.summary import Summary
 from dspy_fst.report.verdict import verdict
@@ -40,7 +41,7 @@ class Staged:
 
     def __call__(self, gold, pred, trace=None, pred_name=None, pred_trace=None):
         if gold.get("kind") == "val":
-            return self.scores[self.done]
+            return self.scores[self.done] + 0.01 * self.done * (int(gold.numbers[0]) - 2)  # their mean is the score
         return made.metric(gold, pred)
 
     def hear(self, event):
@@ -167,7 +168,8 @@ def test_a_decline_is_told_while_it_happens_and_once(stopped):
 def test_the_end_tells_start_end_interval_and_the_best(stopped):
     (record,) = read_records([stopped[0]])
     assert verdict(record) == (
-        "start 0.500, end 0.200, -0.300 (95% interval -0.300 to -0.300, 5 problems), best 0.900 after step 0"
+        "start 0.500, end 0.200, -0.300 (95% interval -0.359 to -0.241, 5 problems; the best of 2 by these problems, "
+        "so favoured), best 0.900 after step 0 (chosen by them too)"
     )
     shown = invoke("show", str(stopped[0])).stdout
     assert f"validation: {verdict(record)}" in shown
@@ -267,6 +269,8 @@ def test_the_best_state_s_weights_and_population_are_returned_also_after_the_end
     (record,) = read_records([again])
     assert record.weights == "step-000001"
     assert "returned: the state after step 0" in verdict(record)
+    (run,) = list_runs(again).runs
+    assert (run.measured, run.start, run.end) == ("validation", pytest.approx(0.5), pytest.approx(0.9))
     past = Past.of(again)
     assert (past.version(), past.returned_cycle) == ("step-000001", None)
     assert past.population() == compiled.population
@@ -322,7 +326,9 @@ def test_validations_on_other_problems_are_not_compared(again, workplace):
     )
     assert any("its 4 validations from before are not compared with what comes now" in text for text in told)
     (record,) = read_records([again])
-    assert verdict(record) == "start not validated, end 0.100"
+    assert verdict(record) == "start not validated, end 0.060"
+    (run,) = list_runs(again).runs
+    assert (run.measured, run.start, run.end) == ("validation", None, pytest.approx(0.06))
 
 
 def test_settings_that_need_a_valset_are_refused_without_one(workplace, tmp_path):

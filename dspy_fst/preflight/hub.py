@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dspy_fst.preflight.model_folder import WHOLE
-from dspy_fst.preflight.reach import why_silent
+from dspy_fst.preflight.reach import ANSWER_S, why_silent
 
 Cached = Literal["whole", "in part", "not"]
 ELSEWHERE = (
@@ -19,9 +19,9 @@ def means_a_path(model: str) -> bool:
     return Path(model).exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
-def hub_fault(name: str) -> str | None:
-    """Why a hub's model cannot be had here; None where it is cached whole, or the hub answers."""
-    if (cached := in_cache(name)) == "whole" or (silence := hub_silence()) is None:
+def hub_fault(name: str, seconds: float = ANSWER_S) -> str | None:
+    """Why a hub's model cannot be had here; None where it is cached whole, or the hub answers within the seconds."""
+    if (cached := in_cache(name)) == "whole" or (silence := hub_silence(seconds)) is None:
         return None
     part = "; the cache holds a part of it only" if cached == "in part" else ""
     return (
@@ -39,14 +39,17 @@ def hub_warnings(name: str) -> list[str]:
     return [f"model={name!r} is read from the cache, as {silence}; set HF_HUB_OFFLINE=1, so that nothing waits for it"]
 
 
-def hub_silence() -> str | None:
-    """Why the hub cannot be asked, or None. The environment's HF_ENDPOINT, HF_HUB_OFFLINE and proxies count."""
+def hub_silence(seconds: float = ANSWER_S) -> str | None:
+    """Why the hub cannot be asked, or None where it answers within the seconds.
+
+    The environment's HF_ENDPOINT, HF_HUB_OFFLINE and proxies count.
+    """
     from huggingface_hub import constants, is_offline_mode
     from huggingface_hub.utils import get_session
 
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
-    silence = why_silent(constants.ENDPOINT, get_session())
+    silence = why_silent(constants.ENDPOINT, get_session(), seconds)
     return f"{constants.ENDPOINT} cannot be reached ({silence})" if silence else None
 
 

@@ -193,9 +193,15 @@ class Trial:
             "before": self.before,
             "reward_before": self.reward_before,
             "attempts": [{"form": str(a.setup), "share": a.share, "reward": a.reward} for a in self.ranked],
-            "helped": "" if best is None else f"{best.setup} ({best.rank:.0%} parsed)",
+            "helped": "" if best is None else f"{best.setup} ({self._what_it_did(best)})",
             "told": self.told(),
         }
+
+    def _what_it_did(self, attempt: Attempt) -> str:
+        """By what it was ranked: ``"75% parsed"``, or ``"mean reward 0.250, 75% parsed"``."""
+        parsed = "no reply read" if attempt.share is None else f"{attempt.share:.0%} parsed"
+        scored = self.reward_before is not None and attempt.reward is not None
+        return f"mean reward {attempt.reward:.3f}, {parsed}" if scored else parsed
 
     def code(self, setup: Setup) -> Iterator[str]:
         """Lines of Python that have ``program`` ask in this way; they use ``dspy``, ``program`` and ``trainset``."""

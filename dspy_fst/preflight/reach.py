@@ -1,4 +1,4 @@
-"""Whether anybody answers at an address: asked once, and for a second.
+"""Whether anybody answers at an address: asked once, for a second where a person looks, for longer in a run.
 
 A library that meets silence asks again and again: huggingface_hub 1.33 asks six times for each file that it lacks and
 waits 1, 2, 4, 8 and 8 s in between, before it says a word that a user can act on.
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     import httpx
 
 ANSWER_S = 1.0
-"""How long somebody has to answer (ours): what takes longer is of no use for gigabytes of weights either."""
+"""How long somebody has to answer a look, of `dspy-fst check` or `doctor`: a person waits for it (ours)."""
+IN_A_RUN_S = 10.0
+"""How long before a run is refused for it: a proxy may look up names and certificates for seconds (ours)."""
 NOBODY_BEHIND = (502, 503, 504)
 """Answers of a proxy that stands before a silent server, or of a server that is not up."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dspy_fst.report.record import Record, read_records
+from dspy_fst.report.record import Record, best, read_record
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import read_json
 from dspy_fst.run.halted import halted_of
@@ -86,8 +86,8 @@ def _is_run(path: Path, files: Sequence[str]) -> bool:
 
 def _listed(path: Path) -> Listed:
     try:
-        (record,) = read_records([path])
-        return _of(path, record, read_events(path))
+        events = read_events(path)
+        return _of(path, read_record(path, path.name, events), events)
     except Exception as error:  # another release, another tool or a broken disk wrote it
         return Listed(path, "unreadable", f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
 
@@ -98,7 +98,7 @@ def _of(path: Path, record: Record, events: Sequence[Mapping[str, Any]]) -> List
         return Listed(path, "unreadable", "recipe.json holds no recipe")
     early = record.ended is not None and record.ended.early
     why = record.ended.text if record.ended and early else halted_of(events)
-    measured, start, end = _scores(record, events)
+    measured, start, end = _scores(record)
     money = [event["dollars"] for event in events if event.get("dollars") is not None]
     return Listed(
         path=path,
@@ -134,15 +134,13 @@ def _recipe(recipe: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _scores(
-    record: Record, events: Sequence[Mapping[str, Any]]
-) -> tuple[Literal["validation", "reward"] | None, float | None, float | None]:
-    """What is known of the start and of the newest state, of one kind; the start may not have been validated."""
-    states = [event for event in events if event.get("event") == "validation"]
-    start = next((event.get("score") for event in states if event.get("report", {}).get("when") == "start"), None)
-    validated = [node.validation for node in record.nodes if node.validation is not None]
-    end = states[-1].get("score") if states else max(validated, default=None)
-    if start is not None or end is not None:
-        return "validation", start, end
+def _scores(record: Record) -> tuple[Literal["validation", "reward"] | None, float | None, float | None]:
+    """Of the start and of the returned state, else the newest, on the same terms; the start may not be validated."""
+    shown = record.returned or (record.validations[-1] if record.validations else None)
+    if shown is not None:
+        start = record.start_validated
+        return "validation", None if start is None else start.score, shown.score
+    if (known := best([node.validation for node in record.nodes])) is not None:  # earlier releases, and their ends
+        return "validation", None, known
     rewards = record.rewards
     return ("reward", rewards[0], rewards[-1]) if rewards else (None, None, None)

@@ -101,7 +101,7 @@ class ProgressView:
         show = getattr(self, f"_on_{event['event']}", None)
         if show is not None:
             show(event)
-            self._refresh(now=event["event"] in ("cycle", "step", "validation", "warning", "done", "stopped"))
+            self._refresh(now=event["event"] in ("cycle", "step", "validation", "warning", "done", "ended"))
 
     # ---- one method an event -------------------------------------------------------------------
 

@@ -335,15 +335,17 @@ def read_records(run_dirs: Sequence[Path]) -> list[Record]:
     """
     if not run_dirs:
         raise ValueError("run_dirs is empty; name the directory of one run at least")
-    return [_read(path, name) for path, name in zip(run_dirs, _names(run_dirs), strict=True)]
+    return [read_record(path, name) for path, name in zip(run_dirs, _names(run_dirs), strict=True)]
 
 
-def _read(path: Path, name: str) -> Record:
+def read_record(path: Path, name: str, events: Events | None = None) -> Record:
+    """The record of one run; ``events`` are the run's for who has read them already. Raises: see `read_records`."""
     if not any((path / file).is_file() for file in ("events.jsonl", "recipe.json")):
         raise RunDirectoryError(f"{path} is not the directory of a run: it holds neither events.jsonl nor recipe.json")
     evaluations = path / "evaluations.jsonl"
     lines = evaluations.read_text("utf-8", "replace").splitlines() if evaluations.is_file() else []
-    return record_of(read_events(path), name=name, evaluations=lines, in_use=_in_use(path))
+    events = read_events(path) if events is None else events
+    return record_of(events, name=name, evaluations=lines, in_use=_in_use(path))
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -56,9 +56,7 @@ def summary_of(record: Record, *, run_dir: Path | None = None) -> Summary:
         title=f"Run {run_dir or record.name}: {record.state}",
         facts=tuple(_facts(record)),
         tables=(*validated, population_table(record)),
-        warnings=tuple(
-            ("" if told.step is None else f"after step {told.step}: ") + told.text for told in record.warnings
-        ),
+        warnings=tuple(map(_told, record.warnings)),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from dspy_fst.report.record import Record, best
 from dspy_fst.report.words import DASH, interval, number, signed
-from dspy_fst.run.paired import COVERAGE, INTERVAL, Difference
+from dspy_fst.run.paired import INTERVAL, Difference
 from dspy_fst.run.validated import Validated, best_of, gain
 from dspy_fst.tables import TextTable
 
@@ -28,10 +28,10 @@ def verdict(record: Record) -> str:
     if newest is not start:
         parts.append(f"{'end' if newest.when == 'end' else newest.where} {number(newest.score)}")
         if start is not None:
-            parts.append(told(gain(start, newest)))
+            parts.append(told(gain(start, newest), chosen_from=len(newest.candidates)))
         top = best_of([state for state in record.validations if state.terms == newest.terms])
         if top is not None and top is not start and not top.same_as(newest):
-            parts.append(f"best {number(top.score)} {top.where}")
+            parts.append(f"best {number(top.score)} {top.where} (chosen by them too)")
     if record.returned is not None and record.returned.when != "end":
         parts.append(f"returned: the state {record.returned.where}")
     return ", ".join(parts)
@@ -44,20 +44,25 @@ def in_a_line(states: Sequence[Validated]) -> str:
     line = f"validation {now.where}: {number(now.score)}"
     if start is None or start is now:
         return line
-    return f"{line}, against {number(start.score)} at the start: {told(gain(start, now))}"
+    by = told(gain(start, now), chosen_from=len(now.candidates))
+    return f"{line}, against {number(start.score)} at the start: {by}"
 
 
-def told(by: Difference | None) -> str:
-    """A difference and its interval.
+def told(by: Difference | None, *, chosen_from: int = 1) -> str:
+    """A difference, how sure it is, and what favours it.
 
-    >>> told(Difference(0.16, 0.05, 0.27, 64)), told(Difference(0.5, None, None, 1))
-    ('+0.160 (95% interval 0.050 to 0.270, 64 problems)', '+0.500 (one problem, so no interval)')
+    >>> told(Difference(0.16, 0.05, 0.27, 64))
+    '+0.160 (95% interval 0.050 to 0.270, 64 problems)'
+    >>> told(Difference(0.5, None, None, 1), chosen_from=4)
+    '+0.500 (one problem, so no interval; the best of 4 by these problems, so favoured)'
+
+    Args:
+        chosen_from: Candidates of which the problems themselves chose the measured one.
     """
     if by is None:
         return "not comparable"
-    if by.low is None:
-        return f"{signed(by.mean)} (one problem, so no interval)"
-    return f"{signed(by.mean)} ({COVERAGE:.0%} interval {interval(by.low, by.high)}, {by.problems} problems)"
+    favoured = f"; the best of {chosen_from} by these problems, so favoured" if chosen_from > 1 else ""
+    return f"{signed(by.mean)} ({by.words}{favoured})"
 
 
 def validations_table(record: Record) -> TextTable:

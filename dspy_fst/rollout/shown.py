@@ -28,10 +28,7 @@ def telling(groups: Sequence[Group], count: int = 2, draw: str = "") -> list[Rol
         count: At most so many.
         draw: Name of the random draw; the same name draws the same.
     """
-    chosen: dict[int, Rollout] = {}
-    for rollout in islice(_by_what_they_say(groups, draw), count):
-        chosen[id(rollout)] = rollout
-    return list(chosen.values())
+    return list(islice(_by_what_they_say(groups, draw), count))
 
 
 def _by_what_they_say(groups: Sequence[Group], draw: str) -> Iterator[Rollout]:

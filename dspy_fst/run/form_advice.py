@@ -17,8 +17,8 @@ class Form:
     temperature: float | None = None
     """None where it is not known."""
     helped: str = ""
-    """The form that parsed best when others were tried, e.g. ``"JSONAdapter, 2 demos (75% parsed)"``; empty where none
-    was tried, or none was better."""
+    """The form that did best when others were tried, with what it did, e.g. ``"JSONAdapter, 2 demos (75% parsed)"``;
+    empty where none was tried, or none was better."""
     tried: bool = False
     """Whether other forms were tried on this model and task."""
 
@@ -33,7 +33,7 @@ def form_advice(form: Form) -> str:
     """
     first = "Raise max_tokens if they are cut off; else try "
     if form.helped:
-        return f"{first}what parsed best when it was tried on this model: {form.helped}"
+        return f"{first}what did best when it was tried on this model: {form.helped}"
     ways = []
     if not form.tried:
         ways += ["dspy.configure(adapter=dspy.JSONAdapter())"] if form.adapter != "JSONAdapter" else []

@@ -51,7 +51,7 @@ def ctrl_c_told(told: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         shown = told and bool(error.args)
-        text = str(error) or "Ctrl-C: stopped before the run was under way; nothing was changed"
+        text = str(error) or "Ctrl-C: stopped before the run was under way; nothing was trained"
         if _at_a_prompt():
             raise Interrupted(text) from None
         if not shown:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.files import population_from_json
-from dspy_fst.run.paired import COVERAGE, Difference, difference
+from dspy_fst.run.paired import Difference, difference
 from dspy_fst.types import Candidate, Population, WeightsVersion
 
 EVENT = "validation"
@@ -77,10 +77,6 @@ class Validated:
     def best_rewards(self) -> tuple[float | None, ...]:
         """The best candidate's score on each problem; of equal ones the first counts."""
         return max(self.rewards, key=_sortable)
-
-    @property
-    def measured_all(self) -> bool:
-        return all(reward is not None for row in self.rewards for reward in row)
 
     @property
     def where(self) -> str:
@@ -171,8 +167,7 @@ def decline(states: Sequence[Validated]) -> str | None:
     now, (before, by) = states[-1], fallen[0]
     return (
         f"validation {now.where}: {now.score:.3f}, below the {before.score:.3f} {before.where} by {-by.mean:.3f} "
-        f"({COVERAGE:.0%} interval {-(by.high or 0.0):.3f} to {-(by.low or 0.0):.3f}, {by.problems} problems). "
-        f"{DECLINE_ADVICE}"
+        f"({by.turned.words}). {DECLINE_ADVICE}"
     )
 
 

@@ -82,7 +82,7 @@ class Upstream:
         reply = self._post(body)
         try:
             return dict(json.loads(reply.read()))
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, ValueError, TypeError) as error:
             raise EngineError(f"vLLM broke off a reply: {error}") from error
         finally:
             reply.close()
@@ -156,8 +156,11 @@ class Upstream:
             reply = client.get(f"{url}/v1/models", headers=headers)
             if not reply.is_success:
                 raise EngineError(f"vLLM answered {reply.status_code} when it was asked for its models")
-            card = reply.json()["data"][0]
-            self._models[url] = _Served(str(card["id"]), card.get("max_model_len"))
+            try:
+                card = reply.json()["data"][0]
+                self._models[url] = _Served(str(card["id"]), card.get("max_model_len"))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:  # e.g. the page of a proxy
+                raise EngineError(f"{url}/v1/models gave no list of models: {reply.text[:200]!r}") from error
         return self._models[url]
 
 

@@ -330,6 +330,44 @@ def test_sampling_is_said_in_every_request_and_changed_by_name():
     )
 
 
+class Cool(Next):
+    """Its predictor was made with a temperature and a limit, which DSPy has count before the LM's."""
+
+    def __init__(self):
+        super().__init__()
+        self.tell = dspy.Predict("question -> answer", temperature=0.3, max_tokens=16)
+
+
+def sampled(program, engine):
+    engine.requests.clear()
+    program(question="2")
+    ((config,),) = [[request.config for request in engine.requests]]
+    return config.temperature, config.max_tokens
+
+
+def test_what_a_predictor_was_made_with_is_told_and_changed_by_name():
+    program, engine = compiled_like(Cool())
+    assert sampled(program, engine) == (0.3, 16)
+    assert "temperature 0.3, at most 16 tokens" in how_it_asks(program)
+    other = dspy_fst.reconfigured(program, temperature=0.0)
+    for one in (other, other.candidate_programs[0]["program"]):
+        assert sampled(one, engine) == (0.0, 16)
+    assert "temperature 0, at most 16 tokens" in how_it_asks(other)
+    assert sampled(program, engine) == (0.3, 16)
+
+
+def test_what_a_predictor_was_made_with_is_saved_and_load_changes_it_by_name(tmp_path):
+    program, _ = compiled_like(Cool())
+    kept = dspy_fst.save(program, tmp_path / "kept")
+    assert sampled(*spoken_by(dspy_fst.load(kept, Cool()))) == (0.3, 16)
+    assert sampled(*spoken_by(dspy_fst.load(kept, Cool(), temperature=0.0))) == (0.0, 16)
+    assert sampled(*spoken_by(dspy_fst.load(kept, Cool(), temperature=0.0, max_tokens=8))) == (0.0, 8)
+    changed = dspy_fst.save(dspy_fst.reconfigured(program, temperature=0.0), tmp_path / "changed")
+    loaded = dspy_fst.load(changed, Cool())
+    assert sampled(*spoken_by(loaded)) == (0.0, 16)
+    assert "temperature 0, at most 16 tokens" in how_it_asks(loaded)
+
+
 def test_a_program_without_a_policy_is_refused():
     with pytest.raises(ValueError, match="PolicyLM"):
         dspy_fst.reconfigured(Next())

@@ -197,7 +197,7 @@ def test_the_warning_of_a_step_holds_a_reply_its_reason_and_what_helped(unparsed
     (warning,) = [text for text in texts_of(run_dir, "warning") if "does not parse (" in text]
     assert "A reply of 'solve': '" in warning
     assert "Expected to find output fields" in warning
-    assert "what parsed best when it was tried on this model: ChatAdapter" in warning
+    assert "what did best when it was tried on this model: ChatAdapter" in warning
     assert "dspy.JSONAdapter()" not in warning, "it is in use"
 
 

@@ -80,6 +80,22 @@ def ranked_trial(*attempts):
     return Trial(0.0, attempts, dspy.ChatAdapter(), False, ("solve",), ("solve",))
 
 
+def test_what_helped_is_told_by_what_it_was_ranked_by():
+    policy, _ = scripted_policy(lambda m, s: "nonsense")
+    program = Twice(policy)
+    failed = dspy.teleprompt.bootstrap_trace.FailedPrediction("nonsense")
+    parsed = (program.solve, {}, dspy.Prediction(answer="1"))
+    right = Rollout(0, SEED, (), 1.0, trace=((program.solve, {}, failed), parsed))
+    wrong = Rollout(0, SEED, (), 0.0, trace=(parsed,))
+    one, other = Attempt(Setup(dspy.JSONAdapter()), (right,) * 4), Attempt(Setup(dspy.XMLAdapter()), (wrong,) * 4)
+    assert ranked_trial(one, other).record()["helped"] == "XMLAdapter (100% parsed)"
+    by_reward = Trial(0.9, (one, other), dspy.ChatAdapter(), False, ("solve",), ("solve",), reward_before=0.0)
+    assert by_reward.record()["helped"] == "JSONAdapter (mean reward 1.000, 50% parsed)"
+    unread = Attempt(Setup(dspy.JSONAdapter()), (Rollout(0, SEED, (), 1.0),))
+    by_reward = Trial(0.9, (unread,), dspy.ChatAdapter(), False, ("solve",), ("solve",), reward_before=0.0)
+    assert by_reward.record()["helped"] == "JSONAdapter (mean reward 1.000, no reply read)"
+
+
 def test_a_setup_in_which_no_reply_was_read_has_no_share_and_stands_last_with_its_masks():
     policy, _ = scripted_policy(lambda m, s: "nonsense")
     program = Twice(policy)

@@ -5,14 +5,19 @@ import logging
 import shutil
 import socket
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import dspy
 import huggingface_hub
 import pytest
 import yaml
 
-from dspy_fst.preflight.hub import in_cache
-from dspy_fst.preflight.reach import why_silent
+from dspy_fst import FSTOptimizer, PolicyLM
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.preflight.hub import hub_fault, in_cache
+from dspy_fst.preflight.reach import IN_A_RUN_S, why_silent
 from programs.lab import BASE
 from tests.cli.conftest import invoke
 
@@ -117,6 +122,41 @@ def test_check_asks_a_hub_that_says_nothing_once_and_for_a_second(project, cache
     (fault,) = faults(project)
     assert f"{address} cannot be reached (no answer within 1 s)" in fault
     assert len(connections) == 1
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A hub that answers after 1.5 s, as behind a proxy that looks up names first."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            time.sleep(1.5)
+            with suppress(OSError):  # who asked may have gone
+                self.send_response(200)
+                self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_run_waits_longer_for_a_slow_hub_than_a_look(cache, slow, monkeypatch, tmp_path):
+    assert "no answer within 1 s" in hub_fault(NAME)
+    assert hub_fault(NAME, IN_A_RUN_S) is None
+    waited = []
+    monkeypatch.setattr("dspy_fst.validation.hub_fault", lambda name, seconds: waited.append(seconds) or "refused")
+    student = dspy.Predict("question -> answer")
+    student.lm = PolicyLM(NAME, engine="in_process", max_tokens=8)
+    optimizer = FSTOptimizer(metric=lambda gold, pred, trace=None: 0.0, run_dir=tmp_path / "run", progress=False)
+    with pytest.raises(ConfigurationError, match="refused"):
+        optimizer.compile(student, trainset=[dspy.Example(question="1", answer="2").with_inputs("question")])
+    assert waited == [10.0]
 
 
 def test_a_model_in_the_cache_is_checked_without_the_hub_and_its_silence_is_told(project, cache, refusing):

@@ -34,6 +34,12 @@ def test_what_the_film_s_command_made_passes_its_own_check(path):
     film.check(path)
 
 
+def test_the_wait_for_the_service_has_an_end():
+    (scene,) = [scene for scene in film.SCENES if "/ready" in scene]
+    assert "--retry-max-time 60" in scene
+    assert "until" not in scene
+
+
 def test_a_film_that_tells_of_a_machine_is_refused(tmp_path):
     for told in (str(ROOT), str(Path.home() / ".cache")):
         (tmp_path / "film.svg").write_text(f"<svg><text>{told}</text></svg>")

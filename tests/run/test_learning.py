@@ -85,7 +85,7 @@ def test_a_warning_holds_a_reply_and_does_not_advise_what_is_done_already():
 
 def test_what_helped_when_it_was_tried_is_advised_instead_of_the_list():
     text = parse_warning(Form(tried=True, helped="JSONAdapter, 2 demos (75% parsed)"))
-    assert "what parsed best when it was tried on this model: JSONAdapter, 2 demos (75% parsed)" in text
+    assert "what did best when it was tried on this model: JSONAdapter, 2 demos (75% parsed)" in text
     assert "dspy.configure" not in text
     nothing = parse_warning(Form(tried=True))
     assert "else try simpler output fields, or an instruct model" in nothing

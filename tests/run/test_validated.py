@@ -6,7 +6,7 @@ from scipy import stats
 from dspy_fst.config import FSTConfig, make_config
 from dspy_fst.plan import Plan
 from dspy_fst.report.metrics import entry_of
-from dspy_fst.report.verdict import told
+from dspy_fst.report.verdict import in_a_line, told
 from dspy_fst.run.paired import Difference, difference
 from dspy_fst.run.validated import Validated, best_of, best_validated, decline, exhausted, gain, handed_in, validated_in
 from dspy_fst.types import Candidate, Population
@@ -35,7 +35,7 @@ def state(index, scores, **changes):
 
 
 def shifted(by):
-    return [reward + by for reward in NOISE]
+    return [reward + by * (0.9 + 0.2 * (place % 2)) for place, reward in enumerate(NOISE)]
 
 
 # ---- the interval ----------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def test_the_interval_is_student_s_over_the_problems_own_differences():
     expected = stats.ttest_rel(after, before).confidence_interval(0.95)
     assert found.mean == pytest.approx(0.4)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert (found.falls, found.rises) == (False, False)
+    assert not found.falls
 
 
 def test_pairing_sees_a_shift_that_is_small_beside_the_problems_own_spread():
@@ -61,6 +61,30 @@ def test_one_problem_has_no_interval_and_unmeasured_ones_are_left_out():
     assert told(Difference(0.5, None, None, 1)) == "+0.500 (one problem, so no interval)"
     assert not Difference(-0.5, None, None, 1).falls
     assert difference([None], [1.0]) is None
+
+
+@pytest.mark.parametrize(("problems", "falls"), [(2, False), (5, False), (6, True), (20, True)], ids=str)
+def test_the_same_difference_on_all_problems_has_no_interval_and_counts_by_the_sign_test(problems, falls):
+    by = difference([1.0] * problems, [0.0] * problems)
+    assert by == Difference(-1.0, None, None, problems)
+    assert told(by) == f"-1.000 (the same on all {problems} problems, so no interval)"
+    assert by.falls is falls
+    text = decline([state(0, [1.0] * problems), state(1, [0.0] * problems)])
+    assert (f"by 1.000 (the same on all {problems} problems, so no interval)" in (text or "")) is falls
+    assert not difference([0.0] * problems, [1.0] * problems).falls
+
+
+def test_differences_that_are_the_same_but_for_rounding_have_no_interval():
+    gaps = {0.3 - 0.6, 0.2 - 0.5, 0.9 - 1.2}
+    assert len(gaps) > 1
+    assert difference([0.6, 0.5, 1.2], [0.3, 0.2, 0.9]).low is None
+
+
+def test_a_score_that_the_same_problems_chose_is_said_to_be_favoured_by_them():
+    chosen = state(1, [], candidates=(SEED.digest, CHILD.digest), rewards=((0.0, 0.5), (0.5, 0.75)))
+    line = in_a_line([state(0, [0.25, 0.25]), chosen])
+    assert line.endswith("; the best of 2 by these problems, so favoured)")
+    assert "favoured" not in in_a_line([state(0, [0.25, 0.25]), state(1, [0.5, 0.75])])
 
 
 # ---- states ----------------------------------------------------------------------------------------
@@ -126,7 +150,8 @@ def test_a_decline_is_told_once_an_episode_and_again_after_a_recovery():
     states = [state(index, shifted(by)) for index, by in enumerate(shifts)]
     texts = [decline(states[:length]) for length in range(1, len(states) + 1)]
     assert [bool(text) for text in texts] == [False, True, False, False, True]
-    assert texts[1].startswith("validation after step 0: 0.388, below the 0.487 at the start by 0.100 (95% interval")
+    assert texts[1].startswith("validation after step 0: 0.38")
+    assert "below the 0.487 at the start by 0.100 (95% interval 0.0" in texts[1]
     assert "8 problems" in texts[1]
 
 

@@ -29,6 +29,8 @@ class FakeVLLM:
         self.paths: list[str] = []
         self.answer: tuple[int, Any] | None = None
         """(status, body) to give instead of completions."""
+        self.models: Any = None
+        """What to say instead of the list of models."""
         self.break_after: int | None = None
         """Chunks after which the connection is cut."""
         self.wait: Callable[[int], None] = lambda sent: None
@@ -48,7 +50,8 @@ class FakeVLLM:
 
             def do_GET(self) -> None:
                 fake.paths.append(self.path)
-                self._json(200, {"data": [{"id": "weights-of-the-server", "max_model_len": fake.context}]})
+                card = {"id": "weights-of-the-server", "max_model_len": fake.context}
+                self._json(200, {"data": [card]} if fake.models is None else fake.models)
 
             def do_POST(self) -> None:
                 fake.paths.append(self.path)

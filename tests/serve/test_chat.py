@@ -222,6 +222,13 @@ def test_no_other_endpoint_of_the_server_can_be_reached(app_behind, fake, path):
     assert fake.paths == []
 
 
+@pytest.mark.parametrize("models", [[], "page", {"data": []}, {"data": [7]}, {"object": "list"}], ids=str)
+def test_a_list_of_models_that_is_none_is_a_failure_of_the_engine(app_behind, fake, models):
+    fake.models = models
+    reply = ask(app_behind, {**chat(), "model": "mine"}, CHAT)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("answer", "status", "type"),
