@@ -29,9 +29,10 @@ def right(gold, pred, trace=None):
     return float(pred.answer == gold.answer)
 
 
-def play(program, speak=says_one, metric=right, example=GOLD, lm=True):
+def play(program, speak=says_one, metric=right, example=GOLD, lm=True, asks_again=False):
     """One rollout of a program over a scripted policy, and that policy."""
     policy, _ = scripted_policy(speak, version="step-000000")
+    policy.use_json_adapter_fallback = asks_again
     if lm:
         program.set_lm(policy)
     settings = PlayerSettings(threads=2, failure_score=FAILURE, format_failure_score=FORMAT, timeout_s=60)
@@ -122,14 +123,17 @@ def test_a_judge_that_is_the_policy_is_no_call_of_the_program_and_draws_the_same
     assert seeds[0] == seeds[1]
 
 
-def test_a_judge_that_is_the_policy_may_ask_again_in_json_as_it_does_outside_of_a_rollout():
+@pytest.mark.parametrize(
+    ("asks_again", "measured"), [(True, (0.75, None)), (False, (None, "metric raised AdapterParseError"))]
+)
+def test_a_judge_that_is_the_policy_asks_as_it_does_outside_of_a_rollout(asks_again, measured):
     def speak(messages, seed):
         if "gold_answer" not in messages[0]["content"]:
             return fields(answer="1")
         return '{"reasoning": "r", "verdict": 0.75}'  # ChatAdapter cannot read it, its second call can
 
-    rollout = play(Asks(), speak=speak, metric=Judging())
-    assert (rollout.reward, rollout.mask) == (0.75, None)
+    rollout = play(Asks(), speak=speak, metric=Judging(), asks_again=asks_again)
+    assert (rollout.reward, rollout.mask) == measured
     assert len(rollout.calls) == 1
 
 
