@@ -15,6 +15,8 @@ import logging
 
 import dspy
 
+from dspy_fst.asking_faults import asking_faults
+from dspy_fst.errors import ConfigurationError
 from dspy_fst.policy import PolicyLM
 from dspy_fst.rollout.adapters import describe, keep, kept_by
 from dspy_fst.rollout.copying import copied
@@ -50,6 +52,7 @@ def reconfigured(
         use_json_adapter_fallback: Whether DSPy's adapters may ask again in JSON where a reply does not parse.
 
     Raises:
+        ConfigurationError: what is said cannot be asked with; every fault is named, and no copy is made.
         ValueError: the program has no PolicyLM.
     """
     said = {
@@ -58,6 +61,8 @@ def reconfigured(
         "use_json_adapter_fallback": use_json_adapter_fallback,
     }
     sampling = {name: value for name, value in said.items() if value is not None}
+    if faults := asking_faults(adapter, sampling):
+        raise ConfigurationError(faults)
     policy_of(program)
     changed: dspy.Module = copied(program)
     lms: dict[int, PolicyLM] = {}  # one LM stays one: BestOfN and Refine refuse a module of two

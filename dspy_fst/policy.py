@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import inspect
 import secrets
 import threading
 import weakref
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from dspy_fst.engine.base import Checkpoint, Completion, Engine
 from dspy_fst.engine.memory import has_gpu
-from dspy_fst.engine.options import made
+from dspy_fst.engine.options import made, unknown_arguments
 from dspy_fst.engine.portable import PolicyState, portable_options
 from dspy_fst.engine.prompts import Ids, PromptRenderer
 from dspy_fst.engine.replies import ReplyReader
@@ -53,6 +54,7 @@ class PolicyLM(dspy.LM):
         version: str = BASE_VERSION,
         num_retries: int = 3,
         use_json_adapter_fallback: bool = False,
+        **unknown: Any,
     ):
         """Name the model; nothing is loaded or started.
 
@@ -67,14 +69,24 @@ class PolicyLM(dspy.LM):
             num_retries: How often a call that failed is asked again.
             use_json_adapter_fallback: Whether DSPy's adapters may ask again in JSON where a reply does not parse.
                 Rollouts never do, so a score with it is no score of what is trained (`dspy_fst.reconfigured`).
+            **unknown: Refused, with the names that were meant.
 
         Raises:
-            ConfigurationError: no model, or an unknown engine or unknown engine options, all of them named.
+            ConfigurationError: no model, or an unknown setting, engine or engine options, all of them named.
         """
+        own = [name for name in inspect.signature(PolicyLM).parameters if name != "unknown"]
+        faults = unknown_arguments(unknown, own)
         if not isinstance(model, str | Path) or not str(model):
-            raise ConfigurationError([f"model={model!r}: name a Hugging Face folder or a hub model"])
+            faults.append(f"model={model!r}: name a Hugging Face folder or a hub model")
         if not isinstance(engine_options, Mapping | None):
-            raise ConfigurationError([f"engine_options={engine_options!r}: pass a dict of the engine's settings"])
+            faults.append(f"engine_options={engine_options!r}: pass a dict of the engine's settings")
+        else:
+            try:
+                engine_maker(resolve_kind(engine), engine_options or {})
+            except ConfigurationError as error:
+                faults += error.faults
+        if faults:
+            raise ConfigurationError(faults)
         self.handle = EngineHandle(str(model), engine, dict(engine_options or {}), version)
         super().__init__(
             model=str(model),

@@ -21,6 +21,7 @@ from typing import Any
 
 import dspy
 
+from dspy_fst.asking_faults import asking_faults
 from dspy_fst.documents import (
     ASIDE,
     POLICY,
@@ -134,8 +135,11 @@ def load(
     Raises:
         RunDirectoryError: the folder is damaged, not a saved program, of another program, or asks for what only this
             machine may decide.
-        ConfigurationError: a frozen LM is not set, or an adapter that is not DSPy's own.
+        ConfigurationError: what is given cannot be asked with, before the folder is read; or a frozen LM is not set,
+            or an adapter that is not DSPy's own.
     """
+    if faults := asking_faults(adapter, policy_settings):
+        raise ConfigurationError(faults)
     path = Path(path).resolve()
     verify(path, ASIDE if weights_in(path) == path else ())
     saved, population, state = read_saved(path, program, trust_code=trust_code)

@@ -12,9 +12,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from dspy_fst.architectures import context_length, text_writers
+from dspy_fst.asking_faults import bad_numbers
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.chat import temperature_fault
 from dspy_fst.engine.memory import has_gpu
+from dspy_fst.engine.options import RESHAPING
 from dspy_fst.errors import briefly
 from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.adapter_folder import adapter_fault
@@ -106,7 +108,7 @@ def _sampling_faults(student: dspy.Module) -> list[str]:
     policies = policies_of(student)
     own = {name: predictor.config for name, predictor in student.named_predictors() if name in policies}
     for policy in policies.values():
-        faults += [*_bad_numbers(policy.kwargs), *_reshaping(policy.kwargs)]
+        faults += [*bad_numbers({"temperature": None, **policy.kwargs}), *_reshaping(policy.kwargs)]
     for name, config in own.items():
         faults += [f"predictor {name!r}: {fault}" for fault in _reshaping(config)]
     drawn = [config.get("temperature", policies[name].sampling_temperature) for name, config in own.items()]
@@ -115,19 +117,11 @@ def _sampling_faults(student: dspy.Module) -> list[str]:
     return list(dict.fromkeys(faults))
 
 
-def _bad_numbers(settings: Mapping[str, Any]) -> Iterator[str]:
-    temperature, longest = settings.get("temperature"), settings.get("max_tokens")
-    if fault := temperature_fault(temperature):
-        yield fault
-    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
-        yield f"max_tokens={longest!r}: it must be a whole number above 0, the longest reply in tokens"
-
-
 def _reshaping(settings: Mapping[str, Any]) -> Iterator[str]:
     """Settings under which tokens are drawn from another distribution than the one that is scored."""
     if (temperature := settings.get("temperature")) is not None and (fault := temperature_fault(temperature)):
         yield fault
-    for key in ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
+    for key in RESHAPING:
         if settings.get(key) not in (None, 0, 0.0, 1, 1.0):
             yield f"{key}={settings[key]}: training scores plain temperature sampling; remove it"
 

@@ -29,7 +29,7 @@ LAYERS = [
     ["fast", "report", "preflight.own_adapters", "preflight.parts", "preflight.precision", "preflight.restarts"],
     ["policy_stream"],
     ["policy"],
-    ["publishing", "observing"],
+    ["publishing", "observing", "asking_faults"],
     ["validation", "program_state"],
     ["documents", "fingerprints"],
     ["fit", "opening"],

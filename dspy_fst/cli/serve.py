@@ -52,11 +52,9 @@ def serve(
         Literal["auto", "vllm", "in_process"] | None, typer.Option(help="Instead of the one it was compiled with.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="Of sampling, instead of the training's; 0 is greedy.")
+        float | None, typer.Option(help="Of sampling, instead of the training's; 0 is greedy.")
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest reply in tokens, instead of the training's.")
-    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest reply in tokens, instead of the training's.")] = None,
     json_fallback: Annotated[
         bool,
         typer.Option("--json-fallback", help="Ask again in JSON where a reply does not parse; training never does."),

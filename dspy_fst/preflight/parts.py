@@ -37,15 +37,20 @@ def _adapter_faults(student: dspy.Module) -> Iterator[str]:
     and its replies would be taken down as those of the predictor whose reply it reads."""
     places = {"adapter": kept_by(student) or adapter_in_force(), **adapters_held_by(student)}
     for place, outer in places.items():
-        inner = [value for value in vars(outer).values() if isinstance(value, dspy.Adapter)]
-        for adapter in (outer, *inner):
-            kind = type(adapter).__name__
-            yield from (
-                f"{place}: {kind} asks a PolicyLM (its {name}), which would keep its weights while the run trains "
-                f"those of the student; give it a frozen LM: {name}=dspy.LM(...)"
-                for name, lm in vars(adapter).items()
-                if is_recorded(lm)
-            )
+        yield from (
+            f"{place}: {kind} asks a PolicyLM (its {name}), which would keep its weights while the run trains "
+            f"those of the student; give it a frozen LM: {name}=dspy.LM(...)"
+            for kind, name in asked_policies(outer)
+        )
+
+
+def asked_policies(outer: dspy.Adapter) -> Iterator[tuple[str, str]]:
+    """(class, attribute) of each PolicyLM that an adapter, or an adapter inside it, asks itself."""
+    inner = [value for value in vars(outer).values() if isinstance(value, dspy.Adapter)]
+    for adapter in (outer, *inner):
+        for name, lm in vars(adapter).items():
+            if is_recorded(lm):
+                yield type(adapter).__name__, name
 
 
 def no_predictors(student: dspy.Module) -> str:

@@ -10,7 +10,7 @@ from dspy.utils.exceptions import AdapterParseError
 from typer.testing import CliRunner
 
 import dspy_fst
-from dspy_fst import FSTOptimizer, PolicyLM
+from dspy_fst import ConfigurationError, FSTOptimizer, PolicyLM
 from dspy_fst.asking import how_it_asks
 from dspy_fst.cli import app
 from dspy_fst.engine.base import Completion
@@ -373,6 +373,60 @@ def test_a_program_without_a_policy_is_refused():
         dspy_fst.reconfigured(Next())
 
 
+BAD = {
+    "no adapter": ({"adapter": "xml"}, ["adapter='xml': pass an adapter, e.g. dspy.XMLAdapter()"]),
+    "a number": ({"adapter": 5}, ["adapter=5: pass an adapter"]),
+    "an object": ({"adapter": object()}, ["adapter=<object object at"]),
+    "a class": (
+        {"adapter": dspy.XMLAdapter},
+        ["adapter: XMLAdapter is a class; pass an adapter made of it, XMLAdapter(...)"],
+    ),
+    "below 0": ({"temperature": -1}, ["temperature=-1: it must be a number above 0"]),
+    "what vLLM raises": ({"temperature": 0.005}, ["temperature=0.005: vLLM samples at 0.01 instead"]),
+    "a text": ({"temperature": "1"}, ["temperature='1': it must be"]),
+    "nan": ({"temperature": float("nan")}, ["temperature=nan: it must be"]),
+    "no tokens": ({"max_tokens": 0}, ["max_tokens=0: it must be a whole number above 0"]),
+    "tokens as text": ({"max_tokens": "5"}, ["max_tokens='5': it must be"]),
+    "tokens as truth": ({"max_tokens": True}, ["max_tokens=True: it must be"]),
+    "several": (
+        {"adapter": "xml", "temperature": -1, "max_tokens": 0, "use_json_adapter_fallback": "no"},
+        ["adapter='xml'", "temperature=-1", "max_tokens=0", "use_json_adapter_fallback='no': use True or False"],
+    ),
+}
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_what_cannot_be_asked_with_is_refused_all_at_once_and_before_a_copy_is_made(said, folder):
+    words, wanted = BAD[said]
+    program, _ = compiled_like()
+    for refusing in (
+        lambda: dspy_fst.reconfigured(program, **words),
+        lambda: dspy_fst.load(folder, Next(), **words),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            refusing()
+        assert len(caught.value.faults) == len(wanted)
+        assert all(told.startswith(start) for told, start in zip(caught.value.faults, wanted, strict=True))
+
+
+def test_an_adapter_that_asks_a_policy_is_refused_after_the_training_too(folder):
+    program, _ = compiled_like()
+    adapter = dspy.TwoStepAdapter(policy_of(program))
+    for refusing in (dspy_fst.reconfigured, lambda program, adapter: dspy_fst.load(folder, program, adapter=adapter)):
+        with pytest.raises(ConfigurationError, match=r"adapter: TwoStepAdapter asks a PolicyLM \(its extraction_model"):
+            refusing(program, adapter=adapter)
+
+
+def test_load_names_what_is_no_setting_of_the_weights_with_everything_else(folder):
+    with pytest.raises(ConfigurationError) as caught:
+        dspy_fst.load(folder, Next(), temprature=0, engine="vlm", engine_options=5)
+    assert caught.value.faults == (
+        "temprature: there is no such setting; did you mean 'temperature'?",
+        "engine='vlm' is unknown; use 'auto', 'vllm' or 'in_process'",
+        "engine_options=5: pass a dict of the engine's settings",
+    )
+
+
 # ---- saved and loaded ----------------------------------------------------------------------------------
 
 
@@ -444,6 +498,17 @@ def test_serve_says_how_it_asks_and_takes_other_words(folder, monkeypatch, optio
     key = service.settings.api_key
     reply = ask(served[0], {"inputs": {"question": RAMBLES.question}}, headers={"Authorization": f"Bearer {key}"})
     assert len(engine.requests) == calls, reply.text
+
+
+def test_serve_refuses_what_cannot_be_asked_with_all_at_once(folder):
+    named = ["--program", "tests.cases.test_as_trained:Next", "--signature", "question: str -> answer: str"]
+    result = CliRunner().invoke(
+        app, ["serve", str(folder), *named, "--temperature", "0.005", "--max-tokens", "0"], catch_exceptions=False
+    )
+    assert result.exit_code == 2, result.output
+    told = " ".join(result.stderr.split())
+    assert "temperature=0.005: vLLM samples at 0.01 instead" in told
+    assert "max_tokens=0: it must be a whole number above 0" in told
 
 
 def test_a_warning_of_the_change_names_both_adapters(caplog):

@@ -110,3 +110,22 @@ def test_on_a_gpu_auto_is_bfloat16_for_both_and_a_cpu_engine_beside_it_is_told(m
     assert precision_warnings("auto", "in_process", {"device": "cuda:1"}) == []
     assert len(precision_warnings("auto", "in_process", {"device": "cpu"})) == 1
     assert len(precision_warnings("auto", "vllm", {"dtype": "float32"})) == 1
+
+
+def test_misspelt_settings_of_the_lm_are_told_all_at_once_with_the_name_that_was_meant_or_where_it_belongs():
+    with pytest.raises(ConfigurationError) as caught:
+        PolicyLM(
+            BASE, temprature=1, max_token=3, engin="vllm", top_p=0.9, max_model_len=8, engine_options={"colour": 1}
+        )
+    *told, option = caught.value.faults
+    assert told == [
+        "temprature: there is no such setting; did you mean 'temperature'?",
+        "max_token: there is no such setting; did you mean 'max_tokens'?",
+        "engin: there is no such setting; did you mean 'engine'?",
+        "top_p: there is no such setting: training scores plain temperature sampling; remove it",
+        "max_model_len: there is no such setting of the LM itself; it is the engine's: "
+        "engine_options={'max_model_len': ...}",
+    ]
+    assert "colour: there is no such option" in option
+    with pytest.raises(ConfigurationError, match="colour: there is no such setting; it has model, engine, temperature"):
+        PolicyLM(BASE, colour=1)
