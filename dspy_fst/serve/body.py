@@ -41,7 +41,7 @@ class BodyRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             most: int = request.app.state.service.settings.max_body_values
-            _require_json(request.headers.get("content-type", ""))
+            _require_json(request.headers.get("content-type", ""), request.headers.get("content-encoding", ""))
             work = partial(read, await request.body(), model, most, status)
             response: Response = await self.endpoint(await in_thread(work, request.state.ticket), request)
             return response
@@ -146,12 +146,15 @@ def _too_deep() -> ApiError:
     return ApiError(400, "too_deep", f"The body nests deeper than {MOST_DEEP} levels.")
 
 
-def _require_json(content_type: str) -> None:
+def _require_json(content_type: str, encoding: str) -> None:
     """Pages in a browser may send any other kind of body to a server on this machine without asking it first.
 
     Raises:
-        ApiError: the body is not said to be JSON.
+        ApiError: the body is not said to be JSON, or is said to be packed.
     """
+    if encoding.strip().lower() not in ("", "identity"):
+        message = "Send the body as it is, without the header 'Content-Encoding': nothing is unpacked here."
+        raise ApiError(415, "unsupported_media_type", message)
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise ApiError(415, "unsupported_media_type", "Send JSON, with the header 'Content-Type: application/json'.")

@@ -118,9 +118,27 @@ class ToolMessage(Sent):
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
+def _has_a_turn(messages: list[Message]) -> list[Message]:
+    if all(isinstance(message, SystemMessage) for message in messages):
+        raise ValueError("a message from user, assistant or tool is needed")
+    return messages
+
+
+_TURN = {"contains": {"properties": {"role": {"enum": ["user", "assistant", "tool"]}}, "required": ["role"]}}
+Messages = Annotated[
+    list[Message],
+    Field(min_length=1, max_length=MOST_MESSAGES, json_schema_extra=_TURN),
+    AfterValidator(_has_a_turn),
+]
+"""The engine in process cannot be asked without a turn, and templates differ in what they make of system text alone."""
+
+
 def as_template_reads(message: Message) -> dict[str, Any]:
-    """A message as both engines take it: without what no chat template shows."""
-    told = message.model_dump(exclude_none=True, exclude={"refusal", "annotations", "provider_specific_fields"})
+    """A message as both engines take it: without what no chat template shows.
+
+    So without ``name``, too: templates that show one would be given another prompt than the engine in process makes.
+    """
+    told = message.model_dump(exclude_none=True, exclude={"name", "refusal", "annotations", "provider_specific_fields"})
     if isinstance(message, SystemMessage):
         told["role"] = "system"
     if isinstance(message, AssistantMessage):
@@ -197,7 +215,7 @@ class ChatRequest(Sent):
 
     model_config = ConfigDict(json_schema_extra={"allOf": _TOGETHER})
     model: str
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: Messages
     temperature: Temperature | None = Field(None, description="The trained policy's own when it is not given.")
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -214,6 +232,16 @@ class ChatRequest(Sent):
     store: Off | None = None
     logit_bias: Nothing | None = None
     modalities: list[Literal["text"]] | None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    functions: None = None
+    function_call: None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    moderation: None = None
+    prompt_cache_retention: None = None
+    prompt_cache_options: None = None
     service_tier: Literal["auto", "default"] | None = None
     # A vLLM server's.
     top_p: float | None = Field(None, gt=0, le=1)

@@ -17,7 +17,7 @@ _TOLD = {
     403: "A server without a key answers to localhost only.",
     404: "There is no model of that name.",
     413: "The body is too large.",
-    415: "The body is not said to be JSON.",
+    415: "The body is not said to be JSON, or is packed (`Content-Encoding`).",
     422: "The body does not fit the schema; `faults` say where.",
     429: "The line is full; see Retry-After.",
     500: "The program failed.",

@@ -1,6 +1,7 @@
 """One caller with a lawful body keeps nobody waiting, and is told in few words what is wrong with it."""
 
 import asyncio
+import gzip
 import json
 import logging
 import threading
@@ -161,6 +162,17 @@ def test_a_body_must_be_said_to_be_json(app):
         assert (reply.status_code, reply.json()["error"]["code"]) == (415, "unsupported_media_type")
     for kind in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.mine+json"):
         assert ask(app, None, CHAT, content=body, headers={"Content-Type": kind}).status_code == 200
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br", 415), ("identity", 200)])
+def test_a_packed_body_is_refused_for_what_it_is(app, encoding, status):
+    body = json.dumps({"model": "policy", "messages": [USER]}).encode()
+    body = gzip.compress(body) if encoding == "gzip" else body
+    reply = ask(app, None, CHAT, content=body, headers={**JSON, "Content-Encoding": encoding})
+    assert reply.status_code == status
+    if status == 415:
+        assert reply.json()["error"]["code"] == "unsupported_media_type"
+        assert "Content-Encoding" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"a": NaN}', b'{"a": "\\ud800"}', b'{"a": 1e999}'])

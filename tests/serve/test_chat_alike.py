@@ -104,6 +104,37 @@ def test_the_developer_s_role_is_the_system_s_first_and_later(server, role):
     assert server.said(USER, instruction) == "user: hello | system: Be kind."
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": "Be kind."}],
+        [{"role": "developer", "content": "Be kind."}, {"role": "system", "content": "Be brief."}],
+    ],
+    ids=["system", "developer and system"],
+)
+def test_a_chat_without_a_turn_is_refused_in_plain_words(server, messages):
+    error = server.refused(*messages)
+    assert error["param"] == "messages"
+    assert "a message from user, assistant or tool is needed" in error["message"]
+    assert not server.asked
+
+
+def test_a_name_on_a_message_is_taken_and_shown_to_no_template(server):
+    named = [
+        {"role": "system", "content": "Be kind.", "name": "house"},
+        {**USER, "name": "ann"},
+        {"role": "assistant", "content": "hi", "name": "bot"},
+        {**AGAIN, "name": "bo"},
+    ]
+    assert server.said(*named) == "system: Be kind. | user: hello | assistant: hi | user: again"
+    assert not server.asked or not any("name" in message for message in server.asked[-1]["messages"])
+
+
+def test_the_result_of_a_named_tool_is_taken(server):
+    told = server.ask(USER, called('{"a": 1}'), {**RESULT, "name": "add"}, AGAIN)
+    assert told.status_code == 200, told.text
+
+
 # ---- a prompt that is too long --------------------------------------------------------------------
 
 
@@ -225,6 +256,8 @@ def test_what_cannot_be_done_is_refused_and_the_engine_is_not_asked(server, more
             {"top_p": 1, "presence_penalty": 0, "frequency_penalty": 0.0},
             {"temperature": 0},
             {"temperature": 0.01},
+            dict.fromkeys(("reasoning_effort", "verbosity", "functions", "function_call", "audio", "prediction")),
+            dict.fromkeys(("web_search_options", "moderation", "prompt_cache_retention", "prompt_cache_options")),
         )
     ],
 )
