@@ -541,5 +541,5 @@ def test_a_program_that_was_not_compiled_is_not_saved(tmp_path):
 
 
 def test_an_unknown_argument_of_the_policy():
-    with pytest.raises(ConfigurationError, match="temprature.*'temperature'"):
+    with pytest.raises(ConfigurationError, match=r"temprature.*'temperature'"):
         PolicyLM(BASE, temprature=0.1)
