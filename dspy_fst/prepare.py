@@ -38,7 +38,7 @@ from dspy_fst.run.state import moved_at
 from dspy_fst.session import Session
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Candidate, Population, version_of
-from dspy_fst.validating import CHANGED, NO_VALSET, Validation, valset_faults
+from dspy_fst.validating import CHANGED, NO_VALSET, Validation, patience_warnings, valset_faults
 from dspy_fst.validation import (
     data_faults,
     engine_faults,
@@ -237,7 +237,7 @@ def checked(
             faults += fit.faults()
             warnings = fit.warnings()
         config = settled(config, fit)
-        warnings += differing_adapter(student)
+        warnings += [*patience_warnings(config), *differing_adapter(student)]
         warnings += _model_warnings(policy, config) if room is None else []
         warnings += part_warnings(student)
         warnings += _left_out(student, read_texts(student, tools=config.tool_descriptions == "evolved"))

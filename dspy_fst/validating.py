@@ -15,6 +15,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.fast.evolve import outcome_counts
+from dspy_fst.plan import Plan
 from dspy_fst.rollout.player import Player, Task
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.refusals import refuse_stale
@@ -159,6 +160,21 @@ def valset_faults(config: FSTConfig | None, valset: Any) -> Iterator[str]:
         yield f"return_best=True: there is no valset to choose by; {advice}"
     if config.validate_every is not None:
         yield f"validate_every={config.validate_every!r}: there is no valset to measure on; {advice}"
+
+
+def patience_warnings(config: FSTConfig) -> Iterator[str]:
+    """A patience that cannot end the run: too few validations come before its end."""
+    if config.patience is None:
+        return
+    plan = Plan(config, config.problems_per_step)
+    before_the_end = plan.updates - bool(plan.cycles[-1].steps)  # a search may come after the last step
+    between = sum(plan.validates_after(step) for step in range(before_the_end))
+    if between < config.patience:
+        yield (
+            f"patience={config.patience} cannot end this run early: of its {plan.updates} steps validate_every="
+            f"{config.validate_every!r} measures after {between} that something follows; "
+            "lower validate_every or patience, or leave patience out"
+        )
 
 
 NO_VALSET = (

@@ -11,7 +11,7 @@ import dspy
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from dspy_fst.architectures import context_length, text_writers
+from dspy_fst.architectures import context_length
 from dspy_fst.asking_faults import bad_numbers
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.chat import temperature_fault
@@ -23,6 +23,7 @@ from dspy_fst.preflight.adapter_folder import adapter_fault
 from dspy_fst.preflight.chat_template import template_faults
 from dspy_fst.preflight.hub import hub_fault, means_a_path
 from dspy_fst.preflight.model_folder import folder_faults, stored_layer_fault
+from dspy_fst.preflight.model_kind import kind_faults, unreadable
 from dspy_fst.preflight.parts import no_predictors
 from dspy_fst.preflight.reach import ANSWER_S
 from dspy_fst.preflight.vllm_start import vllm_faults
@@ -310,8 +311,7 @@ def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # files of others may break in any way
-        missing = "" if path.is_dir() else "there is no such folder, and as a hub model it is "
-        return [f"{where}: {missing}not a model that transformers can read: {briefly(error)}"]
+        return [f"{where}: {unreadable(path, error)}"]
     faults = [f"{where}: {fault}" for fault in (*_kind_faults(policy, config), *_weights_faults(path))]
     if path.is_dir() and not faults and (fault := stored_layer_fault(path)):
         faults.append(f"{where}: {fault}")
@@ -332,13 +332,7 @@ def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
 
 def _kind_faults(policy: PolicyLM, config: Any) -> Iterator[str]:
     """Models that transformers would load, and that do not write text, or that trainer or engine cannot serve."""
-    given = config.architectures or []
-    if given and not set(given) & text_writers():
-        # transformers would put a random head on it, and say so in its log only.
-        yield f"it is a {given[0]}, which writes no text; choose a causal language model (...ForCausalLM)"
-    if quantized := getattr(config, "quantization_config", None):
-        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
-        yield f"its weights are quantized ({method}) and cannot be trained; choose the model in bfloat16 or float32"
+    yield from kind_faults(config)
     if policy.handle.resolved_kind == "vllm":
         yield from vllm_faults(config, policy.handle.options, on_gpu=has_gpu())
 

@@ -318,7 +318,7 @@ def test_a_folder_without_a_config_and_a_broken_one_are_told(tmp_path):
     with pytest.raises(ConfigurationError, match=r"the folder holds no config\.json"):
         find_size(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigurationError, match="its config cannot be read"):
+    with pytest.raises(ConfigurationError, match="not a model that transformers can read"):
         find_size(str(tmp_path))
 
 

@@ -21,6 +21,7 @@ LAYERS = [
         "preflight.hub",
         "preflight.known_models",
         "preflight.model_folder",
+        "preflight.model_kind",
         "preflight.reach",
         "preflight.vllm_start",
         "run.secrets",

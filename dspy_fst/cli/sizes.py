@@ -95,7 +95,9 @@ def _told(model: str, room: "Room | None", config: "FSTConfig", max_tokens: int)
     return {
         "model": model,
         "parameters": size.parameters,
-        "fits": not fit.faults() and fit.expected_to_fit,
+        "fits": not fit.faults() and fit.expected_to_fit and fit.reply_limit is None,
+        "expected_to_fit": not fit.faults() and fit.expected_to_fit,
+        "reply_limit": fit.reply_limit,
         "sure": not [*fit.faults(), *fit.doubts()],
         "engine": kind,
         "engine_options": options,
@@ -121,16 +123,26 @@ def _show(told: dict[str, Any]) -> None:
     out = Printer()
     out.heading(f"{told['model']}: {told['parameters']:,} parameters")
     show_needs(out, told["needs"])
-    if told["fits"]:
+    if told["expected_to_fit"]:
         show_micro_batch(out, told["micro_batch_tokens"])
     options = ", ".join(f"{name}: {value:g}" for name, value in told["engine_options"].items())
     out.line(f"engine: {told['engine']}{f', engine_options: {{{options}}}' if options else ''}")
     out.line(told["written"])
     out.line(told["disk_advice"])
     out.line(told["source"])
-    out.heading("It fits" if told["sure"] else "It is expected to fit" if told["fits"] else "It does not fit")
+    out.heading(_verdict(told))
     for line in (*told["faults"], *told["warnings"]):
         out.line(f"- {line}")
+
+
+def _verdict(told: dict[str, Any]) -> str:
+    if told["sure"]:
+        return "It fits"
+    if told["fits"]:
+        return "It is expected to fit"
+    if told["expected_to_fit"] and told["reply_limit"]:
+        return f"It fits only if replies stay under {told['reply_limit'] + 1} tokens; lower max_tokens"
+    return "It does not fit"
 
 
 # ---- the table ---------------------------------------------------------------------------------

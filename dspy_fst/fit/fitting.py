@@ -4,8 +4,9 @@
 does, it is the largest that is *expected* to fit, and the doubt is told.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dspy_fst.config import FSTConfig
@@ -16,6 +17,7 @@ from dspy_fst.fit.places import DISK, Room, room_now
 from dspy_fst.fit.shape import ModelSize, find_size, model_size
 from dspy_fst.fit.takes import (
     ENGINE,
+    LARGEST_SHARE,
     TRAINER,
     Subject,
     Take,
@@ -63,8 +65,17 @@ class Need:
         if self.certain <= self.free:
             return None
         shares = " and ".join(f"{shown(take.certain)} for {take.who}" for take in self.takes if take.certain)
-        advice = ", ".join(dict.fromkeys(advice for take in self.takes for advice in take.advice))
+        advice = ", ".join(dict.fromkeys(advice for take in self.takes for advice in self._advice(take)))
         return f"{self.place}: training {model} takes {shares}, and {shown(self.free)} are free; {advice}"
+
+    @property
+    def with_cuts(self) -> int:
+        """What is taken for certain when every setting that makes it less is changed."""
+        return sum(take.with_cuts for take in self.takes)
+
+    def _advice(self, take: Take) -> tuple[str, ...]:
+        """Settings are named only where they help: together they may still leave too much."""
+        return (*take.advice, *(take.cuts if self.with_cuts <= self.free else ()))
 
     def warning(self, model: str) -> str | None:
         """What may not fit, as a sentence."""
@@ -88,6 +99,8 @@ class Fit:
     chosen: bool = False
     """Whether it was chosen."""
     engine_fault: str | None = None
+    reply_limit: int | None = None
+    """Tokens of the longest reply that fits alone, where a longer one may come and does not; None: all fit."""
 
     @property
     def parameters(self) -> int:
@@ -99,8 +112,14 @@ class Fit:
         return [*found, *([self.engine_fault] if self.engine_fault else [])]
 
     def doubts(self) -> list[str]:
-        """A sentence for every place that may become too small for a time."""
-        return [warning for need in self.needs if (warning := need.warning(self.named))]
+        """A sentence for every place that may become too small for a time, and for a size that is a guess."""
+        found = [warning for need in self.needs if (warning := need.warning(self.named))]
+        if assumed := self.subject.size.assumed:
+            found.append(
+                f"{self.named}: its config.json names no {', '.join(assumed)}, so that transformers' defaults are "
+                "counted; give the whole config.json"
+            )
+        return found
 
     def warnings(self) -> list[str]:
         """The doubts, and a sentence when very much is written."""
@@ -111,7 +130,7 @@ class Fit:
 
     @property
     def expected_to_fit(self) -> bool:
-        """Whether no place becomes too small with texts as they usually are."""
+        """Whether no place becomes too small with texts as they usually are; `reply_limit` is told beside it."""
         return all(need.expected <= need.free for need in self.needs)
 
     @property
@@ -152,14 +171,41 @@ def fit_of(subject: Subject, config: FSTConfig, room: Room) -> Fit:
     """What this model and recipe take in this room."""
     auto = config.micro_batch_tokens == "auto"
     tokens = largest_that_fits(subject, config, room) if auto else int(config.micro_batch_tokens)
+    needs, reply_limit = with_reply_limit(tuple(_needs(subject, config, tokens, room)), subject, config, tokens, room)
     return Fit(
         subject,
-        tuple(_needs(subject, config, tokens, room)),
+        needs,
         writes_of(subject.size, config, on_gpu=room.on_gpu),
         tokens,
         chosen=auto,
-        engine_fault=_engine_fault(subject, room),
+        engine_fault=_engine_fault(subject, room, needs),
+        reply_limit=reply_limit,
     )
+
+
+def with_reply_limit(
+    needs: tuple[Need, ...], subject: Subject, config: FSTConfig, tokens: int, room: Room
+) -> tuple[tuple[Need, ...], int | None]:
+    """`Fit.reply_limit`, and the needs with the advice that helps against it.
+
+    A reply that is longer than a micro-batch comes alone, so that a smaller micro-batch does not help.
+    """
+    own = next(need for need in needs if any(take.who == TRAINER for take in need.takes))
+    trainer = next(take for take in own.takes if take.who == TRAINER)
+    left = own.free - own.certain
+    if not (subject.longest_reply > tokens and 0 <= left < trainer.at_most):
+        return needs, None
+
+    def at_most(length: int) -> int:
+        return update_range(replace(subject, longest_reply=length), config, 1, on_gpu=room.on_gpu)[1]
+
+    limit = bisect_right(range(1, subject.longest_reply + 1), left, key=at_most)
+    relief = f"it fits only if replies stay under {limit + 1} tokens: lower max_tokens={subject.longest_reply}"
+    if tokens > limit:
+        relief += f" and micro_batch_tokens={tokens}"
+    told = replace(trainer, relief=relief if limit else "use a smaller model")
+    takes = tuple(told if take is trainer else take for take in own.takes)
+    return tuple(replace(own, takes=takes) if need is own else need for need in needs), limit
 
 
 def largest_that_fits(subject: Subject, config: FSTConfig, room: Room) -> int:
@@ -207,7 +253,7 @@ def _given_back(subject: Subject, config: FSTConfig, room: Room) -> Room:
     return Room(free, room.gpu_total, room.imagined)
 
 
-def _engine_fault(subject: Subject, room: Room) -> str | None:
+def _engine_fault(subject: Subject, room: Room, needs: tuple[Need, ...]) -> str | None:
     """A share of the card that cannot hold the weights: the server would end while it boots."""
     if subject.kind != "vllm" or not room.on_gpu or subject.options.get("attach_url"):
         return None
@@ -215,7 +261,11 @@ def _engine_fault(subject: Subject, room: Room) -> str | None:
     least = served_bytes(subject.size)
     if least < share * room.gpu_total:
         return None
+    place = next(need for need in needs if any(take.who == ENGINE for take in need.takes))
+    others = sum(take.with_cuts for take in place.takes if take.who != ENGINE)
+    helps = least < LARGEST_SHARE * room.gpu_total and others + least <= place.free
+    advice = "raise it" if helps else "use a smaller model, or a larger card"
     return (
         f"engine_options: gpu_memory_utilization={share:g} is {shown(int(share * room.gpu_total))} of "
-        f"{shown(room.gpu_total)}, and vLLM's weights of {subject.model} alone take {shown(least)}; raise it"
+        f"{shown(room.gpu_total)}, and vLLM's weights of {subject.model} alone take {shown(least)}; {advice}"
     )

@@ -4,16 +4,19 @@ Nothing is downloaded here and no number of the weights is read. A config alone 
 model on torch's meta device, which holds shapes and no memory; both ways give the same numbers.
 """
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dspy_fst.architectures import empty_model, largest
-from dspy_fst.errors import ConfigurationError, briefly
+from dspy_fst.errors import ConfigurationError
 from dspy_fst.policy import PolicyLM
 from dspy_fst.preflight.known_models import known_models, unknown_fault
+from dspy_fst.preflight.model_kind import kind_faults, left_out, unreadable
 from dspy_fst.validation import stored_shapes
 
 HEAD = "lm_head.weight"
@@ -37,6 +40,8 @@ class ModelSize:
     """Width of a layer's keys, and of its values."""
     normed_heads: bool
     """Whether queries and keys have a norm of their own, as Qwen3's."""
+    assumed: tuple[str, ...] = ()
+    """Numbers that config.json leaves out: they are transformers' defaults."""
 
     @property
     def cached(self) -> int:
@@ -59,36 +64,63 @@ def model_size(folder: Path) -> ModelSize | None:
     Args:
         folder: A Hugging Face folder, with weights or without; or a hub name whose config lies in the local cache.
     """
-    from transformers import AutoConfig
-
     try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        shapes = stored_shapes(folder)
-    except (OSError, ValueError):
+        return _size_of(_local_config(folder), folder)
+    except Exception:  # files of others may break in any way; `model_faults` and `find_size` say how
         return None
-    return _size(config, shapes) if shapes else size_of_config(config)
 
 
 def find_size(model: str) -> ModelSize:
     """The shape of a folder's or a hub's model; no weights are needed.
 
     Raises:
-        ConfigurationError: it is not known, with where it was looked for.
+        ConfigurationError: it is not known, with where it was looked for; or it is no model that can be trained.
     """
-    from transformers import AutoConfig
-
     if fault := unknown_fault(model):
         raise ConfigurationError([fault])
-    if size := model_size(Path(model)):
-        return size
+    config = _config_of(model)
+    if faults := [f"model={model!r}: {fault}" for fault in kind_faults(config)]:
+        raise ConfigurationError(faults)
     try:
-        known = known_models().get(model)
-        config = AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(model, trust_remote_code=False)
+        size = _size_of(config, Path(model))
+    except ValueError:  # a file of weights is broken, which a run tells
+        size = size_of_config(config)
+    if size is None:
+        raise ConfigurationError([f"model={model!r}: transformers cannot make a model of its config"])
+    return size
+
+
+def _local_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _config_of(model: str) -> Any:
+    """The config of a folder, of the hub's cache, of a well-known model or of the hub, whichever comes first."""
+    from transformers import AutoConfig
+
+    with suppress(Exception):  # looked for elsewhere; the last place says why not
+        return _local_config(Path(model))
+    try:
+        known = None if Path(model).is_dir() else known_models().get(model)
+        return AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # a hub refuses in many ways, and files of others may break in any
-        raise ConfigurationError([f"model={model!r}: its config cannot be read: {briefly(error)}"]) from error
-    if size := size_of_config(config):
+        raise ConfigurationError([f"model={model!r}: {unreadable(Path(model), error)}"]) from error
+
+
+def _size_of(config: Any, folder: Path) -> ModelSize | None:
+    """By the headers of a folder's weights where there are any.
+
+    Raises:
+        ValueError: a file of weights is broken.
+    """
+    shapes = stored_shapes(folder)
+    size = _size(config, shapes) if shapes else size_of_config(config)
+    written = folder / "config.json"
+    if size is None or not written.is_file():
         return size
-    raise ConfigurationError([f"model={model!r}: transformers cannot make a model of its config"])
+    return replace(size, assumed=left_out(config, json.loads(written.read_text(encoding="utf-8"))))
 
 
 def shape_faults(policy: PolicyLM) -> list[str]:

@@ -18,6 +18,8 @@ PROCESS = GIB
 
 CACHED_TOKENS = 8 * 4096
 """Keys and values that a server should hold: eight texts of 4,096 tokens (assumed); more texts in flight wait."""
+LARGEST_SHARE = 0.95
+"""Of a card: the highest ``gpu_memory_utilization`` that is advised (ours)."""
 VLLM_WORKINGS = 3 * GIB // 2
 """Of a card, for vLLM's CUDA context, graphs and activations: assumed, never measured here."""
 
@@ -41,6 +43,15 @@ class Take:
     """That time, e.g. ``"an update"``."""
     relief: str = ""
     """What would make that less."""
+    cuts: tuple[str, ...] = ()
+    """Settings that would make ``certain`` less."""
+    least: int | None = None
+    """Bytes that those settings leave at least; None: ``certain``."""
+
+    @property
+    def with_cuts(self) -> int:
+        """What it takes for certain when every setting in ``cuts`` is changed."""
+        return self.certain if self.least is None else min(self.certain, self.least)
 
 
 @dataclass(frozen=True)
@@ -82,11 +93,13 @@ def trainer_takes(subject: Subject, config: FSTConfig, tokens: int, *, on_gpu: b
         place,
         TRAINER,
         (20 if kl else 16) * size.parameters,
-        (smaller, f"kl_coefficient=0 ({shown(4 * size.parameters)} less)") if kl else (smaller,),
+        (smaller,),
         at_most=at_most,
         expected=expected,
         when="an update",
         relief=f"lower micro_batch_tokens={tokens}",
+        cuts=(f"kl_coefficient=0 ({shown(4 * size.parameters)} less)",) if kl else (),
+        least=16 * size.parameters,
     )
     return [trainer, Take(MEMORY, "a state being saved", 12 * size.parameters, (smaller,))] if on_gpu else [trainer]
 
@@ -132,10 +145,11 @@ def _vllm_take(size: ModelSize, options: Mapping[str, Any], room: Room) -> Take:
         share = settings.gpu_memory_utilization
         place = SECOND_GPU if room.imagined and SECOND_GPU in room.free else GPU
         advice = f"lower engine_options={{'gpu_memory_utilization': {share:g}}}"
-        return Take(place, ENGINE, int(room.gpu_total * share), (advice,))
+        return Take(place, ENGINE, int(room.gpu_total * share), cuts=(advice,), least=served_bytes(size))
     weights, cache = number_bytes(settings.dtype, on_gpu=False) * size.untied, settings.cpu_kv_cache_gib
     advice = f"engine_options={{'cpu_kv_cache_gib': 1}} ({cache - 1} GiB less)"
-    return Take(MEMORY, ENGINE, weights + cache * GIB, (advice,) if cache > 1 else ())
+    cuts = (advice,) if cache > 1 else ()
+    return Take(MEMORY, ENGINE, weights + cache * GIB, cuts=cuts, least=weights + GIB)
 
 
 def _in_process_take(size: ModelSize, options: Mapping[str, Any], room: Room) -> Take:
@@ -172,7 +186,7 @@ def vllm_share(size: ModelSize, room: Room) -> float:
     """``gpu_memory_utilization``: the least on a card that the trainer is on too, most of a card of its own."""
     if SECOND_GPU in room.free:
         return 0.9
-    return min(0.95, math.ceil(20 * least_served(size) / room.gpu_total) / 20)
+    return min(LARGEST_SHARE, math.ceil(20 * least_served(size) / room.gpu_total) / 20)
 
 
 def number_bytes(dtype: str, *, on_gpu: bool) -> int:

@@ -193,8 +193,9 @@ def exhausted(states: Sequence[Validated], patience: int | None) -> StopReason |
     since = sum(state.score is not None and state.index > best.index for state in states)
     if since < patience:
         return None
+    counted = "1 validation" if since == 1 else f"{since} validations"
     text = (
-        f"{since} validations in a row brought no new best (patience={patience}): the best is {best.score:.3f} "
+        f"{counted} in a row brought no new best (patience={patience}): the best is {best.score:.3f} "
         f"{best.where}"
     )
     return StopReason("early_stopping", states[-1].step, text, MORE_PATIENCE)

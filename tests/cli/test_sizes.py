@@ -66,9 +66,27 @@ def test_two_cards_give_the_engine_one_and_nothing_is_sharded():
 
 def test_replies_longer_than_the_micro_batch_make_it_doubtful():
     said = told(SMALL, "--gpu", "24GiB", "--max-tokens", "4096")
-    assert (said["fits"], said["sure"]) == (True, False)
+    assert (said["fits"], said["sure"]) == (False, False)
     assert "an update may take up to" in said["warnings"][0]
-    assert "It is expected to fit" in invoke("sizes", SMALL, "--gpu", "24GiB", "--max-tokens", "4096").stdout
+    limit = said["reply_limit"]
+    advice = f"it fits only if replies stay under {limit + 1} tokens: lower max_tokens=4096"
+    assert advice in said["warnings"][0]
+    text = invoke("sizes", SMALL, "--gpu", "24GiB", "--max-tokens", "4096").stdout
+    assert f"It fits only if replies stay under {limit + 1} tokens; lower max_tokens" in text
+    assert told(SMALL, "--gpu", "24GiB", "--max-tokens", limit, "--micro-batch-tokens", "16")["sure"]
+    assert not told(SMALL, "--gpu", "24GiB", "--max-tokens", limit + 1, "--micro-batch-tokens", "16")["sure"]
+
+
+def test_a_smaller_micro_batch_is_not_advised_against_long_replies():
+    said = told(SMALL, "--gpu", "24GiB", "--max-tokens", "32768", "--micro-batch-tokens", "16")
+    assert not said["fits"]
+    assert "micro_batch_tokens" not in " ".join(said["warnings"])
+
+
+def test_settings_that_cannot_help_are_not_advised():
+    faults = " ".join(told("Qwen/Qwen3-8B", "--gpu", "16GiB")["faults"])
+    assert "use a smaller model" in faults
+    assert not [word for word in ("lower", "raise", "kl_coefficient") if word in faults]
 
 
 def test_without_the_kl_the_frozen_start_is_left_out():
@@ -125,6 +143,47 @@ def test_an_unknown_name_is_told_before_anything_heavy_is_imported():
     ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, env=environment)
     assert ended.stdout.split() == ["2", "False", "False"], ended.stderr
     assert "HF_HUB_OFFLINE is set" in ended.stderr
+
+
+BERT = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+QUANTIZED = {"model_type": "qwen3", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+MISTYPED = {
+    "model_type": "qwen3",
+    "hidden_size": "1024",
+    "num_hidden_layers": "abc",
+    "num_attention_heads": 16,
+    "vocab_size": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (BERT, "it is a BertForMaskedLM, which writes no text; choose a causal language model"),
+        (QUANTIZED, "its weights are quantized (gptq) and cannot be trained"),
+        (MISTYPED, "not a model that transformers can read: "),
+        ([], "not a model that transformers can read: "),
+    ],
+    ids=["encoder", "quantized", "wrong types", "a list"],
+)
+def test_a_config_that_a_run_refuses_is_refused_in_the_same_sentence(tmp_path, config_alone, project, config, said):
+    (config_alone / "config.json").write_text(json.dumps(config))
+    for command in (("sizes", config_alone), ("check", project), ("check", project, "--gpu", "24GiB")):
+        assert f"model={str(config_alone)!r}: {said}" in invoke(*command, code=2).stderr.replace("\n", " "), command
+
+
+def test_what_a_config_leaves_out_is_told(config_alone):
+    (config_alone / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    said = told(config_alone, "--gpu", "800GiB", "--max-tokens", "256")
+    lacking = "hidden_size, num_hidden_layers, num_attention_heads, vocab_size"
+    assert f"its config.json names no {lacking}, so that transformers' defaults are counted" in said["warnings"][0]
+    assert not said["sure"]
+
+
+def test_a_config_with_names_of_its_own_leaves_nothing_out(tmp_path):
+    own = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    assert find_size(str(tmp_path)).assumed == ()
 
 
 # ---- check -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dspy_fst.report.verdict import in_a_line, told
 from dspy_fst.run.paired import Difference, difference
 from dspy_fst.run.validated import Validated, best_of, best_validated, decline, exhausted, gain, handed_in, validated_in
 from dspy_fst.types import Candidate, Population
+from dspy_fst.validating import patience_warnings
 
 SEED, CHILD = Candidate({"solve": "Solve it."}), Candidate({"solve": "Solve it. <b>Be brief.</b>"})
 TERMS = {"problems": "abc", "samples": 1, "metric": "m"}
@@ -174,6 +175,7 @@ def test_patience_counts_validations_without_a_new_best():
     assert (ended[-1].kind, ended[-1].step) == ("early_stopping", 4)
     assert "the best is 0.600 after step 0" in ended[-1].text
     assert exhausted(states, None) is None
+    assert exhausted(states[:3], patience=1).text.startswith("1 validation in a row brought no new best (patience=1)")
 
 
 # ---- the settings ----------------------------------------------------------------------------------
@@ -188,6 +190,25 @@ def test_an_interval_that_is_none_is_refused_in_one_sentence(value):
 def test_patience_without_validations_is_refused():
     (fault,) = make_config({"patience": 3})[1]
     assert "set validate_every='cycle' or a number of steps" in fault
+
+
+@pytest.mark.parametrize(
+    ("recipe", "between"),
+    [
+        ({"validate_every": 1000, "patience": 1, "cycles": 1, "steps_per_cycle": 2}, 0),
+        ({"validate_every": "cycle", "patience": 1, "method": "gepa"}, 0),
+        ({"validate_every": "cycle", "patience": 1, "cycles": 1}, 0),
+        ({"validate_every": "cycle", "patience": 3, "cycles": 3}, 2),
+        ({"validate_every": "cycle", "patience": 2, "cycles": 3}, None),
+        ({"validate_every": "cycle", "patience": 3, "cycles": 3, "method": "rl_then_gepa"}, None),
+        ({"cycles": 1}, None),
+    ],
+    ids=["too far apart", "no steps", "one cycle", "too patient", "enough", "a search follows", "no patience"],
+)
+def test_a_patience_that_cannot_end_the_run_is_warned_of(recipe, between):
+    warnings = list(patience_warnings(FSTConfig(**recipe)))
+    assert len(warnings) == (between is not None)
+    assert all(f"measures after {between} that something follows" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize(
