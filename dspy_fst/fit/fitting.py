@@ -200,9 +200,9 @@ def with_reply_limit(
         return update_range(replace(subject, longest_reply=length), config, 1, on_gpu=room.on_gpu)[1]
 
     limit = bisect_right(range(1, subject.longest_reply + 1), left, key=at_most)
-    relief = f"it fits only if replies stay under {limit + 1} tokens: lower max_tokens={subject.longest_reply}"
-    if tokens > limit:
-        relief += f" and micro_batch_tokens={tokens}"
+    too_large = config.micro_batch_tokens != "auto" and tokens > limit  # "auto" follows max_tokens by itself
+    smaller = f" and micro_batch_tokens={tokens}" if too_large else ""
+    relief = f"lower max_tokens={subject.longest_reply}{smaller}: it fits only if replies stay under {limit + 1} tokens"
     told = replace(trainer, relief=relief if limit else "use a smaller model")
     takes = tuple(told if take is trainer else take for take in own.takes)
     return tuple(replace(own, takes=takes) if need is own else need for need in needs), limit

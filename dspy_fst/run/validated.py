@@ -194,8 +194,5 @@ def exhausted(states: Sequence[Validated], patience: int | None) -> StopReason |
     if since < patience:
         return None
     counted = "1 validation" if since == 1 else f"{since} validations"
-    text = (
-        f"{counted} in a row brought no new best (patience={patience}): the best is {best.score:.3f} "
-        f"{best.where}"
-    )
+    text = f"{counted} in a row brought no new best (patience={patience}): the best is {best.score:.3f} {best.where}"
     return StopReason("early_stopping", states[-1].step, text, MORE_PATIENCE)

@@ -69,7 +69,7 @@ def test_replies_longer_than_the_micro_batch_make_it_doubtful():
     assert (said["fits"], said["sure"]) == (False, False)
     assert "an update may take up to" in said["warnings"][0]
     limit = said["reply_limit"]
-    advice = f"it fits only if replies stay under {limit + 1} tokens: lower max_tokens=4096"
+    advice = f"lower max_tokens=4096: it fits only if replies stay under {limit + 1} tokens"
     assert advice in said["warnings"][0]
     text = invoke("sizes", SMALL, "--gpu", "24GiB", "--max-tokens", "4096").stdout
     assert f"It fits only if replies stay under {limit + 1} tokens; lower max_tokens" in text
@@ -81,6 +81,8 @@ def test_a_smaller_micro_batch_is_not_advised_against_long_replies():
     said = told(SMALL, "--gpu", "24GiB", "--max-tokens", "32768", "--micro-batch-tokens", "16")
     assert not said["fits"]
     assert "micro_batch_tokens" not in " ".join(said["warnings"])
+    both = told(SMALL, "--gpu", "24GiB", "--max-tokens", "4096", "--micro-batch-tokens", "1024")["warnings"][0]
+    assert "lower max_tokens=4096 and micro_batch_tokens=1024: it fits only if" in both
 
 
 def test_settings_that_cannot_help_are_not_advised():
