@@ -93,6 +93,16 @@ def saved_in(path: Path) -> Path:
     raise RunDirectoryError(f"{path} holds no {COMPILED}/ and is no folder of dspy_fst.save")
 
 
+def refuse_run(path: Path) -> None:
+    """Tell who names a run's directory where its saved program lies.
+
+    Raises:
+        RunDirectoryError: the path is a run's directory and no saved program.
+    """
+    if (path / "recipe.json").is_file() and not (path / POLICY).is_file():
+        raise RunDirectoryError(f"{path} is a run's directory; load its program from {saved_in(path)}")
+
+
 def read_saved(
     folder: Path, program: dspy.Module, *, trust_code: bool = False
 ) -> tuple[SavedPolicy, Population, dict[str, Any]]:

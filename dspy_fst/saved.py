@@ -30,6 +30,7 @@ from dspy_fst.documents import (
     WEIGHTS,
     SavedPolicy,
     read_saved,
+    refuse_run,
     weights_in,
 )
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
@@ -122,6 +123,9 @@ def load(
 ) -> dspy.Module:
     """A copy of ``program`` as it was compiled and saved: its instructions, population, adapter and trained weights.
 
+    ``population.scores`` and ``candidate_programs`` are there. ``summary()`` and ``detailed_results`` are not: they
+    tell of the run, and its directory keeps that for `dspy-fst show RUN_DIR`.
+
     Args:
         path: A folder written by `save` or `dspy_fst.export.export`.
         program: A fresh program of the same class; it is not changed. Its frozen LMs are kept.
@@ -141,6 +145,7 @@ def load(
     if faults := asking_faults(adapter, policy_settings):
         raise ConfigurationError(faults)
     path = Path(path).resolve()
+    refuse_run(path)
     verify(path, ASIDE if weights_in(path) == path else ())
     saved, population, state = read_saved(path, program, trust_code=trust_code)
     _require_frozen_lms(saved.frozen, program)

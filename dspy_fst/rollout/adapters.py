@@ -204,7 +204,8 @@ def made(saved: SavedAdapter, given: dspy.Adapter | None) -> dspy.Adapter:
     raise ConfigurationError(
         [
             f"adapter: the program was trained through {saved}, which cannot be made from its name alone; give it: "
-            "load(..., adapter=...), or dspy.configure(adapter=...) before loading"
+            "load(..., adapter=...) in Python; for a command, have the function that --program names call "
+            "dspy.configure(adapter=...)"
         ]
     )
 

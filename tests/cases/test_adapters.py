@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import cloudpickle
 import dspy
@@ -319,6 +320,54 @@ def test_an_adapter_of_the_user_s_is_taken_from_him(marked):
     assert asked_by(found)[0].startswith("M ")
     for program in (given, found):
         policy_of(program).release()
+
+
+def configured():
+    """A program whose function sets the adapter of its training."""
+    dspy.configure(adapter=MarkedAdapter())
+    return Relay()
+
+
+def test_a_command_takes_the_user_s_adapter_from_the_function_that_makes_the_program(marked):
+    def evaluated(program):
+        named = ["--program", program, "--metric", "tests.relay:any_answer", "--split", "tests.relay_split:examples"]
+        arguments = ["eval", marked, *named, "--k", 1, "--json"]
+        return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+
+    examples = ModuleType("tests.relay_split")
+    examples.examples = build(train=1, val=1, test=1).trainset
+    prompts = Prompts()
+    sys.modules["tests.relay_split"] = examples
+    try:
+        refused = evaluated("tests.relay:Relay")
+        assert refused.exit_code == 2
+        told = " ".join(refused.stderr.split())
+        assert "for a command, have the function that --program names call dspy.configure(adapter=...)" in told
+        dspy.configure(callbacks=[prompts])  # a context would hide what the function sets
+        done = evaluated(f"{__name__}:configured")
+    finally:
+        dspy.configure(adapter=None, callbacks=[])
+        del sys.modules["tests.relay_split"]
+    assert done.exit_code == 0, done.output
+    assert prompts.seen
+    assert all(prompt.startswith("M ") for prompt in prompts.seen)
+
+
+def test_a_run_s_directory_is_no_saved_program_and_the_message_names_the_one_inside(trained):
+    with pytest.raises(RunDirectoryError, match=r"is a run's directory; load its program from .*/run/compiled$"):
+        dspy_fst.load(trained[2], Relay())
+
+
+def test_dspy_s_own_file_holds_no_adapter_and_the_pages_say_so(trained, tmp_path):
+    trained[0].save(tmp_path / "program.json")
+    loaded = Relay()
+    loaded.load(tmp_path / "program.json", allow_unsafe_lm_state=True)
+    assert CHAT_FORM in asked_by(loaded)[0]
+    assert JSON_FORM in asked_by(loaded, adapter=dspy.JSONAdapter())[0]
+    policy_of(loaded).release()
+    for page in ("README.md", "docs/adapters.md"):
+        words = " ".join((Path(dspy_fst.__file__).parent.parent / page).read_text().split())
+        assert "It holds neither the population nor the adapter" in words or "does not hold it: set it by" in words
 
 
 def test_an_adapter_of_the_user_s_with_other_settings_is_told(marked, caplog):
