@@ -141,11 +141,12 @@ def distilled_rollouts(run_dir, **recipe):
     return {draw.partition("-")[0]: bool(rollout.asked) for draw, rollout in run.rollouts if rollout.calls}
 
 
-def test_a_run_takes_calls_down_for_its_teacher_only(tmp_path):
+def test_a_run_takes_calls_down_for_its_first_look_and_its_teacher_only(tmp_path):
     with dspy.context(lm=lab_policy()):
         held = distilled_rollouts(tmp_path / "held")
         taught = distilled_rollouts(tmp_path / "taught", seed_kl_teacher="population")
-    assert {*held.values()} == {False}
+    assert {draw for draw, asked in held.items() if asked} == {"preflight"}  # whose adapters are told
+    assert held["seed"] is held["search"] is held["step"] is False
     assert {draw for draw, asked in taught.items() if asked} == {"seed", "preflight"}
     assert taught["search"] is taught["step"] is False
 

@@ -23,14 +23,14 @@ class Gives(dspy.Module):
 def test_no_prediction_is_a_bad_gateway_and_no_failure_of_the_server(result):
     reply = ask(app_of(program=Gives(result)), question("x"))
     assert reply.status_code == 502
-    assert reply.json()["error"]["type"] == "no_prediction"
+    assert reply.json()["error"]["code"] == "no_prediction"
     assert "no prediction" in reply.json()["error"]["message"]
 
 
 def test_outputs_without_a_json_form_are_told_as_outputs_that_do_not_fit():
     reply = ask(app_of(program=Gives(dspy.Prediction(answer=object()))), question("x"))
     assert reply.status_code == 502
-    assert reply.json()["error"]["type"] == "outputs_invalid"
+    assert reply.json()["error"]["code"] == "outputs_invalid"
 
 
 def test_a_prediction_is_given_as_ever():
