@@ -136,9 +136,12 @@ Messages = Annotated[
 def as_template_reads(message: Message) -> dict[str, Any]:
     """A message as both engines take it: without what no chat template shows.
 
-    So without ``name``, too: templates that show one would be given another prompt than the engine in process makes.
+    So without a speaker's ``name``, too: templates that show one would be given another prompt than the engine in
+    process makes. A tool's name stays: templates of models that call tools print it.
     """
-    told = message.model_dump(exclude_none=True, exclude={"name", "refusal", "annotations", "provider_specific_fields"})
+    told = message.model_dump(exclude_none=True, exclude={"refusal", "annotations", "provider_specific_fields"})
+    if not isinstance(message, ToolMessage):
+        told.pop("name", None)
     if isinstance(message, SystemMessage):
         told["role"] = "system"
     if isinstance(message, AssistantMessage):

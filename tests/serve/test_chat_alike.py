@@ -133,6 +133,7 @@ def test_a_name_on_a_message_is_taken_and_shown_to_no_template(server):
 def test_the_result_of_a_named_tool_is_taken(server):
     told = server.ask(USER, called('{"a": 1}'), {**RESULT, "name": "add"}, AGAIN)
     assert told.status_code == 200, told.text
+    assert not server.asked or server.asked[-1]["messages"][2]["name"] == "add"
 
 
 # ---- a prompt that is too long --------------------------------------------------------------------
