@@ -452,8 +452,7 @@ class Killer:
             happened.append(str(death) if died else f"(ended before {death})")
             resumed_from.append(where(run_dir))
         self._finish(run_dir, notes)
-        again = Counter(line.split()[0] for line in _repeated((notes / "paid").read_text().splitlines()))
-        return Killed(run_dir, happened, resumed_from, again)
+        return Killed(run_dir, happened, resumed_from, _begun_again(notes))
 
     def _places(self, name: str) -> tuple[Path, Path]:
         notes = self.folder / f"{name}-notes"
@@ -493,15 +492,18 @@ class Comparison(Killer):
     """The outcome of the undisturbed run."""
     counts: dict[str, int] = field(init=False)
     """How often it passed each place."""
+    repeated: Counter[str] = field(init=False)
+    """What it does twice by itself: texts that stay are validated at the start and at the end with the same draws."""
 
     def __post_init__(self) -> None:
         self.whole, noted = self.undisturbed("whole")
+        self.repeated = _begun_again(self.folder / "whole-notes")
         self.counts, self.seconds = noted["counts"], noted["seconds"]
 
     def trial(self, name: str, *deaths: Death) -> Trial:
         """Kill a run at each moment in turn, let it end, compare, and remove it when it is equal."""
         killed = self.killed(name, *deaths)
-        twice = killed.paid_twice
+        twice = killed.paid_twice - self.repeated
         unequal = self.differing(outcome(killed.run_dir))
         if not unequal:
             shutil.rmtree(killed.run_dir)
@@ -512,6 +514,11 @@ class Comparison(Killer):
         shown = (lambda left: left) if self.engine == "in_process" else outline
         whole, found = shown(self.whole), shown(found)
         return [part for part in whole if whole[part] != found[part]]
+
+
+def _begun_again(notes: Path) -> Counter[str]:
+    """Kind -> how many acts, rollouts and reflections were begun again."""
+    return Counter(line.split()[0] for line in _repeated((notes / "paid").read_text().splitlines()))
 
 
 def _repeated(lines: Sequence[str]) -> list[str]:

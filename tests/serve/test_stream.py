@@ -195,7 +195,7 @@ def test_a_reply_that_was_heard_is_not_asked_for_again_in_json_also_where_the_pr
     with behind(program, fake) as engine:
         app = app_behind(program)
         told = events(ask(app, question("x"), STREAM).text)
-        assert told[-1][1]["error"]["type"] == "reply_not_parsed"
+        assert told[-1][1]["error"]["code"] == "reply_not_parsed"
         assert len(fake.asked) == 1
         assert ask(app, question("x")).json()["outputs"] == {"answer": "yes"}  # nobody heard the first reply
         assert engine.whole_replies == 2
