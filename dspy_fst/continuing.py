@@ -11,7 +11,7 @@ import dspy
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.policy import PolicyLM
-from dspy_fst.run.directory import COMPILED
+from dspy_fst.run.directory import COMPILED, is_run
 from dspy_fst.run.state import RunState, glance, moved_at, newest_state
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Population, version_of
@@ -24,7 +24,7 @@ def run_of(checkpoint: Checkpoint) -> Path | None:
     folder = checkpoint.path
     within = folder.parent.name in ("weights", COMPILED)
     run_dir = folder.parent.parent
-    return run_dir if folder.is_dir() and within and (run_dir / "recipe.json").is_file() else None
+    return run_dir if folder.is_dir() and within and is_run(run_dir) else None
 
 
 def optimizer_faults(config: FSTConfig, student: dspy.Module, policy: PolicyLM, run_dir: Path) -> list[str]:

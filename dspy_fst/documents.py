@@ -12,7 +12,7 @@ from dspy_fst.errors import RunDirectoryError
 from dspy_fst.program_state import read_state
 from dspy_fst.rollout.adapters import SavedAdapter
 from dspy_fst.rollout.texts import flexes, speakers, texts_like
-from dspy_fst.run.directory import COMPILED
+from dspy_fst.run.directory import COMPILED, is_run
 from dspy_fst.run.files import population_from_json
 from dspy_fst.run.plain_weights import weights_faults
 from dspy_fst.run.sealed import MANIFEST, read_document, sentences
@@ -76,6 +76,11 @@ def weights_in(folder: Path) -> Path:
     return folder / WEIGHTS if (folder / WEIGHTS).exists() else folder
 
 
+def is_saved(path: Path) -> bool:
+    """Whether the path is a saved program, not a run's directory."""
+    return (path / POLICY).is_file()
+
+
 def saved_in(path: Path) -> Path:
     """The saved program that a folder is, or that a run's directory holds.
 
@@ -83,9 +88,9 @@ def saved_in(path: Path) -> Path:
         RunDirectoryError: there is none; the message says how one comes to be there.
     """
     for folder in (path, path / COMPILED):
-        if (folder / POLICY).is_file():
+        if is_saved(folder):
             return folder
-    if (path / "recipe.json").is_file():
+    if is_run(path):
         raise RunDirectoryError(
             f"{path} holds no {COMPILED}/: the run has not come to its end, or an earlier release made it. Going on, "
             "with dspy-fst resume or by the same compile() in Python, ends it and saves the program there"
@@ -99,7 +104,7 @@ def refuse_run(path: Path) -> None:
     Raises:
         RunDirectoryError: the path is a run's directory and no saved program.
     """
-    if (path / "recipe.json").is_file() and not (path / POLICY).is_file():
+    if is_run(path) and not is_saved(path):
         raise RunDirectoryError(f"{path} is a run's directory; load its program from {saved_in(path)}")
 
 

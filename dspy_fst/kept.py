@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dspy
 
-from dspy_fst.documents import POLICY, PROGRAM, WEIGHTS
+from dspy_fst.documents import PROGRAM, WEIGHTS, is_saved
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.program_state import written_state
 from dspy_fst.run.directory import COMPILED
@@ -43,7 +43,7 @@ def save_in(run_dir: Path, compiled: dspy.Module) -> Path:
     path = run_dir / COMPILED
     if _holds(path, compiled):
         return path
-    if path.exists() and not (path / POLICY).is_file():
+    if path.exists() and not is_saved(path):
         raise RunDirectoryError(f"{path} is no saved program and is left alone; move it away")
     with writing(path):
         for left_over in run_dir.glob(f".{COMPILED}.*"):  # by a kill

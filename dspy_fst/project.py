@@ -317,9 +317,11 @@ def project_of(kind: type[Kind], settings: Mapping[str, Any], folder: Path) -> K
 
 def _file_at(path: Path) -> Path:
     """The project's file; of a folder the one in it, unless it is a run's: that may be somebody else's."""
+    from dspy_fst.run.directory import is_run
+
     if not path.is_dir():
         return path
-    if (path / "recipe.json").is_file():
+    if is_run(path):
         raise ConfigurationError(
             [f"{path} is a run's directory, no project's; dspy-fst resume goes on with it, or name your project file"]
         )

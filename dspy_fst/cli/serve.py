@@ -144,10 +144,10 @@ def _found(out: Path, program: str | None, project: Path | None) -> tuple[Path, 
     """
     from dspy_fst.project import kept_in, load_project
     from dspy_fst.recorded import Recorded
-    from dspy_fst.run.directory import PROJECT
+    from dspy_fst.run.directory import COMPILED, PROJECT, is_run
 
-    run = next((folder for folder in (out, out.parent) if (folder / "recipe.json").is_file()), None)
-    compiled = out / "compiled" if run == out else out
+    run = next((folder for folder in (out, out.parent) if is_run(folder)), None)
+    compiled = out / COMPILED if run == out else out
     if not compiled.is_dir():
         unfinished = (
             f"{out} is a run that is not finished, or that an earlier release finished: dspy-fst resume {out}, or the "

@@ -42,15 +42,11 @@ class Subject:
         return self.policy.checkpoint.version
 
 
-def is_saved(path: Path) -> bool:
-    """Whether the path is a saved program, not a run's directory."""
-    return (path / "policy.json").is_file()
-
-
 def project_and_past(
     path: Path, file: Path | None, flags: Mapping[str, Any], split: str
 ) -> "tuple[Project, Recorded, Past | None]":
     """The project, what the run or the saved program tells of itself, and the run when there is one."""
+    from dspy_fst.documents import is_saved
     from dspy_fst.past import Past
     from dspy_fst.recorded import Recorded
 
@@ -64,6 +60,7 @@ def project_and_past(
 
 def unlike(recorded: "Recorded", opened: "Opened", path: Path) -> list[str]:
     """What differs between the program and that of the run, as sentences: its figures are then not the run's."""
+    from dspy_fst.documents import is_saved
     from dspy_fst.fingerprints import program_fingerprint
     from dspy_fst.saved import policy_of
     from dspy_fst.types import Population
@@ -156,7 +153,7 @@ def subject_of(
     Raises:
         ConfigurationError, RunDirectoryError: the program, the cycle or the weights are not this run's.
     """
-    from dspy_fst.documents import refuse_code
+    from dspy_fst.documents import is_saved, refuse_code
     from dspy_fst.opening import open_player, starting_population, trainable_copy
     from dspy_fst.rollout.adapters import keep, made
     from dspy_fst.rollout.texts import read_texts, texts_like

@@ -175,7 +175,9 @@ def _sampled(project: "Project", samples: bool) -> "Project":
 
 
 def _refuse_what_has_not_begun(run_dir: Path) -> None:
-    if not (run_dir / "recipe.json").is_file():
+    from dspy_fst.run.directory import is_run
+
+    if not is_run(run_dir):
         raise RunDirectoryError(
             f"{run_dir} is not the directory of a run that has started; start one with dspy-fst run FILE"
         )

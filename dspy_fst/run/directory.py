@@ -47,6 +47,11 @@ OURS = ("recipe.json", "events.jsonl", "search.jsonl", "populations", "weights",
 Listener = Callable[[Mapping[str, Any]], None]
 
 
+def is_run(path: Path) -> bool:
+    """Whether the path is the directory of a run that has begun."""
+    return (path / "recipe.json").is_file()
+
+
 class RunDirectory:
     """One run's files. Rows are appended, documents replaced by rename.
 

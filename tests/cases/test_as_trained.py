@@ -233,17 +233,19 @@ def counts(candidate, reflective_dataset, components_to_update):
     return {name: f"{candidate[name]} Count." for name in components_to_update}
 
 
+def searched(student, run_dir, valset=None, **recipe):
+    """The student after one search in process, nothing of its weights trained."""
+    student.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=24))
+    one_search = {"method": "gepa", "cycles": 1, "group_size": 2}
+    optimizer = FSTOptimizer(metric=right, propose=counts, run_dir=run_dir, **SMALL, **one_search, **recipe)
+    return optimizer.compile(student, trainset=EXAMPLES, valset=valset)
+
+
 @pytest.mark.slow
 def test_the_population_s_scores_are_those_of_dspy_s_evaluation_on_the_same_examples(tmp_path, monkeypatch):
     """Replies follow from prompts alone here, so nothing differs by chance."""
     monkeypatch.setattr(InProcessEngine, "complete", scripted_complete)
-    student = Next()
-    student.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=24))
-    recipe = {"method": "gepa", "cycles": 1, "population_size": 2, "group_size": 2, "anchors": 4}
-    optimizer = FSTOptimizer(
-        metric=right, propose=counts, run_dir=tmp_path / "run", **SMALL, search_rollouts=12, **recipe
-    )
-    compiled = optimizer.compile(student, trainset=EXAMPLES, valset=EXAMPLES)
+    compiled = searched(Next(), tmp_path / "run", valset=EXAMPLES, population_size=2, anchors=4, search_rollouts=12)
     saved = dspy_fst.save(compiled, tmp_path / "saved")
     loaded = dspy_fst.load(saved, Next())
     assert compiled.population.scores[0] == 0.5  # the even numbers; with a second call it would be 1
@@ -256,13 +258,7 @@ def test_the_population_s_scores_are_those_of_dspy_s_evaluation_on_the_same_exam
 
 def test_an_adapter_that_the_program_sets_is_told_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(InProcessEngine, "complete", scripted_complete)
-    student = SetsItsOwn()
-    student.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=24))
-    recipe = {"method": "gepa", "cycles": 1, "population_size": 1, "group_size": 2, "anchors": 2}
-    optimizer = FSTOptimizer(
-        metric=right, propose=counts, run_dir=tmp_path / "run", **SMALL, search_rollouts=3, **recipe
-    )
-    policy_of(optimizer.compile(student, trainset=EXAMPLES)).release()
+    policy_of(searched(SetsItsOwn(), tmp_path / "run", population_size=1, anchors=2, search_rollouts=3)).release()
     notes = [event["text"] for event in read_events(tmp_path / "run") if event["event"] == "note"]
     (told,) = [text for text in notes if "the program sets itself" in text]
     assert told.startswith("predictor 'tell' speaks through XMLAdapter(")
