@@ -53,6 +53,36 @@ def signals_are_left_alone() -> Iterator[None]:
     assert after == before
 
 
+@pytest.fixture(autouse=True)
+def dspy_is_configured_as_before() -> Iterator[None]:
+    """An adapter or an LM that stays configured would change the runs of another file's tests."""
+    before = dict(settings_of_dspy())
+    yield
+    after = dict(settings_of_dspy())
+    restore_dspy(before)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)}
+    assert not changed, f"dspy.configure was left changed: {sorted(changed)}"
+
+
+@pytest.fixture
+def dspy_may_be_configured(dspy_is_configured_as_before: None) -> Iterator[None]:
+    """For tests that run a user's code, which calls ``dspy.configure``."""
+    before = dict(settings_of_dspy())
+    yield
+    restore_dspy(before)
+
+
+def settings_of_dspy() -> dict[str, object]:
+    from dspy.dsp.utils.settings import main_thread_config  # not before DSPY_CACHEDIR is set
+
+    return main_thread_config
+
+
+def restore_dspy(values: dict[str, object]) -> None:
+    settings_of_dspy().clear()
+    settings_of_dspy().update(values)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start servers first: a long one that begins last would keep one of two workers waiting."""
     long = {TESTS / name for name in COMPILE_A_LOT}

@@ -328,7 +328,8 @@ def configured():
     return Relay()
 
 
-def test_a_command_takes_the_user_s_adapter_from_the_function_that_makes_the_program(marked):
+@pytest.mark.usefixtures("dspy_may_be_configured")
+def test_a_command_takes_the_user_s_adapter_from_the_function_that_makes_the_program(marked, monkeypatch):
     def evaluated(program):
         named = ["--program", program, "--metric", "tests.relay:any_answer", "--split", "tests.relay_split:examples"]
         arguments = ["eval", marked, *named, "--k", 1, "--json"]
@@ -337,17 +338,13 @@ def test_a_command_takes_the_user_s_adapter_from_the_function_that_makes_the_pro
     examples = ModuleType("tests.relay_split")
     examples.examples = build(train=1, val=1, test=1).trainset
     prompts = Prompts()
-    sys.modules["tests.relay_split"] = examples
-    try:
-        refused = evaluated("tests.relay:Relay")
-        assert refused.exit_code == 2
-        told = " ".join(refused.stderr.split())
-        assert "for a command, have the function that --program names call dspy.configure(adapter=...)" in told
-        dspy.configure(callbacks=[prompts])  # a context would hide what the function sets
-        done = evaluated(f"{__name__}:configured")
-    finally:
-        dspy.configure(adapter=None, callbacks=[])
-        del sys.modules["tests.relay_split"]
+    monkeypatch.setitem(sys.modules, "tests.relay_split", examples)
+    refused = evaluated("tests.relay:Relay")
+    assert refused.exit_code == 2
+    told = " ".join(refused.stderr.split())
+    assert "for a command, have the function that --program names call dspy.configure(adapter=...)" in told
+    dspy.configure(callbacks=[prompts])  # a context would hide what the function sets
+    done = evaluated(f"{__name__}:configured")
     assert done.exit_code == 0, done.output
     assert prompts.seen
     assert all(prompt.startswith("M ") for prompt in prompts.seen)

@@ -283,14 +283,12 @@ def test_what_is_said_of_the_program_by_name_counts_before_the_training_and_that
     assert "was trained through ChatAdapter" in caplog.text
 
 
+@pytest.mark.usefixtures("dspy_may_be_configured")
 def test_an_adapter_that_is_set_for_the_process_changes_nothing():
     program, engine = compiled_like()
     dspy.configure(adapter=dspy.JSONAdapter())
-    try:
-        with pytest.raises(AdapterParseError):
-            program(question=RAMBLES.question)
-    finally:
-        dspy.configure(adapter=None)
+    with pytest.raises(AdapterParseError):
+        program(question=RAMBLES.question)
     assert JSON_FORM not in engine.prompts[0]
     assert asked_once(engine)
 

@@ -104,6 +104,7 @@ def openai_server(reply):
         thread.join(timeout=10)
 
 
+@pytest.mark.usefixtures("dspy_may_be_configured")
 def test_it_is_an_ordinary_dspy_program_before_any_openai_compatible_server(exported, finished):
     """As the card says it, with DSPy alone."""
     card = (exported / "README.md").read_text()

@@ -76,6 +76,7 @@ def compiled(tmp_path_factory):
 
 
 @pages
+@pytest.mark.usefixtures("dspy_may_be_configured")
 def test_the_python_snippets_of_a_page_run_one_after_the_other(page, compiled, tmp_path, monkeypatch):
     snippets = [fence for fence in fences(page, "python") if not fence.mark]
     monkeypatch.chdir(tmp_path)
