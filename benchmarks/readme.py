@@ -1,4 +1,4 @@
-"""Writes the README's tables from the figures that lie in benchmarks/results.
+"""Makes the tables of README.md, BENCHMARKS.md and the documentation from the figures in benchmarks/results.
 
 python -m programs.lab.demo --run-dir runs/readme && cp runs/readme/figures.json benchmarks/results/demo.json
 python -m benchmarks.throughput
@@ -9,7 +9,7 @@ python -m benchmarks.programs
 python -m benchmarks.sync
 python -m benchmarks.copies --before A_CHECKOUT_OF_845e963
 python -m benchmarks.real_model
-python -m benchmarks.readme
+python -m benchmarks.readme && make pages
 """
 
 import json
@@ -74,12 +74,12 @@ def throughput(rows: dict[str, Any]) -> str:
 
 
 def serving(rows: dict[str, Any]) -> str:
-    """Medians of ratios; of faults the sum, for the median of [0, 0, 37] would hide them."""
+    """Medians of ratios; totals of error counts, because the median of [0, 0, 37] would hide them."""
     body = [
         [name, row["aim"], f"{row['sum']:,}" if "sum" in row else f"{row['median']:.2g}", spread(row["values"])]
         for name, row in rows.items()
     ]
-    return table(["what", "aim", "median, of faults the sum", "spread"], body)
+    return table(["what", "aim", "median (error counts: total)", "spread"], body)
 
 
 def durability(figures: dict[str, Any]) -> str:
@@ -88,7 +88,7 @@ def durability(figures: dict[str, Any]) -> str:
         [name, str(row["trials_made"]), str(row["deaths"]), str(row["equal"]), str(row["most_acts_paid_twice"])]
         for name, row in sorted(figures.items())
     ]
-    return table(["engine", "runs", "kills", "equal", "acts of a search paid twice, at most"], rows)
+    return table(["engine", "runs", "kills", "equal", "search operations repeated, at most"], rows)
 
 
 def soak(figures: dict[str, Any]) -> str:
@@ -169,13 +169,14 @@ TABLES: dict[str, Callable[[Any], str]] = {
 
 def render(text: str) -> str:
     """A page with its tables made anew."""
-    for name, made in _tables().items():
+    for name, made in tables().items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)  # type: ignore[misc]
     return text
 
 
-def _tables() -> dict[str, str]:
+def tables() -> dict[str, str]:
+    """Name -> the table of the committed figures."""
     real = _results("real_model")
     ours = {name: write(_results(name)) for name, write in TABLES.items()}
     return ours | {f"real_{part}": table(*write(real)) for part, write in OF_REAL_MODEL.items() if part in real}

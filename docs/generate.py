@@ -1,7 +1,6 @@
 """Writes what pages say of the code into the pages, so that they can be read on a code host as on the site:
 
-    <!-- include table: demo -->                           a table of README.md or BENCHMARKS.md, from <!-- demo --> to
-                                                           <!-- end -->
+    <!-- include table: demo -->                           a table that benchmarks/readme.py makes
     <!-- include source: dspy_fst.optimizer:alternate -->  a function as it stands in the code
     <!-- include docstring: dspy_fst.fit -->               a module's docstring
     <!-- include sizes: models -->                         the table of `dspy-fst sizes --table`; or what was measured
@@ -197,9 +196,10 @@ def command_line() -> str:
 
 
 def _table(name: str) -> str:
-    """A table of the README or BENCHMARKS.md, which `python -m benchmarks.readme` writes."""
-    pages = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "BENCHMARKS.md"))
-    return re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", pages, re.DOTALL)[1]  # type: ignore[index]
+    """A table of figures that lie in benchmarks/results."""
+    from benchmarks.readme import tables
+
+    return tables()[name]
 
 
 def _source(place: str) -> str:

@@ -1,4 +1,4 @@
-"""Writes the tables of BENCHMARKS.md and README.md from raw lines alone, or prints those of lines not published.
+"""Writes the tables of BENCHMARKS.md from raw lines alone, or prints those of lines not published.
 
 python -m benchmarks.evidence.tables
 python -m benchmarks.evidence.tables runs/evidence/short/main.jsonl
@@ -8,13 +8,12 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 from benchmarks.evidence.claims import TABLES
 from benchmarks.evidence.raw import Lacking, Result, read
 
-PAGES = [Path(__file__).parent.parent.parent / name for name in ("BENCHMARKS.md", "README.md")]
+PAGES = [Path(__file__).parent.parent.parent / "BENCHMARKS.md"]
 PLACE = re.compile(r"<!-- (\w+): (\w+) (\w+) ([\w:.]+)(?: from ([\w-]+))? -->\n.*?<!-- end -->", re.DOTALL)
 """``<!-- efficiency: long main reverse_drop from weaker -->`` to ``<!-- end -->``: claim, form, experiment (or "all"),
 world (or "all") and base."""
@@ -29,7 +28,6 @@ def rendered(page: str) -> str:
     return PLACE.sub(made, page)
 
 
-@cache  # two pages hold the same table
 def _published(claim: str, form: str, experiment: str, world: str, base: str) -> str:
     results = read(form, experiment)
     return _body(claim, results, world, base) if results else "not made yet"

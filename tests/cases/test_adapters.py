@@ -362,7 +362,7 @@ def test_dspy_s_own_file_holds_no_adapter_and_the_pages_say_so(trained, tmp_path
     assert CHAT_FORM in asked_by(loaded)[0]
     assert JSON_FORM in asked_by(loaded, adapter=dspy.JSONAdapter())[0]
     policy_of(loaded).release()
-    for page in ("README.md", "docs/adapters.md"):
+    for page in ("docs/tutorial.md", "docs/adapters.md"):
         words = " ".join((Path(dspy_fst.__file__).parent.parent / page).read_text().split())
         assert "It holds neither the population nor the adapter" in words or "does not hold it: set it by" in words
 
