@@ -56,3 +56,15 @@ def test_the_example_s_program_can_be_served_and_its_metric_tells_faults():
     judged = namespace["metric"](gold, pred)
     assert judged.score == 0.5
     assert judged.feedback == "team should be 'billing'"
+
+
+def test_each_figure_of_what_was_found_is_in_a_table_of_the_evidence():
+    page = BENCHMARKS.read_text()
+    found = re.search(r"## What was found\n.*?(?=\n## )", page, re.DOTALL)[0]
+    told = re.search(r"## Does it do what the paper says\?\n.*?(?=\n## )", README.read_text(), re.DOTALL)[0]
+    tables = "\n".join(line for line in page.splitlines() if line.startswith("|"))
+    figures = set(re.findall(r"\d+\.\d+", found + told.replace("2605.12484", "")))
+    assert len(figures) > 20
+    assert figures - set(re.findall(r"\d+\.\d+", tables)) == set()
+    verdicts = re.search(r"<!-- aims: long all all -->\n(.*?)<!-- end -->", page, re.DOTALL)[1]
+    assert f"{verdicts.count('| yes |')} of the {verdicts.count('| yes |') + verdicts.count('| no |')} aims" in found
