@@ -26,17 +26,17 @@ from torch import Tensor
 from benchmarks.architectures_vllm import serve_all
 from benchmarks.families import FAMILIES, Family
 from dspy_fst import PolicyLM
-from dspy_fst.architectures import load_model
 from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
 from dspy_fst.errors import FSTError
+from dspy_fst.model_files.architectures import load_model
+from dspy_fst.preflight.validation import model_faults
 from dspy_fst.slow import losses
 from dspy_fst.slow.batching import Scored, micro_batches
-from dspy_fst.slow.policy import Policy
+from dspy_fst.slow.model import Policy
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Call, Row
-from dspy_fst.validation import model_faults
 
 TEXTS = (
     Scored((2, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42), 6, 0.7),

@@ -23,10 +23,10 @@ import dspy
 import numpy as np
 import psutil
 
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
-from dspy_fst.rollout.recording import Recording, tag_predictors
+from dspy_fst.rollout.call_recorder import Recording, tag_predictors
+from dspy_fst.rollout.components import read_texts, with_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts, with_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.run.files import write_json
 from dspy_fst.types import Problem
 

@@ -38,8 +38,8 @@ from rich.table import Table
 
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine.in_process import InProcessEngine
-from dspy_fst.engine.vllm_server import VLLMServer
-from dspy_fst.rollout.player import Player, Task
+from dspy_fst.engine.vllm.server import VLLMServer
+from dspy_fst.rollout.rollouter import Player, Task
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import read_json, sha256_of, write_json
 from dspy_fst.slow.trainer import Trainer
@@ -65,7 +65,7 @@ ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "vllm": {"cpu_kv_cache_gib": 1},
 }
 PRELOADED = [
-    *("dspy_fst.optimizer", "dspy_fst.engine.vllm_server", "programs.lab"),
+    *("dspy_fst.optimizer", "dspy_fst.engine.vllm.server", "programs.lab"),
     "transformers.models.qwen3.modeling_qwen3",
 ]
 """What the process that the children are forked from has imported, so that they start at once; it computes nothing."""

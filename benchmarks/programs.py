@@ -23,13 +23,13 @@ import transformers
 from benchmarks.evidence.run import commit
 from benchmarks.readme import program_table, spent
 from dspy_fst import FSTOptimizer, PolicyLM
-from dspy_fst.compiled import policy_of
-from dspy_fst.evaluation import estimate, play
-from dspy_fst.past import Past
-from dspy_fst.rollout.player import Player, PlayerSettings
+from dspy_fst.evaluation.measure import estimate, play
+from dspy_fst.evaluation.run_reader import Past
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings
 from dspy_fst.run.files import read_json, write_json
+from dspy_fst.training.result import policy_of
 from programs import reckon, relay
 from programs.common import Task
 from programs.lab import BASE as LAB

@@ -99,7 +99,7 @@ def lab_program() -> Any:
 
 
 def _compiled(program: Any) -> Any:
-    from dspy_fst.rollout.texts import read_texts
+    from dspy_fst.rollout.components import read_texts
     from dspy_fst.types import Population
 
     program.population = Population.of_seed(read_texts(program), 1)
@@ -152,8 +152,8 @@ def in_process(program: Any, asked: Sequence[dict[str, str]]) -> tuple[Load, lis
 def serve_forever(kind: str, settings: str) -> None:
     """Of the server's process."""
     from dspy_fst.serve.app import create_app
-    from dspy_fst.serve.run import serve
-    from dspy_fst.serve.settings import ServeSettings
+    from dspy_fst.serve.serve_settings import ServeSettings
+    from dspy_fst.serve.server import serve
 
     chosen = ServeSettings(**json.loads(settings))
     serve(create_app(PROGRAMS[kind](), chosen), chosen)

@@ -24,9 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.throughput import larger_model
 from dspy_fst.config import FSTConfig
-from dspy_fst.fit import DISK, MEMORY, Room, Subject, fit_of, model_size
-from dspy_fst.fit.arithmetic import HEAP, Reading, update_bytes
-from dspy_fst.fit.shape import ModelSize
+from dspy_fst.memory import DISK, MEMORY, Room, Subject, fit_of, model_size
+from dspy_fst.memory.arithmetic import HEAP, Reading, update_bytes
+from dspy_fst.memory.shape import ModelSize
 from dspy_fst.run.files import write_json
 from dspy_fst.slow.batching import MicroBatch
 from dspy_fst.slow.calls import completions

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from dspy_fst.engine.base import Checkpoint, Engine, Holding
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
-from dspy_fst.engine.keeper import Keeper
 from dspy_fst.engine.sync import MEAN_GAP_LIMITS, verify_identity, verify_numbers
-from dspy_fst.engine.vllm_server import VLLMSettings
+from dspy_fst.engine.vllm.server import VLLMSettings
+from dspy_fst.engine.vllm.supervisor import Keeper
 from dspy_fst.errors import SyncError
 from dspy_fst.run.files import read_json, write_json
 from dspy_fst.slow.trainer import Trainer, TrainerSettings

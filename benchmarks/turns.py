@@ -16,9 +16,9 @@ import dspy
 from dspy import lm15
 
 from dspy_fst import PolicyLM
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.slow.batching import Scored, chains
 from dspy_fst.types import Problem, Rollout
 from programs import smollm2

@@ -2,7 +2,7 @@
 
     <!-- include table: demo -->                           a table that benchmarks/readme.py makes
     <!-- include source: dspy_fst.optimizer:alternate -->  a function as it stands in the code
-    <!-- include docstring: dspy_fst.fit -->               a module's docstring
+    <!-- include docstring: dspy_fst.memory -->               a module's docstring
     <!-- include sizes: models -->                         the table of `dspy-fst sizes --table`; or what was measured
     <!-- include api: dspy_fst.save level=3 -->            the reference of a class or a function, with members=a,b,...
                                                            where not all of its members are told of

@@ -4,15 +4,20 @@ Each name is imported when it is first asked for: `dspy-fst --help`, or a typo i
 """
 
 import importlib
+import sys
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspy_fst.asking import reconfigured
     from dspy_fst.config import FSTConfig
     from dspy_fst.errors import ConfigurationError, FSTError, NothingLearnedError
     from dspy_fst.optimizer import FSTOptimizer
-    from dspy_fst.policy import PolicyLM
-    from dspy_fst.saved import load, save
+    from dspy_fst.policy_lm import PolicyLM
+    from dspy_fst.saving.reconfigure import reconfigured
+    from dspy_fst.saving.save_load import load, save
 
 __all__ = [
     "ConfigurationError",
@@ -28,13 +33,39 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("ConfigurationError", "FSTError", "NothingLearnedError"), "errors"),
-    **dict.fromkeys(("load", "save"), "saved"),
+    **dict.fromkeys(("load", "save"), "saving.save_load"),
     "FSTConfig": "config",
     "FSTOptimizer": "optimizer",
-    "PolicyLM": "policy",
-    "reconfigured": "asking",
+    "PolicyLM": "policy_lm",
+    "reconfigured": "saving.reconfigure",
 }
 """Public name -> the module that defines it."""
+
+_MOVED = {
+    "asking": "saving.reconfigure",
+    "compiled": "training.result",
+    "export": "saving.export",
+    "policy": "policy_lm",
+    "saved": "saving.save_load",
+}
+"""Modules that users may import by their names of release 0.1 -> where their contents are. Gone after release 0.2."""
+
+
+class _Moved(MetaPathFinder, Loader):
+    """An old module's name still imports, with a warning; it hands on every attribute of the new one."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        old = name.removeprefix(f"{__name__}.")
+        return ModuleSpec(name, self) if name != old and old in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = f"{__name__}.{_MOVED[module.__name__.removeprefix(f'{__name__}.')]}"
+        warnings.warn(f"{module.__name__} is {new} now; the old name goes with the next release", FutureWarning, 2)
+        found = importlib.import_module(new)
+        module.__dict__["__getattr__"] = lambda name: getattr(found, name)
+
+
+sys.meta_path.append(_Moved())
 
 
 def __getattr__(name: str) -> Any:

@@ -9,21 +9,21 @@ from typing import Any, Literal
 import dspy
 from dspy.teleprompt import Teleprompter
 
-from dspy_fst.compiled import compiled_program
 from dspy_fst.config import unknown_settings
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.evolve import evolve
-from dspy_fst.kept import keep_compiled
-from dspy_fst.prepare import open_session
-from dspy_fst.report.progress import EndingLog, ProgressView
-from dspy_fst.report.tracking import Track, Tracking, trackers_of
+from dspy_fst.monitoring.progress import EndingLog, ProgressView
+from dspy_fst.monitoring.tracking import Track, Tracking, trackers_of
+from dspy_fst.preflight.validation import argument_faults
 from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.directory import Listener
 from dspy_fst.run.interrupts import ctrl_c_told, signals_raise
-from dspy_fst.session import Session
 from dspy_fst.slow.credit import credit
+from dspy_fst.training.kept import keep_compiled
+from dspy_fst.training.prepare import open_session
+from dspy_fst.training.result import compiled_program
+from dspy_fst.training.session import Session
 from dspy_fst.types import Population
-from dspy_fst.validation import argument_faults
 
 
 class FSTOptimizer(Teleprompter):
@@ -119,8 +119,9 @@ class FSTOptimizer(Teleprompter):
 
         Returns:
             A copy that speaks the best instructions with the trained weights, with ``population``,
-            ``detailed_results``, ``summary()``, ``candidate_programs`` and ``_compiled`` set; see `dspy_fst.compiled`.
-            The same program lies in ``run_dir/compiled``, for `dspy_fst.load`, `dspy-fst serve` and other commands.
+            ``detailed_results``, ``summary()``, ``candidate_programs`` and ``_compiled`` set
+            (see `dspy_fst.training.result`). The same program lies in ``run_dir/compiled``, for `dspy_fst.load`,
+            `dspy-fst serve` and other commands.
 
         Raises:
             ConfigurationError: before any work, with every fault that was found.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import dspy
 
 from dspy_fst.errors import TrainingError
-from dspy_fst.tables import TextTable
+from dspy_fst.formatting.tables import TextTable
 
 PREDICTOR_TAG = "_fst_predictor_name"
 """Attribute that carries a predictor's name on a rollout's copy of the program, and on copies made of it."""

@@ -5,13 +5,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from dspy_fst import FSTOptimizer, PolicyLM
-from dspy_fst.compiled import policy_of
-from dspy_fst.evaluation import play
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.evaluation.measure import play
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.run.directory import read_events
+from dspy_fst.training.result import policy_of
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
 from tests.relay import any_answer, relay

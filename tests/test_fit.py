@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.fit import (
+from dspy_fst.memory import (
     DISK,
     GPU,
     MEMORY,
@@ -37,13 +37,13 @@ from dspy_fst.fit import (
     vllm_share,
     writable_fault,
 )
-from dspy_fst.fit.arithmetic import Reading, update_bytes
-from dspy_fst.fit.fitting import SPARE
-from dspy_fst.policy import PolicyLM
+from dspy_fst.memory.arithmetic import Reading, update_bytes
+from dspy_fst.memory.fitting import SPARE
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.validation import stored_shapes
 from dspy_fst.run.written import Writes, shown
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.trainer import Trainer
-from dspy_fst.validation import stored_shapes
 from programs import smollm2
 from programs.lab import BASE
 from tests.slow.makers import make_batch, make_row, save_model

@@ -5,7 +5,7 @@ import torch
 
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.engine.sync import Expected, verify
-from dspy_fst.rollout.recording import Recording
+from dspy_fst.rollout.call_recorder import Recording
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from programs.lab import BASE
 from programs.lab.demo import run

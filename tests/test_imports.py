@@ -1,65 +1,43 @@
 """Imports run one way, and heavy or foreign libraries stay in their corner."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dspy_fst"
 LAYERS = [
-    ["errors", "tables"],
-    ["types", "architectures"],
-    [
-        "config",
-        "engine.base",
-        "engine.queueing",
-        "engine.served",
-        "engine.chat",
-        "engine.chat_template",
-        "engine.prompts",
-        "preflight.environment",
-        "preflight.hub",
-        "preflight.known_models",
-        "preflight.model_folder",
-        "preflight.model_kind",
-        "preflight.reach",
-        "preflight.vllm_start",
-        "run.secrets",
-    ],
-    ["plan", "slow", "rollout", "engine", "run", "preflight.adapter_folder", "preflight.chat_template"],
-    ["fast", "report", "preflight.own_adapters", "preflight.parts", "preflight.precision", "preflight.restarts"],
-    ["policy_stream"],
-    ["policy"],
-    ["publishing", "observing", "asking_faults"],
-    ["validation", "program_state"],
-    ["documents", "fingerprints"],
-    ["fit", "opening"],
-    ["preflight.score_scale", "validating"],
-    ["session", "continuing"],
-    ["preflight.first_rollouts", "preflight.parse_trial", "preflight.what_helps"],
-    ["prepare", "saved", "past", "card"],
-    ["asking", "compiled", "export", "kept"],
-    ["optimizer", "evaluation"],
-    ["naming", "settings_file"],
-    ["project_parts"],
+    ["errors", "formatting"],
+    ["types", "config"],
+    ["model_files", "run"],
+    ["engine"],
+    ["slow", "rollout"],
+    ["fast", "policy_lm"],
+    ["report"],
+    ["monitoring", "preflight"],
+    ["memory", "saving"],
+    ["training"],
+    ["evaluation", "optimizer"],
     ["project"],
-    ["recorded"],
-    ["interop", "serve", "templates"],
+    ["serve", "templates"],
     ["cli"],
 ]
-"""From below to above. A module imports from lower layers, or from its own folder."""
+"""From below to above: packages and the root's modules. Each imports from lower layers, or from itself."""
+ROOT = {"config", "errors", "optimizer", "policy_lm", "types"}
+"""Modules beside the packages: the face, and the nouns that every room shares."""
 CORNERS = {
-    "torch": ["architectures", "slow", "engine", "policy", "cli.doctor"],
+    "torch": ["model_files.architectures", "slow", "engine", "policy_lm", "cli.doctor"],
     "gepa": ["fast"],
-    "vllm": ["engine.served"],
-    "accelerate": ["report.tracking"],
+    "vllm": ["engine.vllm.served"],
+    "accelerate": ["monitoring.tracking"],
     "trl": ["slow"],
     "scipy": ["run.paired"],
     "matplotlib": ["report.charts"],
     "jinja2": ["report.page", "engine.prompts"],
-    "rich": ["report", "cli"],
+    "rich": ["monitoring.progress", "report.summary", "cli"],
     "typer": ["cli"],
-    "yaml": ["project", "settings_file"],
+    "yaml": ["project"],
     **{name: ["serve"] for name in ("fastapi", "fastapi_offline", "starlette", "uvicorn", "prometheus_client")},
 }
 """Library -> where it may be imported."""
@@ -93,10 +71,12 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def layer_of(module: str) -> int:
-    named = [i for i, layer in enumerate(LAYERS) for name in layer if module == name]
-    parts = [i for i, layer in enumerate(LAYERS) for name in layer if module.startswith(name + ".")]
-    return (named or parts)[0]
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def layer_of(room: str) -> int:
+    return next(i for i, layer in enumerate(LAYERS) if room in layer)
 
 
 @pytest.mark.parametrize("module", sorted(modules()))
@@ -104,9 +84,26 @@ def test_imports_run_one_way(module):
     for imported in imports(modules()[module]):
         if not imported.startswith("dspy_fst."):
             continue
-        target = imported.removeprefix("dspy_fst.")
-        same_folder = "." in module and target.split(".")[0] == module.split(".")[0]
-        assert same_folder or layer_of(target) < layer_of(module), f"{module} must not import {target}"
+        target = room_of(imported.removeprefix("dspy_fst."))
+        same_room = target == room_of(module)
+        assert same_room or layer_of(target) < layer_of(room_of(module)), f"{module} must not import {imported}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = {f"dspy_fst.{name}": name for name in modules()}
+    needs = {name: {known[found] for found in imports(path) if found in known} for name, path in modules().items()}
+    TopologicalSorter(needs).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_root_holds_the_face_and_the_nouns_alone():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ROOT, "__init__"}
+
+
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
+def test_a_room_says_what_goes_in_and_what_comes_out(room):
+    contract = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
+    assert len(contract.split()) >= 15
+    assert room in {name for layer in LAYERS for name in layer}
 
 
 @pytest.mark.parametrize("module", sorted(modules()))

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 import dspy_fst
 from dspy_fst import ConfigurationError
-from dspy_fst.compiled import policy_of
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
+from dspy_fst.training.result import policy_of
 from tests.cli.conftest import invoke
 from tests.relay import Relay
 from tests.test_compile import compile_relay
@@ -274,7 +274,7 @@ def test_a_python_run_is_shown_reported_exported_and_served(of_python, here, mon
     invoke("export", of_python, "exported")
     assert dspy_fst.load("exported", Relay()).population.members
     served = []
-    monkeypatch.setattr("dspy_fst.serve.run.serve", lambda app, settings: served.append(app))
+    monkeypatch.setattr("dspy_fst.serve.server.serve", lambda app, settings: served.append(app))
     invoke("serve", of_python, "--program", "mine_too:Relay", "--signature", "numbers: str -> answer: str")
     assert len(served) == 1
     assert "is finished" in invoke("resume", of_python).stderr

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dspy_fst.config import FSTConfig, make_config
-from dspy_fst.plan import Plan
+from dspy_fst.training.plan import Plan
 
 
 def test_the_defaults_are_the_paper_s():

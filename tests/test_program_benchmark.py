@@ -5,7 +5,7 @@ import pytest
 from benchmarks.programs import ARMS, TASKS, Run
 from benchmarks.readme import program_table, spent
 from dspy_fst.config import FSTConfig
-from dspy_fst.plan import Plan
+from dspy_fst.training.plan import Plan
 
 
 @pytest.mark.parametrize("program", TASKS)

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from dspy_fst.report.progress import NOTEBOOK_S, ProgressView, counted, sparkline
+from dspy_fst.monitoring.progress import NOTEBOOK_S, ProgressView, counted, sparkline
 from tests.report.happenings import cycle, plan, step
 
 INSTRUCTION = "Reverse\nthe [[ ## list ## ]].\x1b[2J " + "x" * 100
@@ -200,7 +200,7 @@ def test_other_libraries_bars_are_silent_in_the_view_and_as_before_after_it(monk
 
 
 NOTEBOOK = f"""
-from dspy_fst.report.progress import ProgressView
+from dspy_fst.monitoring.progress import ProgressView
 
 with ProgressView("demo") as view:
     for _ in range(50):

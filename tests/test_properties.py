@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.fast.pareto import frontier, top_k
-from dspy_fst.plan import Plan
 from dspy_fst.run.files import population_from_json, population_to_json, write_json
 from dspy_fst.slow.checkpoint import read_state, write_state
 from dspy_fst.slow.credit import EPSILON, credit
+from dspy_fst.training.plan import Plan
 from dspy_fst.types import Candidate, Group, Population
 from tests.slow.makers import make_call, make_rollout
 

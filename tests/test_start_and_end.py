@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 
 import dspy_fst
 from dspy_fst import FSTOptimizer
-from dspy_fst.compiled import CompiledResults, policy_of
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.past import Past
+from dspy_fst.evaluation.run_reader import Past
+from dspy_fst.monitoring.history import best_versions
 from dspy_fst.report.listing import list_runs
 from dspy_fst.report.record import read_records
 from dspy_fst.report.summary import Summary
 from dspy_fst.report.verdict import verdict
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
-from dspy_fst.run.history import best_versions
+from dspy_fst.training.result import CompiledResults, policy_of
 from tests.cli.conftest import invoke
 from tests.fixtures.first_release import made
 from tests.fixtures.first_release.made import TRAINSET, Taking, student

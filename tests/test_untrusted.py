@@ -19,11 +19,11 @@ import dspy_fst
 from dspy_fst import ConfigurationError, PolicyLM
 from dspy_fst.engine.in_process import InProcessSettings
 from dspy_fst.engine.portable import OF_ENGINE, PortableOptions
-from dspy_fst.engine.vllm_server import VLLMSettings
+from dspy_fst.engine.vllm.server import VLLMSettings
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.rollout.texts import read_texts
-from dspy_fst.run import sealed
-from dspy_fst.run.sealed import MANIFEST, seal
+from dspy_fst.rollout.components import read_texts
+from dspy_fst.run import manifest as sealed
+from dspy_fst.run.manifest import MANIFEST, seal
 from dspy_fst.types import Candidate, Population
 from programs.lab import BASE
 from tests.relay import Relay, relay
@@ -156,7 +156,7 @@ def test_no_change_of_a_byte_goes_unseen(pristine, tmp_path_factory, data):
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(dspy_fst.saved, "seal", lambda *_: 1 / 0)
+    monkeypatch.setattr(dspy_fst.saving.save_load, "seal", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dspy_fst.save(compiled_relay(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -20,14 +20,14 @@ import transformers
 from benchmarks.evidence.arms import ARMS, RECIPE
 from benchmarks.evidence.marks import base_mark, world_mark
 from dspy_fst import FSTOptimizer, PolicyLM, load, save
-from dspy_fst.compiled import policy_of
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.evaluation import drift_of
-from dspy_fst.past import Past
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.evaluation.measure import drift_of
+from dspy_fst.evaluation.run_reader import Past
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.run.files import write_json
+from dspy_fst.training.result import policy_of
 from dspy_fst.types import Candidate, Problem, Rollout, version_of
 from programs.lab import BASE, FeedbackProposer, build
 from programs.lab.measure import load as load_model

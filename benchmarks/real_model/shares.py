@@ -7,9 +7,9 @@ from typing import Any
 import dspy
 
 from dspy_fst import PolicyLM
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.types import Problem, Rollout
 from programs.smollm2 import moods
 

@@ -18,17 +18,17 @@ from dspy_fst.cli.proposer import nobody_proposes, proposer_warnings, unreached
 from dspy_fst.cli.room import UNTRIED, Card, Cards, described_room, needs, show_micro_batch, show_needs
 from dspy_fst.cli.tables import Printer
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.report.words import duration
+from dspy_fst.formatting.numbers import duration
 from dspy_fst.run.interrupts import signals_raise
 
 if TYPE_CHECKING:
     import dspy
 
     from dspy_fst.config import FSTConfig
-    from dspy_fst.fit import Room
-    from dspy_fst.policy import PolicyLM
-    from dspy_fst.project import Opened, Project
-    from dspy_fst.rollout.player import Player
+    from dspy_fst.memory import Room
+    from dspy_fst.policy_lm import PolicyLM
+    from dspy_fst.project.project_file import Opened, Project
+    from dspy_fst.rollout.rollouter import Player
     from dspy_fst.types import Rollout
 
 SAMPLED = 8
@@ -86,12 +86,12 @@ def _told(file: Path, measure: bool, room: "Room | None") -> dict[str, Any]:
     Raises:
         ConfigurationError: with every fault, as a run would tell them.
     """
-    from dspy_fst.fit import measure_fit
+    from dspy_fst.memory import measure_fit
+    from dspy_fst.monitoring.progress import without_loading_bars
     from dspy_fst.preflight.score_scale import of_labels, scale_warnings
-    from dspy_fst.prepare import checked
-    from dspy_fst.project import load_project
-    from dspy_fst.report.progress import without_loading_bars
-    from dspy_fst.validation import policies_of
+    from dspy_fst.preflight.validation import policies_of
+    from dspy_fst.project.project_file import load_project
+    from dspy_fst.training.prepare import checked
 
     typer.echo("reading the project", err=True)
     project = load_project(file)
@@ -133,7 +133,7 @@ def _told(file: Path, measure: bool, room: "Room | None") -> dict[str, Any]:
 
 
 def _project(project: "Project", opened: "Opened", policy: "PolicyLM", run_dir: Path) -> dict[str, Any]:
-    from dspy_fst.preflight.chat_template import template_kind
+    from dspy_fst.preflight.template_checks import template_kind
     from dspy_fst.rollout.adapters import adapter_in_force, describe, kept_by
 
     reflection = project.reflection_lm.model if project.reflection_lm else None
@@ -181,7 +181,7 @@ def _chooses_micro_batch(project: "Project") -> bool:
 
 def _plan(config: "FSTConfig", opened: "Opened", policy: "PolicyLM") -> dict[str, Any]:
     """What each phase may spend at most; tokens are those of rollouts that call each trained predictor once."""
-    from dspy_fst.plan import Plan
+    from dspy_fst.training.plan import Plan
 
     plan = Plan(config, len(opened.trainset))
     budget = plan.budget(len(opened.valset or ()))
@@ -205,7 +205,7 @@ def _plan(config: "FSTConfig", opened: "Opened", policy: "PolicyLM") -> dict[str
 
 def _longest_rollout(program: "dspy.Module", policy: "PolicyLM") -> int | None:
     """Sampled tokens of a rollout that calls each trained predictor once, at most; None without a limit."""
-    from dspy_fst.validation import policies_of
+    from dspy_fst.preflight.validation import policies_of
 
     own = {name: predictor.config for name, predictor in program.named_predictors()}
     limits = [own[name].get("max_tokens", lm.reply_limit) for name, lm in policies_of(program).items()]
@@ -222,8 +222,8 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
         ConfigurationError: the program or its metric cannot be measured.
         EngineError: the engine does not start.
     """
-    from dspy_fst.opening import open_player, trainable_copy
-    from dspy_fst.validation import context_faults, policies_of
+    from dspy_fst.preflight.validation import context_faults, policies_of
+    from dspy_fst.training.opening import open_player, trainable_copy
 
     typer.echo("starting the engine", err=True)
     policy = next(iter(policies_of(opened.program).values())).fork()
@@ -263,8 +263,8 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
 
 def _timed(player: "Player", opened: "Opened", count: int) -> "tuple[float, list[Rollout]]":
     """Seconds that rollouts of the first examples take together."""
-    from dspy_fst.rollout.player import Task
-    from dspy_fst.rollout.texts import read_texts
+    from dspy_fst.rollout.components import read_texts
+    from dspy_fst.rollout.rollouter import Task
     from dspy_fst.types import Problem
 
     seed = read_texts(opened.program)

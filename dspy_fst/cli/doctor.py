@@ -184,7 +184,7 @@ def _engine() -> Iterator[Finding]:
     try:
         import torch
 
-        from dspy_fst.policy import resolve_kind
+        from dspy_fst.policy_lm import resolve_kind
     except Exception as error:  # a broken installation may raise anything
         words = f"{type(error).__name__}: {' '.join(str(error).split())}"
         yield Finding("import", words, "wrong", REINSTALL)
@@ -212,7 +212,7 @@ def _engine() -> Iterator[Finding]:
 def _room() -> Iterator[Finding]:
     """Memory, the working directory's disk and the shared memory that processes of a server speak through."""
     try:
-        from dspy_fst.fit import free_memory
+        from dspy_fst.memory import free_memory
 
         yield _free("memory", free_memory(), LITTLE_MEMORY, "close other programs, or take a larger machine")
     except ImportError:
@@ -260,7 +260,7 @@ def _hub() -> Finding:
     try:
         from huggingface_hub import constants
 
-        from dspy_fst.preflight.hub import hub_silence
+        from dspy_fst.model_files.hub import hub_silence
     except Exception as error:  # a broken installation may raise anything
         return Finding("model hub", f"huggingface_hub does not import ({briefly(error)})", "wrong", REINSTALL)
     silence = hub_silence()

@@ -20,7 +20,7 @@ from dspy_fst.run.interrupts import signals_raise
 if TYPE_CHECKING:
     import dspy
 
-    from dspy_fst.evaluation import Estimate, TwoByTwo
+    from dspy_fst.evaluation.measure import Estimate, TwoByTwo
     from dspy_fst.types import Candidate
 
 
@@ -51,7 +51,7 @@ def eval(  # the command's name
     Of any cycle's population and weights, on any split.
     """
     with errors_as_text(debug):
-        from dspy_fst.report.progress import without_loading_bars
+        from dspy_fst.monitoring.progress import without_loading_bars
 
         if two_by_two and candidate != "best":
             raise ConfigurationError(["--candidate: --two-by-two compares the seed and the best; leave one out"])
@@ -81,7 +81,7 @@ def eval(  # the command's name
 
 def _scored(subject: Subject, candidate: str, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
     """One result for each candidate."""
-    from dspy_fst.evaluation import INTERVAL, estimate, play
+    from dspy_fst.evaluation.measure import INTERVAL, estimate, play
 
     chosen = _chosen(subject, candidate)
     results = []
@@ -96,7 +96,7 @@ def _scored(subject: Subject, candidate: str, examples: "list[dspy.Example]", k:
 
 
 def _chosen(subject: Subject, name: str) -> "list[Candidate]":
-    from dspy_fst.documents import refuse_code
+    from dspy_fst.saving.format import refuse_code
 
     population = subject.population
     named = {"best": [population.best], "all": list(population.unique()), "seed": [subject.seed]}
@@ -135,7 +135,7 @@ def _figures(made: "Estimate", wanted: int) -> dict[str, Any]:
 
 def _crossed(subject: Subject, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
     """The table of {base, trained} x {seed, evolved}, one result."""
-    from dspy_fst.evaluation import INTERVAL, table
+    from dspy_fst.evaluation.measure import INTERVAL, table
     from dspy_fst.types import version_of
 
     if subject.past is None:
@@ -190,7 +190,7 @@ def _progress(rollouts: int, weights: str) -> Iterator[Any]:
 def _keep(subject: Subject, results: Sequence[Mapping[str, Any]]) -> Path | None:
     """Add the results to the run's evaluations; those of a saved program outside of a run, or of another program than
     the run's, have no place there."""
-    from dspy_fst.evaluation import EVALUATIONS, keep
+    from dspy_fst.evaluation.measure import EVALUATIONS, keep
     from dspy_fst.run.secrets import Redactor
 
     if subject.past is None or subject.warnings:
@@ -241,7 +241,7 @@ def _columns(first: str, k: int) -> tuple[str, ...]:
 
 
 def _row(name: str, of: Mapping[str, Any]) -> list[str]:
-    from dspy_fst.report.words import interval, number
+    from dspy_fst.formatting.numbers import interval, number
 
     return [
         name,

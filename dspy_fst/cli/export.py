@@ -21,7 +21,7 @@ def export(
     it. The weights are whole: the trainer has no LoRA to merge.
     """
     with errors_as_text(debug):
-        from dspy_fst.export import export as write
+        from dspy_fst.saving.export import export as write
 
         written = write(source, out)
         files = sorted(path.name for path in written.iterdir())

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     import dspy
 
     from dspy_fst.config import FSTConfig
-    from dspy_fst.policy import PolicyLM
-    from dspy_fst.rollout.player import Player
+    from dspy_fst.policy_lm import PolicyLM
+    from dspy_fst.rollout.rollouter import Player
     from dspy_fst.types import Population, Rollout
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """As much of a run as a trial of other forms needs (`dspy_fst.preflight.parse_trial.Subject`)."""
+    """As much of a run as a trial of other forms needs (`dspy_fst.training.parse_trial.Subject`)."""
 
     program: "dspy.Module"
     trainset: "Sequence[dspy.Example]"
@@ -43,11 +43,11 @@ def remedies(
         policy: What the program speaks with.
         config: The recipe; ``parse_trial`` says how many rollouts each form gets, and 0 tries none.
     """
-    from dspy_fst.preflight.first_rollouts import HARDLY
-    from dspy_fst.preflight.parse_trial import announced, parse_share, trial
-    from dspy_fst.rollout.shown import failed_reply_of
-    from dspy_fst.rollout.texts import read_texts
-    from dspy_fst.run.form_advice import Form, form_advice
+    from dspy_fst.monitoring.form_advice import Form, form_advice
+    from dspy_fst.rollout.components import read_texts
+    from dspy_fst.rollout.summaries import failed_reply_of
+    from dspy_fst.training.first_rollouts import HARDLY
+    from dspy_fst.training.parse_trial import announced, parse_share, trial
     from dspy_fst.types import Population
 
     share = parse_share(rollouts)

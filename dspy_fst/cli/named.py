@@ -13,8 +13,8 @@ import typer
 from dspy_fst.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from dspy_fst.project import Project
-    from dspy_fst.recorded import Recorded
+    from dspy_fst.project.project_file import Project
+    from dspy_fst.project.recorded import Recorded
 
 REFERENCE, EXAMPLES = "MODULE:ATTRIBUTE", "MODULE:ATTRIBUTE|FILE.jsonl"
 Program = Annotated[
@@ -72,7 +72,7 @@ def project_for(
     Raises:
         ConfigurationError: with everything that is missing, or because code would be taken from the run itself.
     """
-    from dspy_fst.project import kept_in, load_project
+    from dspy_fst.project.project_file import kept_in, load_project
     from dspy_fst.run.directory import PROJECT
 
     given = {setting: value for setting, value in flags.items() if value}

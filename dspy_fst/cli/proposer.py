@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dspy_fst.preflight.reach import why_silent
+from dspy_fst.model_files.reach import why_silent
 
 if TYPE_CHECKING:
-    from dspy_fst.project import Opened, Project
+    from dspy_fst.project.project_file import Opened, Project
 
 
 def nobody_proposes(project: "Project") -> bool:

@@ -9,7 +9,7 @@ from dspy_fst.cli.tables import Printer
 from dspy_fst.run.written import GIB, MIB, shown
 
 if TYPE_CHECKING:
-    from dspy_fst.fit import Fit, Room
+    from dspy_fst.memory import Fit, Room
 
 UNITS = {"GIB": GIB, "G": GIB, "GB": 10**9, "MIB": MIB, "M": MIB, "MB": 10**6, "": GIB}
 """Unit -> bytes. A bare number is of GiB: what vendors call an 80 GB card has about 80 GiB."""
@@ -32,7 +32,7 @@ def described_room(gpu: str | None, cards: int) -> "Room | None":
             raise typer.BadParameter("say how large each card is: --gpu 24GiB --cards 2")
         return None
     card = read_size(gpu)
-    from dspy_fst.fit import imagined_room  # after what may be wrong with the options: it takes seconds
+    from dspy_fst.memory import imagined_room  # after what may be wrong with the options: it takes seconds
 
     return imagined_room(card, cards)
 
@@ -51,7 +51,7 @@ def read_size(text: str) -> int:
 
 def needs(fit: "Fit | None") -> list[dict[str, Any]] | None:
     """Bytes by place; None before anything is known of the model. ``free`` is None where nobody looked."""
-    from dspy_fst.fit import UNKNOWN
+    from dspy_fst.memory import UNKNOWN
 
     if fit is None:
         return None

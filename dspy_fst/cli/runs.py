@@ -55,7 +55,7 @@ def runs(
 
 
 def _row(folder: Path, run: "Listed") -> list[str]:
-    from dspy_fst.report.words import DASH, number
+    from dspy_fst.formatting.numbers import DASH, number
 
     mark = " r" if run.measured == "reward" else ""
     scores = [DASH if score is None else f"{number(score)}{mark}" for score in (run.start, run.end)]

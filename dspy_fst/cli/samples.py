@@ -59,7 +59,7 @@ def _method(record: "Record") -> str:
 
 
 def _print(out: "Printer", step: int, sample: "Played") -> None:
-    from dspy_fst.report.words import number
+    from dspy_fst.formatting.numbers import number
 
     earned = f"reward {number(sample.reward)}" + (f", {sample.lost}" if sample.lost else "")
     where = f" in {sample.failed_in}" if sample.failed_in else ""

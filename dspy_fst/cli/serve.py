@@ -16,10 +16,10 @@ from dspy_fst.cli.common import Debug, TrustCode, errors_as_text
 from dspy_fst.cli.named import Program, ProjectFile, asked_for, working_folder
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.run.interrupts import signals_raise
-from dspy_fst.serve.settings import ChoiceName, ServeSettings
+from dspy_fst.serve.serve_settings import ChoiceName, ServeSettings
 
 if TYPE_CHECKING:
-    from dspy_fst.project import Project
+    from dspy_fst.project.project_file import Project
 
 
 def serve(
@@ -97,13 +97,13 @@ def serve(
         typer.echo("reading the program", err=True)
         try:
             from dspy_fst.serve.app import create_app
-            from dspy_fst.serve.run import serve as listen
+            from dspy_fst.serve.server import serve as listen
         except ModuleNotFoundError as error:
             raise ConfigurationError([f"{error}; serving is an extra: pip install 'dspy-fst[serve]'"]) from error
-        from dspy_fst.asking import how_it_asks
-        from dspy_fst.naming import importable, make_program
-        from dspy_fst.report.progress import without_loading_bars
-        from dspy_fst.saved import load
+        from dspy_fst.monitoring.progress import without_loading_bars
+        from dspy_fst.project.names import importable, make_program
+        from dspy_fst.saving.reconfigure import how_it_asks
+        from dspy_fst.saving.save_load import load
 
         said = {"engine": engine, "temperature": temperature, "max_tokens": max_tokens}
         policy: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
@@ -142,8 +142,8 @@ def _found(out: Path, program: str | None, project: Path | None) -> tuple[Path, 
         ConfigurationError: nothing names the class, or it would be taken from OUT itself.
         RunDirectoryError: there is no compiled program.
     """
-    from dspy_fst.project import kept_in, load_project
-    from dspy_fst.recorded import Recorded
+    from dspy_fst.project.project_file import kept_in, load_project
+    from dspy_fst.project.recorded import Recorded
     from dspy_fst.run.directory import COMPILED, PROJECT, is_run
 
     run = next((folder for folder in (out, out.parent) if is_run(folder)), None)

@@ -177,7 +177,7 @@ def _state(run_dir: Path, record: "Record") -> str:
 
 
 def _cycles(record: "Record") -> tuple[Sequence[str], list[list[str]]]:
-    from dspy_fst.report.words import number
+    from dspy_fst.formatting.numbers import number
 
     columns = ("cycle", "rollouts", "reused", "reflections", "accepted", "carried", "found", "population", "reward")
     rows = [
@@ -203,8 +203,8 @@ def _steps(steps: Sequence["StepReport"]) -> tuple[Sequence[str], list[list[str]
 
 
 def _step(step: "StepReport") -> list[str]:
+    from dspy_fst.formatting.numbers import DASH, number
     from dspy_fst.report.record import lost_of
-    from dspy_fst.report.words import DASH, number
 
     update, lost = step.update, lost_of(step.counts)
     # An update of an empty batch measured nothing, whatever numbers it holds.
@@ -225,7 +225,7 @@ def _step(step: "StepReport") -> list[str]:
 
 
 def _predictors(record: "Record") -> tuple[Sequence[str], list[list[str]]]:
-    from dspy_fst.report.words import DASH, number, plain, share, signed
+    from dspy_fst.formatting.numbers import DASH, number, plain, share, signed
 
     columns = ("predictor", "calls", "tokens", "cut off", "unparsed", "learnt", "positive", "advantage", "flat")
     rows = [
@@ -244,7 +244,7 @@ def _predictors(record: "Record") -> tuple[Sequence[str], list[list[str]]]:
 
 
 def _print_population(out: Any, record: "Record") -> None:
-    from dspy_fst.report.words import number
+    from dspy_fst.formatting.numbers import number
 
     members = _members(record)
     out.heading("Population")
@@ -295,7 +295,7 @@ def _print_trouble(out: Any, record: "Record") -> None:
 
 
 def _print_evaluations(out: Any, record: "Record") -> None:
-    from dspy_fst.report.words import interval, number, plain, share, with_error
+    from dspy_fst.formatting.numbers import interval, number, plain, share, with_error
 
     if not record.evaluations and record.two_by_two is None:
         return

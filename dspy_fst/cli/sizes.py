@@ -20,12 +20,12 @@ from dspy_fst.cli.room import (
 )
 from dspy_fst.cli.tables import Printer
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.preflight.known_models import known_models, unknown_fault
+from dspy_fst.model_files.known import known_models, unknown_fault
 from dspy_fst.run.written import GIB, shown
 
 if TYPE_CHECKING:
     from dspy_fst.config import FSTConfig
-    from dspy_fst.fit import Fit, Room
+    from dspy_fst.memory import Fit, Room
 
 LONGEST_REPLY = 1024
 """Tokens: the default ``max_tokens`` of a PolicyLM."""
@@ -84,8 +84,8 @@ def _recipe(kl: bool, tokens: str) -> "FSTConfig":
 
 
 def _told(model: str, room: "Room | None", config: "FSTConfig", max_tokens: int) -> dict[str, Any]:
-    from dspy_fst.fit import Subject, find_size, fit_of, room_now, vllm_share
-    from dspy_fst.policy import resolve_kind
+    from dspy_fst.memory import Subject, find_size, fit_of, room_now, vllm_share
+    from dspy_fst.policy_lm import resolve_kind
 
     size = find_size(model)
     where = room or room_now(Path.cwd())
@@ -157,7 +157,7 @@ def size_table() -> str:
 
 
 def _rows() -> Iterator[list[str]]:
-    from dspy_fst.fit import find_size
+    from dspy_fst.memory import find_size
 
     for model in known_models():
         size = find_size(model)
@@ -166,7 +166,7 @@ def _rows() -> Iterator[list[str]]:
 
 
 def _row(model: str, size: Any, config: "FSTConfig", kl: bool) -> list[str]:
-    from dspy_fst.fit import DISK, MEMORY, Subject, fit_of, imagined_room, least_served, vllm_share
+    from dspy_fst.memory import DISK, MEMORY, Subject, fit_of, imagined_room, least_served, vllm_share
 
     fits = []
     for card in TABLE_CARDS:

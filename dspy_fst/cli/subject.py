@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     import dspy
 
     from dspy_fst.config import FSTConfig
-    from dspy_fst.past import Past
-    from dspy_fst.policy import PolicyLM
-    from dspy_fst.project import Opened, Project
-    from dspy_fst.recorded import Recorded
-    from dspy_fst.rollout.player import Player
+    from dspy_fst.evaluation.run_reader import Past
+    from dspy_fst.policy_lm import PolicyLM
+    from dspy_fst.project.project_file import Opened, Project
+    from dspy_fst.project.recorded import Recorded
+    from dspy_fst.rollout.rollouter import Player
     from dspy_fst.types import Candidate, Population
 
 
@@ -46,9 +46,9 @@ def project_and_past(
     path: Path, file: Path | None, flags: Mapping[str, Any], split: str
 ) -> "tuple[Project, Recorded, Past | None]":
     """The project, what the run or the saved program tells of itself, and the run when there is one."""
-    from dspy_fst.documents import is_saved
-    from dspy_fst.past import Past
-    from dspy_fst.recorded import Recorded
+    from dspy_fst.evaluation.run_reader import Past
+    from dspy_fst.project.recorded import Recorded
+    from dspy_fst.saving.format import is_saved
 
     run_dir = path.parent if is_saved(path) else path
     past = Past.of(run_dir) if not is_saved(path) or (run_dir / "events.jsonl").is_file() else None
@@ -60,9 +60,9 @@ def project_and_past(
 
 def unlike(recorded: "Recorded", opened: "Opened", path: Path) -> list[str]:
     """What differs between the program and that of the run, as sentences: its figures are then not the run's."""
-    from dspy_fst.documents import is_saved
-    from dspy_fst.fingerprints import program_fingerprint
-    from dspy_fst.saved import policy_of
+    from dspy_fst.saving.format import is_saved
+    from dspy_fst.saving.save_load import policy_of
+    from dspy_fst.training.fingerprints import program_fingerprint
     from dspy_fst.types import Population
 
     recipe, policy = recorded.recipe, policy_of(opened.program)
@@ -99,7 +99,7 @@ def name_of(split: str) -> str:
 
 def examples_of(project: "Project", split: str, limit: int | None) -> "tuple[Opened, list[dspy.Example]]":
     """What the project names, and the split's examples."""
-    from dspy_fst.naming import examples_in
+    from dspy_fst.project.names import examples_in
 
     project = project.model_copy(update={"reflection_lm": None})  # nothing reflects: its key may be missing
     if split in ("val", "train"):
@@ -153,11 +153,11 @@ def subject_of(
     Raises:
         ConfigurationError, RunDirectoryError: the program, the cycle or the weights are not this run's.
     """
-    from dspy_fst.documents import is_saved, refuse_code
-    from dspy_fst.opening import open_player, starting_population, trainable_copy
     from dspy_fst.rollout.adapters import keep, made
-    from dspy_fst.rollout.texts import read_texts, texts_like
-    from dspy_fst.saved import load, policy_of
+    from dspy_fst.rollout.components import read_texts, texts_like
+    from dspy_fst.saving.format import is_saved, refuse_code
+    from dspy_fst.saving.save_load import load, policy_of
+    from dspy_fst.training.opening import open_player, starting_population, trainable_copy
 
     if is_saved(path):
         if cycle is not None or weights is not None:

@@ -26,7 +26,7 @@ from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.run.interrupts import signals_raise
 
 if TYPE_CHECKING:
-    from dspy_fst.project import Project
+    from dspy_fst.project.project_file import Project
 
 Track = Annotated[
     list[str] | None,
@@ -58,7 +58,7 @@ def run(
     --continue-from RUN --run-dir NEW.
     """
     with errors_as_text(debug):
-        from dspy_fst.project import kept_in, load_project
+        from dspy_fst.project.project_file import kept_in, load_project
         from dspy_fst.run.directory import PROJECT
 
         project = _sampled(_tracked(load_project(file), track), samples)
@@ -95,7 +95,7 @@ def resume(
     --project FILE, in whose recipe the setting that ended it is raised.
     """
     with errors_as_text(debug):
-        from dspy_fst.recorded import Recorded
+        from dspy_fst.project.recorded import Recorded
         from dspy_fst.run.directory import PROJECT
 
         run_dir = run_dir.resolve()
@@ -123,7 +123,7 @@ def _same(kept: "Project", given: "Project") -> bool:
 def _changes_nothing(run_dir: Path, given: "Project") -> bool:
     """Whether a project is the one that the run keeps. Of a run that keeps none, or none that may be used, training
     decides."""
-    from dspy_fst.project import kept_in
+    from dspy_fst.project.project_file import kept_in
     from dspy_fst.run.directory import PROJECT
 
     try:
@@ -159,7 +159,7 @@ def _tracked(project: "Project", track: list[str] | None) -> "Project":
 
 def _changed(project: "Project", continue_from: Path | None, run_dir: Path | None, cycles: int | None) -> "Project":
     """The project with what the command line sets instead; paths are the working directory's."""
-    from dspy_fst.project import Recipe
+    from dspy_fst.project.project_file import Recipe
 
     paths = {"continue_from": continue_from, "run_dir": run_dir}
     changes: dict[str, Any] = {name: str(path.resolve()) for name, path in paths.items() if path is not None}
@@ -203,9 +203,9 @@ def _train(project: "Project", as_json: bool, *, going_on_in: Path | None = None
 
     # The project stays importable to the end: its functions may import more when they are called.
     with told_how_to_go_on(run_dir), signals_raise(), redirect_stdout(sys.stderr), project.importable():
-        from dspy_fst.rollout.texts import flexes
+        from dspy_fst.rollout.components import flexes
         from dspy_fst.run.directory import COMPILED
-        from dspy_fst.saved import policy_of
+        from dspy_fst.saving.save_load import policy_of
 
         opened = project.open(listeners=[keep], trust_code=trust_code)
         if going_on_in is not None and not trust_code and flexes(opened.program):

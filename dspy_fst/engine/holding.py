@@ -14,7 +14,7 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from dspy_fst.engine.base import Holding
-from dspy_fst.engine.served.dspy_fst_weight_check import difference, digest
+from dspy_fst.engine.vllm.served.dspy_fst_weight_check import difference, digest
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from dspy_fst.architectures import context_length, load_model
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.generation import Pending, Reply, cut, generate
@@ -30,7 +29,8 @@ from dspy_fst.engine.queueing import queueing
 from dspy_fst.engine.reading import BatchReader
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError
-from dspy_fst.preflight.model_folder import folder_faults, layer_fault
+from dspy_fst.model_files.architectures import context_length, load_model
+from dspy_fst.model_files.folder import folder_faults, layer_fault
 from dspy_fst.types import WeightsVersion
 
 UNLIMITED_REPLY = 1024

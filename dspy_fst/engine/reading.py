@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dspy_fst.architectures import last_position
+from dspy_fst.model_files.architectures import last_position
 
 TOLERANCE, STATE_TOLERANCE = 1e-3, 5e-5
 """Largest relative gap between a way of reading and the plain forward, in float32, where kernels differ by 1e-6.

@@ -31,7 +31,7 @@ from dspy_fst.fast.gepa_adapter import (
 from dspy_fst.fast.money import Meter
 from dspy_fst.fast.pareto import mean, top_k
 from dspy_fst.fast.seeding import BetterWhereMeasured, SeededPolicy, write_seeded_state
-from dspy_fst.rollout.texts import binds
+from dspy_fst.rollout.components import binds
 from dspy_fst.run.files import writing
 from dspy_fst.types import Candidate, Population, Problem, Rollout
 

@@ -19,11 +19,11 @@ from gepa.core.adapter import EvaluationBatch
 from dspy_fst.errors import MeasurementError, RunDirectoryError
 from dspy_fst.fast.heard import heard
 from dspy_fst.fast.mending import kept_texts
-from dspy_fst.fast.records import asked_for, bounded
+from dspy_fst.fast.reflective_dataset import asked_for, bounded
 from dspy_fst.fast.seeding import UNMEASURED
-from dspy_fst.rollout.plain import from_plain, to_plain
-from dspy_fst.rollout.recording import tag_predictors
-from dspy_fst.rollout.texts import is_tool, lost_lines, predictor_of, with_texts
+from dspy_fst.rollout.call_recorder import tag_predictors
+from dspy_fst.rollout.components import is_tool, lost_lines, predictor_of, with_texts
+from dspy_fst.rollout.jsonable import from_plain, to_plain
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Problem, Rollout
 
 Play = Callable[[Sequence[tuple[Problem, Candidate]]], list[Rollout]]

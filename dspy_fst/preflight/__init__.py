@@ -1,1 +1,4 @@
-"""Checks made before any work: each module tells, in sentences, what a run would otherwise meet when it is paid for."""
+"""What is refused before any work: programs, examples, models, settings.
+
+In: the arguments of a run. Out: faults or warnings, in sentences, all at once. Nothing is loaded, started or sampled.
+"""

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dspy_fst.architectures import folder_restart_reason
-from dspy_fst.engine.memory import has_gpu
+from dspy_fst.engine.devices import has_gpu
+from dspy_fst.model_files.architectures import folder_restart_reason
 
 
 def restart_warnings(folder: Path, engine: str, options: Mapping[str, Any]) -> list[str]:

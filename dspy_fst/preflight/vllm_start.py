@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from dspy_fst.architectures import unlike_vllm
+from dspy_fst.model_files.architectures import unlike_vllm
 
 _BESIDE_IMAGES = {"qwen3_5_text", "qwen3_5_moe_text"}
 """Text models whose code in vLLM stands beside that of the model that reads images, and imports what that needs."""

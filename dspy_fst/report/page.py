@@ -14,14 +14,14 @@ from typing import Any
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.formatting.numbers import DASH, duration, interval, number, plain, share, signed, with_error
+from dspy_fst.formatting.tables import TextTable
 from dspy_fst.report import NEEDS_EXTRA
 from dspy_fst.report.charts import chart_svg, lineage_svg
 from dspy_fst.report.diff import word_diff
 from dspy_fst.report.measures import Chart, health_charts, learning_charts, lost_charts, predictor_charts
 from dspy_fst.report.record import Node, Record, best, read_records
 from dspy_fst.report.verdict import validations_table, verdict
-from dspy_fst.report.words import DASH, duration, interval, number, plain, share, signed, with_error
-from dspy_fst.tables import TextTable
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined

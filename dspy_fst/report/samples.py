@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dspy_fst.formatting.numbers import number
 from dspy_fst.report.evaluated import as_written
-from dspy_fst.report.words import number
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Played:
-    """One sample rollout; see `dspy_fst.rollout.shown`."""
+    """One sample rollout; see `dspy_fst.rollout.summaries`."""
 
     problem: int
     candidate: str

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dspy_fst.report.words import duration
+from dspy_fst.formatting.numbers import duration
 
 
 class Standing:

@@ -6,10 +6,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dspy_fst.formatting.numbers import DASH, duration, number
+from dspy_fst.formatting.tables import TextTable
 from dspy_fst.report.record import Record, Told
 from dspy_fst.report.verdict import NOT_VALIDATED, validations_table, verdict
-from dspy_fst.report.words import DASH, duration, number
-from dspy_fst.tables import TextTable
 from dspy_fst.types import CycleReport, StepReport
 
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from dspy_fst.formatting.numbers import DASH, interval, number, signed
+from dspy_fst.formatting.tables import TextTable
 from dspy_fst.report.record import Record, best
-from dspy_fst.report.words import DASH, interval, number, signed
 from dspy_fst.run.paired import INTERVAL, Difference
 from dspy_fst.run.validated import Validated, best_of, gain
-from dspy_fst.tables import TextTable
 
 NOT_VALIDATED = "not validated"
 CHOSEN = "the best of several candidates was chosen by these problems, which favours it"

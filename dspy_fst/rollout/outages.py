@@ -23,8 +23,8 @@ from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 
 from dspy_fst.errors import EngineError
+from dspy_fst.rollout.call_recorder import is_recorded
 from dspy_fst.rollout.exceptions import chain, is_a_network_fault
-from dspy_fst.rollout.recording import is_recorded
 from dspy_fst.types import PREDICTOR_TAG
 
 LEAVES_A_HOLE = (

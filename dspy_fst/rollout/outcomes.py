@@ -16,9 +16,9 @@ from dspy.primitives.code_interpreter import CodeExecutionError, CodeInterpreter
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 
 from dspy_fst.rollout.blame import Blame
+from dspy_fst.rollout.call_recorder import OUTSIDE, Recording, is_recorded
 from dspy_fst.rollout.outages import Outages
-from dspy_fst.rollout.parses import FailedParses
-from dspy_fst.rollout.recording import OUTSIDE, Recording, is_recorded
+from dspy_fst.rollout.parse_failures import FailedParses
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.types import PREDICTOR_TAG
 

@@ -13,7 +13,7 @@ from typing import Any
 import dspy
 from dspy.utils.parallelizer import ParallelExecutor
 
-from dspy_fst.rollout.recording import SETTING, Recording
+from dspy_fst.rollout.call_recorder import SETTING, Recording
 
 _MARK = "_fst_once"
 

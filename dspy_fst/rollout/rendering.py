@@ -19,7 +19,7 @@ from dspy_fst.engine.chat_template import TemplateTraits
 from dspy_fst.engine.prompts import Ids, PromptRenderer
 from dspy_fst.errors import TrainingError
 from dspy_fst.rollout.adapters import adapter_in_force, describe
-from dspy_fst.rollout.recording import is_recorded
+from dspy_fst.rollout.call_recorder import is_recorded
 from dspy_fst.types import PREDICTOR_TAG, Candidate, HeldRollout, Rollout
 
 

@@ -15,7 +15,7 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from dspy_fst.errors import is_signal
-from dspy_fst.rollout.recording import SETTING, Apart, Recording
+from dspy_fst.rollout.call_recorder import SETTING, Apart, Recording
 
 Metric = Callable[..., Any]
 

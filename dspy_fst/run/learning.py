@@ -12,7 +12,6 @@ from itertools import takewhile
 from statistics import fmean
 from typing import Literal
 
-from dspy_fst.run.history import span
 from dspy_fst.types import StepReport
 
 Cause = Literal["solved", "unparsed", "failed", "floor", "alike", "unmeasured", "untrained", "not finite"]
@@ -137,3 +136,9 @@ def _by_reason(counts: Counter[str], kind: str) -> Counter[str]:
 
 def _listed(reasons: Counter[str]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+
+
+def span(steps: Sequence[StepReport]) -> str:
+    """E.g. ``"steps 3 to 7"``, or ``"step 3"`` for one."""
+    first, last = steps[0].step, steps[-1].step
+    return f"step {first}" if first == last else f"steps {first} to {last}"

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dspy_fst.run.sealed import read_document
+from dspy_fst.run.manifest import read_document
 
 SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model"}
 """Weights, configuration, chat templates and vocabularies. Others, pickles above all, can run code when read."""

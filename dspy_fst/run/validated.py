@@ -1,6 +1,6 @@
 """What a run's validations measured: states of weights and population, their order, and what follows from it. Pure.
 
-A run writes one event for each (`dspy_fst.validating` makes them):
+A run writes one event for each (`dspy_fst.training.validating` makes them):
 
     {"event": "validation", "report": {"index": 0, "when": "start", "step": 0, ...}, "scores": {...}, "score": 0.25}
 

@@ -24,13 +24,12 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.exceptions import HTTPException
 
 from dspy_fst.serve.body import BodyRoute
-from dspy_fst.serve.chat import Chat
+from dspy_fst.serve.chat_completions import Chat
 from dspy_fst.serve.chat_reply import ChatReply, ModelCard, ModelList
 from dspy_fst.serve.chat_request import ChatRequest
-from dspy_fst.serve.errors import ApiError
+from dspy_fst.serve.error_replies import ApiError
 from dspy_fst.serve.events import EventStream, Feed
 from dspy_fst.serve.limits import Limits
-from dspy_fst.serve.metrics import CONTENT_TYPE
 from dspy_fst.serve.openapi import (
     EVENTS,
     chat_responses,
@@ -39,14 +38,15 @@ from dspy_fst.serve.openapi import (
     program_responses,
     refusals,
 )
+from dspy_fst.serve.prometheus import CONTENT_TYPE
+from dspy_fst.serve.serve_settings import CHAT, DOCS_FILES, HEALTH, METRICS, MODELS, READY, ServeSettings
 from dspy_fst.serve.service import SEED_BITS, Meta, Service
-from dspy_fst.serve.settings import CHAT, DOCS_FILES, HEALTH, METRICS, MODELS, READY, ServeSettings
 
 
 def create_app(program: dspy.Module, settings: ServeSettings | None = None) -> FastAPI:
     """An app that serves a compiled program; its lifespan starts the program's engine and releases it.
 
-    `dspy_fst.serve.run.serve` runs it. Under another ASGI server all works but the drain of SIGTERM.
+    `dspy_fst.serve.server.serve` runs it. Under another ASGI server all works but the drain of SIGTERM.
 
     Args:
         program: What FSTOptimizer.compile or dspy_fst.load gave back; it is not changed.

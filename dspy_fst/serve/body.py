@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json, to_json
 
-from dspy_fst.serve.errors import ApiError, Fault
+from dspy_fst.serve.error_replies import ApiError, Fault
 from dspy_fst.serve.worker import in_thread
 
 MOST_DEEP = 64

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, model_va
 
 from dspy_fst.engine.chat import LEAST_TEMPERATURE, temperature_fault
 from dspy_fst.serve.body import MOST_DEEP, check_count, check_values, parsed
-from dspy_fst.serve.errors import ApiError
+from dspy_fst.serve.error_replies import ApiError
 from dspy_fst.serve.schema import Sent
 
 MOST_MESSAGES = 2048

@@ -15,10 +15,10 @@ from fastapi.sse import format_sse_event
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dspy_fst.serve.errors import ApiError, internal_error
-from dspy_fst.serve.gate import Gate, LineFullError, Ticket
-from dspy_fst.serve.metrics import Metrics
-from dspy_fst.serve.settings import (
+from dspy_fst.serve.admission import Gate, LineFullError, Ticket
+from dspy_fst.serve.error_replies import ApiError, internal_error
+from dspy_fst.serve.prometheus import Metrics
+from dspy_fst.serve.serve_settings import (
     DOCS,
     DOCS_FILES,
     HEALTH,

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from dspy_fst.serve.chat_reply import ChatChunk
-from dspy_fst.serve.errors import ErrorReply
+from dspy_fst.serve.error_replies import ErrorReply
 
 Responses = dict[int | str, dict[str, Any]]
 _MODELS = "#/components/schemas/{model}"

@@ -12,17 +12,17 @@ import dspy
 from pydantic import BaseModel
 
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.policy import PolicyLM
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.rollout.call_recorder import Recording, tag_predictors
+from dspy_fst.rollout.components import with_texts
 from dspy_fst.rollout.copying import Copier
-from dspy_fst.rollout.recording import Recording, tag_predictors
-from dspy_fst.rollout.texts import with_texts
-from dspy_fst.saved import policy_of
+from dspy_fst.saving.save_load import policy_of
+from dspy_fst.serve.admission import Gate, Ticket
 from dspy_fst.serve.choice import ballot, decided, speakers, vote_faults
 from dspy_fst.serve.events import Feed
-from dspy_fst.serve.gate import Gate, Ticket
-from dspy_fst.serve.metrics import Metrics
+from dspy_fst.serve.prometheus import Metrics
 from dspy_fst.serve.schema import schema_of
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serve_settings import ServeSettings
 from dspy_fst.serve.stream import SETTING, Deltas, ModuleEvents, streaming_lm
 from dspy_fst.serve.upstream import Upstream
 from dspy_fst.serve.worker import in_thread, run_program

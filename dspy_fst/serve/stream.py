@@ -22,12 +22,12 @@ from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import chat_messages
 from dspy_fst.engine.chat_template import fitted
 from dspy_fst.engine.stop_tokens import with_stop_tokens
-from dspy_fst.engine.vllm_stream import read_stream
-from dspy_fst.engine.vllm_wire import RESHAPING
+from dspy_fst.engine.vllm.stream import read_stream
+from dspy_fst.engine.vllm.wire import RESHAPING
 from dspy_fst.errors import EngineError
-from dspy_fst.policy import EngineHandle, PolicyLM
+from dspy_fst.policy_lm import EngineHandle, PolicyLM
 from dspy_fst.rollout.adapters import adapter_in_force
-from dspy_fst.rollout.recording import calling_predictor, complete_recorded
+from dspy_fst.rollout.call_recorder import calling_predictor, complete_recorded
 from dspy_fst.rollout.second_call import no_second_call
 from dspy_fst.serve.upstream import Upstream
 from dspy_fst.types import PREDICTOR_TAG

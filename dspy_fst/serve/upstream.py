@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import httpx
 from dspy import lm15
 
-from dspy_fst.engine.vllm_stream import sse_chunks
+from dspy_fst.engine.vllm.stream import sse_chunks
 from dspy_fst.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dspy_fst.engine.vllm_client import Address
+    from dspy_fst.engine.vllm.client import Address
 
 CONNECT_TIMEOUT_S = 10.0
 _PROBE = ((0, 1),)

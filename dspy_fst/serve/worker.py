@@ -17,11 +17,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from dspy_fst.errors import EngineError
+from dspy_fst.rollout.call_recorder import SETTING, Recording
 from dspy_fst.rollout.copying import Copier
-from dspy_fst.rollout.recording import SETTING, Recording
-from dspy_fst.serve.errors import CONTEXT_LENGTH, ApiError, engine_failed
+from dspy_fst.serve.admission import Ticket
+from dspy_fst.serve.error_replies import CONTEXT_LENGTH, ApiError, engine_failed
 from dspy_fst.serve.events import ListenerGoneError
-from dspy_fst.serve.gate import Ticket
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

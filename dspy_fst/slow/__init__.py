@@ -1,1 +1,4 @@
-"""The slow step: weights move, texts do not. Groups are credited, one CISPO update is made, weights are published."""
+"""The slow step: weights move, texts do not. Groups are credited and make one CISPO update.
+
+In: groups of rollouts. Out: a batch, its loss, new weights and what the update measured. Nothing is sampled here.
+"""

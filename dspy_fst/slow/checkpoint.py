@@ -24,9 +24,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
-from dspy_fst.engine.served.dspy_fst_weight_check import digest
+from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
-from dspy_fst.preflight.model_folder import wrapped_names
+from dspy_fst.model_files.folder import wrapped_names
 from dspy_fst.slow.rendered import rendering_fault
 
 STATE_FORMAT = 1

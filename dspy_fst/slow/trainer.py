@@ -16,15 +16,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
-from dspy_fst.preflight.environment import environment_faults
 from dspy_fst.slow import losses
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 from dspy_fst.slow.calls import check_recorded, completions
 from dspy_fst.slow.checkpoint import Publisher, read_state, write_state
+from dspy_fst.slow.environment import environment_faults
 from dspy_fst.slow.exact import exact_matmuls
-from dspy_fst.slow.policy import Policy
+from dspy_fst.slow.model import Policy
 from dspy_fst.slow.settings import TrainerSettings
-from dspy_fst.slow.tally import NO_UPDATE, Tally, Tokens
+from dspy_fst.slow.update_metrics import NO_UPDATE, Tally, Tokens
 from dspy_fst.types import Batch, Call, Held, Row, UpdateReport, WeightsVersion
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -43,7 +43,7 @@ class Trainer:
 
     Raises:
         TrainingError: the model's logits are not those of a plain LM head, or the process was launched as one of
-            several (see `dspy_fst.preflight.environment`).
+            several (see `dspy_fst.slow.environment`).
     """
 
     @torch.inference_mode(False)

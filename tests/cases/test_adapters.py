@@ -23,10 +23,8 @@ from typer.testing import CliRunner
 import dspy_fst
 from dspy_fst import FSTOptimizer
 from dspy_fst.cli import app
-from dspy_fst.compiled import policy_of
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
-from dspy_fst.export import export
-from dspy_fst.past import Past
+from dspy_fst.evaluation.run_reader import Past
 from dspy_fst.rollout.adapters import (
     NATIVE_TYPES,
     AdapterSettings,
@@ -39,9 +37,11 @@ from dspy_fst.rollout.adapters import (
     recorded,
 )
 from dspy_fst.run.directory import read_events
-from dspy_fst.run.sealed import seal
+from dspy_fst.run.manifest import seal
+from dspy_fst.saving.export import export
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serve_settings import ServeSettings
+from dspy_fst.training.result import policy_of
 from programs.lab import BASE, build
 from tests.pipelines.watched import lab_policy, says
 from tests.relay import Relay, any_answer, relay

@@ -10,22 +10,22 @@ from transformers import AutoConfig, Qwen3ForCausalLM
 
 from benchmarks.architectures import EQUAL, PAGE, RESULTS, InProcess, Outcome, measured, page
 from benchmarks.families import FAMILIES, Family
-from dspy_fst import PolicyLM, validation
-from dspy_fst.architectures import context_length, restart_reason, unlike_vllm
-from dspy_fst.engine import keeper as keeper_module
+from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.keeper import Keeper
-from dspy_fst.engine.vllm_server import VLLMSettings
+from dspy_fst.engine.vllm import supervisor as keeper_module
+from dspy_fst.engine.vllm.server import VLLMSettings
+from dspy_fst.engine.vllm.supervisor import Keeper
 from dspy_fst.errors import TrainingError
-from dspy_fst.preflight import restarts, vllm_start
+from dspy_fst.model_files.architectures import context_length, restart_reason, unlike_vllm
+from dspy_fst.preflight import restarts, validation, vllm_start
 from dspy_fst.preflight.restarts import restart_warnings
+from dspy_fst.preflight.validation import model_faults
 from dspy_fst.preflight.vllm_start import vllm_faults
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.head import Head
-from dspy_fst.slow.policy import Policy
+from dspy_fst.slow.model import Policy
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.trainer import Trainer
-from dspy_fst.validation import model_faults
 from programs.lab import BASE
 from tests.engine.test_contract import request_of
 from tests.engine.test_keeper import World

@@ -5,8 +5,8 @@ import pytest
 
 from benchmarks.families import FAMILIES
 from dspy_fst import FSTOptimizer, PolicyLM
-from dspy_fst.architectures import load_model
-from dspy_fst.fit import model_size
+from dspy_fst.memory import model_size
+from dspy_fst.model_files.architectures import load_model
 from dspy_fst.run.directory import read_events
 
 BY_NAME = {family.name: family for family in FAMILIES}

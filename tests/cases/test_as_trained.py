@@ -11,19 +11,19 @@ from typer.testing import CliRunner
 
 import dspy_fst
 from dspy_fst import ConfigurationError, FSTOptimizer, PolicyLM
-from dspy_fst.asking import how_it_asks
 from dspy_fst.cli import app
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import chat_messages, text_response
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.rollout.adapters import keep
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import carry, read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import carry, read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.run.directory import read_events
-from dspy_fst.saved import policy_of
+from dspy_fst.saving.reconfigure import how_it_asks
+from dspy_fst.saving.save_load import policy_of
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serve_settings import ServeSettings
 from dspy_fst.types import Candidate, Population, Problem
 from programs.lab import BASE
 from tests.fakes import ScriptedEngine, fields
@@ -480,7 +480,7 @@ def test_dspy_s_own_save_and_load_ask_once_too(tmp_path):
 )
 def test_serve_says_how_it_asks_and_takes_other_words(folder, monkeypatch, options, line, calls):
     served = []
-    monkeypatch.setattr("dspy_fst.serve.run.serve", lambda app, settings: served.append(app))
+    monkeypatch.setattr("dspy_fst.serve.server.serve", lambda app, settings: served.append(app))
     named = ["--program", "tests.cases.test_as_trained:Next", "--signature", "question: str -> answer: str"]
     result = CliRunner().invoke(
         app, ["serve", str(folder), *named, "--engine", "in_process", *options], catch_exceptions=False

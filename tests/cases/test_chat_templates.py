@@ -7,13 +7,13 @@ from transformers import AutoTokenizer
 
 from dspy_fst import PolicyLM
 from dspy_fst.engine.chat_template import TemplateTraits, fitted
-from dspy_fst.preflight.chat_template import template_kind, template_warnings
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.preflight.template_checks import template_kind, template_warnings
+from dspy_fst.preflight.validation import model_faults
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.types import Problem
-from dspy_fst.validation import model_faults
 from tests.cases.real_tokenizer import CHATML, DROPS_SYSTEM, NO_SYSTEM, STRIPS_THOUGHTS, save_model
 
 SMOLLM2 = (

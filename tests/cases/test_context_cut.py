@@ -5,9 +5,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from dspy_fst import PolicyLM
-from dspy_fst.rollout.player import Player, PlayerSettings
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import Population, Problem
 from programs.lab import BASE

@@ -17,8 +17,8 @@ import pytest
 import dspy_fst
 from dspy_fst import FSTOptimizer
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.rollout.components import read_texts, with_texts
 from dspy_fst.rollout.copying import copy_faults
-from dspy_fst.rollout.texts import read_texts, with_texts
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Population
 from programs.lab import build
 from tests.pipelines.watched import SHORT, append_words, lab_policy, run_watched, says, shorter, tokenizer

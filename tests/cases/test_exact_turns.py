@@ -6,9 +6,9 @@ from transformers import AutoTokenizer
 
 from dspy_fst import PolicyLM
 from dspy_fst.engine.prompts import continued
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.slow.batching import Scored, chains
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import Call, Group, Problem, Rollout
@@ -153,7 +153,7 @@ def test_a_reply_of_broken_bytes_goes_on_as_it_was_sampled():
 def test_only_a_request_that_repeats_all_messages_and_a_reply_goes_on_from_a_call():
     from dspy.lm15 import Message, Request
 
-    from dspy_fst.rollout.recording import Recording
+    from dspy_fst.rollout.call_recorder import Recording
 
     recording = Recording(0)
     asked = (Message.user("x"),)

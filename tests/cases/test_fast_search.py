@@ -8,9 +8,9 @@ from dspy.utils import DummyLM
 from dspy_fst.fast.evolve import SearchSettings, evolve
 from dspy_fst.fast.mending import mended
 from dspy_fst.fast.told import warnings_of
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.types import Population, Problem, Rollout
 from tests.fakes import fields, scripted_policy
 

@@ -10,9 +10,9 @@ import pydantic
 import pytest
 from dspy.utils.exceptions import LMRateLimitError
 
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.types import Problem
 from tests.cases.test_measured import FAILURE, Asks, FrozenLM, frozen, only_solve, play
 from tests.fakes import fields, scripted_policy

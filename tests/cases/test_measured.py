@@ -11,9 +11,9 @@ from dspy.utils import DummyLM
 from dspy.utils.exceptions import LMRateLimitError
 
 from dspy_fst.errors import EngineError
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.types import PREDICTOR_TAG, Problem
 from tests.fakes import fields, scripted_policy
 

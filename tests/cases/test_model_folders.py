@@ -13,18 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dspy_fst
 from dspy_fst import PolicyLM
-from dspy_fst.compiled import policy_of
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
 from dspy_fst.errors import EngineError, RunDirectoryError, TrainingError
-from dspy_fst.export import export
-from dspy_fst.rollout.texts import carry, read_texts
+from dspy_fst.preflight.validation import model_faults
+from dspy_fst.rollout.components import carry, read_texts
+from dspy_fst.run.manifest import seal, verify
 from dspy_fst.run.plain_weights import weights_faults
-from dspy_fst.run.sealed import seal, verify
-from dspy_fst.slow.policy import Policy
+from dspy_fst.saving.export import export
+from dspy_fst.slow.model import Policy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.training.result import policy_of
 from dspy_fst.types import Population
-from dspy_fst.validation import model_faults
 from programs.lab import BASE
 from tests.slow.makers import save_model
 
@@ -189,7 +189,7 @@ def test_an_index_of_the_one_file_is_no_second_set(folder):
 
 
 def test_pickled_weights_alone_are_trained_as_they_are_and_recognised_when_they_change(folder, tmp_path):
-    from dspy_fst.fingerprints import files_fingerprint
+    from dspy_fst.training.fingerprints import files_fingerprint
 
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import dspy
 import pytest
 
-from dspy_fst.preflight.parse_trial import COOLER, DEMOS, Attempt, Setup, Trial, parse_share, trial
 from dspy_fst.rollout.adapters import describe, keep, kept_by
-from dspy_fst.rollout.player import PlayerSettings
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.components import read_texts
+from dspy_fst.rollout.rollouter import PlayerSettings
+from dspy_fst.training.parse_trial import COOLER, DEMOS, Attempt, Setup, Trial, parse_share, trial
 from dspy_fst.types import Candidate, Population, Rollout
 from tests.fakes import fields, scripted_policy
 

@@ -11,9 +11,9 @@ import pytest
 
 from dspy_fst import PolicyLM
 from dspy_fst.errors import EngineError
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.types import Problem, Rollout
 from programs.lab import BASE
 from programs.lab.tokenizer import signature

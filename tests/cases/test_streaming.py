@@ -13,9 +13,9 @@ from dspy.utils.exceptions import AdapterParseError
 from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Completion
 from dspy_fst.rollout.adapters import keep
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.types import Problem
 from programs.lab import BASE
 from tests.fakes import ScriptedEngine, fields, scripted_policy

@@ -8,12 +8,12 @@ import dspy
 import pytest
 from safetensors.torch import load_file
 
-from dspy_fst.compiled import policy_of
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.past import Past
+from dspy_fst.evaluation.run_reader import Past
 from dspy_fst.run.directory import RunDirectory, read_events
 from dspy_fst.run.state import _checksum
+from dspy_fst.training.result import policy_of
 from tests.relay import any_answer
 from tests.test_compile import compile_relay, told
 

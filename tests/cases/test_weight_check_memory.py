@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
-from dspy_fst.engine.served import dspy_fst_weight_check as check
+from dspy_fst.engine.vllm.served import dspy_fst_weight_check as check
 from dspy_fst.errors import EngineError
 from programs.lab import BASE
 from tests.engine.tiny_qwen import make_model, save

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from dspy_fst.config import FSTConfig, source_of
-from dspy_fst.policy import EngineHandle
-from dspy_fst.project import load_project
+from dspy_fst.policy_lm import EngineHandle
+from dspy_fst.project.project_file import load_project
 from programs.lab import BASE
 from tests.cli.conftest import invoke
 

@@ -13,14 +13,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import dspy_fst
-from dspy_fst.card import Facts, model_card
-from dspy_fst.documents import SavedPolicy
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.report.record import read_records, record_of
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
-from dspy_fst.run.sealed import MANIFEST, seal
-from dspy_fst.saved import policy_of
+from dspy_fst.run.manifest import MANIFEST, seal
+from dspy_fst.saving.card import Facts, model_card
+from dspy_fst.saving.format import SavedPolicy
+from dspy_fst.saving.save_load import policy_of
 from dspy_fst.types import Candidate, Population
 from tests.cli.conftest import invoke
 from tests.fakes import fields

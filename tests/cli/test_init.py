@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import dspy_fst
-from dspy_fst.project import load_project
+from dspy_fst.project.project_file import load_project
 from programs.lab import BASE
 from tests.cli.conftest import invoke
 

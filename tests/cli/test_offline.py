@@ -16,8 +16,8 @@ import yaml
 
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.preflight.hub import hub_fault, in_cache
-from dspy_fst.preflight.reach import IN_A_RUN_S, why_silent
+from dspy_fst.model_files.hub import hub_fault, in_cache
+from dspy_fst.model_files.reach import IN_A_RUN_S, why_silent
 from programs.lab import BASE
 from tests.cli.conftest import invoke
 
@@ -150,7 +150,9 @@ def test_a_run_waits_longer_for_a_slow_hub_than_a_look(cache, slow, monkeypatch,
     assert "no answer within 1 s" in hub_fault(NAME)
     assert hub_fault(NAME, IN_A_RUN_S) is None
     waited = []
-    monkeypatch.setattr("dspy_fst.validation.hub_fault", lambda name, seconds: waited.append(seconds) or "refused")
+    monkeypatch.setattr(
+        "dspy_fst.preflight.validation.hub_fault", lambda name, seconds: waited.append(seconds) or "refused"
+    )
     student = dspy.Predict("question -> answer")
     student.lm = PolicyLM(NAME, engine="in_process", max_tokens=8)
     optimizer = FSTOptimizer(metric=lambda gold, pred, trace=None: 0.0, run_dir=tmp_path / "run", progress=False)

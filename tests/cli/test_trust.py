@@ -8,10 +8,10 @@ import yaml
 
 import dspy_fst
 from dspy_fst import PolicyLM
-from dspy_fst.card import model_card
-from dspy_fst.export import _facts, export
-from dspy_fst.rollout.texts import read_texts, with_texts
+from dspy_fst.rollout.components import read_texts, with_texts
 from dspy_fst.run.files import write_json
+from dspy_fst.saving.card import model_card
+from dspy_fst.saving.export import _facts, export
 from dspy_fst.types import Candidate, Population
 from programs.lab import BASE
 from tests.cli.conftest import MODULE, SETTINGS, SOURCE, invoke
@@ -90,7 +90,7 @@ def test_a_candidate_that_is_named_is_held_to_the_same(folder, run_dir, texts):
 
 def test_eval_and_serve_take_up_a_saved_program_s_sources_when_they_are_trusted(folder, tmp_path, texts, monkeypatch):
     served = []
-    monkeypatch.setattr("dspy_fst.serve.run.serve", lambda app, settings: served.append(app))
+    monkeypatch.setattr("dspy_fst.serve.server.serve", lambda app, settings: served.append(app))
     out = saved(tmp_path / "out", texts[1])
     evaluate, serve = ((command, out, "--project", folder / "mine.yaml") for command in ("eval", "serve"))
     for command in (evaluate, serve):

@@ -9,9 +9,9 @@ import yaml
 from benchmarks.sizes import RESULT, TOLERANCE, Case, computed
 from dspy_fst.cli.sizes import LONGEST_REPLY
 from dspy_fst.config import FSTConfig
-from dspy_fst.fit import DISK, Subject, find_size, fit_of, imagined_room, vllm_share
-from dspy_fst.fit.arithmetic import Reading
-from dspy_fst.fit.shape import ModelSize
+from dspy_fst.memory import DISK, Subject, find_size, fit_of, imagined_room, vllm_share
+from dspy_fst.memory.arithmetic import Reading
+from dspy_fst.memory.shape import ModelSize
 from tests.docs.pages import DOCS, ROOT
 
 GIB = 2**30

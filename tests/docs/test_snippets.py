@@ -19,10 +19,10 @@ import dspy_fst
 from dspy_fst import FSTConfig, FSTOptimizer, PolicyLM
 from dspy_fst.cli import app
 from dspy_fst.engine.in_process import InProcessSettings
-from dspy_fst.engine.vllm_server import VLLMSettings
-from dspy_fst.project import Project, load_project
-from dspy_fst.saved import policy_of
-from dspy_fst.serve.settings import RESERVED, ServeSettings
+from dspy_fst.engine.vllm.server import VLLMSettings
+from dspy_fst.project.project_file import Project, load_project
+from dspy_fst.saving.save_load import policy_of
+from dspy_fst.serve.serve_settings import RESERVED, ServeSettings
 from programs.lab import BASE, FeedbackProposer, build
 from tests.docs.pages import PAGES, ROOT, commands, fences
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.vllm_server import VLLMServer
+from dspy_fst.engine.vllm.server import VLLMServer
 from tests.engine.lessons import LESSONS
 from tests.engine.taught import teach
 from tests.engine.test_server_process import members

@@ -13,9 +13,9 @@ from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.sync import Expected, verify, verify_numbers
 from dspy_fst.errors import SyncError
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build

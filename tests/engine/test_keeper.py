@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from dspy.lm15 import Config, InvalidRequestError, Message, Request
 
-from dspy_fst.engine import keeper as keeper_module
 from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.chat import text_response
-from dspy_fst.engine.keeper import ATTEMPTS, Keeper
-from dspy_fst.engine.vllm_client import NoAnswerError
-from dspy_fst.engine.vllm_server import ServerDiedError, VLLMSettings
-from dspy_fst.engine.watchdog import watch
+from dspy_fst.engine.vllm import supervisor as keeper_module
+from dspy_fst.engine.vllm.client import NoAnswerError
+from dspy_fst.engine.vllm.server import ServerDiedError, VLLMSettings
+from dspy_fst.engine.vllm.supervisor import ATTEMPTS, Keeper
+from dspy_fst.engine.vllm.watchdog import watch
 from dspy_fst.errors import EngineError, SyncError
-from dspy_fst.policy import EngineHandle
+from dspy_fst.policy_lm import EngineHandle
 
 REQUEST = Request("policy", (Message.user("hi"),), config=Config(max_tokens=4))
 

@@ -8,9 +8,9 @@ from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import chat_messages, chat_options
 from dspy_fst.engine.replies import ReplyReader
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Group, Problem

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dspy_fst.engine.gate import Gate
-from dspy_fst.engine.ports import free_port, port_taken
-from dspy_fst.engine.process import ServerProcess, telling_lines
+from dspy_fst.engine.vllm.ports import free_port, port_taken
+from dspy_fst.engine.vllm.process import ServerProcess, telling_lines
+from dspy_fst.engine.weights_lock import Gate
 from dspy_fst.errors import EngineError
 from tests.serve.makers import wait_until
 
@@ -31,7 +31,7 @@ time.sleep(600)
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from dspy_fst.engine.process import ServerProcess
+from dspy_fst.engine.vllm.process import ServerProcess
 process = ServerProcess([sys.executable, "-c", sys.argv[1]], os.environ, log_path=Path(sys.argv[2]), grace_s=1)
 print(process.group, flush=True)
 time.sleep(600)
@@ -126,7 +126,7 @@ def test_a_group_is_killed_also_when_nobody_can_look_for_it(
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dspy_fst.engine.process._KILLED_S", 0.1)
+        patch.setattr("dspy_fst.engine.vllm.process._KILLED_S", 0.1)
         patch.setattr(psutil, "process_iter", none_left)
         process.stop()
     assert "was killed and is not gone after 0.1 s" in caplog.text

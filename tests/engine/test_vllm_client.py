@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from dspy.lm15 import Config, FunctionTool, InvalidRequestError, Message, Request, ToolChoice, UnsupportedFeatureError
 
-from dspy_fst.engine import vllm_server
 from dspy_fst.engine.base import Checkpoint, Holding
-from dspy_fst.engine.process import ServerProcess
 from dspy_fst.engine.replies import ReplyReader
-from dspy_fst.engine.vllm_client import NoAnswerError, pinned
-from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
-from dspy_fst.engine.watchdog import watch
+from dspy_fst.engine.vllm import server as vllm_server
+from dspy_fst.engine.vllm.client import NoAnswerError, pinned
+from dspy_fst.engine.vllm.process import ServerProcess
+from dspy_fst.engine.vllm.server import VLLMServer, VLLMSettings
+from dspy_fst.engine.vllm.watchdog import watch
 from dspy_fst.errors import EngineError
 from tests.engine.taught import TEMPLATE, make_tokenizer
 

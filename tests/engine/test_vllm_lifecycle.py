@@ -10,7 +10,7 @@ import pytest
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.sync import verify_identity
-from dspy_fst.engine.vllm_server import VLLMServer
+from dspy_fst.engine.vllm.server import VLLMServer
 from dspy_fst.errors import EngineError, SyncError
 from tests.engine.test_server_process import below, members, wait_until_gone
 from tests.engine.test_vllm_server import PROBES, TOLERANCE, ask, largest_gap
@@ -78,7 +78,7 @@ import sys
 from pathlib import Path
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.sync import verify_identity
-from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings
+from dspy_fst.engine.vllm.server import VLLMServer, VLLMSettings
 VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, log_path=Path(sys.argv[2]))).load(Checkpoint("v", Path(sys.argv[1])))
 """
 

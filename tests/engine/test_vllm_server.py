@@ -21,9 +21,9 @@ from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.chat_template import TemplateTraits
 from dspy_fst.engine.prompts import PromptRenderer
 from dspy_fst.engine.replies import ReplyReader
-from dspy_fst.engine.vllm_server import VLLMServer, VLLMSettings, vllm_command, vllm_environment, vllm_faults
+from dspy_fst.engine.vllm.server import VLLMServer, VLLMSettings, vllm_command, vllm_environment, vllm_faults
 from dspy_fst.errors import EngineError
-from dspy_fst.rollout.recording import SETTING, Recording
+from dspy_fst.rollout.call_recorder import SETTING, Recording
 from tests.engine.tiny_qwen import make_model, rescore, save, untied
 
 PROBES = [[3, *range(40, 90), 0], [4, *range(300, 340)], [5, 6]]

@@ -12,14 +12,14 @@ from dspy_fst.errors import EngineError
 from dspy_fst.fast.evolve import SearchSettings, evolve
 from dspy_fst.fast.gepa_adapter import OUTAGE
 from dspy_fst.fast.money import Meter
-from dspy_fst.opening import starting_population
-from dspy_fst.prepare import _left_out
-from dspy_fst.rollout.plain import from_plain, to_plain
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
-from dspy_fst.rollout.recording import tag_predictors
+from dspy_fst.rollout.call_recorder import tag_predictors
+from dspy_fst.rollout.components import UnboundError, read_texts, with_texts
+from dspy_fst.rollout.jsonable import from_plain, to_plain
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import UnboundError, read_texts, with_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.run.journal import Journal
+from dspy_fst.training.opening import starting_population
+from dspy_fst.training.prepare import _left_out
 from dspy_fst.types import Candidate, Population, Problem
 from tests.fakes import fields, scripted_policy
 

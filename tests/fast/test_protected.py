@@ -1,7 +1,7 @@
 """Lines of an instruction that evolution keeps, and the whole run that a reflection is shown."""
 
-from dspy_fst.fast.records import REST
-from dspy_fst.rollout.texts import lost_lines
+from dspy_fst.fast.reflective_dataset import REST
+from dspy_fst.rollout.components import lost_lines
 from dspy_fst.run.journal import Journal
 from tests.fast.test_evolve import Searcher
 

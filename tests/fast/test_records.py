@@ -4,7 +4,7 @@ import dspy
 import pytest
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
-from dspy_fst.fast.records import CHARACTERS, REST, bounded, cut, fair_share
+from dspy_fst.fast.reflective_dataset import CHARACTERS, REST, bounded, cut, fair_share
 from dspy_fst.types import PREDICTOR_TAG
 
 RECORD = {"Inputs": {"question": "q", "passages": ["p"]}, "Generated Outputs": {"answer": "a"}, "Feedback": "No."}

@@ -6,7 +6,7 @@ from dspy.primitives.local_interpreter import LocalInterpreter
 
 import dspy_fst
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
 from programs.lab import BASE
 from programs.lab.tokenizer import signature

@@ -10,9 +10,9 @@ from dspy.teleprompt import grpo
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.engine import in_process
-from dspy_fst.rollout.player import Player, PlayerSettings
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import PREDICTOR_TAG, Group, Population, Problem
 from programs.lab import build

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.types import version_of
 from tests.pipelines.test_shapes import Chain
 from tests.pipelines.watched import assert_tokens_are_exact, lab_policy, run_watched, says, shorter

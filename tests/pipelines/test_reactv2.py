@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import dspy
 import pytest
 
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.types import Problem
 from tests.fakes import fields, scripted_policy
 

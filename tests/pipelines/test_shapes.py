@@ -7,8 +7,8 @@ import pytest
 from dspy.utils.exceptions import AdapterParseError
 
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.rollout.recording import OUTSIDE
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.call_recorder import OUTSIDE
+from dspy_fst.rollout.components import read_texts
 from programs.lab.tokenizer import signature
 from tests.pipelines.watched import (
     STEP,

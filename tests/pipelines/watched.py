@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine import in_process
 from dspy_fst.engine.base import Completion
-from dspy_fst.engine.keeper import Keeper
-from dspy_fst.rollout.player import Player
+from dspy_fst.engine.vllm.supervisor import Keeper
+from dspy_fst.rollout.rollouter import Player
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Call, Rollout, Row

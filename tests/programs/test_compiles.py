@@ -12,8 +12,8 @@ import pytest
 
 from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.vllm_server import VLLMServer
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.engine.vllm.server import VLLMServer
+from dspy_fst.rollout.components import read_texts
 from programs import codeio, hover, math, physics, reckon, relay, star_graph
 from programs.common import Task
 from programs.lab import BASE as LAB

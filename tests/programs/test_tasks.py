@@ -8,7 +8,7 @@ from typing import Any
 import dspy
 import pytest
 
-from dspy_fst.project import load_project
+from dspy_fst.project.project_file import load_project
 from dspy_fst.rollout.reward import Reward, metric_fault
 from programs import common
 

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dspy_fst.cli import app
+from dspy_fst.formatting.numbers import duration
 from dspy_fst.report.page import build_report, period, recipe_rows, render
 from dspy_fst.report.record import record_of
-from dspy_fst.report.words import duration
 from tests.report.happenings import (
     CHILD,
     LATE,

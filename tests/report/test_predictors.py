@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dspy_fst.report.measures import predictor_charts
-from dspy_fst.report.metrics import entry_of
+from dspy_fst.report.metric_names import entry_of
 from dspy_fst.report.page import build_report
 from dspy_fst.report.record import record_of
 from dspy_fst.types import Candidate

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from dspy_fst import ConfigurationError, FSTOptimizer
 from dspy_fst.cli import app
 from dspy_fst.cli.train import _tracked
-from dspy_fst.compiled import policy_of
-from dspy_fst.project import load_project
-from dspy_fst.report import tracking
-from dspy_fst.report.metrics import entry_of
-from dspy_fst.report.tracking import Tracking, hyperparameters, trackers_of
+from dspy_fst.monitoring import tracking
+from dspy_fst.monitoring.tracking import Tracking, hyperparameters, trackers_of
+from dspy_fst.project.project_file import load_project
+from dspy_fst.report.metric_names import entry_of
 from dspy_fst.run.directory import read_events
+from dspy_fst.training.result import policy_of
 from dspy_fst.types import UpdateReport
 from tests.report.happenings import cycle, plan, step, whole_run
 from tests.test_cli import project_file

@@ -11,9 +11,9 @@ import pytest
 from dspy.utils.exceptions import AdapterParseError
 
 from dspy_fst.errors import EngineError
-from dspy_fst.rollout.player import Player, PlayerSettings, Task
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward, UnmeasuredError, metric_fault
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.run.interrupts import Terminated
 from dspy_fst.types import Candidate, Population, Problem
 from tests.fakes import fields, scripted_policy

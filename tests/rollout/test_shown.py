@@ -3,8 +3,8 @@
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
-from dspy_fst.rollout.recording import tag_predictors
-from dspy_fst.rollout.shown import CALLS, LONGEST, failed_reply_of, shown, telling
+from dspy_fst.rollout.call_recorder import tag_predictors
+from dspy_fst.rollout.summaries import CALLS, LONGEST, failed_reply_of, shown, telling
 from dspy_fst.types import Call, Candidate, Group, Rollout
 
 CANDIDATE = Candidate({"self": "Sort."})

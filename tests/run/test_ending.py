@@ -2,13 +2,13 @@
 
 import pytest
 
-from dspy_fst.compiled import policy_of
 from dspy_fst.errors import MeasurementError
 from dspy_fst.report.record import read_records, record_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.ending import StopReason, complete, ended_of
 from dspy_fst.run.halted import halted_of
-from dspy_fst.session import Session
+from dspy_fst.training.result import policy_of
+from dspy_fst.training.session import Session
 from tests.report.happenings import whole_run
 from tests.test_compile import compile_relay
 

@@ -10,9 +10,9 @@ import pytest
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.fast.evolve import SearchSettings, evolve
 from dspy_fst.fast.gepa_adapter import NoJournal
-from dspy_fst.rollout.player import Player, PlayerSettings
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.texts import read_texts
+from dspy_fst.rollout.rollouter import Player, PlayerSettings
 from dspy_fst.run.journal import Journal
 from dspy_fst.types import Candidate, Population
 from tests.fakes import fields, scripted_policy

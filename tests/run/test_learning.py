@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dspy_fst.run.form_advice import Form
+from dspy_fst.monitoring.form_advice import Form
 from dspy_fst.run.learning import ending, standstill
 from tests.run.test_watch import step, told
 
@@ -67,7 +67,7 @@ def test_reports_of_older_releases_are_read():
 
 
 def parse_warning(form):
-    from dspy_fst.run.watch import Watch
+    from dspy_fst.monitoring.watch import Watch
 
     (text,) = Watch().see(step(**{"failed: parse": 80}), form, "A reply of 'solve': 'x'. Expected a field")
     return text

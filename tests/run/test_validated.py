@@ -4,13 +4,13 @@ import pytest
 from scipy import stats
 
 from dspy_fst.config import FSTConfig, make_config
-from dspy_fst.plan import Plan
-from dspy_fst.report.metrics import entry_of
+from dspy_fst.report.metric_names import entry_of
 from dspy_fst.report.verdict import in_a_line, told
 from dspy_fst.run.paired import Difference, difference
 from dspy_fst.run.validated import Validated, best_of, best_validated, decline, exhausted, gain, handed_in, validated_in
+from dspy_fst.training.plan import Plan
+from dspy_fst.training.validating import patience_warnings
 from dspy_fst.types import Candidate, Population
-from dspy_fst.validating import patience_warnings
 
 SEED, CHILD = Candidate({"solve": "Solve it."}), Candidate({"solve": "Solve it. <b>Be brief.</b>"})
 TERMS = {"problems": "abc", "samples": 1, "metric": "m"}

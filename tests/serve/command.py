@@ -14,7 +14,7 @@ import dspy
 import httpx
 
 import dspy_fst
-from dspy_fst.rollout.texts import read_texts, with_texts
+from dspy_fst.rollout.components import read_texts, with_texts
 from dspy_fst.types import Candidate, Population
 from programs.lab import BASE, build
 from tests.serve.makers import PATH

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from dspy_fst.serve.admission import Gate, LineFullError
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.gate import Gate, LineFullError
-from dspy_fst.serve.settings import CHAT, ServeSettings
+from dspy_fst.serve.serve_settings import CHAT, ServeSettings
 from tests.serve.makers import (
     AUTH,
     KEY,

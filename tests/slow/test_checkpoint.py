@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dspy_fst.errors import TrainingError
-from dspy_fst.slow.policy import Policy
+from dspy_fst.slow.model import Policy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from tests.slow.makers import VOCABULARY, make_batch, make_row, make_tokenizer
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
 from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.policy import Policy
+from dspy_fst.slow.model import Policy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Batch, Group, Held
 from tests.slow.makers import VOCABULARY, make_batch, make_call, make_rollout, make_row, save_model

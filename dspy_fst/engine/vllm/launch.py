@@ -1,0 +1,80 @@
+"""How a vLLM server is launched: its command line and environment; vLLM's flags stand here only.
+
+Written for vLLM 0.32 (CPU) and 0.33; what differs on a GPU (dtype, CUDA graphs) is untried.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dspy_fst.engine.devices import has_gpu
+
+if TYPE_CHECKING:
+    from dspy_fst.engine.vllm.server import VLLMSettings
+
+SERVED_NAME = "policy"
+_LAUNCHER = "vllm.entrypoints.launchers.api_server.entry"
+_SERVED_FOLDER = Path(__file__).with_name("served")
+_OVERRIDES = "--hf-overrides"
+
+
+def vllm_command(settings: "VLLMSettings", model: Path, port: int) -> list[str]:
+    """The command line of a server for this folder; no secret is on it."""
+    on_gpu = has_gpu()
+    eager = not on_gpu if settings.enforce_eager is None else settings.enforce_eager
+    dtype = ("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype
+    length = [] if settings.max_model_len is None else ["--max-model-len", str(settings.max_model_len)]
+    return [
+        *(sys.executable, "-m", _LAUNCHER),  # the `vllm` command fails on the CPU build
+        *("--model", str(model), "--served-model-name", SERVED_NAME),
+        *("--host", settings.host, "--port", str(port)),
+        *("--dtype", dtype, "--gpu-memory-utilization", str(settings.gpu_memory_utilization), *length),
+        *("--logprobs-mode", "processed_logprobs"),  # of what was sampled from, temperature included
+        *("--generation-config", "vllm"),  # not the model's own sampling defaults
+        *("--middleware", "dspy_fst_key_guard.KeyGuard"),
+        *("--worker-extension-cls", "dspy_fst_weight_check.WeightCheck"),
+        "--disable-uvicorn-access-log",
+        "--no-log-error-stack",  # on by itself in developer mode: a stack for every refused request
+        *(["--enforce-eager"] if eager else []),
+        # With its generators on the CPU, a seeded prompt that is prefilled in pieces kills vLLM 0.32.
+        *([] if on_gpu else ["--no-enable-chunked-prefill"]),
+        *(settings.extra_args if dtype in ("float32", "float") else _head_in_float32(settings.extra_args)),
+    ]
+
+
+def vllm_environment(settings: "VLLMSettings", key: str) -> dict[str, str]:
+    """This process's environment with what a server of ours needs."""
+    python_path = os.pathsep.join(filter(None, [str(_SERVED_FOLDER), os.environ.get("PYTHONPATH")]))
+    return {
+        **os.environ,
+        "PYTHONPATH": python_path,
+        "VLLM_API_KEY": key,
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        # The default of 5 s closes pooled connections between two batches, sometimes under a request.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
+    }
+
+
+def _head_in_float32(extra_args: Sequence[str]) -> list[str]:
+    """The arguments with the LM head in float32, as the trainer's is; what they override themselves stays.
+
+    vLLM 0.32 leaves the head in the body's precision, and calls float32 required for training-inference consistency.
+    """
+    kept: list[str] = []
+    overrides: Mapping[str, Any] = {}
+    arguments = iter(extra_args)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") != _OVERRIDES:
+            kept.append(argument)
+            continue
+        try:
+            overrides = json.loads(value if equals else next(arguments, "{}"))
+        except ValueError:
+            return list(extra_args)  # vLLM says itself what is wrong with it
+    return [*kept, _OVERRIDES, json.dumps({"head_dtype": "float32", **overrides})]

@@ -1,0 +1,17 @@
+"""Scores after a run: mean@k with intervals, the two-by-two of weights and texts, drift.
+
+In: programs and problems, or a run's directory. Out: measurements. A run's own files are only read.
+"""
+
+import importlib
+import warnings
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """Names of the module that this package was in release 0.1; gone after release 0.2."""
+    measure = importlib.import_module("dspy_fst.evaluation.measure")
+    if name.startswith("_") or not hasattr(measure, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is {measure.__name__}.{name} now", FutureWarning, 2)
+    return getattr(measure, name)

@@ -1,0 +1,232 @@
+"""What training brought: scores with their intervals, the table of {base, trained weights} x {seed, evolved
+instructions}, and the drift."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dspy
+import numpy as np
+
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.errors import MeasurementError
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.rollout.components import texts_like
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.run.files import plain, writing
+from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.training.result import policy_of, start_of
+from dspy_fst.types import Candidate, Problem, Rollout
+
+CELLS = (
+    "base weights, seed instructions",
+    "trained weights, seed instructions",
+    "base weights, evolved instructions",
+    "trained weights, evolved instructions",
+)
+RESAMPLES, COVERAGE = 10_000, 0.95
+INTERVAL = f"{COVERAGE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples"
+"""What an interval is. It says how much the figure depends on which problems were drawn; the weights are one run's."""
+EVALUATIONS = "evaluations.jsonl"
+"""In a run's directory: what was evaluated after it, one JSON object a line. Reports read it."""
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Score on some problems, k rollouts each."""
+
+    mean_at_k: float
+    """Mean over problems of the mean over k rollouts."""
+    standard_error: float
+    """Of that mean, over problems."""
+    best_at_k: float
+    """Mean over problems of the best of k rollouts."""
+    problems: int
+    k: int
+    masked: int
+    """Rollouts that were not measured and enter no figure."""
+    mean_interval: Interval | None
+    """See INTERVAL; None for a single problem, which tells nothing of others."""
+    best_interval: Interval | None
+    lost: Mapping[str, int]
+    """Rollouts by ``"masked: <reason>"`` and ``"failed: <reason>"``; the failed ones are measured."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the trained weights moved from the base on held-out prompts, on replies that they sampled."""
+
+    per_token: float
+    """Mean exact KL(trained || base) of a completion token, in nats."""
+    per_rollout: float
+    """Mean over rollouts of the KL summed over a rollout's completion tokens."""
+
+
+@dataclass(frozen=True)
+class TwoByTwo:
+    """The four cells and the drift under both instructions."""
+
+    cells: dict[str, Estimate]
+    """Keyed by CELLS."""
+    drift: dict[str, Drift]
+    """Keyed by ``"seed instructions"`` and ``"evolved instructions"``; empty when every call was greedy."""
+
+
+def estimate(rollouts: Sequence[Rollout], k: int, seed: int = 0) -> Estimate:
+    """Summarise k rollouts for each problem.
+
+    Args:
+        seed: Of the bootstrap's draws.
+
+    Raises:
+        MeasurementError: nothing was measured.
+    """
+    rewards: dict[int, list[float]] = {}
+    for rollout in rollouts:
+        if rollout.reward is not None:
+            rewards.setdefault(rollout.problem, []).append(rollout.reward)
+    lost = Counter(f"masked: {rollout.mask}" for rollout in rollouts if rollout.mask is not None)
+    if not rewards:
+        reasons = ", ".join(f"{reason} x{count}" for reason, count in lost.items())
+        raise MeasurementError(f"none of {len(rollouts)} rollouts measured anything ({reasons}); mend the cause")
+    means = [statistics.fmean(of) for of in rewards.values()]
+    bests = [max(of) for of in rewards.values()]
+    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    mean_interval, best_interval = _intervals((means, bests), seed)
+    return Estimate(
+        mean_at_k=statistics.fmean(means),
+        standard_error=spread / math.sqrt(len(means)),
+        best_at_k=statistics.fmean(bests),
+        problems=len(means),
+        k=k,
+        masked=lost.total(),
+        mean_interval=mean_interval,
+        best_interval=best_interval,
+        lost=lost + Counter(f"failed: {rollout.failure}" for rollout in rollouts if rollout.failure is not None),
+    )
+
+
+def _intervals(figures: Sequence[Sequence[float]], seed: int) -> list[Interval | None]:
+    """The interval of each figure's mean over problems; all are drawn on the same resampled problems."""
+    values = np.array(figures).T  # (problems, figures)
+    if len(values) < 2:
+        return [None] * len(figures)
+    draw = np.random.default_rng([*hashlib.sha256(f"{seed} bootstrap".encode()).digest()])
+    means = [values[draw.integers(len(values), size=len(values))].mean(axis=0) for _ in range(RESAMPLES)]
+    tail = (1 - COVERAGE) / 2
+    return [(float(low), float(high)) for low, high in np.quantile(means, [tail, 1 - tail], axis=0).T]
+
+
+def two_by_two(
+    student: dspy.Module,
+    compiled: dspy.Module,
+    testset: Sequence[dspy.Example],
+    metric: Callable[..., Any],
+    *,
+    k: int = 4,
+    seed: int = 0,
+    threads: int = 64,
+) -> TwoByTwo:
+    """Evaluate both weights under both instructions on held-out problems, through the compiled program's engine.
+
+    The engine serves the trained weights again when this returns.
+    """
+    policy = policy_of(compiled)
+    reward, settings = Reward(metric, peers=testset), PlayerSettings(threads=threads, seed=seed)
+    player = Player(compiled, reward, settings, policy.handle.engine.expect)
+    best = compiled.population.best
+    own, evolved = texts_like(best, student), texts_like(best, compiled)
+    return table(player, policy, start_of(compiled), own, evolved, testset, k=k)
+
+
+def table(
+    player: Player,
+    policy: PolicyLM,
+    base: Checkpoint,
+    seed: Candidate,
+    evolved: Candidate,
+    examples: Sequence[dspy.Example],
+    *,
+    k: int,
+    on_rollout: Callable[[Rollout], None] = lambda rollout: None,
+) -> TwoByTwo:
+    """`two_by_two` with a player at hand; ``policy`` holds the trained weights, which its engine serves at the end."""
+    texts, trained = {"seed": seed, "evolved": evolved}, policy.checkpoint
+    rollouts = {}
+    try:
+        for weights, checkpoint in (("base", base), ("trained", trained)):
+            for name, candidate in texts.items():
+                rollouts[weights, name] = play(player, policy, checkpoint, candidate, examples, k, on_rollout)
+    finally:
+        policy.handle.engine.load(trained)
+    cells = {
+        f"{weights} weights, {name} instructions": estimate(made, k, player.settings.seed)
+        for (weights, name), made in rollouts.items()
+    }
+    drift = {f"{name} instructions": drift_of(trained, base, rollouts["trained", name]) for name in texts}
+    known = {name: moved for name, moved in drift.items() if moved is not None}
+    return TwoByTwo({name: cells[name] for name in CELLS}, known)
+
+
+def play(
+    player: Player,
+    policy: PolicyLM,
+    checkpoint: Checkpoint,
+    candidate: Candidate,
+    examples: Sequence[dspy.Example],
+    k: int,
+    on_rollout: Callable[[Rollout], None] = lambda rollout: None,
+) -> list[Rollout]:
+    """k rollouts of a candidate on each example, under these weights."""
+    engine = policy.handle.engine
+    if engine.weights != checkpoint.version:
+        engine.load(checkpoint)
+    tasks = [Task(Problem(i, example), candidate, s) for i, example in enumerate(examples) for s in range(k)]
+    return player.play(tasks, f"evaluation {checkpoint.version}", on_rollout)
+
+
+def drift_of(trained: Checkpoint, base: Checkpoint, rollouts: Sequence[Rollout]) -> Drift | None:
+    """KL(trained || base) on these rollouts' calls, which the trained weights sampled; None when all were greedy."""
+    measured = [rollout for rollout in rollouts if rollout.reward is not None]
+    calls = [call for rollout in measured for call in rollout.calls if call.temperature > 0]
+    if not calls:
+        return None
+    trainer = Trainer(trained.path, TrainerSettings(learning_rate=1.0), reference=base.path)
+    by_call: list[list[float]] = trainer.kl_by_call(calls)
+    total = math.fsum(math.fsum(values) for values in by_call)
+    return Drift(per_token=total / sum(map(len, by_call)), per_rollout=total / len(measured))
+
+
+def keep(run_dir: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Add results to a run's evaluations, one line each, all or none; several processes may do so at once.
+
+    Raises:
+        DiskError: the disk refused.
+    """
+    path = run_dir / EVALUATIONS
+    lines = "".join(json.dumps(plain(result), allow_nan=False) + "\n" for result in results).encode()
+    with writing(run_dir), path.open("a+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        whole = file.seek(0, os.SEEK_END)
+        if whole:
+            file.seek(-1, os.SEEK_END)
+            lines = lines if file.read(1) == b"\n" else b"\n" + lines  # what a kill tore must not swallow ours
+        try:
+            if file.write(lines) != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except BaseException:
+            os.ftruncate(file.fileno(), whole)
+            raise

@@ -1,0 +1,135 @@
+"""What a reflection is shown of one run, within a budget: the call, what the metric said, and the rest of the run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dspy
+from dspy.teleprompt.bootstrap_trace import FailedPrediction
+
+from dspy_fst.rollout.parse_failures import form_asked_for, form_of
+from dspy_fst.types import PREDICTOR_TAG
+
+CHARACTERS = 4
+"""Of a token, as an estimate: whoever reflects has a tokenizer that is not known here (ours)."""
+FLOOR = 4
+"""Each of the three parts of a record may have one FLOOR-th of the budget before another takes it (ours)."""
+SHORTEST = 200
+"""Characters that a field of another call keeps at least, before whole calls are left out (ours)."""
+REST = "Rest of the Run"
+
+Record = dict[str, Any]
+"""GEPA's: ``{"Inputs": {field: value}, "Generated Outputs": {field: value} or the reply, "Feedback": text}``."""
+
+
+FOLLOW = "Your output failed to parse. Follow this structure:\n"
+"""DSPy's words, before what a ChatAdapter of its own would have asked for."""
+
+
+def asked_for(record: Record, failed: FailedPrediction, predictor: Any) -> Record:
+    """The record of a reply that did not parse, with the form that the adapter in force asks for.
+
+    Args:
+        predictor: Under the candidate; asked where the reply does not say in what form it was wanted.
+    """
+    form = form_of(failed) or form_asked_for(predictor)
+    return {**record, "Feedback": FOLLOW + form} if form else record
+
+
+def bounded(record: Record, others: Sequence[Any], tokens: int) -> Record:
+    """The record with the run's other calls, all of it within the budget.
+
+    Feedback is cut last, then the call's own fields, then the other calls; within each part the longest fields are
+    cut first, in their middle. Images and other dspy.Type values are kept whole and not counted.
+
+    Args:
+        others: DSPy's trace entries of the run's other calls, in order.
+        tokens: Of CHARACTERS characters each.
+    """
+    budget = tokens * CHARACTERS
+    feedback, rest = str(record["Feedback"]), _told(others, budget)
+    own = _fields(record)
+    lengths = [len(str(value)) for value in own.values() if not isinstance(value, dspy.Type)]
+    own_floor, rest_floor = min(sum(lengths), budget // FLOOR), min(len(rest), budget // FLOOR)
+    feedback = cut(feedback, budget - own_floor - rest_floor)
+    room = min(sum(lengths), budget - len(feedback) - rest_floor)
+    limit = fair_share(lengths, room)
+    shown = {place: _within(value, limit) for place, value in own.items()}
+    rest = cut(rest, budget - len(feedback) - room)
+    return {**_with_fields(record, shown), "Feedback": feedback} | ({REST: rest} if rest else {})
+
+
+def fair_share(lengths: Sequence[int], room: int) -> int:
+    """The largest limit with which all of the texts, each cut to it, have room.
+
+    >>> fair_share([10, 100, 300], 210)
+    100
+    >>> fair_share([10, 300, 300], 210)
+    100
+    """
+    left = room
+    for shorter, length in enumerate(sorted(lengths)):
+        share = left // (len(lengths) - shorter)
+        if length > share:
+            return share
+        left -= length
+    return max(lengths, default=0)
+
+
+def cut(text: str, limit: int) -> str:
+    """The text, or its beginning and end with a mark that says how much is left out between them.
+
+    >>> cut("a" * 50 + "b" * 50, 60)
+    'aaaaaaaaaaaaa [... 75 characters left out ...] bbbbbbbbbbbb'
+    """
+    if len(text) <= limit:
+        return text
+    kept = max(0, limit - len(_mark(len(text))))
+    mark, head = _mark(len(text) - kept), (kept + 1) // 2
+    return (text[:head] + mark + text[len(text) - kept // 2 :])[: max(0, limit)]
+
+
+def _mark(left_out: int) -> str:
+    return f" [... {left_out} characters left out ...] "
+
+
+def _within(value: Any, limit: int) -> Any:
+    """A value that fits as it is, else its text cut."""
+    fits = isinstance(value, dspy.Type) or len(str(value)) <= limit
+    return value if fits else cut(str(value), limit)
+
+
+def _fields(record: Record) -> dict[tuple[str, str], Any]:
+    """(part, field) -> value; a reply that did not parse is one field."""
+    return {
+        (part, name): value
+        for part in ("Inputs", "Generated Outputs")
+        for name, value in (record[part] if isinstance(record[part], Mapping) else {"": record[part]}).items()
+    }
+
+
+def _with_fields(record: Record, values: Mapping[tuple[str, str], Any]) -> Record:
+    filled = dict(record)
+    for part in ("Inputs", "Generated Outputs"):
+        own = {name: value for (where, name), value in values.items() if where == part}
+        filled[part] = own if isinstance(record[part], Mapping) else own[""]
+    return filled
+
+
+def _told(entries: Sequence[Any], budget: int) -> str:
+    """Calls, one a paragraph; no field takes more than its share of the budget."""
+    calls = [(getattr(predictor, PREDICTOR_TAG, "?"), inputs, _outputs(said)) for predictor, inputs, said in entries]
+    lengths = [len(str(value)) for _, *sides in calls for side in sides for value in side.values()]
+    limit = max(SHORTEST, fair_share(lengths, budget))
+    return "\n\n".join(
+        f"{name}: {_listed(inputs, limit)} -> {_listed(outputs, limit)}" for name, inputs, outputs in calls
+    )
+
+
+def _outputs(said: Any) -> dict[str, Any]:
+    if isinstance(said, FailedPrediction):
+        return {"a reply that did not parse": said.completion_text}
+    return dict(said.items())
+
+
+def _listed(fields: Mapping[str, Any], limit: int) -> str:
+    return ", ".join(f"{name}={cut(repr(value), limit)}" for name, value in fields.items())

@@ -1,0 +1,168 @@
+"""A model's shape: all that the arithmetic must know of it, from its files' headers or from its config alone.
+
+Nothing is downloaded here and no number of the weights is read. A config alone is counted by building the
+model on torch's meta device, which holds shapes and no memory; both ways give the same numbers.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.model_files.architectures import empty_model, largest
+from dspy_fst.model_files.kind import kind_faults, left_out, unreadable
+from dspy_fst.model_files.known import known_models, unknown_fault
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.validation import stored_shapes
+
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model's files or its config say of its size. Counts and widths are in numbers, not bytes."""
+
+    parameters: int
+    """Tied ones once, e.g. 596,049,920."""
+    untied: int
+    """Parameters of the published weights, which hold a tied head twice."""
+    vocabulary: int
+    width: int
+    inner_width: int
+    layers: int
+    queries: int
+    """Width of a layer's queries: heads times their width."""
+    keys: int
+    """Width of a layer's keys, and of its values."""
+    normed_heads: bool
+    """Whether queries and keys have a norm of their own, as Qwen3's."""
+    assumed: tuple[str, ...] = ()
+    """Numbers that config.json leaves out: they are transformers' defaults."""
+
+    @property
+    def cached(self) -> int:
+        """Numbers that a token's keys and values are, over all layers."""
+        return 2 * self.layers * self.keys
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embedding, and of the head."""
+        return self.vocabulary * self.width
+
+    @property
+    def tied(self) -> bool:
+        return self.untied > self.parameters
+
+
+def model_size(folder: Path) -> ModelSize | None:
+    """The size of a local model; None when there is no config that can be read, or a file of weights is broken.
+
+    Args:
+        folder: A Hugging Face folder, with weights or without; or a hub name whose config lies in the local cache.
+    """
+    try:
+        return _size_of(_local_config(folder), folder)
+    except Exception:  # files of others may break in any way; `model_faults` and `find_size` say how
+        return None
+
+
+def find_size(model: str) -> ModelSize:
+    """The shape of a folder's or a hub's model; no weights are needed.
+
+    Raises:
+        ConfigurationError: it is not known, with where it was looked for; or it is no model that can be trained.
+    """
+    if fault := unknown_fault(model):
+        raise ConfigurationError([fault])
+    config = _config_of(model)
+    if faults := [f"model={model!r}: {fault}" for fault in kind_faults(config)]:
+        raise ConfigurationError(faults)
+    try:
+        size = _size_of(config, Path(model))
+    except ValueError:  # a file of weights is broken, which a run tells
+        size = size_of_config(config)
+    if size is None:
+        raise ConfigurationError([f"model={model!r}: transformers cannot make a model of its config"])
+    return size
+
+
+def _local_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _config_of(model: str) -> Any:
+    """The config of a folder, of the hub's cache, of a well-known model or of the hub, whichever comes first."""
+    from transformers import AutoConfig
+
+    with suppress(Exception):  # looked for elsewhere; the last place says why not
+        return _local_config(Path(model))
+    try:
+        known = None if Path(model).is_dir() else known_models().get(model)
+        return AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # a hub refuses in many ways, and files of others may break in any
+        raise ConfigurationError([f"model={model!r}: {unreadable(Path(model), error)}"]) from error
+
+
+def _size_of(config: Any, folder: Path) -> ModelSize | None:
+    """By the headers of a folder's weights where there are any.
+
+    Raises:
+        ValueError: a file of weights is broken.
+    """
+    shapes = stored_shapes(folder)
+    size = _size(config, shapes) if shapes else size_of_config(config)
+    written = folder / "config.json"
+    if size is None or not written.is_file():
+        return size
+    return replace(size, assumed=left_out(config, json.loads(written.read_text(encoding="utf-8"))))
+
+
+def shape_faults(policy: PolicyLM) -> list[str]:
+    """Why the shape of a policy's model cannot be known; nothing else of its files is looked at."""
+    try:
+        find_size(str(policy.checkpoint.path))
+    except ConfigurationError as error:
+        return list(error.faults)
+    return []
+
+
+def size_of_config(config: Any) -> ModelSize | None:
+    """The size of a transformers config's model, without any weights; None when transformers cannot make that model."""
+    try:
+        model = empty_model(config)
+    except Exception:  # a model's own code may raise anything on a config of others
+        return None
+    return _size(config, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
+
+
+def _size(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> ModelSize:
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", getattr(config, "tie_word_embeddings", False))
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if not (tied and name == HEAD))
+    heads = largest(config, "num_attention_heads") or 1
+    width, layers = largest(config, "hidden_size") or 0, largest(config, "num_hidden_layers") or 0
+    vocabulary = largest(config, "vocab_size") or 0
+    head_width = largest(config, "head_dim") or width // heads
+    return ModelSize(
+        parameters=parameters,
+        untied=parameters + (vocabulary * width if tied else 0),
+        vocabulary=vocabulary,
+        width=width,
+        inner_width=_inner_width(config) or 4 * width,
+        layers=layers,
+        queries=head_width * heads,
+        keys=head_width * (largest(config, "num_key_value_heads") or heads),
+        normed_heads=any(".q_norm." in name for name in shapes),
+    )
+
+
+def _inner_width(config: Any) -> int | None:
+    """Of a mixture of experts: of all the experts that a token passes through."""
+    dense, of_expert = largest(config, "intermediate_size"), largest(config, "moe_intermediate_size")
+    chosen = largest(config, "num_experts_per_tok") or 1
+    return max(filter(None, (dense, of_expert and of_expert * chosen)), default=None)

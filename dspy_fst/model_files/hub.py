@@ -1,0 +1,81 @@
+"""Whether a model that is named as on a hub can be had: from huggingface_hub's cache, or because the hub answers."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from dspy_fst.model_files.folder import WHOLE
+from dspy_fst.model_files.reach import ANSWER_S, why_silent
+
+Cached = Literal["whole", "in part", "not"]
+ELSEWHERE = (
+    "Fetch it where the hub can be reached (hf download {name} --local-dir FOLDER) and give the folder as the model; a "
+    "proxy or a mirror is named by HTTPS_PROXY or HF_ENDPOINT"
+)
+
+
+def means_a_path(model: str) -> bool:
+    """Whether a name that is no folder was meant as one: a hub's name is ``name`` or ``owner/name``."""
+    return Path(model).exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1
+
+
+def hub_fault(name: str, seconds: float = ANSWER_S) -> str | None:
+    """Why a hub's model cannot be had here; None where it is cached whole, or the hub answers within the seconds."""
+    if (cached := in_cache(name)) == "whole" or (silence := hub_silence(seconds)) is None:
+        return None
+    part = "; the cache holds a part of it only" if cached == "in part" else ""
+    return (
+        "there is no such folder, and as a hub model it is not a model that this machine has or can get: "
+        f"{silence}{part}. {ELSEWHERE.format(name=name)}"
+    )
+
+
+def hub_warnings(name: str) -> list[str]:
+    """A sentence where a cached model will be read while the hub is silent: each file is then asked for in vain."""
+    from huggingface_hub import is_offline_mode
+
+    if Path(name).is_dir() or is_offline_mode() or in_cache(name) != "whole" or (silence := hub_silence()) is None:
+        return []
+    return [f"model={name!r} is read from the cache, as {silence}; set HF_HUB_OFFLINE=1, so that nothing waits for it"]
+
+
+def hub_silence(seconds: float = ANSWER_S) -> str | None:
+    """Why the hub cannot be asked, or None where it answers within the seconds.
+
+    The environment's HF_ENDPOINT, HF_HUB_OFFLINE and proxies count.
+    """
+    from huggingface_hub import constants, is_offline_mode
+    from huggingface_hub.utils import get_session
+
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    silence = why_silent(constants.ENDPOINT, get_session(), seconds)
+    return f"{constants.ENDPOINT} cannot be reached ({silence})" if silence else None
+
+
+def in_cache(name: str) -> Cached:
+    """How much of a hub's model huggingface_hub's cache holds: its config and weights, something, or nothing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return "not"
+    return "whole" if (folder / "config.json").is_file() and _has_weights(folder) else "in part"
+
+
+def _has_weights(folder: Path) -> bool:
+    for name in WHOLE:
+        file = folder / name
+        if file.is_file() and (not name.endswith(".json") or all((folder / part).is_file() for part in _parts(file))):
+            return True
+    return False
+
+
+def _parts(index: Path) -> set[str]:
+    """The files that an index of weights names; one that cannot be read names itself, and is found at fault later."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {index.name}

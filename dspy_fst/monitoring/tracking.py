@@ -1,0 +1,262 @@
+"""A run's numbers in wandb, trackio, mlflow, tensorboard and the other trackers that accelerate knows.
+
+Every tracker has a thread of its own and a small file in the run directory, ``tracking/<name>.json``, which says what
+it was given. So no tracker can delay or stop the run, a continued run goes on where the tracker allows it, and no entry
+is logged twice.
+"""
+
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType
+
+from dspy_fst.report.metric_names import Entry, entry_of
+from dspy_fst.run.files import read_json, write_json
+
+PROJECT = "dspy_fst"
+"""Project, or experiment, under which trackers file the runs."""
+FOLDER = "tracking"
+"""In the run directory; tensorboard's and aim's own files lie there too."""
+FINISH_S = 30.0
+"""How long a run that is over waits for its trackers to take the rest (ours)."""
+Events = Sequence[Mapping[str, Any]]
+Track: TypeAlias = str | GeneralTracker
+"""One of accelerate's names, or a tracker made with settings of its own."""
+
+
+@dataclass(frozen=True)
+class _Service:
+    """How a tracker names its runs and goes on in one; read from each library's documentation."""
+
+    named: str | None
+    """The argument that takes a run's name."""
+    identity: Callable[[Any], Any]
+    """Of the run that it made."""
+    continued: Callable[[str], dict[str, Any]]
+    """Identity -> the arguments that go on in that run."""
+
+
+_SERVICES = {
+    "wandb": _Service("name", lambda run: run.id, lambda identity: {"id": identity, "resume": "allow"}),
+    "trackio": _Service("name", lambda run: run.name, lambda identity: {"name": identity, "resume": "allow"}),
+    "mlflow": _Service("run_name", lambda run: run.info.run_id, lambda identity: {"run_id": identity}),
+    "comet_ml": _Service(None, lambda run: run.get_key(), lambda identity: {"experiment_key": identity}),
+    "aim": _Service(None, lambda run: run.hash, lambda identity: {"run_hash": identity}),
+}
+"""tensorboard goes on by its folder; clearml, dvclive and swanlab get a new run from a continued one."""
+
+
+def trackers_of(track: Any) -> tuple[list[Track], list[str]]:
+    """The trackers that are asked for, each once, and what is wrong with them."""
+    wanted = [track] if isinstance(track, str | GeneralTracker) else track
+    if not isinstance(wanted, list | tuple):
+        return [], [f"track={track!r}: name a tracker, or a list of them: {', '.join(LOGGER_TYPE_TO_CLASS)}"]
+    faults = [fault for tracker in wanted if (fault := _fault(tracker))]
+    return ([] if faults else list({_name(tracker): tracker for tracker in wanted}.values())), faults
+
+
+def _fault(tracker: Any) -> str | None:
+    if isinstance(tracker, GeneralTracker):
+        return None
+    if not isinstance(tracker, str) or tracker not in LOGGER_TYPE_TO_CLASS:
+        return f"track={tracker!r}: there is no such tracker; use one of {', '.join(LOGGER_TYPE_TO_CLASS)}"
+    if tracker in LoggerType.list() and tracker not in map(str, get_available_trackers()):
+        return f"track={tracker!r}: it is not installed here; pip install {tracker.replace('_', '-')}"
+    return None
+
+
+def _name(tracker: Track) -> str:
+    return tracker if isinstance(tracker, str) else str(tracker.name)
+
+
+class Tracking:
+    """A listener that hands what a run measures to trackers.
+
+    Args:
+        trackers: See `trackers_of`.
+    """
+
+    def __init__(self, trackers: Sequence[Track]):
+        self._trackers = tuple(trackers)
+        self._workers: list[_Worker] = []
+        self._updates = 0
+        self._tell: Callable[[str], None] = lambda text: None
+
+    @contextmanager
+    def following(self, run_dir: Path, events: Events, tell: Callable[[str], None]) -> Iterator[None]:
+        """A block in which the events of a run that has been accepted are logged.
+
+        Args:
+            events: What happened before. A tracker is given what it does not have yet: one that was added to a
+                continued run gets all of it.
+            tell: Takes a sentence for whoever watches.
+        """
+        self._tell, self._updates = tell, 0
+        settings = hyperparameters(events)
+        self._workers = [_Worker(tracker, run_dir, settings) for tracker in self._trackers]
+        for event in events:
+            self(event)
+        try:
+            yield
+        finally:
+            with suppress(Exception):  # a terminal that is gone must not hide why the run ended
+                self._finish()
+            self._workers = []
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Take one event of the run. Before the block nothing is logged."""
+        if self._workers and (entry := entry_of(event)):
+            # A search, and the validation, stand at the update that comes next.
+            step = entry.index if entry.group == "train" else self._updates
+            self._updates = step + 1 if entry.group == "train" else step
+            for worker in self._workers:
+                worker.take(entry, step)
+        self._tell_troubles()
+
+    def _tell_troubles(self) -> None:
+        """Here and not in the trackers' threads: other listeners are called from the run's thread alone."""
+        for worker in self._workers:
+            while worker.troubles:
+                self._tell(worker.troubles.pop(0))
+
+    def _finish(self) -> None:
+        for worker in self._workers:
+            worker.end()
+        until = time.monotonic() + FINISH_S
+        for worker in self._workers:
+            worker.wait(until)
+        self._tell_troubles()
+
+
+def hyperparameters(events: Events) -> dict[str, bool | int | float | str]:
+    """The recipe and what is trained on what, flat, as the plan's event tells it: secrets were taken out there."""
+    plan = next((event for event in reversed(events) if event["event"] == "plan" and "config" in event), {})
+    subject = {name: plan[name] for name in ("program", "model", "engine", "metric") if name in plan}
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in {**plan.get("config", {}), **subject}.items()
+    }
+
+
+@dataclass
+class _Ledger:
+    """What a tracker was given; the file is written before the tracker is, so that nothing goes there twice."""
+
+    path: Path
+    identity: str | None = None
+    configured: bool = False
+    logged: dict[str, int] = field(default_factory=dict)
+    """Group -> index of its newest entry."""
+    lost: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> "_Ledger":
+        found = read_json(path)
+        return cls(path, **found) if isinstance(found, dict) else cls(path)
+
+    def write(self) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        write_json(self.path, {name: value for name, value in asdict(self).items() if name != "path"})
+
+    def holds(self, entry: Entry) -> bool:
+        return entry.index <= self.logged.get(entry.group, -1)
+
+
+class _Worker:
+    """One tracker and the thread that waits for it."""
+
+    def __init__(self, tracker: Track, run_dir: Path, settings: Mapping[str, Any]):
+        self.name = _name(tracker)
+        self.troubles: list[str] = []
+        self._tracker, self._run_dir, self._settings = tracker, run_dir, settings
+        self._ledger = _Ledger(run_dir / FOLDER / (re.sub(r"[^\w.-]", "_", self.name) + ".json"))
+        self._told: set[str] = set()
+        self._lost = 0
+        self._todo: queue.SimpleQueue[tuple[Entry, int] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
+        self._thread.start()
+
+    def take(self, entry: Entry, step: int) -> None:
+        self._todo.put((entry, step))
+
+    def end(self) -> None:
+        self._todo.put(None)
+
+    def wait(self, until: float) -> None:
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._thread.is_alive():
+            self.troubles.append(
+                f"warning: the run waited {FINISH_S:g} s for tracker {self.name!r} to take its last entries, and ends "
+                "without it"
+            )
+
+    def _work(self) -> None:
+        tracker = None
+        with self._surviving("could not be started"):
+            self._ledger = _Ledger.read(self._ledger.path)
+            tracker = self._started()
+        while (item := self._todo.get()) is not None:
+            entry, step = item
+            if not self._ledger.holds(entry):
+                self._log(tracker, entry, step)
+        if tracker is not None:
+            with self._surviving("did not finish well"):
+                tracker.finish()
+        if self._lost:
+            with self._surviving("left no count of what it lost"):
+                self._ledger.write()
+            self.troubles.append(f"warning: tracker {self.name!r} lost {self._lost} of the run's entries")
+
+    def _started(self) -> GeneralTracker:
+        tracker = self._tracker if isinstance(self._tracker, GeneralTracker) else self._made()
+        tracker.start()
+        if self._tracker in _SERVICES:
+            self._ledger.identity = str(_SERVICES[self.name].identity(tracker.tracker))
+        configured, self._ledger.configured = self._ledger.configured, True
+        self._ledger.write()
+        if not configured:
+            with self._surviving("did not take the recipe"):
+                tracker.store_init_configuration(dict(self._settings))
+        return tracker
+
+    def _made(self) -> GeneralTracker:
+        kind, service, identity = LOGGER_TYPE_TO_CLASS[self.name], _SERVICES.get(self.name), self._ledger.identity
+        options: dict[str, Any] = {}
+        if service and identity:
+            options = service.continued(identity)
+        elif service and service.named:
+            options = {service.named: self._run_dir.name}
+        if kind.requires_logging_directory:
+            return kind(self.name, str(self._run_dir / FOLDER), **options)
+        return kind(PROJECT, **options)
+
+    def _log(self, tracker: GeneralTracker | None, entry: Entry, step: int) -> None:
+        logged = False
+        if tracker is not None:
+            with self._surviving("failed"):
+                self._ledger.logged[entry.group] = entry.index
+                self._ledger.write()
+                tracker.log(dict(entry.values), step=step)
+                logged = True
+        if not logged:
+            self._lost += 1
+            self._ledger.lost += tracker is not None  # what never started gets its entries when the run is continued
+
+    @contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """A block of the tracker's: what it raises is told once and costs the run nothing."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            if what not in self._told:
+                words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                self.troubles.append(f"warning: tracker {self.name!r} {what} ({words}); the run goes on")
+                self._told.add(what)

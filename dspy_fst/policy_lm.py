@@ -1,0 +1,354 @@
+"""PolicyLM: the language model that is trained, as an ordinary dspy.LM."""
+
+import asyncio
+import importlib.util
+import inspect
+import secrets
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+from dspy import lm15
+from dspy.clients.engines.base import StreamEvent
+from pydantic import ValidationError
+
+from dspy_fst.engine.base import Checkpoint, Completion, Engine
+from dspy_fst.engine.devices import has_gpu
+from dspy_fst.engine.options import made, unknown_arguments
+from dspy_fst.engine.portable import PolicyState, portable_options
+from dspy_fst.engine.prompts import Ids, PromptRenderer
+from dspy_fst.engine.replies import ReplyReader
+from dspy_fst.engine.stream_events import events, events_in_thread, pieces
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.model_files.adapter_folder import adapter_fault
+from dspy_fst.rollout.call_recorder import RECORDED, complete_recorded, stream_recorded
+from dspy_fst.rollout.second_call import no_second_call
+
+EngineKind = Literal["auto", "vllm", "in_process"]
+BASE_VERSION = "base"
+"""Version of weights that nobody has trained yet."""
+
+
+class PolicyLM(dspy.LM):
+    """An open-weights model on this machine whose every reply is known token by token.
+
+    Behaves like any ``dspy.LM``; the engine starts at the first call. DSPy's cache is never used: a cached
+    reply would come from other weights than the current ones. DSPy's adapters ask it once for each reply, in rollouts
+    and outside, unless ``use_json_adapter_fallback`` is set.
+
+    >>> policy = PolicyLM("Qwen/Qwen3-0.6B")          # doctest: +SKIP
+    >>> program.set_lm(policy)                        # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        engine: EngineKind = "auto",
+        temperature: float = 1.0,
+        max_tokens: int | None = 1024,
+        engine_options: Mapping[str, Any] | None = None,
+        version: str = BASE_VERSION,
+        num_retries: int = 3,
+        use_json_adapter_fallback: bool = False,
+        **unknown: Any,
+    ):
+        """Name the model; nothing is loaded or started.
+
+        Args:
+            model: A Hugging Face folder or hub name.
+            engine: ``"vllm"`` (a server that this package starts), ``"in_process"`` (transformers), or ``"auto"``:
+                vLLM where it is installed and there is a GPU, else in process.
+            temperature: Of sampling; 1.0 trains the model's own distribution.
+            max_tokens: Longest reply, in tokens; None: as far as the model's context goes.
+            engine_options: Fields of VLLMSettings or InProcessSettings, e.g. ``{"max_model_len": 8192}``.
+            version: Name of these weights.
+            num_retries: How often a call that failed is asked again.
+            use_json_adapter_fallback: Whether DSPy's adapters may ask again in JSON where a reply does not parse.
+                Rollouts never do, so a score with it is no score of what is trained (`dspy_fst.reconfigured`).
+            **unknown: Refused, with the names that were meant.
+
+        Raises:
+            ConfigurationError: no model, or an unknown setting, engine or engine options, all of them named.
+        """
+        own = [name for name in inspect.signature(PolicyLM).parameters if name != "unknown"]
+        faults = unknown_arguments(unknown, own)
+        if not isinstance(model, str | Path) or not str(model):
+            faults.append(f"model={model!r}: name a Hugging Face folder or a hub model")
+        if not isinstance(engine_options, Mapping | None):
+            faults.append(f"engine_options={engine_options!r}: pass a dict of the engine's settings")
+        else:
+            try:
+                engine_maker(resolve_kind(engine), engine_options or {})
+            except ConfigurationError as error:
+                faults += error.faults
+        if faults:
+            raise ConfigurationError(faults)
+        self.handle = EngineHandle(str(model), engine, dict(engine_options or {}), version)
+        super().__init__(
+            model=str(model),
+            engine=self.handle,
+            async_engine=AsyncHandle(self.handle),
+            temperature=temperature,
+            max_tokens=max_tokens,
+            num_retries=num_retries,
+            cache=False,
+        )
+        setattr(self, RECORDED, True)
+        self.use_json_adapter_fallback = use_json_adapter_fallback
+        self._cache_responses = False  # a predictor's own cache=True would beat LM(cache=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        answer = super().__call__(*args, **kwargs)
+        if not self.use_json_adapter_fallback:
+            no_second_call()
+        return answer
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as a call, to be awaited; DSPy's adapters ask once for each reply here too."""
+        answer = await super().acall(*args, **kwargs)
+        if not self.use_json_adapter_fallback:
+            no_second_call()
+        return answer
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The weights that this LM speaks with."""
+        return self.handle.checkpoint
+
+    # Not named as their settings are: dspy.LM.copy sets the attribute of a setting's name. It drops a None from kwargs.
+
+    @property
+    def sampling_temperature(self) -> float:
+        """Of replies for which no predictor asks for another; 1.0 is the model's own distribution."""
+        temperature: float = self.kwargs.get("temperature", 1.0)
+        return temperature
+
+    @property
+    def reply_limit(self) -> int | None:
+        """Longest reply, in tokens; None: as far as the model's context goes."""
+        longest: int | None = self.kwargs.get("max_tokens")
+        return longest
+
+    def _get_initial_kwargs(self, *, temperature: Any, max_tokens: Any, **kwargs: Any) -> dict[str, Any]:
+        # dspy.LM takes a folder named o3-mini or gpt-5 for OpenAI's model, whose rules and names of settings differ.
+        return {"temperature": temperature, "max_tokens": max_tokens, **kwargs}
+
+    def fork(self, checkpoint: Checkpoint | None = None) -> "PolicyLM":
+        """The same LM on an engine of its own, so that training it leaves this one as it is."""
+        checkpoint = checkpoint or self.checkpoint
+        return PolicyLM(
+            checkpoint.path,
+            engine=self.handle.kind,
+            temperature=self.sampling_temperature,
+            max_tokens=self.reply_limit,
+            engine_options=self.handle.options,
+            version=checkpoint.version,
+            num_retries=self.num_retries,
+            use_json_adapter_fallback=self.use_json_adapter_fallback,
+        )
+
+    def on(self, handle: "EngineHandle") -> "PolicyLM":
+        """A copy with this LM's temperature and limits that speaks through another engine."""
+        copy = self.copy(engine=handle, async_engine=AsyncHandle(handle))
+        copy.handle = handle
+        return copy
+
+    def release(self) -> None:
+        """Stop the engine and free its memory; the next call starts it again."""
+        self.handle.release()
+
+    def dump_state(self) -> dict[str, Any]:
+        """State for DSPy's save: no keys, addresses or whatever else belongs to the machine (see `engine.portable`)."""
+        return {
+            "_dspy_lm_class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "model": str(self.checkpoint.path),
+            "engine": self.handle.kind,
+            "engine_options": portable_options(self.handle.options),
+            "temperature": self.sampling_temperature,
+            "max_tokens": self.reply_limit,
+            "num_retries": self.num_retries,
+            "version": self.checkpoint.version,
+            **({"use_json_adapter_fallback": True} if self.use_json_adapter_fallback else {}),
+        }
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> "PolicyLM":
+        """Rebuild from `dump_state`; called by DSPy with ``allow_unsafe_lm_state=True``.
+
+        Raises:
+            ConfigurationError: the state sets something else than `dump_state` writes.
+        """
+        try:
+            saved = PolicyState.model_validate({key: state[key] for key in state if key != "_dspy_lm_class"})
+        except ValidationError as error:
+            # Without the values: a refused one may be a key.
+            faults = [f"saved PolicyLM: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+            raise ConfigurationError(faults) from None
+        return cls(**saved.settings(resolve_kind(saved.engine)))
+
+
+class EngineHandle:
+    """DSPy's engine contract over one of our engines, made at the first use.
+
+    Shared by every copy of its LM: ``program.deepcopy()`` copies LMs, and must not start servers.
+    """
+
+    def __init__(self, model: str, kind: EngineKind, options: dict[str, Any], version: str):
+        self.kind, self.options = kind, options
+        path = Path(model)
+        # A folder is meant where it lies now, also after the working directory changed; else it is a hub name.
+        self.checkpoint = Checkpoint(version, path.resolve() if path.is_dir() else path)
+        self.resolved_kind = resolve_kind(kind)
+        self._make = engine_maker(self.resolved_kind, options)
+        self._engine: Engine | None = None
+        self._reader: ReplyReader | None = None
+        self._renderer: PromptRenderer | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, not necessarily started."""
+        with self._lock:
+            if self._engine is None:
+                self._engine = self._make()
+                self._unheld = weakref.finalize(self, _close_beside, self._engine)
+                self._unheld.atexit = False  # the interpreter ends threads and children itself
+            return self._engine
+
+    def ready(self) -> Engine:
+        """The engine, serving weights: this handle's own unless others were loaded."""
+        with self._lock:
+            engine = self.engine
+            if engine.weights is None:
+                checkpoint = _downloaded(self.checkpoint)
+                if fault := adapter_fault(checkpoint.path):
+                    raise ConfigurationError([f"model={str(self.checkpoint.path)!r}: {fault}"])
+                engine.load(checkpoint)
+            return engine
+
+    @property
+    def reader(self) -> ReplyReader:
+        """How this model writes thoughts and tool calls."""
+        with self._lock:
+            if self._reader is None:
+                self._reader = ReplyReader.load(_downloaded(self.checkpoint).path)
+            return self._reader
+
+    @property
+    def supports_function_calling(self) -> bool:
+        """Read by DSPy's adapters: whether tools may go to the chat template instead of the prompt's text."""
+        return self.reader.takes_tools
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Read by DSPy's adapters: whether a ``dspy.Reasoning`` field is what the model thinks before it answers."""
+        return self.reader.thinks
+
+    def release(self) -> None:
+        with self._lock:
+            if self._engine is not None:
+                self._unheld.detach()
+                self._engine.close()
+                self._engine = None
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        # The engine is asked for last: a late call of a rollout that was given up must not start one.
+        return complete_recorded(
+            lambda *call: self.ready().complete(*call), request, _free_seed, continued=self._continued
+        )
+
+    def _continued(self, request: lm15.Request, said: Sequence[Ids]) -> Ids | None:
+        """The prompt of a conversation that goes on, from the ids that were sampled; see `PromptRenderer.continued`."""
+        reader = self.reader
+        if reader.tokenizer is None:
+            return None
+        with self._lock:  # one renderer, as its lock is what keeps threads apart in one tokenizer
+            self._renderer = self._renderer or PromptRenderer(reader.tokenizer, reader.traits)
+        return self._renderer.continued(request, said)
+
+    def stream(self, request: lm15.Request) -> Iterator[StreamEvent]:
+        """The reply's events as it is sampled (``dspy.streamify``); it is recorded as a whole one is."""
+
+        def told(asked: lm15.Request, seed: int, prompt_ids: Ids | None) -> Generator[str, None, Completion]:
+            return pieces(self.ready(), self.reader, asked, seed, prompt_ids)
+
+        return events(stream_recorded(told, request, _free_seed, self._continued), request)
+
+    def close(self) -> None:
+        """DSPy closes LMs it does not own the engine of; only `release` stops ours."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EngineHandle":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        path, version = str(self.checkpoint.path), self.checkpoint.version
+        return (EngineHandle, (path, self.kind, self.options, version))
+
+
+class AsyncHandle:
+    """The same engine for ``acall``: the wait happens in a worker thread."""
+
+    def __init__(self, handle: EngineHandle):
+        self._handle = handle
+
+    async def complete(self, request: lm15.Request) -> lm15.Response:
+        return await asyncio.to_thread(self._handle.complete, request)
+
+    def stream(self, request: lm15.Request) -> AsyncIterator[StreamEvent]:
+        """See `EngineHandle.stream`."""
+        return events_in_thread(self._handle.stream(request))
+
+    async def aclose(self) -> None:
+        """See `EngineHandle.close`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AsyncHandle":
+        return self
+
+
+def _close_beside(engine: Engine) -> None:
+    """Stop an engine whose LM nobody holds any more; in a thread, as the collector may run in one of the engine's."""
+    threading.Thread(target=engine.close, name="engine-end", daemon=True).start()
+
+
+def _free_seed() -> int:
+    return secrets.randbits(31)
+
+
+def _downloaded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as a folder on this machine; a hub name is fetched."""
+    if checkpoint.path.is_dir():
+        return checkpoint
+    from huggingface_hub import snapshot_download
+
+    return Checkpoint(checkpoint.version, Path(snapshot_download(str(checkpoint.path))))
+
+
+def resolve_kind(kind: EngineKind) -> EngineKind:
+    """What ``"auto"`` stands for on this machine."""
+    if kind != "auto":
+        return kind
+    return "vllm" if has_gpu() and importlib.util.find_spec("vllm") else "in_process"
+
+
+def engine_maker(kind: EngineKind, options: Mapping[str, Any]) -> Callable[[], Engine]:
+    """A function that makes the engine; faults in its options are found now.
+
+    Raises:
+        ConfigurationError: the engine is unknown or does not take an option.
+    """
+    if kind == "vllm":
+        from dspy_fst.engine.vllm.server import VLLMSettings
+        from dspy_fst.engine.vllm.supervisor import Keeper
+
+        served = made(VLLMSettings, options, kind)
+        return lambda: Keeper(served)
+    if kind == "in_process":
+        from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
+
+        settings = made(InProcessSettings, options, kind)
+        return lambda: InProcessEngine(settings)
+    raise ConfigurationError([f"engine={kind!r} is unknown; use 'auto', 'vllm' or 'in_process'"])

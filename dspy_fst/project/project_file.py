@@ -1,0 +1,372 @@
+"""A project: one YAML file that names everything compile() needs, and the way from its names to the objects.
+
+    program: my_program:build          # module:attribute -> a dspy.Module, or a function that returns one
+    metric: my_program:metric
+    trainset: my_data:train            # a list of dspy.Example, a function that returns one, or a .jsonl file
+    model: Qwen/Qwen3-0.6B             # for the predictors that hold no LM yet
+    reflection_lm: openai/gpt-5        # or  propose: my_program:propose
+    run_dir: runs/mine
+    continue_from: runs/before         # a run whose program and weights this one goes on from; may be left out
+    track: tensorboard                 # or a list; may be left out
+    recipe: {auto: medium}             # fields of FSTConfig, or auto
+
+Modules and relative paths are looked for in the file's folder. Nothing heavy is imported before `Project.open`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import yaml  # type: ignore[import-untyped]
+from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
+
+from dspy_fst.errors import ConfigurationError, meant
+from dspy_fst.project.names import (
+    Faults,
+    importable,
+    imported,
+    is_file,
+    made,
+    made_program,
+    read_examples,
+    with_key,
+)
+from dspy_fst.project.parts import (
+    ExamplesReference,
+    Part,
+    PolicySettings,
+    Recipe,
+    Reference,
+    ReflectionSettings,
+    model_alone,
+)
+from dspy_fst.project.settings_file import cleaner, read_settings, secrets_in
+
+if TYPE_CHECKING:
+    import dspy
+
+    from dspy_fst.optimizer import FSTOptimizer
+    from dspy_fst.policy_lm import PolicyLM
+
+_YOUR_OWN = (
+    "it may be somebody else's, so none of its code is run. If it is yours, name your own project file: "
+    "dspy-fst run FILE continues the run, eval and serve take --project FILE"
+)
+
+
+class Project(Part):
+    """The settings of one project file. `load_project` reads it, `open` makes the objects that it names."""
+
+    folder: Path
+    """Where modules and relative paths are looked for: the file's own folder, or what it says, relative to that."""
+    program: Reference
+    """A ``dspy.Module``, or a function without arguments that returns one."""
+    metric: Reference
+    trainset: ExamplesReference
+    """A list of ``dspy.Example``, a function without arguments that returns one, or a file of JSON lines."""
+    valset: ExamplesReference | None = None
+    inputs: list[str] | None = None
+    """Input fields of the examples in .jsonl files; the other fields are labels."""
+    model: str | None = None
+    """Hugging Face folder or hub name; may be left out when the program holds a PolicyLM."""
+    policy: PolicySettings | None = None
+    reflection_lm: Annotated[ReflectionSettings, BeforeValidator(model_alone)] | None = None
+    propose: Reference | None = None
+    """A proposer that needs no LM, see FSTOptimizer."""
+    code_proposer: Reference | None = None
+    """A proposer of sources for dspy.Flex modules, see FSTOptimizer."""
+    run_dir: str
+    continue_from: str | None = None
+    """The directory of a finished run, or a saved program: the run goes on from its texts, population and weights. They
+    take the place of the program's own and of ``model``."""
+    track: list[str] | str | None = None
+    """Experiment trackers, see FSTOptimizer. They are no part of the recipe: a continued run may name others."""
+    show_samples: bool = False
+    """Whether one sampled reply is shown after each step."""
+    recipe: Recipe | None = None
+
+    @model_validator(mode="after")
+    def _inputs_belong_to_files(self) -> "Project":
+        files = [name for name in (self.trainset, self.valset) if name and is_file(name)]
+        if files and not self.inputs:
+            raise ValueError(f"inputs: name the input fields of {' and '.join(files)}, e.g. inputs: [question]")
+        if self.inputs and not files:
+            raise ValueError("inputs: it belongs to .jsonl files; examples made in Python say with_inputs themselves")
+        return self
+
+    @property
+    def run_path(self) -> Path:
+        """The run directory, absolute."""
+        return self.path(self.run_dir)
+
+    def path(self, text: str) -> Path:
+        """A path of the file, absolute."""
+        return (self.folder / Path(text).expanduser()).resolve()
+
+    def importable(self) -> AbstractContextManager[None]:
+        """A block in which the project's own modules can be imported."""
+        return importable(self.folder)
+
+    def open(
+        self, listeners: Sequence[Callable[[Mapping[str, Any]], None]] = (), *, trust_code: bool = False
+    ) -> "Opened":
+        """Import and make everything that the file names; no model is loaded yet.
+
+        Args:
+            listeners: Functions that are told every event of the run.
+            trust_code: Take up sources of dspy.Flex modules that ``continue_from`` holds.
+
+        Raises:
+            ConfigurationError: with everything that does not import, is not there or raises.
+        """
+        from dspy_fst.optimizer import FSTOptimizer
+
+        faults = Faults(self.folder)
+        with self.importable():
+            objects = imported(self._references(), faults)
+            program = self._program(objects, faults, trust_code)
+            trainset = self._examples("trainset", objects, faults)
+            valset = self._examples("valset", objects, faults)
+            reflection_lm = self._reflection_lm(faults)
+        faults.raise_any()
+        optimizer = FSTOptimizer(
+            metric=objects["metric"],
+            reflection_lm=reflection_lm,
+            propose=objects.get("propose"),
+            code_proposer=objects.get("code_proposer"),
+            run_dir=self.run_path,
+            listeners=listeners,
+            track=self.track or (),
+            show_samples=self.show_samples,
+            **(self.recipe.model_dump(exclude_unset=True) if self.recipe else {}),
+        )
+        return Opened(program, optimizer, trainset, valset)
+
+    def kept_settings(self) -> dict[str, Any]:
+        """What `keep` writes."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def keep(self) -> Path:
+        """Write the settings into the run directory, so that it can be resumed knowing nothing else.
+
+        Raises:
+            RunDirectoryError: the disk refused.
+        """
+        from dspy_fst.run.directory import PROJECT
+        from dspy_fst.run.files import flush, writing
+
+        path = self.run_path / PROJECT
+        partial = path.with_name(path.name + ".new")
+        with writing(self.run_path):
+            text = yaml.safe_dump(self.kept_settings(), sort_keys=False)
+            partial.write_text(text, encoding="utf-8")
+            flush(partial)
+            partial.replace(path)
+        return path
+
+    # ---- from names to objects -----------------------------------------------------------------
+
+    def _references(self) -> dict[str, str]:
+        """Setting -> the ``module:attribute`` that it holds."""
+        named = ("program", "metric", "propose", "code_proposer", "trainset", "valset")
+        texts = {setting: getattr(self, setting) for setting in named}
+        return {setting: text for setting, text in texts.items() if text is not None and not is_file(text)}
+
+    def _program(self, objects: Mapping[str, Any], faults: "Faults", trust_code: bool) -> "dspy.Module | None":
+        """A copy of the program whose predictors all have an LM; the user's own stays as it is."""
+        from dspy_fst.rollout.copying import copied
+
+        program = made_program(self.program, objects, faults)
+        if program is None:
+            return None
+        if self.continue_from is not None:
+            return self._continued(self.path(self.continue_from), program, faults, trust_code)
+        policy = self._policy(program, faults)
+        program = copied(program)
+        for _, predictor in program.named_predictors():
+            if predictor.lm is None:
+                predictor.lm = policy
+        return program
+
+    def _continued(
+        self, before: Path, program: "dspy.Module", faults: "Faults", trust_code: bool
+    ) -> "dspy.Module | None":
+        """The program as another run ended with it, its weights on the engine that is meant here."""
+        from dspy_fst.preflight.validation import policies_of
+        from dspy_fst.saving.format import saved_in
+        from dspy_fst.saving.save_load import load
+
+        if before == self.run_path:
+            faults.add("run_dir: it is the run that is gone on from; name a new directory (--run-dir NEW)")
+        held = next(iter(policies_of(program).values()), None)
+        own = {"engine": held.handle.kind, "engine_options": held.handle.options} if held else {}
+        with faults.of("continue_from"):
+            settings = {**own, **self._policy_settings(faults)}
+            return load(saved_in(before), program, trust_code=trust_code, **settings)
+        return None
+
+    def _policy(self, program: "dspy.Module", faults: "Faults") -> "PolicyLM | None":
+        """The PolicyLM that the program holds, else one of these settings."""
+        from dspy_fst.policy_lm import PolicyLM
+        from dspy_fst.preflight.validation import policies_of
+
+        held = next(iter(policies_of(program).values()), None)
+        made = None
+        if self.model is not None:
+            model = self.path(self.model) if self.path(self.model).is_dir() else self.model
+            with faults.of("policy"):
+                made = PolicyLM(model, **self._policy_settings(faults))
+        if held is None:
+            if self.model is None:
+                faults.add("model: it is missing, and no predictor of the program holds a PolicyLM; name a model")
+            return made
+        if made is not None and made.checkpoint.path != held.checkpoint.path:
+            faults.add(f"model: the program holds a PolicyLM of {held.checkpoint.path}; remove model, or that PolicyLM")
+        if self.policy is not None:
+            faults.add("policy: the program holds a PolicyLM with settings of its own; remove policy, or that PolicyLM")
+        return held
+
+    def _policy_settings(self, faults: "Faults") -> dict[str, Any]:
+        settings = self.policy.model_dump(exclude_none=True) if self.policy else {}
+        if self.policy and "max_tokens" in self.policy.model_fields_set:
+            settings["max_tokens"] = self.policy.max_tokens  # null says: as far as the model's context goes
+        if "engine_options" in settings:
+            options = with_key("policy.engine_options", settings["engine_options"], faults)
+            if "log_path" in options:
+                options["log_path"] = self.path(options["log_path"])
+            settings["engine_options"] = options
+        return settings
+
+    def _examples(self, setting: str, objects: Mapping[str, Any], faults: "Faults") -> Any:
+        text = getattr(self, setting)
+        if text is None:
+            return None
+        if not is_file(text):
+            return made(setting, text, objects, list, faults)
+        with faults.of(f"{setting}: {text}"):
+            return read_examples(self.path(text), self.inputs or [])
+        return None
+
+    def _reflection_lm(self, faults: "Faults") -> "dspy.LM | None":
+        import dspy
+
+        if self.reflection_lm is None:
+            return None
+        settings = with_key("reflection_lm", self.reflection_lm.model_dump(exclude_unset=True), faults)
+        with faults.of("reflection_lm"):
+            return dspy.LM(**settings)
+        return None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a project file names: ``optimizer.compile(program, trainset=trainset, valset=valset)`` runs it."""
+
+    program: "dspy.Module"
+    optimizer: "FSTOptimizer"
+    trainset: "list[dspy.Example]"
+    valset: "list[dspy.Example] | None"
+
+
+Kind = TypeVar("Kind", bound=Project)
+
+
+def load_project(path: str | Path) -> Project:
+    """Read a project file; what it names is neither imported nor looked for yet.
+
+    Args:
+        path: The file, or a folder that holds it as project.yaml.
+
+    Raises:
+        ConfigurationError: with every fault of the file.
+    """
+    path = _file_at(Path(path).resolve())
+    data = read_settings(path)
+    clean = cleaner()
+    faults = [
+        f"{where}: a secret does not belong in this file; set the provider's environment variable (OPENAI_API_KEY and "
+        "the like), or name another one with api_key_env"
+        for where in secrets_in(data, clean)
+    ]
+    folder = path.parent / str(data.get("folder") or ".")
+    if not folder.is_dir():
+        faults.append(f"folder: there is no folder {folder}; say where the project's modules and data lie now")
+    try:
+        project = project_of(Project, data, folder.resolve())
+    except ConfigurationError as error:
+        faults += error.faults
+    if faults:
+        raise ConfigurationError(faults)
+    return project
+
+
+def project_of(kind: type[Kind], settings: Mapping[str, Any], folder: Path) -> Kind:
+    """The project of these settings.
+
+    Raises:
+        ConfigurationError: with every fault of theirs.
+    """
+    try:
+        return kind.model_validate({**settings, "folder": folder})
+    except ValidationError as error:
+        clean = cleaner()
+        raise ConfigurationError([_sentence(fault, clean) for fault in error.errors()]) from None
+
+
+def _file_at(path: Path) -> Path:
+    """The project's file; of a folder the one in it, unless it is a run's: that may be somebody else's."""
+    from dspy_fst.run.directory import is_run
+
+    if not path.is_dir():
+        return path
+    if is_run(path):
+        raise ConfigurationError(
+            [f"{path} is a run's directory, no project's; dspy-fst resume goes on with it, or name your project file"]
+        )
+    if not (path / "project.yaml").is_file():
+        others = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))[:5])
+        found = f"; there are {others}" if others else ""
+        raise ConfigurationError([f"{path} is a folder without a project.yaml; name the project's file{found}"])
+    return path / "project.yaml"
+
+
+def kept_in(run_dir: Path) -> Project:
+    """The project that `Project.keep` wrote into a run directory.
+
+    The directory may be somebody else's, and what a project names is imported: nothing of it may lead back there.
+
+    Raises:
+        ConfigurationError: with every fault of the file, or because its code would be taken from the directory itself,
+            or from wherever a path leads that `Project.keep` would not have written.
+    """
+    from dspy_fst.run.directory import PROJECT
+
+    path = run_dir / PROJECT
+    project = load_project(path)
+    written = read_settings(path).get("folder")
+    if Path(str(written)) != project.folder:  # ../code goes where the directory goes, /proc/self/cwd where the user is
+        raise ConfigurationError(
+            [f"{path}: folder={written!r} is not the absolute path without links that a run writes there; {_YOUR_OWN}"]
+        )
+    if project.folder.is_relative_to(run_dir.resolve()):
+        raise ConfigurationError(
+            [f"{path}: {project.program} would be looked for in {project.folder}, part of the run itself; {_YOUR_OWN}"]
+        )
+    return project
+
+
+def _sentence(fault: Any, clean: Callable[[Any], Any]) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        *_, name = fault["loc"]
+        parts: dict[str, type[BaseModel]] = {"recipe": Recipe, "policy": PolicySettings}
+        known = parts.get(str(fault["loc"][0]), Project).model_fields
+        return f"{where}: there is no such setting{meant(str(name), list(known))}"
+    if fault["type"] == "missing":
+        return f"{where}: it is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    # Only plain values are shown, and none of what may be a key that was written in the wrong place.
+    shown = isinstance(fault["input"], str | int | float) and not where.endswith("api_key_env")
+    return ": ".join(part for part in (f"{where}={clean(fault['input'])!r}" if shown else where, message) if part)

@@ -1,0 +1,187 @@
+"""What a run's directory tells of itself, as a project: for commands on runs that keep no project file.
+
+A run made by Python records its recipe, its model and how that was sampled. Its program, metric and examples are code:
+the user names them, in a folder of his own. What the run says of them is only shown, and never imported: the directory
+may be somebody else's.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import PrivateAttr, ValidationError
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.engine.portable import PortableOptions
+from dspy_fst.errors import RunDirectoryError
+from dspy_fst.project.names import Faults
+from dspy_fst.project.project_file import Project, project_of
+from dspy_fst.run.directory import COMPILED, read_events
+from dspy_fst.run.files import read_json
+from dspy_fst.saving.format import POLICY, weights_in
+from dspy_fst.types import version_of
+
+if TYPE_CHECKING:
+    import dspy
+
+    from dspy_fst.policy_lm import PolicyLM
+
+
+class RecordedProject(Project):
+    """A project whose code the user names and whose other settings the run recorded.
+
+    A program that holds a PolicyLM of its own speaks with that one.
+    """
+
+    _frozen: Mapping[str, str] = PrivateAttr(default_factory=dict)
+    _adapter: Any = PrivateAttr(default=None)
+    """As the recipe describes it; None: whatever is in force."""
+    _holds_policy: bool = PrivateAttr(default=False)
+    _keeps_adapter: bool = PrivateAttr(default=False)
+
+    def keep(self) -> Path:
+        """Not done where the run speaks through another adapter than DSPy's usual one: a project file names none."""
+        return self.run_path if self._keeps_adapter else super().keep()
+
+    def kept_settings(self) -> dict[str, Any]:
+        """Settings of an ordinary project, in which a model would stand against the program's own."""
+        settings = super().kept_settings()
+        return {
+            name: value
+            for name, value in settings.items()
+            if not (self._holds_policy and name in ("model", "policy")) and not (name == "model" and self.continue_from)
+        }
+
+    def _program(self, objects: Mapping[str, Any], faults: Faults, trust_code: bool) -> "dspy.Module | None":
+        from dspy_fst.rollout.adapters import adapter_in_force, describe, keep, kept_by, made, recorded
+
+        program = super()._program(objects, faults, trust_code)
+        if program is None or self._adapter is None or kept_by(program) is not None:
+            return program
+        with faults.of("adapter"):
+            adapter = made(saved, None) if (saved := recorded(self._adapter)) else adapter_in_force()
+            if describe(adapter) != describe(adapter_in_force()):
+                keep(program, adapter)
+                self._keeps_adapter = True
+        return program
+
+    def _policy(self, program: "dspy.Module", faults: Faults) -> "PolicyLM | None":
+        from dspy_fst.preflight.validation import policies_of
+
+        if held := next(iter(policies_of(program).values()), None):
+            self._holds_policy = True
+            return held
+        for name, predictor in program.named_predictors():
+            if name in self._frozen and predictor.lm is None:
+                faults.add(
+                    f"--program: predictor {name!r} spoke with the frozen LM {self._frozen[name]!r}, which is not "
+                    "saved; name a function that makes the program and sets that predictor's lm"
+                )
+        return super()._policy(program, faults)
+
+
+class Recorded:
+    """A run's directory, or a saved program outside of one.
+
+    Args:
+        path: Of the run, or of the saved program where ``run_dir`` is None.
+    """
+
+    def __init__(self, path: Path, run_dir: Path | None):
+        self.path, self.run_dir = path, run_dir
+        self.recipe: Mapping[str, Any] = _mapping(read_json(run_dir / "recipe.json")) if run_dir else {}
+        events = read_events(run_dir) if run_dir else []
+        self.plan: Mapping[str, Any] = next((event for event in events if event.get("event") == "plan"), {})
+
+    def project(self, named: Mapping[str, Any], folder: Path, *, to_train: bool) -> RecordedProject:
+        """The project of what the user named and the rest as it was recorded.
+
+        Args:
+            named: Settings of the project that are the user's, paths absolute.
+            folder: Where his modules are looked for.
+            to_train: Whether the run is to go on; else the run's own weights stand for the model that it began with,
+                which may be gone.
+
+        Raises:
+            ConfigurationError: with every fault.
+            RunDirectoryError: what was recorded is not what a run records.
+        """
+        settings = {"run_dir": str(self.run_dir or self.path), **self._model(to_train), **named}
+        if config := self._config():
+            settings["recipe"] = config
+        project = project_of(RecordedProject, settings, folder)
+        project._frozen = _texts(self.plan.get("frozen"))
+        project._adapter = self.recipe.get("adapter") if to_train else None
+        return project
+
+    def _config(self) -> dict[str, Any]:
+        told = {**self.recipe, **_mapping(self.plan.get("config"))}
+        return {name: told[name] for name in FSTConfig.model_fields if name in told}
+
+    def _model(self, to_train: bool) -> dict[str, Any]:
+        if self.run_dir is None:
+            return {"model": str(weights_in(self.path))}  # loading brings the policy's settings
+        start = self.run_dir / "weights" / version_of(0)
+        known = {name: self.recipe[name] for name in ("engine", "temperature", "max_tokens") if name in self.recipe}
+        options = {"engine_options": options} if (options := self._options()) else {}
+        if before := self._before(to_train):
+            only_engine = {"engine": known["engine"]} if "engine" in known else {}
+            return {"continue_from": str(before), "policy": {**only_engine, **options}}  # each predictor has its own
+        model = self.recipe.get("model") if to_train or not start.is_dir() else str(start)
+        return {"model": model, "policy": {**known, **options}}
+
+    def _options(self) -> dict[str, Any]:
+        try:
+            options = PortableOptions.model_validate(self.plan.get("engine_options") or {})
+        except ValidationError as error:
+            raise RunDirectoryError(f"{self.run_dir}: the plan in events.jsonl sets engine options: {error}") from error
+        return options.model_dump(exclude_unset=True)
+
+    def _before(self, to_train: bool) -> Path | None:
+        """The run whose compiled program this one went on from, as it lies there now."""
+        if self.recipe.get("population") is None:
+            return None
+        run_dir = Path(str(self.recipe.get("model"))).parent.parent
+        policy = _mapping(_mapping(read_json(run_dir / COMPILED / POLICY)).get("policy"))
+        if policy.get("version") == self.recipe.get("weights"):
+            return run_dir
+        if to_train:
+            raise RunDirectoryError(
+                f"{self.run_dir} went on from a compiled program with the weights {self.recipe.get('weights')}, and "
+                f"{run_dir / COMPILED} does not hold that program; go on from Python, with it as the student"
+            )
+        return None
+
+    # ---- what it says of the code that made it, to be shown ------------------------------------
+
+    @property
+    def program(self) -> str | None:
+        """``module:attribute`` of the program's class; None where another process could not import it."""
+        return _importable(self.plan.get("class"))
+
+    @property
+    def metric(self) -> str | None:
+        """``module:attribute`` of the metric; None where another process could not import it."""
+        name = str(self.plan.get("metric", "")).partition(" ")[0]
+        return _importable(":".join(name.rpartition(".")[::2]))
+
+    @property
+    def wanted_to_train(self) -> list[str]:
+        """Settings that the user must name for the run to go on."""
+        valset = ["valset"] if _mapping(self.plan.get("examples")).get("valset") else []
+        propose = [] if self.recipe.get("method") == "rl" else ["propose"]
+        return ["program", "metric", "trainset", *valset, *propose]
+
+
+def _importable(reference: Any) -> str | None:
+    plain = isinstance(reference, str) and re.fullmatch(r"\w+(\.\w+)*:\w+", reference)
+    return reference if plain and not reference.startswith("__main__") else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {str(name): str(model) for name, model in _mapping(value).items()}

@@ -1,0 +1,101 @@
+"""Rollouts as JSON and back, for a journal: exactly, or not at all."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import dspy
+from dspy.teleprompt.bootstrap_trace import FailedPrediction
+
+from dspy_fst.rollout.parse_failures import failed_reply, form_of
+from dspy_fst.types import PREDICTOR_TAG, Candidate, Rollout
+
+NATIVE = (str, int, float, bool, type(None))
+
+
+class _OpaqueError(Exception):
+    """A value that JSON does not give back as it was."""
+
+
+def to_plain(rollouts: Sequence[Rollout]) -> list[dict[str, Any]] | None:
+    """The rollouts without their calls (their tokens are counted); None when one holds what JSON cannot.
+
+    A prediction of typed objects (pydantic models, images, histories) is such a case.
+    """
+    try:
+        return [_rollout(rollout) for rollout in rollouts]
+    except _OpaqueError:
+        return None
+
+
+def _rollout(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "problem": rollout.problem,
+        "reward": rollout.reward,
+        "feedback": rollout.feedback,
+        "mask": rollout.mask,
+        "failure": rollout.failure,
+        "prediction": _prediction(rollout.prediction),
+        "trace": [_entry(*entry) for entry in rollout.trace],
+    }
+
+
+def _entry(predictor: Any, inputs: Mapping[str, Any], output: Any) -> dict[str, Any]:
+    name = getattr(predictor, PREDICTOR_TAG, None)  # None: made while the program ran, as those inside a dspy.Flex
+    return {"predictor": name, "inputs": _native(dict(inputs)), "output": _prediction(output)}
+
+
+def _prediction(value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, FailedPrediction):
+        return {"failed": value.completion_text, "format_reward": value.format_reward, "form": form_of(value)}
+    if type(value) is dspy.Prediction:
+        completions = getattr(value, "_completions", None)
+        if completions is not None and len(completions) > 1:
+            raise _OpaqueError
+        return {"fields": _native(dict(value.items())), "sampled": completions is not None}
+    raise _OpaqueError
+
+
+def _native(value: Any) -> Any:
+    if type(value) in NATIVE:
+        return value
+    if type(value) is list:
+        return [_native(item) for item in value]
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {key: _native(item) for key, item in value.items()}
+    raise _OpaqueError
+
+
+def from_plain(
+    data: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate], speaking: Callable[[Candidate], dspy.Module]
+) -> list[Rollout]:
+    """The rollouts again, without calls.
+
+    Args:
+        candidates: Of each rollout.
+        speaking: The program under a candidate, its predictors tagged; traces refer to its predictors, and to None
+            for one that was made while the program ran.
+    """
+    rollouts = []
+    for item, candidate in zip(data, candidates, strict=True):
+        predictors = dict(speaking(candidate).named_predictors()) if item["trace"] else {}
+        trace = tuple(
+            (predictors.get(entry["predictor"]), entry["inputs"], _predicted(entry["output"]))
+            for entry in item["trace"]
+        )
+        known = {key: item[key] for key in ("problem", "reward", "feedback", "mask", "failure")}
+        rollouts.append(
+            Rollout(candidate=candidate, calls=(), prediction=_predicted(item["prediction"]), trace=trace, **known)
+        )
+    return rollouts
+
+
+def _predicted(data: Mapping[str, Any] | None) -> Any:
+    if data is None:
+        return None
+    if "failed" in data:
+        return failed_reply(data["failed"], data.get("form", ""), data["format_reward"])
+    if data["sampled"]:
+        return dspy.Prediction.from_completions({name: [value] for name, value in data["fields"].items()})
+    return dspy.Prediction(**data["fields"])

@@ -1,0 +1,191 @@
+"""Program x candidate x problem -> Rollout, many at once.
+
+A failure of the policy (a reply that does not parse, a context that overflows, a program that trips over
+its own LM's output) is scored. A run that never measured the policy (engine gone, tool outage, time-out,
+metric crash) is masked. Both are counted; the boundary is drawn once, in `dspy_fst.rollout.outcomes`.
+"""
+
+import contextvars
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+
+from dspy_fst.errors import is_signal
+from dspy_fst.rollout.blame import Blame
+from dspy_fst.rollout.call_recorder import SETTING, Recording, tag_predictors
+from dspy_fst.rollout.components import UnboundError, with_texts
+from dspy_fst.rollout.copying import Copier
+from dspy_fst.rollout.outages import Outages
+from dspy_fst.rollout.outcomes import Ending
+from dspy_fst.rollout.parallel import parallel_calls_once
+from dspy_fst.rollout.parse_failures import FailedParses
+from dspy_fst.rollout.rendering import Listening
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.worker_pool import run_all
+from dspy_fst.types import Candidate, Group, Population, Problem, Rollout
+
+
+@dataclass(frozen=True)
+class Task:
+    """One rollout to be made: the ``sample``-th of this candidate on this problem."""
+
+    problem: Problem
+    candidate: Candidate
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class PlayerSettings:
+    """How rollouts are made and failures scored."""
+
+    threads: int = 64
+    """Rollouts in flight."""
+    timeout_s: float = 600.0
+    """Seconds one rollout may take before it is masked. Those in which its call queues for a batch do not count."""
+    failure_score: float = 0.0
+    """Reward of a rollout in which the program failed through the policy's doing."""
+    format_failure_score: float = 0.0
+    """Reward of a reply that could not be parsed (mmGRPO uses a value below ``failure_score``)."""
+    seed: int = 0
+
+
+class Player:
+    """Plays one program. Its predictors must already hold the LM whose engine is told of the rollouts in flight.
+
+    Args:
+        in_flight: Told how many rollouts run at once (an engine's ``expect``).
+    """
+
+    def __init__(
+        self,
+        program: dspy.Module,
+        reward: Reward,
+        settings: PlayerSettings,
+        in_flight: Callable[[int], None] = lambda count: None,
+    ):
+        self.program, self.reward, self.settings, self._in_flight = program, reward, settings, in_flight
+        self._blame = Blame(reward)
+        parallel_calls_once()
+
+    def groups(
+        self, problems: Sequence[Problem], population: Population, group_size: int, draw: str, **watch: Any
+    ) -> list[Group]:
+        """G rollouts for each problem: each of the K members exactly G/K times.
+
+        Args:
+            draw: Name of the random draw, e.g. ``"step-12"``; the same name gives the same seeds.
+        """
+        each = group_size // len(population.members)
+        tasks = [
+            Task(problem, member, position * each + repeat)
+            for problem in problems
+            for position, member in enumerate(population.members)
+            for repeat in range(each)
+        ]
+        rollouts = self.play(tasks, draw, **watch)
+        size = each * len(population.members)
+        return [Group(problem.index, tuple(rollouts[i * size : (i + 1) * size])) for i, problem in enumerate(problems)]
+
+    def play(
+        self,
+        tasks: Sequence[Task],
+        draw: str,
+        on_rollout: Callable[[Rollout], None] = lambda rollout: None,
+        *,
+        anew: bool = False,
+    ) -> list[Rollout]:
+        """Make the rollouts, in the order of the tasks. Never raises for what happens inside one.
+
+        Args:
+            tasks: What is played.
+            draw: Name of the random draw.
+            on_rollout: Called with each rollout as it ends.
+            anew: Whether the prompts of these rollouts are to be rendered anew under other texts. Only then is each
+                call taken down in ``Rollout.asked``, with its predictor, inputs and adapter.
+        """
+        programs = {task.candidate.digest: task.candidate for task in tasks}
+        spoken = {digest: self._speaking(candidate) for digest, candidate in programs.items()}
+        recordings = [Recording(self._seed(task, draw)) for task in tasks]
+
+        def job(index: int) -> Callable[[], Rollout]:
+            task = tasks[index]
+            context = contextvars.copy_context()  # the caller's dspy.context holds inside the worker threads
+            return lambda: context.run(self._play, task, spoken[task.candidate.digest], recordings[index], anew)
+
+        def timed_out(index: int) -> Rollout:
+            calls = recordings[index].close()
+            return Rollout(tasks[index].problem.index, tasks[index].candidate, calls, None, mask="timeout")
+
+        try:
+            with _quiet():
+                return run_all(
+                    [job(index) for index in range(len(tasks))],
+                    threads=self.settings.threads,
+                    timeout_s=self.settings.timeout_s,
+                    on_timeout=timed_out,
+                    in_flight=self._in_flight,
+                    on_result=on_rollout,
+                    queued_s=lambda index: recordings[index].queue_time.seconds,
+                )
+        finally:  # after an interrupt, threads still under way must not call any more
+            for recording in recordings:
+                recording.close()
+
+    def _speaking(self, candidate: Candidate) -> Copier | UnboundError:
+        """What makes copies of the program under a candidate, its predictors tagged; or why there is none."""
+        try:
+            program = with_texts(self.program, candidate)
+        except UnboundError as error:
+            return error
+        tag_predictors(program)
+        return Copier(program)
+
+    def _seed(self, task: Task, draw: str) -> int:
+        entropy = repr((self.settings.seed, draw, task.problem.index, task.candidate.digest, task.sample))
+        return int.from_bytes(hashlib.sha256(entropy.encode()).digest()[:8], "big")
+
+    def _play(self, task: Task, spoken: Copier | UnboundError, recording: Recording, anew: bool) -> Rollout:
+        if isinstance(spoken, UnboundError):
+            feedback = f"The source could not be read: {spoken}"
+            reward = self.settings.failure_score
+            return Rollout(task.problem.index, task.candidate, (), reward, feedback, failure="unbound source")
+        program = spoken.copy(lean=True)
+        trace: list[Any] = []
+        parses, outages, listening = FailedParses(trace), Outages(), Listening()
+        ended = Ending(recording, parses, outages, self.settings.failure_score, self.settings.format_failure_score)
+        settings = {
+            SETTING: recording,
+            "callbacks": [*dspy.settings.callbacks, parses, outages, *([listening] if anew else [])],
+            "trace": trace,
+            "disable_history": True,
+        }
+        try:
+            with dspy.context(**settings):
+                prediction = program(**task.problem.example.inputs())
+        except (Exception, SystemExit) as error:  # a tool's argparse, or exit() in code that the model wrote
+            if is_signal(error):
+                raise
+            outcome = ended.by(error)
+        else:  # outside of the rollout's settings: the metric is no part of the run
+            outcome = ended.with_prediction(task.problem.example, prediction, trace, self.reward, self._blame)
+        calls, whole = recording.close(), parses.in_trace()
+        ended.forget()
+        asked = tuple(listening.asked)
+        return Rollout(task.problem.index, task.candidate, calls, trace=whole, asked=asked, **outcome)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence DSPy's warning for each truncated reply; truncation is counted from the finish reasons."""
+    logger = logging.getLogger("dspy.clients.lm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,263 @@
+"""The model card of an exported program: what the events and the saved program tell, and nothing else."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.formatting.numbers import interval, number, plain, share, with_error
+from dspy_fst.report.evaluated import Evaluated, TwoByTwo
+from dspy_fst.report.record import Record, best
+from dspy_fst.report.verdict import validations_table, verdict
+from dspy_fst.rollout.adapters import OWN, SavedAdapter, code_of
+from dspy_fst.rollout.components import in_python
+from dspy_fst.saving.format import SavedPolicy
+from dspy_fst.types import Population
+
+EVALUATION = ("split", "problems", "candidate", "weights", "cycle", "seed", "k", "mean@k", "95% interval")
+TAGS = ("dspy", "dspy-fst", "fast-slow-training", "gepa", "reinforcement-learning")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card is made of."""
+
+    population: Population
+    policy: SavedPolicy
+    saved_by: str
+    """Version of dspy_fst that saved the program."""
+    packages: Mapping[str, str]
+    """Package -> its version at the export."""
+    record: Record | None
+    """The run; None when the program was saved outside of its directory."""
+    plan: Mapping[str, Any]
+    """The run's event of this name."""
+    base: str | None
+    """Hub name of the model that was trained."""
+    foreign_code: bool = False
+    """Whether a dspy.Flex may have another source than a fresh program's."""
+
+
+def model_card(facts: Facts) -> str:
+    """Markdown with YAML front matter."""
+    parts = [_front_matter(facts), _head(facts), _use(facts), *_training(facts), _population(facts), *_scores(facts)]
+    parts.append(_versions(facts))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(facts: Facts) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if facts.base is not None:
+        lines.append(f"base_model: {json.dumps(facts.base)}")  # a JSON string is a YAML string
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
+
+
+def _head(facts: Facts) -> str:
+    program = f"`{facts.plan['program']}`" if "program" in facts.plan else "A DSPy program"
+    base = f"`{facts.base}`" if facts.base else "a local model"
+    return (
+        f"# {program} and its model\n\n"
+        f"The weights of {base} and the instructions of a [DSPy](https://dspy.ai) program, trained together by "
+        "Fast-Slow Training ([arXiv 2605.12484](https://arxiv.org/abs/2605.12484)) with dspy_fst. The weights were "
+        f"trained with these instructions: use both.{_nothing_learned(facts)}"
+    )
+
+
+def _nothing_learned(facts: Facts) -> str:
+    """That the weights are the base's, where the run that is told of changed none."""
+    if facts.record is None or not facts.record.ending.nothing_learned:
+        return ""
+    return f"\n\nIn this run {facts.record.ending.words}; the weights are those that it started from."
+
+
+def _use(facts: Facts) -> str:
+    predictors = "\n".join(
+        f"{in_python(name)}.lm = lm.copy(temperature={sampling.temperature:g}, max_tokens={sampling.max_tokens})"
+        for name, sampling in facts.policy.predictors.items()
+    )
+    frozen = "".join(
+        f"\n\nThe predictor `{name}` spoke with the frozen LM `{model}`; set one on it."
+        for name, model in facts.policy.frozen.items()
+    )
+    trusted = ", trust_code=True" if facts.foreign_code else ""
+    told = " `trust_code=True` takes up the evolved sources of its `dspy.Flex`; read them first." if trusted else ""
+    return f"""## Use
+
+`FOLDER` is this folder. With any server that speaks OpenAI's protocol, and DSPy alone:
+
+```
+vllm serve FOLDER --generation-config vllm   # not the base model's own sampling defaults
+```
+
+```python
+import dspy
+
+program = ...  # a fresh program of the same class
+program.load("FOLDER/program.json")  # the best instructions
+lm = dspy.LM("openai/FOLDER", api_base="http://localhost:8000/v1", api_key="none")
+{predictors}{_adapter(facts)}
+```
+
+With dspy_fst, which also gives the whole population and serves the weights itself.{told}
+
+```python
+import dspy_fst
+
+program = dspy_fst.load("FOLDER", program{trusted})
+```
+
+The weights alone: `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`.{frozen}"""
+
+
+def _adapter(facts: Facts) -> str:
+    """The lines that have DSPy speak through the adapter of the training; empty where none was recorded."""
+    saved = facts.policy.adapter
+    if saved is None:
+        return ""
+    lines = [*code_of(_asked_once(saved)), "dspy.configure(adapter=adapter)  # the weights were trained through it"]
+    return "".join(f"\n{line}" for line in lines)
+
+
+def _asked_once(saved: SavedAdapter) -> SavedAdapter:
+    """Without the second, JSON call: DSPy's own LMs would make it where the recorded setting says so, rollouts never
+    did. JSONAdapter and those made of it make none."""
+    asks_again = saved.settings.get("use_json_adapter_fallback")
+    if not asks_again or issubclass(OWN.get(saved.name, dspy.Adapter), dspy.JSONAdapter):
+        return saved
+    return saved.model_copy(update={"settings": {**saved.settings, "use_json_adapter_fallback": False}})
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def _training(facts: Facts) -> Iterator[str]:
+    record, plan = facts.record, facts.plan
+    if record is None:
+        yield "## Training\n\nThe program was saved outside of its run's directory, so the card cannot tell of it."
+        return
+    rows = {
+        "program": plan.get("program"),
+        "trained predictors": ", ".join(plan.get("trained", ())) or None,
+        "metric": str(plan["metric"]).split()[0] if "metric" in plan else None,
+        "examples for training": plan.get("examples", {}).get("trainset"),
+        "examples for validation": plan.get("examples", {}).get("valset"),
+        "engine": plan.get("engine"),
+        "method": record.config.get("method"),
+        "searches": len(record.cycles),
+        "steps": len(record.steps),
+        "weights": record.weights,
+    }
+    yield "## Training\n\n" + _table(("what", ""), [(name, value) for name, value in rows.items() if value is not None])
+    defaults = FSTConfig.model_construct().model_dump(mode="json")
+    changed = [(name, value) for name, value in record.config.items() if value != defaults.get(name)]
+    if changed:
+        yield "### Recipe\n\nSettings that differ from the defaults of `FSTConfig`:\n\n" + _table(
+            ("setting", "value"), [(name, json.dumps(value)) for name, value in changed]
+        )
+    costs = record.costs
+    spent = {
+        "rollouts of searches": costs.search_rollouts,
+        "rollouts of training": costs.training_rollouts,
+        "rollouts of validation, outside the budget": costs.validation_rollouts,
+        "reflections": costs.reflections,
+        "sampled tokens": costs.tokens,
+        "trained tokens": costs.trained_tokens,
+        "weight updates": costs.updates,
+        "updates skipped": costs.skipped,
+        "seconds from the first event to the last": round(sum(costs.seconds.values())),
+    }
+    yield "### Costs\n\n" + _table(("what", "spent"), [(name, f"{value:,}") for name, value in spent.items()])
+    if record.lost:
+        yield "Rollouts that were masked (not measured) or failed (scored as failures):\n\n" + _table(
+            ("reason", "rollouts"), [(reason, f"{count:,}") for reason, count in record.lost.items()]
+        )
+    if record.warnings:
+        yield "Warnings of the run:\n\n" + "\n".join(f"- {_inline(told.text)}" for told in record.warnings)
+
+
+def _population(facts: Facts) -> str:
+    """Every text, best first."""
+    population = facts.population
+    score_of = {m.digest: score for m, score in zip(population.members, population.scores, strict=True)}
+    validated = facts.record is not None and any(node.validation is not None for node in facts.record.nodes)
+    kind = "validation score" if validated else "score"
+    parts = ["## Instructions\n\nThe population, best first; `program.json` holds the first."]
+    for member in population.unique():
+        parts.append(f"### `{member.digest}`, {kind} {number(score_of[member.digest])}")
+        parts += [f"`{name}`:\n\n{_fenced(text)}" for name, text in member.texts.items()]
+    return "\n\n".join(parts)
+
+
+def _scores(facts: Facts) -> Iterator[str]:
+    record = facts.record
+    if record is None:
+        return
+    measured = {
+        "mean training reward, first step": next(iter(record.rewards), None),
+        "mean training reward, last step": next(reversed(record.rewards), None),
+        "validation score, best candidate": best([node.validation for node in record.nodes]),
+    }
+    shown = [(name, number(value)) for name, value in measured.items() if value is not None]
+    if shown or record.validations or record.evaluations or record.two_by_two:
+        yield "## Scores"
+    if shown:
+        yield _table(("what", "score"), shown)
+    if record.validations:
+        table = validations_table(record)
+        yield f"{table.title}: {_inline(verdict(record))}\n\n" + _table(table.columns, table.rows)
+    if record.evaluations:
+        yield "Evaluations:\n\n" + _table(EVALUATION, [_evaluation(made) for made in record.evaluations])
+    if record.two_by_two:
+        yield _crossed(record.two_by_two)
+    if record.seen:
+        yield "No test on problems that the run never saw:\n\n" + "\n".join(f"- {sentence}" for sentence in record.seen)
+
+
+def _evaluation(made: Evaluated) -> tuple[str, ...]:
+    """A row under the columns EVALUATION."""
+    problems = share(made.problems, made.problems_of_split) + ("" if made.limit is None else f", limit {made.limit}")
+    under = (made.candidate, made.weights, made.cycle, made.seed, made.k)
+    return (plain(made.split), problems, *map(plain, under), number(made.mean), interval(made.low, made.high))
+
+
+def _crossed(table: TwoByTwo) -> str:
+    """What was measured under which conditions, and the four cells."""
+
+    def line(row: str) -> list[str]:
+        return [with_error(*table.cells.get((row, column), (None, None))) for column in table.columns]
+
+    columns = ("mean ± standard error", *(f"{column} weights" for column in table.columns))
+    under = f" ({_inline(table.words)})" if table.words else ""
+    rows = [(f"{row} instructions", *line(row)) for row in table.rows]
+    return f"What each half brought{under}:\n\n" + _table(columns, rows)
+
+
+def _versions(facts: Facts) -> str:
+    rows = [("dspy-fst that saved the program", facts.saved_by)]
+    rows += [(f"{name} at the export", version) for name, version in facts.packages.items()]
+    return "## Versions\n\n" + _table(("package", "version"), rows)
+
+
+# ---- Markdown ----------------------------------------------------------------------------------
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_inline(cell) for cell in line) + " |" for line in lines)
+
+
+def _inline(value: Any) -> str:
+    """A value inside a line: whatever would end the cell, open a tag or a link is shown as it is."""
+    flat = " ".join(plain(value).split())
+    return re.sub(r"([\\|<>`\[\]*_])", r"\\\1", flat) if flat != "---" else flat
+
+
+def _fenced(text: str) -> str:
+    """A block that no text can leave."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"

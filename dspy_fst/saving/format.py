@@ -1,0 +1,169 @@
+"""The documents of a saved program, and what they may hold: nothing in them is trusted before it is checked here."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dspy
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dspy_fst.engine.portable import PolicyState, Positive
+from dspy_fst.errors import RunDirectoryError
+from dspy_fst.rollout.adapters import SavedAdapter
+from dspy_fst.rollout.components import flexes, speakers, texts_like
+from dspy_fst.run.directory import COMPILED, is_run
+from dspy_fst.run.files import population_from_json
+from dspy_fst.run.manifest import MANIFEST, read_document, sentences
+from dspy_fst.run.plain_weights import weights_faults
+from dspy_fst.saving.program_state import read_state
+from dspy_fst.types import Candidate, Population
+
+PROGRAM, POPULATION, POLICY, WEIGHTS = "program.json", "population.json", "policy.json", "weights"
+DOCUMENTS = (MANIFEST, PROGRAM, POPULATION, POLICY)
+CARD = "README.md"
+ASIDE = (CARD, ".gitattributes", ".cache")
+"""In an exported folder: its model card, which people edit, and what the Hugging Face hub and its client add."""
+TRUST = "if you trust it, say so: load(..., trust_code=True), or --trust-code to a command"
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Sampling(Strict):
+    """How one predictor samples from the policy."""
+
+    temperature: float = Field(ge=0, allow_inf_nan=False)
+    max_tokens: Positive | None
+    own: "OwnSampling | None" = None
+    """What the predictor itself sets; None in folders of earlier releases, where the program's own code counts."""
+
+
+class OwnSampling(Strict):
+    """What of sampling a predictor was made with; DSPy has it count before its LM's."""
+
+    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    max_tokens: Positive | None = None
+
+
+class SavedPolicy(Strict):
+    """policy.json."""
+
+    policy: PolicyState
+    predictors: dict[str, Sampling]
+    frozen: dict[str, str]
+    """Predictor -> the model of its frozen LM, which must be set again after loading."""
+    adapter: SavedAdapter | None = None
+    """What the program was trained through; None in folders of releases that recorded none."""
+
+    @model_validator(mode="after")
+    def _adapter_sets_what_it_may(self) -> "SavedPolicy":
+        if self.adapter is not None and (faults := self.adapter.faults()):
+            raise ValueError("; ".join(faults))
+        return self
+
+
+class SavedPopulation(Strict):
+    """population.json."""
+
+    members: list[dict[str, str]] = Field(min_length=1)
+    scores: list[float | None]
+    parents: dict[str, list[str]]
+
+
+def weights_in(folder: Path) -> Path:
+    """Where a saved program's weights lie: in weights/, or beside its documents when it was exported."""
+    return folder / WEIGHTS if (folder / WEIGHTS).exists() else folder
+
+
+def is_saved(path: Path) -> bool:
+    """Whether the path is a saved program, not a run's directory."""
+    return (path / POLICY).is_file()
+
+
+def saved_in(path: Path) -> Path:
+    """The saved program that a folder is, or that a run's directory holds.
+
+    Raises:
+        RunDirectoryError: there is none; the message says how one comes to be there.
+    """
+    for folder in (path, path / COMPILED):
+        if is_saved(folder):
+            return folder
+    if is_run(path):
+        raise RunDirectoryError(
+            f"{path} holds no {COMPILED}/: the run has not come to its end, or an earlier release made it. Going on, "
+            "with dspy-fst resume or by the same compile() in Python, ends it and saves the program there"
+        )
+    raise RunDirectoryError(f"{path} holds no {COMPILED}/ and is no folder of dspy_fst.save")
+
+
+def refuse_run(path: Path) -> None:
+    """Tell who names a run's directory where its saved program lies.
+
+    Raises:
+        RunDirectoryError: the path is a run's directory and no saved program.
+    """
+    if is_run(path) and not is_saved(path):
+        raise RunDirectoryError(f"{path} is a run's directory; load its program from {saved_in(path)}")
+
+
+def read_saved(
+    folder: Path, program: dspy.Module, *, trust_code: bool = False
+) -> tuple[SavedPolicy, Population, dict[str, Any]]:
+    """The folder's documents, none of which asks for more than it may.
+
+    Args:
+        trust_code: Whether a dspy.Flex may be given another source than the program's own.
+
+    Raises:
+        RunDirectoryError: one does, or they are of another program.
+    """
+    weights = weights_in(folder)
+    names = {path.name for path in folder.iterdir()}
+    if weights != folder and (foreign := sorted(names - {*DOCUMENTS, WEIGHTS})):
+        raise RunDirectoryError(f"{folder}: {', '.join(foreign)} is no part of a saved program; do not use the folder")
+    if faults := weights_faults(weights, ASIDE if weights == folder else ()):
+        raise RunDirectoryError(f"{folder} is not loaded: {'; '.join(faults)}")
+    saved = _parse(SavedPolicy, folder / POLICY)
+    listed = _parse(SavedPopulation, folder / POPULATION)
+    components = texts_like(Candidate(listed.members[0]), program).texts.keys()
+    differing = {name for texts in listed.members for name in components ^ texts.keys()}
+    differing |= {*saved.predictors, *saved.frozen} - speakers(program).keys()
+    if differing:
+        raise RunDirectoryError(f"{folder} was saved from another program; predictors that differ: {sorted(differing)}")
+    if len(listed.scores) != len(listed.members):
+        raise RunDirectoryError(f"{folder / POPULATION}: there must be a score, or null, for each member")
+    state = read_state(folder / PROGRAM, read_document(folder / PROGRAM), program)
+    if not trust_code:
+        states = {name: state[name]["module_src"] for name in flexes(program)}
+        refuse_code(folder, program, [states, *listed.members])
+    return saved, population_from_json(listed.model_dump()), state
+
+
+def _parse(document: type[Any], path: Path) -> Any:
+    try:
+        return document.model_validate(read_document(path))
+    except ValidationError as error:
+        raise RunDirectoryError(
+            f"{path}: {sentences(error)}. A saved program sets only what belongs to it; give the rest to load(), e.g. "
+            "engine_options={...}"
+        ) from error
+
+
+def refuse_code(path: Path, program: dspy.Module, texts: Iterable[Mapping[str, str]]) -> None:
+    """Refuse sources that the program does not hold already: whoever made ``path`` would have written what runs.
+
+    Args:
+        texts: Component -> text, of each candidate that is there.
+
+    Raises:
+        RunDirectoryError: a dspy.Flex has another source in one of them.
+    """
+    texts = list(texts)
+    for name, flex in flexes(program).items():
+        if {of.get(name, flex.module_src) for of in texts} - {flex.module_src}:
+            raise RunDirectoryError(
+                f"{path}: it holds another source for the dspy.Flex {name!r} than this program, and it would be run. "
+                f"Read it there (in {POPULATION} and {PROGRAM}, or in a run's populations/ and events.jsonl); {TRUST}"
+            )

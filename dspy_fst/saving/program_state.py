@@ -1,0 +1,146 @@
+"""program.json: DSPy's own state of a program without its LMs, which DSPy's ``program.load`` reads, too.
+
+One thing is added. DSPy writes the fields of a signature without their names and reads them back by position; here
+each field has its name, and the descriptions of a program whose fields were reordered since go to the right ones.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dspy
+from dspy.utils.saving import get_dependency_versions
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dspy_fst.errors import RunDirectoryError
+from dspy_fst.rollout.copying import copied
+from dspy_fst.run.files import plain, write_json
+from dspy_fst.run.manifest import sentences
+
+METADATA = "metadata"
+ALONE = {"self"}
+"""Names of the parameters of a program that is itself its only predictor, e.g. a bare dspy.Predict."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class SavedField(_Strict):
+    """A field of a signature; ``name`` is missing in folders of earlier versions."""
+
+    prefix: str | None
+    description: str | None
+    name: str | None = None
+
+
+class SavedSignature(_Strict):
+    instructions: str
+    fields: list[SavedField]
+
+
+class SavedPredictor(_Strict):
+    """What dspy.Predict 3.4 saves. Its loader would set any other key as an attribute, ``config`` among them, which can
+    send prompts and keys to another address."""
+
+    traces: list[Any]
+    train: list[Any]
+    demos: list[dict[str, Any]]
+    signature: SavedSignature
+    lm: None
+    fields: dict[str, Any] = {}
+
+
+class SavedFlex(_Strict):
+    """What dspy.Flex 3.4 saves."""
+
+    module_src: str
+    lm: None
+
+
+def without_lms(program: dspy.Module) -> Any:
+    """A copy in which no predictor has an LM: DSPy would save their headers and addresses."""
+    bare = copied(program)
+    for _, parameter in bare.named_parameters():
+        if hasattr(parameter, "lm"):
+            parameter.lm = None
+    return bare
+
+
+def write_state(program: dspy.Module, path: Path) -> None:
+    """Write program.json."""
+    write_json(path, written_state(program))
+
+
+def written_state(program: dspy.Module) -> dict[str, Any]:
+    """What program.json holds of a program."""
+    parameters = dict(without_lms(program).named_parameters())
+    parts = {name: _with_names(parameter.dump_state(), parameter) for name, parameter in parameters.items()}
+    state = parts["self"] if parameters.keys() == ALONE else parts
+    return {**state, METADATA: {"dependency_versions": get_dependency_versions()}}
+
+
+def parts_in(state: Any) -> dict[str, Any]:
+    """Parameter's name -> its state, in a program.json; of a bare predictor or dspy.Flex the document is its state."""
+    parts = {key: value for key, value in state.items() if key != METADATA} if isinstance(state, dict) else {}
+    bare = isinstance(parts.get("demos"), list) or isinstance(parts.get("module_src"), str)
+    return {"self": parts} if bare else parts
+
+
+def read_state(path: Path, state: Any, program: dspy.Module) -> dict[str, Any]:
+    """Parameter's name -> its state, held against the program that is to take it up; fields are in its order.
+
+    Raises:
+        RunDirectoryError: it is of another program, or sets what it may not.
+    """
+    own, parts = dict(without_lms(program).named_parameters()), parts_in(state)
+    if parts.keys() != own.keys():
+        raise RunDirectoryError(f"{path} was saved from another program; its parts are not {sorted(own)}")
+    return {name: _checked(path, name, parts[name], parameter) for name, parameter in own.items()}
+
+
+def take_state(program: dspy.Module, parts: Mapping[str, Any]) -> None:
+    """Give a program what `read_state` gave. Not by its own ``load_state``: that copies the program to try it."""
+    for name, parameter in program.named_parameters():
+        parameter.load_state(parts[name])
+
+
+def _with_names(state: Any, parameter: Any) -> Any:
+    if not isinstance(parameter, dspy.Predict):
+        return state
+    names = parameter.signature.fields
+    fields = [{**field, "name": name} for field, name in zip(state["signature"]["fields"], names, strict=True)]
+    return {**state, "signature": {**state["signature"], "fields": fields}}
+
+
+def _checked(path: Path, name: str, state: Any, parameter: Any) -> Any:
+    kind: type[BaseModel] = SavedFlex if isinstance(parameter, dspy.Flex) else SavedPredictor
+    if not isinstance(parameter, dspy.Flex | dspy.Predict):
+        if state != plain(parameter.dump_state()):
+            raise RunDirectoryError(f"{path}: {name} is no predictor and not as in this program; it is not loaded")
+        return state
+    try:
+        saved = kind.model_validate(state)
+    except ValidationError as error:
+        raise RunDirectoryError(f"{path}: {name}: {sentences(error)}; save the program again") from error
+    if not isinstance(saved, SavedPredictor):
+        return state
+    fields = _in_order(path, name, saved.signature.fields, parameter.signature)
+    return {**state, "signature": {"instructions": saved.signature.instructions, "fields": fields}}
+
+
+def _in_order(
+    path: Path, name: str, saved: list[SavedField], signature: type[dspy.Signature]
+) -> list[dict[str, str | None]]:
+    """The saved fields in the order of the program's own."""
+    own = {field: info.json_schema_extra["prefix"] for field, info in signature.fields.items()}
+    named = all(field.name is not None for field in saved)
+    wanted = list(own) if named else list(own.values())  # without names DSPy's prefixes tell them apart: "Question:"
+    by_name = {field.name if named else field.prefix: field for field in saved}
+    if len(saved) != len(by_name) or by_name.keys() != set(wanted):
+        there = [str(field.name or field.prefix) for field in saved]
+        raise RunDirectoryError(
+            f"{path} was saved from another program: the fields of {name} differ ({there} there, {list(own)} here), "
+            "and what was learnt for one would be said of another; rename them back, or train this program"
+        )
+    return [{"prefix": by_name[key].prefix, "description": by_name[key].description} for key in wanted]

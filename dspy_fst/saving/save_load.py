@@ -1,0 +1,239 @@
+"""A compiled program as a folder, written whole and checked before it is believed.
+
+    OUT/manifest.json     size and checksum of every other file
+    OUT/program.json      DSPy's own state of the program, without LMs
+    OUT/population.json   the K candidates and their scores
+    OUT/policy.json       how to speak with the weights, which predictors do, and through which adapter
+    OUT/weights/          a Hugging Face folder
+
+A folder may come from somebody else: loading it runs no code and reads nothing outside it. Keys, addresses and frozen
+LMs belong to the machine; they are neither saved nor loaded.
+"""
+
+import importlib.metadata
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dspy
+
+from dspy_fst.errors import ConfigurationError, RunDirectoryError
+from dspy_fst.policy_lm import PolicyLM, resolve_kind
+from dspy_fst.preflight.sampling_settings import asking_faults
+from dspy_fst.rollout.adapters import describe, keep, kept_by, made
+from dspy_fst.rollout.components import carry, set_tools, speakers
+from dspy_fst.rollout.copying import copied
+from dspy_fst.rollout.own_sampling import clear_own_sampling, own_sampling, set_own_sampling
+from dspy_fst.rollout.tree import all_predictors
+from dspy_fst.run.files import flush, population_to_json, write_json
+from dspy_fst.run.manifest import read_document, seal, verify
+from dspy_fst.run.secrets import Redactor
+from dspy_fst.saving.format import (
+    ASIDE,
+    POLICY,
+    POPULATION,
+    PROGRAM,
+    WEIGHTS,
+    SavedPolicy,
+    read_saved,
+    refuse_run,
+    weights_in,
+)
+from dspy_fst.saving.program_state import take_state, write_state
+from dspy_fst.types import Population
+
+logger = logging.getLogger(__name__)
+
+
+def policy_of(program: dspy.Module) -> PolicyLM:
+    """The PolicyLM that a program's trained predictors speak with.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for _, predictor in program.named_predictors():
+        if isinstance(predictor.lm, PolicyLM):
+            return predictor.lm
+    raise ValueError("the program has no PolicyLM; compile it with FSTOptimizer first")
+
+
+def save(compiled: dspy.Module, path: str | Path) -> Path:
+    """Write a compiled program: instructions and demos, the population, and the Hugging Face weights together.
+
+    Frozen LMs are not saved, nor engine options that belong to the machine (see `dspy_fst.engine.portable`).
+
+    Raises:
+        FileExistsError: ``path`` exists; nothing is ever overwritten.
+        ValueError: the program was not compiled by FSTOptimizer, or one of its texts holds a secret.
+        RunDirectoryError: it could not be loaded again, e.g. for a file among the weights.
+    """
+    path = Path(path).resolve()
+    if not isinstance(getattr(compiled, "population", None), Population):
+        raise ValueError("the program carries no population; compile it with FSTOptimizer first")
+    if path.exists():
+        raise FileExistsError(f"{path} exists; name a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path, compiled) as scratch:
+        scratch.rename(path)
+        flush(path.parent)
+    return path
+
+
+@contextmanager
+def written_beside(path: Path, compiled: dspy.Module, copy: Callable[[str, str], Any] = shutil.copy2) -> Iterator[Path]:
+    """A folder beside ``path`` that holds the saved program, whole and checked, to be renamed to it.
+
+    Args:
+        copy: Brings one file of the weights there.
+
+    Raises:
+        ValueError, RunDirectoryError: as `save` has it.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        scratch.chmod(0o755)  # mkdtemp lets only its owner in
+        shutil.copytree(policy_of(compiled).checkpoint.path, scratch / WEIGHTS, copy_function=copy)
+        for name, document in documents_of(compiled).items():
+            write_json(scratch / name, document)
+        write_state(compiled, scratch / PROGRAM)
+        _refuse_secrets(scratch, Redactor.of(compiled))
+        seal(scratch, _package_version())
+        read_saved(scratch, compiled, trust_code=True)  # whatever it holds is this program's own
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def documents_of(compiled: dspy.Module) -> dict[str, Any]:
+    """File -> what it says of the program, apart from DSPy's own state of it."""
+    return {POPULATION: population_to_json(compiled.population), POLICY: _policy_document(compiled)}
+
+
+def load(
+    path: str | Path,
+    program: dspy.Module,
+    *,
+    trust_code: bool = False,
+    adapter: dspy.Adapter | None = None,
+    **policy_settings: Any,
+) -> dspy.Module:
+    """A copy of ``program`` as it was compiled and saved: its instructions, population, adapter and trained weights.
+
+    ``population.scores`` and ``candidate_programs`` are there. ``summary()`` and ``detailed_results`` are not: they
+    tell of the run, and its directory keeps that for `dspy-fst show RUN_DIR`.
+
+    Args:
+        path: A folder written by `save` or `dspy_fst.saving.export.export`.
+        program: A fresh program of the same class; it is not changed. Its frozen LMs are kept.
+        trust_code: Take up sources of dspy.Flex modules that are not this program's own: evolution wrote them, or
+            whoever made the folder. They run in the interpreter of the program's dspy.Flex.
+        adapter: Speak through this one and not through that of the training, which is told; or the training's, where
+            it is no adapter of DSPy's own and so cannot be made from its name.
+        **policy_settings: Override how the weights are served, e.g. ``engine="vllm"``; ``engine_options`` are added
+            to the saved ones.
+
+    Raises:
+        RunDirectoryError: the folder is damaged, not a saved program, of another program, or asks for what only this
+            machine may decide.
+        ConfigurationError: what is given cannot be asked with, before the folder is read; or a frozen LM is not set,
+            or an adapter that is not DSPy's own.
+    """
+    if faults := asking_faults(adapter, policy_settings):
+        raise ConfigurationError(faults)
+    path = Path(path).resolve()
+    refuse_run(path)
+    verify(path, ASIDE if weights_in(path) == path else ())
+    saved, population, state = read_saved(path, program, trust_code=trust_code)
+    _require_frozen_lms(saved.frozen, program)
+    speaks_through = adapter if saved.adapter is None else made(saved.adapter, adapter)
+    policies = _policies(saved, weights_in(path), policy_settings)
+    loaded: dspy.Module = copied(program)
+    try:
+        take_state(loaded, state)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, SyntaxError, RuntimeError) as error:
+        raise RunDirectoryError(f"{path / PROGRAM}: DSPy cannot load it: {error}") from error
+    own = speakers(program)
+    for name, speaker in speakers(loaded).items():
+        speaker.lm = policies.get(name, own[name].lm)
+        if (sampling := saved.predictors.get(name)) is not None and sampling.own is not None:
+            set_own_sampling(speaker, sampling.own.model_dump(exclude_none=True))
+    named = {id(speaker) for speaker in speakers(loaded).values()}
+    for predictor in all_predictors(loaded, (dspy.Predict, dspy.Flex)):  # where DSPy does not look
+        if id(predictor) not in named and isinstance(predictor.lm or dspy.settings.lm, PolicyLM | None):
+            predictor.lm = next(iter(policies.values()))
+        if isinstance(predictor.lm, PolicyLM):
+            clear_own_sampling(predictor, policy_settings)
+    set_tools(loaded, population.best)  # DSPy's state holds no tools
+    if speaks_through is not None:
+        keep(loaded, speaks_through)
+    carry(loaded, population)
+    return loaded
+
+
+def _policy_document(compiled: dspy.Module) -> dict[str, Any]:
+    lms = {name: speaker.lm for name, speaker in speakers(compiled).items() if speaker.lm is not None}
+    state = policy_of(compiled).dump_state()
+    del state["_dspy_lm_class"]
+    trained = {
+        name: {**_sampling(lm), "own": own_sampling(speakers(compiled)[name])}
+        for name, lm in lms.items()
+        if isinstance(lm, PolicyLM)
+    }
+    return {
+        "policy": {**state, "model": WEIGHTS},
+        "predictors": trained,
+        "frozen": {name: lm.model for name, lm in lms.items() if name not in trained},
+        "adapter": describe(adapter).model_dump() if (adapter := kept_by(compiled)) else None,
+    }
+
+
+def _sampling(lm: PolicyLM) -> dict[str, Any]:
+    return {"temperature": lm.sampling_temperature, "max_tokens": lm.reply_limit}
+
+
+def _package_version() -> str:
+    try:
+        return importlib.metadata.version("dspy-fst")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _refuse_secrets(folder: Path, redactor: Redactor) -> None:
+    for path in sorted(folder.glob("*.json")):
+        if places := redactor.places(read_document(path)):
+            raise ValueError(
+                f"{path.name} would hold a secret at {', '.join(places)}: an API key, or the value of an environment "
+                "variable that is named like one; remove it from the program, then save"
+            )
+
+
+def _require_frozen_lms(frozen: Mapping[str, str], program: dspy.Module) -> None:
+    faults = []
+    for name, speaker in speakers(program).items():
+        lm = speaker.lm or dspy.settings.lm
+        if name in frozen and lm is None:
+            faults.append(
+                f"program: predictor {name!r} spoke with the frozen LM {frozen[name]!r}; its key and address are not "
+                "saved, so set the predictor's lm, or dspy.configure(lm=...), before loading"
+            )
+        elif name in frozen and lm.model != frozen[name]:
+            logger.warning("%s spoke with %r when it was compiled, and will with %r", name, frozen[name], lm.model)
+    if faults:
+        raise ConfigurationError(faults)
+
+
+def _policies(saved: SavedPolicy, weights: Path, overrides: Mapping[str, Any]) -> dict[str, PolicyLM]:
+    """Predictor -> its PolicyLM; all share one engine, and those that sample alike one LM, as get_lm() wants it."""
+    settings = saved.policy.settings(resolve_kind(overrides.get("engine", saved.policy.engine)))
+    options = {**settings["engine_options"], **overrides.get("engine_options", {})}
+    policy = PolicyLM(**{**settings, "model": weights, **overrides, "engine_options": options})
+    lms: dict[tuple[Any, ...], PolicyLM] = {}
+    policies = {}
+    for name, sampling in saved.predictors.items():
+        own = {key: value for key, value in sampling.model_dump(exclude={"own"}).items() if key not in overrides}
+        policies[name] = lms.setdefault(tuple(own.items()), policy.copy(**own))
+    return policies

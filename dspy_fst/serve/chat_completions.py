@@ -1,0 +1,205 @@
+"""The trained model itself, at an OpenAI-compatible chat endpoint.
+
+Behind it is the engine that the program uses: the vLLM server's own chat endpoint, from which only what stands in
+`ChatRequest` is asked; or the engine in process, which knows fewer settings and gives a reply when it is whole. What
+both do, they do alike: limits, errors, and the distribution that is sampled from.
+"""
+
+import secrets
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, closing
+from functools import partial
+from typing import Any
+
+from dspy import lm15
+from pydantic import ValidationError
+
+from dspy_fst.engine.base import Completion, Engine
+from dspy_fst.engine.chat import chat_messages
+from dspy_fst.engine.chat_template import fitted
+from dspy_fst.engine.vllm.wire import RESHAPING
+from dspy_fst.errors import EngineError
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.serve.admission import Ticket
+from dspy_fst.serve.chat_reply import ModelCard, chunk_of, completed, in_chunks, reply_of
+from dspy_fst.serve.chat_request import ChatRequest, StreamOptions, as_template_reads
+from dspy_fst.serve.error_replies import ApiError, context_exceeded, engine_failed, shown
+from dspy_fst.serve.events import EventStream, Feed
+from dspy_fst.serve.prometheus import Metrics
+from dspy_fst.serve.upstream import Upstream
+from dspy_fst.serve.worker import in_thread
+
+
+class Chat:
+    """The endpoint.
+
+    Args:
+        name: Under which the model is asked for.
+        upstream: The engine's server; None for an engine in process.
+    """
+
+    def __init__(self, name: str, policy: PolicyLM, engine: Engine, upstream: Upstream | None, metrics: Metrics):
+        self.name = name
+        self._policy, self._engine, self._upstream, self._metrics = policy, engine, upstream, metrics
+
+    def card(self, name: str) -> ModelCard:
+        """The model of that name.
+
+        Raises:
+            ApiError: there is none.
+        """
+        if name != self.name:
+            message = f"There is no model {shown(name)} here, only {self.name!r}."
+            raise ApiError(404, "model_not_found", message, param="model")
+        return ModelCard(id=name)
+
+    async def answer(self, request: ChatRequest, ticket: Ticket) -> dict[str, Any] | EventStream:
+        """A whole completion, or the stream of one.
+
+        Raises:
+            ApiError: another model's name, a setting that the engine does not know, an engine that fails.
+        """
+        self.card(request.model)
+        if self._upstream is None and (unknown := request.unknown_in_process()):
+            message = (
+                f"The engine in process does not know {', '.join(unknown)}; leave them out, or serve with "
+                "engine='vllm'."
+            )
+            raise ApiError(400, "unsupported", message, param=unknown[0])
+        if request.stream:
+            return await self._stream(request, ticket)
+        return await in_thread(partial(self._whole, request), ticket)
+
+    def _whole(self, request: ChatRequest) -> dict[str, Any]:
+        try:
+            if self._upstream is None:
+                reply = completed(self._sample(request), self.name)
+            else:
+                reply = reply_of(self._upstream.chat(self._body(request)), self.name)
+        except (EngineError, ValidationError, lm15.LM15Error) as error:
+            raise self._as_api_error(error) from error
+        self._count(reply)
+        return reply
+
+    async def _stream(self, request: ChatRequest, ticket: Ticket) -> EventStream:
+        feed = Feed()
+        source = feed.listen(in_thread(partial(self._tell, request, feed), ticket))
+        try:
+            first = await anext(source)  # a request that is refused gets its status; later there is none
+        except BaseException:
+            await source.aclose()
+            raise
+        return EventStream(_joined(first, source))
+
+    def _tell(self, request: ChatRequest, feed: Feed) -> None:
+        options = request.stream_options or StreamOptions()
+        if self._upstream is None:
+            for chunk in in_chunks(self._whole(request), bool(options.include_usage)):
+                feed.send(chunk)
+        else:
+            self._pass_on(self._upstream, request, bool(options.include_usage), feed)
+        feed.send("[DONE]")
+
+    def _pass_on(self, upstream: Upstream, request: ChatRequest, include_usage: bool, feed: Feed) -> None:
+        try:
+            with closing(upstream.stream(self._body(request))) as chunks:
+                for chunk in chunks:
+                    told = chunk_of(chunk, self.name)
+                    self._count(told)
+                    if told["choices"] or include_usage:
+                        feed.send(told)
+        except (EngineError, ValidationError, lm15.LM15Error) as error:
+            raise self._as_api_error(error) from error
+
+    def _sample(self, request: ChatRequest) -> Completion:
+        """A reply of the engine in process.
+
+        Raises:
+            ApiError: the messages cannot be read.
+            EngineError, lm15.LM15Error: see `Engine.complete`.
+        """
+        body = self._body(request)
+        canonical = self._canonical({key: body[key] for key in ("messages", "temperature", "max_tokens")})
+        return self._engine.complete(canonical, body["seed"])
+
+    def _body(self, request: ChatRequest) -> dict[str, Any]:
+        """The request as it is passed on, with the policy's own settings where the caller says nothing.
+
+        That is the policy's own distribution, as in training, whatever defaults the server has.
+        """
+        return {
+            "temperature": self._policy.sampling_temperature,
+            "seed": secrets.randbits(31),
+            "top_p": 1.0,
+            **RESHAPING,
+            **self._stops(),
+            **request.for_server(),
+            "messages": self._messages(request),
+            "max_tokens": self._longest(request),
+        }
+
+    def _messages(self, request: ChatRequest) -> list[dict[str, Any]]:
+        """The messages, for a server as the model's template can show them; the engine in process fits them itself."""
+        told = [as_template_reads(message) for message in request.messages]
+        if self._upstream is None or any(message.get("tool_calls") for message in told):
+            return told
+        traits = self._policy.handle.reader.traits
+        if traits.has_system and not traits.alternating:
+            return told
+        return chat_messages(fitted(self._canonical({"messages": told}), traits))
+
+    def _canonical(self, body: Mapping[str, Any]) -> lm15.Request:
+        """A body as DSPy's engines take it.
+
+        Raises:
+            ApiError, lm15.LM15Error: it cannot be read.
+        """
+        try:
+            return lm15.request_from_openai_chat({"model": self._policy.model, **body})
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, "invalid_request", str(error)[:2000]) from error
+
+    def _stops(self) -> dict[str, Any]:
+        ids = self._policy.handle.reader.stop_ids if self._upstream is not None else ()
+        return {"stop_token_ids": sorted(ids)} if ids else {}
+
+    def _longest(self, request: ChatRequest) -> int | None:
+        """The longest reply, in tokens; None: as far as the context goes.
+
+        Raises:
+            ApiError: the caller asks for more than the model's context has.
+        """
+        context = self._context()
+        if request.most is None:
+            limits = [limit for limit in (self._policy.reply_limit, context) if limit is not None]
+            return min(limits, default=None)
+        name, most = request.most
+        if context is not None and most > context:
+            message = f"{name} is {most}, and the model's context has {context} tokens, prompt and reply together."
+            raise ApiError(400, "invalid_value", message, param=name)
+        return most
+
+    def _context(self) -> int | None:
+        """Tokens of the model's context; None where it has no limit, or nobody can tell."""
+        if self._upstream is not None:
+            return self._upstream.context
+        context: int | None = getattr(self._engine, "context", None)
+        return context
+
+    def _count(self, reply: Mapping[str, Any]) -> None:
+        if usage := reply.get("usage"):
+            self._metrics.tokens(usage["prompt_tokens"], usage["completion_tokens"])
+
+    def _as_api_error(self, error: Exception) -> ApiError:
+        if isinstance(error, lm15.ContextLengthError):
+            return context_exceeded(self._context(), "messages")
+        if isinstance(error, lm15.LM15Error):
+            return ApiError(400, "invalid_request", str(error)[:2000])
+        return engine_failed()
+
+
+async def _joined(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(rest):
+        yield first
+        async for item in rest:
+            yield item

@@ -1,0 +1,81 @@
+"""A run that goes on from the result of another: which run that was, and what is taken over of its optimizer.
+
+The weights and the population are the compiled student's own. AdamW's moments and the number of updates stand in the
+newest state of the run that it came from, and only there: a program that was saved elsewhere has none.
+"""
+
+from pathlib import Path
+
+import dspy
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.run.directory import COMPILED, is_run
+from dspy_fst.run.state import RunState, glance, moved_at, newest_state
+from dspy_fst.slow.trainer import Trainer
+from dspy_fst.types import Population, version_of
+
+ASKED = "continue_optimizer=True"
+
+
+def run_of(checkpoint: Checkpoint) -> Path | None:
+    """The directory of the run that wrote these weights: they lie in its weights/ or its compiled/. Else None."""
+    folder = checkpoint.path
+    within = folder.parent.name in ("weights", COMPILED)
+    run_dir = folder.parent.parent
+    return run_dir if folder.is_dir() and within and is_run(run_dir) else None
+
+
+def optimizer_faults(config: FSTConfig, student: dspy.Module, policy: PolicyLM, run_dir: Path) -> list[str]:
+    """Why the student's optimizer cannot be taken over, where the recipe wants it; a run under way has taken it."""
+    if not config.continue_optimizer or glance(run_dir / "states"):
+        return []
+    if not _carries(student):
+        return [f"{ASKED}: the student was not compiled, so no optimizer is there to go on with; leave it out"]
+    before = run_of(policy.checkpoint)
+    state = glance(before / "states") if before else None
+    if state is None:
+        return [
+            f"{ASKED}: the student's weights lie in {policy.checkpoint.path}, and an optimizer's state is only kept in "
+            f"a run's directory; load the program from RUN_DIR/{COMPILED}, or leave it out"
+        ]
+    if (found := version_of(moved_at(state.fields))) != policy.checkpoint.version:
+        return [
+            f"{ASKED}: the student speaks with the weights {policy.checkpoint.version}, and the state in {before} is "
+            f"of {found}: its optimizer saw later updates; leave it out"
+        ]
+    return []
+
+
+def take_over(trainer: Trainer, config: FSTConfig, student: dspy.Module, policy: PolicyLM) -> str | None:
+    """Give the trainer what it takes over; the sentence that says what was. None for a student that starts anew.
+
+    Raises:
+        RunDirectoryError, TrainingError: the state of the run before is damaged, or of another model.
+    """
+    if not _carries(student):
+        return None
+    start = f"going on from the weights {policy.checkpoint.version} of {policy.checkpoint.path} and the population"
+    if not config.continue_optimizer:
+        return (
+            f"{start}; AdamW, its warm-up and the KL's reference start anew (continue_optimizer=True takes AdamW and "
+            "the warm-up over)"
+        )
+    anew = trainer.load_optimizer(_state(policy.checkpoint).path / "trainer")
+    apart = f" and the moments of {', '.join(anew)}" if anew else ""
+    return (
+        f"{start}, with AdamW's moments and its count of updates, {trainer.updates}; the KL's reference{apart} "
+        f"start{'' if anew else 's'} anew"
+    )
+
+
+def _carries(student: dspy.Module) -> bool:
+    return isinstance(getattr(student, "population", None), Population)
+
+
+def _state(checkpoint: Checkpoint) -> RunState:
+    run_dir = run_of(checkpoint)
+    state = newest_state(run_dir / "states", tidy=False) if run_dir else None
+    assert state is not None, "optimizer_faults looked"
+    return state

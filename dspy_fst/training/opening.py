@@ -1,0 +1,64 @@
+"""What a run or a command is put together from: a trainable copy of the program, a population and a player."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import dspy
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.rollout.components import carried_by
+from dspy_fst.rollout.copying import copied
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollouter import Player, PlayerSettings
+from dspy_fst.rollout.tree import all_predictors
+from dspy_fst.run.files import population_from_json
+from dspy_fst.types import Candidate, Population
+
+
+def new_run_dir() -> Path:
+    return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+
+
+def trainable_copy(student: dspy.Module, policy: PolicyLM) -> dspy.Module:
+    """A copy of the student in which every predictor of its PolicyLM speaks through ``policy``'s engine.
+
+    Each LM keeps its own temperature and limits, and stays one LM: BestOfN and Refine refuse a module of two.
+    """
+    copy: dspy.Module = copied(student)
+    lms: dict[PolicyLM, PolicyLM] = {}
+    for predictor in all_predictors(copy, (dspy.Predict, dspy.Flex)):  # also those that DSPy holds frozen, or misses
+        if isinstance(lm := predictor.lm or dspy.settings.lm, PolicyLM):
+            predictor.lm = lms[lm] if lm in lms else lms.setdefault(lm, lm.on(policy.handle))
+    return copy
+
+
+def starting_population(student: dspy.Module, seed: Candidate, size: int, state: Mapping[str, Any]) -> Population:
+    """The run's committed population, else the compiled student's own, else copies of its texts."""
+    if "population" in state:
+        return population_from_json(state["population"])
+    if carried := carried_by(student, seed):
+        return Population((carried * size)[:size], (None,) * size)
+    return Population.of_seed(seed, size)
+
+
+def open_player(
+    program: dspy.Module,
+    metric: Callable[..., Any],
+    config: FSTConfig,
+    in_flight: Callable[[int], None],
+    peers: Sequence[dspy.Example] = (),
+) -> Player:
+    """The player of a run or a command; ``peers`` are examples of the program's (see Reward)."""
+    settings = PlayerSettings(
+        threads=config.num_threads,
+        timeout_s=config.rollout_timeout_s,
+        failure_score=config.failure_score,
+        format_failure_score=config.format_failure_score,
+        seed=config.seed,
+    )
+    reward = Reward(metric, frozenset(name for name, _ in program.named_predictors()), peers)
+    return Player(program, reward, settings, in_flight)

@@ -1,0 +1,134 @@
+"""A compiled program: the user's own program class, speaking evolved instructions with trained weights.
+
+On it: ``population`` (Population), ``candidate_programs`` (``[{"score", "program"}]``, best first),
+``detailed_results`` (CompiledResults), ``summary()`` (prints and returns a Summary) and ``_compiled``. Its PolicyLM is
+the trained one, on a running engine, and it speaks through the adapter of its training whatever DSPy is set to
+(`dspy_fst.rollout.adapters`). `dspy_fst.saving.save_load` writes it to disk.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import dspy
+
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.report.record import record_of
+from dspy_fst.report.summary import Summary, cycles_table, steps_table, summary_of
+from dspy_fst.rollout.adapters import adapter_in_force, keep, kept_by
+from dspy_fst.rollout.components import carry, with_texts
+from dspy_fst.run.validated import Validated, best_of
+from dspy_fst.saving.save_load import load, policy_of, save
+from dspy_fst.training.what_helps import end_alternation
+from dspy_fst.types import CycleReport, Population, StepReport, version_of
+
+if TYPE_CHECKING:
+    from dspy_fst.training.session import Session
+
+__all__ = ["CompiledResults", "compiled_program", "load", "policy_of", "save", "start_of"]
+
+
+@dataclass(frozen=True)
+class CompiledResults:
+    """What a run measured, for those who look closer."""
+
+    run_dir: Path
+    cycles: tuple[CycleReport, ...]
+    """Reports of every cycle of the run, those of earlier processes included."""
+    steps: tuple[StepReport, ...]
+    validation: Mapping[str, float]
+    """Candidate digest -> mean validation score of the state that was returned; empty without a valset. A candidate of
+    which no rollout was measured has none."""
+    validation_counts: Mapping[str, int] = field(default_factory=dict)
+    """``rollouts``, ``reused``, ``masked: <reason>`` and ``failed: <reason>`` of the last validation."""
+    ending: str = ""
+    """What the updates came to, e.g. ``"6 of 6 updates changed the weights"``."""
+    validations: tuple[Validated, ...] = ()
+    """Every validation of the run: of its start, in between, and of its end."""
+    summary: Summary | None = None
+    """What ``compiled.summary()`` shows."""
+
+    def __repr__(self) -> str:
+        return "\n".join([f"CompiledResults of {self.run_dir}", *self._tables("text")])
+
+    def _repr_html_(self) -> str:
+        return "\n".join(self._tables("html"))
+
+    def _tables(self, form: Literal["text", "html"]) -> list[str]:
+        whole = [self.summary.text if form == "text" else self.summary._repr_html_()] if self.summary else []
+        return [*whole, *(getattr(table, form) for table in (cycles_table(self.cycles), steps_table(self.steps)))]
+
+
+OWN_SUMMARY = (
+    "the program has a `summary` of its own, which stays; that of the run is compiled.detailed_results.summary, and "
+    "dspy-fst show RUN_DIR prints it"
+)
+
+
+def compiled_program(run: "Session", population: Population, *, track_stats: bool = True) -> dspy.Module:
+    """The program that a run ends with, or the best of its validated states where ``return_best`` asks for it.
+
+    Raises:
+        NothingLearnedError: it stopped because no update changed the weights, and not because all was solved.
+    """
+    end_alternation(run)
+    end = run.validate_end(population)
+    returned = _returned(run, end)
+    if returned is not None and returned.scores:
+        population = returned.ranked
+    compiled = with_texts(run.program, population.best)
+    keep(compiled, kept_by(compiled) or adapter_in_force())
+    carry(compiled, population)
+    run.tell_end()
+    run.run.emit(
+        "done",
+        population=population,
+        validation=returned.scores if returned else {},
+        validation_counts=end.counts if end else {},
+        weights=run.policy.checkpoint.version,
+        ending=run.observer.ending.words,
+        returned=None if returned is None else returned.index,
+    )
+    _attach(compiled, run, track_stats=track_stats)
+    return compiled
+
+
+def _returned(run: "Session", end: Validated | None) -> Validated | None:
+    """The state that is returned, its weights served; the end unless ``return_best`` finds a better one."""
+    best = best_of(run.validation.states) if run.config.return_best else end
+    if best is None or end is None or best.same_as(end):
+        return end
+    run.serve_validated(best)
+    run.run.emit("note", text=f"return_best: {best.told} is returned, and not {end.told}")
+    return best
+
+
+def _attach(compiled: dspy.Module, run: "Session", *, track_stats: bool) -> None:
+    """``detailed_results`` and ``summary``; a program's own attribute of that name stays."""
+    record = record_of(run.run.events(), name=run.run.path.name)
+    summary = summary_of(record, run_dir=run.run.path)
+    if track_stats:
+        compiled.detailed_results = CompiledResults(
+            run_dir=run.run.path,
+            cycles=tuple(run.cycle_reports),
+            steps=tuple(run.step_reports),
+            validation=record.returned.scores if record.returned else {},
+            validation_counts=record.validations[-1].counts if record.validations else {},
+            ending=run.observer.ending.words,
+            validations=record.validations,
+            summary=summary,
+        )
+    if not hasattr(compiled, "summary") or isinstance(getattr(compiled.summary, "__self__", None), Summary):
+        compiled.summary = summary.show
+    else:
+        run.tell_note(OWN_SUMMARY)
+
+
+def start_of(compiled: dspy.Module) -> Checkpoint:
+    """The weights that the program's run started from, kept in its run directory."""
+    version = version_of(0)
+    path = policy_of(compiled).checkpoint.path.parent / version
+    if not path.is_dir():
+        raise ValueError(f"the weights that training started from are not at {path}; they stay in the run directory")
+    return Checkpoint(version, path)

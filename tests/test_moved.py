@@ -1,0 +1,44 @@
+"""Names of the first release that users may import still do, and say where their contents are."""
+
+import importlib
+import sys
+
+import pytest
+
+import dspy_fst
+
+OLD = {
+    "asking": "reconfigured",
+    "compiled": "policy_of",
+    "export": "export",
+    "policy": "PolicyLM",
+    "saved": "load",
+}
+
+
+@pytest.mark.parametrize("name", sorted(OLD))
+def test_a_module_of_the_first_release_imports_by_its_old_name(name):
+    new = importlib.import_module(f"dspy_fst.{dspy_fst._MOVED[name]}")
+    sys.modules.pop(f"dspy_fst.{name}", None)
+    with pytest.warns(FutureWarning, match=f"dspy_fst.{name} is {new.__name__} now"):
+        old = importlib.import_module(f"dspy_fst.{name}")
+    assert getattr(old, OLD[name]) is getattr(new, OLD[name])
+
+
+def test_every_moved_module_is_tried():
+    assert OLD.keys() == dspy_fst._MOVED.keys()
+
+
+def test_the_names_of_evaluation_are_found_in_the_package():
+    from dspy_fst.evaluation.measure import two_by_two
+
+    with pytest.warns(FutureWarning, match=r"dspy_fst\.evaluation\.two_by_two is dspy_fst\.evaluation\.measure"):
+        from dspy_fst.evaluation import two_by_two as old
+    assert old is two_by_two
+
+
+def test_a_name_that_never_was_is_still_an_error():
+    with pytest.raises(ModuleNotFoundError, match=r"dspy_fst\.sessions"):
+        importlib.import_module("dspy_fst.sessions")
+    with pytest.raises(ImportError, match="no_such"):
+        from dspy_fst.evaluation import no_such  # noqa: F401
