@@ -1,6 +1,7 @@
 """Imports run one way, and heavy or foreign libraries stay in their corner."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -112,3 +113,11 @@ def test_libraries_stay_in_their_corner(module):
         allowed = CORNERS.get(imported.split(".")[0])
         if allowed is not None:
             assert any(module == place or module.startswith(place + ".") for place in allowed), f"{module}: {imported}"
+
+
+def test_the_files_that_contributors_are_pointed_at_exist():
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+[.]py)?)`", page))
+    places = (PACKAGE.parent, PACKAGE)
+    assert named
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
