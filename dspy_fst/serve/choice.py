@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dspy_fst.serve.serve_settings import ChoiceName
+from dspy_fst.serve.settings import ChoiceName
 
 
 def speakers(choice: ChoiceName, members: int, seed: int) -> list[int]:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dspy_fst.serve.admission import Gate, LineFullError, Ticket
 from dspy_fst.serve.error_replies import ApiError, internal_error
 from dspy_fst.serve.prometheus import Metrics
-from dspy_fst.serve.serve_settings import (
+from dspy_fst.serve.settings import (
     DOCS,
     DOCS_FILES,
     HEALTH,

@@ -40,7 +40,7 @@ from dspy_fst.run.directory import read_events
 from dspy_fst.run.manifest import seal
 from dspy_fst.saving.export import export
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.serve_settings import ServeSettings
+from dspy_fst.serve.settings import ServeSettings
 from dspy_fst.training.result import policy_of
 from programs.lab import BASE, build
 from tests.pipelines.watched import lab_policy, says

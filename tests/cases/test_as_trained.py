@@ -23,7 +23,7 @@ from dspy_fst.run.directory import read_events
 from dspy_fst.saving.reconfigure import how_it_asks
 from dspy_fst.saving.save_load import policy_of
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.serve_settings import ServeSettings
+from dspy_fst.serve.settings import ServeSettings
 from dspy_fst.types import Candidate, Population, Problem
 from programs.lab import BASE
 from tests.fakes import ScriptedEngine, fields

@@ -16,7 +16,7 @@ from dspy_fst.run.manifest import MANIFEST, seal
 from dspy_fst.saving.export import export
 from dspy_fst.saving.format import POLICY, PROGRAM
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.serve_settings import ServeSettings
+from dspy_fst.serve.settings import ServeSettings
 from dspy_fst.training.result import policy_of
 from dspy_fst.types import Population
 from programs.lab import BASE, build

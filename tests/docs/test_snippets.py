@@ -22,7 +22,7 @@ from dspy_fst.engine.in_process import InProcessSettings
 from dspy_fst.engine.vllm.server import VLLMSettings
 from dspy_fst.project.project_file import Project, load_project
 from dspy_fst.saving.save_load import policy_of
-from dspy_fst.serve.serve_settings import RESERVED, ServeSettings
+from dspy_fst.serve.settings import RESERVED, ServeSettings
 from programs.lab import BASE, FeedbackProposer, build
 from tests.docs.pages import PAGES, ROOT, commands, fences
 

@@ -8,7 +8,7 @@ import pytest
 from dspy_fst import ConfigurationError
 from dspy_fst.serve.body import MOST_DEEP, SHOWN_FAULTS
 from dspy_fst.serve.chat_request import MOST_MESSAGES
-from dspy_fst.serve.serve_settings import ServeSettings, is_loopback
+from dspy_fst.serve.settings import ServeSettings, is_loopback
 
 
 def faults_of(**settings):
