@@ -23,10 +23,10 @@ class FSTConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     method: Method = "fst"
-    """``"fst"``, or a baseline made of the same loop: ``"rl"`` never searches, ``"gepa"`` never updates
-    weights, the next two spend the whole search budget before the first or after the last
-    update; ``"distill"`` searches as ``"fst"`` does, and its updates learn from the term of ``seed_kl_coefficient``
-    alone, from no reward (paper, section 3)."""
+    """``"fst"``, or a baseline made of the same loop. ``"rl"`` never searches. ``"gepa"`` never updates weights.
+    ``"gepa_then_rl"`` spends the whole search budget before the first update, ``"rl_then_gepa"`` after the last.
+    ``"distill"`` searches as ``"fst"`` does; its updates use the term of ``seed_kl_coefficient`` alone and no reward
+    (paper, section 3)."""
     cycles: int = Field(AUTO_CYCLES["medium"], ge=1)
     """Fast-slow alternations (ours). ``auto`` sets them: light 2, medium 8, heavy 34."""
 
@@ -44,46 +44,45 @@ class FSTConfig(BaseModel):
     search_passes: float = Field(5.0, gt=0)
     """Fresh rollouts of a search, in passes over the anchors (paper, App. D)."""
     search_rollouts: int | None = Field(None, ge=1)
-    """The same as a plain number; overrides ``search_passes`` (ours)."""
+    """Fresh rollouts of a search as a plain number; overrides ``search_passes`` (ours)."""
     first_search_share: float | None = Field(None, gt=0, le=1)
     """Share of all searches' rollouts that the first one gets; None shares them evenly (paper)."""
     search_when_flat: float | None = Field(None, ge=0, le=1)
-    """A later cycle searches only if so large a share of the last step's groups was flat below ``perfect_score / 2``;
-    None always searches (paper)."""
+    """Least share of the last step's groups that was flat below ``perfect_score / 2`` for a later cycle to search; None
+    always searches (paper)."""
     reflection_minibatch: int = Field(3, ge=1)
     """Problems shown to a reflection (GEPA, section 4.3)."""
     components: Literal["round_robin", "all"] = "round_robin"
     """Whether a proposal changes one text of the program or all (GEPA's default)."""
     tool_descriptions: Literal["fixed", "evolved"] = "fixed"
-    """Whether the descriptions of a dspy.ReAct's tools and of their arguments are texts to evolve as well (ours; DSPy
-    3.4's GEPA leaves them alone)."""
+    """Whether the descriptions of a dspy.ReAct's tools and of their arguments evolve too (ours; DSPy 3.4's GEPA leaves
+    them alone)."""
     protected: dict[str, tuple[str, ...]] = {}
-    """Component -> lines of the program's own text that every proposal keeps: one that lost a line gets it back at its
-    end (ours)."""
+    """Component -> lines of the program's own text that every proposal keeps. A proposal that lost a line gets it back
+    at its end (ours)."""
     reflection_tokens: int = Field(4000, ge=100)
-    """Tokens, estimated at four characters each, of what a reflection is shown of one run (ours)."""
+    """Budget of what a reflection is shown of one rollout, in tokens estimated at four characters each (ours)."""
     perfect_score: float = 1.0
-    """Reward beyond which nothing is left to learn from a rollout (DSPy's GEPA)."""
+    """Reward from which on a rollout counts as solved and is not reflected on (DSPy's GEPA)."""
 
     trained: tuple[str, ...] | None = Field(None, min_length=1)
-    """Names of the predictors whose calls the weights learn from, as in ``program.named_predictors()``; None is all
-    that speak with the PolicyLM. The others sample from the run's newest weights too, and their instructions evolve
-    (ours)."""
+    """Names of the predictors whose calls are trained on, as in ``program.named_predictors()``; None is all that hold
+    the PolicyLM. The others sample from the run's newest weights too, and their instructions evolve (ours)."""
     learning_rate: float = Field(1e-6, gt=0)
     """AdamW's peak learning rate (ours, common for full-weight RL; not published where we could read)."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Of AdamW (paper, App. D)."""
+    """AdamW's decay rates of the two moments (paper, App. D)."""
     adam_epsilon: float = Field(1e-8, gt=0)
-    """Of AdamW (ours: the usual one; unstated in the paper)."""
+    """AdamW's epsilon (ours: the usual one; unstated in the paper)."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of AdamW (paper, App. D)."""
+    """AdamW's weight decay (paper, App. D)."""
     warmup_steps: int = Field(10, ge=0)
-    """Linear warm-up (paper, App. D)."""
+    """Updates of the linear warm-up of the learning rate (paper, App. D)."""
     max_grad_norm: float | None = Field(None, gt=0)
-    """Gradient clipping (ours: none; unstated in the paper)."""
+    """Gradient norm above which the gradient is clipped; None never clips (ours: none; unstated in the paper)."""
     continue_optimizer: bool = Field(False, strict=True)
-    """Whether a run that goes on from a compiled program takes over AdamW's moments and the number of updates that its
-    run ended with, so that the warm-up is not made again (ours; off: both start anew)."""
+    """Whether a run that continues from a compiled program takes over AdamW's moments and number of updates from that
+    program's run, so that the warm-up is not repeated (ours; off: both start anew)."""
     importance_cap: float = Field(4.0, gt=0)
     """CISPO's cap on the importance weight itself, not 1 + a clip (paper, App. D; ScaleRL finds 4, 5, 8 alike)."""
     kl_coefficient: float = Field(0.001, ge=0)
@@ -92,21 +91,21 @@ class FSTConfig(BaseModel):
     """Weight of KL(theta || start) on the trained predictors' calls of rollouts under the program's own texts (ours;
     off, as in the paper)."""
     seed_kl_teacher: Literal["seed", "population"] = "seed"
-    """Whose texts the start reads in that term. ``"seed"``, the program's own: what a task teaches stays in the evolved
-    texts (ours). ``"population"``, each candidate's in turn: the texts are distilled into the weights (paper:
-    FST-distill)."""
+    """Which prompt the reference model sees in that KL term. ``"seed"``: the program's own texts, so that what a task
+    teaches stays in the evolved texts (ours). ``"population"``: each candidate's texts in turn, which distils them into
+    the weights (paper: FST-distill)."""
     seed_kl_rollouts: int = Field(1, ge=1)
-    """Rollouts of each problem of a step under the program's own texts, made only when ``seed_kl_coefficient`` is above
-    0; they cost what any rollout costs (ours)."""
+    """Rollouts of each problem of a step under the program's own texts, made only if ``seed_kl_coefficient`` is above
+    0. They cost as much as others (ours)."""
     baseline: Literal["problem", "candidate"] = "problem"
-    """Whose mean reward a rollout is held against: that of its problem under all candidates (paper, Eq. 3), or
-    under its own candidate alone."""
+    """Whose mean reward is the baseline of a rollout: that of its problem under all candidates (paper, Eq. 3), or under
+    its own candidate alone."""
     advantage_normalization: Literal["group", "batch"] = "group"
-    """Standard deviation of the group (paper, Eq. 3) or of the batch (ScaleRL)."""
+    """Whose standard deviation divides the advantages: that of the group (paper, Eq. 3) or of the batch (ScaleRL)."""
     micro_batch_tokens: int | Literal["auto"] = "auto"
-    """Tokens, padding included, of one forward and backward pass (ours; memory and speed only, the gradient is
-    the same but for rounding). ``"auto"`` is the largest power of two that fits into what is free at the start, up to
-    4096 on a CPU and 16384 on a GPU; a run keeps its number when it goes on."""
+    """Tokens, padding included, of one forward and backward pass (ours; memory and speed only, the gradient is the same
+    but for rounding). ``"auto"`` is the largest power of two that fits into the memory that is free at the start, up to
+    4096 on a CPU and 16384 on a GPU. A continued run keeps its number."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the trainer's model body, and type of the published weights: ``"auto"`` is bfloat16 on a GPU and
@@ -114,7 +113,7 @@ class FSTConfig(BaseModel):
     ``engine_options={"dtype": ...}`` of the PolicyLM."""
 
     failure_score: float = 0.0
-    """Reward of a run that failed through the policy's doing (DSPy's default)."""
+    """Reward of a rollout that failed because of the policy (DSPy's default)."""
     format_failure_score: float = 0.0
     """Reward of a reply that does not parse (ours; mmGRPO sets it below ``failure_score``)."""
     num_threads: int = Field(64, ge=1)
@@ -122,23 +121,23 @@ class FSTConfig(BaseModel):
     rollout_timeout_s: float = Field(600.0, gt=0)
     """Seconds after which a rollout is masked (ours)."""
     max_masked_share: float = Field(0.5, ge=0, le=1)
-    """Share of a step's rollouts that may go unmeasured; beyond it the run stops, to be continued (ours)."""
+    """Share of a step's rollouts that may be masked. Beyond it the run stops, and can be continued (ours)."""
     parse_warning_share: float = Field(0.1, gt=0, le=1)
-    """Share of a step's rollouts that end in a reply that does not parse from which on a warning names the predictors,
-    once a cycle (ours)."""
+    """Share of a step's rollouts that end in an unparsed reply, from which on a warning names the predictors, once a
+    cycle (ours)."""
     parse_trial: int = Field(8, ge=0)
-    """Rollouts of each form of prompt that is tried before the start where hardly any of the first replies parse: other
-    adapters, demos, a lower temperature; 0 tries none (ours)."""
+    """Rollouts of each form of prompt that the start tries if hardly any of the first replies parse: other adapters,
+    demos, a lower temperature; 0 tries none (ours)."""
     validation_samples: int = Field(1, ge=1)
     """Rollouts for each validation problem and candidate, outside the budget (ours)."""
     validate_every: int | Literal["cycle"] | None = None
-    """When the run's weights and population are measured on the valset between its start and its end, outside the
-    budget: ``"cycle"``, after the updates of every cycle; a whole number, after so many steps; None, never (ours)."""
+    """When weights and population are measured on the valset between the start and the end, outside the budget.
+    ``"cycle"``: after the updates of every cycle. A whole number: after so many steps. None: never (ours)."""
     patience: int | None = Field(None, ge=1)
     """Validations in a row without a new best score after which the run ends; None, never (ours)."""
     return_best: bool = Field(False, strict=True)
     """Whether ``compile()`` returns the validated state of weights and population with the highest score, the start
-    included, and not always the end (ours)."""
+    included, instead of the end (ours)."""
     sync_tolerance: float | None = Field(None, gt=0)
     """Largest mean gap in nats a token between the engine's and the trainer's log-probabilities on texts of the run,
     after a publish; None is the measured limit of the precision, see engine/sync.py (ours)."""
@@ -146,24 +145,25 @@ class FSTConfig(BaseModel):
     """Effective sample share (see UpdateReport) of a batch's importance weights below which the run stops before it
     learns from them: the engine samples from another distribution than the trainer scores (ours)."""
     max_skipped_updates: int = Field(3, ge=1)
-    """Updates in a row that may be skipped because something was not finite; the next one stops the run (ours)."""
+    """Updates in a row that may be skipped because a loss or gradient was not finite. The next one stops the run
+    (ours)."""
     max_unmoved_steps: int | None = Field(12, ge=1)
-    """Steps in a row without any gradient that stop the run, which can be continued with a higher number; None never
-    stops (ours: two of the paper's cycles, so that a search came between). Where an earlier step moved the weights, or
-    every problem is solved, the run ends there and returns its program; else it is an error. Under
-    ``method="rl_then_gepa"`` nothing ends a run before its search."""
+    """Steps in a row without a gradient that stop the run, which can be continued with a higher number; None never
+    stops (ours: two of the paper's cycles, so that a search came between). If an earlier step moved the weights, or
+    every problem is solved, the run ends and returns its program; else it is an error. Under ``method="rl_then_gepa"``
+    nothing ends a run before its search."""
     recorded_samples: int = Field(4, ge=0)
     """Rollouts of each step whose replies are kept in the run's events, for ``dspy-fst show --samples`` and the report:
-    the best and the worst of a group, one of each kind of failure, then drawn ones; 0 keeps none (ours)."""
+    the best and the worst of a group, one of each kind of failure, then random ones; 0 keeps none (ours)."""
     checkpoint_every: int = Field(1, ge=1)
-    """Steps between two states that a killed run can go on from (ours). There is one before every search and at the
-    end, too. What came after the last state is played again."""
+    """Steps between two states from which a killed run can continue (ours). A state is also written before every search
+    and at the end. Steps after the last state are made again."""
     keep_states: int = Field(2, ge=1)
-    """Resumable states kept in the run directory; the newest is the one that counts (ours)."""
+    """Resumable states kept in the run directory; the newest counts (ours)."""
     keep_weights: int = Field(2, ge=1)
     """Newest weight versions kept in the run directory, beside the first and the one with the best reward (ours)."""
     seed: int = 0
-    """Of every random draw (ours)."""
+    """Seed of every random draw (ours)."""
 
     @field_validator("*", mode="before")
     @classmethod
