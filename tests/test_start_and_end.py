@@ -21,6 +21,7 @@ from dspy_fst.report.record import read_records
 from dspy_fst.report.summary import Summary
 from dspy_fst.report.verdict import verdict
 from dspy_fst.rollout.components import read_texts
+from dspy_fst.rollout.player import Player
 from dspy_fst.run.directory import read_events
 from dspy_fst.training.result import CompiledResults, policy_of
 from tests.cli.conftest import invoke
@@ -238,14 +239,42 @@ def test_a_killed_run_measures_what_an_uninterrupted_one_does(stopped, workplace
     assert len(of_kind(tmp_path / "killed", "validation")) == 3
     resumed = compiled_in(tmp_path / "killed", done=1)
 
-    def told(run_dir):
-        events = json.loads(json.dumps(read_events(run_dir)))
-        for event in events:
-            del event["time"]
-            event.get("report", {}).pop("seconds", None)
-        return events
-
     assert told(tmp_path / "killed") == told(stopped[0])
+    assert same_tensors(weights_of(resumed), weights_of(stopped[1]))
+
+
+def told(run_dir):
+    """Its events, clocks left out."""
+    events = json.loads(json.dumps(read_events(run_dir)))
+    for event in events:
+        del event["time"]
+        event.get("report", {}).pop("seconds", None)
+    return events
+
+
+def test_a_run_that_dies_before_its_first_search_loses_one_batch_at_most(stopped, workplace, tmp_path, monkeypatch):
+    """What the first look brought is committed before the start is validated."""
+    played, play = [], Player.play
+
+    def noted(self, tasks, draw, *rest, **options):
+        played.append(draw)
+        if deaths and draw == deaths[0]:
+            raise deaths.pop() and ConnectionError("the machine goes down")
+        return play(self, tasks, draw, *rest, **options)
+
+    monkeypatch.setattr(Player, "play", noted)
+    deaths = ["validation"]
+    with pytest.raises(ConnectionError):
+        compiled_in(tmp_path / "died")
+    assert played == ["preflight", "validation"]
+    (run,) = list_runs(tmp_path / "died").runs
+    assert run.resumable
+    played.clear()
+    resumed = compiled_in(tmp_path / "died")
+    assert played[0] == "validation"
+    assert "preflight" not in played
+    assert [of["when"] for of in validations(tmp_path / "died")].count("start") == 1
+    assert told(tmp_path / "died") == told(stopped[0])
     assert same_tensors(weights_of(resumed), weights_of(stopped[1]))
 
 

@@ -99,8 +99,9 @@ def open_session(
             spent = None if run.state else try_first(session)
             _announce(session, spent)
             if not run.state:
+                session.commit_start()  # a process that dies in the validation has lost no more than that
+            if session.validation.start_is_due(run.state):
                 session.validate_start()
-                session.commit_start()
             yield session
         # The compiled program lives on: its restarts are no business of this run, and must not hold its trainer.
         policy.handle.engine.on_recovery(logger.warning, None)

@@ -337,22 +337,22 @@ class Session:
             best = best_versions(self.step_reports, committed) | best_validated(self.validation.states, committed)
             self.run.prune_weights(self.config.keep_weights, best)
 
-    def commit_start(self) -> None:
-        """Keep the state before the first search."""
-        self._commit(cycle=0, searched=-1, step=0, population=self.population)
-
     def _commit(self, **state: Any) -> None:
         save_trainer = self.trainer.save_state if self._trainer_moved else None
         self.run.commit(save_trainer, judged_by=self.player.reward.identity, moved_at=self._moved_at, **state)
         self._trainer_moved = False
 
+    def commit_start(self) -> None:
+        """Keep the state before the first search."""
+        self._commit(cycle=0, searched=-1, step=0, population=self.population)
+
     # ---- validation, outside of the budget -------------------------------------------------------
 
     def validate_start(self) -> None:
         """Measure the student as it was handed in: its own texts under its own weights."""
-        if self.validation:
-            own = self._own_texts()
-            self._measure("start", handed_in(own, self.population), [own])
+        own = self._own_texts()
+        self._measure("start", handed_in(own, self.population), [own])
+        self.commit_start()
 
     def validate_end(self, population: Population) -> Validated | None:
         """Measure the population under the final weights; None without a valset."""

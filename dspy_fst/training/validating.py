@@ -59,6 +59,11 @@ class Validation:
     def __bool__(self) -> bool:
         return bool(self._valset)
 
+    def start_is_due(self, state: Mapping[str, Any]) -> bool:
+        """Whether a run that stands at this committed state has its start still before it, and it was not measured."""
+        stands_there = not state.get("step") and state.get("searched", -1) < 0
+        return bool(self) and stands_there and not any(measured.when == "start" for measured in self.states)
+
     def measure(
         self,
         when: When,

@@ -9,9 +9,10 @@ from dspy import lm15
 from dspy.utils.exceptions import ContextWindowExceededError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dspy_fst import PolicyLM
+from dspy_fst import FSTOptimizer, PolicyLM
+from dspy_fst.compiled import policy_of
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.sync import Expected, verify, verify_numbers
+from dspy_fst.engine.sync import Expected, verify, verify_identity, verify_numbers
 from dspy_fst.errors import SyncError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
@@ -21,6 +22,7 @@ from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
 from programs.lab.tokenizer import signature
 from tests.relay import Relay, any_answer
+from tests.test_compile import propose
 
 SEQUENCES = [[2, 30, 31, 32, 33], [5, 6, 7, 8, 9, 10, 11]]
 
@@ -172,7 +174,7 @@ def test_every_recorded_token_of_a_program_is_exact(policy):
 
 
 def test_new_weights_are_served_at_once_and_verified(engine, tmp_path):
-    """Last of the module: it leaves other weights behind."""
+    """Last but one of the module: it leaves other weights behind."""
     trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
     with torch.no_grad():
         for parameter in trainer.parameters.values():
@@ -194,3 +196,57 @@ def test_new_weights_are_served_at_once_and_verified(engine, tmp_path):
     assert completion.weights == "v1"
     expected = scored(tmp_path / "v1", (*completion.prompt_ids, *completion.completion_ids))
     assert completion.logprobs == pytest.approx(expected[-len(completion.completion_ids) :], abs=1e-4)
+
+
+class Falling:
+    """A metric whose validation scores rise after the first step of a run and fall after the second."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def __call__(self, gold, pred, trace=None, pred_name=None, pred_trace=None):
+        if gold.kind == "val":
+            return (0.5, 0.9, 0.1)[self.steps]
+        return any_answer(gold, pred)
+
+    def hear(self, event):
+        self.steps += event["event"] == "step"
+
+
+def examples(kind, count):
+    return [dspy.Example(numbers=f"{n} 2 1 4", kind=kind).with_inputs("numbers") for n in range(count)]
+
+
+def test_a_run_that_falls_returns_its_best_weights_and_the_engine_serves_them(policy, tmp_path):
+    """Last of the module: the server of the tests before gets the weights of a run that attaches to it."""
+    kind, options, metric = policy.handle.resolved_kind, {"linger_s": 60.0}, Falling()
+    if kind == "vllm":
+        address = policy.handle.engine.address
+        options = {"attach_url": address.url, "api_key": address.api_key}
+    program = Relay()
+    program.set_lm(PolicyLM(BASE, engine=kind, max_tokens=12, temperature=1.5, engine_options=options))
+    recipe = {"cycles": 1, "steps_per_cycle": 2, "problems_per_step": 4, "group_size": 4, "anchors": 2}
+    recipe |= {"population_size": 2, "search_rollouts": 4, "learning_rate": 5e-3, "warmup_steps": 0}
+    optimizer = FSTOptimizer(
+        metric=metric,
+        propose=propose,
+        run_dir=tmp_path / "run",
+        listeners=[metric.hear],
+        progress=False,
+        return_best=True,
+        validate_every=1,
+        **recipe,
+    )
+    compiled = optimizer.compile(program, trainset=examples("train", 8), valset=examples("val", 3))
+    best, last = (tmp_path / "run" / "weights" / version for version in ("step-000001", "step-000002"))
+    checkpoint, engine = policy_of(compiled).checkpoint, policy_of(compiled).handle.engine
+    try:
+        assert (checkpoint, engine.weights) == (Checkpoint("step-000001", best), "step-000001")
+        assert compiled.population.scores[0] == pytest.approx(0.9)
+        verify_identity(engine.held(checkpoint), checkpoint)
+        for served, sequence in zip(engine.score(SEQUENCES), SEQUENCES, strict=True):
+            assert served == pytest.approx(scored(best, sequence), abs=1e-4)
+            assert served != pytest.approx(scored(last, sequence), abs=1e-3)
+        assert engine.complete(request_of("1 2 3 4"), seed=1).weights == "step-000001"
+    finally:
+        policy_of(compiled).release()
