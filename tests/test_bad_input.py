@@ -105,6 +105,12 @@ def huge(folder: Path) -> None:
         file.truncate(8 + len(header) + size)
 
 
+def in_a_run(tmp: Path) -> Path:
+    (tmp / "made" / "states").mkdir(parents=True)
+    (tmp / "made" / "recipe.json").write_text("{}")
+    return tmp / "made" / "other"
+
+
 def run_dir(make: Callable[[Path], Any]) -> Callable[[Path], Arguments]:
     """A run directory, made beforehand."""
 
@@ -261,6 +267,7 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("run-dir-name-too-long", {"run_dir": "x" * 300}, "nothing can be written there ([Errno 36] File name too long"),
     ("run-dir-garbage", run_dir(lambda folder: (folder / "thesis.tex").touch()), "holds no readable recipe.json"),
     ("run-dir-torn-recipe", run_dir(lambda f: (f / "recipe.json").write_text("[")), "holds no readable recipe.json"),
+    ("run-dir-in-a-run", lambda tmp: {"run_dir": in_a_run(tmp)}, "lies in the directory of another run, "),
     ("run-dir-of-another-run", run_dir(lambda f: (f / "recipe.json").write_text('{"seed": 7}')), "seed (there 7"),
     # the program
     ("student-function", {"student": lambda numbers: numbers}, "student: function is not a dspy.Module"),

@@ -40,6 +40,7 @@ def init(
     """
     with errors_as_text(debug):
         folder = folder.expanduser().resolve()
+        _refuse_a_run(folder)
         written = _write(folder, example, _settings(example, model, reflection_lm))
         project = folder / "project.yaml"
         if as_json:
@@ -47,6 +48,17 @@ def init(
             return
         typer.echo(f"wrote {', '.join(written)} into {folder}")
         typer.echo(f"next: dspy-fst check {shlex.quote(str(project))}")
+
+
+def _refuse_a_run(folder: Path) -> None:
+    """
+    Raises:
+        ConfigurationError: the folder is a run's directory, or lies in one.
+    """
+    from dspy_fst.run.directory import is_run, run_around
+
+    if run := folder if is_run(folder) else run_around(folder):
+        raise ConfigurationError([f"{folder}: it lies in the run {run}, which is no place for a project; name another"])
 
 
 def _settings(example: Example, model: str | None, reflection_lm: str | None) -> dict[str, str]:

@@ -23,7 +23,8 @@ def runs(
 ) -> None:
     """List the runs below a folder.
 
-    With state, recipe in short, start and end score, and what they took. Made by Python or by the command line.
+    With state, recipe in short, start and end score, and what they took. Made by Python or by the command line. What is
+    damaged, so that going on would be refused, is said with the reason.
     """
     with errors_as_text(debug):
         from dspy_fst.cli.tables import Printer
@@ -40,6 +41,9 @@ def runs(
         if listing.runs:
             out.table(COLUMNS, [_row(folder, run) for run in listing.runs], words=3)
             out.line("start, end: validation scores, or with r the mean rewards of the first and the last step")
+            for run in listing.runs:
+                if run.state == "damaged":
+                    out.line(f"damaged: {run.why}")
             if any(run.resumable and run.setting is None for run in listing.runs):
                 out.line("to go on with one that can be resumed: dspy-fst resume RUN, or the same compile() in Python")
             if any(run.setting for run in listing.runs):
@@ -72,8 +76,12 @@ def _state(run: "Listed") -> str:
     why = f" ({run.why})" if run.why else ""
     if run.state == "unreadable":
         return f"cannot be read{why}"
+    if run.state == "damaged":
+        return "damaged, see below"
     if run.state == "finished":
-        return f"finished early at {done}{why}, raise {run.setting} to go on" if run.setting else f"finished, {done}"
+        came_to = f": {run.unmoved}" if run.unmoved else ""
+        early = f"finished early at {done}{why}, raise {run.setting} to go on"
+        return early if run.setting else f"finished, {done}{came_to}"
     if run.state == "running":
         return f"running, {done}"
     if run.setting:

@@ -1,16 +1,18 @@
 """The runs below a folder, each in a line, from what their directories hold alone.
 
-A folder may hold anything: what is no run is passed over, and what cannot be read as one is listed with the reason.
+A folder may hold anything: what is no run is passed over. What cannot be read as one is listed with the reason, and so
+is a run that would be refused if somebody went on with it, because something in its directory is damaged or missing.
 """
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dspy_fst.report.record import Record, best, read_record
-from dspy_fst.run.directory import read_events
+from dspy_fst.run.damage import damage_in
+from dspy_fst.run.directory import is_run, read_events
 from dspy_fst.run.files import read_json
 from dspy_fst.run.halted import halted_of
 from dspy_fst.run.state import glance
@@ -27,11 +29,13 @@ class Listed:
     path: Path
     state: State
     why: str | None = None
-    """What stopped it, or ended it early, or why it cannot be read; None where nothing is known of it."""
+    """What stopped it, or ended it early, or is damaged, or why it cannot be read; None where nothing is known."""
     resumable: bool = False
     """Whether it has a state to go on from, and steps of its plan are left."""
     setting: str | None = None
     """The setting that ended it early: it goes on only when that is raised."""
+    unmoved: str | None = None
+    """That no update changed the weights and why, where steps were made and none did; the run's last line says it."""
     steps: int = 0
     planned: int | None = None
     recipe: str = ""
@@ -80,20 +84,23 @@ def _found(folder: Path, closed: list[str]) -> Iterator[Path]:
 
 
 def _is_run(path: Path, files: Sequence[str]) -> bool:
-    """Whether a run began here: it has a recipe, and a folder that only runs make."""
-    return "recipe.json" in files and all((path / name).is_dir() for name in ("states", "weights"))
+    """Whether a run began here, of which something may be missing: most of what only runs have is there."""
+    own = [name for name in ("recipe.json", "events.jsonl") if name in files]
+    return bool(own) and len(own) + sum((path / name).is_dir() for name in ("states", "weights", "populations")) > 2
 
 
 def _listed(path: Path) -> Listed:
     try:
         events = read_events(path)
-        return _of(path, read_record(path, path.name, events), events)
+        run = _of(path, read_record(path, path.name, events), events)
+        damage = None if run.state in ("running", "unreadable") else damage_in(path)
+        return replace(run, state="damaged", why=damage, resumable=False, setting=None) if damage else run
     except Exception as error:  # another release, another tool or a broken disk wrote it
         return Listed(path, "unreadable", f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
 
 
 def _of(path: Path, record: Record, events: Sequence[Mapping[str, Any]]) -> Listed:
-    recipe = read_json(path / "recipe.json")
+    recipe = read_json(path / "recipe.json") if is_run(path) else {}
     if not isinstance(recipe, Mapping):
         return Listed(path, "unreadable", "recipe.json holds no recipe")
     early = record.ended is not None and record.ended.early
@@ -106,6 +113,7 @@ def _of(path: Path, record: Record, events: Sequence[Mapping[str, Any]]) -> List
         why=None if record.state == "running" else why,
         resumable=(record.state == "stopped" and glance(path / "states") is not None) or early,
         setting=record.ended.setting if record.ended else None,
+        unmoved=record.ending.words if record.ending.nothing_learned else None,
         steps=len(record.steps),
         planned=record.budget.get("updates"),
         recipe=_recipe(recipe, next((event for event in events if event.get("event") == "plan"), {})),

@@ -177,21 +177,10 @@ class RunDirectory:
     def _checked_log(self) -> "hashlib._Hash":
         """The hash of the committed events, after a check that they are what was committed."""
         log = self.path / "events.jsonl"
-        committed = int(self.state.get("events_bytes", 0))
         content = log.read_bytes() if log.is_file() else b""
-        digest = hashlib.sha256(content[:committed])
-        if self._state is None:
-            if past := _signs_of_a_run(content):
-                raise RunDirectoryError(
-                    f"run_dir={str(self.path)!r}: {past}, but states/ holds nothing to go on from; restore states/ "
-                    "from a copy, or name a new directory"
-                )
-        elif len(content) < committed or digest.hexdigest() != self.state["events_sha256"]:
-            raise RunDirectoryError(
-                f"run_dir={str(self.path)!r}: events.jsonl is not what was committed (its first {committed} bytes were "
-                "changed or are missing); restore it from a copy, or name a new directory"
-            )
-        return digest
+        if fault := log_fault(self.path, self.state, content):
+            raise RunDirectoryError(fault)
+        return hashlib.sha256(content[: int(self.state.get("events_bytes", 0))])
 
     def _forget_uncommitted_events(self) -> None:
         """Cut the events that came after the last commit: the resumed run will make them again."""
@@ -250,6 +239,45 @@ class RunDirectory:
                 remove(path.rename(path.with_name(f".{path.name}.old")))  # gone at once, or not at all
 
 
+def log_fault(path: Path, state: Mapping[str, Any], content: bytes) -> str | None:
+    """Why these events are not what was committed with the newest state, as a sentence; None when they are.
+
+    Args:
+        path: The run's directory.
+        state: Fields of that state; empty where there is none.
+        content: Of events.jsonl; empty where there is no such file.
+    """
+    if not state:
+        past = _signs_of_a_run(content)
+        return past and (
+            f"run_dir={str(path)!r}: {past}, but states/ holds nothing to go on from; restore states/ from a copy, or "
+            "name a new directory"
+        )
+    committed = int(state.get("events_bytes", 0))
+    if len(content) >= committed and hashlib.sha256(content[:committed]).hexdigest() == state["events_sha256"]:
+        return None
+    return (
+        f"run_dir={str(path)!r}: events.jsonl is not what was committed (its first {committed} bytes were changed or "
+        "are missing); restore it from a copy, or name a new directory"
+    )
+
+
+def links_fault(path: Path) -> str | None:
+    """What of the directory leads elsewhere, as a sentence; None where nothing does."""
+    links = sorted(entry.name for entry in path.iterdir() if entry.is_symlink() and entry.name in OURS)
+    return f"run_dir={str(path)!r}: {', '.join(links)} {_LEADS_ELSEWHERE}" if links else None
+
+
+_LEADS_ELSEWHERE = (
+    "leads elsewhere, and a run never writes outside its directory; move it back to its place, or name a new directory"
+)
+
+
+def run_around(path: Path) -> Path | None:
+    """The run in whose directory the path lies; None where it lies in none."""
+    return next((folder for folder in path.parents if is_run(folder) and (folder / "states").is_dir()), None)
+
+
 def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     """Why a run of this recipe cannot live here, as a sentence; None when it can.
 
@@ -257,13 +285,15 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     """
     if path.exists() and not path.is_dir():
         return f"run_dir={str(path)!r} is a file; name a directory"
+    if not is_run(path) and (around := run_around(path)):
+        return (
+            f"run_dir={str(path)!r} lies in the directory of another run, {around}, in which no other is looked for; "
+            f"name one outside of it, e.g. {str(around.parent / path.name)!r}"
+        )
     if not path.exists() or all(entry.name in UNCLAIMED for entry in path.iterdir()):
         return None
-    if links := sorted(entry.name for entry in path.iterdir() if entry.is_symlink() and entry.name in OURS):
-        return (
-            f"run_dir={str(path)!r}: {', '.join(links)} leads elsewhere, and a run never writes outside its directory; "
-            "move it back to its place, or name a new directory"
-        )
+    if fault := links_fault(path):
+        return fault
     found = read_json(path / "recipe.json")
     if not isinstance(found, Mapping):
         return f"run_dir={str(path)!r} is not empty and holds no readable recipe.json; name a new directory"

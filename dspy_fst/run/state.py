@@ -21,6 +21,10 @@ from dspy_fst.run.files import flush, read_json, remove, sha256_of, write_json
 FORMAT = 2
 
 
+class AnotherFormatError(RunDirectoryError):
+    """A state that another release wrote: whole, and not to be read here."""
+
+
 @dataclass(frozen=True)
 class RunState:
     """One committed state."""
@@ -72,19 +76,21 @@ def prune_states(folder: Path, keep: int) -> None:
         remove(old.rename(old.with_name(f".{old.name}.old")))  # gone at once, or not at all
 
 
-def newest_state(folder: Path, *, tidy: bool = True) -> RunState | None:
+def newest_state(folder: Path, *, tidy: bool = True, contents: bool = True) -> RunState | None:
     """The state to go on from; None when there is none.
 
     Args:
         tidy: Remove what a kill left half written; only for the run that holds the directory.
+        contents: Read all of its files; else their sizes count, which takes no time however large they are.
 
     Raises:
         RunDirectoryError: the newest state is damaged; nothing was changed.
+        AnotherFormatError: another release wrote it.
     """
     numbered = _numbered(folder) if folder.is_dir() else []
     if not numbered:
         return None
-    state = _verified(numbered[-1], other=numbered[-2] if len(numbered) > 1 else None)
+    state = _verified(numbered[-1], numbered[-2] if len(numbered) > 1 else None, contents)
     for left_over in folder.glob(".*") if tidy else ():
         shutil.rmtree(left_over, ignore_errors=True)
     return state
@@ -106,11 +112,10 @@ def moved_at(fields: Mapping[str, Any]) -> int:
     return moved
 
 
-def _verified(path: Path, other: Path | None) -> RunState:
+def _verified(path: Path, other: Path | None, contents: bool) -> RunState:
     def damaged(what: str) -> RunDirectoryError:
-        way_out = (
-            f"remove that folder to go on from {other}" if other and _is_whole(other) else "restore it from a copy"
-        )
+        whole = other is not None and _is_whole(other, contents)
+        way_out = f"remove that folder to go on from {other}" if whole else "restore it from a copy"
         return RunDirectoryError(f"{path} is damaged: {what}; {way_out}, or name a new run_dir. Nothing was changed")
 
     document = _document(path, damaged)
@@ -118,7 +123,8 @@ def _verified(path: Path, other: Path | None) -> RunState:
     if differing := sorted({*files}.symmetric_difference(_files_in(path))):
         raise damaged(f"missing or foreign files: {', '.join(differing)}")
     for name, facts in files.items():
-        if (path / name).stat().st_size != facts["bytes"] or sha256_of(path / name) != facts["sha256"]:
+        file = path / name
+        if file.stat().st_size != facts["bytes"] or (contents and sha256_of(file) != facts["sha256"]):
             raise damaged(f"{name} does not match its checksum")
     return RunState(path, document["fields"], files)
 
@@ -127,8 +133,10 @@ def _document(path: Path, damaged: Callable[[str], RunDirectoryError]) -> dict[s
     document = read_json(path / "state.json")
     if not isinstance(document, dict):
         raise damaged("state.json is missing or no JSON")
+    if not isinstance(document.get("format"), int):
+        raise damaged("state.json names no format")
     if document.get("format") != FORMAT:
-        raise RunDirectoryError(
+        raise AnotherFormatError(
             f"{path} has format {document.get('format')!r}, this release reads {FORMAT}; go on with the release that "
             "wrote it, or name a new run_dir"
         )
@@ -138,9 +146,9 @@ def _document(path: Path, damaged: Callable[[str], RunDirectoryError]) -> dict[s
     return document
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, contents: bool) -> bool:
     try:
-        _verified(path, other=None)
+        _verified(path, None, contents)
     except RunDirectoryError:
         return False
     return True

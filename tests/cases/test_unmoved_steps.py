@@ -66,7 +66,7 @@ def test_weights_are_published_and_states_written_only_when_the_weights_moved(tm
     ]
     assert versions(tmp_path / "run") == ["step-000000", "step-000002", "step-000005"]
     assert loads == ["step-000000", "step-000002", "step-000005"]
-    assert len(list((tmp_path / "run" / "states").iterdir())) == 7  # the start and one a step
+    assert len(list((tmp_path / "run" / "states").iterdir())) == 8  # the start, its validation, and one a step
     assert len(state_files(tmp_path / "run")) == 3  # but only as many trainer states as there were weights
     assert [report["weights"][-1] for report in steps_of(tmp_path / "run")] == ["0", "0", "2", "2", "2", "5"]
     assert [report["published"][-1] for report in steps_of(tmp_path / "run")] == ["0", "2", "2", "2", "5", "5"]
@@ -151,10 +151,11 @@ def state_of(path: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("every", "method", "steps"), [(4, "rl", [0, 4, 6]), (9, "rl", [0, 6]), (9, "fst", [0, 0, 3, 3, 6])]
+    ("every", "method", "steps"), [(4, "rl", [0, 0, 4, 6]), (9, "rl", [0, 0, 6]), (9, "fst", [0, 0, 0, 3, 3, 6])]
 )
 def test_states_come_at_the_interval_at_the_end_and_before_a_search(tmp_path, every, method, steps):
-    """In the middle of a cycle, too; a search goes on from a state, so one lies before it and one after it."""
+    """In the middle of a cycle, too; a search goes on from a state, so one lies before it and one after it. The start
+    has two, as its validation comes between them."""
     policy_of(
         compile_judged(tmp_path / "run", 0, 1, 2, 3, 4, 5, checkpoint_every=every, method=method, keep_states=99)
     ).release()

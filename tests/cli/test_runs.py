@@ -3,15 +3,19 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
+import pytest
+import yaml
 from filelock import FileLock
 
-from dspy_fst.errors import MeasurementError
-from dspy_fst.run.directory import RunDirectory, read_events
+from dspy_fst.errors import MeasurementError, RunDirectoryError
+from dspy_fst.run.directory import RunDirectory, directory_fault, read_events
+from dspy_fst.run.ending import complete
 from dspy_fst.run.halted import tell_halted
 from dspy_fst.run.interrupts import Terminated
-from tests.cli.conftest import invoke
+from tests.cli.conftest import MODULE, SETTINGS, SOURCE, invoke
 from tests.report.happenings import SEED, cycle, plan, step
 
 FIRST_RELEASE = Path(__file__).parent.parent / "fixtures" / "first_release" / "run"
@@ -25,13 +29,13 @@ def listed(folder):
     return {Path(run["path"]).relative_to(folder).as_posix(): run for run in found["runs"]}
 
 
-def began(path, steps=2):
-    """A run that committed a state and so many steps; it is let go."""
+def began(path, steps=2, save=Path.mkdir):
+    """A run that committed a state and so many steps."""
     run = RunDirectory(path, RECIPE)
     search = cycle(0, {SEED: 0.25}, {}, [SEED], rollouts=8) | {"dollars": 0.5}
     for event in [plan(), search, *(step(number, 0.25 * (number + 1)) for number in range(steps))]:
         run.emit(event["event"], **{name: value for name, value in event.items() if name not in ("event", "time")})
-    run.commit(lambda folder: folder.mkdir(), cycle=0, searched=0, step=steps)
+    run.commit(save, cycle=0, searched=0, step=steps)
     return run
 
 
@@ -120,6 +124,121 @@ FOREIGN = {
     "data": {"events.jsonl": b'{"event": "done"}\n'},
     ".hidden/run": {"recipe.json": b"{}", "states/x": b"", "weights/x": b""},
 }
+
+
+DAMAGE = {
+    "events-changed": (
+        lambda run: (run / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes().replace(b"0.25", b"0.75", 1)),
+        "events.jsonl is not what was committed",
+    ),
+    "events-missing": (lambda run: (run / "events.jsonl").unlink(), "events.jsonl is not what was committed"),
+    "state-changed": (
+        lambda run: (run / "states" / "000000" / "state.json").write_text("{}"),
+        "000000 is damaged: state.json",
+    ),
+    "state-torn": (lambda run: (run / "states" / "000000" / "state.json").write_text('{"for'), "is damaged: state.json"),
+    "trainer-cut": (
+        lambda run: (run / "states" / "000000" / "trainer" / "weights").write_text("w"),
+        "trainer/weights does not match its checksum",
+    ),
+    "trainer-missing": (
+        lambda run: shutil.rmtree(run / "states" / "000000" / "trainer"),
+        "missing or foreign files: trainer/weights",
+    ),
+    "no-states": (lambda run: shutil.rmtree(run / "states"), "states/ holds nothing to go on from; restore states/"),
+    "no-recipe": (lambda run: (run / "recipe.json").unlink(), "recipe.json is missing; restore it from a copy"),
+    "a-link": (lambda run: (run / "weights").rename(run / "w") and (run / "weights").symlink_to("w"), "leads elsewhere"),
+}
+"""How a run's directory is damaged, and what is said of it."""
+
+
+def saved_weights(folder):
+    folder.mkdir()
+    (folder / "weights").write_text("gigabytes")
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_going_on_would_refuse_is_listed_as_damaged_with_the_reason(tmp_path, name):
+    hurt, reason = DAMAGE[name]
+    began(tmp_path / "run", save=saved_weights).abandon()
+    assert listed(tmp_path)["run"]["state"] == "stopped"
+    hurt(tmp_path / "run")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    run = listed(tmp_path)["run"]
+    assert (run["state"], run["resumable"], run["setting"]) == ("damaged", False, None)
+    assert reason in run["why"]
+    shown = " ".join(invoke("runs", tmp_path).stdout.split())
+    assert "damaged, see below" in shown
+    assert f"damaged: {' '.join(run['why'].split())}" in shown
+    assert "can be resumed" not in shown
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    with pytest.raises(RunDirectoryError) as error:
+        RunDirectory(tmp_path / "run", RECIPE)
+    assert name == "no-recipe" or str(error.value) == run["why"]
+
+
+def test_a_state_of_another_release_is_no_damage_and_cannot_be_read(tmp_path):
+    began(tmp_path / "run").abandon()
+    (tmp_path / "run" / "states" / "000000" / "state.json").write_text('{"format": 99}')
+    run = listed(tmp_path)["run"]
+    assert (run["state"], run["resumable"]) == ("unreadable", False)
+    assert "has format 99, this release reads 2" in run["why"]
+
+
+def test_a_run_that_goes_on_is_not_looked_at_for_damage(tmp_path):
+    """It may be writing at this moment."""
+    began(tmp_path / "run").abandon()
+    (tmp_path / "run" / "events.jsonl").write_bytes(b"")
+    with FileLock(tmp_path / "run" / ".lock"):
+        assert listed(tmp_path)["run"]["state"] == "running"
+
+
+def test_a_run_that_moved_no_weights_is_told_by_its_last_line(tmp_path):
+    run = RunDirectory(tmp_path / "run", RECIPE)
+    flat = {"groups": 4, "live_groups": 0, "flat_groups": 4, "unmeasured_groups": 0, "rollouts": 32}
+    steps = [step(number, 0.0, rows=0, tokens=0) for number in range(4)]
+    for event in [plan(), *steps]:
+        report = {"report": {**event["report"], "counts": flat}} if "report" in event else {}
+        fields = {name: value for name, value in (event | report).items() if name not in ("event", "time")}
+        run.emit(event["event"], **fields)
+    run.commit(lambda folder: folder.mkdir(), cycle=1, searched=-1, step=4)
+    run.emit("ended", reason=complete(4).told)
+    population = {"members": [{"solve": SEED}], "scores": [0.0]}
+    run.emit("done", population=population, validation={}, weights="step-000000", returned=None)
+    run.close()
+    said = "no update changed the weights: flat at the floor: mean reward 0, and the rollouts of each problem scored alike"
+    assert listed(tmp_path)["run"]["unmoved"] == said
+    assert f"finished, 4 of 4: {said}" in " ".join(invoke("runs", tmp_path).stdout.split())
+
+
+def test_a_run_in_the_directory_of_another_is_refused_with_a_place_for_it(tmp_path):
+    began(tmp_path / "run").abandon()
+    inside = tmp_path / "run" / "deeper" / "other"
+    fault = directory_fault(inside, RECIPE)
+    assert f"lies in the directory of another run, {tmp_path / 'run'}," in fault
+    assert f"e.g. {str(tmp_path / 'other')!r}" in fault
+    assert directory_fault(tmp_path / "other", RECIPE) is None
+    assert directory_fault(tmp_path / "run", RECIPE) is None
+    (inside / "states").mkdir(parents=True)
+    (inside / "recipe.json").write_text(json.dumps(RECIPE))  # begun by an earlier release, so it goes on
+    assert directory_fault(inside, RECIPE) is None
+
+
+def test_every_front_end_refuses_a_place_in_a_run_before_any_work(tmp_path, monkeypatch):
+    began(tmp_path / "run").abandon()
+    (tmp_path / f"{MODULE}.py").write_text(SOURCE)
+    (tmp_path / "project.yaml").write_text(yaml.safe_dump(SETTINGS))
+    monkeypatch.setattr("dspy_fst.prepare._assemble", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    inside, before = tmp_path / "run" / "inside", sorted((tmp_path / "run").rglob("*"))
+    changed = yaml.safe_dump({**SETTINGS, "run_dir": str(inside)})
+    (tmp_path / "inside.yaml").write_text(changed)
+    for command in (("run", tmp_path / "project.yaml", "--run-dir", inside), ("check", tmp_path / "inside.yaml")):
+        said = " ".join(invoke(*command, code=2).output.split())
+        assert f"lies in the directory of another run, {tmp_path / 'run'}," in said, command
+    for folder in (inside, tmp_path / "run"):
+        assert f"{folder}: it lies in the run {tmp_path / 'run'}" in invoke("init", folder, code=2).stderr
+    assert sorted((tmp_path / "run").rglob("*")) == before
 
 
 def test_a_folder_without_runs_and_what_is_no_folder_are_told(tmp_path):

@@ -27,7 +27,7 @@ TINY = {
     "reflection_minibatch": 2,
     "perfect_score": 2.0,  # nothing is ever learnt in full, so that both searches reflect
 }
-STATE, OLD_STATE = "states/000002", "states/000001"
+STATE, OLD_STATE = "states/000003", "states/000002"
 FILES = [
     *("recipe.json", "events.jsonl", "search.jsonl", "populations/cycle-000.json"),
     *(f"{state}/{name}" for state in (STATE, OLD_STATE) for name in ("state.json", "trainer/state.json")),
