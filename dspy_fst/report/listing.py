@@ -17,7 +17,7 @@ from dspy_fst.run.files import read_json
 from dspy_fst.run.halted import halted_of
 from dspy_fst.run.state import glance
 
-State = Literal["running", "finished", "stopped", "unreadable"]
+State = Literal["running", "finished", "stopped", "damaged", "unreadable"]
 NOT_ENTERED = {"__pycache__", "node_modules", "site-packages"}
 """Folders without runs that may hold very much; hidden ones are not entered either."""
 

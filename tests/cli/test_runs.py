@@ -126,28 +126,37 @@ FOREIGN = {
 }
 
 
+STATE = Path("states", "000000")
+
+
+def changed(path, before, after):
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+
+
 DAMAGE = {
     "events-changed": (
-        lambda run: (run / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes().replace(b"0.25", b"0.75", 1)),
+        lambda run: changed(run / "events.jsonl", "0.25", "0.75"),
         "events.jsonl is not what was committed",
     ),
     "events-missing": (lambda run: (run / "events.jsonl").unlink(), "events.jsonl is not what was committed"),
     "state-changed": (
-        lambda run: (run / "states" / "000000" / "state.json").write_text("{}"),
+        lambda run: (run / STATE / "state.json").write_text("{}"),
         "000000 is damaged: state.json",
     ),
-    "state-torn": (lambda run: (run / "states" / "000000" / "state.json").write_text('{"for'), "is damaged: state.json"),
+    "state-torn": (lambda run: (run / STATE / "state.json").write_text('{"for'), "is damaged: state.json"),
     "trainer-cut": (
-        lambda run: (run / "states" / "000000" / "trainer" / "weights").write_text("w"),
+        lambda run: (run / STATE / "trainer" / "weights").write_text("w"),
         "trainer/weights does not match its checksum",
     ),
     "trainer-missing": (
-        lambda run: shutil.rmtree(run / "states" / "000000" / "trainer"),
+        lambda run: shutil.rmtree(run / STATE / "trainer"),
         "missing or foreign files: trainer/weights",
     ),
     "no-states": (lambda run: shutil.rmtree(run / "states"), "states/ holds nothing to go on from; restore states/"),
     "no-recipe": (lambda run: (run / "recipe.json").unlink(), "recipe.json is missing; restore it from a copy"),
-    "a-link": (lambda run: (run / "weights").rename(run / "w") and (run / "weights").symlink_to("w"), "leads elsewhere"),
+    "a-link": (lambda run: (run / "weights").rename(run / "w").with_name("weights").symlink_to("w"), "leads elsewhere"),
 }
 """How a run's directory is damaged, and what is said of it."""
 
@@ -206,7 +215,8 @@ def test_a_run_that_moved_no_weights_is_told_by_its_last_line(tmp_path):
     population = {"members": [{"solve": SEED}], "scores": [0.0]}
     run.emit("done", population=population, validation={}, weights="step-000000", returned=None)
     run.close()
-    said = "no update changed the weights: flat at the floor: mean reward 0, and the rollouts of each problem scored alike"
+    seen = "flat at the floor: mean reward 0, and the rollouts of each problem scored alike"
+    said = f"no update changed the weights: {seen}"
     assert listed(tmp_path)["run"]["unmoved"] == said
     assert f"finished, 4 of 4: {said}" in " ".join(invoke("runs", tmp_path).stdout.split())
 
