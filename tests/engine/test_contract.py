@@ -10,7 +10,6 @@ from dspy.utils.exceptions import ContextWindowExceededError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspy_fst import FSTOptimizer, PolicyLM
-from dspy_fst.compiled import policy_of
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.sync import Expected, verify, verify_identity, verify_numbers
 from dspy_fst.errors import SyncError
@@ -18,6 +17,7 @@ from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.training.result import policy_of
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
 from programs.lab.tokenizer import signature
