@@ -9,7 +9,6 @@ import shutil
 
 import dspy
 import pytest
-from dspy_fst.rollout.player import Player
 from safetensors.torch import load_file
 
 import dspy_fst
@@ -22,6 +21,7 @@ from dspy_fst.report.record import read_records
 from dspy_fst.report.summary import Summary
 from dspy_fst.report.verdict import verdict
 from dspy_fst.rollout.components import read_texts
+from dspy_fst.rollout.rollouter import Player
 from dspy_fst.run.directory import read_events
 from dspy_fst.training.result import CompiledResults, policy_of
 from tests.cli.conftest import invoke
