@@ -162,6 +162,12 @@ def predictor(**config: Any) -> dspy.Predict:
     return made
 
 
+def asking_with_demos() -> dspy.Module:
+    student = dspy.Predict("demos, numbers -> answer")
+    student.set_lm(speaker())
+    return student
+
+
 def reasoner() -> dspy.Module:
     made = dspy.ChainOfThought("numbers, hint -> answer")
     made.set_lm(speaker())
@@ -205,6 +211,7 @@ class Flexible(dspy.Module):
 
 UNLABELLED = [dspy.Example(numbers=example.numbers, answer=example.answer) for example in LAB.trainset]
 RENAMED = [dspy.Example(digits=example.numbers).with_inputs("digits") for example in LAB.trainset]
+WITH_DEMOS = [dspy.Example(demos="", **example).with_inputs("demos", "numbers") for example in LAB.trainset]
 REPEATED = [example.copy() for example in LAB.trainset[:3] * 20]
 ONE_RENAMED = [*LAB.trainset[:7], RENAMED[7], *LAB.trainset[8:]]
 
@@ -342,6 +349,11 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("trainset-no-inputs", {"trainset": [e.with_inputs() for e in LAB.trainset]}, "example 0 has the inputs []"),
     ("trainset-renamed", {"trainset": RENAMED}, "trainset: example 0 has the inputs ['digits']"),
     ("trainset-one-renamed", {"trainset": ONE_RENAMED}, "trainset: example 7 has the inputs ['digits']"),
+    (
+        "field-named-demos",
+        {"student": asking_with_demos(), "trainset": WITH_DEMOS},
+        "has input fields that DSPy takes for settings of a call (demos)",
+    ),
     ("trainset-lacks-a-field", {"student": reasoner()}, "cannot be called with them (missing hint)"),
     ("valset-text", {"valset": "val.json"}, "valset: it must be a list of dspy.Example"),
     ("valset-unlabelled", {"valset": UNLABELLED}, "valset: call .with_inputs(...) on every example"),

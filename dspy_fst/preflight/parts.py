@@ -1,5 +1,5 @@
-"""What of a program a run cannot reach: predictors that DSPy does not name, holds frozen, or cannot be copied, and LMs
-that its adapters ask."""
+"""What of a program a run cannot reach: predictors that DSPy does not name, holds frozen, or cannot be copied, LMs that
+its adapters ask, and input fields that DSPy keeps from the prompt."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +14,8 @@ from dspy_fst.rollout.tree import frozen_predictors, hidden_predictors
 
 _SHOWN = 5
 """Places that a message names."""
+_SETTINGS_OF_A_CALL = frozenset({"signature", "demos", "config", "lm", "new_signature"})
+"""Arguments that ``dspy.Predict`` takes for itself (DSPy 3.4.1); "prediction" only in a form that no field has."""
 
 
 def part_faults(student: Any) -> list[str]:
@@ -29,7 +31,7 @@ def part_faults(student: Any) -> list[str]:
             f"student: the predictors at {_listed(foreign)} hold another PolicyLM than the others; one model is "
             "trained, so share one PolicyLM and give the others a frozen dspy.LM"
         )
-    return faults + list(_adapter_faults(student))
+    return faults + list(_adapter_faults(student)) + list(_field_faults(student))
 
 
 def _adapter_faults(student: dspy.Module) -> Iterator[str]:
@@ -42,6 +44,17 @@ def _adapter_faults(student: dspy.Module) -> Iterator[str]:
             f"those of the student; give it a frozen LM: {name}=dspy.LM(...)"
             for kind, name in asked_policies(outer)
         )
+
+
+def _field_faults(student: dspy.Module) -> Iterator[str]:
+    """A sentence for each input field that DSPy would take for a setting of the call: of `demos` it only logs that the
+    field is missing, and the model answers without it."""
+    for name, predictor in student.named_predictors():
+        if taken := sorted(_SETTINGS_OF_A_CALL & predictor.signature.input_fields.keys()):
+            yield (
+                f"student: predictor {name!r} has input fields that DSPy takes for settings of a call "
+                f"({', '.join(taken)}), so they would not reach the prompt; give them other names"
+            )
 
 
 def asked_policies(outer: dspy.Adapter) -> Iterator[tuple[str, str]]:
