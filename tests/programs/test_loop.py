@@ -18,8 +18,9 @@ from dspy_fst.slow import losses
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Batch, Call, Candidate, Group, Rollout
-from programs.lab import BASE, FeedbackProposer, build, loop, measure
+from programs.lab import BASE, FeedbackProposer, Lab, build, loop, measure
 
+SAMPLE = loop.sample
 TEXTS = ["Reverse the list.", "First reverse the list. Then cut off the right end.", "Write the list backwards.", "Go."]
 PROBLEMS = 6
 
@@ -130,7 +131,7 @@ def test_the_population_covers_the_anchors_best_and_is_filled_with_its_best() ->
 
 
 def test_the_population_is_nearly_always_the_package_s() -> None:
-    """The package cuts the frontier first, which rarely matters: 19 of 20 searches choose the same."""
+    """The package cuts the frontier first, which rarely matters: nine searches in ten choose the same."""
     rng = random.Random(0)
     searches = [[[float(rng.random() < p / 8) for _ in range(32)] for p in range(6)] for _ in range(200)]
     chosen = [loop.top_k({str(i): row for i, row in enumerate(rows)}, 4) for rows in searches]
@@ -143,3 +144,82 @@ def test_the_file_shares_no_code_with_what_it_explains() -> None:
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert not [name for name in names if str(name).startswith("dspy_fst")]
+
+
+RUN = {"STEPS": 10, "PROBLEMS": 16, "WARMUP": 2}
+"""One cycle of the loop in 12 seconds of a core. Over seeds 0 to 4: mean@4 from 0.02-0.03 to 0.78-0.84, and the mean
+reward of the three last steps above that of the three first by 0.23 to 0.33. The package on seeds 0, 1: 0.35, 0.22."""
+
+
+def gain(rewards: list[float]) -> float:
+    """How much higher the three last steps are than the three first."""
+    return sum(rewards[-3:]) / 3 - sum(rewards[:3]) / 3
+
+
+def train(monkeypatch: pytest.MonkeyPatch, seed: int) -> tuple[list[float], list[str]]:
+    for name, value in RUN.items():
+        monkeypatch.setattr(loop, name, value)
+    told: list[str] = []
+    return loop.train(build(seed=seed), seed=seed, cycles=1, tell=told.append), told
+
+
+def assert_groups(steps: list[list[tuple[str, str]]]) -> None:
+    """Every step: G rollouts of each problem side by side, G / K under each of the K instructions of its cycle."""
+    assert len(steps) == loop.STEPS
+    texts = [text for _, text in steps[0][: loop.G]]
+    for step in steps:
+        groups = [step[i : i + loop.G] for i in range(0, len(step), loop.G)]
+        assert [{problem for problem, _ in group} for group in groups] == [{group[0][0]} for group in groups]
+        assert len({group[0][0] for group in groups}) == loop.PROBLEMS
+        assert all([text for _, text in group] == texts for group in groups)
+    assert texts[:: loop.G // loop.K] == texts[1 :: loop.G // loop.K]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_texts_and_weights_each_raise_the_reward(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    asked: list[list[tuple[str, str]]] = []
+
+    def sample(policy: Any, tokenizer: Any, lab: Lab, tasks: Any) -> loop.Rollouts:
+        asked.append([(problem.numbers, text) for problem, text in tasks])
+        return SAMPLE(policy, tokenizer, lab, tasks)
+
+    monkeypatch.setattr(loop, "sample", sample)
+    (before, *steps, after), told = train(monkeypatch, seed)
+    assert_groups([tasks for tasks in asked if len(tasks) == loop.PROBLEMS * loop.G])
+    assert steps[0] > before + 0.2, "the search for texts"
+    assert gain(steps) > 0.1, "the updates of the weights"
+    assert after > before + 0.5
+    assert [line.split(":")[0] for line in told[:-1]] == ["cycle 0", *(f"cycle 0, step {i}" for i in range(10))]
+    assert told[-1] == f"mean@4 on 128 held-out problems: {before:.3f} before, {after:.3f} after"
+
+
+@pytest.mark.slow
+def test_the_loop_learns_as_the_optimizer_does_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same problems, seed and sizes; their draws differ, so their curves are alike and not equal."""
+    (_, *own, _), _ = train(monkeypatch, seed=0)
+    lab = build(seed=0)
+    lab.program.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=16))
+    optimizer = FSTOptimizer(
+        metric=lab.metric,
+        propose=FeedbackProposer(0),
+        run_dir=tmp_path / "run",
+        seed=0,
+        progress=False,
+        cycles=1,
+        steps_per_cycle=loop.STEPS,
+        problems_per_step=loop.PROBLEMS,
+        population_size=loop.K,
+        group_size=loop.G,
+        anchors=loop.ANCHORS,
+        search_rollouts=loop.SEARCH,
+        reflection_minibatch=loop.MINIBATCH,
+        learning_rate=loop.LEARNING_RATE,
+        warmup_steps=loop.WARMUP,
+        importance_cap=loop.CAP,
+    )
+    optimizer.compile(lab.program, trainset=lab.trainset)
+    package = [event["report"]["reward"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
+    assert len(package) == len(own) == loop.STEPS
+    assert min(gain(package), gain(own)) > 0.1
+    assert abs(sum(package[-3:]) - sum(own[-3:])) / 3 < 0.25
