@@ -30,7 +30,7 @@ from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
 from dspy_fst.errors import FSTError
 from dspy_fst.model_files.architectures import load_model
-from dspy_fst.preflight.validation import model_faults
+from dspy_fst.preflight.model_checks import model_faults
 from dspy_fst.slow import losses
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.model import Policy

@@ -14,7 +14,7 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.evolve import evolve
 from dspy_fst.monitoring.progress import EndingLog, ProgressView
 from dspy_fst.monitoring.tracking import Track, Tracking, trackers_of
-from dspy_fst.preflight.validation import argument_faults
+from dspy_fst.preflight.argument_checks import argument_faults
 from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.directory import Listener
 from dspy_fst.run.interrupts import ctrl_c_told, signals_raise

@@ -545,12 +545,12 @@ def test_one_greedy_predictor_among_others_is_allowed():
     program = Two(speaker(), None)
     program.second.lm = program.first.lm
     program.second.config["temperature"] = 0.0
-    assert dspy_fst.preflight.validation.program_faults(program) == []
+    assert dspy_fst.preflight.program_checks.program_faults(program) == []
 
 
 def test_an_optional_field_may_be_missing():
     student = dspy.Predict(dspy.Signature("numbers -> answer").append("hint", dspy.InputField(), str | None))
-    assert dspy_fst.preflight.validation.input_faults(student, LAB.trainset, None) == []
+    assert dspy_fst.preflight.data_checks.input_faults(student, LAB.trainset, None) == []
 
 
 def test_a_program_that_was_not_compiled_is_not_saved(tmp_path):

@@ -39,8 +39,8 @@ from dspy_fst.memory import (
 )
 from dspy_fst.memory.arithmetic import Reading, update_bytes
 from dspy_fst.memory.fitting import SPARE
+from dspy_fst.model_files.stored_shapes import stored_shapes
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.preflight.validation import stored_shapes
 from dspy_fst.run.written import Writes, shown
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.trainer import Trainer

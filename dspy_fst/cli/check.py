@@ -88,8 +88,8 @@ def _told(file: Path, measure: bool, room: "Room | None") -> dict[str, Any]:
     """
     from dspy_fst.memory import measure_fit
     from dspy_fst.monitoring.progress import without_loading_bars
+    from dspy_fst.preflight.program_checks import policies_of
     from dspy_fst.preflight.score_scale import of_labels, scale_warnings
-    from dspy_fst.preflight.validation import policies_of
     from dspy_fst.project.project_file import load_project
     from dspy_fst.training.prepare import checked
 
@@ -205,7 +205,7 @@ def _plan(config: "FSTConfig", opened: "Opened", policy: "PolicyLM") -> dict[str
 
 def _longest_rollout(program: "dspy.Module", policy: "PolicyLM") -> int | None:
     """Sampled tokens of a rollout that calls each trained predictor once, at most; None without a limit."""
-    from dspy_fst.preflight.validation import policies_of
+    from dspy_fst.preflight.program_checks import policies_of
 
     own = {name: predictor.config for name, predictor in program.named_predictors()}
     limits = [own[name].get("max_tokens", lm.reply_limit) for name, lm in policies_of(program).items()]
@@ -222,7 +222,8 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
         ConfigurationError: the program or its metric cannot be measured.
         EngineError: the engine does not start.
     """
-    from dspy_fst.preflight.validation import context_faults, policies_of
+    from dspy_fst.preflight.model_checks import context_faults
+    from dspy_fst.preflight.program_checks import policies_of
     from dspy_fst.training.opening import open_player, trainable_copy
 
     typer.echo("starting the engine", err=True)

@@ -13,7 +13,7 @@ import dspy
 from dspy_fst.engine.chat import temperature_fault
 from dspy_fst.engine.options import unknown_arguments
 from dspy_fst.policy_lm import EngineKind, PolicyLM
-from dspy_fst.preflight.parts import asked_policies
+from dspy_fst.preflight.unreachable_parts import asked_policies
 
 _TAKEN = [name for name in inspect.signature(PolicyLM).parameters if name != "unknown"]
 

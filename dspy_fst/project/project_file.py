@@ -33,7 +33,7 @@ from dspy_fst.project.names import (
     read_examples,
     with_key,
 )
-from dspy_fst.project.parts import (
+from dspy_fst.project.sections import (
     ExamplesReference,
     Part,
     PolicySettings,
@@ -194,7 +194,7 @@ class Project(Part):
         self, before: Path, program: "dspy.Module", faults: "Faults", trust_code: bool
     ) -> "dspy.Module | None":
         """The program as another run ended with it, its weights on the engine that is meant here."""
-        from dspy_fst.preflight.validation import policies_of
+        from dspy_fst.preflight.program_checks import policies_of
         from dspy_fst.saving.format import saved_in
         from dspy_fst.saving.save_load import load
 
@@ -210,7 +210,7 @@ class Project(Part):
     def _policy(self, program: "dspy.Module", faults: "Faults") -> "PolicyLM | None":
         """The PolicyLM that the program holds, else one of these settings."""
         from dspy_fst.policy_lm import PolicyLM
-        from dspy_fst.preflight.validation import policies_of
+        from dspy_fst.preflight.program_checks import policies_of
 
         held = next(iter(policies_of(program).values()), None)
         made = None

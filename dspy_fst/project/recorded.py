@@ -67,7 +67,7 @@ class RecordedProject(Project):
         return program
 
     def _policy(self, program: "dspy.Module", faults: Faults) -> "PolicyLM | None":
-        from dspy_fst.preflight.validation import policies_of
+        from dspy_fst.preflight.program_checks import policies_of
 
         if held := next(iter(policies_of(program).values()), None):
             self._holds_policy = True

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.preflight.model_checks import context_faults
 from dspy_fst.preflight.own_adapters import own_adapters
 from dspy_fst.preflight.score_scale import of_labels, scale_warnings
-from dspy_fst.preflight.validation import context_faults
 from dspy_fst.rollout.adapters import adapter_in_force, describe, kept_by
 from dspy_fst.rollout.rendering import unread_fault
 from dspy_fst.rollout.rollouter import Task

@@ -16,21 +16,16 @@ from dspy_fst.memory import Room, as_recorded, measure_fit, settled, shape_fault
 from dspy_fst.model_files.hub import hub_warnings
 from dspy_fst.model_files.reach import ANSWER_S, IN_A_RUN_S
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.preflight.parts import part_faults, part_warnings
+from dspy_fst.preflight.argument_checks import search_faults
+from dspy_fst.preflight.data_checks import data_faults, input_faults
+from dspy_fst.preflight.engine_checks import engine_faults
+from dspy_fst.preflight.model_checks import model_faults
 from dspy_fst.preflight.precision import precision_warnings
+from dspy_fst.preflight.program_checks import policies_of, program_faults, trained_faults
 from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.preflight.template_checks import template_warnings
-from dspy_fst.preflight.validation import (
-    data_faults,
-    engine_faults,
-    input_faults,
-    model_faults,
-    policies_of,
-    program_faults,
-    search_faults,
-    text_faults,
-    trained_faults,
-)
+from dspy_fst.preflight.text_checks import text_faults
+from dspy_fst.preflight.unreachable_parts import part_faults, part_warnings
 from dspy_fst.rollout.adapters import adapter_in_force, differing_adapter, identity, kept_by
 from dspy_fst.rollout.components import carried_by, read_texts
 from dspy_fst.run.directory import RunDirectory, directory_fault

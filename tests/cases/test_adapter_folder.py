@@ -7,7 +7,7 @@ import pytest
 
 from dspy_fst import PolicyLM
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.preflight.validation import model_faults
+from dspy_fst.preflight.model_checks import model_faults
 from programs.lab import BASE
 
 

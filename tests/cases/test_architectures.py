@@ -17,9 +17,9 @@ from dspy_fst.engine.vllm.server import VLLMSettings
 from dspy_fst.engine.vllm.supervisor import Keeper
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.architectures import context_length, restart_reason, unlike_vllm
-from dspy_fst.preflight import restarts, validation, vllm_start
+from dspy_fst.preflight import model_checks, restarts, vllm_start
+from dspy_fst.preflight.model_checks import model_faults
 from dspy_fst.preflight.restarts import restart_warnings
-from dspy_fst.preflight.validation import model_faults
 from dspy_fst.preflight.vllm_start import vllm_faults
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.head import Head
@@ -174,7 +174,7 @@ def test_a_model_for_which_vllm_has_no_code_is_refused_on_every_machine():
 
 
 def test_such_a_model_is_refused_with_the_other_faults_of_its_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(validation, "has_gpu", lambda: False)
+    monkeypatch.setattr(model_checks, "has_gpu", lambda: False)
     folder = BY_NAME["Qwen3-Next"].save(tmp_path / "model")
     options = {"dtype": "float32"}
     (fault,) = model_faults(PolicyLM(folder, engine="vllm", max_tokens=8, engine_options=options))

@@ -16,7 +16,7 @@ from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
 from dspy_fst.errors import EngineError, RunDirectoryError, TrainingError
-from dspy_fst.preflight.validation import model_faults
+from dspy_fst.preflight.model_checks import model_faults
 from dspy_fst.rollout.components import carry, read_texts
 from dspy_fst.run.manifest import seal, verify
 from dspy_fst.run.plain_weights import weights_faults

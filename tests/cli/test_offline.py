@@ -151,7 +151,7 @@ def test_a_run_waits_longer_for_a_slow_hub_than_a_look(cache, slow, monkeypatch,
     assert hub_fault(NAME, IN_A_RUN_S) is None
     waited = []
     monkeypatch.setattr(
-        "dspy_fst.preflight.validation.hub_fault", lambda name, seconds: waited.append(seconds) or "refused"
+        "dspy_fst.preflight.model_checks.hub_fault", lambda name, seconds: waited.append(seconds) or "refused"
     )
     student = dspy.Predict("question -> answer")
     student.lm = PolicyLM(NAME, engine="in_process", max_tokens=8)

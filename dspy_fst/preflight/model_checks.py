@@ -1,0 +1,96 @@
+"""The model: its files, its kind, its chat template, and whether prompts leave room for a reply."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dspy_fst.engine.devices import has_gpu
+from dspy_fst.errors import briefly
+from dspy_fst.model_files.adapter_folder import adapter_fault
+from dspy_fst.model_files.architectures import context_length
+from dspy_fst.model_files.folder import folder_faults, stored_layer_fault
+from dspy_fst.model_files.hub import hub_fault, means_a_path
+from dspy_fst.model_files.kind import kind_faults, unreadable
+from dspy_fst.model_files.reach import ANSWER_S
+from dspy_fst.model_files.stored_shapes import stored_shapes
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.template_checks import template_faults
+from dspy_fst.preflight.vllm_start import vllm_faults
+from dspy_fst.types import Rollout
+
+
+def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
+    """Faults of the model's files that show without loading its weights; a hub has ``hub_s`` seconds to answer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    path, where = policy.checkpoint.path, f"model={policy.model!r}"
+    if not path.is_dir() and means_a_path(policy.model):
+        return [f"{where}: there is no such folder; name a Hugging Face folder or a hub model"]
+    if not path.is_dir() and (fault := hub_fault(str(path), hub_s)):
+        return [f"{where}: {fault}"]
+    if fault := adapter_fault(path):
+        return [f"{where}: {fault}"]
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # files of others may break in any way
+        return [f"{where}: {unreadable(path, error)}"]
+    faults = [f"{where}: {fault}" for fault in (*_kind_faults(policy, config), *_weights_faults(path))]
+    if path.is_dir() and not faults and (fault := stored_layer_fault(path)):
+        faults.append(f"{where}: {fault}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        faults.append(f"{where}: its tokenizer cannot be read: {briefly(error)}")
+    else:
+        faults += [f"{where}: {fault}" for fault in template_faults(tokenizer)]
+    limit, longest = _context_limit(policy, config), policy.reply_limit
+    if limit and isinstance(longest, int) and longest >= limit:
+        faults.append(
+            f"max_tokens={longest}: the context of {limit} tokens leaves no room for a prompt; "
+            "lower PolicyLM(max_tokens=...)"
+        )
+    return faults
+
+
+def _kind_faults(policy: PolicyLM, config: Any) -> Iterator[str]:
+    """Models that transformers would load, and that do not write text, or that trainer or engine cannot serve."""
+    yield from kind_faults(config)
+    if policy.handle.resolved_kind == "vllm":
+        yield from vllm_faults(config, policy.handle.options, on_gpu=has_gpu())
+
+
+def _weights_faults(path: Path) -> Iterator[str]:
+    if not path.is_dir():
+        return
+    try:
+        if not stored_shapes(path) and not any(path.glob("*.bin")):
+            yield "the folder holds no weights (model.safetensors); copy or download the model again"
+    except ValueError as error:
+        yield f"its weights cannot be read ({error}); copy or download the model again"
+    yield from folder_faults(path)
+
+
+def _context_limit(policy: PolicyLM, config: Any) -> int | None:
+    """Longest prompt plus reply in tokens: what the server was told, else what the model's config says."""
+    told = policy.handle.options.get("max_model_len")
+    if isinstance(told, int) and told > 0:
+        return told
+    return context_length(config)
+
+
+def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout]) -> list[str]:
+    """Whether the prompts that the first examples made leave room for ``max_tokens`` in the model's context."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(policy.checkpoint.path, trust_remote_code=False)
+    limit = _context_limit(policy, config)
+    reply = policy.reply_limit or 0
+    longest = max((len(call.prompt_ids) for rollout in rollouts for call in rollout.calls), default=0)
+    overflow = any(rollout.failure == "context" for rollout in rollouts)
+    if limit is None or not (overflow or longest + reply > limit):
+        return []
+    shown = f"over {limit}" if overflow else str(longest)
+    return [
+        f"max_tokens={reply}: a prompt of the first examples has {shown} tokens, and with the reply it does not fit "
+        f"the context of {limit}; lower PolicyLM(max_tokens=...), shorten the prompt, or raise max_model_len"
+    ]

@@ -1,0 +1,96 @@
+"""The program: its predictors, the LMs that they speak with, and how those are sampled."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import dspy
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.engine.chat import temperature_fault
+from dspy_fst.engine.options import RESHAPING
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.sampling_settings import bad_numbers
+from dspy_fst.preflight.unreachable_parts import no_predictors
+from dspy_fst.rollout.components import flexes
+
+
+def policies_of(program: dspy.Module) -> dict[str, PolicyLM]:
+    """Predictor name -> the PolicyLM that it speaks with, its own or DSPy's configured one."""
+    found = {}
+    for name, predictor in program.named_predictors():
+        lm = predictor.lm or dspy.settings.lm
+        if isinstance(lm, PolicyLM):
+            found[name] = lm
+    return found
+
+
+def program_faults(student: Any) -> list[str]:
+    """Faults of the program, of its LMs and of how they are sampled."""
+    if isinstance(student, type):
+        return [f"student: {student.__name__} is a class; pass a program made of it, {student.__name__}(...)"]
+    if not isinstance(student, dspy.Module):
+        return [f"student: {type(student).__name__} is not a dspy.Module"]
+    predictors = student.named_predictors()
+    if not predictors:
+        return [no_predictors(student)]
+    faults = [
+        f"student: predictor {name!r} has no LM; call program.set_lm(PolicyLM(...)) or dspy.configure(lm=...)"
+        for name, predictor in predictors
+        if (predictor.lm or dspy.settings.lm) is None
+    ]
+    policies = policies_of(student)
+    held = [*policies.values(), *(flex.lm for flex in flexes(student).values() if isinstance(flex.lm, PolicyLM))]
+    models = sorted({f"{policy.model} (engine {policy.handle.kind!r})" for policy in held})
+    if len({id(policy.handle) for policy in held}) > 1:
+        faults.append(
+            f"student: its predictors hold {len({id(policy.handle) for policy in held})} different PolicyLMs "
+            f"({'; '.join(models)}); one model is trained, so share one PolicyLM and give the others a frozen dspy.LM"
+        )
+    if not policies and not faults:
+        faults.append("student: no predictor speaks with a PolicyLM; call program.set_lm(PolicyLM('model or path'))")
+    return faults + _sampling_faults(student)
+
+
+def trained_faults(student: Any, config: FSTConfig | None) -> list[str]:
+    """Faults of the predictors that are named to be trained."""
+    if config is None or config.trained is None or not isinstance(student, dspy.Module):
+        return []
+    policies = policies_of(student)
+    there_are = ", ".join(policies) or "none"
+    faults = [
+        f"trained: {name!r} is no predictor that speaks with the PolicyLM; there are {there_are}"
+        for name in config.trained
+        if name not in policies
+    ]
+    own = {name: predictor.config for name, predictor in student.named_predictors() if name in policies}
+    drawn = [own[n].get("temperature", policies[n].sampling_temperature) for n in config.trained if n in own]
+    if drawn and all(temperature == 0 for temperature in drawn):
+        faults.append(
+            f"trained: {', '.join(config.trained)} have temperature=0, and greedy replies have no gradient; give one "
+            "a temperature above 0"
+        )
+    return faults
+
+
+def _sampling_faults(student: dspy.Module) -> list[str]:
+    """Settings of a PolicyLM, or of a predictor that speaks with it, under which nothing could be trained."""
+    faults = []
+    policies = policies_of(student)
+    own = {name: predictor.config for name, predictor in student.named_predictors() if name in policies}
+    for policy in policies.values():
+        faults += [*bad_numbers({"temperature": None, **policy.kwargs}), *_reshaping(policy.kwargs)]
+    for name, config in own.items():
+        faults += [f"predictor {name!r}: {fault}" for fault in _reshaping(config)]
+    drawn = [config.get("temperature", policies[name].sampling_temperature) for name, config in own.items()]
+    if drawn and all(temperature == 0 for temperature in drawn):
+        faults.append("temperature=0: greedy replies have no gradient; use PolicyLM(temperature=1.0)")
+    return list(dict.fromkeys(faults))
+
+
+def _reshaping(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Settings under which tokens are drawn from another distribution than the one that is scored."""
+    if (temperature := settings.get("temperature")) is not None and (fault := temperature_fault(temperature)):
+        yield fault
+    for key in RESHAPING:
+        if settings.get(key) not in (None, 0, 0.0, 1, 1.0):
+            yield f"{key}={settings[key]}: training scores plain temperature sampling; remove it"

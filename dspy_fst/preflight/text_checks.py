@@ -1,0 +1,52 @@
+"""What evolves beside instructions: sources of dspy.Flex, tool descriptions, and lines that must stay."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dspy
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.preflight.argument_checks import PROPOSER, proposer_fault
+from dspy_fst.rollout.components import carried_by, flexes, is_tool, lost_lines, read_texts
+
+
+def text_faults(config: FSTConfig | None, student: Any, reflection_lm: Any, code_proposer: Any) -> list[str]:
+    """Faults of what evolves beside instructions, and of lines that must stay."""
+    if not isinstance(student, dspy.Module):
+        return []
+    sources = sorted(flexes(student))
+    faults = [] if config is None else [*_tool_faults(config, student), *_protection_faults(config, student)]
+    searches = config is None or config.method != "rl"
+    if searches and sources and reflection_lm is None and code_proposer is None:
+        faults.append(
+            f"code_proposer: the program's dspy.Flex modules ({', '.join(sources)}) evolve as source code; pass "
+            "reflection_lm=dspy.LM(...) or code_proposer=..."
+        )
+    if code_proposer is not None and not sources:
+        faults.append("code_proposer: the program has no dspy.Flex whose source it could propose; leave it out")
+    if code_proposer is not None:
+        wanted = (*PROPOSER, "task_descriptions", "context_blurbs")
+        faults += [fault] if (fault := proposer_fault(code_proposer, "code_proposer", wanted)) else []
+    return faults
+
+
+def _tool_faults(config: FSTConfig, student: dspy.Module) -> Iterator[str]:
+    if config.tool_descriptions == "evolved" and not any(map(is_tool, read_texts(student, tools=True).texts)):
+        yield (
+            "tool_descriptions='evolved': no dspy.ReAct or dspy.ReActV2 of the program shows its tools' descriptions "
+            "to the model; leave it out, or keep the instruction that DSPy makes"
+        )
+
+
+def _protection_faults(config: FSTConfig, student: dspy.Module) -> Iterator[str]:
+    """Lines that are not in every text that the search starts from."""
+    own = read_texts(student, tools=config.tool_descriptions == "evolved")
+    starts = [own, *carried_by(student, own)]
+    for name, lines in config.protected.items():
+        if name not in own.texts or name in flexes(student):
+            texts = ", ".join(repr(text) for text in own.texts if text not in flexes(student))
+            yield f"protected: {name!r} is no instruction of the program; it has {texts}"
+            continue
+        missing = [lost for start in starts for lost in lost_lines(start.texts.get(name, ""), lines)]
+        for line in dict.fromkeys([line for line in lines if not line.strip()] + missing):
+            yield f"protected: {line!r} is no line of the text of {name!r}; write it as it stands there, one whole line"
