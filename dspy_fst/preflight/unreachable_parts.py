@@ -80,7 +80,7 @@ def no_predictors(student: dspy.Module) -> str:
 
 
 def part_warnings(student: dspy.Module) -> list[str]:
-    """Predictors that are called in rollouts and neither evolve nor learn."""
+    """Predictors that are called in rollouts and neither evolve nor learn, and parts that do less than their name."""
     frozen, hidden = _frozen_places(student), _unnamed(student)
     warnings = []
     if hidden:
@@ -93,7 +93,19 @@ def part_warnings(student: dspy.Module) -> list[str]:
             f"student: {_counted(sum(frozen.values()))} in {_listed(frozen)}, marked as compiled (_compiled), are held "
             f"frozen by DSPy: they neither evolve nor learn; {_freed(frozen)}"
         )
-    return warnings
+    return warnings + _unadvised(student)
+
+
+def _unadvised(student: dspy.Module) -> list[str]:
+    """A warning where dspy.Refine has nobody to ask: it swallows that error and repeats its module as it is."""
+    if dspy.settings.lm is not None:
+        return []
+    places = [name.removeprefix("self.") for name, part in student.named_sub_modules() if isinstance(part, dspy.Refine)]
+    told = (
+        f"student: dspy.Refine at {_listed(places)} asks for its hints the LM of dspy.configure(lm=...), and none is "
+        "set: its tries get no hint, as with dspy.BestOfN; configure a frozen dspy.LM"
+    )
+    return [told] if places else []
 
 
 _HOLD = "hold them as attributes, or in a list or dict that is an attribute itself"
