@@ -69,7 +69,7 @@ def test_it_installs_in_a_folder_of_its_own_and_compares_with_its_header(script)
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_the_places_of_this_package_that_it_names_exist(script):
-    named = re.findall(r"\b(?:dspy_fst|docs|benchmarks)/[\w/.-]*\w", parts(script)["Here"])
+    named = re.findall(r"\b(?:dspy_fst|docs|benchmarks|programs)/[\w/.-]*\w", parts(script)["Here"])
     assert [place for place in named if not (FOLDER.parent / place).exists()] == []
 
 
