@@ -6,7 +6,7 @@
 # object becomes Python's notation of a dictionary. A metric that asks whether there is an answer is told yes.
 # Who meets it: Whoever trains or evaluates a program under JSONAdapter on a model that writes null where it knows
 # no answer.
-# Here: Docs/parsing.md says which answers parse against expectation. An optional text field keeps the null, which
+# Here: docs/parsing.md says which answers parse against expectation. An optional text field keeps the null, which
 # the second line shows.
 # Output seen (Python 3.11):
 #   answer: str -> 'None' 'True' "{'city': 'Rome'}"
