@@ -8,7 +8,7 @@
 # Who meets it: Whoever sets a small max_tokens, as training does: a metric scores half an answer as one that the
 # policy chose.
 # Here: Cut-off replies are counted from the engine's finish reason, never from the parse, warned of, and marked in
-# the samples (dspy_fst/monitoring/rollout_rules.py, dspy_fst/rollout/rollouter.py).
+# the samples (dspy_fst/monitoring).
 # Output seen (Python 3.11):
 #   JSONAdapter, text: {'answer': 'It is not'}
 #   JSONAdapter, list: {'sums': [12, 345, 6]}

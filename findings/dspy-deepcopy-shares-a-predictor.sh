@@ -8,7 +8,7 @@
 # Who meets it: Whoever keeps a predictor and a lock, a client or a file in one container: every optimizer of DSPy
 # works on such copies.
 # Here: A program is copied by a copier of this package, and a program whose copies would still share a predictor is
-# refused before any work (dspy_fst/rollout/copying.py).
+# refused before any work (dspy_fst/rollout).
 # Output seen (Python 3.11):
 #   predictor that stands alone, shared: False
 #   predictor beside a lock, shared: True

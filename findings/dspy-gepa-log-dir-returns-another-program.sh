@@ -7,7 +7,7 @@
 # warning says so.
 # Who meets it: Whoever runs two programs, or two versions of one, from a script with a fixed log_dir.
 # Here: A run directory is continued by the same program, problems, model and recipe only, and the refusal names
-# what differs (dspy_fst/run/directory.py). The state of a search is never read from gepa's file.
+# what differs (dspy_fst/run). The state of a search is never read from gepa's file.
 # Output seen (Python 3.11):
 #   translator: Translate the text to French.
 #   sorter: Translate the text to French.

@@ -5,7 +5,7 @@
 # Behaviour: dspy.Predict takes demos out of the call's inputs for its own few-shot examples. The call warns that
 # the field is missing, goes on, and the model answers without it.
 # Who meets it: Whoever has a data set with a column of that name, such as tasks that hold their own demonstrations.
-# Here: An input field named demos, config or lm is refused before a run (dspy_fst/preflight/parts.py).
+# Here: An input field named demos, config or lm is refused before a run (dspy_fst/preflight).
 # Output seen (Python 3.11):
 #   demonstrations: the value is in the prompt: True
 #   demos: the value is in the prompt: False

@@ -6,7 +6,7 @@
 # a line that the try failed, although the try succeeded, and repeats the program as it is. It still answers, as
 # BestOfN would.
 # Who meets it: Whoever sets LMs by set_lm, as weight optimizers of DSPy require, and holds Refine against BestOfN.
-# Here: A run's start warns of a Refine that has nobody to ask (dspy_fst/preflight/parts.py).
+# Here: A run's start warns of a Refine that has nobody to ask (dspy_fst/preflight).
 # Output seen (Python 3.11):
 #   set_lm alone: answered no, prompts with a hint: 0 of 3
 #   set_lm and dspy.context(lm=...): answered no, prompts with a hint: 2 of 3

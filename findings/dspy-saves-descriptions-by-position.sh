@@ -7,7 +7,7 @@
 # another; after a new field in front every description has moved on by one. No error or warning comes.
 # Who meets it: Whoever edits a signature between a run and the loading of its program.
 # Here: A saved program names the field of each description, and fields that do not fit are refused
-# (dspy_fst/saving/program_state.py).
+# (dspy_fst/saving).
 # Output seen (Python 3.11):
 #   as saved: question='what is asked', context='what is known'
 #   reordered: context='what is asked', question='what is known'

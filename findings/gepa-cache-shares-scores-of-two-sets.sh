@@ -6,8 +6,8 @@
 # place 0 of the training set. A text that solves the training set alone is told as validated, and wins.
 # Who meets it: Whoever gives gepa.optimize, or dspy.GEPA through gepa_kwargs, cache_evaluation=True and a
 # validation set of its own.
-# Here: Searches run with cache_evaluation=False (dspy_fst/fast/evolve.py). Rollouts of a cycle are banked by
-# candidate and problem.
+# Here: Searches run with cache_evaluation=False (dspy_fst/fast). Rollouts of a cycle are banked by candidate and
+# problem.
 # Output seen (Python 3.11):
 #   cache_evaluation=False: validation scores of seed and proposal [0.0, 0.0]
 #   cache_evaluation=True: validation scores of seed and proposal [0.0, 1.0]

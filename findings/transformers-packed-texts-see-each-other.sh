@@ -7,7 +7,7 @@
 # holds. No error or warning comes.
 # Who meets it: Whoever packs prompts and replies into rows to score or train them with a plain forward call.
 # Here: Texts are not packed: rows of a micro-batch are padded, and a shared prompt is read through a cache of its
-# own (dspy_fst/slow/model.py).
+# own (dspy_fst/slow).
 # Output seen (Python 3.11):
 #   use_cache not said: packed as alone: False
 #   use_cache=False: packed as alone: True

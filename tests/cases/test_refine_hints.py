@@ -4,7 +4,7 @@ import dspy
 import pytest
 from dspy.utils import DummyLM
 
-from dspy_fst.preflight.parts import part_warnings
+from dspy_fst.preflight.unreachable_parts import part_warnings
 
 
 class Solves(dspy.Module):
