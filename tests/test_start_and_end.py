@@ -16,8 +16,8 @@ from dspy_fst import FSTOptimizer
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.evaluation.run_reader import Past
 from dspy_fst.monitoring.history import best_versions
+from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.listing import list_runs
-from dspy_fst.report.record import read_records
 from dspy_fst.report.summary import Summary
 from dspy_fst.report.verdict import verdict
 from dspy_fst.rollout.components import read_texts

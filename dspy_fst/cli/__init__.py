@@ -12,7 +12,7 @@ import typer
 from dspy_fst.cli.check import check
 from dspy_fst.cli.doctor import doctor
 from dspy_fst.cli.evaluate import eval
-from dspy_fst.cli.export import export
+from dspy_fst.cli.export_folder import export
 from dspy_fst.cli.init import init
 from dspy_fst.cli.report import report
 from dspy_fst.cli.runs import runs

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspy_fst.cli.common import Debug, Json, errors_as_text
-from dspy_fst.cli.forms import measured_warnings, remedies
-from dspy_fst.cli.proposer import nobody_proposes, proposer_warnings, unreached
+from dspy_fst.cli.parse_remedies import measured_warnings, remedies
+from dspy_fst.cli.printer import Printer
+from dspy_fst.cli.proposer_checks import nobody_proposes, proposer_warnings, unreached
 from dspy_fst.cli.room import UNTRIED, Card, Cards, described_room, needs, show_micro_batch, show_needs
-from dspy_fst.cli.tables import Printer
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.formatting.numbers import duration
 from dspy_fst.run.interrupts import signals_raise
@@ -91,23 +91,12 @@ def _told(file: Path, measure: bool, room: "Room | None") -> dict[str, Any]:
     from dspy_fst.preflight.program_checks import policies_of
     from dspy_fst.preflight.score_scale import of_labels, scale_warnings
     from dspy_fst.project.project_file import load_project
-    from dspy_fst.training.prepare import checked
 
     typer.echo("reading the project", err=True)
     project = load_project(file)
     with signals_raise(), without_loading_bars(), project.importable():
         opened = project.open()
-        try:
-            config, run_dir, _, warnings = checked(
-                opened.optimizer, opened.program, opened.trainset, opened.valset, None, room
-            )
-        except ConfigurationError as error:
-            if nobody_proposes(project):
-                error.add_note(
-                    f"In {file}: name a strong LM, reflection_lm: openai/gpt-5, and set its key in the environment "
-                    "(OPENAI_API_KEY); or a function of yours, propose: my_program:propose; or recipe: {method: rl}"
-                )
-            raise
+        config, run_dir, warnings = _checked(file, project, opened, room)
         policy = next(iter(policies_of(opened.program).values()))
         plan = _plan(config, opened, policy)
         time = _measured(opened, config, plan) if measure else None
@@ -127,6 +116,30 @@ def _told(file: Path, measure: bool, room: "Room | None") -> dict[str, Any]:
             "unreached": list(unreached(opened)),
             "time": time,
         }
+
+
+def _checked(
+    file: Path, project: "Project", opened: "Opened", room: "Room | None"
+) -> "tuple[FSTConfig, Path, list[str]]":
+    """The recipe, the run directory and the warnings.
+
+    Raises:
+        ConfigurationError: with every fault, as a run would report them.
+    """
+    from dspy_fst.training.prepare import checked
+
+    try:
+        config, run_dir, _, warnings = checked(
+            opened.optimizer, opened.program, opened.trainset, opened.valset, None, room
+        )
+    except ConfigurationError as error:
+        if nobody_proposes(project):
+            error.add_note(
+                f"In {file}: name a strong LM, reflection_lm: openai/gpt-5, and set its key in the environment "
+                "(OPENAI_API_KEY); or a function of yours, propose: my_program:propose; or recipe: {method: rl}"
+            )
+        raise
+    return config, run_dir, warnings
 
 
 # ---- what is said ------------------------------------------------------------------------------

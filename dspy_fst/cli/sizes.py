@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspy_fst.cli.common import Debug, Json, errors_as_text
+from dspy_fst.cli.printer import Printer
 from dspy_fst.cli.room import (
     UNTRIED,
     Card,
@@ -18,7 +19,6 @@ from dspy_fst.cli.room import (
     show_micro_batch,
     show_needs,
 )
-from dspy_fst.cli.tables import Printer
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.model_files.known import known_models, unknown_fault
 from dspy_fst.run.written import GIB, shown

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text, going_on, told_how_to_go_on
-from dspy_fst.cli.named import (
+from dspy_fst.cli.code_source import (
     Inputs,
     Metric,
     Program,
@@ -22,6 +21,7 @@ from dspy_fst.cli.named import (
     Valset,
     project_for,
 )
+from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text, going_on, told_how_to_go_on
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.run.interrupts import signals_raise
 
@@ -228,7 +228,7 @@ def _train(project: "Project", as_json: bool, *, going_on_in: Path | None = None
 
 def _outcome(run_dir: Path) -> dict[str, Any] | None:
     """What a finished run came to, as its events tell; None while it is not finished."""
-    from dspy_fst.report.record import record_of
+    from dspy_fst.report.from_events import record_of
     from dspy_fst.report.verdict import validation_told, verdict
     from dspy_fst.run.directory import COMPILED, read_events
 

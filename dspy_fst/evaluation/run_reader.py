@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
-from dspy_fst.report.record import Record, read_records
+from dspy_fst.report.from_directory import read_records
+from dspy_fst.report.run_record import RunRecord
 from dspy_fst.rollout.adapters import SavedAdapter, recorded
 from dspy_fst.run.directory import VERSION
 from dspy_fst.run.files import population_from_json, read_json
@@ -20,7 +21,7 @@ class Past:
     """A run that is finished, goes on or was killed, read from its directory alone."""
 
     run_dir: Path
-    record: Record
+    record: RunRecord
 
     @classmethod
     def of(cls, run_dir: Path) -> "Past":

@@ -50,6 +50,16 @@ def plain(value: object) -> str:
     return DASH if value is None else str(value)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: the noun in the singular or the plural.
+
+    >>> counted(1, "rollout"), counted(2, "rollout"), counted(1200, "search")
+    ('1 rollout', '2 rollouts', '1,200 searches')
+    """
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
 def duration(seconds: float, digits: int = 0) -> str:
     """
     Args:

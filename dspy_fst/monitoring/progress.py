@@ -13,10 +13,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dspy_fst.formatting.numbers import DASH, duration, number
+from dspy_fst.formatting.numbers import DASH, counted, duration, number
 from dspy_fst.report.metric_names import entry_of
 from dspy_fst.report.samples import sample_line
-from dspy_fst.report.standing import Standing, Times, counted
+from dspy_fst.report.standing import Standing, Times
 from dspy_fst.report.verdict import in_a_line
 from dspy_fst.run.learning import NOTHING_CHANGED
 from dspy_fst.run.validated import Validated

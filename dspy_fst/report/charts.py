@@ -9,6 +9,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from dspy_fst.report import NEEDS_EXTRA
+from dspy_fst.report.from_directory import read_records
+from dspy_fst.report.lineage import Node
 from dspy_fst.report.measures import (
     Chart,
     Series,
@@ -18,7 +20,7 @@ from dspy_fst.report.measures import (
     lost_charts,
     predictor_charts,
 )
-from dspy_fst.report.record import Node, Record, read_records
+from dspy_fst.report.run_record import RunRecord
 
 try:
     from matplotlib import rc_context
@@ -120,7 +122,7 @@ def chart_svg(chart: Chart, key: str) -> str:
         return _inline(draw(chart), key, chart.title, chart.summary)
 
 
-def lineage_svg(record: Record, key: str, link: Callable[[Node], str]) -> str | None:
+def lineage_svg(record: RunRecord, key: str, link: Callable[[Node], str]) -> str | None:
     """The lineage as an SVG element whose candidates lead to ``link(node)``; None when no candidate was scored."""
     if not _scored(record):
         return None
@@ -257,7 +259,7 @@ LINEAGE = (
 )
 
 
-def _scored(record: Record) -> list[Node]:
+def _scored(record: RunRecord) -> list[Node]:
     return [node for node in record.nodes if node.birth_score is not None]
 
 
@@ -265,7 +267,7 @@ def _name(node: Node) -> str:
     return f"candidate {node.number}, score {node.birth_score:.3f}"
 
 
-def draw_lineage(record: Record, link: Callable[[Node], str] | None = None) -> Figure:
+def draw_lineage(record: RunRecord, link: Callable[[Node], str] | None = None) -> Figure:
     """Candidates by order of birth and first score, with lines to their parents; members of populations are filled."""
     nodes = _scored(record)
     place = {node.digest: (node.number, node.birth_score or 0.0) for node in nodes}

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dspy_fst.report.record import Record, best, read_record
+from dspy_fst.report.from_directory import read_record
+from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.run.damage import damage_in
 from dspy_fst.run.directory import is_run, read_events
 from dspy_fst.run.files import read_json
@@ -99,7 +100,7 @@ def _listed(path: Path) -> Listed:
         return Listed(path, "unreadable", f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
 
 
-def _of(path: Path, record: Record, events: Sequence[Mapping[str, Any]]) -> Listed:
+def _of(path: Path, record: RunRecord, events: Sequence[Mapping[str, Any]]) -> Listed:
     recipe = read_json(path / "recipe.json") if is_run(path) else {}
     if not isinstance(recipe, Mapping):
         return Listed(path, "unreadable", "recipe.json holds no recipe")
@@ -142,7 +143,7 @@ def _recipe(recipe: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _scores(record: Record) -> tuple[Literal["validation", "reward"] | None, float | None, float | None]:
+def _scores(record: RunRecord) -> tuple[Literal["validation", "reward"] | None, float | None, float | None]:
     """Of the start and of the returned state, else the newest, on the same terms; the start may not be validated."""
     shown = record.returned or (record.validations[-1] if record.validations else None)
     if shown is not None:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dspy_fst.report.record import Record, lost_of
+from dspy_fst.report.run_record import RunRecord, lost_of
 from dspy_fst.types import PredictorReport
 
 Points = tuple[Sequence[float], Sequence[float | None]]
 """x and y of each point; a y of None was not measured."""
-Lines = Mapping[str, Callable[[Record], Points]]
+Lines = Mapping[str, Callable[[RunRecord], Points]]
 REASONS = 6
 """Reasons that a chart of lost rollouts tells apart; the rarer ones are one."""
 
@@ -57,7 +57,7 @@ class Measure:
     kind: Literal["line", "frontier"] = "line"
     span: tuple[float, float | None] | None = None
 
-    def chart(self, records: Sequence[Record]) -> Chart:
+    def chart(self, records: Sequence[RunRecord]) -> Chart:
         if len(records) == 1:
             drawn = [_series(label, *points(records[0])) for label, points in self.lines.items()]
         else:
@@ -66,18 +66,18 @@ class Measure:
         return Chart(self.name, self.title, self.note, self.x_label, self.y_label, tuple(drawn), self.kind, self.span)
 
 
-def learning_charts(records: Sequence[Record]) -> list[Chart]:
+def learning_charts(records: Sequence[RunRecord]) -> list[Chart]:
     """What the runs learnt, and at what price."""
     return _measured([measure.chart(records) for measure in LEARNING])
 
 
-def health_charts(records: Sequence[Record]) -> list[Chart]:
+def health_charts(records: Sequence[RunRecord]) -> list[Chart]:
     """Whether the updates were sound."""
     live = groups(records[0]) if len(records) == 1 else LIVE.chart(records)
     return _measured([*(measure.chart(records) for measure in HEALTH), live])
 
 
-def lost_charts(records: Sequence[Record]) -> list[Chart]:
+def lost_charts(records: Sequence[RunRecord]) -> list[Chart]:
     """What the rollouts did not measure, and what they failed at."""
     if not any(record.lost for record in records):
         return []
@@ -87,14 +87,14 @@ def lost_charts(records: Sequence[Record]) -> list[Chart]:
     return [chart for chart in charts if any(any(series.y) for series in chart.series)]
 
 
-def predictor_charts(records: Sequence[Record]) -> list[Chart]:
+def predictor_charts(records: Sequence[RunRecord]) -> list[Chart]:
     """What the predictors of one run earned, update by update; of several runs nothing is drawn over one another."""
     if len(records) > 1 or len(records[0].predictors) < 2:
         return []
     return _measured([positive_rows(records[0]), own_scores(records[0])])
 
 
-def positive_rows(record: Record) -> Chart:
+def positive_rows(record: RunRecord) -> Chart:
     return _by_predictor(
         record,
         lambda report: report.positive_rows / report.rows if report.rows else None,
@@ -106,7 +106,7 @@ def positive_rows(record: Record) -> Chart:
     )
 
 
-def own_scores(record: Record) -> Chart:
+def own_scores(record: RunRecord) -> Chart:
     return _by_predictor(
         record,
         lambda report: report.score,
@@ -119,7 +119,7 @@ def own_scores(record: Record) -> Chart:
 
 
 def _by_predictor(
-    record: Record,
+    record: RunRecord,
     of: Callable[[PredictorReport], float | None],
     *,
     name: str,
@@ -147,7 +147,7 @@ def frontier(series: Series) -> Series:
     return Series(series.label, tuple(x for x, _ in kept), tuple(y for _, y in kept))
 
 
-def groups(record: Record) -> Chart:
+def groups(record: RunRecord) -> Chart:
     names = {"live_groups": "live", "flat_groups": "flat", "unmeasured_groups": "not measured"}
     x = tuple(float(step.step) for step in record.steps)
     return Chart(
@@ -164,12 +164,12 @@ def groups(record: Record) -> Chart:
     )
 
 
-def lost_in_steps(record: Record) -> Chart:
+def lost_in_steps(record: RunRecord) -> Chart:
     counts = {step.step: step.counts for step in record.steps}
     return _lost("lost-in-updates", "In updates", "update", counts, list(record.lost))
 
 
-def lost_in_searches(record: Record) -> Chart:
+def lost_in_searches(record: RunRecord) -> Chart:
     counts = {cycle.cycle: cycle.counts for cycle in record.cycles}
     return _lost("lost-in-searches", "In searches", "cycle", counts, list(record.lost))
 
@@ -202,31 +202,31 @@ def _lost(
 # ---- points ------------------------------------------------------------------------------------
 
 
-def _rewards(x: Callable[[Record], Sequence[float]]) -> Lines:
+def _rewards(x: Callable[[RunRecord], Sequence[float]]) -> Lines:
     return {"reward": lambda record: (x(record), [step.reward for step in record.steps])}
 
 
-def _steps(record: Record) -> list[float]:
+def _steps(record: RunRecord) -> list[float]:
     return [step.step for step in record.steps]
 
 
-def _updates(record: Record, name: str) -> list[float | None]:
+def _updates(record: RunRecord, name: str) -> list[float | None]:
     """One field of UpdateReport; an update of an empty batch measured nothing, whatever number it holds."""
     return [getattr(step.update, name) if step.update.tokens else None for step in record.steps]
 
 
-def _by_step(name: str) -> Callable[[Record], Points]:
+def _by_step(name: str) -> Callable[[RunRecord], Points]:
     return lambda record: (_steps(record), _updates(record, name))
 
 
-def _reward_by_kl(record: Record) -> Points:
+def _reward_by_kl(record: RunRecord) -> Points:
     pairs = zip(_updates(record, "kl_to_start"), record.steps, strict=True)
     known = [(kl, step.reward) for kl, step in pairs if kl is not None]
     return [kl for kl, _ in known], [reward for _, reward in known]
 
 
-def _share(name: str, of: str) -> Callable[[Record], Points]:
-    def points(record: Record) -> Points:
+def _share(name: str, of: str) -> Callable[[RunRecord], Points]:
+    def points(record: RunRecord) -> Points:
         return _steps(record), [
             step.counts.get(name, 0) / step.counts[of] if step.counts.get(of) else None for step in record.steps
         ]
@@ -234,7 +234,7 @@ def _share(name: str, of: str) -> Callable[[Record], Points]:
     return points
 
 
-def _lost_share(record: Record) -> Points:
+def _lost_share(record: RunRecord) -> Points:
     return _steps(record), [
         lost_of(step.counts).total() / step.counts["rollouts"] if step.counts.get("rollouts") else None
         for step in record.steps

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dspy_fst.report.record import best
+from dspy_fst.report.run_record import best
 
 NOTHING_TRAINED = {"tokens": 0, "rows": 0}
 VALIDATION_FIELDS = ("counts", "sampled_tokens", "seconds")

@@ -14,13 +14,16 @@ from typing import Any
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.formatting.numbers import DASH, duration, interval, number, plain, share, signed, with_error
+from dspy_fst.formatting.numbers import DASH, counted, duration, interval, number, plain, share, signed, with_error
 from dspy_fst.formatting.tables import TextTable
 from dspy_fst.report import NEEDS_EXTRA
 from dspy_fst.report.charts import chart_svg, lineage_svg
+from dspy_fst.report.costs import LABELS, PARTS
 from dspy_fst.report.diff import word_diff
+from dspy_fst.report.from_directory import read_records
+from dspy_fst.report.lineage import Node
 from dspy_fst.report.measures import Chart, health_charts, learning_charts, lost_charts, predictor_charts
-from dspy_fst.report.record import Node, Record, best, read_records
+from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.report.verdict import validations_table, verdict
 
 try:
@@ -61,7 +64,7 @@ def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def render(records: Sequence[Record]) -> str:
+def render(records: Sequence[RunRecord]) -> str:
     """The page as text. Every text of the runs is escaped; a policy of the page forbids whatever else it could do."""
     environment = Environment(
         loader=PackageLoader("dspy_fst.report"),
@@ -71,7 +74,7 @@ def render(records: Sequence[Record]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "signed": signed, "count": count, "setting": setting, "plain": plain}
-    environment.globals |= {"word_diff": word_diff, "dash": DASH}
+    environment.globals |= {"word_diff": word_diff, "dash": DASH, "counted": counted}
     environment.globals |= {"interval": interval, "share": share, "with_error": with_error, "change": change}
     style, script = (_asset(environment, name) for name in ("style.css", "script.js"))
     runs = [Run(f"run-{i}", record) for i, record in enumerate(records, start=1)]
@@ -113,7 +116,7 @@ class Run:
 
     key: str
     """Start of its ids, e.g. ``"run-1"``."""
-    record: Record
+    record: RunRecord
 
     def id(self, node: Node) -> str:
         return f"{self.key}-{node.digest}"
@@ -204,26 +207,12 @@ def _numbers(chart: Chart) -> Iterator[tuple[str, list[str]]]:
         yield f"{place:,.6g}", [", ".join(of) or DASH for of in values]
 
 
-def cost_rows(records: Sequence[Record]) -> list[tuple[str, list[str]]]:
-    """What each run spent: label, and a value a run."""
-    counted = {
-        "Rollouts in all": "rollouts",
-        "of searches, scoring included": "search_rollouts",
-        "of training": "training_rollouts",
-        "Rollouts of validation, outside the budget": "validation_rollouts",
-        "Evaluations answered without a rollout": "reused",
-        "Reflections": "reflections",
-        "Reflections that failed": "reflections_failed",
-        "Proposals accepted": "accepted",
-        "Tokens sampled in all": "tokens",
-        "in searches": "search_tokens",
-        "in training": "training_tokens",
-        "Tokens of validation": "validation_tokens",
-        "Tokens trained": "trained_tokens",
-        "Weight updates": "updates",
-        "Updates skipped": "skipped",
-    }
-    rows = [(label, [count(getattr(record.costs, name)) for record in records]) for label, name in counted.items()]
+def cost_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """What was spent: a label, and the value of each run. Labels of parts begin with a small letter."""
+    rows = [
+        (label if name in PARTS else label.capitalize(), [count(record.costs.count(name)) for record in records])
+        for name, label in LABELS.items()
+    ]
     activities = dict.fromkeys(activity for record in records for activity in record.costs.seconds)
     rows += [
         (f"Time: {activity}", [duration(record.costs.seconds.get(activity, 0.0), 1) for record in records])
@@ -244,7 +233,7 @@ class Setting:
         return any(value != self.default for value in self.values)
 
 
-def recipe_rows(records: Sequence[Record]) -> list[Setting]:
+def recipe_rows(records: Sequence[RunRecord]) -> list[Setting]:
     """Every setting of the runs. A default or a value of None is shown as a dash."""
     defaults = FSTConfig.model_construct().model_dump(mode="json")
     names = dict.fromkeys(name for record in records for name in record.config)
@@ -286,7 +275,7 @@ def change(values: Sequence[float | None]) -> str:
     return " → ".join(map(number, [*values[:1], *values[1:][-1:]])) or DASH
 
 
-def _validated(record: Record) -> str:
+def _validated(record: RunRecord) -> str:
     if record.validations:
         start, newest = record.start_validated, record.validations[-1]
         return change([start.score if start else None, newest.score])

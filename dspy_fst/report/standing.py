@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dspy_fst.formatting.numbers import duration
+from dspy_fst.formatting.numbers import counted, duration
 
 
 class Standing:
@@ -108,9 +108,3 @@ class Times:
         spent: dict[str, float] = dict(self._spent)
         spent[self._activity] = spent.get(self._activity, 0.0) + self._clock() - self._entered
         return ", ".join(f"{activity} {duration(seconds)}" for activity, seconds in spent.items())
-
-
-def counted(count: int, one: str) -> str:
-    """``1 rollout``, ``2 rollouts``, ``1,200 searches``."""
-    many = f"{one}es" if one.endswith("ch") else f"{one}s"
-    return f"{count:,} {one if count == 1 else many}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from dspy_fst.formatting.numbers import DASH, duration, number
 from dspy_fst.formatting.tables import TextTable
-from dspy_fst.report.record import Record, Told
+from dspy_fst.report.run_record import RunRecord, RunWarning
 from dspy_fst.report.verdict import NOT_VALIDATED, validations_table, verdict
 from dspy_fst.types import CycleReport, StepReport
 
@@ -49,7 +49,7 @@ class Summary:
         return "\n".join([facts, *(table.html for table in self.tables), f"<p>Warnings</p><ul>{told}</ul>"])
 
 
-def summary_of(record: Record, *, run_dir: Path | None = None) -> Summary:
+def summary_of(record: RunRecord, *, run_dir: Path | None = None) -> Summary:
     """The summary of a run that is finished, goes on, or was stopped."""
     validated = [validations_table(record)] if record.validations else []
     return Summary(
@@ -60,11 +60,11 @@ def summary_of(record: Record, *, run_dir: Path | None = None) -> Summary:
     )
 
 
-def _told(warning: Told) -> str:
+def _told(warning: RunWarning) -> str:
     return warning.text if warning.step is None else f"after step {warning.step}: {warning.text}"
 
 
-def _facts(record: Record) -> Sequence[tuple[str, str]]:
+def _facts(record: RunRecord) -> Sequence[tuple[str, str]]:
     costs = record.costs
     spent = (
         f"{costs.rollouts:,} rollouts (searches {costs.search_rollouts:,}, training {costs.training_rollouts:,}), "
@@ -81,7 +81,7 @@ def _facts(record: Record) -> Sequence[tuple[str, str]]:
     ]
 
 
-def population_table(record: Record) -> TextTable:
+def population_table(record: RunRecord) -> TextTable:
     """The population that is returned, or the newest; best first, copies counted."""
     rows = []
     for digest in dict.fromkeys(record.population):

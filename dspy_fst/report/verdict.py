@@ -6,7 +6,7 @@ from typing import Any
 
 from dspy_fst.formatting.numbers import DASH, interval, number, signed
 from dspy_fst.formatting.tables import TextTable
-from dspy_fst.report.record import Record, best
+from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.run.paired import INTERVAL, Difference
 from dspy_fst.run.validated import Validated, best_of, gain
 
@@ -14,7 +14,7 @@ NOT_VALIDATED = "not validated"
 CHOSEN = "the best of several candidates was chosen by these problems, which favours it"
 
 
-def verdict(record: Record) -> str:
+def verdict(record: RunRecord) -> str:
     """Where the run started and where it ended, with the interval of the difference, and which state is returned.
 
     A run that goes on is told as far as it has come. Older releases did not validate the start.
@@ -65,7 +65,7 @@ def told(by: Difference | None, *, chosen_from: int = 1) -> str:
     return f"{signed(by.mean)} ({by.words}{favoured})"
 
 
-def validations_table(record: Record) -> TextTable:
+def validations_table(record: RunRecord) -> TextTable:
     """Every validation, and its difference to the start."""
     rows = [_row(state, record) for state in record.validations]
     title = f"Validations ({INTERVAL}; {CHOSEN})"
@@ -73,7 +73,7 @@ def validations_table(record: Record) -> TextTable:
     return TextTable(title, columns, rows, words=2)
 
 
-def _row(state: Validated, record: Record) -> list[str]:
+def _row(state: Validated, record: RunRecord) -> list[str]:
     start = record.start_validated
     by = None if start is None or state is start else gain(start, state)
     marked = " (returned)" if state is record.returned else ""
@@ -87,7 +87,7 @@ def _row(state: Validated, record: Record) -> list[str]:
     ]
 
 
-def validation_told(record: Record, state: Validated) -> dict[str, Any]:
+def validation_told(record: RunRecord, state: Validated) -> dict[str, Any]:
     """A validation as JSON: what the table shows, and the candidates' scores."""
     start = record.start_validated
     by = None if start is None or state is start else gain(start, state)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from filelock import FileLock, Timeout
 
@@ -44,7 +44,12 @@ UNCLAIMED = (LOCK, PROJECT, "recipe.json.new")
 VERSION, HALF_WRITTEN = re.compile(r"step-\d+"), re.compile(r"\.step-\d+")
 """Names in weights/ that are the run's; whatever else lies there is left alone."""
 OURS = ("recipe.json", "events.jsonl", "search.jsonl", "populations", "weights", "states", "skipped")
-Listener = Callable[[Mapping[str, Any]], None]
+Event: TypeAlias = Mapping[str, Any]
+"""One event of a run, as ``events.jsonl`` holds it: its kind under ``"event"``, then the fields of that kind.
+
+E.g. ``{"event": "phase", "time": 1764284400.0, "phase": "cycle 0: searching"}``.
+"""
+Listener = Callable[[Event], None]
 
 
 def is_run(path: Path) -> bool:
@@ -128,11 +133,11 @@ class RunDirectory:
         self._log_hash.update(line)
         self._show(event)
 
-    def tell(self, event: Mapping[str, Any]) -> None:
+    def tell(self, event: Event) -> None:
         """Show something to the listeners that is not worth a line on disk."""
         self._show(self._clean(event))
 
-    def _show(self, event: Mapping[str, Any]) -> None:
+    def _show(self, event: Event) -> None:
         for listener in self._listeners:
             listener(event)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from dspy_fst.formatting.numbers import counted
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.files import population_from_json
 from dspy_fst.run.paired import Difference, difference
@@ -193,6 +194,8 @@ def exhausted(states: Sequence[Validated], patience: int | None) -> StopReason |
     since = sum(state.score is not None and state.index > best.index for state in states)
     if since < patience:
         return None
-    counted = "1 validation" if since == 1 else f"{since} validations"
-    text = f"{counted} in a row brought no new best (patience={patience}): the best is {best.score:.3f} {best.where}"
+    text = (
+        f"{counted(since, 'validation')} in a row brought no new best (patience={patience}): "
+        f"the best is {best.score:.3f} {best.where}"
+    )
     return StopReason("early_stopping", states[-1].step, text, MORE_PATIENCE)

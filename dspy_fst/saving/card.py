@@ -10,8 +10,9 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.formatting.numbers import interval, number, plain, share, with_error
+from dspy_fst.report.costs import LABELS
 from dspy_fst.report.evaluated import Evaluated, TwoByTwo
-from dspy_fst.report.record import Record, best
+from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.report.verdict import validations_table, verdict
 from dspy_fst.rollout.adapters import OWN, SavedAdapter, code_of
 from dspy_fst.rollout.components import in_python
@@ -32,7 +33,7 @@ class Facts:
     """Version of dspy_fst that saved the program."""
     packages: Mapping[str, str]
     """Package -> its version at the export."""
-    record: Record | None
+    record: RunRecord | None
     """The run; None when the program was saved outside of its directory."""
     plan: Mapping[str, Any]
     """The run's event of this name."""
@@ -159,17 +160,8 @@ def _training(facts: Facts) -> Iterator[str]:
             ("setting", "value"), [(name, json.dumps(value)) for name, value in changed]
         )
     costs = record.costs
-    spent = {
-        "rollouts of searches": costs.search_rollouts,
-        "rollouts of training": costs.training_rollouts,
-        "rollouts of validation, outside the budget": costs.validation_rollouts,
-        "reflections": costs.reflections,
-        "sampled tokens": costs.tokens,
-        "trained tokens": costs.trained_tokens,
-        "weight updates": costs.updates,
-        "updates skipped": costs.skipped,
-        "seconds from the first event to the last": round(sum(costs.seconds.values())),
-    }
+    spent = {label: costs.count(name) for name, label in LABELS.items()}
+    spent["seconds from the first event to the last"] = round(sum(costs.seconds.values()))
     yield "### Costs\n\n" + _table(("what", "spent"), [(name, f"{value:,}") for name, value in spent.items()])
     if record.lost:
         yield "Rollouts that were masked (not measured) or failed (scored as failures):\n\n" + _table(

@@ -21,7 +21,7 @@ import dspy
 from pydantic import ValidationError
 
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
-from dspy_fst.report.record import read_records
+from dspy_fst.report.from_directory import read_records
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import flush, population_from_json, read_json, writing
 from dspy_fst.run.manifest import MANIFEST, read_document, seal, sentences, verify

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import dspy
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.report.record import record_of
+from dspy_fst.report.from_events import record_of
 from dspy_fst.report.summary import Summary, cycles_table, steps_table, summary_of
 from dspy_fst.rollout.adapters import adapter_in_force, keep, kept_by
 from dspy_fst.rollout.components import carry, with_texts

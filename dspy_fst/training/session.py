@@ -19,7 +19,7 @@ from dspy_fst.fast.gepa_adapter import Play, Propose, ProposeCode
 from dspy_fst.fast.reporting import candidates_told, cycle_report
 from dspy_fst.fast.told import warnings_of
 from dspy_fst.monitoring.history import best_versions, is_stuck
-from dspy_fst.monitoring.observing import Observer
+from dspy_fst.monitoring.observer import Observer
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import held_under

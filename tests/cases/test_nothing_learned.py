@@ -11,7 +11,7 @@ from rich.console import Console
 from dspy_fst import FSTOptimizer
 from dspy_fst.errors import NothingLearnedError
 from dspy_fst.monitoring.progress import ProgressView
-from dspy_fst.report.record import read_records
+from dspy_fst.report.from_directory import read_records
 from dspy_fst.run.directory import read_events
 from dspy_fst.training.result import policy_of
 from programs.lab import build

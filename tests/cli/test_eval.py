@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from dspy_fst.errors import MeasurementError
 from dspy_fst.evaluation.measure import estimate, keep
-from dspy_fst.report.record import read_records
+from dspy_fst.report.from_directory import read_records
 from dspy_fst.run.directory import read_events
 from dspy_fst.types import Candidate, Rollout
 from tests.cli.conftest import MODULE, invoke

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import dspy_fst
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.report.record import read_records, record_of
+from dspy_fst.report.from_directory import read_records
+from dspy_fst.report.from_events import record_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.manifest import MANIFEST, seal

@@ -5,7 +5,7 @@ import re
 
 from filelock import FileLock
 
-from dspy_fst.cli import tables
+from dspy_fst.cli import printer
 from dspy_fst.run.directory import read_events
 from tests.cli.conftest import invoke
 from tests.report.happenings import CHILD, LATE, SEED, cycle, done, plan, step, timed, whole_run
@@ -116,7 +116,7 @@ def test_a_text_cannot_command_the_terminal_and_is_never_cut(tmp_path):
 def test_a_narrow_terminal_wraps_and_loses_nothing(monkeypatch, capsys):
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
     monkeypatch.setenv("COLUMNS", "20")
-    tables.Printer().table(("step", "reward", "entropy"), [("123456", "0.123", "0.456789"), ("7", "8", "9")])
+    printer.Printer().table(("step", "reward", "entropy"), [("123456", "0.123", "0.456789"), ("7", "8", "9")])
     shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert max(map(len, shown.splitlines())) <= 20
     assert sorted("".join(shown.split())) == sorted("step reward entropy 123456 0.123 0.456789 7 8 9".replace(" ", ""))

@@ -9,8 +9,8 @@ import pytest
 
 from dspy_fst.report import charts, page
 from dspy_fst.report.charts import COLORS, SVG, chart_svg, draw, lineage_svg, save_plots
+from dspy_fst.report.from_events import record_of
 from dspy_fst.report.measures import Chart, Series, learning_charts
-from dspy_fst.report.record import record_of
 from tests.report.happenings import CHILD, SEED, cycle, digest, whole_run
 from tests.report.test_record import written
 

@@ -1,7 +1,7 @@
 """What the charts show."""
 
+from dspy_fst.report.from_events import record_of
 from dspy_fst.report.measures import REASONS, Series, frontier, health_charts, learning_charts, lost_charts
-from dspy_fst.report.record import record_of
 from tests.report.happenings import cycle, plan, step, whole_run
 
 

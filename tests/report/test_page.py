@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from dspy_fst.cli import app
 from dspy_fst.formatting.numbers import duration
+from dspy_fst.report.from_events import record_of
 from dspy_fst.report.page import build_report, period, recipe_rows, render
-from dspy_fst.report.record import record_of
 from tests.report.happenings import (
     CHILD,
     LATE,

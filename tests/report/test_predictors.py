@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from dspy_fst.report.from_events import record_of
 from dspy_fst.report.measures import predictor_charts
 from dspy_fst.report.metric_names import entry_of
 from dspy_fst.report.page import build_report
-from dspy_fst.report.record import record_of
 from dspy_fst.types import Candidate
 from tests.cli.conftest import invoke
 from tests.report.happenings import plan, predictor, step, timed, whole_run

@@ -6,7 +6,9 @@ import pytest
 from filelock import FileLock
 
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.report.record import Spent, Told, read_records, record_of
+from dspy_fst.report.from_directory import read_records
+from dspy_fst.report.from_events import record_of
+from dspy_fst.report.run_record import RunningTotal, RunWarning
 from tests.report.happenings import (
     CHILD,
     LATE,
@@ -33,7 +35,12 @@ def test_every_beginning_of_a_run_gives_a_record():
 
 
 def test_a_step_has_cost_every_rollout_and_token_before_it_searches_included():
-    assert record_of(whole_run()).spent == (Spent(52, 260), Spent(84, 420), Spent(136, 680), Spent(168, 840))
+    assert record_of(whole_run()).spent == (
+        RunningTotal(52, 260),
+        RunningTotal(84, 420),
+        RunningTotal(136, 680),
+        RunningTotal(168, 840),
+    )
 
 
 def test_costs_add_up_to_the_time_from_the_first_event_to_the_last():
@@ -105,8 +112,8 @@ def test_lost_rollouts_are_counted_by_reason_over_searches_and_steps():
 def test_warnings_are_the_watch_s_and_the_notes_that_call_themselves_one():
     note = {"event": "note", "text": "going on"}
     assert record_of([*whole_run(), note]).warnings == (
-        Told(None, "the 4 updates all lie in the warm-up"),
-        Told(2, "step 2: entropy is low"),
+        RunWarning(None, "the 4 updates all lie in the warm-up"),
+        RunWarning(2, "step 2: entropy is low"),
     )
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from dspy_fst.errors import MeasurementError
-from dspy_fst.report.record import read_records, record_of
+from dspy_fst.report.from_directory import read_records
+from dspy_fst.report.from_events import record_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.ending import StopReason, complete, ended_of
 from dspy_fst.run.halted import halted_of

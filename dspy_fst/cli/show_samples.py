@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from dspy_fst.cli.tables import Printer
-    from dspy_fst.report.record import Record
+    from dspy_fst.cli.printer import Printer
+    from dspy_fst.report.run_record import RunRecord
     from dspy_fst.report.samples import Played
 
 SAMPLES = 5
 """Samples that are shown where no number is given."""
 
 
-def show_samples(record: "Record", count: int, *, failed: bool, as_json: bool) -> None:
+def show_samples(record: "RunRecord", count: int, *, failed: bool, as_json: bool) -> None:
     """Print the newest samples of a run, or say why there is none.
 
     Args:
@@ -32,7 +32,7 @@ def show_samples(record: "Record", count: int, *, failed: bool, as_json: bool) -
         data = [{"step": step, **asdict(sample)} for step, sample in shown]
         typer.echo(json.dumps({"samples": data, "recorded": len(recorded)}))
         return
-    from dspy_fst.cli.tables import Printer
+    from dspy_fst.cli.printer import Printer
 
     out = Printer()
     if not shown:
@@ -44,7 +44,7 @@ def show_samples(record: "Record", count: int, *, failed: bool, as_json: bool) -
         _print(out, step, sample)
 
 
-def _why_none(record: "Record", recorded: int) -> str:
+def _why_none(record: "RunRecord", recorded: int) -> str:
     if recorded:
         return f"{record.name}: none of its {recorded} recorded samples failed or was masked; leave out --failed"
     if record.config.get("recorded_samples") == 0:
@@ -54,7 +54,7 @@ def _why_none(record: "Record", recorded: int) -> str:
     return f"{record.name} recorded no replies: its steps made no groups of rollouts (method {_method(record)})"
 
 
-def _method(record: "Record") -> str:
+def _method(record: "RunRecord") -> str:
     return str(record.config.get("method", "not known"))
 
 

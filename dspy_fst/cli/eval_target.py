@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspy_fst.cli.named import project_for
+from dspy_fst.cli.code_source import project_for
 from dspy_fst.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """A population and weights, ready to play."""
 
     player: "Player"
@@ -148,7 +148,7 @@ def subject_of(
     config: "FSTConfig",
     trust_code: bool,
     warnings: Sequence[str] = (),
-) -> Subject:
+) -> EvalTarget:
     """
     Raises:
         ConfigurationError, RunDirectoryError: the program, the cycle or the weights are not this run's.
@@ -184,4 +184,4 @@ def subject_of(
         raise ConfigurationError([f"program: {path} is of another program; predictors that differ: {differing}"])
     player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
     own = None if trust_code else opened.program
-    return Subject(player, policy, seed, population, cycle, past, own, tuple(warnings))
+    return EvalTarget(player, policy, seed, population, cycle, past, own, tuple(warnings))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _TrialInputs:
     """As much of a run as a trial of other forms needs (`dspy_fst.training.parse_trial.Subject`)."""
 
     program: "dspy.Module"
@@ -58,7 +58,7 @@ def remedies(
         return [f"{share:.0%} of the replies parse. {reply}. {form_advice(Form())}"]
     typer.echo(announced(player.program, trainset, config.parse_trial), err=True)
     population = Population.of_seed(read_texts(player.program), 1)
-    found = trial(_Measured(player.program, trainset, population, policy, config, player), share)
+    found = trial(_TrialInputs(player.program, trainset, population, policy, config, player), share)
     return [f"{reply}; {found.told()}" if reply else found.told()]
 
 

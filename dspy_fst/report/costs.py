@@ -1,0 +1,112 @@
+"""What a run spent, and the label of each cost wherever it is shown. Pure."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dspy_fst.run.validated import Validated
+from dspy_fst.types import CycleReport, StepReport
+
+LABELS = {
+    "rollouts": "rollouts",
+    "search_rollouts": "rollouts of searches",
+    "training_rollouts": "rollouts of training",
+    "validation_rollouts": "rollouts of validation, outside the budget",
+    "reused": "evaluations answered without a rollout",
+    "reflections": "reflections",
+    "reflections_failed": "reflections that failed",
+    "accepted": "proposals accepted",
+    "tokens": "sampled tokens",
+    "search_tokens": "sampled tokens of searches",
+    "training_tokens": "sampled tokens of training",
+    "validation_tokens": "sampled tokens of validation, outside the budget",
+    "trained_tokens": "trained tokens",
+    "updates": "weight updates",
+    "skipped": "updates skipped",
+}
+"""Name of a count in `Costs` -> its label, in the order in which costs are listed."""
+PARTS = ("search_rollouts", "training_rollouts", "search_tokens", "training_tokens")
+"""Counts that are part of another count above them in the list."""
+ACTIVITIES = {"sampling": "sampling for updates", "update": "weight updates", "publish": "publishing weights"}
+"""Activity of a step report's ``seconds`` -> its label."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run spent in all, as far as its events go. Validation is counted apart."""
+
+    search_rollouts: int
+    """Scoring the carried population included."""
+    reused: int
+    """Evaluations of the searches that were answered from earlier rollouts."""
+    training_rollouts: int
+    reflections: int
+    reflections_failed: int
+    accepted: int
+    search_tokens: int
+    training_tokens: int
+    """Sampled for the weight updates."""
+    trained_tokens: int
+    """Of the training tokens, those that the updates learnt from."""
+    validation_rollouts: int
+    """Outside of the budget, as are the tokens of validation; ``rollouts`` and ``tokens`` leave both out."""
+    validation_tokens: int
+    updates: int
+    """Updates that moved the weights."""
+    skipped: int
+    seconds: Mapping[str, float]
+    """Wall time by activity. The sum is the time from the first event to the last."""
+
+    @property
+    def rollouts(self) -> int:
+        return self.search_rollouts + self.training_rollouts
+
+    @property
+    def tokens(self) -> int:
+        return self.search_tokens + self.training_tokens
+
+    def count(self, name: str) -> int:
+        """One of the counts in `LABELS`."""
+        value: int = getattr(self, name)
+        return value
+
+
+def costs_of(
+    cycles: Sequence[CycleReport], steps: Sequence[StepReport], validations: Sequence[Validated], elapsed_s: float
+) -> Costs:
+    """The sums over a run's reports.
+
+    Args:
+        elapsed_s: Seconds from the first event to the last.
+    """
+    trained = [step.update for step in steps if step.update.tokens]
+    return Costs(
+        search_rollouts=sum(cycle.rollouts for cycle in cycles),
+        reused=sum(cycle.reused for cycle in cycles),
+        training_rollouts=sum(step.counts.get("rollouts", 0) + step.counts.get("held_rollouts", 0) for step in steps),
+        reflections=sum(cycle.reflections for cycle in cycles),
+        reflections_failed=sum(cycle.counts.get("reflections_failed", 0) for cycle in cycles),
+        accepted=sum(cycle.proposals_accepted for cycle in cycles),
+        search_tokens=sum(cycle.sampled_tokens for cycle in cycles),
+        training_tokens=sum(step.sampled_tokens for step in steps),
+        trained_tokens=sum(update.tokens for update in trained),
+        validation_rollouts=sum(state.counts.get("rollouts", 0) for state in validations),
+        validation_tokens=sum(state.sampled_tokens for state in validations),
+        updates=len(trained),
+        skipped=sum(step.update.skipped is not None for step in steps),
+        seconds=_seconds(cycles, steps, validations, elapsed_s),
+    )
+
+
+def _seconds(
+    cycles: Sequence[CycleReport], steps: Sequence[StepReport], validations: Sequence[Validated], elapsed_s: float
+) -> dict[str, float]:
+    spent = Counter({"sampling for searches": sum(cycle.seconds or 0.0 for cycle in cycles)})
+    for step in steps:
+        for activity, seconds in step.seconds.items():
+            spent[ACTIVITIES.get(activity, activity)] += seconds or 0.0  # type: ignore[assignment]
+    if validations:
+        spent["validation"] = math.fsum(state.seconds for state in validations)  # type: ignore[assignment]
+    rest = max(0.0, elapsed_s - math.fsum(spent.values()))
+    return {**spent, "everything else (reflections, saving, pauses)": rest}
