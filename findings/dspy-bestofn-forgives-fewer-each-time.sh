@@ -7,8 +7,9 @@
 # raises at the first failed try and asks no second time. The same lines stand in dspy.Refine.
 # Who meets it: Whoever wraps a small model, whose replies often do not parse, in BestOfN and evaluates or trains on
 # more than a handful of examples.
-# Here: Every rollout plays a copy of the program of its own, so training meets a fresh count (dspy_fst/rollout). A
-# program that is served or called for long keeps DSPy's behaviour: give fail_count a large number.
+# Here: Every rollout and every request to serve gets a copy of the program, so the count is fresh
+# (dspy_fst/rollout, dspy_fst/serve). A program that is called for long in Python keeps DSPy's behaviour: give
+# fail_count a large number.
 # Output seen (Python 3.11):
 #   question 1: yes
 #   question 2: yes
