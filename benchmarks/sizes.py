@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.throughput import larger_model
 from dspy_fst.config import FSTConfig
-from dspy_fst.memory import DISK, MEMORY, Room, Subject, fit_of, model_size
-from dspy_fst.memory.arithmetic import HEAP, Reading, update_bytes
+from dspy_fst.memory import DISK, MEMORY, Available, Workload, model_size, plan_for
+from dspy_fst.memory.arithmetic import HEAP, MicroBatchShape, update_bytes
 from dspy_fst.memory.shape import ModelSize
 from dspy_fst.run.files import write_json
 from dspy_fst.slow.batching import MicroBatch
@@ -88,7 +88,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         "libraries": libraries,
         "weights": loaded - libraries,
         "peak": _status("VmHWM") - loaded,
-        "reading": asdict(max(readings, key=lambda reading: reading.read)),
+        "reading": asdict(max(readings, key=lambda batch: batch.read)),
     }
 
 
@@ -126,10 +126,10 @@ def _batch(rows: Sequence[Row]) -> Batch:
     return Batch(tuple(rows), "step-000000")
 
 
-def _reading(micro: MicroBatch) -> Reading:
+def _reading(micro: MicroBatch) -> MicroBatchShape:
     suffix = micro.suffix_ids.shape[1]
     kept = len(micro.suffix_ids) * (micro.prefix_ids.shape[1] + suffix) if suffix else 0
-    return Reading(micro.tokens_read, sum(micro.tokens), kept, kept * suffix)
+    return MicroBatchShape(micro.tokens_read, sum(micro.tokens), kept, kept * suffix)
 
 
 def _status(name: str) -> int:
@@ -140,12 +140,17 @@ def _status(name: str) -> int:
 # ---- against the arithmetic ---------------------------------------------------------------------------
 
 
-def computed(size: ModelSize, case: Case, reading: Reading) -> int:
+def computed(size: ModelSize, case: Case, batch: MicroBatchShape) -> int:
     """What `sizes` says of the same update, the weights left out."""
     recipe = FSTConfig.model_validate({"kl_coefficient": 0.1 if case.kl else 0.0, "precision": case.precision})
-    fit = fit_of(Subject(case.model, size, "in_process"), recipe, Room({MEMORY: 0, DISK: 0}))
-    held = next(take.certain for need in fit.needs for take in need.takes if take.who == "the trainer")
-    once = update_bytes(size, reading, with_kl=case.kl, low=case.precision == "bfloat16")
+    plan = plan_for(Workload(case.model, size, "in_process"), recipe, Available({MEMORY: 0, DISK: 0}))
+    held = next(
+        allocation.certain
+        for requirement in plan.requirements
+        for allocation in requirement.allocations
+        if allocation.part == "the trainer"
+    )
+    once = update_bytes(size, batch, with_kl=case.kl, low=case.precision == "bfloat16")
     return held - 4 * size.parameters + round(HEAP * once)
 
 
@@ -157,14 +162,14 @@ def measured_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _line(row: dict[str, Any]) -> list[str]:
-    case, reading = Case(**row["case"]), Reading(**row["reading"])
-    told = computed(ModelSize(**row["size"]), case, reading)
+    case, batch = Case(**row["case"]), MicroBatchShape(**row["reading"])
+    told = computed(ModelSize(**row["size"]), case, batch)
     return [
         case.model,
         case.precision,
         "on" if case.kl else "off",
-        f"{reading.read:,}",
-        f"{reading.scored:,}",
+        f"{batch.read:,}",
+        f"{batch.scored:,}",
         str(case.share),
         f"{row['peak'] / 2**20:,.0f} MiB",
         f"{told / 2**20:,.0f} MiB",

@@ -20,28 +20,28 @@ from dspy_fst.memory import (
     GPU,
     MEMORY,
     SECOND_GPU,
-    Need,
-    Room,
-    Subject,
-    Take,
-    as_recorded,
+    Allocation,
+    Available,
+    Requirement,
+    Workload,
+    available_now,
     find_size,
-    fit_of,
     free_memory,
-    imagined_room,
+    imagined_machine,
     least_served,
-    measure_fit,
     model_size,
-    room_now,
-    settled,
+    plan_for,
+    plan_memory,
     vllm_share,
+    with_chosen_micro_batch,
+    with_recorded_micro_batch,
     writable_fault,
 )
-from dspy_fst.memory.arithmetic import Reading, update_bytes
-from dspy_fst.memory.fitting import SPARE
+from dspy_fst.memory.arithmetic import MicroBatchShape, update_bytes
+from dspy_fst.memory.memory_plan import SPARE
 from dspy_fst.model_files.stored_shapes import stored_shapes
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.run.written import Writes, shown
+from dspy_fst.run.written import Writes, format_bytes
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.trainer import Trainer
 from programs import smollm2
@@ -53,18 +53,21 @@ P = 939_904
 """Parameters of the laboratory's model, untied."""
 HEAD = 594 * 128
 FIRST_RELEASE = Path(__file__).parent / "fixtures" / "first_release" / "run"
-PLENTY = Room({MEMORY: 100 * GIB, DISK: 100 * GIB})
-ON_GPU = Room({GPU: 8 * GIB, MEMORY: 100 * GIB, DISK: 100 * GIB}, gpu_total=10 * GIB)
+PLENTY = Available({MEMORY: 100 * GIB, DISK: 100 * GIB})
+ON_GPU = Available({GPU: 8 * GIB, MEMORY: 100 * GIB, DISK: 100 * GIB}, gpu_total=10 * GIB)
 
 
 def lab_policy(engine: str = "in_process", **options) -> PolicyLM:
     return PolicyLM(BASE, engine=engine, max_tokens=16, engine_options=options)
 
 
-def takes(policy=None, room=PLENTY, **recipe) -> dict[str, dict[str, int]]:
+def allocations(policy=None, available=PLENTY, **recipe) -> dict[str, dict[str, int]]:
     """Place -> who -> bytes for certain."""
-    fit = measure_fit(policy or lab_policy(), FSTConfig(**recipe), Path("nowhere"), room)
-    return {need.place: {take.who: take.certain for take in need.takes} for need in fit.needs}
+    plan = plan_memory(policy or lab_policy(), FSTConfig(**recipe), Path("nowhere"), available)
+    return {
+        requirement.place: {allocation.part: allocation.certain for allocation in requirement.allocations}
+        for requirement in plan.requirements
+    }
 
 
 def test_the_laboratory_s_model_is_counted_from_its_files():
@@ -96,31 +99,31 @@ def test_an_index_that_is_none_is_named(tmp_path):
 
 
 def test_a_hub_name_is_passed_over():
-    assert measure_fit(PolicyLM("owner/model", engine="in_process"), FSTConfig(), Path("nowhere"), PLENTY) is None
+    assert plan_memory(PolicyLM("owner/model", engine="in_process"), FSTConfig(), Path("nowhere"), PLENTY) is None
 
 
 def test_training_takes_weights_gradients_two_moments_and_the_reference():
-    assert takes()[MEMORY] == {"the trainer": 20 * P, "the engine": 4 * P}
-    assert takes(kl_coefficient=0)[MEMORY]["the trainer"] == 16 * P
-    assert takes(method="gepa")[MEMORY]["the trainer"] == 4 * P
+    assert allocations()[MEMORY] == {"the trainer": 20 * P, "the engine": 4 * P}
+    assert allocations(kl_coefficient=0)[MEMORY]["the trainer"] == 16 * P
+    assert allocations(method="gepa")[MEMORY]["the trainer"] == 4 * P
 
 
 def test_vllm_on_a_cpu_takes_weights_and_its_cache():
-    assert takes(lab_policy("vllm", cpu_kv_cache_gib=3))[MEMORY]["the engine"] == 4 * P + 3 * GIB
-    assert takes(lab_policy("vllm", dtype="bfloat16"))[MEMORY]["the engine"] == 2 * P + 4 * GIB
-    assert takes(lab_policy("vllm", attach_url="http://127.0.0.1:1"))[MEMORY]["the engine"] == 0
+    assert allocations(lab_policy("vllm", cpu_kv_cache_gib=3))[MEMORY]["the engine"] == 4 * P + 3 * GIB
+    assert allocations(lab_policy("vllm", dtype="bfloat16"))[MEMORY]["the engine"] == 2 * P + 4 * GIB
+    assert allocations(lab_policy("vllm", attach_url="http://127.0.0.1:1"))[MEMORY]["the engine"] == 0
 
 
 def test_vllm_on_a_gpu_takes_its_share_of_the_whole():
-    taken = takes(lab_policy("vllm", gpu_memory_utilization=0.5), ON_GPU)
+    taken = allocations(lab_policy("vllm", gpu_memory_utilization=0.5), ON_GPU)
     assert taken[GPU] == {"the trainer": 20 * P, "the engine": 5 * GIB}
     assert taken[MEMORY] == {"a state being saved": 12 * P}
 
 
 def test_the_in_process_engine_is_where_its_device_is():
-    assert takes(lab_policy(), ON_GPU)[GPU]["the engine"] == 2 * P + 2 * HEAD  # the head in float32
-    assert takes(lab_policy(dtype="float32"), ON_GPU)[GPU]["the engine"] == 4 * P
-    assert takes(lab_policy(device="cpu"), ON_GPU)[MEMORY]["the engine"] == 4 * P
+    assert allocations(lab_policy(), ON_GPU)[GPU]["the engine"] == 2 * P + 2 * HEAD  # the head in float32
+    assert allocations(lab_policy(dtype="float32"), ON_GPU)[GPU]["the engine"] == 4 * P
+    assert allocations(lab_policy(device="cpu"), ON_GPU)[MEMORY]["the engine"] == 4 * P
 
 
 def test_the_trainer_really_holds_and_writes_that_much(tmp_path):
@@ -128,7 +131,7 @@ def test_the_trainer_really_holds_and_writes_that_much(tmp_path):
     before = tensors_by_storage()
     trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-3, kl_coefficient=0.1), device="cpu")
     trainer.step(make_batch([make_row([1, 2], [3, 4], [-1.0, -1.0], 1.0, 0.5)]))
-    without_gradients = takes()[MEMORY]["the trainer"] - 4 * P
+    without_gradients = allocations()[MEMORY]["the trainer"] - 4 * P
     after = tensors_by_storage()
     held = sum(tensor.untyped_storage().nbytes() for place, tensor in after.items() if place not in before)
     assert held == pytest.approx(without_gradients, rel=0.01)
@@ -146,20 +149,22 @@ def tensors_by_storage() -> dict[int, torch.Tensor]:
 
 
 def test_the_disk_holds_what_is_kept_and_what_is_being_written():
-    disk = takes(keep_weights=2, keep_states=2)[DISK]
+    disk = allocations(keep_weights=2, keep_states=2)[DISK]
     assert disk == {"published weights": 5 * 4 * P, "resumable states": 3 * 12 * P}
-    assert takes(room=ON_GPU)[DISK]["published weights"] == 5 * 2 * P
-    assert takes(room=ON_GPU, precision="float32")[DISK]["published weights"] == 5 * 4 * P
-    assert takes(precision="bfloat16")[DISK]["published weights"] == 5 * 2 * P
-    assert takes(checkpoint_every=2)[DISK]["published weights"] == 6 * 4 * P  # the best of the committed steps too
+    assert allocations(available=ON_GPU)[DISK]["published weights"] == 5 * 2 * P
+    assert allocations(available=ON_GPU, precision="float32")[DISK]["published weights"] == 5 * 4 * P
+    assert allocations(precision="bfloat16")[DISK]["published weights"] == 5 * 2 * P
+    assert (
+        allocations(checkpoint_every=2)[DISK]["published weights"] == 6 * 4 * P
+    )  # the best of the committed steps too
 
 
 def test_what_is_written_over_a_run_is_told_and_warned_of_from_a_tebibyte_on():
     """The largest of the cases: 8B parameters, 48 steps."""
-    written = measure_fit(lab_policy(), FSTConfig(cycles=8), Path("nowhere"), PLENTY).writes
+    written = plan_memory(lab_policy(), FSTConfig(cycles=8), Path("nowhere"), PLENTY).writes
     assert (written.updates, written.states) == (48, 48)
     assert written.total == 49 * 4 * P + 48 * 12 * P
-    rare = measure_fit(lab_policy(), FSTConfig(cycles=8, checkpoint_every=6), Path("nowhere"), PLENTY)
+    rare = plan_memory(lab_policy(), FSTConfig(cycles=8, checkpoint_every=6), Path("nowhere"), PLENTY)
     assert rare.writes.total == 49 * 4 * P + 8 * 12 * P
     assert not rare.warnings()
     large = dataclasses.replace(rare, writes=Writes(16 * 10**9, 48, 96 * 10**9, 48))
@@ -170,10 +175,10 @@ def test_what_is_written_over_a_run_is_told_and_warned_of_from_a_tebibyte_on():
 
 
 def test_a_short_run_never_has_as_many_versions_as_it_may_keep():
-    one = takes(cycles=1, steps_per_cycle=1)[DISK]
+    one = allocations(cycles=1, steps_per_cycle=1)[DISK]
     assert one == {"published weights": 2 * 4 * P, "resumable states": (4 + 12) * P}
-    assert takes(method="gepa")[DISK] == {"published weights": 4 * P, "resumable states": 4 * P}
-    assert takes(cycles=1, steps_per_cycle=6, checkpoint_every=6)[DISK]["resumable states"] == (4 + 12) * P
+    assert allocations(method="gepa")[DISK] == {"published weights": 4 * P, "resumable states": 4 * P}
+    assert allocations(cycles=1, steps_per_cycle=6, checkpoint_every=6)[DISK]["resumable states"] == (4 + 12) * P
 
 
 def test_an_update_is_counted_as_autograd_keeps_it():
@@ -181,7 +186,7 @@ def test_an_update_is_counted_as_autograd_keeps_it():
     size = model_size(BASE)
     kept = 4 * (24 * 128 + 16 * (128 + 64) + 16 * 384)  # of a token, in all layers
     ends = 8 * 128 + 4 * 128  # the last norm, and the picked hidden state of a scored token
-    all_scored = Reading(1000, 1000)
+    all_scored = MicroBatchShape(1000, 1000)
     without_kl = update_bytes(size, all_scored, with_kl=False, low=False)
     assert without_kl == 1000 * (kept + ends + 12 * 594)
     assert update_bytes(size, all_scored, with_kl=True, low=False) == without_kl + 1000 * 8 * 594
@@ -190,12 +195,12 @@ def test_an_update_is_counted_as_autograd_keeps_it():
     assert with_kl - without == 1000 * 2 * 4 * 100_000
     taught = update_bytes(large, all_scored, with_kl=True, teacher=True, low=False)
     assert taught - with_kl == 1000 * 4 * 100_000
-    few = update_bytes(size, Reading(1000, 10), with_kl=False, low=False)
+    few = update_bytes(size, MicroBatchShape(1000, 10), with_kl=False, low=False)
     assert few == 1000 * (kept + 8 * 128) + 10 * 4 * 128 + 4 * 1000 * (128 + 384)  # a layer's gradients are more now
     the_start_s_pass = 10 * 4 * 594 + 1000 * 4 * (4 * 128 + 3 * 384)
-    with_kl = update_bytes(size, Reading(1000, 10), with_kl=True, low=False)
+    with_kl = update_bytes(size, MicroBatchShape(1000, 10), with_kl=True, low=False)
     assert with_kl - few == the_start_s_pass - 4 * 1000 * (128 + 384)
-    shared = Reading(1000, 10, kept=5000, masked=7000)
+    shared = MicroBatchShape(1000, 10, kept=5000, masked=7000)
     assert update_bytes(size, shared, with_kl=False, low=False) == few + 4 * (8 * 128 * 5000 + 4 * 7000)
 
 
@@ -204,19 +209,24 @@ def test_a_bfloat16_body_keeps_less_and_casts_its_weights():
     kept = 4 * (26 * 128 + 10 * (128 + 64) + 8 * 384)
     casts = 2 * (P - 2 * HEAD)
     expected = 1000 * (kept + 8 * 128 + 4 * 128 + 12 * 594) + casts
-    assert update_bytes(size, Reading(1000, 1000), with_kl=False, low=True) == expected
+    assert update_bytes(size, MicroBatchShape(1000, 1000), with_kl=False, low=True) == expected
 
 
 def test_a_reading_of_shared_prompts_counts_each_reply_s_keys():
-    reading = Reading.shared(1000, replies=4, prompt=100, reply=25)  # 5 prompts, 20 replies
-    assert reading == Reading(read=1000, scored=500, kept=20 * 125, masked=20 * 125 * 25)
-    assert Reading.shared(1000, replies=1, prompt=75, reply=25) == Reading(1000, 250)
+    batch = MicroBatchShape.shared(1000, replies=4, prompt=100, reply=25)  # 5 prompts, 20 replies
+    assert batch == MicroBatchShape(read=1000, scored=500, kept=20 * 125, masked=20 * 125 * 25)
+    assert MicroBatchShape.shared(1000, replies=1, prompt=75, reply=25) == MicroBatchShape(1000, 250)
 
 
-def update(policy=None, room=PLENTY, **recipe):
+def update(policy=None, available=PLENTY, **recipe):
     """(expected, at most) of an update on top."""
-    fit = measure_fit(policy or lab_policy(), FSTConfig(**recipe), Path("nowhere"), room)
-    return next((t.expected, t.at_most) for need in fit.needs for t in need.takes if t.when == "an update")
+    plan = plan_memory(policy or lab_policy(), FSTConfig(**recipe), Path("nowhere"), available)
+    return next(
+        (t.expected, t.at_most)
+        for requirement in plan.requirements
+        for t in requirement.allocations
+        if t.when == "an update"
+    )
 
 
 def test_what_is_expected_of_an_update_is_less_than_what_it_takes_at_most():
@@ -228,13 +238,13 @@ def test_what_is_expected_of_an_update_is_less_than_what_it_takes_at_most():
     assert update(long_replies, micro_batch_tokens=16)[1] == at_most, "a reply longer than the budget comes alone"
 
 
-def room_for(extra: float) -> Room:
+def room_for(extra: float) -> Available:
     """Room for what the laboratory's run takes for certain, and ``extra`` bytes for its updates."""
-    return Room({MEMORY: 24 * P + int(extra), DISK: 100 * GIB})
+    return Available({MEMORY: 24 * P + int(extra), DISK: 100 * GIB})
 
 
-def chosen(room, **recipe) -> int:
-    return measure_fit(lab_policy(), FSTConfig(**recipe), Path("nowhere"), room).micro_batch_tokens
+def chosen(available, **recipe) -> int:
+    return plan_memory(lab_policy(), FSTConfig(**recipe), Path("nowhere"), available).micro_batch_tokens
 
 
 def test_the_largest_micro_batch_that_fits_at_most_is_chosen():
@@ -243,33 +253,37 @@ def test_the_largest_micro_batch_that_fits_at_most_is_chosen():
         assert chosen(room_for(needed + 1)) == tokens
         assert chosen(room_for(needed - 2)) < tokens or tokens == 256
     assert chosen(PLENTY) == 4096
-    assert chosen(Room({GPU: 80 * GIB, MEMORY: 100 * GIB, DISK: 100 * GIB}, 80 * GIB)) == 16384
+    assert chosen(Available({GPU: 80 * GIB, MEMORY: 100 * GIB, DISK: 100 * GIB}, 80 * GIB)) == 16384
     assert chosen(room_for(0), micro_batch_tokens=7) == 7, "a number that the recipe gives is kept"
 
 
 def test_where_none_fits_at_most_the_largest_expected_one_is_chosen_and_the_doubt_is_told():
     long_replies = PolicyLM(BASE, engine="in_process", max_tokens=4096)
     expected = update(long_replies, micro_batch_tokens=512)[0] / (1 - SPARE)
-    fit = measure_fit(long_replies, FSTConfig(), Path("nowhere"), room_for(expected + 1))
-    assert fit.micro_batch_tokens == 512
-    assert "an update may take up to" in fit.doubts()[0]
+    plan = plan_memory(long_replies, FSTConfig(), Path("nowhere"), room_for(expected + 1))
+    assert plan.micro_batch_tokens == 512
+    assert "an update may take up to" in plan.doubts()[0]
 
 
 def test_a_run_that_goes_on_keeps_the_number_that_it_began_with(tmp_path):
     def recorded(**config):
         (tmp_path / "events.jsonl").write_text(json.dumps({"event": "plan", "config": config}) + "\n")
-        return as_recorded(FSTConfig(), tmp_path).micro_batch_tokens
+        return with_recorded_micro_batch(FSTConfig(), tmp_path).micro_batch_tokens
 
-    assert as_recorded(FSTConfig(), tmp_path / "new").micro_batch_tokens == "auto"
+    assert with_recorded_micro_batch(FSTConfig(), tmp_path / "new").micro_batch_tokens == "auto"
     assert recorded(micro_batch_tokens=512) == 512
     assert recorded() == "auto"
-    assert as_recorded(FSTConfig(micro_batch_tokens=64), tmp_path).micro_batch_tokens == 64, "the user's own word"
-    assert as_recorded(FSTConfig(), FIRST_RELEASE).micro_batch_tokens == 4096, "its default, which it wrote down"
+    assert with_recorded_micro_batch(FSTConfig(micro_batch_tokens=64), tmp_path).micro_batch_tokens == 64, (
+        "the user's own word"
+    )
+    assert with_recorded_micro_batch(FSTConfig(), FIRST_RELEASE).micro_batch_tokens == 4096, (
+        "its default, which it wrote down"
+    )
 
 
 def test_without_a_known_model_the_former_default_is_taken():
-    assert settled(FSTConfig(), None).micro_batch_tokens == 4096
-    assert settled(FSTConfig(micro_batch_tokens=9), None).micro_batch_tokens == 9
+    assert with_chosen_micro_batch(FSTConfig(), None).micro_batch_tokens == 4096
+    assert with_chosen_micro_batch(FSTConfig(micro_batch_tokens=9), None).micro_batch_tokens == 9
 
 
 # ---- a config alone ----------------------------------------------------------------------------
@@ -327,13 +341,13 @@ def test_a_folder_without_a_config_and_a_broken_one_are_told(tmp_path):
 
 def test_an_imagined_card_has_the_trainer_and_the_engine_on_it_and_two_cards_one_each():
     size = find_size("Qwen/Qwen3-0.6B")
-    subject = Subject("m", size, "vllm", {"gpu_memory_utilization": 0.5})
-    one, two = (fit_of(subject, FSTConfig(), imagined_room(24 * GIB, cards)) for cards in (1, 2))
-    assert {n.place: {t.who: t.certain for t in n.takes} for n in one.needs}[GPU] == {
+    workload = Workload("m", size, "vllm", {"gpu_memory_utilization": 0.5})
+    one, two = (plan_for(workload, FSTConfig(), imagined_machine(24 * GIB, cards)) for cards in (1, 2))
+    assert {n.place: {t.part: t.certain for t in n.allocations} for n in one.requirements}[GPU] == {
         "the trainer": 20 * size.parameters,
         "the engine": 12 * GIB,
     }
-    assert {n.place: {t.who for t in n.takes} for n in two.needs} == {
+    assert {n.place: {t.part for t in n.allocations} for n in two.requirements} == {
         GPU: {"the trainer"},
         SECOND_GPU: {"the engine"},
         MEMORY: {"the process", "a state being saved"},
@@ -345,36 +359,42 @@ def test_an_imagined_card_has_the_trainer_and_the_engine_on_it_and_two_cards_one
 
 def test_two_cards_do_not_hold_what_the_trainer_s_card_cannot():
     size = find_size("Qwen/Qwen3-8B")
-    fit = fit_of(Subject("m", size, "vllm", {"gpu_memory_utilization": 0.9}), FSTConfig(), imagined_room(80 * GIB, 2))
-    (fault,) = fit.faults()
+    plan = plan_for(
+        Workload("m", size, "vllm", {"gpu_memory_utilization": 0.9}), FSTConfig(), imagined_machine(80 * GIB, 2)
+    )
+    (fault,) = plan.faults()
     assert fault.startswith("GPU memory: training model='m' (8.2B parameters) takes 152.6 GiB for the trainer")
 
 
 def test_a_share_of_the_card_that_cannot_hold_the_served_weights_is_a_fault():
     size = find_size("Qwen/Qwen3-4B")
-    subject = Subject("m", size, "vllm", {"gpu_memory_utilization": 0.05})
-    fit = fit_of(subject, FSTConfig(), imagined_room(96 * GIB))
-    assert any("gpu_memory_utilization=0.05 is 4.8 GiB of 96.0 GiB, and vLLM's weights" in f for f in fit.faults())
-    assert vllm_share(size, imagined_room(96 * GIB)) * 96 * GIB >= least_served(size)
+    workload = Workload("m", size, "vllm", {"gpu_memory_utilization": 0.05})
+    plan = plan_for(workload, FSTConfig(), imagined_machine(96 * GIB))
+    assert any("gpu_memory_utilization=0.05 is 4.8 GiB of 96.0 GiB, and vLLM's weights" in f for f in plan.faults())
+    assert vllm_share(size, imagined_machine(96 * GIB)) * 96 * GIB >= least_served(size)
 
 
 def test_a_place_is_too_small_from_one_byte_on_and_doubtful_up_to_the_most():
     def said(free):
-        need = Need(MEMORY, (Take(MEMORY, "a", 60, ("x",)), Take(MEMORY, "b", 40, ("y",), 20, "rain", "z")), free)
-        return bool(need.fault("m")), bool(need.warning("m"))
+        requirement = Requirement(
+            MEMORY, (Allocation(MEMORY, "a", 60, ("x",)), Allocation(MEMORY, "b", 40, ("y",), 20, "rain", "z")), free
+        )
+        return bool(requirement.fault("m")), bool(requirement.warning("m"))
 
     assert [said(free) for free in (99, 100, 119, 120)] == [(True, False), (False, True), (False, True), (False, False)]
 
 
 def test_two_times_never_come_together():
-    need = Need(MEMORY, (Take(MEMORY, "a", 1, at_most=5, when="x"), Take(MEMORY, "b", 1, at_most=7, when="y")), 0)
-    assert need.at_most == 2 + 7
+    requirement = Requirement(
+        MEMORY, (Allocation(MEMORY, "a", 1, at_most=5, when="x"), Allocation(MEMORY, "b", 1, at_most=7, when="y")), 0
+    )
+    assert requirement.at_most == 2 + 7
 
 
 def test_a_fault_says_who_takes_how_much_and_what_to_do():
-    room = Room({MEMORY: 2 * GIB, DISK: 16 * 2**20})
-    fit = measure_fit(lab_policy("vllm"), FSTConfig(), Path("nowhere"), room)
-    memory, disk = fit.faults()
+    available = Available({MEMORY: 2 * GIB, DISK: 16 * 2**20})
+    plan = plan_memory(lab_policy("vllm"), FSTConfig(), Path("nowhere"), available)
+    memory, disk = plan.faults()
     assert memory == (
         f"memory: training model={str(BASE)!r} (0.94M parameters) takes 18 MiB for the trainer and 4.0 GiB for the "
         "engine, and 2.0 GiB are free; use a smaller model, kl_coefficient=0 (4 MiB less), "
@@ -382,14 +402,14 @@ def test_a_fault_says_who_takes_how_much_and_what_to_do():
     )
     assert "disk: training" in disk
     assert "18 MiB for published weights and 32 MiB for resumable states, and 16 MiB are free; free space" in disk
-    assert not fit.warnings()
+    assert not plan.warnings()
 
 
 def test_what_may_not_fit_is_only_a_warning():
     recipe = FSTConfig(micro_batch_tokens=4096)
-    fit = measure_fit(lab_policy(), recipe, Path("nowhere"), Room({MEMORY: 64 * 2**20, DISK: GIB}))
-    assert not fit.faults()
-    (warning,) = fit.warnings()
+    plan = plan_memory(lab_policy(), recipe, Path("nowhere"), Available({MEMORY: 64 * 2**20, DISK: GIB}))
+    assert not plan.faults()
+    (warning,) = plan.warnings()
     assert "an update may take up to" in warning
     assert "64 MiB are free; if that proves too little, lower micro_batch_tokens=4096" in warning
 
@@ -398,10 +418,12 @@ def test_what_the_student_s_own_engine_holds_will_be_given_back():
     policy = lab_policy()
     policy.handle.ready()
     try:
-        needs = measure_fit(policy, FSTConfig(), Path("nowhere"), Room({MEMORY: 1000, DISK: GIB})).needs
+        requirements = plan_memory(
+            policy, FSTConfig(), Path("nowhere"), Available({MEMORY: 1000, DISK: GIB})
+        ).requirements
     finally:
         policy.release()
-    assert next(need.free for need in needs if need.place == MEMORY) == 1000 + 4 * P
+    assert next(requirement.free for requirement in requirements if requirement.place == MEMORY) == 1000 + 4 * P
 
 
 def test_a_run_that_goes_on_has_part_of_what_it_needs_on_disk(tmp_path, monkeypatch):
@@ -412,13 +434,13 @@ def test_a_run_that_goes_on_has_part_of_what_it_needs_on_disk(tmp_path, monkeypa
         with (tmp_path / name).open("wb") as file:
             file.truncate(2**40)
     (tmp_path / "states/000001/linked").hardlink_to(tmp_path / "states/000001/trainer/state.safetensors")
-    assert 2**41 <= room_now(tmp_path).free[DISK] - room_now(tmp_path / "weights").free[DISK] < 2**41 + 2**30
+    assert 2**41 <= available_now(tmp_path).free[DISK] - available_now(tmp_path / "weights").free[DISK] < 2**41 + 2**30
 
 
 def test_this_machine_says_what_is_free(tmp_path):
-    room = room_now(tmp_path / "not" / "there" / "yet")
-    assert 0 < room.free[MEMORY] < 2**50
-    assert 0 < room.free[DISK] < 2**60
+    available = available_now(tmp_path / "not" / "there" / "yet")
+    assert 0 < available.free[MEMORY] < 2**50
+    assert 0 < available.free[DISK] < 2**60
 
 
 def control_group(root: Path, name: str, own: str, **files: str) -> None:
@@ -494,6 +516,6 @@ def test_a_disk_that_takes_no_byte_is_refused(tmp_path):
 
 @given(st.integers(0, 2**50))
 def test_sizes_read_as_people_say_them(amount):
-    number, unit = shown(amount).split()
+    number, unit = format_bytes(amount).split()
     assert unit in ("MiB", "GiB")
     assert abs(float(number) * {"MiB": 2**20, "GiB": 2**30}[unit] - amount) <= 0.06 * 2**30

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dspy_fst.memory import DISK, MEMORY, Room, fitting
+from dspy_fst.memory import DISK, MEMORY, Available, memory_plan
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.result import policy_of
@@ -27,7 +27,7 @@ def built(monkeypatch):
 
 
 def leave_free(monkeypatch, memory):
-    monkeypatch.setattr(fitting, "room_now", lambda run_dir: Room({MEMORY: memory, DISK: 100 * GIB}))
+    monkeypatch.setattr(memory_plan, "available_now", lambda run_dir: Available({MEMORY: memory, DISK: 100 * GIB}))
 
 
 def after_a_step(event):

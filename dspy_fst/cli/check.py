@@ -16,7 +16,7 @@ from dspy_fst.cli.common import Debug, Json, errors_as_text
 from dspy_fst.cli.parse_remedies import measured_warnings, remedies
 from dspy_fst.cli.printer import Printer
 from dspy_fst.cli.proposer_checks import nobody_proposes, proposer_warnings, unreached
-from dspy_fst.cli.room import UNTRIED, Card, Cards, described_room, needs, show_micro_batch, show_needs
+from dspy_fst.cli.room import UNTRIED, Card, Cards, described_room, requirements, show_micro_batch, show_needs
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.formatting.numbers import duration
 from dspy_fst.run.interrupts import signals_raise
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import dspy
 
     from dspy_fst.config import FSTConfig
-    from dspy_fst.memory import Room
+    from dspy_fst.memory import Available
     from dspy_fst.policy_lm import PolicyLM
     from dspy_fst.project.project_file import Opened, Project
     from dspy_fst.rollout.rollouter import Player
@@ -80,13 +80,13 @@ def check(
             _show(told)
 
 
-def _told(file: Path, measure: bool, room: "Room | None") -> dict[str, Any]:
+def _told(file: Path, measure: bool, room: "Available | None") -> dict[str, Any]:
     """All that can be said of a project.
 
     Raises:
         ConfigurationError: with every fault, as a run would tell them.
     """
-    from dspy_fst.memory import measure_fit
+    from dspy_fst.memory import plan_memory
     from dspy_fst.monitoring.progress import without_loading_bars
     from dspy_fst.preflight.program_checks import policies_of
     from dspy_fst.preflight.score_scale import of_labels, scale_warnings
@@ -100,7 +100,7 @@ def _told(file: Path, measure: bool, room: "Room | None") -> dict[str, Any]:
         policy = next(iter(policies_of(opened.program).values()))
         plan = _plan(config, opened, policy)
         time = _measured(opened, config, plan) if measure else None
-        fit = measure_fit(policy, config, run_dir, room)
+        memory_plan = plan_memory(policy, config, run_dir, room)
         if time is not None:
             scores = [*of_labels(opened.optimizer.metric, opened.trainset), *time["scores"]]
             warnings += scale_warnings(scores, config.perfect_score)
@@ -108,10 +108,10 @@ def _told(file: Path, measure: bool, room: "Room | None") -> dict[str, Any]:
             "project": _project(project, opened, policy, run_dir),
             "settings": _settings(config, project),
             "plan": plan,
-            "needs": needs(fit),
+            "needs": requirements(memory_plan),
             "micro_batch_tokens": {"tokens": config.micro_batch_tokens, "chosen": _chooses_micro_batch(project)},
             "imagined": room is not None,
-            "written": None if fit is None else fit.writes.words,
+            "written": None if memory_plan is None else memory_plan.writes.words,
             "warnings": [*warnings, *proposer_warnings(project, opened), *measured_warnings(time)],
             "unreached": list(unreached(opened)),
             "time": time,
@@ -119,7 +119,7 @@ def _told(file: Path, measure: bool, room: "Room | None") -> dict[str, Any]:
 
 
 def _checked(
-    file: Path, project: "Project", opened: "Opened", room: "Room | None"
+    file: Path, project: "Project", opened: "Opened", room: "Available | None"
 ) -> "tuple[FSTConfig, Path, list[str]]":
     """The recipe, the run directory and the warnings.
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspy_fst.cli.printer import Printer
-from dspy_fst.run.written import GIB, MIB, shown
+from dspy_fst.run.written import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
-    from dspy_fst.memory import Fit, Room
+    from dspy_fst.memory import Available, MemoryPlan
 
 UNITS = {"GIB": GIB, "G": GIB, "GB": 10**9, "MIB": MIB, "M": MIB, "MB": 10**6, "": GIB}
 """Unit -> bytes. A bare number is of GiB: what vendors call an 80 GB card has about 80 GiB."""
@@ -25,16 +25,16 @@ Cards = Annotated[
 ]
 
 
-def described_room(gpu: str | None, cards: int) -> "Room | None":
+def described_room(gpu: str | None, cards: int) -> "Available | None":
     """The machine that --gpu and --cards describe; None: this one."""
     if gpu is None:
         if cards > 1:
             raise typer.BadParameter("say how large each card is: --gpu 24GiB --cards 2")
         return None
     card = read_size(gpu)
-    from dspy_fst.memory import imagined_room  # after what may be wrong with the options: it takes seconds
+    from dspy_fst.memory import imagined_machine  # after what may be wrong with the options: it takes seconds
 
-    return imagined_room(card, cards)
+    return imagined_machine(card, cards)
 
 
 def read_size(text: str) -> int:
@@ -49,40 +49,43 @@ def read_size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def needs(fit: "Fit | None") -> list[dict[str, Any]] | None:
+def requirements(memory_plan: "MemoryPlan | None") -> list[dict[str, Any]] | None:
     """Bytes by place; None before anything is known of the model. ``free`` is None where nobody looked."""
     from dspy_fst.memory import UNKNOWN
 
-    if fit is None:
+    if memory_plan is None:
         return None
     return [
         {
-            "place": need.place,
-            "certain": need.certain,
-            "expected": need.expected,
-            "at_most": need.at_most,
-            "free": None if need.free == UNKNOWN else need.free,
-            "parts": {take.who: take.certain for take in need.takes},
+            "place": requirement.place,
+            "certain": requirement.certain,
+            "expected": requirement.expected,
+            "at_most": requirement.at_most,
+            "free": None if requirement.free == UNKNOWN else requirement.free,
+            "parts": {allocation.part: allocation.certain for allocation in requirement.allocations},
         }
-        for need in fit.needs
+        for requirement in memory_plan.requirements
     ]
 
 
-def micro_batch(fit: "Fit | None") -> dict[str, Any] | None:
+def micro_batch(memory_plan: "MemoryPlan | None") -> dict[str, Any] | None:
     """The tokens of a micro-batch, and whether they were chosen."""
-    return None if fit is None else {"tokens": fit.micro_batch_tokens, "chosen": fit.chosen}
+    return None if memory_plan is None else {"tokens": memory_plan.micro_batch_tokens, "chosen": memory_plan.chosen}
 
 
 def show_needs(out: Printer, told: list[dict[str, Any]]) -> None:
     """The table of places, and of whom each is taken by."""
     out.table(
         ("where", "taken", "expected", "at most", "free"),
-        [(n["place"], *(shown(n[k]) for k in ("certain", "expected", "at_most")), _free(n["free"])) for n in told],
+        [
+            (n["place"], *(format_bytes(n[k]) for k in ("certain", "expected", "at_most")), _free(n["free"]))
+            for n in told
+        ],
     )
-    for need in told:
-        parts = ", ".join(f"{shown(size)} {who}" for who, size in need["parts"].items() if size)
+    for requirement in told:
+        parts = ", ".join(f"{format_bytes(size)} {part}" for part, size in requirement["parts"].items() if size)
         if parts:
-            out.line(f"{need['place']}: {parts}")
+            out.line(f"{requirement['place']}: {parts}")
 
 
 def show_micro_batch(out: Printer, told: dict[str, Any]) -> None:
@@ -92,4 +95,4 @@ def show_micro_batch(out: Printer, told: dict[str, Any]) -> None:
 
 
 def _free(amount: int | None) -> str:
-    return "not looked at" if amount is None else shown(amount)
+    return "not looked at" if amount is None else format_bytes(amount)

@@ -15,17 +15,17 @@ from dspy_fst.cli.room import (
     Cards,
     described_room,
     micro_batch,
-    needs,
+    requirements,
     show_micro_batch,
     show_needs,
 )
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.model_files.known import known_models, unknown_fault
-from dspy_fst.run.written import GIB, shown
+from dspy_fst.run.written import GIB, format_bytes
 
 if TYPE_CHECKING:
     from dspy_fst.config import FSTConfig
-    from dspy_fst.memory import Fit, Room
+    from dspy_fst.memory import Available, MemoryPlan
 
 LONGEST_REPLY = 1024
 """Tokens: the default ``max_tokens`` of a PolicyLM."""
@@ -83,38 +83,39 @@ def _recipe(kl: bool, tokens: str) -> "FSTConfig":
     return config
 
 
-def _told(model: str, room: "Room | None", config: "FSTConfig", max_tokens: int) -> dict[str, Any]:
-    from dspy_fst.memory import Subject, find_size, fit_of, room_now, vllm_share
+def _told(model: str, room: "Available | None", config: "FSTConfig", max_tokens: int) -> dict[str, Any]:
+    from dspy_fst.memory import Workload, available_now, find_size, plan_for, vllm_share
     from dspy_fst.policy_lm import resolve_kind
 
     size = find_size(model)
-    where = room or room_now(Path.cwd())
+    where = room or available_now(Path.cwd())
     kind = "vllm" if where.imagined else resolve_kind("auto")
     options = {"gpu_memory_utilization": vllm_share(size, where)} if kind == "vllm" and where.on_gpu else {}
-    fit = fit_of(Subject(model, size, kind, options, max_tokens), config, where)
+    memory_plan = plan_for(Workload(model, size, kind, options, max_tokens), config, where)
     return {
         "model": model,
         "parameters": size.parameters,
-        "fits": not fit.faults() and fit.expected_to_fit and fit.reply_limit is None,
-        "expected_to_fit": not fit.faults() and fit.expected_to_fit,
-        "reply_limit": fit.reply_limit,
-        "sure": not [*fit.faults(), *fit.doubts()],
+        "fits": not memory_plan.faults() and memory_plan.expected_to_fit and memory_plan.reply_limit is None,
+        "expected_to_fit": not memory_plan.faults() and memory_plan.expected_to_fit,
+        "reply_limit": memory_plan.reply_limit,
+        "sure": not [*memory_plan.faults(), *memory_plan.doubts()],
         "engine": kind,
         "engine_options": options,
-        "micro_batch_tokens": micro_batch(fit),
-        "needs": needs(fit),
-        "written": fit.writes.words,
-        "disk_advice": disk_advice(fit),
-        "faults": fit.faults(),
-        "warnings": fit.warnings(),
+        "micro_batch_tokens": micro_batch(memory_plan),
+        "needs": requirements(memory_plan),
+        "written": memory_plan.writes.words,
+        "disk_advice": disk_advice(memory_plan),
+        "faults": memory_plan.faults(),
+        "warnings": memory_plan.warnings(),
         "source": UNTRIED if where.on_gpu else "computed; benchmarks/sizes.py holds it against measured peaks",
     }
 
 
-def disk_advice(fit: "Fit") -> str:
+def disk_advice(memory_plan: "MemoryPlan") -> str:
     """How to write less."""
+    writes = memory_plan.writes
     return (
-        f"each update writes {shown(fit.writes.weights)} of weights and {shown(fit.writes.state)} of state; "
+        f"each update writes {format_bytes(writes.weights)} of weights and {format_bytes(writes.state)} of state; "
         "checkpoint_every=6 writes a state every sixth update, keep_states=1 and keep_weights=1 keep fewer"
     )
 
@@ -166,27 +167,31 @@ def _rows() -> Iterator[list[str]]:
 
 
 def _row(model: str, size: Any, config: "FSTConfig", kl: bool) -> list[str]:
-    from dspy_fst.memory import DISK, MEMORY, Subject, fit_of, imagined_room, least_served, vllm_share
+    from dspy_fst.memory import DISK, MEMORY, Workload, imagined_machine, least_served, plan_for, vllm_share
 
-    fits = []
+    memory_plans = []
     for card in TABLE_CARDS:
         for cards in (1, 2):
-            room = imagined_room(card * GIB, cards)
+            room = imagined_machine(card * GIB, cards)
             options = {"gpu_memory_utilization": vllm_share(size, room)}
-            fits.append(fit_of(Subject(model, size, "vllm", options, LONGEST_REPLY), config, room))
-    taken = {take.who: take.certain for need in fits[0].needs for take in need.takes}
-    kept = {need.place: need.certain for need in fits[0].needs}
+            memory_plans.append(plan_for(Workload(model, size, "vllm", options, LONGEST_REPLY), config, room))
+    taken = {
+        allocation.part: allocation.certain
+        for requirement in memory_plans[0].requirements
+        for allocation in requirement.allocations
+    }
+    kept = {requirement.place: requirement.certain for requirement in memory_plans[0].requirements}
     return [
         model.partition("/")[2],
         f"{size.parameters / 1e9:.2f}B",
         "on" if kl else "off",
         *(f"{amount / GIB:.1f}" for amount in (taken["the trainer"], least_served(size), kept[MEMORY], kept[DISK])),
-        *map(_fitting, fits),
+        *map(_fitting, memory_plans),
     ]
 
 
-def _fitting(fit: "Fit") -> str:
+def _fitting(memory_plan: "MemoryPlan") -> str:
     """The micro-batch that fits at most; in brackets one that is only expected to."""
-    if fit.faults() or not fit.expected_to_fit:
+    if memory_plan.faults() or not memory_plan.expected_to_fit:
         return "no"
-    return f"({fit.micro_batch_tokens:,})" if fit.doubts() else f"{fit.micro_batch_tokens:,}"
+    return f"({memory_plan.micro_batch_tokens:,})" if memory_plan.doubts() else f"{memory_plan.micro_batch_tokens:,}"

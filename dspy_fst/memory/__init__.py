@@ -1,18 +1,23 @@
-"""What a run takes of memory and disk, and what is there: told before anything is loaded.
+"""How much memory and disk a run needs, and how much is free: computed before anything is loaded.
 
-Full weights are counted; a model's shape is all that must be known, so a config.json is enough.
+In: a model's shape (a config.json is enough), a recipe, a machine. Out: a `MemoryPlan` with its faults and warnings.
+Full weights are counted.
 
-In bytes. P: parameters, tied ones once; V: vocabulary; h, f, L: width, inner width and number of the layers; q, k:
-width of a layer's queries and of its keys; K: candidates; G: rollouts of a problem. Of one micro-batch, R: tokens read;
-N: those of them that are scored; S: keys that its replies look at where a prompt is shared; M: pairs of a reply's token
-and such a key.
+All sizes are in bytes. Symbols:
 
-| who       | what                | bytes                       | why                                                 |
+- P: parameters, tied ones counted once. V: vocabulary.
+- h, f, L: width, inner width and number of the layers. q, k: width of a layer's queries and of its keys.
+- K: candidates. G: rollouts of a problem.
+- R: tokens of a micro-batch that pass through the layers. N: those of them that are scored.
+- S: keys that the replies of a micro-batch attend to where they share a prompt. M: pairs of a reply token and such a
+  key.
+
+| part      | what                | bytes                       | why                                                 |
 | --------- | ------------------- | --------------------------- | --------------------------------------------------- |
 | trainer   | weights             | 4 P                         | float32, also under a bfloat16 body                 |
 | trainer   | gradients           | 4 P                         | held over the micro-batches of an update            |
 | trainer   | AdamW               | 8 P                         | two moments                                         |
-| trainer   | reference           | 4 P                         | the frozen start, for a KL coefficient > 0          |
+| trainer   | reference           | 4 P                         | the starting weights, for a KL coefficient > 0      |
 | trainer   | a state being saved | 12 P of main memory         | copied from the GPU, when it is on one              |
 | engine    | weights             | 4 P on a CPU, 2 P on a GPU  | float32 or bfloat16; the head untied                |
 | engine    | in process, bfloat16 | 2 V h more                 | the head is in float32                              |
@@ -27,42 +32,42 @@ and such a key.
 | an update | norms on heads      | R L (8 q + 8 k), bfloat16 6 | Qwen3 and its like                                  |
 | an update | shared prompts      | L (8 q S + 4 M), bfloat16 half | each reply holds its prompt's keys and values    |
 | an update | instead of logits   | 4 R (h + f), 4 V h          | a layer's and the head's gradient on their way      |
-| an update | or, with KL         | 4 N V + 4 R (4 h + 3 f)     | the frozen start's own pass                         |
+| an update | or, with KL         | 4 N V + 4 R (4 h + 3 f)     | the reference's own pass                            |
 | an update | casts               | 2 P without the embedding   | bfloat16 copies of the weights, under such a body   |
 | sampling  | in process, at most | max_batch_tokens times L k  | keys and values; never at the time of an update     |
 
-The layers' rows are the tensors that autograd keeps for Llama and Qwen3 in transformers 5.19. For other models they
-are an estimate.
+The rows of the layers are the tensors that autograd keeps for Llama and Qwen3 in transformers 5.19. For other models
+they are an estimate.
 
-Two figures come of it for an update. *Expected*: half of the tokens that are read are scored, and G/K replies of 256
-tokens share a prompt. *At most*: the worse of two extremes, every token scored, or nearly none and G replies to a
-prompt. On a CPU they are multiplied by what the C library's heap loses in holes between tensors (`HEAP`, measured).
+An update has two figures. *Expected*: half of the tokens are scored, and G/K replies of 256 tokens share a prompt.
+*At most*: the worse of two extremes, either every token scored, or almost none scored and G replies to each prompt.
+On a CPU both are multiplied by `HEAP` (measured): the C library's heap loses memory in holes between tensors.
 
-Written over a run, what it removes again included: 4 P or 2 P at every update that moves the weights, 12 P at every
-state (``checkpoint_every``). After a step that moved nothing a state shares its files with the one before.
+Each update that moves the weights writes 4 P or 2 P, and each resumable state (``checkpoint_every``) writes 12 P. After
+a step that moved nothing, the state shares its files with the previous one.
 
-With ``method="gepa"`` nothing is updated, and of the trainer's rows only the weights count.
+With ``method="gepa"`` no weights are updated, and only the weights count of the trainer's rows.
 
-What is taken for certain and does not fit is a fault. What comes on top *at most* is only warned of: how many of a
-micro-batch's tokens are scored depends on prompts and replies that nobody has seen yet.
+A certain requirement that does not fit is a fault. A requirement that fits only below its *at most* figure is a
+warning: how many tokens of a micro-batch are scored depends on prompts and replies that do not exist yet.
 """
 
-from dspy_fst.memory.allocations import Subject, Take, least_served, vllm_share
-from dspy_fst.memory.fitting import Fit, Need, fit_of, measure_fit
-from dspy_fst.memory.places import (
+from dspy_fst.memory.allocations import Allocation, Workload, least_served, vllm_share
+from dspy_fst.memory.available import (
     DISK,
     GPU,
     MEMORY,
     SECOND_GPU,
     UNKNOWN,
-    Room,
+    Available,
+    available_now,
     free_memory,
-    imagined_room,
+    imagined_machine,
     nearest_folder,
-    room_now,
     writable_fault,
 )
-from dspy_fst.memory.settled import as_recorded, settled
+from dspy_fst.memory.memory_plan import MemoryPlan, Requirement, plan_for, plan_memory
+from dspy_fst.memory.micro_batch import with_chosen_micro_batch, with_recorded_micro_batch
 from dspy_fst.memory.shape import ModelSize, find_size, model_size, shape_faults, size_of_config
 
 __all__ = [
@@ -71,25 +76,25 @@ __all__ = [
     "MEMORY",
     "SECOND_GPU",
     "UNKNOWN",
-    "Fit",
+    "Allocation",
+    "Available",
+    "MemoryPlan",
     "ModelSize",
-    "Need",
-    "Room",
-    "Subject",
-    "Take",
-    "as_recorded",
+    "Requirement",
+    "Workload",
+    "available_now",
     "find_size",
-    "fit_of",
     "free_memory",
-    "imagined_room",
+    "imagined_machine",
     "least_served",
-    "measure_fit",
     "model_size",
     "nearest_folder",
-    "room_now",
-    "settled",
+    "plan_for",
+    "plan_memory",
     "shape_faults",
     "size_of_config",
     "vllm_share",
+    "with_chosen_micro_batch",
+    "with_recorded_micro_batch",
     "writable_fault",
 ]

@@ -1,7 +1,7 @@
-"""A model's shape: all that the arithmetic must know of it, from its files' headers or from its config alone.
+"""A model's shape: what the memory formulas need to know, from the headers of its files or from its config alone.
 
-Nothing is downloaded here and no number of the weights is read. A config alone is counted by building the
-model on torch's meta device, which holds shapes and no memory; both ways give the same numbers.
+No weights are read and nothing but a config is downloaded. From a config alone, the model is built on torch's meta
+device, which holds shapes and takes no memory. Both ways give the same numbers.
 """
 
 import json
@@ -24,33 +24,33 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model's files or its config say of its size. Counts and widths are in numbers, not bytes."""
+    """The size of a model according to its files or its config. Counts and widths are numbers, not bytes."""
 
     parameters: int
-    """Tied ones once, e.g. 596,049,920."""
+    """Tied ones counted once, e.g. 596,049,920."""
     untied: int
-    """Parameters of the published weights, which hold a tied head twice."""
+    """Parameters of the published weights, which hold a tied head twice, e.g. 751,632,384."""
     vocabulary: int
     width: int
     inner_width: int
     layers: int
     queries: int
-    """Width of a layer's queries: heads times their width."""
+    """Width of a layer's queries: heads times head width."""
     keys: int
     """Width of a layer's keys, and of its values."""
     normed_heads: bool
-    """Whether queries and keys have a norm of their own, as Qwen3's."""
+    """Whether queries and keys have norms of their own, as in Qwen3."""
     assumed: tuple[str, ...] = ()
-    """Numbers that config.json leaves out: they are transformers' defaults."""
+    """Settings that config.json leaves out, so that transformers' defaults are counted."""
 
     @property
     def cached(self) -> int:
-        """Numbers that a token's keys and values are, over all layers."""
+        """Numbers in a token's keys and values over all layers."""
         return 2 * self.layers * self.keys
 
     @property
     def embedding(self) -> int:
-        """Parameters of the embedding, and of the head."""
+        """Parameters of the embedding, and as many of the head."""
         return self.vocabulary * self.width
 
     @property
@@ -59,22 +59,22 @@ class ModelSize:
 
 
 def model_size(folder: Path) -> ModelSize | None:
-    """The size of a local model; None when there is no config that can be read, or a file of weights is broken.
+    """The size of a local model; None when its config cannot be read or a weights file is broken.
 
     Args:
-        folder: A Hugging Face folder, with weights or without; or a hub name whose config lies in the local cache.
+        folder: A Hugging Face folder, with or without weights; or a hub name whose config is in the local cache.
     """
     try:
         return _size_of(_local_config(folder), folder)
-    except Exception:  # files of others may break in any way; `model_faults` and `find_size` say how
+    except Exception:  # a foreign file may break in any way; `model_faults` and `find_size` say how
         return None
 
 
 def find_size(model: str) -> ModelSize:
-    """The shape of a folder's or a hub's model; no weights are needed.
+    """The size of a model in a folder or on a hub; no weights are needed.
 
     Raises:
-        ConfigurationError: it is not known, with where it was looked for; or it is no model that can be trained.
+        ConfigurationError: the model is not found, with the places that were searched; or it cannot be trained.
     """
     if fault := unknown_fault(model):
         raise ConfigurationError([fault])
@@ -83,7 +83,7 @@ def find_size(model: str) -> ModelSize:
         raise ConfigurationError(faults)
     try:
         size = _size_of(config, Path(model))
-    except ValueError:  # a file of weights is broken, which a run tells
+    except ValueError:  # a weights file is broken; a run reports that
         size = size_of_config(config)
     if size is None:
         raise ConfigurationError([f"model={model!r}: transformers cannot make a model of its config"])
@@ -100,20 +100,20 @@ def _config_of(model: str) -> Any:
     """The config of a folder, of the hub's cache, of a well-known model or of the hub, whichever comes first."""
     from transformers import AutoConfig
 
-    with suppress(Exception):  # looked for elsewhere; the last place says why not
+    with suppress(Exception):  # try the next place; the last one reports the error
         return _local_config(Path(model))
     try:
         known = None if Path(model).is_dir() else known_models().get(model)
         return AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # a hub refuses in many ways, and files of others may break in any
+    except Exception as error:  # a hub refuses in many ways, and a foreign file may break in any
         raise ConfigurationError([f"model={model!r}: {unreadable(Path(model), error)}"]) from error
 
 
 def _size_of(config: Any, folder: Path) -> ModelSize | None:
-    """By the headers of a folder's weights where there are any.
+    """The size by the headers of the weights if the folder has any, else by the config.
 
     Raises:
-        ValueError: a file of weights is broken.
+        ValueError: a weights file is broken.
     """
     shapes = stored_shapes(folder)
     size = _size(config, shapes) if shapes else size_of_config(config)
@@ -124,7 +124,7 @@ def _size_of(config: Any, folder: Path) -> ModelSize | None:
 
 
 def shape_faults(policy: PolicyLM) -> list[str]:
-    """Why the shape of a policy's model cannot be known; nothing else of its files is looked at."""
+    """Why the size of a policy's model is unknown. Nothing else about its files is checked."""
     try:
         find_size(str(policy.checkpoint.path))
     except ConfigurationError as error:
@@ -133,10 +133,10 @@ def shape_faults(policy: PolicyLM) -> list[str]:
 
 
 def size_of_config(config: Any) -> ModelSize | None:
-    """The size of a transformers config's model, without any weights; None when transformers cannot make that model."""
+    """The size of the model that a transformers config describes; None when transformers cannot build it."""
     try:
         model = empty_model(config)
-    except Exception:  # a model's own code may raise anything on a config of others
+    except Exception:  # a model's code may raise anything on a foreign config
         return None
     return _size(config, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
 
@@ -162,7 +162,7 @@ def _size(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> ModelSize:
 
 
 def _inner_width(config: Any) -> int | None:
-    """Of a mixture of experts: of all the experts that a token passes through."""
-    dense, of_expert = largest(config, "intermediate_size"), largest(config, "moe_intermediate_size")
+    """Inner width of a layer; for a mixture of experts, of all experts that a token passes through."""
+    dense, expert = largest(config, "intermediate_size"), largest(config, "moe_intermediate_size")
     chosen = largest(config, "num_experts_per_tok") or 1
-    return max(filter(None, (dense, of_expert and of_expert * chosen)), default=None)
+    return max(filter(None, (dense, expert and expert * chosen)), default=None)

@@ -1,18 +1,18 @@
-"""How much a run writes, and bytes as people read them."""
+"""How many bytes a run writes, and bytes as text."""
 
 from dataclasses import dataclass
 
 MIB, GIB = 2**20, 2**30
 MUCH_WRITTEN = 2**40
-"""Bytes over a run from which on its writing is warned of (ours): a disk that writes 1 GiB/s takes 17 minutes."""
+"""Bytes over a run above which a warning is given (ours): a disk that writes 1 GiB/s takes 17 minutes."""
 
 
 @dataclass(frozen=True)
 class Writes:
-    """What a run writes to the disk at most, files that it removes again included."""
+    """The most that a run writes to the disk, including files that it removes again."""
 
     weights: int
-    """Bytes of one published version; there is one for each update that moves the weights."""
+    """Bytes of one published version. Each update that moves the weights publishes one."""
     updates: int
     state: int
     """Bytes of one resumable state after an update."""
@@ -25,15 +25,15 @@ class Writes:
     @property
     def words(self) -> str:
         return (
-            f"written over the run: at most {shown(self.total)}, {shown(self.weights)} of weights for each of "
-            f"{self.updates} updates and {shown(self.state)} for each of {self.states} states"
+            f"written over the run: at most {format_bytes(self.total)}, {format_bytes(self.weights)} of weights for "
+            f"each of {self.updates} updates and {format_bytes(self.state)} for each of {self.states} states"
         )
 
 
-def shown(amount: int) -> str:
-    """Bytes as people read them.
+def format_bytes(amount: int) -> str:
+    """Bytes as text.
 
-    >>> shown(3 * 2**29), shown(2**20)
+    >>> format_bytes(3 * 2**29), format_bytes(2**20)
     ('1.5 GiB', '1 MiB')
     """
     return f"{amount / GIB:.1f} GiB" if amount >= GIB else f"{amount / MIB:.0f} MiB"

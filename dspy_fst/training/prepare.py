@@ -12,7 +12,14 @@ import dspy
 from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
 from dspy_fst.engine.portable import portable_options
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.memory import Room, as_recorded, measure_fit, settled, shape_faults, writable_fault
+from dspy_fst.memory import (
+    Available,
+    plan_memory,
+    shape_faults,
+    with_chosen_micro_batch,
+    with_recorded_micro_batch,
+    writable_fault,
+)
 from dspy_fst.model_files.hub import hub_warnings
 from dspy_fst.model_files.reach import ANSWER_S, IN_A_RUN_S
 from dspy_fst.policy_lm import PolicyLM
@@ -175,7 +182,7 @@ def checked(
     trainset: Any,
     valset: Any,
     teacher: Any,
-    room: Room | None = None,
+    room: Available | None = None,
     hub_s: float = ANSWER_S,
 ) -> tuple[FSTConfig, Path, dict[str, Any], list[str]]:
     """Recipe, run directory, identity and warnings of what was given.
@@ -206,7 +213,7 @@ def checked(
     faults += input_faults(student, trainset, valset)
     if config is not None:
         try:
-            trainer_settings(settled(config, None))
+            trainer_settings(with_chosen_micro_batch(config, None))
         except ConfigurationError as error:
             faults += error.faults
     faults += search_faults(config, optimizer.metric, optimizer.reflection_lm, optimizer.propose)
@@ -228,11 +235,11 @@ def checked(
         faults += optimizer_faults(config, student, policy, run_dir)
         recipe = redactor.clean(run_identity(config, student, trainset, policy))
         faults += [fault] if (fault := directory_fault(run_dir, recipe)) else []
-        config = as_recorded(config, run_dir)
-        if fit := measure_fit(policy, config, run_dir, room):
+        config = with_recorded_micro_batch(config, run_dir)
+        if fit := plan_memory(policy, config, run_dir, room):
             faults += fit.faults()
             warnings = fit.warnings()
-        config = settled(config, fit)
+        config = with_chosen_micro_batch(config, fit)
         warnings += [*patience_warnings(config), *differing_adapter(student)]
         warnings += _model_warnings(policy, config) if room is None else []
         warnings += part_warnings(student)

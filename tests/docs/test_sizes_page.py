@@ -9,8 +9,8 @@ import yaml
 from benchmarks.sizes import RESULT, TOLERANCE, Case, computed
 from dspy_fst.cli.sizes import LONGEST_REPLY
 from dspy_fst.config import FSTConfig
-from dspy_fst.memory import DISK, Subject, find_size, fit_of, imagined_room, vllm_share
-from dspy_fst.memory.arithmetic import Reading
+from dspy_fst.memory import DISK, Workload, find_size, imagined_machine, plan_for, vllm_share
+from dspy_fst.memory.arithmetic import MicroBatchShape
 from dspy_fst.memory.shape import ModelSize
 from tests.docs.pages import DOCS, ROOT
 
@@ -30,7 +30,7 @@ def test_one_line_of_each_size_and_kl_was_measured():
 
 @pytest.mark.parametrize("row", MEASURED, ids=name_of)
 def test_what_is_computed_now_is_what_was_measured_then(row):
-    now = computed(ModelSize(**row["size"]), Case(**row["case"]), Reading(**row["reading"]))
+    now = computed(ModelSize(**row["size"]), Case(**row["case"]), MicroBatchShape(**row["reading"]))
     assert now == pytest.approx(row["peak"], rel=TOLERANCE)
 
 
@@ -45,10 +45,10 @@ def test_the_recipes_for_a_card_fit_on_it_by_the_arithmetic():
     assert found
     for recipe in found:
         policy, size = recipe["policy"], find_size(recipe["model"])
-        subject = Subject("it", size, policy["engine"], policy["engine_options"], policy["max_tokens"])
-        fit = fit_of(subject, FSTConfig(**recipe.get("recipe", {})), imagined_room(24 * GIB))
-        assert [*fit.faults(), *fit.doubts()] == []
-        assert f"micro-batches of {fit.micro_batch_tokens} tokens" in (DOCS / "gpus.md").read_text()
+        workload = Workload("it", size, policy["engine"], policy["engine_options"], policy["max_tokens"])
+        plan = plan_for(workload, FSTConfig(**recipe.get("recipe", {})), imagined_machine(24 * GIB))
+        assert [*plan.faults(), *plan.doubts()] == []
+        assert f"micro-batches of {plan.micro_batch_tokens} tokens" in (DOCS / "gpus.md").read_text()
 
 
 README_SAYS = [
@@ -60,34 +60,41 @@ README_SAYS = [
 
 
 def fit_on(card, model, **recipe):
-    room, size = imagined_room(card * GIB), find_size(model)
-    options = {"gpu_memory_utilization": vllm_share(size, room)}
-    return fit_of(Subject(model, size, "vllm", options, LONGEST_REPLY), FSTConfig(**recipe), room)
+    available, size = imagined_machine(card * GIB), find_size(model)
+    options = {"gpu_memory_utilization": vllm_share(size, available)}
+    return plan_for(Workload(model, size, "vllm", options, LONGEST_REPLY), FSTConfig(**recipe), available)
 
 
 @pytest.mark.parametrize(("card", "model", "words", "recipe"), README_SAYS, ids=[says[2] for says in README_SAYS])
 def test_what_the_readme_says_of_cards_is_what_is_computed(card, model, words, recipe):
     assert words in " ".join((ROOT / "README.md").read_text().split())
-    fit = fit_on(card, model, **recipe)
-    assert [*fit.faults(), *fit.doubts()] == []
+    plan = fit_on(card, model, **recipe)
+    assert [*plan.faults(), *plan.doubts()] == []
 
 
 def test_the_readme_s_other_figures_are_computed_too():
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert "and 8B on none" in readme
     assert fit_on(80, "Qwen/Qwen3-8B").faults()
-    disk = next(need.certain for need in fit_on(24, "Qwen/Qwen3-0.6B").needs if need.place == DISK)
+    disk = next(
+        requirement.certain for requirement in fit_on(24, "Qwen/Qwen3-0.6B").requirements if requirement.place == DISK
+    )
     assert f"A run of 0.6B keeps up to {disk / GIB:.0f} GiB" in readme
 
 
 def test_what_the_page_says_of_the_disk_at_8b_is_computed():
-    fit = fit_on(80, "Qwen/Qwen3-8B")
-    weights, states = (take.certain / GIB for need in fit.needs for take in need.takes if take.place == DISK)
-    update = (fit.writes.weights + fit.writes.state) / GIB
+    plan = fit_on(80, "Qwen/Qwen3-8B")
+    weights, states = (
+        allocation.certain / GIB
+        for requirement in plan.requirements
+        for allocation in requirement.allocations
+        if allocation.place == DISK
+    )
+    update = (plan.writes.weights + plan.writes.state) / GIB
     page = " ".join((DOCS / "sizes.md").read_text().split())
     assert (
         f"keeps {weights:.0f} GiB of weights and {states:.0f} GiB of states, and writes {update:.0f} GiB at every"
         in page
     )
-    assert f"{fit.writes.weights / GIB:.0f} GiB of weights, which it must publish" in page
-    assert f"Over {fit.writes.updates} updates that is {fit.writes.total / 2**40:.0f} TiB" in page
+    assert f"{plan.writes.weights / GIB:.0f} GiB of weights, which it must publish" in page
+    assert f"Over {plan.writes.updates} updates that is {plan.writes.total / 2**40:.0f} TiB" in page

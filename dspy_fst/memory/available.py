@@ -1,4 +1,4 @@
-"""Where a run takes something: cards, main memory and disk; what is free there, on this machine or an imagined one."""
+"""How much is free on cards, in main memory and on the disk, of this machine or of one that the user describes."""
 
 import os
 import shutil
@@ -16,52 +16,57 @@ from dspy_fst.run.written import GIB
 MEMORY, GPU, DISK = "memory", "GPU memory", "disk"
 SECOND_GPU = "GPU memory of the second card"
 UNKNOWN = sys.maxsize
-"""Free bytes of a place that nobody looked at: anything fits."""
+"""Free bytes of a place that was not inspected: anything fits."""
 CUDA_CONTEXT = GIB // 2
-"""Of a card, for the trainer's CUDA context and kernels: assumed, never measured here."""
+"""GPU memory for the trainer's CUDA context and kernels (assumed, not measured)."""
 
 
 @dataclass(frozen=True)
-class Room:
-    """What is free, in bytes."""
+class Available:
+    """Free bytes, place by place.
+
+    >>> Available({GPU: 24 * GIB, MEMORY: 64 * GIB, DISK: 500 * GIB}, gpu_total=24 * GIB).on_gpu
+    True
+    """
 
     free: Mapping[str, int]
-    """Place -> bytes; ``GPU`` only where there is a card, ``SECOND_GPU`` only where there are two."""
+    """Place -> bytes. ``GPU`` is a key only where there is a card, ``SECOND_GPU`` only where there are two."""
     gpu_total: int = 0
-    """Bytes of one whole card; of two they are alike, or the first counts."""
+    """Bytes of one whole card; of the first where there are two."""
     imagined: bool = False
-    """Whether it is a machine that the user described, not this one."""
+    """Whether the user described the machine, e.g. with ``--gpu 24GiB``; else it is this one."""
 
     @property
     def on_gpu(self) -> bool:
         return GPU in self.free
 
 
-def room_now(run_dir: Path) -> Room:
-    """What is free on this machine; a run that goes on in ``run_dir`` has part of what it needs there."""
+def available_now(run_dir: Path) -> Available:
+    """What is free on this machine. Weights and states that ``run_dir`` holds already count as free disk."""
     disk = shutil.disk_usage(nearest_folder(run_dir))
-    kept = [path.lstat() for name in ("weights", "states") for path in (run_dir / name).rglob("*")]
-    held = sum({stat.st_ino: stat.st_size for stat in kept}.values())  # states share files under several names
-    # Made-up file systems tell 0 of everything: that is unknown, not full.
-    free = {MEMORY: free_memory(), DISK: disk.free + held if disk.total else UNKNOWN}
+    present = [path.lstat() for name in ("weights", "states") for path in (run_dir / name).rglob("*")]
+    kept = sum({stat.st_ino: stat.st_size for stat in present}.values())  # states share files under several names
+    # Virtual file systems report a total of 0. That means unknown, not full.
+    free = {MEMORY: free_memory(), DISK: disk.free + kept if disk.total else UNKNOWN}
     gpu = free_gpu_bytes()
     if gpu is None:
-        return Room(free)
+        return Available(free)
     second = free_second_gpu_bytes()
-    return Room({GPU: gpu[0], **({} if second is None else {SECOND_GPU: second}), **free}, gpu[1])
+    return Available({GPU: gpu[0], **({} if second is None else {SECOND_GPU: second}), **free}, gpu[1])
 
 
-def imagined_room(card: int, cards: int = 1) -> Room:
-    """A machine with empty cards of ``card`` bytes each, and as much main memory and disk as it takes.
+def imagined_machine(card: int, cards: int = 1) -> Available:
+    """A machine with empty cards of ``card`` bytes each and unlimited main memory and disk.
 
-    With two cards the trainer has the first, and the engine the second: nothing is sharded.
+    With two cards the trainer has the first and the engine the second. Nothing is sharded.
     """
     second = {SECOND_GPU: card} if cards == 2 else {}
-    return Room({GPU: card - CUDA_CONTEXT, **second, MEMORY: UNKNOWN, DISK: UNKNOWN}, card, imagined=True)
+    return Available({GPU: card - CUDA_CONTEXT, **second, MEMORY: UNKNOWN, DISK: UNKNOWN}, card, imagined=True)
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Main memory, swap included, that this process may still take: what is free, or what its control groups leave.
+    """Main memory, swap included, that this process may still take: what is free, and no more than its control groups
+    allow.
 
     Args:
         root: Where ``/proc`` and ``/sys`` are.
@@ -71,9 +76,9 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def _left_by_control_groups(root: Path) -> Iterator[int]:
-    """What each memory limit above this process leaves; psutil knows of none."""
-    own = root / "proc/self/cgroup"
-    for line in own.read_text().splitlines() if own.is_file() else ():
+    """What each memory limit above this process leaves; psutil reads none of them."""
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
         _, controllers, name = line.split(":", 2)
         if controllers == "":  # version 2
             mount, limit, used, pages = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
@@ -88,9 +93,9 @@ def _left_by_control_groups(root: Path) -> Iterator[int]:
                 most, taken = (group / limit).read_text().strip(), int((group / used).read_text())
                 facts = dict(fact.split() for fact in (group / "memory.stat").read_text().splitlines())
             except OSError:
-                continue  # the topmost group has no limit, and a container does not see those above its own
+                continue  # the topmost group has no limit, and a container does not see groups above its own
             if most != "max":
-                yield int(most) - taken + int(facts.get(pages, 0))  # pages of files are given back on demand
+                yield int(most) - taken + int(facts.get(pages, 0))  # cached file pages are released on demand
 
 
 def nearest_folder(path: Path) -> Path:
@@ -99,7 +104,7 @@ def nearest_folder(path: Path) -> Path:
 
 
 def writable_fault(run_dir: Path) -> str | None:
-    """Why nothing can be written into a run directory, found by writing; None when it can. Nothing is left behind."""
+    """Why nothing can be written into a run directory; None when it can. Tried with a file that is removed again."""
     where = f"run_dir={str(run_dir)!r}"
     try:
         folder = nearest_folder(run_dir)

@@ -1,0 +1,294 @@
+"""Whether a run fits: what its parts allocate against what is free, place by place; and the micro-batch that fits.
+
+``micro_batch_tokens="auto"`` is the largest power of two, within bounds, whose *at most* figure fits. If none does, it
+is the largest whose *expected* figure fits, and a warning says so.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.engine.in_process import InProcessSettings
+from dspy_fst.engine.vllm.server import VLLMSettings
+from dspy_fst.memory.allocations import (
+    ENGINE,
+    LARGEST_SHARE,
+    TRAINER,
+    Allocation,
+    Workload,
+    allocations_of,
+    known_options,
+    served_bytes,
+    update_range,
+    writes_of,
+)
+from dspy_fst.memory.arithmetic import LARGEST_ON_CPU, LARGEST_ON_GPU, SMALLEST
+from dspy_fst.memory.available import DISK, Available, available_now
+from dspy_fst.memory.shape import ModelSize, find_size, model_size
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.run.written import MUCH_WRITTEN, Writes, format_bytes
+
+SPARE = 0.05
+"""Share of the memory left for an update that a chosen micro-batch leaves free for allocators (ours)."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """All allocations in one place, and what is free there, in bytes."""
+
+    place: str
+    allocations: tuple[Allocation, ...]
+    free: int
+
+    @property
+    def certain(self) -> int:
+        return sum(allocation.certain for allocation in self.allocations)
+
+    @property
+    def at_most(self) -> int:
+        """``certain`` and the largest peak."""
+        return self.certain + self._peak.at_most
+
+    @property
+    def expected(self) -> int:
+        """``certain`` and the largest peak for typical texts."""
+        return self.certain + max(allocation.expected for allocation in self.allocations)
+
+    @property
+    def _peak(self) -> Allocation:
+        return max(self.allocations, key=lambda allocation: allocation.at_most)
+
+    def fault(self, model: str) -> str | None:
+        """A sentence when the certain part does not fit."""
+        if self.certain <= self.free:
+            return None
+        shares = " and ".join(
+            f"{format_bytes(allocation.certain)} for {allocation.part}"
+            for allocation in self.allocations
+            if allocation.certain
+        )
+        advice = ", ".join(
+            dict.fromkeys(advice for allocation in self.allocations for advice in self._advice(allocation))
+        )
+        return f"{self.place}: training {model} takes {shares}, and {format_bytes(self.free)} are free; {advice}"
+
+    @property
+    def with_cuts(self) -> int:
+        """``certain`` when every setting that reduces it is changed."""
+        return sum(allocation.with_cuts for allocation in self.allocations)
+
+    def _advice(self, allocation: Allocation) -> tuple[str, ...]:
+        """Settings are named only when all of them together make the run fit."""
+        return (*allocation.advice, *(allocation.cuts if self.with_cuts <= self.free else ()))
+
+    def warning(self, model: str) -> str | None:
+        """A sentence when the peak may not fit."""
+        if not self.certain <= self.free < self.at_most:
+            return None
+        return (
+            f"{self.place}: with {model} {self._peak.when} may take up to {format_bytes(self.at_most)} in all, and "
+            f"{format_bytes(self.free)} are free; if that proves too little, {self._peak.relief}"
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run needs on a machine, and whether it fits."""
+
+    workload: Workload
+    requirements: tuple[Requirement, ...]
+    writes: Writes
+    micro_batch_tokens: int
+    """The recipe's number, or the one that was chosen for ``"auto"``."""
+    chosen: bool = False
+    """Whether the recipe says ``"auto"``."""
+    share_fault: str | None = None
+    """Why vLLM's share of the card cannot hold the weights; None when it can."""
+    reply_limit: int | None = None
+    """Tokens of the longest reply that fits, where replies may be longer than that; None when every reply fits."""
+
+    @property
+    def parameters(self) -> int:
+        return self.workload.size.parameters
+
+    def faults(self) -> list[str]:
+        """A sentence for every place whose certain requirement does not fit."""
+        found = [fault for requirement in self.requirements if (fault := requirement.fault(self.named))]
+        return [*found, *([self.share_fault] if self.share_fault else [])]
+
+    def doubts(self) -> list[str]:
+        """A sentence for every place whose peak may not fit, and for a model whose size is partly a guess."""
+        found = [warning for requirement in self.requirements if (warning := requirement.warning(self.named))]
+        if assumed := self.workload.size.assumed:
+            found.append(
+                f"{self.named}: its config.json names no {', '.join(assumed)}, so that transformers' defaults are "
+                "counted; give the whole config.json"
+            )
+        return found
+
+    def warnings(self) -> list[str]:
+        """The doubts, and a sentence when the run writes very much."""
+        warnings = self.doubts()
+        if self.writes.total > MUCH_WRITTEN and self.writes.states:
+            warnings.append(f"{DISK}: {self.writes.words}; raise checkpoint_every to write fewer states")
+        return warnings
+
+    @property
+    def expected_to_fit(self) -> bool:
+        """Whether every place suffices for typical texts; `reply_limit` says which replies are too long."""
+        return all(requirement.expected <= requirement.free for requirement in self.requirements)
+
+    @property
+    def named(self) -> str:
+        return f"model={self.workload.model!r} ({counted(self.parameters)} parameters)"
+
+
+def counted(parameters: int) -> str:
+    """
+    >>> counted(8_190_735_360), counted(939_904)
+    ('8.2B', '0.94M')
+    """
+    millions = parameters / 1e6
+    return f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions:.3g}M"
+
+
+def plan_memory(
+    policy: PolicyLM, config: FSTConfig, run_dir: Path, available: Available | None = None
+) -> MemoryPlan | None:
+    """The memory plan of a run with this model and recipe, whose settings must have been checked before.
+
+    Args:
+        available: What is free; None inspects this machine.
+
+    Returns:
+        None when the size of the model is unknown until it is downloaded.
+    """
+    path = policy.checkpoint.path
+    size = find_size(str(path)) if available is not None and available.imagined else model_size(path)
+    if size is None:
+        return None
+    available = available or available_now(run_dir)
+    workload = _workload_of(policy, size, available)
+    if policy.handle.engine.weights is not None:  # the student's engine runs, and is stopped before the run's starts
+        available = _given_back(workload, config, available)
+    return plan_for(workload, config, available)
+
+
+def plan_for(workload: Workload, config: FSTConfig, available: Available) -> MemoryPlan:
+    """The memory plan of this model and recipe on a machine with so much free."""
+    auto = config.micro_batch_tokens == "auto"
+    tokens = largest_micro_batch(workload, config, available) if auto else int(config.micro_batch_tokens)
+    requirements, reply_limit = with_reply_limit(
+        tuple(_requirements(workload, config, tokens, available)), workload, config, tokens, available
+    )
+    return MemoryPlan(
+        workload,
+        requirements,
+        writes_of(workload.size, config, on_gpu=available.on_gpu),
+        tokens,
+        chosen=auto,
+        share_fault=_share_fault(workload, available, requirements),
+        reply_limit=reply_limit,
+    )
+
+
+def with_reply_limit(
+    requirements: tuple[Requirement, ...], workload: Workload, config: FSTConfig, tokens: int, available: Available
+) -> tuple[tuple[Requirement, ...], int | None]:
+    """The requirements with advice that helps when a reply may be too long, and `MemoryPlan.reply_limit`.
+
+    A reply longer than a micro-batch is a micro-batch of its own, so a smaller micro-batch does not help.
+    """
+    place, trainer = _allocation_of(TRAINER, requirements)
+    left = place.free - place.certain
+    if not (workload.longest_reply > tokens and 0 <= left < trainer.at_most):
+        return requirements, None
+
+    def at_most(length: int) -> int:
+        return update_range(replace(workload, longest_reply=length), config, 1, on_gpu=available.on_gpu)[1]
+
+    limit = bisect_right(range(1, workload.longest_reply + 1), left, key=at_most)
+    too_large = config.micro_batch_tokens != "auto" and tokens > limit  # "auto" follows max_tokens by itself
+    smaller = f" and micro_batch_tokens={tokens}" if too_large else ""
+    relief = (
+        f"lower max_tokens={workload.longest_reply}{smaller}: it fits only if replies stay under {limit + 1} tokens"
+    )
+    advised = replace(trainer, relief=relief if limit else "use a smaller model")
+    allocations = tuple(advised if allocation is trainer else allocation for allocation in place.allocations)
+    changed = replace(place, allocations=allocations)
+    return tuple(changed if requirement is place else requirement for requirement in requirements), limit
+
+
+def largest_micro_batch(workload: Workload, config: FSTConfig, available: Available) -> int:
+    """The value of ``micro_batch_tokens="auto"``; `SMALLEST` when nothing is expected to fit."""
+    sizes = list(_sizes(LARGEST_ON_GPU if available.on_gpu else LARGEST_ON_CPU))
+    left = _left_for_updates(workload, config, available)
+    ranges = {tokens: update_range(workload, config, tokens, on_gpu=available.on_gpu) for tokens in sizes}
+    sure = [tokens for tokens, (_, at_most) in ranges.items() if at_most <= left]
+    likely = [tokens for tokens, (expected, _) in ranges.items() if expected <= left]
+    return max(sure or likely or sizes[:1])
+
+
+def _left_for_updates(workload: Workload, config: FSTConfig, available: Available) -> float:
+    requirements = _requirements(workload, config, SMALLEST, available)
+    place, _ = _allocation_of(TRAINER, requirements)
+    return (1 - SPARE) * (place.free - place.certain)
+
+
+def _allocation_of(part: str, requirements: Iterable[Requirement]) -> tuple[Requirement, Allocation]:
+    """The allocation of a part, and the place that it is in."""
+    return next(
+        (need, allocation) for need in requirements for allocation in need.allocations if allocation.part == part
+    )
+
+
+def _sizes(largest: int) -> Iterator[int]:
+    tokens = SMALLEST
+    while tokens <= largest:
+        yield tokens
+        tokens *= 2
+
+
+def _requirements(workload: Workload, config: FSTConfig, tokens: int, available: Available) -> Iterator[Requirement]:
+    allocations = allocations_of(workload, config, tokens, available)
+    for place, free in available.free.items():
+        if here := tuple(allocation for allocation in allocations if allocation.place == place):
+            yield Requirement(place, here, free)
+
+
+def _workload_of(policy: PolicyLM, size: ModelSize, available: Available) -> Workload:
+    """The model and its engine; on a described machine ``engine="auto"`` is what that machine would use."""
+    kind, options = policy.handle.resolved_kind, policy.handle.options
+    if available.imagined and policy.handle.kind == "auto":
+        kind = "vllm" if available.on_gpu else "in_process"
+        options = known_options(VLLMSettings if kind == "vllm" else InProcessSettings, options)
+    return Workload(policy.model, size, kind, options, policy.reply_limit or 0)
+
+
+def _given_back(workload: Workload, config: FSTConfig, available: Available) -> Available:
+    engine = next(
+        allocation for allocation in allocations_of(workload, config, SMALLEST, available) if allocation.part == ENGINE
+    )
+    free = {place: free + engine.certain * (place == engine.place) for place, free in available.free.items()}
+    return Available(free, available.gpu_total, available.imagined)
+
+
+def _share_fault(workload: Workload, available: Available, requirements: tuple[Requirement, ...]) -> str | None:
+    """Why vLLM's share of the card cannot hold the weights, so that the server would exit while it boots."""
+    if workload.kind != "vllm" or not available.on_gpu or workload.options.get("attach_url"):
+        return None
+    share = VLLMSettings(**workload.options).gpu_memory_utilization
+    least = served_bytes(workload.size)
+    if least < share * available.gpu_total:
+        return None
+    place, _ = _allocation_of(ENGINE, requirements)
+    others = sum(allocation.with_cuts for allocation in place.allocations if allocation.part != ENGINE)
+    helps = least < LARGEST_SHARE * available.gpu_total and others + least <= place.free
+    advice = "raise it" if helps else "use a smaller model, or a larger card"
+    return (
+        f"engine_options: gpu_memory_utilization={share:g} is {format_bytes(int(share * available.gpu_total))} of "
+        f"{format_bytes(available.gpu_total)}, and vLLM's weights of {workload.model} alone take "
+        f"{format_bytes(least)}; {advice}"
+    )
