@@ -18,6 +18,7 @@ import dspy
 
 from dspy_fst.errors import TrainingError
 from dspy_fst.formatting.tables import TextTable
+from dspy_fst.outcomes.outcome import Outcome
 
 PREDICTOR_TAG = "_fst_predictor_name"
 """Attribute that carries a predictor's name on a rollout's copy of the program, and on copies made of it."""
@@ -135,18 +136,14 @@ class Problem:
 class Rollout:
     """One run of the program on one problem under one candidate.
 
-    ``reward is None`` exactly when ``mask`` says why it was not measured.
+    ``reward is None`` exactly when ``outcome`` is masked.
     """
 
     problem: int
     candidate: Candidate
     calls: tuple[Call, ...]
     reward: float | None
-    feedback: str = ""
-    mask: str | None = None
-    """Why nothing was measured, e.g. ``"timeout"``, ``"engine: connection refused"``; else None."""
-    failure: str | None = None
-    """What the policy did wrong when it earned a failure score, e.g. ``"parse"``; else None."""
+    outcome: Outcome = field(default_factory=lambda: Outcome("scored"))
     failed_in: str | None = None
     """The predictor in whose call it failed, where one is known; else None."""
     predictor_scores: Mapping[str, float] = field(default_factory=dict)
@@ -160,8 +157,23 @@ class Rollout:
     unless it was played for that (`Player.play`, ``anew``)."""
 
     def __post_init__(self) -> None:
-        if (self.reward is None) != (self.mask is not None):
-            raise ValueError(f"a rollout has a reward or a mask, not both or neither: {self.reward!r}, {self.mask!r}")
+        if (self.reward is None) != (self.outcome.kind == "masked"):
+            raise ValueError(f"a rollout has a reward or is masked: reward={self.reward!r}, {self.outcome}")
+
+    @property
+    def mask(self) -> str | None:
+        """Why nothing was measured, e.g. ``"timeout"``, ``"lm: EngineError"``; else None."""
+        return self.outcome.mask
+
+    @property
+    def failure(self) -> str | None:
+        """What the policy did wrong when it earned a failure score, e.g. ``"parse"``; else None."""
+        return self.outcome.failure
+
+    @property
+    def feedback(self) -> str:
+        """What the metric said, or why the rollout failed or was masked."""
+        return self.outcome.detail
 
     @property
     def tokens(self) -> int:
@@ -251,7 +263,7 @@ class Batch:
     held: tuple[Held, ...] = ()
     """Calls under the program's own texts, on which the policy is held to its start; they carry no reward."""
     counts: Counter[str] = field(default_factory=Counter)
-    """``groups``, ``flat_groups``, ``rollouts``, ``masked: <reason>``, ``failed: <reason>``, ``rows``, ``tokens``."""
+    """``groups``, ``flat_groups``, ``rollouts``, ``rows``, ``tokens``, and lost rollouts by `Outcome.label`."""
     predictors: Mapping[str, PredictorReport] = field(default_factory=dict)
     """Every predictor that was called or scored, by name."""
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dspy_fst"
 LAYERS = [
-    ["errors", "formatting"],
+    ["errors", "formatting", "outcomes"],
     ["types", "config"],
     ["model_files", "run"],
     ["engine"],

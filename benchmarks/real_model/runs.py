@@ -11,6 +11,7 @@ import dspy
 
 from benchmarks.durability import Comparison, Killer, Moment, Subject, newest, outcome
 from dspy_fst import FSTOptimizer, PolicyLM
+from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.run.directory import read_events
 from programs import smollm2
 from programs.smollm2 import moods
@@ -134,7 +135,7 @@ def survived(killer: Killer, precision: Precision, moment: Moment, whole: Compar
         died=killed.deaths[0],
         resumed_from=killed.resumed_from[0],
         rewards=[report["reward"] for report in reports],
-        parsed=[1 - report["counts"].get("failed: parse", 0) / rollouts for report in reports],
+        parsed=[1 - OutcomeCounts.of(report["counts"]).failed["parse"] / rollouts for report in reports],
         mean_log_ratio=[report["update"]["mean_log_ratio"] for report in reports],
         effective_share=[report["update"]["effective_sample_share"] for report in reports],
         gaps=gaps(killed.run_dir),

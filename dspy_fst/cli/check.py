@@ -264,9 +264,7 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
         "together_s": together_s,
         "scores": rewards,
         "mean_score": sum(rewards) / len(rewards),
-        "lost": Counter(
-            str(rollout.mask or rollout.failure) for rollout in rollouts if rollout.mask or rollout.failure
-        ),
+        "lost": Counter(rollout.outcome.reason for rollout in rollouts if rollout.outcome.reason),
         "calls_per_rollout": sum(len(rollout.calls) for rollout in rollouts) / len(rollouts),
         "tokens_per_rollout": sum(rollout.tokens for rollout in rollouts) / len(rollouts),
         "planned_rollouts": total,
@@ -290,7 +288,9 @@ def _timed(player: "Player", opened: "Opened", count: int) -> "tuple[float, list
 
 
 def _unmeasured(rollouts: "Sequence[Rollout]") -> Iterator[str]:
-    masks = Counter(rollout.mask for rollout in rollouts if rollout.mask is not None)
+    from dspy_fst.outcomes.counts import OutcomeCounts
+
+    masks = OutcomeCounts.over(rollout.outcome for rollout in rollouts).masked
     if masks.total() == len(rollouts) or any(reason.startswith("metric") for reason in masks):
         detail = next(rollout.feedback for rollout in rollouts if rollout.mask)
         yield (

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
@@ -242,6 +243,7 @@ def _columns(first: str, k: int) -> tuple[str, ...]:
 
 def _row(name: str, of: Mapping[str, Any]) -> list[str]:
     from dspy_fst.formatting.numbers import interval, number
+    from dspy_fst.outcomes.counts import OutcomeCounts
 
     return [
         name,
@@ -251,13 +253,15 @@ def _row(name: str, of: Mapping[str, Any]) -> list[str]:
         interval(of["best_low"], of["best_high"]),
         f"{of['problems']}/{of['problems_of_split']}",
         str(of["masked"]),
-        str(sum(count for reason, count in of["lost"].items() if reason.startswith("failed"))),
+        str(OutcomeCounts.of(of["lost"]).failed.total()),
     ]
 
 
 def _losses(figures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What was masked or failed, by reason."""
-    reasons = dict.fromkeys(reason for of in figures for reason in of["lost"])
-    for reason in reasons:
-        rule = "measured nothing and are left out" if reason.startswith("masked") else "are scored as failures"
-        yield f"{sum(of['lost'].get(reason, 0) for of in figures)} rollouts {rule} ({reason})"
+    from dspy_fst.outcomes.counts import OutcomeCounts
+
+    lost = sum((Counter(figure["lost"]) for figure in figures), Counter[str]())
+    for outcome, count in OutcomeCounts.of(lost).items():
+        rule = "measured nothing and are left out" if outcome.kind == "masked" else "are scored as failures"
+        yield f"{count} rollouts {rule} ({outcome.label})"

@@ -205,9 +205,9 @@ def _steps(steps: Sequence["StepReport"]) -> tuple[Sequence[str], list[list[str]
 
 def _step(step: "StepReport") -> list[str]:
     from dspy_fst.formatting.numbers import DASH, number
-    from dspy_fst.report.run_record import lost_of
+    from dspy_fst.outcomes.counts import OutcomeCounts
 
-    update, lost = step.update, lost_of(step.counts)
+    update, lost = step.update, OutcomeCounts.of(step.counts)
     # An update of an empty batch measured nothing, whatever numbers it holds.
     measured = (update.kl_to_start, update.kl_under_seed, update.entropy, update.grad_norm)
     measures = measured if update.tokens else (None,) * len(measured)
@@ -218,7 +218,8 @@ def _step(step: "StepReport") -> list[str]:
         number(step.reward),
         *map(number, measures),
         f"{step.counts.get('flat_groups', 0)}/{step.counts.get('groups', 0)}",
-        *(str(sum(count for name, count in lost.items() if name.startswith(kind))) for kind in ("masked", "failed")),
+        str(lost.masked.total()),
+        str(lost.failed.total()),
         *map(number, shares),
         "skipped" if update.skipped else f"{update.tokens:,}" if update.tokens else DASH,
         number(sum(seconds or 0.0 for seconds in step.seconds.values()), 1),

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import statistics
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import MeasurementError
+from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import texts_like
 from dspy_fst.rollout.reward import Reward
@@ -61,7 +61,7 @@ class Estimate:
     """See INTERVAL; None for a single problem, which tells nothing of others."""
     best_interval: Interval | None
     lost: Mapping[str, int]
-    """Rollouts by ``"masked: <reason>"`` and ``"failed: <reason>"``; the failed ones are measured."""
+    """Rollouts by `Outcome.label`, masked and failed; the failed ones are measured."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,9 @@ def estimate(rollouts: Sequence[Rollout], k: int, seed: int = 0) -> Estimate:
     for rollout in rollouts:
         if rollout.reward is not None:
             rewards.setdefault(rollout.problem, []).append(rollout.reward)
-    lost = Counter(f"masked: {rollout.mask}" for rollout in rollouts if rollout.mask is not None)
+    lost = OutcomeCounts.over(rollout.outcome for rollout in rollouts)
     if not rewards:
-        reasons = ", ".join(f"{reason} x{count}" for reason, count in lost.items())
-        raise MeasurementError(f"none of {len(rollouts)} rollouts measured anything ({reasons}); mend the cause")
+        raise MeasurementError(f"none of {len(rollouts)} rollouts measured anything ({lost.words}); mend the cause")
     means = [statistics.fmean(of) for of in rewards.values()]
     bests = [max(of) for of in rewards.values()]
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
@@ -111,10 +110,10 @@ def estimate(rollouts: Sequence[Rollout], k: int, seed: int = 0) -> Estimate:
         best_at_k=statistics.fmean(bests),
         problems=len(means),
         k=k,
-        masked=lost.total(),
+        masked=lost.masked.total(),
         mean_interval=mean_interval,
         best_interval=best_interval,
-        lost=lost + Counter(f"failed: {rollout.failure}" for rollout in rollouts if rollout.failure is not None),
+        lost=lost.labels,
     )
 
 

@@ -31,6 +31,7 @@ from dspy_fst.fast.gepa_adapter import (
 from dspy_fst.fast.money import Meter
 from dspy_fst.fast.pareto import mean, top_k
 from dspy_fst.fast.seeding import BetterWhereMeasured, SeededPolicy, write_seeded_state
+from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.rollout.components import binds
 from dspy_fst.run.files import writing
 from dspy_fst.types import Candidate, Population, Problem, Rollout
@@ -78,7 +79,7 @@ class Search:
     reused: int
     counts: Counter[str]
     """``reflections``, ``reflections_failed``, ``lines_restored``, ``texts_mended``, ``texts_refused``, ``accepted``,
-    ``unmeasured`` (anchors of candidates without a score), ``masked: <reason>``, ``failed: <reason>``."""
+    ``unmeasured`` (anchors of candidates without a score), and failed and masked rollouts by `Outcome.label`."""
     warned: tuple[str, ...] = ()
     """What the proposer warned of, e.g. feedback that it could not read."""
     dollars: float | None = None
@@ -193,7 +194,7 @@ def evolve(
         reused=bank.reused,
         counts=adapter.counts
         + Counter(accepted=len(candidates) - len(seeds), unmeasured=unmeasured)
-        + outcome_counts(bank.fresh),
+        + OutcomeCounts.over(rollout.outcome for rollout in bank.fresh).labels,
         warned=tuple(adapter.warned),
         dollars=meter.dollars,
     )
@@ -220,12 +221,6 @@ def _forgotten_if_failed(journal: Journal) -> Iterator[None]:
     except ReflectionError:
         journal.remove()
         raise
-
-
-def outcome_counts(rollouts: Sequence[Rollout]) -> Counter[str]:
-    """How many rollouts were masked or failed, by reason."""
-    masked = Counter(f"masked: {rollout.mask}" for rollout in rollouts if rollout.mask)
-    return masked + Counter(f"failed: {rollout.failure}" for rollout in rollouts if rollout.failure)
 
 
 def _filled(row: Sequence[float | None]) -> tuple[float, ...]:

@@ -375,7 +375,7 @@ def _trajectory(index: int, rollout: Rollout, examples: Mapping[int, dspy.Exampl
     return {
         "example_ind": index,
         "example": examples[rollout.problem],
-        "prediction": FailedRun(rollout.feedback) if rollout.failure else rollout.prediction,
+        "prediction": FailedRun(rollout.feedback) if rollout.outcome.kind == "failed" else rollout.prediction,
         "trace": list(rollout.trace),
         "score": rollout.reward,
         "feedback": rollout.feedback,

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dspy_fst.formatting.numbers import DASH, counted, duration, number
+from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.report.metric_names import entry_of
 from dspy_fst.report.samples import sample_line
 from dspy_fst.report.standing import Standing, Times
@@ -335,8 +336,8 @@ def _population(event: Mapping[str, Any]) -> list[tuple[float | None, str]]:
 
 def _lost(counts: Mapping[str, int]) -> str:
     """What was masked or failed, by reason; nothing when nothing was."""
-    lost = [f"{reason} x{count}" for reason, count in counts.items() if reason.startswith(("masked: ", "failed: "))]
-    return f"; {', '.join(lost)}" if lost else ""
+    words = OutcomeCounts.of(counts).words
+    return f"; {words}" if words else ""
 
 
 def _small(value: float | None) -> str:

@@ -5,6 +5,8 @@ from statistics import fmean
 
 from dspy_fst.monitoring.form_advice import form_advice
 from dspy_fst.monitoring.history import SHORT, WINDOW, Finding, History
+from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import PARSE
 from dspy_fst.run.learning import span
 from dspy_fst.types import StepReport
 
@@ -71,12 +73,12 @@ def parse_failures(history: History) -> Finding | None:
 
 def _unparsed_share(report: StepReport) -> float:
     counts = Counter(report.counts)
-    return counts["failed: parse"] / _measured(counts)
+    return OutcomeCounts.of(counts).failed[PARSE] / _measured(counts)
 
 
 def masked_rollouts(history: History) -> Finding | None:
     counts = history.counts(SHORT)
-    masks = _masks(counts)
+    masks = OutcomeCounts.of(counts).masked
     if not masks or masks.total() < MASKED_SHARE * counts["rollouts"]:
         return None
     share, (reason, _) = masks.total() / counts["rollouts"], masks.most_common(1)[0]
@@ -146,14 +148,9 @@ def reward_fell(history: History) -> Finding | None:
     return Finding("reward", steps, f"mean reward is {now:.2g}, down from {peak:.2g} in {span(then)}", advice)
 
 
-def _masks(counts: Counter[str]) -> Counter[str]:
-    """Mask reason -> rollouts."""
-    return Counter({name.removeprefix("masked: "): n for name, n in counts.items() if name.startswith("masked: ")})
-
-
 def _measured(counts: Counter[str]) -> int:
     """Rollouts that were measured; at least 1, to divide by."""
-    return max(counts["rollouts"] - _masks(counts).total(), 1)
+    return max(counts["rollouts"] - OutcomeCounts.of(counts).masked.total(), 1)
 
 
 ROLLOUT_RULES = (

@@ -13,6 +13,7 @@ from dspy_fst.model_files.hub import hub_fault, means_a_path
 from dspy_fst.model_files.kind import kind_faults, unreadable
 from dspy_fst.model_files.reach import ANSWER_S
 from dspy_fst.model_files.stored_shapes import stored_shapes
+from dspy_fst.outcomes.outcome import CONTEXT
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.template_checks import template_faults
 from dspy_fst.preflight.vllm_start import vllm_faults
@@ -86,7 +87,7 @@ def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout]) -> list[str]:
     limit = _context_limit(policy, config)
     reply = policy.reply_limit or 0
     longest = max((len(call.prompt_ids) for rollout in rollouts for call in rollout.calls), default=0)
-    overflow = any(rollout.failure == "context" for rollout in rollouts)
+    overflow = any(rollout.failure == CONTEXT for rollout in rollouts)
     if limit is None or not (overflow or longest + reply > limit):
         return []
     shown = f"over {limit}" if overflow else str(longest)

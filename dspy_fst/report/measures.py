@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dspy_fst.report.run_record import RunRecord, lost_of
+from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.report.run_record import RunRecord
 from dspy_fst.types import PredictorReport
 
 Points = tuple[Sequence[float], Sequence[float | None]]
@@ -236,7 +237,7 @@ def _share(name: str, of: str) -> Callable[[RunRecord], Points]:
 
 def _lost_share(record: RunRecord) -> Points:
     return _steps(record), [
-        lost_of(step.counts).total() / step.counts["rollouts"] if step.counts.get("rollouts") else None
+        OutcomeCounts.of(step.counts).labels.total() / step.counts["rollouts"] if step.counts.get("rollouts") else None
         for step in record.steps
     ]
 

@@ -73,5 +73,5 @@ def _flat(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _name(count: str) -> str:
-    """``masked: timeout`` -> ``masked/timeout``: trackers take letters, digits, ``_``, ``-``, ``.`` and ``/``."""
+    """``masked: timeout`` -> ``masked/timeout``. Trackers take letters, digits, ``_``, ``-``, ``.`` and ``/``."""
     return re.sub(r"[^\w./-]+", "_", count.replace(": ", "/"), flags=re.ASCII)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.report.costs import Costs, costs_of
 from dspy_fst.report.evaluated import SEEN, Conditions, Evaluated, TwoByTwo
 from dspy_fst.report.lineage import Node
@@ -126,7 +127,7 @@ class RunRecord:
     def lost(self) -> Counter[str]:
         """Rollouts that were masked or failed, by reason, the most frequent first."""
         reports: list[CycleReport | StepReport] = [*self.cycles, *self.steps]
-        counts = sum((lost_of(report.counts) for report in reports), Counter[str]())
+        counts = sum((OutcomeCounts.of(report.counts).labels for report in reports), Counter[str]())
         return Counter(dict(counts.most_common()))
 
     @cached_property
@@ -143,8 +144,3 @@ class RunRecord:
 def best(scores: Sequence[float | None]) -> float | None:
     """The highest measured score; None when nothing was measured."""
     return max((score for score in scores if score is not None), default=None)
-
-
-def lost_of(counts: Mapping[str, int]) -> Counter[str]:
-    """What was masked or failed, by reason."""
-    return Counter({name: count for name, count in counts.items() if name.startswith(("masked: ", "failed: "))})

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspy_fst.formatting.numbers import number
+from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.report.evaluated import as_written
 
 
@@ -47,8 +48,9 @@ class Played:
 
     @property
     def lost(self) -> str | None:
-        """``"masked: timeout"``, ``"failed: parse"``; None for a rollout that was scored."""
-        return f"masked: {self.mask}" if self.mask else f"failed: {self.failure}" if self.failure else None
+        """The label of a rollout that failed or was masked, e.g. ``"failed: parse"``; None for one that was scored."""
+        outcome = Outcome.of_fields({"mask": self.mask, "failure": self.failure})
+        return None if outcome.kind == "scored" else outcome.label
 
     @property
     def newest_reply(self) -> tuple[str, str]:

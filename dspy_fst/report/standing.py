@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dspy_fst.formatting.numbers import counted, duration
+from dspy_fst.outcomes.counts import OutcomeCounts
 
 
 class Standing:
@@ -20,7 +21,7 @@ class Standing:
         report, step = event["report"], event["event"] == "step"
         rollouts = report["counts"].get("rollouts", 0) if step else report["rollouts"]
         self.done.update({"updates" if step else "searches": 1, "train" if step else "search": rollouts})
-        self.masked += sum(count for reason, count in report["counts"].items() if reason.startswith("masked: "))
+        self.masked += OutcomeCounts.of(report["counts"]).masked.total()
         self.played = self.played_masked = 0
 
     @property

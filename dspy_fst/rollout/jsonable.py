@@ -6,6 +6,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
+from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.parse_failures import failed_reply, form_of
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Rollout
 
@@ -31,9 +32,7 @@ def _rollout(rollout: Rollout) -> dict[str, Any]:
     return {
         "problem": rollout.problem,
         "reward": rollout.reward,
-        "feedback": rollout.feedback,
-        "mask": rollout.mask,
-        "failure": rollout.failure,
+        **rollout.outcome.as_fields(),
         "prediction": _prediction(rollout.prediction),
         "trace": [_entry(*entry) for entry in rollout.trace],
     }
@@ -84,9 +83,9 @@ def from_plain(
             (predictors.get(entry["predictor"]), entry["inputs"], _predicted(entry["output"]))
             for entry in item["trace"]
         )
-        known = {key: item[key] for key in ("problem", "reward", "feedback", "mask", "failure")}
+        outcome, prediction = Outcome.of_fields(item), _predicted(item["prediction"])
         rollouts.append(
-            Rollout(candidate=candidate, calls=(), prediction=_predicted(item["prediction"]), trace=trace, **known)
+            Rollout(item["problem"], candidate, (), item["reward"], outcome, prediction=prediction, trace=trace)
         )
     return rollouts
 

@@ -2,7 +2,7 @@
 
 A failure of the policy (a reply that does not parse, a context that overflows, a program that trips over
 its own LM's output) is scored. A run that never measured the policy (engine gone, tool outage, time-out,
-metric crash) is masked. Both are counted; the boundary is drawn once, in `dspy_fst.rollout.outcomes`.
+metric crash) is masked. Both are counted; the boundary is drawn once, in `dspy_fst.rollout.judge`.
 """
 
 import contextvars
@@ -16,12 +16,13 @@ from typing import Any
 import dspy
 
 from dspy_fst.errors import is_signal
+from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.blame import Blame
 from dspy_fst.rollout.call_recorder import SETTING, Recording, tag_predictors
 from dspy_fst.rollout.components import UnboundError, with_texts
 from dspy_fst.rollout.copying import Copier
+from dspy_fst.rollout.judge import Judge
 from dspy_fst.rollout.outages import Outages
-from dspy_fst.rollout.outcomes import Ending
 from dspy_fst.rollout.parallel import parallel_calls_once
 from dspy_fst.rollout.parse_failures import FailedParses
 from dspy_fst.rollout.rendering import Listening
@@ -119,7 +120,8 @@ class Player:
 
         def timed_out(index: int) -> Rollout:
             calls = recordings[index].close()
-            return Rollout(tasks[index].problem.index, tasks[index].candidate, calls, None, mask="timeout")
+            task = tasks[index]
+            return Rollout(task.problem.index, task.candidate, calls, None, Outcome("masked", "timeout"))
 
         try:
             with _quiet():
@@ -151,13 +153,12 @@ class Player:
 
     def _play(self, task: Task, spoken: Copier | UnboundError, recording: Recording, anew: bool) -> Rollout:
         if isinstance(spoken, UnboundError):
-            feedback = f"The source could not be read: {spoken}"
-            reward = self.settings.failure_score
-            return Rollout(task.problem.index, task.candidate, (), reward, feedback, failure="unbound source")
+            outcome = Outcome("failed", "unbound source", f"The source could not be read: {spoken}")
+            return Rollout(task.problem.index, task.candidate, (), self.settings.failure_score, outcome)
         program = spoken.copy(lean=True)
         trace: list[Any] = []
         parses, outages, listening = FailedParses(trace), Outages(), Listening()
-        ended = Ending(recording, parses, outages, self.settings.failure_score, self.settings.format_failure_score)
+        judge = Judge(recording, parses, outages, self.settings.failure_score, self.settings.format_failure_score)
         settings = {
             SETTING: recording,
             "callbacks": [*dspy.settings.callbacks, parses, outages, *([listening] if anew else [])],
@@ -170,13 +171,12 @@ class Player:
         except (Exception, SystemExit) as error:  # a tool's argparse, or exit() in code that the model wrote
             if is_signal(error):
                 raise
-            outcome = ended.by(error)
+            judgement = judge.raised(error)
         else:  # outside of the rollout's settings: the metric is no part of the run
-            outcome = ended.with_prediction(task.problem.example, prediction, trace, self.reward, self._blame)
+            judgement = judge.returned(task.problem.example, prediction, trace, self.reward, self._blame)
         calls, whole = recording.close(), parses.in_trace()
-        ended.forget()
-        asked = tuple(listening.asked)
-        return Rollout(task.problem.index, task.candidate, calls, trace=whole, asked=asked, **outcome)
+        judge.forget()
+        return judgement.rollout(task.problem, task.candidate, calls, whole, tuple(listening.asked))
 
 
 @contextmanager

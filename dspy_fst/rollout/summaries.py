@@ -7,6 +7,7 @@ from typing import Any
 
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
+from dspy_fst.outcomes.outcome import PARSE, Outcome
 from dspy_fst.types import PREDICTOR_TAG, Call, Group, Rollout
 
 LONGEST = 2_000
@@ -41,20 +42,15 @@ def _by_what_they_say(groups: Sequence[Group], draw: str) -> Iterator[Rollout]:
     yield from first
     others = [rollout for group in groups for rollout in group.rollouts if all(rollout is not one for one in first)]
     random.Random(draw).shuffle(others)
-    seen = {_lost(rollout) for rollout in first} | {None}
+    seen = {rollout.outcome.label for rollout in first} | {Outcome("scored").label}
     later = []
     for rollout in others:
-        if _lost(rollout) in seen:
+        if rollout.outcome.label in seen:
             later.append(rollout)
         else:
-            seen.add(_lost(rollout))
+            seen.add(rollout.outcome.label)
             yield rollout
     yield from later
-
-
-def _lost(rollout: Rollout) -> str | None:
-    """Why it failed or measured nothing; None for one that was scored."""
-    return rollout.mask or rollout.failure
 
 
 def _spread(group: Group) -> float:
@@ -78,9 +74,8 @@ def shown(rollout: Rollout, decode: Callable[[Sequence[int]], str] | None = None
         "problem": rollout.problem,
         "candidate": rollout.candidate.digest,
         "reward": rollout.reward,
+        **rollout.outcome.as_fields(),
         "feedback": shortened(rollout.feedback),
-        "mask": rollout.mask,
-        "failure": rollout.failure,
         "failed_in": rollout.failed_in,
         "tokens": rollout.tokens,
         "modules": [_module(*entry) for entry in rollout.trace],
@@ -95,12 +90,12 @@ def failed_reply_of(rollouts: Sequence[Rollout]) -> str:
     """
     for rollout in rollouts:
         said = next((output for _, _, output in rollout.trace if isinstance(output, FailedPrediction)), None)
-        if said is not None and rollout.failure == "parse":
+        if said is not None and rollout.failure == PARSE:
             why = " ".join(line for line in rollout.feedback.splitlines() if line.startswith(("Expected", "Actual")))
             whom = f" of {rollout.failed_in!r}" if rollout.failed_in else ""
             reply = shortened(said.completion_text, IN_A_WARNING)
             return f"A reply{whom}: {reply!r}. {shortened(why, IN_A_WARNING)}".rstrip(". ")
-    failed = next((rollout for rollout in rollouts if rollout.failure not in (None, "parse")), None)
+    failed = next((rollout for rollout in rollouts if rollout.failure not in (None, PARSE)), None)
     if failed is None:
         return ""
     return f"One failed ({failed.failure}): {shortened(' '.join(failed.feedback.split()), IN_A_WARNING)}".rstrip(". ")

@@ -12,6 +12,8 @@ from itertools import takewhile
 from statistics import fmean
 from typing import Literal
 
+from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import PARSE
 from dspy_fst.types import StepReport
 
 Cause = Literal["solved", "unparsed", "failed", "floor", "alike", "unmeasured", "untrained", "not finite"]
@@ -97,7 +99,8 @@ def ending(reports: Sequence[StepReport], worst: float = 0.0, best: float = 1.0)
 
 def _cause(steps: Sequence[StepReport], worst: float, best: float) -> tuple[Cause, str]:
     counts = sum((Counter(report.counts) for report in steps), Counter[str]())
-    masks, failures = _by_reason(counts, "masked: "), _by_reason(counts, "failed: ")
+    outcomes = OutcomeCounts.of(counts)
+    masks, failures = outcomes.masked, outcomes.failed
     rollouts, measured = counts["rollouts"], counts["rollouts"] - masks.total()
     rewards = [report.reward for report in steps if report.reward is not None]
     if sum(report.update.skipped is not None for report in steps) > MOST * len(steps):
@@ -112,7 +115,7 @@ def _cause(steps: Sequence[StepReport], worst: float, best: float) -> tuple[Caus
     reward, reach = fmean(rewards), best - worst
     if reward >= best - AT_THE_TOP * reach:
         return "solved", f"flat at the top: mean reward {reward:.3g}, so these problems leave nothing to learn"
-    if (unparsed := failures["parse"] / measured) >= MOST:
+    if (unparsed := failures[PARSE] / measured) >= MOST:
         how_many = "nothing" if unparsed == 1 else "hardly anything"
         return "unparsed", f"{how_many} parsed: {unparsed:.0%} of the rollouts ended in a reply that does not parse"
     if (failed := failures.total() / measured) >= NEARLY_ALL:
@@ -128,10 +131,6 @@ def _cause(steps: Sequence[StepReport], worst: float, best: float) -> tuple[Caus
 def _greedy(counts: Counter[str]) -> str:
     greedy = counts["greedy_calls"]
     return f": {greedy} calls were greedy (temperature 0) and have no gradient" if greedy else ""
-
-
-def _by_reason(counts: Counter[str], kind: str) -> Counter[str]:
-    return Counter({name.removeprefix(kind): count for name, count in counts.items() if name.startswith(kind)})
 
 
 def _listed(reasons: Counter[str]) -> str:

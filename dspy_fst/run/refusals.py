@@ -1,10 +1,10 @@
 """Rollouts that nothing may be learnt or concluded from stop the run before anything is."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from dspy_fst.errors import MeasurementError, TrainingError
+from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.types import Rollout, WeightsVersion
 
 
@@ -29,7 +29,7 @@ def refuse_unmeasured(step: int, rollouts: Sequence[Rollout], max_masked_share: 
     Raises:
         MeasurementError: a larger share than ``max_masked_share`` measured nothing.
     """
-    masked = Counter(rollout.mask for rollout in rollouts if rollout.mask is not None)
+    masked = OutcomeCounts.over(rollout.outcome for rollout in rollouts).masked
     if masked.total() > max_masked_share * len(rollouts):
         reasons = ", ".join(f"{reason}: {count}" for reason, count in masked.most_common())
         raise MeasurementError(

@@ -49,8 +49,8 @@ class Validated:
     terms: Mapping[str, Any]
     """What makes it comparable with others: the problems, the rollouts of each, the metric."""
     counts: Mapping[str, int]
-    """``rollouts`` (fresh ones), ``reused`` (measured before under the same weights), ``masked: <reason>``,
-    ``failed: <reason>``, ``engine: <what>``."""
+    """``rollouts`` (fresh ones), ``reused`` (measured before under the same weights), ``engine: <what>``, and
+    failed and masked rollouts by `Outcome.label`."""
     sampled_tokens: int
     seconds: float
 

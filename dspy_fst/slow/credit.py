@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from dspy_fst.errors import TrainingError
+from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.slow.predictors import own_scores, predictor_reports
 from dspy_fst.types import Batch, Call, Group, Held, HeldRollout, Rollout, Row, WeightsVersion
 
@@ -258,6 +259,5 @@ def _counts(
         rows=len(rows),
         tokens=sum(len(row.completion_ids) for row in rows),
     )
-    counts.update(f"masked: {rollout.mask}" for rollout in rollouts if rollout.mask is not None)
-    counts.update(f"failed: {rollout.failure}" for rollout in rollouts if rollout.failure is not None)
+    counts.update(OutcomeCounts.over(rollout.outcome for rollout in rollouts).labels)
     return counts

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from dspy_fst.outcomes.outcome import PARSE
 from dspy_fst.types import Call, Group, PredictorReport, Rollout, Row
 
 
@@ -33,7 +34,7 @@ def predictor_reports(
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     calls = [call for rollout in rollouts for call in rollout.calls]
-    unparsed = Counter(rollout.failed_in for rollout in rollouts if rollout.failure == "parse")
+    unparsed = Counter(rollout.failed_in for rollout in rollouts if rollout.failure == PARSE)
     own = [own_scores(group.rollouts) for group in groups]
     names = {call.predictor for call in calls if call.predictor} | {name for scores in own for name in scores}
     return {

@@ -5,7 +5,6 @@ as demos, both together, a lower temperature, and that with the best of the othe
 the lines of code that use it, and kept in the run's events as ``parse_trial``.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.adapters import adapter_in_force, code_of, describe, keep, kept_by
 from dspy_fst.rollout.call_recorder import is_recorded
@@ -113,7 +113,7 @@ class Attempt:
 
     @property
     def _masked(self) -> str:
-        masks = Counter(rollout.mask for rollout in self.rollouts if rollout.mask is not None)
+        masks = OutcomeCounts.over(rollout.outcome for rollout in self.rollouts).masked
         reasons = f" ({masks.total()} of {len(self.rollouts)} rollouts masked: {'; '.join(sorted(masks))})"
         return reasons if masks else ""
 

@@ -14,7 +14,7 @@ from typing import Any
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.fast.evolve import outcome_counts
+from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.rollout.rollouter import Player, Task
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.refusals import refuse_stale
@@ -81,7 +81,8 @@ class Validation:
         rollouts = self._played(fresh, weights)
         rewards = known | {candidate.digest: self._rewards(candidate, rollouts) for candidate in fresh}
         reused = Counter(reused=(len(candidates) - len(fresh)) * len(self._valset) * self._samples)
-        counts = Counter(rollouts=len(rollouts)) + reused + outcome_counts(rollouts) + Counter(self._take_counts())
+        lost = OutcomeCounts.over(rollout.outcome for rollout in rollouts).labels
+        counts = Counter(rollouts=len(rollouts)) + reused + lost + Counter(self._take_counts())
         state = Validated(
             index=self._made,
             when=when,
@@ -143,10 +144,9 @@ class Validation:
 def _lost(state: Validated) -> Iterator[str]:
     """What a validation did not measure."""
     counts = state.counts
-    masked = {name.removeprefix("masked: "): count for name, count in counts.items() if name.startswith("masked: ")}
-    if masked:
+    if masked := OutcomeCounts.of(counts).masked:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in masked.items())
-        lost = f"{sum(masked.values())} of {counts['rollouts']} rollouts measured nothing ({reasons})"
+        lost = f"{masked.total()} of {counts['rollouts']} rollouts measured nothing ({reasons})"
         yield f"validation: {lost}, {state.where}"
     if not state.scores and state.when == "end":
         yield "validation: nothing was measured, so the scores on the anchors choose the best candidate"

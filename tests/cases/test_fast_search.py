@@ -8,6 +8,7 @@ from dspy.utils import DummyLM
 from dspy_fst.fast.evolve import SearchSettings, evolve
 from dspy_fst.fast.mending import mended
 from dspy_fst.fast.told import warnings_of
+from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
@@ -41,7 +42,7 @@ def search(propose, *, speak=lambda m, s: fields(answer="no"), masked=lambda p, 
             nth = asked.count((problem.index, candidate.digest))
             asked.append((problem.index, candidate.digest))
             lost = masked(problem.index, candidate.texts["solve"], nth)
-            given.append(Rollout(problem.index, candidate, (), None, mask="timeout") if lost else rollout)
+            given.append(Rollout(problem.index, candidate, (), None, Outcome("masked", "timeout")) if lost else rollout)
         return given
 
     settings = SearchSettings(**{"size": 2, "budget": 24, "minibatch": 3, "seed": 1, **settings})

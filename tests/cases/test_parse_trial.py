@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import dspy
 import pytest
 
+from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.adapters import describe, keep, kept_by
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rollouter import PlayerSettings
@@ -73,7 +74,7 @@ def prompts_of(program, engine):
 
 
 def masked(count):
-    return tuple(Rollout(i, SEED, (), None, mask="timeout") for i in range(count))
+    return tuple(Rollout(i, SEED, (), None, Outcome("masked", "timeout")) for i in range(count))
 
 
 def ranked_trial(*attempts):
@@ -100,7 +101,7 @@ def test_a_setup_in_which_no_reply_was_read_has_no_share_and_stands_last_with_it
     policy, _ = scripted_policy(lambda m, s: "nonsense")
     program = Twice(policy)
     failed = dspy.teleprompt.bootstrap_trace.FailedPrediction("nonsense")
-    wrong = Rollout(0, SEED, (), 0.0, failure="parse", trace=((program.solve, {}, failed),))
+    wrong = Rollout(0, SEED, (), 0.0, Outcome("failed", "parse"), trace=((program.solve, {}, failed),))
     unread = Attempt(Setup(dspy.XMLAdapter()), masked(8))
     read = Attempt(Setup(dspy.JSONAdapter()), (wrong,) * 8)
     assert parse_share(masked(8)) is None

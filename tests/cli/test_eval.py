@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from dspy_fst.errors import MeasurementError
 from dspy_fst.evaluation.measure import estimate, keep
+from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.run.directory import read_events
 from dspy_fst.types import Candidate, Rollout
@@ -29,7 +30,7 @@ def own_module():
 def rollouts(*rewards, start=0):
     """Rollouts of one problem each; None was masked."""
     return [
-        Rollout(start + i, TEXTS, (), reward, mask="timeout" if reward is None else None)
+        Rollout(start + i, TEXTS, (), reward, Outcome("masked", "timeout") if reward is None else Outcome("scored"))
         for i, of in enumerate(rewards)
         for reward in of
     ]

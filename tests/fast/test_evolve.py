@@ -1,11 +1,14 @@
 """The fast phase on a scripted policy: what it finds, what it reuses, what it stays within."""
 
+from dataclasses import replace
+
 import dspy
 import pytest
 
 from dspy_fst.errors import MeasurementError, ReflectionError
 from dspy_fst.fast.evolve import SearchSettings, evolve
 from dspy_fst.fast.gepa_adapter import NoJournal, RolloutBank
+from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
@@ -41,6 +44,10 @@ def metric(gold, pred, trace=None, pred_name=None, pred_trace=None):
 
 def constant(candidate, reflective_dataset, components_to_update):
     return dict.fromkeys(components_to_update, "nothing")
+
+
+def lost(problem, candidate, reason):
+    return Rollout(problem.index, candidate, (), None, Outcome("masked", reason))
 
 
 class Searcher:
@@ -169,7 +176,7 @@ def test_a_reflection_that_fails_now_and_then_is_counted():
 
 def test_an_outage_on_all_anchors_is_no_result():
     searcher = Searcher()
-    searcher.play = lambda wanted: [Rollout(p.index, c, (), None, mask="lm: EngineError") for p, c in wanted]
+    searcher.play = lambda wanted: [lost(p, c, "lm: EngineError") for p, c in wanted]
     with pytest.raises(MeasurementError, match="lm: EngineError"):
         searcher.evolve()
 
@@ -178,10 +185,7 @@ def test_a_masked_rollout_is_tried_again_when_asked_for_again():
     masks = iter(["timeout", None])
 
     def play(wanted):
-        return [
-            Rollout(p.index, c, (), None, mask=mask) if (mask := next(masks)) else Rollout(p.index, c, (), 1.0)
-            for p, c in wanted
-        ]
+        return [lost(p, c, mask) if (mask := next(masks)) else Rollout(p.index, c, (), 1.0) for p, c in wanted]
 
     bank, wanted = RolloutBank(play, Two(), NoJournal()), [(ANCHORS[0], Candidate({"a": "b"}))]
     assert [bank.get(wanted)[0].reward for _ in range(3)] == [None, 1.0, 1.0]
@@ -239,7 +243,7 @@ def test_masked_rollouts_are_counted_and_do_not_move_a_mean():
 
     def lossy(wanted):
         made = play(wanted)
-        return [Rollout(r.problem, r.candidate, (), None, mask="timeout") if r.problem == 0 else r for r in made]
+        return [replace(r, reward=None, outcome=Outcome("masked", "timeout")) if r.problem == 0 else r for r in made]
 
     searcher.play = lossy
     search = searcher.evolve()
@@ -255,7 +259,7 @@ def test_an_outage_in_the_middle_of_a_search_stops_it_and_only_the_lost_batch_is
         def played(wanted):
             if next(batches) < lives:
                 return play(wanted)
-            return [Rollout(p.index, c, (), None, mask="lm: EngineError") for p, c in wanted]
+            return [lost(p, c, "lm: EngineError") for p, c in wanted]
 
         searcher.play = played
         return searcher

@@ -17,6 +17,7 @@ from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine import in_process
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.vllm.supervisor import Keeper
+from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.rollout.rollouter import Player
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.trainer import Trainer
@@ -93,8 +94,8 @@ class Watched:
         return [rollout for name, rollout in self.rollouts if name.startswith(draw)]
 
     def outcomes(self, draw: str) -> Counter[str]:
-        """How the rollouts of a draw ended: ``"scored"``, ``"masked: <reason>"`` or ``"failed: <reason>"``."""
-        return Counter(_outcome(rollout) for rollout in self.played(draw))
+        """How the rollouts of a draw ended, by label."""
+        return Counter(rollout.outcome.label for rollout in self.played(draw))
 
     def reports(self, kind: str) -> list[dict[str, Any]]:
         return [event["report"] for event in self.events if event["event"] == kind]
@@ -104,15 +105,9 @@ class Watched:
         return "\n".join(event["text"] for event in self.events if event["event"] in ("note", "warning"))
 
 
-def _outcome(rollout: Rollout) -> str:
-    if rollout.mask is not None:
-        return f"masked: {rollout.mask}"
-    return "scored" if rollout.failure is None else f"failed: {rollout.failure}"
-
-
 def outcomes_in(counts: dict[str, int]) -> dict[str, int]:
     """The reasons that a report counts."""
-    return {name: count for name, count in counts.items() if name.startswith(("masked: ", "failed: "))}
+    return dict(OutcomeCounts.of(counts).labels)
 
 
 def tokens_of(call: Call | Row) -> Tokens:

@@ -3,6 +3,7 @@
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
+from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.call_recorder import tag_predictors
 from dspy_fst.rollout.summaries import CALLS, LONGEST, failed_reply_of, shown, telling
 from dspy_fst.types import Call, Candidate, Group, Rollout
@@ -10,8 +11,9 @@ from dspy_fst.types import Call, Candidate, Group, Rollout
 CANDIDATE = Candidate({"self": "Sort."})
 
 
-def rollout(reward, problem=0, **fields):
-    return Rollout(problem, CANDIDATE, (), reward, mask="timeout" if reward is None else None, **fields)
+def rollout(reward, problem=0, failure=None, feedback="", **fields):
+    told = {"mask": "timeout" if reward is None else None, "failure": failure, "feedback": feedback}
+    return Rollout(problem, CANDIDATE, (), reward, Outcome.of_fields(told), **fields)
 
 
 def test_the_best_and_the_worst_of_the_widest_group_are_shown():

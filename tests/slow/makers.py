@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.types import Batch, Call, Candidate, Group, Rollout, Row
 
 VOCABULARY = 64
@@ -34,7 +35,7 @@ def make_rollout(
     mask: str | None = None,
     failure: str | None = None,
 ) -> Rollout:
-    return Rollout(problem, SEED_TEXT, calls, reward, mask=mask, failure=failure)
+    return Rollout(problem, SEED_TEXT, calls, reward, Outcome.of_fields({"mask": mask, "failure": failure}))
 
 
 def make_group(*rewards: float | None, problem: int = 0, tokens: int = 2) -> Group:

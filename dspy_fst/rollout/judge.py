@@ -7,7 +7,7 @@ LM's failure, a program that fails before the policy spoke, a metric that fails 
 
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import dspy
@@ -15,22 +15,53 @@ from dspy.predict.flex.bridge import BridgeRuntime
 from dspy.primitives.code_interpreter import CodeExecutionError, CodeInterpreterError
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
 
+from dspy_fst.outcomes.outcome import CONTEXT, PARSE, Outcome
 from dspy_fst.rollout.blame import Blame
 from dspy_fst.rollout.call_recorder import OUTSIDE, Recording, is_recorded
 from dspy_fst.rollout.outages import Outages
 from dspy_fst.rollout.parse_failures import FailedParses
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
-from dspy_fst.types import PREDICTOR_TAG
+from dspy_fst.types import PREDICTOR_TAG, Call, Candidate, Problem, Rollout
 
 STARTS = ("_create_interpreter", "install")
 """What dspy.Flex 3.4 calls before it gives its source to the interpreter."""
 
-Outcome = Mapping[str, Any]
-"""Fields of a Rollout: ``reward`` or ``mask``, and what is known beside."""
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a rollout earned, and what is known of its end."""
+
+    reward: float | None
+    outcome: Outcome
+    failed_in: str | None = None
+    prediction: dspy.Prediction | None = None
+    predictor_scores: Mapping[str, float] = field(default_factory=dict)
+
+    def rollout(
+        self,
+        problem: Problem,
+        candidate: Candidate,
+        calls: tuple[Call, ...],
+        trace: tuple[Any, ...],
+        asked: tuple[Any, ...],
+    ) -> Rollout:
+        """The rollout that was judged."""
+        return Rollout(
+            problem.index,
+            candidate,
+            calls,
+            self.reward,
+            self.outcome,
+            failed_in=self.failed_in,
+            predictor_scores=self.predictor_scores,
+            prediction=self.prediction,
+            trace=trace,
+            asked=asked,
+        )
 
 
 @dataclass(frozen=True)
-class Ending:
+class Judge:
     """Judges the end of one rollout by what was seen in it."""
 
     recording: Recording
@@ -39,15 +70,14 @@ class Ending:
     failure_score: float
     format_failure_score: float
 
-    def by(self, error: BaseException) -> Outcome:
+    def raised(self, error: BaseException) -> Judgement:
         """The program raised."""
         name = type(error).__name__
         failed_in, frozen = failing_predictor(error)
-        where = {"failed_in": failed_in}
         if isinstance(error, AdapterParseError) and not frozen:
             return self._unparsed(error, failed_in)
         if isinstance(error, ContextWindowExceededError) and not frozen:
-            return {"reward": self.failure_score, "failure": "context", "feedback": str(error), **where}
+            return self._failed(CONTEXT, str(error), failed_in)
         if isinstance(error, AdapterParseError | LMError):
             who = "frozen lm" if frozen else "lm"
             cause = error.__cause__ or error
@@ -55,7 +85,7 @@ class Ending:
         if isinstance(error, OSError):  # ConnectionError and TimeoutError among them: a tool's outage
             return _masked(f"outage: {name}")
         if _is_the_source_s(error):
-            return {"reward": self.failure_score, "failure": "source", "feedback": f"{name}: {error}"}
+            return self._failed("source", f"{name}: {error}")
         if isinstance(error, CodeInterpreterError):
             return _masked(f"interpreter: {name}", str(error))
         if outage := self.outages.behind(error):
@@ -64,11 +94,11 @@ class Ending:
             return _masked(f"program: {name}", repr(error))
         if lost := self.parses.behind():
             return self._unparsed(lost[1], lost[0])
-        return {"reward": self.failure_score, "failure": name, "feedback": f"The program failed: {error}"}
+        return self._failed(name, f"The program failed: {error}")
 
-    def with_prediction(
+    def returned(
         self, example: dspy.Example, prediction: Any, trace: list[Any], reward: Reward, blame: Blame
-    ) -> Outcome:
+    ) -> Judgement:
         """The program returned.
 
         Args:
@@ -80,45 +110,41 @@ class Ending:
             score = reward(example, prediction, trace, apart=self.recording.apart())
         except UnmeasuredError as error:
             return self._unmeasured(example, prediction, trace, error, blame)
-        return {
-            "reward": score.value,
-            "feedback": score.feedback,
-            "prediction": prediction,
-            "predictor_scores": score.predictor_scores,
-        }
+        outcome = Outcome("scored", detail=score.feedback)
+        return Judgement(score.value, outcome, prediction=prediction, predictor_scores=score.predictor_scores)
 
     def forget(self) -> None:
         """Let go of exceptions that hold the rollout's copy of the program."""
         self.parses.forget()
         self.outages.forget()
 
-    def _nothing(self) -> Outcome:
+    def _nothing(self) -> Judgement:
         if outage := self.outages.behind():
             return _masked(outage, "The program gave no prediction.")
         if lost := self.parses.behind():
             return self._unparsed(lost[1], lost[0])
-        feedback = "The program gave no prediction."
-        return {"reward": self.failure_score, "failure": "no prediction", "feedback": feedback}
+        return self._failed("no prediction", "The program gave no prediction.")
 
-    def _unparsed(self, error: AdapterParseError, predictor: str | None) -> Outcome:
-        feedback = f"The reply could not be parsed: {error}"
-        told = {"failure": "parse", "feedback": feedback, "failed_in": predictor}
-        return {"reward": self.format_failure_score, **told}
+    def _failed(self, reason: str, detail: str, failed_in: str | None = None) -> Judgement:
+        return Judgement(self.failure_score, Outcome("failed", reason, detail), failed_in)
+
+    def _unparsed(self, error: AdapterParseError, predictor: str | None) -> Judgement:
+        outcome = Outcome("failed", PARSE, f"The reply could not be parsed: {error}")
+        return Judgement(self.format_failure_score, outcome, predictor)
 
     def _unmeasured(
         self, example: dspy.Example, prediction: Any, trace: list[Any], error: UnmeasuredError, blame: Blame
-    ) -> Outcome:
+    ) -> Judgement:
         if outage := self.outages.behind():  # a hole in the prediction: the metric fell over it
             return _masked(outage, str(error))
-        if policy_s := blame.of_policy(example, prediction, trace, error):
-            reason, feedback = policy_s
-            return {"reward": self.failure_score, "failure": reason, "feedback": feedback}
+        if at_fault := blame.of_policy(example, prediction, trace, error):
+            return self._failed(*at_fault)
         detail = repr(error.__cause__) if error.__cause__ else ""
-        return {**_masked(str(error), detail), "prediction": prediction}
+        return replace(_masked(str(error), detail), prediction=prediction)
 
 
-def _masked(reason: str, detail: str = "") -> Outcome:
-    return {"reward": None, "mask": reason, "feedback": detail}
+def _masked(reason: str, detail: str = "") -> Judgement:
+    return Judgement(None, Outcome("masked", reason, detail))
 
 
 def _is_the_source_s(error: BaseException) -> bool:
