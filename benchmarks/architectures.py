@@ -111,7 +111,7 @@ def measure(family: Family, folder: Path) -> Outcome:
             _gap(engine.engine.score([text.ids for text in TEXTS]), after),
             _gap([c.logprobs for c in again], trainer.logprobs([_call(c) for c in again])),
         )
-        slowly = not engine.engine._batch_reader.keeps_memory
+        slowly = not engine.engine._decoder.keeps_cache
     moved = _gap(before, after)
     return Outcome(family.name, family.model_type, None, score, gradient, shared, recorded, published, slowly, moved)
 

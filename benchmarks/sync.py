@@ -32,8 +32,8 @@ from torch import Tensor
 from dspy_fst.engine.base import Checkpoint, Engine, Holding
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
 from dspy_fst.engine.sync import MEAN_GAP_LIMITS, verify_identity, verify_numbers
-from dspy_fst.engine.vllm.server import VLLMSettings
-from dspy_fst.engine.vllm.supervisor import Keeper
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
+from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import SyncError
 from dspy_fst.run.files import read_json, write_json
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
@@ -242,7 +242,7 @@ def engines(precision: str, only: Sequence[str], log: Path) -> Iterator[tuple[st
     if "in_process" in only:
         yield "in_process", InProcessEngine(InProcessSettings(dtype=precision, device="cpu"))
     if "vllm" in only:
-        yield "vllm", Keeper(VLLMSettings(dtype=precision, cpu_kv_cache_gib=1, max_model_len=512, log_path=log))
+        yield "vllm", Supervisor(VLLMSettings(dtype=precision, cpu_kv_cache_gib=1, max_model_len=512, log_path=log))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

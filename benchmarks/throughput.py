@@ -100,7 +100,7 @@ def own_batch(engine: Engine, groups: Sequence[Group]) -> Callable[[], Any]:
     prompts = [call.prompt_ids for group in groups for rollout in group.rollouts for call in rollout.calls]
     if isinstance(engine, InProcessEngine):
         return lambda: generate(
-            engine._batch_reader, engine._eos(), [Pending(p, MAX_TOKENS, 1.0, seed) for seed, p in enumerate(prompts)]
+            engine._decoder, engine._eos(), [Pending(p, MAX_TOKENS, 1.0, seed) for seed, p in enumerate(prompts)]
         )
     return vllm_batch(engine, prompts)
 

@@ -341,11 +341,11 @@ def engine_maker(kind: EngineKind, options: Mapping[str, Any]) -> Callable[[], E
         ConfigurationError: the engine is unknown or does not take an option.
     """
     if kind == "vllm":
-        from dspy_fst.engine.vllm.server import VLLMSettings
-        from dspy_fst.engine.vllm.supervisor import Keeper
+        from dspy_fst.engine.vllm.server_settings import VLLMSettings
+        from dspy_fst.engine.vllm.supervisor import Supervisor
 
         served = made(VLLMSettings, options, kind)
-        return lambda: Keeper(served)
+        return lambda: Supervisor(served)
     if kind == "in_process":
         from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
 

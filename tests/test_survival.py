@@ -10,6 +10,7 @@ from dspy_fst.run.directory import read_events
 from dspy_fst.training.plan import Plan
 from dspy_fst.training.result import policy_of
 from programs.lab import build
+from tests.engine.server_state import group_of
 from tests.engine.test_server_process import below, wait_until_gone
 from tests.relay import relay
 from tests.test_compile import SHORT, assert_trained_together, compile_relay
@@ -59,7 +60,7 @@ class Trouble:
         if event["event"] == "rollout":
             self.played += 1
             if self.played == 3 and self.step in self.plan:
-                self.groups.add(self.engine.server.process_group)
+                self.groups.add(group_of(self.engine.server))
                 self.plan.pop(self.step)()
 
     def answer_500_a_few_times(self):
@@ -73,7 +74,7 @@ class Trouble:
 
     def process(self, name):
         """The server's process whose command line contains this."""
-        return below(self.engine.server.process_group, name)
+        return below(group_of(self.engine.server), name)
 
 
 def program_with(options, trouble):
@@ -101,7 +102,7 @@ def test_a_run_survives_its_server(tmp_path, monkeypatch):
 
     student = program_with(OPTIONS, trouble)
     compiled = compile_relay(tmp_path / "run", program=student, listeners=[trouble], num_threads=4)
-    trouble.groups.add(trouble.engine.server.process_group)
+    trouble.groups.add(group_of(trouble.engine.server))
     assert_trained_together(student, compiled, tmp_path / "run")
     policy_of(compiled).release()
 

@@ -19,7 +19,7 @@ import dspy_fst
 from dspy_fst import ConfigurationError, PolicyLM
 from dspy_fst.engine.in_process import InProcessSettings
 from dspy_fst.engine.portable import OF_ENGINE, PortableOptions
-from dspy_fst.engine.vllm.server import VLLMSettings
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run import manifest as sealed

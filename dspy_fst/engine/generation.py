@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dspy_fst.engine.reading import BatchReader
+from dspy_fst.engine.decoding import BatchDecoder
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
 
@@ -66,7 +66,7 @@ def cut(calls: list[Pending], budget: int) -> list[list[Pending]]:
 
 @torch.no_grad()
 def generate(
-    reader: BatchReader, eos: frozenset[int], calls: Sequence[Pending], overdue: Callable[[], bool] = lambda: False
+    decoder: BatchDecoder, eos: frozenset[int], calls: Sequence[Pending], overdue: Callable[[], bool] = lambda: False
 ) -> list[Reply]:
     """Sample a reply for every call: ids, their log-probabilities at the call's temperature, finish reason.
 
@@ -80,20 +80,20 @@ def generate(
         EngineError: the batch was given up.
     """
     replies = [Reply() for _ in calls]
-    widths = {len(call.prompt) for call in calls} if reader.one_length else {0}
+    widths = {len(call.prompt) for call in calls} if decoder.equal_lengths_only else {0}
     for width in sorted(widths):
         rows = [row for row, call in enumerate(calls) if width in (0, len(call.prompt))]
-        _fill([replies[row] for row in rows], reader, eos, [calls[row] for row in rows], overdue)
+        _fill([replies[row] for row in rows], decoder, eos, [calls[row] for row in rows], overdue)
     return replies
 
 
 def _fill(
-    replies: list[Reply], reader: BatchReader, eos: frozenset[int], calls: list[Pending], overdue: Callable[[], bool]
+    replies: list[Reply], decoder: BatchDecoder, eos: frozenset[int], calls: list[Pending], overdue: Callable[[], bool]
 ) -> None:
     prompts = list(dict.fromkeys(call.prompt for call in calls))
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
-    device = reader.device
-    batch = reader.begin(prompts)
+    device = decoder.device
+    batch = decoder.prefill(prompts)
     batch.select(torch.tensor([row_of[call.prompt] for call in calls], device=device))
     draws = [np.random.default_rng(call.seed).random(call.max_tokens) for call in calls]
     temperatures = torch.tensor([call.temperature for call in calls], device=device)

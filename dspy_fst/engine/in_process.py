@@ -21,12 +21,13 @@ from transformers import AutoTokenizer
 
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.chat import text_response
+from dspy_fst.engine.decoding import BatchDecoder
+from dspy_fst.engine.devices import has_gpu
 from dspy_fst.engine.generation import Pending, Reply, cut, generate
 from dspy_fst.engine.holding import compare, head_in_float32
 from dspy_fst.engine.logprobs import with_logprobs
 from dspy_fst.engine.prompts import PromptRenderer
 from dspy_fst.engine.queueing import queueing
-from dspy_fst.engine.reading import BatchReader
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError
 from dspy_fst.model_files.architectures import context_length, load_model
@@ -65,7 +66,7 @@ class InProcessEngine:
         self.settings = settings or InProcessSettings()
         self._version: WeightsVersion | None = None
         self._model: Any = None
-        self._batch_reader: Any = None
+        self._decoder: Any = None
         self._context: int | None = None
         self._tokenizer: Any = None
         self._reader: ReplyReader | None = None
@@ -176,7 +177,7 @@ class InProcessEngine:
             self._lock.notify_all()
         if self._worker is not None:
             self._worker.join(timeout=self.settings.timeout_s)
-        self._model = self._batch_reader = self._tokenizer = self._reader = self._renderer = self._version = None
+        self._model = self._decoder = self._tokenizer = self._reader = self._renderer = self._version = None
 
     def _reply_to(self, call: Pending) -> Reply:
         """Wait for the batch of a call to begin, then for at most ``timeout_s`` for its reply.
@@ -208,8 +209,7 @@ class InProcessEngine:
     # ---- one batch at a time -------------------------------------------------------------------
 
     def _start(self, checkpoint: Checkpoint) -> None:
-        cuda = torch.cuda.is_available()
-        device = self.settings.device or ("cuda" if cuda else "cpu")
+        device = self.settings.device or ("cuda" if has_gpu() else "cpu")
         dtype = self.settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
         if faults := list(folder_faults(checkpoint.path)):
@@ -232,7 +232,7 @@ class InProcessEngine:
         # Its tensors have other names on disk, or other shapes (experts, for one): from_pretrained converts them.
         del stored
         device, dtype = self._model.device, self._model.dtype
-        self._model = self._batch_reader = None  # room for the next
+        self._model = self._decoder = None  # room for the next
         self._read(checkpoint, str(device), dtype)
 
     def _read(self, checkpoint: Checkpoint, device: str, dtype: Any) -> None:
@@ -241,7 +241,7 @@ class InProcessEngine:
             raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} are not served: {fault}")
         self._model = model.to(device).eval()
         head_in_float32(self._model, checkpoint.path)
-        self._batch_reader = BatchReader(self._model)
+        self._decoder = BatchDecoder(self._model)
         self._context = context_length(self._model.config)
 
     def _room(self, prompt: tuple[int, ...], wanted: int | None) -> int:
@@ -296,7 +296,7 @@ class InProcessEngine:
             with self._model_lock:
                 began_at = self._begin(batch)
                 replies = generate(
-                    self._batch_reader,
+                    self._decoder,
                     self._eos(),
                     batch,
                     lambda: time.monotonic() - began_at > self.settings.timeout_s,

@@ -50,7 +50,7 @@ def _advice(name: str, known: Sequence[str]) -> str:
     if close := meant(name, known):
         return close
     from dspy_fst.engine.in_process import InProcessSettings
-    from dspy_fst.engine.vllm.server import VLLMSettings
+    from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
     if name in {field.name for settings in (VLLMSettings, InProcessSettings) for field in fields(settings)}:
         return f" of the LM itself; it is the engine's: engine_options={{{name!r}: ...}}"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dspy_fst.errors import EngineError
 
 
-class Gate:
+class WeightsLock:
     """Lets any number of samplers in, or one loader alone; a loader that waits goes before later samplers."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class Gate:
             )
 
 
-class Turn:
+class TimedLock:
     """A lock that is not waited for endlessly, and whose error says who waited for what.
 
     Args:
@@ -98,7 +98,7 @@ class Turn:
         self._work, self._limits = work, limits
 
     @contextmanager
-    def of(self, who: str) -> Iterator[None]:
+    def held_by(self, who: str) -> Iterator[None]:
         """Be the only one.
 
         Raises:

@@ -139,7 +139,7 @@ def engine_allocation(workload: Workload, available: Available) -> Allocation:
 
 
 def _vllm_allocation(size: ModelSize, options: Mapping[str, Any], available: Available) -> Allocation:
-    from dspy_fst.engine.vllm.server import VLLMSettings
+    from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
     settings = VLLMSettings(**options)
     if settings.attach_url is not None and not available.imagined:

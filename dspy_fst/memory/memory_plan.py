@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.in_process import InProcessSettings
-from dspy_fst.engine.vllm.server import VLLMSettings
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.memory.allocations import (
     ENGINE,
     LARGEST_SHARE,

@@ -13,7 +13,7 @@ from dspy_fst.policy_lm import PolicyLM
 def engine_faults(policy: PolicyLM) -> list[str]:
     """Faults of the engine that show without starting it."""
     from dspy_fst.engine.in_process import InProcessSettings
-    from dspy_fst.engine.vllm.server import VLLMSettings, vllm_faults
+    from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 
     options = policy.handle.options
     if policy.handle.resolved_kind == "in_process":

@@ -1,10 +1,10 @@
 """How a program is served: address, key, limits, and which candidates answer. Everything wrong is told at once."""
 
-import ipaddress
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from dspy_fst.engine.addresses import is_loopback
 from dspy_fst.errors import ConfigurationError
 
 if TYPE_CHECKING:  # the command line reads the defaults here, and its help must come at once
@@ -71,14 +71,6 @@ class ServeSettings:
     @property
     def stream_path(self) -> str:
         return f"{self.path}/stream"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the host."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _faults(settings: ServeSettings) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import httpx
 from dspy import lm15
 
-from dspy_fst.engine.vllm.stream import sse_chunks
+from dspy_fst.engine.vllm.reply_stream import sse_chunks
 from dspy_fst.errors import EngineError
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ Both appear whole or not at all: written beside their place, flushed to the disk
 
 import copy
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from transformers.utils import cached_file
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.folder import wrapped_names
+from dspy_fst.run.files import flush
 from dspy_fst.slow.rendered import rendering_fault
 
 STATE_FORMAT = 1
@@ -170,19 +170,11 @@ def written_whole(path: Path) -> Iterator[Path]:
         scratch.chmod(0o755)  # mkdtemp lets only its owner in; an engine may run as somebody else
         yield scratch
         for written in (*scratch.rglob("*"), scratch):
-            _flush(written)
+            flush(written)
         scratch.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -3,7 +3,6 @@
 The caller owns the loop and may do anything between two calls; texts never change here.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.devices import has_gpu
 from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
 from dspy_fst.slow import losses
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
@@ -24,7 +24,7 @@ from dspy_fst.slow.environment import environment_faults
 from dspy_fst.slow.exact import exact_matmuls
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.settings import TrainerSettings
-from dspy_fst.slow.update_metrics import NO_UPDATE, Tally, Tokens
+from dspy_fst.slow.update_metrics import NO_UPDATE, Tokens, UpdateMetrics
 from dspy_fst.types import Batch, Call, Held, Row, UpdateReport, WeightsVersion
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -58,7 +58,7 @@ class Trainer:
         self.settings = settings
         if faults := environment_faults():
             raise TrainingError("; ".join(faults))
-        on_cuda = device == "auto" and torch.cuda.is_available()
+        on_cuda = device == "auto" and has_gpu()
         self._device = torch.device("cuda" if on_cuda else "cpu")
         low = settings.precision == "bfloat16" or (settings.precision == "auto" and on_cuda)
         self._dtype = torch.bfloat16 if low else torch.float32
@@ -128,18 +128,18 @@ class Trainer:
         sequences = self._checked(completions(batch.rows))
         check_recorded(batch.rows)
         self._optimizer.zero_grad()
-        tally = Tally(self._device)
+        metrics = UpdateMetrics(self._device)
         for micro in self._micro_batches(sequences):
-            self._loss(micro, batch.rows, tally).backward()
-        self._hold(batch.held, tally)
-        grad_norm = self._finite_norm(tally)
+            self._loss(micro, batch.rows, metrics).backward()
+        self._hold(batch.held, metrics)
+        grad_norm = self._finite_norm(metrics)
         if batch.rows:
-            self._check_on_policy(tally)
-        report = tally.report(grad_norm, self._next_rate(), rows=len(batch.rows))
+            self._check_on_policy(metrics)
+        report = metrics.report(grad_norm, self._next_rate(), rows=len(batch.rows))
         self._apply(report)
         return report
 
-    def _loss(self, micro: MicroBatch, rows: Sequence[Row], tally: Tally) -> Tensor:
+    def _loss(self, micro: MicroBatch, rows: Sequence[Row], metrics: UpdateMetrics) -> Tensor:
         """This micro-batch's share of the loss; shares add up because token weights sum to 1 over the batch."""
         tokens = Tokens.of([rows[member] for member in micro.members], self._device)
         log_probs = self._log_probs(self._policy, micro)
@@ -150,10 +150,10 @@ class Trainer:
             kl = (tokens.weights * self._kl(log_probs, micro)).sum()
             loss = loss + self.settings.kl_coefficient * kl
         ratios, cap = chosen - tokens.behaviour, self.settings.importance_cap
-        tally.add(loss, kl, log_probs, ratios, cap, sequences=len(micro.prefix_of))
+        metrics.add(loss, kl, log_probs, ratios, cap, sequences=len(micro.prefix_of))
         return loss
 
-    def _hold(self, held: Sequence[Held], tally: Tally) -> None:
+    def _hold(self, held: Sequence[Held], metrics: UpdateMetrics) -> None:
         """Add the gradient of KL(theta || start), meaned over the tokens of the held calls.
 
         The start may read another prompt before a completion than the policy does; then it teaches what that says.
@@ -173,21 +173,21 @@ class Trainer:
             other = None if ours == its else [its[member] for member in micro.members]
             kl = self._kl(log_probs, micro, other).sum() / tokens
             (self.settings.seed_kl_coefficient * kl).backward()
-            tally.hold(kl, log_probs, self.settings.seed_kl_coefficient, calls=len(micro.members))
+            metrics.hold(kl, log_probs, self.settings.seed_kl_coefficient, calls=len(micro.members))
 
-    def _finite_norm(self, tally: Tally) -> Tensor:
+    def _finite_norm(self, metrics: UpdateMetrics) -> Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        if not torch.isfinite(norm) or not torch.isfinite(tally.loss):
+        if not torch.isfinite(norm) or not torch.isfinite(metrics.loss):
             self._optimizer.zero_grad()
             raise NotFiniteError(
-                f"update {self._updates + 1}: loss {float(tally.loss)}, gradient norm {float(norm)}; the weights "
+                f"update {self._updates + 1}: loss {float(metrics.loss)}, gradient norm {float(norm)}; the weights "
                 "were left as they are. Lower learning_rate or set max_grad_norm (in a new run_dir), or look for "
                 "log-probabilities in the batch that are not finite"
             )
         return norm
 
-    def _check_on_policy(self, tally: Tally) -> None:
-        share, least = tally.effective_sample_share, self.settings.min_effective_share
+    def _check_on_policy(self, metrics: UpdateMetrics) -> None:
+        share, least = metrics.effective_sample_share, self.settings.min_effective_share
         if not share >= least:
             self._optimizer.zero_grad()
             raise MismatchError(
@@ -225,13 +225,6 @@ class Trainer:
     def kl_by_call(self, calls: Sequence[Call]) -> list[list[float]]:
         """Exact KL(theta || start) in nats at every completion token of each call, teacher-forced."""
         return self._per_token(completions(calls), lambda micro: self._kl(self._log_probs(self._policy, micro), micro))
-
-    def kl_to_start(self, calls: Sequence[Call]) -> float:
-        """Mean of :meth:`kl_by_call` over all completion tokens."""
-        values = [value for call in self.kl_by_call(calls) for value in call]
-        if not values:
-            raise ValueError("the KL of no completion token is undefined; pass calls with completions")
-        return math.fsum(values) / len(values)
 
     def _log_probs(self, policy: Policy, micro: MicroBatch) -> Tensor:
         """Log-probabilities over the vocabulary for every scored token at its temperature, shape (N, V)."""

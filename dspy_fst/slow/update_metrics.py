@@ -42,7 +42,7 @@ class Tokens:
         return cls(behaviour.to(device), advantages.to(device), weights.to(device))
 
 
-class Tally:
+class UpdateMetrics:
     """Sums over the tokens of a batch, before the weights move."""
 
     def __init__(self, device: torch.device):

@@ -69,8 +69,8 @@ class NaturalTexts:
 
 BLIND = (
     "the server at attach_url runs without dspy_fst's worker extension, so its weights are compared by their "
-    "log-probabilities only, which stale weights may pass; launch it with dspy_fst/engine/served on its PYTHONPATH and "
-    "--worker-extension-cls dspy_fst_weight_check.WeightCheck"
+    "log-probabilities only, which stale weights may pass; launch it with dspy_fst/engine/vllm/served on its "
+    "PYTHONPATH and --worker-extension-cls dspy_fst_weight_check.WeightCheck"
 )
 
 

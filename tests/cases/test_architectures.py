@@ -12,9 +12,9 @@ from benchmarks.architectures import EQUAL, PAGE, RESULTS, InProcess, Outcome, m
 from benchmarks.families import FAMILIES, Family
 from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.vllm import supervisor as keeper_module
-from dspy_fst.engine.vllm.server import VLLMSettings
-from dspy_fst.engine.vllm.supervisor import Keeper
+from dspy_fst.engine.vllm import supervisor as supervisor_module
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
+from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.architectures import context_length, restart_reason, unlike_vllm
 from dspy_fst.preflight import model_checks, restarts, vllm_start
@@ -28,7 +28,7 @@ from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.trainer import Trainer
 from programs.lab import BASE
 from tests.engine.test_contract import request_of
-from tests.engine.test_keeper import World
+from tests.engine.test_supervisor import World
 
 BY_NAME = {family.name: family for family in FAMILIES}
 
@@ -213,13 +213,13 @@ def test_a_text_longer_than_its_positions_is_refused_by_the_trainer(family, tmp_
 @pytest.mark.parametrize("family", [longrope, dynamic, learned], ids=lambda make: make.__name__)
 def test_a_reply_that_ended_early_does_not_grow_past_the_context(family, tmp_path):
     """It waits in the batch for the others, at positions that the model does not have."""
+    from dspy_fst.engine.decoding import BatchDecoder
     from dspy_fst.engine.generation import Pending, generate
-    from dspy_fst.engine.reading import BatchReader
 
     model = family().make()
     limit = context_length(model.config)
     calls = [Pending(tuple(range(5, 5 + limit - 4)), 2, 1.0, 0), *(Pending((5, 6 + i), 20, 1.0, i) for i in range(3))]
-    for call, reply in zip(calls, generate(BatchReader(model), frozenset(), calls), strict=True):
+    for call, reply in zip(calls, generate(BatchDecoder(model), frozenset(), calls), strict=True):
         ids = torch.tensor([[*call.prompt, *reply.ids]])
         with torch.no_grad():
             own = model(ids, use_cache=False).logits[0, len(call.prompt) - 1 : -1].log_softmax(-1)
@@ -242,10 +242,10 @@ def test_experts_are_not_swapped_into_a_running_server_on_a_cpu():
 
 @pytest.mark.parametrize(("name", "launched"), [("Qwen3-MoE", [["v0"], ["v1"]]), ("Qwen3", [["v0", "v1"]])])
 def test_a_server_is_started_again_for_new_experts(name, launched, tmp_path, monkeypatch):
-    monkeypatch.setattr(keeper_module, "has_gpu", lambda: False)
+    monkeypatch.setattr(supervisor_module, "has_gpu", lambda: False)
     folder = BY_NAME[name].save(tmp_path / "model")
     world = World()
-    engine = Keeper(VLLMSettings(), world.make)
+    engine = Supervisor(VLLMSettings(), world.make)
     for version in ("v0", "v1"):
         engine.load(Checkpoint(version, folder))
     assert world.launched == launched
@@ -254,13 +254,13 @@ def test_a_server_is_started_again_for_new_experts(name, launched, tmp_path, mon
 
 
 def test_the_kind_of_a_model_is_read_once_and_not_at_each_publish(tmp_path, monkeypatch):
-    monkeypatch.setattr(keeper_module, "has_gpu", lambda: False)
+    monkeypatch.setattr(supervisor_module, "has_gpu", lambda: False)
     folder, world, read = BY_NAME["Qwen3-MoE"].save(tmp_path / "model"), World(), []
-    reason = keeper_module.folder_restart_reason
+    reason = supervisor_module.folder_restart_reason
     monkeypatch.setattr(
-        keeper_module, "folder_restart_reason", lambda *asked, **on: [read.append(asked), reason(*asked, **on)][1]
+        supervisor_module, "folder_restart_reason", lambda *asked, **on: [read.append(asked), reason(*asked, **on)][1]
     )
-    engine = Keeper(VLLMSettings(), world.make)
+    engine = Supervisor(VLLMSettings(), world.make)
     for version in ("v0", "v1", "v2", "v3"):
         engine.load(Checkpoint(version, folder))
     assert world.launched == [["v0"], ["v1"], ["v2"], ["v3"]]

@@ -9,6 +9,7 @@ import pytest
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.vllm.server import VLLMServer
 from tests.engine.lessons import LESSONS
+from tests.engine.server_state import group_of
 from tests.engine.taught import teach
 from tests.engine.test_server_process import members
 from tests.engine.tiny_qwen import small
@@ -27,7 +28,7 @@ def server(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[V
     engine = VLLMServer(small(tmp_path_factory.mktemp("log") / "vllm.log"))
     engine.load(Checkpoint("taught", taught))
     yield engine
-    group = engine.process_group
+    group = group_of(engine)
     engine.close()
     assert group is not None
     assert members(group) == []

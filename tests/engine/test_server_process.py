@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dspy_fst.engine.vllm.ports import free_port, port_taken
-from dspy_fst.engine.vllm.process import ServerProcess, telling_lines
-from dspy_fst.engine.weights_lock import Gate
+from dspy_fst.engine.addresses import free_port, port_taken
+from dspy_fst.engine.vllm.diagnosis import telling_lines
+from dspy_fst.engine.vllm.process import ServerProcess
+from dspy_fst.engine.weights_lock import WeightsLock
 from dspy_fst.errors import EngineError
 from tests.serve.makers import wait_until
 
@@ -227,20 +228,20 @@ def test_ports_are_found_and_seen_taken() -> None:
 
 
 def test_a_load_waits_for_samplers_and_goes_before_later_ones() -> None:
-    gate, order = Gate(), []
+    lock, order = WeightsLock(), []
 
     def load() -> None:
-        with gate.loading(5):
+        with lock.loading(5):
             order.append("load")
 
     def sample_later() -> None:
-        with gate.sampling(5):
+        with lock.sampling(5):
             order.append("later")
 
     threads = [threading.Thread(target=load), threading.Thread(target=sample_later)]
-    with gate.sampling(5):
+    with lock.sampling(5):
         threads[0].start()
-        wait_until(lambda: gate._loaders_waiting == 1, "the load waits", limit_s=20)
+        wait_until(lambda: lock._loaders_waiting == 1, "the load waits", limit_s=20)
         threads[1].start()
         time.sleep(0.1)  # were it let in, it would be by now
         order.append("first")
@@ -250,10 +251,10 @@ def test_a_load_waits_for_samplers_and_goes_before_later_ones() -> None:
 
 
 def test_waits_at_the_gate_end_with_who_waited_for_what() -> None:
-    gate = Gate()
-    with gate.sampling(1), pytest.raises(EngineError, match=r"load waited \d+ s for 1 requests in flight"):
-        gate.loading(0.05).__enter__()
-    with gate.loading(1), pytest.raises(EngineError, match=r"request waited 0\.05 s for a load"):
-        gate.sampling(0.05).__enter__()
-    with gate.sampling(0.05), gate.sampling(0.05):
+    lock = WeightsLock()
+    with lock.sampling(1), pytest.raises(EngineError, match=r"load waited \d+ s for 1 requests in flight"):
+        lock.loading(0.05).__enter__()
+    with lock.loading(1), pytest.raises(EngineError, match=r"request waited 0\.05 s for a load"):
+        lock.sampling(0.05).__enter__()
+    with lock.sampling(0.05), lock.sampling(0.05):
         pass

@@ -20,9 +20,11 @@ from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.vllm import server as vllm_server
 from dspy_fst.engine.vllm.client import NoAnswerError, pinned
 from dspy_fst.engine.vllm.process import ServerProcess
-from dspy_fst.engine.vllm.server import VLLMServer, VLLMSettings
+from dspy_fst.engine.vllm.server import VLLMServer
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.watchdog import watch
 from dspy_fst.errors import EngineError
+from tests.engine.server_state import answers
 from tests.engine.taught import TEMPLATE, make_tokenizer
 
 REQUEST = Request(model="any/name", messages=(Message.user("hi"),), config=Config(max_tokens=4))
@@ -589,5 +591,5 @@ def test_nobody_at_the_url_is_an_engine_error(checkpoint: Checkpoint) -> None:
     engine = VLLMServer(VLLMSettings(attach_url="http://127.0.0.1:9"))
     with pytest.raises(EngineError, match=r"127\.0\.0\.1:9"):
         engine.load(checkpoint)
-    assert not engine.alive()
+    assert not answers(engine)
     engine.close()

@@ -12,6 +12,7 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.sync import verify_identity
 from dspy_fst.engine.vllm.server import VLLMServer
 from dspy_fst.errors import EngineError, SyncError
+from tests.engine.server_state import answers, group_of
 from tests.engine.test_server_process import below, members, wait_until_gone
 from tests.engine.test_vllm_server import PROBES, TOLERANCE, ask, largest_gap
 from tests.engine.tiny_qwen import make_model, save, small
@@ -48,14 +49,14 @@ def prove(engine: VLLMServer, checkpoint: Checkpoint) -> None:
 
 def assert_death_is_explained(engine: VLLMServer) -> None:
     """Kill the engine's core as the kernel does when memory runs out."""
-    group = engine.process_group
+    group = group_of(engine)
     assert group is not None
     core = below(group, "EngineCore")
     assert core is not None
     core.kill()
     with pytest.raises(EngineError, match=r"vLLM died, exit status \d+, log .*\n  \| "):
         engine.complete(ask("hello"), seed=0)
-    assert not engine.alive()
+    assert not answers(engine)
     engine.close()
     assert members(group) == []
 
@@ -69,7 +70,7 @@ def test_a_model_that_cannot_be_served_is_reported_at_once(tmp_path: Path) -> No
     with pytest.raises(EngineError, match=r"(?s)vLLM ended after .*no_such_model.*To fix: the checkpoint's model"):
         engine.load(Checkpoint("step-000001", tmp_path))
     assert time.monotonic() - began < engine.settings.startup_timeout_s / 2
-    assert engine.process_group is None
+    assert group_of(engine) is None
     assert engine.weights is None
 
 
@@ -78,7 +79,8 @@ import sys
 from pathlib import Path
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.sync import verify_identity
-from dspy_fst.engine.vllm.server import VLLMServer, VLLMSettings
+from dspy_fst.engine.vllm.server import VLLMServer
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
 VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, log_path=Path(sys.argv[2]))).load(Checkpoint("v", Path(sys.argv[1])))
 """
 

@@ -1,6 +1,7 @@
 """The real server: exact tokens, provably fresh weights, no process left behind."""
 
 import asyncio
+import re
 import socket
 import threading
 import time
@@ -21,9 +22,12 @@ from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.chat_template import TemplateTraits
 from dspy_fst.engine.prompts import PromptRenderer
 from dspy_fst.engine.replies import ReplyReader
-from dspy_fst.engine.vllm.server import VLLMServer, VLLMSettings, vllm_command, vllm_environment, vllm_faults
+from dspy_fst.engine.vllm.launch import vllm_command, vllm_environment
+from dspy_fst.engine.vllm.server import VLLMServer
+from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.call_recorder import SETTING, Recording
+from tests.engine.server_state import answers, group_of
 from tests.engine.tiny_qwen import make_model, rescore, save, untied
 
 PROBES = [[3, *range(40, 90), 0], [4, *range(300, 340)], [5, 6]]
@@ -61,7 +65,7 @@ def test_every_fault_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         max_restarts=-1,
         extra_args=("--logprobs-mode=raw_logprobs", "--max-num-seqs", "8", "--disable-log-stats"),
     )
-    faults = "\n".join(VLLMServer(settings).check())
+    faults = "\n".join(vllm_faults(settings))
     for part in ("dspy-fst[vllm]", "0.0.0.0", "gpu_memory_utilization is 1.5", "request_timeout_s", "--logprobs-mode"):
         assert part in faults
     for part in ("stall_timeout_s is 0", "max_restarts is -1", "--disable-log-stats"):
@@ -92,7 +96,7 @@ def test_the_key_is_in_the_environment_and_not_on_the_command_line() -> None:
 def test_nothing_is_served_before_the_first_load() -> None:
     engine = VLLMServer()
     assert engine.weights is None
-    assert not engine.alive()
+    assert not answers(engine)
     with pytest.raises(EngineError, match="call load"):
         engine.complete(ask("hi"), seed=0)
     engine.close()
@@ -284,9 +288,9 @@ def test_another_engine_can_attach_and_leaves_the_server_running(
     guest = VLLMServer(VLLMSettings(attach_url=f"{address.url}/v1", api_key=address.api_key))
     guest.load(checkpoints[2])
     assert gap(models[2], guest.complete(ask("guest"), seed=0), 1.0) < TOLERANCE
-    assert guest.process_group is None
+    assert group_of(guest) is None
     guest.close()
-    assert server.alive()
+    assert answers(server)
     stranger = VLLMServer(VLLMSettings(attach_url=address.url, api_key="wrong"))
     with pytest.raises(EngineError, match="Is the API key right"):
         stranger.load(checkpoints[2])
@@ -384,3 +388,12 @@ def test_a_system_text_that_the_template_has_no_role_for_is_sent_in_the_first_us
     text = AutoTokenizer.from_pretrained(taught).decode(reply.prompt_ids)
     assert "<|user|>Name a flower.\n\nWhich?" in text
     assert "<|system|>" not in text
+
+
+@pytest.mark.parametrize("page", ["dspy_fst/engine/vllm/server.py", "dspy_fst/training/publisher.py", "docs/gpus.md"])
+def test_the_folder_that_an_attached_server_must_have_on_its_path_holds_what_it_loads(page: str) -> None:
+    root = Path(__file__).parents[2]
+    folders = re.findall(r"dspy_fst/[a-z/]*served", (root / page).read_text(encoding="utf-8"))
+    assert folders
+    for folder in folders:
+        assert (root / folder / "dspy_fst_weight_check.py").is_file()

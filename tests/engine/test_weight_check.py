@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.sync import verify_identity
 from dspy_fst.engine.vllm import client as vllm_client
+from dspy_fst.engine.vllm.launch import vllm_command
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import difference, digest
-from dspy_fst.engine.vllm.server import VLLMServer, VLLMSettings, vllm_command
+from dspy_fst.engine.vllm.server import VLLMServer
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.errors import DiskError, SyncError
 from tests.engine.tiny_qwen import make_model, save
 

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.vllm.server import VLLMSettings
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
 END = "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")

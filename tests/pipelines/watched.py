@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine import in_process
 from dspy_fst.engine.base import Completion
-from dspy_fst.engine.vllm.supervisor import Keeper
+from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.rollout.rollouter import Player
 from dspy_fst.run.directory import read_events
@@ -151,7 +151,7 @@ def run_watched(
 @contextmanager
 def _watching() -> Iterator[Watched]:
     watched = Watched()
-    play, step, generate, complete = Player.play, Trainer.step, in_process.generate, Keeper.complete
+    play, step, generate, complete = Player.play, Trainer.step, in_process.generate, Supervisor.complete
 
     def watched_play(self: Player, tasks: Any, draw: str, *rest: Any, **options: Any) -> list[Rollout]:
         rollouts = play(self, tasks, draw, *rest, **options)
@@ -167,13 +167,13 @@ def _watching() -> Iterator[Watched]:
         watched.sampled += [(c.prompt, tuple(r.ids), tuple(r.logprobs)) for c, r in zip(calls, replies, strict=True)]
         return replies
 
-    def watched_complete(self: Keeper, request: Any, seed: int) -> Completion:
+    def watched_complete(self: Supervisor, request: Any, seed: int) -> Completion:
         reply = complete(self, request, seed)
         watched.sampled.append((reply.prompt_ids, reply.completion_ids, reply.logprobs))
         return reply
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Keeper, "complete", watched_complete)
+        patch.setattr(Supervisor, "complete", watched_complete)
         patch.setattr(Player, "play", watched_play)
         patch.setattr(Trainer, "step", watched_step)
         patch.setattr(in_process, "generate", watched_generate)

@@ -27,7 +27,7 @@ from dspy.lm15 import TimeoutError as RequestTimeoutError
 from dspy_fst.engine.base import Completion, Holding
 from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.logprobs import with_logprobs
-from dspy_fst.engine.vllm.stream import read_stream, sse_chunks
+from dspy_fst.engine.vllm.reply_stream import read_stream, sse_chunks
 from dspy_fst.engine.vllm.wire import FINISHED, RESHAPING, pinned, read_completion, read_scores
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
@@ -40,7 +40,7 @@ QUICK_TIMEOUT_S = 30.0
 
 _ENGINE_FAULTS = (TransportError, RequestTimeoutError, ServerError, AuthError, UnsupportedModelError)
 COMPARE = "dspy_fst_compare"
-"""The method of `engine/served/dspy_fst_weight_check.py`."""
+"""The method of `engine/vllm/served/dspy_fst_weight_check.py`."""
 _CONTROL = {"/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 """Endpoints that answer 500 also to what the caller did wrong: files that do not fit, an adapter of too high a rank."""
 _TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")

@@ -8,12 +8,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dspy_fst.engine.devices import has_gpu
-
-if TYPE_CHECKING:
-    from dspy_fst.engine.vllm.server import VLLMSettings
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
 SERVED_NAME = "policy"
 _LAUNCHER = "vllm.entrypoints.launchers.api_server.entry"
@@ -21,7 +19,7 @@ _SERVED_FOLDER = Path(__file__).with_name("served")
 _OVERRIDES = "--hf-overrides"
 
 
-def vllm_command(settings: "VLLMSettings", model: Path, port: int) -> list[str]:
+def vllm_command(settings: VLLMSettings, model: Path, port: int) -> list[str]:
     """The command line of a server for this folder; no secret is on it."""
     on_gpu = has_gpu()
     eager = not on_gpu if settings.enforce_eager is None else settings.enforce_eager
@@ -45,7 +43,7 @@ def vllm_command(settings: "VLLMSettings", model: Path, port: int) -> list[str]:
     ]
 
 
-def vllm_environment(settings: "VLLMSettings", key: str) -> dict[str, str]:
+def vllm_environment(settings: VLLMSettings, key: str) -> dict[str, str]:
     """This process's environment with what a server of ours needs."""
     python_path = os.pathsep.join(filter(None, [str(_SERVED_FOLDER), os.environ.get("PYTHONPATH")]))
     return {

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,10 +20,6 @@ logger = logging.getLogger(__name__)
 _SUPERVISE = Path(__file__).with_name("served") / "supervise.py"
 _KILLED_S = 10.0  # large processes take a while to give their memory back, which the next server needs
 _LOG_BYTES_READ = 4_194_304
-_LINE_CHARACTERS = 300
-_ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception)\b: .*")
-# What interpreters and bindings print after the cause, when everything falls down.
-_AFTERMATH = re.compile(r" leaked |nanobind|resource_tracker|warnings\.warn")
 
 
 class ServerProcess:
@@ -98,17 +93,6 @@ class ServerProcess:
             self._finalizer()
         if self._log_is_temporary and not keep_log:
             self.log_path.unlink(missing_ok=True)
-
-
-def telling_lines(output: Sequence[str], last: int = 10) -> list[str]:
-    """What to quote of a log: the first three errors, among which the cause usually is, and the last lines."""
-    lines = [line[:_LINE_CHARACTERS] for line in output if not _AFTERMATH.search(line)]
-    start = max(0, len(lines) - last)
-    causes: dict[str, str] = {}
-    for line in lines[:start]:
-        if "WARNING" not in line and (error := _ERROR.search(line)):
-            causes.setdefault(error[0], line)
-    return [*list(causes.values())[:3], *lines[start:]]
 
 
 def _temporary_log() -> Path:

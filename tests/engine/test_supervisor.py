@@ -12,10 +12,11 @@ from dspy.lm15 import Config, InvalidRequestError, Message, Request
 
 from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.chat import text_response
-from dspy_fst.engine.vllm import supervisor as keeper_module
+from dspy_fst.engine.vllm import supervisor as supervisor_module
 from dspy_fst.engine.vllm.client import NoAnswerError
-from dspy_fst.engine.vllm.server import ServerDiedError, VLLMSettings
-from dspy_fst.engine.vllm.supervisor import ATTEMPTS, Keeper
+from dspy_fst.engine.vllm.server import ServerDiedError
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
+from dspy_fst.engine.vllm.supervisor import ATTEMPTS, Supervisor
 from dspy_fst.engine.vllm.watchdog import watch
 from dspy_fst.errors import EngineError, SyncError
 from dspy_fst.policy_lm import EngineHandle
@@ -87,7 +88,7 @@ class Server:
 @pytest.fixture(autouse=True)
 def hardly_any_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FIRST_WAIT_S", "LONGEST_WAIT_S", "JITTER_S", "RELAUNCH_PAUSE_S"):
-        monkeypatch.setattr(keeper_module, name, 0.001)
+        monkeypatch.setattr(supervisor_module, name, 0.001)
 
 
 @pytest.fixture
@@ -96,8 +97,8 @@ def world() -> World:
 
 
 @pytest.fixture
-def engine(world: World) -> Keeper:
-    engine = Keeper(VLLMSettings(max_restarts=3), world.make)
+def engine(world: World) -> Supervisor:
+    engine = Supervisor(VLLMSettings(max_restarts=3), world.make)
     engine.told = []  # type: ignore[attr-defined]
     engine.on_event = engine.told.append  # type: ignore[attr-defined]
     return engine
@@ -115,12 +116,12 @@ def weights(tmp_path: Path) -> Callable[[str], Checkpoint]:
     return folder
 
 
-def ask_all(engine: Keeper, count: int = 16) -> list[Completion]:
+def ask_all(engine: Supervisor, count: int = 16) -> list[Completion]:
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(lambda seed: engine.complete(REQUEST, seed), range(count)))
 
 
-def ask_each(engine: Keeper, count: int) -> list[BaseException | None]:
+def ask_each(engine: Supervisor, count: int) -> list[BaseException | None]:
     with ThreadPoolExecutor(count) as pool:
         asked = [pool.submit(engine.complete, REQUEST, seed) for seed in range(count)]
     return [future.exception() for future in asked]
@@ -317,7 +318,7 @@ def test_a_launch_that_fails_is_tried_again_within_the_limit(world, engine, weig
 
 
 def test_a_server_that_somebody_else_launched_is_asked_again_and_never_restarted(world, weights):
-    engine = Keeper(VLLMSettings(attach_url="http://127.0.0.1:9"), world.make)
+    engine = Supervisor(VLLMSettings(attach_url="http://127.0.0.1:9"), world.make)
     engine.load(weights("v0"))
 
     def gone(server: Server, seed: int) -> None:
@@ -475,7 +476,7 @@ def test_a_first_launch_on_other_weights_is_refused_at_once(world, engine, weigh
 
 
 def test_the_server_of_somebody_else_on_other_weights_is_refused(world, weights):
-    engine = Keeper(VLLMSettings(attach_url="http://127.0.0.1:9"), world.make)
+    engine = Supervisor(VLLMSettings(attach_url="http://127.0.0.1:9"), world.make)
     engine.load(weights("v0"))
     engine.verify = refuses(lambda server: True)
     with pytest.raises(SyncError, match=r"lm_head\.weight"):
@@ -571,7 +572,7 @@ def test_closing_during_a_restart_ends_the_server_that_is_being_started(world, e
 
 
 def test_closing_does_not_wait_for_ever_for_a_check_that_hangs(world, engine, weights, monkeypatch):
-    monkeypatch.setattr(keeper_module, "CLOSE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(supervisor_module, "CLOSE_TIMEOUT_S", 0.3)
     world.on_ask = first_dies
     checking, go_on = threading.Event(), threading.Event()
 
@@ -603,7 +604,7 @@ def test_a_closed_engine_can_be_loaded_again_also_after_it_had_given_up(world, e
 
 
 def test_a_request_says_for_what_it_waited_in_vain(world, weights):
-    engine = Keeper(VLLMSettings(startup_timeout_s=0.1, load_timeout_s=0.1, request_timeout_s=0.1), world.make)
+    engine = Supervisor(VLLMSettings(startup_timeout_s=0.1, load_timeout_s=0.1, request_timeout_s=0.1), world.make)
     loading, go_on = threading.Event(), threading.Event()
 
     def slowly(server: Server, checkpoint: Checkpoint) -> None:
@@ -664,7 +665,7 @@ def test_a_server_without_counters_is_not_watched(server, caplog):
 
 
 def test_a_server_that_hangs_is_killed_and_its_requests_are_answered_by_the_next(world, weights):
-    engine = Keeper(VLLMSettings(stall_timeout_s=0.2), world.make)
+    engine = Supervisor(VLLMSettings(stall_timeout_s=0.2), world.make)
     engine.load(weights("v0"))
 
     def hangs(server: Server, seed: int) -> None:

@@ -1,6 +1,15 @@
-"""Ports of this machine that a server could take."""
+"""Addresses and ports of this machine that a server could listen on."""
 
+import ipaddress
 import socket
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the host, e.g. ``"127.0.0.1"``, ``"[::1]"`` or ``"localhost"``."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def free_port(host: str) -> int:

