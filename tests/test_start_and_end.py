@@ -6,6 +6,7 @@ On a random model of some thousand parameters: what the validations score is set
 import copy
 import json
 import shutil
+import time
 
 import dspy
 import pytest
@@ -18,7 +19,7 @@ from dspy_fst.evaluation.run_reader import Past
 from dspy_fst.monitoring.history import best_versions
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.listing import list_runs
-from dspy_fst.report.summary import Summary
+from dspy_fst.report.summary import Summary, summary_of
 from dspy_fst.report.verdict import verdict
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rollouter import Player
@@ -153,6 +154,19 @@ def test_training_draws_the_same_whether_there_is_a_valset_or_not(stopped, workp
     assert populations[0] == populations[1]
 
 
+def test_replies_of_a_search_are_kept_with_what_they_earned_and_as_many_as_of_a_step(stopped):
+    kept, searches = of_kind(stopped[0], "search_samples"), of_kind(stopped[0], "cycle")
+    assert [of["cycle"] for of in kept] == [of["report"]["cycle"] for of in searches]
+    tried = {candidate["digest"] for of in searches for candidate in of["candidates"]}
+    for of in kept:
+        assert len(of["rollouts"]) == min(4, searches[of["cycle"]]["report"]["rollouts"]) > 1
+        for rollout in of["rollouts"]:
+            *_, last = rollout["modules"]
+            assert last["name"] == "last"
+            assert rollout["reward"] == pytest.approx(1 / (1 + len(last["outputs"]["answer"])))
+    assert {rollout["candidate"] for of in kept for rollout in of["rollouts"]} & tried
+
+
 # ---- what is told ----------------------------------------------------------------------------------
 
 
@@ -276,6 +290,21 @@ def test_a_run_that_dies_before_its_first_search_loses_one_batch_at_most(stopped
     assert [of["when"] for of in validations(tmp_path / "died")].count("start") == 1
     assert told(tmp_path / "died") == told(stopped[0])
     assert same_tensors(weights_of(resumed), weights_of(stopped[1]))
+
+
+def test_a_finished_run_that_is_compiled_again_took_no_longer(again, workplace, monkeypatch):
+    (before,) = read_records([again])
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 10_000)
+    compiled = compiled_in(again, done=3)
+    (after,) = read_records([again])
+    assert (after.started, after.last) == (before.started, before.last)
+    facts = [dict(of.facts)["time"] for of in (summary_of(before), compiled.detailed_results.summary)]
+    assert facts[0] == facts[1]
+    assert [run.hours for run in list_runs(again).runs] == [(before.last - before.started) / 3600]
+    compiled_in(again, done=3, patience=None)
+    (longer,) = read_records([again])
+    assert longer.last > before.last + 9_000, "it went on"
 
 
 # ---- the best of them ------------------------------------------------------------------------------

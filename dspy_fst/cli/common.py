@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dspy_fst.errors import ConfigurationError, DiskError, FSTError, NothingLearnedError, RunDirectoryError
-from dspy_fst.run.ending import StopReason
+from dspy_fst.run.going_on import by_command_line
 from dspy_fst.run.interrupts import Terminated, interruption_named
 
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
@@ -32,20 +32,12 @@ def told_how_to_go_on(run_dir: Path) -> Iterator[None]:
         if _exit_code(error) == USAGE:
             raise
         if isinstance(error, NothingLearnedError):
-            error.add_note("On the command line: set max_unmoved_steps in the project's recipe, then dspy-fst run FILE")
+            error.add_note(by_command_line("max_unmoved_steps", run_dir))
         elif (run_dir / "project.yaml").is_file():
             error.add_note(f"The run can be continued: dspy-fst resume {shlex.quote(str(run_dir))}")
         elif interruption_named(error):
             error.add_note("Nothing was saved yet; the same command starts it again")
         raise
-
-
-def going_on(ended: StopReason, run_dir: Path) -> str:
-    """How a run that ended early goes on by the command line."""
-    return (
-        f"On the command line: raise {ended.setting} in the recipe of the project file, or set it to null, then "
-        f"dspy-fst run FILE, or dspy-fst resume {shlex.quote(str(run_dir))} --project FILE"
-    )
 
 
 @contextmanager

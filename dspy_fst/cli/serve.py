@@ -145,15 +145,13 @@ def _found(out: Path, program: str | None, project: Path | None) -> tuple[Path, 
     from dspy_fst.project.project_file import kept_in, load_project
     from dspy_fst.project.recorded import Recorded
     from dspy_fst.run.directory import COMPILED, PROJECT, is_run
+    from dspy_fst.run.going_on import why_no_program
 
     run = next((folder for folder in (out, out.parent) if is_run(folder)), None)
     compiled = out / COMPILED if run == out else out
     if not compiled.is_dir():
-        unfinished = (
-            f"{out} is a run that is not finished, or that an earlier release finished: dspy-fst resume {out}, or the "
-            "same compile() in Python, ends it and saves its program"
-        )
-        raise RunDirectoryError(unfinished if run == out else f"{out} is no folder; name what dspy_fst.save wrote")
+        nothing = f"{out} is no folder; name what dspy_fst.save wrote"
+        raise RunDirectoryError(why_no_program(out) if run == out else nothing)
     if program is not None and project is not None:
         raise ConfigurationError(["--program and --project both name the program; give one of them"])
     if project is not None:

@@ -41,7 +41,7 @@ def show(
 
         (record,) = read_records([run_dir])
         if samples is not None or failed:
-            show_samples(record, samples or SAMPLES, failed=failed, as_json=as_json)
+            show_samples(run_dir, record, samples or SAMPLES, failed=failed, as_json=as_json)
         elif as_json:
             typer.echo(json.dumps(summary(run_dir, record, record.steps if steps is None else _last(record, steps))))
         else:
@@ -133,14 +133,14 @@ def _print(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) ->
 
 def _print_advice(out: Any, run_dir: Path, record: "RunRecord") -> None:
     """How a run that ended early goes on."""
-    from dspy_fst.cli.common import going_on
+    from dspy_fst.run.going_on import by_command_line
 
-    if record.ended is None or not record.ended.early:
+    if record.ended is None or record.ended.setting is None:
         return
     out.heading("To go on")
     for line in (record.ended.advice or "").splitlines():
         out.line(line)
-    out.line(going_on(record.ended, run_dir))
+    out.line(by_command_line(record.ended.setting, run_dir))
 
 
 def _print_validations(out: Any, record: "RunRecord") -> None:

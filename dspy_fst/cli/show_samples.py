@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -10,26 +11,28 @@ import typer
 if TYPE_CHECKING:
     from dspy_fst.cli.printer import Printer
     from dspy_fst.report.run_record import RunRecord
-    from dspy_fst.report.samples import Played
+    from dspy_fst.report.samples import Played, Sample
 
 SAMPLES = 5
 """Samples that are shown where no number is given."""
 
 
-def show_samples(record: "RunRecord", count: int, *, failed: bool, as_json: bool) -> None:
+def show_samples(run_dir: Path, record: "RunRecord", count: int, *, failed: bool, as_json: bool) -> None:
     """Print the newest samples of a run, or say why there is none.
 
     Args:
         record: The run's.
         count: At most so many.
         failed: Only of what failed or was masked.
-        as_json: As one object: ``samples`` and ``recorded``.
+        as_json: As one object: ``samples``, each of a ``step`` or of a ``search``, and ``recorded``.
     """
-    recorded = [(step, sample) for step, samples in record.trajectories.items() for sample in samples]
-    wanted = [(step, sample) for step, sample in recorded if sample.lost or not failed]
-    shown = wanted[-count:]
+    from dspy_fst.report.samples import samples_in
+    from dspy_fst.run.directory import read_events
+
+    recorded = samples_in(read_events(run_dir))
+    shown = [sample for sample in recorded if sample.played.lost or not failed][-count:]
     if as_json:
-        data = [{"step": step, **asdict(sample)} for step, sample in shown]
+        data = [{"step": None, "search": None, sample.of: sample.number, **asdict(sample.played)} for sample in shown]
         typer.echo(json.dumps({"samples": data, "recorded": len(recorded)}))
         return
     from dspy_fst.cli.printer import Printer
@@ -40,8 +43,8 @@ def show_samples(record: "RunRecord", count: int, *, failed: bool, as_json: bool
         return
     which = ", those that failed or were masked" if failed else ""
     out.line(f"{record.name}: {len(shown)} of {len(recorded)} recorded samples{which}")
-    for step, sample in shown:
-        _print(out, step, sample)
+    for sample in shown:
+        _print(out, sample)
 
 
 def _why_none(record: "RunRecord", recorded: int) -> str:
@@ -49,8 +52,10 @@ def _why_none(record: "RunRecord", recorded: int) -> str:
         return f"{record.name}: none of its {recorded} recorded samples failed or was masked; leave out --failed"
     if record.config.get("recorded_samples") == 0:
         return f"{record.name} recorded no replies: recorded_samples is 0 in its recipe; set it to 4 or so"
+    if not record.steps and not record.cycles:
+        return f"{record.name} recorded no replies: no search and no step is done"
     if not record.steps:
-        return f"{record.name} recorded no replies: no step is done, and those of searches are not kept"
+        return f"{record.name} recorded no replies: no step is done, and its release kept none of searches"
     return f"{record.name} recorded no replies: its steps made no groups of rollouts (method {_method(record)})"
 
 
@@ -58,12 +63,13 @@ def _method(record: "RunRecord") -> str:
     return str(record.config.get("method", "not known"))
 
 
-def _print(out: "Printer", step: int, sample: "Played") -> None:
+def _print(out: "Printer", of: "Sample") -> None:
     from dspy_fst.formatting.numbers import number
 
+    sample, played_in = of.played, f"step {of.number}" if of.of == "step" else f"search of cycle {of.number}"
     earned = f"reward {number(sample.reward)}" + (f", {sample.lost}" if sample.lost else "")
     where = f" in {sample.failed_in}" if sample.failed_in else ""
-    out.heading(f"step {step}, problem {sample.problem}, candidate {sample.candidate}: {earned}{where}")
+    out.heading(f"{played_in}, problem {sample.problem}, candidate {sample.candidate}: {earned}{where}")
     for line in _lines(sample):
         out.line(f"  {line}")
 

@@ -21,7 +21,7 @@ from dspy_fst.cli.code_source import (
     Valset,
     project_for,
 )
-from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text, going_on, told_how_to_go_on
+from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text, told_how_to_go_on
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.run.interrupts import signals_raise
 
@@ -145,11 +145,13 @@ def _shown_when_finished(run_dir: Path, as_json: bool) -> bool:
 def _finished(run_dir: Path, outcome: Mapping[str, Any]) -> str:
     """That there is nothing to do, and how a run that ended early goes on."""
     from dspy_fst.run.ending import StopReason
+    from dspy_fst.run.going_on import by_command_line
 
     ended = StopReason(**outcome["ended"]) if outcome["ended"] else None
-    if ended is None or not ended.early:
+    if ended is None or ended.setting is None:
         return f"{run_dir} is finished; to train anew name another run_dir"
-    return f"{run_dir} is finished: it ended early, after step {ended.step}. {ended.text}.\n{going_on(ended, run_dir)}"
+    how = by_command_line(ended.setting, run_dir)
+    return f"{run_dir} is finished: it ended early, after step {ended.step}. {ended.text}.\n{how}"
 
 
 def _tracked(project: "Project", track: list[str] | None) -> "Project":

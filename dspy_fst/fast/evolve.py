@@ -84,6 +84,8 @@ class Search:
     """What the proposer warned of, e.g. feedback that it could not read."""
     dollars: float | None = None
     """What the reflection LM cost in this process, as far as its price is known."""
+    played: tuple[Rollout, ...] = ()
+    """The fresh runs, in order."""
 
     @property
     def money(self) -> dict[str, float]:
@@ -197,6 +199,7 @@ def evolve(
         + OutcomeCounts.over(rollout.outcome for rollout in bank.fresh).labels,
         warned=tuple(adapter.warned),
         dollars=meter.dollars,
+        played=tuple(bank.fresh),
     )
 
 

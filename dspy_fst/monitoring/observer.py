@@ -5,6 +5,7 @@ uninterrupted one does.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -19,7 +20,10 @@ from dspy_fst.rollout.summaries import failed_reply_of, shown, telling
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.learning import Ending, Standstill, ending, standstill
-from dspy_fst.types import Group, StepReport
+from dspy_fst.types import Group, Rollout, StepReport
+
+SEARCH_SAMPLES = "search_samples"
+"""The event that holds samples of a search; those of a step stand in ``trajectories``."""
 
 
 class Observer:
@@ -73,6 +77,21 @@ class Observer:
         reply = failed_reply_of([rollout for group in groups for rollout in group.rollouts])
         for text in self._watch.see(report, self.form, reply):
             self._run.emit("warning", step=report.step, text=text)
+
+    def see_search(self, cycle: int, played: Sequence[Rollout]) -> None:
+        """Keep samples of the search that has ended, as many as of a step.
+
+        A search that was killed and repeated has its rollouts from its journal, without calls: only what that holds is
+        kept, so that the events are the same.
+        """
+        if kept := self._config.recorded_samples:
+            by_problem: dict[int, list[Rollout]] = {}
+            for rollout in played:
+                by_problem.setdefault(rollout.problem, []).append(replace(rollout, calls=(), failed_in=None))
+            groups = [Group(problem, tuple(rollouts)) for problem, rollouts in by_problem.items()]
+            samples = telling(groups, kept, f"{self._config.seed} samples of search {cycle}")
+            told = [{**shown(one), "tokens": None} for one in samples]
+            self._run.emit(SEARCH_SAMPLES, cycle=cycle, rollouts=told)
 
     @property
     def went_on(self) -> bool:

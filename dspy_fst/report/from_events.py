@@ -36,7 +36,7 @@ def record_of(
         name=name,
         state="finished" if done else "running" if in_use else "stopped",
         started=min(times, default=None),
-        last=max(times, default=None),
+        last=done.get("time") or max(times, default=None),  # compiled again, a finished run took no longer
         config=plan.get("config") or {},
         budget=plan.get("budget") or {},
         warnings=tuple(_warnings(events)),

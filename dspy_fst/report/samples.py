@@ -1,8 +1,8 @@
 """Sample rollouts of a run as its events hold them: what went into each module, what came out, what it earned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dspy_fst.formatting.numbers import number
 from dspy_fst.outcomes.outcome import Outcome
@@ -70,6 +70,27 @@ def played(data: Mapping[str, Any]) -> Played:
     return as_written(
         Played, data, modules=modules, calls=tuple(as_written(Said, said) for said in data.get("calls") or ())
     )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample, and where in the run it was played."""
+
+    of: Literal["step", "search"]
+    number: int
+    """Of the step, or of the search's cycle."""
+    played: Played
+
+
+def samples_in(events: Sequence[Mapping[str, Any]]) -> list[Sample]:
+    """Every sample of a run's events, in order; earlier releases kept none of searches."""
+    found = []
+    for event in events:
+        if event.get("event") == "trajectories":
+            found += [Sample("step", event["step"], played(of)) for of in event["rollouts"]]
+        if event.get("event") == "search_samples":
+            found += [Sample("search", event["cycle"], played(of)) for of in event["rollouts"]]
+    return found
 
 
 IN_A_LINE = 200

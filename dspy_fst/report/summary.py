@@ -77,7 +77,7 @@ def _facts(record: RunRecord) -> Sequence[tuple[str, str]]:
         ("updates", record.ending.words),
         ("spent", spent),
         ("validation", outside if record.validations else NOT_VALIDATED),
-        ("time", duration(sum(costs.seconds.values()))),
+        ("time", duration((record.last or 0.0) - (record.started or 0.0))),
     ]
 
 

@@ -78,6 +78,7 @@ class RunDirectory:
         clean: Callable[[Any], Any] = lambda value: value,
     ):
         self.path, self._listeners, self._keep_states, self._clean = path, listeners, keep_states, clean
+        self._finished: float | None = None
         if fault := directory_fault(path, recipe):
             raise RunDirectoryError(fault)
         with writing(path):
@@ -111,6 +112,12 @@ class RunDirectory:
         if self._state is None:
             raise RunDirectoryError(f"{self.path}: nothing was committed yet")
         return self._state.path / "trainer"
+
+    @property
+    def finished(self) -> dict[str, float]:
+        """When the run was finished before it was opened, as the ``time`` of an event; empty where it was not, or where
+        it has gone on since."""
+        return {} if self._finished is None else {"time": self._finished}
 
     def _take(self) -> None:
         try:
@@ -160,6 +167,7 @@ class RunDirectory:
             "events_bytes": log.stat().st_size if log.exists() else 0,
             "events_sha256": self._log_hash.hexdigest(),
         }
+        self._finished = None
         with writing(self.path):
             self._state = commit_state(self.path / "states", fields, save_trainer, self._state, keep=self._keep_states)
 
@@ -191,7 +199,10 @@ class RunDirectory:
         """Cut the events that came after the last commit: the resumed run will make them again."""
         log = self.path / "events.jsonl"
         if log.exists():
-            os.truncate(log, self.state.get("events_bytes", 0))
+            committed = int(self.state.get("events_bytes", 0))
+            ends = [event["time"] for event in _parsed(log.read_bytes()[committed:]) if event.get("event") == "done"]
+            self._finished = ends[-1] if ends else None
+            os.truncate(log, committed)
 
     # ---- the search in hand --------------------------------------------------------------------
 

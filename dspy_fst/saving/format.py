@@ -13,6 +13,7 @@ from dspy_fst.rollout.adapters import SavedAdapter
 from dspy_fst.rollout.components import flexes, speakers, texts_like
 from dspy_fst.run.directory import COMPILED, is_run
 from dspy_fst.run.files import population_from_json
+from dspy_fst.run.going_on import why_no_program
 from dspy_fst.run.manifest import MANIFEST, read_document, sentences
 from dspy_fst.run.plain_weights import weights_faults
 from dspy_fst.saving.program_state import read_state
@@ -91,10 +92,7 @@ def saved_in(path: Path) -> Path:
         if is_saved(folder):
             return folder
     if is_run(path):
-        raise RunDirectoryError(
-            f"{path} holds no {COMPILED}/: the run has not come to its end, or an earlier release made it. Going on, "
-            "with dspy-fst resume or by the same compile() in Python, ends it and saves the program there"
-        )
+        raise RunDirectoryError(why_no_program(path))
     raise RunDirectoryError(f"{path} holds no {COMPILED}/ and is no folder of dspy_fst.save")
 
 

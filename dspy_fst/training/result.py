@@ -89,6 +89,7 @@ def compiled_program(run: "Session", population: Population, *, track_stats: boo
         weights=run.policy.checkpoint.version,
         ending=run.observer.ending.words,
         returned=None if returned is None else returned.index,
+        **run.run.finished,
     )
     _attach(compiled, run, track_stats=track_stats)
     return compiled

@@ -181,6 +181,7 @@ class Session:
         self.run.save_population(cycle.index, search.population)
         told = {"candidates": candidates_told(search), "parents": search.population.parents, **search.money}
         self.run.emit("cycle", report=report, **told)
+        self.observer.see_search(cycle.index, search.played)
         step = self.run.state.get("step", 0)
         for text in warnings_of(search.counts, cycle.index, search.warned):
             self.run.emit("warning", step=step, text=text)

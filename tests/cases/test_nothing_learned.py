@@ -229,13 +229,21 @@ def test_the_command_line_ends_with_an_error_goes_on_with_a_higher_limit_and_its
     project.write_text(yaml.safe_dump(settings))
     text = invoke("run", project, "--samples", code=1).stderr
     assert "steps 0 to 1: 2 steps in a row had no gradient: flat at the floor" in text
-    assert "set max_unmoved_steps in the project's recipe, then dspy-fst run FILE" in text
+    by_command = "raise max_unmoved_steps in the recipe of the project file, or set it to null, then dspy-fst run FILE"
+    assert f"{by_command}, or dspy-fst resume {tmp_path / 'run'} --project FILE" in text
     assert "sample: last under " in text
     first = invoke("show", tmp_path / "run").stdout.splitlines()[0]
     assert first.startswith("run: stopped at step 2; 2 of 3 steps are done. steps 0 to 1: 2 steps in a row")
     listed = invoke("runs", tmp_path).stdout
     assert "raise max_unmoved_steps to go on" in " ".join(listed.split())
     assert "No update changed the weights in these steps" not in listed, "the advice stands in show"
+    for command in (("serve", tmp_path / "run"), ("export", tmp_path / "run", tmp_path / "out")):
+        said = invoke(*command, code=2).stderr
+        assert f"{tmp_path / 'run'} holds no compiled/: max_unmoved_steps stopped the run after 2 steps" in said
+        assert "steps 0 to 1: 2 steps in a row had no gradient: flat at the floor" in said
+        assert "To go on in Python: the same compile() with max_unmoved_steps raised, or None." in said
+        assert by_command in said
+        assert "ends it" not in said
     recipe["max_unmoved_steps"] = None
     project.write_text(yaml.safe_dump(settings))
     said = invoke("run", project).stdout.splitlines()

@@ -7,7 +7,7 @@ import pytest
 from dspy_fst.report.samples import IN_A_LINE, sample_line
 from tests.cli.conftest import invoke
 from tests.cli.test_show import written
-from tests.report.happenings import SEED, done, plan, step, timed
+from tests.report.happenings import SEED, cycle, done, plan, step, timed
 
 CUT = "[[ ## answer ## ]] 4 2"
 
@@ -76,13 +76,35 @@ def test_the_newest_come_last_and_only_failed_ones_where_these_are_wanted(tmp_pa
     assert shown["recorded"] == 5
 
 
+def test_samples_of_searches_say_which_search_and_candidate(tmp_path):
+    searched = {"event": "search_samples", "cycle": 1, "rollouts": [sample(0.75, calls=[], tokens=None), UNPARSED]}
+    events = [plan(), step(0, 0.5), {"event": "trajectories", "step": 0, "rollouts": [sample(0.1)]}, searched]
+    path = written(tmp_path / "run", timed(events))
+    text = invoke("show", path, "--samples", 2).stdout
+    assert "run: 2 of 3 recorded samples" in text
+    assert "search of cycle 1, problem 7, candidate 17f692373111: reward 0.750" in text
+    assert "reply that did not parse: four two" in text
+    shown = json.loads(invoke("show", path, "--samples", 3, "--json").stdout)["samples"]
+    assert [(one["step"], one["search"], one["reward"]) for one in shown] == [
+        (0, None, 0.1),
+        (None, 1, 0.75),
+        (None, 1, 0.0),
+    ]
+
+
+def test_a_search_of_a_release_that_kept_none_says_so(tmp_path):
+    events = [plan(), cycle(0, {SEED: 0.25}, {}, [SEED])]
+    said = "recorded no replies: no step is done, and its release kept none of searches"
+    assert said in invoke("show", written(tmp_path / "run", timed(events)), "--samples", 3).stdout
+
+
 @pytest.mark.parametrize(
     ("made", "said"),
     [
         ({"recorded_samples": 0}, "recorded no replies: recorded_samples is 0 in its recipe; set it to 4 or so"),
-        ({"method": "gepa"}, "recorded no replies: no step is done, and those of searches are not kept"),
+        ({"method": "gepa"}, "recorded no replies: no search and no step is done"),
     ],
-    ids=["switched off", "without a step"],
+    ids=["switched off", "without a search"],
 )
 def test_a_run_that_recorded_no_replies_says_so_and_names_the_setting(tmp_path, made, said):
     path = run_with(tmp_path / "run", **made)
