@@ -383,6 +383,11 @@ def test_validations_on_other_problems_are_not_compared(again, workplace):
         listeners=[lambda event: told.append(event.get("text", ""))],
     )
     assert any("its 4 validations from before are not compared with what comes now" in text for text in told)
+    assert any(
+        "warning: valset: of its 3 problems 4 must turn from wrong to right" in text
+        and text.endswith("which is more than this valset has; 32 problems would tell a gain of 0.125")
+        for text in told
+    )
     (record,) = read_records([again])
     assert verdict(record) == "start not validated, end 0.060"
     (run,) = list_runs(again).runs

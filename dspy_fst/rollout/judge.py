@@ -20,6 +20,7 @@ from dspy_fst.rollout.blame import Blame
 from dspy_fst.rollout.call_recorder import OUTSIDE, Recording, is_recorded
 from dspy_fst.rollout.outages import Outages
 from dspy_fst.rollout.parse_failures import FailedParses
+from dspy_fst.rollout.parse_reasons import feedback_on
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.types import PREDICTOR_TAG, Call, Candidate, Problem, Rollout
 
@@ -129,8 +130,7 @@ class Judge:
         return Judgement(self.failure_score, Outcome("failed", reason, detail), failed_in)
 
     def _unparsed(self, error: AdapterParseError, predictor: str | None) -> Judgement:
-        outcome = Outcome("failed", PARSE, f"The reply could not be parsed: {error}")
-        return Judgement(self.format_failure_score, outcome, predictor)
+        return Judgement(self.format_failure_score, Outcome("failed", PARSE, feedback_on(error)), predictor)
 
     def _unmeasured(
         self, example: dspy.Example, prediction: Any, trace: list[Any], error: UnmeasuredError, blame: Blame

@@ -8,12 +8,15 @@ from typing import Any
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.outcomes.outcome import PARSE, Outcome
+from dspy_fst.rollout.parse_reasons import WRONG_VALUE
 from dspy_fst.types import PREDICTOR_TAG, Call, Group, Rollout
 
 LONGEST = 2_000
 """Characters of one text; the middle of a longer one is left out."""
 CALLS = 8
 """Calls of one rollout whose replies are shown as they were sampled, the last ones (ours)."""
+SAID = (WRONG_VALUE, "Expected", "Actual")
+"""How the lines of a feedback begin that say why a reply did not parse."""
 IN_A_WARNING = 300
 """Characters of a failed reply, and of its reason, that a warning shows (ours)."""
 
@@ -91,7 +94,7 @@ def failed_reply_of(rollouts: Sequence[Rollout]) -> str:
     for rollout in rollouts:
         said = next((output for _, _, output in rollout.trace if isinstance(output, FailedPrediction)), None)
         if said is not None and rollout.failure == PARSE:
-            why = " ".join(line for line in rollout.feedback.splitlines() if line.startswith(("Expected", "Actual")))
+            why = " ".join(line for line in rollout.feedback.splitlines() if line.startswith(SAID))
             whom = f" of {rollout.failed_in!r}" if rollout.failed_in else ""
             reply = shortened(said.completion_text, IN_A_WARNING)
             return f"A reply{whom}: {reply!r}. {shortened(why, IN_A_WARNING)}".rstrip(". ")

@@ -50,7 +50,14 @@ from dspy_fst.training.opening import new_run_dir, open_player, starting_populat
 from dspy_fst.training.plan import Plan
 from dspy_fst.training.publisher import recoveries
 from dspy_fst.training.session import Session
-from dspy_fst.training.validating import CHANGED, NO_VALSET, Validation, patience_warnings, valset_faults
+from dspy_fst.training.validating import (
+    CHANGED,
+    NO_VALSET,
+    Validation,
+    patience_warnings,
+    valset_faults,
+    valset_warnings,
+)
 from dspy_fst.types import Candidate, Population, version_of
 
 if TYPE_CHECKING:
@@ -240,7 +247,7 @@ def checked(
             faults += fit.faults()
             warnings = fit.warnings()
         config = with_chosen_micro_batch(config, fit)
-        warnings += [*patience_warnings(config), *differing_adapter(student)]
+        warnings += [*patience_warnings(config), *valset_warnings(valset), *differing_adapter(student)]
         warnings += _model_warnings(policy, config) if room is None else []
         warnings += part_warnings(student)
         warnings += _left_out(student, read_texts(student, tools=config.tool_descriptions == "evolved"))

@@ -6,6 +6,7 @@ their own, so that no draw of the training depends on whether there is a valset.
 weights and texts is not played again.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,6 +180,25 @@ def patience_warnings(config: FSTConfig) -> Iterator[str]:
             f"patience={config.patience} cannot end this run early: of its {plan.updates} steps validate_every="
             f"{config.validate_every!r} measures after {between} that something follows; "
             "lower validate_every or patience, or leave patience out"
+        )
+
+
+RISES = 4
+"""Problems that must turn from wrong to right, and none the other way, before the paired interval excludes 0: with
+three it contains 0 however many problems stay as they are (`dspy_fst.run.paired`)."""
+TOLD_GAIN = 1 / 8
+"""The gain that a valset should be able to tell (ours): 32 problems can."""
+
+
+def valset_warnings(valset: Sequence[Any] | None) -> Iterator[str]:
+    """A valset on which the interval between start and end would hardly exclude 0."""
+    size, enough = len(valset or ()), math.ceil(RISES / TOLD_GAIN)
+    if 0 < size < enough:
+        least = f"a gain of {RISES / size:.3f}" if size > RISES else "more than this valset has"
+        yield (
+            f"valset: of its {size} problems {RISES} must turn from wrong to right, and none the other way, before the "
+            f"interval between start and end excludes 0, which is {least}; {enough} problems would tell a gain of "
+            f"{TOLD_GAIN:.3f}"
         )
 
 

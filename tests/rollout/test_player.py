@@ -14,6 +14,7 @@ from dspy_fst.errors import EngineError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward, UnmeasuredError, metric_fault
 from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.summaries import failed_reply_of, shown
 from dspy_fst.run.interrupts import Terminated
 from dspy_fst.types import Candidate, Population, Problem
 from tests.fakes import fields, scripted_policy
@@ -145,6 +146,17 @@ def test_rollouts_never_read_the_cache(monkeypatch, tmp_path):
     for _ in range(3):  # one after another: calls made at once all miss, cached or not
         player.play([Task(PROBLEMS[1], read_texts(program))], "same")
     assert len(asked) == 3
+
+
+def test_a_value_that_is_not_allowed_is_told_with_what_is():
+    program = dspy.Predict("question -> mood: Literal['good', 'bad']")
+    rollout = play_one(program, speak=lambda m, s: fields(mood="so-so"))
+    reason = "The reply could not be parsed: field 'mood': 'so-so' came, and it should be 'good' or 'bad'"
+    assert (rollout.failure, rollout.feedback.splitlines()[0]) == ("parse", reason)
+    told = failed_reply_of([rollout])
+    assert told.startswith("A reply of 'self': ")
+    assert f"{reason} Expected to find output fields in the LM response: [mood]" in told
+    assert shown(rollout)["feedback"].startswith(reason)
 
 
 def test_a_reply_that_does_not_parse_is_scored_and_keeps_its_tokens():

@@ -9,7 +9,7 @@ from dspy_fst.report.verdict import in_a_line, told
 from dspy_fst.run.paired import Difference, difference
 from dspy_fst.run.validated import Validated, best_of, best_validated, decline, exhausted, gain, handed_in, validated_in
 from dspy_fst.training.plan import Plan
-from dspy_fst.training.validating import patience_warnings
+from dspy_fst.training.validating import RISES, patience_warnings, valset_warnings
 from dspy_fst.types import Candidate, Population
 
 SEED, CHILD = Candidate({"solve": "Solve it."}), Candidate({"solve": "Solve it. <b>Be brief.</b>"})
@@ -250,3 +250,20 @@ def test_trackers_get_every_validation_and_its_index_never_falls():
     assert indices == sorted(set(indices))
     assert entries[0].values["validation/best_score"] == 0.5
     assert entries[0].values["validation/rollouts"] == 4
+
+
+@pytest.mark.parametrize("size", [8, 31, 32, 200])
+def test_four_problems_that_rise_and_not_three_make_an_interval_above_zero(size):
+    """The rule by which a valset is called too small for a verdict."""
+    for rising in range(1, 6):
+        by = difference([0.0] * size, [1.0] * rising + [0.0] * (size - rising))
+        assert (by.low > 0) == (rising >= RISES)
+
+
+def test_a_valset_that_is_too_small_for_a_verdict_is_told_with_the_number_that_would_do():
+    (told,) = valset_warnings(range(16))
+    assert told == (
+        "valset: of its 16 problems 4 must turn from wrong to right, and none the other way, before the interval "
+        "between start and end excludes 0, which is a gain of 0.250; 32 problems would tell a gain of 0.125"
+    )
+    assert [list(valset_warnings(valset)) for valset in (None, [], range(32))] == [[], [], []]
