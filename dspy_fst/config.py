@@ -153,8 +153,9 @@ class FSTConfig(BaseModel):
     every problem is solved, the run ends and returns its program; else it is an error. Under ``method="rl_then_gepa"``
     nothing ends a run before its search."""
     recorded_samples: int = Field(4, ge=0)
-    """Rollouts of each step whose replies are kept in the run's events, for ``dspy-fst show --samples`` and the report:
-    the best and the worst of a group, one of each kind of failure, then random ones; 0 keeps none (ours)."""
+    """Rollouts of each step and search whose replies are kept in the run's events, for ``dspy-fst show --samples`` and
+    the report: the best and the worst of a group, one of each kind of failure, then random ones; 0 keeps none (ours).
+    """
     checkpoint_every: int = Field(1, ge=1)
     """Steps between two states from which a killed run can continue (ours). A state is also written before every search
     and at the end. Steps after the last state are made again."""
