@@ -1,7 +1,7 @@
-"""The fast phase: text moves, weights do not.
+"""The fast phase: texts move, weights do not.
 
-GEPA searches from the whole previous population on the cycle's anchors, under the current weights and a
-budget of fresh rollouts, and the K complementary candidates of its Pareto frontier are the next population.
+GEPA starts from the whole previous population. It searches on the cycle's anchors, under the current weights, with a
+budget of fresh rollouts. The next population is the K complementary candidates of its Pareto frontier.
 """
 
 import logging
@@ -16,21 +16,16 @@ from typing import Any
 
 import dspy
 import gepa
+from gepa.core.result import GEPAResult
+from gepa.core.state import GEPAState
 
 from dspy_fst.errors import MeasurementError, ReflectionError
-from dspy_fst.fast.gepa_adapter import (
-    BankedAdapter,
-    Feedback,
-    Journal,
-    NoJournal,
-    Play,
-    Propose,
-    ProposeCode,
-    RolloutBank,
-)
-from dspy_fst.fast.money import Meter
+from dspy_fst.fast.gepa_adapter import BankedAdapter, Feedback, Propose, ProposeCode, Reflection
 from dspy_fst.fast.pareto import mean, top_k
-from dspy_fst.fast.seeding import BetterWhereMeasured, SeededPolicy, write_seeded_state
+from dspy_fst.fast.reflection_cost import CostMeter
+from dspy_fst.fast.rollout_bank import Play, RolloutBank
+from dspy_fst.fast.search_journal import NoJournal, SearchJournal
+from dspy_fst.fast.seeding import BetterWhereMeasured, Row, SeededPolicy, write_seeded_state
 from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.rollout.components import binds
 from dspy_fst.run.files import writing
@@ -38,7 +33,7 @@ from dspy_fst.types import Candidate, Population, Problem, Rollout
 
 logger = logging.getLogger(__name__)
 GIVE_UP = 6
-"""Failed reflections, none having succeeded, after which a search ends (gepa tries each twice)."""
+"""A search ends after so many failed reflections when none succeeded (ours; gepa tries each twice)."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +63,10 @@ class Search:
 
     population: Population
     candidates: tuple[Candidate, ...]
-    """Every candidate that was scored on the anchors, the carried population first; without those of which nothing was
-    measured."""
+    """Every candidate with a measured anchor, the carried population first."""
     scores: tuple[tuple[float, ...], ...]
-    """scores[candidate][anchor]. An anchor that was never measured shows the candidate's mean over the others, and is
-    counted as ``unmeasured``; no frontier is made of it."""
+    """scores[candidate][anchor]. An anchor that was not measured holds the candidate's mean over the others. It is
+    counted as ``unmeasured`` and enters no frontier."""
     rollouts: int
     """Fresh runs of the program."""
     sampled_tokens: int
@@ -85,7 +79,7 @@ class Search:
     dollars: float | None = None
     """What the reflection LM cost in this process, as far as its price is known."""
     played: tuple[Rollout, ...] = ()
-    """The fresh runs, in order."""
+    """The fresh rollouts, in order."""
 
     @property
     def money(self) -> dict[str, float]:
@@ -105,7 +99,7 @@ def evolve(
     code_proposer: ProposeCode | None = None,
     reflection_lm: dspy.LM | None = None,
     on_candidate: Callable[[Candidate, float], None] = lambda candidate, score: None,
-    journal: Journal | None = None,
+    journal: SearchJournal | None = None,
 ) -> Search:
     """Evolve the population's texts on the anchors.
 
@@ -114,111 +108,154 @@ def evolve(
         feedback: What the metric says of one predictor's part in a rollout.
         propose: Proposes new texts without a reflection LM; else ``reflection_lm`` reflects.
         code_proposer: Proposes new sources for dspy.Flex modules; else ``reflection_lm`` does.
-        on_candidate: Told of each candidate that was accepted, and its mean anchor score.
-        journal: Keeps what was paid for; a search that is repeated with it pays only for the rest.
+        on_candidate: Called with each accepted candidate and its mean anchor score.
+        journal: Records paid operations; a search that is repeated with it pays only for the rest.
 
     Raises:
         ReflectionError: every reflection failed.
         MeasurementError: nothing is measured any more.
         RunDirectoryError: the journal is of another search, or cannot be written.
     """
-    journal, meter = journal or NoJournal(), Meter(reflection_lm)
+    journal, meter = journal or NoJournal(), CostMeter(reflection_lm)
     bank = RolloutBank(play, program, journal)
-    adapter = BankedAdapter(
-        program,
-        bank,
-        feedback,
-        propose,
-        reflection_lm,
-        settings.seed,
-        settings.minibatch,
-        journal,
-        code_proposer,
-        settings.record_tokens,
-        settings.protected,
+    reflection = Reflection(
+        feedback, propose, code_proposer, reflection_lm, settings.seed, settings.record_tokens, settings.protected
     )
-    seeds = population.unique()
-    scored = bank.get([(problem, seed) for seed in seeds for problem in anchors])
-    rows = [scored[i : i + len(anchors)] for i in range(0, len(scored), len(anchors))]
-    _refuse_unmeasured(scored)
-    spent_on_seeds = len(bank.fresh)
-    watch = _Watch(on_candidate)
-    # Each iteration costs a minibatch at least, unless it is answered from the bank: then only this cap ends it.
-    iterations = settings.budget // settings.minibatch
+    adapter = BankedAdapter(program, bank, reflection, journal)
+    searching = _Searching(program, bank, adapter, population.unique(), anchors, settings)
+    seed_scores = searching.score_seeds()
+    with _removed_if_all_failed(journal):
+        result = searching.optimize(seed_scores, on_candidate)
+    return searching.search_of(result, meter.dollars)
 
-    with _forgotten_if_failed(journal), tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
-        write_seeded_state(Path(folder), seeds, [[r.reward for r in row] for row in rows])
-        result = gepa.optimize(
-            seed_candidate=dict(seeds[0].texts),
-            trainset=list(anchors),
-            valset=list(anchors),
-            adapter=adapter,
-            reflection_minibatch_size=settings.minibatch,
-            perfect_score=settings.perfect_score,
-            module_selector=settings.components,
-            cache_evaluation=False,  # the bank answers; gepa's own cache would never ask again for a masked rollout
-            acceptance_criterion=BetterWhereMeasured(),
-            val_evaluation_policy=SeededPolicy(),
-            stop_callbacks=[
-                lambda state: len(bank.fresh) - spent_on_seeds >= settings.budget,
-                lambda state: state.i + 1 >= iterations,
-                lambda state: adapter.counts["reflections_failed"] >= GIVE_UP and not adapter.counts["reflections"],
-                lambda state: adapter.stopped_by is not None,
-            ],
-            track_best_outputs=False,
-            use_cloudpickle=True,
-            run_dir=folder,
-            callbacks=[watch],
-            logger=_Log(),
-            seed=settings.seed,
-        )
-        if adapter.stopped_by is not None:
-            raise adapter.stopped_by
-        if adapter.counts["reflections_failed"] and not adapter.counts["reflections"]:
+
+@dataclass(frozen=True)
+class _Searching:
+    """One search in progress."""
+
+    program: dspy.Module
+    bank: RolloutBank
+    adapter: BankedAdapter
+    seeds: Sequence[Candidate]
+    """The carried population, without repetition."""
+    anchors: Sequence[Problem]
+    settings: SearchSettings
+
+    def score_seeds(self) -> list[Row]:
+        """Each seed's score on each anchor.
+
+        Raises:
+            MeasurementError: no anchor was measured under any seed, so there is nothing to start from.
+        """
+        rollouts = self.bank.get([(problem, seed) for seed in self.seeds for problem in self.anchors])
+        rewards = [rollout.reward for rollout in rollouts]
+        if all(reward is None for reward in rewards):
+            reasons = ", ".join(sorted(OutcomeCounts.over(rollout.outcome for rollout in rollouts).masked))
+            raise MeasurementError(
+                f"none of the {len(rollouts)} rollouts that a search starts from measured anything ({reasons}); mend "
+                "the cause and compile again with the same run_dir to go on"
+            )
+        return [rewards[i : i + len(self.anchors)] for i in range(0, len(rewards), len(self.anchors))]
+
+    def optimize(self, seed_scores: Sequence[Row], on_candidate: Callable[[Candidate, float], None]) -> GEPAResult:
+        """gepa's search from the scored seeds.
+
+        Raises:
+            ReflectionError: every reflection failed.
+            RunDirectoryError: what stopped the adapter.
+        """
+        with tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
+            write_seeded_state(Path(folder), self.seeds, seed_scores)
+            result = gepa.optimize(
+                seed_candidate=dict(self.seeds[0].texts),
+                trainset=list(self.anchors),
+                valset=list(self.anchors),
+                adapter=self.adapter,
+                reflection_minibatch_size=self.settings.minibatch,
+                perfect_score=self.settings.perfect_score,
+                module_selector=self.settings.components,
+                cache_evaluation=False,  # the bank answers; gepa's cache would never ask again for a masked rollout
+                acceptance_criterion=BetterWhereMeasured(),
+                val_evaluation_policy=SeededPolicy(),
+                stop_callbacks=self._stops(),
+                track_best_outputs=False,
+                use_cloudpickle=True,
+                run_dir=folder,
+                callbacks=[_Watch(on_candidate)],
+                logger=_Log(),
+                seed=self.settings.seed,
+            )
+        self._refuse_failed_search()
+        return result
+
+    def _stops(self) -> list[Callable[[GEPAState], bool]]:
+        """When the search ends; gepa asks before each iteration."""
+        spent_on_seeds = len(self.bank.fresh)
+        # An iteration costs at least a minibatch, unless the bank answers it. Then only this limit ends the search.
+        iterations = self.settings.budget // self.settings.minibatch
+        return [
+            lambda state: len(self.bank.fresh) - spent_on_seeds >= self.settings.budget,
+            lambda state: state.i + 1 >= iterations,
+            lambda state: self.adapter.all_reflections_failed and self.adapter.counts["reflections_failed"] >= GIVE_UP,
+            lambda state: self.adapter.stopped_by is not None,
+        ]
+
+    def _refuse_failed_search(self) -> None:
+        if self.adapter.stopped_by is not None:
+            raise self.adapter.stopped_by
+        if self.adapter.all_reflections_failed:
             raise ReflectionError(
-                f"all {adapter.counts['reflections_failed']} reflections failed, the last with {adapter.last_failure}; "
-                "mend the reflection LM or the proposer and compile again with the same run_dir to go on"
-            ) from None
-    candidates = tuple(Candidate(dict(texts)) for texts in result.candidates)
-    scores = tuple(tuple(row.get(a) for a in range(len(anchors))) for row in result.val_subscores)
-    unmeasured = sum(score is None for row in scores for score in row)
-    parents = {
-        candidate.digest: tuple(candidates[p].digest for p in of if p is not None)
-        for candidate, of in zip(candidates, result.parents, strict=True)
-    }
-    known = [i for i, row in enumerate(scores) if any(score is not None for score in row)]
-    return Search(
-        population=_population(program, [candidates[i] for i in known], [scores[i] for i in known], parents, settings),
-        candidates=tuple(candidates[i] for i in known),
-        scores=tuple(_filled(scores[i]) for i in known),
-        rollouts=len(bank.fresh),
-        sampled_tokens=bank.sampled_tokens,
-        reused=bank.reused,
-        counts=adapter.counts
-        + Counter(accepted=len(candidates) - len(seeds), unmeasured=unmeasured)
-        + OutcomeCounts.over(rollout.outcome for rollout in bank.fresh).labels,
-        warned=tuple(adapter.warned),
-        dollars=meter.dollars,
-        played=tuple(bank.fresh),
-    )
+                f"all {self.adapter.counts['reflections_failed']} reflections failed, the last with "
+                f"{self.adapter.last_failure}; mend the reflection LM or the proposer and compile again with the same "
+                "run_dir to go on"
+            )
 
+    def search_of(self, result: GEPAResult, dollars: float | None) -> Search:
+        """The search's outcome; candidates without a measured anchor are left out."""
+        everything = [Candidate(dict(texts)) for texts in result.candidates]
+        scores = [tuple(row.get(anchor) for anchor in range(len(self.anchors))) for row in result.val_subscores]
+        parents = {
+            candidate.digest: tuple(everything[index].digest for index in indices if index is not None)
+            for candidate, indices in zip(everything, result.parents, strict=True)
+        }
+        measured = [
+            (candidate, row)
+            for candidate, row in zip(everything, scores, strict=True)
+            if any(score is not None for score in row)
+        ]
+        counts = Counter(
+            accepted=len(everything) - len(self.seeds), unmeasured=sum(score is None for row in scores for score in row)
+        )
+        lost = OutcomeCounts.over(rollout.outcome for rollout in self.bank.fresh).labels
+        return Search(
+            population=self._population(measured, parents),
+            candidates=tuple(candidate for candidate, _ in measured),
+            scores=tuple(_filled(row) for _, row in measured),
+            rollouts=len(self.bank.fresh),
+            sampled_tokens=self.bank.sampled_tokens,
+            reused=self.bank.reused,
+            counts=self.adapter.counts + counts + lost,
+            warned=tuple(self.adapter.warned),
+            dollars=dollars,
+            played=tuple(self.bank.fresh),
+        )
 
-def _refuse_unmeasured(scored: Sequence[Rollout]) -> None:
-    """
-    Raises:
-        MeasurementError: no anchor was measured under any candidate, so there is nothing to start from.
-    """
-    if all(rollout.reward is None for rollout in scored):
-        reasons = ", ".join(sorted({str(rollout.mask) for rollout in scored}))
-        raise MeasurementError(
-            f"none of the {len(scored)} rollouts that a search starts from measured anything ({reasons}); mend the "
-            "cause and compile again with the same run_dir to go on"
+    def _population(
+        self, measured: Sequence[tuple[Candidate, Row]], parents: Mapping[str, tuple[str, ...]]
+    ) -> Population:
+        """The K candidates that a program can be made of and that complement each other best."""
+        bound = [(candidate, row) for candidate, row in measured if binds(self.program, candidate)]
+        chosen = [bound[i] for i in top_k([row for _, row in bound], self.settings.size)]
+        return Population(
+            members=tuple(candidate for candidate, _ in chosen),
+            scores=tuple(mean(row) for _, row in chosen),
+            parents={candidate.digest: parents[candidate.digest] for candidate, _ in measured},
         )
 
 
 @contextmanager
-def _forgotten_if_failed(journal: Journal) -> Iterator[None]:
-    """Failed reflections are on record, and repeated from it the search would fail again after the cause was mended."""
+def _removed_if_all_failed(journal: SearchJournal) -> Iterator[None]:
+    """Remove the journal of a search whose reflections all failed: repeated from it, the search would fail again."""
     try:
         yield
     except ReflectionError:
@@ -226,40 +263,24 @@ def _forgotten_if_failed(journal: Journal) -> Iterator[None]:
         raise
 
 
-def _filled(row: Sequence[float | None]) -> tuple[float, ...]:
+def _filled(row: Row) -> tuple[float, ...]:
     """The row with its own mean where nothing was measured."""
     return tuple(mean(row) if score is None else score for score in row)
 
 
-def _population(
-    program: dspy.Module,
-    candidates: Sequence[Candidate],
-    scores: Sequence[Sequence[float | None]],
-    parents: Mapping[str, tuple[str, ...]],
-    settings: SearchSettings,
-) -> Population:
-    bound = [i for i, candidate in enumerate(candidates) if binds(program, candidate)]
-    chosen = [bound[i] for i in top_k([scores[i] for i in bound], settings.size)]
-    return Population(
-        members=tuple(candidates[i] for i in chosen),
-        scores=tuple(mean(scores[i]) for i in chosen),
-        parents={candidate.digest: parents[candidate.digest] for candidate in candidates},
-    )
-
-
 class _Watch:
-    """gepa's callback protocol: tells of accepted candidates."""
+    """gepa's callback that passes accepted candidates on."""
 
     def __init__(self, on_candidate: Callable[[Candidate, float], None]):
         self._on_candidate = on_candidate
 
-    def on_valset_evaluated(self, event: dict[str, Any]) -> None:
+    def on_valset_evaluated(self, event: Mapping[str, Any]) -> None:
         if math.isfinite(event["average_score"]):  # else none of its anchors was measured
             self._on_candidate(Candidate(dict(event["candidate"])), event["average_score"])
 
 
 class _Log:
-    """gepa's running commentary, at debug level."""
+    """gepa's logger: everything at debug level."""
 
     def log(self, message: str) -> None:
         logger.debug(message)

@@ -17,7 +17,7 @@ class _OpaqueError(Exception):
     """A value that JSON does not give back as it was."""
 
 
-def to_plain(rollouts: Sequence[Rollout]) -> list[dict[str, Any]] | None:
+def rollouts_to_json(rollouts: Sequence[Rollout]) -> list[dict[str, Any]] | None:
     """The rollouts without their calls (their tokens are counted); None when one holds what JSON cannot.
 
     A prediction of typed objects (pydantic models, images, histories) is such a case.
@@ -66,7 +66,7 @@ def _native(value: Any) -> Any:
     raise _OpaqueError
 
 
-def from_plain(
+def rollouts_from_json(
     data: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate], speaking: Callable[[Candidate], dspy.Module]
 ) -> list[Rollout]:
     """The rollouts again, without calls.

@@ -15,9 +15,10 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import NotFiniteError
 from dspy_fst.fast.evolve import Search, SearchSettings
-from dspy_fst.fast.gepa_adapter import Play, Propose, ProposeCode
+from dspy_fst.fast.gepa_adapter import Propose, ProposeCode
 from dspy_fst.fast.reporting import candidates_told, cycle_report
-from dspy_fst.fast.told import warnings_of
+from dspy_fst.fast.rollout_bank import Play
+from dspy_fst.fast.search_warnings import search_warnings
 from dspy_fst.monitoring.history import best_versions, is_stuck
 from dspy_fst.monitoring.observer import Observer
 from dspy_fst.policy_lm import PolicyLM
@@ -183,7 +184,7 @@ class Session:
         self.run.emit("cycle", report=report, **told)
         self.observer.see_search(cycle.index, search.played)
         step = self.run.state.get("step", 0)
-        for text in warnings_of(search.counts, cycle.index, search.warned):
+        for text in search_warnings(search.counts, cycle.index, search.warned):
             self.run.emit("warning", step=step, text=text)
         self._commit(cycle=cycle.index, searched=cycle.index, step=step, population=search.population)
         if self._journal is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import dspy
 
-from dspy_fst.fast.mending import mended
+from dspy_fst.fast.latex_repair import repair_latex
 from programs.common import judged
 from programs.math.verifier import Verifier
 
@@ -68,7 +68,7 @@ def bare(text: str) -> str:
     >>> bare("$\\boxed{1/2}$."), bare("**42.**"), bare("4, 5.")
     ('1/2', '42', '4, 5')
     """
-    text, before = mended(text), None
+    text, before = repair_latex(text), None
     while text != before:
         before = text
         text = text.strip().rstrip(ENDS).lstrip(" *`")

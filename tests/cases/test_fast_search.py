@@ -6,8 +6,8 @@ from dspy.adapters.baml_adapter import BAMLAdapter
 from dspy.utils import DummyLM
 
 from dspy_fst.fast.evolve import SearchSettings, evolve
-from dspy_fst.fast.mending import mended
-from dspy_fst.fast.told import warnings_of
+from dspy_fst.fast.latex_repair import repair_latex
+from dspy_fst.fast.search_warnings import search_warnings
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
@@ -178,7 +178,7 @@ def test_latex_that_json_spoilt_is_mended_and_counted():
     ],
 )
 def test_ordinary_tabs_and_line_ends_are_left_as_they_are(text):
-    assert mended(text) == text
+    assert repair_latex(text) == text
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_ordinary_tabs_and_line_ends_are_left_as_they_are(text):
     ],
 )
 def test_what_can_only_be_latex_is_mended(spoilt, meant):
-    assert mended(spoilt) == meant
+    assert repair_latex(spoilt) == meant
 
 
 def test_a_text_with_other_control_characters_is_refused_and_counted():
@@ -207,9 +207,9 @@ def test_a_text_with_other_control_characters_is_refused_and_counted():
 
 def test_what_a_search_changed_or_left_open_is_told():
     counts = {"reflections": 3, "texts_mended": 2, "texts_refused": 1, "unmeasured": 4}
-    told = "\n".join(warnings_of(counts, 1))
+    told = "\n".join(search_warnings(counts, 1))
     assert "cycle 1: 2 proposed texts held LaTeX that JSON had spoilt" in told
     assert "cycle 1: 1 proposed texts held control characters and were refused" in told
     assert "cycle 1: 4 scores of candidates on anchors are missing" in told
-    assert warnings_of({"reflections": 1}, 0) == []
-    assert "nothing was reflected on" in warnings_of({}, 0)[0]
+    assert search_warnings({"reflections": 1}, 0) == []
+    assert "nothing was reflected on" in search_warnings({}, 0)[0]

@@ -10,11 +10,11 @@ from dspy.primitives.local_interpreter import LocalInterpreter
 
 from dspy_fst.errors import EngineError
 from dspy_fst.fast.evolve import SearchSettings, evolve
-from dspy_fst.fast.gepa_adapter import OUTAGE
-from dspy_fst.fast.money import Meter
+from dspy_fst.fast.reflection_cost import CostMeter
+from dspy_fst.fast.rollout_bank import OUTAGE
 from dspy_fst.rollout.call_recorder import tag_predictors
 from dspy_fst.rollout.components import UnboundError, read_texts, with_texts
-from dspy_fst.rollout.jsonable import from_plain, to_plain
+from dspy_fst.rollout.jsonable import rollouts_from_json, rollouts_to_json
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.run.journal import Journal
@@ -263,7 +263,7 @@ def test_what_the_reflections_of_a_search_cost_is_known_where_the_price_is():
     assert search.counts["reflections"] > 0
     assert search.money == {"dollars": 0.25 * (len(priced.history) - 1)}
     assert evolved(Agent(), tools=True, reflection_lm=free).money == {}
-    meter = Meter(priced)
+    meter = CostMeter(priced)
     priced.update_history({**priced.history[0], "uuid": "new", "response": SimpleNamespace(cache_hit=True)})
     assert meter.dollars is None, "an answer of the cache costs nothing"
 
@@ -348,8 +348,8 @@ def test_calls_inside_a_source_come_back_from_a_journal_in_their_places():
     (rollout,) = player_of(program).play([Task(PROBLEMS[0], read_texts(program))], "test")
     assert len(rollout.trace) == 2
     tag_predictors(program)
-    data = json.loads(json.dumps(to_plain([rollout])))
-    (again,) = from_plain(data, [rollout.candidate], lambda candidate: program)
+    data = json.loads(json.dumps(rollouts_to_json([rollout])))
+    (again,) = rollouts_from_json(data, [rollout.candidate], lambda candidate: program)
     assert [predictor for predictor, _, _ in again.trace] == [program.say, None]
     assert [entry[1:] for entry in again.trace] == [entry[1:] for entry in rollout.trace]
 

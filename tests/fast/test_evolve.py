@@ -7,7 +7,8 @@ import pytest
 
 from dspy_fst.errors import MeasurementError, ReflectionError
 from dspy_fst.fast.evolve import SearchSettings, evolve
-from dspy_fst.fast.gepa_adapter import NoJournal, RolloutBank
+from dspy_fst.fast.rollout_bank import RolloutBank
+from dspy_fst.fast.search_journal import NoJournal
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward

@@ -7,8 +7,8 @@ from string import Template
 import dspy
 import pytest
 
-from dspy_fst.fast.heard import heard
-from dspy_fst.fast.told import warnings_of
+from dspy_fst.fast.proposer_warnings import collected_warnings
+from dspy_fst.fast.search_warnings import search_warnings
 from programs.lab import FeedbackProposer
 from programs.lab.world import describe_fault
 from tests.pipelines.watched import SHORT
@@ -27,7 +27,7 @@ def records(*feedback):
 
 def test_the_laboratory_s_proposer_tells_feedback_that_it_cannot_read_once():
     proposer = FeedbackProposer()
-    with heard() as said:
+    with collected_warnings() as said:
         for _ in range(3):
             proposer(TEXT, records("I wanted 1 2 4.", "Not what I wanted: 4 2."), ["solve"])
     assert len(said) == 1
@@ -55,13 +55,13 @@ def own_project():
 
 def test_the_template_s_proposer_tells_feedback_of_another_metric_and_reads_its_own():
     module = own_project()
-    with heard() as said:
+    with collected_warnings() as said:
         texts = module["propose"](TEXT, records("The code is wrong."), ["solve"])
     assert texts == TEXT
     assert len(said) == 1
     assert "propose could not read the feedback 'The code is wrong.'" in said[0]
     gold, pred = dspy.Example(code="PLUM-7-THU"), dspy.Prediction(code="plum-7-THU")
-    with heard() as said:
+    with collected_warnings() as said:
         texts = module["propose"](TEXT, records(module["metric"](gold, pred).feedback, "Right."), ["solve"])
     assert said == []
     assert module["PARTS"][0] in texts["solve"]
@@ -70,7 +70,7 @@ def test_the_template_s_proposer_tells_feedback_of_another_metric_and_reads_its_
 def test_only_plain_warnings_of_the_user_s_code_are_heard():
     with warnings.catch_warnings(record=True) as others:
         warnings.simplefilter("always")
-        with heard() as said:
+        with collected_warnings() as said:
             warnings.warn("unread", stacklevel=1)
             warnings.warn("unread", stacklevel=1)
             warnings.warn("old", DeprecationWarning, stacklevel=1)
@@ -79,7 +79,7 @@ def test_only_plain_warnings_of_the_user_s_code_are_heard():
 
 
 def test_what_a_search_s_proposer_warned_of_is_a_warning_of_the_run():
-    assert warnings_of({"reflections": 1}, 2, ("could not read 'x'",)) == [
+    assert search_warnings({"reflections": 1}, 2, ("could not read 'x'",)) == [
         "cycle 2: the proposer says: could not read 'x'"
     ]
 

@@ -9,7 +9,7 @@ import pytest
 
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.fast.evolve import SearchSettings, evolve
-from dspy_fst.fast.gepa_adapter import NoJournal
+from dspy_fst.fast.search_journal import NoJournal
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import Player, PlayerSettings

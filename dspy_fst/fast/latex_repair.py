@@ -1,8 +1,8 @@
-r"""Control characters in proposed texts: what JSON made of LaTeX is mended, anything else is refused.
+r"""Repairs LaTeX commands in proposed texts that JSON turned into control characters; refuses other control characters.
 
-DSPy 3.4.1's instruction proposer answers in JSON, where ``\frac`` is a form feed and "rac", ``\boxed`` a backspace and
-"oxed", ``\times`` a tab and "imes": valid escapes, so nothing complains, and the policy would read and learn the
-debris. Tabs and line ends are ordinary characters of a text. They are mended only where no reader could mean them.
+DSPy 3.4.1's instruction proposer answers in JSON. There ``\frac`` is a form feed and "rac", ``\boxed`` a backspace and
+"oxed", ``\times`` a tab and "imes". These are valid escapes, so nothing complains, and the policy would read and learn
+the damaged text. Tabs and line ends are ordinary characters: they are repaired only where nobody can have meant them.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 NEVER_MEANT = {"\a": "a", "\b": "b", "\f": "f", "\v": "v"}
-"""Control characters that no instruction holds: before a letter they were a backslash and this letter."""
+"""Control character that no instruction holds -> the letter that stood behind the backslash, where a letter follows."""
 _ARGUMENT = r"(?=\{)"
 _WORD_ENDS = r"(?![A-Za-z])"
 ANYWHERE = {
@@ -18,17 +18,18 @@ ANYWHERE = {
     "\r": ("r", r"ight(?=[)\]}|.\\])|ightarrow"),
     "\n": ("n", r"abla(?=[_^{\\])"),
 }
-"""Character of ordinary texts -> its letter, and the rests of LaTeX commands that are no words: mended everywhere."""
+"""Ordinary control character -> its letter, and the rests of LaTeX commands that are no English words. They are
+repaired everywhere."""
 _FORMULA_GOES_ON = r"(?=\s*(?:[\d\\({^_$)}=+*/,-]|[A-Za-z]\b))"
 IN_FORMULAS = {
     "\t": ("t", rf"(?:anh?|au|op|o){_FORMULA_GOES_ON}"),
     "\r": ("r", rf"(?:ho|angle|floor|ceil|ight){_FORMULA_GOES_ON}"),
     "\n": ("n", rf"(?:eq|eg|abla|otin){_FORMULA_GOES_ON}"),
 }
-"""The same for rests that may be words, or begin one ("an", "eg"): mended between the marks of a formula only."""
+"""The same for rests that are words or begin one ("an", "eg"). They are repaired only inside a formula."""
 _FORMULA = re.compile(
     r"(?<!\\)\$\$.+?\$\$"
-    r"|(?<![\\$])\$[^$]+?(?<![\s\\])\$(?!\d)"  # "$5 or $6" is money: a blank stands before the second mark
+    r"|(?<![\\$])\$[^$]+?(?<![\s\\])\$(?!\d)"  # not "$5 or $6": there a blank stands before the second mark
     r"|\\\(.+?\\\)|\\\[.+?\\\]",
     re.DOTALL,
 )
@@ -36,12 +37,12 @@ _NEVER_MEANT = re.compile("([\a\b\f\v])(?=[A-Za-z])")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
 
 
-def mended(text: str) -> str:
+def repair_latex(text: str) -> str:
     r"""The text with LaTeX commands as they were before JSON read them.
 
-    >>> mended("Write \x0crac{1}{2} or \x08oxed{3 \times 4}.")
+    >>> repair_latex("Write \x0crac{1}{2} or \x08oxed{3 \times 4}.")
     'Write \\frac{1}{2} or \\boxed{3 \\times 4}.'
-    >>> mended("Answer:\tan integer\neg 5, and not $\tan x$")
+    >>> repair_latex("Answer:\tan integer\neg 5, and not $\tan x$")
     'Answer:\tan integer\neg 5, and not $\\tan x$'
     """
     text = _NEVER_MEANT.sub(lambda found: "\\" + NEVER_MEANT[found[1]], text)
@@ -57,26 +58,28 @@ def _with_backslashes(text: str, commands: Mapping[str, tuple[str, str]]) -> str
     return text
 
 
-def controls_in(text: str) -> set[str]:
-    """Control characters that no text for a reader holds; tabs and line ends are none of them."""
+def control_characters(text: str) -> set[str]:
+    """The control characters of a text, tabs and line ends left out."""
     return set(_CONTROL.findall(text))
 
 
-def kept_texts(
+def acceptable_texts(
     proposed: Mapping[str, str], current: Mapping[str, str], sources: Collection[str], counts: Counter[str]
 ) -> dict[str, str]:
-    """The proposed texts, mended. One that still holds control characters which the current text does not is left out.
+    """The proposed texts, repaired; left out is one with a control character that the current text has not.
 
     Args:
-        sources: Components that are program code: they bind or they do not, and are left as they are.
+        proposed: Component -> new text.
+        current: Component -> text of the candidate that the proposal starts from.
+        sources: Components that are program code. They bind or they do not, and are left as they are.
         counts: ``texts_mended`` and ``texts_refused`` are counted here.
     """
-    kept = {}
+    accepted = {}
     for name, text in proposed.items():
-        whole = text if name in sources else mended(text)
-        if name not in sources and controls_in(whole) - controls_in(current.get(name, "")):
+        repaired = text if name in sources else repair_latex(text)
+        if name not in sources and control_characters(repaired) - control_characters(current.get(name, "")):
             counts["texts_refused"] += 1
             continue
-        counts["texts_mended"] += whole != text
-        kept[name] = whole
-    return kept
+        counts["texts_mended"] += repaired != text
+        accepted[name] = repaired
+    return accepted

@@ -1,0 +1,45 @@
+"""The record of a search's paid operations, as the fast phase needs it. `dspy_fst.run.journal` keeps one on disk."""
+
+import hashlib
+import json
+from typing import Any, Protocol
+
+
+class SearchJournal(Protocol):
+    """Records the result of each paid operation of a search, so that a repeated search does not pay for it again.
+
+    An operation is named by its kind (``"rollouts"``, ``"reflection"``) and a key (see `operation_key`).
+    """
+
+    def next_is(self, kind: str, key: str) -> bool:
+        """Whether the next operation on record is this one."""
+
+    def recall(self, kind: str, key: str) -> Any:
+        """The recorded result of the next operation; None when there is none."""
+
+    def record(self, kind: str, key: str, gave: Any) -> Any:
+        """Record an operation's result, and return it as it is recorded."""
+
+    def remove(self) -> None:
+        """Delete the whole record."""
+
+
+class NoJournal:
+    """Records nothing."""
+
+    def next_is(self, kind: str, key: str) -> bool:
+        return False
+
+    def recall(self, kind: str, key: str) -> Any:
+        return None
+
+    def record(self, kind: str, key: str, gave: Any) -> Any:
+        return gave
+
+    def remove(self) -> None:
+        pass
+
+
+def operation_key(operation: object) -> str:
+    """Twelve hex digits that name an operation by its JSON, so that no record is taken for another operation's."""
+    return hashlib.sha256(json.dumps(operation).encode()).hexdigest()[:12]

@@ -1,0 +1,34 @@
+"""Warnings about a search that has ended. Pure functions of its counts."""
+
+from collections.abc import Mapping, Sequence
+
+
+def search_warnings(counts: Mapping[str, int], cycle: int, warned: Sequence[str] = ()) -> list[str]:
+    """One sentence for each thing that a search left undone or changed.
+
+    Args:
+        counts: See ``Search.counts``.
+        cycle: Number of the cycle; every sentence begins with it.
+        warned: See ``Search.warned``.
+    """
+    sentences = [f"the proposer says: {text}" for text in warned]
+    if not counts.get("reflections", 0) + counts.get("reflections_failed", 0):
+        sentences.append(
+            "nothing was reflected on, so no instruction changed: every rollout was perfect, or no call of a predictor "
+            "was traced"
+        )
+    if refused := counts.get("texts_refused", 0):
+        sentences.append(
+            f"{refused} proposed texts held control characters and were refused; the proposer's replies are spoilt, "
+            "most often by JSON escapes such as \\f in \\frac"
+        )
+    if repaired := counts.get("texts_mended", 0):
+        sentences.append(
+            f"{repaired} proposed texts held LaTeX that JSON had spoilt (\\frac as a form feed) and were mended"
+        )
+    if unmeasured := counts.get("unmeasured", 0):
+        sentences.append(
+            f"{unmeasured} scores of candidates on anchors are missing, because their rollouts measured nothing; they "
+            "count for no place in the population"
+        )
+    return [f"cycle {cycle}: {sentence}" for sentence in sentences]
