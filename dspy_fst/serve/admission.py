@@ -1,4 +1,4 @@
-"""Places for requests: so many at work, so many in line, no more. Belongs to one event loop."""
+"""The admission queue: a limited number of requests at work, a limited number waiting. Belongs to one event loop."""
 
 import asyncio
 import time
@@ -8,25 +8,25 @@ from contextlib import asynccontextmanager
 _POLL_S = 0.05
 
 
-class LineFullError(Exception):
-    """There is no place left, not even in line."""
+class QueueFullError(Exception):
+    """All slots are taken and the queue is full."""
 
 
 class Ticket:
-    """One request's place at work. It is free again when the request is over and every thread of it has ended.
+    """One request's slot. It becomes free when the request is over and all of its threads have ended.
 
-    A thread cannot be stopped: were its place given away when its caller leaves or its time is over, a slow program
-    would fill the machine with threads that nobody waits for.
+    A thread cannot be stopped. If its slot became free as soon as its caller left or timed out, a slow program would
+    fill the machine with threads that nobody waits for.
 
     Args:
-        until: When its time is over, by ``time.monotonic``.
+        until: The request's deadline, by ``time.monotonic``.
     """
 
-    def __init__(self, gate: "Gate", until: float):
+    def __init__(self, queue: "AdmissionQueue", until: float):
         self.until = until
         self.overdue = False
-        """Whether the request is over while a thread of it still runs."""
-        self._gate = gate
+        """Whether the request is over while one of its threads still runs."""
+        self._queue = queue
         self._holders = 0
 
     @property
@@ -35,52 +35,52 @@ class Ticket:
 
     @property
     def why_over(self) -> str:
-        """Why the request was given up, for the log."""
+        """Why the request was abandoned, for the log."""
         if time.monotonic() >= self.until:
-            return "the request is over its time"
-        return "the server ends" if self._gate.expired else "the caller left"
+            return "the request timed out"
+        return "the server is shutting down" if self._queue.expired else "the caller left"
 
     async def turn(self) -> None:
-        """Wait in line for a place at work."""
-        await self._gate.turns.acquire()
-        self._gate.tickets.add(self)
+        """Wait for a slot."""
+        await self._queue.turns.acquire()
+        self._queue.tickets.add(self)
         self._holders = 1
 
     def hold(self) -> None:
-        """One more works for this request."""
+        """One more thread works for this request."""
         self._holders += 1
 
     def let_go(self) -> None:
-        """One of them has ended."""
+        """One of its threads has ended."""
         self._holders -= 1
         if not self._holders:
-            self._gate.tickets.discard(self)
-            self._gate.turns.release()
+            self._queue.tickets.discard(self)
+            self._queue.turns.release()
 
     def end(self) -> None:
-        """The request is over: it was answered, given up, or never had its turn."""
+        """The request is over: it was answered or abandoned, or it never got a slot."""
         if self.has_turn:
             self.let_go()
             self.overdue = self.has_turn
 
 
-class Gate:
-    """Lets requests in, one ticket each.
+class AdmissionQueue:
+    """Admits requests, with one ticket each.
 
     Args:
-        places: Requests at work at once.
-        line: Requests that may wait for a place.
+        slots: Requests that are at work at once.
+        max_waiting: Requests that may wait for a slot.
     """
 
-    def __init__(self, places: int, line: int):
-        self.places, self.line = places, line
+    def __init__(self, slots: int, max_waiting: int):
+        self.slots, self.max_waiting = slots, max_waiting
         self.draining = False
-        """Set for good when the server is told to end: nobody is let in any more."""
+        """Set for good when the server is told to end: no further request is admitted."""
         self.expired = False
-        """Set for good when those who are in are not waited for any more."""
-        self.turns = asyncio.Semaphore(places)
+        """Set for good when the server no longer waits for admitted requests."""
+        self.turns = asyncio.Semaphore(slots)
         self.tickets: set[Ticket] = set()
-        """The places taken now."""
+        """One for each taken slot."""
         self._requests = 0
         self._deadlines: set[asyncio.Timeout] = set()
 
@@ -91,7 +91,7 @@ class Gate:
         return sum(ticket.overdue for ticket in self.tickets)
 
     def stuck(self) -> int:
-        """Places whose request is over its time. One whose caller just left is none: it ends at its next call."""
+        """Slots of requests that timed out. A request whose caller left does not count: it ends at its next call."""
         return sum(ticket.overdue and time.monotonic() >= ticket.until for ticket in self.tickets)
 
     def waiting(self) -> int:
@@ -99,14 +99,14 @@ class Gate:
 
     @asynccontextmanager
     async def admitted(self, timeout_s: float) -> AsyncIterator[Ticket]:
-        """A block for one request; it has its place at work only after ``await ticket.turn()``.
+        """A block for one request. Its work may begin after ``await ticket.turn()``.
 
         Raises:
-            LineFullError: at once.
+            QueueFullError: immediately, when no request may wait any more.
             TimeoutError: the block took longer than ``timeout_s`` seconds, or `expire` was called.
         """
-        if self._requests + self.overdue() >= self.places + self.line:
-            raise LineFullError
+        if self._requests + self.overdue() >= self.slots + self.max_waiting:
+            raise QueueFullError
         ticket = Ticket(self, time.monotonic() + timeout_s)
         self._requests += 1
         try:
@@ -121,14 +121,14 @@ class Gate:
             ticket.end()
 
     async def emptied(self, limit_s: float) -> int:
-        """Wait until every request that was let in is over; returns how many are not after ``limit_s`` seconds."""
+        """Wait until every admitted request is over; return how many are not after ``limit_s`` seconds."""
         until = time.monotonic() + limit_s
         while self._requests and time.monotonic() < until:
             await asyncio.sleep(_POLL_S)
         return self._requests
 
     def expire(self) -> None:
-        """Let the time of every request that is in be over now."""
+        """Let every admitted request time out now."""
         self.expired = True
         for deadline in self._deadlines:
             if not deadline.expired():

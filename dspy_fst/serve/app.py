@@ -1,11 +1,11 @@
 """`create_app`: a compiled program as a typed HTTP service.
 
 POST /v1/program             the program: inputs to outputs
-POST /v1/program/stream      the same, telling on the way what each module says (not when candidates vote)
+POST /v1/program/stream      the same, with events for what each module says (not with choice="vote")
 POST /v1/chat/completions    the trained model itself; GET /v1/models and /v1/models/NAME name it
-GET  /health /ready          alive; able to answer
+GET  /health /ready          whether the process is alive; whether it can answer
 GET  /metrics                Prometheus
-GET  /docs /openapi.json     what the program takes and gives
+GET  /docs /openapi.json     the schema of the program's inputs and outputs
 
 HEAD is answered wherever GET is.
 """
@@ -44,25 +44,25 @@ from dspy_fst.serve.settings import CHAT, DOCS_FILES, HEALTH, METRICS, MODELS, R
 
 
 def create_app(program: dspy.Module, settings: ServeSettings | None = None) -> FastAPI:
-    """An app that serves a compiled program; its lifespan starts the program's engine and releases it.
+    """An app that serves a compiled program. Its lifespan starts and releases the program's engine.
 
-    `dspy_fst.serve.server.serve` runs it. Under another ASGI server all works but the drain of SIGTERM.
+    `dspy_fst.serve.server.serve` runs it. Under another ASGI server everything works but the drain at SIGTERM.
 
     Args:
-        program: What FSTOptimizer.compile or dspy_fst.load gave back; it is not changed.
+        program: Returned by FSTOptimizer.compile or dspy_fst.load; it is not changed.
 
     Raises:
-        ConfigurationError: the program cannot be served with these settings; names every reason.
+        ConfigurationError: the program cannot be served with these settings; every reason is named.
     """
     settings = settings or ServeSettings()
     service = Service(program, settings)
-    app = FastAPIOffline(  # FastAPI's own page of the docs loads its script from somebody else's server
+    app = FastAPIOffline(  # FastAPI's own docs page loads its script from another server
         title=service.name,
         description="A DSPy program, compiled by dspy_fst.",
         lifespan=_lifespan,
         redoc_url=None,
         static_url=DOCS_FILES,
-        redirect_slashes=False,  # its address would be made of what the caller sends as Host
+        redirect_slashes=False,  # a redirect would contain the Host that the caller sends
     )
     app.state.service = service
     router = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_key else [])
@@ -75,7 +75,7 @@ def create_app(program: dspy.Module, settings: ServeSettings | None = None) -> F
     app.add_middleware(
         Limits,
         settings=settings,
-        gate=service.gate,
+        queue=service.queue,
         metrics=service.metrics,
         work=(settings.path, settings.stream_path, CHAT),
         not_ready=service.not_ready,
@@ -117,7 +117,7 @@ def _add_program(router: APIRouter, service: Service) -> None:
         summary=f"Ask {service.name}",
     )
     if settings.choice == "vote":
-        return  # nobody is heard before all have spoken
+        return  # there is no answer to stream before every candidate has answered
     router.add_api_route(
         settings.stream_path,
         tell,
@@ -145,7 +145,7 @@ def _add_chat(router: APIRouter, service: Service) -> None:
     chat = Chat(service.settings.model_name, service.policy, service.engine, service.upstream, service.metrics)
 
     async def complete(body: ChatRequest, request: Request) -> Response:
-        """OpenAI's chat completions, as far as the engine goes."""
+        """OpenAI's chat completions, as far as the engine supports them."""
         reply = await chat.answer(body, request.state.ticket)
         return reply if isinstance(reply, EventStream) else JSONResponse(reply)
 
@@ -176,7 +176,7 @@ def _add_state(app: FastAPI, router: APIRouter, service: Service) -> None:
     @app.get(READY, responses=refusals(503), summary="Able to answer")
     async def ready() -> dict[str, str]:
         """The version of the weights that answer."""
-        if service.gate.draining:
+        if service.queue.draining:
             raise ApiError(503, "draining", "The server is ending.")
         if (reason := service.not_ready()) is not None:
             raise ApiError(503, "not_ready", reason)
@@ -192,7 +192,7 @@ def _add_state(app: FastAPI, router: APIRouter, service: Service) -> None:
 
 
 async def _refuse(request: Request, error: Exception) -> NoReturn:
-    """Starlette's own errors in our shape; the middleware sends them."""
+    """Turn Starlette's own errors into ours; the middleware sends them."""
     assert isinstance(error, HTTPException)
     codes = {404: "not_found", 405: "method_not_allowed"}
     raise ApiError(

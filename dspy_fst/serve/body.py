@@ -1,8 +1,8 @@
-"""Bodies of requests: read, bounded, then validated, in a thread.
+"""Request bodies: read, bounded and validated in a thread.
 
-The contract of this file: what a body costs is bounded before it is validated, so that no body of a lawful size
-keeps the event loop or makes a long reply. What is accepted is what the schema at /openapi.json says: no text is taken
-for a number.
+Contract: the cost of a body is bounded before it is validated, so that no body within the size limit blocks the event
+loop or causes a long reply. Exactly what the schema at /openapi.json allows is accepted: a text is never converted to a
+number.
 """
 
 import math
@@ -20,18 +20,18 @@ from dspy_fst.serve.error_replies import ApiError, Fault
 from dspy_fst.serve.worker import in_thread
 
 MOST_DEEP = 64
-"""Levels of a body's nesting, and of JSON inside one of its strings; deeper ones break readers that recurse."""
+"""Nesting levels of a body, and of JSON inside one of its strings; deeper nesting breaks recursive readers."""
 SHOWN_FAULTS = 20
 _LONGEST_WORD, _LONGEST_SENTENCE = 64, 200
-"""Characters of a name and of a fault: a caller may have chosen either."""
+"""Characters of a name and of a fault that an error shows; a caller may have chosen either."""
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 M = TypeVar("M", bound=BaseModel)
 
 
 class BodyRoute(APIRoute):
-    """A route whose endpoint takes ``(body, request)``; its body is read in a thread, which the loop does not wait for.
+    """A route whose endpoint takes ``(body, request)``. It validates the body in a thread: the event loop stays free.
 
-    The status of a body that does not fit is the one that the route documents: 422, or 400 as OpenAI answers.
+    A body that does not fit the model gets the status that the route documents: 422, or 400 as OpenAI answers.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -53,11 +53,11 @@ def read(body: bytes, model: type[M], most: int, status: int) -> M:
     """The body as a model.
 
     Args:
-        most: Values that it may hold: every entry of every object and array counts.
-        status: Of a body that does not fit the model.
+        most: The most values that it may hold. Every entry of every object and array counts.
+        status: HTTP status of a body that does not fit the model.
 
     Raises:
-        ApiError: it is no JSON (400), holds too much (400), or does not fit (``status``).
+        ApiError: the body is no JSON (400), holds too many values (400), or does not fit the model (``status``).
     """
     check_count(body, most)
     value = parsed(body)
@@ -66,19 +66,19 @@ def read(body: bytes, model: type[M], most: int, status: int) -> M:
         try:
             return model.model_validate_json(body, strict=True)
         except ValidationError as error:
-            if not _made_whole(value, error):
+            if not _wrote_whole_numbers(value, error):
                 raise
             return model.model_validate_json(to_json(value), strict=True)
     except ValidationError as error:
         raise _misfit(error, value, status) from None
 
 
-def _made_whole(value: Any, error: ValidationError) -> bool:
-    """Write 5.0 as 5 where a whole number is wanted, in place: JSON has one kind of number. Whether any was so written.
+def _wrote_whole_numbers(value: Any, error: ValidationError) -> bool:
+    """Replace 5.0 by 5 where a whole number is expected, in place; return whether there was such a number.
 
-    Strict validation takes 5.0 for no integer, and JSON Schema takes it for one.
+    JSON Schema counts 5.0 as an integer, and strict validation does not.
     """
-    made = False
+    changed = False
     for fault in error.errors(include_url=False, include_context=False, include_input=False):
         holder, steps = value, _steps(fault, value)
         for step in steps[:-1]:
@@ -86,15 +86,15 @@ def _made_whole(value: Any, error: ValidationError) -> bool:
         number = holder[steps[-1]] if steps else None
         if fault["type"] == "int_type" and isinstance(number, float) and number.is_integer():
             holder[steps[-1]] = int(number)
-            made = True
-    return made
+            changed = True
+    return changed
 
 
 def parsed(text: bytes | str) -> Any:
-    """JSON in UTF-8.
+    """The value of a JSON text in UTF-8.
 
     Raises:
-        ApiError: it is none, or nests too deep to be read; half of a surrogate pair and NaN are none, too.
+        ApiError: the text is not JSON or nests too deep. Half of a surrogate pair and NaN are not JSON either.
     """
     try:
         return from_json(text, allow_inf_nan=False)
@@ -105,10 +105,10 @@ def parsed(text: bytes | str) -> Any:
 
 
 def check_count(body: bytes, most: int) -> None:
-    """Refuse a body that may hold more than ``most`` values, before any of them is made.
+    """Refuse a body that may hold more than ``most`` values, before any of them is created.
 
-    Every entry of an object or array follows a comma or an opening bracket. Objects in great numbers would also have
-    Python's collector of garbage stop all threads for seconds.
+    Every entry of an object or array follows a comma or an opening bracket. Very many objects would also make Python's
+    garbage collector stop all threads for seconds.
 
     Raises:
         ApiError: with what to change.
@@ -123,7 +123,7 @@ def _separators(body: bytes) -> int:
 
 
 def check_values(value: Any) -> None:
-    """Refuse a value that nests too deep, or has a number that no float holds.
+    """Refuse a value that nests too deep, or holds a number beyond the range of a float.
 
     Raises:
         ApiError: with what to change.
@@ -131,10 +131,10 @@ def check_values(value: Any) -> None:
     level, depth = [value], 0
     while level:
         inner: list[Any] = []
-        for one in level:
-            if isinstance(one, dict | list):
-                inner.extend(one.values() if isinstance(one, dict) else one)
-            elif isinstance(one, float) and not math.isfinite(one):
+        for item in level:
+            if isinstance(item, dict | list):
+                inner.extend(item.values() if isinstance(item, dict) else item)
+            elif isinstance(item, float) and not math.isfinite(item):
                 raise ApiError(400, "invalid_json", "The body holds a number that is out of range.")
         level = inner
         depth += bool(level)
@@ -147,10 +147,10 @@ def _too_deep() -> ApiError:
 
 
 def _require_json(content_type: str, encoding: str) -> None:
-    """Pages in a browser may send any other kind of body to a server on this machine without asking it first.
+    """Refuse other media types: a web page may send those to a server on this machine without a CORS preflight.
 
     Raises:
-        ApiError: the body is not said to be JSON, or is said to be packed.
+        ApiError: the headers do not declare JSON, or declare a compressed body.
     """
     if encoding.strip().lower() not in ("", "identity"):
         message = "Send the body as it is, without the header 'Content-Encoding': nothing is unpacked here."
@@ -161,10 +161,10 @@ def _require_json(content_type: str, encoding: str) -> None:
 
 
 def _misfit(error: ValidationError, body: Any, status: int) -> ApiError:
-    """What is wrong with a body: the first faults, and how many there are."""
+    """The error for a body that does not fit: its first faults, and how many there are."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    told = {(_place(fault, body), _said(fault)): None for fault in found[:SHOWN_FAULTS]}
-    faults = [Fault(where=where, message=message) for where, message in told]
+    distinct = dict.fromkeys((_place(fault, body), _message(fault)) for fault in found[:SHOWN_FAULTS])
+    faults = [Fault(where=where, message=message) for where, message in distinct]
     first = f"{faults[0].where or 'the body'}: {faults[0].message}"
     more = f" ({len(found)} faults in all, the first ones stand in 'faults')" if len(found) > 1 else ""
     message = f"The body does not fit the schema at /openapi.json: {first}{more}"
@@ -172,7 +172,7 @@ def _misfit(error: ValidationError, body: Any, status: int) -> ApiError:
 
 
 def _place(fault: ErrorDetails, body: Any) -> str:
-    """Where a fault is, in names of the body: pydantic's own names of unions and validators are left out."""
+    """Where a fault is, in names of the body. Pydantic's names of unions and validators are left out."""
     place = [str(step) for step in _steps(fault, body)]
     if fault["type"] == "missing":
         place.append(str(fault["loc"][-1]))
@@ -196,8 +196,8 @@ def _has(value: Any, step: Any) -> bool:
     return isinstance(value, dict) and step in value
 
 
-def _said(fault: ErrorDetails) -> str:
-    """A fault in pydantic's words, without what was sent."""
+def _message(fault: ErrorDetails) -> str:
+    """Pydantic's message of a fault, without the caller's value."""
     if fault["type"] == "union_tag_invalid":
         return f"Input should be one of the kinds {fault['msg'].partition('expected tags: ')[2]}"
     return fault["msg"].removeprefix("Value error, ")[:_LONGEST_SENTENCE]

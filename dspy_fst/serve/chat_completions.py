@@ -1,8 +1,8 @@
-"""The trained model itself, at an OpenAI-compatible chat endpoint.
+"""The trained model at an OpenAI-compatible chat endpoint.
 
-Behind it is the engine that the program uses: the vLLM server's own chat endpoint, from which only what stands in
-`ChatRequest` is asked; or the engine in process, which knows fewer settings and gives a reply when it is whole. What
-both do, they do alike: limits, errors, and the distribution that is sampled from.
+The program's engine answers. A vLLM server is asked at its own chat endpoint, with nothing but the settings of
+`ChatRequest`. The engine in process knows fewer settings and replies when the reply is complete. Both have the same
+limits, the same errors and the same sampling distribution.
 """
 
 import secrets
@@ -23,7 +23,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.serve.admission import Ticket
 from dspy_fst.serve.chat_reply import ModelCard, chunk_of, completed, in_chunks, reply_of
 from dspy_fst.serve.chat_request import ChatRequest, StreamOptions, as_template_reads
-from dspy_fst.serve.error_replies import ApiError, context_exceeded, engine_failed, shown
+from dspy_fst.serve.error_replies import ApiError, context_exceeded, engine_failed, quoted
 from dspy_fst.serve.events import EventStream, Feed
 from dspy_fst.serve.prometheus import Metrics
 from dspy_fst.serve.upstream import Upstream
@@ -34,7 +34,7 @@ class Chat:
     """The endpoint.
 
     Args:
-        name: Under which the model is asked for.
+        name: The model's name in requests.
         upstream: The engine's server; None for an engine in process.
     """
 
@@ -49,7 +49,7 @@ class Chat:
             ApiError: there is none.
         """
         if name != self.name:
-            message = f"There is no model {shown(name)} here, only {self.name!r}."
+            message = f"There is no model {quoted(name)} here, only {self.name!r}."
             raise ApiError(404, "model_not_found", message, param="model")
         return ModelCard(id=name)
 
@@ -85,7 +85,7 @@ class Chat:
         feed = Feed()
         source = feed.listen(in_thread(partial(self._tell, request, feed), ticket))
         try:
-            first = await anext(source)  # a request that is refused gets its status; later there is none
+            first = await anext(source)  # a refused request gets its status here; later the status has been sent
         except BaseException:
             await source.aclose()
             raise
@@ -104,10 +104,10 @@ class Chat:
         try:
             with closing(upstream.stream(self._body(request))) as chunks:
                 for chunk in chunks:
-                    told = chunk_of(chunk, self.name)
-                    self._count(told)
-                    if told["choices"] or include_usage:
-                        feed.send(told)
+                    event = chunk_of(chunk, self.name)
+                    self._count(event)
+                    if event["choices"] or include_usage:
+                        feed.send(event)
         except (EngineError, ValidationError, lm15.LM15Error) as error:
             raise self._as_api_error(error) from error
 
@@ -123,9 +123,9 @@ class Chat:
         return self._engine.complete(canonical, body["seed"])
 
     def _body(self, request: ChatRequest) -> dict[str, Any]:
-        """The request as it is passed on, with the policy's own settings where the caller says nothing.
+        """The request for the engine. Settings that the caller leaves out are the policy's.
 
-        That is the policy's own distribution, as in training, whatever defaults the server has.
+        So the sampling distribution is the policy's own, as in training, whatever defaults the server has.
         """
         return {
             "temperature": self._policy.sampling_temperature,
@@ -139,14 +139,14 @@ class Chat:
         }
 
     def _messages(self, request: ChatRequest) -> list[dict[str, Any]]:
-        """The messages, for a server as the model's template can show them; the engine in process fits them itself."""
-        told = [as_template_reads(message) for message in request.messages]
-        if self._upstream is None or any(message.get("tool_calls") for message in told):
-            return told
+        """The messages. For a server they are fitted to the template; the engine in process does that itself."""
+        messages = [as_template_reads(message) for message in request.messages]
+        if self._upstream is None or any(message.get("tool_calls") for message in messages):
+            return messages
         traits = self._policy.handle.reader.traits
         if traits.has_system and not traits.alternating:
-            return told
-        return chat_messages(fitted(self._canonical({"messages": told}), traits))
+            return messages
+        return chat_messages(fitted(self._canonical({"messages": messages}), traits))
 
     def _canonical(self, body: Mapping[str, Any]) -> lm15.Request:
         """A body as DSPy's engines take it.
@@ -164,10 +164,10 @@ class Chat:
         return {"stop_token_ids": sorted(ids)} if ids else {}
 
     def _longest(self, request: ChatRequest) -> int | None:
-        """The longest reply, in tokens; None: as far as the context goes.
+        """The longest reply, in tokens; None when only the context limits it.
 
         Raises:
-            ApiError: the caller asks for more than the model's context has.
+            ApiError: the caller asks for more tokens than the model's context has.
         """
         context = self._context()
         if request.most is None:
@@ -180,7 +180,7 @@ class Chat:
         return most
 
     def _context(self) -> int | None:
-        """Tokens of the model's context; None where it has no limit, or nobody can tell."""
+        """Tokens of the model's context; None where it has no limit, or the limit is unknown."""
         if self._upstream is not None:
             return self._upstream.context
         context: int | None = getattr(self._engine, "context", None)

@@ -1,4 +1,4 @@
-"""What the chat endpoint gives, as OpenAI's clients read it: nothing of a server's reply that is not named here."""
+"""Replies of the chat endpoint, as OpenAI's clients read them. Other fields of a server's reply are dropped."""
 
 import time
 import uuid
@@ -117,17 +117,17 @@ class ModelList(BaseModel):
 
 
 _ALWAYS = ("logprobs", "finish_reason")
-"""Keys of a choice that OpenAI sends also where they are null."""
+"""Keys of a choice that OpenAI sends even when they are null."""
 
 
 def reply_of(server: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A server's whole reply under our model's name."""
-    return _told(ChatReply.model_validate({**server, "model": name}), "message", ("content", "refusal"))
+    return _document(ChatReply.model_validate({**server, "model": name}), "message", ("content", "refusal"))
 
 
 def chunk_of(server: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A server's chunk under our model's name."""
-    return _told(ChatChunk.model_validate({**server, "model": name}), "delta", ())
+    return _document(ChatChunk.model_validate({**server, "model": name}), "delta", ())
 
 
 def completed(completion: Completion, name: str) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def completed(completion: Completion, name: str) -> dict[str, Any]:
 
 
 def in_chunks(reply: Mapping[str, Any], include_usage: bool) -> Iterator[dict[str, Any]]:
-    """A whole reply as a stream tells it: the role, the text in one piece, the end."""
+    """A complete reply as the chunks of a stream: the role, the text in one piece, the end."""
     (choice,) = reply["choices"]
     head = {"id": reply["id"], "created": reply["created"]}
     deltas = [{"role": "assistant", "content": ""}, {"content": choice["message"]["content"]}]
@@ -156,10 +156,10 @@ def in_chunks(reply: Mapping[str, Any], include_usage: bool) -> Iterator[dict[st
         yield chunk_of({**head, "choices": [], "usage": reply["usage"]}, reply["model"])
 
 
-def _told(reply: ChatReply | ChatChunk, part: str, kept: tuple[str, ...]) -> dict[str, Any]:
-    """As JSON, without empty keys beside those that OpenAI sends."""
-    told = reply.model_dump(exclude_none=True)
-    for choice in told["choices"]:
+def _document(reply: ChatReply | ChatChunk, part: str, kept: tuple[str, ...]) -> dict[str, Any]:
+    """The reply as JSON. Of empty keys only those that OpenAI sends are kept."""
+    document = reply.model_dump(exclude_none=True)
+    for choice in document["choices"]:
         choice.update({key: choice.get(key) for key in _ALWAYS})
         choice[part].update({key: choice[part].get(key) for key in kept})
-    return told
+    return document

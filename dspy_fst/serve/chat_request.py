@@ -1,7 +1,7 @@
-"""What a caller may send to the chat endpoint: of OpenAI's chat completions, what is offered here.
+"""Requests to the chat endpoint: the part of OpenAI's chat completions that is offered here.
 
-The contract of this file: whatever this server or OpenAI's client gave may be sent back (`AssistantMessage`), and a
-setting whose value changes nothing is no reason to refuse a request. Text only: nothing that a caller names is fetched.
+Contract: a message that this server or OpenAI's client returned may be sent back (`AssistantMessage`), and a setting
+whose value changes nothing never refuses a request. Text only: no address that a caller names is fetched.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ MOST_ARGUMENTS = 10_000
 
 
 def _is_object(text: str) -> str:
-    """Arguments of a tool call as every chat template can read them."""
+    """Check that the arguments of a tool call are a JSON object, which every chat template can read."""
     if not text:
         return text
     try:
@@ -93,7 +93,7 @@ class ToolCall(Sent):
 
 
 class AssistantMessage(Sent):
-    """A reply as this server, OpenAI's client or LiteLLM's tells it, empty fields included."""
+    """A reply as this server, OpenAI's client or LiteLLM returns it, empty fields included."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -130,29 +130,29 @@ Messages = Annotated[
     Field(min_length=1, max_length=MOST_MESSAGES, json_schema_extra=_TURN),
     AfterValidator(_has_a_turn),
 ]
-"""The engine in process cannot be asked without a turn, and templates differ in what they make of system text alone."""
+"""The engine in process needs a turn, and templates differ in what they do with system messages alone."""
 
 
 def as_template_reads(message: Message) -> dict[str, Any]:
-    """A message as both engines take it: without what no chat template shows.
+    """A message as both engines take it, without fields that no chat template shows.
 
-    So without a speaker's ``name``, too: templates that show one would be given another prompt than the engine in
-    process makes. A tool's name stays: templates of models that call tools print it.
+    A speaker's ``name`` is left out too: a template that shows it would get another prompt than the engine in process
+    makes. A tool's name stays: templates of models that call tools print it.
     """
-    told = message.model_dump(exclude_none=True, exclude={"refusal", "annotations", "provider_specific_fields"})
+    document = message.model_dump(exclude_none=True, exclude={"refusal", "annotations", "provider_specific_fields"})
     if not isinstance(message, ToolMessage):
-        told.pop("name", None)
+        document.pop("name", None)
     if isinstance(message, SystemMessage):
-        told["role"] = "system"
+        document["role"] = "system"
     if isinstance(message, AssistantMessage):
         if message.refusal is not None and message.content is None:
-            told["content"] = message.refusal
-        if (thought := told.pop("reasoning", None)) is not None:
-            told.setdefault("reasoning_content", thought)
+            document["content"] = message.refusal
+        if (thought := document.pop("reasoning", None)) is not None:
+            document.setdefault("reasoning_content", thought)
         if not message.tool_calls:
-            told.pop("tool_calls", None)
-            told.setdefault("content", "")
-    return told
+            document.pop("tool_calls", None)
+            document.setdefault("content", "")
+    return document
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -201,9 +201,9 @@ class StreamOptions(Sent):
 
 
 def _where(name: str, values: dict[str, Any], needs: str, need: dict[str, Any]) -> dict[str, Any]:
-    """A rule of JSON Schema: where one setting has one of these values, another one has to be there."""
-    told = {"properties": {name: values}, "required": [name]}
-    return {"if": told, "then": {"properties": {needs: need}, "required": [needs]}}
+    """A rule of JSON Schema: when setting ``name`` has one of these values, setting ``needs`` must be given."""
+    condition = {"properties": {name: values}, "required": [name]}
+    return {"if": condition, "then": {"properties": {needs: need}, "required": [needs]}}
 
 
 _TOGETHER: list[Any] = [
@@ -214,7 +214,7 @@ _TOGETHER: list[Any] = [
 
 
 class ChatRequest(Sent):
-    """OpenAI's chat completions, as far as the engine goes. The first settings are known everywhere."""
+    """OpenAI's chat completions, as far as the engines support them. Both engines know the first settings."""
 
     model_config = ConfigDict(json_schema_extra={"allOf": _TOGETHER})
     model: str
@@ -226,12 +226,12 @@ class ChatRequest(Sent):
     n: int | None = Field(None, ge=1, le=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Told by some clients, and nothing to do with a reply.
+    # Sent by some clients, without effect on the reply.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
-    # Only as what changes nothing.
+    # Accepted only with values that change nothing.
     store: Off | None = None
     logit_bias: Nothing | None = None
     modalities: list[Literal["text"]] | None = None
@@ -246,7 +246,7 @@ class ChatRequest(Sent):
     prompt_cache_retention: None = None
     prompt_cache_options: None = None
     service_tier: Literal["auto", "default"] | None = None
-    # A vLLM server's.
+    # Settings of a vLLM server.
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -268,19 +268,19 @@ class ChatRequest(Sent):
 
     @property
     def most(self) -> tuple[str, int] | None:
-        """The longest reply that is asked for, in tokens, under the name by which it is asked for."""
+        """(setting, tokens) of the longest reply that the caller asks for; None where it does not."""
         for name in ("max_completion_tokens", "max_tokens"):
             if (value := getattr(self, name)) is not None:
                 return name, value
         return None
 
     def for_server(self) -> dict[str, Any]:
-        """What a vLLM server is asked beside the messages and the policy's own settings."""
+        """The caller's settings for a vLLM server, without those that change nothing."""
         given = self.model_dump(exclude_none=True, by_alias=True, include=_EVERYWHERE | _SERVER)
         return {name: value for name, value in given.items() if not self._changes_nothing(name)}
 
     def unknown_in_process(self) -> list[str]:
-        """Settings that the engine in process would not do, by name."""
+        """Names of settings that the engine in process does not support."""
         neutral: Mapping[str, Any] = {"top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
         given = self.for_server()
         return [name for name in given if name not in _EVERYWHERE and given[name] != neutral.get(name)]

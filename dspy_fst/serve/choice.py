@@ -1,4 +1,4 @@
-"""Who of the population answers a request, and what the majority of them says. Pure functions."""
+"""Which candidates answer a request, and what their majority says. Pure functions."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from dspy_fst.serve.settings import ChoiceName
 
 
 def speakers(choice: ChoiceName, members: int, seed: int) -> list[int]:
-    """Ranks of the members that answer, 0 being the best; a member that fills a short population counts again."""
+    """Ranks of the members that answer; 0 is the best. Copies that fill a short population count as members."""
     if choice == "vote":
         return list(range(members))
     return [0] if choice == "best" else [random.Random(f"speaker of {seed}").randrange(members)]
@@ -25,22 +25,22 @@ def ballot(outputs: BaseModel, field: str | None) -> str:
 
 
 def decided(ballots: Sequence[str | None]) -> tuple[int, float]:
-    """The majority's best member and the share of all members that agree with it.
+    """Rank of the best member of the majority, and the share of all members that agree with it.
 
     Args:
-        ballots: By rank, the best member's first; None abstains. One at least is no None.
+        ballots: By rank, the best member's first; None abstains. At least one is not None.
 
     >>> decided(["9", "7", "7", None])
     (1, 0.5)
     """
     votes = Counter(vote for vote in ballots if vote is not None)
-    # Counter keeps the order in which ballots came, so that of a tie the better member's is first.
+    # Counter keeps the order of the ballots, so the better member wins a tie.
     winner, count = votes.most_common(1)[0]
     return list(ballots).index(winner), count / len(ballots)
 
 
 def vote_faults(outputs: type[BaseModel], field: str | None) -> list[str]:
-    """Why answers could not be told equal or different, one sentence each."""
+    """Why answers cannot be compared, one sentence each."""
     if field is not None:
         known = ", ".join(outputs.model_fields)
         return [] if field in outputs.model_fields else [f"vote_on is {field!r}: the outputs are {known}"]
@@ -60,7 +60,7 @@ _BOUND = {"enum", "const", "format", "pattern"}
 
 
 def _holds_free_text(schema: Any, definitions: dict[str, Any], within: tuple[str, ...]) -> bool:
-    """Whether a JSON schema lets any string in, at any depth; ``True`` and ``{}`` let in everything."""
+    """Whether a JSON schema accepts any string, at any depth; ``True`` and ``{}`` accept everything."""
     if isinstance(schema, list):
         return any(_holds_free_text(part, definitions, within) for part in schema)
     if not isinstance(schema, dict):

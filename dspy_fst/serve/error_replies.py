@@ -1,4 +1,4 @@
-"""What a caller is told when something goes wrong: OpenAI's error body on every path, never a traceback or a secret."""
+"""Error replies: OpenAI's error body on every path, never a traceback or a secret."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -10,11 +10,11 @@ ErrorType = Literal[
     "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
 ]
 CONTEXT_LENGTH = "context_length_exceeded"
-"""The code by which openai's, LiteLLM's and DSPy's clients know that a prompt is too long."""
+"""The code by which the clients of OpenAI, LiteLLM and DSPy recognize a prompt that is too long."""
 ENGINE = "engine"
 _TYPES: dict[int, ErrorType] = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _LONGEST_NAME = 64
-"""Characters of a caller's own word that an error repeats."""
+"""Characters of a caller's text that an error repeats."""
 
 
 class Fault(BaseModel):
@@ -26,21 +26,21 @@ class Fault(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """OpenAI's error object, and the faults of a body beside it."""
+    """OpenAI's error object, with the faults of a body added."""
 
     message: str
     type: ErrorType
-    """What kind of error, as OpenAI names it."""
+    """OpenAI's name of the kind of error."""
     param: str | None = None
-    """The setting that is wrong, where it is one."""
+    """The wrong setting, if the error is about one."""
     code: str
     """One word for programs, e.g. ``"queue_full"``."""
     faults: list[Fault] = []
-    """What is wrong with a body, the first ones where there are many."""
+    """What is wrong with a body; the first faults if there are many."""
 
 
 class ErrorReply(BaseModel):
-    """The body of every reply that is no success."""
+    """The body of every error reply."""
 
     error: ErrorDetail
 
@@ -49,12 +49,12 @@ class ApiError(Exception):
     """A reply that is an error.
 
     Args:
-        status: Of HTTP.
+        status: HTTP status.
         code: One word for programs, e.g. ``"queue_full"``.
         message: For people: what is wrong and what to do.
-        param: The setting that is wrong.
-        faults: Of the request, one by one.
-        headers: To be sent along.
+        param: The wrong setting.
+        faults: Everything that is wrong with the body.
+        headers: Extra HTTP headers.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ApiError(Exception):
 
 
 def internal_error() -> ApiError:
-    """For what nobody foresaw; the log has the traceback."""
+    """For an unexpected exception; the log has the traceback."""
     return ApiError(500, "internal", "The server failed on this request; its log says why.")
 
 
@@ -87,17 +87,17 @@ def engine_failed() -> ApiError:
 
 
 def context_exceeded(context: int | None, param: str) -> ApiError:
-    """A prompt that is too long, in the words by which LiteLLM knows it (its `is_error_str_context_window_exceeded`).
+    """A prompt that is too long, in words that LiteLLM recognizes (its `is_error_str_context_window_exceeded`).
 
     Args:
-        context: Tokens of the model's context, where they are known.
+        context: Tokens of the model's context; None where unknown.
         param: The part of the body that holds the prompt.
     """
-    told = "shorter than this prompt" if context is None else f"{context} tokens"
-    message = f"This model's maximum context length is {told}. The prompt leaves no room for a reply: shorten it."
+    length = "shorter than this prompt" if context is None else f"{context} tokens"
+    message = f"This model's maximum context length is {length}. The prompt leaves no room for a reply: shorten it."
     return ApiError(400, CONTEXT_LENGTH, message, param=param)
 
 
-def shown(word: str) -> str:
-    """A word of the caller's, quoted and cut to what fits into a sentence."""
+def quoted(word: str) -> str:
+    """A text of the caller, quoted, and cut to what fits into a sentence."""
     return repr(word if len(word) <= _LONGEST_NAME else f"{word[:_LONGEST_NAME]}...")

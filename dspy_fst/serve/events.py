@@ -1,4 +1,4 @@
-"""Server-sent events: from the threads that work to the one caller who listens."""
+"""Server-sent events: from the threads that work to the caller who listens."""
 
 import asyncio
 import json
@@ -13,15 +13,15 @@ from dspy_fst.errors import EngineError
 
 
 class ListenerGoneError(EngineError):
-    """Nobody listens any more."""
+    """The caller has left the stream."""
 
 
 PING_S = 15.0
-"""Silence after which a comment is sent: proxies close connections that say nothing."""
+"""Silence in seconds after which a comment is sent: proxies close idle connections."""
 
 
 class Feed:
-    """Events of one request. `send` may be called in any thread; make it and read it in the event loop."""
+    """Events of one request. `send` may be called in any thread; create and read the feed in the event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -29,10 +29,10 @@ class Feed:
         self._closed = False
 
     def send(self, data: Any, event: str | None = None) -> None:
-        """Tell the listener.
+        """Send an event to the listener.
 
         Raises:
-            ListenerGoneError: what is being made can be stopped.
+            ListenerGoneError: the listener has left, so the work can stop.
         """
         text = data if isinstance(data, str) else json.dumps(data)
         self._put(format_sse_event(data_str=text, event=event))
@@ -43,9 +43,9 @@ class Feed:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def listen(self, work: Coroutine[Any, Any, None]) -> AsyncGenerator[bytes, None]:
-        """The events that are sent while the work goes on; then raises what the work raised.
+        """Yield the events that are sent while the work runs, then raise what the work raised.
 
-        The work is cancelled when nobody reads on.
+        The work is cancelled when the reader stops.
         """
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda _: self._queue.put_nowait(None))
@@ -65,7 +65,7 @@ class Feed:
 
 
 class EventStream(StreamingResponse):
-    """A reply of events, whose source is closed when the reply ends, however it ends."""
+    """A reply of events. Its source is closed when the reply ends, however it ends."""
 
     def __init__(self, source: AsyncGenerator[bytes, None]):
         super().__init__(source, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

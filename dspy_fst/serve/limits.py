@@ -1,7 +1,7 @@
-"""What every request passes before the app sees it: key, size, line, time limit. Nothing of the app is known here.
+"""The middleware that every request passes before the app: key, size, queue and time limit. It knows no endpoint.
 
-In this order, so that a stranger costs no memory, and a request that will be refused is not read: key, end of
-service, readiness, a place in line, body, turn.
+The checks are in this order: key, shutdown, readiness, a place in the queue, body, slot. So a stranger costs no memory,
+and the body of a request that will be refused is not read.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dspy_fst.engine.addresses import is_loopback
-from dspy_fst.serve.admission import Gate, LineFullError, Ticket
+from dspy_fst.serve.admission import AdmissionQueue, QueueFullError, Ticket
 from dspy_fst.serve.error_replies import ApiError, internal_error
 from dspy_fst.serve.prometheus import Metrics
 from dspy_fst.serve.settings import (
@@ -33,9 +33,9 @@ from dspy_fst.serve.settings import (
 logger = logging.getLogger(__name__)
 
 OPEN = (HEALTH, READY, DOCS, SCHEMA)
-"""Paths that need no key: they tell what the server is, not what it was asked."""
+"""Paths that need no key: they describe the server and reveal no requests."""
 CLIENT_GONE = 499
-"""Counted as the status of a request whose caller left before there was a reply."""
+"""The status counted for a request whose caller left before the reply."""
 
 
 class _GoneError(Exception):
@@ -46,20 +46,20 @@ class Limits:
     """ASGI middleware.
 
     Args:
-        work: Paths whose POST requests take a place at work.
-        not_ready: Why no work can be done now, or None.
+        work: Paths whose POST requests take a slot.
+        not_ready: Returns why no request can be answered now, or None.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         settings: ServeSettings,
-        gate: Gate,
+        queue: AdmissionQueue,
         metrics: Metrics,
         work: Iterable[str],
         not_ready: Callable[[], str | None],
     ):
-        self.app, self.settings, self.gate, self.metrics = app, settings, gate, metrics
+        self.app, self.settings, self.queue, self.metrics = app, settings, queue, metrics
         self._work, self._not_ready = frozenset(work), not_ready
         self._endpoints = {*self._work, *RESERVED}
 
@@ -68,22 +68,22 @@ class Limits:
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        reply = _Reply(send, self.gate, bodiless=scope["method"] == "HEAD")
+        reply = _Reply(send, self.queue, bodiless=scope["method"] == "HEAD")
         if scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}  # load balancers ask so, and FastAPI's routes would refuse it
+            scope = {**scope, "method": "GET"}  # load balancers use HEAD, which FastAPI's routes would refuse
         try:
             await self._guarded(scope, receive, reply)
         except ApiError as error:
             self.metrics.error(error.code)
             await reply.fail(error, scope, receive)
         except _GoneError:
-            logger.info("the caller of %s left before there was an answer", scope["path"])
+            logger.info("the caller of %s left before the reply", scope["path"])
         except Exception:
             logger.exception("a request to %s failed", scope["path"])
             self.metrics.error("internal")
             await reply.fail(internal_error(), scope, receive)
         finally:
-            # Paths that nobody serves are counted as one: each would else stay in memory for good.
+            # Unknown paths are counted together: each would otherwise stay in memory for good.
             self.metrics.request(
                 self._endpoint(scope["path"]), reply.status or CLIENT_GONE, time.perf_counter() - began
             )
@@ -102,22 +102,22 @@ class Limits:
             return
         self._check_open()
         try:
-            async with self.gate.admitted(self.settings.timeout_s) as ticket:
+            async with self.queue.admitted(self.settings.timeout_s) as ticket:
                 body = await self._body(headers, receive)
                 await self._answer(ticket, body, scope, receive, reply)
-        except LineFullError:
-            message = f"{self.gate.places} requests are at work and {self.gate.line} wait; ask again later."
+        except QueueFullError:
+            message = f"{self.queue.slots} requests are at work and {self.queue.max_waiting} wait; ask again later."
             raise ApiError(429, "queue_full", message, headers=self._retry_after()) from None
         except TimeoutError:
             raise self._too_late() from None
 
     async def _answer(self, ticket: Ticket, body: bytes, scope: Scope, receive: Receive, reply: "_Reply") -> None:
-        """Wait for a place at work and let the app reply, unless the caller leaves before.
+        """Wait for a slot and let the app reply, unless the caller leaves before.
 
-        Callers who have gone would else keep the living out, in line and at work.
+        Otherwise callers who have left would keep slots and places in the queue from others.
 
         Raises:
-            _GoneError: the caller left; what was begun for it is cancelled.
+            _GoneError: the caller left; the work for it is cancelled.
         """
         scope.setdefault("state", {})["ticket"] = ticket
         left = asyncio.ensure_future(_leaving(receive))
@@ -129,7 +129,7 @@ class Limits:
         working = asyncio.ensure_future(work())
         try:
             await asyncio.wait({working, left}, return_when=asyncio.FIRST_COMPLETED)
-            # A server calls a caller gone also when the reply is out and the app is about to end.
+            # The server also reports a disconnect when the reply is complete and the app is about to return.
             if not working.done() and not reply.is_whole:
                 raise _GoneError
             await working
@@ -140,7 +140,7 @@ class Limits:
 
     def _check_caller(self, headers: Headers) -> None:
         if self.settings.api_key is None:
-            # A page in a browser can give its own name the address 127.0.0.1, and then speak with this server.
+            # A web page can let its own host name resolve to 127.0.0.1 and then call this server (DNS rebinding).
             if not is_loopback(_host(headers.get("host", ""))):
                 raise ApiError(403, "foreign_host", "A server without a key answers to localhost only.")
             return
@@ -150,7 +150,7 @@ class Limits:
             raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
 
     def _check_open(self) -> None:
-        if self.gate.draining:
+        if self.queue.draining:
             raise ApiError(503, "draining", "The server is ending; ask another.", headers=self._retry_after())
         if (reason := self._not_ready()) is not None:
             raise ApiError(503, "not_ready", reason, headers=self._retry_after())
@@ -173,7 +173,7 @@ class Limits:
                 return bytes(body)
 
     def _too_late(self) -> ApiError:
-        if self.gate.draining:
+        if self.queue.draining:
             return ApiError(503, "draining", "The server ended before there was an answer; ask another.")
         message = f"There was no answer within {self.settings.timeout_s:g} s, the wait in line included."
         return ApiError(504, "timeout", message)
@@ -191,14 +191,14 @@ def _host(header: str) -> str:
 
 
 async def _leaving(receive: Receive) -> Message:
-    """The message that the caller has left; read after the body."""
+    """Wait for the message that the caller has left. Only after the body was read."""
     while (message := await receive())["type"] != "http.disconnect":
         pass
     return message
 
 
 def _replayed(body: bytes, left: asyncio.Future[Message]) -> Receive:
-    """The body that was read, then that the caller has left; the app may wait for that, and give it up."""
+    """A channel that gives the app the body, then the message that the caller has left, when it comes."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -208,19 +208,19 @@ def _replayed(body: bytes, left: asyncio.Future[Message]) -> Receive:
 
 
 class _Reply:
-    """The way out: remembers what was sent, so that an error is told once and in the right form."""
+    """The channel to the caller. It remembers what was sent, so that an error is sent once and in the right form."""
 
-    def __init__(self, send: Send, gate: Gate, bodiless: bool):
+    def __init__(self, send: Send, queue: AdmissionQueue, bodiless: bool):
         self.status: int | None = None
         self.is_whole = False
         self._bodiless = bodiless
-        self._send, self._gate = send, gate
+        self._send, self._queue = send, queue
         self._is_stream = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(raw=message["headers"])
-            if self._gate.draining:
+            if self._queue.draining:
                 headers["Connection"] = "close"
             self.status = message["status"]
             self._is_stream = headers.get("content-type", "").startswith("text/event-stream")

@@ -1,4 +1,4 @@
-"""What /openapi.json says beside the models that FastAPI finds: refusals, event streams, and nothing untrue."""
+"""Additions to /openapi.json: error replies and event streams. Untrue entries of FastAPI are removed."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from dspy_fst.serve.error_replies import ErrorReply
 
 Responses = dict[int | str, dict[str, Any]]
 _MODELS = "#/components/schemas/{model}"
-_TOLD = {
+_DESCRIPTIONS = {
     400: "The request cannot be done, or its body is no JSON.",
     401: "The key is missing or wrong.",
     403: "A server without a key answers to localhost only.",
@@ -37,8 +37,8 @@ EVENTS = """Server-sent events, in this order; the data of each is a JSON object
 
 
 def refusals(*statuses: int) -> Responses:
-    """The replies of these statuses, all of one shape."""
-    return {status: {"model": ErrorReply, "description": _TOLD[status]} for status in statuses}
+    """Error replies of these statuses; all have the same body."""
+    return {status: {"model": ErrorReply, "description": _DESCRIPTIONS[status]} for status in statuses}
 
 
 def program_responses() -> Responses:
@@ -46,7 +46,7 @@ def program_responses() -> Responses:
 
 
 def program_events(reply: str) -> Responses:
-    """The same, with a stream in the place of the reply of that name."""
+    """As `program_responses`, with a stream that ends with the reply model of this name."""
     properties = {
         "start": {"tokens": {"type": "boolean"}},
         "delta": {name: {"type": "string"} for name in ("module", "field", "text")},
@@ -68,16 +68,16 @@ def chat_responses(reply: type[BaseModel]) -> Responses:
 
 
 def complete_document(app: FastAPI, chat: str, model: str) -> None:
-    """Add to the app's document what FastAPI does not find, and take out what it assumes of every body.
+    """Add to the app's document what FastAPI does not find, and remove what it assumes about every body.
 
     Args:
-        chat: Path of the endpoint that answers a body that does not fit with 400, as OpenAI does.
-        model: The only name of a model that it knows.
+        chat: Path of the chat endpoint, which answers an invalid body with 400 as OpenAI does, not with 422.
+        model: The only model name that the chat endpoint accepts.
     """
-    made = app.openapi
+    original = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = made()
+        document = original()
         _, chunk = models_json_schema([(ChatChunk, "serialization")], ref_template=_MODELS)
         schemas = document["components"]["schemas"]
         schemas.update(chunk["$defs"])
@@ -92,8 +92,8 @@ def complete_document(app: FastAPI, chat: str, model: str) -> None:
 
 def _event(data: dict[str, Any], name: str | None = None) -> dict[str, Any]:
     """One server-sent event, as FastAPI describes it."""
-    told = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
-    properties = {"data": told} if name is None else {"event": {"const": name}, "data": told}
+    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    properties = {"data": text} if name is None else {"event": {"const": name}, "data": text}
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 

@@ -1,17 +1,17 @@
-"""What Prometheus reads at /metrics. Every app has figures of its own, also with two apps in one process."""
+"""The metrics that Prometheus reads at /metrics. Two apps in one process have separate metrics."""
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from dspy_fst.serve.admission import Gate
+from dspy_fst.serve.admission import AdmissionQueue
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Counts of one app; its gauges read the gate when they are asked for."""
+    """Metrics of one app. Its gauges read the admission queue at each scrape."""
 
-    def __init__(self, gate: Gate):
+    def __init__(self, queue: AdmissionQueue):
         registry = self.registry = CollectorRegistry()
         self._requests = Counter(
             "dspy_fst_requests", "Requests by endpoint and HTTP status.", ["endpoint", "status"], registry=registry
@@ -38,14 +38,14 @@ class Metrics:
         for name, help, read in (
             (
                 "dspy_fst_in_flight",
-                "Places taken by requests at work, or by what goes on after they were given up.",
-                gate.at_work,
+                "Slots taken by requests at work, or by threads that outlive their request.",
+                queue.at_work,
             ),
-            ("dspy_fst_queue", "Requests that wait for a place.", gate.waiting),
+            ("dspy_fst_queue", "Requests that wait for a slot.", queue.waiting),
             (
                 "dspy_fst_overdue",
-                "Places taken by what goes on after its request's time-out, or after its caller left.",
-                gate.overdue,
+                "Slots taken by threads whose request timed out or whose caller left.",
+                queue.overdue,
             ),
         ):
             Gauge(name, help, registry=registry).set_function(read)
@@ -62,5 +62,5 @@ class Metrics:
         self._tokens.labels("completion").inc(completion)
 
     def page(self) -> bytes:
-        """All figures in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""A program's inputs and outputs as pydantic models, so that the API's schema says what the program really takes."""
+"""A program's inputs and outputs as pydantic models: the API's schema is the program's own."""
 
 import inspect
 from collections.abc import Mapping
@@ -18,20 +18,20 @@ SIGNATURE_HELP = "set signature (--signature), e.g. 'question: str, year: int ->
 
 
 class Sent(BaseModel):
-    """What a caller sends: known fields only. That all text is Unicode is seen when the body is read (`body`)."""
+    """What a caller sends: known fields only. `body` checks that all text is valid Unicode."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class Given(BaseModel):
-    """What a program gives back."""
+    """What a program returns."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 @dataclass(frozen=True)
 class ProgramSchema:
-    """What a program takes and gives."""
+    """Models of a program's inputs and outputs."""
 
     inputs: type[BaseModel]
     outputs: type[BaseModel]
@@ -40,11 +40,11 @@ class ProgramSchema:
 def schema_of(program: dspy.Module, signature: str | type[dspy.Signature] | None = None) -> ProgramSchema:
     """The models of a program's inputs and outputs.
 
-    They are those of ``signature`` when it is given; else of the program's own signature (Predict, ChainOfThought,
-    ReAct and their like); else the annotations of its ``forward`` and the outputs of its last predictor.
+    They come from ``signature`` when it is given; else from the program's own signature (Predict, ChainOfThought, ReAct
+    and the like); else from the annotations of its ``forward`` and the outputs of its last predictor.
 
     Raises:
-        ConfigurationError: they cannot be told, or a type of theirs has no JSON form.
+        ConfigurationError: they cannot be determined, or one of their types has no JSON form.
     """
     inputs, outputs = _fields_of(program, signature)
     faults = [*_type_faults("input", inputs), *_type_faults("output", outputs)]
@@ -66,9 +66,9 @@ def _fields_of(program: dspy.Module, given: str | type[dspy.Signature] | None) -
 
 
 def own_signature(program: dspy.Module) -> type[dspy.Signature] | None:
-    """The signature of a module that is called by it; None for a program with a ``forward`` of its own.
+    """The signature that a module is called by; None for a program with its own ``forward``.
 
-    A module that hands everything on to its one predictor, such as ChainOfThought, has that predictor's.
+    A module that passes everything to its one predictor, such as ChainOfThought, has that predictor's signature.
     """
     if isinstance(signature := getattr(program, "signature", None), type(dspy.Signature)):
         return signature
@@ -93,14 +93,14 @@ def _fields_of_signature(signature: type[dspy.Signature]) -> tuple[Fields, Field
 
 
 def _plain(fields: Mapping[str, FieldInfo]) -> Fields:
-    """DSPy's fields without what is meant for its prompts."""
+    """DSPy's fields without the parts that are meant for its prompts."""
     return {name: (_annotation(field), _default(field)) for name, field in fields.items()}
 
 
 def _annotation(field: FieldInfo) -> Any:
     extra = field.json_schema_extra
-    told = str(extra.get("desc", "")) if isinstance(extra, dict) else ""
-    description = None if told.startswith("${") else told or None  # DSPy's placeholder says nothing
+    text = str(extra.get("desc", "")) if isinstance(extra, dict) else ""
+    description = None if text.startswith("${") else text or None  # "${...}" is DSPy's placeholder
     return Annotated[(field.annotation, *field.metadata, Field(description=description))]
 
 
@@ -137,10 +137,10 @@ def _fields_of_forward(program: dspy.Module) -> Fields:
 def _type_faults(kind: str, fields: Fields) -> list[str]:
     faults = []
     for name, (annotation, _) in fields.items():
-        if kind == "input" and (made := _dspy_type(annotation)):
+        if kind == "input" and (special := _dspy_type(annotation)):
             faults.append(
-                f"signature: input {name!r} is made of dspy.{made.__name__}, which cannot be sent as plain data; take "
-                "what it is made of, and make it in forward"
+                f"signature: input {name!r} is made of dspy.{special.__name__}, which cannot be sent as plain data; "
+                "take what it is made of, and make it in forward"
             )
             continue
         try:
@@ -152,7 +152,7 @@ def _type_faults(kind: str, fields: Fields) -> list[str]:
 
 
 def _dspy_type(annotation: Any) -> type | None:
-    """An image, tool or the like anywhere in an annotation: a caller could have any address fetched through it."""
+    """A dspy.Type (image, tool, ...) anywhere in an annotation: a caller could have any address fetched through it."""
     if isinstance(annotation, type) and issubclass(annotation, dspy.Type):
         return annotation
     return next((found for part in get_args(annotation) if (found := _dspy_type(part))), None)

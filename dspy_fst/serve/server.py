@@ -1,4 +1,4 @@
-"""`serve`: listens, and ends so that nobody who was let in goes without an answer."""
+"""`serve`: runs the app, and shuts down so that every admitted request gets a reply."""
 
 import asyncio
 import logging
@@ -17,20 +17,20 @@ from dspy_fst.serve.settings import DOCS, ServeSettings
 
 logger = logging.getLogger(__name__)
 LAST_CALL_S = 0.3
-"""Before the door is closed, for those who were just answered and ask again; and after, for those who came in last.
-Both are told that the server ends."""
+"""Wait before the socket is closed, for callers who were just answered and ask again; and after it, for the last
+connections. Both get the reply that the server is shutting down."""
 CLOSE_S = 5
-"""For the last bytes to go out."""
+"""Longest wait for the last bytes to be sent."""
 
 
 def serve(app: FastAPI, settings: ServeSettings) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish what was taken in and release the engine.
+    """Serve until SIGTERM or Ctrl-C, then finish the admitted requests and release the engine.
 
     Args:
         app: Made by `create_app` with the same settings.
 
     Raises:
-        ConfigurationError: the address cannot be had.
+        ConfigurationError: the address cannot be used.
         EngineError: the engine could not be started.
     """
     service: Service = app.state.service
@@ -42,7 +42,7 @@ def serve(app: FastAPI, settings: ServeSettings) -> None:
         print(f"key: {settings.api_key}", file=sys.stderr, flush=True)
     server = _Server(app, service, settings.drain_s)
     server.run(sockets=[listener])
-    if service.failure is not None and not service.gate.draining:  # else it was ended while it started
+    if service.failure is not None and not service.queue.draining:  # else it was stopped while it started
         raise EngineError(f"the engine could not be started: {service.failure}") from service.failure
     if server.unanswered:
         logger.warning("%d requests were not answered within %g s (drain_s)", server.unanswered, settings.drain_s)
@@ -59,7 +59,7 @@ def _listener(settings: ServeSettings) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that goes on accepting while it drains: a connection that is cut is no answer, a 503 is one."""
+    """Uvicorn that accepts connections while it drains: callers get a 503 instead of a reset connection."""
 
     def __init__(self, app: FastAPI, service: Service, drain_s: float):
         super().__init__(
@@ -75,18 +75,18 @@ class _Server(uvicorn.Server):
             )
         )
         self.unanswered = 0
-        """Requests that were still at work when the drain's time was over."""
+        """Requests that were still at work when ``drain_s`` was over."""
         self._service, self._drain_s = service, drain_s
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Uvicorn's signal handler: the first signal drains, the second ends at once."""
-        gate, loop = self._service.gate, asyncio.get_running_loop()
-        if gate.draining:
-            loop.call_soon_threadsafe(gate.expire)
+        queue, loop = self._service.queue, asyncio.get_running_loop()
+        if queue.draining:
+            loop.call_soon_threadsafe(queue.expire)
             super().handle_exit(sig, frame)
             return
-        gate.draining = True
+        queue.draining = True
         loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
@@ -94,23 +94,23 @@ class _Server(uvicorn.Server):
 
     async def _finish(self) -> None:
         print(f"ending within {self._drain_s:g} s; a second signal ends at once", file=sys.stderr, flush=True)
-        self.unanswered = await self._service.gate.emptied(self._drain_s)
-        self._service.gate.expire()
+        self.unanswered = await self._service.queue.emptied(self._drain_s)
+        self._service.queue.expire()
         await asyncio.sleep(LAST_CALL_S)
-        await self._let_in()
-        # Listening ends before the connections do: uvicorn's own shutdown would cut those that it has not read yet.
+        await self._accept_pending()
+        # Stop listening before closing connections: uvicorn's own shutdown would reset those that it has not read yet.
         for server in self.servers:
             server.close()
         await asyncio.sleep(LAST_CALL_S)
         self.should_exit = True
 
-    async def _let_in(self) -> None:
-        """Accept whoever has connected, which an event loop does one a turn: closing would reset them."""
-        doors = select.poll()
-        for door in (door for server in self.servers for door in server.sockets):
-            doors.register(door.fileno(), select.POLLIN)
+    async def _accept_pending(self) -> None:
+        """Accept every pending connection, of which an event loop takes one a turn: closing would reset them."""
+        pending = select.poll()
+        for listening in (listening for server in self.servers for listening in server.sockets):
+            pending.register(listening.fileno(), select.POLLIN)
         until = time.monotonic() + LAST_CALL_S
-        while doors.poll(0) and time.monotonic() < until:
+        while pending.poll(0) and time.monotonic() < until:
             await asyncio.sleep(0)
         await asyncio.sleep(0)  # an accepted connection is attached one turn later
 

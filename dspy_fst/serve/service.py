@@ -1,4 +1,4 @@
-"""The program under its population, as one request meets it."""
+"""`Service`: the program and its population, its engine, and the answer to one request."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from dspy_fst.rollout.call_recorder import Recording, tag_predictors
 from dspy_fst.rollout.components import with_texts
 from dspy_fst.rollout.copying import Copier
 from dspy_fst.saving.save_load import policy_of
-from dspy_fst.serve.admission import Gate, Ticket
+from dspy_fst.serve.admission import AdmissionQueue, Ticket
 from dspy_fst.serve.choice import ballot, decided, speakers, vote_faults
 from dspy_fst.serve.events import Feed
 from dspy_fst.serve.prometheus import Metrics
@@ -30,23 +30,23 @@ from dspy_fst.types import Candidate, Population
 
 logger = logging.getLogger(__name__)
 SEED_BITS = 53
-"""Bits of the largest seed: JSON's readers keep so many of an integer."""
+"""Bits of the largest seed: JSON readers keep integers exactly up to this many."""
 
 
 class Meta(BaseModel):
-    """How an answer came about."""
+    """How an answer was made."""
 
     candidate: str
-    """Digest of the texts that spoke."""
+    """Digest of the candidate that answered."""
     choice: str
     weights: str
     seed: int
-    """Asking again with it draws the same answer, up to the server's batching."""
+    """The same seed gives the same answer again, up to the server's batching."""
     prompt_tokens: int
     completion_tokens: int
-    """Of the trained model, over all that were asked."""
+    """Of the trained model, summed over all candidates that were asked."""
     agreement: float | None = None
-    """Share of the population that gave this answer; null where nobody voted."""
+    """Share of the population that gave this answer; null without a vote."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Service:
         program: Compiled by FSTOptimizer, or loaded; it is not changed.
 
     Raises:
-        ConfigurationError: it cannot be served, or not with these settings.
+        ConfigurationError: the program cannot be served, or not with these settings.
     """
 
     def __init__(self, program: dspy.Module, settings: ServeSettings):
@@ -73,30 +73,31 @@ class Service:
             raise ConfigurationError(faults)
         self.name = type(program).__name__
         self.policy: PolicyLM = policy_of(program)
-        self.engine = self.policy.handle.engine  # asked for once: the handle is locked while it starts its engine
+        self.engine = self.policy.handle.engine  # read once: the handle is locked while it starts its engine
         self.upstream = Upstream(self.engine, settings.timeout_s) if hasattr(self.engine, "address") else None  # type: ignore[arg-type]
-        self.gate = Gate(settings.max_in_flight, settings.max_queue)
-        self.metrics = Metrics(self.gate)
+        self.queue = AdmissionQueue(settings.max_in_flight, settings.max_queue)
+        self.metrics = Metrics(self.queue)
         self.failure: BaseException | None = None
         """Why the engine could not be started."""
         self._releasing = False
         self._last, last = program.named_predictors()[-1]
         self._last_fields = list(last.signature.output_fields)
-        self._spoken = {member.digest: self._speaking(program, member) for member in self.population.unique()}
+        self._programs = {member.digest: self._program_of(program, member) for member in self.population.unique()}
 
-    def _speaking(self, program: dspy.Module, candidate: Candidate) -> Copier:
-        spoken = with_texts(program, candidate)
-        tag_predictors(spoken)
-        lms: dict[PolicyLM, PolicyLM] = {}  # one LM stays one: BestOfN and Refine refuse a module of two
-        for _, predictor in spoken.named_predictors():
+    def _program_of(self, program: dspy.Module, candidate: Candidate) -> Copier:
+        """Makes copies of the program that speak with this candidate's texts."""
+        with_candidate = with_texts(program, candidate)
+        tag_predictors(with_candidate)
+        lms: dict[PolicyLM, PolicyLM] = {}  # one LM must stay one: BestOfN and Refine refuse a module of two
+        for _, predictor in with_candidate.named_predictors():
             if self.upstream is not None and isinstance(lm := predictor.lm, PolicyLM):
                 predictor.lm = lms.setdefault(lm, streaming_lm(lm, self.upstream))
-        return Copier(spoken)
+        return Copier(with_candidate)
 
     # ---- the engine ----------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the engine; a failure is kept for who asks."""
+        """Start the engine. A failure is kept in ``failure``."""
         try:
             await in_thread(self.policy.handle.ready)
         except Exception as error:
@@ -111,19 +112,19 @@ class Service:
         await in_thread(self._release)
 
     def _release(self) -> None:
-        self.engine.close()  # first: it lets go also while another thread starts it
+        self.engine.close()  # first: this works also while another thread starts the engine
         self.policy.release()
         if self.upstream is not None:
             self.upstream.close()
 
     def not_ready(self) -> str | None:
-        """Why no work can be done now, or None."""
+        """Why no request can be answered now, or None."""
         if self.failure is not None:
             return "The engine could not be started; the server's log says why."
-        # A server's engine names its weights also while they are loaded; its address is there only afterwards.
+        # An engine with a server names its weights while they are being loaded; it has an address only afterwards.
         if self.engine.weights is None or (self.upstream is not None and self.upstream.address is None):
             return "The engine does not serve its weights now; it is being started."
-        if self.gate.stuck() >= self.gate.places:
+        if self.queue.stuck() >= self.queue.slots:
             return "Every place is taken by a request that is over its time."
         return None
 
@@ -132,13 +133,13 @@ class Service:
     async def answer(
         self, inputs: BaseModel, seed: int | None, ticket: Ticket, context: Mapping[str, Any] | None = None
     ) -> Answer:
-        """Ask the members that the choice names.
+        """Ask the candidates that the setting ``choice`` names.
 
         Args:
-            context: More settings of DSPy for its runs.
+            context: Further DSPy settings for the runs of the program.
 
         Raises:
-            ApiError: none of them answered.
+            ApiError: no candidate answered.
         """
         seed = secrets.randbits(SEED_BITS) if seed is None else seed
         ranks = speakers(self.settings.choice, len(self.population.members), seed)
@@ -155,7 +156,7 @@ class Service:
         except asyncio.CancelledError:
             why = ticket.why_over
             raise
-        finally:  # also when the request is given up: what still runs must not call the model any more
+        finally:  # also when the request is abandoned: threads that still run must not call the model any more
             calls = [call for recording in recordings for call in recording.close(why)]
             read, sampled = sum(len(c.prompt_ids) for c in calls), sum(len(c.completion_ids) for c in calls)
             self.metrics.tokens(read, sampled)
@@ -172,7 +173,7 @@ class Service:
         return Answer(outcomes[winner], meta)  # type: ignore[arg-type]
 
     async def tell(self, inputs: BaseModel, seed: int | None, ticket: Ticket, feed: Feed) -> None:
-        """Answer, and tell on the way what each module says."""
+        """Answer, and send what each module says on the way."""
         callbacks = [*dspy.settings.get("callbacks", []), ModuleEvents(feed.send)]
         context: dict[str, Any] = {"callbacks": callbacks}
         if self.upstream is not None:
@@ -183,12 +184,12 @@ class Service:
         feed.send(reply, "result")
 
     def _run(self, rank: int, inputs: BaseModel, recording: Recording, context: Mapping[str, Any]) -> BaseModel:
-        program = self._spoken[self.population.members[rank].digest]
+        program = self._programs[self.population.members[rank].digest]
         given = {name: getattr(inputs, name) for name in type(inputs).model_fields}
         return run_program(program, given, self.schema.outputs, recording, context)
 
     def _decide(self, outcomes: list[BaseModel | BaseException]) -> tuple[int, float | None]:
-        """Which outcome is the answer, and how many agree with it."""
+        """Index of the outcome that is the answer, and the share that agrees with it."""
         given = [outcome if isinstance(outcome, BaseModel) else None for outcome in outcomes]
         if not any(outcome is not None for outcome in given):
             first = outcomes[0]

@@ -1,4 +1,4 @@
-"""How a program is served: address, key, limits, and which candidates answer. Everything wrong is told at once."""
+"""How a program is served: address, key, limits, and which candidates answer. All faults are reported at once."""
 
 import secrets
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ HEALTH, READY, METRICS = "/health", "/ready", "/metrics"
 DOCS, DOCS_FILES, SCHEMA = "/docs", "/docs-files", "/openapi.json"
 RESERVED = (CHAT, MODELS, HEALTH, READY, METRICS, DOCS, SCHEMA)
 SHORTEST_KEY = 16
-"""Characters of the shortest key that is taken: a shorter one can be tried out."""
+"""Characters of the shortest key that is accepted: a shorter one can be guessed."""
 
 
 @dataclass(frozen=True)
@@ -30,36 +30,36 @@ class ServeSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    """0 takes a free one."""
+    """0 takes a free port."""
     api_key: str | None = field(default=None, repr=False)
-    """What callers send as ``Authorization: Bearer KEY``; None makes a random key, which `serve` prints."""
+    """Callers send it as ``Authorization: Bearer KEY``. None creates a random key, which `serve` prints."""
     no_key: bool = False
-    """Let everybody on this machine in. Only for a loopback address."""
+    """Accept every caller on this machine. Only for a loopback address."""
     path: str = "/v1/program"
-    """Where the program answers; its event stream is at this path with ``/stream`` added."""
+    """Path of the program; its event stream is at this path with ``/stream`` added."""
     signature: "str | type[dspy.Signature] | None" = None
-    """Inputs and outputs of the program, e.g. ``"question: str -> answer: int"``, where they cannot be read from it."""
+    """Inputs and outputs of a program that does not declare them, e.g. ``"question: str -> answer: int"``."""
     choice: ChoiceName = "best"
-    """Who of the population answers: the best candidate, one drawn at random, or all of them by majority."""
+    """Which candidates answer: the best one, one drawn at random, or all of them by majority."""
     vote_on: str | None = None
-    """The output field that a majority must agree on; None takes all of them, where none is free text."""
+    """The output field that is voted on; None takes all fields, which works where none is free text."""
     model_name: str = "policy"
     """Name of the trained model at the chat endpoint."""
     max_body_bytes: int = 1_000_000
     max_body_values: int = 20_000
-    """Entries of all objects and arrays of a body together. They, more than its bytes, are what checking it costs."""
+    """Entries of all objects and arrays of a body together. They decide the cost of validation."""
     max_in_flight: int = 32
-    """Requests at work at once; each may use one thread, or one for each candidate that votes."""
+    """Requests at work at once. Each uses one thread, or one for each candidate that votes."""
     max_queue: int = 128
-    """Requests that may wait for their turn; more are refused with 429."""
+    """Requests that may wait for a slot; further ones are refused with 429."""
     timeout_s: float = 120.0
-    """Longest time from a request's arrival to its reply."""
+    """Longest time in seconds from a request's arrival to its reply."""
     drain_s: float = 30.0
-    """How long requests that were taken in may go on after SIGTERM."""
+    """Seconds that admitted requests may take after SIGTERM."""
     retry_after_s: int = 1
-    """What a refused caller is told to wait, in seconds."""
+    """Value of ``Retry-After`` for refused callers, in seconds."""
     made_key: bool = field(default=False, init=False)
-    """Whether the key was made here, so that somebody must be told it."""
+    """Whether the key was created here, so that `serve` must print it."""
 
     def __post_init__(self) -> None:
         if faults := _faults(self):

@@ -1,7 +1,7 @@
-"""What a program says while it runs: each module's outputs when it has finished, and the last one's text before.
+"""Events while a program runs: each module's outputs when it has finished, and the text of the last one before that.
 
-Text comes token by token only where the engine gives it so: from a vLLM server, not in process. Nothing that was
-finished is cut into pieces afterwards.
+Text comes token by token only from a vLLM server, not from the engine in process: a complete text is never cut into
+pieces afterwards.
 """
 
 import secrets
@@ -32,19 +32,19 @@ from dspy_fst.rollout.second_call import no_second_call
 from dspy_fst.serve.upstream import Upstream
 from dspy_fst.types import PREDICTOR_TAG
 
-Tell = Callable[[Any, str], None]
-"""(data, name of the event); may raise EngineError when nobody listens."""
+Send = Callable[[Any, str], None]
+"""Sends (data, name of the event); may raise EngineError when nobody listens."""
 SETTING = "fst_deltas"
-"""Name of the DSPy context setting that holds the current Deltas."""
+"""Name of the DSPy setting that holds the `Deltas` of the current request."""
 _READABLE = ("ChatAdapter", "JSONAdapter", "XMLAdapter")
-"""Adapters whose replies DSPy's listeners can read while they grow."""
+"""Adapters whose partial replies DSPy's StreamListener can read."""
 
 
 class ModuleEvents(BaseCallback):
-    """Tells of every predictor that has finished: ``{"module", "outputs"}``."""
+    """Sends ``{"module", "outputs"}`` for every predictor that has finished."""
 
-    def __init__(self, tell: Tell):
-        self._tell = tell
+    def __init__(self, send: Send):
+        self._send_event = send
         self._running: dict[str, str] = {}
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -56,22 +56,22 @@ class ModuleEvents(BaseCallback):
         if name is not None and exception is None:
             values = to_jsonable_python(dict(outputs.items()), fallback=str)
             with suppress(EngineError):  # nobody listens; the next call of the model is refused
-                self._tell({"module": name, "outputs": values}, "module")
+                self._send_event({"module": name, "outputs": values}, "module")
 
 
 class Deltas:
-    """Tells the text of one predictor's output fields as it is sampled: ``{"module", "field", "text"}``.
+    """Sends the text of one predictor's output fields while it is sampled: ``{"module", "field", "text"}``.
 
-    The text is as the model writes it; of a number or a list it is the raw form.
+    The text is what the model writes: of a number or a list, its raw form.
     """
 
-    def __init__(self, predictor: str, fields: list[str], tell: Tell):
+    def __init__(self, predictor: str, fields: list[str], send: Send):
         self.predictor = predictor
-        self._fields, self._tell = fields, tell
+        self._fields, self._send_event = fields, send
         self._listeners: list[StreamListener] = []
 
     def begin(self) -> None:
-        """A new reply of the predictor."""
+        """A new reply of the predictor begins."""
         adapter = type(adapter_in_force()).__name__
         fields = self._fields if adapter in _READABLE else []
         self._listeners = [StreamListener(name, predict_name=self.predictor) for name in fields]
@@ -79,21 +79,21 @@ class Deltas:
     def add(self, text: str) -> None:
         """A piece of the reply."""
         chunk = SimpleNamespace(choices=[SimpleNamespace(delta=SimpleNamespace(content=text))])
-        self._send([listener.receive(chunk) for listener in self._listeners])
+        self._send_pieces([listener.receive(chunk) for listener in self._listeners])
 
     def end(self) -> None:
-        """The reply is whole."""
-        self._send([listener.finalize() for listener in self._listeners])
+        """The reply is complete."""
+        self._send_pieces([listener.finalize() for listener in self._listeners])
 
-    def _send(self, pieces: list[Any]) -> None:
+    def _send_pieces(self, pieces: list[Any]) -> None:
         for piece in pieces:
             if piece is not None and piece.chunk:
                 text = {"module": self.predictor, "field": piece.signature_field_name, "text": piece.chunk}
-                self._tell(text, "delta")
+                self._send_event(text, "delta")
 
 
 class StreamingHandle:
-    """A PolicyLM's engine that passes text on while it is sampled, to requests that listen."""
+    """A PolicyLM's engine that sends text to listening requests while it is sampled."""
 
     def __init__(self, handle: EngineHandle, upstream: Upstream):
         self._handle, self._upstream = handle, upstream
@@ -116,7 +116,7 @@ class StreamingHandle:
         return self._handle.supports_reasoning
 
     def close(self) -> None:
-        """The engine is released by who serves."""
+        """Nothing is closed: `Service` releases the engine."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StreamingHandle":
         return self
@@ -126,24 +126,24 @@ class StreamingHandle:
         deltas: Deltas | None = dspy.settings.get(SETTING)
         if deltas is None or deltas.predictor != calling_predictor() or request.config.extensions:
             return engine.complete(request, seed)
-        if request.tools or self._handle.reader.thinks:  # the pieces would hold calls and thoughts
+        if request.tools or self._handle.reader.thinks:  # its pieces would contain tool calls and thoughts
             return engine.complete(request, seed)
         try:
             reader = self._handle.reader
-            asked = with_stop_tokens(fitted(request, reader.traits), reader.stop_ids)
-            chunks = self._upstream.stream(_body(asked, seed))
+            with_stops = with_stop_tokens(fitted(request, reader.traits), reader.stop_ids)
+            chunks = self._upstream.stream(_body(with_stops, seed))
             first = next(chunks)
         except (lm15.LM15Error, EngineError):
-            # The engine says what is wrong in the words that DSPy knows, or starts its server again.
+            # The engine reports the error as DSPy expects it, or restarts its server.
             return engine.complete(request, seed)
         with closing(chunks):
             completion = _read(request, str(engine.weights), chain([first], chunks), deltas)
-        no_second_call()  # it was heard: with another behind it both would be taken for one reply
+        no_second_call()  # the listener has this reply; a second one would be appended to it
         return completion
 
 
 def streaming_lm(lm: PolicyLM, upstream: Upstream) -> PolicyLM:
-    """A copy of the LM whose replies can be listened to."""
+    """A copy of the LM whose replies can be streamed."""
     return lm.on(cast(EngineHandle, StreamingHandle(lm.handle, upstream)))
 
 
@@ -163,7 +163,7 @@ def _body(request: lm15.Request, seed: int) -> dict[str, Any]:
 
 
 def _read(request: lm15.Request, weights: str, chunks: Iterable[dict[str, Any]], deltas: Deltas) -> Completion:
-    """The whole reply, told piece by piece on the way."""
+    """The complete reply; its pieces are sent on the way."""
     pieces = read_stream(chunks, request, weights, scored=False)
     deltas.begin()
     while True:

@@ -1,4 +1,4 @@
-"""The vLLM server behind a PolicyLM, spoken to over its OpenAI-compatible chat endpoint and no other."""
+"""A client of the vLLM server behind a PolicyLM. It uses the OpenAI-compatible chat endpoint only."""
 
 import json
 import threading
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 10.0
 _PROBE = ((0, 1),)
 _TOO_LONG = ("maximum context length", "max_tokens must be at least 1, got 0")
-"""vLLM 0.32's words for a prompt that is longer than the context (renderers/params.py), and for one that fills it, so
-that no token is left for a reply (sampling_params.py; nobody asks for none)."""
+"""Words of vLLM 0.32 for a prompt that is longer than the context (renderers/params.py), and for one that fills it and
+leaves no token for a reply (sampling_params.py)."""
 
 
 class Addressed(Protocol):
-    """An engine that is a server."""
+    """An engine with a server."""
 
     @property
     def address(self) -> "Address | None": ...
@@ -35,19 +35,19 @@ class Addressed(Protocol):
 
 @dataclass(frozen=True)
 class _Served:
-    """A server's model."""
+    """The model of a server."""
 
     name: str
     context: int | None
-    """Tokens of prompt and reply together, e.g. 4096; None where the server does not tell."""
+    """Tokens of prompt and reply together, e.g. 4096; None where the server does not say."""
 
 
 class Upstream:
-    """Blocking and thread-safe. The server's address and key are asked for anew each time: a restart changes them.
+    """Blocking and thread-safe. The server's address and key are read before each request: a restart changes them.
 
     Args:
-        engine: Whose server it is.
-        timeout_s: Longest wait for the next piece of a reply.
+        engine: The engine that owns the server.
+        timeout_s: Longest wait for the next piece of a reply, in seconds.
     """
 
     def __init__(self, engine: Addressed, timeout_s: float):
@@ -59,18 +59,18 @@ class Upstream:
 
     @property
     def address(self) -> "Address | None":
-        """Where the server listens now; None while it is started."""
+        """Where the server listens now; None while it is being started."""
         return self._engine.address
 
     @property
     def context(self) -> int | None:
-        """Tokens of the model's context; None where the server does not tell, or cannot be asked now."""
+        """Tokens of the model's context; None where the server does not say, or does not answer now."""
         if (address := self.address) is None:
             return None
         try:
             return self._model(*self._reached(address)).context
         except (httpx.HTTPError, EngineError):
-            return None  # the request that follows says why
+            return None  # the request that follows reports why
 
     def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """One chat completion.
@@ -88,15 +88,15 @@ class Upstream:
             reply.close()
 
     def stream(self, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """The chunks of one chat completion as they come, token ids and the figures of use included.
+        """The chunks of one chat completion as they arrive, with token ids and usage.
 
-        Closing the iterator ends the reply on the server too.
+        Closing the iterator stops the reply on the server too.
 
         Raises:
             lm15.LM15Error, EngineError: see `chat`; before the first chunk or between two.
         """
-        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        reply = self._post(asked)
+        streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        reply = self._post(streamed)
         try:
             yield from sse_chunks(reply)
         finally:
@@ -114,7 +114,7 @@ class Upstream:
         except httpx.TimeoutException as error:
             raise EngineError("vLLM did not answer in time") from error
         except httpx.TransportError:
-            # Scoring goes through the engine, which sees that its server is gone and starts it again.
+            # The score call goes through the engine, which notices that its server is gone and restarts it.
             self._engine.score(_PROBE)
             try:
                 reply = self._send(body)
@@ -132,12 +132,12 @@ class Upstream:
         if address is None:
             raise httpx.ConnectError("the server is being started")
         client, url, headers = self._reached(address)
-        asked = {**body, "model": self._model(client, url, headers).name}
-        sent = client.build_request("POST", f"{url}/v1/chat/completions", json=asked, headers=headers)
+        named = {**body, "model": self._model(client, url, headers).name}
+        sent = client.build_request("POST", f"{url}/v1/chat/completions", json=named, headers=headers)
         return client.send(sent, stream=True)
 
     def _reached(self, address: "Address") -> tuple[httpx.Client, str, dict[str, str]]:
-        """What a request to the server needs: client, URL and headers."""
+        """(client, URL, headers) for a request to the server."""
         headers = {"Authorization": f"Bearer {address.api_key}"} if address.api_key else {}
         return self._client(address.through_proxy), address.url, headers
 
@@ -151,7 +151,7 @@ class Upstream:
             return self._clients[through_proxy]
 
     def _model(self, client: httpx.Client, url: str, headers: Mapping[str, str]) -> _Served:
-        """The server's model, asked once."""
+        """The server's model; asked for once."""
         if url not in self._models:
             reply = client.get(f"{url}/v1/models", headers=headers)
             if not reply.is_success:
@@ -165,7 +165,7 @@ class Upstream:
 
 
 def _refusal(reply: httpx.Response) -> Exception:
-    """What an error of the server means; only what is the request's fault is told in its words."""
+    """The exception for an error of the server. Only errors of the request keep the server's words."""
     reply.read()
     if reply.status_code not in (400, 404, 422):
         return EngineError(f"vLLM answered {reply.status_code}: {reply.text[:500]}")

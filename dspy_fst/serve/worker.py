@@ -1,6 +1,6 @@
-"""Runs the program for one request: in a thread of its own, on a copy of its own, with its own DSPy context.
+"""Runs the program for one request: in its own thread, on its own copy, with its own DSPy context.
 
-Nothing is shared between two runs but the engine, so answers cannot mix.
+Two runs share nothing but the engine, so answers cannot mix.
 """
 
 import asyncio
@@ -30,10 +30,10 @@ _SHOWN = 500
 
 
 class _Threads:
-    """Daemon threads that take the next job when they have done one; a job never waits for a thread.
+    """Daemon threads that are reused. A job never waits for a free thread.
 
-    Not an executor: those join their threads when the interpreter exits, and a program that hangs would keep it.
-    Not a thread for each job: the event loop would wait for each to start, behind all threads that compute.
+    Not an executor: it joins its threads when the interpreter exits, so a program that hangs would prevent the exit.
+    Not a new thread for each job: the event loop would wait for each start, behind all threads that compute.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ _threads = _Threads()
 
 
 async def in_thread(work: Callable[[], T], ticket: Ticket | None = None) -> T:
-    """Wait for a function in a thread; the ticket's place stays taken until the function has ended."""
+    """Run a function in a thread and wait for it. The ticket's slot stays taken until the function has ended."""
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -69,7 +69,7 @@ async def in_thread(work: Callable[[], T], ticket: Ticket | None = None) -> T:
         if ticket is not None:
             ticket.let_go()
         if future.done():
-            return  # given up
+            return  # the request was abandoned
         if error is not None:
             future.set_exception(error)
         else:
@@ -102,12 +102,12 @@ def run_program(
     """One run of a copy of the program; blocks.
 
     Args:
-        outputs: The model that its prediction must fit.
-        recording: Seeds its draws and counts its tokens; once closed, it refuses late calls.
-        context: More settings of DSPy for this run.
+        outputs: The model that the prediction must fit.
+        recording: Seeds the sampling and counts the tokens; once closed, it refuses late calls.
+        context: Further DSPy settings for this run.
 
     Raises:
-        ApiError: whatever went wrong; its cause is logged, not told.
+        ApiError: whatever went wrong; the cause is logged and not sent.
     """
     settings = {SETTING: recording, "trace": [], "disable_history": True, **context}
     try:
@@ -123,7 +123,7 @@ def run_program(
 def _log(error: Exception, refusal: ApiError, over: str | None) -> None:
     """
     Args:
-        over: Why nobody waits for the answer any more; None: somebody does.
+        over: Why nobody waits for the answer any more; None while somebody does.
     """
     why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_SHOWN]
     if over is not None or isinstance(error, ListenerGoneError) or isinstance(error.__cause__, ListenerGoneError):
@@ -135,16 +135,16 @@ def _log(error: Exception, refusal: ApiError, over: str | None) -> None:
 
 
 class _NoPredictionError(Exception):
-    """The program gave something else than a prediction."""
+    """The program returned something other than a prediction."""
 
 
 def _as_outputs(prediction: Any, outputs: type[BaseModel]) -> BaseModel:
-    """What the program gave, as its schema says, and such that it can be sent."""
+    """The program's outputs, validated by their schema and known to have a JSON form."""
     if not isinstance(prediction, dspy.Example | Mapping):
         raise _NoPredictionError(f"the program gave {type(prediction).__name__}, not a dspy.Prediction")
-    made = outputs.model_validate({name: prediction[name] for name in outputs.model_fields if name in prediction})
-    made.model_dump_json()  # a field of any type may hold what has no JSON form
-    return made
+    validated = outputs.model_validate({name: prediction[name] for name in outputs.model_fields if name in prediction})
+    validated.model_dump_json()  # a field of type Any may hold a value without a JSON form
+    return validated
 
 
 def _as_api_error(error: Exception, outputs: type[BaseModel]) -> ApiError:

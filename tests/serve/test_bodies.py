@@ -239,7 +239,7 @@ def test_who_left_is_logged_as_such_and_what_took_too_long_as_that(caplog, over)
 
     caplog.set_level(logging.INFO, "dspy_fst.serve")
     app = app_of(speak, settings={"timeout_s": 30 if over == "caller" else 1})
-    gate = app.state.service.gate
+    queue = app.state.service.queue
 
     async def leave():
         async with client_of(app) as client:
@@ -261,15 +261,15 @@ def test_who_left_is_logged_as_such_and_what_took_too_long_as_that(caplog, over)
                 scope = {"type": "http", "method": "POST", "path": PATH, "query_string": b"", "headers": headers}
                 await app({**scope, "state": {}}, receive, send)
             free.set()
-            while gate.at_work():
+            while queue.at_work():
                 await asyncio.sleep(0.01)
 
     asyncio.run(leave())
     said = [record.getMessage() for record in caplog.records if record.name.startswith("dspy_fst.serve")]
     program = [line for line in said if "the program" in line]
-    why = "the caller left" if over == "caller" else "the request is over its time"
+    why = "the caller left" if over == "caller" else "the request timed out"
     assert program == [f"the program was stopped: {why}"]
     assert not any(record.levelno >= logging.WARNING for record in caplog.records)
-    assert (f"the caller of {PATH} left before there was an answer" in said) == (over == "caller")
+    assert (f"the caller of {PATH} left before the reply" in said) == (over == "caller")
     assert stopped == []
     assert figures(app)["dspy_fst_overdue"] == 0

@@ -285,7 +285,7 @@ def test_a_caller_who_leaves_ends_the_stream_on_the_server_too(app_behind, fake)
     fake.speak = lambda messages, seed: "x" * 3000
     go_on = threading.Event()
     fake.wait = lambda sent: sent < 3 or go_on.wait(0.01)
-    gate = app_behind.state.service.gate
+    queue = app_behind.state.service.queue
     with served(app_behind) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
         stream = client.chat.completions.create(model="mine", messages=chat()["messages"], stream=True)
@@ -293,7 +293,7 @@ def test_a_caller_who_leaves_ends_the_stream_on_the_server_too(app_behind, fake)
         stream.close()
         client.close()
         assert fake.cut.wait(30)
-        wait_until(lambda: not gate.at_work(), "the place is free")
+        wait_until(lambda: not queue.at_work(), "the place is free")
 
 
 def test_replies_at_the_same_time_do_not_mix(app_behind):

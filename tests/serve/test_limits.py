@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from dspy_fst.serve.admission import Gate, LineFullError
+from dspy_fst.serve.admission import AdmissionQueue, QueueFullError
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import CHAT, ServeSettings
 from tests.serve.makers import (
@@ -122,14 +122,14 @@ def test_a_body_that_is_told_to_be_too_large_is_not_read():
 def test_when_the_line_is_full_the_next_is_told_when_to_come_back_and_the_others_are_served():
     hold = Hold()
     app = app_of(hold, settings={"max_in_flight": 2, "max_queue": 3, "retry_after_s": 7})
-    gate = app.state.service.gate
+    queue = app.state.service.queue
 
     async def crowd():
         async with client_of(app) as client:
             sent = [asyncio.ensure_future(client.post(PATH, json=question(str(i)))) for i in range(5)]
-            while gate.waiting() < 3:
+            while queue.waiting() < 3:
                 await asyncio.sleep(0.01)
-            assert gate.at_work() == 2
+            assert queue.at_work() == 2
             refused = await client.post(PATH, json=question("too many"))
             shown = (await client.get("/metrics")).text
             hold.free.set()
@@ -148,7 +148,7 @@ def test_when_the_line_is_full_the_next_is_told_when_to_come_back_and_the_others
 def test_a_caller_who_left_the_line_is_not_served_and_leaves_no_trace_in_it():
     hold = Hold()
     app = app_of(hold, settings={"max_in_flight": 1, "max_queue": 1})
-    gate = app.state.service.gate
+    queue = app.state.service.queue
 
     async def leave():
         async with client_of(app) as client:
@@ -167,7 +167,7 @@ def test_a_caller_who_left_the_line_is_not_served_and_leaves_no_trace_in_it():
             headers = [(b"authorization", AUTH["Authorization"].encode())]
             await app({"type": "http", "method": "POST", "path": PATH, "headers": headers}, receive, send)
             assert replies == []
-            assert gate.waiting() == 0
+            assert queue.waiting() == 0
             hold.free.set()
             await first
 
@@ -188,21 +188,21 @@ def test_a_caller_who_leaves_stops_the_program_at_its_next_call_and_keeps_the_pl
         return "no fields, so that DSPy would ask again in JSON"
 
     app = app_of(speak, settings={"max_in_flight": 1})
-    gate = app.state.service.gate
+    queue = app.state.service.queue
     with served(app) as url, httpx.Client(base_url=url, headers=AUTH, timeout=60) as client:
         with closing(http.client.HTTPConnection(urlsplit(url).netloc)) as leaver:
             headers = {**AUTH, "Content-Type": "application/json"}
             leaver.request("POST", path, json.dumps(question("who leaves")), headers)
             wait_until(lambda: hold.begun, "the leaver's request is at work")
-        wait_until(gate.overdue, "the server sees that the caller left")
-        assert gate.at_work() == 1
+        wait_until(queue.overdue, "the server sees that the caller left")
+        assert queue.at_work() == 1
         assert client.get("/ready").status_code == 200, "the place comes back, so the others wait for it"
         with ThreadPoolExecutor(1) as pool:
             waits = pool.submit(client.post, PATH, json=question("who stays"))
-            wait_until(gate.waiting, "the next caller waits in line")
+            wait_until(queue.waiting, "the next caller waits in line")
             hold.free.set()
             assert waits.result(60).json()["outputs"] == {"answer": "echo who stays"}
-        assert gate.overdue() == 0
+        assert queue.overdue() == 0
     assert len(asked) == 2, "one call each"
     status = 200 if path.endswith("stream") else 499
     assert figures(app)[f'dspy_fst_requests_total{{endpoint="{path}",status="{status}"}}'] >= 1
@@ -214,11 +214,11 @@ def test_a_caller_who_leaves_stops_the_program_at_its_next_call_and_keeps_the_pl
 def test_a_request_over_its_time_is_told_so_and_keeps_its_place_until_its_thread_ends():
     hold = Hold()
     app = app_of(hold, settings={"timeout_s": 2, "max_in_flight": 1, "max_queue": 0})
-    gate = app.state.service.gate
+    queue = app.state.service.queue
     late = ask(app, question("x"))
     assert late.status_code == 504
     assert late.json()["error"]["code"] == "timeout"
-    assert (gate.at_work(), gate.overdue(), gate.waiting()) == (1, 1, 0)
+    assert (queue.at_work(), queue.overdue(), queue.waiting()) == (1, 1, 0)
     not_ready = get(app, "/ready")
     assert (not_ready.status_code, not_ready.json()["error"]["code"]) == (503, "not_ready")
     assert ask(app, question("x")).status_code == 503
@@ -228,19 +228,19 @@ def test_a_request_over_its_time_is_told_so_and_keeps_its_place_until_its_thread
 def test_a_place_whose_thread_ended_late_is_free_again():
     hold = Hold()
     app = app_of(hold, settings={"timeout_s": 2, "max_in_flight": 1, "max_queue": 1})
-    gate = app.state.service.gate
+    queue = app.state.service.queue
 
     async def late_then_free():
         async with client_of(app) as client:
             assert (await client.post(PATH, json=question("x"))).status_code == 504
-            assert gate.overdue() == 1
+            assert queue.overdue() == 1
             hold.free.set()
-            while gate.at_work():
+            while queue.at_work():
                 await asyncio.sleep(0.01)
             return await client.post(PATH, json=question("x"))
 
     assert asyncio.run(late_then_free()).status_code == 200
-    assert gate.overdue() == 0
+    assert queue.overdue() == 0
 
 
 def test_a_request_that_was_given_up_does_not_ask_the_model_again():
@@ -257,7 +257,7 @@ def test_a_request_that_was_given_up_does_not_ask_the_model_again():
         async with client_of(app) as client:
             assert (await client.post(PATH, json=question("x"))).status_code == 504
             hold.free.set()
-            while app.state.service.gate.at_work():
+            while app.state.service.queue.at_work():
                 await asyncio.sleep(0.01)
 
     asyncio.run(give_up())
@@ -316,19 +316,19 @@ def test_until_weights_are_served_the_server_is_alive_and_not_ready():
 def test_while_it_ends_the_server_refuses_and_finishes_what_is_in_line():
     hold = Hold()
     app = app_of(hold, settings={"max_in_flight": 1, "max_queue": 2})
-    gate = app.state.service.gate
+    queue = app.state.service.queue
 
     async def end():
         async with client_of(app) as client:
             sent = [asyncio.ensure_future(client.post(PATH, json=question(str(i)))) for i in range(3)]
-            while gate.waiting() < 2:
+            while queue.waiting() < 2:
                 await asyncio.sleep(0.01)
-            gate.draining = True
+            queue.draining = True
             refused = await client.post(PATH, json=question("late"))
             ready = await client.get("/ready")
-            assert await gate.emptied(0.2) == 3
+            assert await queue.emptied(0.2) == 3
             hold.free.set()
-            assert await gate.emptied(30) == 0
+            assert await queue.emptied(30) == 0
             return refused, ready, await asyncio.gather(*sent)
 
     refused, ready, served = asyncio.run(end())
@@ -341,15 +341,15 @@ def test_while_it_ends_the_server_refuses_and_finishes_what_is_in_line():
 def test_what_is_not_finished_when_the_drain_is_over_gets_an_answer_all_the_same():
     hold = Hold()
     app = app_of(hold, settings={"max_in_flight": 1, "max_queue": 2})
-    gate = app.state.service.gate
+    queue = app.state.service.queue
 
     async def end():
         async with client_of(app) as client:
             sent = [asyncio.ensure_future(client.post(PATH, json=question(str(i)))) for i in range(2)]
-            while gate.waiting() < 1:
+            while queue.waiting() < 1:
                 await asyncio.sleep(0.01)
-            gate.draining = True
-            gate.expire()
+            queue.draining = True
+            queue.expire()
             return await asyncio.gather(*sent)
 
     replies = asyncio.run(end())
@@ -424,17 +424,17 @@ def echo_of(text):
 
 def test_the_gate_lets_no_more_in_than_its_places_and_its_line():
     async def crowd():
-        gate = Gate(places=2, line=1)
-        entered = [gate.admitted(5) for _ in range(3)]
+        queue = AdmissionQueue(slots=2, max_waiting=1)
+        entered = [queue.admitted(5) for _ in range(3)]
         for block in entered:
             await block.__aenter__()
-        with pytest.raises(LineFullError):
-            async with gate.admitted(5):
+        with pytest.raises(QueueFullError):
+            async with queue.admitted(5):
                 pass
         await entered[0].__aexit__(None, None, None)
-        async with gate.admitted(5) as ticket:
+        async with queue.admitted(5) as ticket:
             await ticket.turn()
-            assert (gate.at_work(), gate.waiting()) == (1, 2)
+            assert (queue.at_work(), queue.waiting()) == (1, 2)
 
     asyncio.run(crowd())
 

@@ -37,7 +37,7 @@ class Visit:
         program, self.engine = compiled(speak)
         self.settings = ServeSettings(**{"api_key": KEY, "port": free_port(), **settings})
         self.app = create_app(program, self.settings)
-        self.gate = self.app.state.service.gate
+        self.queue = self.app.state.service.queue
         self.url = f"http://127.0.0.1:{self.settings.port}"
         self._act, self.result, self.error = act, None, None
         self._over = threading.Event()
@@ -82,7 +82,7 @@ class Visit:
         replies = []
         thread = threading.Thread(target=lambda: replies.append(self.ask(text)), daemon=True)
         thread.start()
-        wait_until(lambda: self.gate.at_work() == 1, "the request is at work")
+        wait_until(lambda: self.queue.at_work() == 1, "the request is at work")
         return thread, replies
 
     def terminate(self):
@@ -113,9 +113,9 @@ def test_what_was_let_in_is_answered_before_the_end_and_the_engine_is_released()
         threads = [threading.Thread(target=one, args=(visit, number)) for number in range(8)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: (visit.gate.at_work(), visit.gate.waiting()) == (4, 4), "all have asked")
+        wait_until(lambda: (visit.queue.at_work(), visit.queue.waiting()) == (4, 4), "all have asked")
         visit.terminate()
-        wait_until(lambda: visit.gate.draining, "it drains")
+        wait_until(lambda: visit.queue.draining, "it drains")
         hold.free.set()
         for thread in threads:
             thread.join(30)
@@ -138,13 +138,13 @@ def test_whoever_stands_at_the_door_when_it_closes_is_told(monkeypatch):
         time.sleep(LAST_CALL_S + 1)
 
     def late(visit):
-        gate, emptied = visit.gate, visit.gate.emptied
+        queue, emptied = visit.queue, visit.queue.emptied
 
         async def emptied_and_busy(limit_s):
             asyncio.get_running_loop().call_soon(block)
             return await emptied(limit_s)
 
-        monkeypatch.setattr(gate, "emptied", emptied_and_busy)
+        monkeypatch.setattr(queue, "emptied", emptied_and_busy)
         visit.terminate()
         assert busy.wait(30)
         with ThreadPoolExecutor(5) as pool:

@@ -145,7 +145,7 @@ def test_a_caller_who_leaves_ends_the_reply_on_the_server_too(two_steps):
             with httpx.stream("POST", url + STREAM, json=question("x"), headers=AUTH, timeout=30) as reply:
                 assert any("event: delta" in line for line in reply.iter_lines())
             wait_until(fake.cut.is_set, "the server behind has noticed")
-            wait_until(lambda: app.state.service.gate.at_work() == 0, "the place is free")
+            wait_until(lambda: app.state.service.queue.at_work() == 0, "the place is free")
 
 
 def test_a_server_that_breaks_off_in_the_middle_ends_the_stream_with_an_error(two_steps):
