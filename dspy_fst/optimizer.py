@@ -11,16 +11,15 @@ from dspy.teleprompt import Teleprompter
 
 from dspy_fst.config import unknown_settings
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.fast.evolve import evolve
+from dspy_fst.model_files.reach import IN_A_RUN_S
 from dspy_fst.monitoring.progress import EndingLog, ProgressView
 from dspy_fst.monitoring.tracking import Track, Tracking, trackers_of
 from dspy_fst.preflight.argument_checks import argument_faults
 from dspy_fst.rollout.reward import Metric
-from dspy_fst.run.directory import Listener
 from dspy_fst.run.interrupts import ctrl_c_told, signals_raise
-from dspy_fst.slow.credit import credit
 from dspy_fst.training.kept import keep_compiled
-from dspy_fst.training.prepare import open_session
+from dspy_fst.training.open_run import open_run
+from dspy_fst.training.request import Arguments, Proposers, check
 from dspy_fst.training.result import compiled_program
 from dspy_fst.training.session import Session
 from dspy_fst.types import Population
@@ -138,14 +137,34 @@ class FSTOptimizer(Teleprompter):
             title = Path(self.run_dir).name if self.run_dir else "run"
             view = stack.enter_context(ProgressView(title, samples=self.show_samples)) if self.progress else None
             tracking = Tracking(self.trackers)
-            listeners: tuple[Listener, ...] = (*self.listeners, view or EndingLog(), tracking)
-            run = stack.enter_context(open_session(self, student, trainset, valset, teacher, listeners))
+            listeners = (*self.listeners, view or EndingLog(), tracking)
+            request = check(self.arguments(student, trainset, valset, teacher), hub_s=IN_A_RUN_S)
+            run = stack.enter_context(open_run(request, listeners))
             if view:
                 view.recall(run.run.events())
-            stack.enter_context(tracking.following(run.run.path, run.run.events(), run.tell_note))
+            stack.enter_context(tracking.following(run.run.path, run.run.events(), run.recorder.note))
             compiled = compiled_program(run, alternate(run), track_stats=self.track_stats)
             keep_compiled(compiled, run)
             return compiled
+
+    def arguments(
+        self,
+        student: dspy.Module,
+        trainset: list[dspy.Example],
+        valset: list[dspy.Example] | None = None,
+        teacher: dspy.Module | None = None,
+    ) -> Arguments:
+        """All that a run is made of, for `dspy_fst.training.request.check`: it starts nothing."""
+        return Arguments(
+            student=student,
+            trainset=trainset,
+            metric=self.metric,
+            valset=valset,
+            teacher=teacher,
+            proposers=Proposers(self.reflection_lm, self.propose, self.code_proposer),
+            run_dir=self.run_dir,
+            settings=self.recipe,
+        )
 
 
 def alternate(run: Session) -> Population:
@@ -153,12 +172,13 @@ def alternate(run: Session) -> Population:
     population = run.population
     for cycle in run.cycles():
         if run.must_search(cycle):  # fast: text moves, weights do not
-            search = evolve(population, run.anchors(cycle), run.program, **run.search_tools(cycle))
+            search = run.search(cycle, population)
             population = search.population
             run.commit_search(cycle, search)
         for step in run.steps(cycle):  # slow: weights move, text does not
-            groups = run.play(step, population)
-            batch = credit(groups, held=run.play_seed(step, population), **run.credit_rules)
+            groups = run.sample(step, population)
+            seed_rollouts = run.sample_seed(step, population)
+            batch = run.credit(groups, seed_rollouts)
             update = run.update(batch)
             if update.moved:
                 run.publish(step + 1)

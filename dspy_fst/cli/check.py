@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dspy_fst.policy_lm import PolicyLM
     from dspy_fst.project.project_file import Opened, Project
     from dspy_fst.rollout.rollouter import Player
+    from dspy_fst.training.request import Request
     from dspy_fst.types import Rollout
 
 SAMPLED = 8
@@ -88,7 +89,6 @@ def _told(file: Path, measure: bool, room: "Available | None") -> dict[str, Any]
     """
     from dspy_fst.memory import plan_memory
     from dspy_fst.monitoring.progress import without_loading_bars
-    from dspy_fst.preflight.program_checks import policies_of
     from dspy_fst.preflight.score_scale import of_labels, scale_warnings
     from dspy_fst.project.project_file import load_project
 
@@ -96,8 +96,8 @@ def _told(file: Path, measure: bool, room: "Available | None") -> dict[str, Any]
     project = load_project(file)
     with signals_raise(), without_loading_bars(), project.importable():
         opened = project.open()
-        config, run_dir, warnings = _checked(file, project, opened, room)
-        policy = next(iter(policies_of(opened.program).values()))
+        request = _checked(file, project, opened, room)
+        config, run_dir, policy, warnings = request.config, request.run_dir, request.policy, [*request.warnings]
         plan = _plan(config, opened, policy)
         time = _measured(opened, config, plan) if measure else None
         memory_plan = plan_memory(policy, config, run_dir, room)
@@ -118,20 +118,15 @@ def _told(file: Path, measure: bool, room: "Available | None") -> dict[str, Any]
         }
 
 
-def _checked(
-    file: Path, project: "Project", opened: "Opened", room: "Available | None"
-) -> "tuple[FSTConfig, Path, list[str]]":
-    """The recipe, the run directory and the warnings.
-
+def _checked(file: Path, project: "Project", opened: "Opened", room: "Available | None") -> "Request":
+    """
     Raises:
         ConfigurationError: with every fault, as a run would report them.
     """
-    from dspy_fst.training.prepare import checked
+    from dspy_fst.training.request import check as checked
 
     try:
-        config, run_dir, _, warnings = checked(
-            opened.optimizer, opened.program, opened.trainset, opened.valset, None, room
-        )
+        return checked(opened.optimizer.arguments(opened.program, opened.trainset, opened.valset), room)
     except ConfigurationError as error:
         if nobody_proposes(project):
             error.add_note(
@@ -139,7 +134,6 @@ def _checked(
                 "(OPENAI_API_KEY); or a function of yours, propose: my_program:propose; or recipe: {method: rl}"
             )
         raise
-    return config, run_dir, warnings
 
 
 # ---- what is said ------------------------------------------------------------------------------

@@ -34,14 +34,23 @@ class Spent:
     sampled_tokens: int
 
 
-def try_first(session: Session) -> Spent:
+@dataclass(frozen=True)
+class FirstLook:
+    """What the first rollouts measured."""
+
+    spent: Spent
+    calls_per_rollout: float
+    tokens_per_rollout: float
+
+
+def try_first(session: Session) -> FirstLook:
     """Play and judge them.
 
     Raises:
         ConfigurationError: with every fault that showed.
     """
     train, val = _played(session)
-    session.see_texts(train)
+    session.publisher.see_texts(train)
     faults = context_faults(session.policy, [*train, *val]) + _teaching_faults(session, train)
     faults += _unmeasured(train, f"the first {len(train)} examples")
     faults += _unmeasured(val, f"the {len(val)} examples of the valset that were tried")
@@ -62,10 +71,12 @@ def try_first(session: Session) -> Spent:
     if failed or tried:  # one fault, one warning
         session.run.emit("note", text=f"warning: {'; '.join([*failed, *([tried.told()] if tried else [])])}")
     calls = [len(rollout.calls) for rollout in train]
-    session.calls_per_rollout = sum(calls) / len(calls)
-    session.tokens_per_rollout = sum(rollout.tokens for rollout in train) / len(train)
     everything = [*train, *val, *(tried.rollouts if tried else ())]
-    return Spent(len(everything), sum(rollout.tokens for rollout in everything))
+    return FirstLook(
+        Spent(len(everything), sum(rollout.tokens for rollout in everything)),
+        calls_per_rollout=sum(calls) / len(calls),
+        tokens_per_rollout=sum(rollout.tokens for rollout in train) / len(train),
+    )
 
 
 def _teaching_faults(session: Session, rollouts: Sequence[Rollout]) -> list[str]:

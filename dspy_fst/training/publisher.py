@@ -1,71 +1,14 @@
 """Handing the trainer's weights to the engine, and the proof that it serves them before anybody samples."""
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
-from typing import Any
-
-import dspy
+from collections.abc import Callable, Iterable
 
 from dspy_fst.engine.base import Checkpoint, Scorer
 from dspy_fst.engine.sync import Expected, verify, verify_identity
 from dspy_fst.policy_lm import EngineHandle, PolicyLM
-from dspy_fst.rollout.rendering import render, renderer_of
+from dspy_fst.run.directory import RunDirectory
 from dspy_fst.slow.trainer import Trainer
-from dspy_fst.types import Rollout
-
-TEXTS, TEXT_TOKENS = 8, 128
-"""How many texts are scored, and their longest: a mean over some hundred tokens, and one batch on any engine (ours)."""
-LAST_RESORT = (
-    "The ferry leaves the northern harbour at a quarter past seven and reaches the island about an hour later. Tickets "
-    "can be bought on board, but in summer it is wise to reserve a place for a car some days before.",
-    "A triangle with sides of 3, 4 and 5 has a right angle between the two shorter sides, because 9 plus 16 is 25. Its "
-    "area is half the product of these two sides, which is 6.",
-    "Question: Which of the two rivers is longer, and by how much? Answer: The first one; it is 212 kilometres longer.",
-)
-"""Scored where the program's own prompts cannot be rendered yet."""
-
-
-class NaturalTexts:
-    """What both sides score after a publish: prompts of the run with their replies, as soon as there are any.
-
-    Args:
-        program: The copy that is trained.
-        trained: Its predictors whose calls the weights learn from.
-        examples: The first of the trainset; their prompts stand in until a rollout was played.
-        tokenizer: The trainer's.
-    """
-
-    def __init__(self, program: dspy.Module, trained: Iterable[str], examples: Sequence[dspy.Example], tokenizer: Any):
-        self._program, self._trained, self._tokenizer = program, frozenset(trained), tokenizer
-        self._examples = examples
-        self._recorded: list[list[int]] = []
-
-    def see(self, rollouts: Iterable[Rollout]) -> None:
-        """Keep the first calls that are played, so that every later publish is measured on the same texts."""
-        for rollout in rollouts:
-            for call in rollout.calls:
-                if len(self._recorded) == TEXTS:
-                    return
-                self._recorded.append([*call.prompt_ids, *call.completion_ids][:TEXT_TOKENS])
-
-    def ids(self) -> list[list[int]]:
-        """The texts' token ids, each at least two long."""
-        texts = self._recorded or list(islice(self._first_prompts(), TEXTS))
-        texts = texts or [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in LAST_RESORT]
-        return [text[:TEXT_TOKENS] for text in texts if len(text) > 1]
-
-    def _first_prompts(self) -> Iterable[list[int]]:
-        predictors = [p for name, p in self._program.named_predictors() if name in self._trained]
-        renderer = renderer_of(self._tokenizer)
-        for example in self._examples[:TEXTS]:
-            inputs = example.inputs().toDict()
-            for predictor in predictors:
-                signature = predictor.signature
-                if signature.input_fields.keys() <= inputs.keys():
-                    asked = {name: inputs[name] for name in signature.input_fields}
-                    if ids := render(predictor, signature.instructions, asked, renderer):
-                        yield list(ids)
-
+from dspy_fst.training.natural_texts import NaturalTexts
+from dspy_fst.types import Rollout, WeightsVersion, version_of
 
 BLIND = (
     "the server at attach_url runs without dspy_fst's worker extension, so its weights are compared by their "
@@ -148,6 +91,54 @@ class Publishing:
         if not proved:
             prove(engine)
         self._handle.checkpoint = checkpoint
+
+
+class Publisher:
+    """A run's published weights: written to disk, proved on the engine, pruned.
+
+    Args:
+        run: Where the weights are kept.
+        trainer: Whose weights they are.
+        serving: Has the engine serve them.
+        keep: Newest versions that stay, beside the first and the best.
+    """
+
+    def __init__(self, run: RunDirectory, trainer: Trainer, serving: Publishing, keep: int):
+        self._run, self._trainer, self._serving, self._keep = run, trainer, serving, keep
+        self.moved_at = 0
+        """Steps after which the weights moved last."""
+        self.unsaved = True
+        """Whether the trainer changed since the last committed state."""
+
+    @property
+    def moved_to(self) -> WeightsVersion:
+        """The version of the weights as they are now."""
+        return version_of(self.moved_at)
+
+    def publish(self, step: int) -> None:
+        """Hand the weights that the ``step``-th update moved last to the engine and prove that it serves them.
+
+        Raises:
+            SyncError, DiskError, EngineError: as `Publishing.serve` has it.
+        """
+        version = version_of(step)
+        self.moved_at, self.unsaved = step, True
+        with self._run.writing():
+            checkpoint = self._trainer.publish(self._run.weights_path(version), version)
+        self._serving.serve(checkpoint)
+
+    def serve_again(self, version: WeightsVersion) -> None:
+        """Serve kept weights of an earlier step."""
+        self._serving.serve_again(Checkpoint(version, self._run.weights_path(version)))
+
+    def see_texts(self, rollouts: Iterable[Rollout]) -> None:
+        """Verify later publishes on these prompts and replies, unless some were seen before."""
+        self._serving.texts.see(rollouts)
+
+    def prune(self, best: Iterable[WeightsVersion]) -> None:
+        """Remove weights that are neither the first, nor among the best, nor among the newest."""
+        with self._run.writing():
+            self._run.prune_weights(self._keep, set(best))
 
 
 def recoveries(policy: PolicyLM) -> dict[str, int]:

@@ -112,8 +112,8 @@ def _attach(compiled: dspy.Module, run: "Session", *, track_stats: bool) -> None
     if track_stats:
         compiled.detailed_results = CompiledResults(
             run_dir=run.run.path,
-            cycles=tuple(run.cycle_reports),
-            steps=tuple(run.step_reports),
+            cycles=tuple(run.recorder.cycles),
+            steps=tuple(run.recorder.steps),
             validation=record.returned.scores if record.returned else {},
             validation_counts=record.validations[-1].counts if record.validations else {},
             ending=run.observer.ending.words,
@@ -123,7 +123,7 @@ def _attach(compiled: dspy.Module, run: "Session", *, track_stats: bool) -> None
     if not hasattr(compiled, "summary") or isinstance(getattr(compiled.summary, "__self__", None), Summary):
         compiled.summary = summary.show
     else:
-        run.tell_note(OWN_SUMMARY)
+        run.recorder.note(OWN_SUMMARY)
 
 
 def start_of(compiled: dspy.Module) -> Checkpoint:

@@ -33,7 +33,7 @@ def end_alternation(session: Session) -> None:
         NothingLearnedError: the run is at ``max_unmoved_steps`` with steps of its plan left, no update changed the
             weights, and not because every problem is solved. Its end is told here.
     """
-    still, stopped = session.observer.standstill, session.stopped
+    still, stopped = session.observer.standstill, session.schedule.stopped
     if still is None or still.cause == "solved":
         return
     if stopped is not None and stopped.kind == "nothing_learned":
@@ -48,14 +48,14 @@ def _end_early(session: Session, still: Standstill, stopped: StopReason) -> None
     helps, count = what_helps(session, still), len(still.steps)
     if session.observer.ending.nothing_learned:
         error = NothingLearnedError(still.words, session.run.path, count, still.cause, helps)
-        session.stopped = replace(stopped, advice=str(error).removeprefix(f"{still.words}.").strip())
+        session.schedule.stopped = replace(stopped, advice=str(error).removeprefix(f"{still.words}.").strip())
         session.tell_end()
         raise error
     advice = (
         f"{helps}.\nTo go on, raise max_unmoved_steps above {count}, or set it to None, which never stops, and compile "
         "again with the same run_dir"
     )
-    session.stopped = replace(stopped, advice=advice)
+    session.schedule.stopped = replace(stopped, advice=advice)
     done = (
         f"The run ends here, after {stopped.step} of {session.plan.updates} steps (max_unmoved_steps). Earlier updates "
         "changed the weights, so its program is returned and saved"

@@ -19,7 +19,7 @@ from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
 from dspy_fst.run.journal import Journal
 from dspy_fst.training.opening import starting_population
-from dspy_fst.training.prepare import _left_out
+from dspy_fst.training.request import _left_out
 from dspy_fst.types import Candidate, Population, Problem
 from tests.fakes import fields, scripted_policy
 

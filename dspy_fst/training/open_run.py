@@ -1,0 +1,139 @@
+"""From a checked request to an open session: print the plan, start what the run needs, and let go of it at the end."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import dspy
+
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.program_checks import policies_of
+from dspy_fst.rollout.adapters import adapter_in_force, kept_by
+from dspy_fst.rollout.components import read_texts
+from dspy_fst.run.directory import RunDirectory
+from dspy_fst.run.halted import tell_halted
+from dspy_fst.run.interrupts import interruption_named
+from dspy_fst.run.state import moved_at
+from dspy_fst.slow.trainer import Trainer
+from dspy_fst.training.announcement import announce
+from dspy_fst.training.continuing import take_over
+from dspy_fst.training.fingerprints import fingerprint
+from dspy_fst.training.first_rollouts import try_first
+from dspy_fst.training.opening import open_player, starting_population, trainable_copy
+from dspy_fst.training.plan import Plan
+from dspy_fst.training.publisher import recoveries
+from dspy_fst.training.request import Request, trainer_settings
+from dspy_fst.training.session import Session
+from dspy_fst.training.validating import Validation
+from dspy_fst.types import Population, version_of
+
+logger = logging.getLogger(__name__)
+Listeners = Sequence[Callable[[Mapping[str, Any]], None]]
+
+
+@contextmanager
+def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
+    """Start the trainer and the engine, at the committed state where there is one.
+
+    The engine is stopped when the run fails; a finished run hands it to the compiled program.
+
+    Args:
+        request: What `check` returned.
+        listeners: Functions that are told every event.
+
+    Raises:
+        ConfigurationError: the first rollouts showed faults.
+    """
+    original = request.policy
+    original.release()  # its engine would hold memory beside the training one; it starts again when called
+    policy = original.fork()
+    keep, clean = request.config.keep_states, request.redactor.clean
+    run = RunDirectory(request.run_dir, request.identity, tuple(listeners), keep_states=keep, clean=clean)
+    try:
+        for warning in request.warnings:
+            run.tell({"event": "note", "text": f"warning: {warning}"})
+        session = _assemble(request, run, policy)
+        if not run.state and (words := take_over(session.trainer, request.config, request.student, original)):
+            run.emit("note", text=words)
+        session.publish(moved_at(run.state))
+        session.prune_weights()  # a kill may have come between a commit and this
+        with dspy.context(lm=_configured(policy), adapter=kept_by(request.student) or adapter_in_force()):
+            announce(session, None if run.state else try_first(session))
+            if not run.state:
+                session.commit_start()  # a process that dies in the validation has lost no more than that
+            session.validate_start()
+            yield session
+        # The compiled program lives on: its restarts are no business of this run, and must not hold its trainer.
+        policy.handle.engine.on_recovery(logger.warning, None)
+    except BaseException as error:
+        try:
+            _tell_stopped(run, error)
+        finally:  # a second Ctrl-C may come while the first is told
+            try:
+                policy.release()
+            finally:
+                run.abandon()
+        raise
+    run.close()
+
+
+def _tell_stopped(run: RunDirectory, error: BaseException) -> None:
+    """Say what stopped the run, and what of it is saved."""
+    if name := interruption_named(error):
+        text = f"{name}: stopping; {_what_is_saved(run)}"
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (text,)  # for whoever shows it in the end
+        with suppress(Exception):  # a terminal that is gone must not keep the server alive
+            run.tell({"event": "note", "text": text})
+    tell_halted(run, error)
+
+
+def _configured(policy: PolicyLM) -> Any:
+    """DSPy's configured LM; a PolicyLM speaks through the run's engine, for predictors made while the program runs."""
+    lm = dspy.settings.lm
+    return lm.on(policy.handle) if isinstance(lm, PolicyLM) else lm
+
+
+def _what_is_saved(run: RunDirectory) -> str:
+    if not run.state:
+        return "nothing was saved yet"
+    step, searches = run.state["step"], run.state["searched"] + 1
+    return f"saved: {step} updates, {searches} searches. Compile again with run_dir={str(run.path)!r} to go on"
+
+
+def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
+    """Load the trainer, at the committed state when there is one, and put the session together."""
+    config, student = request.config, request.student
+    trainer = Trainer(policy.checkpoint.path, trainer_settings(config))
+    run.drop_weights_from(version_of(moved_at(run.state)))
+    if run.state:
+        trainer.load_state(run.trainer_state)
+    program = trainable_copy(student, policy)
+    seed = read_texts(student, tools=config.tool_descriptions == "evolved")
+    player = open_player(program, request.metric, config, policy.handle.engine.expect, request.trainset)
+    problems = fingerprint([example.toDict() for example in request.valset])
+    samples = config.validation_samples
+    return Session(
+        config=config,
+        plan=Plan(config, len(request.trainset), origin=_origin(student, policy)),
+        trainset=request.trainset,
+        valset=request.valset,
+        program=program,
+        policy=policy,
+        trained=frozenset(config.trained or policies_of(student)),
+        player=player,
+        trainer=trainer,
+        run=run,
+        validation=Validation(run, player, request.valset, samples, problems, lambda: recoveries(policy)),
+        population=starting_population(student, seed, config.population_size, run.state),
+        proposers=request.proposers,
+    )
+
+
+def _origin(student: dspy.Module, policy: PolicyLM) -> str:
+    """What a continued training starts from; empty at the base, whose shuffles are the seed's alone."""
+    carried = getattr(student, "population", None)
+    if not isinstance(carried, Population):
+        return ""
+    return fingerprint([policy.checkpoint.version, [member.digest for member in carried.members]])

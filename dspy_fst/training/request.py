@@ -1,0 +1,277 @@
+"""From a user's arguments to a request for a run: everything is checked, nothing is loaded or started.
+
+`check` tells every fault at once. `dspy_fst.training.open_run` takes what it returns.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dspy
+
+from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.fast.gepa_adapter import Propose, ProposeCode
+from dspy_fst.memory import (
+    Available,
+    plan_memory,
+    shape_faults,
+    with_chosen_micro_batch,
+    with_recorded_micro_batch,
+    writable_fault,
+)
+from dspy_fst.model_files.hub import hub_warnings
+from dspy_fst.model_files.reach import ANSWER_S
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.argument_checks import search_faults
+from dspy_fst.preflight.data_checks import data_faults, input_faults
+from dspy_fst.preflight.engine_checks import engine_faults
+from dspy_fst.preflight.model_checks import model_faults
+from dspy_fst.preflight.precision import precision_warnings
+from dspy_fst.preflight.program_checks import policies_of, program_faults, trained_faults
+from dspy_fst.preflight.restarts import restart_warnings
+from dspy_fst.preflight.template_checks import template_warnings
+from dspy_fst.preflight.text_checks import text_faults
+from dspy_fst.preflight.unreachable_parts import part_faults, part_warnings
+from dspy_fst.rollout.adapters import differing_adapter, identity
+from dspy_fst.rollout.components import carried_by, read_texts
+from dspy_fst.rollout.reward import Metric
+from dspy_fst.run.directory import directory_fault
+from dspy_fst.run.secrets import Redactor
+from dspy_fst.saving.program_state import without_lms
+from dspy_fst.slow.environment import environment_faults
+from dspy_fst.slow.settings import TrainerSettings
+from dspy_fst.training.continuing import optimizer_faults
+from dspy_fst.training.fingerprints import files_fingerprint, fingerprint, program_fingerprint
+from dspy_fst.training.opening import new_run_dir
+from dspy_fst.training.validating import patience_warnings, valset_faults, valset_warnings
+from dspy_fst.types import Candidate, Population
+
+NOT_IDENTITY = {
+    *("num_threads", "rollout_timeout_s", "micro_batch_tokens"),
+    *("checkpoint_every", "keep_states", "keep_weights"),
+    *("max_masked_share", "max_skipped_updates", "min_effective_share", "parse_warning_share", "parse_trial"),
+    *("sync_tolerance", "max_unmoved_steps", "recorded_samples", "validate_every", "patience", "return_best"),
+}
+"""Settings that may differ between a run and its continuation: they change its cost, when it ends, gives up or warns,
+or which of its states is returned, and not what a step does."""
+
+
+@dataclass(frozen=True)
+class Proposers:
+    """Who proposes new texts in a search."""
+
+    reflection_lm: dspy.LM | None = None
+    """A strong, frozen LM that reflects."""
+    propose: Propose | None = None
+    """A proposer that needs no LM."""
+    code_proposer: ProposeCode | None = None
+    """A proposer of sources for dspy.Flex modules."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a user gave, unchecked: anything may be of a wrong kind."""
+
+    student: Any
+    trainset: Any
+    metric: Any
+    valset: Any = None
+    teacher: Any = None
+    proposers: Proposers = field(default_factory=Proposers)
+    run_dir: str | Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of FSTConfig, and ``auto``."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run that may begin: no fault was found in it."""
+
+    student: dspy.Module
+    trainset: Sequence[dspy.Example]
+    valset: Sequence[dspy.Example]
+    """Empty where none was given."""
+    metric: Metric
+    proposers: Proposers
+    config: FSTConfig
+    run_dir: Path
+    """Absolute."""
+    identity: Mapping[str, Any]
+    """What makes the run this run (`run_identity`)."""
+    warnings: tuple[str, ...]
+    """What does not stop the run and would go unnoticed."""
+
+    @property
+    def policy(self) -> PolicyLM:
+        """The student's; all of its trained predictors speak with it."""
+        return next(iter(policies_of(self.student).values()))
+
+    @property
+    def redactor(self) -> Redactor:
+        """Hides the secrets of the program's LMs and of the reflection LM."""
+        return Redactor.of(self.student, self.proposers.reflection_lm)
+
+
+def check(given: Arguments, room: Available | None = None, hub_s: float = ANSWER_S) -> Request:
+    """Find all that is wrong with a run before it begins.
+
+    Args:
+        given: What the user gave.
+        room: A machine to imagine instead of this one; then a config is enough of the model. None: this machine.
+        hub_s: Seconds that a model hub has to answer.
+
+    Raises:
+        ConfigurationError: with every fault that was found.
+    """
+    config, faults = _recipe(given.settings)
+    faults += _faults_of_arguments(given, config, room, hub_s)
+    run_dir = (Path(given.run_dir) if given.run_dir else new_run_dir()).resolve()
+    faults += [fault] if (fault := writable_fault(run_dir)) else []
+    if faults or config is None:
+        raise ConfigurationError(faults)
+    return _checked_together(given, config, run_dir, room)
+
+
+def _recipe(given: Mapping[str, Any]) -> tuple[FSTConfig | None, list[str]]:
+    """The recipe, or None, and what is wrong with its settings."""
+    settings = dict(given)
+    auto = settings.pop("auto", None)
+    faults = []
+    if auto is not None:
+        if auto not in list(AUTO_CYCLES):  # what was given may have no hash
+            faults.append(f"auto={auto!r}: use one of {', '.join(map(repr, AUTO_CYCLES))}, or cycles=...")
+        elif "cycles" in settings:
+            faults.append("auto: it sets cycles; give one of auto=... and cycles=..., not both")
+        else:
+            settings["cycles"] = AUTO_CYCLES[auto]
+    config, config_faults = make_config(settings)
+    return config, [*faults, *config_faults]
+
+
+def _faults_of_arguments(given: Arguments, config: FSTConfig | None, room: Available | None, hub_s: float) -> Iterator[str]:
+    """What is wrong with each argument by itself."""
+    student, proposers = given.student, given.proposers
+    if given.teacher is not None:
+        yield "teacher: nothing is learnt from a teacher program here; leave it out"
+    yield from environment_faults()
+    yield from program_faults(student)
+    yield from part_faults(student)
+    yield from trained_faults(student, config)
+    yield from data_faults(given.trainset, given.valset, config)
+    yield from valset_faults(config, given.valset)
+    yield from input_faults(student, given.trainset, given.valset)
+    if config is not None:
+        try:
+            trainer_settings(with_chosen_micro_batch(config, None))
+        except ConfigurationError as error:
+            yield from error.faults
+    yield from search_faults(config, given.metric, proposers.reflection_lm, proposers.propose)
+    yield from text_faults(config, student, proposers.reflection_lm, proposers.code_proposer)
+    policies = policies_of(student) if isinstance(student, dspy.Module) else {}
+    for policy in {id(policy.handle): policy for policy in policies.values()}.values():
+        yield from [*model_faults(policy, hub_s), *engine_faults(policy)] if room is None else shape_faults(policy)
+
+
+def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: Available | None) -> Request:
+    """What is wrong with arguments that are right by themselves: the directory is another run's, the memory is too
+    small, a text of the program holds a secret.
+
+    Raises:
+        ConfigurationError: with every fault that was found.
+    """
+    student = given.student
+    policy = next(iter(policies_of(student).values()))
+    redactor = Redactor.of(student, given.proposers.reflection_lm)
+    faults = [
+        f"student: {place} holds a secret (an API key, or an environment variable's value); remove it"
+        for place in redactor.places(without_lms(student).dump_state())
+    ]
+    faults += optimizer_faults(config, student, policy, run_dir)
+    recipe = redactor.clean(run_identity(config, student, given.trainset, policy))
+    faults += [fault] if (fault := directory_fault(run_dir, recipe)) else []
+    config = with_recorded_micro_batch(config, run_dir)
+    warnings: list[str] = []
+    if plan := plan_memory(policy, config, run_dir, room):
+        faults += plan.faults()
+        warnings = plan.warnings()
+    config = with_chosen_micro_batch(config, plan)
+    if faults:
+        raise ConfigurationError(faults)
+    warnings += [*patience_warnings(config), *valset_warnings(given.valset), *differing_adapter(student)]
+    warnings += _model_warnings(policy, config) if room is None else []
+    warnings += part_warnings(student)
+    warnings += _left_out(student, read_texts(student, tools=config.tool_descriptions == "evolved"))
+    return Request(
+        student=student,
+        trainset=given.trainset,
+        valset=given.valset or (),
+        metric=given.metric,
+        proposers=given.proposers,
+        config=config,
+        run_dir=run_dir,
+        identity=recipe,
+        warnings=tuple(warnings),
+    )
+
+
+def _model_warnings(policy: PolicyLM, config: FSTConfig) -> list[str]:
+    """What about the model's files and its engine would go unnoticed."""
+    path, engine = policy.checkpoint.path, (policy.handle.resolved_kind, policy.handle.options)
+    return [
+        *hub_warnings(str(path)),
+        *template_warnings(path),
+        *restart_warnings(path, *engine),
+        *precision_warnings(config.precision, *engine),
+    ]
+
+
+def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy: PolicyLM) -> dict[str, Any]:
+    """What makes a run this run: the recipe, the program, the problems and the model."""
+    carried = getattr(student, "population", None)
+    return {
+        **{key: value for key, value in config.model_dump().items() if key not in NOT_IDENTITY},
+        "model": str(policy.checkpoint.path),
+        "weights": policy.checkpoint.version,
+        "model_files": files_fingerprint(policy.checkpoint.path),
+        "engine": policy.handle.resolved_kind,
+        "temperature": policy.sampling_temperature,
+        "max_tokens": policy.reply_limit,
+        "adapter": identity(student),
+        "program": program_fingerprint(student),
+        "population": [m.digest for m in carried.members] if isinstance(carried, Population) else None,
+        "trainset": f"{len(trainset)} examples, {fingerprint([example.toDict() for example in trainset])}",
+    }
+
+
+def _left_out(student: dspy.Module, seed: Candidate) -> list[str]:
+    """A sentence when the run cannot start from all of the population that the student carries."""
+    carried = getattr(student, "population", None)
+    if not isinstance(carried, Population):
+        return []
+    lost = len(carried.members) - len(carried_by(student, seed))
+    if not lost:
+        return []
+    differing = sorted({name for member in carried.members for name in member.texts.keys() ^ seed.texts.keys()})
+    return [
+        f"student: {lost} of the {len(carried.members)} candidates that it carries have other components than the "
+        f"program ({', '.join(differing)}) and are left out; without any, the run starts from the program's own texts"
+    ]
+
+
+def trainer_settings(config: FSTConfig) -> TrainerSettings:
+    return TrainerSettings(
+        learning_rate=config.learning_rate,
+        betas=config.adam_betas,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        importance_cap=config.importance_cap,
+        kl_coefficient=config.kl_coefficient,
+        seed_kl_coefficient=config.seed_kl_coefficient,
+        min_effective_share=config.min_effective_share,
+        micro_batch_tokens=int(config.micro_batch_tokens),
+        precision=config.precision,
+    )
