@@ -150,7 +150,9 @@ def _recipe(given: Mapping[str, Any]) -> tuple[FSTConfig | None, list[str]]:
     return config, [*faults, *config_faults]
 
 
-def _faults_of_arguments(given: Arguments, config: FSTConfig | None, room: Available | None, hub_s: float) -> Iterator[str]:
+def _faults_of_arguments(
+    given: Arguments, config: FSTConfig | None, room: Available | None, hub_s: float
+) -> Iterator[str]:
     """What is wrong with each argument by itself."""
     student, proposers = given.student, given.proposers
     if given.teacher is not None:
