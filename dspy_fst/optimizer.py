@@ -18,7 +18,7 @@ from dspy_fst.preflight.argument_checks import argument_faults
 from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.interrupts import ctrl_c_told, signals_raise
 from dspy_fst.training.kept import keep_compiled
-from dspy_fst.training.open_run import open_run
+from dspy_fst.training.open_run import Listeners, open_run
 from dspy_fst.training.request import Arguments, Proposers, check
 from dspy_fst.training.result import compiled_program
 from dspy_fst.training.session import Session
@@ -137,7 +137,7 @@ class FSTOptimizer(Teleprompter):
             title = Path(self.run_dir).name if self.run_dir else "run"
             view = stack.enter_context(ProgressView(title, samples=self.show_samples)) if self.progress else None
             tracking = Tracking(self.trackers)
-            listeners = (*self.listeners, view or EndingLog(), tracking)
+            listeners: Listeners = (*self.listeners, view or EndingLog(), tracking)
             request = check(self.arguments(student, trainset, valset, teacher), hub_s=IN_A_RUN_S)
             run = stack.enter_context(open_run(request, listeners))
             if view:

@@ -22,7 +22,7 @@ from dspy_fst.rollout.rendering import held_under
 from dspy_fst.rollout.reward import feedback_by
 from dspy_fst.rollout.rollouter import Player, Task
 from dspy_fst.run.directory import RunDirectory
-from dspy_fst.run.ending import EVENT
+from dspy_fst.run.ending import EVENT, StopReason
 from dspy_fst.run.journal import Journal
 from dspy_fst.run.refusals import refuse_stale, refuse_unmeasured
 from dspy_fst.run.validated import Validated, When, best_validated, exhausted, handed_in
@@ -87,6 +87,10 @@ class Session:
 
     def steps(self, cycle: Cycle) -> Iterator[int]:
         return self.schedule.steps(cycle)
+
+    def stop(self, reason: StopReason) -> None:
+        """Make no further step: the current one is committed, and the alternation is over."""
+        self.schedule.stop(reason)
 
     def _stop_if_nothing_is_gained(self) -> None:
         patience = self.config.patience
