@@ -47,7 +47,7 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class TwoByTwo(Conditions):
+class EvaluatedCells(Conditions):
     """Scores of {instructions} x {weights}; ``weights`` names the trained ones, ``candidate`` the evolved ones."""
 
     cells: Mapping[tuple[str, str], tuple[float, float | None]]
@@ -89,7 +89,7 @@ def evaluations_in(lines: Sequence[str]) -> Iterator[Mapping[str, Any]]:
             yield data
 
 
-def two_by_two_of(data: Mapping[str, Any]) -> TwoByTwo | None:
+def two_by_two_of(data: Mapping[str, Any]) -> EvaluatedCells | None:
     """The table that a line holds; None where it holds none."""
     cells = data.get("cells")
     if data.get("kind") != "two_by_two" or not isinstance(cells, dict):
@@ -99,7 +99,7 @@ def two_by_two_of(data: Mapping[str, Any]) -> TwoByTwo | None:
         row, _, column = name.partition("/")
         if isinstance(cell, list) and len(cell) == 2 and (mean := _number(cell[0])) is not None:
             read[row, column] = (mean, _number(cell[1]))
-    return _under(TwoByTwo, data, cells=read) if read else None
+    return _under(EvaluatedCells, data, cells=read) if read else None
 
 
 def evaluated_of(data: Mapping[str, Any]) -> Evaluated | None:

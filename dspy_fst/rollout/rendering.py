@@ -24,7 +24,7 @@ from dspy_fst.types import PREDICTOR_TAG, Candidate, HeldRollout, Rollout
 
 
 @dataclass(frozen=True)
-class Asked:
+class RecordedCall:
     """One call of a predictor, before its prompt was made."""
 
     name: str
@@ -40,7 +40,7 @@ class Listening(BaseCallback):
     """DSPy's callback that takes down every call of a predictor that speaks with the policy."""
 
     def __init__(self) -> None:
-        self.asked: list[Asked] = []
+        self.asked: list[RecordedCall] = []
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         name = getattr(instance, PREDICTOR_TAG, None)
@@ -49,7 +49,7 @@ class Listening(BaseCallback):
         given = dict(inputs["kwargs"])
         lm = given.pop("lm", None) or instance.lm or dspy.settings.lm
         if is_recorded(lm):
-            self.asked.append(Asked(name, instance, given, lm, adapter_in_force()))
+            self.asked.append(RecordedCall(name, instance, given, lm, adapter_in_force()))
 
 
 def held_under(teachers: Sequence[Candidate], rollouts: Sequence[Rollout], tokenizer: Any) -> list[HeldRollout]:
@@ -119,10 +119,10 @@ def _prompts(
 def render(predictor: dspy.Predict, instructions: str, inputs: dict[str, Any], renderer: PromptRenderer) -> Ids | None:
     """The prompt's ids of a call that nobody made, through the adapter in force; None when it refuses."""
     lm = predictor.lm or dspy.settings.lm
-    return _render(Asked("", predictor, inputs, lm, adapter_in_force()), instructions, renderer)
+    return _render(RecordedCall("", predictor, inputs, lm, adapter_in_force()), instructions, renderer)
 
 
-def _render(asked: Asked, instructions: str | None, renderer: PromptRenderer) -> Ids | None:
+def _render(asked: RecordedCall, instructions: str | None, renderer: PromptRenderer) -> Ids | None:
     """The prompt's ids; None when the adapter, the engine's rules or the chat template refuse."""
     if instructions is None:
         return None
@@ -151,7 +151,7 @@ class _Ear:
         raise _Heard(request)
 
 
-def _heard(asked: Asked, instructions: str) -> lm15.Request:
+def _heard(asked: RecordedCall, instructions: str) -> lm15.Request:
     """What the LM is asked in this call under these instructions."""
     signature = ensure_signature(asked.given.get("signature") or asked.predictor.signature)
     given = {**asked.given, "signature": signature.with_instructions(instructions)}

@@ -49,17 +49,17 @@ OWN = ("predictor_scores", "predictor_feedback")
 """What a metric may return of single predictors."""
 
 
-class Asked(BaseCallback):
-    """DSPy's callback for the time of one metric: whether it asks an LM."""
+class LMUse(BaseCallback):
+    """DSPy's callback for one call of a metric: whether the metric asks an LM."""
 
     def __init__(self) -> None:
-        self.an_lm = False
+        self.seen = False
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        self.an_lm = True
+        self.seen = True
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        self.an_lm = self.an_lm or isinstance(instance, dspy.Predict)
+        self.seen = self.seen or isinstance(instance, dspy.Predict)
 
 
 class Reward:
@@ -109,14 +109,14 @@ class Reward:
         """
         finished = None if trace is None else list(trace)
         known = {"trace": finished, "pred_name": pred_name, "pred_trace": pred_trace}
-        asked = Asked()
+        lm_use = LMUse()
         own = {SETTING: apart or Recording(0).apart(), "trace": [], "caller_modules": [], "disable_history": True}
         try:
-            with dspy.context(**own, callbacks=[*dspy.settings.callbacks, asked]):
+            with dspy.context(**own, callbacks=[*dspy.settings.callbacks, lm_use]):
                 returned = self._returned(gold, pred, {given: known[ours] for given, ours in self._names.items()})
             return self._as_score(returned)
         except UnmeasuredError as error:
-            error.asked_an_lm = asked.an_lm
+            error.asked_an_lm = lm_use.seen
             raise
 
     def _returned(self, gold: dspy.Example, pred: Any, given: Mapping[str, Any]) -> Any:

@@ -1,6 +1,6 @@
-"""Many jobs on a few daemon threads, none of which is waited for longer than its time limit.
+"""Many jobs on a few daemon threads, each with a time limit.
 
-Not a ThreadPoolExecutor: that one cannot give up a stuck job, and joins it when the interpreter exits.
+A ThreadPoolExecutor cannot abandon a job that hangs, and joins its threads when the interpreter exits.
 """
 
 import queue
@@ -8,9 +8,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
+LONGEST_WAIT_S = 1.0
+"""Seconds between two looks for overdue jobs, at most (ours)."""
 
 
 def run_all(
@@ -23,78 +26,126 @@ def run_all(
     on_result: Callable[[T], None] = lambda result: None,
     queued_s: Callable[[int], float] = lambda index: 0.0,
 ) -> list[T]:
-    """Run every job and return the results in the order of the jobs.
+    """Run every job, and return the results in the order of the jobs.
 
     Args:
-        timeout_s: Seconds a job may run; then its result is ``on_timeout(index)``, its thread is left behind
-            and another takes its place.
-        in_flight: Told how many jobs are running or about to, before the start and at each end.
-        on_result: Called in this thread for each result as it comes.
+        jobs: What is run.
+        threads: Jobs that run at once.
+        timeout_s: Seconds that a job may run. After that its result is ``on_timeout(index)``; its thread is abandoned,
+            and a new thread takes its place.
+        on_timeout: Gives the result of an overdue job.
+        in_flight: Called with the number of jobs that run or are about to, before the start and at each end.
+        on_result: Called in this thread with each result as it comes.
         queued_s: Seconds that a job has waited for its turn elsewhere; they do not count towards ``timeout_s``.
 
     Raises:
-        Exception: the first exception that a job let through; jobs not yet started are dropped.
+        Exception: the first exception of a job; jobs that have not started are dropped.
     """
-    todo = deque(range(len(jobs)))
-    started: dict[int, float] = {}
-    ended: queue.SimpleQueue[tuple[int, T | None, BaseException | None]] = queue.SimpleQueue()
-    lock = threading.Lock()
-    left = len(jobs)
-
-    def work() -> None:
-        nonlocal left
-        while True:
-            with lock:
-                if not todo:
-                    return
-                index = todo.popleft()
-                started[index] = time.monotonic()
-            try:
-                outcome: tuple[int, T | None, BaseException | None] = (index, jobs[index](), None)
-            except BaseException as error:
-                outcome = (index, None, error)
-            with lock:
-                if started.pop(index, None) is None:
-                    return  # given up meanwhile; a replacement runs in this thread's place
-                left -= 1
-                in_flight(min(left, threads))
-            ended.put(outcome)
-
-    def start_worker() -> None:
-        threading.Thread(target=work, name="rollout", daemon=True).start()
-
-    def give_up_overdue() -> list[int]:
-        nonlocal left
-        with lock:
-            overdue = [i for i, since in started.items() if time.monotonic() - since - queued_s(i) > timeout_s]
-            for index in overdue:
-                del started[index]
-                left -= 1
-            if overdue:
-                in_flight(min(left, threads))
-        return overdue
-
+    pool = _Pool(jobs, threads, timeout_s, in_flight, queued_s)
     results: dict[int, T] = {}
-    in_flight(min(left, threads))
-    for _ in range(min(threads, len(jobs))):
-        start_worker()
+    pool.start()
     try:
         while len(results) < len(jobs):
-            try:
-                index, result, error = ended.get(timeout=min(1.0, timeout_s / 4))
-            except queue.Empty:
-                pass
-            else:
-                if error is not None:
-                    raise error
-                results[index] = result  # type: ignore[assignment]
-                on_result(results[index])
-            for late in give_up_overdue():
-                results[late] = on_timeout(late)
-                on_result(results[late])
-                start_worker()
+            new = dict(pool.ended(wait_s=min(LONGEST_WAIT_S, timeout_s / 4)))
+            for index in pool.abandon_overdue():
+                new[index] = on_timeout(index)
+            for index, result in new.items():
+                results[index] = result
+                on_result(result)
     finally:
-        with lock:
-            todo.clear()
-        in_flight(0)
+        pool.drop_the_rest()
     return [results[index] for index in range(len(jobs))]
+
+
+@dataclass(frozen=True)
+class _Ended(Generic[T]):
+    """A job that ran to its end: its result, or its exception."""
+
+    index: int
+    result: T | None
+    error: BaseException | None
+
+
+class _Pool(Generic[T]):
+    """The threads, and which job each of them runs. Everything that threads share is changed under one lock."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Callable[[], T]],
+        threads: int,
+        timeout_s: float,
+        in_flight: Callable[[int], None],
+        queued_s: Callable[[int], float],
+    ):
+        self._jobs, self._threads, self._timeout_s = jobs, threads, timeout_s
+        self._in_flight, self._queued_s = in_flight, queued_s
+        self._lock = threading.Lock()
+        self._todo = deque(range(len(jobs)))
+        self._started: dict[int, float] = {}
+        """Job -> when it began, for the jobs that run and are not overdue."""
+        self._left = len(jobs)
+        """Jobs without a result."""
+        self._ended: queue.SimpleQueue[_Ended[T]] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        self._tell_in_flight()
+        for _ in range(min(self._threads, len(self._jobs))):
+            self._start_thread()
+
+    def ended(self, wait_s: float) -> list[tuple[int, T]]:
+        """(job, result) of the next job that ended; empty when none did within ``wait_s`` seconds.
+
+        Raises:
+            BaseException: the job's.
+        """
+        try:
+            job = self._ended.get(timeout=wait_s)
+        except queue.Empty:
+            return []
+        if job.error is not None:
+            raise job.error
+        return [(job.index, job.result)]  # type: ignore[list-item]
+
+    def abandon_overdue(self) -> list[int]:
+        """Jobs over their time, whose results will not be taken any more; each thread is replaced."""
+        with self._lock:
+            now = time.monotonic()
+            overdue = [i for i, since in self._started.items() if now - since - self._queued_s(i) > self._timeout_s]
+            for index in overdue:
+                del self._started[index]
+            self._left -= len(overdue)
+            if overdue:
+                self._tell_in_flight()
+        for _ in overdue:
+            self._start_thread()
+        return overdue
+
+    def drop_the_rest(self) -> None:
+        """Start no further job."""
+        with self._lock:
+            self._todo.clear()
+        self._in_flight(0)
+
+    def _tell_in_flight(self) -> None:
+        self._in_flight(min(self._left, self._threads))
+
+    def _start_thread(self) -> None:
+        threading.Thread(target=self._work, name="rollout", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._todo:
+                    return
+                index = self._todo.popleft()
+                self._started[index] = time.monotonic()
+            try:
+                job = _Ended(index, self._jobs[index](), None)
+            except BaseException as error:
+                job = _Ended(index, None, error)
+            with self._lock:
+                if self._started.pop(index, None) is None:
+                    return  # it was abandoned, and another thread has taken this one's place
+                self._left -= 1
+                self._tell_in_flight()
+            self._ended.put(job)

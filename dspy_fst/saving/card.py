@@ -11,7 +11,7 @@ import dspy
 from dspy_fst.config import FSTConfig
 from dspy_fst.formatting.numbers import interval, number, plain, share, with_error
 from dspy_fst.report.costs import LABELS
-from dspy_fst.report.evaluated import Evaluated, TwoByTwo
+from dspy_fst.report.evaluated import Evaluated, EvaluatedCells
 from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.report.verdict import validations_table, verdict
 from dspy_fst.rollout.adapters import OWN, SavedAdapter, code_of
@@ -216,7 +216,7 @@ def _evaluation(made: Evaluated) -> tuple[str, ...]:
     return (plain(made.split), problems, *map(plain, under), number(made.mean), interval(made.low, made.high))
 
 
-def _crossed(table: TwoByTwo) -> str:
+def _crossed(table: EvaluatedCells) -> str:
     """What was measured under which conditions, and the four cells."""
 
     def line(row: str) -> list[str]:
