@@ -39,7 +39,7 @@ from rich.table import Table
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.engine.vllm.server import VLLMServer
-from dspy_fst.rollout.rollouter import Player, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import read_json, sha256_of, write_json
 from dspy_fst.slow.trainer import Trainer
@@ -278,19 +278,19 @@ class Paid:
 
 def watch(passages: Passages, paid: Paid, proposer: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
     """Let the run's phases pass; returns the proposer to use."""
-    play, play_one = Player.play, Player._play
+    play, play_one = Rollouter.rollout, Rollouter._rollout_one
     phase = ""
 
-    def watched_play(self: Player, tasks: Sequence[Task], draw: str, *rest: Any, **options: Any) -> Any:
+    def watched_play(self: Rollouter, tasks: Sequence[Task], draw: str, *rest: Any, **options: Any) -> Any:
         nonlocal phase
         phase = draw.partition("-")[0]
         paid.note("act", [draw, *((t.problem.index, t.candidate.digest, t.sample) for t in tasks)])
         return play(self, tasks, draw, *rest, **options)
 
-    def watched_play_one(self: Player, task: Task, spoken: Any, recording: Any, anew: bool) -> Any:
+    def watched_play_one(self: Rollouter, task: Task, copier: Any, recording: Any, anew: bool) -> Any:
         paid.note("rollout", recording.seed)
         with passages.at(f"{phase} rollout"):
-            return play_one(self, task, spoken, recording, anew)
+            return play_one(self, task, copier, recording, anew)
 
     def propose(
         candidate: dict[str, str], reflective_dataset: Mapping[str, Any], components_to_update: list[str]
@@ -301,7 +301,7 @@ def watch(passages: Passages, paid: Paid, proposer: Callable[..., dict[str, str]
         with passages.at("reflection"):
             return proposer(candidate, reflective_dataset, components_to_update)
 
-    Player.play, Player._play = watched_play, watched_play_one  # type: ignore[method-assign]
+    Rollouter.rollout, Rollouter._rollout_one = watched_play, watched_play_one  # type: ignore[method-assign]
     Trainer.step = _passing(passages, "update", Trainer.step)  # type: ignore[method-assign]
     InProcessEngine.load = _passing(passages, "load", InProcessEngine.load)  # type: ignore[method-assign]
     VLLMServer.load = _passing(passages, "load", VLLMServer.load)  # type: ignore[method-assign]

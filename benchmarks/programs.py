@@ -27,7 +27,7 @@ from dspy_fst.evaluation.measure import estimate, play
 from dspy_fst.evaluation.run_reader import Past
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
 from dspy_fst.run.files import read_json, write_json
 from dspy_fst.training.result import policy_of
 from programs import reckon, relay
@@ -107,12 +107,12 @@ def make(run: Run, out: Path) -> None:
     )
     compiled = optimizer.compile(task.program, trainset=task.trainset, valset=task.valset)
     policy, past = policy_of(compiled), Past.of(out / "run")
-    player = Player(
+    rollouter = Rollouter(
         compiled, Reward(task.metric), PlayerSettings(threads=64, seed=run.seed), policy.handle.engine.expect
     )
 
     def accuracy(checkpoint: Any, texts: Any) -> float:
-        return estimate(play(player, policy, checkpoint, texts, task.testset, SAMPLES), SAMPLES).mean_at_k
+        return estimate(play(rollouter, policy, checkpoint, texts, task.testset, SAMPLES), SAMPLES).mean_at_k
 
     base, seed_texts, texts = past.checkpoint("step-000000"), read_texts(task.program), read_texts(compiled)
     trained = policy.checkpoint

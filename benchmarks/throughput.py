@@ -36,7 +36,7 @@ from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.engine.sync import Expected, verify
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import write_json
 from dspy_fst.slow.credit import credit
@@ -81,13 +81,13 @@ def rollouts(kind: str, repeats: int, model: Path) -> list[float]:
     policy = PolicyLM(model, engine=kind, max_tokens=MAX_TOKENS)  # type: ignore[arg-type]
     lab.program.set_lm(policy)
     engine = policy.handle.ready()
-    player = Player(lab.program, Reward(lab.metric), PlayerSettings(), engine.expect)
+    rollouter = Rollouter(lab.program, Reward(lab.metric), PlayerSettings(), engine.expect)
     problems = [Problem(i, example) for i, example in enumerate(lab.trainset[:PROBLEMS])]
     population = Population.of_seed(read_texts(lab.program), 4)
     draws = iter(range(1_000_000))
 
     def play() -> list[Group]:
-        return player.groups(problems, population, GROUP, f"draw {next(draws)}")
+        return rollouter.groups(problems, population, GROUP, f"draw {next(draws)}")
 
     own = own_batch(engine, play())
     result = ratio(own, play, repeats)
@@ -139,9 +139,9 @@ def a_batch() -> tuple[Batch, list[Group]]:
     policy = PolicyLM(BASE, engine="in_process", max_tokens=MAX_TOKENS)
     lab.program.set_lm(policy)
     lab.program.solve.signature = lab.program.solve.signature.with_instructions(lab.world.told)
-    player = Player(lab.program, Reward(lab.metric), PlayerSettings(), policy.handle.ready().expect)
+    rollouter = Rollouter(lab.program, Reward(lab.metric), PlayerSettings(), policy.handle.ready().expect)
     problems = [Problem(i, example) for i, example in enumerate(lab.trainset[:PROBLEMS])]
-    groups = player.groups(problems, Population.of_seed(read_texts(lab.program), 4), GROUP, "batch")
+    groups = rollouter.groups(problems, Population.of_seed(read_texts(lab.program), 4), GROUP, "batch")
     policy.release()
     return credit(groups), groups
 

@@ -18,7 +18,7 @@ from dspy import lm15
 from dspy_fst import PolicyLM
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.slow.batching import Scored, chains
 from dspy_fst.types import Problem, Rollout
 from programs import smollm2
@@ -54,14 +54,14 @@ class Conversation(dspy.Module):
 def played(policy: PolicyLM, samples: int) -> list[Rollout]:
     program = Conversation(policy)
     threads = samples * len(QUESTIONS)
-    player = Player(
+    rollouter = Rollouter(
         program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings(threads=threads, timeout_s=3600)
     )
     examples = [dspy.Example(question=question).with_inputs("question") for question in QUESTIONS]
     seed = read_texts(program)
     tasks = [Task(Problem(i, example), seed, n) for i, example in enumerate(examples) for n in range(samples)]
     policy.handle.engine.expect(threads)
-    return player.play(tasks, "turns")
+    return rollouter.rollout(tasks, "turns")
 
 
 def measured(rollouts: list[Rollout], tokenizer: Any) -> dict[str, Any]:

@@ -154,7 +154,7 @@ class Rollout:
     """DSPy's trace: ``(predictor, inputs, prediction)`` for every module call."""
     asked: tuple[Any, ...] = ()
     """Every call of a predictor that speaks with the policy, as `rollout.rendering` can make its prompt again; empty
-    unless it was played for that (`Player.play`, ``anew``)."""
+    unless it was played for that (`Rollouter.rollout`, ``anew``)."""
 
     def __post_init__(self) -> None:
         if (self.reward is None) != (self.outcome.kind == "masked"):

@@ -9,7 +9,7 @@ from dspy_fst.evaluation.measure import play
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.run.directory import read_events
 from dspy_fst.training.result import policy_of
 from dspy_fst.types import Candidate, Problem
@@ -25,14 +25,14 @@ def tells_the_rule(candidate, reflective_dataset, components_to_update):
 
 def test_a_call_s_prompt_under_other_texts_is_the_one_that_those_texts_are_asked_with():
     program = relay()
-    player = Player(program, Reward(any_answer), PlayerSettings())
+    rollouter = Rollouter(program, Reward(any_answer), PlayerSettings())
     problem = Problem(0, dspy.Example(numbers="1 2 3 4 5").with_inputs("numbers"))
     seed = read_texts(program)
     other = Candidate({"first": "Sort the list.", "last": "Do not explain."})
-    (rollout,) = player.play([Task(problem, seed)], "test", anew=True)
+    (rollout,) = rollouter.rollout([Task(problem, seed)], "test", anew=True)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     assert prompts_under(seed, rollout, tokenizer) == tuple(call.prompt_ids for call in rollout.calls)
-    (spoken,) = player.play([Task(problem, other)], "test")
+    (spoken,) = rollouter.rollout([Task(problem, other)], "test")
     # Only the first call of both has the same inputs.
     assert prompts_under(other, rollout, tokenizer)[0] == spoken.calls[0].prompt_ids
     assert None not in prompts_under(other, rollout, tokenizer)
@@ -82,10 +82,10 @@ def test_no_reward_is_asked_for_and_the_kl_to_what_the_texts_teach_falls(distill
 def test_what_the_text_taught_is_in_the_weights_without_the_text(distilled):
     lab, compiled, _ = distilled
     policy = policy_of(compiled)
-    player = Player(compiled, Reward(lab.metric), PlayerSettings(), policy.handle.engine.expect)
+    rollouter = Rollouter(compiled, Reward(lab.metric), PlayerSettings(), policy.handle.engine.expect)
     seed = read_texts(lab.program)
     right = {
-        name: sum(r.reward or 0 for r in play(player, policy, checkpoint, seed, lab.testset, 2))
+        name: sum(r.reward or 0 for r in play(rollouter, policy, checkpoint, seed, lab.testset, 2))
         / (2 * len(lab.testset))
         for name, checkpoint in (("base", policy_of(lab.program).checkpoint), ("trained", policy.checkpoint))
     }

@@ -22,7 +22,7 @@ from dspy_fst.report.listing import list_runs
 from dspy_fst.report.summary import Summary, summary_of
 from dspy_fst.report.verdict import verdict
 from dspy_fst.rollout.components import read_texts
-from dspy_fst.rollout.rollouter import Player
+from dspy_fst.rollout.rollouter import Rollouter
 from dspy_fst.run.directory import read_events
 from dspy_fst.training.result import CompiledResults, policy_of
 from tests.cli.conftest import invoke
@@ -268,7 +268,7 @@ def told(run_dir):
 
 def test_a_run_that_dies_before_its_first_search_loses_one_batch_at_most(stopped, workplace, tmp_path, monkeypatch):
     """What the first look brought is committed before the start is validated."""
-    played, play = [], Player.play
+    played, play = [], Rollouter.rollout
 
     def noted(self, tasks, draw, *rest, **options):
         played.append(draw)
@@ -276,7 +276,7 @@ def test_a_run_that_dies_before_its_first_search_loses_one_batch_at_most(stopped
             raise deaths.pop() and ConnectionError("the machine goes down")
         return play(self, tasks, draw, *rest, **options)
 
-    monkeypatch.setattr(Player, "play", noted)
+    monkeypatch.setattr(Rollouter, "rollout", noted)
     deaths = ["validation"]
     with pytest.raises(ConnectionError):
         compiled_in(tmp_path / "died")

@@ -25,7 +25,7 @@ from dspy_fst.evaluation.measure import drift_of
 from dspy_fst.evaluation.run_reader import Past
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.run.files import write_json
 from dspy_fst.training.result import policy_of
 from dspy_fst.types import Candidate, Problem, Rollout, version_of
@@ -104,10 +104,10 @@ def make(run: Run, out: Path) -> None:
     )
     compiled = optimizer.compile(student, trainset=lab.trainset, valset=lab.valset)
     policy = policy_of(compiled)
-    player = Player(
+    rollouter = Rollouter(
         compiled, Reward(lab.metric), PlayerSettings(threads=64, seed=run.seed), policy.handle.engine.expect
     )
-    measurer = Measurer(Past.of(out / "run"), player, policy, (seed, read_texts(compiled)), lab.testset)
+    measurer = Measurer(Past.of(out / "run"), rollouter, policy, (seed, read_texts(compiled)), lab.testset)
     steps = measurer.steps(run.interval)
     under_seed = measurer.steps(run.seed_interval)
     lines = [measurer.line(step, ("seed", "evolved") if step in under_seed else ("evolved",)) for step in steps]
@@ -130,13 +130,13 @@ class Measurer:
     def __init__(
         self,
         past: Past,
-        player: Player,
+        rollouter: Rollouter,
         policy: PolicyLM,
         texts: tuple[Candidate, Candidate],
         examples: Sequence[Any],
     ):
         """`texts`: what the program started with, and what compile() returned."""
-        self.past, self.player, self.policy = past, player, policy
+        self.past, self.rollouter, self.policy = past, rollouter, policy
         self.seed, self.compiled = texts
         self.problems = [Problem(index, example) for index, example in enumerate(examples)]
         self.trained = list(past.record.steps)
@@ -189,7 +189,7 @@ class Measurer:
         if engine.weights != checkpoint.version:
             engine.load(checkpoint)
         tasks = [Task(problem, candidate, sample) for problem in self.problems for sample in range(SAMPLES)]
-        return self.player.play(tasks, "held out")
+        return self.rollouter.rollout(tasks, "held out")
 
     def _spent(self, step: int) -> dict[str, int]:
         """Everything before this step, its cycle's search included."""

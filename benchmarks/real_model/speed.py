@@ -37,13 +37,13 @@ def rollouts(engine: Engine, repeats: int) -> list[float]:
     """Rollouts a second in bfloat16 over those in float32, on the same prompts; one ratio a repeat."""
     with ExitStack() as stack:
 
-        def player(precision: Precision) -> Callable[[], list[Rollout]]:
+        def rollouter(precision: Precision) -> Callable[[], list[Rollout]]:
             speaker = policy(engine, precision)
             stack.callback(speaker.release)
             speaker.handle.ready()
             return lambda: play(speaker, "JSONAdapter", 2, ROLLOUTS)
 
-        return ratio(player("float32"), player("bfloat16"), repeats)
+        return ratio(rollouter("float32"), rollouter("bfloat16"), repeats)
 
 
 def updates(rollouts: Sequence[Rollout], repeats: int) -> list[float]:

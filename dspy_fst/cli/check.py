@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dspy_fst.memory import Available
     from dspy_fst.policy_lm import PolicyLM
     from dspy_fst.project.project_file import Opened, Project
-    from dspy_fst.rollout.rollouter import Player
+    from dspy_fst.rollout.rollouter import Rollouter
     from dspy_fst.training.request import Request
     from dspy_fst.types import Rollout
 
@@ -239,12 +239,12 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
         began = monotonic()
         policy.handle.ready()
         program = trainable_copy(opened.program, policy)
-        player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
-        _timed(player, opened, 1)  # the first call of an engine is slower than any other
+        rollouter = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
+        _timed(rollouter, opened, 1)  # the first call of an engine is slower than any other
         start_s = monotonic() - began
-        alone_s, _ = _timed(player, opened, 1)
-        together_s, rollouts = _timed(player, opened, SAMPLED)
-        helps = remedies(rollouts, player, opened.trainset, policy, config)
+        alone_s, _ = _timed(rollouter, opened, 1)
+        together_s, rollouts = _timed(rollouter, opened, SAMPLED)
+        helps = remedies(rollouts, rollouter, opened.trainset, policy, config)
     finally:
         policy.release()
     if faults := [*context_faults(policy, rollouts), *_unmeasured(rollouts)]:
@@ -267,7 +267,7 @@ def _measured(opened: "Opened", config: "FSTConfig", plan: dict[str, Any]) -> di
     }
 
 
-def _timed(player: "Player", opened: "Opened", count: int) -> "tuple[float, list[Rollout]]":
+def _timed(rollouter: "Rollouter", opened: "Opened", count: int) -> "tuple[float, list[Rollout]]":
     """Seconds that rollouts of the first examples take together."""
     from dspy_fst.rollout.components import read_texts
     from dspy_fst.rollout.rollouter import Task
@@ -277,7 +277,7 @@ def _timed(player: "Player", opened: "Opened", count: int) -> "tuple[float, list
     examples = opened.trainset[:count]
     tasks = [Task(Problem(index, example), seed) for index, example in enumerate(examples)]
     began = monotonic()
-    rollouts = player.play(tasks, f"check {count}")
+    rollouts = rollouter.rollout(tasks, f"check {count}")
     return monotonic() - began, rollouts
 
 

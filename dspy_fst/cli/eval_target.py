@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dspy_fst.policy_lm import PolicyLM
     from dspy_fst.project.project_file import Opened, Project
     from dspy_fst.project.recorded import Recorded
-    from dspy_fst.rollout.rollouter import Player
+    from dspy_fst.rollout.rollouter import Rollouter
     from dspy_fst.types import Candidate, Population
 
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class EvalTarget:
     """A population and weights, ready to play."""
 
-    player: "Player"
+    rollouter: "Rollouter"
     policy: "PolicyLM"
     seed: "Candidate"
     """The program's own texts."""
@@ -182,6 +182,6 @@ def subject_of(
     seed = texts_like(population.best, opened.program)
     if differing := sorted(population.best.texts.keys() ^ seed.texts.keys()):
         raise ConfigurationError([f"program: {path} is of another program; predictors that differ: {differing}"])
-    player = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
+    rollouter = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
     own = None if trust_code else opened.program
-    return EvalTarget(player, policy, seed, population, cycle, past, own, tuple(warnings))
+    return EvalTarget(rollouter, policy, seed, population, cycle, past, own, tuple(warnings))

@@ -88,8 +88,8 @@ def _scored(subject: EvalTarget, candidate: str, examples: "list[dspy.Example]",
     results = []
     with _progress(len(chosen) * len(examples) * k, subject.weights) as tick:
         for one in chosen:
-            rollouts = play(subject.player, subject.policy, subject.policy.checkpoint, one, examples, k, tick)
-            made = estimate(rollouts, k, subject.player.settings.seed)
+            rollouts = play(subject.rollouter, subject.policy, subject.policy.checkpoint, one, examples, k, tick)
+            made = estimate(rollouts, k, subject.rollouter.settings.seed)
             results.append(
                 {"kind": "eval", **_about(subject), "candidate": one.digest, **_figures(made, len(examples))}
             )
@@ -146,7 +146,7 @@ def _crossed(subject: EvalTarget, examples: "list[dspy.Example]", k: int) -> lis
     base = subject.past.checkpoint(version_of(0))
     evolved = subject.population.best
     with _progress(4 * len(examples) * k, f"{base.version} and {subject.weights}") as tick:
-        made = table(subject.player, subject.policy, base, subject.seed, evolved, examples, k=k, on_rollout=tick)
+        made = table(subject.rollouter, subject.policy, base, subject.seed, evolved, examples, k=k, on_rollout=tick)
     return [
         {
             "kind": "two_by_two",
@@ -169,7 +169,7 @@ def _cells(table: "TwoByTwo") -> "dict[str, Estimate]":
 
 
 def _about(subject: EvalTarget) -> dict[str, Any]:
-    return {"cycle": subject.cycle, "weights": subject.weights, "metric": subject.player.reward.identity}
+    return {"cycle": subject.cycle, "weights": subject.weights, "metric": subject.rollouter.reward.identity}
 
 
 @contextmanager
@@ -197,7 +197,7 @@ def _keep(subject: EvalTarget, results: Sequence[Mapping[str, Any]]) -> Path | N
     if subject.past is None or subject.warnings:
         return None
     try:
-        keep(subject.past.run_dir, Redactor.of(subject.player.program).clean(results))
+        keep(subject.past.run_dir, Redactor.of(subject.rollouter.program).clean(results))
     except DiskError as error:
         error.add_note("The evaluation was shown, but is not kept: reports will not have it")
         raise

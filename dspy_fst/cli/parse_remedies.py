@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from dspy_fst.config import FSTConfig
     from dspy_fst.policy_lm import PolicyLM
-    from dspy_fst.rollout.rollouter import Player
+    from dspy_fst.rollout.rollouter import Rollouter
     from dspy_fst.types import Population, Rollout
 
 
@@ -24,12 +24,12 @@ class _TrialInputs:
     population: "Population"
     policy: "PolicyLM"
     config: "FSTConfig"
-    player: "Player"
+    rollouter: "Rollouter"
 
 
 def remedies(
     rollouts: "Sequence[Rollout]",
-    player: "Player",
+    rollouter: "Rollouter",
     trainset: "Sequence[dspy.Example]",
     policy: "PolicyLM",
     config: "FSTConfig",
@@ -38,7 +38,7 @@ def remedies(
 
     Args:
         rollouts: That were measured.
-        player: Of these rollouts; its engine still runs.
+        rollouter: Of these rollouts; its engine still runs.
         trainset: Its examples are tried, and shown as demos.
         policy: What the program speaks with.
         config: The recipe; ``parse_trial`` says how many rollouts each form gets, and 0 tries none.
@@ -56,9 +56,9 @@ def remedies(
     reply = failed_reply_of(rollouts)
     if not config.parse_trial:
         return [f"{share:.0%} of the replies parse. {reply}. {form_advice(Form())}"]
-    typer.echo(announced(player.program, trainset, config.parse_trial), err=True)
-    population = Population.of_seed(read_texts(player.program), 1)
-    found = trial(_TrialInputs(player.program, trainset, population, policy, config, player), share)
+    typer.echo(announced(rollouter.program, trainset, config.parse_trial), err=True)
+    population = Population.of_seed(read_texts(rollouter.program), 1)
+    found = trial(_TrialInputs(rollouter.program, trainset, population, policy, config, rollouter), share)
     return [f"{reply}; {found.told()}" if reply else found.told()]
 
 

@@ -22,7 +22,7 @@ from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import texts_like
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.run.files import plain, writing
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.training.result import policy_of, start_of
@@ -144,14 +144,14 @@ def two_by_two(
     """
     policy = policy_of(compiled)
     reward, settings = Reward(metric, peers=testset), PlayerSettings(threads=threads, seed=seed)
-    player = Player(compiled, reward, settings, policy.handle.engine.expect)
+    rollouter = Rollouter(compiled, reward, settings, policy.handle.engine.expect)
     best = compiled.population.best
     own, evolved = texts_like(best, student), texts_like(best, compiled)
-    return table(player, policy, start_of(compiled), own, evolved, testset, k=k)
+    return table(rollouter, policy, start_of(compiled), own, evolved, testset, k=k)
 
 
 def table(
-    player: Player,
+    rollouter: Rollouter,
     policy: PolicyLM,
     base: Checkpoint,
     seed: Candidate,
@@ -161,17 +161,17 @@ def table(
     k: int,
     on_rollout: Callable[[Rollout], None] = lambda rollout: None,
 ) -> TwoByTwo:
-    """`two_by_two` with a player at hand; ``policy`` holds the trained weights, which its engine serves at the end."""
+    """`two_by_two` with a given rollouter. ``policy`` holds the trained weights; the engine serves them at the end."""
     texts, trained = {"seed": seed, "evolved": evolved}, policy.checkpoint
     rollouts = {}
     try:
         for weights, checkpoint in (("base", base), ("trained", trained)):
             for name, candidate in texts.items():
-                rollouts[weights, name] = play(player, policy, checkpoint, candidate, examples, k, on_rollout)
+                rollouts[weights, name] = play(rollouter, policy, checkpoint, candidate, examples, k, on_rollout)
     finally:
         policy.handle.engine.load(trained)
     cells = {
-        f"{weights} weights, {name} instructions": estimate(made, k, player.settings.seed)
+        f"{weights} weights, {name} instructions": estimate(made, k, rollouter.settings.seed)
         for (weights, name), made in rollouts.items()
     }
     drift = {f"{name} instructions": drift_of(trained, base, rollouts["trained", name]) for name in texts}
@@ -180,7 +180,7 @@ def table(
 
 
 def play(
-    player: Player,
+    rollouter: Rollouter,
     policy: PolicyLM,
     checkpoint: Checkpoint,
     candidate: Candidate,
@@ -193,7 +193,7 @@ def play(
     if engine.weights != checkpoint.version:
         engine.load(checkpoint)
     tasks = [Task(Problem(i, example), candidate, s) for i, example in enumerate(examples) for s in range(k)]
-    return player.play(tasks, f"evaluation {checkpoint.version}", on_rollout)
+    return rollouter.rollout(tasks, f"evaluation {checkpoint.version}", on_rollout)
 
 
 def drift_of(trained: Checkpoint, base: Checkpoint, rollouts: Sequence[Rollout]) -> Drift | None:

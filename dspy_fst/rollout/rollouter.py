@@ -1,8 +1,8 @@
 """Program x candidate x problem -> Rollout, many at once.
 
-A failure of the policy (a reply that does not parse, a context that overflows, a program that trips over
-its own LM's output) is scored. A run that never measured the policy (engine gone, tool outage, time-out,
-metric crash) is masked. Both are counted; the boundary is drawn once, in `dspy_fst.rollout.judge`.
+A rollout in which the policy failed (its reply does not parse, its prompt overflows the context, the program trips over
+its reply) is scored. A rollout that did not measure the policy (no engine, no tool, out of time, a broken metric) is
+masked. Both are counted. `dspy_fst.rollout.judge` alone decides which it was.
 """
 
 import contextvars
@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import dspy
 
@@ -24,7 +23,7 @@ from dspy_fst.rollout.copying import Copier
 from dspy_fst.rollout.judge import Judge
 from dspy_fst.rollout.outages import Outages
 from dspy_fst.rollout.parallel import parallel_calls_once
-from dspy_fst.rollout.parse_failures import FailedParses
+from dspy_fst.rollout.parse_failures import Entry, FailedParses
 from dspy_fst.rollout.rendering import Listening
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.worker_pool import run_all
@@ -55,11 +54,14 @@ class PlayerSettings:
     seed: int = 0
 
 
-class Player:
-    """Plays one program. Its predictors must already hold the LM whose engine is told of the rollouts in flight.
+class Rollouter:
+    """Makes rollouts of one program, whose predictors hold the policy already.
 
     Args:
-        in_flight: Told how many rollouts run at once (an engine's ``expect``).
+        program: What is run; each rollout runs a copy.
+        reward: The metric.
+        settings: How rollouts are made and failures scored.
+        in_flight: Called with the number of rollouts that run at once (an engine's ``expect``).
     """
 
     def __init__(
@@ -74,12 +76,21 @@ class Player:
         parallel_calls_once()
 
     def groups(
-        self, problems: Sequence[Problem], population: Population, group_size: int, draw: str, **watch: Any
+        self,
+        problems: Sequence[Problem],
+        population: Population,
+        group_size: int,
+        draw: str,
+        on_rollout: Callable[[Rollout], None] = lambda rollout: None,
     ) -> list[Group]:
         """G rollouts for each problem: each of the K members exactly G/K times.
 
         Args:
+            problems: One group is made for each.
+            population: Its members, repeated ones too, share the group evenly.
+            group_size: G, a multiple of K.
             draw: Name of the random draw, e.g. ``"step-12"``; the same name gives the same seeds.
+            on_rollout: Called with each rollout as it ends.
         """
         each = group_size // len(population.members)
         tasks = [
@@ -88,11 +99,11 @@ class Player:
             for position, member in enumerate(population.members)
             for repeat in range(each)
         ]
-        rollouts = self.play(tasks, draw, **watch)
+        rollouts = self.rollout(tasks, draw, on_rollout)
         size = each * len(population.members)
         return [Group(problem.index, tuple(rollouts[i * size : (i + 1) * size])) for i, problem in enumerate(problems)]
 
-    def play(
+    def rollout(
         self,
         tasks: Sequence[Task],
         draw: str,
@@ -100,27 +111,26 @@ class Player:
         *,
         anew: bool = False,
     ) -> list[Rollout]:
-        """Make the rollouts, in the order of the tasks. Never raises for what happens inside one.
+        """Make one rollout for each task, in order. What goes wrong inside one is its outcome, never an exception.
 
         Args:
-            tasks: What is played.
-            draw: Name of the random draw.
+            tasks: What is run.
+            draw: Name of the random draw; the same name gives the same seeds.
             on_rollout: Called with each rollout as it ends.
-            anew: Whether the prompts of these rollouts are to be rendered anew under other texts. Only then is each
-                call taken down in ``Rollout.asked``, with its predictor, inputs and adapter.
+            anew: Whether prompts of these rollouts will be rendered again under other texts. Only then is each call
+                recorded in ``Rollout.asked``, with its predictor, inputs and adapter.
         """
-        programs = {task.candidate.digest: task.candidate for task in tasks}
-        spoken = {digest: self._speaking(candidate) for digest, candidate in programs.items()}
+        candidates = {task.candidate.digest: task.candidate for task in tasks}
+        copiers = {digest: self._copier(candidate) for digest, candidate in candidates.items()}
         recordings = [Recording(self._seed(task, draw)) for task in tasks]
 
         def job(index: int) -> Callable[[], Rollout]:
             task = tasks[index]
             context = contextvars.copy_context()  # the caller's dspy.context holds inside the worker threads
-            return lambda: context.run(self._play, task, spoken[task.candidate.digest], recordings[index], anew)
+            return lambda: context.run(self._rollout_one, task, copiers[task.candidate.digest], recordings[index], anew)
 
         def timed_out(index: int) -> Rollout:
-            calls = recordings[index].close()
-            task = tasks[index]
+            task, calls = tasks[index], recordings[index].close()
             return Rollout(task.problem.index, task.candidate, calls, None, Outcome("masked", "timeout"))
 
         try:
@@ -134,12 +144,12 @@ class Player:
                     on_result=on_rollout,
                     queued_s=lambda index: recordings[index].queue_time.seconds,
                 )
-        finally:  # after an interrupt, threads still under way must not call any more
+        finally:  # after an interrupt, threads that still run must not call the policy any more
             for recording in recordings:
                 recording.close()
 
-    def _speaking(self, candidate: Candidate) -> Copier | UnboundError:
-        """What makes copies of the program under a candidate, its predictors tagged; or why there is none."""
+    def _copier(self, candidate: Candidate) -> Copier | UnboundError:
+        """Makes copies of the program under a candidate, its predictors tagged; or why there is no such program."""
         try:
             program = with_texts(self.program, candidate)
         except UnboundError as error:
@@ -151,17 +161,19 @@ class Player:
         entropy = repr((self.settings.seed, draw, task.problem.index, task.candidate.digest, task.sample))
         return int.from_bytes(hashlib.sha256(entropy.encode()).digest()[:8], "big")
 
-    def _play(self, task: Task, spoken: Copier | UnboundError, recording: Recording, anew: bool) -> Rollout:
-        if isinstance(spoken, UnboundError):
-            outcome = Outcome("failed", "unbound source", f"The source could not be read: {spoken}")
+    def _rollout_one(self, task: Task, copier: Copier | UnboundError, recording: Recording, anew: bool) -> Rollout:
+        if isinstance(copier, UnboundError):
+            outcome = Outcome("failed", "unbound source", f"The source could not be read: {copier}")
             return Rollout(task.problem.index, task.candidate, (), self.settings.failure_score, outcome)
-        program = spoken.copy(lean=True)
-        trace: list[Any] = []
-        parses, outages, listening = FailedParses(trace), Outages(), Listening()
-        judge = Judge(recording, parses, outages, self.settings.failure_score, self.settings.format_failure_score)
+        program = copier.copy(lean=True)
+        trace: list[Entry] = []
+        parse_failures, outages, call_listener = FailedParses(trace), Outages(), Listening()
+        judge = Judge(
+            recording, parse_failures, outages, self.settings.failure_score, self.settings.format_failure_score
+        )
         settings = {
             SETTING: recording,
-            "callbacks": [*dspy.settings.callbacks, parses, outages, *([listening] if anew else [])],
+            "callbacks": [*dspy.settings.callbacks, parse_failures, outages, *([call_listener] if anew else [])],
             "trace": trace,
             "disable_history": True,
         }
@@ -174,9 +186,9 @@ class Player:
             judgement = judge.raised(error)
         else:  # outside of the rollout's settings: the metric is no part of the run
             judgement = judge.returned(task.problem.example, prediction, trace, self.reward, self._blame)
-        calls, whole = recording.close(), parses.in_trace()
+        calls, whole_trace = recording.close(), parse_failures.in_trace()
         judge.forget()
-        return judgement.rollout(task.problem, task.candidate, calls, whole, tuple(listening.asked))
+        return judgement.rollout(task.problem, task.candidate, calls, whole_trace, tuple(call_listener.asked))
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def _announce_continued(session: Session, budget: Budget) -> None:
     session.run.tell({"event": "plan", "budget": asdict(budget)})
     done = f"{state['step']} of {budget.updates} updates are done"
     session.recorder.note(f"going on in {session.run.path}: {done}")
-    before, now = state.get("judged_by"), session.player.reward.identity
+    before, now = state.get("judged_by"), session.rollouter.reward.identity
     if session.validation.left_out:
         session.recorder.note(f"warning: {CHANGED.format(count=session.validation.left_out)}")
     if before != now:
@@ -100,6 +100,6 @@ def _subject(session: Session) -> dict[str, Any]:
         "trained": sorted(session.trained),
         "untrained": sorted(speaking - session.trained),
         "frozen": {name: lm.model for name, lm in lms.items() if name not in speaking and lm is not None},
-        "metric": session.player.reward.identity,
+        "metric": session.rollouter.reward.identity,
         "examples": {"trainset": len(session.trainset), "valset": len(session.valset)},
     }

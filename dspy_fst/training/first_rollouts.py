@@ -57,7 +57,7 @@ def try_first(session: Session) -> FirstLook:
     if faults:
         raise ConfigurationError(faults)
     scores = [rollout.reward for rollout in [*train, *val] if rollout.reward is not None and not rollout.failure]
-    scores += of_labels(session.player.reward.metric, session.trainset)
+    scores += of_labels(session.rollouter.reward.metric, session.trainset)
     for warning in scale_warnings(scores, session.config.perfect_score):
         session.run.emit("note", text=f"warning: {warning}")
     kept = str(describe(kept_by(session.program) or adapter_in_force()))
@@ -105,7 +105,7 @@ def _played(session: Session) -> tuple[list[Rollout], list[Rollout]]:
     candidate = session.population.best
     tasks = [Task(Problem(index, session.trainset[index]), candidate) for index in first]
     tasks += [Task(Problem(index, session.valset[index]), candidate, sample=1) for index in some]  # other seeds
-    rollouts = session.player.play(tasks, "preflight", anew=True)
+    rollouts = session.rollouter.rollout(tasks, "preflight", anew=True)
     return rollouts[: len(first)], rollouts[len(first) :]
 
 

@@ -111,7 +111,7 @@ def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
         trainer.load_state(run.trainer_state)
     program = trainable_copy(student, policy)
     seed = read_texts(student, tools=config.tool_descriptions == "evolved")
-    player = open_player(program, request.metric, config, policy.handle.engine.expect, request.trainset)
+    rollouter = open_player(program, request.metric, config, policy.handle.engine.expect, request.trainset)
     problems = fingerprint([example.toDict() for example in request.valset])
     samples = config.validation_samples
     return Session(
@@ -122,10 +122,10 @@ def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
         program=program,
         policy=policy,
         trained=frozenset(config.trained or policies_of(student)),
-        player=player,
+        rollouter=rollouter,
         trainer=trainer,
         run=run,
-        validation=Validation(run, player, request.valset, samples, problems, lambda: recoveries(policy)),
+        validation=Validation(run, rollouter, request.valset, samples, problems, lambda: recoveries(policy)),
         population=starting_population(student, seed, config.population_size, run.state),
         proposers=request.proposers,
     )

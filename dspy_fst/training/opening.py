@@ -1,4 +1,4 @@
-"""What a run or a command is put together from: a trainable copy of the program, a population and a player."""
+"""What a run or a command is put together from: a trainable copy of the program, a population and a rollouter."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
 from dspy_fst.rollout.tree import all_predictors
 from dspy_fst.run.files import population_from_json
 from dspy_fst.types import Candidate, Population
@@ -51,8 +51,8 @@ def open_player(
     config: FSTConfig,
     in_flight: Callable[[int], None],
     peers: Sequence[dspy.Example] = (),
-) -> Player:
-    """The player of a run or a command; ``peers`` are examples of the program's (see Reward)."""
+) -> Rollouter:
+    """The rollouter of a run or a command; ``peers`` are examples of the program's (see Reward)."""
     settings = PlayerSettings(
         threads=config.num_threads,
         timeout_s=config.rollout_timeout_s,
@@ -61,4 +61,4 @@ def open_player(
         seed=config.seed,
     )
     reward = Reward(metric, frozenset(name for name, _ in program.named_predictors()), peers)
-    return Player(program, reward, settings, in_flight)
+    return Rollouter(program, reward, settings, in_flight)

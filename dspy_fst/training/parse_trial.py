@@ -19,7 +19,7 @@ from dspy_fst.rollout.adapters import adapter_in_force, code_of, describe, keep,
 from dspy_fst.rollout.call_recorder import is_recorded
 from dspy_fst.rollout.components import in_python, with_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.training.session import Session
 from dspy_fst.types import Population, Problem, Rollout
 
@@ -56,7 +56,7 @@ class Subject(Protocol):
         """Says how many rollouts (``parse_trial``)."""
 
     @property
-    def player(self) -> Player:
+    def rollouter(self) -> Rollouter:
         """Says how rollouts are made, and what they earn."""
 
 
@@ -280,7 +280,7 @@ def trial(session: "Subject", before: float, reward_before: float | None = None)
     shown_to = tuple(name for name, predictor in speaking if _fits(predictor, demos))
     kept = kept_by(session.program)
     current = kept or adapter_in_force()
-    reward = Reward(lambda gold, pred, trace=None: 0.0) if reward_before is None else session.player.reward
+    reward = Reward(lambda gold, pred, trace=None: 0.0) if reward_before is None else session.rollouter.reward
 
     def attempt(setup: Setup) -> Attempt:
         return Attempt(setup, tuple(_played(session, reward, setup, demos if setup.demos else [], shown_to)))
@@ -322,9 +322,9 @@ def _played(
         Task(Problem(index % len(tried), tried[index % len(tried)]), session.population.best, index // len(tried))
         for index in range(session.config.parse_trial)
     ]
-    player = Player(program, reward, session.player.settings, session.policy.handle.engine.expect)
+    rollouter = Rollouter(program, reward, session.rollouter.settings, session.policy.handle.engine.expect)
     with dspy.context(adapter=setup.adapter):  # so that nobody is told that it differs from the setting
-        return player.play(tasks, f"parse trial {describe(setup.adapter)} {setup}")
+        return rollouter.rollout(tasks, f"parse trial {describe(setup.adapter)} {setup}")
 
 
 def _speaking(program: dspy.Module) -> list[tuple[str, dspy.Predict]]:

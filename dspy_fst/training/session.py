@@ -1,7 +1,7 @@
 """A run in progress: its methods are the verbs of the alternation in optimizer.py.
 
 `Schedule` decides what is due, `Recorder` keeps what is measured, `Publisher` hands the weights over, `Validation`
-measures on the valset, and `Observer` warns. A `Session` holds them, with the program, its player and the trainer.
+measures on the valset, and `Observer` warns. A `Session` holds them, with the program, its rollouter and the trainer.
 """
 
 import random
@@ -20,7 +20,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import held_under
 from dspy_fst.rollout.reward import feedback_by
-from dspy_fst.rollout.rollouter import Player, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason
 from dspy_fst.run.journal import Journal
@@ -52,7 +52,7 @@ class Session:
     policy: PolicyLM
     trained: frozenset[str]
     """Names of the predictors whose calls the weights learn from; all of them speak with the policy."""
-    player: Player
+    rollouter: Rollouter
     trainer: Trainer
     run: RunDirectory
     validation: Validation
@@ -121,7 +121,7 @@ class Session:
             [Problem(index, self.trainset[index]) for index in self.plan.anchors(cycle.index)],
             self.program,
             play=play,
-            feedback=feedback_by(self.player.reward),
+            feedback=feedback_by(self.rollouter.reward),
             settings=self._search_settings(cycle),
             propose=self.proposers.propose,
             code_proposer=self.proposers.code_proposer,
@@ -159,7 +159,7 @@ class Session:
         if self.config.method == "distill":
             return []
         with self.recorder.timed("sampling"):
-            groups = self.player.groups(
+            groups = self.rollouter.groups(
                 self._problems(step),
                 population,
                 self.config.group_size,
@@ -244,7 +244,7 @@ class Session:
 
     def _play(self, tasks: Sequence[Task], draw: str, *, anew: bool = False) -> list[Rollout]:
         with self.recorder.timed("sampling"):
-            return self.player.play(tasks, draw, self.recorder.rollout, anew=anew)
+            return self.rollouter.rollout(tasks, draw, self.recorder.rollout, anew=anew)
 
     def _own_texts(self) -> Candidate:
         return read_texts(self.program, tools=self.config.tool_descriptions == "evolved")
@@ -280,7 +280,7 @@ class Session:
         """Commit a state to go on from: the cycle in progress, the last one searched, steps made and the population."""
         save_trainer = self.trainer.save_state if self.publisher.unsaved else None
         place = {"cycle": cycle, "searched": searched, "step": step, "population": population}
-        judge = self.player.reward.identity
+        judge = self.rollouter.reward.identity
         self.run.commit(save_trainer, judged_by=judge, moved_at=self.publisher.moved_at, **place)
         self.publisher.unsaved = False
 

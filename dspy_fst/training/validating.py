@@ -16,7 +16,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.outcomes.counts import OutcomeCounts
-from dspy_fst.rollout.rollouter import Player, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.refusals import refuse_stale
 from dspy_fst.run.validated import EVENT, Validated, When, decline, validated_in
@@ -32,7 +32,7 @@ class Validation:
 
     Args:
         run: Whose events they are.
-        player: Makes the rollouts.
+        rollouter: Makes the rollouts.
         valset: The problems; empty for a run that validates nothing.
         samples: Rollouts of each problem and candidate.
         fingerprint: Of the problems, the same in every process.
@@ -42,15 +42,15 @@ class Validation:
     def __init__(
         self,
         run: RunDirectory,
-        player: Player,
+        rollouter: Rollouter,
         valset: Sequence[dspy.Example],
         samples: int,
         fingerprint: str,
         take_counts: Callable[[], Mapping[str, int]],
     ):
-        self._run, self._player, self._valset, self._samples = run, player, valset, samples
+        self._run, self._rollouter, self._valset, self._samples = run, rollouter, valset, samples
         self._take_counts = take_counts
-        self.terms = {"problems": fingerprint, "samples": samples, "metric": player.reward.identity}
+        self.terms = {"problems": fingerprint, "samples": samples, "metric": rollouter.reward.identity}
         everything = validated_in(run.events())
         self._made = len(everything)
         self.states = [state for state in everything if state.terms == self.terms]
@@ -129,7 +129,7 @@ class Validation:
         if not tasks:
             return []
         self._run.tell({"event": "phase", "phase": f"validating: {len(tasks)} rollouts"})
-        rollouts = self._player.play(tasks, DRAW)
+        rollouts = self._rollouter.rollout(tasks, DRAW)
         refuse_stale("validation", rollouts, weights)
         return rollouts
 

@@ -18,7 +18,7 @@ from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.rollout.adapters import keep
 from dspy_fst.rollout.components import carry, read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.run.directory import read_events
 from dspy_fst.saving.reconfigure import how_it_asks
 from dspy_fst.saving.save_load import policy_of
@@ -190,8 +190,8 @@ def test_a_frozen_lm_of_the_program_is_asked_as_dspy_does():
 
 def test_rollouts_never_ask_again_also_where_the_lm_may():
     program, engine = compiled_like(use_json_adapter_fallback=True)
-    player = Player(program, Reward(right), PlayerSettings())
-    (rollout,) = player.play([Task(Problem(1, RAMBLES), read_texts(program))], "test")
+    rollouter = Rollouter(program, Reward(right), PlayerSettings())
+    (rollout,) = rollouter.rollout([Task(Problem(1, RAMBLES), read_texts(program))], "test")
     assert rollout.failure == "parse"
     assert asked_once(engine)
     assert program(question=RAMBLES.question).answer == "2"  # outside of rollouts it may

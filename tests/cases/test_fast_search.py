@@ -11,7 +11,7 @@ from dspy_fst.fast.search_warnings import search_warnings
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.types import Population, Problem, Rollout
 from tests.fakes import fields, scripted_policy
 
@@ -32,11 +32,11 @@ def search(propose, *, speak=lambda m, s: fields(answer="no"), masked=lambda p, 
     program = Asks()
     program.set_lm(scripted_policy(speak, version="step-000000")[0])
     metric = Reward(lambda gold, pred, trace=None: float(pred.answer == gold.answer))
-    player = Player(program, metric, PlayerSettings(threads=2))
+    rollouter = Rollouter(program, metric, PlayerSettings(threads=2))
     asked = []
 
     def play(wanted):
-        played = player.play([Task(problem, candidate) for problem, candidate in wanted], "search")
+        played = rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search")
         given = []
         for (problem, candidate), rollout in zip(wanted, played, strict=True):
             nth = asked.count((problem.index, candidate.digest))

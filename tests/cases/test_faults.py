@@ -12,7 +12,7 @@ from dspy.utils.exceptions import LMRateLimitError
 
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.types import Problem
 from tests.cases.test_measured import FAILURE, Asks, FrozenLM, frozen, only_solve, play
 from tests.fakes import fields, scripted_policy
@@ -232,8 +232,8 @@ def over_the_set(metric, written, signature="question -> answer"):
     policy, _ = scripted_policy(lambda m, s: fields(answer=written), version="step-000000")
     program.set_lm(policy)
     with dspy.context(lm=policy):
-        player = Player(program, Reward(metric, peers=SET), PlayerSettings(threads=1, failure_score=FAILURE))
-        return player.play([Task(Problem(0, SET[0]), read_texts(program))], "test")[0]
+        rollouter = Rollouter(program, Reward(metric, peers=SET), PlayerSettings(threads=1, failure_score=FAILURE))
+        return rollouter.rollout([Task(Problem(0, SET[0]), read_texts(program))], "test")[0]
 
 
 def test_a_verdict_that_cannot_be_read_is_the_judge_s_fault():

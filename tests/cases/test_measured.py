@@ -13,7 +13,7 @@ from dspy.utils.exceptions import LMRateLimitError
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.types import PREDICTOR_TAG, Problem
 from tests.fakes import fields, scripted_policy
 
@@ -37,8 +37,8 @@ def play(program, speak=says_one, metric=right, example=GOLD, lm=True, asks_agai
         program.set_lm(policy)
     settings = PlayerSettings(threads=2, failure_score=FAILURE, format_failure_score=FORMAT, timeout_s=60)
     with dspy.context(lm=policy):
-        player = Player(program, Reward(metric), settings)
-        return player.play([Task(Problem(0, example), read_texts(program))], "test")[0]
+        rollouter = Rollouter(program, Reward(metric), settings)
+        return rollouter.rollout([Task(Problem(0, example), read_texts(program))], "test")[0]
 
 
 class FrozenLM(dspy.LM):

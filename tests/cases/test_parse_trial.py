@@ -50,7 +50,7 @@ def tried(program, policy, rollouts=2):
         population=Population((seed,), (0.0,)),
         policy=policy,
         config=SimpleNamespace(parse_trial=rollouts),
-        player=SimpleNamespace(settings=PlayerSettings(threads=2)),
+        rollouter=SimpleNamespace(settings=PlayerSettings(threads=2)),
     )
     return trial(session, 0.0)
 

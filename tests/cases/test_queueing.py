@@ -13,7 +13,7 @@ from dspy_fst import PolicyLM
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.types import Problem, Rollout
 from programs.lab import BASE
 from programs.lab.tokenizer import signature
@@ -57,9 +57,9 @@ def rollouts_of(policy: PolicyLM, timeout_s: float) -> list[Rollout]:
     program = dspy.Predict(signature("Reverse the list."))
     program.set_lm(policy)
     settings = PlayerSettings(threads=CALLERS, timeout_s=timeout_s)
-    player = Player(program, Reward(lambda gold, pred, trace=None: 1.0), settings, policy.handle.engine.expect)
+    rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), settings, policy.handle.engine.expect)
     examples = [dspy.Example(numbers=f"{n} 2 3").with_inputs("numbers") for n in range(CALLERS)]
-    return player.play([Task(Problem(n, e), read_texts(program)) for n, e in enumerate(examples)], "queue")
+    return rollouter.rollout([Task(Problem(n, e), read_texts(program)) for n, e in enumerate(examples)], "queue")
 
 
 def test_no_rollout_is_masked_for_the_time_in_which_its_call_was_queued(slow_policy):

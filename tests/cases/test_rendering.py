@@ -12,7 +12,7 @@ from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import held_under, prompts_under
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.training.result import policy_of
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
@@ -29,7 +29,7 @@ def tokenizer():
 
 
 def played(program, candidate):
-    (rollout,) = Player(program, Reward(any_answer), PlayerSettings()).play(
+    (rollout,) = Rollouter(program, Reward(any_answer), PlayerSettings()).rollout(
         [Task(PROBLEM, candidate)], "test", anew=True
     )
     return rollout
@@ -128,9 +128,9 @@ def test_distilling_through_such_an_adapter_is_refused_before_the_first_update(t
 
 def test_calls_are_taken_down_only_for_who_renders_them_anew():
     program = relay()
-    player = Player(program, Reward(any_answer), PlayerSettings())
+    rollouter = Rollouter(program, Reward(any_answer), PlayerSettings())
     for anew in (False, True):
-        (rollout,) = player.play([Task(PROBLEM, read_texts(program))], "test", anew=anew)
+        (rollout,) = rollouter.rollout([Task(PROBLEM, read_texts(program))], "test", anew=anew)
         assert rollout.calls
         assert bool(rollout.asked) is anew
     policy_of(program).release()

@@ -15,7 +15,7 @@ from dspy_fst.engine.sync import Expected, verify, verify_identity, verify_numbe
 from dspy_fst.errors import SyncError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.training.result import policy_of
 from dspy_fst.types import Candidate, Problem
@@ -149,9 +149,9 @@ def test_every_recorded_token_of_a_program_is_exact(policy):
     lab = build(train=16, val=1, test=1)
     seed = read_texts(program)
     candidates = [seed, Candidate({**seed.texts, "last": "Double the last number."})]
-    player = Player(program, Reward(any_answer), PlayerSettings(threads=32), policy.handle.engine.expect)
+    rollouter = Rollouter(program, Reward(any_answer), PlayerSettings(threads=32), policy.handle.engine.expect)
     tasks = [Task(Problem(i, e), c) for i, e in enumerate(lab.trainset) for c in candidates]
-    rollouts = player.play(tasks, "exact")
+    rollouts = rollouter.rollout(tasks, "exact")
     trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
 
     for task, rollout in zip(tasks, rollouts, strict=True):

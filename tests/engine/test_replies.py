@@ -10,7 +10,7 @@ from dspy_fst.engine.chat import chat_messages, chat_options
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Group, Problem
@@ -73,8 +73,8 @@ def test_a_reply_that_is_cut_off_in_its_thoughts_does_not_parse_and_is_counted(p
     program = dspy.Predict("question -> answer")
     program.set_lm(policy.copy(max_tokens=6))
     example = dspy.Example(question="Who?").with_inputs("question")
-    player = Player(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings())
-    (rollout,) = player.play([Task(Problem(0, example), read_texts(program))], "cut")
+    rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings())
+    (rollout,) = rollouter.rollout([Task(Problem(0, example), read_texts(program))], "cut")
     (call,) = rollout.calls
     assert (rollout.failure, call.finish_reason) == ("parse", "length")
     assert 0 < call.reasoning_tokens <= 6

@@ -16,7 +16,7 @@ from dspy_fst.rollout.call_recorder import tag_predictors
 from dspy_fst.rollout.components import UnboundError, read_texts, with_texts
 from dspy_fst.rollout.jsonable import rollouts_from_json, rollouts_to_json
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.run.journal import Journal
 from dspy_fst.training.opening import starting_population
 from dspy_fst.training.request import _left_out
@@ -93,19 +93,19 @@ def plain(messages, seed):
     return fields(next_thought="t", next_tool_name="search" if told else "finish", next_tool_args=args)
 
 
-def player_of(program, speak=plain):
+def rollouter_of(program, speak=plain):
     policy, engine = scripted_policy(speak)
     program.set_lm(policy)
-    return Player(program, Reward(loud), PlayerSettings(threads=2), engine.expect)
+    return Rollouter(program, Reward(loud), PlayerSettings(threads=2), engine.expect)
 
 
 def evolved(program, *, tools=False, propose=None, budget=30, speak=plain, **arguments):
-    player = player_of(program, speak)
+    rollouter = rollouter_of(program, speak)
     return evolve(
         Population.of_seed(read_texts(program, tools=tools), 2),
         PROBLEMS,
         program,
-        play=lambda wanted: player.play([Task(problem, candidate) for problem, candidate in wanted], "search"),
+        play=lambda wanted: rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search"),
         feedback=lambda e, p, t, n, pt: Reward(loud)(e, p, t, n, pt).feedback,
         propose=propose,
         settings=SearchSettings(size=2, budget=budget, minibatch=2, **arguments.pop("settings", {})),
@@ -114,14 +114,14 @@ def evolved(program, *, tools=False, propose=None, budget=30, speak=plain, **arg
 
 
 def test_a_search_that_met_a_source_that_does_not_bind_is_taken_up_again(tmp_path):
-    player = player_of(program := Shouts())
+    rollouter = rollouter_of(program := Shouts())
     batches = []
 
     def play(wanted):
         batches.append(wanted)
         if len(batches) == dies_at:
             raise KeyboardInterrupt
-        return player.play([Task(problem, candidate) for problem, candidate in wanted], "search")
+        return rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search")
 
     def search():
         return evolve(
@@ -298,9 +298,9 @@ def test_a_reflection_lm_writes_sources_through_dspy_s_own_proposer():
 )
 def test_a_source_that_does_not_bind_or_that_raises_is_a_failed_rollout(source, failure):
     program = Shouts()
-    player = player_of(program)
+    rollouter = rollouter_of(program)
     broken = Candidate({**read_texts(program).texts, "last": source})
-    (rollout,) = player.play([Task(PROBLEMS[0], broken)], "test")
+    (rollout,) = rollouter.rollout([Task(PROBLEMS[0], broken)], "test")
     assert (rollout.reward, rollout.failure, rollout.mask) == (0.0, failure, None)
     assert rollout.feedback
 
@@ -324,7 +324,7 @@ def test_a_source_s_own_fault_is_scored_whether_or_not_a_predictor_has_spoken(pr
     program = program(lambda: LocalInterpreter(execution_timeout=limit))
     source = f"class X(dspy.Module):\n    def forward(self, **inputs):\n        {body}"
     faulty = Candidate({**read_texts(program).texts, "last": source})
-    (rollout,) = player_of(program).play([Task(PROBLEMS[0], faulty)], "test")
+    (rollout,) = rollouter_of(program).rollout([Task(PROBLEMS[0], faulty)], "test")
     assert (rollout.reward, rollout.failure, rollout.mask) == (0.0, "source", None)
     assert FAULTS[body] in rollout.feedback
 
@@ -345,7 +345,7 @@ def test_faulty_sources_do_not_stop_a_search():
 
 def test_calls_inside_a_source_come_back_from_a_journal_in_their_places():
     program = Shouts()
-    (rollout,) = player_of(program).play([Task(PROBLEMS[0], read_texts(program))], "test")
+    (rollout,) = rollouter_of(program).rollout([Task(PROBLEMS[0], read_texts(program))], "test")
     assert len(rollout.trace) == 2
     tag_predictors(program)
     data = json.loads(json.dumps(rollouts_to_json([rollout])))
@@ -367,7 +367,7 @@ def missing():
 @pytest.mark.parametrize("program", [Shouts, First])
 def test_an_interpreter_that_cannot_start_masks(program, interpreter):
     program = program(interpreter)
-    (rollout,) = player_of(program).play([Task(PROBLEMS[0], read_texts(program))], "test")
+    (rollout,) = rollouter_of(program).rollout([Task(PROBLEMS[0], read_texts(program))], "test")
     assert (rollout.reward, rollout.mask) == (None, "interpreter: CodeInterpreterError")
 
 
@@ -376,7 +376,7 @@ def test_an_engine_s_outage_inside_a_source_masks():
         raise EngineError("the server is gone")
 
     program = First()
-    (rollout,) = player_of(program, fails).play([Task(PROBLEMS[0], read_texts(program))], "test")
+    (rollout,) = rollouter_of(program, fails).rollout([Task(PROBLEMS[0], read_texts(program))], "test")
     assert rollout.reward is None
     assert rollout.mask.startswith("lm: ")
     assert "the server is gone" in rollout.feedback
@@ -384,13 +384,13 @@ def test_an_engine_s_outage_inside_a_source_masks():
 
 def test_a_broken_source_never_gets_into_a_population_although_failing_scores_best():
     program = Shouts()
-    player = player_of(program)
-    player.settings = PlayerSettings(threads=2, failure_score=1.0)
+    rollouter = rollouter_of(program)
+    rollouter.settings = PlayerSettings(threads=2, failure_score=1.0)
     search = evolve(
         Population.of_seed(read_texts(program), 2),
         PROBLEMS,
         program,
-        play=lambda wanted: player.play([Task(problem, candidate) for problem, candidate in wanted], "search"),
+        play=lambda wanted: rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search"),
         feedback=lambda *given: "",
         propose=lambda candidate, reflective_dataset, components_to_update: {},
         code_proposer=lambda **given: dict.fromkeys(given["components_to_update"], "def ("),

@@ -12,7 +12,7 @@ from dspy_fst.fast.search_journal import NoJournal
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.run.journal import Journal
 from dspy_fst.types import Candidate, Population, Problem, Rollout
 from tests.fakes import fields, scripted_policy
@@ -59,7 +59,7 @@ class Searcher:
         policy, engine = scripted_policy(speak)
         engine.version = "step-000000"
         self.program.set_lm(policy)
-        self.player = Player(self.program, Reward(metric), PlayerSettings(threads=4))
+        self.rollouter = Rollouter(self.program, Reward(metric), PlayerSettings(threads=4))
         self.asked: list[tuple[str, int]] = []
         self.seen: list[dict] = []
         self.turn = 0
@@ -68,7 +68,7 @@ class Searcher:
 
     def play(self, wanted):
         self.asked += [(candidate.digest, problem.index) for problem, candidate in wanted]
-        return self.player.play([Task(problem, candidate) for problem, candidate in wanted], "search")
+        return self.rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search")
 
     def by_turns(self, candidate, reflective_dataset, components_to_update):
         self.seen.append(reflective_dataset)
@@ -208,7 +208,7 @@ def test_predictors_that_share_a_signature_reflect_on_their_own_calls():
     searcher.program = Twins()
     policy, _ = scripted_policy(speak, version="v")
     searcher.program.set_lm(policy)
-    searcher.player = Player(searcher.program, Reward(metric), PlayerSettings(threads=4))
+    searcher.rollouter = Rollouter(searcher.program, Reward(metric), PlayerSettings(threads=4))
     searcher.evolve(perfect_score=2.0)
     asked = {name: {r["Inputs"]["question"] for r in data[name]} for data in searcher.seen for name in data}
     assert asked["one"] == {"0"}
@@ -224,7 +224,7 @@ def test_the_reflection_is_told_why_a_run_failed():
     searcher.program = Trips()
     policy, _ = scripted_policy(speak, version="v")
     searcher.program.set_lm(policy)
-    searcher.player = Player(searcher.program, Reward(metric), PlayerSettings(threads=4))
+    searcher.rollouter = Rollouter(searcher.program, Reward(metric), PlayerSettings(threads=4))
     searcher.evolve()
     told = {record["Feedback"] for data in searcher.seen for records in data.values() for record in records}
     assert told == {"The program failed: 'no'"}

@@ -18,7 +18,7 @@ from dspy_fst.engine import in_process
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.outcomes.counts import OutcomeCounts
-from dspy_fst.rollout.rollouter import Player
+from dspy_fst.rollout.rollouter import Rollouter
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Call, Rollout, Row
@@ -71,7 +71,7 @@ def append_words(candidate: dict[str, str], reflective_dataset: Any, components_
 
 @dataclass
 class Watched:
-    """One run: what its player gave, what its engine sampled, what its trainer was given, and what it logged."""
+    """One run: what its rollouter gave, what its engine sampled, what its trainer was given, and what it logged."""
 
     rollouts: list[tuple[str, Rollout]] = field(default_factory=list)
     """With the name of their draw, such as ``"step-0"``."""
@@ -151,9 +151,9 @@ def run_watched(
 @contextmanager
 def _watching() -> Iterator[Watched]:
     watched = Watched()
-    play, step, generate, complete = Player.play, Trainer.step, in_process.generate, Supervisor.complete
+    play, step, generate, complete = Rollouter.rollout, Trainer.step, in_process.generate, Supervisor.complete
 
-    def watched_play(self: Player, tasks: Any, draw: str, *rest: Any, **options: Any) -> list[Rollout]:
+    def watched_play(self: Rollouter, tasks: Any, draw: str, *rest: Any, **options: Any) -> list[Rollout]:
         rollouts = play(self, tasks, draw, *rest, **options)
         watched.rollouts += [(draw, rollout) for rollout in rollouts]
         return rollouts
@@ -174,7 +174,7 @@ def _watching() -> Iterator[Watched]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Supervisor, "complete", watched_complete)
-        patch.setattr(Player, "play", watched_play)
+        patch.setattr(Rollouter, "rollout", watched_play)
         patch.setattr(Trainer, "step", watched_step)
         patch.setattr(in_process, "generate", watched_generate)
         yield watched

@@ -5,7 +5,7 @@ import pytest
 
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward, UnmeasuredError, feedback_by
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.types import Problem
 from tests.fakes import fields, scripted_policy
 
@@ -34,8 +34,10 @@ def play(said, metric, answered="[[ ## answer ## ]]\nyes\n\n[[ ## completed ## ]
         lambda messages, seed: said if "`question`" in messages[0]["content"] else answered
     )
     program.set_lm(policy)
-    player = Player(program, Reward(metric, NAMES), PlayerSettings(threads=1, format_failure_score=-1.0), engine.expect)
-    return player.play([Task(PROBLEM, read_texts(program))], "test")[0]
+    rollouter = Rollouter(
+        program, Reward(metric, NAMES), PlayerSettings(threads=1, format_failure_score=-1.0), engine.expect
+    )
+    return rollouter.rollout([Task(PROBLEM, read_texts(program))], "test")[0]
 
 
 @pytest.mark.parametrize("kind", [dspy.Prediction, dict])

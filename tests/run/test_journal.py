@@ -12,7 +12,7 @@ from dspy_fst.fast.evolve import SearchSettings, evolve
 from dspy_fst.fast.search_journal import NoJournal
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import Player, PlayerSettings
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
 from dspy_fst.run.journal import Journal
 from dspy_fst.types import Candidate, Population
 from tests.fakes import fields, scripted_policy
@@ -164,7 +164,7 @@ class PureSearcher(Searcher):
             self.program = program
             policy, _ = scripted_policy(speak, version="step-000000")
             self.program.set_lm(policy)
-            self.player = Player(self.program, Reward(metric), PlayerSettings(threads=4))
+            self.rollouter = Rollouter(self.program, Reward(metric), PlayerSettings(threads=4))
         self.reflections = []
 
     def by_records(self, candidate, reflective_dataset, components_to_update):

@@ -13,7 +13,7 @@ from dspy.utils.exceptions import AdapterParseError
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward, UnmeasuredError, metric_fault
-from dspy_fst.rollout.rollouter import Player, PlayerSettings, Task
+from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.rollout.summaries import failed_reply_of, shown
 from dspy_fst.run.interrupts import Terminated
 from dspy_fst.types import Candidate, Population, Problem
@@ -45,23 +45,23 @@ def exact(gold, pred, trace=None):
     return float(pred.answer == gold.answer)
 
 
-def player_of(program, speak=speak, metric=exact, **settings):
+def rollouter_of(program, speak=speak, metric=exact, **settings):
     policy, engine = scripted_policy(speak)
     program.set_lm(policy)
     engine.version = "step-000001"
-    return Player(program, Reward(metric), PlayerSettings(threads=8, **settings), engine.expect), engine
+    return Rollouter(program, Reward(metric), PlayerSettings(threads=8, **settings), engine.expect), engine
 
 
 def play_one(program, **arguments):
-    player, _ = player_of(program, **arguments)
-    return player.play([Task(PROBLEMS[1], read_texts(program))], "test")[0]
+    rollouter, _ = rollouter_of(program, **arguments)
+    return rollouter.rollout([Task(PROBLEMS[1], read_texts(program))], "test")[0]
 
 
 def test_every_call_carries_its_predictor_candidate_and_weights():
     program = TwoStep()
-    player, _ = player_of(program)
+    rollouter, _ = rollouter_of(program)
     candidates = [Candidate({**read_texts(program).texts, "answer": f"Say it {i}."}) for i in range(2)]
-    rollouts = player.play([Task(p, c, s) for p in PROBLEMS for c in candidates for s in range(4)], "test")
+    rollouts = rollouter.rollout([Task(p, c, s) for p in PROBLEMS for c in candidates for s in range(4)], "test")
     assert len(rollouts) == 32
     for rollout in rollouts:
         assert [call.predictor for call in rollout.calls] == ["draft"] * rollout.problem + ["answer"]
@@ -73,10 +73,10 @@ def test_every_call_carries_its_predictor_candidate_and_weights():
 
 def test_a_group_holds_each_candidate_g_over_k_times():
     program = TwoStep()
-    player, _ = player_of(program)
+    rollouter, _ = rollouter_of(program)
     seed = read_texts(program)
     population = Population(tuple(Candidate({**seed.texts, "draft": str(i)}) for i in range(4)), (None,) * 4)
-    groups = player.groups(PROBLEMS, population, 8, "step-0")
+    groups = rollouter.groups(PROBLEMS, population, 8, "step-0")
     for group, problem in zip(groups, PROBLEMS, strict=True):
         assert group.problem == problem.index
         assert [r.candidate.texts["draft"] for r in group.rollouts] == list("00112233")
@@ -92,9 +92,9 @@ def test_seeds_depend_on_the_draw_and_the_sample_but_not_on_threads():
             return speak(messages, seed)
 
         program = TwoStep()
-        player, _ = player_of(program, listen)
-        player.settings = PlayerSettings(threads=threads)
-        player.play([Task(PROBLEMS[2], read_texts(program), sample) for sample in range(3)], "a")
+        rollouter, _ = rollouter_of(program, listen)
+        rollouter.settings = PlayerSettings(threads=threads)
+        rollouter.rollout([Task(PROBLEMS[2], read_texts(program), sample) for sample in range(3)], "a")
         seen.append(asked)
     assert seen[0] == seen[1]
     assert len(seen[0]) == 9  # three samples of three calls, two of which ask the same prompt
@@ -142,9 +142,9 @@ def test_rollouts_never_read_the_cache(monkeypatch, tmp_path):
 
     monkeypatch.setattr(dspy, "cache", dspy.clients.cache.Cache(True, True, str(tmp_path), 10**6, 100))
     program = dspy.Predict("question -> answer", cache=True)
-    player, _ = player_of(program, listen)
+    rollouter, _ = rollouter_of(program, listen)
     for _ in range(3):  # one after another: calls made at once all miss, cached or not
-        player.play([Task(PROBLEMS[1], read_texts(program))], "same")
+        rollouter.rollout([Task(PROBLEMS[1], read_texts(program))], "same")
     assert len(asked) == 3
 
 
@@ -204,9 +204,9 @@ def test_a_frozen_lm_s_failure_is_not_the_policy_s():
             return self.judge(answer=self.answer(question=question).answer)
 
     program = Mixed()
-    player, _ = player_of(program)
+    rollouter, _ = rollouter_of(program)
     program.judge.lm = dspy.utils.DummyLM([{"nonsense": "x"}] * 9)
-    rollout = player.play([Task(PROBLEMS[1], read_texts(program))], "test")[0]
+    rollout = rollouter.rollout([Task(PROBLEMS[1], read_texts(program))], "test")[0]
     assert rollout.mask == "frozen lm: AdapterParseError"
     assert [call.predictor for call in rollout.calls] == ["answer"]
 
@@ -272,9 +272,9 @@ def test_a_try_of_best_of_n_that_does_not_parse_is_traced_before_the_one_that_co
 
 def test_a_frozen_lm_s_failed_parse_that_the_program_handles_is_not_traced():
     program = Retries()
-    player, _ = player_of(program, speak=half_spoken)
+    rollouter, _ = rollouter_of(program, speak=half_spoken)
     program.draft.lm = dspy.utils.DummyLM([{"nonsense": "x"}] * 9)
-    rollout = player.play([Task(PROBLEMS[1], read_texts(program))], "test")[0]
+    rollout = rollouter.rollout([Task(PROBLEMS[1], read_texts(program))], "test")[0]
     assert [predictor._fst_predictor_name for predictor, _, _ in rollout.trace] == ["answer"]
 
 
@@ -325,9 +325,9 @@ def test_a_rollout_over_its_time_is_masked_and_its_late_calls_are_refused():
             return reply
 
     program = Hangs()
-    player, engine = player_of(program, timeout_s=3)
+    rollouter, engine = rollouter_of(program, timeout_s=3)
     started = time.monotonic()
-    rollouts = player.play([Task(p, read_texts(program)) for p in PROBLEMS], "test")
+    rollouts = rollouter.rollout([Task(p, read_texts(program)) for p in PROBLEMS], "test")
     assert time.monotonic() - started < 15
     assert [r.mask for r in rollouts] == [None, "timeout", None, None]
     assert engine.expected[-1] == 0
