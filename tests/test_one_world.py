@@ -293,7 +293,7 @@ def test_a_stopped_python_run_is_resumed_from_the_command_line(here):
     other = invoke("resume", run_dir, "--program", "mine_too:Other", *CODE[2:], *data, code=2).stderr
     assert "holds a run of another configuration: program (there" in other
     told = invoke("resume", run_dir, *CODE, *data)
-    assert "1 weight updates in 1 steps" in told.stdout
+    assert "1 weight update in 1 step;" in told.stdout
     assert (run_dir / "compiled" / "policy.json").is_file()
     kept = yaml.safe_load((run_dir / "project.yaml").read_text())
     assert (kept["program"], kept["folder"], kept["policy"]["temperature"]) == ("mine_too:Relay", str(here), 1.5)

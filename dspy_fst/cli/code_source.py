@@ -6,7 +6,7 @@ the working directory when a flag names it. Everything that is missing is told i
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -53,7 +53,7 @@ WHAT = {
 def project_for(
     recorded: "Recorded",
     file: Path | None,
-    flags: Mapping[str, Any],
+    flags: Mapping[str, object],
     wanted: list[str],
     *,
     examples: str | None = None,
@@ -97,7 +97,7 @@ def project_for(
     return recorded.project(settings, here, to_train=to_train)
 
 
-def _absolute(value: Any, here: Path) -> Any:
+def _absolute(value: object, here: Path) -> object:
     """A .jsonl file's path is the working directory's."""
     return str((here / value).resolve()) if isinstance(value, str) and value.endswith(".jsonl") else value
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dspy_fst.cli.code_source import project_for
 from dspy_fst.errors import ConfigurationError
@@ -43,7 +43,7 @@ class EvalTarget:
 
 
 def project_and_past(
-    path: Path, file: Path | None, flags: Mapping[str, Any], split: str
+    path: Path, file: Path | None, flags: Mapping[str, object], split: str
 ) -> "tuple[Project, Recorded, Past | None]":
     """The project, what the run or the saved program tells of itself, and the run when there is one."""
     from dspy_fst.evaluation.run_reader import Past

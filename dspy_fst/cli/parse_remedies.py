@@ -1,8 +1,8 @@
-"""`dspy-fst check --measure` where hardly any reply parses: the remedy, tried on this very model."""
+"""`dspy-fst check --measure` where hardly any reply parses: other forms of prompt, tried on this model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _TrialInputs:
-    """As much of a run as a trial of other forms needs (`dspy_fst.training.parse_trial.Subject`)."""
+    """The part of a run that a trial of other prompt forms needs (see `dspy_fst.training.parse_trial`)."""
 
     program: "dspy.Module"
     trainset: "Sequence[dspy.Example]"
@@ -34,14 +34,14 @@ def remedies(
     policy: "PolicyLM",
     config: "FSTConfig",
 ) -> list[str]:
-    """What helps where fewer than half of the replies parse, as a run would find it; empty where they do.
+    """What a run would advise where fewer than half of the replies parse; empty where more do.
 
     Args:
-        rollouts: That were measured.
-        rollouter: Of these rollouts; its engine still runs.
-        trainset: Its examples are tried, and shown as demos.
-        policy: What the program speaks with.
-        config: The recipe; ``parse_trial`` says how many rollouts each form gets, and 0 tries none.
+        rollouts: Rollouts that were measured.
+        rollouter: What made these rollouts. Its engine must still run.
+        trainset: Examples to try and to show as demos.
+        policy: The LM of the program.
+        config: The recipe. ``parse_trial`` is the number of rollouts for each form; 0 tries none.
     """
     from dspy_fst.monitoring.form_advice import Form, form_advice
     from dspy_fst.rollout.components import read_texts
@@ -60,12 +60,3 @@ def remedies(
     population = Population.of_seed(read_texts(rollouter.program), 1)
     found = trial(_TrialInputs(rollouter.program, trainset, population, policy, config, rollouter), share)
     return [f"{reply}; {found.told()}" if reply else found.told()]
-
-
-def measured_warnings(time: dict[str, Any] | None) -> Iterator[str]:
-    """What the sampled rollouts say of the program."""
-    if time is not None:
-        yield from time["remedies"]
-        lost = ", ".join(f"{reason}: {count}" for reason, count in time["lost"].items())
-        if lost and not time["remedies"]:
-            yield f"of {time['rollouts'] + 1} rollouts that were sampled some failed or measured nothing ({lost})"

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dspy_fst.model_files.reach import why_silent
 
 if TYPE_CHECKING:
+    import dspy
+
     from dspy_fst.project.project_file import Opened, Project
 
 
@@ -46,7 +48,7 @@ def unreached(opened: "Opened") -> Iterator[str]:
         )
 
 
-def _missing_keys(name: str, lm: Any) -> Sequence[str]:
+def _missing_keys(name: str, lm: "dspy.LM") -> Sequence[str]:
     """Environment variables that the provider wants and that are not set; none where the LM says where to ask."""
     if lm.kwargs.get("api_key") or lm.kwargs.get("api_base"):
         return ()

@@ -1,11 +1,11 @@
-"""`dspy-fst show`."""
+"""`dspy-fst show`: the tables of a run in the terminal, made of its record alone."""
 
 import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from dspy_fst.cli.common import Debug, Json, errors_as_text
 from dspy_fst.cli.show_samples import SAMPLES, show_samples
 
 if TYPE_CHECKING:
+    from dspy_fst.cli.printer import Printer
     from dspy_fst.report.lineage import Node
     from dspy_fst.report.run_record import RunRecord
     from dspy_fst.types import StepReport
@@ -26,15 +27,15 @@ def show(
         int | None, typer.Option(min=0, help=f"How many of the last steps; {SHOWN_STEPS}, or all with --json.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Show so many recorded rollouts instead, the newest last.")
+        int | None, typer.Option(min=1, help="Show this many recorded rollouts instead, the newest last.")
     ] = None,
-    failed: Annotated[bool, typer.Option("--failed", help="Of the samples, only what failed or was masked.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Show only samples that failed or were masked.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a run's tables in the terminal, or replies that were sampled (--samples).
+    """Show a run's tables in the terminal, or sampled replies (--samples).
 
-    Also of a run that is under way or was killed: cycles, steps, predictors, population, costs, evaluations.
+    Cycles, steps, predictors, population, costs and evaluations. The run may be under way or killed.
     """
     with errors_as_text(debug):
         from dspy_fst.report.from_directory import read_records
@@ -48,9 +49,9 @@ def show(
             _print(run_dir, record, _last(record, SHOWN_STEPS if steps is None else steps))
 
 
-def summary(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) -> dict[str, Any]:
-    """What is shown, as one JSON object."""
-    from dspy_fst.report.verdict import validation_told
+def summary(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) -> dict[str, object]:
+    """The same as JSON."""
+    from dspy_fst.report.verdict import validation_figures
 
     return {
         "run_dir": str(run_dir.resolve()),
@@ -59,7 +60,7 @@ def summary(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) -
         "steps_planned": record.budget.get("updates"),
         "cycles": [{**asdict(cycle), "reward": _cycle_reward(record, cycle.cycle)} for cycle in record.cycles],
         "steps": [asdict(step) for step in steps],
-        "predictors": [asdict(earned) for earned in record.predictors],
+        "predictors": [asdict(totals) for totals in record.predictors],
         "population": [
             {
                 "digest": node.digest,
@@ -73,18 +74,18 @@ def summary(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) -
         ],
         "ending": record.ending.words,
         "ended": None if record.ended is None else asdict(record.ended),
-        "validations": [validation_told(record, state) for state in record.validations],
+        "validations": [validation_figures(record, state) for state in record.validations],
         "returned": None if record.returned is None else record.returned.index,
         "costs": {**asdict(record.costs), "rollouts": record.costs.rollouts, "tokens": record.costs.tokens},
-        "warnings": [asdict(told) for told in record.warnings],
+        "warnings": [asdict(warning) for warning in record.warnings],
         "lost": dict(record.lost),
-        "evaluations": [asdict(made) for made in record.evaluations],
+        "evaluations": [asdict(evaluation) for evaluation in record.evaluations],
         "two_by_two": _two_by_two(record),
     }
 
 
-def _two_by_two(record: "RunRecord") -> dict[str, Any] | None:
-    """The newest table as JSON can hold it: its cells are keyed ``"seed/base"``, instructions first."""
+def _two_by_two(record: "RunRecord") -> dict[str, object] | None:
+    """The newest two-by-two as JSON: its cells are keyed ``"seed/base"``, instructions first."""
     table = record.two_by_two
     return None if table is None else asdict(table) | {"cells": {"/".join(at): of for at, of in table.cells.items()}}
 
@@ -94,7 +95,7 @@ def _last(record: "RunRecord", count: int) -> Sequence["StepReport"]:
 
 
 def _members(record: "RunRecord") -> list[tuple["Node", int]]:
-    """The population without repetition, best first, and how many copies of each it holds."""
+    """Each candidate of the population once, best first, with its number of copies."""
     known = [digest for digest in dict.fromkeys(record.population) if digest in record.by_digest]
     return [(record.by_digest[digest], record.population.count(digest)) for digest in known]
 
@@ -131,8 +132,8 @@ def _print(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) ->
         out.line(record.ending.words)
 
 
-def _print_advice(out: Any, run_dir: Path, record: "RunRecord") -> None:
-    """How a run that ended early goes on."""
+def _print_advice(out: "Printer", run_dir: Path, record: "RunRecord") -> None:
+    """How a run that ended early can go on."""
     from dspy_fst.run.going_on import by_command_line
 
     if record.ended is None or record.ended.setting is None:
@@ -143,7 +144,7 @@ def _print_advice(out: Any, run_dir: Path, record: "RunRecord") -> None:
     out.line(by_command_line(record.ended.setting, run_dir))
 
 
-def _print_validations(out: Any, record: "RunRecord") -> None:
+def _print_validations(out: "Printer", record: "RunRecord") -> None:
     from dspy_fst.report.verdict import validations_table, verdict
 
     out.line(f"validation: {verdict(record)}")
@@ -232,20 +233,20 @@ def _predictors(record: "RunRecord") -> tuple[Sequence[str], list[list[str]]]:
     columns = ("predictor", "calls", "tokens", "cut off", "unparsed", "learnt", "positive", "advantage", "flat")
     rows = [
         [
-            of.predictor,
-            *map(plain, (of.calls, of.tokens, of.truncated, of.unparsed, of.rows, of.positive_rows)),
-            signed(of.advantage),
-            plain(of.flat_groups),
-            " ".join(map(number, (of.scores[0], of.scores[-1]))) if of.scores else DASH,
-            share(of.changed_alone, of.changed),
-            signed(of.gain),
+            each.predictor,
+            *map(plain, (each.calls, each.tokens, each.truncated, each.unparsed, each.rows, each.positive_rows)),
+            signed(each.advantage),
+            plain(each.flat_groups),
+            " ".join(map(number, (each.scores[0], each.scores[-1]))) if each.scores else DASH,
+            share(each.changed_alone, each.changed),
+            signed(each.gain),
         ]
-        for of in record.predictors
+        for each in record.predictors
     ]
     return (*columns, "own score", "changed", "gain"), rows
 
 
-def _print_population(out: Any, record: "RunRecord") -> None:
+def _print_population(out: "Printer", record: "RunRecord") -> None:
     from dspy_fst.formatting.numbers import number
 
     members = _members(record)
@@ -269,23 +270,23 @@ def _costs(record: "RunRecord") -> list[tuple[str, str]]:
     return rows + [(f"time: {activity}", duration(seconds, 1)) for activity, seconds in costs.seconds.items()]
 
 
-def _print_trouble(out: Any, record: "RunRecord") -> None:
-    """Warnings, and what was masked or failed and why."""
+def _print_trouble(out: "Printer", record: "RunRecord") -> None:
+    """Masked and failed rollouts by reason, and the warnings."""
     out.heading("Masked and failed rollouts")
     if not record.lost:
         out.line("None.")
     else:
-        whole = record.costs.rollouts or 1
-        rows = [(reason, f"{count:,}", f"{count / whole:.1%}") for reason, count in record.lost.items()]
+        rollouts = record.costs.rollouts or 1
+        rows = [(reason, f"{count:,}", f"{count / rollouts:.1%}") for reason, count in record.lost.items()]
         out.table(("reason", "rollouts", "share"), rows)
     out.heading("Warnings")
-    for told in record.warnings:
-        out.line(("" if told.step is None else f"after step {told.step}: ") + told.text)
+    for warning in record.warnings:
+        out.line(("" if warning.step is None else f"after step {warning.step}: ") + warning.text)
     if not record.warnings:
         out.line("None.")
 
 
-def _print_evaluations(out: Any, record: "RunRecord") -> None:
+def _print_evaluations(out: "Printer", record: "RunRecord") -> None:
     from dspy_fst.formatting.numbers import interval, number, plain, share, with_error
 
     if not record.evaluations and record.two_by_two is None:
@@ -297,13 +298,13 @@ def _print_evaluations(out: Any, record: "RunRecord") -> None:
         columns = ("split", "candidate", "weights", "problems", "limit", "cycle", "seed", "k", "mean@k", "interval")
         rows = [
             [
-                *map(plain, (made.split, made.candidate, made.weights)),
-                share(made.problems, made.problems_of_split),
-                *map(plain, (made.limit, made.cycle, made.seed, made.k)),
-                number(made.mean),
-                interval(made.low, made.high),
+                *map(plain, (each.split, each.candidate, each.weights)),
+                share(each.problems, each.problems_of_split),
+                *map(plain, (each.limit, each.cycle, each.seed, each.k)),
+                number(each.mean),
+                interval(each.low, each.high),
             ]
-            for made in record.evaluations
+            for each in record.evaluations
         ]
         out.table(columns, rows, words=3)
     if table := record.two_by_two:

@@ -1,36 +1,59 @@
-"""`dspy-fst sizes`: what training a model takes of cards, main memory and disk. A config is enough."""
+"""`dspy-fst sizes`: the GPU memory, main memory and disk that training a model needs. A config is enough."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
 from dspy_fst.cli.common import Debug, Json, errors_as_text
-from dspy_fst.cli.printer import Printer
-from dspy_fst.cli.room import (
+from dspy_fst.cli.memory_tables import (
     UNTRIED,
     Card,
     Cards,
+    MicroBatch,
+    PlaceNeeds,
     described_room,
-    micro_batch,
     requirements,
     show_micro_batch,
     show_needs,
 )
+from dspy_fst.cli.printer import Printer
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.model_files.known import known_models, unknown_fault
 from dspy_fst.run.written import GIB, format_bytes
 
 if TYPE_CHECKING:
     from dspy_fst.config import FSTConfig
-    from dspy_fst.memory import Available, MemoryPlan
+    from dspy_fst.memory import Available, MemoryPlan, ModelSize
 
 LONGEST_REPLY = 1024
 """Tokens: the default ``max_tokens`` of a PolicyLM."""
 TABLE_CARDS = (24, 48, 80)
 """GiB of the cards in the table."""
+
+
+class Outcome(TypedDict):
+    """Everything that ``sizes`` reports of one model; with ``--json`` these are the keys."""
+
+    model: str
+    parameters: int
+    fits: bool
+    expected_to_fit: bool
+    reply_limit: int | None
+    """Tokens of the longest reply that fits alone, where a longer one may come; None where every reply fits."""
+    sure: bool
+    engine: str
+    """``"vllm"`` or ``"in_process"``."""
+    engine_options: dict[str, float]
+    micro_batch_tokens: MicroBatch
+    needs: list[PlaceNeeds]
+    written: str
+    disk_advice: str
+    faults: list[str]
+    warnings: list[str]
+    source: str
 
 
 def sizes(
@@ -57,9 +80,9 @@ def sizes(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What training a model takes of cards, memory and disk.
+    """What training a model needs of GPUs, memory and disk.
 
-    Full weights, the recipe's defaults. `dspy-fst check` tells the same of a project and its recipe.
+    Full weights, the recipe's defaults. `dspy-fst check` reports the same for a project and its recipe.
     """
     with errors_as_text(debug):
         if table:
@@ -67,23 +90,23 @@ def sizes(
             return
         if model is None:
             raise typer.BadParameter("name a model, or ask for --table")
-        if fault := unknown_fault(model):  # told before what takes seconds to import
+        if fault := unknown_fault(model):  # checked before the imports below, which take seconds
             raise ConfigurationError([fault])
-        told = _told(model, described_room(gpu, cards), _recipe(kl, micro_batch_tokens), max_tokens)
-        typer.echo(json.dumps(told)) if as_json else _show(told)
+        outcome = _outcome(model, described_room(gpu, cards), _recipe(kl, micro_batch_tokens), max_tokens)
+        typer.echo(json.dumps(outcome)) if as_json else _show(outcome)
 
 
 def _recipe(kl: bool, tokens: str) -> "FSTConfig":
     from dspy_fst.config import make_config
 
-    settings: dict[str, Any] = {} if kl else {"kl_coefficient": 0.0}
+    settings: dict[str, object] = {} if kl else {"kl_coefficient": 0.0}
     config, faults = make_config({**settings, "micro_batch_tokens": int(tokens) if tokens.isdigit() else tokens})
     if config is None:
         raise ConfigurationError(faults)
     return config
 
 
-def _told(model: str, room: "Available | None", config: "FSTConfig", max_tokens: int) -> dict[str, Any]:
+def _outcome(model: str, room: "Available | None", config: "FSTConfig", max_tokens: int) -> Outcome:
     from dspy_fst.memory import Workload, available_now, find_size, plan_for, vllm_share
     from dspy_fst.policy_lm import resolve_kind
 
@@ -101,8 +124,8 @@ def _told(model: str, room: "Available | None", config: "FSTConfig", max_tokens:
         "sure": not [*memory_plan.faults(), *memory_plan.doubts()],
         "engine": kind,
         "engine_options": options,
-        "micro_batch_tokens": micro_batch(memory_plan),
-        "needs": requirements(memory_plan),
+        "micro_batch_tokens": {"tokens": memory_plan.micro_batch_tokens, "chosen": memory_plan.chosen},
+        "needs": requirements(memory_plan) or [],
         "written": memory_plan.writes.words,
         "disk_advice": disk_advice(memory_plan),
         "faults": memory_plan.faults(),
@@ -112,7 +135,7 @@ def _told(model: str, room: "Available | None", config: "FSTConfig", max_tokens:
 
 
 def disk_advice(memory_plan: "MemoryPlan") -> str:
-    """How to write less."""
+    """What each update writes, and the settings that write less."""
     writes = memory_plan.writes
     return (
         f"each update writes {format_bytes(writes.weights)} of weights and {format_bytes(writes.state)} of state; "
@@ -120,29 +143,29 @@ def disk_advice(memory_plan: "MemoryPlan") -> str:
     )
 
 
-def _show(told: dict[str, Any]) -> None:
+def _show(outcome: Outcome) -> None:
     out = Printer()
-    out.heading(f"{told['model']}: {told['parameters']:,} parameters")
-    show_needs(out, told["needs"])
-    if told["expected_to_fit"]:
-        show_micro_batch(out, told["micro_batch_tokens"])
-    options = ", ".join(f"{name}: {value:g}" for name, value in told["engine_options"].items())
-    out.line(f"engine: {told['engine']}{f', engine_options: {{{options}}}' if options else ''}")
-    out.line(told["written"])
-    out.line(told["disk_advice"])
-    out.line(told["source"])
-    out.heading(_verdict(told))
-    for line in (*told["faults"], *told["warnings"]):
+    out.heading(f"{outcome['model']}: {outcome['parameters']:,} parameters")
+    show_needs(out, outcome["needs"])
+    if outcome["expected_to_fit"]:
+        show_micro_batch(out, outcome["micro_batch_tokens"])
+    options = ", ".join(f"{name}: {value:g}" for name, value in outcome["engine_options"].items())
+    out.line(f"engine: {outcome['engine']}{f', engine_options: {{{options}}}' if options else ''}")
+    out.line(outcome["written"])
+    out.line(outcome["disk_advice"])
+    out.line(outcome["source"])
+    out.heading(_verdict(outcome))
+    for line in (*outcome["faults"], *outcome["warnings"]):
         out.line(f"- {line}")
 
 
-def _verdict(told: dict[str, Any]) -> str:
-    if told["sure"]:
+def _verdict(outcome: Outcome) -> str:
+    if outcome["sure"]:
         return "It fits"
-    if told["fits"]:
+    if outcome["fits"]:
         return "It is expected to fit"
-    if told["expected_to_fit"] and told["reply_limit"]:
-        return f"It fits only if replies stay under {told['reply_limit'] + 1} tokens; lower max_tokens"
+    if outcome["expected_to_fit"] and outcome["reply_limit"]:
+        return f"It fits only if replies stay under {outcome['reply_limit'] + 1} tokens; lower max_tokens"
     return "It does not fit"
 
 
@@ -166,7 +189,7 @@ def _rows() -> Iterator[list[str]]:
             yield _row(model, size, _recipe(kl, "auto"), kl)
 
 
-def _row(model: str, size: Any, config: "FSTConfig", kl: bool) -> list[str]:
+def _row(model: str, size: "ModelSize", config: "FSTConfig", kl: bool) -> list[str]:
     from dspy_fst.memory import DISK, MEMORY, Workload, imagined_machine, least_served, plan_for, vllm_share
 
     memory_plans = []
@@ -191,7 +214,7 @@ def _row(model: str, size: Any, config: "FSTConfig", kl: bool) -> list[str]:
 
 
 def _fitting(memory_plan: "MemoryPlan") -> str:
-    """The micro-batch that fits at most; in brackets one that is only expected to."""
+    """Tokens of the largest micro-batch that fits; in brackets where it is only expected to fit."""
     if memory_plan.faults() or not memory_plan.expected_to_fit:
         return "no"
     return f"({memory_plan.micro_batch_tokens:,})" if memory_plan.doubts() else f"{memory_plan.micro_batch_tokens:,}"

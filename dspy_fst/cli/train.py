@@ -2,11 +2,10 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
@@ -23,10 +22,14 @@ from dspy_fst.cli.code_source import (
 )
 from dspy_fst.cli.common import Debug, Json, TrustCode, errors_as_text, told_how_to_go_on
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
+from dspy_fst.formatting.numbers import counted, number
+from dspy_fst.run.ending import StopReason
 from dspy_fst.run.interrupts import signals_raise
 
 if TYPE_CHECKING:
     from dspy_fst.project.project_file import Project
+    from dspy_fst.report.verdict import ValidationFigures
+    from dspy_fst.run.directory import Event
 
 Track = Annotated[
     list[str] | None,
@@ -34,6 +37,36 @@ Track = Annotated[
 ]
 
 Samples = Annotated[bool, typer.Option("--samples", help="Show one sampled reply after each step.")]
+
+
+class Member(TypedDict):
+    """A candidate of the final population."""
+
+    score: float | None
+    texts: dict[str, str]
+
+
+class Outcome(TypedDict):
+    """The result of a finished run; with ``--json`` these are the keys."""
+
+    run_dir: str
+    steps: int
+    updates: int
+    """Steps that moved the weights."""
+    ending: str
+    nothing_learned: bool
+    ended: dict[str, object] | None
+    """The fields of `dspy_fst.run.ending.StopReason`; None for a run of an older release."""
+    population: list[Member]
+    """Best first."""
+    validation: dict[str, float | None]
+    """Digest -> score of the final population."""
+    start_and_end: str
+    validations: "list[ValidationFigures]"
+    returned: int | None
+    """Index of the validated state that compile() returned."""
+    weights: str
+    compiled: str
 
 
 def run(
@@ -54,14 +87,14 @@ def run(
 ) -> None:
     """Train what a project file names.
 
-    Running it again continues where it stopped. More cycles of a finished run are a new one:
+    The same command again continues a run that stopped. More cycles after a finished run are a new run:
     --continue-from RUN --run-dir NEW.
     """
     with errors_as_text(debug):
         from dspy_fst.project.project_file import kept_in, load_project
         from dspy_fst.run.directory import PROJECT
 
-        project = _sampled(_tracked(load_project(file), track), samples)
+        project = _with_samples(_with_trackers(load_project(file), track), samples)
         project = _changed(project, continue_from, new_run_dir, cycles)
         run_dir = project.run_path
         if (
@@ -91,8 +124,8 @@ def resume(
 ) -> None:
     """Continue a run from its directory alone.
 
-    Of a run that Python made, say with the flags where its code and examples are. A run that ended early goes on with
-    --project FILE, in whose recipe the setting that ended it is raised.
+    A run that was started in Python needs the flags that say where its code and examples are. A run that ended early
+    goes on with --project FILE, in whose recipe the setting that ended it is raised.
     """
     with errors_as_text(debug):
         from dspy_fst.project.recorded import Recorded
@@ -100,29 +133,33 @@ def resume(
 
         run_dir = run_dir.resolve()
         if not (run_dir / PROJECT).is_file():
-            _refuse_what_has_not_begun(run_dir)
+            _refuse_unstarted(run_dir)
         if project is None and _shown_when_finished(run_dir, as_json):
             return
         flags = {"program": program, "metric": metric, "trainset": trainset, "valset": valset, "inputs": inputs}
         flags |= {"reflection_lm": reflection_lm, "propose": propose}
         recorded = Recorded(run_dir, run_dir)
-        named = project_for(recorded, project, flags, recorded.wanted_to_train, to_train=True)
-        # The directory may have been moved since: it is the one that was named now.
-        named = named.model_copy(update={"run_dir": str(run_dir)})
-        if project is not None and _changes_nothing(run_dir, named) and _shown_when_finished(run_dir, as_json):
+        chosen = project_for(recorded, project, flags, recorded.wanted_to_train, to_train=True)
+        # The directory may have been moved since the run began, so the path given now counts.
+        chosen = chosen.model_copy(update={"run_dir": str(run_dir)})
+        if project is not None and _changes_nothing(run_dir, chosen) and _shown_when_finished(run_dir, as_json):
             return
-        _train(_sampled(_tracked(named, track), samples), as_json, going_on_in=run_dir, trust_code=trust_code)
+        _train(
+            _with_samples(_with_trackers(chosen, track), samples), as_json, going_on_in=run_dir, trust_code=trust_code
+        )
 
 
 def _same(kept: "Project", given: "Project") -> bool:
-    """Whether a run of these settings is the one that is kept; what only watches it may differ."""
-    apart = {"track", "run_dir", "show_samples"}
-    return kept.model_dump(exclude=apart) == given.model_dump(exclude=apart)
+    """Whether both projects are the same run. Settings that only watch a run may differ."""
+    ignored = {"track", "run_dir", "show_samples"}
+    return kept.model_dump(exclude=ignored) == given.model_dump(exclude=ignored)
 
 
 def _changes_nothing(run_dir: Path, given: "Project") -> bool:
-    """Whether a project is the one that the run keeps. Of a run that keeps none, or none that may be used, training
-    decides."""
+    """Whether the project is the one in the run's directory.
+
+    False where the directory holds none, or one that may not be used: training then decides.
+    """
     from dspy_fst.project.project_file import kept_in
     from dspy_fst.run.directory import PROJECT
 
@@ -133,50 +170,51 @@ def _changes_nothing(run_dir: Path, given: "Project") -> bool:
 
 
 def _shown_when_finished(run_dir: Path, as_json: bool) -> bool:
-    """Show what a finished run came to; False when there is something left to do."""
+    """Show the outcome of a finished run. Returns False when the run is not finished."""
+    from dspy_fst.run.directory import read_events
+    from dspy_fst.run.ending import ended_of
+
     outcome = _outcome(run_dir)
     if outcome is None or not Path(outcome["compiled"]).is_dir():
         return False
-    typer.echo(_finished(run_dir, outcome), err=True)
+    typer.echo(_finished(run_dir, ended_of(read_events(run_dir))), err=True)
     _show(outcome, as_json)
     return True
 
 
-def _finished(run_dir: Path, outcome: Mapping[str, Any]) -> str:
-    """That there is nothing to do, and how a run that ended early goes on."""
-    from dspy_fst.run.ending import StopReason
+def _finished(run_dir: Path, ended: StopReason | None) -> str:
+    """That there is nothing to do, and how a run that ended early can go on."""
     from dspy_fst.run.going_on import by_command_line
 
-    ended = StopReason(**outcome["ended"]) if outcome["ended"] else None
     if ended is None or ended.setting is None:
         return f"{run_dir} is finished; to train anew name another run_dir"
     how = by_command_line(ended.setting, run_dir)
     return f"{run_dir} is finished: it ended early, after step {ended.step}. {ended.text}.\n{how}"
 
 
-def _tracked(project: "Project", track: list[str] | None) -> "Project":
-    """The project with these trackers instead of its own, when there are any."""
+def _with_trackers(project: "Project", track: list[str] | None) -> "Project":
+    """The project with these trackers in place of its own; unchanged where none is given."""
     return project.model_copy(update={"track": track}) if track else project
 
 
 def _changed(project: "Project", continue_from: Path | None, run_dir: Path | None, cycles: int | None) -> "Project":
-    """The project with what the command line sets instead; paths are the working directory's."""
+    """The project with the settings of the command line. Paths are relative to the working directory."""
     from dspy_fst.project.project_file import Recipe
 
     paths = {"continue_from": continue_from, "run_dir": run_dir}
-    changes: dict[str, Any] = {name: str(path.resolve()) for name, path in paths.items() if path is not None}
+    changes: dict[str, object] = {name: str(path.resolve()) for name, path in paths.items() if path is not None}
     if cycles is not None:
         given = project.recipe.model_dump(exclude_unset=True, exclude={"auto"}) if project.recipe else {}
         changes["recipe"] = Recipe.model_validate({**given, "cycles": cycles})
     return project.model_copy(update=changes)
 
 
-def _sampled(project: "Project", samples: bool) -> "Project":
-    """The project with samples shown, where they are wanted."""
+def _with_samples(project: "Project", samples: bool) -> "Project":
+    """The project that shows samples, if they are wanted; else unchanged."""
     return project.model_copy(update={"show_samples": True}) if samples else project
 
 
-def _refuse_what_has_not_begun(run_dir: Path) -> None:
+def _refuse_unstarted(run_dir: Path) -> None:
     from dspy_fst.run.directory import is_run
 
     if not is_run(run_dir):
@@ -193,17 +231,17 @@ def _train(project: "Project", as_json: bool, *, going_on_in: Path | None = None
     """Compile what the project names and show the outcome.
 
     Args:
-        going_on_in: A run's directory that may be somebody else's.
-        trust_code: Run the sources that it, or the program that the run goes on from, holds.
+        going_on_in: The directory of the run to continue. It may come from somebody else.
+        trust_code: Execute program sources from that directory, or from the program that the run continues from.
     """
     run_dir = project.run_path
     typer.echo("reading the project", err=True)
 
-    def keep(event: Mapping[str, Any]) -> None:
-        if event["event"] == "plan":  # all is checked, nothing is spent: a refused run leaves nothing behind
+    def keep(event: "Event") -> None:
+        if event["event"] == "plan":  # every check has passed and nothing is spent: a refused run leaves nothing behind
             project.keep()
 
-    # The project stays importable to the end: its functions may import more when they are called.
+    # The project stays importable to the end: its functions may import more modules when they are called.
     with told_how_to_go_on(run_dir), signals_raise(), redirect_stdout(sys.stderr), project.importable():
         from dspy_fst.rollout.components import flexes
         from dspy_fst.run.directory import COMPILED
@@ -228,14 +266,17 @@ def _train(project: "Project", as_json: bool, *, going_on_in: Path | None = None
     _show(outcome, as_json)
 
 
-def _outcome(run_dir: Path) -> dict[str, Any] | None:
-    """What a finished run came to, as its events tell; None while it is not finished."""
+def _outcome(run_dir: Path) -> Outcome | None:
+    """The outcome according to the run's events; None while the run is not finished."""
     from dspy_fst.report.from_events import record_of
-    from dspy_fst.report.verdict import validation_told, verdict
+    from dspy_fst.report.verdict import validation_figures, verdict
     from dspy_fst.run.directory import COMPILED, read_events
 
     events = read_events(run_dir)
-    done = next((event for event in reversed(events) if event["event"] == "done"), None)  # one that goes on cuts it
+    # A run that goes on after its end removes this event.
+    done = next(
+        (event for event in reversed(events) if event["event"] == "done"), None
+    )  # a run that goes on removes it
     if done is None:
         return None
     record = record_of(events, name=run_dir.name)
@@ -251,20 +292,21 @@ def _outcome(run_dir: Path) -> dict[str, Any] | None:
         "population": [{"score": score, "texts": texts} for texts, score in members],
         "validation": done["validation"],
         "start_and_end": verdict(record),
-        "validations": [validation_told(record, state) for state in record.validations],
+        "validations": [validation_figures(record, state) for state in record.validations],
         "returned": done.get("returned"),
         "weights": str(run_dir / "weights" / done["weights"]),
         "compiled": str(run_dir / COMPILED),
     }
 
 
-def _show(outcome: Mapping[str, Any], as_json: bool) -> None:
+def _show(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(outcome))
         return
     best = outcome["population"][0]
-    score = "" if best["score"] is None else f", score {best['score']:.3f}"
-    typer.echo(f"{outcome['updates']} weight updates in {outcome['steps']} steps; weights in {outcome['weights']}")
+    score = "" if best["score"] is None else f", score {number(best['score'])}"
+    updates, steps = counted(outcome["updates"], "weight update"), counted(outcome["steps"], "step")
+    typer.echo(f"{updates} in {steps}; weights in {outcome['weights']}")
     typer.echo(f"validation: {outcome['start_and_end']}")
     typer.echo(f"best candidate{score}:")
     for name, text in best["texts"].items():

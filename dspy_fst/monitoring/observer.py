@@ -17,7 +17,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.adapters import adapter_in_force, kept_by
 from dspy_fst.rollout.call_recorder import is_recorded
 from dspy_fst.rollout.summaries import failed_reply_of, shown, telling
-from dspy_fst.run.directory import RunDirectory
+from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.learning import Ending, Standstill, ending, standstill
 from dspy_fst.types import Group, Rollout, StepReport
@@ -45,7 +45,7 @@ class Observer:
         self._seen = 0
         self._tried: Mapping[str, Any] | None = None
 
-    def recall(self, reports: Sequence[StepReport], events: Sequence[Mapping[str, Any]]) -> None:
+    def recall(self, reports: Sequence[StepReport], events: Sequence[Event]) -> None:
         """Take up the steps of a run that goes on; what they gave rise to was said.
 
         Args:

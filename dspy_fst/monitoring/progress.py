@@ -18,7 +18,9 @@ from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.report.metric_names import entry_of
 from dspy_fst.report.samples import sample_line
 from dspy_fst.report.standing import Standing, Times
-from dspy_fst.report.verdict import in_a_line
+from dspy_fst.report.verdict import validation_line
+from dspy_fst.run.directory import Event
+from dspy_fst.run.ending import StopReason
 from dspy_fst.run.learning import NOTHING_CHANGED
 from dspy_fst.run.validated import Validated
 
@@ -86,7 +88,7 @@ class ProgressView:
         finally:
             self._open.close()
 
-    def recall(self, events: Sequence[Mapping[str, Any]]) -> None:
+    def recall(self, events: Sequence[Event]) -> None:
         """Take up what happened before, without a word about it: a continued run shows where it stands."""
         for event in events:
             if event["event"] == "plan":
@@ -97,7 +99,7 @@ class ProgressView:
                 self._measured(event)
         self._standing.played = self._standing.played_masked = 0
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         """Take one event of the run."""
         show = getattr(self, f"_on_{event['event']}", None)
         if show is not None:
@@ -106,28 +108,28 @@ class ProgressView:
 
     # ---- one method an event -------------------------------------------------------------------
 
-    def _on_phase(self, event: Mapping[str, Any]) -> None:
+    def _on_phase(self, event: Event) -> None:
         self._phase = event["phase"]
         self._times.enter(self._phase.rpartition(": ")[2])
         if self._plain and not event.get("quiet"):
             self._say(self._phase)
 
-    def _on_rollout(self, event: Mapping[str, Any]) -> None:
+    def _on_rollout(self, event: Event) -> None:
         self._standing.played += 1
         self._standing.played_masked += event["reward"] is None
         if self._plain and self._clock() - self._heard > HEARTBEAT_S:
             self._say(f"{self._phase}: {counted(self._standing.played, 'rollout')}")
 
-    def _on_plan(self, event: Mapping[str, Any]) -> None:
+    def _on_plan(self, event: Event) -> None:
         self._standing.budget = event["budget"]
 
-    def _on_candidate(self, event: Mapping[str, Any]) -> None:
+    def _on_candidate(self, event: Event) -> None:
         if not self._searching:  # what an earlier search found was scored on other problems
             self._searching, self._candidates = True, []
         found = [*self._candidates, (event["score"], _words(event["texts"]))]
         self._candidates = sorted(found, key=lambda candidate: -candidate[0])[:SHOWN_CANDIDATES]
 
-    def _on_cycle(self, event: Mapping[str, Any]) -> None:
+    def _on_cycle(self, event: Event) -> None:
         report = event["report"]
         self._times.measured("search", self._standing.played)
         self._measured(event)
@@ -139,7 +141,7 @@ class ProgressView:
             keep=True,
         )
 
-    def _on_step(self, event: Mapping[str, Any]) -> None:
+    def _on_step(self, event: Event) -> None:
         report = event["report"]
         self._times.measured("train", self._standing.played)
         self._measured(event)
@@ -154,23 +156,23 @@ class ProgressView:
             f"{counted(report['update']['tokens'], 'token')} trained{_lost(counts)}"
         )
 
-    def _on_validation(self, event: Mapping[str, Any]) -> None:
+    def _on_validation(self, event: Event) -> None:
         self._times.measured("validation", event["report"]["counts"]["rollouts"])
         self._take_validation(event)
-        self._say(in_a_line(self._validated), keep=True)
+        self._say(validation_line(self._validated), keep=True)
 
-    def _take_validation(self, event: Mapping[str, Any]) -> None:
+    def _take_validation(self, event: Event) -> None:
         self._standing.done["validation"] += event["report"]["counts"]["rollouts"]
         self._validated.append(Validated.from_event(event))
 
-    def _on_ended(self, event: Mapping[str, Any]) -> None:
+    def _on_ended(self, event: Event) -> None:
         """What helps against a standstill comes as a warning or with the error."""
-        reason = event["reason"]
-        if reason["kind"] != "complete":
-            told = _sentences(reason) if reason["kind"] == "early_stopping" else reason["text"]
-            self._say(f"ended after step {reason['step']}: {told}", keep=True)
+        reason = StopReason(**event["reason"])
+        if reason.early:
+            words = _sentences(reason) if reason.kind == "early_stopping" else reason.text
+            self._say(f"ended after step {reason.step}: {words}", keep=True)
 
-    def _on_trajectories(self, event: Mapping[str, Any]) -> None:
+    def _on_trajectories(self, event: Event) -> None:
         """One sampled reply of the step, where samples are wanted."""
         rollouts = event["rollouts"]
         if self._samples and rollouts:
@@ -178,18 +180,18 @@ class ProgressView:
             if self._plain or self._notebook:
                 self._say(f"sample: {self._sample}")
 
-    def _on_done(self, event: Mapping[str, Any]) -> None:
+    def _on_done(self, event: Event) -> None:
         self._phase = "finished"
         if "ending" in event:
             self._say(f"finished: {event['ending']}", keep=True)
 
-    def _on_note(self, event: Mapping[str, Any]) -> None:
+    def _on_note(self, event: Event) -> None:
         self._say(event["text"], keep=True)
 
-    def _on_warning(self, event: Mapping[str, Any]) -> None:
+    def _on_warning(self, event: Event) -> None:
         self._say(f"warning: {event['text']}", keep=True)
 
-    def _measured(self, event: Mapping[str, Any]) -> None:
+    def _measured(self, event: Event) -> None:
         """Take what a search or a step came to."""
         self._standing.add(event)
         if event["event"] == "cycle":
@@ -245,7 +247,7 @@ class ProgressView:
             yield "entropy", f"{number(figures.get('train/entropy'))} nats a token"
             yield "groups flat", f"{figures.get('train/flat_groups', 0):g} of {figures.get('train/groups', 0):g}"
         if validated := tuple(self._validated):
-            yield "validation", in_a_line(validated).removeprefix("validation ")
+            yield "validation", validation_line(validated).removeprefix("validation ")
         for place, (score, text) in enumerate(tuple(self._candidates)):
             yield "" if place else "best texts", f"{number(score)}  {text}"
         if self._sample:
@@ -276,24 +278,24 @@ class EndingLog:
     """A listener in the place of a view: tells Python's log that the run ended early, or changed no weights."""
 
     def __init__(self) -> None:
-        self._reason: Mapping[str, Any] | None = None
+        self._reason: StopReason | None = None
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         """Take one event of the run. An end without an outcome is an error, which says all of it."""
         if event["event"] == "ended":
-            self._reason = event["reason"]
+            self._reason = StopReason(**event["reason"])
         if event["event"] != "done":
             return
-        if self._reason and self._reason["kind"] != "complete":
-            step, told = self._reason["step"], _sentences(self._reason)
-            logger.warning("the run is finished early, after %s: %s", counted(step, "step"), told)
+        if self._reason and self._reason.early:
+            steps = counted(self._reason.step, "step")
+            logger.warning("the run is finished early, after %s: %s", steps, _sentences(self._reason))
         if event.get("ending", "").startswith(NOTHING_CHANGED):
             logger.warning("the run is finished, and %s", event["ending"])
 
 
-def _sentences(reason: Mapping[str, Any]) -> str:
+def _sentences(reason: StopReason) -> str:
     """What was seen, and what to do where something can be done."""
-    return ". ".join(filter(None, (reason["text"], reason.get("advice"))))
+    return ". ".join(filter(None, (reason.text, reason.advice)))
 
 
 @contextmanager
@@ -326,7 +328,7 @@ def sparkline(values: Sequence[float | None]) -> str:
     return "".join(" " if value is None else bar(value) for value in values)
 
 
-def _population(event: Mapping[str, Any]) -> list[tuple[float | None, str]]:
+def _population(event: Event) -> list[tuple[float | None, str]]:
     """Scores and texts of the search's population, best first, each once."""
     texts = {candidate["digest"]: _words(candidate["texts"]) for candidate in event.get("candidates", ())}
     report = event["report"]

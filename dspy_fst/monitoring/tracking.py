@@ -19,6 +19,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from accelerate.utils import LoggerType
 
 from dspy_fst.report.metric_names import Entry, entry_of
+from dspy_fst.run.directory import Event
 from dspy_fst.run.files import read_json, write_json
 
 PROJECT = "dspy_fst"
@@ -27,7 +28,8 @@ FOLDER = "tracking"
 """In the run directory; tensorboard's and aim's own files lie there too."""
 FINISH_S = 30.0
 """How long a run that is over waits for its trackers to take the rest (ours)."""
-Events = Sequence[Mapping[str, Any]]
+Setting: TypeAlias = bool | int | float | str
+"""A hyperparameter as every tracker takes it."""
 Track: TypeAlias = str | GeneralTracker
 """One of accelerate's names, or a tracker made with settings of its own."""
 
@@ -40,7 +42,7 @@ class _Service:
     """The argument that takes a run's name."""
     identity: Callable[[Any], Any]
     """Of the run that it made."""
-    continued: Callable[[str], dict[str, Any]]
+    continued: Callable[[str], dict[str, str]]
     """Identity -> the arguments that go on in that run."""
 
 
@@ -54,7 +56,7 @@ _SERVICES = {
 """tensorboard goes on by its folder; clearml, dvclive and swanlab get a new run from a continued one."""
 
 
-def trackers_of(track: Any) -> tuple[list[Track], list[str]]:
+def trackers_of(track: object) -> tuple[list[Track], list[str]]:
     """The trackers that are asked for, each once, and what is wrong with them."""
     wanted = [track] if isinstance(track, str | GeneralTracker) else track
     if not isinstance(wanted, list | tuple):
@@ -63,7 +65,7 @@ def trackers_of(track: Any) -> tuple[list[Track], list[str]]:
     return ([] if faults else list({_name(tracker): tracker for tracker in wanted}.values())), faults
 
 
-def _fault(tracker: Any) -> str | None:
+def _fault(tracker: object) -> str | None:
     if isinstance(tracker, GeneralTracker):
         return None
     if not isinstance(tracker, str) or tracker not in LOGGER_TYPE_TO_CLASS:
@@ -91,7 +93,7 @@ class Tracking:
         self._tell: Callable[[str], None] = lambda text: None
 
     @contextmanager
-    def following(self, run_dir: Path, events: Events, tell: Callable[[str], None]) -> Iterator[None]:
+    def following(self, run_dir: Path, events: Sequence[Event], tell: Callable[[str], None]) -> Iterator[None]:
         """A block in which the events of a run that has been accepted are logged.
 
         Args:
@@ -111,7 +113,7 @@ class Tracking:
                 self._finish()
             self._workers = []
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         """Take one event of the run. Before the block nothing is logged."""
         if self._workers and (entry := entry_of(event)):
             # A search, and the validation, stand at the update that comes next.
@@ -136,7 +138,7 @@ class Tracking:
         self._tell_troubles()
 
 
-def hyperparameters(events: Events) -> dict[str, bool | int | float | str]:
+def hyperparameters(events: Sequence[Event]) -> dict[str, Setting]:
     """The recipe and what is trained on what, flat, as the plan's event tells it: secrets were taken out there."""
     plan = next((event for event in reversed(events) if event["event"] == "plan" and "config" in event), {})
     subject = {name: plan[name] for name in ("program", "model", "engine", "metric") if name in plan}
@@ -173,7 +175,7 @@ class _Ledger:
 class _Worker:
     """One tracker and the thread that waits for it."""
 
-    def __init__(self, tracker: Track, run_dir: Path, settings: Mapping[str, Any]):
+    def __init__(self, tracker: Track, run_dir: Path, settings: Mapping[str, Setting]):
         self.name = _name(tracker)
         self.troubles: list[str] = []
         self._tracker, self._run_dir, self._settings = tracker, run_dir, settings
@@ -229,7 +231,7 @@ class _Worker:
 
     def _made(self) -> GeneralTracker:
         kind, service, identity = LOGGER_TYPE_TO_CLASS[self.name], _SERVICES.get(self.name), self._ledger.identity
-        options: dict[str, Any] = {}
+        options: dict[str, str] = {}
         if service and identity:
             options = service.continued(identity)
         elif service and service.named:

@@ -108,7 +108,7 @@ def save_plots(run_dirs: Sequence[Path], folder: Path, formats: Sequence[str] = 
     return written
 
 
-def _undated(kind: str) -> dict[str, Any] | None:
+def _undated(kind: str) -> dict[str, None] | None:
     """What keeps the time of writing out of a file."""
     return {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
 

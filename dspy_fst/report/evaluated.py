@@ -118,12 +118,13 @@ def _under(cls: type[T], data: Mapping[str, Any], **made: Any) -> T:
     )
 
 
-def _count(value: Any) -> int | None:
+def _count(value: object) -> int | None:
     """The value when it is a whole number."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     """The value when it is a finite number."""
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if real else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None

@@ -8,12 +8,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dspy_fst.report.from_directory import read_record
 from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.run.damage import damage_in
-from dspy_fst.run.directory import is_run, read_events
+from dspy_fst.run.directory import Event, is_run, read_events
 from dspy_fst.run.files import read_json
 from dspy_fst.run.halted import halted_of
 from dspy_fst.run.state import glance
@@ -100,7 +100,7 @@ def _listed(path: Path) -> Listed:
         return Listed(path, "unreadable", f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
 
 
-def _of(path: Path, record: RunRecord, events: Sequence[Mapping[str, Any]]) -> Listed:
+def _of(path: Path, record: RunRecord, events: Sequence[Event]) -> Listed:
     recipe = read_json(path / "recipe.json") if is_run(path) else {}
     if not isinstance(recipe, Mapping):
         return Listed(path, "unreadable", "recipe.json holds no recipe")
@@ -129,7 +129,7 @@ def _of(path: Path, record: RunRecord, events: Sequence[Mapping[str, Any]]) -> L
     )
 
 
-def _recipe(recipe: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+def _recipe(recipe: Mapping[str, object], plan: Event) -> str:
     """``fst 8x6 steps of 32x8, K=4, lr 1e-06, Triage on Qwen3-0.6B``: cycles by steps, problems by rollouts of each."""
     steps = f"{recipe.get('cycles', '?')}x{recipe.get('steps_per_cycle', '?')} steps"
     batch = f"{recipe.get('problems_per_step', '?')}x{recipe.get('group_size', '?')}"

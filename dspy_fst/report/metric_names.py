@@ -8,9 +8,9 @@ CycleReport in `dspy_fst.types`) or count: ``train/reward``, ``train/kl_to_start
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from dspy_fst.report.run_record import best
+from dspy_fst.run.directory import Event
 
 NOTHING_TRAINED = {"tokens": 0, "rows": 0}
 VALIDATION_FIELDS = ("counts", "sampled_tokens", "seconds")
@@ -29,7 +29,7 @@ class Entry:
     values: Mapping[str, float]
 
 
-def entry_of(event: Mapping[str, Any]) -> Entry | None:
+def entry_of(event: Event) -> Entry | None:
     """What the event measured; None when it is of a kind that measures nothing."""
     match event["event"]:
         case "step":
@@ -50,7 +50,7 @@ def entry_of(event: Mapping[str, Any]) -> Entry | None:
     return None
 
 
-def _step_fields(report: Mapping[str, Any]) -> dict[str, Any]:
+def _step_fields(report: Event) -> dict[str, object]:
     update = report["update"]
     # An update of an empty batch measured nothing, whatever numbers it holds. Tokens and rows are the update's own:
     # those that the batch counts may have been skipped.
@@ -58,16 +58,15 @@ def _step_fields(report: Mapping[str, Any]) -> dict[str, Any]:
     return {**report, "update": None, "counts": {**report["counts"], **learnt}}
 
 
-def _numbers(group: str, fields: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(group: str, fields: Mapping[str, object]) -> dict[str, float]:
     return {f"{group}/{name}": value for name, value in _flat(fields)}
 
 
-def _flat(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _flat(fields: Mapping[str, object]) -> Iterator[tuple[str, float]]:
     for name, value in fields.items():
-        if name == "counts":
-            yield from _flat(value)
-        elif isinstance(value, Mapping):
-            yield from ((f"{_name(name)}/{inner}", number) for inner, number in _flat(value))
+        if isinstance(value, Mapping):
+            prefix = "" if name == "counts" else f"{_name(name)}/"
+            yield from ((f"{prefix}{inner}", number) for inner, number in _flat(value))
         elif isinstance(value, int | float) and not isinstance(value, bool) and name not in PLACES:
             yield _name(name), value
 

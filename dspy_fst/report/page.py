@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
@@ -224,8 +223,8 @@ def cost_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 @dataclass(frozen=True)
 class Setting:
     name: str
-    default: Any
-    values: Sequence[Any]
+    default: object
+    values: Sequence[object]
 
     @property
     def changed(self) -> bool:
@@ -260,7 +259,7 @@ def period(start: float | None, end: float | None) -> str:
     return f"{first:%Y-%m-%d, %H:%M} to {day}{last:%H:%M} UTC"
 
 
-def setting(value: Any) -> str:
+def setting(value: object) -> str:
     if value is None:
         return DASH
     return ", ".join(map(setting, value)) if isinstance(value, list | tuple) else f"{value}"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from dspy_fst.formatting.numbers import number
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.report.evaluated import as_written
+from dspy_fst.run.directory import Event
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Played:
         return last.name, said
 
 
-def played(data: Mapping[str, Any]) -> Played:
+def played(data: Event) -> Played:
     """The sample that an event holds."""
     modules = tuple(as_written(Module, module) for module in data["modules"])
     return as_written(
@@ -97,7 +98,7 @@ IN_A_LINE = 200
 """Characters of a reply, and of the reason for its reward, in a line of a log (ours)."""
 
 
-def sample_line(data: Mapping[str, Any]) -> str:
+def sample_line(data: Event) -> str:
     """A sample on one line of bounded length: who said what under which candidate, what it earned and why.
 
     Args:

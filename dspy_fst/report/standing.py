@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from dspy_fst.formatting.numbers import counted, duration
 from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.run.directory import Event
 
 
 class Standing:
@@ -17,7 +17,7 @@ class Standing:
         """``searches``, ``updates``, and the rollouts of each: ``search``, ``train``; those of ``validation``."""
         self.masked = self.played = self.played_masked = 0
 
-    def add(self, event: Mapping[str, Any]) -> None:
+    def add(self, event: Event) -> None:
         report, step = event["report"], event["event"] == "step"
         rollouts = report["counts"].get("rollouts", 0) if step else report["rollouts"]
         self.done.update({"updates" if step else "searches": 1, "train" if step else "search": rollouts})

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from dspy_fst.formatting.numbers import DASH, duration, number
 from dspy_fst.formatting.tables import TextTable
@@ -115,7 +114,7 @@ def steps_table(steps: Sequence[StepReport]) -> TextTable:
 
 
 def _step(step: StepReport) -> list[str]:
-    update: Any = step.update
+    update = step.update
     # An update of an empty batch measured nothing, whatever numbers it holds.
     measured = (update.kl_to_start, update.entropy) if update.tokens else (None, None)
     return [

@@ -1,8 +1,8 @@
-"""Start against end: what a run's validations say, in a sentence and as a table. Every front end shows these."""
+"""The end of a run against its start, by its validations: in a sentence and as a table. Every front end shows these."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TypedDict
 
 from dspy_fst.formatting.numbers import DASH, interval, number, signed
 from dspy_fst.formatting.tables import TextTable
@@ -15,9 +15,9 @@ CHOSEN = "the best of several candidates was chosen by these problems, which fav
 
 
 def verdict(record: RunRecord) -> str:
-    """Where the run started and where it ended, with the interval of the difference, and which state is returned.
+    """The score of the start, of the end and of the best state, their difference, and which state is returned.
 
-    A run that goes on is told as far as it has come. Older releases did not validate the start.
+    For a run that goes on, the newest validation stands for the end. Older releases did not validate the start.
     """
     newest = record.validations[-1] if record.validations else None
     if newest is None:
@@ -28,7 +28,7 @@ def verdict(record: RunRecord) -> str:
     if newest is not start:
         parts.append(f"{'end' if newest.when == 'end' else newest.where} {number(newest.score)}")
         if start is not None:
-            parts.append(told(gain(start, newest), chosen_from=len(newest.candidates)))
+            parts.append(difference_words(gain(start, newest), chosen_from=len(newest.candidates)))
         top = best_of([state for state in record.validations if state.terms == newest.terms])
         if top is not None and top is not start and not top.same_as(newest):
             parts.append(f"best {number(top.score)} {top.where} (chosen by them too)")
@@ -37,36 +37,36 @@ def verdict(record: RunRecord) -> str:
     return ", ".join(parts)
 
 
-def in_a_line(states: Sequence[Validated]) -> str:
-    """The newest of a run's validations so far, beside the start."""
+def validation_line(states: Sequence[Validated]) -> str:
+    """The newest validation so far, compared with the start."""
     now = states[-1]
     start = next((state for state in states if state.when == "start" and state.terms == now.terms), None)
     line = f"validation {now.where}: {number(now.score)}"
     if start is None or start is now:
         return line
-    by = told(gain(start, now), chosen_from=len(now.candidates))
-    return f"{line}, against {number(start.score)} at the start: {by}"
+    difference = difference_words(gain(start, now), chosen_from=len(now.candidates))
+    return f"{line}, against {number(start.score)} at the start: {difference}"
 
 
-def told(by: Difference | None, *, chosen_from: int = 1) -> str:
-    """A difference, how sure it is, and what favours it.
+def difference_words(difference: Difference | None, *, chosen_from: int = 1) -> str:
+    """A difference with its interval, and a note where choosing the best of several favours it.
 
-    >>> told(Difference(0.16, 0.05, 0.27, 64))
+    >>> difference_words(Difference(0.16, 0.05, 0.27, 64))
     '+0.160 (95% interval 0.050 to 0.270, 64 problems)'
-    >>> told(Difference(0.5, None, None, 1), chosen_from=4)
+    >>> difference_words(Difference(0.5, None, None, 1), chosen_from=4)
     '+0.500 (one problem, so no interval; the best of 4 by these problems, so favoured)'
 
     Args:
-        chosen_from: Candidates of which the problems themselves chose the measured one.
+        chosen_from: How many candidates there were to choose from. The best was chosen by the same problems.
     """
-    if by is None:
+    if difference is None:
         return "not comparable"
     favoured = f"; the best of {chosen_from} by these problems, so favoured" if chosen_from > 1 else ""
-    return f"{signed(by.mean)} ({by.words}{favoured})"
+    return f"{signed(difference.mean)} ({difference.words}{favoured})"
 
 
 def validations_table(record: RunRecord) -> TextTable:
-    """Every validation, and its difference to the start."""
+    """Every validation, with its difference to the start."""
     rows = [_row(state, record) for state in record.validations]
     title = f"Validations ({INTERVAL}; {CHOSEN})"
     columns = ("state", "weights", "score", "rollouts", "difference to the start", "interval")
@@ -75,26 +75,47 @@ def validations_table(record: RunRecord) -> TextTable:
 
 def _row(state: Validated, record: RunRecord) -> list[str]:
     start = record.start_validated
-    by = None if start is None or state is start else gain(start, state)
+    difference = None if start is None or state is start else gain(start, state)
     marked = " (returned)" if state is record.returned else ""
     return [
         state.where + marked,
         state.weights,
         number(state.score),
         f"{state.counts.get('rollouts', 0):,}",
-        signed(by.mean) if by else DASH,
-        interval(by.low, by.high) if by else DASH,
+        signed(difference.mean) if difference else DASH,
+        interval(difference.low, difference.high) if difference else DASH,
     ]
 
 
-def validation_told(record: RunRecord, state: Validated) -> dict[str, Any]:
-    """A validation as JSON: what the table shows, and the candidates' scores."""
+class ValidationFigures(TypedDict):
+    """A validation as JSON: what the table shows, and the scores of the candidates."""
+
+    index: int
+    when: str
+    step: int
+    weights: str
+    score: float | None
+    sampled_tokens: int
+    seconds: float
+    scores: dict[str, float]
+    """Digest -> score."""
+    counts: dict[str, int]
+    gain: dict[str, float | int | None] | None
+    """The fields of `dspy_fst.run.paired.Difference`, against the start."""
+
+
+def validation_figures(record: RunRecord, state: Validated) -> ValidationFigures:
     start = record.start_validated
-    by = None if start is None or state is start else gain(start, state)
-    fields = ("index", "when", "step", "weights", "score", "sampled_tokens", "seconds")
+    difference = None if start is None or state is start else gain(start, state)
     return {
-        **{name: getattr(state, name) for name in fields},
+        "index": state.index,
+        "when": state.when,
+        "step": state.step,
+        "weights": state.weights,
+        "score": state.score,
+        "sampled_tokens": state.sampled_tokens,
+        "seconds": state.seconds,
         "scores": dict(state.scores),
         "counts": dict(state.counts),
-        "gain": None if by is None else asdict(by),
+        "gain": None if difference is None else asdict(difference),
     }

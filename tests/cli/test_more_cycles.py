@@ -34,7 +34,7 @@ def test_more_cycles_go_on_from_a_finished_run_and_are_a_run_like_any_other(fold
     new = folder / "more"
     command = ("run", folder, "--continue-from", finished, "--run-dir", new, "--cycles", "1")
     told = invoke(*command)
-    assert "1 weight updates in 1 steps" in told.stdout
+    assert "1 weight update in 1 step;" in told.stdout
     (done,), (of_the_first,) = events(new, "done"), events(finished, "done")
     carried = {Candidate(texts).digest for texts in of_the_first["population"]["members"]}
     assert carried <= {candidate["digest"] for candidate in events(new, "cycle")[0]["candidates"]}

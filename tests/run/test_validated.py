@@ -5,7 +5,7 @@ from scipy import stats
 
 from dspy_fst.config import FSTConfig, make_config
 from dspy_fst.report.metric_names import entry_of
-from dspy_fst.report.verdict import in_a_line, told
+from dspy_fst.report.verdict import difference_words, validation_line
 from dspy_fst.run.paired import Difference, difference
 from dspy_fst.run.validated import Validated, best_of, best_validated, decline, exhausted, gain, handed_in, validated_in
 from dspy_fst.training.plan import Plan
@@ -59,7 +59,7 @@ def test_pairing_sees_a_shift_that_is_small_beside_the_problems_own_spread():
 
 def test_one_problem_has_no_interval_and_unmeasured_ones_are_left_out():
     assert difference([0.5, None, 0.25], [1.0, 1.0, None]) == Difference(0.5, None, None, 1)
-    assert told(Difference(0.5, None, None, 1)) == "+0.500 (one problem, so no interval)"
+    assert difference_words(Difference(0.5, None, None, 1)) == "+0.500 (one problem, so no interval)"
     assert not Difference(-0.5, None, None, 1).falls
     assert difference([None], [1.0]) is None
 
@@ -68,7 +68,7 @@ def test_one_problem_has_no_interval_and_unmeasured_ones_are_left_out():
 def test_the_same_difference_on_all_problems_has_no_interval_and_counts_by_the_sign_test(problems, falls):
     by = difference([1.0] * problems, [0.0] * problems)
     assert by == Difference(-1.0, None, None, problems)
-    assert told(by) == f"-1.000 (the same on all {problems} problems, so no interval)"
+    assert difference_words(by) == f"-1.000 (the same on all {problems} problems, so no interval)"
     assert by.falls is falls
     text = decline([state(0, [1.0] * problems), state(1, [0.0] * problems)])
     assert (f"by 1.000 (the same on all {problems} problems, so no interval)" in (text or "")) is falls
@@ -83,9 +83,9 @@ def test_differences_that_are_the_same_but_for_rounding_have_no_interval():
 
 def test_a_score_that_the_same_problems_chose_is_said_to_be_favoured_by_them():
     chosen = state(1, [], candidates=(SEED.digest, CHILD.digest), rewards=((0.0, 0.5), (0.5, 0.75)))
-    line = in_a_line([state(0, [0.25, 0.25]), chosen])
+    line = validation_line([state(0, [0.25, 0.25]), chosen])
     assert line.endswith("; the best of 2 by these problems, so favoured)")
-    assert "favoured" not in in_a_line([state(0, [0.25, 0.25]), state(1, [0.5, 0.75])])
+    assert "favoured" not in validation_line([state(0, [0.25, 0.25]), state(1, [0.5, 0.75])])
 
 
 # ---- states ----------------------------------------------------------------------------------------
