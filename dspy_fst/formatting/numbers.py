@@ -1,7 +1,7 @@
-"""Numbers as people read them, alike wherever they are shown."""
+"""Numbers as people read them, in the same form wherever they are shown."""
 
 DASH = "–"  # noqa: RUF001
-"""What stands for a number that was not measured."""
+"""Shown in place of a number that was not measured."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -46,7 +46,7 @@ def share(part: int | None, whole: int | None) -> str:
 
 
 def plain(value: object) -> str:
-    """A text or a whole number as it is, which may be missing."""
+    """A text or a whole number unchanged, or a dash where it is missing."""
     return DASH if value is None else str(value)
 
 
@@ -63,7 +63,7 @@ def counted(count: int, noun: str) -> str:
 def duration(seconds: float, digits: int = 0) -> str:
     """
     Args:
-        digits: Of the seconds, below a minute.
+        digits: Decimal places of the seconds, used below a minute.
 
     >>> duration(3.21), duration(3.21, 1), duration(75), duration(7322)
     ('3 s', '3.2 s', '1 min 15 s', '2 h 2 min')

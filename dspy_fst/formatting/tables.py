@@ -1,13 +1,13 @@
-"""A table that people read: aligned text in a terminal, HTML in a notebook. Knows nothing of runs."""
+"""A table as people read it: aligned text in a terminal, HTML in a notebook."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 SHORT = 60
-"""Characters of a text that one line shows (ours)."""
+"""Longest text in a line, in characters (ours)."""
 STYLE = "text-align: left; vertical-align: top; white-space: pre-wrap"
-"""Of a cell of words: an instruction keeps its lines."""
+"""CSS of a cell that holds words. It keeps the line breaks of an instruction."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class TextTable:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: int = 1
-    """How many columns, from the left, hold words; the others hold numbers and stand to the right."""
+    """How many columns, from the left, hold words. The others hold numbers and are aligned to the right."""
     last_is_words: bool = False
-    """Whether the last column holds words, too."""
+    """Whether the last column holds words as well."""
 
     @property
     def text(self) -> str:
-        """Lines; long words are cut, and stand on one line."""
+        """Aligned lines. Each cell is put on one line, and long texts are cut."""
         cells = [list(self.columns), *([one_line(cell) for cell in row] for row in self.rows)]
         widths = [max(len(row[place]) for row in cells) for place in range(len(self.columns))]
         lines = ["  ".join(self._aligned(row, widths)).rstrip() for row in cells]
@@ -32,7 +32,7 @@ class TextTable:
 
     @property
     def html(self) -> str:
-        """A ``<table>``; every text is escaped and whole."""
+        """A ``<table>``. Texts are escaped, and never cut."""
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
         body = "".join(f"<tr>{''.join(self._cells(row))}</tr>" for row in self.rows)
         caption = f"<caption>{escape(self.title)}</caption>" if self.title else ""
@@ -55,7 +55,7 @@ class TextTable:
 
 
 def one_line(text: str, longest: int = SHORT) -> str:
-    """A text on one line, cut at its end.
+    """The text on one line, its end cut off where it is too long.
 
     >>> one_line("Keep\\n every name.", 12)
     'Keep ever...'

@@ -1,30 +1,32 @@
-"""What to do where replies do not parse, without what the program does already. Pure."""
+"""Advice for replies that do not parse. It leaves out what the program does already. Pure."""
 
 from dataclasses import dataclass
 
 COOL = 0.5
-"""Temperature up to which a lower one is not advised (ours; the parse trial tries this one)."""
+"""Up to this temperature a lower one is not advised (ours; the parse trial uses this temperature)."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a program asks now, and what is known of other ways."""
+    """The form of a program's prompts now, and what is known of other forms."""
 
     adapter: str = "ChatAdapter"
-    """Name of the adapter's class."""
+    """Class name of the adapter."""
     demos: bool = False
-    """Whether a predictor shows examples."""
+    """Whether any predictor shows demos."""
     temperature: float | None = None
-    """None where it is not known."""
+    """Of sampling; None where it is not known."""
     helped: str = ""
-    """The form that did best when others were tried, with what it did, e.g. ``"JSONAdapter, 2 demos (75% parsed)"``;
-    empty where none was tried, or none was better."""
+    """The best form in a trial and its result, e.g. ``"JSONAdapter, 2 demos (75% parsed)"``.
+
+    Empty when no trial was made, or when no other form was better.
+    """
     tried: bool = False
-    """Whether other forms were tried on this model and task."""
+    """Whether a trial of other forms was made on this model and task."""
 
 
 def form_advice(form: Form) -> str:
-    """A sentence without a full stop.
+    """What to change, as a sentence without a full stop.
 
     >>> form_advice(Form())[:75]
     'Raise max_tokens if they are cut off; else try dspy.configure(adapter=dspy.'

@@ -1,12 +1,12 @@
-"""What a run says of its steps while it goes on: samples of replies, warnings, and that nothing is learnt any more.
+"""What is recorded about a run's steps while it goes on: sampled replies, warnings, and whether anything is learnt.
 
-All of it is a function of the step reports and of the newest step's rollouts, so a run that is continued says what an
-uninterrupted one does.
+Everything is a function of the step reports and of the newest step's rollouts, so a continued run records the same as
+an uninterrupted one.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Protocol
 
 import dspy
 
@@ -23,34 +23,42 @@ from dspy_fst.run.learning import Ending, Standstill, ending, standstill
 from dspy_fst.types import Group, Rollout, StepReport
 
 SEARCH_SAMPLES = "search_samples"
-"""The event that holds samples of a search; those of a step stand in ``trajectories``."""
+"""Kind of the event with samples of a search. Samples of a step are in events of kind ``trajectories``."""
+
+
+class Tokenizer(Protocol):
+    """As much of a tokenizer as sampled replies need."""
+
+    def decode(self, ids: Sequence[int], /) -> str: ...
 
 
 class Observer:
     """Watches one run.
 
     Args:
-        run: Keeps what is said.
-        program: The copy that is trained.
-        policy: What its trained predictors speak with.
+        run: Where samples and warnings are written.
+        program: The copy of the program that is trained.
+        policy: The LM of its trained predictors.
         config: The recipe.
-        tokenizer: Turns sampled ids into text.
+        tokenizer: Decodes sampled token ids.
     """
 
-    def __init__(self, run: RunDirectory, program: dspy.Module, policy: PolicyLM, config: FSTConfig, tokenizer: Any):
+    def __init__(
+        self, run: RunDirectory, program: dspy.Module, policy: PolicyLM, config: FSTConfig, tokenizer: Tokenizer
+    ):
         self._run, self._program, self._policy, self._config = run, program, policy, config
         self._decode = tokenizer.decode
         self._watch = Watch(self._worst, config.perfect_score, config.parse_warning_share)
         self._reports: list[StepReport] = []
         self._seen = 0
-        self._tried: Mapping[str, Any] | None = None
+        self._tried: Event | None = None
 
     def recall(self, reports: Sequence[StepReport], events: Sequence[Event]) -> None:
-        """Take up the steps of a run that goes on; what they gave rise to was said.
+        """Take in the earlier steps of a continued run. Their warnings were given before.
 
         Args:
-            reports: Of these steps.
-            events: All of the run's so far.
+            reports: The reports of these steps.
+            events: All events of the run so far.
         """
         for report in reports:
             self._reports.append(report)
@@ -58,76 +66,79 @@ class Observer:
         self._tried = next((event for event in reversed(events) if event["event"] == "parse_trial"), None)
 
     @property
-    def tried(self) -> Mapping[str, Any] | None:
-        """What came of the newest trial of other forms (`preflight.parse_trial`); None when none was made."""
+    def tried(self) -> Event | None:
+        """Result of the newest trial of other prompt forms (`training.parse_trial`); None when none was made."""
         return self._tried
 
-    def keep_trial(self, record: Mapping[str, Any]) -> None:
-        """Keep what came of a trial, for the warnings to come."""
+    def keep_trial(self, record: Mapping[str, object]) -> None:
+        """Record the result of a trial. Later warnings use it."""
         self._tried = record
         self._run.emit("parse_trial", **record)
 
     def see(self, report: StepReport, groups: Sequence[Group]) -> None:
-        """Keep samples of the step that has ended, and warn of what its report shows."""
+        """Record samples of the step that has ended, and the warnings that follow from its report."""
         self._reports.append(report)
         self._seen += 1
         if kept := self._config.recorded_samples:
             samples = telling(groups, kept, f"{self._config.seed} samples {report.step}")
-            self._run.emit("trajectories", step=report.step, rollouts=[shown(one, self._decode) for one in samples])
+            self._run.emit(
+                "trajectories", step=report.step, rollouts=[shown(sample, self._decode) for sample in samples]
+            )
         reply = failed_reply_of([rollout for group in groups for rollout in group.rollouts])
         for text in self._watch.see(report, self.form, reply):
             self._run.emit("warning", step=report.step, text=text)
 
-    def see_search(self, cycle: int, played: Sequence[Rollout]) -> None:
-        """Keep samples of the search that has ended, as many as of a step.
+    def see_search(self, cycle: int, rollouts: Sequence[Rollout]) -> None:
+        """Record samples of the search that has ended, as many as for a step.
 
-        A search that was killed and repeated has its rollouts from its journal, without calls: only what that holds is
-        kept, so that the events are the same.
+        A search that is repeated after a kill reads its rollouts from its journal, which holds no calls. So calls are
+        left out of every search's samples, and the events are the same.
         """
         if kept := self._config.recorded_samples:
             by_problem: dict[int, list[Rollout]] = {}
-            for rollout in played:
+            for rollout in rollouts:
                 by_problem.setdefault(rollout.problem, []).append(replace(rollout, calls=(), failed_in=None))
-            groups = [Group(problem, tuple(rollouts)) for problem, rollouts in by_problem.items()]
+            groups = [Group(problem, tuple(members)) for problem, members in by_problem.items()]
             samples = telling(groups, kept, f"{self._config.seed} samples of search {cycle}")
-            told = [{**shown(one), "tokens": None} for one in samples]
-            self._run.emit(SEARCH_SAMPLES, cycle=cycle, rollouts=told)
+            records = [{**shown(sample), "tokens": None} for sample in samples]
+            self._run.emit(SEARCH_SAMPLES, cycle=cycle, rollouts=records)
 
     @property
     def went_on(self) -> bool:
-        """Whether a step was made in this process."""
+        """Whether this process has made a step."""
         return self._seen > 0
 
     # ---- whether anything is learnt ------------------------------------------------------------
 
     @property
     def ending(self) -> Ending:
-        """What the updates came to so far."""
+        """What the updates have changed so far."""
         return ending(self._reports, self._worst, self._config.perfect_score)
 
     @property
     def standstill(self) -> Standstill | None:
-        """The newest steps, where none of them moved the weights."""
+        """The newest steps, if none of them moved the weights; else None."""
         return standstill(self._reports, self._worst, self._config.perfect_score)
 
     @property
     def reason_to_stop(self) -> StopReason | None:
-        """Why no further step is worth its rollouts: ``max_unmoved_steps`` in a row moved nothing; else None."""
+        """The reason to stop when ``max_unmoved_steps`` steps in a row moved nothing; else None."""
         limit, still = self._config.max_unmoved_steps, self.standstill
         if limit is None or still is None or len(still.steps) < limit:
             return None
         return StopReason("nothing_learned", len(self._reports), still.words)
 
-    # ---- how the program asks ------------------------------------------------------------------
+    # ---- the form of the prompts ---------------------------------------------------------------
 
     @property
     def form(self) -> Form:
-        """How the program asks now, and what is known of other ways."""
+        """The form of the program's prompts now, and what is known of other forms."""
         tried = self.tried
-        speaking = [of for _, of in self._program.named_predictors() if is_recorded(of.lm or dspy.settings.lm)]
+        predictors = [predictor for _, predictor in self._program.named_predictors()]
+        trained = [predictor for predictor in predictors if is_recorded(predictor.lm or dspy.settings.lm)]
         return Form(
             adapter=type(kept_by(self._program) or adapter_in_force()).__name__,
-            demos=any(predictor.demos for predictor in speaking),
+            demos=any(predictor.demos for predictor in trained),
             temperature=self._policy.sampling_temperature,
             helped=tried["helped"] if tried else "",
             tried=tried is not None,

@@ -1,4 +1,4 @@
-"""What a person sees while a run is going on: a live view in a terminal or a notebook, plain lines elsewhere."""
+"""The view of a run that goes on: live in a terminal or a notebook, plain lines elsewhere."""
 
 import logging
 import time
@@ -26,7 +26,7 @@ from dspy_fst.run.validated import Validated
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 30.0
-"""A plain log says at least this often that rollouts are coming in, so that a wait is not taken for a hang."""
+"""A plain log reports new rollouts at least this often, so that waiting does not look like a hang."""
 NOTEBOOK_S = 0.5
 """Shortest time between two updates of a notebook's view: each is a message to the browser."""
 BARS = "▁▂▃▄▅▆▇█"
@@ -38,10 +38,10 @@ class ProgressView:
 
     Args:
         title: Name of the run.
-        console: Where to; a console without a terminal gets one plain line an event.
-        lines: Newest lines that a live view shows.
-        clock: Seconds; for the times of the phases and what is left.
-        samples: Whether one sampled reply a step is shown.
+        console: Where to show it. A console without a terminal gets one plain line for each event.
+        lines: How many of the newest lines a live view shows.
+        clock: Gives seconds, for the times of the phases and the time left.
+        samples: Whether to show one sampled reply for each step.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ProgressView:
             self._open.close()
 
     def recall(self, events: Sequence[Event]) -> None:
-        """Take up what happened before, without a word about it: a continued run shows where it stands."""
+        """Take in earlier events without printing them, so that a continued run shows its whole progress."""
         for event in events:
             if event["event"] == "plan":
                 self._standing.budget = event["budget"]
@@ -124,10 +124,10 @@ class ProgressView:
         self._standing.budget = event["budget"]
 
     def _on_candidate(self, event: Event) -> None:
-        if not self._searching:  # what an earlier search found was scored on other problems
+        if not self._searching:  # candidates of an earlier search were scored on other problems
             self._searching, self._candidates = True, []
-        found = [*self._candidates, (event["score"], _words(event["texts"]))]
-        self._candidates = sorted(found, key=lambda candidate: -candidate[0])[:SHOWN_CANDIDATES]
+        candidates = [*self._candidates, (event["score"], _words(event["texts"]))]
+        self._candidates = sorted(candidates, key=lambda candidate: -candidate[0])[:SHOWN_CANDIDATES]
 
     def _on_cycle(self, event: Event) -> None:
         report = event["report"]
@@ -166,14 +166,14 @@ class ProgressView:
         self._validated.append(Validated.from_event(event))
 
     def _on_ended(self, event: Event) -> None:
-        """What helps against a standstill comes as a warning or with the error."""
+        """Advice against a standstill is not repeated here: it comes as a warning or with the error."""
         reason = StopReason(**event["reason"])
         if reason.early:
             words = _sentences(reason) if reason.kind == "early_stopping" else reason.text
             self._say(f"ended after step {reason.step}: {words}", keep=True)
 
     def _on_trajectories(self, event: Event) -> None:
-        """One sampled reply of the step, where samples are wanted."""
+        """One sampled reply of the step, if samples are to be shown."""
         rollouts = event["rollouts"]
         if self._samples and rollouts:
             self._sample = sample_line(rollouts[event["step"] % len(rollouts)])
@@ -192,7 +192,7 @@ class ProgressView:
         self._say(f"warning: {event['text']}", keep=True)
 
     def _measured(self, event: Event) -> None:
-        """Take what a search or a step came to."""
+        """Take in the report of a search or a step."""
         self._standing.add(event)
         if event["event"] == "cycle":
             self._searching = False
@@ -204,7 +204,7 @@ class ProgressView:
     # ---- drawing -------------------------------------------------------------------------------
 
     def _say(self, line: str, *, keep: bool = False) -> None:
-        """One line: among the newest in the live view, or above it for good when it is worth keeping."""
+        """Show one line: among the newest lines of the live view, or above it for good with ``keep``."""
         self._heard = self._clock()
         if self._plain or (keep and self._live):
             line = _printable(line, self.console.encoding, kept="\n").replace("\n", "\n  ")  # a table, code to copy
@@ -213,12 +213,12 @@ class ProgressView:
             self._recent.append(_printable(line, self.console.encoding))
 
     def _refresh(self, *, now: bool) -> None:
-        """A terminal's view draws itself; a notebook's is sent."""
+        """Send the view to a notebook. In a terminal rich redraws it by itself."""
         if self._notebook:
             self._notebook.show(self._render(), now=now)
 
     def _render(self) -> Table:
-        # In a thread of rich's: what events change is copied first. Texts, not markup: instructions may hold brackets.
+        # Runs in a thread of rich, so what events change is copied first. Text, not markup: instructions hold brackets.
         grid = Table.grid(expand=True)
         left = self._times.left(self._standing)
         head = Text.assemble((_printable(self.title, self.console.encoding), "bold"), f"  {self._phase}")
@@ -256,7 +256,7 @@ class ProgressView:
 
 
 class _Notebook:
-    """One output of a notebook's cell, replaced in place. rich's own way needs ipywidgets."""
+    """One output of a notebook cell that is replaced in place. rich would need ipywidgets for that."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -275,13 +275,13 @@ class _Notebook:
 
 
 class EndingLog:
-    """A listener in the place of a view: tells Python's log that the run ended early, or changed no weights."""
+    """A listener in place of a view: logs a warning when the run ended early or changed no weights."""
 
     def __init__(self) -> None:
         self._reason: StopReason | None = None
 
     def __call__(self, event: Event) -> None:
-        """Take one event of the run. An end without an outcome is an error, which says all of it."""
+        """Take one event of the run. A run that ends in an error logs nothing here: the error says everything."""
         if event["event"] == "ended":
             self._reason = StopReason(**event["reason"])
         if event["event"] != "done":
@@ -294,13 +294,13 @@ class EndingLog:
 
 
 def _sentences(reason: StopReason) -> str:
-    """What was seen, and what to do where something can be done."""
+    """What was seen, then the advice if there is any."""
     return ". ".join(filter(None, (reason.text, reason.advice)))
 
 
 @contextmanager
 def without_loading_bars() -> Iterator[None]:
-    """A block in which transformers draws no bars of its own, which would cut through a view."""
+    """A block in which transformers draws no progress bars. They would break the view."""
     from transformers.utils import logging as bars
 
     if not bars.is_progress_bar_enabled():
@@ -314,7 +314,7 @@ def without_loading_bars() -> Iterator[None]:
 
 
 def sparkline(values: Sequence[float | None]) -> str:
-    """One bar a value between the lowest and the highest; a blank where nothing was measured.
+    """One bar for each value, scaled from the lowest to the highest; a blank where nothing was measured.
 
     >>> sparkline([0.0, None, 0.5, 1.0])
     '▁ ▄█'
@@ -329,7 +329,7 @@ def sparkline(values: Sequence[float | None]) -> str:
 
 
 def _population(event: Event) -> list[tuple[float | None, str]]:
-    """Scores and texts of the search's population, best first, each once."""
+    """Score and texts of each candidate in the search's population, best first, without copies."""
     texts = {candidate["digest"]: _words(candidate["texts"]) for candidate in event.get("candidates", ())}
     report = event["report"]
     members = dict(zip(report.get("population", ()), report["scores"], strict=False))
@@ -337,13 +337,13 @@ def _population(event: Event) -> list[tuple[float | None, str]]:
 
 
 def _lost(counts: Mapping[str, int]) -> str:
-    """What was masked or failed, by reason; nothing when nothing was."""
+    """Masked and failed rollouts by reason, with a separator before them; empty when there are none."""
     words = OutcomeCounts.of(counts).words
     return f"; {words}" if words else ""
 
 
 def _small(value: float | None) -> str:
-    """Three digits, however many zeros come first: early KLs are tiny, and not 0."""
+    """Three significant digits: early KLs are tiny, but not 0."""
     return DASH if value is None else f"{value:.3g}"
 
 
@@ -352,12 +352,12 @@ def _words(texts: Mapping[str, str]) -> str:
 
 
 def _line(text: Text) -> Text:
-    """One line, cut at the edge: a view whose height jumps cannot be read."""
+    """The text as one line, cut at the edge of the view: a view whose height jumps cannot be read."""
     text.no_wrap, text.overflow = True, "ellipsis"
     return text
 
 
 def _printable(text: str, encoding: str, kept: str = "") -> str:
-    """Without control codes but ``kept``: a model's text may hold some. Without what the terminal cannot write."""
+    """The text without control characters other than ``kept``, and without what the terminal cannot encode."""
     seen = "".join(character if character.isprintable() or character in kept else " " for character in text)
     return seen.encode(encoding, "replace").decode(encoding)

@@ -1,4 +1,4 @@
-"""Troubles of what was sampled: each rule takes the history and gives one kind of finding, or None."""
+"""Rules about the sampled rollouts. Each takes the history and returns one kind of finding, or None. Pure."""
 
 from collections import Counter
 from statistics import fmean
@@ -11,18 +11,18 @@ from dspy_fst.run.learning import span
 from dspy_fst.types import StepReport
 
 FLAT_SHARE, EDGE = 0.8, 0.25
-"""Share of flat groups that leaves too little to learn from, and how near to an end of the reward's range the mean is
-when "all wrong" or "all right" is said (ours)."""
+"""Share of zero-variance groups that leaves too little to learn from, and the distance of the mean reward from an end
+of its range, as a share of the range, at which all rollouts count as wrong or as right (ours)."""
 MASKED_SHARE = TRUNCATED_SHARE = 0.1
-"""Shares of rollouts that measured nothing, and of calls cut off (ours)."""
+"""Share of rollouts that were masked, and of calls that were cut off (ours)."""
 UNTRAINED_SHARE = 0.5
-"""Share of measured rollouts without a call that can be trained (ours)."""
+"""Share of measured rollouts that hold no trainable call (ours)."""
 REWARD_FALL, REWARD_NOISE = 0.3, 0.1
-"""Fall of the mean reward, as a share of its height over the worst, and of the whole range (ours)."""
+"""Fall of the mean reward, as a share of its height above the worst reward, and as a share of the whole range (ours).
 
-
+The larger of the two must be reached."""
 MOSTLY = 0.5
-"""Share of replies that do not parse from which on that is why every rollout is wrong (ours)."""
+"""From this share of unparsed replies on, parsing is the reason why every rollout is wrong (ours)."""
 ALL_WRONG = (
     "Nearly every rollout fails: look at some replies (dspy-fst show RUN_DIR --samples 5); then raise search_passes or "
     "group_size, give easier problems, or a metric with partial credit"
@@ -30,7 +30,7 @@ ALL_WRONG = (
 ALL_RIGHT = "Nearly every rollout succeeds: stop here, or give harder problems"
 ALL_ALIKE = "The rollouts of a problem score alike: give a finer metric, or raise group_size or the temperature"
 NEARLY_ALL = 0.9
-"""Share of replies that do not parse from which on a lower score for them teaches nothing (ours)."""
+"""From this share of unparsed replies on, a lower score for them has no effect (ours)."""
 OR_THE_SCORE = "; or set format_failure_score below failure_score, so that the form is learnt"
 NOT_THE_SCORE = (
     ". A lower format_failure_score does not help while nearly every reply fails: it shifts all rewards alike"
@@ -47,26 +47,26 @@ def flat_groups(history: History) -> Finding | None:
     seen = f"{fmean(shares):.0%} of the groups were flat, so little was learnt; mean reward {reward:.2g}"
     if reward <= history.worst + edge:
         if min(map(_unparsed_share, steps)) >= max(MOSTLY, history.parse_share):
-            return None  # `parse_failures` tells it, and why
-        return Finding("all wrong", steps, seen + history.one_reply, ALL_WRONG)
+            return None  # `parse_failures` warns instead, with the reason
+        return Finding("all wrong", steps, seen + history.reply_clause, ALL_WRONG)
     if reward >= history.best - edge:
         return Finding("all right", steps, seen, ALL_RIGHT)
     return Finding("all alike", steps, seen, ALL_ALIKE)
 
 
 def parse_failures(history: History) -> Finding | None:
-    """Told at the first step of a cycle that has too many: the next cycle has other instructions."""
+    """Once a cycle, at the first step with too many parse failures: the next cycle has other instructions."""
     *earlier, now = [report for report in history.reports if report.cycle == history.reports[-1].cycle]
     share = _unparsed_share(now)
     if share < history.parse_share or any(_unparsed_share(report) >= history.parse_share for report in earlier):
         return None
     by_predictor = [
-        f"{name!r} in {of.unparsed} of its {of.calls} calls"
-        for name, of in sorted(now.predictors.items(), key=lambda item: -item[1].unparsed)
-        if of.unparsed
+        f"{name!r} in {report.unparsed} of its {report.calls} calls"
+        for name, report in sorted(now.predictors.items(), key=lambda item: -item[1].unparsed)
+        if report.unparsed
     ]
     seen = f"{share:.0%} of the rollouts ended in a reply that does not parse"
-    seen += (f" ({'; '.join(by_predictor)})" if by_predictor else "") + history.one_reply
+    seen += (f" ({'; '.join(by_predictor)})" if by_predictor else "") + history.reply_clause
     advice = form_advice(history.form) + (NOT_THE_SCORE if share >= NEARLY_ALL else OR_THE_SCORE)
     return Finding(f"parse in cycle {now.cycle}", [now], seen, advice)
 
@@ -149,7 +149,7 @@ def reward_fell(history: History) -> Finding | None:
 
 
 def _measured(counts: Counter[str]) -> int:
-    """Rollouts that were measured; at least 1, to divide by."""
+    """Rollouts that were measured; at least 1, so that it can be divided by."""
     return max(counts["rollouts"] - OutcomeCounts.of(counts).masked.total(), 1)
 
 

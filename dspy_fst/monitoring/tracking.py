@@ -1,8 +1,8 @@
 """A run's numbers in wandb, trackio, mlflow, tensorboard and the other trackers that accelerate knows.
 
-Every tracker has a thread of its own and a small file in the run directory, ``tracking/<name>.json``, which says what
-it was given. So no tracker can delay or stop the run, a continued run goes on where the tracker allows it, and no entry
-is logged twice.
+Each tracker has its own thread, and a small file in the run directory, ``tracking/<name>.json``, that records which
+entries it was given. So no tracker can delay or stop the run, no entry is logged twice, and a continued run goes on in
+the tracker's old run where the tracker allows that.
 """
 
 import queue
@@ -23,27 +23,27 @@ from dspy_fst.run.directory import Event
 from dspy_fst.run.files import read_json, write_json
 
 PROJECT = "dspy_fst"
-"""Project, or experiment, under which trackers file the runs."""
+"""Name of the project or experiment that the runs belong to."""
 FOLDER = "tracking"
-"""In the run directory; tensorboard's and aim's own files lie there too."""
+"""Folder in the run directory. The files of tensorboard and aim lie there, too."""
 FINISH_S = 30.0
-"""How long a run that is over waits for its trackers to take the rest (ours)."""
+"""Seconds that a finished run waits for its trackers to take the remaining entries (ours)."""
 Setting: TypeAlias = bool | int | float | str
 """A hyperparameter as every tracker takes it."""
 Track: TypeAlias = str | GeneralTracker
-"""One of accelerate's names, or a tracker made with settings of its own."""
+"""A name that accelerate knows, or a tracker object with its own settings."""
 
 
 @dataclass(frozen=True)
 class _Service:
-    """How a tracker names its runs and goes on in one; read from each library's documentation."""
+    """How a tracker names a run and continues one. Read from the documentation of each library."""
 
     named: str | None
-    """The argument that takes a run's name."""
+    """The argument for the name of a run; None when there is none."""
     identity: Callable[[Any], Any]
-    """Of the run that it made."""
+    """Gives the identity of the run that the tracker made."""
     continued: Callable[[str], dict[str, str]]
-    """Identity -> the arguments that go on in that run."""
+    """Identity -> the arguments that continue that run."""
 
 
 _SERVICES = {
@@ -53,11 +53,11 @@ _SERVICES = {
     "comet_ml": _Service(None, lambda run: run.get_key(), lambda identity: {"experiment_key": identity}),
     "aim": _Service(None, lambda run: run.hash, lambda identity: {"run_hash": identity}),
 }
-"""tensorboard goes on by its folder; clearml, dvclive and swanlab get a new run from a continued one."""
+"""tensorboard continues by its folder. clearml, dvclive and swanlab begin a new run when ours is continued."""
 
 
 def trackers_of(track: object) -> tuple[list[Track], list[str]]:
-    """The trackers that are asked for, each once, and what is wrong with them."""
+    """The requested trackers without repetition, and a sentence for each fault in the request."""
     wanted = [track] if isinstance(track, str | GeneralTracker) else track
     if not isinstance(wanted, list | tuple):
         return [], [f"track={track!r}: name a tracker, or a list of them: {', '.join(LOGGER_TYPE_TO_CLASS)}"]
@@ -80,7 +80,7 @@ def _name(tracker: Track) -> str:
 
 
 class Tracking:
-    """A listener that hands what a run measures to trackers.
+    """A listener that passes the measurements of a run to trackers.
 
     Args:
         trackers: See `trackers_of`.
@@ -94,12 +94,12 @@ class Tracking:
 
     @contextmanager
     def following(self, run_dir: Path, events: Sequence[Event], tell: Callable[[str], None]) -> Iterator[None]:
-        """A block in which the events of a run that has been accepted are logged.
+        """A block in which events are logged. It begins once the run has passed its checks.
 
         Args:
-            events: What happened before. A tracker is given what it does not have yet: one that was added to a
-                continued run gets all of it.
-            tell: Takes a sentence for whoever watches.
+            events: The earlier events. A tracker is given the entries that it does not have yet, so a tracker that is
+                added to a continued run gets all of them.
+            tell: Takes a sentence for the user.
         """
         self._tell, self._updates = tell, 0
         settings = hyperparameters(events)
@@ -114,9 +114,9 @@ class Tracking:
             self._workers = []
 
     def __call__(self, event: Event) -> None:
-        """Take one event of the run. Before the block nothing is logged."""
+        """Take one event of the run. Outside of the block nothing is logged."""
         if self._workers and (entry := entry_of(event)):
-            # A search, and the validation, stand at the update that comes next.
+            # A search and a validation are logged at the step of the next update.
             step = entry.index if entry.group == "train" else self._updates
             self._updates = step + 1 if entry.group == "train" else step
             for worker in self._workers:
@@ -124,7 +124,7 @@ class Tracking:
         self._tell_troubles()
 
     def _tell_troubles(self) -> None:
-        """Here and not in the trackers' threads: other listeners are called from the run's thread alone."""
+        """Report the troubles in the run's thread: other listeners must not be called from the trackers' threads."""
         for worker in self._workers:
             while worker.troubles:
                 self._tell(worker.troubles.pop(0))
@@ -139,7 +139,10 @@ class Tracking:
 
 
 def hyperparameters(events: Sequence[Event]) -> dict[str, Setting]:
-    """The recipe and what is trained on what, flat, as the plan's event tells it: secrets were taken out there."""
+    """The recipe, program, model, engine and metric as one flat mapping.
+
+    They come from the event of the plan, from which secrets were removed.
+    """
     plan = next((event for event in reversed(events) if event["event"] == "plan" and "config" in event), {})
     subject = {name: plan[name] for name in ("program", "model", "engine", "metric") if name in plan}
     return {
@@ -150,19 +153,19 @@ def hyperparameters(events: Sequence[Event]) -> dict[str, Setting]:
 
 @dataclass
 class _Ledger:
-    """What a tracker was given; the file is written before the tracker is, so that nothing goes there twice."""
+    """Which entries a tracker was given. The file is written before the entry is logged, so none is logged twice."""
 
     path: Path
     identity: str | None = None
     configured: bool = False
     logged: dict[str, int] = field(default_factory=dict)
-    """Group -> index of its newest entry."""
+    """Group, e.g. ``"train"``, -> index of its newest entry."""
     lost: int = 0
 
     @classmethod
     def read(cls, path: Path) -> "_Ledger":
-        found = read_json(path)
-        return cls(path, **found) if isinstance(found, dict) else cls(path)
+        saved = read_json(path)
+        return cls(path, **saved) if isinstance(saved, dict) else cls(path)
 
     def write(self) -> None:
         self.path.parent.mkdir(exist_ok=True)
@@ -173,14 +176,14 @@ class _Ledger:
 
 
 class _Worker:
-    """One tracker and the thread that waits for it."""
+    """One tracker and the thread that calls it."""
 
     def __init__(self, tracker: Track, run_dir: Path, settings: Mapping[str, Setting]):
         self.name = _name(tracker)
         self.troubles: list[str] = []
         self._tracker, self._run_dir, self._settings = tracker, run_dir, settings
         self._ledger = _Ledger(run_dir / FOLDER / (re.sub(r"[^\w.-]", "_", self.name) + ".json"))
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._lost = 0
         self._todo: queue.SimpleQueue[tuple[Entry, int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
@@ -204,7 +207,7 @@ class _Worker:
         tracker = None
         with self._surviving("could not be started"):
             self._ledger = _Ledger.read(self._ledger.path)
-            tracker = self._started()
+            tracker = self._start()
         while (item := self._todo.get()) is not None:
             entry, step = item
             if not self._ledger.holds(entry):
@@ -217,8 +220,8 @@ class _Worker:
                 self._ledger.write()
             self.troubles.append(f"warning: tracker {self.name!r} lost {self._lost} of the run's entries")
 
-    def _started(self) -> GeneralTracker:
-        tracker = self._tracker if isinstance(self._tracker, GeneralTracker) else self._made()
+    def _start(self) -> GeneralTracker:
+        tracker = self._tracker if isinstance(self._tracker, GeneralTracker) else self._create()
         tracker.start()
         if self._tracker in _SERVICES:
             self._ledger.identity = str(_SERVICES[self.name].identity(tracker.tracker))
@@ -229,7 +232,7 @@ class _Worker:
                 tracker.store_init_configuration(dict(self._settings))
         return tracker
 
-    def _made(self) -> GeneralTracker:
+    def _create(self) -> GeneralTracker:
         kind, service, identity = LOGGER_TYPE_TO_CLASS[self.name], _SERVICES.get(self.name), self._ledger.identity
         options: dict[str, str] = {}
         if service and identity:
@@ -250,15 +253,17 @@ class _Worker:
                 logged = True
         if not logged:
             self._lost += 1
-            self._ledger.lost += tracker is not None  # what never started gets its entries when the run is continued
+            self._ledger.lost += (
+                tracker is not None
+            )  # a tracker that never started gets its entries when the run is continued
 
     @contextmanager
     def _surviving(self, what: str) -> Iterator[None]:
-        """A block of the tracker's: what it raises is told once and costs the run nothing."""
+        """A block that calls the tracker. Each kind of failure is reported once and does not stop the run."""
         try:
             yield
         except (Exception, SystemExit) as error:
-            if what not in self._told:
+            if what not in self._reported:
                 words = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 self.troubles.append(f"warning: tracker {self.name!r} {what} ({words}); the run goes on")
-                self._told.add(what)
+                self._reported.add(what)

@@ -1,22 +1,24 @@
-"""Troubles of the weight updates: each rule takes the history and gives one kind of finding, or None."""
+"""Rules about the weight updates. Each takes the history and returns one kind of finding, or None. Pure."""
 
 from statistics import fmean, median
 
 from dspy_fst.monitoring.history import SHORT, WINDOW, Finding, History
 
 ENTROPY_SHARE, ENTROPY_FLOOR = 0.1, 0.01
-"""Share of the first steps' entropy, and nats a token, below which it has collapsed. DAPO (2503.14476) describes the
-collapse and the stall after it; the levels are ours (a healthy run of the laboratory keeps a quarter)."""
+"""Entropy has collapsed below this share of the first steps' entropy, or below this many nats a token. DAPO
+(arXiv 2503.14476) describes the collapse and the stall after it. The levels are ours: a healthy run of the laboratory
+keeps a quarter of its entropy."""
 KL_LEVEL, KL_GROWTH = 0.5, 3.0
-"""KL to the start, nats a token, above which it may not grow this many times within `WINDOW` steps (ours; a healthy
-run of the laboratory ends at 0.1 to 0.3)."""
+"""A KL to the start above this level, in nats a token, that grew by this factor within `WINDOW` steps is a problem
+(ours: a healthy run of the laboratory ends at 0.1 to 0.3)."""
 EFFECTIVE_SHARE, LOG_RATIO = 0.9, 0.05
-"""Effective sample share, and mean log-ratio of trainer to sampler in nats a token (ours: log-ratios that spread by a
-third of a nat give both; verl's guide to rollout correction calls 0.3 and 0.1 grave)."""
+"""Lowest effective sample share, and largest mean log-ratio of trainer to sampler in nats a token. Both are ours:
+log-ratios with a standard deviation of a third of a nat reach both. verl's guide to rollout correction calls 0.3 and
+0.1 grave."""
 CAPPED_SHARE = 0.01
-"""Share of tokens at the importance weight's cap; with one update a batch hardly any should reach it (ours)."""
+"""Share of tokens whose importance weight reached its cap (ours). With one update a batch hardly any should."""
 SPIKE, SPIKE_HISTORY = 10.0, 20
-"""Gradient norm as a multiple of the median of so many updates before it (ours)."""
+"""Gradient norm as a multiple of the median norm, and the number of earlier updates in that median (ours)."""
 
 
 def entropy_collapse(history: History) -> Finding | None:

@@ -1,7 +1,7 @@
-"""What goes wrong in a run without an error is told while it can still be helped.
+"""Warnings about problems that raise no error, given while the run can still be changed.
 
-Pure: the warnings are a function of the sequence of reports. A run that is continued shows its earlier reports to a
-new `Watch` and drops what that says.
+Pure: the warnings are a function of the sequence of reports. A continued run shows its earlier reports to a new `Watch`
+and drops the warnings for them.
 """
 
 from dspy_fst.monitoring.form_advice import Form
@@ -11,15 +11,15 @@ from dspy_fst.monitoring.update_rules import UPDATE_RULES
 from dspy_fst.types import StepReport
 
 CALM = 5
-"""Steps without a trouble after which it counts as gone; if it comes back later it is told again (ours)."""
+"""After this many steps without a problem it counts as gone, and is warned of again when it returns (ours)."""
 
 
 class Watch:
-    """Tells each kind of trouble once an episode.
+    """Warns of each kind of problem once an episode.
 
     Args:
         worst: Reward of a failed rollout.
-        best: Reward of a perfect one.
+        best: Reward of a perfect rollout.
         parse_share: ``FSTConfig.parse_warning_share``.
     """
 
@@ -29,12 +29,12 @@ class Watch:
         self._last_seen: dict[str, int] = {}
 
     def see(self, report: StepReport, form: Form | None = None, reply: str = "") -> list[str]:
-        """Warnings that this report gives rise to: what was seen, over how many steps, and what to do.
+        """The warnings that follow from this report: what was seen, over how many steps, and what to do.
 
         Args:
-            report: Of the newest step.
-            form: How the program asks now, so that what it does already is not advised.
-            reply: A failed reply of the step and its reason, for the warnings that are about such.
+            report: The report of the newest step.
+            form: The form of the program's prompts now. Advice leaves out what it does already.
+            reply: A failed reply of the step and its reason, for warnings about failed replies.
         """
         self._reports.append(report)
         now = len(self._reports)

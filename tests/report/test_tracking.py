@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dspy_fst import ConfigurationError, FSTOptimizer
 from dspy_fst.cli import app
-from dspy_fst.cli.train import _tracked
+from dspy_fst.cli.train import _with_trackers
 from dspy_fst.monitoring import tracking
 from dspy_fst.monitoring.tracking import Tracking, hyperparameters, trackers_of
 from dspy_fst.project.project_file import load_project
@@ -264,7 +264,7 @@ def test_another_tracker_may_join_and_fail_and_the_run_ends_well(killed_and_cont
 
 def test_the_project_file_and_the_flag_name_trackers(tmp_path, monkeypatch):
     path = project_file(tmp_path)
-    flagged = _tracked(load_project(path), ["mlflow"])
+    flagged = _with_trackers(load_project(path), ["mlflow"])
     (tmp_path / "run").mkdir()
     assert load_project(flagged.keep()).track == ["mlflow"], "so that dspy-fst resume goes on with it"
     shutil.rmtree(tmp_path / "run")
