@@ -102,7 +102,7 @@ def show_needs(out: Printer, places: Sequence[PlaceNeeds]) -> None:
                 format_bytes(n["certain"]),
                 format_bytes(n["expected"]),
                 format_bytes(n["at_most"]),
-                _free(n["free"]),
+                _free(n),
             )
             for n in places
         ],

@@ -85,7 +85,7 @@ def best_versions(reports: Sequence[StepReport], committed: int) -> set[WeightsV
 
 
 def is_stuck(report: StepReport, flat_share: float, perfect_score: float) -> bool:
-    """Whether at least ``flat_share`` of the step's groups have zero variance, at a mean reward below half of perfect."""
+    """Whether ``flat_share`` of the step's groups have zero variance while the mean reward is below half of perfect."""
     flat = report.counts.get("flat_groups", 0) / max(1, report.counts.get("groups", 0))
     solved = report.reward is not None and report.reward >= perfect_score / 2
     return flat >= flat_share and not solved

@@ -44,7 +44,12 @@ class Observer:
     """
 
     def __init__(
-        self, run: RunDirectory, program: dspy.Module, policy: PolicyLM, config: FSTConfig, tokenizer: Tokenizer
+        self,
+        run: RunDirectory,
+        program: dspy.Module,
+        policy: PolicyLM,
+        config: FSTConfig,
+        tokenizer: Tokenizer,
     ):
         self._run, self._program, self._policy, self._config = run, program, policy, config
         self._decode = tokenizer.decode
