@@ -1,4 +1,4 @@
-"""`dspy-fst show RUN --samples N [--failed]`: replies of a run as they were sampled, with what they earned and why."""
+"""`dspy-fst show RUN --samples N [--failed]`: sampled replies of a run, with their rewards and feedback."""
 
 import json
 from collections.abc import Iterator
@@ -11,28 +11,28 @@ import typer
 if TYPE_CHECKING:
     from dspy_fst.cli.printer import Printer
     from dspy_fst.report.run_record import RunRecord
-    from dspy_fst.report.samples import Played, Sample
+    from dspy_fst.report.samples import Sample, SampleRollout
 
 SAMPLES = 5
-"""Samples that are shown where no number is given."""
+"""Samples that are shown by default (ours)."""
 
 
 def show_samples(run_dir: Path, record: "RunRecord", count: int, *, failed: bool, as_json: bool) -> None:
-    """Print the newest samples of a run, or say why there is none.
+    """Print the newest samples of a run, or why there are none.
 
     Args:
-        record: The run's.
-        count: At most so many.
-        failed: Only of what failed or was masked.
-        as_json: As one object: ``samples``, each of a ``step`` or of a ``search``, and ``recorded``.
+        record: The record of the run.
+        count: How many at most.
+        failed: Only samples that failed or were masked.
+        as_json: Print one JSON object: ``samples``, each with its ``step`` or ``search``, and ``recorded``.
     """
     from dspy_fst.report.samples import samples_in
     from dspy_fst.run.directory import read_events
 
     recorded = samples_in(read_events(run_dir))
-    shown = [sample for sample in recorded if sample.played.lost or not failed][-count:]
+    shown = [sample for sample in recorded if sample.rollout.lost or not failed][-count:]
     if as_json:
-        data = [{"step": None, "search": None, sample.of: sample.number, **asdict(sample.played)} for sample in shown]
+        data = [{"step": None, "search": None, each.phase: each.number, **asdict(each.rollout)} for each in shown]
         typer.echo(json.dumps({"samples": data, "recorded": len(recorded)}))
         return
     from dspy_fst.cli.printer import Printer
@@ -63,32 +63,33 @@ def _method(record: "RunRecord") -> str:
     return str(record.config.get("method", "not known"))
 
 
-def _print(out: "Printer", of: "Sample") -> None:
+def _print(out: "Printer", sample: "Sample") -> None:
     from dspy_fst.formatting.numbers import number
 
-    sample, played_in = of.played, f"step {of.number}" if of.of == "step" else f"search of cycle {of.number}"
-    earned = f"reward {number(sample.reward)}" + (f", {sample.lost}" if sample.lost else "")
-    where = f" in {sample.failed_in}" if sample.failed_in else ""
-    out.heading(f"{played_in}, problem {sample.problem}, candidate {sample.candidate}: {earned}{where}")
-    for line in _lines(sample):
+    phase = f"step {sample.number}" if sample.phase == "step" else f"search of cycle {sample.number}"
+    rollout = sample.rollout
+    earned = f"reward {number(rollout.reward)}" + (f", {rollout.lost}" if rollout.lost else "")
+    where = f" in {rollout.failed_in}" if rollout.failed_in else ""
+    out.heading(f"{phase}, problem {rollout.problem}, candidate {rollout.candidate}: {earned}{where}")
+    for line in _lines(rollout):
         out.line(f"  {line}")
 
 
-def _lines(sample: "Played") -> Iterator[str]:
-    for module in sample.modules:
+def _lines(rollout: "SampleRollout") -> Iterator[str]:
+    for module in rollout.modules:
         given = ", ".join(f"{name}={value!r}" for name, value in (module.inputs or {}).items())
         yield f"{module.name}({given})"
         if module.reply is not None:
             yield f"  reply that did not parse: {_indented(module.reply)}"
         for name, value in (module.outputs or {}).items():
             yield f"  {name}: {_indented(value)}"
-    said = {module.reply for module in sample.modules}
-    for call in sample.calls:
-        if call.reply not in said:
+    unparsed = {module.reply for module in rollout.modules}
+    for call in rollout.calls:
+        if call.reply not in unparsed:
             yield f"sampled by {call.predictor or 'a predictor without a name'}{' (cut off)' if call.cut else ''}: " + (
                 _indented(call.reply)
             )
-    yield f"why: {_indented(sample.feedback or sample.lost or 'the metric gave no feedback')}"
+    yield f"why: {_indented(rollout.feedback or rollout.lost or 'the metric gave no feedback')}"
 
 
 def _indented(text: str) -> str:

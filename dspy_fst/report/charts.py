@@ -1,4 +1,4 @@
-"""Charts -> SVG for a page, in the page's own colours, or image files for a paper. The only user of matplotlib."""
+"""Charts as SVG for a page, in the page's colours, or as image files. The only user of matplotlib."""
 
 import io
 import re
@@ -32,7 +32,7 @@ except ImportError as error:
 
 INK, MUTED, RULE, PAPER = "#1d2127", "#59616c", "#d3d8df", "#fffffe"
 SERIES = ("#1f63ad", "#b8480b", "#16793c", "#8a35c9", "#0b7285", "#b3195f", "#6e5d00", "#5a5350")
-"""Each is readable on white (4.5:1); the page replaces them by its own, which follow light and dark."""
+"""Each has a contrast of 4.5:1 on white. The page replaces them by its own colours, which follow light and dark."""
 STACKED = (SERIES[0], "#8b939e", *SERIES[1:7])
 COLORS = {
     INK: "currentColor",
@@ -42,8 +42,10 @@ COLORS = {
     STACKED[1]: "var(--quiet)",
 } | {color: f"var(--series-{i})" for i, color in enumerate(SERIES, start=1)}
 MARKERS, DASHES = "os^Dvp*", ("-", "--", "-.", (0, (5, 1, 1, 1)), (0, (1, 1)))
+MARKS = 30
+"""About how many points of a line are marked (ours)."""
 WIDTH, HEIGHT, LEGEND_ROW, RESOLUTION = 5.0, 3.3, 0.2, 200
-"""Inches, and dots an inch of images; at 72 points an inch the text has its size on a phone's screen."""
+"""Inches, and the dots per inch of images. At 72 points an inch the text is readable on a phone."""
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 12,
@@ -58,7 +60,7 @@ STYLE: Any = {
     "grid.color": RULE,
     "grid.linewidth": 0.8,
     "text.color": INK,
-    "text.parse_math": False,  # a dollar sign in a reason is a dollar sign
+    "text.parse_math": False,  # show a dollar sign in a reason as it is
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
@@ -66,29 +68,29 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 11,
     "pdf.fonttype": 42,
-    "svg.hashsalt": "dspy_fst",  # the same chart gets the same ids
+    "svg.hashsalt": "dspy_fst",  # ids are the same for the same chart
 }
 IN_PAGE = STYLE | {
     "svg.fonttype": "none",
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
-"""Text stays text, and the page's ground shows through."""
+"""Text stays text, and the background is transparent."""
 SVG, XLINK_HREF = "http://www.w3.org/2000/svg", "{http://www.w3.org/1999/xlink}href"
 ElementTree.register_namespace("", SVG)
 
 
 def save_plots(run_dirs: Sequence[Path], folder: Path, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
-    """Write every chart of a run, or of several over one another, as files.
+    """Write every chart of a run as files, or charts that show several runs together.
 
     Args:
-        formats: What matplotlib writes, e.g. ``"svg"``, ``"png"``, ``"pdf"``.
+        formats: File formats of matplotlib, e.g. ``"svg"``, ``"png"``, ``"pdf"``.
 
     Returns:
-        The files, ``<chart>.<format>`` each; lineages of several runs are numbered in the order given.
+        The files, named ``<chart>.<format>``. Lineages of several runs are numbered in the order given.
 
     Raises:
-        RunDirectoryError: one is not the directory of a run.
+        RunDirectoryError: a folder is not the directory of a run.
     """
     records = read_records(run_dirs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ def save_plots(run_dirs: Sequence[Path], folder: Path, formats: Sequence[str] = 
 
 
 def _undated(kind: str) -> dict[str, None] | None:
-    """What keeps the time of writing out of a file."""
+    """Metadata that keep the time of writing out of a file."""
     return {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
 
 
@@ -117,13 +119,17 @@ def _undated(kind: str) -> dict[str, None] | None:
 
 
 def chart_svg(chart: Chart, key: str) -> str:
-    """The chart as an SVG element in the page's colours. Ids start with ``key``, which is unique in the page."""
+    """The chart as an SVG element in the page's colours.
+
+    Args:
+        key: Prefix of all ids; unique in the page.
+    """
     with rc_context(IN_PAGE):
         return _inline(draw(chart), key, chart.title, chart.summary)
 
 
 def lineage_svg(record: RunRecord, key: str, link: Callable[[Node], str]) -> str | None:
-    """The lineage as an SVG element whose candidates lead to ``link(node)``; None when no candidate was scored."""
+    """The lineage as an SVG element. Each candidate links to ``link(node)``. None when no candidate was scored."""
     if not _scored(record):
         return None
     with rc_context(IN_PAGE):
@@ -132,10 +138,10 @@ def lineage_svg(record: RunRecord, key: str, link: Callable[[Node], str]) -> str
 
 
 def _inline(figure: Figure, key: str, title: str, summary: str, links: Mapping[str, str] | None = None) -> str:
-    """The figure as an element of a page, with a name for those who do not see it.
+    """The figure as an element of a page, with a title and a description for screen readers.
 
     Args:
-        links: Target -> name, of the links in the figure.
+        links: Target of each link in the figure -> its name.
     """
     root = _parsed(figure)
     _make_local(root, key)
@@ -144,7 +150,7 @@ def _inline(figure: Figure, key: str, title: str, summary: str, links: Mapping[s
             element.set("aria-label", name)
     root.attrib |= {
         "style": f"--natural: {root.attrib.pop('width').removesuffix('pt')}px",
-        "role": "group" if links else "img",  # inside an image nobody looks for links
+        "role": "group" if links else "img",  # screen readers skip links inside an image
         "aria-labelledby": f"{key}-title",
         "aria-describedby": f"{key}-desc",
     }
@@ -157,7 +163,7 @@ def _inline(figure: Figure, key: str, title: str, summary: str, links: Mapping[s
 
 
 def _parsed(figure: Figure) -> ElementTree.Element:
-    """The figure's SVG without its style, which would hold for the whole page, and what it says of itself."""
+    """The figure's SVG without metadata and without its style, which would apply to the whole page."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())
@@ -169,14 +175,14 @@ def _parsed(figure: Figure) -> ElementTree.Element:
 
 
 def _make_local(root: ElementTree.Element, key: str) -> None:
-    """Use the page's colours and font, ids that are unique in the page, and links that browsers tell of as such."""
-    own = {f"#{element.get('id')}": f"#{key}-{element.get('id')}" for element in root.iter() if element.get("id")}
+    """Use the page's colours and font, ids that are unique in the page, and plain ``href`` links."""
+    renamed = {f"#{element.get('id')}": f"#{key}-{element.get('id')}" for element in root.iter() if element.get("id")}
     for element in root.iter():
         if "id" in element.attrib:
             element.set("id", f"{key}-{element.attrib['id']}")
         if target := element.attrib.pop(XLINK_HREF, None):
-            element.set("href", own.get(target, target))
-            element.attrib.pop("target", None)  # matplotlib would have links open another page
+            element.set("href", renamed.get(target, target))
+            element.attrib.pop("target", None)  # matplotlib's links would open another page
         for name, value in element.attrib.items():
             element.set(name, re.sub(r"url\(#([^)]*)\)", rf"url(#{key}-\1)", value))
         if style := element.get("style"):
@@ -209,45 +215,52 @@ def draw(chart: Chart) -> Figure:
 
 
 def _lines(axes: Axes, series: Sequence[Series]) -> None:
-    for one, color, marker, dash in zip(series, cycle(SERIES), cycle(MARKERS), cycle(DASHES), strict=False):
-        axes.plot(one.x, one.y, color=color, linestyle=dash, linewidth=1.6, **_dots(one, marker), label=_label(one))
+    for line, color, marker, dash in zip(series, cycle(SERIES), cycle(MARKERS), cycle(DASHES), strict=False):
+        axes.plot(
+            line.x,
+            line.y,
+            color=color,
+            linestyle=dash,
+            linewidth=1.6,
+            marker=marker,
+            markersize=4,
+            markevery=max(1, len(line.x) // MARKS),
+            label=_label(line),
+        )
 
 
 def _frontier(axes: Axes, series: Sequence[Series]) -> None:
-    for one, color, marker in zip(series, cycle(SERIES), cycle(MARKERS), strict=False):
-        axes.plot(one.x, one.y, color=color, linestyle="", marker=marker, markersize=4, alpha=0.55, label=_label(one))
-        edge = frontier(one)
+    for points, color, marker in zip(series, cycle(SERIES), cycle(MARKERS), strict=False):
+        axes.plot(
+            points.x, points.y, color=color, linestyle="", marker=marker, markersize=4, alpha=0.55, label=_label(points)
+        )
+        edge = frontier(points)
         axes.plot(edge.x, edge.y, color=color, linewidth=1.6, drawstyle="steps-post", marker=marker, markersize=5)
 
 
 def _stack(axes: Axes, series: Sequence[Series]) -> None:
     below = [0.0] * len(series[0].x)
-    width = 0.82 if len(below) <= 60 else 1.0  # gaps between many bars are all that one would see
-    for one, color in zip(series, cycle(STACKED), strict=False):
-        axes.bar(one.x, one.y, bottom=below, color=color, width=width, label=_label(one))
-        below = [height + more for height, more in zip(below, one.y, strict=True)]
+    width = 0.82 if len(below) <= 60 else 1.0  # with gaps, many narrow bars would hardly be visible
+    for layer, color in zip(series, cycle(STACKED), strict=False):
+        axes.bar(layer.x, layer.y, bottom=below, color=color, width=width, label=_label(layer))
+        below = [height + more for height, more in zip(below, layer.y, strict=True)]
     axes.grid(axis="x", visible=False)
 
 
-def _dots(series: Series, marker: str) -> dict[str, Any]:
-    """Marks at the points, about thirty of them."""
-    return {"marker": marker, "markersize": 4, "markevery": max(1, len(series.x) // 30)}
-
-
 def _columns(series: Sequence[Series]) -> int:
-    longest = max(len(_label(one)) for one in series)
+    longest = max(len(_label(each)) for each in series)
     return max(1, min(len(series), 48 // (longest + 6)))
 
 
 def _label(series: Series, longest: int = 46) -> str:
-    """A legend's text: short, and not one that matplotlib would hide."""
+    """The text of a legend: short, and without a leading underscore, which would hide it in matplotlib."""
     text = _drawable(series.label)
     text = text if len(text) <= longest else f"{text[: longest - 1]}…"
     return f" {text}" if text.startswith("_") else text
 
 
 def _drawable(text: str) -> str:
-    """The text without what an image file cannot hold: control characters, halves of letters."""
+    """The text without control characters and lone surrogates, which an image file cannot hold."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
@@ -268,7 +281,7 @@ def _name(node: Node) -> str:
 
 
 def draw_lineage(record: RunRecord, link: Callable[[Node], str] | None = None) -> Figure:
-    """Candidates by order of birth and first score, with lines to their parents; members of populations are filled."""
+    """Candidates by order of birth and first score, with lines to their parents. Members of populations are filled."""
     nodes = _scored(record)
     place = {node.digest: (node.number, node.birth_score or 0.0) for node in nodes}
     width = max(1.3 * WIDTH, min(2.4 * WIDTH, 0.4 * len(nodes)), 0.25 * len(nodes))
@@ -279,13 +292,20 @@ def draw_lineage(record: RunRecord, link: Callable[[Node], str] | None = None) -
         for parent in node.parents:
             if parent in place:
                 axes.plot(*zip(place[parent], place[node.digest], strict=True), color=MUTED, linewidth=0.9, zorder=1)
-        above: Any = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 9, "color": MUTED}
-        axes.annotate(str(node.number), place[node.digest], **above)
-    for label, (of, edge, face, size) in _kinds(nodes).items():
-        x, y = [place[node.digest][0] for node in of], [place[node.digest][1] for node in of]
+        axes.annotate(
+            str(node.number),
+            place[node.digest],
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=MUTED,
+        )
+    for label, (members, edge, face, size) in _kinds(nodes).items():
+        x, y = [place[node.digest][0] for node in members], [place[node.digest][1] for node in members]
         dots = axes.scatter(x, y, s=size, c=face, edgecolors=edge, linewidths=1.6, zorder=2, label=label)
         if link:
-            dots.set_urls([link(node) for node in of])
+            dots.set_urls([link(node) for node in members])
     axes.set_xlabel("candidates, in the order of birth")
     axes.set_ylabel("first anchor score")
     axes.set_xticks([])
@@ -308,7 +328,7 @@ def _kinds(nodes: Sequence[Node]) -> dict[str, tuple[list[Node], str, str, float
 
 
 def _cycle_bands(axes: Axes, nodes: Sequence[Node]) -> None:
-    """A rule where each cycle's own candidates begin, and the cycle's number."""
+    """A vertical line where the candidates of each cycle begin, with the number of the cycle."""
     births = {node.number: node.born for node in reversed(nodes)}
     first = {born: number for number, born in births.items()}
     for born, number in first.items():

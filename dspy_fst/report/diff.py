@@ -7,14 +7,14 @@ from difflib import SequenceMatcher
 from typing import Literal
 
 Span = tuple[int, int, int, int]
-"""From and to a word of the old text, from and to a word of the new one."""
+"""Start and end in the words of the old text, then start and end in the words of the new text."""
 Opcode = tuple[str, int, int, int, int]
-"""difflib's: what happened, and its span."""
+"""As difflib gives it: the operation, then its span."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text that two versions share, or that one of them has alone."""
+    """A piece of text that both versions share, or that only one of them has."""
 
     kind: Literal["same", "gone", "new"]
     text: str
@@ -30,7 +30,9 @@ class Piece:
 
 
 def word_diff(before: str, after: str) -> list[Piece]:
-    """The pieces of both texts in reading order; what went stands before what came. Spaces alone are no change.
+    """The pieces of both texts in reading order: removed text stands before the text that replaced it.
+
+    White space alone is no change.
 
     >>> word_diff("Sort the list.", "Sort the words.")
     [Piece(kind='same', text='Sort the '), Piece(kind='gone', text='list.'), Piece(kind='new', text='words.')]
@@ -40,7 +42,7 @@ def word_diff(before: str, after: str) -> list[Piece]:
     pieces = []
     for changed, (i, j, k, n) in _joined(matcher.get_opcodes()):
         if not changed:
-            last = max(old[j - 1], new[n - 1], key=len)  # either may be the end of its text, with no space after it
+            last = max(old[j - 1], new[n - 1], key=len)  # the last word of a text has no space after it
             pieces.append(Piece("same", "".join(new[k : n - 1]) + last))
             continue
         pieces += [Piece("gone", "".join(old[i:j]))] * (j > i) + [Piece("new", "".join(new[k:n]))] * (n > k)
@@ -48,7 +50,7 @@ def word_diff(before: str, after: str) -> list[Piece]:
 
 
 def _joined(opcodes: Sequence[Opcode]) -> list[tuple[bool, Span]]:
-    """Stretches that changed or not, in turn. A word or two that two longer changes share by chance is a change."""
+    """Changed and unchanged spans in turn. One or two equal words between two longer changes count as changed."""
     stretches: list[tuple[bool, Span]] = []
     sizes = [max(j - i, n - k) for _, i, j, k, n in opcodes]
     for place, (kind, i, j, k, n) in enumerate(opcodes):
@@ -63,5 +65,5 @@ def _joined(opcodes: Sequence[Opcode]) -> list[tuple[bool, Span]]:
 
 
 def _words(text: str) -> list[str]:
-    """Words, each with the spaces that follow it; leading spaces belong to the first."""
+    """The words, each with the white space that follows it. Leading white space belongs to the first word."""
     return re.findall(r"\s*\S+\s*|\s+", text)

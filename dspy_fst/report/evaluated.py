@@ -1,4 +1,4 @@
-"""What was evaluated after a run, as frozen records: the lines of its ``evaluations.jsonl``."""
+"""Evaluations that were made after a run, as frozen records: the lines of its ``evaluations.jsonl``. Pure."""
 
 import json
 import math
@@ -9,30 +9,30 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 SEEN = {"val": "these problems chose the best candidate", "train": "these problems were trained on"}
-"""Split -> why its figures are no honest test. Other splits are of the user's making, and nothing is known of them."""
+"""Split -> why its figures are not an honest test. Nothing is known about other splits: the user made them."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """On which problems and under what an evaluation was made; None where it was not written."""
+    """The problems and settings of an evaluation; None where they were not written."""
 
     split: str | None
     limit: int | None
-    """Only so many problems of the split, its first ones; None for all."""
+    """Only the first so many problems of the split; None for all."""
     problems_of_split: int | None
-    """Problems that were played."""
+    """Problems with rollouts."""
     k: int | None
-    """Rollouts for each."""
+    """Rollouts for each problem."""
     cycle: int | None
-    """Whose end was evaluated; None when the weights were named instead."""
+    """The cycle whose end was evaluated; None when the weights were named instead."""
     weights: str | None
     candidate: str | None
-    """Its digest."""
+    """Digest of the candidate."""
     seed: int | None
 
     @property
     def words(self) -> str:
-        """All that is known, in one line."""
+        """Everything that is known, in one line."""
         first = "" if self.limit is None else "the first "
         known = {
             f"split {self.split}": self.split,
@@ -67,19 +67,23 @@ class Evaluated(Conditions):
     """One candidate's evaluation on a split: mean@k and its interval."""
 
     problems: int | None
-    """Problems that were measured; the others' rollouts were all masked."""
+    """Problems that were measured. Of the others every rollout was masked."""
     mean: float
     low: float | None
     high: float | None
 
 
-def as_written(cls: type[T], data: Mapping[str, Any], **made: Any) -> T:
-    """An instance from what was written; what another release did not write is None."""
-    return cls(**{of.name: data.get(of.name) for of in fields(cls)} | made)  # type: ignore[arg-type]
+def as_written(cls: type[T], data: Mapping[str, Any], **converted: Any) -> T:
+    """An instance of a dataclass from JSON. Fields that another release did not write are None.
+
+    Args:
+        converted: Fields whose values differ from the JSON.
+    """
+    return cls(**{field.name: data.get(field.name) for field in fields(cls)} | converted)  # type: ignore[arg-type]
 
 
 def evaluations_in(lines: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """Every line that is a JSON object; a torn one is left out."""
+    """Every line that is a JSON object. Torn lines are left out."""
     for line in lines:
         try:
             data = json.loads(line)
@@ -90,7 +94,7 @@ def evaluations_in(lines: Sequence[str]) -> Iterator[Mapping[str, Any]]:
 
 
 def two_by_two_of(data: Mapping[str, Any]) -> EvaluatedCells | None:
-    """The table that a line holds; None where it holds none."""
+    """The two-by-two of a line; None when the line holds none."""
     cells = data.get("cells")
     if data.get("kind") != "two_by_two" or not isinstance(cells, dict):
         return None
@@ -103,28 +107,28 @@ def two_by_two_of(data: Mapping[str, Any]) -> EvaluatedCells | None:
 
 
 def evaluated_of(data: Mapping[str, Any]) -> Evaluated | None:
-    """The evaluation that a line holds; None where it holds none."""
+    """The evaluation of a line; None when the line holds none."""
     if data.get("kind") != "eval" or (mean := _number(data.get("mean"))) is None:
         return None
     return _under(Evaluated, data, mean=mean, low=_number(data.get("low")), high=_number(data.get("high")))
 
 
-def _under(cls: type[T], data: Mapping[str, Any], **made: Any) -> T:
-    """An evaluation with its conditions, as far as they are what they should be: other tools may write such lines."""
+def _under(cls: type[T], data: Mapping[str, Any], **converted: Any) -> T:
+    """An evaluation with its conditions. Conditions of the wrong type become None: other tools may write such lines."""
     texts = [name for name in ("split", "weights", "candidate") if not isinstance(data.get(name), str)]
     counts = ("limit", "problems_of_split", "problems", "k", "cycle", "seed")
     return as_written(
-        cls, {**data, **dict.fromkeys(texts), **{name: _count(data.get(name)) for name in counts}}, **made
+        cls, {**data, **dict.fromkeys(texts), **{name: _count(data.get(name)) for name in counts}}, **converted
     )
 
 
 def _count(value: object) -> int | None:
-    """The value when it is a whole number."""
+    """The value if it is an integer, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _number(value: object) -> float | None:
-    """The value when it is a finite number."""
+    """The value if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None

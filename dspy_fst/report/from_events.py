@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dspy_fst.report.evaluated import as_written, evaluated_of, evaluations_in, two_by_two_of
 from dspy_fst.report.lineage import lineage_of, members, with_texts
 from dspy_fst.report.run_record import RunningTotal, RunRecord, RunWarning
-from dspy_fst.report.samples import played
+from dspy_fst.report.samples import sample_of
 from dspy_fst.run.directory import Event
 from dspy_fst.run.ending import ended_of
 from dspy_fst.run.validated import validated_in
@@ -46,7 +46,7 @@ def record_of(
         nodes=tuple(nodes.values()),
         population=tuple(final) if done else cycles[-1].population if cycles else (),
         trajectories={
-            event["step"]: tuple(map(played, event["rollouts"])) for event in _of_kind(events, "trajectories")
+            event["step"]: tuple(map(sample_of, event["rollouts"])) for event in _of_kind(events, "trajectories")
         },
         weights=done.get("weights"),
         validations=tuple(validations),

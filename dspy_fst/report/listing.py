@@ -1,7 +1,7 @@
-"""The runs below a folder, each in a line, from what their directories hold alone.
+"""The runs below a folder, from their directories alone.
 
-A folder may hold anything: what is no run is passed over. What cannot be read as one is listed with the reason, and so
-is a run that would be refused if somebody went on with it, because something in its directory is damaged or missing.
+A folder may hold anything, and what is not a run is skipped. A run that cannot be read is listed with the reason. So is
+a run that could not be continued, because something in its directory is damaged or missing.
 """
 
 import os
@@ -20,7 +20,7 @@ from dspy_fst.run.state import glance
 
 State = Literal["running", "finished", "stopped", "damaged", "unreadable"]
 NOT_ENTERED = {"__pycache__", "node_modules", "site-packages"}
-"""Folders without runs that may hold very much; hidden ones are not entered either."""
+"""Large folders without runs. Hidden folders are not entered either."""
 
 
 @dataclass(frozen=True)
@@ -30,54 +30,54 @@ class Listed:
     path: Path
     state: State
     why: str | None = None
-    """What stopped it, or ended it early, or is damaged, or why it cannot be read; None where nothing is known."""
+    """Why it stopped or ended early, what is damaged, or why it cannot be read; None where nothing is known."""
     resumable: bool = False
-    """Whether it has a state to go on from, and steps of its plan are left."""
+    """Whether it has a saved state, and steps of its plan are left."""
     setting: str | None = None
-    """The setting that ended it early: it goes on only when that is raised."""
+    """The setting that ended it early. The run goes on only with a higher value."""
     unmoved: str | None = None
-    """That no update changed the weights and why, where steps were made and none did; the run's last line says it."""
+    """Why no update changed the weights, if steps were made and none did; the same words as the run's last line."""
     steps: int = 0
     planned: int | None = None
     recipe: str = ""
-    """The recipe and what is trained, in short."""
+    """The recipe, the program and the model, in short."""
     measured: Literal["validation", "reward"] | None = None
-    """What the two scores are: the best validated candidate's, or the mean reward of the first and the last step."""
+    """``start`` and ``end`` are the best candidate's validation scores, or mean rewards of the first and last step."""
     start: float | None = None
     end: float | None = None
     rollouts: int = 0
     tokens: int = 0
-    """Sampled ones; like the rollouts without those of validations."""
+    """Sampled tokens. Like the rollouts, without those of validations."""
     hours: float = 0.0
     """From the first event to the last, pauses included."""
     dollars: float | None = None
-    """What the reflection LM cost, as far as its provider told; None where nothing was told."""
+    """Cost of the reflection LM as far as its provider reported it; None where it reported nothing."""
     last: float | None = None
-    """Seconds since 1970, of the last event."""
+    """Time of the last event, in seconds since 1970."""
 
 
 @dataclass
 class Listing:
-    """What a folder holds."""
+    """The runs of a folder."""
 
     runs: list[Listed] = field(default_factory=list)
     """The newest first."""
     closed: list[str] = field(default_factory=list)
-    """Folders that could not be looked into, each with the reason."""
+    """Folders that could not be read, each with the reason."""
 
 
 def list_runs(folder: Path) -> Listing:
-    """Every run at or below the folder. Links are not followed, and runs within runs are not looked for."""
+    """Every run at or below the folder. Links are not followed, and the folders inside a run are not searched."""
     listing = Listing()
     listing.runs = sorted(map(_listed, _found(folder, listing.closed)), key=lambda run: -(run.last or 0.0))
     return listing
 
 
 def _found(folder: Path, closed: list[str]) -> Iterator[Path]:
-    def tell(error: OSError) -> None:
+    def note(error: OSError) -> None:
         closed.append(f"{error.filename}: {error.strerror}")
 
-    for path, below, files in os.walk(folder, onerror=tell):
+    for path, below, files in os.walk(folder, onerror=note):
         if _is_run(Path(path), files):
             below.clear()
             yield Path(path)
@@ -85,22 +85,23 @@ def _found(folder: Path, closed: list[str]) -> Iterator[Path]:
 
 
 def _is_run(path: Path, files: Sequence[str]) -> bool:
-    """Whether a run began here, of which something may be missing: most of what only runs have is there."""
-    own = [name for name in ("recipe.json", "events.jsonl") if name in files]
-    return bool(own) and len(own) + sum((path / name).is_dir() for name in ("states", "weights", "populations")) > 2
+    """Whether a run began here. Some of its files may be missing, so most of what only runs have must be present."""
+    files_of_run = [name for name in ("recipe.json", "events.jsonl") if name in files]
+    folders = sum((path / name).is_dir() for name in ("states", "weights", "populations"))
+    return bool(files_of_run) and len(files_of_run) + folders > 2
 
 
 def _listed(path: Path) -> Listed:
     try:
         events = read_events(path)
-        run = _of(path, read_record(path, path.name, events), events)
+        run = _run(path, read_record(path, path.name, events), events)
         damage = None if run.state in ("running", "unreadable") else damage_in(path)
         return replace(run, state="damaged", why=damage, resumable=False, setting=None) if damage else run
-    except Exception as error:  # another release, another tool or a broken disk wrote it
+    except Exception as error:  # another release, another tool or a broken disk may have written it
         return Listed(path, "unreadable", f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
 
 
-def _of(path: Path, record: RunRecord, events: Sequence[Event]) -> Listed:
+def _run(path: Path, record: RunRecord, events: Sequence[Event]) -> Listed:
     recipe = read_json(path / "recipe.json") if is_run(path) else {}
     if not isinstance(recipe, Mapping):
         return Listed(path, "unreadable", "recipe.json holds no recipe")
@@ -130,7 +131,7 @@ def _of(path: Path, record: RunRecord, events: Sequence[Event]) -> Listed:
 
 
 def _recipe(recipe: Mapping[str, object], plan: Event) -> str:
-    """``fst 8x6 steps of 32x8, K=4, lr 1e-06, Triage on Qwen3-0.6B``: cycles by steps, problems by rollouts of each."""
+    """E.g. ``fst 8x6 steps of 32x8, K=4, lr 1e-06, Triage on Qwen3-0.6B``: cycles x steps of problems x rollouts."""
     steps = f"{recipe.get('cycles', '?')}x{recipe.get('steps_per_cycle', '?')} steps"
     batch = f"{recipe.get('problems_per_step', '?')}x{recipe.get('group_size', '?')}"
     rate = recipe.get("learning_rate")
@@ -144,12 +145,15 @@ def _recipe(recipe: Mapping[str, object], plan: Event) -> str:
 
 
 def _scores(record: RunRecord) -> tuple[Literal["validation", "reward"] | None, float | None, float | None]:
-    """Of the start and of the returned state, else the newest, on the same terms; the start may not be validated."""
+    """What the scores are, the score of the start, and the score of the end.
+
+    The end is the returned state, or the newest state while none is returned. The start may not have been validated.
+    """
     shown = record.returned or (record.validations[-1] if record.validations else None)
     if shown is not None:
         start = record.start_validated
         return "validation", None if start is None else start.score, shown.score
-    if (known := best([node.validation for node in record.nodes])) is not None:  # earlier releases, and their ends
+    if (known := best([node.validation for node in record.nodes])) is not None:  # earlier releases
         return "validation", None, known
     rewards = record.rewards
     return ("reward", rewards[0], rewards[-1]) if rewards else (None, None, None)

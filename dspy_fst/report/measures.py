@@ -1,4 +1,4 @@
-"""Which charts there are: records of runs -> what each chart shows, before anything is drawn. Pure functions."""
+"""The charts of runs as data: their points, titles and labels, before anything is drawn. Pure."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,16 @@ from dspy_fst.report.run_record import RunRecord
 from dspy_fst.types import PredictorReport
 
 Points = tuple[Sequence[float], Sequence[float | None]]
-"""x and y of each point; a y of None was not measured."""
+"""x and y of each point. A y of None was not measured."""
 Lines = Mapping[str, Callable[[RunRecord], Points]]
 REASONS = 6
-"""Reasons that a chart of lost rollouts tells apart; the rarer ones are one."""
+"""Most reasons in a chart of lost rollouts. The rarer ones are summed up as "other reasons"."""
 
 
 @dataclass(frozen=True)
 class Series:
+    """One line, one set of points, or one layer of a stack."""
+
     label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
@@ -27,7 +29,7 @@ class Chart:
     """What one chart shows."""
 
     name: str
-    """Of its file, e.g. ``"reward-by-step"``."""
+    """Name of its file, e.g. ``"reward-by-update"``."""
     title: str
     note: str
     """How to read it."""
@@ -36,17 +38,17 @@ class Chart:
     series: tuple[Series, ...]
     kind: Literal["line", "stack", "frontier"] = "line"
     span: tuple[float, float | None] | None = None
-    """Ends of the y axis, where they mean something."""
+    """Lower and upper end of the y axis, where they have a meaning."""
 
     @property
     def summary(self) -> str:
-        """The chart in words, for those who do not see it."""
-        return f"{self.y_label} against {self.x_label}. " + " ".join(map(_told, self.series))
+        """The chart in words, for screen readers."""
+        return f"{self.y_label} against {self.x_label}. " + " ".join(map(_in_words, self.series))
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A quantity that can be drawn of one run, or of several over one another."""
+    """A quantity that can be drawn for one run, or for several runs in one chart."""
 
     name: str
     title: str
@@ -54,7 +56,7 @@ class Measure:
     x_label: str
     y_label: str
     lines: Lines
-    """Label -> points; of several runs only the first line is drawn."""
+    """Label -> points. With several runs only the first line of each is drawn."""
     kind: Literal["line", "frontier"] = "line"
     span: tuple[float, float | None] | None = None
 
@@ -68,18 +70,18 @@ class Measure:
 
 
 def learning_charts(records: Sequence[RunRecord]) -> list[Chart]:
-    """What the runs learnt, and at what price."""
+    """What the runs learnt, and what it cost."""
     return _measured([measure.chart(records) for measure in LEARNING])
 
 
 def health_charts(records: Sequence[RunRecord]) -> list[Chart]:
-    """Whether the updates were sound."""
+    """Whether the updates were healthy."""
     live = groups(records[0]) if len(records) == 1 else LIVE.chart(records)
     return _measured([*(measure.chart(records) for measure in HEALTH), live])
 
 
 def lost_charts(records: Sequence[RunRecord]) -> list[Chart]:
-    """What the rollouts did not measure, and what they failed at."""
+    """Masked and failed rollouts."""
     if not any(record.lost for record in records):
         return []
     if len(records) > 1:
@@ -89,7 +91,7 @@ def lost_charts(records: Sequence[RunRecord]) -> list[Chart]:
 
 
 def predictor_charts(records: Sequence[RunRecord]) -> list[Chart]:
-    """What the predictors of one run earned, update by update; of several runs nothing is drawn over one another."""
+    """The predictors of one run, update by update. With several runs there is no such chart."""
     if len(records) > 1 or len(records[0].predictors) < 2:
         return []
     return _measured([positive_rows(records[0]), own_scores(records[0])])
@@ -121,7 +123,7 @@ def own_scores(record: RunRecord) -> Chart:
 
 def _by_predictor(
     record: RunRecord,
-    of: Callable[[PredictorReport], float | None],
+    value: Callable[[PredictorReport], float | None],
     *,
     name: str,
     title: str,
@@ -129,18 +131,19 @@ def _by_predictor(
     y_label: str,
     span: tuple[float, float | None] | None,
 ) -> Chart:
-    """A line for each predictor that has one measured point at least."""
+    """A line for each predictor with at least one measured point."""
 
     def points(predictor: str) -> list[float | None]:
         reports = [step.predictors.get(predictor) for step in record.steps]
-        return [None if report is None else of(report) for report in reports]
+        return [None if report is None else value(report) for report in reports]
 
-    lines = [_series(one.predictor, _steps(record), points(one.predictor)) for one in record.predictors]
+    names = [totals.predictor for totals in record.predictors]
+    lines = [_series(predictor, _steps(record), points(predictor)) for predictor in names]
     return Chart(name, title, note, "update", y_label, tuple(line for line in lines if line.y), "line", span)
 
 
 def frontier(series: Series) -> Series:
-    """The points that no other beats at a smaller or equal x, by x."""
+    """The points with a higher y than every point at a smaller or equal x, sorted by x."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(zip(series.x, series.y, strict=True), key=lambda point: (point[0], -point[1])):
         if not kept or y > kept[-1][1]:
@@ -178,10 +181,10 @@ def lost_in_searches(record: RunRecord) -> Chart:
 def _lost(
     name: str, title: str, x_label: str, counts: Mapping[int, Mapping[str, int]], reasons: Sequence[str]
 ) -> Chart:
-    """Rollouts by reason; a reason has the same place, and so the same colour, in all charts of a run."""
-    of = {label: [label] for label in reasons[:REASONS]}
+    """Rollouts by reason. A reason has the same position, and so the same colour, in all charts of a run."""
+    layers = {label: [label] for label in reasons[:REASONS]}
     if rare := list(reasons[REASONS:]):
-        of["other reasons"] = rare
+        layers["other reasons"] = rare
     return Chart(
         name=name,
         title=title,
@@ -192,9 +195,9 @@ def _lost(
             Series(
                 label,
                 tuple(map(float, counts)),
-                tuple(float(sum(at.get(reason, 0) for reason in some)) for at in counts.values()),
+                tuple(float(sum(at.get(reason, 0) for reason in members)) for at in counts.values()),
             )
-            for label, some in of.items()
+            for label, members in layers.items()
         ),
         kind="stack",
     )
@@ -212,7 +215,7 @@ def _steps(record: RunRecord) -> list[float]:
 
 
 def _updates(record: RunRecord, name: str) -> list[float | None]:
-    """One field of UpdateReport; an update of an empty batch measured nothing, whatever number it holds."""
+    """One field of UpdateReport. An update of an empty batch measured nothing, whatever number it holds."""
     return [getattr(step.update, name) if step.update.tokens else None for step in record.steps]
 
 
@@ -226,10 +229,10 @@ def _reward_by_kl(record: RunRecord) -> Points:
     return [kl for kl, _ in known], [reward for _, reward in known]
 
 
-def _share(name: str, of: str) -> Callable[[RunRecord], Points]:
+def _share(name: str, whole: str) -> Callable[[RunRecord], Points]:
     def points(record: RunRecord) -> Points:
         return _steps(record), [
-            step.counts.get(name, 0) / step.counts[of] if step.counts.get(of) else None for step in record.steps
+            step.counts.get(name, 0) / step.counts[whole] if step.counts.get(whole) else None for step in record.steps
         ]
 
     return points
@@ -247,7 +250,7 @@ LEARNING = (
     Measure(
         "reward-by-update",
         "Reward by update",
-        "Mean reward of the rollouts that each update learnt from; the population's texts, sampled as in training.",
+        "Mean reward of the rollouts that each update learnt from: the population's texts, sampled as in training.",
         "update",
         REWARD,
         _rewards(_steps),
@@ -365,17 +368,17 @@ LOST = Measure(
 
 
 def _series(label: str, x: Sequence[float], y: Sequence[float | None]) -> Series:
-    """What was measured of these points."""
+    """The points that were measured."""
     known = [(float(at), float(value)) for at, value in zip(x, y, strict=True) if value is not None]
     return Series(label, tuple(at for at, _ in known), tuple(value for _, value in known))
 
 
 def _measured(charts: Sequence[Chart]) -> list[Chart]:
-    """The charts that have something to show."""
+    """The charts with at least one point."""
     return [chart for chart in charts if any(series.y for series in chart.series)]
 
 
-def _told(series: Series) -> str:
+def _in_words(series: Series) -> str:
     if not series.y:
         return f"{series.label}: nothing measured."
     highest = max(range(len(series.y)), key=series.y.__getitem__)

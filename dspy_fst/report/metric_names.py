@@ -1,4 +1,4 @@
-"""The named numbers of a run's events, for trackers and for whoever watches.
+"""The numbers of a run's events under names, for trackers and for the progress view. Pure.
 
 A name is ``train/``, ``search/`` or ``validation/`` before the event's own field (see StepReport, UpdateReport and
 CycleReport in `dspy_fst.types`) or count: ``train/reward``, ``train/kl_to_start``, ``train/flat_groups``,
@@ -15,22 +15,22 @@ from dspy_fst.run.directory import Event
 NOTHING_TRAINED = {"tokens": 0, "rows": 0}
 VALIDATION_FIELDS = ("counts", "sampled_tokens", "seconds")
 PLACES = ("step", "cycle")
-"""Fields that say where an event stands; they measure nothing."""
+"""Fields that number an event. They measure nothing."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one event measured."""
+    """The measurements of one event."""
 
     group: str
     """``"train"``, ``"search"`` or ``"validation"``."""
     index: int
-    """Of the step or the cycle; of a validation it follows the steps that were done. It never falls."""
+    """Number of the step or the cycle. For a validation it grows with the steps that were done. It never falls."""
     values: Mapping[str, float]
 
 
 def entry_of(event: Event) -> Entry | None:
-    """What the event measured; None when it is of a kind that measures nothing."""
+    """The measurements of the event; None for kinds that measure nothing."""
     match event["event"]:
         case "step":
             return Entry("train", event["report"]["step"], _numbers("train", _step_fields(event["report"])))
@@ -41,10 +41,10 @@ def entry_of(event: Event) -> Entry | None:
         case "validation":
             report = event["report"]
             fields = {"best_score": event["score"], **{name: report[name] for name in VALIDATION_FIELDS}}
-            # A run that was finished may go on: what it measures then must come after its end, for trackers.
+            # A finished run may go on. Trackers must get its later validations after the one of its end.
             index = 2 * report["step"] + (report["when"] == "end")
             return Entry("validation", index, _numbers("validation", fields))
-        case "done" if event.get("validation") and "returned" not in event:  # of releases without such an event
+        case "done" if event.get("validation") and "returned" not in event:  # releases without an event of validation
             fields = {"best_score": best(list(event["validation"].values()))}
             return Entry("validation", 0, _numbers("validation", fields))
     return None
@@ -52,8 +52,8 @@ def entry_of(event: Event) -> Entry | None:
 
 def _step_fields(report: Event) -> dict[str, object]:
     update = report["update"]
-    # An update of an empty batch measured nothing, whatever numbers it holds. Tokens and rows are the update's own:
-    # those that the batch counts may have been skipped.
+    # An update of an empty batch measured nothing, whatever numbers it holds. Tokens and rows come from the update and
+    # not from the batch's counts, because the update may have been skipped.
     learnt = update if update["tokens"] else NOTHING_TRAINED
     return {**report, "update": None, "counts": {**report["counts"], **learnt}}
 

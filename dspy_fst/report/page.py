@@ -1,4 +1,4 @@
-"""One HTML page of a run, or of several side by side: self-contained, made of the runs' events alone."""
+"""One self-contained HTML page of a run, or of several runs side by side. Made of their records alone."""
 
 import os
 from base64 import b64encode
@@ -44,17 +44,17 @@ METHODS = {
 def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
     """Write the page of a run, or of several compared, to the file ``out``.
 
-    A run that has just started, goes on or was killed has a page too. The same events give the same page.
+    The runs may have just started, go on, or have been killed. The same events give the same page.
 
     Raises:
         ConfigurationError: ``out`` is a folder, or cannot be written.
-        RunDirectoryError: one is not the directory of a run.
+        RunDirectoryError: a folder is not the directory of a run.
     """
     html = render(read_records(run_dirs))
     new = out.parent / f"{out.name}.new"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(html, encoding="utf-8", errors="replace")  # a model's text may hold half a character
+        new.write_text(html, encoding="utf-8", errors="replace")  # a model's text may hold a lone surrogate
         os.replace(new, out)
     except OSError as error:
         with suppress(OSError):
@@ -64,7 +64,7 @@ def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def render(records: Sequence[RunRecord]) -> str:
-    """The page as text. Every text of the runs is escaped; a policy of the page forbids whatever else it could do."""
+    """The page as text. Every text of the runs is escaped, and a content security policy forbids everything else."""
     environment = Environment(
         loader=PackageLoader("dspy_fst.report"),
         autoescape=True,
@@ -111,10 +111,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Run:
-    """A record and its place in the page."""
+    """A record, and what the template shows of it."""
 
     key: str
-    """Start of its ids, e.g. ``"run-1"``."""
+    """Prefix of its ids, e.g. ``"run-1"``."""
     record: RunRecord
 
     def id(self, node: Node) -> str:
@@ -136,7 +136,7 @@ class Run:
 
     @cached_property
     def tree(self) -> list[tuple[Node, int]]:
-        """Candidates and their depth, every one right after its first parent's elder children."""
+        """Candidates with their depth, in depth-first order of the tree of first parents."""
         children = defaultdict(list)
         for node in self.record.nodes:
             children[node.parents[0] if node.parents else None].append(node)
@@ -149,12 +149,12 @@ class Run:
 
     @cached_property
     def scale(self) -> float:
-        """The score that fills a bar."""
+        """The score of a full bar."""
         return max([1.0, *(score or 0.0 for node in self.record.nodes for score in node.scores.values())])
 
     @property
     def members(self) -> list[str]:
-        """Digests of the population without repetition."""
+        """Digests of the population, without copies."""
         return list(dict.fromkeys(self.record.population))
 
     def rewarded(self, step: int) -> str:
@@ -180,9 +180,11 @@ class Run:
             Figure("Training reward", change(record.rewards), "first and last update"),
             Figure("Anchor score", change([*record.carried[:1], *record.found[-1:]]), "carried in first, found last"),
             Figure("Validation", _validated(record), "start and end, best candidate"),
-            Figure("Updates", _of(costs.updates, record.budget.get("updates")), "weights moved"),
-            Figure("Searches", _of(len(record.cycles), record.budget.get("searches")), "instructions evolved"),
-            Figure("Rollouts", _of(costs.rollouts, _planned(record.budget)), "searches, scoring, training; of at most"),
+            Figure("Updates", _out_of(costs.updates, record.budget.get("updates")), "weights moved"),
+            Figure("Searches", _out_of(len(record.cycles), record.budget.get("searches")), "instructions evolved"),
+            Figure(
+                "Rollouts", _out_of(costs.rollouts, _planned(record.budget)), "searches, scoring, training; of at most"
+            ),
         ]
 
 
@@ -203,7 +205,7 @@ def _drawn(charts: Sequence[Chart]) -> list[Drawn]:
 def _numbers(chart: Chart) -> Iterator[tuple[str, list[str]]]:
     for place in sorted({x for series in chart.series for x in series.x}):
         values = [[f"{y:.4g}" for x, y in zip(s.x, s.y, strict=True) if x == place] for s in chart.series]
-        yield f"{place:,.6g}", [", ".join(of) or DASH for of in values]
+        yield f"{place:,.6g}", [", ".join(numbers) or DASH for numbers in values]
 
 
 def cost_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
@@ -222,13 +224,15 @@ def cost_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
 @dataclass(frozen=True)
 class Setting:
+    """One setting of the recipe, and its value in each run."""
+
     name: str
     default: object
     values: Sequence[object]
 
     @property
     def changed(self) -> bool:
-        """Whether a run has another value than the default."""
+        """Whether any run has a value other than the default."""
         return any(value != self.default for value in self.values)
 
 
@@ -247,7 +251,7 @@ def count(value: int | None) -> str:
 
 
 def period(start: float | None, end: float | None) -> str:
-    """From one moment to another, in UTC: a page reads the same wherever it is made.
+    """From one time to another, in UTC: a page reads the same wherever it is made.
 
     >>> period(0.0, 90.0), period(0.0, 90_000.0)
     ('1970-01-01, 00:00 to 00:01 UTC', '1970-01-01, 00:00 to 1970-01-02, 01:00 UTC')
@@ -266,7 +270,7 @@ def setting(value: object) -> str:
 
 
 def change(values: Sequence[float | None]) -> str:
-    """From the first to the last.
+    """The first and the last value.
 
     >>> change([0.25, 0.5, 0.75])
     '0.250 → 0.750'
@@ -281,7 +285,7 @@ def _validated(record: RunRecord) -> str:
     return number(best([node.validation for node in record.nodes]))
 
 
-def _of(done: int, planned: int | None) -> str:
+def _out_of(done: int, planned: int | None) -> str:
     return count(done) if planned is None else f"{count(done)} of {count(planned)}"
 
 

@@ -14,7 +14,7 @@ from dspy_fst.report.costs import Costs, costs_of
 from dspy_fst.report.evaluated import SEEN, Conditions, Evaluated, EvaluatedCells
 from dspy_fst.report.lineage import Node
 from dspy_fst.report.predictor_totals import PredictorTotals, predictor_totals
-from dspy_fst.report.samples import Played
+from dspy_fst.report.samples import SampleRollout
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.learning import Ending, ending
 from dspy_fst.run.validated import Validated
@@ -64,7 +64,7 @@ class RunRecord:
     """Every candidate, in the order of birth."""
     population: tuple[str, ...] = ()
     """Digests of the final population, or of the newest while there is no final one; best first."""
-    trajectories: Mapping[int, tuple[Played, ...]] = field(default_factory=dict)
+    trajectories: Mapping[int, tuple[SampleRollout, ...]] = field(default_factory=dict)
     """Step -> its samples: the best and the worst rollout of its most informative group, then others."""
     weights: str | None = None
     validations: tuple[Validated, ...] = ()

@@ -1,4 +1,4 @@
-"""Sample rollouts of a run as its events hold them: what went into each module, what came out, what it earned."""
+"""Sample rollouts from a run's events: inputs and outputs of each module, sampled replies, and the reward. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from dspy_fst.run.directory import Event
 
 
 @dataclass(frozen=True)
-class Module:
-    """One module call of a rollout as people read it: ``outputs``, or the ``reply`` that did not parse."""
+class ModuleCall:
+    """One module call of a rollout as text: its ``outputs``, or the ``reply`` that did not parse."""
 
     name: str
     inputs: Mapping[str, str] | None
@@ -21,8 +21,8 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Said:
-    """One call's reply as it was sampled."""
+class SampledCall:
+    """The reply of one LM call as it was sampled."""
 
     predictor: str
     reply: str
@@ -31,8 +31,8 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Played:
-    """One sample rollout; see `dspy_fst.rollout.summaries`."""
+class SampleRollout:
+    """One sample rollout, as `dspy_fst.rollout.summaries` wrote it."""
 
     problem: int
     candidate: str
@@ -41,11 +41,11 @@ class Played:
     mask: str | None
     failure: str | None
     tokens: int | None
-    modules: tuple[Module, ...]
+    modules: tuple[ModuleCall, ...]
     failed_in: str | None = None
-    """The predictor in whose call it failed, where one is known."""
-    calls: tuple[Said, ...] = ()
-    """Its last calls; none in events of older releases."""
+    """The predictor in whose call it failed, if known."""
+    calls: tuple[SampledCall, ...] = ()
+    """Its last calls; empty in events of older releases."""
 
     @property
     def lost(self) -> str | None:
@@ -55,56 +55,55 @@ class Played:
 
     @property
     def newest_reply(self) -> tuple[str, str]:
-        """The predictor that spoke last, and what it said: as it was sampled, where that is kept."""
+        """The predictor of the last call, and its reply: as sampled if that was recorded, else its outputs."""
         if self.calls:
             return self.calls[-1].predictor or "?", self.calls[-1].reply
         if not self.modules:
             return self.failed_in or "?", ""
         last = self.modules[-1]
-        said = last.reply if last.reply is not None else ", ".join(f"{k}={v}" for k, v in (last.outputs or {}).items())
-        return last.name, said
+        outputs = ", ".join(f"{name}={value}" for name, value in (last.outputs or {}).items())
+        return last.name, outputs if last.reply is None else last.reply
 
 
-def played(data: Event) -> Played:
-    """The sample that an event holds."""
-    modules = tuple(as_written(Module, module) for module in data["modules"])
-    return as_written(
-        Played, data, modules=modules, calls=tuple(as_written(Said, said) for said in data.get("calls") or ())
-    )
+def sample_of(data: Event) -> SampleRollout:
+    """One of the ``rollouts`` in an event of kind ``trajectories`` or ``search_samples``."""
+    modules = tuple(as_written(ModuleCall, module) for module in data["modules"])
+    calls = tuple(as_written(SampledCall, call) for call in data.get("calls") or ())
+    return as_written(SampleRollout, data, modules=modules, calls=calls)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample, and where in the run it was played."""
+    """A sample rollout, and the step or search that made it."""
 
-    of: Literal["step", "search"]
+    phase: Literal["step", "search"]
     number: int
-    """Of the step, or of the search's cycle."""
-    played: Played
+    """Number of the step, or of the search's cycle."""
+    rollout: SampleRollout
 
 
-def samples_in(events: Sequence[Mapping[str, Any]]) -> list[Sample]:
-    """Every sample of a run's events, in order; earlier releases kept none of searches."""
-    found = []
+def samples_in(events: Sequence[Event]) -> list[Sample]:
+    """Every sample in a run's events, in order. Earlier releases recorded none of searches."""
+    samples = []
     for event in events:
         if event.get("event") == "trajectories":
-            found += [Sample("step", event["step"], played(of)) for of in event["rollouts"]]
+            samples += [Sample("step", event["step"], sample_of(data)) for data in event["rollouts"]]
         if event.get("event") == "search_samples":
-            found += [Sample("search", event["cycle"], played(of)) for of in event["rollouts"]]
-    return found
+            samples += [Sample("search", event["cycle"], sample_of(data)) for data in event["rollouts"]]
+    return samples
 
 
 IN_A_LINE = 200
-"""Characters of a reply, and of the reason for its reward, in a line of a log (ours)."""
+"""Longest reply, and longest feedback, in a line of a log, in characters (ours)."""
 
 
 def sample_line(data: Event) -> str:
-    """A sample on one line of bounded length: who said what under which candidate, what it earned and why.
+    """A sample on one line of bounded length: predictor, candidate, problem, reward, reply and feedback.
 
     Args:
-        data: The sample as an event holds it.
+        data: As for `sample_of`.
     """
-    sample = played(data)
+    sample = sample_of(data)
     who, reply = sample.newest_reply
     earned = sample.lost or f"reward {number(sample.reward)}"
     why = f"; {_line(sample.feedback)}" if sample.feedback else ""
@@ -112,6 +111,6 @@ def sample_line(data: Event) -> str:
 
 
 def _line(text: str) -> str:
-    """The text on one line, its end left out where it is long."""
+    """The text on one line, its end cut off where it is too long."""
     words = " ".join(text.split())
     return words if len(words) <= IN_A_LINE else f"{words[: IN_A_LINE - 4]} ..."

@@ -1,4 +1,4 @@
-"""What a run came to, on one page of text or as tables in a notebook: made of its record alone."""
+"""The outcome of a run: a page of text, or tables in a notebook. Made of the run's record alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from dspy_fst.types import CycleReport, StepReport
 
 @dataclass(frozen=True)
 class Summary:
-    """The parts of a summary; ``str()`` of it is the page."""
+    """The parts of a summary. ``str()`` gives the page."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
-    """Label and value: how the run ended, start against end, what changed, what it cost."""
+    """Label and value: how the run ended, the end against the start, what changed, and what it cost."""
     tables: tuple[TextTable, ...]
     """The validations and the population."""
     warnings: tuple[str, ...]
 
     def show(self) -> "Summary":
-        """Print it, but in a notebook, which shows what a cell returns."""
+        """Print it, except in a notebook: a notebook shows what a cell returns."""
         if not _in_notebook():
             print(self)
         return self
@@ -33,8 +33,8 @@ class Summary:
     def text(self) -> str:
         width = max(len(label) for label, _ in self.facts)
         lines = [f"  {label.ljust(width)}  {value}" for label, value in self.facts]
-        told = [f"  - {warning}" for warning in self.warnings] or ["  None."]
-        return "\n".join([self.title, *lines, *(table.text for table in self.tables), "Warnings", *told])
+        warnings = [f"  - {warning}" for warning in self.warnings] or ["  None."]
+        return "\n".join([self.title, *lines, *(table.text for table in self.tables), "Warnings", *warnings])
 
     def __str__(self) -> str:
         return self.text
@@ -44,22 +44,22 @@ class Summary:
 
     def _repr_html_(self) -> str:
         facts = TextTable(self.title, ("", ""), self.facts, words=2).html
-        told = "".join(f"<li>{escape(warning)}</li>" for warning in self.warnings) or "<li>None.</li>"
-        return "\n".join([facts, *(table.html for table in self.tables), f"<p>Warnings</p><ul>{told}</ul>"])
+        warnings = "".join(f"<li>{escape(warning)}</li>" for warning in self.warnings) or "<li>None.</li>"
+        return "\n".join([facts, *(table.html for table in self.tables), f"<p>Warnings</p><ul>{warnings}</ul>"])
 
 
 def summary_of(record: RunRecord, *, run_dir: Path | None = None) -> Summary:
-    """The summary of a run that is finished, goes on, or was stopped."""
+    """The summary of a run, whether it is finished, goes on or was stopped."""
     validated = [validations_table(record)] if record.validations else []
     return Summary(
         title=f"Run {run_dir or record.name}: {record.state}",
         facts=tuple(_facts(record)),
         tables=(*validated, population_table(record)),
-        warnings=tuple(map(_told, record.warnings)),
+        warnings=tuple(map(_warning, record.warnings)),
     )
 
 
-def _told(warning: RunWarning) -> str:
+def _warning(warning: RunWarning) -> str:
     return warning.text if warning.step is None else f"after step {warning.step}: {warning.text}"
 
 
@@ -81,7 +81,7 @@ def _facts(record: RunRecord) -> Sequence[tuple[str, str]]:
 
 
 def population_table(record: RunRecord) -> TextTable:
-    """The population that is returned, or the newest; best first, copies counted."""
+    """The returned population, or the newest one; best first, with the number of copies."""
     rows = []
     for digest in dict.fromkeys(record.population):
         node = record.by_digest[digest]
@@ -98,7 +98,7 @@ def cycles_table(cycles: Sequence[CycleReport]) -> TextTable:
     rows = [
         [
             str(cycle.cycle),
-            *(f"{of:,}" for of in (cycle.rollouts, cycle.reused, cycle.reflections, cycle.proposals_accepted)),
+            *(f"{count:,}" for count in (cycle.rollouts, cycle.reused, cycle.reflections, cycle.proposals_accepted)),
             number(max((score for score in cycle.scores if score is not None), default=None)),
             f"{cycle.sampled_tokens:,}",
         ]
@@ -108,7 +108,7 @@ def cycles_table(cycles: Sequence[CycleReport]) -> TextTable:
 
 
 def steps_table(steps: Sequence[StepReport]) -> TextTable:
-    """What each update sampled and learnt."""
+    """What each update sampled and learnt from."""
     columns = ("step", "cycle", "reward", "KL to start", "entropy", "flat groups", "trained tokens", "weights left")
     return TextTable("Steps", columns, [_step(step) for step in steps], words=0, last_is_words=True)
 
