@@ -98,7 +98,7 @@ class Times:
         self._since = now
 
     def left(self, standing: Standing) -> float | None:
-        """Seconds to the end of the run; None before the first step of this process, and once the estimate has run out."""
+        """Seconds to the end of the run; None before the first step of this process, and once that time is over."""
         if not self._rollouts["train"]:
             return None
         train_rate = self._seconds["train"] / self._rollouts["train"]
