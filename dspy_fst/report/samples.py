@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from dspy_fst.formatting.numbers import number
 from dspy_fst.outcomes.outcome import Outcome
