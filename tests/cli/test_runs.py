@@ -238,7 +238,7 @@ def test_every_front_end_refuses_a_place_in_a_run_before_any_work(tmp_path, monk
     began(tmp_path / "run").abandon()
     (tmp_path / f"{MODULE}.py").write_text(SOURCE)
     (tmp_path / "project.yaml").write_text(yaml.safe_dump(SETTINGS))
-    monkeypatch.setattr("dspy_fst.training.prepare._assemble", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr("dspy_fst.training.open_run._assemble", lambda *_: pytest.fail("work has begun"))
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     inside, before = tmp_path / "run" / "inside", sorted((tmp_path / "run").rglob("*"))
     changed = yaml.safe_dump({**SETTINGS, "run_dir": str(inside)})
