@@ -369,6 +369,22 @@ def test_the_start_may_be_the_best(workplace, tmp_path):
     assert "start 0.800, end 0.100, -0.700" in (tmp_path / "report.html").read_text()
 
 
+def test_a_loaded_program_tells_of_its_run_where_it_lies_in_it_and_else_says_why_not(stopped, tmp_path, capsys):
+    run_dir, compiled = stopped
+    loaded = dspy_fst.load(run_dir / "compiled", made.Two(), adapter=Taking())
+    assert loaded.detailed_results == compiled.detailed_results
+    assert str(loaded.summary()) == str(compiled.summary())
+    assert isinstance(loaded.deepcopy().summary(), Summary)
+    shutil.copytree(run_dir / "compiled", tmp_path / "elsewhere")
+    other = dspy_fst.load(tmp_path / "elsewhere", made.Two(), adapter=Taking())
+    why = f"{tmp_path / 'elsewhere'} lies in no run's directory, which keeps what the run measured"
+    capsys.readouterr()
+    assert str(other.deepcopy().summary()).startswith(why)
+    assert capsys.readouterr().out.startswith(why)
+    with pytest.raises(AttributeError, match=r"steps: .* lies in no run's directory"):
+        other.detailed_results.steps  # noqa: B018
+
+
 # ---- what does not belong together -----------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ import dspy
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.policy_lm import PolicyLM, resolve_kind
 from dspy_fst.preflight.sampling_settings import asking_faults
+from dspy_fst.report.results import attach, results_beside
 from dspy_fst.rollout.adapters import describe, keep, kept_by, made
 from dspy_fst.rollout.components import carry, set_tools, speakers
 from dspy_fst.rollout.copying import copied
@@ -123,8 +124,8 @@ def load(
 ) -> dspy.Module:
     """A copy of ``program`` as it was compiled and saved: its instructions, population, adapter and trained weights.
 
-    ``population.scores`` and ``candidate_programs`` are there. ``summary()`` and ``detailed_results`` are not: they
-    tell of the run, and its directory keeps that for `dspy-fst show RUN_DIR`.
+    ``population.scores`` and ``candidate_programs`` are there. ``summary()`` and ``detailed_results`` tell of the run
+    where the folder lies in its directory, as ``RUN_DIR/compiled`` does; elsewhere they say so.
 
     Args:
         path: A folder written by `save` or `dspy_fst.saving.export.export`.
@@ -171,6 +172,7 @@ def load(
     if speaks_through is not None:
         keep(loaded, speaks_through)
     carry(loaded, population)
+    attach(loaded, results_beside(path, saved.policy.version))
     return loaded
 
 

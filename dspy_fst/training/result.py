@@ -6,58 +6,24 @@ the trained one, on a running engine, and it speaks through the adapter of its t
 (`dspy_fst.rollout.adapters`). `dspy_fst.saving.save_load` writes it to disk.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import dspy
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.report.from_events import record_of
-from dspy_fst.report.summary import Summary, cycles_table, steps_table, summary_of
+from dspy_fst.report.results import CompiledResults, attach, results_of
 from dspy_fst.rollout.adapters import adapter_in_force, keep, kept_by
 from dspy_fst.rollout.components import carry, with_texts
 from dspy_fst.run.validated import Validated, best_of
 from dspy_fst.saving.save_load import load, policy_of, save
 from dspy_fst.training.what_helps import end_alternation
-from dspy_fst.types import CycleReport, Population, StepReport, version_of
+from dspy_fst.types import Population, version_of
 
 if TYPE_CHECKING:
     from dspy_fst.training.session import Session
 
 __all__ = ["CompiledResults", "compiled_program", "load", "policy_of", "save", "start_of"]
-
-
-@dataclass(frozen=True)
-class CompiledResults:
-    """What a run measured, for those who look closer."""
-
-    run_dir: Path
-    cycles: tuple[CycleReport, ...]
-    """Reports of every cycle of the run, those of earlier processes included."""
-    steps: tuple[StepReport, ...]
-    validation: Mapping[str, float]
-    """Candidate digest -> mean validation score of the state that was returned; empty without a valset. A candidate of
-    which no rollout was measured has none."""
-    validation_counts: Mapping[str, int] = field(default_factory=dict)
-    """``rollouts``, ``reused``, and the `Outcome.label` of failed and masked rollouts, of the last validation."""
-    ending: str = ""
-    """What the updates came to, e.g. ``"6 of 6 updates changed the weights"``."""
-    validations: tuple[Validated, ...] = ()
-    """Every validation of the run: of its start, in between, and of its end."""
-    summary: Summary | None = None
-    """What ``compiled.summary()`` shows."""
-
-    def __repr__(self) -> str:
-        return "\n".join([f"CompiledResults of {self.run_dir}", *self._tables("text")])
-
-    def _repr_html_(self) -> str:
-        return "\n".join(self._tables("html"))
-
-    def _tables(self, form: Literal["text", "html"]) -> list[str]:
-        whole = [self.summary.text if form == "text" else self.summary._repr_html_()] if self.summary else []
-        return [*whole, *(getattr(table, form) for table in (cycles_table(self.cycles), steps_table(self.steps)))]
 
 
 OWN_SUMMARY = (
@@ -108,21 +74,7 @@ def _returned(run: "Session", end: Validated | None) -> Validated | None:
 def _attach(compiled: dspy.Module, run: "Session", *, track_stats: bool) -> None:
     """``detailed_results`` and ``summary``; a program's own attribute of that name stays."""
     record = record_of(run.run.events(), name=run.run.path.name)
-    summary = summary_of(record, run_dir=run.run.path)
-    if track_stats:
-        compiled.detailed_results = CompiledResults(
-            run_dir=run.run.path,
-            cycles=tuple(run.recorder.cycles),
-            steps=tuple(run.recorder.steps),
-            validation=record.returned.scores if record.returned else {},
-            validation_counts=record.validations[-1].counts if record.validations else {},
-            ending=run.observer.ending.words,
-            validations=record.validations,
-            summary=summary,
-        )
-    if not hasattr(compiled, "summary") or isinstance(getattr(compiled.summary, "__self__", None), Summary):
-        compiled.summary = summary.show
-    else:
+    if not attach(compiled, results_of(record, run.run.path), detailed=track_stats):
         run.recorder.note(OWN_SUMMARY)
 
 
