@@ -1,9 +1,9 @@
-"""The nouns of Fast-Slow Training. All are frozen; unmeasured is None, never 0.
+"""The nouns of Fast-Slow Training. All are frozen. What was not measured is None, never 0.
 
-A *candidate* is a text for every component of a DSPy program. K of them are a *population*. One run of
-the program under one candidate on one problem is a *rollout*, made of LM *calls* as they were sampled.
-The G rollouts of a problem, spread evenly over the population, are its *group*; credited groups are the
-*batch* of one weight update.
+A *candidate* is a text for every component of a DSPy program. K candidates are a *population*. One run of the program
+under one candidate on one problem is a *rollout*; it holds the LM *calls* as they were sampled. The G rollouts of a
+problem, spread evenly over the population, are its *group*. The credited calls of a step's groups are the *batch* of
+one weight update.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from dspy_fst.formatting.tables import TextTable
 from dspy_fst.outcomes.outcome import Outcome
 
 PREDICTOR_TAG = "_fst_predictor_name"
-"""Attribute that carries a predictor's name on a rollout's copy of the program, and on copies made of it."""
+"""Attribute that holds a predictor's name, on a rollout's copy of the program and on copies of that copy."""
 
 WeightsVersion = str
 """Name of one immutable set of policy weights, e.g. ``"step-000012"``; ``"step-000000"`` is the start."""
 
 
 def version_of(step: int) -> WeightsVersion:
-    """Name of the weights that an update moved last as the ``step``-th; names sort as steps do.
+    """Name of the weights after ``step`` updates; names sort in the order of the steps.
 
     >>> version_of(12)
     'step-000012'
@@ -55,13 +55,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Population:
-    """K candidates, best first; a short frontier is filled up with copies, so members may repeat."""
+    """K candidates, best first. A frontier of fewer than K is filled up with copies, so members may repeat.
+
+    >>> seed = Candidate({"answer.predict": "Sort the list."})
+    >>> len(Population.of_seed(seed, 4).unique())
+    1
+    """
 
     members: tuple[Candidate, ...]
     scores: tuple[float | None, ...]
     """Mean anchor score of each member under the weights it was selected with; None when never scored."""
     parents: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Digest -> digests of the candidates it was made from, for every candidate of the search."""
+    """Digest -> digests of its parents, for every candidate of the search."""
 
     @property
     def best(self) -> Candidate:
@@ -101,7 +106,11 @@ class Population:
 
 @dataclass(frozen=True)
 class Call:
-    """One LM call exactly as it was sampled; training never re-renders or re-tokenizes it."""
+    """One LM call exactly as it was sampled. Training never renders or tokenizes it again.
+
+    >>> Call("answer.predict", (1, 15, 9), (42, 2), (-0.7, -0.1), "stop", "step-000000").completion_ids
+    (42, 2)
+    """
 
     predictor: str
     """Name in ``program.named_predictors()``, e.g. ``"hops[0].query.predict"``."""
@@ -114,19 +123,24 @@ class Call:
     """``"stop"``, ``"length"`` or ``"tool_calls"``."""
     weights: WeightsVersion
     temperature: float = 1.0
-    """Temperature it was drawn at; training scores the same distribution. 0 is greedy and cannot be trained."""
+    """Sampling temperature. Training scores the same distribution. A greedy call (0) cannot be trained."""
     reasoning_tokens: int = 0
-    """How many of its tokens are thoughts, which no adapter sees. They are trained like the others."""
+    """Completion tokens that are thoughts, which no adapter sees. They are trained like the others."""
     cut_by_context: bool = False
-    """Whether the context was full before the reply had ``max_tokens``, e.g. the 3 tokens that a long prompt left."""
+    """Whether the context was full before the reply had ``max_tokens`` tokens."""
     turn: Literal["first", "continued", "rerendered"] = "first"
-    """Whether its prompt goes on from an earlier call of the rollout: ``"continued"`` begins with that call's prompt
-    and reply as they were sampled; ``"rerendered"`` holds the reply in other letters or other ids."""
+    """How the prompt relates to an earlier call of the rollout. ``"first"``: to none. ``"continued"``: it begins with
+    that call's prompt and reply as they were sampled. ``"rerendered"``: it holds that reply as other text or other
+    ids."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One training or evaluation example and its index in the set it came from."""
+    """One example, and its index in the set that it came from.
+
+    >>> Problem(3, dspy.Example(question="2 1", answer="1 2").with_inputs("question")).index
+    3
+    """
 
     index: int
     example: dspy.Example
@@ -136,7 +150,11 @@ class Problem:
 class Rollout:
     """One run of the program on one problem under one candidate.
 
-    ``reward is None`` exactly when ``outcome`` is masked.
+    ``reward`` is None exactly when ``outcome`` is masked.
+
+    >>> seed = Candidate({"answer.predict": "Sort the list."})
+    >>> Rollout(3, seed, (), 0.0, Outcome("failed", "parse", "Expected to find output field: answer")).failure
+    'parse'
     """
 
     problem: int
@@ -145,16 +163,16 @@ class Rollout:
     reward: float | None
     outcome: Outcome = field(default_factory=lambda: Outcome("scored"))
     failed_in: str | None = None
-    """The predictor in whose call it failed, where one is known; else None."""
+    """The predictor in whose call the rollout failed; None when no call is known."""
     predictor_scores: Mapping[str, float] = field(default_factory=dict)
-    """Predictor -> the score of its own that the metric gave it; empty for a run that failed or was masked."""
+    """Predictor -> the score that the metric gave it by itself; empty for a rollout that failed or was masked."""
     prediction: Any = None
-    """The program's ``dspy.Prediction``; None when the run ended in a failure or was masked."""
+    """The program's ``dspy.Prediction``; None when the program ended in an exception."""
     trace: tuple[Any, ...] = ()
     """DSPy's trace: ``(predictor, inputs, prediction)`` for every module call."""
     asked: tuple[Any, ...] = ()
-    """Every call of a predictor that speaks with the policy, as `rollout.rendering` can make its prompt again; empty
-    unless it was played for that (`Rollouter.rollout`, ``anew``)."""
+    """The calls from which `rollout.rendering` can render prompts again; empty unless the rollout was made for that
+    (``anew`` of `Rollouter.rollout`)."""
 
     def __post_init__(self) -> None:
         if (self.reward is None) != (self.outcome.kind == "masked"):
@@ -183,7 +201,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Group:
-    """All G rollouts of one problem, over all candidates, sampled by one weight version."""
+    """All G rollouts of one problem, over all candidates, sampled by one weight version.
+
+    >>> seed = Candidate({"answer.predict": "Sort the list."})
+    >>> len(Group(3, tuple(Rollout(3, seed, (), reward) for reward in (0.0, 1.0, 1.0, 0.0))).rollouts)
+    4
+    """
 
     problem: int
     rollouts: tuple[Rollout, ...]
@@ -197,7 +220,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One call as the trainer sees it."""
+    """One call as the trainer sees it.
+
+    >>> Row((1, 15, 9), (42, 2), (-0.7, -0.1), advantage=1.0, token_weight=0.125).advantage
+    1.0
+    """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -213,7 +240,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PredictorReport:
-    """What one predictor did in the groups of a step, and what it earned. Calls that no predictor made are in none."""
+    """What one predictor did in the groups of a step, and what it earned."""
 
     calls: int
     tokens: int
@@ -221,47 +248,53 @@ class PredictorReport:
     truncated: int
     """Calls that were cut off, at ``max_tokens`` or by the end of the context."""
     unparsed: int
-    """Rollouts that ended in a reply of its that does not parse."""
+    """Rollouts that ended in one of its replies, which did not parse."""
     rows: int
-    """Calls that are learnt from."""
+    """Calls that are trained."""
     positive_rows: int
-    """Of those, the ones with an advantage above 0."""
+    """Trained calls with an advantage above 0."""
     flat_groups: int
-    """Groups in which its calls taught nothing, because the scores that they are credited with were all alike."""
+    """Groups with zero variance in the scores that its calls are credited with."""
     advantage: float | None
-    """Mean over its rows; None without one."""
+    """Mean over its rows; None without rows."""
     score: float | None
-    """Mean of the scores of its own, failures among them (see `dspy_fst.slow.predictors`); None without one."""
+    """Mean of its own scores, failures included (see `dspy_fst.slow.predictors`); None without scores."""
 
 
 @dataclass(frozen=True)
-class Held:
-    """A call on which the policy is held to its start, or taught by it."""
+class SeedKLCall:
+    """A call with a KL term to the starting weights (``seed_kl_coefficient``)."""
 
     call: Call
     """Sampled under the program's own texts."""
     start_prompt_ids: tuple[int, ...]
-    """What the start reads before the same completion: the call's own prompt, or what other texts make of it."""
+    """The prompt that the starting weights read before the same completion: the call's own, or the one that other texts
+    render (``seed_kl_teacher``)."""
 
 
 @dataclass(frozen=True)
-class HeldRollout:
-    """A rollout under the program's own texts, and what the start reads in each of its calls."""
+class SeedKLRollout:
+    """A rollout under the program's own texts, and the prompts that the starting weights read in its calls."""
 
     rollout: Rollout
     start_prompts: tuple[tuple[int, ...] | None, ...]
-    """One for each call; None when it could not be made."""
+    """One for each call; None when it could not be rendered."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one weight update learns from, and what was left out of it."""
+    """What one weight update learns from, and what was left out of it.
+
+    >>> row = Row((1, 15, 9), (42, 2), (-0.7, -0.1), advantage=1.0, token_weight=0.5)
+    >>> Batch((row,), "step-000000", counts=Counter({"groups": 1, "rollouts": 4, "failed: parse": 1})).counts["groups"]
+    1
+    """
 
     rows: tuple[Row, ...]
     weights: WeightsVersion
     """The version that sampled every row."""
-    held: tuple[Held, ...] = ()
-    """Calls under the program's own texts, on which the policy is held to its start; they carry no reward."""
+    held: tuple[SeedKLCall, ...] = ()
+    """Calls under the program's own texts with a KL term to the starting weights; they carry no reward."""
     counts: Counter[str] = field(default_factory=Counter)
     """``groups``, ``flat_groups``, ``rollouts``, ``rows``, ``tokens``, and lost rollouts by `Outcome.label`."""
     predictors: Mapping[str, PredictorReport] = field(default_factory=dict)
@@ -285,28 +318,28 @@ class UpdateReport:
     max_log_ratio: float
     """Largest absolute log-ratio of a token."""
     effective_sample_share: float | None
-    """(sum w)^2 / (N sum w^2) over the N tokens' importance weights w: 1 when the sampler is the trainer's policy,
-    towards 1/N when a few tokens carry the update (Kong 1992). None when no token was trained."""
+    """(sum w)^2 / (N sum w^2) over the N tokens' importance weights w (Kong 1992). It is 1 when the sampler is the
+    trainer's policy, and near 1/N when a few tokens carry the update. None when no token was trained."""
     learning_rate: float
     tokens: int
     rows: int
     kl_under_seed: float | None = None
-    """Exact KL(theta || start) in nats per token on ``Batch.held``; None when nothing was held."""
+    """Exact KL(theta || start) in nats per token on ``Batch.held``; None when that is empty."""
     sequences: int | None = None
-    """Sequences that the rows were read as: a loop whose every prompt begins with the call before is one, however many
-    calls it made. None when no token was trained."""
+    """Sequences that the model read. Calls share one when each begins with the call before. None when no token was
+    trained."""
     skipped: str | None = None
-    """Why the weights were left as they are although there was a batch; else None."""
+    """Why the update was not applied; None when it was, or when there was nothing to train."""
 
     @property
     def moved(self) -> bool:
-        """Whether the weights are others than before; nothing is published after an update that moved nothing."""
+        """Whether the weights changed. Nothing is published after an update that changed nothing."""
         return self.rows > 0 and self.skipped is None
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One slow step: what was sampled, what was learnt."""
+    """One slow step: what was sampled and how the weights were updated."""
 
     step: int
     cycle: int
@@ -322,35 +355,35 @@ class StepReport:
     weights: WeightsVersion | None = None
     """The version that sampled the step; None in the events of releases that published one a step."""
     published: WeightsVersion | None = None
-    """The version that the step left: another one where the update moved the weights."""
+    """The version after the step: a new one when the update changed the weights."""
 
     @property
     def sampled_by(self) -> WeightsVersion:
-        """``weights``, also of an older run."""
+        """``weights``; in an older run's events, the version that the step number names."""
         return self.weights or version_of(self.step)
 
     @property
     def left(self) -> WeightsVersion:
-        """``published``, also of an older run."""
+        """``published``; in an older run's events, the version that the step number names."""
         return self.published or version_of(self.step + 1)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "StepReport":
         """The report that a run's event holds."""
-        predictors = {name: PredictorReport(**of) for name, of in data.get("predictors", {}).items()}
+        predictors = {name: PredictorReport(**report) for name, report in data.get("predictors", {}).items()}
         return cls(**{**data, "update": UpdateReport(**data["update"]), "predictors": predictors})
 
 
 @dataclass(frozen=True)
 class CycleReport:
-    """One fast phase: what the search spent and found."""
+    """One fast phase: what the search used and found."""
 
     cycle: int
     scores: tuple[float | None, ...]
     population: tuple[str, ...]
     """Digests of the members, best first."""
     rollouts: int
-    """Fresh program runs, the carried population's scoring included."""
+    """Fresh rollouts, those that scored the carried population included."""
     reused: int
     """Evaluations answered from rollouts already made under the same weights."""
     reflections: int

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dspy_fst.fast.pareto import top_k
 from dspy_fst.run.directory import RunDirectory
-from dspy_fst.run.files import plain, population_from_json, population_to_json
+from dspy_fst.run.files import population_from_json, population_to_json, to_jsonable
 from dspy_fst.run.journal import Journal
 from dspy_fst.slow.checkpoint import read_state, write_state
 from dspy_fst.slow.credit import credit
@@ -55,7 +55,7 @@ def test_a_state_gives_back_what_was_committed(population, value):
         again = RunDirectory(Path(folder) / "run", {"seed": 1})
         again.close()
     assert population_from_json(again.state["population"]) == population
-    assert again.state["value"] == plain(value)
+    assert again.state["value"] == to_jsonable(value)
 
 
 @quick

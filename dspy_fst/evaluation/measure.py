@@ -23,7 +23,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import texts_like
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
-from dspy_fst.run.files import plain, writing
+from dspy_fst.run.files import to_jsonable, writing
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.training.result import policy_of, start_of
 from dspy_fst.types import Candidate, Problem, Rollout
@@ -215,7 +215,7 @@ def keep(run_dir: Path, results: Sequence[Mapping[str, Any]]) -> None:
         DiskError: the disk refused.
     """
     path = run_dir / EVALUATIONS
-    lines = "".join(json.dumps(plain(result), allow_nan=False) + "\n" for result in results).encode()
+    lines = "".join(json.dumps(to_jsonable(result), allow_nan=False) + "\n" for result in results).encode()
     with writing(run_dir), path.open("a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         whole = file.seek(0, os.SEEK_END)

@@ -16,10 +16,10 @@ from dspy_fst.monitoring.watch import Watch
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.adapters import adapter_in_force, kept_by
 from dspy_fst.rollout.call_recorder import is_recorded
-from dspy_fst.rollout.summaries import failed_reply_of, shown, telling
+from dspy_fst.rollout.summaries import failed_reply_of, summarize, telling
 from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import StopReason
-from dspy_fst.run.learning import Ending, Standstill, ending, standstill
+from dspy_fst.run.learning import Standstill, UpdateSummary, standstill, update_summary
 from dspy_fst.types import Group, Rollout, StepReport
 
 SEARCH_SAMPLES = "search_samples"
@@ -87,7 +87,7 @@ class Observer:
         if kept := self._config.recorded_samples:
             samples = telling(groups, kept, f"{self._config.seed} samples {report.step}")
             self._run.emit(
-                "trajectories", step=report.step, rollouts=[shown(sample, self._decode) for sample in samples]
+                "trajectories", step=report.step, rollouts=[summarize(sample, self._decode) for sample in samples]
             )
         reply = failed_reply_of([rollout for group in groups for rollout in group.rollouts])
         for text in self._watch.see(report, self.form, reply):
@@ -105,7 +105,7 @@ class Observer:
                 by_problem.setdefault(rollout.problem, []).append(replace(rollout, calls=(), failed_in=None))
             groups = [Group(problem, tuple(members)) for problem, members in by_problem.items()]
             samples = telling(groups, kept, f"{self._config.seed} samples of search {cycle}")
-            records = [{**shown(sample), "tokens": None} for sample in samples]
+            records = [{**summarize(sample), "tokens": None} for sample in samples]
             self._run.emit(SEARCH_SAMPLES, cycle=cycle, rollouts=records)
 
     @property
@@ -116,9 +116,9 @@ class Observer:
     # ---- whether anything is learnt ------------------------------------------------------------
 
     @property
-    def ending(self) -> Ending:
+    def ending(self) -> UpdateSummary:
         """What the updates have changed so far."""
-        return ending(self._reports, self._worst, self._config.perfect_score)
+        return update_summary(self._reports, self._worst, self._config.perfect_score)
 
     @property
     def standstill(self) -> Standstill | None:

@@ -16,7 +16,7 @@ from dspy_fst.report.lineage import Node
 from dspy_fst.report.predictor_totals import PredictorTotals, predictor_totals
 from dspy_fst.report.samples import SampleRollout
 from dspy_fst.run.ending import StopReason
-from dspy_fst.run.learning import Ending, ending
+from dspy_fst.run.learning import UpdateSummary, update_summary
 from dspy_fst.run.validated import Validated
 from dspy_fst.types import CycleReport, StepReport
 
@@ -81,11 +81,11 @@ class RunRecord:
         return {node.digest: node for node in self.nodes}
 
     @cached_property
-    def ending(self) -> Ending:
+    def ending(self) -> UpdateSummary:
         """What the updates have changed so far."""
         failures = [self.config.get(name) or 0.0 for name in ("failure_score", "format_failure_score")]
         best_score = self.config.get("perfect_score")
-        return ending(self.steps, min(failures), 1.0 if best_score is None else best_score)
+        return update_summary(self.steps, min(failures), 1.0 if best_score is None else best_score)
 
     @property
     def start_validated(self) -> Validated | None:

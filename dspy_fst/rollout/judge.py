@@ -19,7 +19,7 @@ from dspy_fst.outcomes.outcome import CONTEXT, PARSE, Outcome
 from dspy_fst.rollout.blame import Blame
 from dspy_fst.rollout.call_recorder import OUTSIDE, Recording, is_recorded
 from dspy_fst.rollout.outages import Outages
-from dspy_fst.rollout.parse_failures import FailedParses
+from dspy_fst.rollout.parse_failures import ParseFailures
 from dspy_fst.rollout.parse_reasons import feedback_on
 from dspy_fst.rollout.reward import Reward, UnmeasuredError
 from dspy_fst.types import PREDICTOR_TAG, Call, Candidate, Problem, Rollout
@@ -66,7 +66,7 @@ class Judge:
     """Judges the end of one rollout by what was seen in it."""
 
     recording: Recording
-    parses: FailedParses
+    parse_failures: ParseFailures
     outages: Outages
     failure_score: float
     format_failure_score: float
@@ -93,7 +93,7 @@ class Judge:
             return _masked(outage, repr(error))
         if self.recording.last_predictor in (None, OUTSIDE):  # it failed before the policy had said anything
             return _masked(f"program: {name}", repr(error))
-        if lost := self.parses.behind():
+        if lost := self.parse_failures.behind():
             return self._unparsed(lost[1], lost[0])
         return self._failed(name, f"The program failed: {error}")
 
@@ -116,13 +116,13 @@ class Judge:
 
     def forget(self) -> None:
         """Let go of exceptions that hold the rollout's copy of the program."""
-        self.parses.forget()
+        self.parse_failures.forget()
         self.outages.forget()
 
     def _nothing(self) -> Judgement:
         if outage := self.outages.behind():
             return _masked(outage, "The program gave no prediction.")
-        if lost := self.parses.behind():
+        if lost := self.parse_failures.behind():
             return self._unparsed(lost[1], lost[0])
         return self._failed("no prediction", "The program gave no prediction.")
 

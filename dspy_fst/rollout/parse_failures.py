@@ -49,7 +49,7 @@ def form_asked_for(predictor: dspy.Predict) -> str:
         return ""
 
 
-class FailedParses(BaseCallback):
+class ParseFailures(BaseCallback):
     """DSPy's callback for the time of one rollout; as a callback it also sees adapters that the program sets itself.
 
     Args:

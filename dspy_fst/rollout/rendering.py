@@ -20,7 +20,7 @@ from dspy_fst.engine.prompts import Ids, PromptRenderer
 from dspy_fst.errors import TrainingError
 from dspy_fst.rollout.adapters import adapter_in_force, describe
 from dspy_fst.rollout.call_recorder import is_recorded
-from dspy_fst.types import PREDICTOR_TAG, Candidate, HeldRollout, Rollout
+from dspy_fst.types import PREDICTOR_TAG, Candidate, Rollout, SeedKLRollout
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Listening(BaseCallback):
             self.asked.append(RecordedCall(name, instance, given, lm, adapter_in_force()))
 
 
-def held_under(teachers: Sequence[Candidate], rollouts: Sequence[Rollout], tokenizer: Any) -> list[HeldRollout]:
+def held_under(teachers: Sequence[Candidate], rollouts: Sequence[Rollout], tokenizer: Any) -> list[SeedKLRollout]:
     """Each rollout with its calls' prompts under the next teacher's texts.
 
     Raises:
@@ -60,7 +60,7 @@ def held_under(teachers: Sequence[Candidate], rollouts: Sequence[Rollout], token
     """
     renderer = renderer_of(tokenizer)
     held = [
-        HeldRollout(rollout, _prompts(teacher, rollout, tokenizer, renderer))
+        SeedKLRollout(rollout, _prompts(teacher, rollout, tokenizer, renderer))
         for rollout, teacher in zip(rollouts, itertools.cycle(teachers), strict=False)
     ]
     if not any(ids is not None for of in held for ids in of.start_prompts) and (fault := _unread(rollouts)):

@@ -23,7 +23,7 @@ from dspy_fst.rollout.copying import Copier
 from dspy_fst.rollout.judge import Judge
 from dspy_fst.rollout.outages import Outages
 from dspy_fst.rollout.parallel import parallel_calls_once
-from dspy_fst.rollout.parse_failures import Entry, FailedParses
+from dspy_fst.rollout.parse_failures import Entry, ParseFailures
 from dspy_fst.rollout.rendering import Listening
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.worker_pool import run_all
@@ -167,7 +167,7 @@ class Rollouter:
             return Rollout(task.problem.index, task.candidate, (), self.settings.failure_score, outcome)
         program = copier.copy(lean=True)
         trace: list[Entry] = []
-        parse_failures, outages, call_listener = FailedParses(trace), Outages(), Listening()
+        parse_failures, outages, call_listener = ParseFailures(trace), Outages(), Listening()
         judge = Judge(
             recording, parse_failures, outages, self.settings.failure_score, self.settings.format_failure_score
         )

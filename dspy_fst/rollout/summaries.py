@@ -61,7 +61,7 @@ def _spread(group: Group) -> float:
     return max(rewards) - min(rewards) if rewards else -1.0
 
 
-def shown(rollout: Rollout, decode: Callable[[Sequence[int]], str] | None = None) -> dict[str, Any]:
+def summarize(rollout: Rollout, decode: Callable[[Sequence[int]], str] | None = None) -> dict[str, Any]:
     """The rollout as plain data.
 
     Args:

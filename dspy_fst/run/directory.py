@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.run.files import plain, population_to_json, read_json, remove, write_json, writing
+from dspy_fst.run.files import population_to_json, read_json, remove, to_jsonable, write_json, writing
 from dspy_fst.run.journal import Journal
 from dspy_fst.run.state import commit_state, newest_state, prune_states
 from dspy_fst.types import Population, WeightsVersion
@@ -89,7 +89,7 @@ class RunDirectory:
             self._state = newest_state(path / "states")
             self._log_hash = self._checked_log()
             with writing(path):
-                write_json(path / "recipe.json", clean(plain(recipe)))  # first: it makes the directory a run's
+                write_json(path / "recipe.json", clean(to_jsonable(recipe)))  # first: it makes the directory a run's
                 for folder in ("populations", "weights", "states"):
                     (path / folder).mkdir(exist_ok=True)
                 prune_states(path / "states", keep_states)  # a kill may have come between a commit and this
@@ -131,7 +131,7 @@ class RunDirectory:
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Append one event and show it to the listeners."""
-        event = self._clean({"event": kind, "time": time.time(), **plain(fields)})
+        event = self._clean({"event": kind, "time": time.time(), **to_jsonable(fields)})
         line = (json.dumps(event, allow_nan=False) + "\n").encode()
         with writing(self.path), (self.path / "events.jsonl").open("ab") as file:
             file.write(line)
@@ -163,7 +163,7 @@ class RunDirectory:
         """
         log = self.path / "events.jsonl"
         fields = {
-            **self._clean(plain(fields)),
+            **self._clean(to_jsonable(fields)),
             "events_bytes": log.stat().st_size if log.exists() else 0,
             "events_sha256": self._log_hash.hexdigest(),
         }
@@ -313,8 +313,8 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     found = read_json(path / "recipe.json")
     if not isinstance(found, Mapping):
         return f"run_dir={str(path)!r} is not empty and holds no readable recipe.json; name a new directory"
-    wanted = plain(recipe)
-    defaults = plain(FSTConfig.model_validate({}).model_dump())
+    wanted = to_jsonable(recipe)
+    defaults = to_jsonable(FSTConfig.model_validate({}).model_dump())
     found = {**{key: defaults[key] for key in wanted if key in defaults}, **found}  # an older release had fewer
     apart = (RECORDED_SINCE - found.keys()) | NO_LONGER_IDENTITY
     if wanted.get("model_files") is not None and found.get("model_files") == wanted.get("model_files"):

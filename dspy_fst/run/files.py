@@ -62,7 +62,7 @@ def write_json(path: Path, data: Any, *, finite: bool = True) -> None:
     """Write a document so that a reader finds the old one or the new one, never half of either."""
     partial = path.with_name(path.name + ".new")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(plain(data) if finite else plain(data, finite=False), file, indent=2, allow_nan=not finite)
+        json.dump(to_jsonable(data, finite=finite), file, indent=2, allow_nan=not finite)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -99,16 +99,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def plain(value: Any, *, finite: bool = True) -> Any:
+def to_jsonable(value: Any, *, finite: bool = True) -> Any:
     """JSON's types of our types. JSON has no NaN: unless ``finite`` is False such a number becomes None."""
     if isinstance(value, Population):
         return population_to_json(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value), finite=finite)
+        return to_jsonable(asdict(value), finite=finite)
     if isinstance(value, Mapping):
-        return {str(key): plain(item, finite=finite) for key, item in value.items()}
+        return {str(key): to_jsonable(item, finite=finite) for key, item in value.items()}
     if isinstance(value, list | tuple | range):
-        return [plain(item, finite=finite) for item in value]
+        return [to_jsonable(item, finite=finite) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) or not finite else None
     if value is None or isinstance(value, str | int | bool):

@@ -1,8 +1,8 @@
-"""Whether a run's updates changed the weights, and why not where they did not. Pure functions of the step reports.
+"""Whether a run's updates changed the weights, and why not. Pure functions of the step reports.
 
-A step *moved* the weights when its update had a gradient that was finite (see `UpdateReport.moved`). Steps that moved
-nothing, one after the other to the newest, are a *standstill*; its cause is read from the counts of these steps, so a
-run that is continued finds what an uninterrupted one does.
+A step *moved* the weights when its update had a finite gradient (see `UpdateReport.moved`). The newest steps in a row
+that moved nothing are a *standstill*. Its cause is read from the counts of these steps, so a continued run finds the
+same cause as an uninterrupted one.
 """
 
 from collections import Counter
@@ -19,10 +19,10 @@ from dspy_fst.types import StepReport
 Cause = Literal["solved", "unparsed", "failed", "floor", "alike", "unmeasured", "untrained", "not finite"]
 NOTHING_CHANGED = "no update changed the weights"
 MOST, NEARLY_ALL = 0.5, 0.9
-"""Shares of a standstill's rollouts from which on a cause is the one that is told, and told of all of them (ours)."""
+"""Shares of a standstill's rollouts from which on a cause is reported, and reported of nearly all of them (ours)."""
 AT_THE_TOP, AT_THE_FLOOR = 0.05, 0.25
-"""How near to the best and to the worst reward, as a share of the range between them, the mean of a standstill lies
-that is called flat at the top and flat at the floor (ours). The top is strict: a run that reaches it ends well."""
+"""A standstill is flat at the top, or at the floor, when its mean reward is so near to the best, or the worst, reward.
+Both are shares of the range between the two (ours). The top is strict: a run that reaches it ends well."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Standstill:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """What a run's updates came to, so far or in all."""
+class UpdateSummary:
+    """What a run's updates did to the weights, so far or in all."""
 
     steps: int
     moved: int
     """Steps that moved the weights."""
     cause: Cause | None
-    """Why the newest steps did not; None where the newest one did, or there is none."""
+    """Why the newest steps moved nothing; None when the newest step moved the weights, or there is no step."""
     seen: str
 
     @property
@@ -61,7 +61,7 @@ class Ending:
 
     @property
     def words(self) -> str:
-        """One sentence without a full stop; never less than that no update changed the weights, where one was made."""
+        """One sentence without a full stop. It always says so when updates were made and none changed the weights."""
         if not self.steps:
             return "no update of the weights was made"
         if not self.moved:
@@ -71,12 +71,12 @@ class Ending:
 
 
 def moved(report: StepReport) -> bool:
-    """Whether the step's update changed the weights; also of a report in which an older release wrote less."""
+    """Whether the step's update changed the weights. Reports of older releases, which hold less, are read as well."""
     return bool(report.update.rows or report.update.tokens) and report.update.skipped is None
 
 
 def standstill(reports: Sequence[StepReport], worst: float = 0.0, best: float = 1.0) -> Standstill | None:
-    """The newest steps that moved nothing; None where the newest one moved the weights.
+    """The newest steps that moved nothing; None when the newest one moved the weights.
 
     Args:
         reports: All steps so far, the newest last.
@@ -90,11 +90,11 @@ def standstill(reports: Sequence[StepReport], worst: float = 0.0, best: float = 
     return Standstill(steps, cause, seen)
 
 
-def ending(reports: Sequence[StepReport], worst: float = 0.0, best: float = 1.0) -> Ending:
-    """What the updates came to; the arguments are those of `standstill`."""
+def update_summary(reports: Sequence[StepReport], worst: float = 0.0, best: float = 1.0) -> UpdateSummary:
+    """What the updates did to the weights; the arguments are those of `standstill`."""
     still = standstill(reports, worst, best)
     done = sum(map(moved, reports))
-    return Ending(len(reports), done, still.cause if still else None, still.seen if still else "")
+    return UpdateSummary(len(reports), done, still.cause if still else None, still.seen if still else "")
 
 
 def _cause(steps: Sequence[StepReport], worst: float, best: float) -> tuple[Cause, str]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.rollout.copying import copied
-from dspy_fst.run.files import plain, write_json
+from dspy_fst.run.files import to_jsonable, write_json
 from dspy_fst.run.manifest import sentences
 
 METADATA = "metadata"
@@ -116,7 +116,7 @@ def _with_names(state: Any, parameter: Any) -> Any:
 def _checked(path: Path, name: str, state: Any, parameter: Any) -> Any:
     kind: type[BaseModel] = SavedFlex if isinstance(parameter, dspy.Flex) else SavedPredictor
     if not isinstance(parameter, dspy.Flex | dspy.Predict):
-        if state != plain(parameter.dump_state()):
+        if state != to_jsonable(parameter.dump_state()):
             raise RunDirectoryError(f"{path}: {name} is no predictor and not as in this program; it is not loaded")
         return state
     try:

@@ -18,7 +18,7 @@ import numpy as np
 from dspy_fst.errors import TrainingError
 from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.slow.predictors import own_scores, predictor_reports
-from dspy_fst.types import Batch, Call, Group, Held, HeldRollout, Rollout, Row, WeightsVersion
+from dspy_fst.types import Batch, Call, Group, Rollout, Row, SeedKLCall, SeedKLRollout, WeightsVersion
 
 EPSILON = 1e-6
 """Added to the standard deviation, and the spread of rewards up to which a group is flat. Not in the paper."""
@@ -30,7 +30,7 @@ def credit(
     baseline: Literal["problem", "candidate"] = "problem",
     normalize: Literal["group", "batch"] = "group",
     trained: Collection[str] | None = None,
-    held: Sequence[HeldRollout] = (),
+    held: Sequence[SeedKLRollout] = (),
     held_alone: bool = False,
     epsilon: float = EPSILON,
 ) -> Batch:
@@ -81,9 +81,9 @@ def credit(
     return Batch(rows=rows, weights=weights, held=kept if rows or held_alone else (), counts=counts, predictors=reports)
 
 
-def _held(rollouts: Sequence[HeldRollout], trained: Collection[str] | None) -> tuple[Held, ...]:
+def _held(rollouts: Sequence[SeedKLRollout], trained: Collection[str] | None) -> tuple[SeedKLCall, ...]:
     return tuple(
-        Held(call, prompt)
+        SeedKLCall(call, prompt)
         for one in rollouts
         for call, prompt in zip(one.rollout.calls, one.start_prompts, strict=True)
         if prompt is not None and _is_trained(call, trained)
@@ -91,7 +91,7 @@ def _held(rollouts: Sequence[HeldRollout], trained: Collection[str] | None) -> t
 
 
 def _held_counts(
-    rollouts: Sequence[HeldRollout], held: Sequence[Held], trained: Collection[str] | None
+    rollouts: Sequence[SeedKLRollout], held: Sequence[SeedKLCall], trained: Collection[str] | None
 ) -> dict[str, int]:
     if not rollouts:
         return {}

@@ -25,7 +25,7 @@ from dspy_fst.slow.exact import exact_matmuls
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.update_metrics import NO_UPDATE, Tokens, UpdateMetrics
-from dspy_fst.types import Batch, Call, Held, Row, UpdateReport, WeightsVersion
+from dspy_fst.types import Batch, Call, Row, SeedKLCall, UpdateReport, WeightsVersion
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, as torch names it."""
@@ -153,7 +153,7 @@ class Trainer:
         metrics.add(loss, kl, log_probs, ratios, cap, sequences=len(micro.prefix_of))
         return loss
 
-    def _hold(self, held: Sequence[Held], metrics: UpdateMetrics) -> None:
+    def _hold(self, held: Sequence[SeedKLCall], metrics: UpdateMetrics) -> None:
         """Add the gradient of KL(theta || start), meaned over the tokens of the held calls.
 
         The start may read another prompt before a completion than the policy does; then it teaches what that says.

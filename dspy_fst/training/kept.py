@@ -11,7 +11,7 @@ import dspy
 
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.directory import COMPILED
-from dspy_fst.run.files import flush, plain, read_json, remove, writing
+from dspy_fst.run.files import flush, read_json, remove, to_jsonable, writing
 from dspy_fst.run.state import share
 from dspy_fst.saving.format import PROGRAM, WEIGHTS, is_saved
 from dspy_fst.saving.program_state import written_state
@@ -61,7 +61,7 @@ def _holds(path: Path, compiled: dspy.Module) -> bool:
     """Whether this program was saved there: the same texts, population, weights and settings."""
     wanted = {**documents_of(compiled), PROGRAM: written_state(compiled)}
     whole = (path / WEIGHTS).is_dir() and (path / "manifest.json").is_file()
-    return whole and all(read_json(path / name) == plain(document) for name, document in wanted.items())
+    return whole and all(read_json(path / name) == to_jsonable(document) for name, document in wanted.items())
 
 
 def _shared(there: str, here: str) -> None:

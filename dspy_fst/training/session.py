@@ -36,7 +36,7 @@ from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.request import Proposers
 from dspy_fst.training.schedule import Schedule
 from dspy_fst.training.validating import Validation
-from dspy_fst.types import Batch, Candidate, Group, HeldRollout, Population, Problem, Rollout, UpdateReport
+from dspy_fst.types import Batch, Candidate, Group, Population, Problem, Rollout, SeedKLRollout, UpdateReport
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Session:
         self.publisher.see_texts(rollouts)
         return groups
 
-    def sample_seed(self, step: int, population: Population) -> list[HeldRollout]:
+    def sample_seed(self, step: int, population: Population) -> list[SeedKLRollout]:
         """Rollouts of the step's problems under the program's own texts, for the term of ``seed_kl_coefficient``."""
         if self.config.seed_kl_coefficient == 0:
             return []
@@ -180,10 +180,10 @@ class Session:
         rollouts = self._play(tasks, f"seed-{step}", anew=self.config.distills)
         self._require_sound(step, rollouts)
         if not self.config.distills:
-            return [HeldRollout(rollout, tuple(call.prompt_ids for call in rollout.calls)) for rollout in rollouts]
+            return [SeedKLRollout(rollout, tuple(call.prompt_ids for call in rollout.calls)) for rollout in rollouts]
         return held_under(population.members, rollouts, self.trainer.tokenizer)
 
-    def credit(self, groups: Sequence[Group], seed_rollouts: Sequence[HeldRollout]) -> Batch:
+    def credit(self, groups: Sequence[Group], seed_rollouts: Sequence[SeedKLRollout]) -> Batch:
         """Which calls the update learns from, and how much (`dspy_fst.slow.credit`)."""
         return credit(
             groups,

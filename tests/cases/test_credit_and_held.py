@@ -6,7 +6,7 @@ import torch
 
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.types import Batch, Group, Held
+from dspy_fst.types import Batch, Group, SeedKLCall
 from tests.slow.conftest import one_thread, start  # noqa: F401
 from tests.slow.makers import VOCABULARY, make_call, make_group, make_rollout, save_model
 from tests.slow.test_trainer import assert_close, mean_kl_gradient, recorded_gradients
@@ -50,7 +50,7 @@ def test_the_start_reads_no_more_at_once_than_the_budget(start, tmp_path, longes
         learning_rate=1e-2, kl_coefficient=0.1, seed_kl_coefficient=1.0, micro_batch_tokens=BUDGET, share_prompts=False
     )
     trainer = Trainer(start, settings, device="cpu", reference=reference)
-    held = tuple(Held(call, prompt) for call, prompt in zip(calls, prompts, strict=True))
+    held = tuple(SeedKLCall(call, prompt) for call, prompt in zip(calls, prompts, strict=True))
     reads = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, given: reads.append(given[0].shape) if isinstance(module, torch.nn.Embedding) else None

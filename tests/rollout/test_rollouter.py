@@ -14,7 +14,7 @@ from dspy_fst.errors import EngineError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward, UnmeasuredError, metric_fault
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
-from dspy_fst.rollout.summaries import failed_reply_of, shown
+from dspy_fst.rollout.summaries import failed_reply_of, summarize
 from dspy_fst.run.interrupts import Terminated
 from dspy_fst.types import Candidate, Population, Problem
 from tests.fakes import fields, scripted_policy
@@ -156,7 +156,7 @@ def test_a_value_that_is_not_allowed_is_told_with_what_is():
     told = failed_reply_of([rollout])
     assert told.startswith("A reply of 'self': ")
     assert f"{reason} Expected to find output fields in the LM response: [mood]" in told
-    assert shown(rollout)["feedback"].startswith(reason)
+    assert summarize(rollout)["feedback"].startswith(reason)
 
 
 def test_a_reply_that_does_not_parse_is_scored_and_keeps_its_tokens():

@@ -5,7 +5,7 @@ from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.call_recorder import tag_predictors
-from dspy_fst.rollout.summaries import CALLS, LONGEST, failed_reply_of, shown, telling
+from dspy_fst.rollout.summaries import CALLS, LONGEST, failed_reply_of, summarize, telling
 from dspy_fst.types import Call, Candidate, Group, Rollout
 
 CANDIDATE = Candidate({"self": "Sort."})
@@ -35,7 +35,7 @@ def test_a_module_shows_what_went_in_and_came_out():
         (program, {"question": "2 1"}, dspy.Prediction(answer=long)),
         (program, {"question": "3"}, FailedPrediction("no fields")),
     )
-    data = shown(rollout(0.5, trace=entries, feedback="Nearly."))
+    data = summarize(rollout(0.5, trace=entries, feedback="Nearly."))
     first, second = data["modules"]
     assert (first["name"], first["inputs"]) == ("self", {"question": "2 1"})
     assert len(first["outputs"]["answer"]) < LONGEST + 10
@@ -61,7 +61,7 @@ def test_replies_are_shown_as_they_were_sampled_the_last_calls_of_many():
         Call("self", (1,), tuple(map(ord, f"reply {i}")), (0.0,) * 7, "length" if i == 9 else "stop", "step-000000")
         for i in range(10)
     )
-    data = shown(Rollout(0, CANDIDATE, calls, 0.5), decode=lambda ids: "".join(map(chr, ids)))
+    data = summarize(Rollout(0, CANDIDATE, calls, 0.5), decode=lambda ids: "".join(map(chr, ids)))
     assert [call["reply"] for call in data["calls"]] == [f"reply {i}" for i in range(10 - CALLS, 10)]
     assert [call["cut"] for call in data["calls"]] == [False] * (CALLS - 1) + [True]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dspy_fst.monitoring.form_advice import Form
-from dspy_fst.run.learning import ending, standstill
+from dspy_fst.run.learning import standstill, update_summary
 from tests.run.test_watch import step, told
 
 FLAT = {"tokens": 0, "rows": 0, "flat_groups": 10, "live_groups": 0}
@@ -53,17 +53,19 @@ def test_a_step_that_moved_the_weights_ends_a_standstill():
 
 def test_the_ending_never_says_less_than_that_nothing_changed():
     flat = still(reward=0.0)
-    assert ending([flat, flat]).words.startswith("no update changed the weights: flat at the floor")
-    assert ending([]).words == "no update of the weights was made"
-    assert ending([step(0), step(1)]).words == "2 of 2 updates changed the weights"
-    assert ending([step(0), flat]).words.startswith("1 of 2 updates changed the weights; the last ones did not: flat")
-    assert [ending(of).nothing_learned for of in ([flat], [], [step(0)])] == [True, False, False]
+    assert update_summary([flat, flat]).words.startswith("no update changed the weights: flat at the floor")
+    assert update_summary([]).words == "no update of the weights was made"
+    assert update_summary([step(0), step(1)]).words == "2 of 2 updates changed the weights"
+    assert update_summary([step(0), flat]).words.startswith(
+        "1 of 2 updates changed the weights; the last ones did not: flat"
+    )
+    assert [update_summary(of).nothing_learned for of in ([flat], [], [step(0)])] == [True, False, False]
 
 
 def test_reports_of_older_releases_are_read():
     """They hold None where a release wrote nothing."""
     report = step(0)
-    assert ending([replace(report, update=replace(report.update, rows=None))]).moved == 1
+    assert update_summary([replace(report, update=replace(report.update, rows=None))]).moved == 1
 
 
 def parse_warning(form):

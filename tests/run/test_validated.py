@@ -122,11 +122,11 @@ def test_a_score_of_nought_beats_one_below_it():
 
 
 def test_a_state_is_read_back_from_its_event_as_it_was():
-    from dspy_fst.run.files import plain
+    from dspy_fst.run.files import to_jsonable
 
     original = state(2, [0.5, None], when="end")
     written = {name: getattr(original, name) for name in Validated.__dataclass_fields__}
-    event = {"event": "validation", "time": 1.0, "report": plain(written), "scores": {}, "score": 0.5}
+    event = {"event": "validation", "time": 1.0, "report": to_jsonable(written), "scores": {}, "score": 0.5}
     assert validated_in([{"event": "step"}, event]) == [original]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dspy_fst.errors import TrainingError
 from dspy_fst.slow.credit import credit
-from dspy_fst.types import Candidate, Group, HeldRollout, Rollout
+from dspy_fst.types import Candidate, Group, Rollout, SeedKLRollout
 from tests.slow.makers import make_call, make_group, make_rollout
 
 
@@ -197,16 +197,16 @@ def test_a_candidate_s_own_baseline_leaves_out_what_the_instruction_brought():
 def test_held_rollouts_give_calls_without_an_advantage_and_must_be_of_the_same_weights():
     group = make_group(1.0, 0.0)
     held = make_rollout(None, make_call([9, 9]), make_call([9], predictor="other"), mask="metric")
-    shown = HeldRollout(held, ((1, 2), (3,)))
+    shown = SeedKLRollout(held, ((1, 2), (3,)))
     batch = credit([group], held=[shown], trained={"answer"})
     assert [(one.call.completion_ids, one.start_prompt_ids) for one in batch.held] == [((9, 9), (1, 2))]
     assert (len(batch.rows), batch.counts["held_rollouts"], batch.counts["rollouts"]) == (2, 1, 2)
     with pytest.raises(TrainingError, match="step-000007"):
-        credit([group], held=[HeldRollout(make_rollout(1.0, make_call(weights="step-000007")), ((1,),))])
+        credit([group], held=[SeedKLRollout(make_rollout(1.0, make_call(weights="step-000007")), ((1,),))])
 
 
 def test_held_calls_wait_for_a_live_group_unless_they_are_all_there_is_to_learn():
-    held = HeldRollout(make_rollout(1.0, make_call([9, 9]), make_call([8])), ((1, 2), None))
+    held = SeedKLRollout(make_rollout(1.0, make_call([9, 9]), make_call([8])), ((1, 2), None))
     assert credit([], held=[held]).held == ()
     alone = credit([], held=[held], held_alone=True)
     assert len(alone.held) == 1

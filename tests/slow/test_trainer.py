@@ -14,7 +14,7 @@ from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.types import Batch, Group, Held
+from dspy_fst.types import Batch, Group, SeedKLCall
 from tests.slow.makers import VOCABULARY, make_batch, make_call, make_rollout, make_row, save_model
 
 SETTINGS = TrainerSettings(learning_rate=1e-2, kl_coefficient=0.1, importance_cap=1.5, micro_batch_tokens=40)
@@ -333,7 +333,9 @@ def test_held_calls_add_the_gradient_of_their_mean_kl(start, tmp_path, groups, b
     with recorded_gradients(plain) as alone:
         plain.step(batch)
     with recorded_gradients(holding) as both:
-        report = holding.step(dataclasses.replace(batch, held=tuple(Held(call, call.prompt_ids) for call in calls)))
+        report = holding.step(
+            dataclasses.replace(batch, held=tuple(SeedKLCall(call, call.prompt_ids) for call in calls))
+        )
     wanted, kl = mean_kl_gradient(start, reference, calls, [call.prompt_ids for call in calls])
     assert report.kl_under_seed == pytest.approx(kl, rel=1e-4)
     assert_close({name: both[name] - alone[name] for name in both}, {n: 0.3 * g for n, g in wanted.items()})
@@ -345,7 +347,7 @@ def test_held_calls_alone_learn_what_the_start_says_after_another_prompt(start, 
     calls = tuple(draw_call(random.Random(n)) for n in range(4))
     prompts = [(7, 8, 9), calls[1].prompt_ids[:1], (*calls[2].prompt_ids, *range(20, 50)), calls[3].prompt_ids]
     trainer = make_trainer(start, reference, seed_kl_coefficient=1.0)
-    held = tuple(Held(call, prompt) for call, prompt in zip(calls, prompts, strict=True))
+    held = tuple(SeedKLCall(call, prompt) for call, prompt in zip(calls, prompts, strict=True))
     with recorded_gradients(trainer) as found:
         report = trainer.step(Batch(rows=(), weights="step-000000", held=held))
     wanted, kl = mean_kl_gradient(start, reference, calls, prompts)
