@@ -1,7 +1,7 @@
 """The command line: `dspy-fst COMMAND`, one module for each group of commands.
 
 Results go to stdout; progress, errors and whatever the project's own code prints go to stderr.
-Heavy modules are imported inside the commands, so that help and usage errors come at once.
+Heavy modules are imported inside the commands, so that help and usage errors appear at once.
 """
 
 from importlib.metadata import version

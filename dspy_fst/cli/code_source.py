@@ -1,7 +1,8 @@
-"""Whose code a command on a run works with: that of the run's own project file, of one that is named, or of flags.
+"""Where a command on a run takes its code from: the run's project file, a project file of the user, or flags.
 
-Code is only taken from where the user says: from a project file of his, from a kept one that passes `kept_in`, or from
-the working directory when a flag names it. Everything that is missing is told in one message, with its flag.
+Code is only imported from places that the user named: a project file of the user, a run's project file that passes
+`kept_in`, or the working directory when a flag names a module there. One message lists everything that is missing, each
+with its flag.
 """
 
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ ProjectFile = Annotated[
     Path | None, typer.Option("--project", metavar="FILE", help="The project file; a run may have its own.")
 ]
 FLAGS = {"inputs": "--input", "reflection_lm": "--reflection-lm"}
-"""Setting -> its flag, where that is not the setting's own name."""
+"""Setting -> its flag, where the flag has another name."""
 WHAT = {
     "program": f"--program {REFERENCE}, the program's class or a function that makes it",
     "metric": f"--metric {REFERENCE}",
@@ -47,7 +48,7 @@ WHAT = {
     "inputs": "--input FIELD, what the program is given of a .jsonl file's examples",
     "propose": f"--reflection-lm NAME or --propose {REFERENCE}, who proposes texts",
 }
-"""Setting -> how it is asked for."""
+"""Setting -> its flag and what the flag means, for the message about missing settings."""
 
 
 def project_for(
@@ -62,20 +63,21 @@ def project_for(
     """The project that a command works with.
 
     Args:
-        file: A project file that the user names.
-        flags: Setting -> what a flag says of it, None where it is not given. With one given, no kept file is read.
-        wanted: Settings that this command cannot do without.
-        examples: What stands for the trainset where none is wanted and none is given: its problems are other answers of
-            the right form.
+        file: A project file that the user named.
+        flags: Setting -> the value of its flag, None where it is not given. With any flag given, the run's own project
+            file is not read.
+        wanted: Settings that this command needs.
+        examples: Used as the trainset where none is needed and none is given. A program that copies or compares answers
+            finds answers of the right form there.
         to_train: See `Recorded.project`.
 
     Raises:
-        ConfigurationError: with everything that is missing, or because code would be taken from the run itself.
+        ConfigurationError: settings are missing (all of them are named), or code would be taken from the run itself.
     """
     from dspy_fst.project.project_file import kept_in, load_project
     from dspy_fst.run.directory import PROJECT
 
-    given = {setting: value for setting, value in flags.items() if value}
+    given: dict[str, object] = {setting: value for setting, value in flags.items() if value}
     if file is not None and given:
         names = ", ".join(FLAGS.get(name, f"--{name}") for name in given)
         raise ConfigurationError([f"--project and {names} both say what is meant; give one of them"])
@@ -98,29 +100,29 @@ def project_for(
 
 
 def _absolute(value: object, here: Path) -> object:
-    """A .jsonl file's path is the working directory's."""
+    """The value, with the path of a .jsonl file made absolute: it is relative to the working directory."""
     return str((here / value).resolve()) if isinstance(value, str) and value.endswith(".jsonl") else value
 
 
 def asked_for(recorded: "Recorded", lacking: list[str], keeps: bool) -> str:
-    """One sentence that names all that is missing, each with its flag.
+    """The message that names everything that is missing, each with its flag.
 
     Args:
-        keeps: Whether the run has a project file, which was passed over.
+        keeps: Whether the run has a project file that was not read.
     """
     path = recorded.run_dir or recorded.path
     kept = "with a flag given, its project.yaml is not read" if keeps else "it keeps no project.yaml, Python made it"
     why = kept if recorded.run_dir else "a saved program names none"
-    told = {"program": recorded.program, "metric": recorded.metric}
-    asked = [WHAT[name] + (f" (the run says {told[name]})" if told.get(name) else "") for name in lacking]
+    known = {"program": recorded.program, "metric": recorded.metric}
+    asked = [WHAT[name] + (f" (the run says {known[name]})" if known.get(name) else "") for name in lacking]
     return f"{path} does not say whose code to run ({why}). Give --project FILE, or {'; '.join(asked)}"
 
 
 def working_folder(out: Path, named: str) -> Path:
-    """The working directory, unless that is part of what a command reads: it may be somebody else's.
+    """The working directory, as the place to import modules from.
 
     Raises:
-        ConfigurationError: it is.
+        ConfigurationError: it is part of what the command reads, which may come from somebody else.
     """
     here = Path.cwd()
     if here.resolve().is_relative_to(out.resolve()):

@@ -1,4 +1,4 @@
-"""What the commands share: options, exit codes, and errors told as text."""
+"""Shared by the commands: options, exit codes, and errors as text."""
 
 import shlex
 import traceback
@@ -25,7 +25,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @contextmanager
 def told_how_to_go_on(run_dir: Path) -> Iterator[None]:
-    """What stops a run that was under way says how to continue it."""
+    """A block that adds to every error of a running run how to continue it."""
     try:
         yield
     except BaseException as error:
@@ -42,7 +42,7 @@ def told_how_to_go_on(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def errors_as_text(debug: bool) -> Iterator[None]:
-    """Errors that a user can meet become text and an exit code. Anything else is a bug and keeps its traceback."""
+    """A block in which expected errors become text and an exit code. Anything else is a bug and keeps its traceback."""
     try:
         yield
     except (FSTError, KeyboardInterrupt, Terminated) as error:

@@ -1,4 +1,4 @@
-"""`dspy-fst doctor`: is this machine fit for a training, and what would mend it? Nothing is loaded or changed."""
+"""`dspy-fst doctor`: is this machine ready for training, and what would fix it? Nothing is loaded or changed."""
 
 import json
 import os
@@ -33,33 +33,34 @@ EXTRAS = {
     "benchmarks": "load tests of the server, and trl to measure against",
     "programs": "the example programs' data and graders",
 }
-"""What the extras of the package bring; those for its developers alone are left out."""
+"""Extra of the package -> what it adds. Extras for its developers are left out."""
 GIB = 2**30
 LITTLE_MEMORY, LITTLE_DISK, LITTLE_SHARED = 2 * GIB, 5 * GIB, GIB // 2
-"""Free bytes below which even small models get into trouble (ours)."""
+"""Free bytes below which even small models run into trouble (ours)."""
 LOOPBACK_S = 5
-"""How long a connection to this machine may take."""
+"""Seconds that a connection to this machine may take (ours)."""
 REINSTALL = "the package does not import; install it anew in an empty environment"
 FEW_FILES = 1024
-"""Open files that 64 rollouts in flight, an engine and its server stay below (ours)."""
+"""Enough open files for 64 rollouts in flight, an engine and its server (ours)."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     about: str
-    """E.g. ``"python"``."""
+    """What was checked, e.g. ``"python"``."""
     found: str
+    """What was found, e.g. ``"3.11.7"``."""
     state: State = "ok"
-    """``"missing"`` is an extra that nothing needs; only ``"wrong"`` makes the command fail."""
+    """``"missing"`` is an extra that is not installed. Only ``"wrong"`` makes the command fail."""
     advice: str = ""
 
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Look at this machine, and say what is wrong.
+    """Check this machine, and say what is wrong.
 
-    Versions, GPUs, memory, disk, limits and ports, and what to do about them.
+    Versions, GPUs, memory, disk, limits and ports, each with what to do about it.
     """
     with errors_as_text(debug):
         with redirect_stdout(sys.stderr):  # libraries may print while they are imported
@@ -78,10 +79,10 @@ def _show(findings: list[Diagnosis]) -> None:
     out.table(("", "what", "found"), [(f.state, f.about, f.found) for f in findings], words=3)
     advised = [finding for finding in findings if finding.advice]
     for state, heading in (("wrong", "Wrong"), ("warning", "Warnings"), ("missing", "To be had")):
-        told = [finding for finding in advised if finding.state == state]
-        if told:
+        of_state = [finding for finding in advised if finding.state == state]
+        if of_state:
             out.heading(heading)
-        for finding in told:
+        for finding in of_state:
             out.line(f"- {finding.about}: {finding.advice}")
     if not any(finding.state == "wrong" for finding in findings):
         out.line("\nnothing needed is wrong")
@@ -103,18 +104,18 @@ def _findings() -> Iterator[Diagnosis]:
 
 
 def _python() -> Diagnosis:
-    found = ".".join(map(str, sys.version_info[:3]))
+    running = ".".join(map(str, sys.version_info[:3]))
     try:
         wanted = metadata(PACKAGE)["Requires-Python"]
     except PackageNotFoundError:
-        return Diagnosis("python", found)
-    if SpecifierSet(wanted).contains(found):
-        return Diagnosis("python", found)
-    return Diagnosis("python", f"{found}, needed {wanted}", "wrong", f"make an environment with a Python {wanted}")
+        return Diagnosis("python", running)
+    if SpecifierSet(wanted).contains(running):
+        return Diagnosis("python", running)
+    return Diagnosis("python", f"{running}, needed {wanted}", "wrong", f"make an environment with a Python {wanted}")
 
 
 def _packages() -> Iterator[Diagnosis]:
-    """What the package needs, then its extras."""
+    """The packages that are always needed, then the extras."""
     try:
         needed = [Requirement(line) for line in requires(PACKAGE) or ()]
     except PackageNotFoundError:
@@ -138,31 +139,31 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 
 def _package(requirement: Requirement) -> Diagnosis:
     """A package that is always needed."""
-    name, wanted, found = requirement.name, str(requirement.specifier), _version(requirement.name)
+    name, wanted, installed = requirement.name, str(requirement.specifier), _version(requirement.name)
     mend = f"pip install '{name}{wanted}'"
-    if found is None:
+    if installed is None:
         return Diagnosis(name, "not installed", "wrong", mend)
-    if not _within(requirement, found):
-        return Diagnosis(name, f"{found}, needed {wanted}", "wrong", mend)
-    return Diagnosis(name, found)
+    if not _within(requirement, installed):
+        return Diagnosis(name, f"{installed}, needed {wanted}", "wrong", mend)
+    return Diagnosis(name, installed)
 
 
 def _extra(extra: str, brings: str, needed: list[Requirement]) -> Diagnosis:
-    """An extra: whole, of other versions than it should be, or not there."""
+    """An extra: complete, with wrong versions, or not installed."""
     about, install = f"extra {extra}", f"{brings}; in the clone: pip install '.[{extra}]'"
-    found = {requirement.name: _version(requirement.name) for requirement in needed}
-    shown = ", ".join(f"{name} {number or 'not installed'}" for name, number in found.items())
-    if not all(found.values()):
+    installed = {requirement.name: _version(requirement.name) for requirement in needed}
+    shown = ", ".join(f"{name} {number or 'not installed'}" for name, number in installed.items())
+    if not all(installed.values()):
         return Diagnosis(about, shown, "missing", install)
-    other = [r for r in needed if not _within(r, found[r.name] or "")]
+    other = [r for r in needed if not _within(r, installed[r.name] or "")]
     if other:
         wanted = ", ".join(map(_plain, other))
         return Diagnosis(about, f"{shown}; needed {wanted}", "warning", install)
     return Diagnosis(about, shown)
 
 
-def _within(requirement: Requirement, found: str) -> bool:
-    return requirement.specifier.contains(found, prereleases=True)
+def _within(requirement: Requirement, installed: str) -> bool:
+    return requirement.specifier.contains(installed, prereleases=True)
 
 
 def _plain(requirement: Requirement) -> str:
@@ -180,7 +181,7 @@ def _version(name: str) -> str | None:
 
 
 def _engine() -> Iterator[Diagnosis]:
-    """The GPUs, and the engine that ``auto`` stands for."""
+    """The GPUs, and the engine that ``auto`` selects."""
     try:
         import torch
 
@@ -210,13 +211,13 @@ def _engine() -> Iterator[Diagnosis]:
 
 
 def _room() -> Iterator[Diagnosis]:
-    """Memory, the working directory's disk and the shared memory that processes of a server speak through."""
+    """Memory, the disk of the working directory, and the shared memory between the processes of a server."""
     try:
         from dspy_fst.memory import free_memory
 
         yield _free("memory", free_memory(), LITTLE_MEMORY, "close other programs, or take a larger machine")
     except ImportError:
-        pass  # told already
+        pass  # reported by _engine
     disk = shutil.disk_usage(Path.cwd()).free
     yield _free("disk here", disk, LITTLE_DISK, "free some space, or name a run_dir on another disk")
     shared = Path("/dev/shm")
@@ -242,7 +243,7 @@ def _open_files() -> Diagnosis:
 
 
 def _loopback() -> Diagnosis:
-    """Whether a server on this machine could be reached, found by being one."""
+    """Whether a server on this machine can be reached. Opens one and connects to it."""
     try:
         with (
             socket.create_server(("127.0.0.1", 0)) as server,
@@ -256,7 +257,7 @@ def _loopback() -> Diagnosis:
 
 
 def _hub() -> Diagnosis:
-    """Whether models can be fetched by their names; a machine without a hub trains from folders and the cache."""
+    """Whether models can be fetched by name. A machine without access to the hub trains from folders and the cache."""
     try:
         from huggingface_hub import constants
 
@@ -275,19 +276,18 @@ def _hub() -> Diagnosis:
 
 
 def _threads(environment: Mapping[str, str]) -> Diagnosis:
-    """Whether each process would start more threads than there are cores for it."""
-    cores, told = _cores(), environment.get("OMP_NUM_THREADS", "")
-    threads = int(told) if told.isdigit() else os.cpu_count() or 1
-    found = (
-        f"{threads} a process for {cores} cores ({f'OMP_NUM_THREADS={told}' if told else 'OMP_NUM_THREADS is not set'})"
-    )
+    """Whether each process would start more threads than there are cores."""
+    cores, setting = _cores(), environment.get("OMP_NUM_THREADS", "")
+    threads = int(setting) if setting.isdigit() else os.cpu_count() or 1
+    source = f"OMP_NUM_THREADS={setting}" if setting else "OMP_NUM_THREADS is not set"
+    words = f"{threads} a process for {cores} cores ({source})"
     if threads > cores:
-        return Diagnosis("threads", found, "warning", f"threads wait for each other; export OMP_NUM_THREADS={cores}")
-    return Diagnosis("threads", found)
+        return Diagnosis("threads", words, "warning", f"threads wait for each other; export OMP_NUM_THREADS={cores}")
+    return Diagnosis("threads", words)
 
 
 def _cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use: its affinity, or what its container's quota comes to."""
+    """Cores that this process may use, by its affinity and by the quota of its container."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         most, period = quota.read_text().split()
@@ -297,7 +297,7 @@ def _cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 def _keys(environment: Mapping[str, str]) -> Diagnosis:
-    """Names of the providers' key variables that are set; never what they hold."""
+    """Names of the API key variables that are set. Their values are never shown."""
     names = sorted(name for name, value in environment.items() if re.fullmatch(r"[A-Z0-9_]+_API_KEY", name) and value)
     return Diagnosis("provider keys", ", ".join(names) or "none set; a reflection LM of a provider needs its own")
 

@@ -1,4 +1,4 @@
-"""What `dspy-fst eval` measures: a run's or a saved program's population and weights, the metric and the examples."""
+"""What `dspy-fst eval` measures: population and weights of a run or a saved program, the metric and the examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """A population and weights, ready to play."""
+    """A population with its weights, ready to make rollouts."""
 
     rollouter: "Rollouter"
     policy: "PolicyLM"
     seed: "Candidate"
-    """The program's own texts."""
+    """The texts of the program as its class makes it."""
     population: "Population"
     cycle: int | None
     past: "Past | None"
-    """The run that they are of; None for a saved program that lies outside of one."""
-    own: "dspy.Module | None"
-    """The program as its class makes it, whose sources alone are run; None when others are trusted."""
+    """The run that they belong to; None for a saved program outside of a run."""
+    trusted: "dspy.Module | None"
+    """The program as its class makes it: only its sources may be executed. None when all sources are trusted."""
     warnings: tuple[str, ...] = ()
-    """Why the figures are not the run's."""
+    """Why the figures cannot be compared with the run's."""
 
     @property
     def weights(self) -> str:
@@ -45,7 +45,7 @@ class EvalTarget:
 def project_and_past(
     path: Path, file: Path | None, flags: Mapping[str, object], split: str
 ) -> "tuple[Project, Recorded, Past | None]":
-    """The project, what the run or the saved program tells of itself, and the run when there is one."""
+    """The project, what the run or the saved program recorded, and the run if there is one."""
     from dspy_fst.evaluation.run_reader import Past
     from dspy_fst.project.recorded import Recorded
     from dspy_fst.saving.format import is_saved
@@ -59,7 +59,7 @@ def project_and_past(
 
 
 def unlike(recorded: "Recorded", opened: "Opened", path: Path) -> list[str]:
-    """What differs between the program and that of the run, as sentences: its figures are then not the run's."""
+    """A sentence for each difference between the program and the run's, which make its figures incomparable."""
     from dspy_fst.saving.format import is_saved
     from dspy_fst.saving.save_load import policy_of
     from dspy_fst.training.fingerprints import program_fingerprint
@@ -67,22 +67,22 @@ def unlike(recorded: "Recorded", opened: "Opened", path: Path) -> list[str]:
 
     recipe, policy = recorded.recipe, policy_of(opened.program)
     differing = []
-    # A run that went on from a compiled program began with that one's texts: its class alone has others.
+    # A run that went on from a compiled program began with its texts, and the class alone makes other texts.
     comparable = recipe.get("population") is None or isinstance(getattr(opened.program, "population", None), Population)
     if comparable and recipe.get("program") not in (None, program_fingerprint(opened.program)):
         differing.append("its instructions, fields or demos are others than the run began with")
-    if not is_saved(path):  # a saved program brings its own
+    if not is_saved(path):  # a saved program brings its own settings
         sampled = {"temperature": policy.sampling_temperature, "max_tokens": policy.reply_limit}
         differing += [
             f"it samples with {name}={now}, the run did with {recipe[name]}"
             for name, now in sampled.items()
             if name in recipe and recipe[name] != now
         ]
-    return [f"this is not the program that {recorded.run_dir} trained: {of}" for of in differing]
+    return [f"this is not the program that {recorded.run_dir} trained: {difference}" for difference in differing]
 
 
 def config_of(project: "Project", seed: int) -> "FSTConfig":
-    """The recipe's scores of failures, threads and time limits, with this seed."""
+    """The project's recipe with this seed."""
     from dspy_fst.config import make_config
 
     recipe = project.recipe.model_dump(exclude_unset=True, exclude={"auto"}) if project.recipe else {}
@@ -93,7 +93,7 @@ def config_of(project: "Project", seed: int) -> "FSTConfig":
 
 
 def name_of(split: str) -> str:
-    """The split as it is stored: a report that is passed on says nothing of this machine's folders."""
+    """The split as it is stored. A report may be shared, so it names no folder of this machine."""
     return Path(split).name if split.endswith(".jsonl") else split
 
 
@@ -101,7 +101,7 @@ def examples_of(project: "Project", split: str, limit: int | None) -> "tuple[Ope
     """What the project names, and the split's examples."""
     from dspy_fst.project.names import examples_in
 
-    project = project.model_copy(update={"reflection_lm": None})  # nothing reflects: its key may be missing
+    project = project.model_copy(update={"reflection_lm": None})  # nothing reflects here, so its key may be missing
     if split in ("val", "train"):
         opened = project.open()
         examples = opened.valset if split == "val" else opened.trainset
@@ -125,7 +125,7 @@ def examples_of(project: "Project", split: str, limit: int | None) -> "tuple[Ope
 
 
 def _with_inputs(examples: "list[dspy.Example]", trainset: "list[dspy.Example]", split: str) -> "list[dspy.Example]":
-    """A file's examples with the inputs of the project's own, which Python code made and no setting describes."""
+    """The examples of a file with the inputs of the trainset, which Python code made and no setting describes."""
     if not trainset:
         raise ConfigurationError(
             [f"--split {split}: the trainset is empty, so nothing says which fields are inputs; use module:attribute"]
@@ -183,5 +183,5 @@ def subject_of(
     if differing := sorted(population.best.texts.keys() ^ seed.texts.keys()):
         raise ConfigurationError([f"program: {path} is of another program; predictors that differ: {differing}"])
     rollouter = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
-    own = None if trust_code else opened.program
-    return EvalTarget(rollouter, policy, seed, population, cycle, past, own, tuple(warnings))
+    trusted = None if trust_code else opened.program
+    return EvalTarget(rollouter, policy, seed, population, cycle, past, trusted, tuple(warnings))

@@ -1,14 +1,14 @@
-"""`dspy-fst eval`."""
+"""`dspy-fst eval`: mean@k and best@k of a run or a saved program, with intervals."""
 
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
@@ -22,7 +22,29 @@ if TYPE_CHECKING:
     import dspy
 
     from dspy_fst.evaluation.measure import Estimate, TwoByTwo
-    from dspy_fst.types import Candidate
+    from dspy_fst.types import Candidate, Rollout
+
+
+class Figures(TypedDict):
+    """The scores of one candidate under one set of weights; with ``--json`` these are keys of a result."""
+
+    k: int
+    mean: float
+    low: float | None
+    """Lower end of the interval of the mean; None with a single problem."""
+    high: float | None
+    standard_error: float
+    best: float
+    """Mean over problems of the best of k rollouts."""
+    best_low: float | None
+    best_high: float | None
+    problems: int
+    """Problems that were measured."""
+    problems_of_split: int
+    masked: int
+    """Rollouts that were not measured."""
+    lost: dict[str, int]
+    """Label, e.g. ``"failed: parse"`` -> rollouts."""
 
 
 def eval(  # the command's name
@@ -49,7 +71,7 @@ def eval(  # the command's name
 ) -> None:
     """Measure mean@k and best@k, with intervals.
 
-    Of any cycle's population and weights, on any split.
+    For the population and weights of any cycle, on any split.
     """
     with errors_as_text(debug):
         from dspy_fst.monitoring.progress import without_loading_bars
@@ -58,105 +80,106 @@ def eval(  # the command's name
             raise ConfigurationError(["--candidate: --two-by-two compares the seed and the best; leave one out"])
         path = path.resolve()
         flags = {"program": program, "metric": metric, "trainset": trainset, "valset": valset, "inputs": inputs}
-        named, recorded, past = project_and_past(path, project, flags, split)
+        chosen, recorded, past = project_and_past(path, project, flags, split)
         with signals_raise():
-            with redirect_stdout(sys.stderr), without_loading_bars(), named.importable():
-                opened, examples = examples_of(named, split, limit)
-                config, warnings = config_of(named, seed), unlike(recorded, opened, path)
-                subject = subject_of(path, past, opened, cycle, weights, config, trust_code, warnings)
+            with redirect_stdout(sys.stderr), without_loading_bars(), chosen.importable():
+                opened, examples = examples_of(chosen, split, limit)
+                config, warnings = config_of(chosen, seed), unlike(recorded, opened, path)
+                target = subject_of(path, past, opened, cycle, weights, config, trust_code, warnings)
                 try:
-                    results = _crossed(subject, examples, k) if two_by_two else _scored(subject, candidate, examples, k)
+                    results = _crossed(target, examples, k) if two_by_two else _scored(target, candidate, examples, k)
                 finally:
-                    subject.policy.release()
+                    target.policy.release()
             about = {"time": time.time(), "split": name_of(split), "seed": seed, "limit": limit}
             results = [{**result, **about} for result in results]
             kept = None
             try:
-                kept = _keep(subject, results)
-            finally:  # what was paid for is shown, whatever the disk says
-                _show(results, kept, as_json, subject.warnings)
+                kept = _keep(target, results)
+            finally:  # the results were paid for, so they are shown even if the disk is full
+                _show(results, kept, as_json, target.warnings)
 
 
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def _scored(subject: EvalTarget, candidate: str, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
+def _scored(target: EvalTarget, candidate: str, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
     """One result for each candidate."""
     from dspy_fst.evaluation.measure import INTERVAL, estimate, play
 
-    chosen = _chosen(subject, candidate)
+    chosen = _chosen(target, candidate)
     results = []
-    with _progress(len(chosen) * len(examples) * k, subject.weights) as tick:
-        for one in chosen:
-            rollouts = play(subject.rollouter, subject.policy, subject.policy.checkpoint, one, examples, k, tick)
-            made = estimate(rollouts, k, subject.rollouter.settings.seed)
+    with _progress(len(chosen) * len(examples) * k, target.weights) as tick:
+        for member in chosen:
+            rollouts = play(target.rollouter, target.policy, target.policy.checkpoint, member, examples, k, tick)
+            scores = estimate(rollouts, k, target.rollouter.settings.seed)
             results.append(
-                {"kind": "eval", **_about(subject), "candidate": one.digest, **_figures(made, len(examples))}
+                {"kind": "eval", **_about(target), "candidate": member.digest, **_figures(scores, len(examples))}
             )
     return [{**result, "interval": INTERVAL} for result in results]
 
 
-def _chosen(subject: EvalTarget, name: str) -> "list[Candidate]":
+def _chosen(target: EvalTarget, name: str) -> "list[Candidate]":
     from dspy_fst.saving.format import refuse_code
 
-    population = subject.population
-    named = {"best": [population.best], "all": list(population.unique()), "seed": [subject.seed]}
+    population = target.population
+    named = {"best": [population.best], "all": list(population.unique()), "seed": [target.seed]}
     if name in named:
         return named[name]
-    found = [member for member in population.unique() if member.digest.startswith(name)]
-    if len(found) == 1:
-        return found
-    if subject.past is None:
+    matching = [member for member in population.unique() if member.digest.startswith(name)]
+    if len(matching) == 1:
+        return matching
+    if target.past is None:
         known = ", ".join(member.digest for member in population.unique())
         raise ConfigurationError([f"--candidate {name}: use best, all, seed or one of {known}"])
-    tried = subject.past.candidate(name)
-    if subject.own is not None:
-        refuse_code(subject.past.run_dir, subject.own, [tried.texts])
+    tried = target.past.candidate(name)
+    if target.trusted is not None:
+        refuse_code(target.past.run_dir, target.trusted, [tried.texts])
     return [tried]
 
 
-def _figures(made: "Estimate", wanted: int) -> dict[str, Any]:
-    low, high = made.mean_interval or (None, None)
-    best_low, best_high = made.best_interval or (None, None)
+def _figures(scores: "Estimate", wanted: int) -> Figures:
+    low, high = scores.mean_interval or (None, None)
+    best_low, best_high = scores.best_interval or (None, None)
     return {
-        "k": made.k,
-        "mean": made.mean_at_k,
+        "k": scores.k,
+        "mean": scores.mean_at_k,
         "low": low,
         "high": high,
-        "standard_error": made.standard_error,
-        "best": made.best_at_k,
+        "standard_error": scores.standard_error,
+        "best": scores.best_at_k,
         "best_low": best_low,
         "best_high": best_high,
-        "problems": made.problems,
+        "problems": scores.problems,
         "problems_of_split": wanted,
-        "masked": made.masked,
-        "lost": dict(made.lost),
+        "masked": scores.masked,
+        "lost": dict(scores.lost),
     }
 
 
-def _crossed(subject: EvalTarget, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
-    """The table of {base, trained} x {seed, evolved}, one result."""
+def _crossed(target: EvalTarget, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
+    """The table of {base, trained} weights x {seed, evolved} texts, as one result."""
     from dspy_fst.evaluation.measure import INTERVAL, table
     from dspy_fst.types import version_of
 
-    if subject.past is None:
+    if target.past is None:
         raise ConfigurationError(
             ["--two-by-two: name the run's directory, which holds the weights that it started from"]
         )
-    base = subject.past.checkpoint(version_of(0))
-    evolved = subject.population.best
-    with _progress(4 * len(examples) * k, f"{base.version} and {subject.weights}") as tick:
-        made = table(subject.rollouter, subject.policy, base, subject.seed, evolved, examples, k=k, on_rollout=tick)
+    base = target.past.checkpoint(version_of(0))
+    evolved = target.population.best
+    with _progress(4 * len(examples) * k, f"{base.version} and {target.weights}") as tick:
+        crossed = table(target.rollouter, target.policy, base, target.seed, evolved, examples, k=k, on_rollout=tick)
+    cells = _cells(crossed)
     return [
         {
             "kind": "two_by_two",
-            **_about(subject),
+            **_about(target),
             "candidate": evolved.digest,
             "k": k,
             "problems_of_split": len(examples),
-            "cells": {cell: [of.mean_at_k, of.standard_error] for cell, of in _cells(made).items()},
-            "figures": {cell: _figures(of, len(examples)) for cell, of in _cells(made).items()},
-            "drift": {name: asdict(moved) for name, moved in made.drift.items()},
+            "cells": {cell: [scores.mean_at_k, scores.standard_error] for cell, scores in cells.items()},
+            "figures": {cell: _figures(scores, len(examples)) for cell, scores in cells.items()},
+            "drift": {name: asdict(moved) for name, moved in crossed.drift.items()},
             "interval": INTERVAL,
         }
     ]
@@ -168,12 +191,12 @@ def _cells(table: "TwoByTwo") -> "dict[str, Estimate]":
     return {f"{texts}/{weights}": table.cells[f"{weights} weights, {texts} instructions"] for texts, weights in pairs}
 
 
-def _about(subject: EvalTarget) -> dict[str, Any]:
-    return {"cycle": subject.cycle, "weights": subject.weights, "metric": subject.rollouter.reward.identity}
+def _about(target: EvalTarget) -> dict[str, object]:
+    return {"cycle": target.cycle, "weights": target.weights, "metric": target.rollouter.reward.identity}
 
 
 @contextmanager
-def _progress(rollouts: int, weights: str) -> Iterator[Any]:
+def _progress(rollouts: int, weights: str) -> "Iterator[Callable[[Rollout], None]]":
     """Rollouts that are done, on stderr: a bar in a terminal, else one line."""
     from rich.console import Console
     from rich.progress import Progress
@@ -188,23 +211,25 @@ def _progress(rollouts: int, weights: str) -> Iterator[Any]:
 # ---- telling -------------------------------------------------------------------------------------
 
 
-def _keep(subject: EvalTarget, results: Sequence[Mapping[str, Any]]) -> Path | None:
-    """Add the results to the run's evaluations; those of a saved program outside of a run, or of another program than
-    the run's, have no place there."""
+def _keep(target: EvalTarget, results: Sequence[dict[str, Any]]) -> Path | None:
+    """Add the results to the run's evaluations.
+
+    Not kept are results of a saved program outside of a run, and of a program that differs from the run's.
+    """
     from dspy_fst.evaluation.measure import EVALUATIONS, keep
     from dspy_fst.run.secrets import Redactor
 
-    if subject.past is None or subject.warnings:
+    if target.past is None or target.warnings:
         return None
     try:
-        keep(subject.past.run_dir, Redactor.of(subject.rollouter.program).clean(results))
+        keep(target.past.run_dir, Redactor.of(target.rollouter.program).clean(results))
     except DiskError as error:
         error.add_note("The evaluation was shown, but is not kept: reports will not have it")
         raise
-    return subject.past.run_dir / EVALUATIONS
+    return target.past.run_dir / EVALUATIONS
 
 
-def _show(results: Sequence[Mapping[str, Any]], kept: Path | None, as_json: bool, warnings: Sequence[str] = ()) -> None:
+def _show(results: Sequence[Any], kept: Path | None, as_json: bool, warnings: Sequence[str] = ()) -> None:
     from dspy_fst.cli.printer import Printer
     from dspy_fst.report.run_record import SEEN
 
@@ -223,15 +248,17 @@ def _show(results: Sequence[Mapping[str, Any]], kept: Path | None, as_json: bool
     out.line(f"{first['split']}{limited}, {at}, seed {first['seed']}")
     for result in results:
         if result["kind"] == "two_by_two":
-            rows = [(name.replace("/", " instructions, ") + " weights", of) for name, of in result["figures"].items()]
-            out.table(_columns("cell", first["k"]), [_row(name, of) for name, of in rows])
+            named = {
+                name.replace("/", " instructions, ") + " weights": cell for name, cell in result["figures"].items()
+            }
+            out.table(_columns("cell", first["k"]), [_row(name, cell) for name, cell in named.items()])
             for name, moved in result["drift"].items():
                 per = f"{moved['per_token']:.4f} a token, {moved['per_rollout']:.3f} a rollout"
                 out.line(f"KL(trained || base) under {name}, in nats: {per}")
     if scored := [result for result in results if result["kind"] == "eval"]:
         out.table(_columns("candidate", first["k"]), [_row(result["candidate"], result) for result in scored])
     out.line(f"Intervals: {first['interval']}.")
-    figures = [of for result in results for of in result.get("figures", {"": result}).values()]
+    figures = [cell for result in results for cell in result.get("figures", {"": result}).values()]
     for sentence in _losses(figures):
         out.line(sentence)
     out.line(f"kept in {kept}" if kept else "not kept with a run, so no report will have it")
@@ -241,23 +268,23 @@ def _columns(first: str, k: int) -> tuple[str, ...]:
     return (first, f"mean@{k}", "interval", f"best@{k}", "interval", "problems", "masked", "failed")
 
 
-def _row(name: str, of: Mapping[str, Any]) -> list[str]:
+def _row(name: str, figures: Figures) -> list[str]:
     from dspy_fst.formatting.numbers import interval, number
     from dspy_fst.outcomes.counts import OutcomeCounts
 
     return [
         name,
-        number(of["mean"]),
-        interval(of["low"], of["high"]),
-        number(of["best"]),
-        interval(of["best_low"], of["best_high"]),
-        f"{of['problems']}/{of['problems_of_split']}",
-        str(of["masked"]),
-        str(OutcomeCounts.of(of["lost"]).failed.total()),
+        number(figures["mean"]),
+        interval(figures["low"], figures["high"]),
+        number(figures["best"]),
+        interval(figures["best_low"], figures["best_high"]),
+        f"{figures['problems']}/{figures['problems_of_split']}",
+        str(figures["masked"]),
+        str(OutcomeCounts.of(figures["lost"]).failed.total()),
     ]
 
 
-def _losses(figures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _losses(figures: Sequence[Figures]) -> Iterator[str]:
     """What was masked or failed, by reason."""
     from dspy_fst.outcomes.counts import OutcomeCounts
 

@@ -1,4 +1,4 @@
-"""`dspy-fst export`."""
+"""`dspy-fst export`: weights, program and model card in one folder."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,10 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a folder for others.
+    """Write a folder to share.
 
-    Hugging Face weights, the program for DSPy, and a model card. transformers, `vllm serve` and dspy_fst.load read
-    it. The weights are whole: the trainer has no LoRA to merge.
+    It holds Hugging Face weights, the program for DSPy and a model card. transformers, `vllm serve` and dspy_fst.load
+    read it. The weights are complete: the trainer has no LoRA to merge.
     """
     with errors_as_text(debug):
         from dspy_fst.saving.export import export as write

@@ -15,7 +15,7 @@ from dspy_fst.errors import ConfigurationError
 
 Example = Literal["own", "lab"]
 PROPOSERS = {"own": "my_program:propose", "lab": "lab_program:propose"}
-"""The examples' proposers, which need no LM."""
+"""Example -> its proposer, a function that needs no LM."""
 USUAL_MODEL = "Qwen/Qwen3-0.6B"
 LAB = Path("programs") / "lab"
 
@@ -62,15 +62,15 @@ def _refuse_a_run(folder: Path) -> None:
 
 
 def _settings(example: Example, model: str | None, reflection_lm: str | None) -> dict[str, str]:
-    """What the templates leave open; in the YAML a JSON text is a scalar that no character of a name can break.
+    """The values that fill the templates. They are JSON texts: no character of a name can break the YAML.
 
     Raises:
-        ConfigurationError: the laboratory is wanted, and this is no clone.
+        ConfigurationError: the laboratory was asked for outside of a clone.
     """
     clone = _clone() if example == "lab" else None
     if model is None:
         model = str(clone / LAB / "base") if clone else USUAL_MODEL
-    elif Path(model).expanduser().is_dir():  # named from here; the project lies elsewhere
+    elif Path(model).expanduser().is_dir():  # the path is relative to here, and the project lies elsewhere
         model = str(Path(model).expanduser().resolve())
     return {
         "clone": json.dumps(str(clone))[1:-1],  # within quotes, in Python
@@ -81,7 +81,7 @@ def _settings(example: Example, model: str | None, reflection_lm: str | None) ->
 
 
 def _clone() -> Path:
-    """The clone that holds the laboratory: the one that this package runs from, or the working directory."""
+    """The clone with the laboratory: the one that this package runs from, or the working directory."""
     for folder in (Path(dspy_fst.__file__).parent.parent, Path.cwd()):
         if (folder / LAB / "base" / "config.json").is_file():
             return folder.resolve()
@@ -94,7 +94,7 @@ def _write(folder: Path, example: Example, settings: dict[str, str]) -> list[str
     """Write the example's files and return their names.
 
     Raises:
-        ConfigurationError: a file is there already, or the folder cannot be written.
+        ConfigurationError: a file exists already, or the folder cannot be written.
     """
     template = files("dspy_fst") / "templates" / example
     texts = {entry.name: entry.read_text("utf-8") for entry in template.iterdir() if entry.is_file()}

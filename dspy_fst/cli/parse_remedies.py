@@ -58,5 +58,5 @@ def remedies(
         return [f"{share:.0%} of the replies parse. {reply}. {form_advice(Form())}"]
     typer.echo(announced(rollouter.program, trainset, config.parse_trial), err=True)
     population = Population.of_seed(read_texts(rollouter.program), 1)
-    found = trial(_TrialInputs(rollouter.program, trainset, population, policy, config, rollouter), share)
-    return [f"{reply}; {found.told()}" if reply else found.told()]
+    result = trial(_TrialInputs(rollouter.program, trainset, population, policy, config, rollouter), share)
+    return [f"{reply}; {result.told()}" if reply else result.told()]

@@ -1,4 +1,4 @@
-"""Tables on stdout: as wide as a terminal, and never cut elsewhere."""
+"""Tables on stdout. They wrap at the width of a terminal, and are never cut in a file or a pipe."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_WIDTH = 10_000
-"""Columns of an output that is no terminal: a file or a pipe has no edge to wrap at."""
+"""Width in characters of an output that is not a terminal: a file or a pipe has no edge to wrap at."""
 
 
 class Printer:
@@ -26,15 +26,15 @@ class Printer:
         self._console.print(Text(shown(text)))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
-        """A table; the first ``words`` columns are words, the others numbers. Cells wrap, and are never cut."""
-        made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        """A table. The first ``words`` columns hold words, the others numbers. Cells wrap and are never cut."""
+        grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
         for place, column in enumerate(columns):
-            made.add_column(column, justify="left" if place < words else "right", overflow="fold")
+            grid.add_column(column, justify="left" if place < words else "right", overflow="fold")
         for row in rows:
-            made.add_row(*(Text(shown(cell)) for cell in row))
-        self._console.print(made, soft_wrap=False)
+            grid.add_row(*(Text(shown(cell)) for cell in row))
+        self._console.print(grid, soft_wrap=False)
 
 
 def shown(text: str) -> str:
-    """A text that may come from a model, without what a terminal would obey."""
+    """The text without control characters: a model's text must not control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4))

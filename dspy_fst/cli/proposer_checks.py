@@ -1,4 +1,4 @@
-"""What `dspy-fst check` finds about who proposes: nobody does, a key is not set, a server is silent."""
+"""Checks of the proposer for `dspy-fst check`: it is missing, its key is not set, or its server does not answer."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ def nobody_proposes(project: "Project") -> bool:
 
 
 def proposer_warnings(project: "Project", opened: "Opened") -> Iterator[str]:
-    """What about the proposer would go unnoticed, or be noticed late."""
+    """Problems of the proposer that a run would notice late or not at all."""
     if project.reflection_lm is None:
         if project.propose is not None:
             yield (
@@ -36,7 +36,7 @@ def proposer_warnings(project: "Project", opened: "Opened") -> Iterator[str]:
 
 
 def unreached(opened: "Opened") -> Iterator[str]:
-    """A reflection server of the user's own that does not answer now; it may yet be started before the run."""
+    """Warns of a reflection server of the user that does not answer now. It may still be started before the run."""
     lm = opened.optimizer.reflection_lm
     if lm is None:
         return
@@ -49,10 +49,10 @@ def unreached(opened: "Opened") -> Iterator[str]:
 
 
 def _missing_keys(name: str, lm: "dspy.LM") -> Sequence[str]:
-    """Environment variables that the provider wants and that are not set; none where the LM says where to ask."""
+    """Environment variables of the provider that are not set; none where the LM has its own key or address."""
     if lm.kwargs.get("api_key") or lm.kwargs.get("api_base"):
         return ()
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else importing litellm fetches a list of prices
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else litellm downloads a price list
     import litellm
 
     missing: list[str] = litellm.validate_environment(name)["missing_keys"]

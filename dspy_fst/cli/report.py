@@ -1,4 +1,4 @@
-"""`dspy-fst report`."""
+"""`dspy-fst report`: one HTML page about runs, and their charts as files."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def report(
 ) -> None:
     """Write one HTML page about runs.
 
-    It is self-contained, and may be of runs that are under way or were killed.
+    The page is self-contained. The runs may be under way or killed.
     """
     with errors_as_text(debug):
         if plots is not None and plots.exists() and not plots.is_dir():

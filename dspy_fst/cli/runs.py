@@ -1,4 +1,4 @@
-"""`dspy-fst runs`."""
+"""`dspy-fst runs`: the runs below a folder, one line each."""
 
 import json
 from dataclasses import asdict
@@ -23,8 +23,8 @@ def runs(
 ) -> None:
     """List the runs below a folder.
 
-    With state, recipe in short, start and end score, and what they took. Made by Python or by the command line. What is
-    damaged, so that going on would be refused, is said with the reason.
+    Each with its state, its recipe in short, its start and end score, and its costs. Runs of Python and of the command
+    line are listed alike. A damaged run, which could not be continued, is listed with the reason.
     """
     with errors_as_text(debug):
         from dspy_fst.cli.printer import Printer
@@ -34,8 +34,8 @@ def runs(
             raise RunDirectoryError(f"{folder} is no folder")
         listing = list_runs(folder)
         if as_json:
-            found = [{**asdict(run), "path": str(run.path.resolve())} for run in listing.runs]
-            typer.echo(json.dumps({"runs": found, "not_read": listing.closed}))
+            runs_below = [{**asdict(run), "path": str(run.path.resolve())} for run in listing.runs]
+            typer.echo(json.dumps({"runs": runs_below, "not_read": listing.closed}))
             return
         out = Printer()
         if listing.runs:
@@ -71,7 +71,7 @@ def _row(folder: Path, run: "Listed") -> list[str]:
 
 
 def _state(run: "Listed") -> str:
-    """``stopped at 3 of 8 (Ctrl-C), can be resumed``."""
+    """E.g. ``stopped at 3 of 8 (Ctrl-C), can be resumed``."""
     done = f"{run.steps} of {run.planned}" if run.planned is not None else f"{run.steps} steps"
     why = f" ({run.why})" if run.why else ""
     if run.state == "unreadable":

@@ -1,7 +1,7 @@
 """`dspy-fst serve`: a compiled program over HTTP, until SIGTERM or Ctrl-C.
 
-Either signal ends it in good order: nobody new is let in, who was let in gets an answer, the engine is released and
-the exit code is 0. A second signal ends it at once, with the exit code that it gives every command.
+The first signal ends it in good order: new requests are refused, accepted requests are answered, the engine is released
+and the exit code is 0. A second signal ends it at once, with the exit code that it gives every command.
 """
 
 import os
@@ -93,7 +93,7 @@ def serve(
             drain_s=drain,
             model_name=model_name,
         )
-        compiled, source = _found(out.resolve(), program, project)
+        compiled, source = _locate(out.resolve(), program, project)
         typer.echo("reading the program", err=True)
         try:
             from dspy_fst.serve.app import create_app
@@ -105,26 +105,26 @@ def serve(
         from dspy_fst.saving.reconfigure import how_it_asks
         from dspy_fst.saving.save_load import load
 
-        said = {"engine": engine, "temperature": temperature, "max_tokens": max_tokens}
-        policy: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+        flags = {"engine": engine, "temperature": temperature, "max_tokens": max_tokens}
+        policy: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
         if json_fallback:
             policy["use_json_adapter_fallback"] = True
         with (
             without_loading_bars(),
             importable(source.folder),
-        ):  # to the end: the program may import more when it is called
+        ):  # until the end: the program may import more modules when it is called
             loaded = load(compiled, make_program(*source), trust_code=trust_code, **policy)
             typer.echo(f"asking the model {how_it_asks(loaded)}", err=True)
             listen(create_app(loaded, settings), settings)
 
 
 class _Source(NamedTuple):
-    """Where a program's class comes from: the user's own code."""
+    """Where the class of a program is imported from: code of the user."""
 
     reference: str
     """``module:attribute``."""
     folder: Path
-    """Where the module is looked for first."""
+    """Folder that is searched for the module first."""
 
 
 def _key(variable: str | None) -> str | None:
@@ -135,11 +135,11 @@ def _key(variable: str | None) -> str | None:
     return key
 
 
-def _found(out: Path, program: str | None, project: Path | None) -> tuple[Path, _Source]:
-    """The compiled folder, and what makes a fresh program of its class.
+def _locate(out: Path, program: str | None, project: Path | None) -> tuple[Path, _Source]:
+    """The compiled folder, and where the class of its program is imported from.
 
     Raises:
-        ConfigurationError: nothing names the class, or it would be taken from OUT itself.
+        ConfigurationError: nothing names the class, or it would be imported from OUT itself.
         RunDirectoryError: there is no compiled program.
     """
     from dspy_fst.project.project_file import kept_in, load_project
@@ -155,13 +155,13 @@ def _found(out: Path, program: str | None, project: Path | None) -> tuple[Path, 
     if program is not None and project is not None:
         raise ConfigurationError(["--program and --project both name the program; give one of them"])
     if project is not None:
-        return compiled, _of(load_project(project))
+        return compiled, _source(load_project(project))
     if program is not None:
         return compiled, _Source(program, working_folder(run or out, program))
     if run is not None and (run / PROJECT).is_file():
-        return compiled, _of(kept_in(run))
+        return compiled, _source(kept_in(run))
     raise ConfigurationError([asked_for(Recorded(out, run), ["program"], keeps=False)])
 
 
-def _of(project: "Project") -> _Source:
+def _source(project: "Project") -> _Source:
     return _Source(project.program, project.folder)

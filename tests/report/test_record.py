@@ -6,6 +6,7 @@ import pytest
 from filelock import FileLock
 
 from dspy_fst.errors import RunDirectoryError
+from dspy_fst.report.costs import LABELS
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.from_events import record_of
 from dspy_fst.report.run_record import RunningTotal, RunWarning
@@ -55,6 +56,14 @@ def test_costs_add_up_to_the_time_from_the_first_event_to_the_last():
         "publishing weights": 2.0,
         "everything else (reflections, saving, pauses)": 130.0 - 22.0,
     }
+
+
+def test_every_cost_that_is_counted_has_one_label_for_all_front_ends():
+    costs = record_of(whole_run()).costs
+    counts = {name for name, value in vars(costs).items() if isinstance(value, int)} | {"rollouts", "tokens"}
+    assert LABELS.keys() == counts
+    assert len(set(LABELS.values())) == len(LABELS)
+    assert costs.count("tokens") == costs.search_tokens + costs.training_tokens == 840
 
 
 def test_candidates_keep_their_birth_parents_scores_and_memberships():
