@@ -24,12 +24,12 @@ from benchmarks.evidence.run import commit
 from benchmarks.readme import program_table, spent
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.evaluation.measure import estimate, play
-from dspy_fst.evaluation.run_reader import Past
+from dspy_fst.evaluation.run_reader import RunReader
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
 from dspy_fst.run.files import read_json, write_json
-from dspy_fst.training.result import policy_of
 from programs import reckon, relay
 from programs.common import Task
 from programs.lab import BASE as LAB
@@ -106,7 +106,7 @@ def make(run: Run, out: Path) -> None:
         **run.recipe,
     )
     compiled = optimizer.compile(task.program, trainset=task.trainset, valset=task.valset)
-    policy, past = policy_of(compiled), Past.of(out / "run")
+    policy, past = policy_of(compiled), RunReader.of(out / "run")
     rollouter = Rollouter(
         compiled, Reward(task.metric), PlayerSettings(threads=64, seed=run.seed), policy.handle.engine.expect
     )

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.durability import compile_small
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.files import write_json
-from dspy_fst.training.result import policy_of
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 SHORT: dict[str, Any] = {

@@ -34,6 +34,7 @@ from dspy_fst.engine.base import Engine
 from dspy_fst.engine.generation import Pending, generate
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.engine.sync import Expected, verify
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
@@ -41,7 +42,6 @@ from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import write_json
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.training.result import policy_of
 from dspy_fst.types import Batch, Group, Population, Problem
 from programs.lab import BASE, FeedbackProposer, build
 

@@ -62,7 +62,8 @@ class _Moved(MetaPathFinder, Loader):
         new = f"{__name__}.{_MOVED[module.__name__.removeprefix(f'{__name__}.')]}"
         warnings.warn(f"{module.__name__} is {new} now; the old name goes with the next release", FutureWarning, 2)
         found = importlib.import_module(new)
-        module.__dict__["__getattr__"] = lambda name: getattr(found, name)
+        public = sys.modules[__name__]  # the old modules also handed on load and save
+        module.__dict__["__getattr__"] = lambda name: getattr(public if name in _HOMES else found, name)
 
 
 sys.meta_path.append(_Moved())

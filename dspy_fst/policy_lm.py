@@ -191,6 +191,18 @@ class PolicyLM(dspy.LM):
         return cls(**saved.settings(resolve_kind(saved.engine)))
 
 
+def policy_of(program: dspy.Module) -> PolicyLM:
+    """The PolicyLM that a program's trained predictors speak with.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for _, predictor in program.named_predictors():
+        if isinstance(predictor.lm, PolicyLM):
+            return predictor.lm
+    raise ValueError("the program has no PolicyLM; compile it with FSTOptimizer first")
+
+
 class EngineHandle:
     """DSPy's engine contract over one of our engines, made at the first use.
 

@@ -3,7 +3,7 @@
 import dspy
 
 from dspy_fst import FSTOptimizer, PolicyLM
-from dspy_fst.training.result import policy_of
+from dspy_fst.policy_lm import policy_of
 from programs.lab import BASE, FeedbackProposer, build
 
 SMALL = {

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from dspy_fst import ConfigurationError, PolicyLM
 from dspy_fst.cli import app
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.project.project_file import kept_in, load_project
 from dspy_fst.run.directory import read_events
-from dspy_fst.saving.save_load import policy_of
 from programs.lab import BASE, build
 
 ROOT = Path(__file__).parent.parent

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 import dspy_fst
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.errors import MeasurementError, RunDirectoryError, SyncError
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.training.result import policy_of, start_of
+from dspy_fst.training.result import start_of
 from programs.lab import BASE, FeedbackProposer, build
 from tests.relay import Relay, any_answer, relay
 

@@ -6,12 +6,12 @@ from transformers import AutoTokenizer
 
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.evaluation.measure import play
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.run.directory import read_events
-from dspy_fst.training.result import policy_of
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
 from tests.relay import any_answer, relay

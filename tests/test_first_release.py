@@ -8,10 +8,10 @@ import dspy
 import pytest
 
 import dspy_fst
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
 from dspy_fst.saving.export import export
-from dspy_fst.training.result import policy_of
 from tests.cli.conftest import invoke
 from tests.fixtures.first_release import made
 from tests.fixtures.first_release.made import TRAINSET, Taking, Two, compile_it

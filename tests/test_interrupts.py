@@ -13,13 +13,12 @@ import pytest
 
 from benchmarks.durability import PRELOADED, compile_small, outcome
 from dspy_fst.errors import DiskError, FSTError
-from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.project.names import Faults
 from dspy_fst.run import state
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.interrupts import ENDING, InterruptedScript, Terminated, ctrl_c_told, signals_raise
 from dspy_fst.run.journal import Journal
-from dspy_fst.training.result import policy_of
 from tests.engine.test_server_process import members
 
 SCRIPT = """

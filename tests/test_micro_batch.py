@@ -3,9 +3,9 @@
 import pytest
 
 from dspy_fst.memory import DISK, MEMORY, Available, memory_plan
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.trainer import Trainer
-from dspy_fst.training.result import policy_of
 from tests.test_compile import compile_relay, weights_of
 
 GIB = 2**30

@@ -25,6 +25,13 @@ def test_a_module_of_the_first_release_imports_by_its_old_name(name):
     assert getattr(old, OLD[name]) is getattr(new, OLD[name])
 
 
+def test_the_old_module_of_compiled_programs_still_hands_on_load_and_save():
+    sys.modules.pop("dspy_fst.compiled", None)
+    with pytest.warns(FutureWarning):
+        old = importlib.import_module("dspy_fst.compiled")
+    assert (old.load, old.save) == (dspy_fst.load, dspy_fst.save)
+
+
 def test_every_moved_module_is_tried():
     assert OLD.keys() == dspy_fst._MOVED.keys()
 

@@ -8,8 +8,8 @@ import pytest
 
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
-from dspy_fst.training.result import policy_of
 from tests.relay import any_answer, relay
 from tests.test_compile import compile_relay
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import dspy_fst
 from dspy_fst import ConfigurationError
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
-from dspy_fst.training.result import policy_of
 from tests.cli.conftest import invoke
 from tests.relay import Relay
 from tests.test_compile import compile_relay

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 import dspy_fst
 from dspy_fst import FSTOptimizer
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.evaluation.run_reader import Past
+from dspy_fst.evaluation.run_reader import RunReader
 from dspy_fst.monitoring.history import best_versions
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.listing import list_runs
 from dspy_fst.report.summary import Summary, summary_of
@@ -24,7 +25,7 @@ from dspy_fst.report.verdict import verdict
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rollouter import Rollouter
 from dspy_fst.run.directory import read_events
-from dspy_fst.training.result import CompiledResults, policy_of
+from dspy_fst.training.result import CompiledResults
 from tests.cli.conftest import invoke
 from tests.fixtures.first_release import made
 from tests.fixtures.first_release.made import TRAINSET, Taking, student
@@ -329,7 +330,7 @@ def test_the_best_state_s_weights_and_population_are_returned_also_after_the_end
     assert "returned: the state after step 0" in verdict(record)
     (run,) = list_runs(again).runs
     assert (run.measured, run.start, run.end) == ("validation", pytest.approx(0.5), pytest.approx(0.9))
-    past = Past.of(again)
+    past = RunReader.of(again)
     assert (past.version(), past.returned_cycle) == ("step-000001", None)
     assert past.population() == compiled.population
     loaded = dspy_fst.load(again / "compiled", made.Two(), adapter=Taking())

@@ -6,9 +6,9 @@ import signal
 import pytest
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.training.plan import Plan
-from dspy_fst.training.result import policy_of
 from programs.lab import build
 from tests.engine.server_state import group_of
 from tests.engine.test_server_process import below, wait_until_gone

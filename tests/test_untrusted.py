@@ -22,7 +22,7 @@ from dspy_fst.engine.portable import OF_ENGINE, PortableOptions
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.rollout.components import read_texts
-from dspy_fst.run import manifest as sealed
+from dspy_fst.run import manifest
 from dspy_fst.run.manifest import MANIFEST, seal
 from dspy_fst.types import Candidate, Population
 from programs.lab import BASE
@@ -316,13 +316,13 @@ def test_a_pipe_is_not_waited_for(saved):
 
 
 def test_documents_beyond_the_limit_are_not_read(saved, monkeypatch):
-    monkeypatch.setattr(sealed, "MAX_JSON_BYTES", 2000)
+    monkeypatch.setattr(manifest, "MAX_JSON_BYTES", 2000)
     (saved / "population.json").write_text(" " * 2001)
     assert "population.json is larger than 2000 bytes" in refusal(saved)
 
 
 def test_more_files_than_a_saved_program_has_are_not_read(saved, monkeypatch):
-    monkeypatch.setattr(sealed, "MAX_FILES", 5)
+    monkeypatch.setattr(manifest, "MAX_FILES", 5)
     assert "more than 5 files" in refusal(saved)
 
 

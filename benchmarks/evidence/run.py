@@ -22,12 +22,12 @@ from benchmarks.evidence.marks import base_mark, world_mark
 from dspy_fst import FSTOptimizer, PolicyLM, load, save
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.evaluation.measure import drift_of
-from dspy_fst.evaluation.run_reader import Past
+from dspy_fst.evaluation.run_reader import RunReader
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.run.files import write_json
-from dspy_fst.training.result import policy_of
 from dspy_fst.types import Candidate, Problem, Rollout, version_of
 from programs.lab import BASE, FeedbackProposer, build
 from programs.lab.measure import load as load_model
@@ -107,7 +107,7 @@ def make(run: Run, out: Path) -> None:
     rollouter = Rollouter(
         compiled, Reward(lab.metric), PlayerSettings(threads=64, seed=run.seed), policy.handle.engine.expect
     )
-    measurer = Measurer(Past.of(out / "run"), rollouter, policy, (seed, read_texts(compiled)), lab.testset)
+    measurer = Measurer(RunReader.of(out / "run"), rollouter, policy, (seed, read_texts(compiled)), lab.testset)
     steps = measurer.steps(run.interval)
     under_seed = measurer.steps(run.seed_interval)
     lines = [measurer.line(step, ("seed", "evolved") if step in under_seed else ("evolved",)) for step in steps]
@@ -129,7 +129,7 @@ class Measurer:
 
     def __init__(
         self,
-        past: Past,
+        past: RunReader,
         rollouter: Rollouter,
         policy: PolicyLM,
         texts: tuple[Candidate, Candidate],

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import dspy
 
     from dspy_fst.config import FSTConfig
-    from dspy_fst.evaluation.run_reader import Past
+    from dspy_fst.evaluation.run_reader import RunReader
     from dspy_fst.policy_lm import PolicyLM
     from dspy_fst.project.project_file import Opened, Project
     from dspy_fst.project.recorded import Recorded
@@ -30,7 +30,7 @@ class EvalTarget:
     """The texts of the program as its class makes it."""
     population: "Population"
     cycle: int | None
-    past: "Past | None"
+    past: "RunReader | None"
     """The run that they belong to; None for a saved program outside of a run."""
     trusted: "dspy.Module | None"
     """The program as its class makes it: only its sources may be executed. None when all sources are trusted."""
@@ -44,14 +44,14 @@ class EvalTarget:
 
 def project_and_past(
     path: Path, file: Path | None, flags: Mapping[str, object], split: str
-) -> "tuple[Project, Recorded, Past | None]":
+) -> "tuple[Project, Recorded, RunReader | None]":
     """The project, what the run or the saved program recorded, and the run if there is one."""
-    from dspy_fst.evaluation.run_reader import Past
+    from dspy_fst.evaluation.run_reader import RunReader
     from dspy_fst.project.recorded import Recorded
     from dspy_fst.saving.format import is_saved
 
     run_dir = path.parent if is_saved(path) else path
-    past = Past.of(run_dir) if not is_saved(path) or (run_dir / "events.jsonl").is_file() else None
+    past = RunReader.of(run_dir) if not is_saved(path) or (run_dir / "events.jsonl").is_file() else None
     recorded = Recorded(path, past.run_dir if past else None)
     of_split = {"val": "valset", "train": "trainset"}.get(split)
     wanted = ["program", "metric", *([of_split] if of_split else [])]
@@ -60,8 +60,8 @@ def project_and_past(
 
 def unlike(recorded: "Recorded", opened: "Opened", path: Path) -> list[str]:
     """A sentence for each difference between the program and the run's, which make its figures incomparable."""
+    from dspy_fst.policy_lm import policy_of
     from dspy_fst.saving.format import is_saved
-    from dspy_fst.saving.save_load import policy_of
     from dspy_fst.training.fingerprints import program_fingerprint
     from dspy_fst.types import Population
 
@@ -141,7 +141,7 @@ def _with_inputs(examples: "list[dspy.Example]", trainset: "list[dspy.Example]",
 
 def subject_of(
     path: Path,
-    past: "Past | None",
+    past: "RunReader | None",
     opened: "Opened",
     cycle: int | None,
     weights: str | None,
@@ -153,10 +153,11 @@ def subject_of(
     Raises:
         ConfigurationError, RunDirectoryError: the program, the cycle or the weights are not this run's.
     """
+    from dspy_fst.policy_lm import policy_of
     from dspy_fst.rollout.adapters import keep, made
     from dspy_fst.rollout.components import read_texts, texts_like
     from dspy_fst.saving.format import is_saved, refuse_code
-    from dspy_fst.saving.save_load import load, policy_of
+    from dspy_fst.saving.save_load import load
     from dspy_fst.training.opening import open_player, starting_population, trainable_copy
 
     if is_saved(path):

@@ -243,9 +243,9 @@ def _train(project: "Project", as_json: bool, *, going_on_in: Path | None = None
 
     # The project stays importable to the end: its functions may import more modules when they are called.
     with told_how_to_go_on(run_dir), signals_raise(), redirect_stdout(sys.stderr), project.importable():
+        from dspy_fst.policy_lm import policy_of
         from dspy_fst.rollout.components import flexes
         from dspy_fst.run.directory import COMPILED
-        from dspy_fst.saving.save_load import policy_of
 
         opened = project.open(listeners=[keep], trust_code=trust_code)
         if going_on_in is not None and not trust_code and flexes(opened.program):

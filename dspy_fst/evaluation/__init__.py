@@ -1,6 +1,6 @@
 """Scores after a run: mean@k with intervals, the two-by-two of weights and texts, drift.
 
-In: programs and problems, or a run's directory. Out: measurements. A run's own files are only read.
+In: programs and problems, or a run's directory. Out: measurements. The run's own files are only read.
 """
 
 import importlib

@@ -1,5 +1,5 @@
-"""What training brought: scores with their intervals, the table of {base, trained weights} x {seed, evolved
-instructions}, and the drift."""
+"""What training achieved: scores with intervals, the table of {base, trained weights} x {seed, evolved instructions},
+and the drift."""
 
 import errno
 import fcntl
@@ -19,13 +19,13 @@ import numpy as np
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import MeasurementError
 from dspy_fst.outcomes.counts import OutcomeCounts
-from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.rollout.components import texts_like
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.run.files import to_jsonable, writing
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.training.result import policy_of, start_of
+from dspy_fst.training.result import start_of
 from dspy_fst.types import Candidate, Problem, Rollout
 
 CELLS = (
@@ -36,16 +36,16 @@ CELLS = (
 )
 RESAMPLES, COVERAGE = 10_000, 0.95
 INTERVAL = f"{COVERAGE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples"
-"""What an interval is. It says how much the figure depends on which problems were drawn; the weights are one run's."""
+"""Definition of an interval: how much a figure depends on which problems were drawn, for the weights of one run."""
 EVALUATIONS = "evaluations.jsonl"
-"""In a run's directory: what was evaluated after it, one JSON object a line. Reports read it."""
+"""File in a run's directory with later evaluations, one JSON object a line. Reports read it."""
 
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Score on some problems, k rollouts each."""
+    """The score on a set of problems with k rollouts each."""
 
     mean_at_k: float
     """Mean over problems of the mean over k rollouts."""
@@ -56,9 +56,9 @@ class Estimate:
     problems: int
     k: int
     masked: int
-    """Rollouts that were not measured and enter no figure."""
+    """Rollouts that were not measured; no figure includes them."""
     mean_interval: Interval | None
-    """See INTERVAL; None for a single problem, which tells nothing of others."""
+    """See INTERVAL; None for a single problem, which says nothing about others."""
     best_interval: Interval | None
     lost: Mapping[str, int]
     """Rollouts by `Outcome.label`, masked and failed; the failed ones are measured."""
@@ -66,12 +66,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the trained weights moved from the base on held-out prompts, on replies that they sampled."""
+    """How far the trained weights are from the base on held-out prompts, measured on replies that they sampled."""
 
     per_token: float
-    """Mean exact KL(trained || base) of a completion token, in nats."""
+    """Mean exact KL(trained || base) of a completion token, in nats, e.g. 0.012."""
     per_rollout: float
-    """Mean over rollouts of the KL summed over a rollout's completion tokens."""
+    """Mean over rollouts of the KL summed over the rollout's completion tokens, in nats."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ class TwoByTwo:
 
 
 def estimate(rollouts: Sequence[Rollout], k: int, seed: int = 0) -> Estimate:
-    """Summarise k rollouts for each problem.
+    """Summarise k rollouts of each problem.
 
     Args:
-        seed: Of the bootstrap's draws.
+        seed: Seed of the bootstrap.
 
     Raises:
-        MeasurementError: nothing was measured.
+        MeasurementError: no rollout was measured.
     """
     rewards: dict[int, list[float]] = {}
     for rollout in rollouts:
@@ -100,8 +100,8 @@ def estimate(rollouts: Sequence[Rollout], k: int, seed: int = 0) -> Estimate:
     lost = OutcomeCounts.over(rollout.outcome for rollout in rollouts)
     if not rewards:
         raise MeasurementError(f"none of {len(rollouts)} rollouts measured anything ({lost.words}); mend the cause")
-    means = [statistics.fmean(of) for of in rewards.values()]
-    bests = [max(of) for of in rewards.values()]
+    means = [statistics.fmean(scores) for scores in rewards.values()]
+    bests = [max(scores) for scores in rewards.values()]
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
     mean_interval, best_interval = _intervals((means, bests), seed)
     return Estimate(
@@ -118,7 +118,7 @@ def estimate(rollouts: Sequence[Rollout], k: int, seed: int = 0) -> Estimate:
 
 
 def _intervals(figures: Sequence[Sequence[float]], seed: int) -> list[Interval | None]:
-    """The interval of each figure's mean over problems; all are drawn on the same resampled problems."""
+    """The interval of each figure's mean over problems. All figures use the same resampled problems."""
     values = np.array(figures).T  # (problems, figures)
     if len(values) < 2:
         return [None] * len(figures)
@@ -138,7 +138,7 @@ def two_by_two(
     seed: int = 0,
     threads: int = 64,
 ) -> TwoByTwo:
-    """Evaluate both weights under both instructions on held-out problems, through the compiled program's engine.
+    """Evaluate both weights with both instructions on held-out problems, on the compiled program's engine.
 
     The engine serves the trained weights again when this returns.
     """
@@ -146,8 +146,8 @@ def two_by_two(
     reward, settings = Reward(metric, peers=testset), PlayerSettings(threads=threads, seed=seed)
     rollouter = Rollouter(compiled, reward, settings, policy.handle.engine.expect)
     best = compiled.population.best
-    own, evolved = texts_like(best, student), texts_like(best, compiled)
-    return table(rollouter, policy, start_of(compiled), own, evolved, testset, k=k)
+    seed_texts, evolved = texts_like(best, student), texts_like(best, compiled)
+    return table(rollouter, policy, start_of(compiled), seed_texts, evolved, testset, k=k)
 
 
 def table(
@@ -171,8 +171,8 @@ def table(
     finally:
         policy.handle.engine.load(trained)
     cells = {
-        f"{weights} weights, {name} instructions": estimate(made, k, rollouter.settings.seed)
-        for (weights, name), made in rollouts.items()
+        f"{weights} weights, {name} instructions": estimate(played, k, rollouter.settings.seed)
+        for (weights, name), played in rollouts.items()
     }
     drift = {f"{name} instructions": drift_of(trained, base, rollouts["trained", name]) for name in texts}
     known = {name: moved for name, moved in drift.items() if moved is not None}
@@ -197,7 +197,7 @@ def play(
 
 
 def drift_of(trained: Checkpoint, base: Checkpoint, rollouts: Sequence[Rollout]) -> Drift | None:
-    """KL(trained || base) on these rollouts' calls, which the trained weights sampled; None when all were greedy."""
+    """KL(trained || base) on the calls of these rollouts of the trained weights; None when all calls were greedy."""
     measured = [rollout for rollout in rollouts if rollout.reward is not None]
     calls = [call for rollout in measured for call in rollout.calls if call.temperature > 0]
     if not calls:
@@ -209,7 +209,7 @@ def drift_of(trained: Checkpoint, base: Checkpoint, rollouts: Sequence[Rollout])
 
 
 def keep(run_dir: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Add results to a run's evaluations, one line each, all or none; several processes may do so at once.
+    """Append results to a run's evaluations, one line each, all or none. Several processes may do so at once.
 
     Raises:
         DiskError: the disk refused.
@@ -221,7 +221,7 @@ def keep(run_dir: Path, results: Sequence[Mapping[str, Any]]) -> None:
         whole = file.seek(0, os.SEEK_END)
         if whole:
             file.seek(-1, os.SEEK_END)
-            lines = lines if file.read(1) == b"\n" else b"\n" + lines  # what a kill tore must not swallow ours
+            lines = lines if file.read(1) == b"\n" else b"\n" + lines  # an incomplete last line must not swallow ours
         try:
             if file.write(lines) != len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

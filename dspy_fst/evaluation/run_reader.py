@@ -1,7 +1,7 @@
-"""What a run left behind: its populations and its weights, by cycle."""
+"""`RunReader`: the populations and weights that a run left on the disk, by cycle."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,54 +13,55 @@ from dspy_fst.rollout.adapters import SavedAdapter, recorded
 from dspy_fst.run.directory import VERSION
 from dspy_fst.run.files import population_from_json, read_json
 from dspy_fst.run.manifest import read_document
+from dspy_fst.run.validated import ranked_by
 from dspy_fst.types import Candidate, Population, WeightsVersion, version_of
 
 
 @dataclass(frozen=True)
-class Past:
-    """A run that is finished, goes on or was killed, read from its directory alone."""
+class RunReader:
+    """Reads a run that has ended, is running or was killed, from its directory alone."""
 
     run_dir: Path
     record: RunRecord
 
     @classmethod
-    def of(cls, run_dir: Path) -> "Past":
+    def of(cls, run_dir: Path) -> "RunReader":
         """
         Raises:
-            RunDirectoryError: it is not the directory of a run.
+            RunDirectoryError: the path is not the directory of a run.
         """
         (record,) = read_records([run_dir])
         return cls(run_dir, record)
 
     @cached_property
     def populations(self) -> Mapping[int, Population]:
-        """Cycle -> the population that its search chose; empty for a run without searches."""
+        """Cycle -> the population that its search selected; empty for a run without searches."""
         paths = sorted((self.run_dir / "populations").glob("cycle-*.json"))
         return {int(path.stem.removeprefix("cycle-")): population_from_json(read_document(path)) for path in paths}
 
     @property
     def kept(self) -> list[WeightsVersion]:
-        """Weights that are still on the disk, the oldest first."""
+        """Names of the weights that are still on the disk, oldest first."""
         folder = self.run_dir / "weights"
         return sorted(path.name for path in folder.iterdir() if VERSION.fullmatch(path.name)) if folder.is_dir() else []
 
     @property
     def last_cycle(self) -> int | None:
-        """The newest cycle that searched or trained; None before the first."""
+        """The last cycle that searched or trained; None before the first."""
         return max([*self.populations, *(step.cycle for step in self.record.steps)], default=None)
 
     @property
     def returned_cycle(self) -> int | None:
-        """The cycle whose end the run returned, or the newest; None where it returned a state from before its end."""
+        """The last cycle, if the run returned its end; None if it returned an earlier state."""
         returned = self.record.returned
         return self.last_cycle if returned is None or returned.when == "end" else None
 
     @property
     def adapter(self) -> SavedAdapter | None:
-        """What the run speaks through; None for a run of a release that recorded none.
+        """The adapter of the run; None for a run of a release that did not record it.
 
         Raises:
-            RunDirectoryError: its recipe holds something else in that place.
+            RunDirectoryError: the recipe's entry for it is not an adapter.
         """
         path = self.run_dir / "recipe.json"
         try:
@@ -71,17 +72,17 @@ class Past:
     def require_cycle(self, cycle: int) -> None:
         """
         Raises:
-            ConfigurationError: the run has not come to this cycle.
+            ConfigurationError: the run has not reached this cycle.
         """
         if self.last_cycle is None or cycle > self.last_cycle:
             last = "none" if self.last_cycle is None else f"0 to {self.last_cycle}"
             raise ConfigurationError([f"cycle {cycle}: {self.run_dir} has not come to it; its cycles so far: {last}"])
 
     def population(self, cycle: int | None = None) -> Population | None:
-        """The population that a cycle trained with; without a cycle the one that the run returned, ranked as there,
-        or the newest while it is not finished.
+        """The population that a cycle trained with. Without a cycle: the one that the run returned, in that order, or
+        the last one while the run has not ended.
 
-        None for a run that has not searched by then.
+        None for a run that had not searched by then.
         """
         returned = self.record.returned
         latest = returned.searched if cycle is None and returned is not None else cycle
@@ -92,30 +93,29 @@ class Past:
         return population if cycle is not None else self._ranked(population)
 
     def _ranked(self, population: Population) -> Population:
-        """Best validation score first, where the run has validated."""
+        """The population with the best validation score first, if the run has validated."""
         nodes = self.record.by_digest
         scores = {digest: node.validation for digest, node in nodes.items() if node.validation is not None}
         if not scores:
             return population
-        members = sorted(population.members, key=lambda member: scores.get(member.digest, float("-inf")), reverse=True)
-        return replace(population, members=tuple(members), scores=tuple(scores.get(m.digest) for m in members))
+        return ranked_by(population, scores)
 
     def version(self, cycle: int | None = None) -> WeightsVersion:
-        """Name of the weights at the end of a cycle; without one those that the run returned, or the newest kept."""
+        """Name of the weights at a cycle's end. Without a cycle: those that the run returned, or the newest kept."""
         if cycle is None:
             return self.record.weights or (self.kept or [version_of(0)])[-1]
         return self.version_after(1 + max((r.step for r in self.record.steps if r.cycle <= cycle), default=-1))
 
     def version_after(self, steps: int) -> WeightsVersion:
-        """Name of the weights after so many steps; one that moved nothing left the name as it was."""
-        made = [report for report in self.record.steps if report.step < steps]
-        return max(made, key=lambda report: report.step).left if made else version_of(0)
+        """Name of the weights after so many steps. A step that changed no weights keeps the name."""
+        done = [report for report in self.record.steps if report.step < steps]
+        return max(done, key=lambda report: report.step).left if done else version_of(0)
 
     def checkpoint(self, version: WeightsVersion) -> Checkpoint:
-        """These weights.
+        """The weights of this name.
 
         Raises:
-            RunDirectoryError: they are not kept.
+            RunDirectoryError: the run has not kept them.
         """
         if version not in self.kept:
             raise RunDirectoryError(
@@ -126,18 +126,18 @@ class Past:
         return Checkpoint(version, self.run_dir / "weights" / version)
 
     def candidate(self, digest: str) -> Candidate:
-        """The candidate whose digest begins so, of all that the run's searches tried.
+        """The candidate whose digest begins with ``digest``, of all that the run's searches tried.
 
         Raises:
-            ConfigurationError: there is none, or several.
+            ConfigurationError: there is none, or there are several.
         """
         tried = [(node.digest, Candidate(node.texts)) for node in self.record.nodes]
-        # A text that secrets were taken out of is not the one that was tried.
+        # A text from which secrets were removed is not the text that was tried.
         known = {name: candidate for name, candidate in tried if candidate.digest == name}
         known |= {member.digest: member for population in self.populations.values() for member in population.members}
-        found = [known[name] for name in known if name.startswith(digest)]
-        if len(found) != 1:
-            names = ", ".join(candidate.digest for candidate in found) if found else ", ".join(known) or "none yet"
-            how = "several candidates begin so" if found else "no candidate has this digest"
+        matches = [known[name] for name in known if name.startswith(digest)]
+        if len(matches) != 1:
+            names = ", ".join(candidate.digest for candidate in matches) if matches else ", ".join(known) or "none yet"
+            how = "several candidates begin so" if matches else "no candidate has this digest"
             raise ConfigurationError([f"candidate {digest!r}: {how}; choose one of {names}"])
-        return found[0]
+        return matches[0]

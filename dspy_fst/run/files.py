@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -75,6 +76,17 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
+
+
+@contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path``, to be filled and renamed to it; what is left of it at the end is removed."""
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        scratch.chmod(0o755)  # mkdtemp lets only its owner in; an engine may run as another user
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

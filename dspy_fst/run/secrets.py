@@ -89,6 +89,16 @@ class Redactor:
             yield where
 
 
+def secret_faults(redactor: Redactor, documents: Mapping[str, Any]) -> list[str]:
+    """A sentence for each place in these documents (name -> plain value) that holds a secret."""
+    return [
+        f"{name} would hold a secret at {place}: an API key, or the value of an environment variable that is named "
+        "like one; remove it from the program, then save it again"
+        for name, document in sorted(documents.items())
+        for place in redactor.places(document)
+    ]
+
+
 def is_secret(name: str, value: str) -> bool:
     """Whether a setting of this name and value is kept out of every record.
 

@@ -99,16 +99,17 @@ class Validated:
     @property
     def ranked(self) -> Population:
         """The population, best score first; members without a score come last."""
-        own = [member.digest for member in self.population.unique()][: len(self.candidates)]
-        score_of = {  # by place: a text that secrets were taken out of has another digest
-            digest: mean for digest, row in zip(own, self.rewards, strict=False) if (mean := _mean(row)) is not None
+        digests = [member.digest for member in self.population.unique()][: len(self.candidates)]
+        scores = {  # by position: a text from which secrets were removed has another digest
+            digest: mean for digest, row in zip(digests, self.rewards, strict=False) if (mean := _mean(row)) is not None
         }
-        members = sorted(
-            self.population.members, key=lambda member: score_of.get(member.digest, float("-inf")), reverse=True
-        )
-        return replace(
-            self.population, members=tuple(members), scores=tuple(score_of.get(member.digest) for member in members)
-        )
+        return ranked_by(self.population, scores)
+
+
+def ranked_by(population: Population, scores: Mapping[str, float]) -> Population:
+    """The population with the best score first; members whose digest has no score come last, with None."""
+    members = sorted(population.members, key=lambda member: scores.get(member.digest, float("-inf")), reverse=True)
+    return replace(population, members=tuple(members), scores=tuple(scores.get(member.digest) for member in members))
 
 
 def _sortable(row: Sequence[float | None]) -> float:

@@ -1,5 +1,5 @@
 """A compiled program as a folder: saved, loaded, exported, described by a card.
 
-In: a program with its policy, or such a folder. Out: a folder, or the program. Everything is checked before it is
-believed, and no code is taken from a folder without ``trust_code=True``.
+In: a program with its policy, or such a folder. Out: a folder, or the program. A folder is checked before it is used,
+and its code is run only with ``trust_code=True``.
 """

@@ -1,4 +1,4 @@
-"""The model card of an exported program: what the events and the saved program tell, and nothing else."""
+"""The model card of an exported program, made from the run's events and the saved program alone."""
 
 import json
 import re
@@ -25,22 +25,22 @@ TAGS = ("dspy", "dspy-fst", "fast-slow-training", "gepa", "reinforcement-learnin
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card is made of."""
+    """The contents of a card."""
 
     population: Population
     policy: SavedPolicy
     saved_by: str
-    """Version of dspy_fst that saved the program."""
+    """The version of dspy_fst that saved the program, e.g. ``"0.2.0"``."""
     packages: Mapping[str, str]
-    """Package -> its version at the export."""
+    """Package -> its version at the time of the export."""
     record: RunRecord | None
-    """The run; None when the program was saved outside of its directory."""
+    """The run's record; None when the program was saved outside of its run directory."""
     plan: Mapping[str, Any]
-    """The run's event of this name."""
+    """The run's plan event; empty without a run."""
     base: str | None
-    """Hub name of the model that was trained."""
+    """Hub name of the trained model; None for a local folder."""
     foreign_code: bool = False
-    """Whether a dspy.Flex may have another source than a fresh program's."""
+    """Whether a dspy.Flex may have another source than a fresh program has."""
 
 
 def model_card(facts: Facts) -> str:
@@ -69,7 +69,7 @@ def _head(facts: Facts) -> str:
 
 
 def _nothing_learned(facts: Facts) -> str:
-    """That the weights are the base's, where the run that is told of changed none."""
+    """A sentence when the run changed no weights, so that they are the base model's."""
     if facts.record is None or not facts.record.ending.nothing_learned:
         return ""
     return f"\n\nIn this run {facts.record.ending.words}; the weights are those that it started from."
@@ -85,7 +85,7 @@ def _use(facts: Facts) -> str:
         for name, model in facts.policy.frozen.items()
     )
     trusted = ", trust_code=True" if facts.foreign_code else ""
-    told = " `trust_code=True` takes up the evolved sources of its `dspy.Flex`; read them first." if trusted else ""
+    warning = " `trust_code=True` takes up the evolved sources of its `dspy.Flex`; read them first." if trusted else ""
     return f"""## Use
 
 `FOLDER` is this folder. With any server that speaks OpenAI's protocol, and DSPy alone:
@@ -103,7 +103,7 @@ lm = dspy.LM("openai/FOLDER", api_base="http://localhost:8000/v1", api_key="none
 {predictors}{_adapter(facts)}
 ```
 
-With dspy_fst, which also gives the whole population and serves the weights itself.{told}
+With dspy_fst, which also gives the whole population and serves the weights itself.{warning}
 
 ```python
 import dspy_fst
@@ -115,17 +115,20 @@ The weights alone: `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`
 
 
 def _adapter(facts: Facts) -> str:
-    """The lines that have DSPy speak through the adapter of the training; empty where none was recorded."""
+    """Python lines that configure the adapter of the training; empty where none was recorded."""
     saved = facts.policy.adapter
     if saved is None:
         return ""
-    lines = [*code_of(_asked_once(saved)), "dspy.configure(adapter=adapter)  # the weights were trained through it"]
+    lines = [
+        *code_of(_without_second_call(saved)),
+        "dspy.configure(adapter=adapter)  # the weights were trained through it",
+    ]
     return "".join(f"\n{line}" for line in lines)
 
 
-def _asked_once(saved: SavedAdapter) -> SavedAdapter:
-    """Without the second, JSON call: DSPy's own LMs would make it where the recorded setting says so, rollouts never
-    did. JSONAdapter and those made of it make none."""
+def _without_second_call(saved: SavedAdapter) -> SavedAdapter:
+    """The adapter without the fallback call in JSON: DSPy's LMs would make it where the recorded setting says so, and
+    rollouts never did. JSONAdapter and its subclasses have no fallback."""
     asks_again = saved.settings.get("use_json_adapter_fallback")
     if not asks_again or issubclass(OWN.get(saved.name, dspy.Adapter), dspy.JSONAdapter):
         return saved
@@ -136,10 +139,23 @@ def _asked_once(saved: SavedAdapter) -> SavedAdapter:
 
 
 def _training(facts: Facts) -> Iterator[str]:
-    record, plan = facts.record, facts.plan
+    record = facts.record
     if record is None:
         yield "## Training\n\nThe program was saved outside of its run's directory, so the card cannot tell of it."
         return
+    yield "## Training\n\n" + _table(("what", ""), _described(record, facts.plan))
+    yield from _recipe(record)
+    yield "### Costs\n\n" + _table(("what", "spent"), _spent(record))
+    if record.lost:
+        yield "Rollouts that were masked (not measured) or failed (scored as failures):\n\n" + _table(
+            ("reason", "rollouts"), [(reason, f"{count:,}") for reason, count in record.lost.items()]
+        )
+    if record.warnings:
+        yield "Warnings of the run:\n\n" + "\n".join(f"- {_inline(warning.text)}" for warning in record.warnings)
+
+
+def _described(record: RunRecord, plan: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """What was trained on what, and how."""
     rows = {
         "program": plan.get("program"),
         "trained predictors": ", ".join(plan.get("trained", ())) or None,
@@ -152,23 +168,23 @@ def _training(facts: Facts) -> Iterator[str]:
         "steps": len(record.steps),
         "weights": record.weights,
     }
-    yield "## Training\n\n" + _table(("what", ""), [(name, value) for name, value in rows.items() if value is not None])
+    return [(name, value) for name, value in rows.items() if value is not None]
+
+
+def _recipe(record: RunRecord) -> Iterator[str]:
+    """The settings that differ from the defaults, if any do."""
     defaults = FSTConfig.model_construct().model_dump(mode="json")
     changed = [(name, value) for name, value in record.config.items() if value != defaults.get(name)]
     if changed:
         yield "### Recipe\n\nSettings that differ from the defaults of `FSTConfig`:\n\n" + _table(
             ("setting", "value"), [(name, json.dumps(value)) for name, value in changed]
         )
-    costs = record.costs
-    spent = {label: costs.count(name) for name, label in LABELS.items()}
-    spent["seconds from the first event to the last"] = round(sum(costs.seconds.values()))
-    yield "### Costs\n\n" + _table(("what", "spent"), [(name, f"{value:,}") for name, value in spent.items()])
-    if record.lost:
-        yield "Rollouts that were masked (not measured) or failed (scored as failures):\n\n" + _table(
-            ("reason", "rollouts"), [(reason, f"{count:,}") for reason, count in record.lost.items()]
-        )
-    if record.warnings:
-        yield "Warnings of the run:\n\n" + "\n".join(f"- {_inline(told.text)}" for told in record.warnings)
+
+
+def _spent(record: RunRecord) -> list[tuple[str, str]]:
+    spent = {label: record.costs.count(name) for name, label in LABELS.items()}
+    spent["seconds from the first event to the last"] = round(sum(record.costs.seconds.values()))
+    return [(name, f"{value:,}") for name, value in spent.items()]
 
 
 def _population(facts: Facts) -> str:
@@ -202,22 +218,22 @@ def _scores(facts: Facts) -> Iterator[str]:
         table = validations_table(record)
         yield f"{table.title}: {_inline(verdict(record))}\n\n" + _table(table.columns, table.rows)
     if record.evaluations:
-        yield "Evaluations:\n\n" + _table(EVALUATION, [_evaluation(made) for made in record.evaluations])
+        yield "Evaluations:\n\n" + _table(EVALUATION, [_evaluation(evaluation) for evaluation in record.evaluations])
     if record.two_by_two:
         yield _crossed(record.two_by_two)
     if record.seen:
         yield "No test on problems that the run never saw:\n\n" + "\n".join(f"- {sentence}" for sentence in record.seen)
 
 
-def _evaluation(made: Evaluated) -> tuple[str, ...]:
+def _evaluation(row: Evaluated) -> tuple[str, ...]:
     """A row under the columns EVALUATION."""
-    problems = share(made.problems, made.problems_of_split) + ("" if made.limit is None else f", limit {made.limit}")
-    under = (made.candidate, made.weights, made.cycle, made.seed, made.k)
-    return (plain(made.split), problems, *map(plain, under), number(made.mean), interval(made.low, made.high))
+    problems = share(row.problems, row.problems_of_split) + ("" if row.limit is None else f", limit {row.limit}")
+    conditions = (row.candidate, row.weights, row.cycle, row.seed, row.k)
+    return (plain(row.split), problems, *map(plain, conditions), number(row.mean), interval(row.low, row.high))
 
 
 def _crossed(table: EvaluatedCells) -> str:
-    """What was measured under which conditions, and the four cells."""
+    """The conditions of the measurement and its four cells."""
 
     def line(row: str) -> list[str]:
         return [with_error(*table.cells.get((row, column), (None, None))) for column in table.columns]
@@ -243,13 +259,13 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _inline(value: Any) -> str:
-    """A value inside a line: whatever would end the cell, open a tag or a link is shown as it is."""
+    """A value inside a line, with every character escaped that would end the cell or open a tag or a link."""
     flat = " ".join(plain(value).split())
     return re.sub(r"([\\|<>`\[\]*_])", r"\\\1", flat) if flat != "---" else flat
 
 
 def _fenced(text: str) -> str:
-    """A block that no text can leave."""
+    """A fenced block whose fence is longer than any in the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

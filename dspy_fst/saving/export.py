@@ -6,12 +6,11 @@
     OUT/README.md                                  a model card; it may be edited
     OUT/manifest.json                              checksums of all the others
 
-The weights are whole. The trainer trains all weights and has no adapters (LoRA), so there is nothing to merge.
+The weights are complete: the trainer trains all weights and has no LoRA adapters to merge.
 """
 
 import importlib.metadata
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from pydantic import ValidationError
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.run.directory import read_events
-from dspy_fst.run.files import flush, population_from_json, read_json, writing
+from dspy_fst.run.files import flush, population_from_json, read_json, scratch_beside, writing
 from dspy_fst.run.manifest import MANIFEST, read_document, seal, sentences, verify
 from dspy_fst.run.plain_weights import weights_faults
-from dspy_fst.run.secrets import Redactor
+from dspy_fst.run.secrets import Redactor, secret_faults
 from dspy_fst.saving.card import Facts, model_card
 from dspy_fst.saving.format import (
     CARD,
@@ -46,16 +45,16 @@ PACKAGES = ("dspy-fst", "dspy", "gepa", "torch", "transformers")
 
 
 def export(source: str | Path, out: str | Path) -> Path:
-    """Write the folder. Nothing of the program is imported: all is read from the saved program and the run's events.
+    """Write the folder. The program's code is not imported: everything is read from the saved program and its run.
 
     Args:
-        source: A run's directory that holds ``compiled/``, or a folder written by `dspy_fst.save`. The card tells of
-            the training when that folder lies in its run's directory.
+        source: A run's directory that holds ``compiled/``, or a folder written by `dspy_fst.save`. If that folder is in
+            its run's directory, the card describes the training.
         out: The new folder.
 
     Raises:
-        ConfigurationError: ``out`` exists; nothing is ever overwritten. Or something holds a secret.
-        RunDirectoryError: there is no saved program, it is damaged, or the disk refused.
+        ConfigurationError: ``out`` exists (nothing is ever overwritten), or a document holds a secret.
+        RunDirectoryError: there is no saved program, it is damaged, or the disk refused to write.
     """
     saved, out = _saved_in(Path(source).resolve()), Path(out).resolve()
     if out.exists():
@@ -66,14 +65,10 @@ def export(source: str | Path, out: str | Path) -> Path:
     facts = _facts(saved)
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            scratch.chmod(0o755)  # mkdtemp lets only its owner in
+        with scratch_beside(out) as scratch:
             _fill(scratch, saved, model_card(facts))
             scratch.rename(out)
             flush(out.parent)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return out
 
 
@@ -85,7 +80,7 @@ def _saved_in(source: Path) -> Path:
 
 
 def _fill(folder: Path, saved: Path, card: str) -> None:
-    """Copy the weights and the documents, write the card, and list it all."""
+    """Copy the weights and the documents, write the card, and list all files in the manifest."""
     if faults := weights_faults(saved / WEIGHTS):
         raise RunDirectoryError(f"{saved} is not exported: {'; '.join(faults)}")
     documents = {name for name in DOCUMENTS if name != MANIFEST}
@@ -93,7 +88,7 @@ def _fill(folder: Path, saved: Path, card: str) -> None:
         raise RunDirectoryError(f"{saved / WEIGHTS}: {', '.join(taken)} is a name of ours; remove it and save again")
     shutil.copytree(saved / WEIGHTS, folder, dirs_exist_ok=True)
     for path in folder.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # transformers may leave weights for their owner alone
+        path.chmod(0o755 if path.is_dir() else 0o644)  # transformers may make weights readable by their owner alone
     for name in documents:
         shutil.copyfile(saved / name, folder / name)
     (folder / CARD).write_text(card, encoding="utf-8", errors="replace")  # a model's text may hold half a character
@@ -102,22 +97,16 @@ def _fill(folder: Path, saved: Path, card: str) -> None:
 
 
 def _refuse_secrets(folder: Path) -> None:
-    """The documents, the card and the configurations; a vocabulary is the base model's own."""
-    redactor = Redactor.of(dspy.Module())  # knows the secrets of the environment, and the shapes that keys have
+    """Refuse secrets in the documents, the card and the configurations. The vocabulary is the base model's."""
+    redactor = Redactor.of(dspy.Module())  # knows the environment's secrets and the shapes of keys
     read: dict[str, Any] = {path.name: read_document(path) for path in folder.glob("*config.json")}
     read |= {name: read_document(folder / name) for name in DOCUMENTS if name != MANIFEST}
     read |= {CARD: dict(enumerate((folder / CARD).read_text().splitlines(), start=1))}
-    faults = [
-        f"{name} would hold a secret at {place}: an API key, or the value of an environment variable that is named "
-        "like one; remove it from the program and train or save again"
-        for name, document in sorted(read.items())
-        for place in redactor.places(document)
-    ]
-    if faults:
+    if faults := secret_faults(redactor, read):
         raise ConfigurationError(faults)
 
 
-# ---- what the card may tell --------------------------------------------------------------------
+# ---- contents of the card ----------------------------------------------------------------------
 
 
 def _facts(saved: Path) -> Facts:
@@ -145,12 +134,12 @@ def _facts(saved: Path) -> Facts:
 
 
 def _holds_foreign_code(state: Mapping[str, Any], population: Population, run: "_Run | None") -> bool:
-    """Whether a dspy.Flex may have another source than a fresh program's: one that the run did not start from.
+    """Whether a dspy.Flex may have another source than the run started from, and so than a fresh program has.
 
-    What a program of another run started from is not known; it counts as foreign.
+    Without the run, or after an earlier one, the starting source is unknown and counts as foreign.
     """
-    for name, of in parts_in(state).items():
-        if isinstance(of, Mapping) and "module_src" in of:
+    for name, part in parts_in(state).items():
+        if isinstance(part, Mapping) and "module_src" in part:
             started = {node.texts.get(name) for node in run.record.nodes if node.born is None} if run else set()
             if run is None or run.carried or {member.texts[name] for member in population.members} - started:
                 return True
@@ -159,14 +148,14 @@ def _holds_foreign_code(state: Mapping[str, Any], population: Population, run: "
 
 @dataclass(frozen=True)
 class _Run:
-    """The run that a saved program lies in."""
+    """The run whose directory holds the saved program."""
 
     record: Any
     plan: Mapping[str, Any]
     base: str | None
-    """The hub name of the model that it started from; None for a folder of somebody's machine."""
+    """The hub name of the model that it started from; None for a local folder."""
     carried: bool
-    """Whether it started from the population of a run before it."""
+    """Whether it started from the population of an earlier run."""
 
 
 def _run(run_dir: Path) -> _Run | None:
@@ -175,7 +164,7 @@ def _run(run_dir: Path) -> _Run | None:
     (record,) = read_records([run_dir])
     plan = next((event for event in read_events(run_dir) if event["event"] == "plan"), {})
     recipe = read_json(run_dir / "recipe.json") or {}
-    # A folder has a fingerprint of its files, a hub name has none.
+    # The recipe has a fingerprint of a local folder's files, and none for a hub name.
     from_hub = "model" in recipe and recipe.get("model_files") is None
     base = str(recipe["model"]) if from_hub else None
     return _Run(record, plan, base, recipe.get("population") is not None)

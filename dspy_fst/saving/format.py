@@ -1,4 +1,4 @@
-"""The documents of a saved program, and what they may hold: nothing in them is trusted before it is checked here."""
+"""The documents of a saved program and their allowed contents. Nothing in them is trusted before it is checked here."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ PROGRAM, POPULATION, POLICY, WEIGHTS = "program.json", "population.json", "polic
 DOCUMENTS = (MANIFEST, PROGRAM, POPULATION, POLICY)
 CARD = "README.md"
 ASIDE = (CARD, ".gitattributes", ".cache")
-"""In an exported folder: its model card, which people edit, and what the Hugging Face hub and its client add."""
+"""Files of an exported folder that may change: the model card, and what the Hugging Face hub and its client add."""
 TRUST = "if you trust it, say so: load(..., trust_code=True), or --trust-code to a command"
 
 
@@ -37,11 +37,11 @@ class Sampling(Strict):
     temperature: float = Field(ge=0, allow_inf_nan=False)
     max_tokens: Positive | None
     own: "OwnSampling | None" = None
-    """What the predictor itself sets; None in folders of earlier releases, where the program's own code counts."""
+    """What the predictor itself sets; None in folders of earlier releases, where the program's own code decides."""
 
 
 class OwnSampling(Strict):
-    """What of sampling a predictor was made with; DSPy has it count before its LM's."""
+    """Sampling settings that a predictor was created with; for DSPy they override its LM's."""
 
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     max_tokens: Positive | None = None
@@ -53,9 +53,9 @@ class SavedPolicy(Strict):
     policy: PolicyState
     predictors: dict[str, Sampling]
     frozen: dict[str, str]
-    """Predictor -> the model of its frozen LM, which must be set again after loading."""
+    """Predictor -> model of its frozen LM, which the user sets again after loading."""
     adapter: SavedAdapter | None = None
-    """What the program was trained through; None in folders of releases that recorded none."""
+    """The adapter of the training; None in folders of releases that did not record it."""
 
     @model_validator(mode="after")
     def _adapter_sets_what_it_may(self) -> "SavedPolicy":
@@ -73,12 +73,12 @@ class SavedPopulation(Strict):
 
 
 def weights_in(folder: Path) -> Path:
-    """Where a saved program's weights lie: in weights/, or beside its documents when it was exported."""
+    """The folder of a saved program's weights: weights/, or the folder itself when the program was exported."""
     return folder / WEIGHTS if (folder / WEIGHTS).exists() else folder
 
 
 def is_saved(path: Path) -> bool:
-    """Whether the path is a saved program, not a run's directory."""
+    """Whether the path is a saved program, and not the directory of a run."""
     return (path / POLICY).is_file()
 
 
@@ -86,7 +86,7 @@ def saved_in(path: Path) -> Path:
     """The saved program that a folder is, or that a run's directory holds.
 
     Raises:
-        RunDirectoryError: there is none; the message says how one comes to be there.
+        RunDirectoryError: there is none; the message says how to make one.
     """
     for folder in (path, path / COMPILED):
         if is_saved(folder):
@@ -97,7 +97,7 @@ def saved_in(path: Path) -> Path:
 
 
 def refuse_run(path: Path) -> None:
-    """Tell who names a run's directory where its saved program lies.
+    """Refuse a run's directory where a saved program is expected, and say where its program is.
 
     Raises:
         RunDirectoryError: the path is a run's directory and no saved program.
@@ -109,13 +109,13 @@ def refuse_run(path: Path) -> None:
 def read_saved(
     folder: Path, program: dspy.Module, *, trust_code: bool = False
 ) -> tuple[SavedPolicy, Population, dict[str, Any]]:
-    """The folder's documents, none of which asks for more than it may.
+    """The folder's documents, after a check that they set nothing that they may not.
 
     Args:
-        trust_code: Whether a dspy.Flex may be given another source than the program's own.
+        trust_code: Whether a dspy.Flex may get another source than the program's own.
 
     Raises:
-        RunDirectoryError: one does, or they are of another program.
+        RunDirectoryError: a document sets more than it may, or belongs to another program.
     """
     weights = weights_in(folder)
     names = {path.name for path in folder.iterdir()}
@@ -150,17 +150,17 @@ def _parse(document: type[Any], path: Path) -> Any:
 
 
 def refuse_code(path: Path, program: dspy.Module, texts: Iterable[Mapping[str, str]]) -> None:
-    """Refuse sources that the program does not hold already: whoever made ``path`` would have written what runs.
+    """Refuse sources of a dspy.Flex that differ from the program's own: whoever made ``path`` chose what would run.
 
     Args:
-        texts: Component -> text, of each candidate that is there.
+        texts: For each candidate, component -> text.
 
     Raises:
         RunDirectoryError: a dspy.Flex has another source in one of them.
     """
     texts = list(texts)
     for name, flex in flexes(program).items():
-        if {of.get(name, flex.module_src) for of in texts} - {flex.module_src}:
+        if {candidate.get(name, flex.module_src) for candidate in texts} - {flex.module_src}:
             raise RunDirectoryError(
                 f"{path}: it holds another source for the dspy.Flex {name!r} than this program, and it would be run. "
                 f"Read it there (in {POPULATION} and {PROGRAM}, or in a run's populations/ and events.jsonl); {TRUST}"

@@ -1,7 +1,7 @@
-"""program.json: DSPy's own state of a program without its LMs, which DSPy's ``program.load`` reads, too.
+"""program.json: DSPy's own state of a program without its LMs; DSPy's ``program.load`` reads it too.
 
-One thing is added. DSPy writes the fields of a signature without their names and reads them back by position; here
-each field has its name, and the descriptions of a program whose fields were reordered since go to the right ones.
+One thing is added: field names. DSPy writes the fields of a signature without names and reads them back by position, so
+the descriptions of a program whose fields were reordered would go to the wrong fields.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from dspy_fst.run.manifest import sentences
 
 METADATA = "metadata"
 ALONE = {"self"}
-"""Names of the parameters of a program that is itself its only predictor, e.g. a bare dspy.Predict."""
+"""Parameter names of a program that is itself its only predictor, e.g. a bare dspy.Predict."""
 
 
 class _Strict(BaseModel):
@@ -40,8 +40,8 @@ class SavedSignature(_Strict):
 
 
 class SavedPredictor(_Strict):
-    """What dspy.Predict 3.4 saves. Its loader would set any other key as an attribute, ``config`` among them, which can
-    send prompts and keys to another address."""
+    """What dspy.Predict 3.4 saves. Its loader would set any other key as an attribute, e.g. ``config``, which can send
+    prompts and keys to another address."""
 
     traces: list[Any]
     train: list[Any]
@@ -59,7 +59,7 @@ class SavedFlex(_Strict):
 
 
 def without_lms(program: dspy.Module) -> Any:
-    """A copy in which no predictor has an LM: DSPy would save their headers and addresses."""
+    """A copy in which no predictor has an LM: DSPy would save headers and addresses of LMs."""
     bare = copied(program)
     for _, parameter in bare.named_parameters():
         if hasattr(parameter, "lm"):
@@ -73,7 +73,7 @@ def write_state(program: dspy.Module, path: Path) -> None:
 
 
 def written_state(program: dspy.Module) -> dict[str, Any]:
-    """What program.json holds of a program."""
+    """The contents of program.json."""
     parameters = dict(without_lms(program).named_parameters())
     parts = {name: _with_names(parameter.dump_state(), parameter) for name, parameter in parameters.items()}
     state = parts["self"] if parameters.keys() == ALONE else parts
@@ -81,17 +81,17 @@ def written_state(program: dspy.Module) -> dict[str, Any]:
 
 
 def parts_in(state: Any) -> dict[str, Any]:
-    """Parameter's name -> its state, in a program.json; of a bare predictor or dspy.Flex the document is its state."""
+    """Parameter -> its state in a program.json. For a bare predictor or dspy.Flex the document itself is the state."""
     parts = {key: value for key, value in state.items() if key != METADATA} if isinstance(state, dict) else {}
     bare = isinstance(parts.get("demos"), list) or isinstance(parts.get("module_src"), str)
     return {"self": parts} if bare else parts
 
 
 def read_state(path: Path, state: Any, program: dspy.Module) -> dict[str, Any]:
-    """Parameter's name -> its state, held against the program that is to take it up; fields are in its order.
+    """Parameter -> its state, checked against the program that will load it, with fields in the program's order.
 
     Raises:
-        RunDirectoryError: it is of another program, or sets what it may not.
+        RunDirectoryError: the state belongs to another program, or sets what it may not.
     """
     own, parts = dict(without_lms(program).named_parameters()), parts_in(state)
     if parts.keys() != own.keys():
@@ -100,7 +100,7 @@ def read_state(path: Path, state: Any, program: dspy.Module) -> dict[str, Any]:
 
 
 def take_state(program: dspy.Module, parts: Mapping[str, Any]) -> None:
-    """Give a program what `read_state` gave. Not by its own ``load_state``: that copies the program to try it."""
+    """Load the result of `read_state` into a program. Not by its own ``load_state``, which copies the program first."""
     for name, parameter in program.named_parameters():
         parameter.load_state(parts[name])
 
@@ -135,7 +135,7 @@ def _in_order(
     """The saved fields in the order of the program's own."""
     own = {field: info.json_schema_extra["prefix"] for field, info in signature.fields.items()}
     named = all(field.name is not None for field in saved)
-    wanted = list(own) if named else list(own.values())  # without names DSPy's prefixes tell them apart: "Question:"
+    wanted = list(own) if named else list(own.values())  # without names, DSPy's prefixes identify them: "Question:"
     by_name = {field.name if named else field.prefix: field for field in saved}
     if len(saved) != len(by_name) or by_name.keys() != set(wanted):
         there = [str(field.name or field.prefix) for field in saved]

@@ -1,19 +1,18 @@
-"""A compiled program as a folder, written whole and checked before it is believed.
+"""A compiled program as a folder: written completely or not at all, and checked before it is used.
 
     OUT/manifest.json     size and checksum of every other file
     OUT/program.json      DSPy's own state of the program, without LMs
     OUT/population.json   the K candidates and their scores
-    OUT/policy.json       how to speak with the weights, which predictors do, and through which adapter
+    OUT/policy.json       how the weights are sampled, by which predictors, and the adapter
     OUT/weights/          a Hugging Face folder
 
 A folder may come from somebody else: loading it runs no code and reads nothing outside it. Keys, addresses and frozen
-LMs belong to the machine; they are neither saved nor loaded.
+LMs belong to the machine and are neither saved nor loaded.
 """
 
 import importlib.metadata
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import dspy
 
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
-from dspy_fst.policy_lm import PolicyLM, resolve_kind
+from dspy_fst.policy_lm import PolicyLM, policy_of, resolve_kind
 from dspy_fst.preflight.sampling_settings import asking_faults
 from dspy_fst.report.results import attach, results_beside
 from dspy_fst.rollout.adapters import describe, keep, kept_by, made
@@ -30,9 +29,9 @@ from dspy_fst.rollout.components import carry, set_tools, speakers
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.own_sampling import clear_own_sampling, own_sampling, set_own_sampling
 from dspy_fst.rollout.tree import all_predictors
-from dspy_fst.run.files import flush, population_to_json, write_json
+from dspy_fst.run.files import flush, population_to_json, scratch_beside, write_json
 from dspy_fst.run.manifest import read_document, seal, verify
-from dspy_fst.run.secrets import Redactor
+from dspy_fst.run.secrets import Redactor, secret_faults
 from dspy_fst.saving.format import (
     ASIDE,
     POLICY,
@@ -50,18 +49,6 @@ from dspy_fst.types import Population
 logger = logging.getLogger(__name__)
 
 
-def policy_of(program: dspy.Module) -> PolicyLM:
-    """The PolicyLM that a program's trained predictors speak with.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for _, predictor in program.named_predictors():
-        if isinstance(predictor.lm, PolicyLM):
-            return predictor.lm
-    raise ValueError("the program has no PolicyLM; compile it with FSTOptimizer first")
-
-
 def save(compiled: dspy.Module, path: str | Path) -> Path:
     """Write a compiled program: instructions and demos, the population, and the Hugging Face weights together.
 
@@ -70,7 +57,7 @@ def save(compiled: dspy.Module, path: str | Path) -> Path:
     Raises:
         FileExistsError: ``path`` exists; nothing is ever overwritten.
         ValueError: the program was not compiled by FSTOptimizer, or one of its texts holds a secret.
-        RunDirectoryError: it could not be loaded again, e.g. for a file among the weights.
+        RunDirectoryError: the folder could not be loaded again, e.g. because of a file among the weights.
     """
     path = Path(path).resolve()
     if not isinstance(getattr(compiled, "population", None), Population):
@@ -86,31 +73,29 @@ def save(compiled: dspy.Module, path: str | Path) -> Path:
 
 @contextmanager
 def written_beside(path: Path, compiled: dspy.Module, copy: Callable[[str, str], Any] = shutil.copy2) -> Iterator[Path]:
-    """A folder beside ``path`` that holds the saved program, whole and checked, to be renamed to it.
+    """A scratch folder beside ``path`` with the saved program, complete and checked. The block renames it to ``path``.
 
     Args:
-        copy: Brings one file of the weights there.
+        copy: Copies one file of the weights.
 
     Raises:
         ValueError, RunDirectoryError: as `save` has it.
     """
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        scratch.chmod(0o755)  # mkdtemp lets only its owner in
+    with scratch_beside(path) as scratch:
         shutil.copytree(policy_of(compiled).checkpoint.path, scratch / WEIGHTS, copy_function=copy)
         for name, document in documents_of(compiled).items():
             write_json(scratch / name, document)
         write_state(compiled, scratch / PROGRAM)
-        _refuse_secrets(scratch, Redactor.of(compiled))
+        documents = {path.name: read_document(path) for path in scratch.glob("*.json")}
+        if faults := secret_faults(Redactor.of(compiled), documents):
+            raise ValueError("; ".join(faults))
         seal(scratch, _package_version())
         read_saved(scratch, compiled, trust_code=True)  # whatever it holds is this program's own
         yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def documents_of(compiled: dspy.Module) -> dict[str, Any]:
-    """File -> what it says of the program, apart from DSPy's own state of it."""
+    """File -> document, apart from DSPy's own state of the program."""
     return {POPULATION: population_to_json(compiled.population), POLICY: _policy_document(compiled)}
 
 
@@ -122,26 +107,25 @@ def load(
     adapter: dspy.Adapter | None = None,
     **policy_settings: Any,
 ) -> dspy.Module:
-    """A copy of ``program`` as it was compiled and saved: its instructions, population, adapter and trained weights.
+    """A copy of ``program`` with the saved instructions, population, adapter and trained weights.
 
-    ``population.scores`` and ``candidate_programs`` are there. ``summary()`` and ``detailed_results`` tell of the run
-    where the folder lies in its directory, as ``RUN_DIR/compiled`` does; elsewhere they say so.
+    The copy has ``population.scores`` and ``candidate_programs``. Its ``summary()`` and ``detailed_results`` describe the
+    run if the folder is in the run's directory, as ``RUN_DIR/compiled`` is; otherwise they say that it is not.
 
     Args:
         path: A folder written by `save` or `dspy_fst.saving.export.export`.
         program: A fresh program of the same class; it is not changed. Its frozen LMs are kept.
-        trust_code: Take up sources of dspy.Flex modules that are not this program's own: evolution wrote them, or
+        trust_code: Accept sources of dspy.Flex modules that are not this program's own: evolution wrote them, or
             whoever made the folder. They run in the interpreter of the program's dspy.Flex.
-        adapter: Speak through this one and not through that of the training, which is told; or the training's, where
-            it is no adapter of DSPy's own and so cannot be made from its name.
-        **policy_settings: Override how the weights are served, e.g. ``engine="vllm"``; ``engine_options`` are added
-            to the saved ones.
+        adapter: Replaces the adapter of the training, with a log message. Required where the training's is not one of
+            DSPy's own and so cannot be made from its name.
+        **policy_settings: Override the saved settings, e.g. ``engine="vllm"``; ``engine_options`` are added to the
+            saved ones.
 
     Raises:
-        RunDirectoryError: the folder is damaged, not a saved program, of another program, or asks for what only this
-            machine may decide.
-        ConfigurationError: what is given cannot be asked with, before the folder is read; or a frozen LM is not set,
-            or an adapter that is not DSPy's own.
+        RunDirectoryError: the folder is damaged, is no saved program, belongs to another program, or sets what only
+            this machine may decide.
+        ConfigurationError: an argument cannot work; or a frozen LM, or an adapter that is not DSPy's own, is missing.
     """
     if faults := asking_faults(adapter, policy_settings):
         raise ConfigurationError(faults)
@@ -163,7 +147,7 @@ def load(
         if (sampling := saved.predictors.get(name)) is not None and sampling.own is not None:
             set_own_sampling(speaker, sampling.own.model_dump(exclude_none=True))
     named = {id(speaker) for speaker in speakers(loaded).values()}
-    for predictor in all_predictors(loaded, (dspy.Predict, dspy.Flex)):  # where DSPy does not look
+    for predictor in all_predictors(loaded, (dspy.Predict, dspy.Flex)):  # predictors that DSPy does not name
         if id(predictor) not in named and isinstance(predictor.lm or dspy.settings.lm, PolicyLM | None):
             predictor.lm = next(iter(policies.values()))
         if isinstance(predictor.lm, PolicyLM):
@@ -204,15 +188,6 @@ def _package_version() -> str:
         return "not installed"
 
 
-def _refuse_secrets(folder: Path, redactor: Redactor) -> None:
-    for path in sorted(folder.glob("*.json")):
-        if places := redactor.places(read_document(path)):
-            raise ValueError(
-                f"{path.name} would hold a secret at {', '.join(places)}: an API key, or the value of an environment "
-                "variable that is named like one; remove it from the program, then save"
-            )
-
-
 def _require_frozen_lms(frozen: Mapping[str, str], program: dspy.Module) -> None:
     faults = []
     for name, speaker in speakers(program).items():
@@ -229,7 +204,7 @@ def _require_frozen_lms(frozen: Mapping[str, str], program: dspy.Module) -> None
 
 
 def _policies(saved: SavedPolicy, weights: Path, overrides: Mapping[str, Any]) -> dict[str, PolicyLM]:
-    """Predictor -> its PolicyLM; all share one engine, and those that sample alike one LM, as get_lm() wants it."""
+    """Predictor -> its PolicyLM. All share one engine; equal settings share one LM, which ``get_lm()`` needs."""
     settings = saved.policy.settings(resolve_kind(overrides.get("engine", saved.policy.engine)))
     options = {**settings["engine_options"], **overrides.get("engine_options", {})}
     policy = PolicyLM(**{**settings, "model": weights, **overrides, "engine_options": options})

@@ -12,11 +12,10 @@ import dspy
 from pydantic import BaseModel
 
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.rollout.call_recorder import Recording, tag_predictors
 from dspy_fst.rollout.components import with_texts
 from dspy_fst.rollout.copying import Copier
-from dspy_fst.saving.save_load import policy_of
 from dspy_fst.serve.admission import AdmissionQueue, Ticket
 from dspy_fst.serve.choice import ballot, decided, speakers, vote_faults
 from dspy_fst.serve.events import Feed

@@ -5,7 +5,6 @@ Both appear whole or not at all: written beside their place, flushed to the disk
 
 import copy
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from transformers.utils import cached_file
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.folder import wrapped_names
-from dspy_fst.run.files import flush
+from dspy_fst.run.files import flush, scratch_beside
 from dspy_fst.slow.rendered import rendering_fault
 
 STATE_FORMAT = 1
@@ -165,16 +164,12 @@ def written_whole(path: Path) -> Iterator[Path]:
     if path.exists():
         raise TrainingError(f"{path} exists already and is never overwritten; choose another name or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        scratch.chmod(0o755)  # mkdtemp lets only its owner in; an engine may run as somebody else
+    with scratch_beside(path) as scratch:
         yield scratch
         for written in (*scratch.rglob("*"), scratch):
             flush(written)
         scratch.rename(path)
         flush(path.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING
 import dspy
 
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.from_events import record_of
 from dspy_fst.report.results import CompiledResults, attach, results_of
 from dspy_fst.rollout.adapters import adapter_in_force, keep, kept_by
 from dspy_fst.rollout.components import carry, with_texts
 from dspy_fst.run.validated import Validated, best_of
-from dspy_fst.saving.save_load import load, policy_of, save
 from dspy_fst.training.what_helps import end_alternation
 from dspy_fst.types import Population, version_of
 
 if TYPE_CHECKING:
     from dspy_fst.training.session import Session
-
-__all__ = ["CompiledResults", "compiled_program", "load", "policy_of", "save", "start_of"]
 
 
 OWN_SUMMARY = (

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.evaluation.measure import CELLS, two_by_two
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import write_json
-from dspy_fst.training.result import policy_of
 from programs.lab import BASE, FeedbackProposer, build
 
 RECIPE: dict[str, Any] = {

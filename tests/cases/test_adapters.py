@@ -24,7 +24,8 @@ import dspy_fst
 from dspy_fst import FSTOptimizer
 from dspy_fst.cli import app
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
-from dspy_fst.evaluation.run_reader import Past
+from dspy_fst.evaluation.run_reader import RunReader
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.adapters import (
     NATIVE_TYPES,
     AdapterSettings,
@@ -41,7 +42,6 @@ from dspy_fst.run.manifest import seal
 from dspy_fst.saving.export import export
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import ServeSettings
-from dspy_fst.training.result import policy_of
 from programs.lab import BASE, build
 from tests.pipelines.watched import lab_policy, says
 from tests.relay import Relay, any_answer, relay
@@ -652,7 +652,7 @@ def test_a_recipe_s_adapter_that_is_none_is_refused(found, trained, tmp_path):
     recipe = json.loads((run / "recipe.json").read_text())
     (run / "recipe.json").write_text(json.dumps({**recipe, "adapter": found}))
     with pytest.raises(RunDirectoryError, match="adapter"):
-        _ = Past.of(run).adapter
+        _ = RunReader.of(run).adapter
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from dspy_fst.cli import app
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import chat_messages, text_response
 from dspy_fst.engine.in_process import InProcessEngine
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.adapters import keep
 from dspy_fst.rollout.components import carry, read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.run.directory import read_events
 from dspy_fst.saving.reconfigure import how_it_asks
-from dspy_fst.saving.save_load import policy_of
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import ServeSettings
 from dspy_fst.types import Candidate, Population, Problem

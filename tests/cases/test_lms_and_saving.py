@@ -11,13 +11,13 @@ import dspy_fst
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.manifest import MANIFEST, seal
 from dspy_fst.saving.export import export
 from dspy_fst.saving.format import POLICY, PROGRAM
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import ServeSettings
-from dspy_fst.training.result import policy_of
 from dspy_fst.types import Population
 from programs.lab import BASE, build
 from tests.pipelines.watched import SHORT, append_words, lab_policy, run_watched, says, shorter

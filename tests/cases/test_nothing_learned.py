@@ -11,9 +11,9 @@ from rich.console import Console
 from dspy_fst import FSTOptimizer
 from dspy_fst.errors import NothingLearnedError
 from dspy_fst.monitoring.progress import ProgressView
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.run.directory import read_events
-from dspy_fst.training.result import policy_of
 from programs.lab import build
 from tests.cases.test_unmoved_steps import compile_judged, steps_of
 from tests.cli.conftest import MODULE, SETTINGS, SOURCE, invoke

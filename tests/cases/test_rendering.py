@@ -9,11 +9,11 @@ from transformers import AutoTokenizer
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine.chat_template import TemplateTraits
 from dspy_fst.errors import ConfigurationError, TrainingError
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import held_under, prompts_under
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
-from dspy_fst.training.result import policy_of
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
 from tests.pipelines.watched import lab_policy, run_watched, says

@@ -15,9 +15,9 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.engine.sync import MEAN_GAP_LIMITS
 from dspy_fst.errors import FSTError, SyncError
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import read_json
-from dspy_fst.training.result import policy_of
 from programs.lab import BASE, build
 from tests.relay import any_answer, relay
 

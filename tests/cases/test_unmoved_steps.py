@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.evaluation.run_reader import Past
+from dspy_fst.evaluation.run_reader import RunReader
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import RunDirectory, read_events
 from dspy_fst.run.state import _checksum
-from dspy_fst.training.result import policy_of
 from tests.relay import any_answer
 from tests.test_compile import compile_relay, told
 
@@ -71,7 +71,7 @@ def test_weights_are_published_and_states_written_only_when_the_weights_moved(tm
     assert [report["weights"][-1] for report in steps_of(tmp_path / "run")] == ["0", "0", "2", "2", "2", "5"]
     assert [report["published"][-1] for report in steps_of(tmp_path / "run")] == ["0", "2", "2", "2", "5", "5"]
     assert policy_of(compiled).checkpoint.version == "step-000005"
-    past = Past.of(tmp_path / "run")
+    past = RunReader.of(tmp_path / "run")
     assert [past.version(cycle) for cycle in (0, 1, None)] == ["step-000002", "step-000005", "step-000005"]
     assert [past.version_after(steps) for steps in range(7)] == [
         f"step-00000{number}" for number in (0, 0, 2, 2, 2, 5, 5)
@@ -170,7 +170,7 @@ def test_a_directory_of_a_release_that_published_after_every_step_goes_on(tmp_pa
     resumed = compile_judged(tmp_path / "run", 1, 4)
     assert [report["step"] for report in steps_of(tmp_path / "run")] == list(range(6))
     assert policy_of(resumed).checkpoint.version == "step-000005"
-    assert Past.of(tmp_path / "run").version(0) == "step-000003"  # as that release named it
+    assert RunReader.of(tmp_path / "run").version(0) == "step-000003"  # as that release named it
     policy_of(resumed).release()
 
 

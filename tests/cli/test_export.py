@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import dspy_fst
 from dspy_fst.errors import RunDirectoryError
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.from_events import record_of
 from dspy_fst.rollout.components import read_texts
@@ -21,7 +22,6 @@ from dspy_fst.run.directory import read_events
 from dspy_fst.run.manifest import MANIFEST, seal
 from dspy_fst.saving.card import Facts, model_card
 from dspy_fst.saving.format import SavedPolicy
-from dspy_fst.saving.save_load import policy_of
 from dspy_fst.types import Candidate, Population
 from tests.cli.conftest import invoke
 from tests.fakes import fields

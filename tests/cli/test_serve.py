@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import dspy_fst
 from dspy_fst.cli import app
-from dspy_fst.saving.save_load import policy_of
+from dspy_fst.policy_lm import policy_of
 from programs.lab import build
 from programs.lab.program import Solve
 from tests.serve.command import NUMBERS, ROOT, saved_lab, serving

@@ -20,8 +20,8 @@ from dspy_fst import FSTConfig, FSTOptimizer, PolicyLM
 from dspy_fst.cli import app
 from dspy_fst.engine.in_process import InProcessSettings
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.project.project_file import Project, load_project
-from dspy_fst.saving.save_load import policy_of
 from dspy_fst.serve.settings import RESERVED, ServeSettings
 from programs.lab import BASE, FeedbackProposer, build
 from tests.docs.pages import PAGES, ROOT, commands, fences

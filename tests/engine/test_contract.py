@@ -13,11 +13,11 @@ from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.sync import Expected, verify, verify_identity, verify_numbers
 from dspy_fst.errors import SyncError
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.training.result import policy_of
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
 from programs.lab.tokenizer import signature

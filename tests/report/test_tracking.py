@@ -15,10 +15,10 @@ from dspy_fst.cli import app
 from dspy_fst.cli.train import _with_trackers
 from dspy_fst.monitoring import tracking
 from dspy_fst.monitoring.tracking import Tracking, hyperparameters, trackers_of
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.project.project_file import load_project
 from dspy_fst.report.metric_names import entry_of
 from dspy_fst.run.directory import read_events
-from dspy_fst.training.result import policy_of
 from dspy_fst.types import UpdateReport
 from tests.report.happenings import cycle, plan, step, whole_run
 from tests.test_cli import project_file

@@ -3,12 +3,12 @@
 import pytest
 
 from dspy_fst.errors import MeasurementError
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.from_events import record_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.ending import StopReason, complete, ended_of
 from dspy_fst.run.halted import halted_of
-from dspy_fst.training.result import policy_of
 from dspy_fst.training.session import Session
 from tests.report.happenings import whole_run
 from tests.test_compile import compile_relay

@@ -13,10 +13,10 @@ import pytest
 
 from benchmarks.durability import compile_small, newest, outcome
 from dspy_fst.errors import FSTError
+from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.files import read_json
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.training.result import policy_of
 from dspy_fst.types import CycleReport, StepReport
 from programs.lab import BASE, FeedbackProposer
 
