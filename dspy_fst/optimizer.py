@@ -16,7 +16,7 @@ from dspy_fst.monitoring.progress import EndingLog, ProgressView
 from dspy_fst.monitoring.tracking import Track, Tracking, trackers_of
 from dspy_fst.preflight.argument_checks import argument_faults
 from dspy_fst.rollout.reward import Metric
-from dspy_fst.run.interrupts import ctrl_c_told, signals_raise
+from dspy_fst.run.interrupts import ctrl_c_as_sentence, signals_raise
 from dspy_fst.training.kept import keep_compiled
 from dspy_fst.training.open_run import Listeners, open_run
 from dspy_fst.training.request import Arguments, Proposers, check
@@ -132,7 +132,7 @@ class FSTOptimizer(Teleprompter):
                 script which does not catch it ends with 130 and without a traceback.
         """
         with ExitStack() as stack:
-            stack.enter_context(ctrl_c_told(self.progress))
+            stack.enter_context(ctrl_c_as_sentence(self.progress))
             stack.enter_context(signals_raise())
             title = Path(self.run_dir).name if self.run_dir else "run"
             view = stack.enter_context(ProgressView(title, samples=self.show_samples)) if self.progress else None

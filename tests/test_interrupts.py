@@ -17,7 +17,7 @@ from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.project.names import Faults
 from dspy_fst.run import state
 from dspy_fst.run.directory import read_events
-from dspy_fst.run.interrupts import ENDING, InterruptedScript, Terminated, ctrl_c_told, signals_raise
+from dspy_fst.run.interrupts import ENDING, InterruptedScript, Terminated, ctrl_c_as_sentence, signals_raise
 from dspy_fst.run.journal import Journal
 from tests.engine.test_server_process import members
 
@@ -91,8 +91,8 @@ def test_a_signal_ends_the_process_in_order_and_the_run_goes_on_to_the_same_end(
 
 ENDED = """
 import sys
-from dspy_fst.run.interrupts import ctrl_c_told
-with ctrl_c_told(told={told}):
+from dspy_fst.run.interrupts import ctrl_c_as_sentence
+with ctrl_c_as_sentence(shown={told}):
     raise KeyboardInterrupt({said})
 """
 SAVED = "Ctrl-C: stopping; saved: 2 updates"
@@ -123,7 +123,7 @@ def test_python_that_is_to_go_on_at_a_prompt_is_not_ended():
 
 def test_whoever_catches_ctrl_c_or_an_exit_still_does():
     for kind in (KeyboardInterrupt, SystemExit):
-        with pytest.raises(kind) as caught, ctrl_c_told(told=True):
+        with pytest.raises(kind) as caught, ctrl_c_as_sentence(told=True):
             raise KeyboardInterrupt(SAVED)
         assert (str(caught.value), caught.value.code) == (SAVED, 130)
 
@@ -156,7 +156,7 @@ def test_ctrl_c_in_a_user_s_module_is_no_fault_of_the_module(tmp_path):
 
 def test_other_errors_and_excepthook_are_left_alone():
     hook = sys.excepthook
-    with pytest.raises(ValueError, match="mine"), ctrl_c_told(told=True):
+    with pytest.raises(ValueError, match="mine"), ctrl_c_as_sentence(told=True):
         raise ValueError("mine")
     assert sys.excepthook is hook
 

@@ -11,7 +11,7 @@ from dspy_fst.report.lineage import lineage_of, members, with_texts
 from dspy_fst.report.run_record import RunningTotal, RunRecord, RunWarning
 from dspy_fst.report.samples import sample_of
 from dspy_fst.run.directory import Event
-from dspy_fst.run.ending import ended_of
+from dspy_fst.run.ending import stop_reason_in
 from dspy_fst.run.validated import validated_in
 from dspy_fst.types import CycleReport, PredictorReport, StepReport, UpdateReport
 
@@ -51,7 +51,7 @@ def record_of(
         weights=done.get("weights"),
         validations=tuple(validations),
         returned=next((state for state in validations if state.index == done.get("returned")), None),
-        ended=ended_of(events),
+        ended=stop_reason_in(events),
         two_by_two=next((table for data in reversed(evaluated) if (table := two_by_two_of(data))), None),
         evaluations=tuple(evaluation for data in evaluated if (evaluation := evaluated_of(data))),
     )

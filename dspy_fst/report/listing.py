@@ -15,8 +15,8 @@ from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.run.damage import damage_in
 from dspy_fst.run.directory import Event, is_run, read_events
 from dspy_fst.run.files import read_json
-from dspy_fst.run.halted import halted_of
-from dspy_fst.run.state import glance
+from dspy_fst.run.halted import halt_reason_in
+from dspy_fst.run.state import peek_state
 
 State = Literal["running", "finished", "stopped", "damaged", "unreadable"]
 NOT_ENTERED = {"__pycache__", "node_modules", "site-packages"}
@@ -106,14 +106,14 @@ def _run(path: Path, record: RunRecord, events: Sequence[Event]) -> Listed:
     if not isinstance(recipe, Mapping):
         return Listed(path, "unreadable", "recipe.json holds no recipe")
     early = record.ended is not None and record.ended.early
-    why = record.ended.text if record.ended and early else halted_of(events)
+    why = record.ended.text if record.ended and early else halt_reason_in(events)
     measured, start, end = _scores(record)
     money = [event["dollars"] for event in events if event.get("dollars") is not None]
     return Listed(
         path=path,
         state=record.state,
         why=None if record.state == "running" else why,
-        resumable=(record.state == "stopped" and glance(path / "states") is not None) or early,
+        resumable=(record.state == "stopped" and peek_state(path / "states") is not None) or early,
         setting=record.ended.setting if record.ended else None,
         unmoved=record.ending.words if record.ending.nothing_learned else None,
         steps=len(record.steps),

@@ -1,4 +1,4 @@
-"""What is wrong with a run's directory, found without changing it: for lists of runs, which no run holds open."""
+"""Damage of a run's directory, found without changing the directory: for lists of runs."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from dspy_fst.run.state import AnotherFormatError, newest_state
 
 
 def damage_in(path: Path) -> str | None:
-    """Why `RunDirectory` would refuse to go on with what lies here, as a sentence; None where it would not.
+    """Why `RunDirectory` would refuse to continue this run, as a sentence; None when it would not.
 
-    The files of a trainer's state take gigabytes: here their sizes are looked at, and who goes on reads them all.
+    The files of a trainer's state take gigabytes. Here only their sizes are checked; a run that continues reads them.
 
     Raises:
         AnotherFormatError: another release wrote the state.

@@ -1,13 +1,13 @@
-"""What lasts of a run: a directory with the recipe, events, populations, weights and resumable states.
+"""A run's directory: recipe, events, populations, weights and resumable states.
 
-recipe.json       what was asked for; a directory is only continued by the same recipe
+recipe.json       the settings of the run; only the same recipe continues a directory
 events.jsonl      one line an event, appended
-search.jsonl      the fast phase in hand: what it has paid for so far (see run/journal.py)
+search.jsonl      the search in progress: its rollouts and reflections so far (see run/journal.py)
 populations/      cycle-000.json ...
 weights/          step-000000/ ... (Hugging Face folders)
-states/           000007/ ...: state.json, trainer/; the newest is the one to go on from
+states/           000007/ ...: state.json, trainer/; a run resumes from the newest
 skipped/          batches whose update was not finite, for inspection
-compiled/         the program that compile() gave back, for dspy_fst.load and the commands
+compiled/         the program that compile() returned, for dspy_fst.load and the commands
 """
 
 import hashlib
@@ -32,17 +32,17 @@ from dspy_fst.types import Population, WeightsVersion
 
 LOCK = ".lock"
 PROJECT = "project.yaml"
-"""Written by the command line once the run was accepted."""
+"""Written by the command line once the run has been accepted."""
 COMPILED = "compiled"
 """The compiled program, saved when compile() ends."""
 RECORDED_SINCE = {"adapter"}
-"""Keys that recipes of earlier releases lack; such a run is continued under whatever is in force."""
+"""Keys that recipes of earlier releases lack. Such a run continues with whatever is in force."""
 NO_LONGER_IDENTITY = {"sync_tolerance"}
-"""Keys that earlier releases recorded as a part of what makes a run this run; any value may follow them."""
+"""Keys that earlier releases recorded as part of a run's identity. Any value may follow them."""
 UNCLAIMED = (LOCK, PROJECT, "recipe.json.new")
-"""What may lie in a directory that no run has begun in; the last is left by a kill in the first moment."""
+"""Files that may be in a directory before a run begins there; a kill at the start leaves the last one."""
 VERSION, HALF_WRITTEN = re.compile(r"step-\d+"), re.compile(r"\.step-\d+")
-"""Names in weights/ that are the run's; whatever else lies there is left alone."""
+"""Names in weights/ that belong to the run; everything else there is left alone."""
 OURS = ("recipe.json", "events.jsonl", "search.jsonl", "populations", "weights", "states", "skipped")
 Event: TypeAlias = Mapping[str, Any]
 """One event of a run, as ``events.jsonl`` holds it: its kind under ``"event"``, then the fields of that kind.
@@ -61,8 +61,8 @@ class RunDirectory:
     """One run's files. Rows are appended, documents replaced by rename.
 
     Args:
-        clean: Takes secrets out of whatever is about to be written or shown.
-        keep_states: Resumable states that are kept.
+        clean: Removes secrets from everything that is written or shown.
+        keep_states: How many resumable states are kept.
 
     Raises:
         RunDirectoryError: the directory holds a run of another recipe, something else, or a damaged state.
@@ -100,15 +100,15 @@ class RunDirectory:
 
     @property
     def state(self) -> Mapping[str, Any]:
-        """What was committed last: ``cycle``, ``searched``, ``step``, ``moved_at``, ``population``.
+        """Fields of the last commit: ``cycle``, ``searched``, ``step``, ``moved_at``, ``population``.
 
-        Empty at the start.
+        Empty before the first commit.
         """
         return self._state.fields if self._state else {}
 
     @property
     def trainer_state(self) -> Path:
-        """The trainer's part of the committed state."""
+        """The trainer's folder in the committed state."""
         if self._state is None:
             raise RunDirectoryError(f"{self.path}: nothing was committed yet")
         return self._state.path / "trainer"
@@ -141,7 +141,7 @@ class RunDirectory:
         self._show(event)
 
     def tell(self, event: Event) -> None:
-        """Show something to the listeners that is not worth a line on disk."""
+        """Show an event to the listeners without writing it to the disk."""
         self._show(self._clean(event))
 
     def _show(self, event: Event) -> None:
@@ -155,7 +155,7 @@ class RunDirectory:
     # ---- the resumable state -------------------------------------------------------------------
 
     def commit(self, save_trainer: Callable[[Path], None] | None, **fields: Any) -> None:
-        """Add a state that holds the trainer, these fields and the place in the events.
+        """Add a state with the trainer, these fields and the current length of the events.
 
         Args:
             save_trainer: Writes the trainer's part into a new folder; None when the trainer has not moved since
@@ -172,16 +172,16 @@ class RunDirectory:
             self._state = commit_state(self.path / "states", fields, save_trainer, self._state, keep=self._keep_states)
 
     def abandon(self) -> None:
-        """Remove what was written, if nothing was committed yet: the directory is free for a corrected recipe."""
+        """Remove everything if nothing was committed yet, so that a corrected recipe can use the directory."""
         try:
             if not self.state:
-                for name in reversed(OURS):  # the recipe last: what a kill leaves of the rest is still a run's
+                for name in reversed(OURS):  # the recipe last: until then a kill leaves the directory of a run
                     remove(self.path / name)
         finally:
             self._lock.release()
 
     def close(self) -> None:
-        """Let others open the directory. A finished run has no search in hand, whatever a kill left of one."""
+        """Let others open the directory. A search journal that a kill left is removed: an ended run has no search."""
         try:
             remove(self.path / "search.jsonl")
         finally:
@@ -196,7 +196,7 @@ class RunDirectory:
         return hashlib.sha256(content[: int(self.state.get("events_bytes", 0))])
 
     def _forget_uncommitted_events(self) -> None:
-        """Cut the events that came after the last commit: the resumed run will make them again."""
+        """Cut the events after the last commit: the resumed run makes them again."""
         log = self.path / "events.jsonl"
         if log.exists():
             committed = int(self.state.get("events_bytes", 0))
@@ -204,15 +204,15 @@ class RunDirectory:
             self._finished = ends[-1] if ends else None
             os.truncate(log, committed)
 
-    # ---- the search in hand --------------------------------------------------------------------
+    # ---- the search in progress -----------------------------------------------------------------
 
     def open_search(self, cycle: int) -> Journal:
-        """The journal of this cycle's search, with what a killed run already paid for.
+        """The journal of this cycle's search, with the entries that a killed run made.
 
         Raises:
-            RunDirectoryError: it was damaged.
+            RunDirectoryError: the journal is damaged.
         """
-        # The log's hash is no other run's: a journal that was copied from one is not taken for this one's.
+        # The hash of the events belongs to this run alone, so a journal copied from another run is not accepted.
         head = {"cycle": cycle, "after": self.state.get("events_sha256")}
         with writing(self.path):
             return Journal(self.path / "search.jsonl", head, self._clean)
@@ -224,7 +224,7 @@ class RunDirectory:
             write_json(self.path / "populations" / f"cycle-{cycle:03d}.json", population_to_json(population))
 
     def save_skipped(self, step: int, batch: Any) -> Path:
-        """Keep a batch that could not be learnt from. Its numbers may be NaN or Infinity, as Python writes them."""
+        """Keep a batch whose update was skipped. Its numbers may be NaN or Infinity, as Python writes them."""
         path = self.path / "skipped" / f"step-{step:06d}.json"
         with self.writing():
             path.parent.mkdir(exist_ok=True)
@@ -233,7 +233,7 @@ class RunDirectory:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A block that writes into the directory: a full disk or a read-only one is told as such."""
+        """A block that writes into the directory; a full or read-only disk becomes a `DiskError`."""
         with writing(self.path):
             yield
 
@@ -241,7 +241,7 @@ class RunDirectory:
         return self.path / "weights" / version
 
     def drop_weights_from(self, version: WeightsVersion) -> None:
-        """Remove this version, later ones and what a kill left half written: the resumed run publishes them again."""
+        """Remove this version, later ones and incomplete ones: the resumed run publishes them again."""
         with self.writing():
             for path in (self.path / "weights").iterdir():
                 if HALF_WRITTEN.match(path.name) or (VERSION.fullmatch(path.name) and path.name >= version):
@@ -256,17 +256,17 @@ class RunDirectory:
 
 
 def log_fault(path: Path, state: Mapping[str, Any], content: bytes) -> str | None:
-    """Why these events are not what was committed with the newest state, as a sentence; None when they are.
+    """Why these events differ from what was committed with the newest state, as a sentence; None when they do not.
 
     Args:
         path: The run's directory.
-        state: Fields of that state; empty where there is none.
-        content: Of events.jsonl; empty where there is no such file.
+        state: The state's fields; empty without a state.
+        content: Contents of events.jsonl; empty without such a file.
     """
     if not state:
-        past = _signs_of_a_run(content)
-        return past and (
-            f"run_dir={str(path)!r}: {past}, but states/ holds nothing to go on from; restore states/ from a copy, or "
+        done = _committed_work(content)
+        return done and (
+            f"run_dir={str(path)!r}: {done}, but states/ holds nothing to go on from; restore states/ from a copy, or "
             "name a new directory"
         )
     committed = int(state.get("events_bytes", 0))
@@ -279,7 +279,7 @@ def log_fault(path: Path, state: Mapping[str, Any], content: bytes) -> str | Non
 
 
 def links_fault(path: Path) -> str | None:
-    """What of the directory leads elsewhere, as a sentence; None where nothing does."""
+    """A sentence when files of the directory are links; None when none are."""
     links = sorted(entry.name for entry in path.iterdir() if entry.is_symlink() and entry.name in OURS)
     return f"run_dir={str(path)!r}: {', '.join(links)} {_LEADS_ELSEWHERE}" if links else None
 
@@ -290,14 +290,14 @@ _LEADS_ELSEWHERE = (
 
 
 def run_around(path: Path) -> Path | None:
-    """The run in whose directory the path lies; None where it lies in none."""
+    """The run whose directory contains the path; None when there is none."""
     return next((folder for folder in path.parents if is_run(folder) and (folder / "states").is_dir()), None)
 
 
 def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
-    """Why a run of this recipe cannot live here, as a sentence; None when it can.
+    """Why a run of this recipe cannot use this directory, as a sentence; None when it can.
 
-    A setting that the directory's recipe does not name had its default there: an older release knew fewer.
+    A setting that the directory's recipe lacks had its default there: older releases had fewer settings.
     """
     if path.exists() and not path.is_dir():
         return f"run_dir={str(path)!r} is a file; name a directory"
@@ -320,7 +320,7 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     if wanted.get("model_files") is not None and found.get("model_files") == wanted.get("model_files"):
         apart |= {"model"}  # the same files in another place
     differing = [
-        f"{key} (there {_told(found.get(key))}, now {_told(wanted.get(key))})"
+        f"{key} (there {_in_words(found.get(key))}, now {_in_words(wanted.get(key))})"
         for key in sorted({*found, *wanted} - apart)
         if found.get(key) != wanted.get(key)
     ]
@@ -334,7 +334,7 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
 
 
 def _more_cycles(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The way for who seems to want more training of what the run came to; empty for others."""
+    """Advice for a user who seems to want more cycles from this run's result; empty for others."""
     goes_on = wanted.get("population") is not None and found.get("population") != wanted.get("population")
     if not goes_on and found.get("cycles") == wanted.get("cycles"):
         return ""
@@ -345,16 +345,16 @@ def _more_cycles(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
     )
 
 
-def _told(value: Any) -> str:
-    """A value of a recipe as a person reads it: an adapter by its name and settings."""
+def _in_words(value: Any) -> str:
+    """A recipe's value as text: an adapter by its name and settings."""
     if not (isinstance(value, Mapping) and isinstance(value.get("name"), str)):
         return repr(value)
     parts = [part for part in value.values() if isinstance(part, Mapping)]
-    return f"{value['name']}({', '.join(f'{name}={of!r}' for part in parts for name, of in part.items())})"
+    return f"{value['name']}({', '.join(f'{name}={setting!r}' for part in parts for name, setting in part.items())})"
 
 
-def _signs_of_a_run(log: bytes) -> str | None:
-    """What the events tell that only a run with a committed state can have done; None when nothing."""
+def _committed_work(log: bytes) -> str | None:
+    """Searches and updates in the events, which only a run with a committed state can have made; None without any."""
     kinds = [event.get("event") for event in _parsed(log)]
     done = {name: kinds.count(kind) for name, kind in (("searches", "cycle"), ("updates", "step"))}
     return (
@@ -365,7 +365,7 @@ def _signs_of_a_run(log: bytes) -> str | None:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a run directory, also of a running or a killed run (torn lines are left out)."""
+    """The events of a run directory, also of a running or killed run. Incomplete lines are left out."""
     log = path / "events.jsonl"
     return _parsed(log.read_bytes()) if log.is_file() else []
 

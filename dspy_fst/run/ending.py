@@ -1,12 +1,12 @@
-"""Why the alternation of a run ended: one form for the events, the records, the command line and Python.
+"""`StopReason`: why the alternation of a run ended, in one form for events, reports, the command line and Python.
 
-Every run that ends by itself writes one event, after its last commit and the end's validation:
+Every run that ends by itself writes one event, after its last commit and the validation of its end:
 
     {"event": "ended", "reason": {"kind": "complete", "step": 12, "text": "all 12 updates of the plan are done"}}
 
-A run that goes on cuts what stands after its last commit, this event among it. So the events of a run hold a reason
-exactly when nothing more will happen in it unless somebody continues it; a run that was killed or that failed has none,
-also when that happened while its end was validated.
+A run that continues cuts the events after its last commit, this one included. So the events hold a reason exactly when
+the run is over until somebody continues it. A run that was killed or that failed has none, even when that happened
+during the validation of its end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from typing import Any, Literal
 Kind = Literal["complete", "early_stopping", "nothing_learned"]
 EVENT = "ended"
 SETTINGS: Mapping[Kind, str] = {"early_stopping": "patience", "nothing_learned": "max_unmoved_steps"}
-"""Kind -> the setting that ended the run before its plan was done."""
+"""Kind -> the setting that ended the run before its plan was complete."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class StopReason:
     """
 
     kind: Kind
-    """``"complete"``: the plan is done. The others ended the run before that; it can be continued."""
+    """``"complete"``: the plan is done. The others ended the run earlier, and it can be continued."""
     step: int
-    """Steps that were done."""
+    """How many steps were done."""
     text: str
-    """What was seen, in a few words on one line. No full stop at its end."""
+    """The cause in a few words on one line, without a full stop."""
     advice: str | None = None
-    """What to do, where something can be done; it may have several lines and hold Python. No full stop at its end."""
+    """What the user can do, if anything; possibly several lines with Python, without a full stop."""
 
     @property
     def early(self) -> bool:
@@ -43,7 +43,7 @@ class StopReason:
 
     @property
     def setting(self) -> str | None:
-        """The setting that a run goes on with when it is raised.
+        """The setting to raise so that the run continues.
 
         >>> StopReason("early_stopping", 6, "3 validations in a row brought no new best").setting
         'patience'
@@ -51,13 +51,13 @@ class StopReason:
         return SETTINGS.get(self.kind)
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What the event holds; without an advice where there is none."""
+    def as_event(self) -> dict[str, Any]:
+        """The event's fields; no advice where there is none."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def complete(steps: int) -> StopReason:
-    """The reason of a run that did all of its plan.
+    """The reason of a run that completed its plan.
 
     >>> complete(1).text
     'all of the plan is done: 1 step'
@@ -65,8 +65,8 @@ def complete(steps: int) -> StopReason:
     return StopReason("complete", steps, f"all of the plan is done: {steps} step{'' if steps == 1 else 's'}")
 
 
-def ended_of(events: Sequence[Mapping[str, Any]]) -> StopReason | None:
-    """The reason that a run's events tell; None for one that goes on, was killed, failed, or is of an older release."""
+def stop_reason_in(events: Sequence[Mapping[str, Any]]) -> StopReason | None:
+    """The reason in a run's events; None for a run that goes on, was killed, failed, or is of an older release."""
     reasons = [event["reason"] for event in events if event.get("event") == EVENT]
     if not reasons:
         return None

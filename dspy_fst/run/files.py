@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and faults of the disk in plain words."""
+"""Files that are complete or absent, JSON of our types, and disk errors as advice."""
 
 import errno
 import hashlib
@@ -37,14 +37,14 @@ def writing(path: Path) -> Iterator[None]:
     """A block that writes below ``path``.
 
     Raises:
-        DiskError: the disk refused. What was committed before is whole.
+        DiskError: the disk refused to write. Everything committed before is complete.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
         if number not in _ADVICE:
-            raise  # not the disk's: a listener's broken pipe, a file that a program took away
+            raise  # not an error of the disk: a listener's broken pipe, a file that a program removed
         advice = _ADVICE[number]
         raise DiskError(
             f"{path} cannot be written: {error}: {advice}, then go on with the same run_dir. What was committed is "
@@ -53,14 +53,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _errno_in(message: str) -> int | None:
-    """The system's error number that safetensors quotes as ``(os error 28)``."""
+    """The errno that safetensors quotes as ``(os error 28)``; None without one."""
     _, _, rest = message.partition("(os error ")
     digits = rest.partition(")")[0]
     return int(digits) if digits.isdigit() else None
 
 
 def write_json(path: Path, data: Any, *, finite: bool = True) -> None:
-    """Write a document so that a reader finds the old one or the new one, never half of either."""
+    """Replace a document: a reader finds the old one or the new one, never a part."""
     partial = path.with_name(path.name + ".new")
     with partial.open("w", encoding="utf-8") as file:
         json.dump(to_jsonable(data, finite=finite), file, indent=2, allow_nan=not finite)
@@ -71,7 +71,7 @@ def write_json(path: Path, data: Any, *, finite: bool = True) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The document, or None when there is none that can be read."""
+    """The document; None when it is absent or cannot be read."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -90,7 +90,7 @@ def scratch_beside(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk."""
+    """Flush a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,7 +99,7 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder or a link, if there is one; what a link leads to stays."""
+    """Remove a file, a folder or a link, if it exists. The target of a link stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -111,8 +111,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_facts(path: Path) -> dict[str, int | str]:
+    """A file's size and checksum, e.g. ``{"bytes": 1024, "sha256": "9f86d0..."}``."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
 def to_jsonable(value: Any, *, finite: bool = True) -> Any:
-    """JSON's types of our types. JSON has no NaN: unless ``finite`` is False such a number becomes None."""
+    """The value in JSON's types. JSON has no NaN: it becomes None unless ``finite`` is False."""
     if isinstance(value, Population):
         return population_to_json(value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -129,11 +134,11 @@ def to_jsonable(value: Any, *, finite: bool = True) -> Any:
 
 
 def population_to_json(population: Population) -> dict[str, Any]:
-    """Plain data of a population; `population_from_json` turns it back."""
+    """A population as JSON; `population_from_json` is the inverse."""
     return {
         "members": [dict(member.texts) for member in population.members],
         "scores": list(population.scores),
-        "parents": {digest: list(of) for digest, of in population.parents.items()},
+        "parents": {digest: list(parents) for digest, parents in population.parents.items()},
     }
 
 
@@ -141,5 +146,5 @@ def population_from_json(data: Mapping[str, Any]) -> Population:
     return Population(
         members=tuple(Candidate(texts) for texts in data["members"]),
         scores=tuple(data["scores"]),
-        parents={digest: tuple(of) for digest, of in data["parents"].items()},
+        parents={digest: tuple(parents) for digest, parents in data["parents"].items()},
     )

@@ -1,14 +1,14 @@
-"""How a run that stopped, or that left no program, goes on: in Python and on the command line. Commands say this."""
+"""Advice for continuing a run that stopped or that left no program, in Python and on the command line."""
 
 import shlex
 from pathlib import Path
 
 from dspy_fst.run.directory import COMPILED, read_events
-from dspy_fst.run.ending import StopReason, ended_of
+from dspy_fst.run.ending import StopReason, stop_reason_in
 
 
 def by_command_line(setting: str, run_dir: Path) -> str:
-    """How a run that a setting ended goes on by the command line, also one that Python made."""
+    """How to continue a run that a setting ended, on the command line; also for a run that Python made."""
     return (
         f"On the command line: raise {setting} in the recipe of the project file, or set it to null, then "
         f"dspy-fst run FILE, or dspy-fst resume {shlex.quote(str(run_dir))} --project FILE"
@@ -16,9 +16,9 @@ def by_command_line(setting: str, run_dir: Path) -> str:
 
 
 def why_no_program(run_dir: Path) -> str:
-    """Why a run's directory holds no compiled program, and what to do, in sentences without a last full stop."""
+    """Why a run's directory holds no compiled program, and what to do. No full stop at the end."""
     events = read_events(run_dir)
-    ended = ended_of(events)
+    ended = stop_reason_in(events)
     if ended is not None and ended.setting and not any(event.get("event") == "done" for event in events):
         return f"{run_dir} holds no {COMPILED}/: {_stopped(ended, run_dir)}"
     return (

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGHUP end a run as Ctrl-C does: by an exception, so that everything that is held is let go.
+"""SIGTERM and SIGHUP end a run as Ctrl-C does: by an exception, so that every resource is released.
 
-Ctrl-C itself is told in one sentence. Python shows a traceback of any KeyboardInterrupt that nobody catches, and what
-shows it (``sys.excepthook``) belongs to the user's program; so the exception itself says how it is to be shown.
+Ctrl-C shows one sentence and no traceback. Python prints a traceback for an uncaught KeyboardInterrupt, and the hook
+that prints it (``sys.excepthook``) belongs to the user's program, so the exception itself defines how it is shown.
 """
 
 import signal
@@ -15,7 +15,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(SystemExit):
-    """The process was told to end; its exit status is the shell's 128 + the signal's number."""
+    """A signal ended the process; its exit status is the shell's: 128 + the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -23,15 +23,15 @@ class Terminated(SystemExit):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C ended a run in order; ``str()`` says what is saved. A notebook shows this sentence alone."""
+    """Ctrl-C ended a run cleanly; ``str()`` says what is saved. A notebook shows only this sentence."""
 
     def _render_traceback_(self) -> list[str]:
-        """Read by IPython in the place of a traceback."""
+        """IPython shows this instead of a traceback."""
         return [str(self)]
 
 
 class InterruptedScript(SystemExit, Interrupted):
-    """The same in a script: one that does not catch it ends with the shell's status for Ctrl-C and no traceback."""
+    """`Interrupted` in a script. Uncaught, it ends the script with the shell's status for Ctrl-C and no traceback."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -39,36 +39,36 @@ class InterruptedScript(SystemExit, Interrupted):
 
 
 @contextmanager
-def ctrl_c_told(told: bool) -> Iterator[None]:
-    """In this block Ctrl-C becomes an `Interrupted`, which in a script prints its sentence unless somebody did.
+def ctrl_c_as_sentence(shown: bool) -> Iterator[None]:
+    """In this block Ctrl-C becomes an `Interrupted`. In a script it also prints its sentence, unless that was shown.
 
-    At a prompt nothing may exit: there it stays an ordinary KeyboardInterrupt.
+    At a prompt nothing may exit, so there the exception is no SystemExit.
 
     Args:
-        told: Whether what the exception says of itself was shown already.
+        shown: Whether the sentence of the exception was already shown.
     """
     try:
         yield
     except KeyboardInterrupt as error:
-        shown = told and bool(error.args)
+        printed = shown and bool(error.args)
         text = str(error) or "Ctrl-C: stopped before the run was under way; nothing was trained"
         if _at_a_prompt():
             raise Interrupted(text) from None
-        if not shown:
+        if not printed:
             print(text, file=sys.stderr)
         raise InterruptedScript(text) from None
 
 
 def _at_a_prompt() -> bool:
-    """Whether a person goes on typing after the exception: Python's prompt, ``python -i``, IPython, a notebook."""
+    """Whether the interpreter is interactive: Python's prompt, ``python -i``, IPython, a notebook."""
     return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """In this block a signal that would have ended the process raises `Terminated` instead.
+    """In this block SIGTERM and SIGHUP raise `Terminated` instead of ending the process.
 
-    A handler that somebody else set stays, and outside the main thread nothing changes: Python allows it there only.
+    A handler that is already set stays. Outside the main thread nothing changes: Python sets handlers only there.
     """
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -1,8 +1,8 @@
-"""What a search has paid for: every batch of rollouts and every reflection, in order, on disk.
+"""The journal of a search: the result of every batch of rollouts and every reflection, in order, on disk.
 
-A search is a function of its seed and of what rollouts and reflections gave. Told the same again it does the same
-again, so a killed search is repeated from its journal at no cost up to the first act that is not in it. No state of
-GEPA's own is kept: it would have to be pickled, and would be read back by whatever release is installed then.
+A search is a function of its seed and of the results of its rollouts and reflections. Given the same results it does
+the same again, so a killed search is replayed from its journal, at no cost, up to the first operation that is not in
+it. GEPA's own state is not kept: it would have to be pickled, and another release might read it back.
 """
 
 import json
@@ -18,14 +18,14 @@ from dspy_fst.run.files import writing
 
 
 class Journal:
-    """Records of one search. Lines are appended with a checksum; a torn last line is forgotten.
+    """The entries of one search. Lines are appended with a checksum; an incomplete last line is dropped.
 
     Args:
-        head: Which search this is; a journal of another one is replaced.
-        clean: Takes secrets out of a record.
+        head: Identifies the search; the journal of another search is replaced.
+        clean: Removes secrets from an entry.
 
     Raises:
-        RunDirectoryError: a line other than the last was damaged.
+        RunDirectoryError: a line other than the last is damaged.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any], clean: Callable[[Any], Any] = lambda value: value):
@@ -41,14 +41,14 @@ class Journal:
         self.replayed = len(self._ahead)
 
     def next_is(self, kind: str, key: str) -> bool:
-        """Whether the next act on record is this one."""
+        """Whether the next entry is of this operation."""
         return bool(self._ahead) and (self._ahead[0]["kind"], self._ahead[0]["key"]) == (kind, key)
 
     def recall(self, kind: str, key: str) -> Any:
-        """What the next act gave when it was paid for; None when it is not on record.
+        """The recorded result of the next operation; None when the journal ends before it.
 
         Raises:
-            RunDirectoryError: the record is of another act, so that this is another search.
+            RunDirectoryError: the next entry is of another operation, so this is another search.
         """
         if not self._ahead:
             return None
@@ -62,13 +62,13 @@ class Journal:
         return record["gave"]
 
     def record(self, kind: str, key: str, gave: Any) -> Any:
-        """Keep what an act gave, and give it back as it is kept: without secrets."""
+        """Keep the result of an operation, and return it as it is kept: without secrets."""
         gave = self._clean(gave)
         self._write({"kind": kind, "key": key, "gave": gave})
         return gave
 
     def remove(self) -> None:
-        """Forget the search: it was committed, or it failed as a whole."""
+        """Remove the journal: the search was committed, or it failed as a whole."""
         self._ahead.clear()
         self._path.unlink(missing_ok=True)
 
@@ -81,7 +81,7 @@ class Journal:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records, and how many bytes hold them whole."""
+    """The entries, and how many bytes the complete ones take."""
     if not path.exists():
         return [], 0
     lines = path.read_bytes().split(b"\n")[:-1]

@@ -1,7 +1,7 @@
-"""A folder whose files are all on a list: `seal` writes it, `verify` holds the folder against it.
+"""The manifest of a folder lists all its files: `seal` writes it, `verify` compares the folder with it.
 
-The list shows damage and what does not belong. It does not show who made the folder: whoever changes a file can change
-the list too, so what stands in the files is checked by those who read them.
+A manifest reveals damage and foreign files. It does not prove who made the folder: whoever changes a file can change
+the manifest too, so the readers of the files check their contents.
 """
 
 import json
@@ -13,19 +13,19 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.run.files import flush, sha256_of, write_json
+from dspy_fst.run.files import file_facts, flush, sha256_of, write_json
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
 FORMAT = 2
 """1 had no manifest."""
 MAX_JSON_BYTES = 64 * 2**20
-"""Largest JSON document that is read (ours; ten times a long run's population). Weights may be of any size."""
+"""Bytes of the largest JSON document that is read (ours: ten times a long run's population)."""
 MAX_FILES = 1000
 
 
 class FileFacts(BaseModel):
-    """One line of the list."""
+    """Size and checksum of one file."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -34,7 +34,7 @@ class FileFacts(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The list."""
+    """The contents of manifest.json."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -46,22 +46,22 @@ class Manifest(BaseModel):
 
 
 def seal(folder: Path, package: str) -> None:
-    """List every file of the folder, and bring all of it to the disk."""
+    """Write the manifest of the folder, and flush all of it to the disk."""
     files = _files_in(folder)
-    facts = {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in files.items()}
+    facts = {name: file_facts(path) for name, path in files.items()}
     write_json(folder / MANIFEST, {"format": FORMAT, "package": package, "files": facts})
     for path in (*folder.rglob("*"), folder):
         flush(path)
 
 
 def verify(folder: Path, aside: Collection[str] = ()) -> None:
-    """Check that the folder holds the files on its list, whole, and nothing else. Links are not followed.
+    """Check that the folder holds exactly the files of its manifest, unchanged. Links are not followed.
 
     Args:
-        aside: Files and folders at its top that nobody here reads, so that they may be changed, added or missing.
+        aside: Files and folders at the top level that nothing here reads; they may be changed, added or missing.
 
     Raises:
-        RunDirectoryError: it does not; the message names the file and what to do.
+        RunDirectoryError: it does not; the message names the file and says what to do.
     """
     if not folder.is_dir():
         raise RunDirectoryError(f"{folder} is not a folder; name one written by dspy_fst.save")
@@ -95,7 +95,7 @@ _COPY_AGAIN = "copy the folder again from where it was saved, or save the progra
 
 
 def read_document(path: Path) -> Any:
-    """A JSON document.
+    """Read a JSON document.
 
     Raises:
         RunDirectoryError: it cannot be read.
@@ -120,7 +120,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def sentences(error: ValidationError) -> str:
-    """What is wrong with a document and where, without its content: that may be a secret."""
+    """What is wrong with a document and where, without its values, which may be secret."""
     return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in error.errors())
 
 
@@ -128,7 +128,7 @@ def _files_in(folder: Path) -> dict[str, Path]:
     """Path below the folder -> path, for every file.
 
     Raises:
-        RunDirectoryError: there is a link, a device or the like, or far too much to read.
+        RunDirectoryError: there is a link, a device or the like, or far more files or bytes than a program has.
     """
     files = {}
     for path in folder.rglob("*"):

@@ -1,4 +1,4 @@
-"""What a folder of weights from somebody else may hold: plain files that lead nowhere else and bring no code."""
+"""The allowed contents of a folder of weights from somebody else: plain files without code and without references."""
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 from dspy_fst.run.manifest import read_document
 
 SUFFIXES = {".safetensors", ".json", ".jinja", ".txt", ".model"}
-"""Weights, configuration, chat templates and vocabularies. Others, pickles above all, can run code when read."""
+"""Weights, configuration, chat templates and vocabularies. Other files, e.g. pickles, can run code when read."""
 TEMPLATES = "additional_chat_templates"
-"""The one folder that may lie among the weights: transformers' place for named chat templates, ``NAME.jinja``."""
+"""The one folder allowed among the weights: transformers' place for named chat templates, ``NAME.jinja``."""
 NEEDED = ("config.json", "model.safetensors")
 ELSEWHERE, CODE = "it can name a file elsewhere", "it can bring code, and trust_remote_code stays off"
 FILES = {"adapter_config.json": "it can name another model to load", "model.safetensors.index.json": ELSEWHERE}
@@ -18,11 +18,11 @@ KEYS = {
     **dict.fromkeys(("experts_implementation", "_experts_implementation"), CODE),
     **dict.fromkeys(("transformers_weights", "init_inputs", "speculators_config"), ELSEWHERE),
 }
-"""Keys of a model's, generation's or tokenizer's configuration that lead out of the folder (transformers 5.19)."""
+"""Keys of the model, generation or tokenizer configuration that lead out of the folder (transformers 5.19)."""
 
 
 def weights_faults(folder: Path, aside: Collection[str] = ()) -> list[str]:
-    """Why a Hugging Face folder must not be loaded, one sentence each; names in ``aside`` are not looked at."""
+    """Why a Hugging Face folder must not be loaded, one sentence each; names in ``aside`` are not checked."""
     paths = sorted(path for path in folder.iterdir() if path.name not in aside) if folder.is_dir() else []
     names = {path.name for path in paths}
     faults = [f"{folder.name}/{name} is missing" for name in NEEDED if name not in names]
@@ -44,7 +44,7 @@ def weights_faults(folder: Path, aside: Collection[str] = ()) -> list[str]:
 
 
 def _leading_out(document: Any) -> Iterator[tuple[str, str]]:
-    """Keys at any depth that lead out of the folder, and how."""
+    """(key, reason) at any depth for keys that lead out of the folder."""
     left = [document]
     while left:
         value = left.pop()

@@ -1,4 +1,4 @@
-"""Rollouts that nothing may be learnt or concluded from stop the run before anything is."""
+"""Checks that stop a run before it trains on invalid rollouts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +11,10 @@ from dspy_fst.types import Rollout, WeightsVersion
 def refuse_stale(where: str, rollouts: Sequence[Rollout], published: WeightsVersion) -> None:
     """
     Args:
-        where: What they were made for, e.g. ``"step 3"``.
+        where: The purpose of the rollouts, e.g. ``"step 3"``.
 
     Raises:
-        TrainingError: calls were sampled by other weights than those that were published for it.
+        TrainingError: calls were sampled by other weights than those that were published for this purpose.
     """
     sampled_by = {call.weights for rollout in rollouts for call in rollout.calls}
     if stale := sorted(sampled_by - {published}):
@@ -27,7 +27,7 @@ def refuse_stale(where: str, rollouts: Sequence[Rollout], published: WeightsVers
 def refuse_unmeasured(step: int, rollouts: Sequence[Rollout], max_masked_share: float, run_dir: Path) -> None:
     """
     Raises:
-        MeasurementError: a larger share than ``max_masked_share`` measured nothing.
+        MeasurementError: more than ``max_masked_share`` of the rollouts were not measured.
     """
     masked = OutcomeCounts.over(rollout.outcome for rollout in rollouts).masked
     if masked.total() > max_masked_share * len(rollouts):

@@ -1,7 +1,7 @@
-"""Secrets stay out of events, reports and saved programs.
+"""Keeps secrets out of events, reports and saved programs.
 
-Two nets: values that are known to be secret, because an LM's setting or an environment variable is named so, and
-shapes that only keys have. What is written or shown goes through `Redactor.clean`.
+Two nets catch them: values that an LM's setting or an environment variable names as secret, and shapes that only keys
+have. Everything that is written or shown goes through `Redactor.clean`.
 """
 
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 HIDDEN = "***"
 SHORTEST = 8
-"""Characters of the shortest value that is hidden by its name: shorter ones are too often a part of other words."""
+"""Characters of the shortest value that is hidden because of its name: shorter values are often parts of words."""
 
 _NAME = re.compile(
     r"(?:key|token|secret|password|passwd|passphrase|credential)s?(?![a-z])|(?<![a-z])(?:pass|authorization|cookie)(?![a-z])",
@@ -23,10 +23,10 @@ _NAME = re.compile(
 )
 """Names of settings, headers and environment variables that hold secrets, e.g. ``api_key``, ``X-Auth-Token``."""
 _ORDINARY = re.compile(r"[A-Za-z]?[a-z]{0,14}|[0-9]{1,15}")
-"""A word or a number: ``password``, ``notneeded``, ``16000000``. To hide it would eat texts and protect nothing."""
+"""A word or a number, e.g. ``password``, ``notneeded``, ``16000000``: hiding it spoils texts and protects nothing."""
 
 _RANDOM = r"(?=[\w.~+/=-]*?(?=[A-Za-z]{0,15}[0-9])[A-Za-z0-9]{16})"
-"""Sixteen letters and digits in a row, a digit among them: no word of a text looks so."""
+"""Sixteen letters and digits in a row with a digit among them: no word of a text looks like that."""
 _SHAPES = (
     rf"(?<![\w-])(?:sk|xai|nvapi|xox[abprs])-{_RANDOM}[\w-]{{20,}}",  # OpenAI and those who took its shape; Slack
     r"(?<![\w-])(?:hf|gsk|gh[opsru])_[A-Za-z0-9]{30,}",  # Hugging Face, Groq, GitHub
@@ -51,13 +51,13 @@ class Redactor:
 
     def __init__(self, secrets: Iterable[str] = ()):
         known = {value for value in secrets if _is_worth_hiding(value)}
-        # The longest first: of two secrets that begin alike, the longer would else be hidden in part.
+        # The longest first: of two secrets that begin alike, the longer would otherwise be hidden only in part.
         values = [re.escape(value) for value in sorted(known, key=lambda value: (-len(value), value))]
         self._pattern = re.compile("|".join((*values, *_SHAPES)))
 
     @classmethod
     def of(cls, program: "dspy.Module", reflection_lm: Any = None) -> "Redactor":
-        """One that knows the secrets of the program's LMs, of the reflection LM and of the environment."""
+        """A redactor that knows the secrets of the program's LMs, of the reflection LM and of the environment."""
         import dspy
 
         found = _named_secrets(dict(os.environ))
@@ -100,10 +100,10 @@ def secret_faults(redactor: Redactor, documents: Mapping[str, Any]) -> list[str]
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether a setting of this name and value is kept out of every record.
+    """Whether a setting of this name and value must not be recorded.
 
-    By its name, whatever the value: an object's own attribute is left out whole, so no other text is spoilt by it. By
-    its value, where that is one of the environment's secrets or looks like a key.
+    The name decides regardless of the value: the attribute is left out as a whole, so no other text is spoilt. The
+    value decides if it is one of the environment's secrets or looks like a key.
     """
     if _NAME.search(name):
         return True
@@ -125,7 +125,7 @@ def _is_worth_hiding(value: str) -> bool:
 
 
 def _named_secrets(value: Any, named: bool = False) -> Iterator[str]:
-    """Strings below a name that says they are secret; ``Bearer x`` counts as a whole and as ``x``."""
+    """Strings under a name that marks them as secret; ``Bearer x`` counts as a whole and as ``x``."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _named_secrets(item, bool(_NAME.search(str(name))))
@@ -150,6 +150,6 @@ def _settings_of_program(program: "dspy.Module") -> Iterator[Mapping[str, Any]]:
 
 
 def _settings_of_lm(lm: Any) -> Iterator[Mapping[str, Any]]:
-    """Attributes of an LM and of its engine object: a PolicyLM's has the engine options, others their own keys."""
+    """Attributes of an LM and of its engine object. A PolicyLM's engine has the engine options, others have keys."""
     for part in (lm, getattr(lm, "_engine_spec", None)):  # dspy 3.4 keeps a custom engine there
         yield {name: value for name, value in getattr(part, "__dict__", {}).items() if name != "history"}

@@ -1,9 +1,9 @@
-"""Resumable states: numbered folders, each whole, checksummed and never changed.
+"""Resumable states: numbered folders, complete, checksummed and never changed.
 
 states/000007/state.json    the fields, a checksum of every other file and of itself
 states/000007/trainer/...   weights, optimizer, schedule and generators
 
-A state appears by one rename, so that a kill leaves the one before it or the new one.
+A state appears by one rename, so a kill leaves either the previous state or the new one.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.run.files import flush, read_json, remove, sha256_of, write_json
+from dspy_fst.run.files import file_facts, flush, read_json, remove, sha256_of, write_json
 
 FORMAT = 2
 
@@ -43,11 +43,10 @@ def commit_state(
     *,
     keep: int,
 ) -> RunState:
-    """Write the next state and remove all but the ``keep`` newest.
+    """Write the next state, then remove all but the ``keep`` newest.
 
     Args:
-        save_trainer: Writes the new folder that it is given; None shares the files of ``last``, which are never
-            changed.
+        save_trainer: Writes the new folder that it is given. None shares the files of ``last``, which never change.
     """
     number = int(last.path.name) + 1 if last else 0
     scratch = folder / f".{number:06d}.new"
@@ -56,7 +55,7 @@ def commit_state(
     if save_trainer is not None or last is None:
         if save_trainer is not None:
             save_trainer(scratch / "trainer")
-        files: Mapping[str, Mapping[str, Any]] = {name: _facts(scratch / name) for name in _files_in(scratch)}
+        files: Mapping[str, Mapping[str, Any]] = {name: file_facts(scratch / name) for name in _files_in(scratch)}
     else:
         files = last.files
         for name in files:
@@ -77,7 +76,7 @@ def prune_states(folder: Path, keep: int) -> None:
 
 
 def newest_state(folder: Path, *, tidy: bool = True, contents: bool = True) -> RunState | None:
-    """The state to go on from; None when there is none.
+    """The state to resume from; None when there is none.
 
     Args:
         tidy: Remove what a kill left half written; only for the run that holds the directory.
@@ -96,8 +95,8 @@ def newest_state(folder: Path, *, tidy: bool = True, contents: bool = True) -> R
     return state
 
 
-def glance(folder: Path) -> RunState | None:
-    """The newest state as its document tells of it, its other files unread; None when there is none to go on from."""
+def peek_state(folder: Path) -> RunState | None:
+    """The newest state according to its document, with its other files unread; None when there is none."""
     try:
         path = _numbered(folder)[-1]
         document = _document(path, RunDirectoryError)
@@ -107,7 +106,7 @@ def glance(folder: Path) -> RunState | None:
 
 
 def moved_at(fields: Mapping[str, Any]) -> int:
-    """Steps after which a state's weights moved last. Older releases published new ones after every step."""
+    """Number of steps after which a state's weights changed last. Older releases published after every step."""
     moved: int = fields.get("moved_at", fields.get("step", 0))
     return moved
 
@@ -159,17 +158,13 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _files_in(path: Path) -> list[str]:
-    """Names of the files below a state's folder, but for its own document and hidden ones."""
+    """Names of the files in a state's folder, without state.json and hidden files."""
     found = (file.relative_to(path) for file in sorted(path.rglob("*")) if not file.is_dir())
     return [str(file) for file in found if str(file) != "state.json" and not file.name.startswith(".")]
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
 def share(there: Path, here: Path) -> None:
-    """The same file under a second name; a copy where the file system has no links."""
+    """Give a file a second name; copy it where the file system has no links."""
     here.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(there, here)

@@ -1,10 +1,10 @@
-"""What a run's validations measured: states of weights and population, their order, and what follows from it. Pure.
+"""What a run's validations measured: validated states, their order, and what follows from it. Pure functions.
 
-A run writes one event for each (`dspy_fst.training.validating` makes them):
+A run writes one event for each validation (made by `dspy_fst.training.validating`):
 
     {"event": "validation", "report": {"index": 0, "when": "start", "step": 0, ...}, "scores": {...}, "score": 0.25}
 
-Validations are compared only with others on the same terms: problems, rollouts a problem, and metric.
+Validations are comparable only with the same problems, rollouts per problem and metric.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,24 +30,24 @@ MORE_PATIENCE = "To go on, raise patience or leave it out, and compile again wit
 
 @dataclass(frozen=True)
 class Validated:
-    """One state of a run, measured on the valset."""
+    """One state of a run (weights and population), measured on the valset."""
 
     index: int
-    """Place among the run's validations, from 0."""
+    """Index among the run's validations, from 0."""
     when: When
     step: int
-    """Updates that had been made."""
+    """Updates before this validation."""
     searched: int
-    """Newest cycle that had searched; -1 before any."""
+    """The last cycle that had searched; -1 before any."""
     weights: WeightsVersion
     population: Population
-    """As it was trained with, or is to be; for the start the program's own texts come first."""
+    """The population that was or will be trained with. At the start the program's own texts come first."""
     candidates: tuple[str, ...]
-    """Digests of the members that were measured: of the start the program's own texts alone."""
+    """Digests of the measured members; at the start only the program's own texts."""
     rewards: tuple[tuple[float | None, ...], ...]
-    """rewards[candidate][problem]: mean over the problem's rollouts; None where none was measured."""
+    """rewards[candidate][problem]: mean over the problem's rollouts; None when no rollout was measured."""
     terms: Mapping[str, Any]
-    """What makes it comparable with others: the problems, the rollouts of each, the metric."""
+    """What must be equal for a comparison: the problems, the rollouts of each, the metric."""
     counts: Mapping[str, int]
     """``rollouts`` (fresh ones), ``reused`` (measured before under the same weights), ``engine: <what>``, and
     failed and masked rollouts by `Outcome.label`."""
@@ -56,7 +56,7 @@ class Validated:
 
     @classmethod
     def from_event(cls, event: Mapping[str, Any]) -> "Validated":
-        """The state that a run's event holds."""
+        """The state in a run's event."""
         report = event["report"]
         kept = {name: report[name] for name in cls.__dataclass_fields__}
         rewards = tuple(tuple(row) for row in report["rewards"])
@@ -65,18 +65,18 @@ class Validated:
 
     @cached_property
     def scores(self) -> Mapping[str, float]:
-        """Digest -> mean over its measured problems; without the candidates of which none was measured."""
+        """Digest -> mean over its measured problems. Candidates without a measured problem are left out."""
         means = {digest: _mean(row) for digest, row in zip(self.candidates, self.rewards, strict=True)}
         return {digest: mean for digest, mean in means.items() if mean is not None}
 
     @property
     def score(self) -> float | None:
-        """The best candidate's; None when nothing was measured."""
+        """The best candidate's score; None when nothing was measured."""
         return max(self.scores.values(), default=None)
 
     @property
     def best_rewards(self) -> tuple[float | None, ...]:
-        """The best candidate's score on each problem; of equal ones the first counts."""
+        """The best candidate's score on each problem; the first of equally good candidates."""
         return max(self.rewards, key=_sortable)
 
     @property
@@ -87,13 +87,13 @@ class Validated:
         return "at the end" if self.when == "end" else f"after step {self.step - 1}"
 
     @property
-    def told(self) -> str:
+    def in_words(self) -> str:
         """E.g. ``"the state after step 5 (validation 0.430)"``."""
         score = "nothing was measured" if self.score is None else f"validation {self.score:.3f}"
         return f"the {'end' if self.when == 'end' else 'state ' + self.where} ({score})"
 
     def same_as(self, other: "Validated") -> bool:
-        """Whether it is the same state, of which one may have been measured in between and once more at the end."""
+        """Whether both are the same state: the last one before the end may be measured again at the end."""
         return self.weights == other.weights and self.population.members == other.population.members
 
     @property
@@ -113,7 +113,7 @@ def ranked_by(population: Population, scores: Mapping[str, float]) -> Population
 
 
 def _sortable(row: Sequence[float | None]) -> float:
-    """The mean of a row; one without a measured problem comes last."""
+    """The mean of a row; minus infinity without a measured problem."""
     mean = _mean(row)
     return float("-inf") if mean is None else mean
 
@@ -124,34 +124,34 @@ def _mean(row: Sequence[float | None]) -> float | None:
 
 
 def validated_in(events: Sequence[Mapping[str, Any]]) -> list[Validated]:
-    """Every validation that the events tell of, in order."""
+    """Every validation in the events, in order."""
     return [Validated.from_event(event) for event in events if event.get("event") == EVENT]
 
 
-def handed_in(own: Candidate, population: Population) -> Population:
-    """The starting population with the program's own texts first: a student that carries one speaks them."""
-    members = sorted(population.members, key=lambda member: member.digest != own.digest)
-    if members[0].digest != own.digest:  # the program was edited since it was compiled
-        members = [own, *members[:-1]]
+def starting_population(seed: Candidate, population: Population) -> Population:
+    """The population that a student carries, with the texts that its program speaks first."""
+    members = sorted(population.members, key=lambda member: member.digest != seed.digest)
+    if members[0].digest != seed.digest:  # the program was edited after it was compiled
+        members = [seed, *members[:-1]]
     return replace(population, members=tuple(members), scores=(None,) * len(members))
 
 
 def best_of(states: Sequence[Validated]) -> Validated | None:
-    """The state with the highest score; of equal ones the first, which moved least. None when nothing was measured."""
+    """The state with the highest score; the earliest of equal ones. None when nothing was measured."""
     measured = [state for state in states if state.score is not None]
     return max(measured, key=lambda state: state.score or 0.0, default=None)
 
 
 def best_validated(states: Sequence[Validated], committed: int) -> set[WeightsVersion]:
-    """Weights of the best state, of all and of those up to the committed step, from which a killed run goes on."""
-    found = (best_of(states), best_of([state for state in states if state.step <= committed]))
-    return {state.weights for state in found if state is not None}
+    """Weights of the best state of all, and of the best up to the committed step, where a killed run resumes."""
+    bests = (best_of(states), best_of([state for state in states if state.step <= committed]))
+    return {state.weights for state in bests if state is not None}
 
 
 def gain(before: Validated, after: Validated) -> Difference | None:
-    """What the best candidate of one state scores more than that of another, paired by problem.
+    """By how much the best candidate of one state scores more than that of another, paired by problem.
 
-    None when they are not on the same terms, or share no measured problem.
+    None when their terms differ or they share no measured problem.
     """
     if before.terms != after.terms or before.score is None or after.score is None:
         return None
@@ -159,9 +159,9 @@ def gain(before: Validated, after: Validated) -> Difference | None:
 
 
 def decline(states: Sequence[Validated]) -> str | None:
-    """A warning when the newest state is worse than the start, or than the best before it, beyond its interval.
+    """A warning when the newest state is worse than the start or the best state, beyond the interval.
 
-    Once an episode: nothing is told again while it stays so.
+    It is given once an episode, and not again while the score stays low.
     """
     fallen = _fallen(states)
     if not fallen or _fallen(states[:-1]):
@@ -174,7 +174,7 @@ def decline(states: Sequence[Validated]) -> str | None:
 
 
 def _fallen(states: Sequence[Validated]) -> list[tuple[Validated, Difference]]:
-    """Which of the start and the best before the newest state it fell below, and by how much."""
+    """(reference, difference) for the start and the best earlier state, if the newest state fell below them."""
     if not states:
         return []
     *earlier, now = states
@@ -184,10 +184,10 @@ def _fallen(states: Sequence[Validated]) -> list[tuple[Validated, Difference]]:
     return [(state, by) for state, by in differences if by is not None and by.falls]
 
 
-def exhausted(states: Sequence[Validated], patience: int | None) -> StopReason | None:
-    """Why the run is stopped early: so many validations in a row brought no new best; else None.
+def early_stop(states: Sequence[Validated], patience: int | None) -> StopReason | None:
+    """The stop reason when ``patience`` validations in a row brought no new best; else None.
 
-    Validations that measured nothing are not counted.
+    Validations that measured nothing do not count.
     """
     best = best_of(states)
     if patience is None or best is None:

@@ -12,7 +12,7 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.run.directory import COMPILED, is_run
-from dspy_fst.run.state import RunState, glance, moved_at, newest_state
+from dspy_fst.run.state import RunState, moved_at, newest_state, peek_state
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Population, version_of
 
@@ -29,12 +29,12 @@ def run_of(checkpoint: Checkpoint) -> Path | None:
 
 def optimizer_faults(config: FSTConfig, student: dspy.Module, policy: PolicyLM, run_dir: Path) -> list[str]:
     """Why the student's optimizer cannot be taken over, where the recipe wants it; a run under way has taken it."""
-    if not config.continue_optimizer or glance(run_dir / "states"):
+    if not config.continue_optimizer or peek_state(run_dir / "states"):
         return []
     if not _carries(student):
         return [f"{ASKED}: the student was not compiled, so no optimizer is there to go on with; leave it out"]
     before = run_of(policy.checkpoint)
-    state = glance(before / "states") if before else None
+    state = peek_state(before / "states") if before else None
     if state is None:
         return [
             f"{ASKED}: the student's weights lie in {policy.checkpoint.path}, and an optimizer's state is only kept in "

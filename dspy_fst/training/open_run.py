@@ -12,7 +12,7 @@ from dspy_fst.preflight.program_checks import policies_of
 from dspy_fst.rollout.adapters import adapter_in_force, kept_by
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import RunDirectory
-from dspy_fst.run.halted import tell_halted
+from dspy_fst.run.halted import emit_halted
 from dspy_fst.run.interrupts import interruption_named
 from dspy_fst.run.state import moved_at
 from dspy_fst.slow.trainer import Trainer
@@ -86,7 +86,7 @@ def _tell_stopped(run: RunDirectory, error: BaseException) -> None:
             error.args = (text,)  # for whoever shows it in the end
         with suppress(Exception):  # a terminal that is gone must not keep the server alive
             run.tell({"event": "note", "text": text})
-    tell_halted(run, error)
+    emit_halted(run, error)
 
 
 def _configured(policy: PolicyLM) -> Any:

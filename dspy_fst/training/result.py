@@ -65,7 +65,7 @@ def _returned(run: "Session", end: Validated | None) -> Validated | None:
     if best is None or end is None or best.same_as(end):
         return end
     run.serve_validated(best)
-    run.run.emit("note", text=f"return_best: {best.told} is returned, and not {end.told}")
+    run.run.emit("note", text=f"return_best: {best.in_words} is returned, and not {end.in_words}")
     return best
 
 

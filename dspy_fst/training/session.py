@@ -25,7 +25,7 @@ from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason
 from dspy_fst.run.journal import Journal
 from dspy_fst.run.refusals import refuse_stale, refuse_unmeasured
-from dspy_fst.run.validated import Validated, When, best_validated, exhausted, handed_in
+from dspy_fst.run.validated import Validated, When, best_validated, early_stop, starting_population
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.update_metrics import NO_UPDATE
@@ -94,11 +94,11 @@ class Session:
 
     def _stop_if_nothing_is_gained(self) -> None:
         patience = self.config.patience
-        self.schedule.stop_early(self.observer.reason_to_stop or exhausted(self.validation.states, patience))
+        self.schedule.stop_early(self.observer.reason_to_stop or early_stop(self.validation.states, patience))
 
     def tell_end(self) -> None:
         """Say why the run is over; after the end's validation (see `dspy_fst.run.ending`)."""
-        self.run.emit(EVENT, reason=self.schedule.end.told)
+        self.run.emit(EVENT, reason=self.schedule.end.as_event)
 
     # ---- fast ----------------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ class Session:
         """Measure the student as it was handed in, its own texts under its own weights, where that is still due."""
         if self.validation.start_is_due(self.run.state):
             own = self._own_texts()
-            self._measure("start", handed_in(own, self.population), [own])
+            self._measure("start", starting_population(own, self.population), [own])
             self.commit_start()
 
     def validate_end(self, population: Population) -> Validated | None:

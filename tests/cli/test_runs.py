@@ -13,7 +13,7 @@ from filelock import FileLock
 from dspy_fst.errors import MeasurementError, RunDirectoryError
 from dspy_fst.run.directory import RunDirectory, directory_fault, read_events
 from dspy_fst.run.ending import complete
-from dspy_fst.run.halted import tell_halted
+from dspy_fst.run.halted import emit_halted
 from dspy_fst.run.interrupts import Terminated
 from tests.cli.conftest import MODULE, SETTINGS, SOURCE, invoke
 from tests.report.happenings import SEED, cycle, plan, step
@@ -44,7 +44,7 @@ def test_runs_of_every_kind_and_release_are_listed_with_state_recipe_scores_and_
     shutil.copytree(FIRST_RELEASE, tmp_path / "old")
     for name, error in (("signal", Terminated(15)), ("outage", MeasurementError("step 2: the judge\nis down"))):
         run = began(tmp_path / name)
-        tell_halted(run, error)
+        emit_halted(run, error)
         run.abandon()
     began(tmp_path / "killed").abandon()
     RunDirectory(tmp_path / "empty", RECIPE)._lock.release()
@@ -85,7 +85,7 @@ def test_a_run_that_goes_on_is_known_by_its_lock(tmp_path):
 
 def test_what_stopped_a_run_is_cut_when_it_goes_on(tmp_path):
     run = began(tmp_path / "run")
-    tell_halted(run, KeyboardInterrupt())
+    emit_halted(run, KeyboardInterrupt())
     run.abandon()
     assert read_events(tmp_path / "run")[-1]["why"] == "Ctrl-C"
     again = RunDirectory(tmp_path / "run", RECIPE)
@@ -211,7 +211,7 @@ def test_a_run_that_moved_no_weights_is_told_by_its_last_line(tmp_path):
         fields = {name: value for name, value in (event | report).items() if name not in ("event", "time")}
         run.emit(event["event"], **fields)
     run.commit(lambda folder: folder.mkdir(), cycle=1, searched=-1, step=4)
-    run.emit("ended", reason=complete(4).told)
+    run.emit("ended", reason=complete(4).as_event)
     population = {"members": [{"solve": SEED}], "scores": [0.0]}
     run.emit("done", population=population, validation={}, weights="step-000000", returned=None)
     run.close()

@@ -7,8 +7,8 @@ from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.from_events import record_of
 from dspy_fst.run.directory import read_events
-from dspy_fst.run.ending import StopReason, complete, ended_of
-from dspy_fst.run.halted import halted_of
+from dspy_fst.run.ending import StopReason, complete, stop_reason_in
+from dspy_fst.run.halted import halt_reason_in
 from dspy_fst.training.session import Session
 from tests.report.happenings import whole_run
 from tests.test_compile import compile_relay
@@ -57,18 +57,18 @@ def test_what_stops_the_validation_of_the_end_is_told_and_not_hidden_by_an_end(t
         with pytest.raises(MeasurementError):
             compile_relay(tmp_path / "run", method="rl", cycles=1)
     events = read_events(tmp_path / "run")
-    assert (reasons(tmp_path / "run"), halted_of(events)) == ([], "MeasurementError: the judge is down")
+    assert (reasons(tmp_path / "run"), halt_reason_in(events)) == ([], "MeasurementError: the judge is down")
     policy_of(compile_relay(tmp_path / "run", method="rl", cycles=1)).release()
     assert [reason["kind"] for reason in reasons(tmp_path / "run")] == ["complete"]
-    assert halted_of(read_events(tmp_path / "run")) is None
+    assert halt_reason_in(read_events(tmp_path / "run")) is None
 
 
 def test_the_advice_is_apart_from_the_words_and_that_of_an_older_release_is_found():
     reason = StopReason("nothing_learned", 2, "2 steps had no gradient", "Try demos.\nA table")
     older = {"kind": reason.kind, "step": 2, "text": f"{reason.text}.\n{reason.advice}"}
-    for event in (reason.told, older):
-        assert ended_of([{"event": "ended", "reason": event}]) == reason
-    assert complete(2).told == {"kind": "complete", "step": 2, "text": "all of the plan is done: 2 steps"}
+    for event in (reason.as_event, older):
+        assert stop_reason_in([{"event": "ended", "reason": event}]) == reason
+    assert complete(2).as_event == {"kind": "complete", "step": 2, "text": "all of the plan is done: 2 steps"}
 
 
 def test_a_run_that_was_killed_and_one_of_an_older_release_have_no_reason(tmp_path):
@@ -81,5 +81,5 @@ def test_a_run_that_was_killed_and_one_of_an_older_release_have_no_reason(tmp_pa
 
     with pytest.raises(KilledError):
         compile_relay(tmp_path / "run", method="rl", cycles=1, listeners=[kill])
-    assert ended_of(read_events(tmp_path / "run")) is None
+    assert stop_reason_in(read_events(tmp_path / "run")) is None
     assert record_of(whole_run()).ended is None

@@ -7,7 +7,16 @@ from dspy_fst.config import FSTConfig, make_config
 from dspy_fst.report.metric_names import entry_of
 from dspy_fst.report.verdict import difference_words, validation_line
 from dspy_fst.run.paired import Difference, difference
-from dspy_fst.run.validated import Validated, best_of, best_validated, decline, exhausted, gain, handed_in, validated_in
+from dspy_fst.run.validated import (
+    Validated,
+    best_of,
+    best_validated,
+    decline,
+    early_stop,
+    gain,
+    starting_population,
+    validated_in,
+)
 from dspy_fst.training.plan import Plan
 from dspy_fst.training.validating import RISES, patience_warnings, valset_warnings
 from dspy_fst.types import Candidate, Population
@@ -132,9 +141,9 @@ def test_a_state_is_read_back_from_its_event_as_it_was():
 
 def test_a_program_that_carries_a_population_starts_with_its_own_texts():
     carried = Population((CHILD, SEED, CHILD), (0.5, 0.25, 0.5))
-    assert handed_in(SEED, carried).members == (SEED, CHILD, CHILD)
+    assert starting_population(SEED, carried).members == (SEED, CHILD, CHILD)
     edited = Candidate({"solve": "By hand."})
-    assert handed_in(edited, carried).members == (edited, CHILD, SEED)
+    assert starting_population(edited, carried).members == (edited, CHILD, SEED)
 
 
 # ---- warnings and early stopping -------------------------------------------------------------------
@@ -170,12 +179,12 @@ def test_states_on_other_terms_are_not_compared():
 def test_patience_counts_validations_without_a_new_best():
     scores = [0.5, 0.6, 0.6, None, 0.4]
     states = [state(index, [score]) for index, score in enumerate(scores)]
-    ended = [exhausted(states[:length], patience=2) for length in range(1, len(states) + 1)]
+    ended = [early_stop(states[:length], patience=2) for length in range(1, len(states) + 1)]
     assert [bool(reason) for reason in ended] == [False, False, False, False, True]
     assert (ended[-1].kind, ended[-1].step) == ("early_stopping", 4)
     assert "the best is 0.600 after step 0" in ended[-1].text
-    assert exhausted(states, None) is None
-    assert exhausted(states[:3], patience=1).text.startswith("1 validation in a row brought no new best (patience=1)")
+    assert early_stop(states, None) is None
+    assert early_stop(states[:3], patience=1).text.startswith("1 validation in a row brought no new best (patience=1)")
 
 
 # ---- the settings ----------------------------------------------------------------------------------
