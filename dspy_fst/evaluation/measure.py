@@ -132,7 +132,7 @@ def two_by_two(
     student: dspy.Module,
     compiled: dspy.Module,
     testset: Sequence[dspy.Example],
-    metric: Callable[..., Any],
+    metric: Callable[..., object],
     *,
     k: int = 4,
     seed: int = 0,

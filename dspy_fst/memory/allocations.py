@@ -197,7 +197,7 @@ def number_bytes(dtype: str, *, on_gpu: bool) -> int:
     return 4 if dtype in ("float32", "float") or (dtype == "auto" and not on_gpu) else 2
 
 
-def known_options(settings: type, options: Mapping[str, Any]) -> dict[str, Any]:
+def known_options(settings: type, options: Mapping[str, object]) -> dict[str, object]:
     """The options that these settings define; options of the other engine are dropped."""
     names = {option.name for option in fields(settings)}
     return {name: value for name, value in options.items() if name in names}

@@ -90,13 +90,13 @@ def find_size(model: str) -> ModelSize:
     return size
 
 
-def _local_config(folder: Path) -> Any:
+def _local_config(folder: Path) -> object:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def _config_of(model: str) -> Any:
+def _config_of(model: str) -> object:
     """The config of a folder, of the hub's cache, of a well-known model or of the hub, whichever comes first."""
     from transformers import AutoConfig
 
@@ -109,7 +109,7 @@ def _config_of(model: str) -> Any:
         raise ConfigurationError([f"model={model!r}: {unreadable(Path(model), error)}"]) from error
 
 
-def _size_of(config: Any, folder: Path) -> ModelSize | None:
+def _size_of(config: object, folder: Path) -> ModelSize | None:
     """The size by the headers of the weights if the folder has any, else by the config.
 
     Raises:
@@ -132,7 +132,7 @@ def shape_faults(policy: PolicyLM) -> list[str]:
     return []
 
 
-def size_of_config(config: Any) -> ModelSize | None:
+def size_of_config(config: object) -> ModelSize | None:
     """The size of the model that a transformers config describes; None when transformers cannot build it."""
     try:
         model = empty_model(config)
@@ -161,7 +161,7 @@ def _size(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> ModelSize:
     )
 
 
-def _inner_width(config: Any) -> int | None:
+def _inner_width(config: object) -> int | None:
     """Inner width of a layer; for a mixture of experts, of all experts that a token passes through."""
     dense, expert = largest(config, "intermediate_size"), largest(config, "moe_intermediate_size")
     chosen = largest(config, "num_experts_per_tok") or 1

@@ -2,7 +2,6 @@
 
 import inspect
 from pathlib import Path
-from typing import Any
 
 import dspy
 
@@ -13,7 +12,7 @@ from dspy_fst.rollout.reward import metric_fault
 PROPOSER = ("candidate", "reflective_dataset", "components_to_update")
 
 
-def argument_faults(run_dir: Any, listeners: Any, **switches: Any) -> list[str]:
+def argument_faults(run_dir: object, listeners: object, **switches: object) -> list[str]:
     """Faults of the optimizer's own arguments; ``switches`` are those that are on or off."""
     faults = []
     if run_dir is not None and not (isinstance(run_dir, str | Path) and str(run_dir)):
@@ -26,7 +25,7 @@ def argument_faults(run_dir: Any, listeners: Any, **switches: Any) -> list[str]:
     return faults
 
 
-def search_faults(config: FSTConfig | None, metric: Any, reflection_lm: Any, propose: Any) -> list[str]:
+def search_faults(config: FSTConfig | None, metric: object, reflection_lm: object, propose: object) -> list[str]:
     """Faults of the metric and of who reflects."""
     faults = [fault] if (fault := _metric_fault(metric)) else []
     searches = config is None or config.method != "rl"
@@ -48,7 +47,7 @@ def search_faults(config: FSTConfig | None, metric: Any, reflection_lm: Any, pro
     return faults
 
 
-def _metric_fault(metric: Any) -> str | None:
+def _metric_fault(metric: object) -> str | None:
     if isinstance(metric, type):
         return f"metric: {metric.__name__} is a class; pass an instance, or a function (gold, pred, trace=None, ...)"
     if inspect.iscoroutinefunction(metric):
@@ -56,7 +55,7 @@ def _metric_fault(metric: Any) -> str | None:
     return metric_fault(metric)
 
 
-def proposer_fault(propose: Any, setting: str = "propose", wanted: tuple[str, ...] = PROPOSER) -> str | None:
+def proposer_fault(propose: object, setting: str = "propose", wanted: tuple[str, ...] = PROPOSER) -> str | None:
     if not callable(propose):
         return f"{setting}: {propose!r} is not callable; pass a function ({', '.join(wanted)}) -> {{component: text}}"
     try:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from dspy_fst.engine.devices import has_gpu
 from dspy_fst.errors import briefly
@@ -53,7 +52,7 @@ def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
     return faults
 
 
-def _kind_faults(policy: PolicyLM, config: Any) -> Iterator[str]:
+def _kind_faults(policy: PolicyLM, config: object) -> Iterator[str]:
     """Models that transformers would load, and that do not write text, or that trainer or engine cannot serve."""
     yield from kind_faults(config)
     if policy.handle.resolved_kind == "vllm":
@@ -71,7 +70,7 @@ def _weights_faults(path: Path) -> Iterator[str]:
     yield from folder_faults(path)
 
 
-def _context_limit(policy: PolicyLM, config: Any) -> int | None:
+def _context_limit(policy: PolicyLM, config: object) -> int | None:
     """Longest prompt plus reply in tokens: what the server was told, else what the model's config says."""
     told = policy.handle.options.get("max_model_len")
     if isinstance(told, int) and told > 0:

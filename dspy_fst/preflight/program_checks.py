@@ -1,7 +1,6 @@
 """The program: its predictors, the LMs that they speak with, and how those are sampled."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import dspy
 
@@ -24,7 +23,7 @@ def policies_of(program: dspy.Module) -> dict[str, PolicyLM]:
     return found
 
 
-def program_faults(student: Any) -> list[str]:
+def program_faults(student: object) -> list[str]:
     """Faults of the program, of its LMs and of how they are sampled."""
     if isinstance(student, type):
         return [f"student: {student.__name__} is a class; pass a program made of it, {student.__name__}(...)"]
@@ -51,7 +50,7 @@ def program_faults(student: Any) -> list[str]:
     return faults + _sampling_faults(student)
 
 
-def trained_faults(student: Any, config: FSTConfig | None) -> list[str]:
+def trained_faults(student: object, config: FSTConfig | None) -> list[str]:
     """Faults of the predictors that are named to be trained."""
     if config is None or config.trained is None or not isinstance(student, dspy.Module):
         return []
@@ -87,7 +86,7 @@ def _sampling_faults(student: dspy.Module) -> list[str]:
     return list(dict.fromkeys(faults))
 
 
-def _reshaping(settings: Mapping[str, Any]) -> Iterator[str]:
+def _reshaping(settings: Mapping[str, object]) -> Iterator[str]:
     """Settings under which tokens are drawn from another distribution than the one that is scored."""
     if (temperature := settings.get("temperature")) is not None and (fault := temperature_fault(temperature)):
         yield fault

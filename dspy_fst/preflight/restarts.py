@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dspy_fst.engine.devices import has_gpu
 from dspy_fst.model_files.architectures import folder_restart_reason
 
 
-def restart_warnings(folder: Path, engine: str, options: Mapping[str, Any]) -> list[str]:
+def restart_warnings(folder: Path, engine: str, options: Mapping[str, object]) -> list[str]:
     """A sentence when publishing takes a start of the server; an attached server is never started from here.
 
     Args:

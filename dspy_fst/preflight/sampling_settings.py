@@ -6,7 +6,7 @@ wrong one would else be told by the first call, or by the loading of a folder th
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import get_args
 
 import dspy
 
@@ -18,7 +18,7 @@ from dspy_fst.preflight.unreachable_parts import asked_policies
 _TAKEN = [name for name in inspect.signature(PolicyLM).parameters if name != "unknown"]
 
 
-def asking_faults(adapter: Any, settings: Mapping[str, Any]) -> list[str]:
+def asking_faults(adapter: object, settings: Mapping[str, object]) -> list[str]:
     """A sentence for each fault.
 
     Args:
@@ -35,7 +35,7 @@ def asking_faults(adapter: Any, settings: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def bad_numbers(settings: Mapping[str, Any]) -> Iterator[str]:
+def bad_numbers(settings: Mapping[str, object]) -> Iterator[str]:
     """A sentence for a temperature or a ``max_tokens``, where given, at which no call can be sampled and scored."""
     if "temperature" in settings and (fault := temperature_fault(settings["temperature"])):
         yield fault
@@ -44,7 +44,7 @@ def bad_numbers(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"max_tokens={longest!r}: it must be a whole number above 0, the longest reply in tokens"
 
 
-def _adapter_faults(adapter: Any) -> Iterator[str]:
+def _adapter_faults(adapter: object) -> Iterator[str]:
     if adapter is None:
         return
     if isinstance(adapter, type):

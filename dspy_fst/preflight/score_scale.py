@@ -7,7 +7,6 @@ own: only a start, or a check that was told to measure, comes here.
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import dspy
 from dspy.utils.callback import BaseCallback
@@ -23,11 +22,11 @@ class _AsksError(BaseException):
 
 
 class _NobodyIsAsked(BaseCallback):
-    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+    def on_lm_start(self, call_id: str, instance: object, inputs: dict[str, object]) -> None:
         raise _AsksError
 
 
-def of_labels(metric: Callable[..., Any], examples: Sequence[dspy.Example]) -> list[float]:
+def of_labels(metric: Callable[..., object], examples: Sequence[dspy.Example]) -> list[float]:
     """What the metric gives for the labels of the first examples, which are right answers.
 
     Nothing where the metric cannot read them, or asks an LM of DSPy's: that would be paid for.

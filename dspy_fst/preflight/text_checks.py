@@ -1,7 +1,6 @@
 """What evolves beside instructions: sources of dspy.Flex, tool descriptions, and lines that must stay."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import dspy
 
@@ -10,7 +9,7 @@ from dspy_fst.preflight.argument_checks import PROPOSER, proposer_fault
 from dspy_fst.rollout.components import carried_by, flexes, is_tool, lost_lines, read_texts
 
 
-def text_faults(config: FSTConfig | None, student: Any, reflection_lm: Any, code_proposer: Any) -> list[str]:
+def text_faults(config: FSTConfig | None, student: object, reflection_lm: object, code_proposer: object) -> list[str]:
     """Faults of what evolves beside instructions, and of lines that must stay."""
     if not isinstance(student, dspy.Module):
         return []

@@ -18,7 +18,7 @@ _SETTINGS_OF_A_CALL = frozenset({"signature", "demos", "config", "lm", "new_sign
 """Arguments that ``dspy.Predict`` takes for itself (DSPy 3.4.1); "prediction" only in a form that no field has."""
 
 
-def part_faults(student: Any) -> list[str]:
+def part_faults(student: object) -> list[str]:
     """Why rollouts would share predictors with the student, or train another model than its own."""
     if not isinstance(student, dspy.Module):
         return []

@@ -158,7 +158,7 @@ def imported(references: Mapping[str, str], faults: Faults) -> dict[str, Any]:
     return objects
 
 
-def made_program(text: str, objects: Mapping[str, Any], faults: Faults) -> "dspy.Module | None":
+def made_program(text: str, objects: Mapping[str, object], faults: Faults) -> "dspy.Module | None":
     """The program that was imported, or what its function returns; None after a fault."""
     import dspy
 

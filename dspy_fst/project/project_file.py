@@ -144,7 +144,7 @@ class Project(Part):
         )
         return Opened(program, optimizer, trainset, valset)
 
-    def kept_settings(self) -> dict[str, Any]:
+    def kept_settings(self) -> dict[str, object]:
         """What `keep` writes."""
         return self.model_dump(mode="json", exclude_unset=True)
 
@@ -302,7 +302,7 @@ def load_project(path: str | Path) -> Project:
     return project
 
 
-def project_of(kind: type[Kind], settings: Mapping[str, Any], folder: Path) -> Kind:
+def project_of(kind: type[Kind], settings: Mapping[str, object], folder: Path) -> Kind:
     """The project of these settings.
 
     Raises:

@@ -44,7 +44,7 @@ class RecordedProject(Project):
         """Not done where the run speaks through another adapter than DSPy's usual one: a project file names none."""
         return self.run_path if self._keeps_adapter else super().keep()
 
-    def kept_settings(self) -> dict[str, Any]:
+    def kept_settings(self) -> dict[str, object]:
         """Settings of an ordinary project, in which a model would stand against the program's own."""
         settings = super().kept_settings()
         return {
@@ -90,11 +90,11 @@ class Recorded:
 
     def __init__(self, path: Path, run_dir: Path | None):
         self.path, self.run_dir = path, run_dir
-        self.recipe: Mapping[str, Any] = _mapping(read_json(run_dir / "recipe.json")) if run_dir else {}
+        self.recipe: Mapping[str, object] = _mapping(read_json(run_dir / "recipe.json")) if run_dir else {}
         events = read_events(run_dir) if run_dir else []
-        self.plan: Mapping[str, Any] = next((event for event in events if event.get("event") == "plan"), {})
+        self.plan: Mapping[str, object] = next((event for event in events if event.get("event") == "plan"), {})
 
-    def project(self, named: Mapping[str, Any], folder: Path, *, to_train: bool) -> RecordedProject:
+    def project(self, named: Mapping[str, object], folder: Path, *, to_train: bool) -> RecordedProject:
         """The project of what the user named and the rest as it was recorded.
 
         Args:
@@ -115,11 +115,11 @@ class Recorded:
         project._adapter = self.recipe.get("adapter") if to_train else None
         return project
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> dict[str, object]:
         told = {**self.recipe, **_mapping(self.plan.get("config"))}
         return {name: told[name] for name in FSTConfig.model_fields if name in told}
 
-    def _model(self, to_train: bool) -> dict[str, Any]:
+    def _model(self, to_train: bool) -> dict[str, object]:
         if self.run_dir is None:
             return {"model": str(weights_in(self.path))}  # loading brings the policy's settings
         start = self.run_dir / "weights" / version_of(0)
@@ -131,7 +131,7 @@ class Recorded:
         model = self.recipe.get("model") if to_train or not start.is_dir() else str(start)
         return {"model": model, "policy": {**known, **options}}
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, object]:
         try:
             options = PortableOptions.model_validate(self.plan.get("engine_options") or {})
         except ValidationError as error:
@@ -179,9 +179,9 @@ def _importable(reference: Any) -> str | None:
     return reference if plain and not reference.startswith("__main__") else None
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _texts(value: Any) -> dict[str, str]:
+def _texts(value: object) -> dict[str, str]:
     return {str(name): str(model) for name, model in _mapping(value).items()}

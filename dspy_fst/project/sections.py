@@ -49,6 +49,6 @@ Reference = Annotated[str, AfterValidator(reference_in)]
 ExamplesReference = Annotated[str, AfterValidator(examples_in)]
 
 
-def model_alone(value: Any) -> Any:
+def model_alone(value: object) -> object:
     """The settings of a reflection LM of which only the name is given."""
     return {"model": value} if isinstance(value, str) else value

@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, object]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
@@ -41,14 +41,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     return data
 
 
-def cleaner() -> Callable[[Any], Any]:
+def cleaner() -> Callable[[object], object]:
     """What replaces texts that only secrets look like, such as the password of an address."""
     from dspy_fst.run.secrets import Redactor
 
     return Redactor().clean
 
 
-def secrets_in(data: Any, clean: Callable[[Any], Any], where: str = "") -> Iterator[str]:
+def secrets_in(data: object, clean: Callable[[object], object], where: str = "") -> Iterator[str]:
     """Names of the settings that are named like a secret or look like one, at any depth."""
     if isinstance(data, Mapping):
         for key, value in data.items():

@@ -71,7 +71,7 @@ class RunDirectory:
     def __init__(
         self,
         path: Path,
-        recipe: Mapping[str, Any],
+        recipe: Mapping[str, object],
         listeners: tuple[Listener, ...] = (),
         *,
         keep_states: int = 2,
@@ -223,7 +223,7 @@ class RunDirectory:
         with writing(self.path):
             write_json(self.path / "populations" / f"cycle-{cycle:03d}.json", population_to_json(population))
 
-    def save_skipped(self, step: int, batch: Any) -> Path:
+    def save_skipped(self, step: int, batch: object) -> Path:
         """Keep a batch whose update was skipped. Its numbers may be NaN or Infinity, as Python writes them."""
         path = self.path / "skipped" / f"step-{step:06d}.json"
         with self.writing():

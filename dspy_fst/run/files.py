@@ -133,7 +133,7 @@ def to_jsonable(value: Any, *, finite: bool = True) -> Any:
     return str(value)
 
 
-def population_to_json(population: Population) -> dict[str, Any]:
+def population_to_json(population: Population) -> dict[str, object]:
     """A population as JSON; `population_from_json` is the inverse."""
     return {
         "members": [dict(member.texts) for member in population.members],

@@ -10,7 +10,6 @@ validation has a ``halted`` event.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
 
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.ending import stop_reason_in
@@ -29,7 +28,7 @@ def emit_halted(run: RunDirectory, error: BaseException) -> None:
             run.emit(EVENT, why=interruption_named(error) or words[:LONGEST])
 
 
-def halt_reason_in(events: Sequence[Mapping[str, Any]]) -> str | None:
+def halt_reason_in(events: Sequence[Mapping[str, object]]) -> str | None:
     """Why the run was stopped; None for a run that was killed, goes on, or is of an older release."""
     reasons = [event.get("why") for event in events if event.get("event") == EVENT]
     return str(reasons[-1]) if reasons else None

@@ -28,10 +28,10 @@ class Journal:
         RunDirectoryError: a line other than the last is damaged.
     """
 
-    def __init__(self, path: Path, head: Mapping[str, Any], clean: Callable[[Any], Any] = lambda value: value):
+    def __init__(self, path: Path, head: Mapping[str, object], clean: Callable[[object], object] = lambda value: value):
         self._path, self._clean = path, clean
         records, whole = _read(path)
-        self._ahead: deque[dict[str, Any]] = deque()
+        self._ahead: deque[dict[str, object]] = deque()
         if records and records[0] == {"head": dict(head)}:
             self._ahead.extend(records[1:])
             os.truncate(path, whole)
@@ -44,7 +44,7 @@ class Journal:
         """Whether the next entry is of this operation."""
         return bool(self._ahead) and (self._ahead[0]["kind"], self._ahead[0]["key"]) == (kind, key)
 
-    def recall(self, kind: str, key: str) -> Any:
+    def recall(self, kind: str, key: str) -> object:
         """The recorded result of the next operation; None when the journal ends before it.
 
         Raises:
@@ -72,7 +72,7 @@ class Journal:
         self._ahead.clear()
         self._path.unlink(missing_ok=True)
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def _write(self, record: Mapping[str, object]) -> None:
         body = json.dumps(self._clean(record))
         with writing(self._path.parent), self._path.open("a", encoding="utf-8") as file:
             file.write(f"{zlib.crc32(body.encode()):08x} {body}\n")
@@ -80,7 +80,7 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _read(path: Path) -> tuple[list[dict[str, object]], int]:
     """The entries, and how many bytes the complete ones take."""
     if not path.exists():
         return [], 0

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from dspy_fst.run.manifest import read_document
 
@@ -43,7 +42,7 @@ def weights_faults(folder: Path, aside: Collection[str] = ()) -> list[str]:
     return faults
 
 
-def _leading_out(document: Any) -> Iterator[tuple[str, str]]:
+def _leading_out(document: object) -> Iterator[tuple[str, str]]:
     """(key, reason) at any depth for keys that lead out of the folder."""
     left = [document]
     while left:

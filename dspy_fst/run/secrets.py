@@ -78,7 +78,7 @@ class Redactor:
         """Where in a plain value secrets stand, e.g. ``["first.demos[0].answer"]``."""
         return list(self._places(value, ""))
 
-    def _places(self, value: Any, where: str) -> Iterator[str]:
+    def _places(self, value: object, where: str) -> Iterator[str]:
         if isinstance(value, Mapping):
             for key, item in value.items():
                 yield from self._places(item, f"{where}.{key}" if where else str(key))
@@ -124,7 +124,7 @@ def _is_worth_hiding(value: str) -> bool:
         return True
 
 
-def _named_secrets(value: Any, named: bool = False) -> Iterator[str]:
+def _named_secrets(value: object, named: bool = False) -> Iterator[str]:
     """Strings under a name that marks them as secret; ``Bearer x`` counts as a whole and as ``x``."""
     if isinstance(value, Mapping):
         for name, item in value.items():
@@ -138,7 +138,7 @@ def _named_secrets(value: Any, named: bool = False) -> Iterator[str]:
             yield words[1]
 
 
-def _settings_of_program(program: "dspy.Module") -> Iterator[Mapping[str, Any]]:
+def _settings_of_program(program: "dspy.Module") -> Iterator[Mapping[str, object]]:
     """Settings of every LM that a module of the program holds, and of every predictor's calls."""
     import dspy
 
@@ -149,7 +149,7 @@ def _settings_of_program(program: "dspy.Module") -> Iterator[Mapping[str, Any]]:
                 yield from _settings_of_lm(held)
 
 
-def _settings_of_lm(lm: Any) -> Iterator[Mapping[str, Any]]:
+def _settings_of_lm(lm: object) -> Iterator[Mapping[str, object]]:
     """Attributes of an LM and of its engine object. A PolicyLM's engine has the engine options, others have keys."""
     for part in (lm, getattr(lm, "_engine_spec", None)):  # dspy 3.4 keeps a custom engine there
         yield {name: value for name, value in getattr(part, "__dict__", {}).items() if name != "history"}

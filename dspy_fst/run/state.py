@@ -174,5 +174,5 @@ def share(there: Path, here: Path) -> None:
     flush(here.parent)
 
 
-def _checksum(document: Mapping[str, Any]) -> str:
+def _checksum(document: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

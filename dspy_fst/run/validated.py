@@ -123,7 +123,7 @@ def _mean(row: Sequence[float | None]) -> float | None:
     return sum(measured) / len(measured) if measured else None
 
 
-def validated_in(events: Sequence[Mapping[str, Any]]) -> list[Validated]:
+def validated_in(events: Sequence[Mapping[str, object]]) -> list[Validated]:
     """Every validation in the events, in order."""
     return [Validated.from_event(event) for event in events if event.get("event") == EVENT]
 

@@ -99,7 +99,7 @@ def _fill(folder: Path, saved: Path, card: str) -> None:
 def _refuse_secrets(folder: Path) -> None:
     """Refuse secrets in the documents, the card and the configurations. The vocabulary is the base model's."""
     redactor = Redactor.of(dspy.Module())  # knows the environment's secrets and the shapes of keys
-    read: dict[str, Any] = {path.name: read_document(path) for path in folder.glob("*config.json")}
+    read: dict[str, object] = {path.name: read_document(path) for path in folder.glob("*config.json")}
     read |= {name: read_document(folder / name) for name in DOCUMENTS if name != MANIFEST}
     read |= {CARD: dict(enumerate((folder / CARD).read_text().splitlines(), start=1))}
     if faults := secret_faults(redactor, read):

@@ -99,7 +99,7 @@ def read_state(path: Path, state: Any, program: dspy.Module) -> dict[str, Any]:
     return {name: _checked(path, name, parts[name], parameter) for name, parameter in own.items()}
 
 
-def take_state(program: dspy.Module, parts: Mapping[str, Any]) -> None:
+def take_state(program: dspy.Module, parts: Mapping[str, object]) -> None:
     """Load the result of `read_state` into a program. Not by its own ``load_state``, which copies the program first."""
     for name, parameter in program.named_parameters():
         parameter.load_state(parts[name])

@@ -72,7 +72,9 @@ def save(compiled: dspy.Module, path: str | Path) -> Path:
 
 
 @contextmanager
-def written_beside(path: Path, compiled: dspy.Module, copy: Callable[[str, str], Any] = shutil.copy2) -> Iterator[Path]:
+def written_beside(
+    path: Path, compiled: dspy.Module, copy: Callable[[str, str], object] = shutil.copy2
+) -> Iterator[Path]:
     """A scratch folder beside ``path`` with the saved program, complete and checked. The block renames it to ``path``.
 
     Args:
@@ -94,7 +96,7 @@ def written_beside(path: Path, compiled: dspy.Module, copy: Callable[[str, str],
         yield scratch
 
 
-def documents_of(compiled: dspy.Module) -> dict[str, Any]:
+def documents_of(compiled: dspy.Module) -> dict[str, object]:
     """File -> document, apart from DSPy's own state of the program."""
     return {POPULATION: population_to_json(compiled.population), POLICY: _policy_document(compiled)}
 
@@ -105,7 +107,7 @@ def load(
     *,
     trust_code: bool = False,
     adapter: dspy.Adapter | None = None,
-    **policy_settings: Any,
+    **policy_settings: object,
 ) -> dspy.Module:
     """A copy of ``program`` with the saved instructions, population, adapter and trained weights.
 
@@ -160,7 +162,7 @@ def load(
     return loaded
 
 
-def _policy_document(compiled: dspy.Module) -> dict[str, Any]:
+def _policy_document(compiled: dspy.Module) -> dict[str, object]:
     lms = {name: speaker.lm for name, speaker in speakers(compiled).items() if speaker.lm is not None}
     state = policy_of(compiled).dump_state()
     del state["_dspy_lm_class"]
@@ -177,7 +179,7 @@ def _policy_document(compiled: dspy.Module) -> dict[str, Any]:
     }
 
 
-def _sampling(lm: PolicyLM) -> dict[str, Any]:
+def _sampling(lm: PolicyLM) -> dict[str, object]:
     return {"temperature": lm.sampling_temperature, "max_tokens": lm.reply_limit}
 
 

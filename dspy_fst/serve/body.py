@@ -90,7 +90,7 @@ def _wrote_whole_numbers(value: Any, error: ValidationError) -> bool:
     return changed
 
 
-def parsed(text: bytes | str) -> Any:
+def parsed(text: bytes | str) -> object:
     """The value of a JSON text in UTF-8.
 
     Raises:
@@ -122,7 +122,7 @@ def _separators(body: bytes) -> int:
     return body.count(b",") + body.count(b"[") + body.count(b"{")
 
 
-def check_values(value: Any) -> None:
+def check_values(value: object) -> None:
     """Refuse a value that nests too deep, or holds a number beyond the range of a float.
 
     Raises:
@@ -130,7 +130,7 @@ def check_values(value: Any) -> None:
     """
     level, depth = [value], 0
     while level:
-        inner: list[Any] = []
+        inner: list[object] = []
         for item in level:
             if isinstance(item, dict | list):
                 inner.extend(item.values() if isinstance(item, dict) else item)
@@ -160,7 +160,7 @@ def _require_json(content_type: str, encoding: str) -> None:
         raise ApiError(415, "unsupported_media_type", "Send JSON, with the header 'Content-Type: application/json'.")
 
 
-def _misfit(error: ValidationError, body: Any, status: int) -> ApiError:
+def _misfit(error: ValidationError, body: object, status: int) -> ApiError:
     """The error for a body that does not fit: its first faults, and how many there are."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     distinct = dict.fromkeys((_place(fault, body), _message(fault)) for fault in found[:SHOWN_FAULTS])
@@ -171,7 +171,7 @@ def _misfit(error: ValidationError, body: Any, status: int) -> ApiError:
     return ApiError(status, "invalid", message, param=faults[0].where or None, faults=faults)
 
 
-def _place(fault: ErrorDetails, body: Any) -> str:
+def _place(fault: ErrorDetails, body: object) -> str:
     """Where a fault is, in names of the body. Pydantic's names of unions and validators are left out."""
     place = [str(step) for step in _steps(fault, body)]
     if fault["type"] == "missing":

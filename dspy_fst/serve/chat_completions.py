@@ -53,7 +53,7 @@ class Chat:
             raise ApiError(404, "model_not_found", message, param="model")
         return ModelCard(id=name)
 
-    async def answer(self, request: ChatRequest, ticket: Ticket) -> dict[str, Any] | EventStream:
+    async def answer(self, request: ChatRequest, ticket: Ticket) -> dict[str, object] | EventStream:
         """A whole completion, or the stream of one.
 
         Raises:
@@ -70,7 +70,7 @@ class Chat:
             return await self._stream(request, ticket)
         return await in_thread(partial(self._whole, request), ticket)
 
-    def _whole(self, request: ChatRequest) -> dict[str, Any]:
+    def _whole(self, request: ChatRequest) -> dict[str, object]:
         try:
             if self._upstream is None:
                 reply = completed(self._sample(request), self.name)
@@ -138,7 +138,7 @@ class Chat:
             "max_tokens": self._longest(request),
         }
 
-    def _messages(self, request: ChatRequest) -> list[dict[str, Any]]:
+    def _messages(self, request: ChatRequest) -> list[dict[str, object]]:
         """The messages. For a server they are fitted to the template; the engine in process does that itself."""
         messages = [as_template_reads(message) for message in request.messages]
         if self._upstream is None or any(message.get("tool_calls") for message in messages):
@@ -159,7 +159,7 @@ class Chat:
         except (ValueError, TypeError) as error:
             raise ApiError(400, "invalid_request", str(error)[:2000]) from error
 
-    def _stops(self) -> dict[str, Any]:
+    def _stops(self) -> dict[str, object]:
         ids = self._policy.handle.reader.stop_ids if self._upstream is not None else ()
         return {"stop_token_ids": sorted(ids)} if ids else {}
 

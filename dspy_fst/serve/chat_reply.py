@@ -120,7 +120,7 @@ _ALWAYS = ("logprobs", "finish_reason")
 """Keys of a choice that OpenAI sends even when they are null."""
 
 
-def reply_of(server: Mapping[str, Any], name: str) -> dict[str, Any]:
+def reply_of(server: Mapping[str, object], name: str) -> dict[str, object]:
     """A server's whole reply under our model's name."""
     return _document(ChatReply.model_validate({**server, "model": name}), "message", ("content", "refusal"))
 
@@ -130,7 +130,7 @@ def chunk_of(server: Mapping[str, Any], name: str) -> dict[str, Any]:
     return _document(ChatChunk.model_validate({**server, "model": name}), "delta", ())
 
 
-def completed(completion: Completion, name: str) -> dict[str, Any]:
+def completed(completion: Completion, name: str) -> dict[str, object]:
     """A reply of the engine in process."""
     read, sampled = len(completion.prompt_ids), len(completion.completion_ids)
     choice = {

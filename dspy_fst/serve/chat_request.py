@@ -133,7 +133,7 @@ Messages = Annotated[
 """The engine in process needs a turn, and templates differ in what they do with system messages alone."""
 
 
-def as_template_reads(message: Message) -> dict[str, Any]:
+def as_template_reads(message: Message) -> dict[str, object]:
     """A message as both engines take it, without fields that no chat template shows.
 
     A speaker's ``name`` is left out too: a template that shows it would get another prompt than the engine in process
@@ -200,7 +200,7 @@ class StreamOptions(Sent):
     include_obfuscation: Off | None = None
 
 
-def _where(name: str, values: dict[str, Any], needs: str, need: dict[str, Any]) -> dict[str, Any]:
+def _where(name: str, values: dict[str, object], needs: str, need: dict[str, object]) -> dict[str, object]:
     """A rule of JSON Schema: when setting ``name`` has one of these values, setting ``needs`` must be given."""
     condition = {"properties": {name: values}, "required": [name]}
     return {"if": condition, "then": {"properties": {needs: need}, "required": [needs]}}
@@ -274,14 +274,14 @@ class ChatRequest(Sent):
                 return name, value
         return None
 
-    def for_server(self) -> dict[str, Any]:
+    def for_server(self) -> dict[str, object]:
         """The caller's settings for a vLLM server, without those that change nothing."""
         given = self.model_dump(exclude_none=True, by_alias=True, include=_EVERYWHERE | _SERVER)
         return {name: value for name, value in given.items() if not self._changes_nothing(name)}
 
     def unknown_in_process(self) -> list[str]:
         """Names of settings that the engine in process does not support."""
-        neutral: Mapping[str, Any] = {"top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
+        neutral: Mapping[str, object] = {"top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
         given = self.for_server()
         return [name for name in given if name not in _EVERYWHERE and given[name] != neutral.get(name)]
 

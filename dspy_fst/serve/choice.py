@@ -4,7 +4,6 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -59,7 +58,7 @@ _COMPOSED = ("anyOf", "oneOf", "allOf", "items", "prefixItems", "additionalPrope
 _BOUND = {"enum", "const", "format", "pattern"}
 
 
-def _holds_free_text(schema: Any, definitions: dict[str, Any], within: tuple[str, ...]) -> bool:
+def _holds_free_text(schema: object, definitions: dict[str, object], within: tuple[str, ...]) -> bool:
     """Whether a JSON schema accepts any string, at any depth; ``True`` and ``{}`` accept everything."""
     if isinstance(schema, list):
         return any(_holds_free_text(part, definitions, within) for part in schema)

@@ -28,7 +28,7 @@ class Feed:
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._closed = False
 
-    def send(self, data: Any, event: str | None = None) -> None:
+    def send(self, data: object, event: str | None = None) -> None:
         """Send an event to the listener.
 
         Raises:

@@ -76,7 +76,7 @@ def complete_document(app: FastAPI, chat: str, model: str) -> None:
     """
     original = app.openapi
 
-    def openapi() -> dict[str, Any]:
+    def openapi() -> dict[str, object]:
         document = original()
         _, chunk = models_json_schema([(ChatChunk, "serialization")], ref_template=_MODELS)
         schemas = document["components"]["schemas"]

@@ -97,14 +97,14 @@ def _plain(fields: Mapping[str, FieldInfo]) -> Fields:
     return {name: (_annotation(field), _default(field)) for name, field in fields.items()}
 
 
-def _annotation(field: FieldInfo) -> Any:
+def _annotation(field: FieldInfo) -> object:
     extra = field.json_schema_extra
     text = str(extra.get("desc", "")) if isinstance(extra, dict) else ""
     description = None if text.startswith("${") else text or None  # "${...}" is DSPy's placeholder
     return Annotated[(field.annotation, *field.metadata, Field(description=description))]
 
 
-def _default(field: FieldInfo) -> Any:
+def _default(field: FieldInfo) -> object:
     return ... if field.is_required() else field.get_default(call_default_factory=True)
 
 

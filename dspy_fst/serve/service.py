@@ -130,7 +130,7 @@ class Service:
     # ---- one request ---------------------------------------------------------------------------
 
     async def answer(
-        self, inputs: BaseModel, seed: int | None, ticket: Ticket, context: Mapping[str, Any] | None = None
+        self, inputs: BaseModel, seed: int | None, ticket: Ticket, context: Mapping[str, object] | None = None
     ) -> Answer:
         """Ask the candidates that the setting ``choice`` names.
 

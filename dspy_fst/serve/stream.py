@@ -47,7 +47,7 @@ class ModuleEvents(BaseCallback):
         self._send_event = send
         self._running: dict[str, str] = {}
 
-    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+    def on_module_start(self, call_id: str, instance: object, inputs: dict[str, object]) -> None:
         if (name := getattr(instance, PREDICTOR_TAG, None)) is not None:
             self._running[call_id] = name
 
@@ -118,7 +118,7 @@ class StreamingHandle:
     def close(self) -> None:
         """Nothing is closed: `Service` releases the engine."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StreamingHandle":
+    def __deepcopy__(self, memo: dict[int, object]) -> "StreamingHandle":
         return self
 
     def _sample(self, request: lm15.Request, seed: int) -> Completion:
@@ -162,7 +162,7 @@ def _body(request: lm15.Request, seed: int) -> dict[str, Any]:
     }
 
 
-def _read(request: lm15.Request, weights: str, chunks: Iterable[dict[str, Any]], deltas: Deltas) -> Completion:
+def _read(request: lm15.Request, weights: str, chunks: Iterable[dict[str, object]], deltas: Deltas) -> Completion:
     """The complete reply; its pieces are sent on the way."""
     pieces = read_stream(chunks, request, weights, scored=False)
     deltas.begin()

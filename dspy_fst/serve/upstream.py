@@ -108,7 +108,7 @@ class Upstream:
                 client.close()
             self._clients.clear()
 
-    def _post(self, body: Mapping[str, Any]) -> httpx.Response:
+    def _post(self, body: Mapping[str, object]) -> httpx.Response:
         try:
             reply = self._send(body)
         except httpx.TimeoutException as error:
@@ -127,7 +127,7 @@ class Upstream:
         finally:
             reply.close()
 
-    def _send(self, body: Mapping[str, Any]) -> httpx.Response:
+    def _send(self, body: Mapping[str, object]) -> httpx.Response:
         address = self.address
         if address is None:
             raise httpx.ConnectError("the server is being started")

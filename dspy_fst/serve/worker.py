@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import dspy
 from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError
@@ -94,10 +94,10 @@ async def in_thread(work: Callable[[], T], ticket: Ticket | None = None) -> T:
 
 def run_program(
     program: Copier,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, object],
     outputs: type[BaseModel],
     recording: Recording,
-    context: Mapping[str, Any],
+    context: Mapping[str, object],
 ) -> BaseModel:
     """One run of a copy of the program; blocks.
 
@@ -138,7 +138,7 @@ class _NoPredictionError(Exception):
     """The program returned something other than a prediction."""
 
 
-def _as_outputs(prediction: Any, outputs: type[BaseModel]) -> BaseModel:
+def _as_outputs(prediction: object, outputs: type[BaseModel]) -> BaseModel:
     """The program's outputs, validated by their schema and known to have a JSON form."""
     if not isinstance(prediction, dspy.Example | Mapping):
         raise _NoPredictionError(f"the program gave {type(prediction).__name__}, not a dspy.Prediction")
