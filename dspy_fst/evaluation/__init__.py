@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Names of the module that this package was in release 0.1; gone after release 0.2."""
     measure = importlib.import_module("dspy_fst.evaluation.measure")
     if name.startswith("_") or not hasattr(measure, name):
