@@ -151,7 +151,7 @@ def test_ctrl_c_in_a_user_s_module_is_no_fault_of_the_module(tmp_path):
     faults = Faults(tmp_path)
     with faults.of("program"):
         raise SystemExit(2)
-    assert faults.told == ["program: SystemExit: 2"]
+    assert faults.sentences == ["program: SystemExit: 2"]
 
 
 def test_other_errors_and_excepthook_are_left_alone():

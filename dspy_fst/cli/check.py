@@ -143,7 +143,7 @@ def _outcome(file: Path, measure: bool, room: "Available | None") -> Outcome:
     """
     from dspy_fst.memory import plan_memory
     from dspy_fst.monitoring.progress import without_loading_bars
-    from dspy_fst.preflight.score_scale import of_labels, scale_warnings
+    from dspy_fst.preflight.score_scale import scale_warnings, scores_of_labels
     from dspy_fst.project.project_file import load_project
 
     typer.echo("reading the project", err=True)
@@ -157,7 +157,7 @@ def _outcome(file: Path, measure: bool, room: "Available | None") -> Outcome:
         rates = measure_rates(opened, config, planned) if measure else None
         memory_plan = plan_memory(policy, config, run_dir, room)
         if rates is not None:
-            scores = [*of_labels(opened.optimizer.metric, opened.trainset), *rates["scores"]]
+            scores = [*scores_of_labels(opened.optimizer.metric, opened.trainset), *rates["scores"]]
             warnings += scale_warnings(scores, config.perfect_score)
         return {
             "project": _project(project, opened, policy, run_dir),

@@ -1,4 +1,4 @@
-"""What is refused before any work: programs, examples, models, settings.
+"""Checks before any work: program, examples, model, engine and settings.
 
-In: the arguments of a run. Out: faults or warnings, in sentences, all at once. Nothing is loaded, started or sampled.
+In: the arguments of a run. Out: faults and warnings as sentences, all at once. Nothing is loaded, started or sampled.
 """

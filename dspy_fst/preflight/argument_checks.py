@@ -10,10 +10,11 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.reward import metric_fault
 
 PROPOSER = ("candidate", "reflective_dataset", "components_to_update")
+"""Arguments of a proposer, by name (GEPA 0.1.4)."""
 
 
 def argument_faults(run_dir: object, listeners: object, **switches: object) -> list[str]:
-    """Faults of the optimizer's own arguments; ``switches`` are those that are on or off."""
+    """Faults of the optimizer's own arguments; ``switches`` are its boolean ones."""
     faults = []
     if run_dir is not None and not (isinstance(run_dir, str | Path) and str(run_dir)):
         faults.append(f"run_dir={run_dir!r}: name a directory, or leave it out for a new one below runs/")
@@ -26,7 +27,7 @@ def argument_faults(run_dir: object, listeners: object, **switches: object) -> l
 
 
 def search_faults(config: FSTConfig | None, metric: object, reflection_lm: object, propose: object) -> list[str]:
-    """Faults of the metric and of who reflects."""
+    """Faults of the metric, the reflection LM and the proposer."""
     faults = [fault] if (fault := _metric_fault(metric)) else []
     searches = config is None or config.method != "rl"
     if searches and reflection_lm is None and propose is None:

@@ -10,7 +10,7 @@ from dspy_fst.config import FSTConfig
 
 
 def data_faults(trainset: Any, valset: Any, config: FSTConfig | None) -> list[str]:
-    """Faults of the examples by themselves."""
+    """Faults of the examples, without regard to the program."""
     faults = []
     for name, examples in (("trainset", trainset), ("valset", valset)):
         if examples is None and name == "valset":
@@ -30,7 +30,7 @@ def data_faults(trainset: Any, valset: Any, config: FSTConfig | None) -> list[st
 
 
 def input_faults(student: Any, trainset: Any, valset: Any) -> list[str]:
-    """Examples that the program cannot be called with; the first of each set is told."""
+    """Examples that the program cannot be called with; the first of each set is named."""
     faults = []
     call = _call_of(student) if isinstance(student, dspy.Module) else None
     for name, examples in (("trainset", trainset), ("valset", valset)):
@@ -47,7 +47,7 @@ def input_faults(student: Any, trainset: Any, valset: Any) -> list[str]:
 
 
 def _call_of(student: dspy.Module) -> Callable[[dict[str, Any]], str | None]:
-    """A function that says why the program would not take these inputs."""
+    """A function that returns why the program would not accept these inputs, or None."""
     try:
         forward = object.__getattribute__(student, "forward")  # plain getattr makes DSPy log a warning
     except AttributeError:
@@ -67,7 +67,7 @@ def _call_of(student: dspy.Module) -> Callable[[dict[str, Any]], str | None]:
 
 
 def _required_fields(student: dspy.Module) -> list[str]:
-    """Input fields that DSPy's plain modules need: they take anything, and only log what is missing."""
+    """Required input fields of DSPy's own modules, which accept anything and only log what is missing."""
     if type(student) not in (dspy.Predict, dspy.ChainOfThought, dspy.ReAct):
         return []
     signature = student.predict.signature if isinstance(student, dspy.ChainOfThought) else student.signature
@@ -83,7 +83,7 @@ def _are_examples(examples: Any) -> bool:
 
 
 def _different(examples: Sequence[dspy.Example], enough: int) -> int:
-    """How many examples differ from all before them, counted up to ``enough``."""
+    """How many different examples there are, counted up to ``enough``."""
     seen: set[str] = set()
     for example in examples:
         seen.add(repr(example))

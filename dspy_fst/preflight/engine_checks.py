@@ -11,7 +11,7 @@ from dspy_fst.policy_lm import PolicyLM
 
 
 def engine_faults(policy: PolicyLM) -> list[str]:
-    """Faults of the engine that show without starting it."""
+    """Faults of the engine's options."""
     from dspy_fst.engine.in_process import InProcessSettings
     from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 
@@ -22,7 +22,7 @@ def engine_faults(policy: PolicyLM) -> list[str]:
 
 
 def _type_faults(settings: type, options: Mapping[str, Any]) -> list[str]:
-    """Engine options that are not of their field's type: a dataclass takes anything."""
+    """Engine options of the wrong type: a dataclass accepts anything."""
     hints, faults = get_type_hints(settings), []
     for name, value in options.items():
         given = tuple(value) if isinstance(value, list) else value

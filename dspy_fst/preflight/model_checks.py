@@ -20,7 +20,7 @@ from dspy_fst.types import Rollout
 
 
 def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
-    """Faults of the model's files that show without loading its weights; a hub has ``hub_s`` seconds to answer."""
+    """Faults of the model's files, found without loading weights. A hub has ``hub_s`` seconds to answer."""
     from transformers import AutoConfig, AutoTokenizer
 
     path, where = policy.checkpoint.path, f"model={policy.model!r}"
@@ -32,7 +32,7 @@ def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
         return [f"{where}: {fault}"]
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # files of others may break in any way
+    except Exception as error:  # foreign files may break in any way
         return [f"{where}: {unreadable(path, error)}"]
     faults = [f"{where}: {fault}" for fault in (*_kind_faults(policy, config), *_weights_faults(path))]
     if path.is_dir() and not faults and (fault := stored_layer_fault(path)):
@@ -53,7 +53,7 @@ def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
 
 
 def _kind_faults(policy: PolicyLM, config: object) -> Iterator[str]:
-    """Models that transformers would load, and that do not write text, or that trainer or engine cannot serve."""
+    """Models that transformers can load and that generate no text, or that trainer or engine do not support."""
     yield from kind_faults(config)
     if policy.handle.resolved_kind == "vllm":
         yield from vllm_faults(config, policy.handle.options, on_gpu=has_gpu())
@@ -71,15 +71,15 @@ def _weights_faults(path: Path) -> Iterator[str]:
 
 
 def _context_limit(policy: PolicyLM, config: object) -> int | None:
-    """Longest prompt plus reply in tokens: what the server was told, else what the model's config says."""
-    told = policy.handle.options.get("max_model_len")
-    if isinstance(told, int) and told > 0:
-        return told
+    """Longest prompt plus reply in tokens: the server's ``max_model_len``, else the model's own limit."""
+    limit = policy.handle.options.get("max_model_len")
+    if isinstance(limit, int) and limit > 0:
+        return limit
     return context_length(config)
 
 
 def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout]) -> list[str]:
-    """Whether the prompts that the first examples made leave room for ``max_tokens`` in the model's context."""
+    """A sentence when the prompts of the first examples leave no room for ``max_tokens`` in the model's context."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(policy.checkpoint.path, trust_remote_code=False)

@@ -1,7 +1,7 @@
-"""Adapters that a program sets itself while it runs: seen in the first rollouts, and told.
+"""Warns of adapters that a program sets itself while it runs, found in the first rollouts.
 
-Such an adapter is in no record of the run: the program's code sets it again wherever the program is called. Whoever
-uses the weights without that code must set it himself.
+The run does not record such an adapter: the program's code sets it again wherever the program is called. Users of the
+weights without that code must set it themselves.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from dspy_fst.types import Rollout
 
 
 def own_adapters(rollouts: Sequence[Rollout], kept: str) -> str | None:
-    """A sentence that names the predictors which speak through another adapter than the program's.
+    """A sentence that names the predictors with another adapter than the program's; None without any.
 
     Args:
-        rollouts: Played with ``anew``, so that their calls of predictors are known.
-        kept: The adapter that the compiled program will keep, described.
+        rollouts: Made with ``anew``, so that the calls of their predictors are recorded.
+        kept: The description of the adapter that the compiled program will keep.
     """
-    asked = [call for rollout in rollouts for call in rollout.asked if not _advises(call.adapter)]
-    found = {(call.name, str(describe(call.adapter))) for call in asked}
-    own = sorted((name, adapter) for name, adapter in found if adapter != kept)
-    if not own:
+    calls = [call for rollout in rollouts for call in rollout.asked if not _advises(call.adapter)]
+    adapters = {(call.name, str(describe(call.adapter))) for call in calls}
+    others = sorted((name, adapter) for name, adapter in adapters if adapter != kept)
+    if not others:
         return None
-    through = "; ".join(f"predictor {name!r} speaks through {adapter}" for name, adapter in own)
+    through = "; ".join(f"predictor {name!r} speaks through {adapter}" for name, adapter in others)
     return (
         f"{through}, which the program sets itself while it runs. It is trained so, and called so wherever this code "
         f"calls it; {kept} is kept for all others"
@@ -32,5 +32,5 @@ def own_adapters(rollouts: Sequence[Rollout], kept: str) -> str | None:
 
 
 def _advises(adapter: dspy.Adapter) -> bool:
-    """Whether it is the one that dspy.Refine puts round the one in force, to tell its advice."""
+    """Whether dspy.Refine made this adapter, around the current one, to add its advice."""
     return type(adapter).__module__ == dspy.Refine.__module__

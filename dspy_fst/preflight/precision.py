@@ -1,4 +1,4 @@
-"""Whether trainer and engine compute in one precision: two settings say it, and nothing else holds them together."""
+"""Warns when trainer and engine compute in different precisions, which two separate settings decide."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +10,12 @@ SAME = {"float": "float32", "half": "float16"}
 
 
 def precision_warnings(precision: str, kind: str, options: Mapping[str, Any]) -> list[str]:
-    """A sentence where the two differ; a server that somebody else launched has its own flags and is not judged.
+    """A sentence when the two differ. An attached server has its own flags and is not checked.
 
     Args:
-        precision: The recipe's, for the trainer.
+        precision: The trainer's, from the recipe.
         kind: ``"vllm"`` or ``"in_process"``.
-        options: The engine's.
+        options: The engine's options.
     """
     if options.get("attach_url"):
         return []

@@ -24,7 +24,7 @@ def policies_of(program: dspy.Module) -> dict[str, PolicyLM]:
 
 
 def program_faults(student: object) -> list[str]:
-    """Faults of the program, of its LMs and of how they are sampled."""
+    """Faults of the program, of its LMs and of their sampling settings."""
     if isinstance(student, type):
         return [f"student: {student.__name__} is a class; pass a program made of it, {student.__name__}(...)"]
     if not isinstance(student, dspy.Module):
@@ -51,7 +51,7 @@ def program_faults(student: object) -> list[str]:
 
 
 def trained_faults(student: object, config: FSTConfig | None) -> list[str]:
-    """Faults of the predictors that are named to be trained."""
+    """Faults of the setting ``trained``, which names the predictors to train."""
     if config is None or config.trained is None or not isinstance(student, dspy.Module):
         return []
     policies = policies_of(student)
@@ -72,7 +72,7 @@ def trained_faults(student: object, config: FSTConfig | None) -> list[str]:
 
 
 def _sampling_faults(student: dspy.Module) -> list[str]:
-    """Settings of a PolicyLM, or of a predictor that speaks with it, under which nothing could be trained."""
+    """Settings of a PolicyLM, or of a predictor that uses it, with which nothing could be trained."""
     faults = []
     policies = policies_of(student)
     own = {name: predictor.config for name, predictor in student.named_predictors() if name in policies}
@@ -87,7 +87,7 @@ def _sampling_faults(student: dspy.Module) -> list[str]:
 
 
 def _reshaping(settings: Mapping[str, object]) -> Iterator[str]:
-    """Settings under which tokens are drawn from another distribution than the one that is scored."""
+    """Settings that sample tokens from another distribution than the one that training scores."""
     if (temperature := settings.get("temperature")) is not None and (fault := temperature_fault(temperature)):
         yield fault
     for key in RESHAPING:

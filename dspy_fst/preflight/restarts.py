@@ -1,4 +1,4 @@
-"""Models for whose every new version a vLLM server is started anew, told before a run pays for it."""
+"""Warns of models for which every publish restarts the vLLM server."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +8,12 @@ from dspy_fst.model_files.architectures import folder_restart_reason
 
 
 def restart_warnings(folder: Path, engine: str, options: Mapping[str, object]) -> list[str]:
-    """A sentence when publishing takes a start of the server; an attached server is never started from here.
+    """A sentence when publishing restarts the server. An attached server is never started from here.
 
     Args:
-        folder: The model's.
+        folder: The model's folder.
         engine: ``"vllm"`` or ``"in_process"``.
-        options: Of the engine.
+        options: The engine's options.
     """
     if engine != "vllm" or options.get("attach_url") is not None:
         return []

@@ -1,7 +1,7 @@
-"""What is wrong with what is said of a trained program by name, found before anything is made of it.
+"""Checks of the settings that `dspy_fst.reconfigured`, `dspy_fst.load` and ``dspy-fst serve`` take.
 
-`dspy_fst.reconfigured`, `dspy_fst.load` and the flags of ``dspy-fst serve`` take the same words as PolicyLM does, and a
-wrong one would else be told by the first call, or by the loading of a folder that was saved with it.
+They have the names of PolicyLM's arguments. Without these checks a wrong one would only fail at the first call, or when
+a folder that was saved with it is loaded.
 """
 
 import inspect
@@ -18,12 +18,12 @@ from dspy_fst.preflight.unreachable_parts import asked_policies
 _TAKEN = [name for name in inspect.signature(PolicyLM).parameters if name != "unknown"]
 
 
-def asking_faults(adapter: object, settings: Mapping[str, object]) -> list[str]:
+def sampling_faults(adapter: object, settings: Mapping[str, object]) -> list[str]:
     """A sentence for each fault.
 
     Args:
-        adapter: What the program is to speak through; None says nothing.
-        settings: Argument of PolicyLM -> value, those alone that are given.
+        adapter: The program's new adapter; None is not checked.
+        settings: Argument of PolicyLM -> value, for the given ones.
     """
     faults = [*_adapter_faults(adapter), *unknown_arguments(settings, _TAKEN), *bad_numbers(settings)]
     if "use_json_adapter_fallback" in settings and not isinstance(settings["use_json_adapter_fallback"], bool):
@@ -36,7 +36,7 @@ def asking_faults(adapter: object, settings: Mapping[str, object]) -> list[str]:
 
 
 def bad_numbers(settings: Mapping[str, object]) -> Iterator[str]:
-    """A sentence for a temperature or a ``max_tokens``, where given, at which no call can be sampled and scored."""
+    """A sentence for a given temperature or ``max_tokens`` with which no call can be sampled and scored."""
     if "temperature" in settings and (fault := temperature_fault(settings["temperature"])):
         yield fault
     longest = settings.get("max_tokens")

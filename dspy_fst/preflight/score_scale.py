@@ -1,8 +1,8 @@
-"""Does the metric give more than ``perfect_score``? Then every rollout that is half right counts as solved.
+"""Warns when the metric gives more than ``perfect_score``, so that partly right rollouts count as solved.
 
-A metric from 0 to 100 under the default of 1 leaves nothing to reflect on: a search skips what is perfect, and an
-occasional 0 hides that from every warning. The metric is called here, and may ask whom it likes through a client of its
-own: only a start, or a check that was told to measure, comes here.
+A metric from 0 to 100 with the default ``perfect_score=1`` leaves nothing to reflect on: the search skips perfect
+rollouts, and an occasional 0 hides this from other warnings. The metric is called here and may use a paid client, so
+only the start of a run, or ``check --measure``, does this.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,30 +17,30 @@ LABELLED = 2
 """Examples whose labels are scored as if they were predictions (ours)."""
 
 
-class _AsksError(BaseException):
-    """The metric asks an LM; not an Exception, so that no metric takes it for its judge's answer."""
+class _CallsLMError(BaseException):
+    """The metric calls an LM. Not an Exception, so that no metric handles it as a failed judge."""
 
 
-class _NobodyIsAsked(BaseCallback):
+class _RefuseLMCalls(BaseCallback):
     def on_lm_start(self, call_id: str, instance: object, inputs: dict[str, object]) -> None:
-        raise _AsksError
+        raise _CallsLMError
 
 
-def of_labels(metric: Callable[..., object], examples: Sequence[dspy.Example]) -> list[float]:
-    """What the metric gives for the labels of the first examples, which are right answers.
+def scores_of_labels(metric: Callable[..., object], examples: Sequence[dspy.Example]) -> list[float]:
+    """The metric's scores of the labels of the first examples, which are right answers.
 
-    Nothing where the metric cannot read them, or asks an LM of DSPy's: that would be paid for.
+    Examples whose labels the metric cannot read are left out, and so are those for which it would call a DSPy LM.
     """
     scores, reward = [], Reward(metric)
     for example in examples[:LABELLED]:
         labels = dict(example.labels().items())
-        with suppress(UnmeasuredError, _AsksError), dspy.context(callbacks=[_NobodyIsAsked()]):
+        with suppress(UnmeasuredError, _CallsLMError), dspy.context(callbacks=[_RefuseLMCalls()]):
             scores.append(reward(example, dspy.Prediction(**labels), []).value)
     return scores
 
 
 def scale_warnings(scores: Sequence[float], perfect: float) -> list[str]:
-    """A sentence when a score is above what the recipe calls perfect."""
+    """A sentence when a score is above the recipe's ``perfect_score``."""
     if not scores or max(scores) <= perfect:
         return []
     return [

@@ -1,4 +1,4 @@
-"""What a model's chat template means for a run, told before work and from the tokenizer alone."""
+"""Checks of a model's chat template, from the tokenizer alone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ THOUGHT_MARK = "</think>"
 
 
 def template_faults(tokenizer: Any) -> Iterator[str]:
-    """Faults of a template that would spoil every call."""
+    """Faults of the template that would affect every call."""
     if not tokenizer.chat_template:
         yield (
             "its tokenizer has no chat template, as a base model's, and cannot be asked in messages; choose the "
@@ -36,7 +36,7 @@ def template_faults(tokenizer: Any) -> Iterator[str]:
 
 
 def template_warnings(folder: Path) -> list[str]:
-    """What the template does to a conversation that its user should know of; empty before a download."""
+    """What the user should know of the template's effect on a conversation; empty before the download."""
     traits = _traits(folder)
     if traits is None or traits.has_system:
         return []
@@ -45,12 +45,12 @@ def template_warnings(folder: Path) -> list[str]:
 
 
 def template_kind(folder: Path) -> str | None:
-    """Whether a conversation's next prompt can begin with the ids that were sampled; None before a download."""
+    """Whether the next prompt of a conversation can start with the sampled ids, in words; None before the download."""
     traits = _traits(folder)
     if traits is None:
         return None
     system = "" if traits.has_system else "; no system role: its text goes into the first user turn"
-    own = f"; its own system prompt where there is none: {traits.own_system!r}" if traits.own_system else ""
+    default = f"; its own system prompt where there is none: {traits.own_system!r}" if traits.own_system else ""
     if not traits.keeps_replies:
         turns = "rewrites earlier turns: each turn of a conversation is trained by itself"
     elif traits.keeps_thoughts:
@@ -59,7 +59,7 @@ def template_kind(folder: Path) -> str | None:
         turns = (
             "keeps earlier turns, without their thoughts: a conversation goes on from the sampled ids of plain replies"
         )
-    return turns + system + own
+    return turns + system + default
 
 
 def _traits(folder: Path) -> TemplateTraits | None:
@@ -69,7 +69,7 @@ def _traits(folder: Path) -> TemplateTraits | None:
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # told as a fault of the model
+    except Exception:  # reported as a fault of the model
         return None
     traits = TemplateTraits.of(tokenizer) if tokenizer.chat_template else None
     thinks = THOUGHT_MARK in str(tokenizer.chat_template)

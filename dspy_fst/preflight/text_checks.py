@@ -10,7 +10,7 @@ from dspy_fst.rollout.components import carried_by, flexes, is_tool, lost_lines,
 
 
 def text_faults(config: FSTConfig | None, student: object, reflection_lm: object, code_proposer: object) -> list[str]:
-    """Faults of what evolves beside instructions, and of lines that must stay."""
+    """Faults of other evolving texts than instructions, and of protected lines."""
     if not isinstance(student, dspy.Module):
         return []
     sources = sorted(flexes(student))
@@ -38,12 +38,12 @@ def _tool_faults(config: FSTConfig, student: dspy.Module) -> Iterator[str]:
 
 
 def _protection_faults(config: FSTConfig, student: dspy.Module) -> Iterator[str]:
-    """Lines that are not in every text that the search starts from."""
-    own = read_texts(student, tools=config.tool_descriptions == "evolved")
-    starts = [own, *carried_by(student, own)]
+    """Protected lines that some text at the start of the search lacks."""
+    seed = read_texts(student, tools=config.tool_descriptions == "evolved")
+    starts = [seed, *carried_by(student, seed)]
     for name, lines in config.protected.items():
-        if name not in own.texts or name in flexes(student):
-            texts = ", ".join(repr(text) for text in own.texts if text not in flexes(student))
+        if name not in seed.texts or name in flexes(student):
+            texts = ", ".join(repr(text) for text in seed.texts if text not in flexes(student))
             yield f"protected: {name!r} is no instruction of the program; it has {texts}"
             continue
         missing = [lost for start in starts for lost in lost_lines(start.texts.get(name, ""), lines)]

@@ -1,5 +1,5 @@
-"""What of a program a run cannot reach: predictors that DSPy does not name, holds frozen, or cannot be copied, LMs that
-its adapters ask, and input fields that DSPy keeps from the prompt."""
+"""Parts of a program that a run cannot reach: predictors that DSPy does not name, holds frozen or cannot copy, LMs that
+adapters call, and input fields that DSPy keeps from the prompt."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,13 +13,13 @@ from dspy_fst.rollout.outside import outside_predictors
 from dspy_fst.rollout.tree import frozen_predictors, hidden_predictors
 
 _SHOWN = 5
-"""Places that a message names."""
+"""How many places a message names."""
 _SETTINGS_OF_A_CALL = frozenset({"signature", "demos", "config", "lm", "new_signature"})
 """Arguments that ``dspy.Predict`` takes for itself (DSPy 3.4.1); "prediction" only in a form that no field has."""
 
 
 def part_faults(student: object) -> list[str]:
-    """Why rollouts would share predictors with the student, or train another model than its own."""
+    """Why rollouts would share predictors with the student, or the run would train another model than its own."""
     if not isinstance(student, dspy.Module):
         return []
     faults = copy_faults(student)
@@ -35,8 +35,11 @@ def part_faults(student: object) -> list[str]:
 
 
 def _adapter_faults(student: dspy.Module) -> Iterator[str]:
-    """A sentence for each PolicyLM that an adapter asks: it stays on an engine of its own while the run's weights move,
-    and its replies would be taken down as those of the predictor whose reply it reads."""
+    """A sentence for each PolicyLM that an adapter calls.
+
+    Its engine would keep the old weights while the run trains, and its replies would be recorded as those of the
+    predictor whose reply it reads.
+    """
     places = {"adapter": kept_by(student) or adapter_in_force(), **adapters_held_by(student)}
     for place, outer in places.items():
         yield from (
@@ -47,8 +50,10 @@ def _adapter_faults(student: dspy.Module) -> Iterator[str]:
 
 
 def _field_faults(student: dspy.Module) -> Iterator[str]:
-    """A sentence for each input field that DSPy would take for a setting of the call: of `demos` it only logs that the
-    field is missing, and the model answers without it."""
+    """A sentence for each input field that DSPy would take for a setting of the call.
+
+    For `demos` DSPy only logs that the field is missing, and the model answers without it.
+    """
     for name, predictor in student.named_predictors():
         if taken := sorted(_SETTINGS_OF_A_CALL & predictor.signature.input_fields.keys()):
             yield (
@@ -58,7 +63,7 @@ def _field_faults(student: dspy.Module) -> Iterator[str]:
 
 
 def asked_policies(outer: dspy.Adapter) -> Iterator[tuple[str, str]]:
-    """(class, attribute) of each PolicyLM that an adapter, or an adapter inside it, asks itself."""
+    """(class, attribute) of each PolicyLM that an adapter, or an adapter inside it, calls itself."""
     inner = [value for value in vars(outer).values() if isinstance(value, dspy.Adapter)]
     for adapter in (outer, *inner):
         for name, lm in vars(adapter).items():
@@ -67,7 +72,7 @@ def asked_policies(outer: dspy.Adapter) -> Iterator[tuple[str, str]]:
 
 
 def no_predictors(student: dspy.Module) -> str:
-    """Why a program of which DSPy names no predictor cannot be trained, and what would help."""
+    """Why a program without predictors that DSPy names cannot be trained, and what helps."""
     frozen, hidden = _frozen_places(student), _unnamed(student)
     if frozen:
         return (
@@ -112,13 +117,13 @@ _HOLD = "hold them as attributes, or in a list or dict that is an attribute itse
 
 
 def _unnamed(student: dspy.Module) -> dict[str, dspy.Predict]:
-    """Place -> predictor that DSPy does not name; of those outside of the program, the policy's."""
+    """Place -> predictor that DSPy does not name. Predictors outside of the program count if they use the policy."""
     outside = {place: p for place, p in outside_predictors(student).items() if is_recorded(p.lm or dspy.settings.lm)}
     return {**hidden_predictors(student), **outside}
 
 
 def _frozen_places(student: dspy.Module) -> dict[str, int]:
-    """Place of a part that is marked as compiled -> how many predictors only it holds."""
+    """Place of a part that is marked as compiled -> number of predictors that are only there."""
     named = {id(p) for _, p in student.named_parameters()}
     places: dict[str, int] = {}
     for place, predictor in frozen_predictors(student):

@@ -1,7 +1,7 @@
-"""What ends the start of a vLLM server on this machine, or makes it compute other numbers here, seen before it starts.
+"""Predicts that a vLLM server would not start on this machine, or would compute other numbers than the trainer.
 
-From the model's config, the engine's options and what is installed. Measured with vLLM 0.32 on a CPU, family by family:
-`benchmarks.architectures`. An attached server is somebody else's and runs elsewhere: nothing is known of it.
+The sources are the model's config, the engine's options and the installed packages. `benchmarks.architectures` measured
+the families with vLLM 0.32 on a CPU. Nothing is known about an attached server, which may run elsewhere.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,16 +11,16 @@ from typing import Any
 from dspy_fst.model_files.architectures import unlike_vllm
 
 _BESIDE_IMAGES = {"qwen3_5_text", "qwen3_5_moe_text"}
-"""Text models whose code in vLLM stands beside that of the model that reads images, and imports what that needs."""
+"""Text models whose vLLM code is in the module of the image model, which imports torchvision."""
 _DELTA_NETS = {"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "olmo_hybrid"}
-"""Model types whose linear attention vLLM computes on a CPU in bfloat16 alone."""
+"""Model types whose linear attention vLLM computes only in bfloat16 on a CPU."""
 _OTHER_NUMBERS_ON_A_CPU = {"lfm2", "lfm2_moe", "deepseek_v2", "deepseek_v3"}
-"""Model types of which vLLM scores only the first token right on a CPU: LFM2's convolution over tokens is 0.2 nats off,
-the latent attention of DeepSeek 2 (measured on tiny models, with as many latent numbers as DeepSeek's own)."""
+"""Model types for which vLLM on a CPU scores only the first token correctly: LFM2's convolution over tokens is off by
+0.2 nats, DeepSeek's latent attention by 2 nats (measured on tiny models with DeepSeek's own number of latents)."""
 _NO_CODE = {"phimoe"}
-"""Model types that vLLM knows under another class than transformers writes, and does not start as that."""
+"""Model types for which transformers writes another class name than vLLM knows, so vLLM does not start."""
 _SELECTIVE_SCANS = {"mamba", "falcon_mamba", "jamba"}
-"""Model types for whose recurrent layers vLLM has no kernel on a CPU; those of Mamba 2 are another kind."""
+"""Model types whose recurrent layers have no CPU kernel in vLLM; Mamba 2 has other layers."""
 _NOT_BFLOAT16 = ("float", "float32", "half", "float16")
 
 
@@ -28,8 +28,8 @@ def vllm_faults(config: Any, options: Mapping[str, Any], *, on_gpu: bool) -> Ite
     """Why a vLLM server would not serve this model as the trainer computes it, one sentence each.
 
     Args:
-        config: The model's, of transformers.
-        options: Of the engine; ``max_model_len``, ``dtype`` and ``attach_url`` are read.
+        config: The model's transformers config.
+        options: The engine's options; ``max_model_len``, ``dtype`` and ``attach_url`` are read.
     """
     yield from unlike_vllm(config, options.get("max_model_len"))
     if options.get("attach_url") is None:

@@ -1,5 +1,5 @@
-"""A project file, and what a run's directory tells in its place: names become objects here.
+"""A project file, or the settings that a run recorded in its place, as objects.
 
-In: YAML with ``module:attribute`` names. Out: the arguments of `FSTOptimizer.compile`. All faults are told together,
-before anything heavy is imported.
+In: YAML with ``module:attribute`` names. Out: the arguments of `FSTOptimizer.compile`. All faults are reported
+together, before anything heavy is imported.
 """

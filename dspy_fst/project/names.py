@@ -1,6 +1,6 @@
-"""From names to objects: ``module:attribute`` imported and made, files of examples read, and all faults told together.
+"""From names to objects: imports ``module:attribute``, calls functions, reads examples, and collects all faults.
 
-What is named is a user's own code: whatever it raises is a fault with its place, never a traceback.
+The names lead to a user's own code: whatever it raises becomes a fault with its place, never a traceback.
 """
 
 import importlib
@@ -26,10 +26,10 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def reference_in(text: str) -> str:
-    """A ``module:attribute`` as it is.
+    """Check a ``module:attribute`` and return it unchanged.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text has another form.
     """
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", text):
         raise ValueError("write module:attribute, e.g. my_program:build")
@@ -37,10 +37,10 @@ def reference_in(text: str) -> str:
 
 
 def examples_in(text: str) -> str:
-    """A ``module:attribute`` or the name of a .jsonl file, as it is.
+    """Check a ``module:attribute`` or the name of a .jsonl file and return it unchanged.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is neither.
     """
     if not is_file(text) and not re.fullmatch(r"\w+(\.\w+)*:\w+", text):
         raise ValueError("write module:attribute, e.g. my_data:train, or name a .jsonl file")
@@ -48,19 +48,19 @@ def examples_in(text: str) -> str:
 
 
 def is_file(text: str) -> bool:
-    """Whether examples are named by a file, not by ``module:attribute``."""
+    """Whether the text names a file of examples, not a ``module:attribute``."""
     return text.endswith(".jsonl")
 
 
 def make_program(reference: str, folder: Path) -> "dspy.Module":
-    """The program alone, for who needs neither metric nor examples. Call it in a block of `importable`.
+    """Make the program alone, without metric and examples. Call it in a block of `importable`.
 
     Args:
         reference: ``module:attribute``, see `Project.program`.
-        folder: Where its code lies; faults name the place in it.
+        folder: The folder of its code; faults name the place in it.
 
     Raises:
-        ConfigurationError: it does not import, is not there, raises, or is no program.
+        ConfigurationError: the name cannot be imported, does not exist, raises, or is no program.
     """
     try:
         reference_in(reference)
@@ -75,33 +75,33 @@ def make_program(reference: str, folder: Path) -> "dspy.Module":
 
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
-    """A block in which the modules of a folder can be imported."""
+    """In this block the modules of a folder can be imported."""
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
-        with suppress(ValueError):  # the folder's code took it away itself
+        with suppress(ValueError):  # the folder's code has removed it already
             sys.path.remove(str(folder))
 
 
 @dataclass
 class Faults:
-    """Collects what is wrong, so that all of it is told together."""
+    """Collects faults, so that all of them are reported together."""
 
     folder: Path
-    told: list[str] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
     cause: BaseException | None = None
-    """The first exception among them, for whoever asks for its traceback."""
+    """The first exception among them, for ``--debug``."""
 
     def add(self, sentence: str) -> None:
-        self.told.append(sentence)
+        self.sentences.append(sentence)
 
     @contextmanager
     def of(self, what: str) -> Iterator[None]:
-        """A block of the user's: what it raises is a fault. A script that exits while it is imported counts too."""
+        """A block that runs the user's code: whatever it raises becomes a fault, also a SystemExit at import."""
         try:
             yield
-        except (Terminated, KeyboardInterrupt):  # a signal came; that it may be a SystemExit too makes it no script's
+        except (Terminated, KeyboardInterrupt):  # a signal, although `Terminated` is a SystemExit
             raise
         except ConfigurationError as error:
             self._add(what, "; ".join(error.faults), error)
@@ -115,11 +115,11 @@ class Faults:
         self.cause = self.cause or error
 
     def raise_any(self) -> None:
-        if self.told:
-            raise ConfigurationError(self.told) from self.cause
+        if self.sentences:
+            raise ConfigurationError(self.sentences) from self.cause
 
     def _place(self, error: BaseException) -> str:
-        """Where in the project's own code an exception came from."""
+        """The place in the project's own code where an exception was raised."""
         if isinstance(error, SyntaxError):
             return ""  # its message says so
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -139,7 +139,7 @@ def _lacks(module: ModuleType, attribute: str) -> str:
 
 
 def imported(references: Mapping[str, str], faults: Faults) -> dict[str, Any]:
-    """Setting -> the object that it names. A module that fails is told once for all who name it."""
+    """Setting -> the object that it names. A module that fails gives one fault for all settings that name it."""
     named: dict[str, list[tuple[str, str]]] = {}
     for setting, text in references.items():
         home, _, attribute = text.partition(":")
@@ -159,20 +159,20 @@ def imported(references: Mapping[str, str], faults: Faults) -> dict[str, Any]:
 
 
 def made_program(text: str, objects: Mapping[str, object], faults: Faults) -> "dspy.Module | None":
-    """The program that was imported, or what its function returns; None after a fault."""
+    """The imported program, or the result of the imported function; None after a fault."""
     import dspy
 
-    told = len(faults.told)
+    before = len(faults.sentences)
     program = made("program", text, objects, dspy.Module, faults)
     if isinstance(program, dspy.Module):
         return program
-    if "program" in objects and len(faults.told) == told:
+    if "program" in objects and len(faults.sentences) == before:
         faults.add(f"program: {text} gives {type(program).__name__}, not a dspy.Module")
     return None
 
 
 def made(setting: str, text: str, objects: Mapping[str, Any], kind: type, faults: Faults) -> Any:
-    """The object that a setting names, or what it returns when it is a function; None after a fault."""
+    """The object that a setting names, or its result when it is a function; None after a fault."""
     value = objects.get(setting)
     if isinstance(value, kind) or not callable(value):
         return value
@@ -193,10 +193,10 @@ def with_key(where: str, settings: Mapping[str, Any], faults: Faults) -> dict[st
 
 
 def read_examples(path: Path, inputs: Sequence[str]) -> "list[dspy.Example]":
-    """One example a line.
+    """Read examples, one JSON object a line.
 
     Raises:
-        ValueError: naming the first line that is no JSON object or lacks an input.
+        ValueError: a line is no JSON object or lacks an input; the message names the first one.
     """
     import dspy
 

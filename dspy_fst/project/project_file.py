@@ -1,4 +1,4 @@
-"""A project: one YAML file that names everything compile() needs, and the way from its names to the objects.
+"""A project: one YAML file that names everything that compile() needs, and how its names become objects.
 
     program: my_program:build          # module:attribute -> a dspy.Module, or a function that returns one
     metric: my_program:metric
@@ -10,7 +10,7 @@
     track: tensorboard                 # or a list; may be left out
     recipe: {auto: medium}             # fields of FSTConfig, or auto
 
-Modules and relative paths are looked for in the file's folder. Nothing heavy is imported before `Project.open`.
+Modules and relative paths are relative to the file's folder. Nothing heavy is imported before `Project.open`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,10 +57,10 @@ _YOUR_OWN = (
 
 
 class Project(Part):
-    """The settings of one project file. `load_project` reads it, `open` makes the objects that it names."""
+    """The settings of a project file. `load_project` reads it, and `open` makes the objects that it names."""
 
     folder: Path
-    """Where modules and relative paths are looked for: the file's own folder, or what it says, relative to that."""
+    """The base of modules and relative paths: the file's folder, or the setting ``folder`` relative to that."""
     program: Reference
     """A ``dspy.Module``, or a function without arguments that returns one."""
     metric: Reference
@@ -79,10 +79,10 @@ class Project(Part):
     """A proposer of sources for dspy.Flex modules, see FSTOptimizer."""
     run_dir: str
     continue_from: str | None = None
-    """The directory of a finished run, or a saved program: the run goes on from its texts, population and weights. They
-    take the place of the program's own and of ``model``."""
+    """The directory of a finished run, or a saved program. This run starts from its texts, population and weights, not
+    from the program's own texts and ``model``."""
     track: list[str] | str | None = None
-    """Experiment trackers, see FSTOptimizer. They are no part of the recipe: a continued run may name others."""
+    """Experiment trackers, see FSTOptimizer. They are not part of the recipe: a continued run may use others."""
     show_samples: bool = False
     """Whether one sampled reply is shown after each step."""
     recipe: Recipe | None = None
@@ -106,7 +106,7 @@ class Project(Part):
         return (self.folder / Path(text).expanduser()).resolve()
 
     def importable(self) -> AbstractContextManager[None]:
-        """A block in which the project's own modules can be imported."""
+        """In this block the project's own modules can be imported."""
         return importable(self.folder)
 
     def open(
@@ -115,11 +115,11 @@ class Project(Part):
         """Import and make everything that the file names; no model is loaded yet.
 
         Args:
-            listeners: Functions that are told every event of the run.
-            trust_code: Take up sources of dspy.Flex modules that ``continue_from`` holds.
+            listeners: Functions that receive every event of the run.
+            trust_code: Accept the sources of dspy.Flex modules in ``continue_from``.
 
         Raises:
-            ConfigurationError: with everything that does not import, is not there or raises.
+            ConfigurationError: names cannot be imported, do not exist or raise; with all of these faults.
         """
         from dspy_fst.optimizer import FSTOptimizer
 
@@ -145,14 +145,14 @@ class Project(Part):
         return Opened(program, optimizer, trainset, valset)
 
     def kept_settings(self) -> dict[str, object]:
-        """What `keep` writes."""
+        """The settings that `keep` writes."""
         return self.model_dump(mode="json", exclude_unset=True)
 
     def keep(self) -> Path:
-        """Write the settings into the run directory, so that it can be resumed knowing nothing else.
+        """Write the settings into the run directory, so that the run can be resumed from it alone.
 
         Raises:
-            RunDirectoryError: the disk refused.
+            RunDirectoryError: the disk refused to write.
         """
         from dspy_fst.run.directory import PROJECT
         from dspy_fst.run.files import flush, writing
@@ -175,7 +175,7 @@ class Project(Part):
         return {setting: text for setting, text in texts.items() if text is not None and not is_file(text)}
 
     def _program(self, objects: Mapping[str, Any], faults: "Faults", trust_code: bool) -> "dspy.Module | None":
-        """A copy of the program whose predictors all have an LM; the user's own stays as it is."""
+        """A copy of the program in which every predictor has an LM; the user's program is unchanged."""
         from dspy_fst.rollout.copying import copied
 
         program = made_program(self.program, objects, faults)
@@ -193,7 +193,7 @@ class Project(Part):
     def _continued(
         self, before: Path, program: "dspy.Module", faults: "Faults", trust_code: bool
     ) -> "dspy.Module | None":
-        """The program as another run ended with it, its weights on the engine that is meant here."""
+        """The program that another run ended with, with its weights on this project's engine."""
         from dspy_fst.preflight.program_checks import policies_of
         from dspy_fst.saving.format import saved_in
         from dspy_fst.saving.save_load import load
@@ -208,21 +208,21 @@ class Project(Part):
         return None
 
     def _policy(self, program: "dspy.Module", faults: "Faults") -> "PolicyLM | None":
-        """The PolicyLM that the program holds, else one of these settings."""
+        """The PolicyLM that the program holds, else one made from these settings."""
         from dspy_fst.policy_lm import PolicyLM
         from dspy_fst.preflight.program_checks import policies_of
 
         held = next(iter(policies_of(program).values()), None)
-        made = None
+        policy = None
         if self.model is not None:
             model = self.path(self.model) if self.path(self.model).is_dir() else self.model
             with faults.of("policy"):
-                made = PolicyLM(model, **self._policy_settings(faults))
+                policy = PolicyLM(model, **self._policy_settings(faults))
         if held is None:
             if self.model is None:
                 faults.add("model: it is missing, and no predictor of the program holds a PolicyLM; name a model")
-            return made
-        if made is not None and made.checkpoint.path != held.checkpoint.path:
+            return policy
+        if policy is not None and policy.checkpoint.path != held.checkpoint.path:
             faults.add(f"model: the program holds a PolicyLM of {held.checkpoint.path}; remove model, or that PolicyLM")
         if self.policy is not None:
             faults.add("policy: the program holds a PolicyLM with settings of its own; remove policy, or that PolicyLM")
@@ -231,7 +231,7 @@ class Project(Part):
     def _policy_settings(self, faults: "Faults") -> dict[str, Any]:
         settings = self.policy.model_dump(exclude_none=True) if self.policy else {}
         if self.policy and "max_tokens" in self.policy.model_fields_set:
-            settings["max_tokens"] = self.policy.max_tokens  # null says: as far as the model's context goes
+            settings["max_tokens"] = self.policy.max_tokens  # null means: up to the model's context
         if "engine_options" in settings:
             options = with_key("policy.engine_options", settings["engine_options"], faults)
             if "log_path" in options:
@@ -262,7 +262,7 @@ class Project(Part):
 
 @dataclass(frozen=True)
 class Opened:
-    """What a project file names: ``optimizer.compile(program, trainset=trainset, valset=valset)`` runs it."""
+    """The objects of a project file: ``optimizer.compile(program, trainset=trainset, valset=valset)`` runs it."""
 
     program: "dspy.Module"
     optimizer: "FSTOptimizer"
@@ -274,13 +274,13 @@ Kind = TypeVar("Kind", bound=Project)
 
 
 def load_project(path: str | Path) -> Project:
-    """Read a project file; what it names is neither imported nor looked for yet.
+    """Read a project file. Nothing that it names is imported or searched yet.
 
     Args:
-        path: The file, or a folder that holds it as project.yaml.
+        path: The file, or a folder that contains it as project.yaml.
 
     Raises:
-        ConfigurationError: with every fault of the file.
+        ConfigurationError: the file has faults; with all of them.
     """
     path = _file_at(Path(path).resolve())
     data = read_settings(path)
@@ -303,10 +303,10 @@ def load_project(path: str | Path) -> Project:
 
 
 def project_of(kind: type[Kind], settings: Mapping[str, object], folder: Path) -> Kind:
-    """The project of these settings.
+    """Validate settings as a project.
 
     Raises:
-        ConfigurationError: with every fault of theirs.
+        ConfigurationError: the settings have faults; with all of them.
     """
     try:
         return kind.model_validate({**settings, "folder": folder})
@@ -316,7 +316,8 @@ def project_of(kind: type[Kind], settings: Mapping[str, object], folder: Path) -
 
 
 def _file_at(path: Path) -> Path:
-    """The project's file; of a folder the one in it, unless it is a run's: that may be somebody else's."""
+    """The project file that a path names: in a folder project.yaml, unless the folder is a run's directory, whose
+    project may be somebody else's."""
     from dspy_fst.run.directory import is_run
 
     if not path.is_dir():
@@ -335,11 +336,11 @@ def _file_at(path: Path) -> Path:
 def kept_in(run_dir: Path) -> Project:
     """The project that `Project.keep` wrote into a run directory.
 
-    The directory may be somebody else's, and what a project names is imported: nothing of it may lead back there.
+    The directory may be somebody else's, and a project's code is imported: none of it may come from that directory.
 
     Raises:
-        ConfigurationError: with every fault of the file, or because its code would be taken from the directory itself,
-            or from wherever a path leads that `Project.keep` would not have written.
+        ConfigurationError: the file has faults; or its code would come from the directory itself, or from a path that
+            `Project.keep` would not have written.
     """
     from dspy_fst.run.directory import PROJECT
 
@@ -367,6 +368,6 @@ def _sentence(fault: Any, clean: Callable[[Any], Any]) -> str:
     if fault["type"] == "missing":
         return f"{where}: it is missing"
     message = fault["msg"].removeprefix("Value error, ")
-    # Only plain values are shown, and none of what may be a key that was written in the wrong place.
+    # Only simple values are shown, and none that may be a key written in the wrong place.
     shown = isinstance(fault["input"], str | int | float) and not where.endswith("api_key_env")
     return ": ".join(part for part in (f"{where}={clean(fault['input'])!r}" if shown else where, message) if part)

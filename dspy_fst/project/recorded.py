@@ -1,8 +1,8 @@
-"""What a run's directory tells of itself, as a project: for commands on runs that keep no project file.
+"""The settings that a run recorded, as a project: for commands on runs without a project file.
 
-A run made by Python records its recipe, its model and how that was sampled. Its program, metric and examples are code:
-the user names them, in a folder of his own. What the run says of them is only shown, and never imported: the directory
-may be somebody else's.
+A run made by Python records its recipe, its model and the sampling settings. Its program, metric and examples are code,
+which the user names in a folder of their own. The names that the run recorded are only shown and never imported: the
+directory may be somebody else's.
 """
 
 import re
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 class RecordedProject(Project):
     """A project whose code the user names and whose other settings the run recorded.
 
-    A program that holds a PolicyLM of its own speaks with that one.
+    A program that holds a PolicyLM keeps it.
     """
 
     _frozen: Mapping[str, str] = PrivateAttr(default_factory=dict)
     _adapter: Any = PrivateAttr(default=None)
-    """As the recipe describes it; None: whatever is in force."""
+    """The recipe's description of the adapter; None means the one in force."""
     _holds_policy: bool = PrivateAttr(default=False)
     _keeps_adapter: bool = PrivateAttr(default=False)
 
     def keep(self) -> Path:
-        """Not done where the run speaks through another adapter than DSPy's usual one: a project file names none."""
+        """Write nothing if the run uses another adapter than DSPy's default: a project file cannot name one."""
         return self.run_path if self._keeps_adapter else super().keep()
 
     def kept_settings(self) -> dict[str, object]:
-        """Settings of an ordinary project, in which a model would stand against the program's own."""
+        """Settings of an ordinary project, without a model that would contradict the program's own."""
         settings = super().kept_settings()
         return {
             name: value
@@ -85,7 +85,7 @@ class Recorded:
     """A run's directory, or a saved program outside of one.
 
     Args:
-        path: Of the run, or of the saved program where ``run_dir`` is None.
+        path: The run's directory, or the saved program if ``run_dir`` is None.
     """
 
     def __init__(self, path: Path, run_dir: Path | None):
@@ -95,17 +95,17 @@ class Recorded:
         self.plan: Mapping[str, object] = next((event for event in events if event.get("event") == "plan"), {})
 
     def project(self, named: Mapping[str, object], folder: Path, *, to_train: bool) -> RecordedProject:
-        """The project of what the user named and the rest as it was recorded.
+        """The project of the user's settings and the recorded ones.
 
         Args:
-            named: Settings of the project that are the user's, paths absolute.
-            folder: Where his modules are looked for.
-            to_train: Whether the run is to go on; else the run's own weights stand for the model that it began with,
-                which may be gone.
+            named: The user's settings of the project, with absolute paths.
+            folder: The folder of the user's modules.
+            to_train: Whether the run shall continue. Otherwise the run's first weights replace the model that it began
+                with, which may no longer exist.
 
         Raises:
-            ConfigurationError: with every fault.
-            RunDirectoryError: what was recorded is not what a run records.
+            ConfigurationError: the settings have faults; with all of them.
+            RunDirectoryError: the recorded settings are not those of a run.
         """
         settings = {"run_dir": str(self.run_dir or self.path), **self._model(to_train), **named}
         if config := self._config():
@@ -116,12 +116,12 @@ class Recorded:
         return project
 
     def _config(self) -> dict[str, object]:
-        told = {**self.recipe, **_mapping(self.plan.get("config"))}
-        return {name: told[name] for name in FSTConfig.model_fields if name in told}
+        settings = {**self.recipe, **_mapping(self.plan.get("config"))}
+        return {name: settings[name] for name in FSTConfig.model_fields if name in settings}
 
     def _model(self, to_train: bool) -> dict[str, object]:
         if self.run_dir is None:
-            return {"model": str(weights_in(self.path))}  # loading brings the policy's settings
+            return {"model": str(weights_in(self.path))}  # loading sets the policy's other settings
         start = self.run_dir / "weights" / version_of(0)
         known = {name: self.recipe[name] for name in ("engine", "temperature", "max_tokens") if name in self.recipe}
         options = {"engine_options": options} if (options := self._options()) else {}
@@ -139,7 +139,7 @@ class Recorded:
         return options.model_dump(exclude_unset=True)
 
     def _before(self, to_train: bool) -> Path | None:
-        """The run whose compiled program this one went on from, as it lies there now."""
+        """The earlier run whose compiled program this one started from, if it is still there."""
         if self.recipe.get("population") is None:
             return None
         run_dir = Path(str(self.recipe.get("model"))).parent.parent
@@ -153,7 +153,7 @@ class Recorded:
             )
         return None
 
-    # ---- what it says of the code that made it, to be shown ------------------------------------
+    # ---- names of the run's code, only to be shown ----------------------------------------------
 
     @property
     def program(self) -> str | None:
@@ -168,7 +168,7 @@ class Recorded:
 
     @property
     def wanted_to_train(self) -> list[str]:
-        """Settings that the user must name for the run to go on."""
+        """Settings that the user must name so that the run can continue."""
         valset = ["valset"] if _mapping(self.plan.get("examples")).get("valset") else []
         propose = [] if self.recipe.get("method") == "rl" else ["propose"]
         return ["program", "metric", "trainset", *valset, *propose]

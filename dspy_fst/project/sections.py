@@ -1,4 +1,4 @@
-"""The parts of a project that are more than a text: the policy, who reflects, the recipe, and references."""
+"""The sections of a project file: the policy, the reflection LM, the recipe, and references."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ class Part(BaseModel):
 
 
 class PolicySettings(Part):
-    """How the trained model is sampled; PolicyLM's default stands where nothing is given."""
+    """How the trained model is sampled; a missing setting has PolicyLM's default."""
 
     engine: Literal["auto", "vllm", "in_process"] | None = None
     engine_options: dict[str, Any] | None = None
@@ -30,13 +30,13 @@ class PolicySettings(Part):
 
 
 class ReflectionSettings(BaseModel):
-    """Arguments of ``dspy.LM``; in the file also the model's name alone."""
+    """Arguments of ``dspy.LM``. In the file, the model's name alone is enough."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     model: str
     api_key_env: Annotated[str, AfterValidator(_variable)] | None = None
-    """Environment variable that holds the key; without it the provider's usual one is used."""
+    """Environment variable with the key; by default the provider's usual one."""
 
 
 class Recipe(FSTConfig):
@@ -50,5 +50,5 @@ ExamplesReference = Annotated[str, AfterValidator(examples_in)]
 
 
 def model_alone(value: object) -> object:
-    """The settings of a reflection LM of which only the name is given."""
+    """The settings of a reflection LM that is given by its name alone."""
     return {"model": value} if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""A file of settings: YAML in which no key stands twice, and no secret."""
+"""A file of settings: YAML without duplicate keys and without secrets."""
 
 import re
 from collections import Counter
@@ -15,11 +15,11 @@ _SECRET = re.compile(
     r"|authorization$|(?<![a-z])auth$|(?<!max_)(?<!per_)token$",  # max_token is a slip, cost_per_token a price
     re.IGNORECASE,
 )
-"""Names of settings whose values are secrets: arguments that litellm's providers and vLLM take, and headers."""
+"""Names of settings with secret values: arguments of litellm's providers and of vLLM, and headers."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice; PyYAML takes the last one without a word."""
+    """YAML that refuses duplicate keys; PyYAML silently takes the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         for key, count in Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).items():
@@ -42,14 +42,14 @@ def read_settings(path: Path) -> dict[str, object]:
 
 
 def cleaner() -> Callable[[object], object]:
-    """What replaces texts that only secrets look like, such as the password of an address."""
+    """A function that replaces texts with the shape of a secret, such as the password in an address."""
     from dspy_fst.run.secrets import Redactor
 
     return Redactor().clean
 
 
 def secrets_in(data: object, clean: Callable[[object], object], where: str = "") -> Iterator[str]:
-    """Names of the settings that are named like a secret or look like one, at any depth."""
+    """Names of settings, at any depth, whose name or value is that of a secret."""
     if isinstance(data, Mapping):
         for key, value in data.items():
             name = f"{where}.{key}" if where else str(key)

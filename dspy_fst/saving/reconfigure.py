@@ -17,7 +17,7 @@ import dspy
 
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.policy_lm import PolicyLM, policy_of
-from dspy_fst.preflight.sampling_settings import asking_faults
+from dspy_fst.preflight.sampling_settings import sampling_faults
 from dspy_fst.rollout.adapters import describe, keep, kept_by
 from dspy_fst.rollout.components import carry
 from dspy_fst.rollout.copying import copied
@@ -60,7 +60,7 @@ def reconfigured(
         "use_json_adapter_fallback": use_json_adapter_fallback,
     }
     sampling = {name: value for name, value in given.items() if value is not None}
-    if faults := asking_faults(adapter, sampling):
+    if faults := sampling_faults(adapter, sampling):
         raise ConfigurationError(faults)
     policy_of(program)
     changed: dspy.Module = copied(program)

@@ -22,7 +22,7 @@ import dspy
 
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.policy_lm import PolicyLM, policy_of, resolve_kind
-from dspy_fst.preflight.sampling_settings import asking_faults
+from dspy_fst.preflight.sampling_settings import sampling_faults
 from dspy_fst.report.results import attach, results_beside
 from dspy_fst.rollout.adapters import describe, keep, kept_by, made
 from dspy_fst.rollout.components import carry, set_tools, speakers
@@ -129,7 +129,7 @@ def load(
             this machine may decide.
         ConfigurationError: an argument cannot work; or a frozen LM, or an adapter that is not DSPy's own, is missing.
     """
-    if faults := asking_faults(adapter, policy_settings):
+    if faults := sampling_faults(adapter, policy_settings):
         raise ConfigurationError(faults)
     path = Path(path).resolve()
     refuse_run(path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.preflight.model_checks import context_faults
 from dspy_fst.preflight.own_adapters import own_adapters
-from dspy_fst.preflight.score_scale import of_labels, scale_warnings
+from dspy_fst.preflight.score_scale import scale_warnings, scores_of_labels
 from dspy_fst.rollout.adapters import adapter_in_force, describe, kept_by
 from dspy_fst.rollout.rendering import unread_fault
 from dspy_fst.rollout.rollouter import Task
@@ -57,7 +57,7 @@ def try_first(session: Session) -> FirstLook:
     if faults:
         raise ConfigurationError(faults)
     scores = [rollout.reward for rollout in [*train, *val] if rollout.reward is not None and not rollout.failure]
-    scores += of_labels(session.rollouter.reward.metric, session.trainset)
+    scores += scores_of_labels(session.rollouter.reward.metric, session.trainset)
     for warning in scale_warnings(scores, session.config.perfect_score):
         session.run.emit("note", text=f"warning: {warning}")
     kept = str(describe(kept_by(session.program) or adapter_in_force()))

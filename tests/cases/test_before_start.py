@@ -171,7 +171,7 @@ def test_a_metric_above_the_perfect_score_is_told_before_the_first_search(best, 
 
 
 def test_a_metric_that_asks_a_judge_is_not_asked_for_labels():
-    from dspy_fst.preflight.score_scale import of_labels
+    from dspy_fst.preflight.score_scale import scores_of_labels
 
     judge = dspy.Predict("given_answer -> verdict: float")
     asked = []
@@ -181,7 +181,9 @@ def test_a_metric_that_asks_a_judge_is_not_asked_for_labels():
         return fields(verdict="20")
 
     judge.set_lm(scripted_policy(says_verdict)[0])
-    scores = of_labels(lambda gold, pred, trace=None: float(judge(given_answer=pred.answer).verdict), problems(4))
+    scores = scores_of_labels(
+        lambda gold, pred, trace=None: float(judge(given_answer=pred.answer).verdict), problems(4)
+    )
     assert (scores, asked) == ([], [])
 
 
