@@ -172,12 +172,12 @@ def _changes_nothing(run_dir: Path, given: "Project") -> bool:
 def _shown_when_finished(run_dir: Path, as_json: bool) -> bool:
     """Show the outcome of a finished run. Returns False when the run is not finished."""
     from dspy_fst.run.directory import read_events
-    from dspy_fst.run.ending import ended_of
+    from dspy_fst.run.ending import stop_reason_in
 
     outcome = _outcome(run_dir)
     if outcome is None or not Path(outcome["compiled"]).is_dir():
         return False
-    typer.echo(_finished(run_dir, ended_of(read_events(run_dir))), err=True)
+    typer.echo(_finished(run_dir, stop_reason_in(read_events(run_dir))), err=True)
     _show(outcome, as_json)
     return True
 
