@@ -115,18 +115,18 @@ class MemoryPlan:
 
     def faults(self) -> list[str]:
         """A sentence for every place whose certain requirement does not fit."""
-        found = [fault for requirement in self.requirements if (fault := requirement.fault(self.named))]
-        return [*found, *([self.share_fault] if self.share_fault else [])]
+        sentences = [fault for requirement in self.requirements if (fault := requirement.fault(self.named))]
+        return [*sentences, *([self.share_fault] if self.share_fault else [])]
 
     def doubts(self) -> list[str]:
         """A sentence for every place whose peak may not fit, and for a model whose size is partly a guess."""
-        found = [warning for requirement in self.requirements if (warning := requirement.warning(self.named))]
+        sentences = [warning for requirement in self.requirements if (warning := requirement.warning(self.named))]
         if assumed := self.workload.size.assumed:
-            found.append(
+            sentences.append(
                 f"{self.named}: its config.json names no {', '.join(assumed)}, so that transformers' defaults are "
                 "counted; give the whole config.json"
             )
-        return found
+        return sentences
 
     def warnings(self) -> list[str]:
         """The doubts, and a sentence when the run writes very much."""

@@ -15,12 +15,12 @@ from dspy_fst.rollout.components import flexes
 
 def policies_of(program: dspy.Module) -> dict[str, PolicyLM]:
     """Predictor name -> the PolicyLM that it speaks with, its own or DSPy's configured one."""
-    found = {}
+    using_policy = {}
     for name, predictor in program.named_predictors():
         lm = predictor.lm or dspy.settings.lm
         if isinstance(lm, PolicyLM):
-            found[name] = lm
-    return found
+            using_policy[name] = lm
+    return using_policy
 
 
 def program_faults(student: object) -> list[str]:
@@ -38,11 +38,11 @@ def program_faults(student: object) -> list[str]:
         if (predictor.lm or dspy.settings.lm) is None
     ]
     policies = policies_of(student)
-    held = [*policies.values(), *(flex.lm for flex in flexes(student).values() if isinstance(flex.lm, PolicyLM))]
-    models = sorted({f"{policy.model} (engine {policy.handle.kind!r})" for policy in held})
-    if len({id(policy.handle) for policy in held}) > 1:
+    policy_lms = [*policies.values(), *(flex.lm for flex in flexes(student).values() if isinstance(flex.lm, PolicyLM))]
+    models = sorted({f"{policy.model} (engine {policy.handle.kind!r})" for policy in policy_lms})
+    if len({id(policy.handle) for policy in policy_lms}) > 1:
         faults.append(
-            f"student: its predictors hold {len({id(policy.handle) for policy in held})} different PolicyLMs "
+            f"student: its predictors hold {len({id(policy.handle) for policy in policy_lms})} different PolicyLMs "
             f"({'; '.join(models)}); one model is trained, so share one PolicyLM and give the others a frozen dspy.LM"
         )
     if not policies and not faults:
@@ -61,8 +61,8 @@ def trained_faults(student: object, config: FSTConfig | None) -> list[str]:
         for name in config.trained
         if name not in policies
     ]
-    own = {name: predictor.config for name, predictor in student.named_predictors() if name in policies}
-    drawn = [own[n].get("temperature", policies[n].sampling_temperature) for n in config.trained if n in own]
+    configs = {name: predictor.config for name, predictor in student.named_predictors() if name in policies}
+    drawn = [configs[n].get("temperature", policies[n].sampling_temperature) for n in config.trained if n in configs]
     if drawn and all(temperature == 0 for temperature in drawn):
         faults.append(
             f"trained: {', '.join(config.trained)} have temperature=0, and greedy replies have no gradient; give one "
@@ -75,12 +75,12 @@ def _sampling_faults(student: dspy.Module) -> list[str]:
     """Settings of a PolicyLM, or of a predictor that uses it, with which nothing could be trained."""
     faults = []
     policies = policies_of(student)
-    own = {name: predictor.config for name, predictor in student.named_predictors() if name in policies}
+    configs = {name: predictor.config for name, predictor in student.named_predictors() if name in policies}
     for policy in policies.values():
         faults += [*bad_numbers({"temperature": None, **policy.kwargs}), *_reshaping(policy.kwargs)]
-    for name, config in own.items():
+    for name, config in configs.items():
         faults += [f"predictor {name!r}: {fault}" for fault in _reshaping(config)]
-    drawn = [config.get("temperature", policies[name].sampling_temperature) for name, config in own.items()]
+    drawn = [config.get("temperature", policies[name].sampling_temperature) for name, config in configs.items()]
     if drawn and all(temperature == 0 for temperature in drawn):
         faults.append("temperature=0: greedy replies have no gradient; use PolicyLM(temperature=1.0)")
     return list(dict.fromkeys(faults))

@@ -200,10 +200,11 @@ class Project(Part):
 
         if before == self.run_path:
             faults.add("run_dir: it is the run that is gone on from; name a new directory (--run-dir NEW)")
-        held = next(iter(policies_of(program).values()), None)
-        own = {"engine": held.handle.kind, "engine_options": held.handle.options} if held else {}
+        policy_lm = next(iter(policies_of(program).values()), None)
+        handle = policy_lm.handle if policy_lm else None
+        engine_settings = {"engine": handle.kind, "engine_options": handle.options} if handle else {}
         with faults.of("continue_from"):
-            settings = {**own, **self._policy_settings(faults)}
+            settings = {**engine_settings, **self._policy_settings(faults)}
             return load(saved_in(before), program, trust_code=trust_code, **settings)
         return None
 
@@ -212,21 +213,22 @@ class Project(Part):
         from dspy_fst.policy_lm import PolicyLM
         from dspy_fst.preflight.program_checks import policies_of
 
-        held = next(iter(policies_of(program).values()), None)
+        policy_lm = next(iter(policies_of(program).values()), None)
         policy = None
         if self.model is not None:
             model = self.path(self.model) if self.path(self.model).is_dir() else self.model
             with faults.of("policy"):
                 policy = PolicyLM(model, **self._policy_settings(faults))
-        if held is None:
+        if policy_lm is None:
             if self.model is None:
                 faults.add("model: it is missing, and no predictor of the program holds a PolicyLM; name a model")
             return policy
-        if policy is not None and policy.checkpoint.path != held.checkpoint.path:
-            faults.add(f"model: the program holds a PolicyLM of {held.checkpoint.path}; remove model, or that PolicyLM")
+        if policy is not None and policy.checkpoint.path != policy_lm.checkpoint.path:
+            model_path = policy_lm.checkpoint.path
+            faults.add(f"model: the program holds a PolicyLM of {model_path}; remove model, or that PolicyLM")
         if self.policy is not None:
             faults.add("policy: the program holds a PolicyLM with settings of its own; remove policy, or that PolicyLM")
-        return held
+        return policy_lm
 
     def _policy_settings(self, faults: "Faults") -> dict[str, Any]:
         settings = self.policy.model_dump(exclude_none=True) if self.policy else {}
@@ -328,8 +330,8 @@ def _file_at(path: Path) -> Path:
         )
     if not (path / "project.yaml").is_file():
         others = ", ".join(sorted(file.name for file in path.glob("*.y*ml"))[:5])
-        found = f"; there are {others}" if others else ""
-        raise ConfigurationError([f"{path} is a folder without a project.yaml; name the project's file{found}"])
+        hint = f"; there are {others}" if others else ""
+        raise ConfigurationError([f"{path} is a folder without a project.yaml; name the project's file{hint}"])
     return path / "project.yaml"
 
 

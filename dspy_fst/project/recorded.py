@@ -69,9 +69,9 @@ class RecordedProject(Project):
     def _policy(self, program: "dspy.Module", faults: Faults) -> "PolicyLM | None":
         from dspy_fst.preflight.program_checks import policies_of
 
-        if held := next(iter(policies_of(program).values()), None):
+        if policy_lm := next(iter(policies_of(program).values()), None):
             self._holds_policy = True
-            return held
+            return policy_lm
         for name, predictor in program.named_predictors():
             if name in self._frozen and predictor.lm is None:
                 faults.add(

@@ -310,33 +310,33 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
         return None
     if fault := links_fault(path):
         return fault
-    found = read_json(path / "recipe.json")
-    if not isinstance(found, Mapping):
+    recorded = read_json(path / "recipe.json")
+    if not isinstance(recorded, Mapping):
         return f"run_dir={str(path)!r} is not empty and holds no readable recipe.json; name a new directory"
     wanted = to_jsonable(recipe)
     defaults = to_jsonable(FSTConfig.model_validate({}).model_dump())
-    found = {**{key: defaults[key] for key in wanted if key in defaults}, **found}  # an older release had fewer
-    apart = (RECORDED_SINCE - found.keys()) | NO_LONGER_IDENTITY
-    if wanted.get("model_files") is not None and found.get("model_files") == wanted.get("model_files"):
+    recorded = {**{key: defaults[key] for key in wanted if key in defaults}, **recorded}  # an older release had fewer
+    apart = (RECORDED_SINCE - recorded.keys()) | NO_LONGER_IDENTITY
+    if wanted.get("model_files") is not None and recorded.get("model_files") == wanted.get("model_files"):
         apart |= {"model"}  # the same files in another place
     differing = [
-        f"{key} (there {_in_words(found.get(key))}, now {_in_words(wanted.get(key))})"
-        for key in sorted({*found, *wanted} - apart)
-        if found.get(key) != wanted.get(key)
+        f"{key} (there {_in_words(recorded.get(key))}, now {_in_words(wanted.get(key))})"
+        for key in sorted({*recorded, *wanted} - apart)
+        if recorded.get(key) != wanted.get(key)
     ]
     if differing:
         return (
             f"run_dir={str(path)!r} holds a run of another configuration: {'; '.join(differing)}. "
             "Name a new directory, or go back to that configuration to continue it"
-            f"{_more_cycles(path, found, wanted)}"
+            f"{_more_cycles(path, recorded, wanted)}"
         )
     return None
 
 
-def _more_cycles(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def _more_cycles(path: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Advice for a user who seems to want more cycles from this run's result; empty for others."""
-    goes_on = wanted.get("population") is not None and found.get("population") != wanted.get("population")
-    if not goes_on and found.get("cycles") == wanted.get("cycles"):
+    goes_on = wanted.get("population") is not None and recorded.get("population") != wanted.get("population")
+    if not goes_on and recorded.get("cycles") == wanted.get("cycles"):
         return ""
     return (
         ". More cycles are a run of their own, from this one's result: FSTOptimizer(run_dir=NEW, ...).compile("

@@ -65,25 +65,25 @@ def verify(folder: Path, aside: Collection[str] = ()) -> None:
     """
     if not folder.is_dir():
         raise RunDirectoryError(f"{folder} is not a folder; name one written by dspy_fst.save")
-    found = _files_in(folder)
-    if found.pop(MANIFEST, None) is None:
+    present = _files_in(folder)
+    if present.pop(MANIFEST, None) is None:
         raise RunDirectoryError(
             f"{folder} has no {MANIFEST}: it was saved by an earlier release, or is no saved program. To save it anew, "
             "compile again with its run_dir, which gives the finished program back"
         )
     listed = _without(aside, _read_manifest(folder / MANIFEST).files)
-    found = _without(aside, found)
-    if missing := sorted(listed.keys() - found.keys()):
+    present = _without(aside, present)
+    if missing := sorted(listed.keys() - present.keys()):
         raise RunDirectoryError(f"{folder}: {', '.join(missing)} is missing; {_COPY_AGAIN}")
-    if foreign := sorted(found.keys() - listed.keys()):
+    if foreign := sorted(present.keys() - listed.keys()):
         raise RunDirectoryError(
             f"{folder}: {', '.join(foreign)} does not belong to the saved program; remove it if you put it there, else "
             "do not use the folder"
         )
     for name, facts in listed.items():
-        if (size := found[name].stat().st_size) != facts.bytes:
+        if (size := present[name].stat().st_size) != facts.bytes:
             raise RunDirectoryError(f"{folder}: {name} has {size} bytes instead of {facts.bytes}; {_COPY_AGAIN}")
-        if sha256_of(found[name]) != facts.sha256:
+        if sha256_of(present[name]) != facts.sha256:
             raise RunDirectoryError(f"{folder}: {name} was changed: its checksum is another; {_COPY_AGAIN}")
 
 

@@ -60,9 +60,9 @@ class Redactor:
         """A redactor that knows the secrets of the program's LMs, of the reflection LM and of the environment."""
         import dspy
 
-        found = _named_secrets(dict(os.environ))
+        environment = _named_secrets(dict(os.environ))
         settings = [*_settings_of_program(program), *_settings_of_lm(reflection_lm), *_settings_of_lm(dspy.settings.lm)]
-        return cls([*found, *(secret for setting in settings for secret in _named_secrets(setting))])
+        return cls([*environment, *(secret for setting in settings for secret in _named_secrets(setting))])
 
     def clean(self, value: Any) -> Any:
         """The value with every secret replaced, in keys and strings at any depth; lists and tuples become lists."""
@@ -144,9 +144,9 @@ def _settings_of_program(program: "dspy.Module") -> Iterator[Mapping[str, object
 
     for _, module in program.named_sub_modules():
         yield getattr(module, "config", None) or {}
-        for held in vars(module).values():
-            if isinstance(held, dspy.BaseLM):
-                yield from _settings_of_lm(held)
+        for attribute in vars(module).values():
+            if isinstance(attribute, dspy.BaseLM):
+                yield from _settings_of_lm(attribute)
 
 
 def _settings_of_lm(lm: object) -> Iterator[Mapping[str, object]]:

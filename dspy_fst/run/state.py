@@ -159,8 +159,8 @@ def _numbered(folder: Path) -> list[Path]:
 
 def _files_in(path: Path) -> list[str]:
     """Names of the files in a state's folder, without state.json and hidden files."""
-    found = (file.relative_to(path) for file in sorted(path.rglob("*")) if not file.is_dir())
-    return [str(file) for file in found if str(file) != "state.json" and not file.name.startswith(".")]
+    names = (file.relative_to(path) for file in sorted(path.rglob("*")) if not file.is_dir())
+    return [str(file) for file in names if str(file) != "state.json" and not file.name.startswith(".")]
 
 
 def share(there: Path, here: Path) -> None:

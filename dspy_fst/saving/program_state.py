@@ -93,10 +93,10 @@ def read_state(path: Path, state: Any, program: dspy.Module) -> dict[str, Any]:
     Raises:
         RunDirectoryError: the state belongs to another program, or sets what it may not.
     """
-    own, parts = dict(without_lms(program).named_parameters()), parts_in(state)
-    if parts.keys() != own.keys():
-        raise RunDirectoryError(f"{path} was saved from another program; its parts are not {sorted(own)}")
-    return {name: _checked(path, name, parts[name], parameter) for name, parameter in own.items()}
+    parameters, parts = dict(without_lms(program).named_parameters()), parts_in(state)
+    if parts.keys() != parameters.keys():
+        raise RunDirectoryError(f"{path} was saved from another program; its parts are not {sorted(parameters)}")
+    return {name: _checked(path, name, parts[name], parameter) for name, parameter in parameters.items()}
 
 
 def take_state(program: dspy.Module, parts: Mapping[str, object]) -> None:
@@ -133,14 +133,15 @@ def _in_order(
     path: Path, name: str, saved: list[SavedField], signature: type[dspy.Signature]
 ) -> list[dict[str, str | None]]:
     """The saved fields in the order of the program's own."""
-    own = {field: info.json_schema_extra["prefix"] for field, info in signature.fields.items()}
+    prefixes = {field: info.json_schema_extra["prefix"] for field, info in signature.fields.items()}
     named = all(field.name is not None for field in saved)
-    wanted = list(own) if named else list(own.values())  # without names, DSPy's prefixes identify them: "Question:"
+    # Without names, DSPy's prefixes identify the fields: "Question:".
+    wanted = list(prefixes) if named else list(prefixes.values())
     by_name = {field.name if named else field.prefix: field for field in saved}
     if len(saved) != len(by_name) or by_name.keys() != set(wanted):
         there = [str(field.name or field.prefix) for field in saved]
         raise RunDirectoryError(
-            f"{path} was saved from another program: the fields of {name} differ ({there} there, {list(own)} here), "
+            f"{path} was saved from another program: the fields of {name} differ ({there} there, {[*prefixes]} here), "
             "and what was learnt for one would be said of another; rename them back, or train this program"
         )
     return [{"prefix": by_name[key].prefix, "description": by_name[key].description} for key in wanted]

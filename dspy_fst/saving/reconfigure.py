@@ -93,8 +93,10 @@ def how_it_asks(program: dspy.Module) -> str:
     through = "as DSPy is set" if adapter is None else f"through {describe(adapter).name}"
     predictors = [predictor for _, predictor in program.named_predictors()]
     calls = [(own_sampling(predictor), lm) for predictor in predictors if isinstance(lm := predictor.lm, PolicyLM)]
-    temperatures = sorted({f"{own.get('temperature', lm.sampling_temperature):g}" for own, lm in calls})
-    limits = sorted({_limit(own.get("max_tokens", lm.reply_limit)) for own, lm in calls})
+    temperatures = sorted(
+        {f"{own_settings.get('temperature', lm.sampling_temperature):g}" for own_settings, lm in calls}
+    )
+    limits = sorted({_limit(own_settings.get("max_tokens", lm.reply_limit)) for own_settings, lm in calls})
     again = any(lm.use_json_adapter_fallback for _, lm in calls)
     once = "again in JSON where a reply does not parse" if again else "each reply asked for once"
     return f"{through}, temperature {' or '.join(temperatures)}, {' or '.join(limits)}, {once}"

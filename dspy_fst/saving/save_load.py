@@ -143,9 +143,9 @@ def load(
         take_state(loaded, state)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, SyntaxError, RuntimeError) as error:
         raise RunDirectoryError(f"{path / PROGRAM}: DSPy cannot load it: {error}") from error
-    own = speakers(program)
+    originals = speakers(program)
     for name, speaker in speakers(loaded).items():
-        speaker.lm = policies.get(name, own[name].lm)
+        speaker.lm = policies.get(name, originals[name].lm)
         if (sampling := saved.predictors.get(name)) is not None and sampling.own is not None:
             set_own_sampling(speaker, sampling.own.model_dump(exclude_none=True))
     named = {id(speaker) for speaker in speakers(loaded).values()}
@@ -213,6 +213,7 @@ def _policies(saved: SavedPolicy, weights: Path, overrides: Mapping[str, Any]) -
     lms: dict[tuple[Any, ...], PolicyLM] = {}
     policies = {}
     for name, sampling in saved.predictors.items():
-        own = {key: value for key, value in sampling.model_dump(exclude={"own"}).items() if key not in overrides}
-        policies[name] = lms.setdefault(tuple(own.items()), policy.copy(**own))
+        saved_sampling = sampling.model_dump(exclude={"own"})
+        kept = {key: value for key, value in saved_sampling.items() if key not in overrides}
+        policies[name] = lms.setdefault(tuple(kept.items()), policy.copy(**kept))
     return policies

@@ -131,12 +131,12 @@ def _add_program(router: APIRouter, service: Service) -> None:
 
 
 def _models(service: Service) -> tuple[type[BaseModel], type[BaseModel]]:
-    told = "The same seed draws the same answer, up to the server's batching."
+    description = "The same seed draws the same answer, up to the server's batching."
     request = create_model(
         "ProgramRequest",
         __config__=ConfigDict(extra="forbid"),
         inputs=(service.schema.inputs, ...),
-        seed=(int | None, Field(None, ge=0, lt=2**SEED_BITS, description=told)),
+        seed=(int | None, Field(None, ge=0, lt=2**SEED_BITS, description=description)),
     )
     return request, create_model("ProgramReply", outputs=(service.schema.outputs, ...), meta=(Meta, ...))
 

@@ -162,11 +162,11 @@ def _require_json(content_type: str, encoding: str) -> None:
 
 def _misfit(error: ValidationError, body: object, status: int) -> ApiError:
     """The error for a body that does not fit: its first faults, and how many there are."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    distinct = dict.fromkeys((_place(fault, body), _message(fault)) for fault in found[:SHOWN_FAULTS])
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    distinct = dict.fromkeys((_place(fault, body), _message(fault)) for fault in errors[:SHOWN_FAULTS])
     faults = [Fault(where=where, message=message) for where, message in distinct]
     first = f"{faults[0].where or 'the body'}: {faults[0].message}"
-    more = f" ({len(found)} faults in all, the first ones stand in 'faults')" if len(found) > 1 else ""
+    more = f" ({len(errors)} faults in all, the first ones stand in 'faults')" if len(errors) > 1 else ""
     message = f"The body does not fit the schema at /openapi.json: {first}{more}"
     return ApiError(status, "invalid", message, param=faults[0].where or None, faults=faults)
 

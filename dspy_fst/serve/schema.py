@@ -56,8 +56,8 @@ def schema_of(program: dspy.Module, signature: str | type[dspy.Signature] | None
 def _fields_of(program: dspy.Module, given: str | type[dspy.Signature] | None) -> tuple[Fields, Fields]:
     if given is not None:
         return _fields_of_signature(_parsed(given))
-    if (own := own_signature(program)) is not None:
-        return _fields_of_signature(own)
+    if (declared := own_signature(program)) is not None:
+        return _fields_of_signature(declared)
     predictors = program.named_predictors()
     if not predictors:
         raise ConfigurationError([f"signature: {_name(program)} has no predictors to read its outputs from"])
@@ -155,7 +155,7 @@ def _dspy_type(annotation: Any) -> type | None:
     """A dspy.Type (image, tool, ...) anywhere in an annotation: a caller could have any address fetched through it."""
     if isinstance(annotation, type) and issubclass(annotation, dspy.Type):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _dspy_type(part))), None)
+    return next((inner for part in get_args(annotation) if (inner := _dspy_type(part))), None)
 
 
 def _model(name: str, base: type[BaseModel], fields: Fields) -> type[BaseModel]:
