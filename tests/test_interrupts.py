@@ -123,7 +123,7 @@ def test_python_that_is_to_go_on_at_a_prompt_is_not_ended():
 
 def test_whoever_catches_ctrl_c_or_an_exit_still_does():
     for kind in (KeyboardInterrupt, SystemExit):
-        with pytest.raises(kind) as caught, ctrl_c_as_sentence(told=True):
+        with pytest.raises(kind) as caught, ctrl_c_as_sentence(shown=True):
             raise KeyboardInterrupt(SAVED)
         assert (str(caught.value), caught.value.code) == (SAVED, 130)
 
@@ -156,7 +156,7 @@ def test_ctrl_c_in_a_user_s_module_is_no_fault_of_the_module(tmp_path):
 
 def test_other_errors_and_excepthook_are_left_alone():
     hook = sys.excepthook
-    with pytest.raises(ValueError, match="mine"), ctrl_c_as_sentence(told=True):
+    with pytest.raises(ValueError, match="mine"), ctrl_c_as_sentence(shown=True):
         raise ValueError("mine")
     assert sys.excepthook is hook
 
