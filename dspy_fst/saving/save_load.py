@@ -111,8 +111,8 @@ def load(
 ) -> dspy.Module:
     """A copy of ``program`` with the saved instructions, population, adapter and trained weights.
 
-    The copy has ``population.scores`` and ``candidate_programs``. Its ``summary()`` and ``detailed_results`` describe the
-    run if the folder is in the run's directory, as ``RUN_DIR/compiled`` is; otherwise they say that it is not.
+    The copy has ``population.scores`` and ``candidate_programs``. Its ``summary()`` and ``detailed_results`` describe
+    the run if the folder is in the run's directory, as ``RUN_DIR/compiled`` is; otherwise they say that it is not.
 
     Args:
         path: A folder written by `save` or `dspy_fst.saving.export.export`.

@@ -23,6 +23,7 @@ from dspy_fst.types import Population, version_of
 if TYPE_CHECKING:
     from dspy_fst.training.session import Session
 
+__all__ = ["CompiledResults", "compiled_program", "start_of"]
 
 OWN_SUMMARY = (
     "the program has a `summary` of its own, which stays; that of the run is compiled.detailed_results.summary, and "
