@@ -1,4 +1,4 @@
-"""What a reflection is shown of one run, within a budget: the call, what the metric said, and the rest of the run."""
+"""What a reflection is shown of one run, within a budget of tokens: a call, the metric's feedback, the other calls."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from dspy_fst.rollout.parse_failures import form_asked_for, form_of
 from dspy_fst.types import PREDICTOR_TAG
 
 CHARACTERS = 4
-"""Of a token, as an estimate: whoever reflects has a tokenizer that is not known here (ours)."""
+"""Estimated characters of a token: the reflection LM's tokenizer is not known here (ours)."""
 FLOOR = 4
-"""Each of the three parts of a record may have one FLOOR-th of the budget before another takes it (ours)."""
+"""Each of a record's three parts is granted 1/FLOOR of the budget before another part may use it (ours)."""
 SHORTEST = 200
 """Characters that a field of another call keeps at least, before whole calls are left out (ours)."""
 REST = "Rest of the Run"

@@ -1,4 +1,4 @@
-"""What the events and reports tell of a search."""
+"""What events and reports hold of a search."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rollouts as JSON and back, for a journal: exactly, or not at all."""
+"""Rollouts as JSON and back, for a journal: exactly as they were, or not at all."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,8 +1,8 @@
-"""How a rollout ended: scored, the policy's failure, or not measured. The one place where that line is drawn.
+"""Decides how a rollout ended: scored, failed through the policy, or masked. No other module decides it.
 
 The policy's failures are scored: a reply that does not parse, a context that overflows, a program that trips over
-what the policy wrote, a metric that cannot read it. What did not measure the policy is masked: an outage, a frozen
-LM's failure, a program that fails before the policy spoke, a metric that fails by itself.
+what the policy wrote, a metric that cannot read it. A run that did not measure the policy is masked: an outage, a
+failure of a frozen LM, a program that fails before the policy was asked, a metric that fails by itself.
 """
 
 import traceback
@@ -63,7 +63,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Judge:
-    """Judges the end of one rollout by what was seen in it."""
+    """Decides the outcome of one rollout from what was recorded in it."""
 
     recording: Recording
     parse_failures: ParseFailures

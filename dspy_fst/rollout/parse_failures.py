@@ -1,4 +1,4 @@
-"""Replies that do not parse: each is asked for once, and none is hidden by a program that handles its error itself."""
+"""Replies that do not parse. Each is asked for once, and none is hidden when the program handles the error itself."""
 
 import logging
 from collections.abc import Sequence

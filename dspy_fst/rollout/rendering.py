@@ -1,8 +1,8 @@
 """The prompts that a rollout's calls would have had under other instructions.
 
-Each call of a predictor is made once more, up to the LM, through the adapter that was in force when it was made; an LM
-that only hears takes down what it is asked. Whatever an adapter hands on, tools and histories included, is so rendered
-as it was for the engine, and nothing is assumed of the form in which it writes a prompt.
+Each call of a predictor is made once more through the adapter of that call, with an LM that only records the request.
+Whatever the adapter passes on, tools and histories included, is rendered as it was for the engine. Nothing is assumed
+about the form in which an adapter writes a prompt.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Rollouts as people read them: what went into each module, what came out, what it earned."""
+"""Rollouts as people read them: the inputs and outputs of each module, and the reward."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +12,9 @@ from dspy_fst.rollout.parse_reasons import WRONG_VALUE
 from dspy_fst.types import PREDICTOR_TAG, Call, Group, Rollout
 
 LONGEST = 2_000
-"""Characters of one text; the middle of a longer one is left out."""
+"""Characters of one text that are shown; the middle of a longer text is left out."""
 CALLS = 8
-"""Calls of one rollout whose replies are shown as they were sampled, the last ones (ours)."""
+"""The last calls of a rollout whose replies are shown as they were sampled (ours)."""
 SAID = (WRONG_VALUE, "Expected", "Actual")
 """How the lines of a feedback begin that say why a reply did not parse."""
 IN_A_WARNING = 300
@@ -22,7 +22,7 @@ IN_A_WARNING = 300
 
 
 def telling(groups: Sequence[Group], count: int = 2, draw: str = "") -> list[Rollout]:
-    """A few rollouts that say most about a step.
+    """A few rollouts that say the most about a step.
 
     The best and the worst of its group with the widest rewards come first, then one of each kind of failure or mask
     that these do not show, then drawn ones.
@@ -36,7 +36,7 @@ def telling(groups: Sequence[Group], count: int = 2, draw: str = "") -> list[Rol
 
 
 def _by_what_they_say(groups: Sequence[Group], draw: str) -> Iterator[Rollout]:
-    """Every rollout once, the most telling first."""
+    """Every rollout once, the most informative first."""
     widest = max(groups, key=_spread, default=None)
     if widest is None:
         return
