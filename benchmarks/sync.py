@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dspy_fst.engine.base import Checkpoint, Engine, Holding
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
-from dspy_fst.engine.sync import MEAN_GAP_LIMITS, verify_identity, verify_numbers
+from dspy_fst.engine.verification import MEAN_GAP_LIMITS, verify_identity, verify_numbers
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import SyncError

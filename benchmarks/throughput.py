@@ -33,7 +33,7 @@ from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine.base import Engine
 from dspy_fst.engine.generation import Pending, generate
 from dspy_fst.engine.in_process import InProcessEngine
-from dspy_fst.engine.sync import Expected, verify
+from dspy_fst.engine.verification import Expected, verify
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward

@@ -140,7 +140,7 @@ class FSTConfig(BaseModel):
     included, instead of the end (ours)."""
     sync_tolerance: float | None = Field(None, gt=0)
     """Largest mean gap in nats a token between the engine's and the trainer's log-probabilities on texts of the run,
-    after a publish; None is the measured limit of the precision, see engine/sync.py (ours)."""
+    after a publish; None is the measured limit of the precision, see engine/verification.py (ours)."""
     min_effective_share: float = Field(0.5, ge=0, le=1)
     """Effective sample share (see UpdateReport) of a batch's importance weights below which the run stops before it
     learns from them: the engine samples from another distribution than the trainer scores (ours)."""

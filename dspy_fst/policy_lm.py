@@ -19,7 +19,7 @@ from dspy_fst.engine.base import Checkpoint, Completion, Engine
 from dspy_fst.engine.devices import has_gpu
 from dspy_fst.engine.options import made, unknown_arguments
 from dspy_fst.engine.portable import PolicyState, portable_options
-from dspy_fst.engine.prompts import Ids, PromptRenderer
+from dspy_fst.engine.prompt_rendering import Ids, PromptRenderer
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.stream_events import events, events_in_thread, pieces
 from dspy_fst.errors import ConfigurationError

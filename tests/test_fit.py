@@ -38,7 +38,7 @@ from dspy_fst.memory import (
     writable_fault,
 )
 from dspy_fst.memory.arithmetic import MicroBatchShape, update_bytes
-from dspy_fst.memory.memory_plan import SPARE
+from dspy_fst.memory.does_it_fit import SPARE
 from dspy_fst.model_files.stored_shapes import stored_shapes
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.run.written import Writes, format_bytes

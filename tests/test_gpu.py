@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dspy_fst.engine.in_process import InProcessEngine
-from dspy_fst.engine.sync import Expected, verify
+from dspy_fst.engine.verification import Expected, verify
 from dspy_fst.rollout.call_recorder import Recording
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from programs.lab import BASE

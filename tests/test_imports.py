@@ -35,7 +35,7 @@ CORNERS = {
     "trl": ["slow"],
     "scipy": ["run.paired"],
     "matplotlib": ["report.charts"],
-    "jinja2": ["report.page", "engine.prompts"],
+    "jinja2": ["report.page", "engine.prompt_rendering"],
     "rich": ["monitoring.progress", "report.summary", "cli"],
     "typer": ["cli"],
     "yaml": ["project"],

@@ -18,7 +18,7 @@ from dspy_fst.project.names import Faults
 from dspy_fst.run import state
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.interrupts import ENDING, InterruptedScript, Terminated, ctrl_c_as_sentence, signals_raise
-from dspy_fst.run.journal import Journal
+from dspy_fst.run.search_journal import Journal
 from tests.engine.test_server_process import members
 
 SCRIPT = """

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dspy_fst.fast.pareto import top_k
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.files import population_from_json, population_to_json, to_jsonable
-from dspy_fst.run.journal import Journal
+from dspy_fst.run.search_journal import Journal
 from dspy_fst.slow.checkpoint import read_state, write_state
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import Candidate, Population

@@ -26,7 +26,7 @@ from dspy_fst.engine.devices import has_gpu
 from dspy_fst.engine.generation import Pending, Reply, cut, generate
 from dspy_fst.engine.holding import compare, head_in_float32
 from dspy_fst.engine.logprobs import with_logprobs
-from dspy_fst.engine.prompts import PromptRenderer
+from dspy_fst.engine.prompt_rendering import PromptRenderer
 from dspy_fst.engine.queueing import queueing
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError

@@ -14,8 +14,8 @@ from typing import Any
 from dspy import lm15
 
 from dspy_fst.engine.base import Completion
-from dspy_fst.engine.chat_template import PLAIN, TemplateTraits
 from dspy_fst.engine.stop_tokens import stop_ids
+from dspy_fst.engine.template_traits import PLAIN, TemplateTraits
 
 THINK, THOUGHT, TOOL_CALL = "<think>", "</think>", "<tool_call>"
 HERMES: Mapping[str, Any] = {
@@ -48,7 +48,7 @@ class ReplyReader:
     takes_tools: bool
     """Whether the chat template shows tools to the model."""
     traits: TemplateTraits = PLAIN
-    """How the chat template treats a conversation; requests are fitted to it (`dspy_fst.engine.chat_template`)."""
+    """How the chat template treats a conversation; requests are fitted to it (`dspy_fst.engine.template_traits`)."""
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end a reply, by all that the model's files say."""
 

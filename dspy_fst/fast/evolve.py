@@ -21,10 +21,10 @@ from gepa.core.state import GEPAState
 
 from dspy_fst.errors import MeasurementError, ReflectionError
 from dspy_fst.fast.gepa_adapter import BankedAdapter, Feedback, Propose, ProposeCode, Reflection
+from dspy_fst.fast.journal_protocol import NoJournal, SearchJournal
 from dspy_fst.fast.pareto import mean, top_k
 from dspy_fst.fast.reflection_cost import CostMeter
 from dspy_fst.fast.rollout_bank import Play, RolloutBank
-from dspy_fst.fast.search_journal import NoJournal, SearchJournal
 from dspy_fst.fast.seeding import BetterWhereMeasured, Row, SeededPolicy, write_seeded_state
 from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.rollout.components import binds

@@ -15,11 +15,11 @@ from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 from gepa.core.adapter import EvaluationBatch
 
 from dspy_fst.errors import RunDirectoryError
+from dspy_fst.fast.journal_protocol import SearchJournal, operation_key
 from dspy_fst.fast.latex_repair import acceptable_texts
 from dspy_fst.fast.proposer_warnings import collected_warnings
 from dspy_fst.fast.reflective_dataset import Record, asked_for, bounded
 from dspy_fst.fast.rollout_bank import RolloutBank
-from dspy_fst.fast.search_journal import SearchJournal, operation_key
 from dspy_fst.fast.seeding import UNMEASURED
 from dspy_fst.rollout.components import is_tool, lost_lines, predictor_of, with_texts
 from dspy_fst.rollout.parse_failures import Entry

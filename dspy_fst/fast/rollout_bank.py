@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import dspy
 
 from dspy_fst.errors import MeasurementError
-from dspy_fst.fast.search_journal import SearchJournal, operation_key
+from dspy_fst.fast.journal_protocol import SearchJournal, operation_key
 from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.rollout.call_recorder import tag_predictors
 from dspy_fst.rollout.components import with_texts

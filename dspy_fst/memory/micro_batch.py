@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.memory.arithmetic import LARGEST_ON_CPU
-from dspy_fst.memory.memory_plan import MemoryPlan
+from dspy_fst.memory.does_it_fit import MemoryPlan
 from dspy_fst.run.directory import read_events
 
 

@@ -2,7 +2,7 @@
 
 An LM that fails and a tool that is gone raise where they are called. What becomes of that is one of three things:
 
-- It ends the program: the exception says all (see `dspy_fst.rollout.judge`).
+- It ends the program: the exception says all (see `dspy_fst.rollout.outcome_rules`).
 - The program catches it, asks again or goes on without: then what comes after is measured. An agent that is told of
   it in words (dspy.ReAct) goes on in the same way.
 - DSPy catches it and leaves a hole: dspy.Parallel a None in the place of a result, BestOfN and Refine no prediction, a

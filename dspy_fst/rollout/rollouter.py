@@ -2,7 +2,7 @@
 
 A rollout in which the policy failed (its reply does not parse, its prompt overflows the context, the program trips over
 its reply) is scored. A rollout that did not measure the policy (no engine, no tool, out of time, a broken metric) is
-masked. Both are counted. `dspy_fst.rollout.judge` alone decides which it was.
+masked. Both are counted. `dspy_fst.rollout.outcome_rules` alone decides which it was.
 """
 
 import contextvars
@@ -20,8 +20,8 @@ from dspy_fst.rollout.blame import Blame
 from dspy_fst.rollout.call_recorder import SETTING, Recording, tag_predictors
 from dspy_fst.rollout.components import UnboundError, with_texts
 from dspy_fst.rollout.copying import Copier
-from dspy_fst.rollout.judge import Judge
 from dspy_fst.rollout.outages import Outages
+from dspy_fst.rollout.outcome_rules import Judge
 from dspy_fst.rollout.parallel import parallel_calls_once
 from dspy_fst.rollout.parse_failures import Entry, ParseFailures
 from dspy_fst.rollout.rendering import Listening

@@ -2,7 +2,7 @@
 
 recipe.json       the settings of the run; only the same recipe continues a directory
 events.jsonl      one line an event, appended
-search.jsonl      the search in progress: its rollouts and reflections so far (see run/journal.py)
+search.jsonl      the search in progress: its rollouts and reflections so far (see run/search_journal.py)
 populations/      cycle-000.json ...
 weights/          step-000000/ ... (Hugging Face folders)
 states/           000007/ ...: state.json, trainer/; a run resumes from the newest
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.files import population_to_json, read_json, remove, to_jsonable, write_json, writing
-from dspy_fst.run.journal import Journal
+from dspy_fst.run.search_journal import Journal
 from dspy_fst.run.state import commit_state, newest_state, prune_states
 from dspy_fst.types import Population, WeightsVersion
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from dspy_fst.engine.base import Completion, Engine
 from dspy_fst.engine.chat import chat_messages
-from dspy_fst.engine.chat_template import fitted
+from dspy_fst.engine.template_traits import fitted
 from dspy_fst.engine.vllm.wire import RESHAPING
 from dspy_fst.errors import EngineError
 from dspy_fst.policy_lm import PolicyLM

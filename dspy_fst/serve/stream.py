@@ -20,8 +20,8 @@ from pydantic_core import to_jsonable_python
 
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import chat_messages
-from dspy_fst.engine.chat_template import fitted
 from dspy_fst.engine.stop_tokens import with_stop_tokens
+from dspy_fst.engine.template_traits import fitted
 from dspy_fst.engine.vllm.reply_stream import read_stream
 from dspy_fst.engine.vllm.wire import RESHAPING
 from dspy_fst.errors import EngineError

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from dspy_fst.engine.base import Checkpoint, Scorer
-from dspy_fst.engine.sync import Expected, verify, verify_identity
+from dspy_fst.engine.verification import Expected, verify, verify_identity
 from dspy_fst.policy_lm import EngineHandle, PolicyLM
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.slow.trainer import Trainer

@@ -23,8 +23,8 @@ from dspy_fst.rollout.reward import feedback_by
 from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason
-from dspy_fst.run.journal import Journal
 from dspy_fst.run.refusals import refuse_stale, refuse_unmeasured
+from dspy_fst.run.search_journal import Journal
 from dspy_fst.run.validated import Validated, When, best_validated, early_stop, starting_population
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.trainer import Trainer
@@ -34,7 +34,7 @@ from dspy_fst.training.plan import Cycle, Plan
 from dspy_fst.training.publisher import Publisher, Publishing, recoveries
 from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.request import Proposers
-from dspy_fst.training.schedule import Schedule
+from dspy_fst.training.still_due import Schedule
 from dspy_fst.training.validating import Validation
 from dspy_fst.types import Batch, Candidate, Group, Population, Problem, Rollout, SeedKLRollout, UpdateReport
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.in_process import InProcessEngine
-from dspy_fst.engine.sync import MEAN_GAP_LIMITS
+from dspy_fst.engine.verification import MEAN_GAP_LIMITS
 from dspy_fst.errors import FSTError, SyncError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.sync import Expected, verify, verify_identity, verify_numbers
+from dspy_fst.engine.verification import Expected, verify, verify_identity, verify_numbers
 from dspy_fst.errors import SyncError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.sync import verify_identity
+from dspy_fst.engine.verification import verify_identity
 from dspy_fst.engine.vllm.server import VLLMServer
 from dspy_fst.errors import EngineError, SyncError
 from tests.engine.server_state import answers, group_of
@@ -78,7 +78,7 @@ OWNER = """
 import sys
 from pathlib import Path
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.sync import verify_identity
+from dspy_fst.engine.verification import verify_identity
 from dspy_fst.engine.vllm.server import VLLMServer
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, log_path=Path(sys.argv[2]))).load(Checkpoint("v", Path(sys.argv[1])))

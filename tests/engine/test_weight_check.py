@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.sync import verify_identity
+from dspy_fst.engine.verification import verify_identity
 from dspy_fst.engine.vllm import client as vllm_client
 from dspy_fst.engine.vllm.launch import vllm_command
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import difference, digest

@@ -17,7 +17,7 @@ from dspy_fst.rollout.components import UnboundError, read_texts, with_texts
 from dspy_fst.rollout.jsonable import rollouts_from_json, rollouts_to_json
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
-from dspy_fst.run.journal import Journal
+from dspy_fst.run.search_journal import Journal
 from dspy_fst.training.opening import starting_population
 from dspy_fst.training.request import _left_out
 from dspy_fst.types import Candidate, Population, Problem

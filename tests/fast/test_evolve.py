@@ -7,13 +7,13 @@ import pytest
 
 from dspy_fst.errors import MeasurementError, ReflectionError
 from dspy_fst.fast.evolve import SearchSettings, evolve
+from dspy_fst.fast.journal_protocol import NoJournal
 from dspy_fst.fast.rollout_bank import RolloutBank
-from dspy_fst.fast.search_journal import NoJournal
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
-from dspy_fst.run.journal import Journal
+from dspy_fst.run.search_journal import Journal
 from dspy_fst.types import Candidate, Population, Problem, Rollout
 from tests.fakes import fields, scripted_policy
 

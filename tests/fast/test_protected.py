@@ -2,7 +2,7 @@
 
 from dspy_fst.fast.reflective_dataset import REST
 from dspy_fst.rollout.components import lost_lines
-from dspy_fst.run.journal import Journal
+from dspy_fst.run.search_journal import Journal
 from tests.fast.test_evolve import Searcher
 
 LINE = "Never mention the weather."

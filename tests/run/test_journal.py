@@ -9,11 +9,11 @@ import pytest
 
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.fast.evolve import SearchSettings, evolve
-from dspy_fst.fast.search_journal import NoJournal
+from dspy_fst.fast.journal_protocol import NoJournal
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
-from dspy_fst.run.journal import Journal
+from dspy_fst.run.search_journal import Journal
 from dspy_fst.types import Candidate, Population
 from tests.fakes import fields, scripted_policy
 from tests.fast.test_evolve import ANCHORS, SKILLS, Searcher, metric, speak

@@ -13,7 +13,7 @@ from dspy import lm15
 from jinja2 import TemplateError
 
 from dspy_fst.engine.chat import chat_messages, chat_options
-from dspy_fst.engine.chat_template import TemplateTraits, fitted
+from dspy_fst.engine.template_traits import TemplateTraits, fitted
 
 Ids = tuple[int, ...]
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.in_process import InProcessSettings
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
-from dspy_fst.memory.allocations import (
+from dspy_fst.memory.arithmetic import LARGEST_ON_CPU, LARGEST_ON_GPU, SMALLEST
+from dspy_fst.memory.available import DISK, Available, available_now
+from dspy_fst.memory.bytes_by_part import (
     ENGINE,
     LARGEST_SHARE,
     TRAINER,
@@ -24,8 +26,6 @@ from dspy_fst.memory.allocations import (
     update_range,
     writes_of,
 )
-from dspy_fst.memory.arithmetic import LARGEST_ON_CPU, LARGEST_ON_GPU, SMALLEST
-from dspy_fst.memory.available import DISK, Available, available_now
 from dspy_fst.memory.shape import ModelSize, find_size, model_size
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.run.written import MUCH_WRITTEN, Writes, format_bytes

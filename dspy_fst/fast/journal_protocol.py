@@ -1,4 +1,4 @@
-"""The record of a search's paid operations, as the fast phase needs it. `dspy_fst.run.journal` keeps one on disk."""
+"""The record of a search's paid operations, as the fast phase needs it; `dspy_fst.run.search_journal` keeps it on disk."""
 
 import hashlib
 import json
