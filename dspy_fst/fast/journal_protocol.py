@@ -1,4 +1,4 @@
-"""The record of a search's paid operations, as the fast phase needs it; `dspy_fst.run.search_journal` keeps it on disk."""
+"""The record of a search's paid operations, as the fast phase needs it (on disk: `dspy_fst.run.search_journal`)."""
 
 import hashlib
 import json
