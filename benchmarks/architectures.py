@@ -23,7 +23,7 @@ import transformers
 from dspy import lm15
 from torch import Tensor
 
-from benchmarks.architectures_vllm import serve_all
+from benchmarks.architectures_vllm import as_run, serve_all
 from benchmarks.families import FAMILIES, Family
 from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint, Completion
@@ -231,7 +231,7 @@ windows of 8 tokens, experts and recurrent layers as in the family. What was com
   trainer;
 - **vLLM**: what vLLM scores on a CPU when it is started on a model, and after a reload of other weights, against
   the trainer. The scores of every version are compared in a run, too: a reload that went wrong ends in a new start.
-  For mixtures of experts the server is started again at once. An empty cell was not measured yet.
+  *Started anew*: a reload would leave a mixture's experts as they were, so each version gets a new start at once.
 
 *Equal* means within EQUAL_GAP nats, or that part of the gradient's norm; an engine that stayed behind would be off by
 0.05 and more. These are kinds of models, not the models themselves: a real checkpoint has its tokenizer, its chat
@@ -251,9 +251,8 @@ def page(outcomes: Sequence[Outcome], served: Mapping[str, str]) -> str:
     ]
     for outcome in outcomes:
         cells = [outcome.refused, "", "", ""] if outcome.refused is not None else _cells(outcome)
-        lines.append(
-            f"| {outcome.family} | `{outcome.model_type}` | {' | '.join(cells)} | {served.get(outcome.family, '')} |"
-        )
+        cells.append(as_run(outcome.family, served.get(outcome.family, "")))
+        lines.append(f"| {outcome.family} | `{outcome.model_type}` | {' | '.join(cells)} |")
     return HEAD.replace("EQUAL_GAP", f"{EQUAL:g}") + "\n" + "\n".join(lines) + "\n"
 
 

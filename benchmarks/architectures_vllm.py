@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.families import FAMILIES, Family, knows
+from dspy_fst.model_files.architectures import restart_reason
 from dspy_fst.preflight.vllm_start import vllm_faults
 
 TRIED = (
@@ -69,6 +70,14 @@ def serve_all(names: Sequence[str], known: dict[str, str]) -> dict[str, str]:
             known[name] = _said(_in_a_process(folders), own)
             print(f"{name}: {known[name]}", flush=True)
     return known
+
+
+def as_run(name: str, said: str) -> str:
+    """What a run meets of what was measured: where each version gets a new start, nothing is reloaded."""
+    config = next(family for family in FAMILIES if family.name == name).config()
+    if "; reloaded: " in said and restart_reason(config, on_gpu=False):
+        return f"{said.partition(';')[0]}; started anew"
+    return said
 
 
 def _wider(family: Family) -> Family:

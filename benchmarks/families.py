@@ -231,7 +231,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("SmolLM3", "smollm3"),
     Family("GLM 4", "glm4"),
     Family("GLM 4-MoE", "glm4_moe", {"head_dim": 32}),  # published, too, and read by vLLM
-    Family("GLM 4.7-Flash", "glm4_moe_lite", _LATENT),
+    Family("GLM 4.7-Flash", "glm4_moe_lite", {**_LATENT, "first_k_dense_replace": 1}),  # published, too
     Family("Granite", "granite", {"logits_scaling": 8.0}),
     Family("Granite-MoE", "granitemoe", {"logits_scaling": 6.0}),
     Family(
@@ -260,6 +260,11 @@ FAMILIES: tuple[Family, ...] = (
     Family("MiniCPM3", "minicpm3", _LATENT),
     Family("Cohere", "cohere", {"logit_scale": 3.0}),
     Family("Cohere 2", "cohere2", {"layer_types": _WINDOWED, "logit_scale": 3.0}),
+    Family(
+        "Cohere 2, within a window",
+        "cohere2",
+        {"layer_types": _WINDOWED, "logit_scale": 3.0, "sliding_window": 256},
+    ),
     # Published models name both widths in config.json. transformers does not read them, vLLM does.
     Family("LFM2", "lfm2", {"layer_types": ["conv", "full_attention"] * 2, "block_dim": 64, "conv_dim": 64}),
     Family("LFM2-MoE", "lfm2_moe", {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1}),
@@ -278,11 +283,17 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Zamba 2",
         "zamba2",
-        {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "n_mamba_heads": 8, "use_mamba_kernels": False},
+        {
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "n_mamba_heads": 8,
+            "use_mamba_kernels": False,
+            # The shared attention reads its input twice as wide, so with four heads one has 32 numbers.
+            **{"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32},
+        },
     ),
     Family("GPT-NeoX, Pythia", "gpt_neox"),
     Family("GPT-2", "gpt2", {"n_inner": None}),
-    Family("GPT-BigCode", "gpt_bigcode"),
+    Family("GPT-BigCode", "gpt_bigcode", {"num_key_value_heads": 1}),
     Family("GPT-Neo", "gpt_neo", {"attention_types": [[["global", "local"], 2]]}),
     Family("GPT-J", "gptj", {"rotary_dim": 8, "n_inner": None}),
     Family("Bloom", "bloom"),
@@ -301,8 +312,17 @@ FAMILIES: tuple[Family, ...] = (
     Family("HunYuan (MoE)", "hunyuan_v1_moe"),
     Family("HyperCLOVA X", "hyperclovax"),
     Family("MiniMax", "minimax"),
-    Family("MiniMax M2", "minimax_m2"),
-    Family("MiMo-V2-Flash", "mimo_v2_flash"),
+    # Published models name all three. transformers reads the first for its rotation alone.
+    Family("MiniMax M2", "minimax_m2", {"rotary_dim": 8, "scoring_func": "sigmoid", "use_routing_bias": True}),
+    Family(
+        "MiMo-V2-Flash",
+        "mimo_v2_flash",
+        {  # Published models have another name for much that transformers reads, and vLLM reads those.
+            **{"hybrid_layer_pattern": [0, 1, 1, 1], "moe_layer_freq": [0, 1, 1, 1], "layernorm_epsilon": 1e-5},
+            **{"sliding_window_size": 8, "swa_head_dim": 16},
+            **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4},
+        },
+    ),
     Family("BitNet", "bitnet"),
     Family("Helium", "helium"),
     Family("nanochat", "nanochat"),

@@ -17,8 +17,15 @@ _READ_BY_VLLM_ALONE = {
     "deepseek_v3": ("topk_method", "scoring_func"),
     "glm4_moe": ("head_dim",),
     "glm4_moe_lite": ("first_k_dense_replace",),
+    "mimo_v2_flash": (
+        *("hybrid_layer_pattern", "moe_layer_freq", "layernorm_epsilon", "sliding_window_size"),
+        *("swa_num_attention_heads", "swa_num_key_value_heads", "swa_head_dim"),
+    ),
+    "minimax_m2": ("rotary_dim", "scoring_func", "use_routing_bias"),
 }
 """Model type -> names that vLLM 0.32 reads in config.json and transformers does not: published models have them."""
+_ONE_TOKEN_LONGER = {"cohere2"}
+"""Model types whose windows vLLM 0.32 makes of one token more than their config says, and transformers does not."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
@@ -139,6 +146,8 @@ def unlike_vllm(config: Any, max_model_len: int | None) -> list[str]:
             f"vLLM reads {' and '.join(lacking)} in the config.json of a {text.model_type!r} model, and this one lacks "
             "it, so its server would not start; copy it from the published model's, or use engine='in_process'"
         )
+    if fault := _window_fault(config, max_model_len):
+        faults.append(fault)
     if any(parameters.get("rope_type") == "dynamic" and "alpha" not in parameters for parameters in _rotations(text)):
         faults.append(
             "its rotary embedding is scaled by 'dynamic', which vLLM scales for short texts too and transformers does "
@@ -153,6 +162,21 @@ def unlike_vllm(config: Any, max_model_len: int | None) -> list[str]:
             f"{limit} or less"
         )
     return faults
+
+
+def _window_fault(config: Any, max_model_len: int | None) -> str | None:
+    """Why texts longer than a window would get other numbers from vLLM; None: they do not, or there are none."""
+    text = config.get_text_config()
+    window, longest = getattr(text, "sliding_window", None), max_model_len or context_length(config)
+    if text.model_type not in _ONE_TOKEN_LONGER or "sliding_attention" not in text.layer_types or window is None:
+        return None
+    if longest is not None and longest <= window:
+        return None
+    return (
+        f"vLLM lets a token of a {config.model_type!r} model see one token more than its window of {window}, so in "
+        "longer texts the two disagree; set engine_options={'max_model_len': "
+        f"{window}}} or less, or use engine='in_process'"
+    )
 
 
 def restart_reason(config: Any, *, on_gpu: bool) -> str | None:

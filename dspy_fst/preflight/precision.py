@@ -19,9 +19,9 @@ def precision_warnings(precision: str, kind: str, options: Mapping[str, Any]) ->
     """
     if options.get("attach_url"):
         return []
-    trainer = _resolved(precision, on_gpu=has_gpu())
+    trainer = resolved(precision, on_gpu=has_gpu())
     device = str(options.get("device") or ("cuda" if has_gpu() else "cpu"))
-    engine = _resolved(options.get("dtype") or "auto", on_gpu=device.startswith("cuda"))
+    engine = resolved(options.get("dtype") or "auto", on_gpu=device.startswith("cuda"))
     if trainer == engine:
         return []
     other = f", or precision={engine!r}" if engine in ("float32", "bfloat16") else ""
@@ -32,7 +32,8 @@ def precision_warnings(precision: str, kind: str, options: Mapping[str, Any]) ->
     ]
 
 
-def _resolved(name: str, *, on_gpu: bool) -> str:
+def resolved(name: str, *, on_gpu: bool) -> str:
+    """The number format behind a name: ``"auto"`` is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         return "bfloat16" if on_gpu else "float32"
     return SAME.get(name, name)

@@ -31,6 +31,9 @@ from tests.engine.test_contract import request_of
 from tests.engine.test_supervisor import World
 
 BY_NAME = {family.name: family for family in FAMILIES}
+NONE = ("Phi-3.5-MoE", "Bamba", "GPT-Neo", "MPT", "MiniMax", "RWKV", "RecurrentGemma")
+"""For which vLLM has no code."""
+NO_CODE = "vLLM has no code for a ... model as transformers writes it; use engine='in_process'"
 
 
 @cache
@@ -136,13 +139,18 @@ def test_a_model_without_a_head_of_its_own_in_vllm_is_refused_for_vllm_only(fami
     assert not model_faults(PolicyLM(folder, engine="in_process", max_tokens=8))
 
 
-def test_what_vllm_alone_reads_in_a_config_is_asked_for_when_vllm_serves(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [("LFM2", ("block_dim", "conv_dim")), ("MiniMax M2", ("rotary_dim", "scoring_func", "use_routing_bias"))],
+    ids=["LFM2", "MiniMax M2"],
+)
+def test_what_vllm_alone_reads_in_a_config_is_asked_for_when_vllm_serves(name, lacking, tmp_path):
     """Without it the server ends with "'Lfm2Config' object has no attribute 'conv_dim'", after it was started."""
-    published = BY_NAME["LFM2"]
-    told = {name: value for name, value in published.told.items() if name not in ("block_dim", "conv_dim")}
+    published = BY_NAME[name]
+    told = {key: value for key, value in published.told.items() if key not in lacking}
     bare = dataclasses.replace(published, told=told).save(tmp_path / "bare")
     fault, *_ = model_faults(PolicyLM(bare, engine="vllm", max_tokens=8))
-    assert "vLLM reads block_dim and conv_dim in the config.json of a 'lfm2' model" in fault
+    assert f"vLLM reads {' and '.join(lacking)} in the config.json of a {published.model_type!r} model" in fault
     assert model_faults(PolicyLM(bare, engine="in_process", max_tokens=8)) == []
     assert unlike_vllm(published.config(), None) == []
 
@@ -154,8 +162,14 @@ def test_what_vllm_alone_reads_in_a_config_is_asked_for_when_vllm_serves(tmp_pat
         ("Gemma 3 (multimodal)", "float32", "imports torchvision, which is not installed"),
         ("Qwen3-Next", "float32", "in bfloat16 alone, and its server would not start in float32"),
         ("LFM2", "float32", "other log-probabilities than transformers"),
+        ("GLM 4.7-Flash", "float32", "other log-probabilities than transformers"),
         ("DeepSeek-V2", "bfloat16", "other log-probabilities than transformers"),
         ("Mamba", "bfloat16", "no kernel for the recurrent layers of a 'mamba' model"),
+        ("Kimi-Linear", "bfloat16", "no kernel for the recurrent layers of a 'kimi_linear' model"),
+        ("Nemotron-H", "bfloat16", "no kernel for the experts of a 'nemotron_h' model"),
+        ("MiMo-V2-Flash", "bfloat16", "no kernel for the attention of a 'mimo_v2_flash' model"),
+        ("MiniMax M2", "float32", "no kernel for the experts of a 'minimax_m2' model"),
+        ("Zamba 2", "float32", "fails to load new weights into a running server of a 'zamba2' model"),
     ],
 )
 def test_what_vllm_cannot_do_on_this_machine_is_told_before_it_starts(name, dtype, says, monkeypatch):
@@ -168,9 +182,27 @@ def test_what_vllm_cannot_do_on_this_machine_is_told_before_it_starts(name, dtyp
     assert list(vllm_faults(BY_NAME["Qwen3"].config(), options, on_gpu=False)) == []
 
 
-def test_a_model_for_which_vllm_has_no_code_is_refused_on_every_machine():
-    faults = [list(vllm_faults(BY_NAME["Phi-3.5-MoE"].config(), {}, on_gpu=on_gpu)) for on_gpu in (False, True)]
-    assert faults == [["vLLM has no code for a 'phimoe' model as transformers writes it; use engine='in_process'"]] * 2
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        *((name, NO_CODE) for name in NONE),
+        (
+            "Youtu",
+            "vLLM takes the rotated part of a ... model's heads for a whole head, so its server would end at the first "
+            "text; use engine='in_process'",
+        ),
+        (
+            "LongCat-Flash",
+            "transformers writes weights of the experts that do nothing in a ... model, for which vLLM has no place, "
+            "so its server would not start; use engine='in_process'",
+        ),
+    ],
+    ids=[*NONE, "Youtu", "LongCat-Flash"],
+)
+def test_a_model_for_which_vllm_has_no_code_is_refused_on_every_machine(name, says):
+    config = BY_NAME[name].config()
+    faults = [list(vllm_faults(config, {}, on_gpu=on_gpu)) for on_gpu in (False, True)]
+    assert faults == [[says.replace("...", repr(BY_NAME[name].model_type))]] * 2
 
 
 def test_such_a_model_is_refused_with_the_other_faults_of_its_files(tmp_path, monkeypatch):
