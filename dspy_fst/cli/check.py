@@ -15,7 +15,7 @@ from dspy_fst.cli.memory_tables import (
     UNTRIED,
     Card,
     Cards,
-    MicroBatch,
+    MicroBatchSize,
     PlaceNeeds,
     described_room,
     requirements,
@@ -44,7 +44,7 @@ TIME_DEPENDS_ON = (
 )
 
 
-class Setting(TypedDict):
+class SettingRow(TypedDict):
     """One setting of the recipe."""
 
     name: str
@@ -80,15 +80,15 @@ class PlanFigures(TypedDict):
     """The fields of `dspy_fst.training.plan.Budget`."""
 
 
-class Outcome(TypedDict):
+class CheckOutcome(TypedDict):
     """Everything that ``check`` reports; with ``--json`` these are the keys."""
 
     project: dict[str, object]
-    settings: list[Setting]
+    settings: list[SettingRow]
     plan: PlanFigures
     needs: list[PlaceNeeds] | None
     """None before anything is known of the model."""
-    micro_batch_tokens: MicroBatch
+    micro_batch_tokens: MicroBatchSize
     imagined: bool
     """Whether the memory is that of a described machine instead of this one."""
     written: str | None
@@ -136,7 +136,7 @@ def check(
             _show(outcome)
 
 
-def _outcome(file: Path, measure: bool, room: "Available | None") -> Outcome:
+def _outcome(file: Path, measure: bool, room: "Available | None") -> CheckOutcome:
     """
     Raises:
         ConfigurationError: with every fault, as a run would report them.
@@ -215,12 +215,12 @@ def _project(project: "Project", opened: "Opened", policy: "PolicyLM", run_dir: 
     }
 
 
-def _settings(config: "FSTConfig", project: "Project") -> list[Setting]:
+def _settings(config: "FSTConfig", project: "Project") -> list[SettingRow]:
     from dspy_fst.config import FSTConfig, source_of
 
     given = project.recipe.model_fields_set if project.recipe else set()
     auto = project.recipe.auto if project.recipe else None
-    rows: list[Setting] = []
+    rows: list[SettingRow] = []
     for name, field in FSTConfig.model_fields.items():
         by = "file" if name in given else f"auto: {auto}" if name == "cycles" and auto else "default"
         rows.append(
@@ -278,7 +278,7 @@ def _longest_rollout(program: "dspy.Module", policy: "PolicyLM") -> int | None:
 # ---- shown -------------------------------------------------------------------------------------
 
 
-def _show(outcome: Outcome) -> None:
+def _show(outcome: CheckOutcome) -> None:
     out = Printer()
     out.heading("Project")
     out.table(("", ""), [(name, str(value)) for name, value in outcome["project"].items()], words=2)

@@ -40,7 +40,7 @@ class PlaceNeeds(TypedDict):
     """Who needs it -> the certain bytes."""
 
 
-class MicroBatch(TypedDict):
+class MicroBatchSize(TypedDict):
     """The size of a micro-batch."""
 
     tokens: int | Literal["auto"]
@@ -113,7 +113,7 @@ def show_needs(out: Printer, places: Sequence[PlaceNeeds]) -> None:
             out.line(f"{need['place']}: {parts}")
 
 
-def show_micro_batch(out: Printer, batch: MicroBatch) -> None:
+def show_micro_batch(out: Printer, batch: MicroBatchSize) -> None:
     """One sentence."""
     by = "chosen by micro_batch_tokens=auto" if batch["chosen"] else "as the recipe says"
     size = batch["tokens"] if batch["tokens"] == "auto" else f"{batch['tokens']:,}"

@@ -12,7 +12,7 @@ from dspy_fst.cli.memory_tables import (
     UNTRIED,
     Card,
     Cards,
-    MicroBatch,
+    MicroBatchSize,
     PlaceNeeds,
     described_room,
     requirements,
@@ -34,7 +34,7 @@ TABLE_CARDS = (24, 48, 80)
 """GiB of the cards in the table."""
 
 
-class Outcome(TypedDict):
+class SizesOutcome(TypedDict):
     """Everything that ``sizes`` reports of one model; with ``--json`` these are the keys."""
 
     model: str
@@ -47,7 +47,7 @@ class Outcome(TypedDict):
     engine: str
     """``"vllm"`` or ``"in_process"``."""
     engine_options: dict[str, float]
-    micro_batch_tokens: MicroBatch
+    micro_batch_tokens: MicroBatchSize
     needs: list[PlaceNeeds]
     written: str
     disk_advice: str
@@ -106,7 +106,7 @@ def _recipe(kl: bool, tokens: str) -> "FSTConfig":
     return config
 
 
-def _outcome(model: str, room: "Available | None", config: "FSTConfig", max_tokens: int) -> Outcome:
+def _outcome(model: str, room: "Available | None", config: "FSTConfig", max_tokens: int) -> SizesOutcome:
     from dspy_fst.memory import Workload, available_now, find_size, plan_for, vllm_share
     from dspy_fst.policy_lm import resolve_kind
 
@@ -143,7 +143,7 @@ def disk_advice(memory_plan: "MemoryPlan") -> str:
     )
 
 
-def _show(outcome: Outcome) -> None:
+def _show(outcome: SizesOutcome) -> None:
     out = Printer()
     out.heading(f"{outcome['model']}: {outcome['parameters']:,} parameters")
     show_needs(out, outcome["needs"])
@@ -159,7 +159,7 @@ def _show(outcome: Outcome) -> None:
         out.line(f"- {line}")
 
 
-def _verdict(outcome: Outcome) -> str:
+def _verdict(outcome: SizesOutcome) -> str:
     if outcome["sure"]:
         return "It fits"
     if outcome["fits"]:

@@ -46,7 +46,7 @@ class Member(TypedDict):
     texts: dict[str, str]
 
 
-class Outcome(TypedDict):
+class TrainOutcome(TypedDict):
     """The result of a finished run; with ``--json`` these are the keys."""
 
     run_dir: str
@@ -266,7 +266,7 @@ def _train(project: "Project", as_json: bool, *, going_on_in: Path | None = None
     _show(outcome, as_json)
 
 
-def _outcome(run_dir: Path) -> Outcome | None:
+def _outcome(run_dir: Path) -> TrainOutcome | None:
     """The outcome according to the run's events; None while the run is not finished."""
     from dspy_fst.report.from_events import record_of
     from dspy_fst.report.verdict import validation_figures, verdict
@@ -299,7 +299,7 @@ def _outcome(run_dir: Path) -> Outcome | None:
     }
 
 
-def _show(outcome: Outcome, as_json: bool) -> None:
+def _show(outcome: TrainOutcome, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(outcome))
         return
