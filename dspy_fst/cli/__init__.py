@@ -4,6 +4,7 @@ Results go to stdout; progress, errors and whatever the project's own code print
 Heavy modules are imported inside the commands, so that help and usage errors appear at once.
 """
 
+import os
 from importlib.metadata import version
 from typing import Annotated
 
@@ -26,6 +27,8 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions
 
 def main() -> None:
     """The entry point."""
+    # Idle threads of torch that spin take the cores of the program's threads and of vLLM; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="dspy-fst")
 
 

@@ -53,6 +53,7 @@ def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
     try:
         for warning in request.warnings:
             run.tell({"event": "note", "text": f"warning: {warning}"})
+        run.tell({"event": "phase", "phase": "loading the model and starting the engine"})
         session = _assemble(request, run, policy)
         if not run.state and (words := take_over(session.trainer, request.config, request.student, original)):
             run.emit("note", text=words)
