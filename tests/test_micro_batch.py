@@ -2,7 +2,8 @@
 
 import pytest
 
-from dspy_fst.memory import DISK, MEMORY, Available, memory_plan
+from dspy_fst.memory import DISK, MEMORY, Available
+from dspy_fst.memory import does_it_fit as memory_plan
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.trainer import Trainer

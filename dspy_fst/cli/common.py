@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from dspy_fst.errors import ConfigurationError, DiskError, FSTError, NothingLearnedError, RunDirectoryError
-from dspy_fst.run.going_on import by_command_line
 from dspy_fst.run.interrupts import Terminated, interruption_named
 
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
@@ -32,6 +31,8 @@ def told_how_to_go_on(run_dir: Path) -> Iterator[None]:
         if _exit_code(error) == USAGE:
             raise
         if isinstance(error, NothingLearnedError):
+            from dspy_fst.run.going_on import by_command_line  # heavy, as it reads events
+
             error.add_note(by_command_line("max_unmoved_steps", run_dir))
         elif (run_dir / "project.yaml").is_file():
             error.add_note(f"The run can be continued: dspy-fst resume {shlex.quote(str(run_dir))}")

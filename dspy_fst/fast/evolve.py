@@ -78,8 +78,8 @@ class Search:
     """What the proposer warned of, e.g. feedback that it could not read."""
     dollars: float | None = None
     """What the reflection LM cost in this process, as far as its price is known."""
-    played: tuple[Rollout, ...] = ()
-    """The fresh rollouts, in order."""
+    played: tuple[Rollout, ...] = field(default=(), compare=False)
+    """The fresh rollouts, in order. No part of what is compared: those that a journal gave back have lost their traces."""
 
     @property
     def money(self) -> dict[str, float]:

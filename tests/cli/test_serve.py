@@ -103,7 +103,7 @@ def test_a_program_that_is_not_named_or_not_there_is_told(home, tmp_path, monkey
     assert "is no folder" in said(tmp_path / "none", "--program", "mine:make")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text("{}")
-    assert "is a run that is not finished" in said(tmp_path / "run")
+    assert "holds no compiled/: the run has not come to its end" in said(tmp_path / "run")
     for reference, words in (
         ("mine", "write module:attribute"),
         ("mine:nothing", "mine.py has no 'nothing'"),
