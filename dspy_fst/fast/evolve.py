@@ -79,7 +79,7 @@ class Search:
     dollars: float | None = None
     """What the reflection LM cost in this process, as far as its price is known."""
     played: tuple[Rollout, ...] = field(default=(), compare=False)
-    """The fresh rollouts, in order. No part of what is compared: those that a journal gave back have lost their traces."""
+    """The fresh rollouts, in order. Equality leaves them out: those that a journal gave back have no trace."""
 
     @property
     def money(self) -> dict[str, float]:
