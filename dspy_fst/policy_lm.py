@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from dspy_fst.engine.base import Checkpoint, Completion, Engine
 from dspy_fst.engine.devices import has_gpu
-from dspy_fst.engine.options import made, unknown_arguments
+from dspy_fst.engine.options import make_settings, unknown_arguments
 from dspy_fst.engine.portable import PolicyState, portable_options
 from dspy_fst.engine.prompt_rendering import Ids, PromptRenderer
 from dspy_fst.engine.replies import ReplyReader
@@ -356,11 +356,11 @@ def engine_maker(kind: EngineKind, options: Mapping[str, Any]) -> Callable[[], E
         from dspy_fst.engine.vllm.server_settings import VLLMSettings
         from dspy_fst.engine.vllm.supervisor import Supervisor
 
-        served = made(VLLMSettings, options, kind)
+        served = make_settings(VLLMSettings, options, kind)
         return lambda: Supervisor(served)
     if kind == "in_process":
         from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
 
-        settings = made(InProcessSettings, options, kind)
+        settings = make_settings(InProcessSettings, options, kind)
         return lambda: InProcessEngine(settings)
     raise ConfigurationError([f"engine={kind!r} is unknown; use 'auto', 'vllm' or 'in_process'"])

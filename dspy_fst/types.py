@@ -293,7 +293,7 @@ class Batch:
     rows: tuple[Row, ...]
     weights: WeightsVersion
     """The version that sampled every row."""
-    held: tuple[SeedKLCall, ...] = ()
+    seed_kl_calls: tuple[SeedKLCall, ...] = ()
     """Calls under the program's own texts with a KL term to the starting weights; they carry no reward."""
     counts: Counter[str] = field(default_factory=Counter)
     """``groups``, ``flat_groups``, ``rollouts``, ``rows``, ``tokens``, and lost rollouts by `Outcome.label`."""
@@ -324,7 +324,7 @@ class UpdateReport:
     tokens: int
     rows: int
     kl_under_seed: float | None = None
-    """Exact KL(theta || start) in nats per token on ``Batch.held``; None when that is empty."""
+    """Exact KL(theta || start) in nats per token on ``Batch.seed_kl_calls``; None when that is empty."""
     sequences: int | None = None
     """Sequences that the model read. Calls share one when each begins with the call before. None when no token was
     trained."""

@@ -13,7 +13,7 @@ def is_loopback(host: str) -> bool:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on now; it is not reserved, so take it soon."""
+    """A port that is free now. It is not reserved, so another program may take it."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
@@ -21,12 +21,12 @@ def free_port(host: str) -> int:
 
 
 def port_taken(host: str, port: int) -> bool:
-    """Whether binding the port fails now, as it would for a server started on it."""
+    """Whether binding the port fails now, as it would for a server."""
     with socket.socket() as probe:
-        # What servers set as well: a port in TIME_WAIT is free to them, one that is listened on is not.
+        # Servers set this option, too: a port in TIME_WAIT is free to them, one with a listener is not.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except (OSError, OverflowError):  # the latter: no port number at all
+        except (OSError, OverflowError):  # the latter: the number is not a port
             return True
     return False

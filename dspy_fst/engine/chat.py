@@ -1,9 +1,12 @@
-"""Between DSPy's canonical requests and the chat messages of a Hugging Face template."""
+"""Converts DSPy's canonical requests to the chat messages of a Hugging Face template, and text to a response."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from dspy import lm15
+
+ChatMessage = dict[str, Any]
+"""One turn as chat templates read it, e.g. ``{"role": "user", "content": "What is a lynx?"}``; tool calls are lists."""
 
 _SAMPLING = {
     "top_p": "nucleus sampling",
@@ -15,20 +18,19 @@ _MASKING = {
     *("logit_bias", "structured_outputs", "bad_words", "allowed_token_ids", "min_tokens"),
     *("thinking_token_budget", "use_beam_search", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 }
-"""Servers' own settings under which some tokens cannot be drawn, or must be."""
+"""Servers' own settings that forbid some tokens or force others."""
 
 _ROLES = {"developer": "system"}
-"""OpenAI's newer name of a role -> the one that chat templates know."""
+"""OpenAI's newer name of a role -> the name that chat templates know."""
 
 LEAST_TEMPERATURE = 0.01
-"""vLLM 0.32 raises temperatures between 0 and this one to it (vllm/sampling_params.py), and reports log-probabilities
-at what it raised them to."""
+"""vLLM 0.32 raises a temperature between 0 and this value to this value (vllm/sampling_params.py), and reports the
+log-probabilities at the raised temperature."""
 
 
-def temperature_fault(temperature: Any) -> str | None:
-    """Why no call can be sampled at this temperature and scored at it, or None."""
-    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not number or not 0 <= temperature <= 2:
+def temperature_fault(temperature: object) -> str | None:
+    """Why calls cannot be both sampled and scored at this temperature; None if they can."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
         return f"temperature={temperature!r}: it must be a number above 0, at most 2; 1.0 is the model's own"
     if 0 < temperature < LEAST_TEMPERATURE:
         return (
@@ -39,9 +41,9 @@ def temperature_fault(temperature: Any) -> str | None:
 
 
 def refuse_reshaped_sampling(request: lm15.Request) -> None:
-    """Refuse settings under which tokens are not drawn from softmax(logits / temperature).
+    """Refuse settings under which tokens are not sampled from softmax(logits / temperature).
 
-    The trainer scores that distribution; anything else would silently bias every importance weight.
+    The trainer scores that distribution. Any other would silently bias every importance weight.
 
     Raises:
         dspy.lm15.UnsupportedFeatureError: names the setting.
@@ -66,14 +68,14 @@ def refuse_reshaped_sampling(request: lm15.Request) -> None:
 def _masks(config: lm15.Config) -> set[str]:
     """Names of the settings that force the form of a reply.
 
-    A forced tool choice is none of them: the model is shown the tools and left free, so that it is the policy's own
-    doing when it calls no tool.
+    A forced tool choice is not among them: it is not enforced here. The model sees the tools and decides itself whether
+    to call one, so that a reply without a call is the policy's own action.
     """
     forced = {"response_format"} if config.response_format is not None else set()
     return forced | (_MASKING & set(config.extensions or {}))
 
 
-def chat_messages(request: lm15.Request) -> list[dict[str, Any]]:
+def chat_messages(request: lm15.Request) -> list[ChatMessage]:
     """The request as messages for ``tokenizer.apply_chat_template``: roles, texts, tool calls and their results.
 
     Raises:
@@ -82,7 +84,7 @@ def chat_messages(request: lm15.Request) -> list[dict[str, Any]]:
     refuse_reshaped_sampling(request)
     if request.config.stop:
         raise lm15.UnsupportedFeatureError("the in-process engine has no stop strings; use engine='vllm'")
-    messages: list[dict[str, Any]] = []
+    messages: list[ChatMessage] = []
     if request.system:
         system = request.system
         messages.append({"role": "system", "content": system if isinstance(system, str) else _text(system)})
@@ -91,12 +93,12 @@ def chat_messages(request: lm15.Request) -> list[dict[str, Any]]:
         if results:
             messages += [{"role": "tool", "name": part.name, "content": _text(part.content)} for part in results]
         else:
-            messages.append({"role": _ROLES.get(message.role, message.role), **_said(message)})
+            messages.append({"role": _ROLES.get(message.role, message.role), **_contents(message)})
     return messages
 
 
-def _said(message: lm15.Message) -> dict[str, Any]:
-    """A message's text, thoughts and tool calls under the names that chat templates read."""
+def _contents(message: lm15.Message) -> ChatMessage:
+    """A message's text, thoughts and tool calls, under the names that chat templates read."""
     calls = [part for part in message.parts if isinstance(part, lm15.ToolCallPart)]
     thoughts = [part.text for part in message.parts if isinstance(part, lm15.ThinkingPart)]
     rest = [part for part in message.parts if not isinstance(part, lm15.ToolCallPart | lm15.ThinkingPart)]
@@ -104,35 +106,36 @@ def _said(message: lm15.Message) -> dict[str, Any]:
     return {
         "content": _text(rest),
         **({"reasoning_content": "\n".join(thoughts)} if thoughts else {}),
-        **({"tool_calls": [{"type": "function", "function": one} for one in functions]} if functions else {}),
+        **({"tool_calls": [{"type": "function", "function": function} for function in functions]} if functions else {}),
     }
 
 
-def _text(parts: Sequence[Any]) -> str:
-    if not all(isinstance(part, lm15.TextPart) for part in parts):
+def _text(parts: Sequence[object]) -> str:
+    texts = [part.text for part in parts if isinstance(part, lm15.TextPart)]
+    if len(texts) != len(parts):
         raise lm15.UnsupportedFeatureError("the in-process engine reads text messages only")
-    return "\n".join(part.text for part in parts)
+    return "\n".join(texts)
 
 
-def chat_options(request: lm15.Request) -> dict[str, Any]:
-    """What else a chat template may ask for: tools, and the dial of a model that thinks."""
+def chat_options(request: lm15.Request) -> dict[str, object]:
+    """Further arguments of a chat template: the tools, and how much a reasoning model shall think."""
     tools = [
         {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.parameters}}
         for t in request.tools
         if isinstance(t, lm15.FunctionTool)
     ]
     reasoning = request.config.reasoning
-    dial: dict[str, Any] = {}
-    if reasoning is not None:  # by the names that vLLM gives them
+    thinking: dict[str, object] = {}
+    if reasoning is not None:  # under vLLM's names
         effort = "none" if reasoning.is_off else reasoning.effort
-        dial = {"enable_thinking": not reasoning.is_off, "reasoning_effort": effort}
-    return {**({"tools": tools} if tools else {}), **dial}
+        thinking = {"enable_thinking": not reasoning.is_off, "reasoning_effort": effort}
+    return {**({"tools": tools} if tools else {}), **thinking}
 
 
 def text_response(
     model: str, text: str, finish_reason: str, prompt_tokens: int, completion_tokens: int
 ) -> lm15.Response:
-    """A canonical response that holds one text."""
+    """A canonical response with one text part."""
     return lm15.Response(
         id=None,
         model=model,

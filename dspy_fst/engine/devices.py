@@ -1,4 +1,4 @@
-"""The device that engines and trainer share."""
+"""CUDA devices of this machine, as torch sees them."""
 
 
 def has_gpu() -> bool:
@@ -9,7 +9,7 @@ def has_gpu() -> bool:
 
 
 def free_gpu_bytes() -> tuple[int, int] | None:
-    """(free, total) bytes of the first CUDA device; None without one."""
+    """(free, total) bytes of the first CUDA device; None if there is none."""
     if not has_gpu():
         return None
     import torch

@@ -1,6 +1,7 @@
-"""Samples replies for a batch of prompts with a transformers model: cut to a budget, read once, seeded by row.
+"""Samples replies to a batch of calls with a transformers model. Every row has its own seed.
 
-The engine (`dspy_fst.engine.in_process`) decides which calls make a batch; nothing here knows of threads or requests.
+Calls are cut into batches within a token budget, and identical prompts are read once. The engine
+(`dspy_fst.engine.in_process`) decides which calls wait for one batch; this file knows neither threads nor requests.
 """
 
 import threading
@@ -19,7 +20,7 @@ from dspy_fst.types import WeightsVersion
 
 @dataclass
 class Reply:
-    """What was sampled for one call."""
+    """The tokens that were sampled for one call."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -38,20 +39,24 @@ class Pending:
     reply: "Future[Reply]" = field(default_factory=Future)
     arrived_at: float = field(default_factory=time.monotonic)
     begun: threading.Event = field(default_factory=threading.Event)
-    """Set when its batch begins, or when it is answered without one."""
+    """Set when its batch begins, or when the call is answered without a batch."""
     began_at: float = 0.0
-    """``time.monotonic()`` of the batch's beginning."""
+    """``time.monotonic()`` at which its batch began."""
 
     def __post_init__(self) -> None:
         self.reply.add_done_callback(lambda _: self.begun.set())
 
     @property
     def order(self) -> tuple[int, tuple[int, ...], int]:
+        """Sort key, so that batches do not depend on the order of arrival."""
         return (len(self.prompt), self.prompt, self.seed)
 
 
 def cut(calls: list[Pending], budget: int) -> list[list[Pending]]:
-    """Split sorted calls so that rows x (longest prompt + longest completion) stays within the budget."""
+    """Cut sorted calls into batches in which rows x (longest prompt + completion) is within the budget, in tokens.
+
+    A call that exceeds the budget is a batch by itself.
+    """
     batches: list[list[Pending]] = []
     width = 0
     for call in calls:
@@ -68,13 +73,16 @@ def cut(calls: list[Pending], budget: int) -> list[list[Pending]]:
 def generate(
     decoder: BatchDecoder, eos: frozenset[int], calls: Sequence[Pending], overdue: Callable[[], bool] = lambda: False
 ) -> list[Reply]:
-    """Sample a reply for every call: ids, their log-probabilities at the call's temperature, finish reason.
+    """Sample a reply to every call: ids, their log-probabilities at the call's temperature, and the finish reason.
 
-    Identical prompts (the G/K rollouts of one candidate on one problem) are read once. Rows that have
-    finished leave the batch when half of it is done.
+    Identical prompts (the G/K rollouts of one candidate on one problem) are read once. Finished rows are removed from
+    the batch once they are half of it.
 
     Args:
-        overdue: Asked before each token; once it says yes, the batch is given up.
+        decoder: The model.
+        eos: Ids of the tokens that end a reply.
+        calls: The batch.
+        overdue: Called before each token; the batch is given up when it returns True.
 
     Raises:
         EngineError: the batch was given up.
@@ -97,7 +105,7 @@ def _fill(
     batch.select(torch.tensor([row_of[call.prompt] for call in calls], device=device))
     draws = [np.random.default_rng(call.seed).random(call.max_tokens) for call in calls]
     temperatures = torch.tensor([call.temperature for call in calls], device=device)
-    live = list(range(len(calls)))  # live[i] is the call that row i of the batch belongs to
+    live = list(range(len(calls)))  # live[i] is the index of the call in row i of the batch
     while True:
         if overdue():
             raise EngineError("the batch was given up: it ran for longer than timeout_s")
@@ -118,7 +126,7 @@ def _fill(
 
 def _append(reply: Reply, token: int, logprob: float, eos: frozenset[int], max_tokens: int) -> None:
     if reply.finish_reason:
-        return  # it ended, and waits in the batch for the others
+        return  # the reply is finished, and its row has not been removed yet
     reply.ids.append(token)
     reply.logprobs.append(logprob)
     if token in eos:
@@ -130,7 +138,7 @@ def _append(reply: Reply, token: int, logprob: float, eos: frozenset[int], max_t
 def sample(
     logits: torch.Tensor, temperatures: torch.Tensor, uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row by inverting the distribution function at ``uniform``; 0 temperature is the argmax.
+    """Sample one token per row by inverting the cumulative distribution at ``uniform``; temperature 0 is the argmax.
 
     Args:
         logits: (rows, vocabulary), float32.
@@ -138,12 +146,12 @@ def sample(
         uniform: (rows,) float64 in [0, 1).
 
     Returns:
-        Token ids and their log-probabilities under the distribution drawn from, both (rows,).
+        Token ids, and their log-probabilities under the distribution sampled from, both of shape (rows,).
     """
     greedy = temperatures == 0
     logprobs = (logits / torch.where(greedy, 1.0, temperatures)[:, None]).log_softmax(-1)
     cumulative = logprobs.double().exp().cumsum(-1)
-    # Scaled by the total: rounding may leave it just under 1, and a draw beyond it would have no token.
+    # Scaled by the total: rounding may leave the total just under 1, and a draw above it would select no token.
     tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
     tokens = torch.where(greedy, logits.argmax(-1), tokens.clamp(max=logits.shape[-1] - 1))
     chosen = logprobs.gather(-1, tokens[:, None])[:, 0]

@@ -1,16 +1,16 @@
-"""What a transformers model in this process holds, and how its head computes.
+"""Compares the weights of a transformers model in this process with a folder, and puts its LM head in float32.
 
-Read from transformers 5.19 (`core_model_loading.revert_weight_conversion`): a loaded model's tensors may be renamed and
-fused, experts for one; they are compared under the folder's names.
+A loaded model's tensors may be renamed and fused (e.g. experts), so they are compared under the folder's names. Read
+from transformers 5.19 (`core_model_loading.revert_weight_conversion`).
 """
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dspy_fst.engine.base import Holding
@@ -18,8 +18,8 @@ from dspy_fst.engine.vllm.served.dspy_fst_weight_check import difference, digest
 
 
 @torch.no_grad()
-def compare(model: Any, folder: Path) -> Holding:
-    """Compare every tensor of a live model with the one in the folder, number by number.
+def compare(model: PreTrainedModel, folder: Path) -> Holding:
+    """Compare every tensor of a loaded model with the folder's, number by number.
 
     Raises:
         OSError, SafetensorError: the folder cannot be read.
@@ -29,7 +29,7 @@ def compare(model: Any, folder: Path) -> Holding:
     wrong: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 wanted = tensors.get_tensor(name)
                 digests[name] = digest(wanted)
                 how = difference(used[name], wanted) if name in used else "the model has no such tensor"
@@ -41,10 +41,10 @@ def compare(model: Any, folder: Path) -> Holding:
 
 
 @torch.no_grad()
-def head_in_float32(model: Any, folder: Path) -> None:
-    """Have the LM head hold and compute with the folder's numbers in float32, as the trainer's does.
+def head_in_float32(model: PreTrainedModel, folder: Path) -> None:
+    """Make the LM head hold the folder's numbers in float32 and compute in float32, as the trainer's head does.
 
-    A model with tied embeddings gets a head of its own; its embedding stays in the body's precision.
+    A model with tied embeddings gets a separate head; its embedding keeps the precision of the body.
     """
     head = model.get_output_embeddings()
     if head is None or head.weight.dtype == torch.float32:
@@ -58,10 +58,10 @@ def head_in_float32(model: Any, folder: Path) -> None:
 
 
 def _read(folder: Path, names: Iterable[str]) -> torch.Tensor | None:
-    """The first of these tensors that the folder's files hold."""
+    """The first of these tensors that the folder holds; None if it holds none of them."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in set(names) & set(tensors.keys()):
-                found: torch.Tensor = tensors.get_tensor(name)
-                return found
+                tensor: torch.Tensor = tensors.get_tensor(name)
+                return tensor
     return None

@@ -1,9 +1,8 @@
-"""The embedded engine: transformers in this process, concurrent calls batched together.
+"""The in-process engine: transformers in this process, with concurrent calls batched together.
 
-For programs that call their LM one call at a time, batches are deterministic, so that a resumed run can equal
-an uninterrupted one: the batch runs when every caller in flight is waiting (not when a clock says so), its rows
-are sorted, and each row draws from its own seeded generator. Only a caller that is busy elsewhere for longer
-than ``linger_s`` is not waited for.
+Batches are deterministic for programs that make one LM call at a time, so a resumed run can equal an uninterrupted one:
+a batch runs when every caller in flight waits for it (not after a fixed time), its rows are sorted, and each row is
+sampled from its own seeded generator. A caller that makes no call for ``linger_s`` seconds is not waited for.
 """
 
 import threading
@@ -30,20 +29,20 @@ from dspy_fst.engine.prompt_rendering import PromptRenderer
 from dspy_fst.engine.queueing import queueing
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError
-from dspy_fst.model_files.architectures import context_length, load_model
+from dspy_fst.model_files.architectures import context_length, load_model_with_info
 from dspy_fst.model_files.folder import folder_faults, layer_fault
 from dspy_fst.types import WeightsVersion
 
 UNLIMITED_REPLY = 1024
-"""Longest reply of a model without a context limit (Mamba, Bloom) when the call names none: PolicyLM's own default."""
+"""Longest reply, in tokens, of a model without a context limit (Mamba, Bloom) if the call sets none; as in PolicyLM."""
 
 SCORED_AT_ONCE = 64
-"""Tokens whose log-probabilities over the vocabulary are in memory at once (ours: 39 MiB at 150k entries)."""
+"""Number of tokens whose logits are normalised at once (ours): 39 MiB with a vocabulary of 150k."""
 
 
 @dataclass(frozen=True)
 class InProcessSettings:
-    """How the embedded engine runs."""
+    """How the in-process engine runs."""
 
     device: str | None = None
     """Torch device, e.g. ``"cuda:0"``; None takes the GPU when there is one."""
@@ -51,12 +50,12 @@ class InProcessSettings:
     """``"float32"`` or ``"bfloat16"``; None is float32 on CPU, bfloat16 on CUDA. The LM head and sampling are in
     float32."""
     max_batch_tokens: int = 65_536
-    """Prompt plus completion tokens of one batch, padding included; larger batches are cut."""
+    """Most prompt plus completion tokens of one batch, padding included; larger batches are cut."""
     linger_s: float = 2.0
-    """Seconds without a new call after which a batch runs although some caller in flight has not called. On a machine
-    so busy that a caller takes longer, batches differ from run to run, and so do the last bits."""
+    """Seconds without a new call after which a batch runs although some caller in flight has made no call. If callers
+    take longer on a busy machine, batches differ between runs, and so do the last bits of their results."""
     timeout_s: float = 600.0
-    """Seconds a batch may run before its callers get EngineError. The wait for earlier batches does not count."""
+    """Seconds that a batch may run before its callers get an EngineError. The wait for earlier batches is excluded."""
 
 
 class InProcessEngine:
@@ -78,7 +77,7 @@ class InProcessEngine:
         self._worker: threading.Thread | None = None
         self._closed = False
         self._moved_at = 0.0
-        """``time.monotonic()`` at which the queue last moved: the calls in flight were gathered, or a batch began."""
+        """``time.monotonic()`` at which the queue last moved: a call was gathered, or a batch began."""
         self._verify: Callable[[Scorer], None] | None = None
 
     @property
@@ -91,7 +90,7 @@ class InProcessEngine:
         return self._context
 
     def expect(self, callers: int) -> None:
-        """Tell how many rollouts are in flight; a batch waits for that many calls."""
+        """Set how many rollouts are in flight; a batch waits for that many calls."""
         with self._lock:
             self._callers = callers
             self._wake()
@@ -102,7 +101,7 @@ class InProcessEngine:
                 if self._model is None:
                     self._start(checkpoint)
                 else:
-                    self._take(checkpoint)
+                    self._replace_weights(checkpoint)
             except (OSError, ValueError, RuntimeError) as error:
                 raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} do not load: {error}") from error
             self._version = checkpoint.version
@@ -132,16 +131,16 @@ class InProcessEngine:
             )
         prompt = self._render(request) if prompt_ids is None else prompt_ids
         temperature = 1.0 if request.config.temperature is None else request.config.temperature
-        call = Pending(prompt, self._room(prompt, request.config.max_tokens), temperature, seed)
+        call = Pending(prompt, self._longest_reply(prompt, request.config.max_tokens), temperature, seed)
         with self._lock:
             if self._closed:
                 raise EngineError("the in-process engine was closed")
             self._pending.append(call)
             self._wake()
         reply = self._reply_to(call)
-        # Without the token that ended it, which need not be a special one. A server leaves it out, too.
-        said = reply.ids[:-1] if reply.finish_reason == "stop" else reply.ids
-        text = self._tokenizer.decode(said, skip_special_tokens=True)
+        # The text excludes the stop token, which need not be a special token. A server excludes it, too.
+        content_ids = reply.ids[:-1] if reply.finish_reason == "stop" else reply.ids
+        text = self._tokenizer.decode(content_ids, skip_special_tokens=True)
         response = text_response(request.model, text, reply.finish_reason, len(prompt), len(reply.ids))
         tokens = (prompt, tuple(reply.ids), tuple(reply.logprobs))
         completion = Completion(response, *tokens, reply.finish_reason, reply.weights)
@@ -155,7 +154,7 @@ class InProcessEngine:
             return [self._token_logprobs(sequence) for sequence in sequences]
 
     def _token_logprobs(self, sequence: Sequence[int]) -> list[float]:
-        """Of one sequence alone, and in parts: a token takes as many logits as the vocabulary has entries."""
+        """Scores one sequence, in parts: the logits of all its tokens may need too much memory at once."""
         if len(sequence) < 2:
             return []
         ids = torch.tensor([[*sequence]], device=self._model.device)
@@ -165,7 +164,7 @@ class InProcessEngine:
         return torch.cat(chosen).tolist()
 
     def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
-        """Verify the weights that are loaded next; there is no recovery: this engine falls with the process."""
+        """Verify the weights that are loaded next. This engine never recovers: it fails with its process."""
         self._verify = verify
 
     def take_counts(self) -> Counter[str]:
@@ -185,7 +184,7 @@ class InProcessEngine:
         Raises:
             EngineError: the batch takes longer, failed, or never began because the one before it is stuck.
         """
-        # A batch is given up at timeout_s, and at a token's end: one that outlasts this is stuck inside the model.
+        # A batch is given up at the first token after timeout_s. One that outlasts this is stuck inside the model.
         stuck_s = 2 * self.settings.timeout_s + self.settings.linger_s
         with queueing():
             while not call.begun.wait(max(self._deadline(call, stuck_s) - time.monotonic(), 0.0)):
@@ -222,38 +221,38 @@ class InProcessEngine:
             self._worker = threading.Thread(target=self._serve, name="in-process-engine", daemon=True)
             self._worker.start()
 
-    def _take(self, checkpoint: Checkpoint) -> None:
-        """Put other weights of the same model in the place of those that are served."""
+    def _replace_weights(self, checkpoint: Checkpoint) -> None:
+        """Replace the served weights by others of the same model."""
         stored = load_file(checkpoint.path / "model.safetensors")
-        self._version = None  # what fails from here on may have copied a part
+        self._version = None  # an error from here on may leave a part of the new weights in the model
         if stored.keys() == self._model.state_dict().keys():
             self._model.load_state_dict(stored)
             return
-        # Its tensors have other names on disk, or other shapes (experts, for one): from_pretrained converts them.
+        # The tensors have other names or shapes on disk (experts, for example): from_pretrained converts them.
         del stored
         device, dtype = self._model.device, self._model.dtype
-        self._model = self._decoder = None  # room for the next
+        self._model = self._decoder = None  # frees memory for the new model
         self._read(checkpoint, str(device), dtype)
 
     def _read(self, checkpoint: Checkpoint, device: str, dtype: Any) -> None:
-        model, told = load_model(checkpoint.path, dtype=dtype, output_loading_info=True)
-        if fault := layer_fault(told):
+        model, info = load_model_with_info(checkpoint.path, dtype=dtype)
+        if fault := layer_fault(info):
             raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} are not served: {fault}")
         self._model = model.to(device).eval()
         head_in_float32(self._model, checkpoint.path)
         self._decoder = BatchDecoder(self._model)
         self._context = context_length(self._model.config)
 
-    def _room(self, prompt: tuple[int, ...], wanted: int | None) -> int:
-        """Tokens that the reply may have."""
+    def _longest_reply(self, prompt: tuple[int, ...], wanted: int | None) -> int:
+        """Longest reply, in tokens, to a prompt; ``wanted`` is the call's own limit."""
         if self._context is None:
             return wanted or UNLIMITED_REPLY
-        room = self._context - len(prompt)
-        if room <= 0:
+        available = self._context - len(prompt)
+        if available <= 0:
             raise lm15.ContextLengthError(
                 f"the prompt has {len(prompt)} tokens and the model's context {self._context}"
             )
-        return min(wanted or room, room)
+        return min(wanted or available, available)
 
     def _render(self, request: lm15.Request) -> tuple[int, ...]:
         if self._reader is None or self._renderer is None:
@@ -274,12 +273,12 @@ class InProcessEngine:
                 self._answer(batch)
 
     def _wake(self) -> None:
-        """Wake the worker when it has something to do; waking it for every call would cost more than the calls."""
+        """Wake the worker if it has something to do. Waking it for every call would cost more than the calls."""
         if len(self._pending) == 1 or len(self._pending) >= self._callers:
             self._lock.notify_all()
 
     def _gather(self) -> None:
-        """Wait until every caller in flight has called, or nobody new has for ``linger_s``."""
+        """Wait until every caller in flight has made a call, or no new call came for ``linger_s``."""
         seen = 0
         while seen < len(self._pending) < self._callers and not self._closed:
             seen, self._moved_at = len(self._pending), time.monotonic()
@@ -303,7 +302,7 @@ class InProcessEngine:
                 )
                 for reply in replies:
                     reply.weights = self._version or ""
-        except Exception as error:  # a reply is owed to every caller, whatever went wrong
+        except Exception as error:  # every caller waits for an answer, whatever went wrong
             for call in batch:
                 call.reply.set_exception(EngineError(f"the in-process engine failed: {error!r}"))
             return
@@ -311,7 +310,7 @@ class InProcessEngine:
             call.reply.set_result(reply)
 
     def _begin(self, batch: list[Pending]) -> float:
-        """Start the clock of a batch's callers."""
+        """Start the time limit of a batch's callers."""
         self._moved_at = now = time.monotonic()
         for call in batch:
             call.began_at = now

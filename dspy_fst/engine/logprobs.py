@@ -1,4 +1,4 @@
-"""A reply's log-probabilities in its response, for who asked for them (``policy("...", logprobs=True)``)."""
+"""Adds a reply's log-probabilities to its response, for callers that want them (``policy("...", logprobs=True)``)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +11,13 @@ from dspy_fst.engine.base import Completion
 def with_logprobs(
     completion: Completion, tokens: Sequence[str], likeliest: Sequence[Mapping[str, float] | None] = ()
 ) -> Completion:
-    """The completion with an entry for every sampled token in its response, the token that ended it included.
+    """The completion, with a log-probability entry in its response for every sampled token, the last one included.
 
     Args:
+        completion: The completion.
         tokens: Text of each sampled token.
-        likeliest: For each sampled token some tokens that could have stood there, with their log-probabilities in nats;
-            empty when nobody asked for them.
+        likeliest: For each sampled token, the likeliest alternatives at its position and their log-probabilities in
+            nats; empty if the caller did not ask for them.
     """
     entries = tuple(
         lm15.TokenLogprob(token=text, logprob=logprob, bytes=_bytes(text), token_id=number, top=_ranked(others))
@@ -32,7 +33,7 @@ def with_logprobs(
 
 
 def _ranked(others: Mapping[str, float] | None) -> tuple[lm15.TopLogprob, ...]:
-    ranked = sorted((others or {}).items(), key=lambda one: -one[1])
+    ranked = sorted((others or {}).items(), key=lambda entry: -entry[1])
     return tuple(lm15.TopLogprob(token=text, logprob=logprob, bytes=_bytes(text)) for text, logprob in ranked)
 
 

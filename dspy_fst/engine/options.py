@@ -1,26 +1,26 @@
-"""An engine's settings from ``engine_options``: every name that is none of them is told at once, with the one meant."""
+"""Makes an engine's settings from ``engine_options``. Unknown names are reported together, with likely corrections."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dspy_fst.errors import ConfigurationError, meant
 
 Settings = TypeVar("Settings")
 RESHAPING = ("top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
-"""Settings under which tokens are drawn from another distribution than the one that is scored."""
+"""Settings under which tokens are sampled from another distribution than training scores."""
 
 
-def made(settings: type[Settings], options: Mapping[str, Any], kind: str) -> Settings:
-    """The settings.
+def make_settings(settings: type[Settings], options: Mapping[str, object], kind: str) -> Settings:
+    """An engine's settings from its options.
 
     Args:
-        settings: A dataclass; what its fields may hold is checked later, with everything else of a run.
+        settings: A dataclass. Its values are checked later, together with the rest of a run.
         options: Field -> value.
         kind: The engine's name, for the message.
 
     Raises:
-        ConfigurationError: some names are no fields.
+        ConfigurationError: some names are not fields of the settings.
     """
     known = [field.name for field in fields(settings)]  # type: ignore[arg-type]
     unknown = [name for name in options if name not in known]
@@ -36,10 +36,11 @@ def made(settings: type[Settings], options: Mapping[str, Any], kind: str) -> Set
 
 
 def unknown_arguments(given: Iterable[str], known: Sequence[str]) -> list[str]:
-    """A sentence for each name that PolicyLM does not take, with the one that was meant or the place where it belongs.
+    """One sentence for each argument that PolicyLM does not have, with a likely correction or its proper place.
 
     Args:
-        known: What it takes.
+        given: Names that the user gave.
+        known: Names that PolicyLM has.
     """
     return [f"{name}: there is no such setting{_advice(name, known)}" for name in given if name not in known]
 

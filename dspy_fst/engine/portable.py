@@ -1,6 +1,7 @@
-"""A PolicyLM on disk: how to speak with its weights, and nothing that belongs to the machine.
+"""A PolicyLM on disk: how its weights are sampled, without anything that belongs to one machine.
 
-A saved state may come from somebody else. It sets no address, key, path, device, time limit or argument of a server.
+A saved state may come from somebody else, so it cannot set an address, a key, a path, a device, a time limit or an
+argument of a server.
 """
 
 from collections.abc import Mapping
@@ -28,11 +29,11 @@ OF_ENGINE = {
     "vllm": {"dtype", "max_model_len", "enforce_eager", "gpu_memory_utilization", "cpu_kv_cache_gib"},
     "in_process": {"dtype", "max_batch_tokens"},
 }
-"""Engine -> the portable options that it has."""
+"""Engine -> those of the portable options that it has."""
 
 
 class PolicyState(BaseModel):
-    """What ``PolicyLM.dump_state`` gives."""
+    """The state that ``PolicyLM.dump_state`` returns."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -46,12 +47,12 @@ class PolicyState(BaseModel):
     use_json_adapter_fallback: bool = False
 
     def settings(self, engine: str) -> dict[str, Any]:
-        """Arguments of PolicyLM; options that were not set, or that this engine does not have, are left out."""
+        """Arguments of PolicyLM. Options that were not set, or that this engine does not have, are left out."""
         settings = self.model_dump(exclude_unset=True)
         options = {name: value for name, value in settings["engine_options"].items() if name in OF_ENGINE[engine]}
         return {**settings, "engine_options": options}
 
 
-def portable_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a PolicyLM's engine options that are saved."""
+def portable_options(options: Mapping[str, object]) -> dict[str, object]:
+    """Those of a PolicyLM's engine options that may be saved."""
     return {name: value for name, value in options.items() if name in PortableOptions.model_fields}

@@ -1,13 +1,13 @@
-"""From a request to the exact ids of its prompt: rendered by the chat template, or continued from what was sampled.
+"""The exact token ids of a request's prompt: rendered by the chat template, or continued from sampled ids.
 
-A conversation that goes on holds the text of its earlier replies. Tokenized again, that text can give other ids than
-were sampled, and the next prompt would hold a turn that nobody sampled. `PromptRenderer.continued` keeps the ids.
+The prompt of a later turn holds the text of earlier replies. Tokenizing that text again can give other ids than were
+sampled, and the prompt would then hold a turn that was never sampled. `PromptRenderer.continued` keeps the sampled ids.
 """
 
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dspy import lm15
 from jinja2 import TemplateError
@@ -15,21 +15,24 @@ from jinja2 import TemplateError
 from dspy_fst.engine.chat import chat_messages, chat_options
 from dspy_fst.engine.template_traits import TemplateTraits, fitted
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Ids = tuple[int, ...]
 
 
 class PromptRenderer:
     """Renders requests with one tokenizer's chat template. Thread-safe."""
 
-    def __init__(self, tokenizer: Any, traits: TemplateTraits):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", traits: TemplateTraits):
         self._tokenizer, self._traits = tokenizer, traits
         self._lock = threading.Lock()  # fast tokenizers refuse concurrent use
 
     def ids(self, request: lm15.Request) -> Ids:
-        """The prompt's ids, as the template gives them.
+        """The prompt's ids, as the template renders them.
 
         Raises:
-            dspy.lm15.UnsupportedFeatureError: there is no template, or it refuses the messages.
+            dspy.lm15.UnsupportedFeatureError: the tokenizer has no template, or the template refuses the messages.
         """
         if not self._tokenizer.chat_template:
             raise lm15.UnsupportedFeatureError(
@@ -43,47 +46,52 @@ class PromptRenderer:
                 rendered = self._tokenizer.apply_chat_template(
                     messages, add_generation_prompt=True, return_dict=True, **options
                 )
-        except TemplateError as error:  # e.g. it wants user and assistant to take turns
+        except TemplateError as error:  # e.g. user and assistant must alternate
             raise lm15.UnsupportedFeatureError(f"the chat template refuses the messages: {error}") from error
         return tuple(rendered["input_ids"])
 
-    def continued(self, request: lm15.Request, said: Sequence[Ids]) -> Ids | None:
-        """The prompt's ids, beginning with one of ``said``: the ids of an earlier prompt and of its sampled reply.
+    def continued(self, request: lm15.Request, earlier: Sequence[Ids]) -> Ids | None:
+        """The prompt's ids, beginning with one of ``earlier``.
 
-        None where the text of the prompt does not begin with theirs (the template or the adapter has written the reply
-        in other letters), and where the request asks for what is not rendered here.
+        Args:
+            request: The request.
+            earlier: Ids of earlier prompts, each followed by its sampled reply.
+
+        Returns:
+            None if the prompt's text begins with none of their texts (the template or the adapter rewrote the reply),
+            or if the request asks for something that is not rendered here.
         """
         if request.config.extensions or request.config.stop:
             return None
         try:
             rendered = self.ids(request)
         except lm15.LM15Error:
-            return None  # the engine says it better
+            return None  # the engine raises the same error when it renders the request
         with self._lock:
-            return continued(rendered, said, self._text)
+            return continued(rendered, earlier, self._text)
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(text)
 
 
-def continued(rendered: Ids, said: Sequence[Ids], text_of: Callable[[Sequence[int]], str]) -> Ids | None:
-    """``rendered`` with its beginning as it was sampled; its text stays the same. None where no beginning is.
+def continued(rendered: Ids, earlier: Sequence[Ids], text_of: Callable[[Sequence[int]], str]) -> Ids | None:
+    """``rendered`` with its beginning replaced by the sampled ids of the same text; None if no beginning matches.
 
     >>> text_of = lambda ids: "".join({1: "a", 2: "b", 3: "ab", 9: "."}[i] for i in ids)
     >>> continued((3, 9, 1), [(1, 2)], text_of)         # "ab" was sampled as "a", "b"
     (1, 2, 9, 1)
     """
     text = text_of(rendered)
-    for ids in sorted(said, key=lambda ids: (-len(ids), ids)):
+    for ids in sorted(earlier, key=lambda ids: (-len(ids), ids)):
         if rendered[: len(ids)] == ids:
             return rendered
-        begun = text_of(ids)
-        if not text.startswith(begun):
+        beginning = text_of(ids)
+        if not text.startswith(beginning):
             continue
-        # The longest beginning of that length: a character of several tokens may read as one before it is whole.
+        # The most tokens with a text of that length: part of a multi-token character may already decode to a character.
         lengths = range(len(rendered) + 1)
-        cut = bisect_right(lengths, len(begun), key=lambda tokens: len(text_of(rendered[:tokens]))) - 1
-        if text_of(rendered[:cut]) == begun and text_of(ids + rendered[cut:]) == text:
+        cut = bisect_right(lengths, len(beginning), key=lambda tokens: len(text_of(rendered[:tokens]))) - 1
+        if text_of(rendered[:cut]) == beginning and text_of(ids + rendered[cut:]) == text:
             return ids + rendered[cut:]
     return None

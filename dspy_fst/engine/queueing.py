@@ -1,7 +1,7 @@
-"""Time that a caller spends in an engine's own queue, kept out of the limits on its work.
+"""Measures the time that a caller waits in an engine's own queue, so that time limits can exclude it.
 
-The contract of this file: a limit on a reply or on a rollout measures work. Work that waits for the engine to finish
-other callers' batches has not begun, and its clock stands still.
+The contract of this file: a time limit on a reply or a rollout measures work. While a call waits for the engine to
+finish other callers' batches, its work has not begun, and its clock stands still.
 """
 
 import threading
@@ -12,9 +12,9 @@ from contextvars import ContextVar
 
 
 class QueueTime:
-    """Seconds during which at least one call of a rollout was queueing. Thread-safe.
+    """Seconds during which at least one call of a rollout waited in the queue. Thread-safe.
 
-    Calls of one rollout may overlap (``dspy.Parallel``); a second in which two of them queue counts once.
+    Calls of one rollout may overlap (``dspy.Parallel``). A second in which two of them wait counts once.
 
     Args:
         now: The clock, in seconds.
@@ -29,13 +29,13 @@ class QueueTime:
 
     @property
     def seconds(self) -> float:
-        """So far, a wait that still goes on included."""
+        """Total so far, a current wait included."""
         with self._lock:
             return self._queued + (self._now() - self._since if self._waiting else 0.0)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """One call queues for as long as this is open."""
+        """Count the time of this block as the wait of one call."""
         with self._lock:
             if not self._waiting:
                 self._since = self._now()
@@ -54,7 +54,7 @@ _current: ContextVar[QueueTime | None] = ContextVar("queue_time", default=None)
 
 @contextmanager
 def counted_in(queue_time: QueueTime) -> Iterator[None]:
-    """The engine's waits inside, in this thread, are counted in ``queue_time``."""
+    """Count the engine's waits of this thread in ``queue_time``, inside the block."""
     token = _current.set(queue_time)
     try:
         yield
@@ -64,7 +64,7 @@ def counted_in(queue_time: QueueTime) -> Iterator[None]:
 
 @contextmanager
 def queueing() -> Iterator[None]:
-    """Said by an engine round a wait for its own queue."""
+    """An engine puts its wait for its own queue into this block."""
     current = _current.get()
     if current is None:
         yield

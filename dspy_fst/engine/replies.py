@@ -1,7 +1,7 @@
-"""What a sampled text says: thoughts, content, tool calls. Read here for every engine; a server only samples.
+"""Divides sampled text into thoughts, content and tool calls, for every engine; a server only samples.
 
-How a model writes them is told by transformers' response templates. A server's own parsers are not used: vLLM's come
-with grammars that change the distribution, and two engines would read one reply in two ways.
+transformers' response templates describe how a model writes them. A server's own parsers are not used: vLLM's bring
+grammars that change the distribution, and two engines could read the same reply differently.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from dspy import lm15
 
@@ -17,8 +17,29 @@ from dspy_fst.engine.base import Completion
 from dspy_fst.engine.stop_tokens import stop_ids
 from dspy_fst.engine.template_traits import PLAIN, TemplateTraits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ResponseTemplate(TypedDict, total=False):
+    """transformers' description of how a model writes its replies (release 5.19)."""
+
+    start_anchor_pattern: str
+    fields: Mapping[str, Mapping[str, object]]
+
+
+class ParsedReply(TypedDict, total=False):
+    """A reply's parts, as transformers parses them; thoughts have one of three names."""
+
+    reasoning_content: str
+    reasoning: str
+    thinking: str
+    content: str
+    tool_calls: list[Mapping[str, object]]
+
+
 THINK, THOUGHT, TOOL_CALL = "<think>", "</think>", "<tool_call>"
-HERMES: Mapping[str, Any] = {
+HERMES: ResponseTemplate = {
     "start_anchor_pattern": r"\A",
     "fields": {
         "reasoning_content": {"open_pattern": r"\A\s*<think>", "close_pattern": r"</think>\s*", "content": "text"},
@@ -26,23 +47,23 @@ HERMES: Mapping[str, Any] = {
         "content": {"content": "text", "repeats": True, "join": "\n"},
     },
 }
-"""How Hermes, Qwen3 and many others write; for tokenizers that bring no response template of their own."""
+"""The format of Hermes, Qwen3 and many others; used for tokenizers without a response template of their own."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Names that response templates have for them."""
+"""Names that response templates give to thoughts."""
 _TAIL = 16
-"""Tokens at the end of a prompt among which a template may have opened the thoughts."""
+"""How many tokens at the end of a prompt are searched for an opening tag of thoughts."""
 
 
 @dataclass(frozen=True)
 class ReplyReader:
-    """Reads the replies of one model.
+    """Divides the replies of one model.
 
     >>> reader = ReplyReader.load(checkpoint.path)       # doctest: +SKIP
     >>> reader.read(completion, request)               # doctest: +SKIP
     """
 
-    tokenizer: Any
-    template: Mapping[str, Any]
+    tokenizer: "PreTrainedTokenizerBase"
+    template: ResponseTemplate
     thinks: bool
     """Whether the model may think before it answers."""
     takes_tools: bool
@@ -50,11 +71,11 @@ class ReplyReader:
     traits: TemplateTraits = PLAIN
     """How the chat template treats a conversation; requests are fitted to it (`dspy_fst.engine.template_traits`)."""
     stop_ids: frozenset[int] = frozenset()
-    """Tokens that end a reply, by all that the model's files say."""
+    """Ids of the tokens that end a reply, by all of the model's files."""
 
     @classmethod
     def load(cls, path: Path) -> "ReplyReader":
-        """The reader for a Hugging Face folder; one that divides nothing where there is no tokenizer."""
+        """The reader for a Hugging Face folder; without a tokenizer, one that divides nothing."""
         if not (path / "tokenizer_config.json").is_file():
             return UNREAD
         from transformers import AutoTokenizer
@@ -62,16 +83,16 @@ class ReplyReader:
         return cls.of(AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
 
     @classmethod
-    def of(cls, tokenizer: Any, folder: Path | None = None) -> "ReplyReader":
-        """The reader for a tokenizer with its chat template, and for the model's folder that it came from."""
-        own: Mapping[str, Any] | None = getattr(tokenizer, "response_template", None)
+    def of(cls, tokenizer: "PreTrainedTokenizerBase", folder: Path | None = None) -> "ReplyReader":
+        """The reader for a tokenizer with its chat template, loaded from the model's folder."""
+        own: ResponseTemplate | None = getattr(tokenizer, "response_template", None)
         chat = tokenizer.get_chat_template(tools=[{}]) if tokenizer.chat_template else ""
         thinks = THOUGHT in chat if own is None else any(name in own["fields"] for name in _THOUGHTS)
         stops = frozenset() if folder is None else stop_ids(folder, tokenizer)
         return cls(tokenizer, own or HERMES, thinks, "tools" in chat, TemplateTraits.of(tokenizer), stops)
 
     def check(self, request: lm15.Request) -> None:
-        """Raises UnsupportedFeatureError when the request has tools that the model would never see."""
+        """Raises UnsupportedFeatureError if the request has tools that the chat template does not show to the model."""
         if request.tools and not self.takes_tools:
             raise lm15.UnsupportedFeatureError(
                 "the model's chat template does not show tools; leave use_native_function_calling off, so that DSPy "
@@ -79,9 +100,10 @@ class ReplyReader:
             )
 
     def read(self, completion: Completion, request: lm15.Request) -> Completion:
-        """The completion with its text divided; as it was where there is nothing to divide.
+        """The completion with its text divided; unchanged if there is nothing to divide.
 
-        What a server has divided already stays so. A tool call that is no JSON stays text, for the adapter to refuse.
+        Parts that a server has already divided are kept. A tool call that is not JSON remains text, which the adapter
+        then refuses.
         """
         choice = request.config.tool_choice
         tools = bool(request.tools) and (choice is None or choice.mode != "none")
@@ -90,23 +112,23 @@ class ReplyReader:
         response = completion.response
         text = "".join(part.text for part in response.message.parts if isinstance(part, lm15.TextPart))
         others = [part for part in response.message.parts if not isinstance(part, lm15.TextPart)]
-        found = self._parsed(text, self._begun(completion, others), tools)
-        calls = _calls(found.get("tool_calls") or [], completion)
-        thoughts = [found[name] for name in _THOUGHTS if found.get(name)]
+        parsed = self._parsed(text, self._begun(completion, others), tools)
+        calls = _calls(parsed.get("tool_calls") or [], completion)
+        thoughts = [thought for name in _THOUGHTS if (thought := parsed.get(name))]
         if thoughts or calls:
-            content = [lm15.TextPart(found["content"])] if found.get("content") else []
+            content = [lm15.TextPart(parsed["content"])] if parsed.get("content") else []
             parts = (*(lm15.ThinkingPart(thought) for thought in thoughts), *others, *content, *calls)
             response = replace(response, message=replace(response.message, parts=parts))
         thought = "".join(part.text for part in response.message.parts if isinstance(part, lm15.ThinkingPart))
-        tokens = self._tokens_to_the_end_of(thought, completion.completion_ids)
+        tokens = self._reasoning_tokens(thought, completion.completion_ids)
         if calls and completion.finish_reason == "stop":
             response = replace(response, finish_reason="tool_call")
             completion = replace(completion, finish_reason="tool_calls")
         usage = replace(response.usage, reasoning_tokens=tokens or None)
         return replace(completion, response=replace(response, usage=usage), reasoning_tokens=tokens)
 
-    def _begun(self, completion: Completion, others: list[Any]) -> str:
-        """What the prompt wrote of the reply: an opening tag, or nothing."""
+    def _begun(self, completion: Completion, others: list[object]) -> str:
+        """The beginning of the reply that the prompt contains already: an opening tag of thoughts, or nothing."""
         if not self.thinks or any(isinstance(part, lm15.ThinkingPart) for part in others):
             return ""
         if self.template is not HERMES:
@@ -114,20 +136,20 @@ class ReplyReader:
         tail = self.tokenizer.decode(completion.prompt_ids[-_TAIL:])
         return THINK if tail.rstrip().endswith(THINK) else ""
 
-    def _parsed(self, text: str, begun: str, tools: bool) -> dict[str, Any]:
+    def _parsed(self, text: str, begun: str, tools: bool) -> ParsedReply:
         from transformers.utils.chat_parsing.response_parser import parse_response
 
         fields = {name: field for name, field in self.template["fields"].items() if tools or name != "tool_calls"}
         try:
-            found: dict[str, Any] = parse_response(text, {**self.template, "fields": fields}, prefix=begun)
-            for call in found.get("tool_calls") or []:
-                _call("unused", call)
+            parsed: ParsedReply = parse_response(text, {**self.template, "fields": fields}, prefix=begun)
+            for call in parsed.get("tool_calls") or []:
+                _call("unused", call)  # raises if the call is malformed
         except (ValueError, TypeError, KeyError, AttributeError):
             return self._parsed(text, begun, tools=False) if tools else {}
-        return found
+        return parsed
 
-    def _tokens_to_the_end_of(self, thought: str, ids: tuple[int, ...]) -> int:
-        """How many of the sampled tokens it takes to write the thoughts, an opening tag included."""
+    def _reasoning_tokens(self, thought: str, ids: tuple[int, ...]) -> int:
+        """Number of sampled tokens up to the end of the thoughts, an opening tag included."""
         whole = self.tokenizer.decode(ids, skip_special_tokens=True)
         end = whole.find(thought) + len(thought)
         if not thought or end < len(thought):
@@ -139,17 +161,21 @@ class ReplyReader:
         return bisect_left(range(len(ids)), end, key=length)
 
 
-UNREAD = ReplyReader(None, HERMES, thinks=False, takes_tools=False)
-"""Divides nothing: for a folder without a tokenizer."""
+UNREAD = ReplyReader(tokenizer=None, template=HERMES, thinks=False, takes_tools=False)
+"""A reader that divides nothing, for a folder without a tokenizer."""
 
 
-def _calls(found: list[Any], completion: Completion) -> list[lm15.ToolCallPart]:
-    """Tool calls with ids that the same tokens always get, short and plain enough for every chat template."""
+def _calls(calls: list[Mapping[str, object]], completion: Completion) -> list[lm15.ToolCallPart]:
+    """Tool calls with ids that depend on the tokens only, and are short and plain enough for every chat template."""
     tokens = repr((completion.prompt_ids, completion.completion_ids))
-    digests = (hashlib.sha256(f"{tokens} {number}".encode()).hexdigest() for number in range(len(found)))
-    return [_call(digest[:9], call) for digest, call in zip(digests, found, strict=True)]
+    digests = (hashlib.sha256(f"{tokens} {number}".encode()).hexdigest() for number in range(len(calls)))
+    return [_call(digest[:9], call) for digest, call in zip(digests, calls, strict=True)]
 
 
-def _call(name: str, found: Any) -> lm15.ToolCallPart:
-    function = found.get("function", found)
-    return lm15.ToolCallPart(id=name, name=function["name"], input=function["arguments"])
+def _call(call_id: str, call: Mapping[str, object]) -> lm15.ToolCallPart:
+    """
+    Raises:
+        TypeError, KeyError, ValueError, AttributeError: the model wrote no name or arguments, or of another type.
+    """
+    function: Mapping[str, object] = call.get("function", call)  # type: ignore[assignment]
+    return lm15.ToolCallPart(id=call_id, name=function["name"], input=function["arguments"])

@@ -1,6 +1,6 @@
-"""A policy's reply as DSPy's stream events, for ``dspy.streamify`` and its listeners.
+"""Turns a policy's reply into DSPy's stream events, for ``dspy.streamify`` and its listeners.
 
-The contract is that of DSPy 3.4, clients/engines/base.py: one start event, deltas, one end event.
+The order of events is that of DSPy 3.4 (clients/engines/base.py): one start event, deltas, one end event.
 """
 
 import asyncio
@@ -26,15 +26,18 @@ _PIECE = re.compile(
     """,
     re.VERBOSE,
 )
-"""Words, runs of signs, and joints of JSON; together every character of a text."""
+"""Words, runs of punctuation, and the ends of JSON fields. The matches together are the whole text."""
 
 
 def pieces(
     engine: Engine, reader: ReplyReader, request: lm15.Request, seed: int, prompt_ids: Ids | None
 ) -> Generator[str, None, Completion]:
-    """The reply's text as it comes; nothing before its end where the engine answers whole, where the pieces would hold
-    thoughts and tool calls, which are divided from the text when it is known, or where a conversation goes on from
-    sampled ids, which the server's chat endpoint does not take."""
+    """The reply's text, piece by piece as it is sampled; the generator returns the completion.
+
+    There are no pieces in three cases: the engine does not stream; the text may hold thoughts or tool calls, which can
+    be divided only once it is complete; or the conversation continues from sampled ids, which the server's chat
+    endpoint does not take.
+    """
     if prompt_ids is not None:
         return engine.complete(request, seed, prompt_ids)
     divided = reader.thinks or request.tools or request.config.logprobs is not None
@@ -43,13 +46,13 @@ def pieces(
     return (yield from engine.stream(request, seed))
 
 
-def events(told: Generator[str, None, Completion], request: lm15.Request) -> Iterator[StreamEvent]:
-    """The pieces and their end as events; a reply of which no piece was told is told in words when it is whole."""
-    with closing(told):
+def events(reply: Generator[str, None, Completion], request: lm15.Request) -> Iterator[StreamEvent]:
+    """The events of a reply that `pieces` yields. A reply without pieces is split into words once it is whole."""
+    with closing(reply):
         started = False
         while True:
             try:
-                text = next(told)
+                text = next(reply)
             except StopIteration as end:
                 response: lm15.Response = end.value.response
                 break
@@ -65,10 +68,10 @@ def events(told: Generator[str, None, Completion], request: lm15.Request) -> Ite
 
 
 def _in_words(event: StreamEvent) -> Iterator[StreamEvent]:
-    """A text's delta as one delta a word, any other event as it is.
+    """Split a text delta into one delta per word; any other event is unchanged.
 
-    DSPy's listener finds no field in a piece that holds the field's beginning and its end (StreamListener.receive).
-    The log-probabilities stay with the first word; whoever puts the reply together again joins them in order.
+    DSPy's listener misses a field whose beginning and end are in one piece (StreamListener.receive). The
+    log-probabilities stay with the first word; a consumer that joins the deltas gets them in order.
     """
     if not isinstance(event, lm15.StreamDeltaEvent) or not isinstance(event.delta, lm15.TextDelta):
         yield event
@@ -80,11 +83,11 @@ def _in_words(event: StreamEvent) -> Iterator[StreamEvent]:
 
 
 async def events_in_thread(source: Iterator[StreamEvent]) -> AsyncIterator[StreamEvent]:
-    """The same events for ``acall``: each is waited for in a worker thread."""
+    """The same events for ``acall``; a worker thread waits for each."""
     try:
         while (event := await asyncio.to_thread(next, source, None)) is not None:
             yield event
     finally:
         if isinstance(source, Generator):
-            with suppress(ValueError):  # a thread still waits for the next one; then the collector closes it
+            with suppress(ValueError):  # a thread still waits for the next event; the garbage collector closes it
                 source.close()

@@ -1,21 +1,24 @@
-"""What a model's chat template does with a conversation, measured on the template; and requests fitted to it.
+"""Measures what a model's chat template does with a conversation, and fits requests to it.
 
-The contract of this file: a request is fitted before it is rendered, in one way for every engine and for whoever
-renders a prompt again, so that a template without a system role never drops a text or refuses a program.
+The contract of this file: every request is fitted before it is rendered, in the same way for every engine and for code
+that renders a prompt again. A template without a system role then neither drops a text nor refuses a program.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from dspy import lm15
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SEPARATOR = "\n\n"
-"""Between the system text and the user's, and between turns that are joined."""
+"""Separates the system text from the user's, and joined turns from each other."""
 _SYSTEM, _ASKED, _SAID, _THOUGHT, _AGAIN = "qsystem", "qasked", "qsaid", "qthought", "qagain"
-"""Texts of the probes: in lower case and without spaces at their ends, so that no template alters them."""
+"""Probe texts, in lower case and without spaces at their ends, so that no template alters them."""
 _ROLE_LINES = ("system", "user", "assistant", "model", "[INST]", "### Instruction:", "User:", "Human:")
-"""How templates head a turn where no special token does it; no words of the template's own."""
+"""Lines with which templates without special tokens begin a turn; they are not a system text."""
 
 
 @dataclass(frozen=True)
@@ -27,28 +30,28 @@ class TemplateTraits:
     """
 
     system: Literal["kept", "refused", "dropped"] = "kept"
-    """What becomes of a system message: ``"refused"`` raises, ``"dropped"`` renders the same text without it."""
+    """Effect on a system message: ``"refused"`` raises an error, ``"dropped"`` renders the prompt without it."""
     alternating: bool = False
-    """Whether two turns of one role in succession are refused."""
+    """Whether two successive turns of one role are refused."""
     keeps_replies: bool = True
-    """Whether the prompt of the next turn begins with this turn's prompt and reply, letter by letter."""
+    """Whether the next turn's prompt begins with exactly this turn's prompt and reply."""
     keeps_thoughts: bool = True
-    """The same for a reply with thoughts; many templates leave the thoughts of earlier turns out."""
+    """`keeps_replies` for a reply with thoughts; many templates omit the thoughts of earlier turns."""
     own_system: str = ""
-    """What it writes before the first turn of a conversation without a system message; empty where it writes nothing
-    beside special tokens."""
+    """Text that the template itself puts before the first turn if there is no system message, special tokens left
+    out."""
 
     @property
     def has_system(self) -> bool:
         return self.system == "kept"
 
     def without_thoughts(self) -> "TemplateTraits":
-        """The same for a model that does not think: no reply of its has thoughts that could be left out."""
+        """These traits for a model that does not think, so that its replies have no thoughts to omit."""
         return replace(self, keeps_thoughts=self.keeps_replies)
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "TemplateTraits":
-        """The traits of a tokenizer's template; the defaults where it has none, or fails on a plain question."""
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TemplateTraits":
+        """The traits of a tokenizer's template; the defaults if it has none, or fails on a single question."""
         if not getattr(tokenizer, "chat_template", None):
             return cls()
         user, reply = _turn("user", _ASKED), _turn("assistant", _SAID)
@@ -69,14 +72,14 @@ class TemplateTraits:
 
 
 PLAIN = TemplateTraits()
-"""Of a template that shows every conversation as it is."""
+"""The traits of a template that renders every conversation unchanged."""
 
 
 def fitted(request: lm15.Request, traits: TemplateTraits) -> lm15.Request:
-    """The request as this template can show it whole.
+    """The request in a form that this template renders completely.
 
-    A system text that the template would refuse or drop goes into the first user turn, before the user's own text.
-    Where turns must alternate, neighbours of one role (texts only) are joined.
+    A system text that the template would refuse or drop is put into the first user turn, before the user's text. If
+    turns must alternate, successive text turns of one role are joined.
     """
     messages = list(request.messages)
     system = request.system
@@ -103,7 +106,7 @@ def _joined(messages: Sequence[lm15.Message]) -> list[lm15.Message]:
 
 
 def _after(first: lm15.Message, second: lm15.Message) -> lm15.Message:
-    """One message that says the first's text, then the second's; the second's other parts follow."""
+    """The second message, preceded by the text of the first."""
     lead = first.text or ""
     head, *rest = second.parts
     if isinstance(head, lm15.TextPart):
@@ -122,16 +125,20 @@ def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, str]], *, prompted: bool = True) -> str | None:
-    """The conversation as text; None when the template refuses it."""
+def _rendered(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], *, prompted: bool = True
+) -> str | None:
+    """The rendered conversation; None if the template refuses it."""
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted))
-    except Exception:  # a template may raise anything
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception:  # a template may raise any exception
         return None
 
 
-def _goes_on(tokenizer: Any, begun: list[dict[str, str]], reply: dict[str, str], written: str) -> bool:
-    """Whether the prompt after one more turn begins with the prompt before it, and with what the reply wrote."""
+def _goes_on(
+    tokenizer: "PreTrainedTokenizerBase", begun: list[dict[str, str]], reply: dict[str, str], written: str
+) -> bool:
+    """Whether the prompt of the next turn begins with the prompt before it and then contains the reply."""
     before = _rendered(tokenizer, begun)
     after = _rendered(tokenizer, [*begun, reply, _turn("user", _AGAIN)])
     if before is None or after is None or not after.startswith(before):
@@ -139,8 +146,8 @@ def _goes_on(tokenizer: Any, begun: list[dict[str, str]], reply: dict[str, str],
     return written in after[len(before) :]
 
 
-def _written_before(tokenizer: Any, alone: str) -> str:
-    """Words of the template's own in front of a lone question."""
+def _written_before(tokenizer: "PreTrainedTokenizerBase", alone: str) -> str:
+    """The template's own words before a single question."""
     lead = alone.partition(_ASKED)[0]
     for token in getattr(tokenizer, "all_special_tokens", ()):
         lead = lead.replace(token, "\n")

@@ -1,9 +1,11 @@
-"""Proof that the engine serves the weights that the trainer published: the tensors themselves, then numbers.
+"""Verifies that the engine serves the weights that the trainer published, by its tensors and its log-probabilities.
 
-Identity comes first, tensor by tensor and exact: what the trainer held is what the engine read from the folder (by
-digest), and what the engine read is what its forward pass uses (`Scorer.held`). Numbers come second. They show what no
-tensor does: another arithmetic, position scaling, kernels that read right tensors wrongly. Even sound engines differ
-there, in bfloat16 more than stale weights do, so numbers alone prove nothing.
+The tensors are compared exactly, one by one. The tensors that the engine read from the folder must be those of the
+trainer (by digest), and the tensors that its forward pass uses must be those that it read (`Scorer.held`).
+
+The log-probabilities show faults that no tensor shows: another arithmetic or position scaling, or a kernel that reads
+correct tensors wrongly. Sound engines differ there too, in bfloat16 by more than stale weights do, so log-probabilities
+alone prove nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,21 +18,21 @@ from dspy_fst.errors import DiskError, SyncError
 from dspy_fst.types import WeightsVersion
 
 MEAN_GAP_LIMITS = {"float32": 1e-3, "bfloat16": 0.15}
-"""Mean absolute gap in nats a token on natural text that sound engines stay below (ours).
+"""Limit of the mean absolute gap on natural text, in nats per token; sound engines stay below it (ours).
 
 bfloat16: almost three times the largest mean of sound weights in `benchmarks/results/sync.json` (0.053, in process).
-float32: ten times the largest gap at any one token in `benchmarks/results/architectures.json` (9.6e-5, Qwen3-Next). The
-margin is for models, kernels and lengths that were not measured: the sums of a wider or deeper model round more often.
-Such a limit finds an engine that computes something else. Weights that differ by less, as every fault in sync.json may
-in bfloat16, are found by the comparison of tensors, which has no limit.
+float32: ten times the largest gap at a single token in `benchmarks/results/architectures.json` (9.6e-5, Qwen3-Next).
+The margin is for models, kernels and lengths that were not measured: a wider or deeper model has longer sums and rounds
+more often. The limit detects an engine that computes something else. Wrong weights may differ by less, as the faults in
+sync.json do in bfloat16; the comparison of tensors, which has no tolerance, detects them.
 """
 SHOWN = 5
-"""Tensors that an error names."""
+"""Number of tensors that an error names."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the trainer says of the weights that were published."""
+    """The published weights, and the trainer's log-probabilities under them."""
 
     checkpoint: Checkpoint
     texts: Sequence[Sequence[int]]
@@ -40,24 +42,24 @@ class Expected:
     dtype: str
     """``"float32"`` or ``"bfloat16"``: the arithmetic of the trainer's body."""
     tolerance: float | None = None
-    """Limit of the mean gap; None is the measured one of the lower precision of both sides."""
+    """Limit of the mean gap; None takes the `MEAN_GAP_LIMITS` of the lower of both precisions."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found of weights that may be sampled from."""
+    """Result of a successful verification."""
 
     identical: bool
-    """Whether every tensor was compared; False where the engine cannot tell and only numbers were."""
+    """Whether every tensor was compared; False if the engine cannot compare, so that only log-probabilities were."""
     mean_gap: float
-    """Mean absolute gap to the trainer's log-probabilities, nats a token."""
+    """Mean absolute gap to the trainer's log-probabilities, in nats per token."""
 
 
 def verify(engine: Scorer, expected: Expected) -> Proof:
-    """Prove that the engine serves the published weights.
+    """Verify that the engine serves the published weights.
 
     Raises:
-        SyncError: it does not; the message names the tensors, or the gap.
+        SyncError: it serves others; the message names the tensors, or the gap.
         DiskError: the folder does not hold what the trainer wrote.
     """
     held = engine.held(expected.checkpoint)
@@ -72,21 +74,22 @@ def verify(engine: Scorer, expected: Expected) -> Proof:
 
 
 def verify_identity(held: Holding, checkpoint: Checkpoint) -> None:
-    """Refuse weights of which a tensor is not the one that was published.
+    """Refuse weights if any tensor differs from the published one.
 
     Raises:
-        DiskError: the folder is not what was written, which no other load would mend.
-        SyncError: the engine uses something else than the folder; it names the tensors, and how each differs.
+        DiskError: the folder does not hold what was written, so loading it again would not help.
+        SyncError: the engine uses other tensors than the folder's; the message names them, and how each differs.
     """
     written = _faults_of_writing(held.digests, checkpoint.digests) if checkpoint.digests else {}
     if written:
         raise DiskError(
-            f"weights {checkpoint.version}: {checkpoint.path} does not hold what the trainer wrote: {_shown(written)}. "
-            "Look for a failing disk or another process that writes there; nothing was sampled from them"
+            f"weights {checkpoint.version}: {checkpoint.path} does not hold what the trainer wrote: "
+            f"{_listed(written)}. Look for a failing disk or another process that writes there; nothing was sampled "
+            "from them"
         )
     if held.wrong:
         raise SyncError(
-            f"weights {checkpoint.version}: the engine uses other weights than were published: {_shown(held.wrong)}. "
+            f"weights {checkpoint.version}: the engine uses other weights than were published: {_listed(held.wrong)}. "
             "Nothing was sampled from them"
         )
 
@@ -98,12 +101,19 @@ def verify_numbers(
     tolerance: float,
     version: WeightsVersion,
 ) -> float:
-    """Compare both sides' log-probabilities on the same natural texts by their mean absolute gap.
+    """Compare the log-probabilities of both sides on the same natural texts, by their mean absolute gap.
 
-    A mean, because one token that hardly ever comes there may be off by whole nats in bfloat16, on sound weights.
+    The mean is used because the log-probability of a single very unlikely token may be off by whole nats in bfloat16,
+    even for sound weights.
+
+    Args:
+        sampled_by: The engine's log-probabilities, one sequence per text.
+        trained_by: The trainer's.
+        tolerance: Limit of the mean gap, in nats per token.
+        version: Named in the error.
 
     Returns:
-        The mean absolute gap, in nats a token.
+        The mean absolute gap, in nats per token.
 
     Raises:
         SyncError: it exceeds ``tolerance``, or is not a number.
@@ -114,7 +124,7 @@ def verify_numbers(
         for a, b in zip(sampled, trained, strict=True)
     ]
     mean = float(np.mean(gaps)) if gaps else 0.0
-    if not mean <= tolerance:  # and not `>`: a NaN must count as a gap
+    if not mean <= tolerance:  # written so that NaN counts as a gap
         raise SyncError(
             f"weights {version}: the engine's log-probabilities differ from the trainer's by {mean:.3g} nats a token "
             f"on average over {len(gaps)} tokens (at most {np.max(gaps):.3g}), more than {tolerance:g}. It computes "
@@ -129,6 +139,6 @@ def _faults_of_writing(read: Mapping[str, str], wrote: Mapping[str, str]) -> dic
     return faults | {name: "its bytes differ" for name in wrote.keys() & read.keys() if wrote[name] != read[name]}
 
 
-def _shown(faults: Mapping[str, str]) -> str:
+def _listed(faults: Mapping[str, str]) -> str:
     named = [f"{name} ({faults[name]})" for name in sorted(faults)]
     return ", ".join(named[:SHOWN]) + (f" and {len(named) - SHOWN} more" if len(named) > SHOWN else "")

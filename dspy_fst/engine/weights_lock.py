@@ -1,4 +1,4 @@
-"""Who waits for whom: many samplers or one loader, so that no reply straddles two versions; or one at a time."""
+"""Locks of an engine: many samplers or one loader at a time, so that every reply is sampled by one weight version."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from dspy_fst.errors import EngineError
 
 
 class WeightsLock:
-    """Lets any number of samplers in, or one loader alone; a loader that waits goes before later samplers."""
+    """Held by any number of samplers, or by one loader alone. A waiting loader goes before samplers that come later."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -20,12 +20,12 @@ class WeightsLock:
 
     @property
     def samplers(self) -> int:
-        """How many wait for tokens now: none while somebody checks the weights, as no token is processed meanwhile."""
+        """How many callers wait for tokens now; 0 during a check of the weights, when no token is processed."""
         return 0 if self._checkers else self._samplers
 
     @contextmanager
     def sampling(self, timeout_s: float) -> Iterator[None]:
-        """Hold the weights still.
+        """Keep the weights unchanged during this block.
 
         Raises:
             EngineError: weights were still being loaded after ``timeout_s`` seconds.
@@ -43,7 +43,7 @@ class WeightsLock:
 
     @contextmanager
     def checking(self, timeout_s: float) -> Iterator[None]:
-        """`sampling` of one who looks at the weights and asks for no token."""
+        """`sampling`, for a caller that inspects the weights and asks for no tokens."""
         with self.sampling(timeout_s):
             with self._changed:
                 self._checkers += 1
@@ -55,7 +55,7 @@ class WeightsLock:
 
     @contextmanager
     def loading(self, timeout_s: float) -> Iterator[None]:
-        """Change the weights, after the requests in flight and before those that come later.
+        """Change the weights in this block, after the requests in flight and before later ones.
 
         Raises:
             EngineError: requests or another load were still under way after ``timeout_s`` seconds.
@@ -86,11 +86,11 @@ class WeightsLock:
 
 
 class TimedLock:
-    """A lock that is not waited for endlessly, and whose error says who waited for what.
+    """A reentrant lock with a time limit, whose error tells who waited for what.
 
     Args:
-        work: What its holder does, e.g. ``"load vLLM"``.
-        limits: Name of each setting that bounds a part of the work -> seconds; they add up.
+        work: What a holder of the lock does, e.g. ``"load vLLM"``.
+        limits: Setting that bounds a part of that work -> seconds. The limit of a wait is their sum.
     """
 
     def __init__(self, work: str, limits: Mapping[str, float]):
@@ -99,10 +99,13 @@ class TimedLock:
 
     @contextmanager
     def held_by(self, who: str) -> Iterator[None]:
-        """Be the only one.
+        """Hold the lock in this block.
+
+        Args:
+            who: Named in the error, e.g. ``"a request"``.
 
         Raises:
-            EngineError: another thread had the lock for longer than all limits together.
+            EngineError: another thread held the lock for longer than the sum of the limits.
         """
         limit_s = sum(self._limits.values())
         if not self.lock.acquire(timeout=limit_s):

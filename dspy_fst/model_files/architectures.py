@@ -1,17 +1,20 @@
-"""What a model's config.json tells about its kind: its class, how long its texts may be, what an engine must mind.
+"""What a model's config tells: its class, the longest text it reads, and where vLLM would compute something else.
 
-But for `load_model` and `empty_model` these are functions of a transformers config alone. Read from transformers 5.19
-and vLLM 0.32.
+Except for `load_model`, `load_model_with_info` and `empty_model`, these are functions of a transformers config alone.
+Read from transformers 5.19 and vLLM 0.32.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Names under which configs give the longest text; others (Bloom, Mamba) have no such limit."""
+"""Names under which configs give the length of the longest text; Bloom and Mamba have no such limit."""
 _WITHOUT_A_HEAD_IN_VLLM = {"bloom", "gemma2", "gemma3n", "gemma3n_text"}
-"""Model types for which vLLM 0.32 multiplies with the embedding and has no place for a head of its own."""
+"""Model types whose logits vLLM 0.32 computes with the embedding; it has no parameter for a separate head."""
 _READ_BY_VLLM_ALONE = {
     "lfm2": ("block_dim", "conv_dim"),
     "deepseek_v3": ("topk_method", "scoring_func"),
@@ -23,67 +26,77 @@ _READ_BY_VLLM_ALONE = {
     ),
     "minimax_m2": ("rotary_dim", "scoring_func", "use_routing_bias"),
 }
-"""Model type -> names that vLLM 0.32 reads in config.json and transformers does not: published models have them."""
+"""Model type -> names in config.json that vLLM 0.32 reads and transformers does not. Published models have them."""
 _ONE_TOKEN_LONGER = {"cohere2"}
 """Model types whose windows vLLM 0.32 makes of one token more than their config says, and transformers does not."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 
 
 def text_writers() -> set[str]:
-    """Names of the model classes that write text, read from texts alone or from images too."""
+    """Names of the model classes that write text, from texts alone or from images too."""
     from transformers.models.auto import modeling_auto as auto
 
     return {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
 
 
-def load_model(path: str | Path, **options: Any) -> Any:
+def load_model(path: str | Path, **options: object) -> "PreTrainedModel":
     """A model that writes text, from its folder or hub name: ``from_pretrained`` of the class that fits its config.
 
-    A model that also reads images is loaded whole when transformers has no class for its text part alone.
+    A model that also reads images is loaded whole if transformers has no class for its text part alone. The model's own
+    code is never run.
 
     Args:
-        options: Of ``from_pretrained``. No code of the model's own is run.
+        path: The folder or hub name.
+        options: Further arguments of ``from_pretrained``, e.g. ``dtype``.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    return (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(
-        path, trust_remote_code=False, **options
-    )
+    return _auto_class(config).from_pretrained(path, trust_remote_code=False, **options)
 
 
-def empty_model(config: Any) -> Any:
-    """The model of a config with shapes and without numbers, on torch's meta device: it takes no memory.
+def load_model_with_info(
+    path: str | Path, **options: object
+) -> "tuple[PreTrainedModel, Mapping[str, Collection[object]]]":
+    """`load_model` together with transformers' loading info: kind of fault -> names of the tensors that have it."""
+    model, info = load_model(path, output_loading_info=True, **options)
+    return model, info
+
+
+def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """The model of a config on torch's meta device: its tensors have shapes but no numbers, and take no memory.
 
     Raises:
         Exception: whatever the model's own code raises on a config that it does not understand.
     """
     import torch
+
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, trust_remote_code=False)
+
+
+def _auto_class(config: "PreTrainedConfig") -> "type[AutoModelForCausalLM | AutoModelForImageTextToText]":
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     causal = type(config) in AutoModelForCausalLM._model_mapping
-    with torch.device("meta"):
-        return (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(
-            config, trust_remote_code=False
-        )
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
 
-def context_length(config: Any) -> int | None:
-    """Longest prompt plus reply in tokens that a model reads with one set of position factors; None: no limit.
+def context_length(config: "PreTrainedConfig") -> int | None:
+    """Longest prompt plus reply, in tokens, that a model reads with one set of rotary factors; None: no limit.
 
-    Longrope models (Phi-3, Phi-4-mini) rotate with other factors when any text of a batch is longer than their
-    original length, so that what a token means would depend on the texts beside it. The original length is their limit.
+    Longrope models (Phi-3, Phi-4-mini) switch to other factors when any text of a batch is longer than their original
+    length. The result for one text would then depend on the others in its batch, so the original length is the limit.
     """
     text = config.get_text_config()
     limits = [limit for name in _LENGTHS if isinstance(limit := getattr(text, name, None), int) and limit > 0]
     return min([*limits[:1], *_original_lengths(text)], default=None)
 
 
-def last_position(config: Any) -> int | None:
-    """Highest position that a text, padding included, may hold without changing or failing the texts beside it.
+def last_position(config: "PreTrainedConfig") -> int | None:
+    """Highest position that a text, padding included, may have without failing or changing the other texts of a batch.
 
-    None for models whose rotary embeddings turn every position by itself, however many there are.
+    None for models whose rotary embedding computes every position independently, without a limit.
     """
     text = config.get_text_config()
     kinds = [parameters.get("rope_type") for parameters in _rotations(text)]
@@ -91,17 +104,17 @@ def last_position(config: Any) -> int | None:
     return limit - 1 if limit is not None and (not kinds or {"longrope", "dynamic"} & set(kinds)) else None
 
 
-def _original_lengths(text: Any) -> Iterator[int]:
+def _original_lengths(text: "PreTrainedConfig") -> Iterator[int]:
     for parameters in _rotations(text):
         if parameters.get("rope_type") == "longrope":
             original = parameters.get("original_max_position_embeddings")
             original = original or getattr(text, "original_max_position_embeddings", None)
-            if original:
+            if isinstance(original, int | float) and original:
                 yield int(original)
 
 
-def _rotations(text: Any) -> Iterator[Mapping[str, Any]]:
-    """Parameters of the model's rotary embeddings; some have one for each kind of layer."""
+def _rotations(text: "PreTrainedConfig") -> Iterator[Mapping[str, object]]:
+    """Parameters of the model's rotary embeddings; some models have one embedding per kind of layer."""
     parameters = getattr(text, "rope_parameters", None) or {}
     if "rope_type" in parameters:
         yield parameters
@@ -109,30 +122,30 @@ def _rotations(text: Any) -> Iterator[Mapping[str, Any]]:
         yield from (value for value in parameters.values() if isinstance(value, Mapping))
 
 
-def largest(config: Any, name: str) -> int | None:
-    """A number of the text part's config; of one that its layers have each for itself, the largest; None: not there."""
+def largest(config: "PreTrainedConfig", name: str) -> int | None:
+    """A number of the text part's config, and the largest one where it differs between layers; None: it has none."""
     text = config.get_text_config()
     try:
-        found = getattr(text, name, None)
-    except Exception:  # Gemma 4's head_dim: transformers refuses to say one for all layers
+        value = getattr(text, name, None)
+    except Exception:  # Gemma 4's head_dim differs between layers, and transformers raises
         layers = text.per_layer_config
-        found = [getattr(layer, name, None) for layer in (layers.values() if isinstance(layers, dict) else layers)]
-    numbers = [number for number in (found if isinstance(found, list | tuple) else [found]) if isinstance(number, int)]
+        value = [getattr(layer, name, None) for layer in (layers.values() if isinstance(layers, dict) else layers)]
+    numbers = [number for number in (value if isinstance(value, list | tuple) else [value]) if isinstance(number, int)]
     return max(numbers, default=None)
 
 
-def has_experts(config: Any) -> bool:
+def has_experts(config: "PreTrainedConfig") -> bool:
     """Whether the model is a mixture of experts."""
     text = config.get_text_config()
     counts = [getattr(text, name, None) for name in _EXPERTS]
     return any(isinstance(count, int) and count > 1 for count in counts)
 
 
-def unlike_vllm(config: Any, max_model_len: int | None) -> list[str]:
-    """Why a vLLM server would not start, or would compute other numbers than the trainer, one sentence each.
+def unlike_vllm(config: "PreTrainedConfig", max_model_len: int | None) -> list[str]:
+    """Why a vLLM server would not start, or would compute other numbers than the trainer; one sentence per reason.
 
     Args:
-        max_model_len: What the server is told; None leaves it to vLLM.
+        max_model_len: The server's setting; None leaves it to vLLM.
     """
     faults = []
     text = config.get_text_config()
@@ -164,7 +177,7 @@ def unlike_vllm(config: Any, max_model_len: int | None) -> list[str]:
     return faults
 
 
-def _window_fault(config: Any, max_model_len: int | None) -> str | None:
+def _window_fault(config: "PreTrainedConfig", max_model_len: int | None) -> str | None:
     """Why texts longer than a window would get other numbers from vLLM; None: they do not, or there are none."""
     text = config.get_text_config()
     window, longest = getattr(text, "sliding_window", None), max_model_len or context_length(config)
@@ -179,11 +192,11 @@ def _window_fault(config: Any, max_model_len: int | None) -> str | None:
     )
 
 
-def restart_reason(config: Any, *, on_gpu: bool) -> str | None:
-    """Why new weights of this model must not be swapped into a running vLLM server; None: they may.
+def restart_reason(config: "PreTrainedConfig", *, on_gpu: bool) -> str | None:
+    """Why new weights of this model must not be swapped into a running vLLM server; None: they may be.
 
-    On a CPU vLLM repacks the weights of experts when it starts; a reload leaves the packed ones as they were, answers
-    200, and serves old experts under a new router.
+    On a CPU vLLM packs the weights of experts when it starts. A reload does not update the packed weights, yet answers
+    200: the server would use old experts under a new router.
     """
     if not on_gpu and has_experts(config):
         return "on a CPU vLLM keeps the experts of a mixture-of-experts model packed, and a reload does not change them"
@@ -191,11 +204,11 @@ def restart_reason(config: Any, *, on_gpu: bool) -> str | None:
 
 
 def folder_restart_reason(folder: Path, *, on_gpu: bool) -> str | None:
-    """`restart_reason` of a model's folder; None also where its config cannot be read, which others tell better."""
+    """`restart_reason` for a model's folder; None also if its config cannot be read, which other checks report."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # files of others may break in any way
+    except Exception:  # a file that somebody else wrote may fail to load with any exception
         return None
     return restart_reason(config, on_gpu=on_gpu)

@@ -1,4 +1,4 @@
-"""Whether a model that is named as on a hub can be had: from huggingface_hub's cache, or because the hub answers."""
+"""Whether a hub model is available: from huggingface_hub's cache, or because the hub answers."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,12 @@ ELSEWHERE = (
 
 
 def means_a_path(model: str) -> bool:
-    """Whether a name that is no folder was meant as one: a hub's name is ``name`` or ``owner/name``."""
+    """Whether a model's name must be a path, because it is not of the form ``name`` or ``owner/name``, or exists."""
     return Path(model).exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
 def hub_fault(name: str, seconds: float = ANSWER_S) -> str | None:
-    """Why a hub's model cannot be had here; None where it is cached whole, or the hub answers within the seconds."""
+    """Why a hub model is not available; None if it is cached whole, or the hub answers within ``seconds``."""
     if (cached := in_cache(name)) == "whole" or (silence := hub_silence(seconds)) is None:
         return None
     part = "; the cache holds a part of it only" if cached == "in part" else ""
@@ -31,7 +31,7 @@ def hub_fault(name: str, seconds: float = ANSWER_S) -> str | None:
 
 
 def hub_warnings(name: str) -> list[str]:
-    """A sentence where a cached model will be read while the hub is silent: each file is then asked for in vain."""
+    """A warning if a cached model will be read while the hub is silent: transformers then waits for each file."""
     from huggingface_hub import is_offline_mode
 
     if Path(name).is_dir() or is_offline_mode() or in_cache(name) != "whole" or (silence := hub_silence()) is None:
@@ -40,9 +40,9 @@ def hub_warnings(name: str) -> list[str]:
 
 
 def hub_silence(seconds: float = ANSWER_S) -> str | None:
-    """Why the hub cannot be asked, or None where it answers within the seconds.
+    """Why the hub cannot be reached; None if it answers within ``seconds``.
 
-    The environment's HF_ENDPOINT, HF_HUB_OFFLINE and proxies count.
+    HF_ENDPOINT, HF_HUB_OFFLINE and the environment's proxies are respected.
     """
     from huggingface_hub import constants, is_offline_mode
     from huggingface_hub.utils import get_session
@@ -54,7 +54,7 @@ def hub_silence(seconds: float = ANSWER_S) -> str | None:
 
 
 def in_cache(name: str) -> Cached:
-    """How much of a hub's model huggingface_hub's cache holds: its config and weights, something, or nothing."""
+    """How much of a model huggingface_hub's cache holds: config and all weights, only a part, or nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -74,7 +74,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _parts(index: Path) -> set[str]:
-    """The files that an index of weights names; one that cannot be read names itself, and is found at fault later."""
+    """The files that an index of weights names. An unreadable index counts as its own only part; loading reports it."""
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

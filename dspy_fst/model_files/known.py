@@ -1,12 +1,11 @@
-"""Models whose shape can be known here: folders, the hub's cache, a list of well-known ones, and what a hub tells.
+"""Where a model's shape is known from: a folder, the hub's cache, a list of well-known models, or the hub itself.
 
-Where no hub answers, that is told within a second, before anything heavy is imported.
+If no hub answers, the user learns so within a second, before anything heavy is imported.
 """
 
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from dspy_fst.model_files.hub import hub_silence, in_cache
 
@@ -14,14 +13,14 @@ LIST = Path(__file__).with_name("known_models.json")
 
 
 @cache
-def known_models() -> dict[str, dict[str, Any]]:
-    """Hub name -> public values of its config.json, as far as they shape the model."""
-    known: dict[str, dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
+def known_models() -> dict[str, dict[str, object]]:
+    """Hub name -> the public values of its config.json that shape the model."""
+    known: dict[str, dict[str, object]] = json.loads(LIST.read_text(encoding="utf-8"))
     return known
 
 
 def unknown_fault(model: str) -> str | None:
-    """Why the shape of a model cannot be known here, as a sentence; None where it may be."""
+    """Why a model's shape cannot be known here, as a sentence; None if it may be known."""
     if Path(model).is_dir():
         if (Path(model) / "config.json").is_file():
             return None

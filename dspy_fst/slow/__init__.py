@@ -1,4 +1,4 @@
-"""The slow step: weights move, texts do not. Groups are credited and make one CISPO update.
+"""The slow step: weights move and texts do not. Groups are credited, and one CISPO update trains on the batch.
 
-In: groups of rollouts. Out: a batch, its loss, new weights and what the update measured. Nothing is sampled here.
+In: groups of rollouts. Out: a batch, new weights, and what the update measured. Nothing is sampled here.
 """

@@ -1,4 +1,4 @@
-"""Cuts token sequences into micro-batches of a token budget; what they have in common is read once. Pure."""
+"""Cuts token sequences into micro-batches within a token budget. A prefix that sequences share is read once. Pure."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -12,29 +12,34 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Scored:
-    """A sequence and where its scored part begins: tokens ``ids[start:]`` are predicted from all before them."""
+    """A token sequence and where its scored part begins.
+
+    Tokens ``ids[start:]`` are scored, each from all tokens before it. Example: ``Scored((5, 6, 7, 8), start=2)`` scores
+    7 and 8.
+    """
 
     ids: Ids
     start: int
     temperature: float = 1.0
-    """The logits of its scored tokens are divided by this: the distribution that they were drawn from."""
+    """Divides the logits of the scored tokens; the temperature at which they were sampled."""
 
     @property
     def tokens(self) -> int:
+        """Number of scored tokens."""
         return len(self.ids) - self.start
 
 
 def chains(sequences: Sequence[Scored]) -> list[list[int]]:
-    """Which sequences are read as one: the turns of a loop whose every prompt begins with all of the turn before.
+    """Group the sequences that can be read as one: turns of a loop whose prompts each begin with the turn before.
 
-    What a causal model says of a turn does not depend on what follows, so the last turn's ids serve them all; each
-    keeps its own scored tokens and temperature. Reading is then linear in the turns, and not quadratic.
+    A causal model scores a turn without looking at what follows, so reading the last turn scores all of them. Each turn
+    keeps its own scored tokens and temperature. The tokens read then grow linearly with the turns, not quadratically.
 
     Returns:
-        Indices, first turn first; every sequence is in exactly one chain.
+        Chains of indices, first turn first. Every sequence is in exactly one chain.
     """
     found: list[list[int]] = []
-    begun: list[list[int]] = []  # chains that the sequence at hand begins with, shortest first
+    begun: list[list[int]] = []  # chains that the current sequence begins with, shortest first
 
     def last(chain: list[int]) -> Ids:
         return sequences[chain[-1]].ids
@@ -54,7 +59,7 @@ def chains(sequences: Sequence[Scored]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the model reads for a chain, as a prefix that others may have in common and a suffix of its own."""
+    """What the model reads for a chain: a prefix, which other chains may share, and a suffix of its own."""
 
     members: tuple[int, ...]
     prefix: Ids
@@ -71,14 +76,14 @@ class _Reading:
 class MicroBatch:
     """Sequences of similar length, each read as a prefix and a suffix (possibly empty), both padded on the right.
 
-    On the right a causal model needs neither position ids nor an attention mask for the prefixes: real tokens stand
-    at their own positions and never look at the padding, and attention takes its fast causal path.
+    With padding on the right a causal model needs neither position ids nor an attention mask for the prefixes. Real
+    tokens keep their positions and never attend to the padding, and attention takes its fast causal path.
     """
 
     members: tuple[int, ...]
-    """Index of each sequence in the list that was cut; those of a chain (see `chains`) stand side by side."""
+    """Index of each sequence in the list that was cut. The sequences of a chain (see `chains`) are adjacent."""
     tokens: tuple[int, ...]
-    """Scored tokens of each member; sums to N."""
+    """Number of scored tokens of each member; sums to N."""
     prefix_ids: Tensor
     """Shape (prefixes, longest prefix): the distinct prefixes."""
     prefix_lengths: Tensor
@@ -86,13 +91,13 @@ class MicroBatch:
     prefix_of: Tensor
     """Shape (chains,): the prefix of each chain."""
     suffix_ids: Tensor
-    """Shape (chains, longest suffix); of width 0 when every chain is all prefix."""
+    """Shape (chains, longest suffix); the width is 0 when no chain has a suffix."""
     predict_at: Tensor
-    """Shape (N,): where a scored token is predicted, counted through the flattened prefixes, then suffixes."""
+    """Shape (N,): position that predicts each scored token, counted over the flattened prefixes, then suffixes."""
     targets: Tensor
     """Shape (N,): the scored tokens, member by member."""
     temperatures: Tensor
-    """Shape (N,): what the logits of each scored token are divided by."""
+    """Shape (N,): temperature of each scored token."""
 
     @property
     def tokens_read(self) -> int:
@@ -100,6 +105,7 @@ class MicroBatch:
         return self.prefix_ids.numel() + self.suffix_ids.numel()
 
     def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch with its tensors on the device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return MicroBatch(members=self.members, tokens=self.tokens, **moved)
 
@@ -107,10 +113,12 @@ class MicroBatch:
 def micro_batches(sequences: Sequence[Scored], budget: int, *, share: bool) -> Iterator[MicroBatch]:
     """Cut sequences so that each micro-batch reads at most ``budget`` tokens, padding included.
 
-    Sequences that continue each other are read as one (see `chains`). With ``share`` a prompt that several begin with
-    is read once, if that is less to read altogether: it can be more, when completions of very different lengths end up
-    side by side. A chain longer than the budget comes alone. Longest prefixes come first, so that memory runs out at
-    once or not at all.
+    Sequences that continue each other are read as one (see `chains`). A chain longer than the budget is a micro-batch
+    by itself. The longest prefixes come first: if memory runs out, it does so in the first micro-batch.
+
+    Args:
+        share: Read a prompt that several sequences share once, if that reduces the tokens read. It may increase them,
+            when completions of very different lengths end up in one micro-batch.
     """
     found = chains(sequences)
     ways = [[_Reading.of(chain, sequences, way) for chain in found] for way in ((False, True) if share else (False,))]
@@ -119,7 +127,7 @@ def micro_batches(sequences: Sequence[Scored], budget: int, *, share: bool) -> I
 
 
 class _Chunk:
-    """A micro-batch while it is filled. Readings come with the longest prefix first."""
+    """A micro-batch while it is filled. Readings are added in order of decreasing prefix length."""
 
     def __init__(self) -> None:
         self.readings: list[_Reading] = []
@@ -157,7 +165,7 @@ def _micro_batch(sequences: Sequence[Scored], readings: Sequence[_Reading]) -> M
     prefix_ids, suffix_ids = _padded(list(rows)), _padded([reading.suffix for reading in readings])
     predict_at = []
     for number, reading in enumerate(readings):
-        # The token before a scored one predicts it: in the prefix, or further on in this chain's own suffix.
+        # The token before a scored one predicts it. It is in the prefix, or in this chain's own suffix.
         in_prefix = rows[reading.prefix] * prefix_ids.shape[1]
         in_suffix = prefix_ids.numel() + number * suffix_ids.shape[1] - len(reading.prefix)
         for member in reading.members:
@@ -181,6 +189,6 @@ def _micro_batch(sequences: Sequence[Scored], readings: Sequence[_Reading]) -> M
 
 
 def _padded(rows: Sequence[Ids]) -> Tensor:
-    """Padding is never read, so any id of the vocabulary will do."""
+    """Pad rows on the right with id 0. No result depends on the padding, so any id of the vocabulary will do."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long)

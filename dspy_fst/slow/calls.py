@@ -1,4 +1,4 @@
-"""Recorded calls as the trainer reads them: sequences to score, and log-probabilities that must be whole."""
+"""Recorded calls as the trainer reads them: sequences to score, and complete, finite log-probabilities."""
 
 import math
 from collections.abc import Sequence
@@ -9,15 +9,16 @@ from dspy_fst.types import Call, Row
 
 
 def completions(calls: Sequence[Call] | Sequence[Row]) -> list[Scored]:
-    """Each call's prompt and completion, of which the completion is scored at the call's temperature."""
+    """Each call as a sequence whose completion is scored at the call's temperature."""
     return [Scored((*call.prompt_ids, *call.completion_ids), len(call.prompt_ids), call.temperature) for call in calls]
 
 
 def check_recorded(rows: Sequence[Row]) -> None:
-    """
+    """Check that every row has one finite log-probability per completion token.
+
     Raises:
-        TrainingError: a row lacks log-probabilities of its tokens.
-        NotFiniteError: one of them is not finite.
+        TrainingError: a row has more or fewer log-probabilities than tokens.
+        NotFiniteError: a log-probability is not finite.
     """
     for index, row in enumerate(rows):
         who = f"call {index} ({row.predictor or 'unnamed'})"

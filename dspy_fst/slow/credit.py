@@ -1,11 +1,11 @@
 """Groups of rollouts -> one batch of credited calls. Pure: nothing here knows a model.
 
-A program has one reward a run, so credit belongs to the *rollout*: the advantage is computed once per problem,
-over the group's runs under all candidates together (FST, section 3, eq. 3), and every LM call of a run inherits
-it (mmGRPO, 2508.04660). Runs may call a module any number of times; nothing is matched, padded or cut.
+A program has one reward per run, so credit belongs to the *rollout*. The advantage is computed once per problem, over
+the rollouts of the group under all candidates together (FST, section 3, eq. 3), and every LM call of a rollout inherits
+it (mmGRPO, 2508.04660). A rollout may call a module any number of times: calls are not matched, padded or cut.
 
-A metric may also score a predictor by itself. Its calls are then held against its own scores in the problem's group,
-and the run's reward stays with the others.
+A metric may also score a predictor by itself. The calls of that predictor are then credited with its own scores in the
+problem's group. The calls of the other predictors are credited with the reward.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from dspy_fst.slow.predictors import own_scores, predictor_reports
 from dspy_fst.types import Batch, Call, Group, Rollout, Row, SeedKLCall, SeedKLRollout, WeightsVersion
 
 EPSILON = 1e-6
-"""Added to the standard deviation, and the spread of rewards up to which a group is flat. Not in the paper."""
+"""Added to the standard deviation; also the spread of rewards up to which a group counts as flat. Not in the paper."""
 
 
 def credit(
@@ -30,34 +30,36 @@ def credit(
     baseline: Literal["problem", "candidate"] = "problem",
     normalize: Literal["group", "batch"] = "group",
     trained: Collection[str] | None = None,
-    held: Sequence[SeedKLRollout] = (),
-    held_alone: bool = False,
+    seed_rollouts: Sequence[SeedKLRollout] = (),
+    seed_kl_alone: bool = False,
     epsilon: float = EPSILON,
 ) -> Batch:
     """Turn the groups of one slow step into the rows of one weight update.
 
     A rollout's advantage is ``(r - mean) / (std + epsilon)`` over the *measured* rollouts of its group (population
-    standard deviation). Masked rollouts enter no mean, no baseline and no gradient. Groups whose rewards are all
-    equal are dropped and not resampled (FST, section 2, after ScaleRL).
+    standard deviation). Masked rollouts enter neither the mean nor the gradient. Groups whose rewards are all equal are
+    dropped and not resampled (FST, section 2, after ScaleRL).
 
-    A call whose predictor has a score of its own in its rollout gets the same of those scores: mean and standard
-    deviation are over the rollouts of the group in which the predictor has one (see `own_scores`). When they are all
-    equal its calls are dropped, and the other predictors' stay.
+    If the metric scored a call's predictor in the rollout, the call's advantage is computed from those scores instead:
+    mean and standard deviation are over the rollouts of the group in which the predictor has a score (see
+    `own_scores`). When these scores are all equal, the predictor's calls are dropped and the other predictors' calls
+    stay.
 
-    A token weighs ``1 / (problems * tokens of its problem)``: tokens are averaged per problem, then problems
-    (FST, eq. 4). ``problems`` are those that kept a row: a dropped group is out of the batch, not a zero in its
-    mean, so the weights of a non-empty batch sum to 1 and the step size does not shrink as groups go flat.
+    The weight of a token is ``1 / (problems * tokens of its problem)``: the loss is averaged over the tokens of a
+    problem, then over problems (FST, eq. 4). ``problems`` counts those that kept a row. A dropped group is absent from
+    that mean rather than a zero in it, so the weights of a non-empty batch sum to 1, and the step size does not shrink
+    as groups go flat.
 
     Args:
-        groups: One group a problem; all their calls were sampled by one weight version.
-        baseline: ``"problem"`` holds a rollout against all of its group (FST, eq. 3); ``"candidate"`` only against
-            those of its own candidate, as if each candidate's rollouts of a problem were a group of their own.
-        normalize: ``"group"`` divides by the group's standard deviation (FST, eq. 3); ``"batch"`` by that of the
-            centred rewards of all live groups with a trained call (ScaleRL, 2510.13786), each predictor's own scores
-            apart.
+        groups: One group per problem; all their calls were sampled by one weight version.
+        baseline: ``"problem"`` compares a rollout with all of its group (FST, eq. 3); ``"candidate"`` only with the
+            rollouts of its own candidate, as if these were a group of their own.
+        normalize: ``"group"`` divides by the group's standard deviation (FST, eq. 3). ``"batch"`` divides by the
+            standard deviation of the centred rewards of all live groups with a trained call (ScaleRL, 2510.13786), and
+            separately for each predictor with scores of its own.
         trained: Predictors whose calls are trained; None means all.
-        held: Rollouts under the program's own texts, whose calls become ``Batch.held``.
-        held_alone: Whether they are learnt from although no group was live.
+        seed_rollouts: Rollouts under the program's own texts, whose calls become ``Batch.seed_kl_calls``.
+        seed_kl_alone: Train on these calls even if every group has zero variance.
         epsilon: See :data:`EPSILON`.
 
     Returns:
@@ -68,44 +70,50 @@ def credit(
     """
     if baseline == "candidate":
         groups = [part for group in groups for part in _by_candidate(group)]
-    weights = _single_version([*(r for group in groups for r in group.rollouts), *(one.rollout for one in held)])
-    measured = [_Measured(group, trained) for group in groups]
-    stds = _stds([strand for group in measured for strand in group.credited.values() if strand.spread > epsilon])
-    lessons = [list(group.lesson(stds if normalize == "batch" else {}, epsilon)) for group in measured]
-    rows = _rows([lesson for lesson in lessons if lesson])
+    sampled = [rollout for group in groups for rollout in group.rollouts]
+    weights = _single_version([*sampled, *(seed.rollout for seed in seed_rollouts)])
+    measured = [_MeasuredGroup(group, trained) for group in groups]
+    stds = _stds([stream for group in measured for stream in group.streams.values() if stream.spread > epsilon])
+    credited = [list(group.credited_calls(stds if normalize == "batch" else {}, epsilon)) for group in measured]
+    rows = _rows([calls for calls in credited if calls])
     counts = _counts(groups, measured, rows, trained, epsilon)
-    kept = _held(held, trained)
-    counts.update(_held_counts(held, kept, trained))
-    flat = Counter(name for group in measured if len(group.rollouts) > 1 for name in group.untaught(epsilon))
-    reports = predictor_reports(groups, rows, flat)
-    return Batch(rows=rows, weights=weights, held=kept if rows or held_alone else (), counts=counts, predictors=reports)
+    seed_kl_calls = _seed_kl_calls(seed_rollouts, trained)
+    counts.update(_seed_kl_counts(seed_rollouts, seed_kl_calls, trained))
+    flat = Counter(name for group in measured if len(group.rollouts) > 1 for name in group.zero_advantage(epsilon))
+    return Batch(
+        rows=rows,
+        weights=weights,
+        seed_kl_calls=seed_kl_calls if rows or seed_kl_alone else (),
+        counts=counts,
+        predictors=predictor_reports(groups, rows, flat),
+    )
 
 
-def _held(rollouts: Sequence[SeedKLRollout], trained: Collection[str] | None) -> tuple[SeedKLCall, ...]:
+def _seed_kl_calls(seed_rollouts: Sequence[SeedKLRollout], trained: Collection[str] | None) -> tuple[SeedKLCall, ...]:
     return tuple(
         SeedKLCall(call, prompt)
-        for one in rollouts
-        for call, prompt in zip(one.rollout.calls, one.start_prompts, strict=True)
+        for seed in seed_rollouts
+        for call, prompt in zip(seed.rollout.calls, seed.start_prompts, strict=True)
         if prompt is not None and _is_trained(call, trained)
     )
 
 
-def _held_counts(
-    rollouts: Sequence[SeedKLRollout], held: Sequence[SeedKLCall], trained: Collection[str] | None
+def _seed_kl_counts(
+    seed_rollouts: Sequence[SeedKLRollout], kept: Sequence[SeedKLCall], trained: Collection[str] | None
 ) -> dict[str, int]:
-    if not rollouts:
+    if not seed_rollouts:
         return {}
-    calls = sum(len(_trained_calls(one.rollout, trained)) for one in rollouts)
+    calls = sum(len(_trained_calls(seed.rollout, trained)) for seed in seed_rollouts)
     return {
-        "held_rollouts": len(rollouts),
-        "held_calls": len(held),
-        "held_calls_unread": calls - len(held),
-        "held_tokens": sum(one.rollout.tokens for one in rollouts),
+        "held_rollouts": len(seed_rollouts),
+        "held_calls": len(kept),
+        "held_calls_unread": calls - len(kept),
+        "held_tokens": sum(seed.rollout.tokens for seed in seed_rollouts),
     }
 
 
 def _by_candidate(group: Group) -> list[Group]:
-    """The group's rollouts, those of each candidate apart."""
+    """Split a group into one group per candidate."""
     parts: dict[str, list[Rollout]] = {}
     for rollout in group.rollouts:
         parts.setdefault(rollout.candidate.digest, []).append(rollout)
@@ -113,20 +121,20 @@ def _by_candidate(group: Group) -> list[Group]:
 
 
 @dataclass(frozen=True)
-class _Strand:
-    """Scores of one kind in a group: the rewards of its runs, or the scores of one predictor."""
+class _ScoreStream:
+    """Scores of one kind in a group: the rewards of its rollouts, or the scores of one predictor."""
 
     predictor: str | None
-    """None: the rewards."""
+    """The scored predictor; None: the rewards."""
     spread: float
-    """Largest less smallest. This and not the std tells a flat strand: rounding of the mean gives equal scores a std
-    above zero."""
+    """Largest score less the smallest. The spread decides whether the scores are flat, because rounding of the mean
+    can give equal scores a standard deviation above zero."""
     std: float
     centred: Mapping[int, float]
-    """Place of a rollout -> its score less the mean."""
+    """Index of a rollout in the group -> its score less the mean."""
 
     @classmethod
-    def of(cls, problem: int, predictor: str | None, scores: Mapping[int, float]) -> "_Strand":
+    def of(cls, problem: int, predictor: str | None, scores: Mapping[int, float]) -> "_ScoreStream":
         values = np.array(list(scores.values()), dtype=np.float64)
         if not np.isfinite(values).all():
             whose = "rewards" if predictor is None else f"scores of {predictor!r}"
@@ -140,68 +148,70 @@ class _Strand:
         return cls(predictor, float(np.ptp(values)), float(values.std()), centred)
 
 
-class _Measured:
-    """The rollouts of one group that measured the policy, and the scores that their calls are credited with."""
+class _MeasuredGroup:
+    """The measured rollouts of one group, and the scores that their calls are credited with."""
 
     def __init__(self, group: Group, trained: Collection[str] | None):
         self.problem = group.problem
         self.rollouts = [rollout for rollout in group.rollouts if rollout.reward is not None]
         scores: dict[str | None, dict[int, float]] = {None: {i: float(r.reward or 0) for i, r in self._numbered()}}
         scores.update(own_scores(self.rollouts))
-        strands = {name: _Strand.of(group.problem, name, of) for name, of in scores.items()}
+        streams = {name: _ScoreStream.of(group.problem, name, by_rollout) for name, by_rollout in scores.items()}
         self._calls = [
-            (i, call, strands[call.predictor if i in scores.get(call.predictor, {}) else None])
+            (i, call, streams[call.predictor if i in scores.get(call.predictor, {}) else None])
             for i, rollout in self._numbered()
             for call in _trained_calls(rollout, trained)
         ]
-        self.credited = {strand.predictor: strand for _, _, strand in self._calls}
-        """Those that a trained call is credited by; none in a group without trained calls."""
-        self.strands = self.credited or {None: strands[None]}
-        """The same; of a group without trained calls the rewards', which tell whether it was live."""
+        self.streams = {stream.predictor: stream for _, _, stream in self._calls}
+        """The score streams that credit at least one trained call; empty in a group without trained calls."""
+        self._deciding = self.streams or {None: streams[None]}
+        """The streams that decide whether the group is live: without a trained call, the rewards."""
 
     def _numbered(self) -> list[tuple[int, Rollout]]:
         return list(enumerate(self.rollouts))
 
     def is_live(self, epsilon: float) -> bool:
-        return any(strand.spread > epsilon for strand in self.strands.values())
+        return any(stream.spread > epsilon for stream in self._deciding.values())
 
-    def untaught(self, epsilon: float) -> set[str]:
-        """Predictors whose calls taught nothing, as their scores were all alike."""
-        taught = {call.predictor for _, call, strand in self._calls if strand.spread > epsilon}
-        return {call.predictor for _, call, _ in self._calls} - taught
+    def zero_advantage(self, epsilon: float) -> set[str]:
+        """Predictors whose calls are all dropped, because the scores that credit them are all equal."""
+        live = {call.predictor for _, call, stream in self._calls if stream.spread > epsilon}
+        return {call.predictor for _, call, _ in self._calls} - live
 
-    def lesson(self, stds: Mapping[str | None, float], epsilon: float) -> Iterator[tuple[int, Call, float]]:
+    def credited_calls(self, stds: Mapping[str | None, float], epsilon: float) -> Iterator[tuple[int, Call, float]]:
         """``(problem, call, advantage)`` for every call that is trained.
 
         Args:
-            stds: What to divide by, by the strand's predictor; without it by the strand's own.
+            stds: Predictor of a score stream -> the standard deviation to divide by. A stream that is not named is
+                divided by its own.
         """
-        for i, call, strand in self._calls:
-            if strand.spread > epsilon:
-                yield self.problem, call, strand.centred[i] / (stds.get(strand.predictor, strand.std) + epsilon)
+        for i, call, stream in self._calls:
+            if stream.spread > epsilon:
+                yield self.problem, call, stream.centred[i] / (stds.get(stream.predictor, stream.std) + epsilon)
 
 
-def _stds(live: Sequence[_Strand]) -> dict[str | None, float]:
-    """Standard deviation of a batch's centred scores, by predictor; None: of its rewards."""
-    names = {strand.predictor for strand in live}
+def _stds(live: Sequence[_ScoreStream]) -> dict[str | None, float]:
+    """Predictor -> standard deviation of its centred scores over the batch; None -> that of the centred rewards."""
+    names = {stream.predictor for stream in live}
     return {
-        name: float(np.std([c for strand in live if strand.predictor == name for c in strand.centred.values()]))
+        name: float(np.std([c for stream in live if stream.predictor == name for c in stream.centred.values()]))
         for name in names
     }
 
 
-def _rows(lessons: Sequence[Sequence[tuple[int, Call, float]]]) -> tuple[Row, ...]:
+def _rows(credited: Sequence[Sequence[tuple[int, Call, float]]]) -> tuple[Row, ...]:
+    """The rows of a batch, from the credited calls of each problem that has some."""
     rows = []
-    for lesson in lessons:
-        tokens = sum(len(call.completion_ids) for _, call, _ in lesson)
-        for problem, call, advantage in lesson:
+    for calls in credited:
+        tokens = sum(len(call.completion_ids) for _, call, _ in calls)
+        for problem, call, advantage in calls:
             rows.append(
                 Row(
                     prompt_ids=call.prompt_ids,
                     completion_ids=call.completion_ids,
                     logprobs=call.logprobs,
                     advantage=advantage,
-                    token_weight=1 / (len(lessons) * tokens),
+                    token_weight=1 / (len(credited) * tokens),
                     temperature=call.temperature,
                     predictor=call.predictor,
                     problem=problem,
@@ -215,7 +225,7 @@ def _trained_calls(rollout: Rollout, trained: Collection[str] | None) -> list[Ca
 
 
 def _is_trained(call: Call, trained: Collection[str] | None) -> bool:
-    """Whether it has a token to learn from; a greedy call was not drawn, so it has no gradient."""
+    """Whether the call has a token to train on. A greedy call was not sampled, so it has no gradient."""
     return bool(call.completion_ids) and call.temperature > 0 and (trained is None or call.predictor in trained)
 
 
@@ -231,12 +241,12 @@ def _single_version(rollouts: Sequence[Rollout]) -> WeightsVersion:
 
 def _counts(
     groups: Sequence[Group],
-    measured: Sequence[_Measured],
+    measured: Sequence[_MeasuredGroup],
     rows: Sequence[Row],
     trained: Collection[str] | None,
     epsilon: float,
 ) -> Counter[str]:
-    """What the batch holds and what was left out of it; names that counted nothing read 0."""
+    """What the batch holds and what was left out of it; a name that counted nothing reads 0."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     calls = [call for rollout in rollouts for call in rollout.calls]
     unmeasured = sum(len(group.rollouts) < 2 for group in measured)

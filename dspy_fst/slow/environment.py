@@ -1,7 +1,7 @@
-"""What the process was launched with, held against what the trainer does: one process, one device.
+"""Refuses a launch with several processes: the trainer updates in one process, on one device.
 
-The trainer reads no settings from the environment, and `accelerate launch` may leave there what it likes. Only several
-processes are refused: each would train weights of its own.
+The trainer reads no settings from the environment, so other variables of `accelerate launch` do no harm. Several
+processes would each train weights of their own.
 """
 
 import os
@@ -12,7 +12,7 @@ PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WO
 
 
 def environment_faults(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """A sentence for each variable that tells of several processes."""
+    """One sentence for each variable that announces several processes."""
     return [
         "the trainer updates in one process; launch it without torchrun or accelerate launch "
         f"({name}={environment[name]})"

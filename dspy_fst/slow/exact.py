@@ -1,4 +1,4 @@
-"""Matrix products of float32 as float32, whatever the process allows otherwise."""
+"""Computes float32 matrix products in full float32, whatever precision the process allows elsewhere."""
 
 import threading
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ _before = "highest"
 
 @contextmanager
 def exact_matmuls() -> Iterator[None]:
-    """A block whose float32 products keep all 24 bits; the process's own setting is back at its end.
+    """A block in which float32 products keep all 24 bits. The process's own setting is restored at its end.
 
-    ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1`` (set in NVIDIA's containers) and `torch.set_float32_matmul_precision` let
-    them round to TF32 or bfloat16: the float32 head would be one in name only. The setting is the process's, so
-    blocks of several threads count as one.
+    ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1`` (set in NVIDIA's containers) and `torch.set_float32_matmul_precision` allow
+    rounding to TF32 or bfloat16. The float32 LM head would then be float32 in name only. The setting belongs to the
+    whole process, so it is restored when the last of several concurrent blocks ends.
     """
     global _inside, _before
     with _LOCK:

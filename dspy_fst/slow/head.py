@@ -1,7 +1,7 @@
-"""What a model does between its last hidden states and its logits: a linear head, scaled and capped by constants."""
+"""From a model's last hidden states to its logits: a linear LM head, with constant scales and an optional cap."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,26 +11,26 @@ from transformers import PreTrainedModel
 from dspy_fst.errors import TrainingError
 
 FORM_TOLERANCE = 1e-4
-"""Largest relative gap between the measured function and its form; float32 differs by ~1e-6."""
+"""Largest relative gap between the measured logits and those of the fitted form; float32 differs by ~1e-6."""
 _TINY, _HUGE = 1e-3, 1e6
-"""A cap does not bend the one (caps are 15 or more) and swallows the other."""
+"""Probe values. Caps are 15 or more: a cap leaves the first value unchanged and clamps the second one."""
 
 
-def decoder_of(model: Any) -> nn.Module:
-    """What makes hidden states of token ids: the model without its LM head, and without the towers of other senses.
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part that turns token ids into hidden states: no LM head, no vision or audio tower.
 
     Raises:
-        TrainingError: it cannot be found.
+        TrainingError: the model has no such part of its own.
     """
-    found: Any = model.get_decoder()
-    if found is model:  # transformers' own search misses Llama 4's
-        found = getattr(model, "model", model)
-    if found is model:
+    kind = model.config.model_type
+    decoder: nn.Module = model.get_decoder()
+    if decoder is model:  # transformers' own search does not find Llama 4's
+        decoder = getattr(model, "model", model)
+    if decoder is model:
         raise TrainingError(
-            f"model type {model.config.model_type!r} cannot be trained: its layers cannot be told from its LM head; "
+            f"model type {kind!r} cannot be trained: its layers cannot be told from its LM head; "
             "choose a causal language model of another type"
         )
-    decoder: nn.Module = found
     return decoder
 
 
@@ -39,21 +39,24 @@ class Head:
     """``logits = bounded(scale * head(before * hidden))``; ``bounded(x) = cap * tanh(x / cap)`` when there is a cap.
 
     Granite divides its logits by ``logits_scaling``, Cohere multiplies them by ``logit_scale``, Falcon-H1 by
-    ``lm_head_multiplier``; Gemma 2, 3n and 4 cap them. All of that is measured, not looked up: numbers are put in the
-    place of what the head computes, and the model's own forward shows what becomes of them.
+    ``lm_head_multiplier``; Gemma 2, 3n and 4 cap them. The constants are measured rather than looked up: a hook
+    replaces the output of the head by known numbers, and the model's own forward shows what it does to them.
     """
 
     before: float = 1.0
+    """Factor on the hidden states, before the head."""
     scale: float = 1.0
+    """Factor on the head's output."""
     cap: float | None = None
+    """Bound of the logits, e.g. 30.0 in Gemma 2; None: no bound."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: PreTrainedModel) -> "Head":
-        """Measure the model's own head.
+        """Measure the constants of a model's head.
 
         Raises:
-            TrainingError: it has none, or does something else to its logits.
+            TrainingError: the model has no linear LM head, or its logits do not have this form.
         """
         kind = f"model type {model.config.model_type!r} cannot be trained"
         head = model.get_output_embeddings()
@@ -64,53 +67,54 @@ class Head:
         values = values[torch.arange(head.out_features) % len(values)]
         seen: dict[str, Tensor] = {}
 
-        def replaced(_: nn.Module, given: tuple[Tensor, ...], computed: Tensor) -> Tensor:
-            seen["given"] = given[0]
-            return values.to(computed).expand_as(computed)
+        def replace_output(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen["input"] = inputs[0]
+            return values.to(output).expand_as(output)
 
-        def noted(_: nn.Module, __: Any, output: Any) -> None:
+        def record_hidden(_: nn.Module, __: object, output: Sequence[Tensor]) -> None:
             seen["hidden"] = output[0]
 
-        hooks = [head.register_forward_hook(replaced), decoder_of(model).register_forward_hook(noted)]
+        hooks = [head.register_forward_hook(replace_output), decoder_of(model).register_forward_hook(record_hidden)]
         try:
             logits = model(torch.tensor([[1, 2, 3]], device=head.weight.device), use_cache=False).logits[0, -1].float()
         finally:
             for hook in hooks:
                 hook.remove()
-        if set(seen) != {"given", "hidden"} or logits.shape != values.shape:
+        if set(seen) != {"input", "hidden"} or logits.shape != values.shape:
             raise TrainingError(f"{kind}: its logits are not those of its LM head; choose a model with a plain LM head")
-        found = cls(_ratio(seen["given"][0, -1], seen["hidden"][0, -1]), *_form(values, logits))
-        gap = (found.bounded(values) - logits).abs() / logits.abs().clamp(min=_TINY)
+        measured = cls(_ratio(seen["input"][0, -1], seen["hidden"][0, -1]), *_scale_and_cap(logits))
+        gap = (measured.bounded(values) - logits).abs() / logits.abs().clamp(min=_TINY)
         if not float(gap.max()) <= FORM_TOLERANCE:
             raise TrainingError(
-                f"{kind}: what it does to its logits after the head is neither a constant factor nor a cap of tanh; "
+                f"{kind}: it changes its logits after the head by more than a constant factor and a tanh cap; "
                 "choose a model with a plain LM head"
             )
-        return found
+        return measured
 
     def __call__(self, head: nn.Linear, hidden: Tensor) -> Tensor:
-        """Logits in float32, shape (N, V), of the hidden states (N, d)."""
-        picked = hidden.float() if self.before == 1.0 else hidden.float() * self.before
-        return self.bounded(F.linear(picked, head.weight.float(), None if head.bias is None else head.bias.float()))
+        """Float32 logits, shape (N, V), from hidden states of shape (N, d)."""
+        scaled = hidden.float() if self.before == 1.0 else hidden.float() * self.before
+        return self.bounded(F.linear(scaled, head.weight.float(), None if head.bias is None else head.bias.float()))
 
     def bounded(self, logits: Tensor) -> Tensor:
-        """What the model does with what its head computes."""
+        """The model's logits, from the output of its linear head."""
         scaled = logits if self.scale == 1.0 else logits * self.scale
         return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
 
 
-def _form(values: Tensor, logits: Tensor) -> tuple[float, float | None]:
-    """Scale and cap, read off at the first two values."""
+def _scale_and_cap(logits: Tensor) -> tuple[float, float | None]:
+    """Scale and cap, from the logits of the first two probe values, `_TINY` and `_HUGE`."""
     tiny, huge = logits[:2].tolist()
     scale = _exact(tiny / _TINY)
     return scale, None if abs(huge) > abs(scale) * _HUGE / 2 else huge
 
 
-def _ratio(given: Tensor, hidden: Tensor) -> float:
-    given, hidden = given.flatten().double(), hidden.flatten().double()
-    return _exact(float(given @ hidden / (hidden @ hidden)))
+def _ratio(head_input: Tensor, hidden: Tensor) -> float:
+    """The factor between the hidden states and what the head is given."""
+    head_input, hidden = head_input.flatten().double(), hidden.flatten().double()
+    return _exact(float(head_input @ hidden / (hidden @ hidden)))
 
 
 def _exact(value: float) -> float:
-    """1 where it was meant: a head that does nothing must cost nothing, not even a rounding."""
+    """Exactly 1.0 for a value near 1, so that a head without a factor is not rounded by one."""
     return 1.0 if abs(value - 1.0) < 1e-5 else value

@@ -1,6 +1,6 @@
-"""The loss of the slow step. Pure functions of tensors, one entry per completion token.
+"""The loss of the slow step. Pure functions of tensors with one entry per completion token.
 
-Shapes: N completion tokens of any number of rows in one flat axis, V vocabulary entries.
+Shapes: N is the number of completion tokens of all rows, in one flat axis; V is the size of the vocabulary.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 def importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, cap: float) -> Tensor:
     """``min(pi_theta / pi_behaviour, cap)`` per token, shape (N,), without a gradient.
 
-    ``cap`` bounds the weight itself and there is no lower bound. (Elsewhere the same number is written
+    ``cap`` bounds the weight itself, and there is no lower bound. (Other libraries write the same number as
     ``epsilon_high``, ``1 + clip`` or a pair of bounds.)
     """
     return torch.exp(logprobs.detach() - behaviour_logprobs).clamp(max=cap)
@@ -25,9 +25,9 @@ def cispo(
 
     Args:
         logprobs: log pi_theta of the sampled tokens, shape (N,); carries the gradient.
-        behaviour_logprobs: log-probabilities they were sampled with, shape (N,).
-        advantages: Shape (N,); the advantage of the rollout each token belongs to.
-        token_weights: Shape (N,); sums to 1 over a batch, so micro-batch losses add up.
+        behaviour_logprobs: Log-probabilities of these tokens when they were sampled, shape (N,).
+        advantages: Advantage of the rollout that each token belongs to, shape (N,).
+        token_weights: Shape (N,); they sum to 1 over a batch, so the losses of its micro-batches add up.
         cap: Upper bound of the importance weight.
 
     Returns:
@@ -40,13 +40,13 @@ def cispo(
 def kl_divergence(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """Exact KL(theta || reference) at every position, in nats.
 
-    The paper gives the coefficient of its KL term (App. D) but not its form. The sum over the whole vocabulary
-    has no sampling noise, cannot be negative, and its gradient is that of the KL itself; of the one-sample
-    estimators k1 has the wrong gradient in expectation (zero) and k3's is that of the reverse direction.
+    The paper gives the coefficient of its KL term (App. D) but not its form. The sum over the whole vocabulary has no
+    sampling noise, cannot be negative, and has the gradient of the KL itself. Of the one-sample estimators, k1 has an
+    expected gradient of zero, and k3 has the gradient of the reverse KL.
 
     Args:
         log_probs: log pi_theta over the vocabulary, shape (N, V), normalised.
-        reference_log_probs: The same of the starting weights.
+        reference_log_probs: Those of the starting weights, same shape.
 
     Returns:
         Shape (N,).

@@ -1,4 +1,4 @@
-"""What each predictor of a program earned in the groups of a step. Pure."""
+"""The scores of each predictor in the groups of a step, and a report of its calls. Pure."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,14 @@ from dspy_fst.types import Call, Group, PredictorReport, Rollout, Row
 
 
 def own_scores(rollouts: Sequence[Rollout]) -> dict[str, dict[int, float]]:
-    """Predictor -> place of a rollout of one group -> the score of its own there.
+    """Predictor -> index of a rollout in its group -> the predictor's own score there.
 
-    A rollout that failed has none from the metric: in a group where the metric scored a predictor, the failure score
-    stands for it. Whose fault it was is not asked, as with one reward a run.
+    The metric gives a failed rollout no scores. If the metric scored a predictor elsewhere in the group, the failure
+    score counts as that predictor's score in the failed rollout, whichever predictor caused the failure: the reward of
+    a rollout does not single out a predictor either.
+
+    Example: ``{"answer": {0: 0.8, 1: 0.0}}`` where the metric scored ``answer`` in the first rollout, and the second
+    rollout failed with reward 0.
     """
     scored = {name for rollout in rollouts for name in rollout.predictor_scores}
     return {name: dict(_scores_of(name, rollouts)) for name in sorted(scored)}
@@ -30,7 +34,7 @@ def predictor_reports(
     """A report for every predictor that was called or scored, by name.
 
     Args:
-        flat_groups: Predictor -> groups in which its calls taught nothing.
+        flat_groups: Predictor -> number of groups in which all its calls had zero advantage.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     calls = [call for rollout in rollouts for call in rollout.calls]

@@ -1,11 +1,16 @@
-"""Whether two tokenizers make the same prompts: every template, with and without tools, a system prompt and turns."""
+"""Checks that two tokenizers render the same prompts.
+
+Every chat template is tried, with and without tools, with a system prompt and with several turns.
+"""
 
 from collections.abc import Iterator
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-TOOL = {
+Message = dict[str, object]
+Prompt = list[int] | str
+"""Token ids, or the name of the exception that the template raises."""
+TOOL: Message = {
     "type": "function",
     "function": {
         "name": "look_up",
@@ -13,9 +18,11 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
     },
 }
-SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is  a\nlynx? é 1234"}
-CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "lynx"}}}
-CONVERSATIONS = {
+QUESTION = "What is  a\nlynx? é 1234"
+SYSTEM: Message = {"role": "system", "content": "Be brief."}
+USER: Message = {"role": "user", "content": QUESTION}
+CALL: Message = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "lynx"}}}
+CONVERSATIONS: dict[str, list[Message]] = {
     "one turn": [USER],
     "a system prompt and one turn": [SYSTEM, USER],
     "three turns": [SYSTEM, USER, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "How big?"}],
@@ -28,26 +35,28 @@ CONVERSATIONS = {
 
 
 def rendering_fault(base: PreTrainedTokenizerBase, published: PreTrainedTokenizerBase) -> str | None:
-    """The first prompt that differs, with both lengths in tokens; None when all are the same ids."""
-    ours, theirs = dict(_prompts(base)), dict(_prompts(published))
-    for what in [*ours, *(name for name in theirs if name not in ours)]:
-        one, other = ours.get(what), theirs.get(what)
-        if one != other:
+    """The first prompt whose token ids differ, with both lengths in tokens; None when every prompt is the same."""
+    wanted, rendered = dict(_prompts(base)), dict(_prompts(published))
+    for what in [*wanted, *(name for name in rendered if name not in wanted)]:
+        if (ours := wanted.get(what)) != (theirs := rendered.get(what)):
             return (
-                f"its files make another prompt of {what} than the model that training started from: {_told(other)} "
-                f"instead of {_told(one)}; save the start's tokenizer again with this transformers and compare both"
+                f"its files make another prompt of {what} than the model that training started from: "
+                f"{_summary(theirs)} instead of {_summary(ours)}; save the start's tokenizer again with this "
+                "transformers and compare both"
             )
     return None
 
 
-def _told(ids: Any) -> str:
-    return f"{len(ids)} tokens" if isinstance(ids, list) else "no prompt" if ids is None else f"an error ({ids})"
+def _summary(prompt: Prompt | None) -> str:
+    if prompt is None:
+        return "no prompt"
+    return f"an error ({prompt})" if isinstance(prompt, str) else f"{len(prompt)} tokens"
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Any]]:
-    """What is rendered -> token ids, or the kind of error that the template raises."""
+def _prompts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Prompt]]:
+    """Each conversation in words, and its prompt."""
     special = " ".join(str(token) for token in tokenizer.all_special_tokens)
-    for text in (USER["content"], special):
+    for text in (QUESTION, special):
         yield f"the text {text[:40]!r}", list(tokenizer(text)["input_ids"])
     templates = tokenizer.chat_template
     names = sorted(templates) if isinstance(templates, dict) else [None]
@@ -60,11 +69,13 @@ def _prompts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Any]]:
                 yield where, _rendered(tokenizer, messages, tools, name)
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, tools: Any, template: str | None) -> Any:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Message] | None, template: str | None
+) -> Prompt:
     try:
-        made = tokenizer.apply_chat_template(
+        encoded = tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=template, add_generation_prompt=True, return_dict=True
         )
-        return list(made["input_ids"])
-    except Exception as error:  # a template refuses what it does not take, in any way
+        return list(encoded["input_ids"])
+    except Exception as error:  # a template may refuse a conversation with any exception
         return type(error).__name__

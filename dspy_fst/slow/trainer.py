@@ -1,13 +1,13 @@
-"""One weight update a call: CISPO over credited calls, on exactly the tokens that were sampled.
+"""The trainer: one CISPO update per call of `Trainer.step`, on exactly the tokens that were sampled.
 
-The caller owns the loop and may do anything between two calls; texts never change here.
+The caller owns the loop and may do anything between two steps. Texts never change here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,14 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Trainer:
-    """Owns the policy's weights, their optimizer and the frozen weights they started from.
+    """Owns the policy's weights, their optimizer, and the frozen reference of the KL term.
 
     Args:
         model: Hugging Face folder or hub name of the weights to start from.
         settings: See :class:`TrainerSettings`.
-        device: ``"cpu"``, or ``"auto"`` for CUDA when there is one.
-        reference: Weights of the KL term; ``model`` itself unless a run goes on from trained weights but is to be
-            held against older ones.
+        device: ``"cpu"``, or ``"auto"`` for CUDA if available.
+        reference: Weights of the KL term. None takes ``model``. Another folder is given when a run continues from
+            trained weights and keeps the KL to older ones.
 
     Raises:
         TrainingError: the model's logits are not those of a plain LM head, or the process was launched as one of
@@ -78,7 +78,7 @@ class Trainer:
         )
         self._updates = 0
 
-    # ---- what it holds -------------------------------------------------------------------------
+    # ---- state ---------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -92,22 +92,22 @@ class Trainer:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that training moves."""
+        """How many numbers training may change."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding: token ids are below this."""
+        """Rows of the embedding; every token id is smaller."""
         return int(self._policy.model.get_input_embeddings().num_embeddings)
 
     @property
     def dtype(self) -> str:
-        """``"float32"`` or ``"bfloat16"``: the body's arithmetic and the type of published weights."""
+        """``"float32"`` or ``"bfloat16"``: arithmetic of the body and type of published weights."""
         return str(self._dtype).removeprefix("torch.")
 
     @property
     def updates(self) -> int:
-        """Optimizer steps made so far; empty batches make none."""
+        """Optimizer steps so far; an empty batch makes none."""
         return self._updates
 
     # ---- one update ----------------------------------------------------------------------------
@@ -116,14 +116,16 @@ class Trainer:
     @torch.enable_grad()
     @exact_matmuls()
     def step(self, batch: Batch) -> UpdateReport:
-        """Make one optimizer step over all rows and held calls of the batch; an empty batch moves nothing.
+        """Make one optimizer step over all rows and seed-KL calls of the batch; an empty batch makes none.
+
+        After any of these errors the weights are as before.
 
         Raises:
             NotFiniteError: the loss, the gradient or a recorded log-probability is not finite.
-            MismatchError: the rows were sampled from another distribution than these weights'.
-            TrainingError: a row cannot be scored. After any of these nothing has moved.
+            MismatchError: the rows were sampled from another distribution than these weights give.
+            TrainingError: a row cannot be scored.
         """
-        if not batch.rows and not batch.held:
+        if not batch.rows and not batch.seed_kl_calls:
             return NO_UPDATE
         sequences = self._checked(completions(batch.rows))
         check_recorded(batch.rows)
@@ -131,7 +133,7 @@ class Trainer:
         metrics = UpdateMetrics(self._device)
         for micro in self._micro_batches(sequences):
             self._loss(micro, batch.rows, metrics).backward()
-        self._hold(batch.held, metrics)
+        self._add_seed_kl(batch.seed_kl_calls, metrics)
         grad_norm = self._finite_norm(metrics)
         if batch.rows:
             self._check_on_policy(metrics)
@@ -140,7 +142,7 @@ class Trainer:
         return report
 
     def _loss(self, micro: MicroBatch, rows: Sequence[Row], metrics: UpdateMetrics) -> Tensor:
-        """This micro-batch's share of the loss; shares add up because token weights sum to 1 over the batch."""
+        """This micro-batch's share of the loss. The shares sum to the loss: token weights sum to 1 over the batch."""
         tokens = Tokens.of([rows[member] for member in micro.members], self._device)
         log_probs = self._log_probs(self._policy, micro)
         chosen = log_probs.gather(-1, micro.targets[:, None])[:, 0]
@@ -153,27 +155,28 @@ class Trainer:
         metrics.add(loss, kl, log_probs, ratios, cap, sequences=len(micro.prefix_of))
         return loss
 
-    def _hold(self, held: Sequence[SeedKLCall], metrics: UpdateMetrics) -> None:
-        """Add the gradient of KL(theta || start), meaned over the tokens of the held calls.
+    def _add_seed_kl(self, calls: Sequence[SeedKLCall], metrics: UpdateMetrics) -> None:
+        """Add the gradient of KL(theta || start), averaged over the tokens of the seed-KL calls.
 
-        The start may read another prompt before a completion than the policy does; then it teaches what that says.
+        The start may read another prompt before a completion than the policy does. Then the policy learns to answer its
+        own prompt as the start answers that one (FST-distill).
         """
-        if not held or self.settings.seed_kl_coefficient == 0:
+        if not calls or self.settings.seed_kl_coefficient == 0:
             return
-        ours = self._checked(completions([one.call for one in held]))
-        its = self._checked(
+        policy_reads = self._checked(completions([seed_call.call for seed_call in calls]))
+        start_reads = self._checked(
             [
-                replace(o, ids=(*h.start_prompt_ids, *h.call.completion_ids), start=len(h.start_prompt_ids))
-                for o, h in zip(ours, held, strict=True)
+                replace(sequence, ids=(*c.start_prompt_ids, *c.call.completion_ids), start=len(c.start_prompt_ids))
+                for sequence, c in zip(policy_reads, calls, strict=True)
             ]
         )
-        tokens = sum(sequence.tokens for sequence in ours)
-        for micro in self._micro_batches(ours):
+        tokens = sum(sequence.tokens for sequence in policy_reads)
+        for micro in self._micro_batches(policy_reads):
             log_probs = self._log_probs(self._policy, micro)
-            other = None if ours == its else [its[member] for member in micro.members]
+            other = None if policy_reads == start_reads else [start_reads[member] for member in micro.members]
             kl = self._kl(log_probs, micro, other).sum() / tokens
             (self.settings.seed_kl_coefficient * kl).backward()
-            metrics.hold(kl, log_probs, self.settings.seed_kl_coefficient, calls=len(micro.members))
+            metrics.add_seed_kl(kl, log_probs, self.settings.seed_kl_coefficient, calls=len(micro.members))
 
     def _finite_norm(self, metrics: UpdateMetrics) -> Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
@@ -219,11 +222,11 @@ class Trainer:
         return self._per_token(scored, self._chosen)
 
     def logprobs(self, calls: Sequence[Call]) -> list[list[float]]:
-        """Log-probability of every completion token, at the call's temperature: what an engine recorded."""
+        """Log-probability of every completion token at the call's temperature, as an engine records it."""
         return self._per_token(completions(calls), self._chosen)
 
     def kl_by_call(self, calls: Sequence[Call]) -> list[list[float]]:
-        """Exact KL(theta || start) in nats at every completion token of each call, teacher-forced."""
+        """Exact KL(theta || start) in nats at every completion token of each call, given the sampled tokens before."""
         return self._per_token(completions(calls), lambda micro: self._kl(self._log_probs(self._policy, micro), micro))
 
     def _log_probs(self, policy: Policy, micro: MicroBatch) -> Tensor:
@@ -237,16 +240,19 @@ class Trainer:
         """KL to the start at every scored token, shape (N,).
 
         Args:
-            other: What the start reads instead of each member, with the same scored tokens; None: the same.
+            log_probs: The policy's log-probabilities, shape (N, V).
+            other: The sequence that the start reads instead of each member, with the same scored tokens. None: the
+                start reads the micro-batch itself.
         """
         with torch.no_grad():
             reference = self._log_probs(self._reference, micro) if other is None else self._start_after(other)
         return losses.kl_divergence(log_probs, reference)
 
     def _start_after(self, sequences: Sequence[Scored]) -> Tensor:
-        """The start's log-probabilities, shape (N, V), sequence by sequence; it reads them in parts of the budget.
+        """The start's log-probabilities, shape (N, V), in the order of the sequences.
 
-        A teacher's prompts may be far longer than the policy's, so the policy's micro-batch is no measure for them.
+        They are cut into micro-batches of their own: the start's prompts may be far longer than the policy's, so the
+        policy's micro-batch of the same calls could exceed the budget.
         """
         parts: dict[int, Tensor] = {}
         for micro in self._micro_batches(list(sequences)):
@@ -258,11 +264,12 @@ class Trainer:
     @torch.inference_mode(False)
     def _reference(self) -> Policy:
         policy = Policy.load(self._reference_path, dtype=self._dtype, trainable=False)
-        ours, its = (held.model.config.get_text_config() for held in (self._policy, policy))
-        if (ours.model_type, ours.vocab_size) != (its.model_type, its.vocab_size):
+        wanted, reference = (part.model.config.get_text_config() for part in (self._policy, policy))
+        if (wanted.model_type, wanted.vocab_size) != (reference.model_type, reference.vocab_size):
             raise TrainingError(
-                f"the reference {self._reference_path} is a {its.model_type!r} of {its.vocab_size} tokens, the policy "
-                f"a {ours.model_type!r} of {ours.vocab_size}; the KL needs an earlier state of the same model"
+                f"the reference {self._reference_path} is a {reference.model_type!r} of {reference.vocab_size} tokens, "
+                f"the policy a {wanted.model_type!r} of {wanted.vocab_size}; the KL needs an earlier state of the same "
+                "model"
             )
         return policy.to(self._device)
 
@@ -285,14 +292,14 @@ class Trainer:
         return (micro.to(self._device) for micro in micro_batches(sequences, budget, share=share))
 
     def _checked(self, sequences: list[Scored]) -> list[Scored]:
-        """Refuse what a GPU would answer with an assertion that kills the process."""
+        """Refuse sequences that cannot be scored. On a GPU they would fail an assertion and kill the process."""
         for index, sequence in enumerate(sequences):
             if not sequence.temperature > 0:
                 raise TrainingError(
-                    f"call {index} was sampled at temperature {sequence.temperature}: no gradient there"
+                    f"call {index} was sampled at temperature {sequence.temperature}, which has no gradient"
                 )
             if sequence.start < 1:
-                raise TrainingError(f"call {index} has no prompt: its first token is predicted from nothing")
+                raise TrainingError(f"call {index} has no prompt, so its first token cannot be scored")
             if (last := self._policy.last_position) is not None and len(sequence.ids) > last + 1:
                 raise TrainingError(
                     f"call {index} has {len(sequence.ids)} tokens, and the model reads {last + 1} at most; lower "
@@ -307,7 +314,7 @@ class Trainer:
     # ---- disk ----------------------------------------------------------------------------------
 
     def publish(self, directory: Path, version: WeightsVersion) -> Checkpoint:
-        """Write the weights as the folder ``directory`` for an engine to serve: immutable, untied, all or nothing.
+        """Write the weights as the new folder ``directory``, for an engine to serve: untied, and whole or absent.
 
         Raises:
             TrainingError: ``directory`` exists.
@@ -320,7 +327,7 @@ class Trainer:
         return Publisher(self._policy.model, self._tokenizer, self._dtype, self._source)
 
     def save_state(self, directory: Path) -> None:
-        """Write weights, AdamW's moments, the schedule and torch's generators as the new folder ``directory``.
+        """Write weights, AdamW's moments, the number of updates and torch's generators as the new folder ``directory``.
 
         Raises:
             TrainingError: ``directory`` exists.
@@ -335,7 +342,7 @@ class Trainer:
 
     @torch.inference_mode(False)
     def load_state(self, directory: Path) -> None:
-        """Go on from :meth:`save_state`, bit for bit as if never interrupted. The reference stays the start.
+        """Restore what :meth:`save_state` wrote; training then continues bit for bit. The reference is unchanged.
 
         Raises:
             TrainingError: the state is unreadable, or of a model with other parameters.
@@ -343,41 +350,41 @@ class Trainer:
         tensors, facts = read_state(Path(directory))
         parameters = self.parameters
         wanted = {f"weights/{name}": parameter.shape for name, parameter in parameters.items()}
-        found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weights/")}
-        if wanted != found:
+        stored = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weights/")}
+        if wanted != stored:
             raise TrainingError(f"{directory} holds the state of another model; start from the model it was saved with")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[f"weights/{name}"])
-        self._take_optimizer(tensors, facts)
+        self._restore_optimizer(tensors, facts)
         torch.set_rng_state(tensors["generator/cpu"])
         if "generator/cuda" in tensors and self._device.type == "cuda":
             torch.cuda.set_rng_state(tensors["generator/cuda"], self._device)
 
     @torch.inference_mode(False)
     def load_optimizer(self, directory: Path) -> list[str]:
-        """Take over AdamW's moments and the number of updates from another run's :meth:`save_state`; no weights.
+        """Load AdamW's moments and the number of updates from another run's :meth:`save_state`, but no weights.
 
         Returns:
-            The parameters that the state has no weights of, and so no moments: a head that was tied there to the
-            embedding is a parameter of its own once it was published.
+            The parameters that the state does not hold, and that therefore start without moments. A head that was tied
+            to the embedding in that run is one: it became a parameter of its own when it was published.
 
         Raises:
             TrainingError: the state is unreadable, or of a model with other parameters.
         """
         tensors, facts = read_state(Path(directory))
-        own = {f"weights/{name}": parameter.shape for name, parameter in self.parameters.items()}
-        found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weights/")}
-        if not found.items() <= own.items():
+        wanted = {f"weights/{name}": parameter.shape for name, parameter in self.parameters.items()}
+        stored = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weights/")}
+        if not stored.items() <= wanted.items():
             raise TrainingError(f"{directory} holds the state of another model than {self._source}")
-        self._take_optimizer(tensors, facts)
-        return [name.removeprefix("weights/") for name in own if name not in found]
+        self._restore_optimizer(tensors, facts)
+        return [name.removeprefix("weights/") for name in wanted if name not in stored]
 
-    def _take_optimizer(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor], facts: Mapping[str, int]) -> None:
         state = {
             index: {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
             for index, name in enumerate(self._names)
             if f"step/{name}" in tensors
         }
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
-        self._updates = int(facts["updates"])
+        self._updates = facts["updates"]

@@ -1,4 +1,4 @@
-"""What one update measures while it goes over its micro-batches. Kept on the device: no micro-batch waits for it."""
+"""Measurements of one update, summed over its micro-batches on the device, so that no micro-batch waits for them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,16 +22,18 @@ NO_UPDATE = UpdateReport(
     tokens=0,
     rows=0,
 )
-"""The report of an empty batch: nothing was measured and nothing moved."""
+"""The report of an empty batch: nothing was measured, and the weights did not move."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the rows of a micro-batch say about their N completion tokens; every tensor has shape (N,)."""
+    """The values of a micro-batch's rows, repeated for their N completion tokens; every tensor has shape (N,)."""
 
     behaviour: Tensor
+    """Log-probabilities with which the tokens were sampled."""
     advantages: Tensor
     weights: Tensor
+    """Shares in the loss; they sum to 1 over the batch."""
 
     @classmethod
     def of(cls, rows: Sequence[Row], device: torch.device) -> "Tokens":
@@ -43,15 +45,15 @@ class Tokens:
 
 
 class UpdateMetrics:
-    """Sums over the tokens of a batch, before the weights move."""
+    """Sums over the tokens of a batch, measured before the weights move."""
 
     def __init__(self, device: torch.device):
         zero = torch.zeros((), device=device)
-        self.loss = self._entropy = self._held_entropy = self._capped = self._ratio = self._largest = zero
+        self.loss = self._entropy = self._seed_entropy = self._capped = self._ratio = self._largest = zero
         self._weight = self._weight_squared = zero.double()
         self._kl: Tensor | None = None
-        self._held: Tensor | None = None
-        self._tokens = self._held_tokens = self._held_calls = self._sequences = 0
+        self._seed_kl: Tensor | None = None
+        self._tokens = self._seed_tokens = self._seed_calls = self._sequences = 0
 
     @torch.no_grad()
     def add(
@@ -61,11 +63,11 @@ class UpdateMetrics:
 
         Args:
             loss: Its share of the loss.
-            kl: Its weighted KL; None when it is not measured.
-            log_probs: Shape (N, V).
-            log_ratios: Shape (N,).
+            kl: Its weighted KL to the starting weights; None when it is not measured.
+            log_probs: Log-probabilities over the vocabulary, shape (N, V).
+            log_ratios: log pi_theta - log pi_behaviour of the sampled tokens, shape (N,).
             cap: Largest importance weight.
-            sequences: What its rows were read as.
+            sequences: Number of sequences that its rows were read as.
         """
         self.loss = self.loss + loss
         if kl is not None:
@@ -81,37 +83,45 @@ class UpdateMetrics:
         self._sequences += sequences
 
     @torch.no_grad()
-    def hold(self, kl: Tensor, log_probs: Tensor, coefficient: float, calls: int) -> None:
-        """Add a micro-batch of held calls: its share of their mean KL, (N, V) log-probabilities, that KL's weight."""
+    def add_seed_kl(self, kl: Tensor, log_probs: Tensor, coefficient: float, calls: int) -> None:
+        """Add one micro-batch of seed-KL calls.
+
+        Args:
+            kl: Its share of their mean KL to the starting weights.
+            log_probs: Log-probabilities over the vocabulary, shape (N, V).
+            coefficient: Weight of that KL in the loss.
+            calls: Number of its calls.
+        """
         self.loss = self.loss + coefficient * kl
-        self._held_entropy = self._held_entropy + losses.entropy(log_probs).sum()
-        self._held_tokens += len(log_probs)
-        self._held_calls += calls
-        self._held = kl.detach() if self._held is None else self._held + kl
+        self._seed_entropy = self._seed_entropy + losses.entropy(log_probs).sum()
+        self._seed_tokens += len(log_probs)
+        self._seed_calls += calls
+        self._seed_kl = kl.detach() if self._seed_kl is None else self._seed_kl + kl
 
     @property
     def effective_sample_share(self) -> float:
-        """See UpdateReport."""
+        """See `types.UpdateReport`."""
         return float(self._weight**2 / (self._tokens * self._weight_squared))
 
     def report(self, grad_norm: Tensor, learning_rate: float, rows: int) -> UpdateReport:
-        if not self._tokens:  # only held calls were learnt from
+        """The measurements of the whole batch."""
+        if not self._tokens:  # the batch held seed-KL calls only
             return replace(
                 NO_UPDATE,
                 loss=float(self.loss),
                 grad_norm=float(grad_norm),
-                entropy=float(self._held_entropy) / self._held_tokens,
+                entropy=float(self._seed_entropy) / self._seed_tokens,
                 kl_to_start=None,
-                kl_under_seed=None if self._held is None else float(self._held),
+                kl_under_seed=None if self._seed_kl is None else float(self._seed_kl),
                 learning_rate=learning_rate,
-                tokens=self._held_tokens,
-                rows=self._held_calls,
+                tokens=self._seed_tokens,
+                rows=self._seed_calls,
             )
         return UpdateReport(
             loss=float(self.loss),
             grad_norm=float(grad_norm),
             kl_to_start=None if self._kl is None else float(self._kl),
-            kl_under_seed=None if self._held is None else float(self._held),
+            kl_under_seed=None if self._seed_kl is None else float(self._seed_kl),
             entropy=float(self._entropy) / self._tokens,
             capped_share=float(self._capped) / self._tokens,
             mean_log_ratio=float(self._ratio) / self._tokens,

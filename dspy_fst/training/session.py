@@ -187,11 +187,11 @@ class Session:
         """Which calls the update learns from, and how much (`dspy_fst.slow.credit`)."""
         return credit(
             groups,
-            held=seed_rollouts,
+            seed_rollouts=seed_rollouts,
             trained=self.trained,
             baseline=self.config.baseline,
             normalize=self.config.advantage_normalization,
-            held_alone=self.config.method == "distill",
+            seed_kl_alone=self.config.method == "distill",
         )
 
     def update(self, batch: Batch) -> UpdateReport:

@@ -88,7 +88,7 @@ class Bent(Qwen3ForCausalLM):
 
 
 def test_another_function_of_the_logits_is_refused_by_its_type():
-    with pytest.raises(TrainingError, match="'qwen3' cannot be trained: what it does to its logits"):
+    with pytest.raises(TrainingError, match="'qwen3' cannot be trained: it changes its logits after the head"):
         Head.of(Bent(BY_NAME["Qwen3"].config()).eval())
 
 
@@ -354,7 +354,7 @@ def test_a_load_that_fails_leaves_an_engine_that_can_load_again(tmp_path):
 def test_a_model_that_looks_ahead_is_refused(tmp_path):
     """BERT with a language model's head: its log-probabilities can be computed, and nothing samples from them."""
     path = Family("BERT", "bert", {"bos_token_id": None}).save(tmp_path / "model")
-    with pytest.raises(TrainingError, match=r"'bert' cannot be trained: .*depends on the tokens behind it"):
+    with pytest.raises(TrainingError, match=r"'bert' cannot be trained: .*depend on later tokens"):
         Policy.load(path, dtype=torch.float32)
 
 

@@ -57,7 +57,7 @@ def test_the_start_reads_no_more_at_once_than_the_budget(start, tmp_path, longes
     )
     try:
         with recorded_gradients(trainer) as found:
-            trainer.step(Batch(rows=(), weights="step-000000", held=held))
+            trainer.step(Batch(rows=(), weights="step-000000", seed_kl_calls=held))
     finally:
         hook.remove()
     reads = [shape for shape in reads if shape[-1] > 6 or shape.numel() > 24]  # without the probes of loading

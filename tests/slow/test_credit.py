@@ -198,16 +198,16 @@ def test_held_rollouts_give_calls_without_an_advantage_and_must_be_of_the_same_w
     group = make_group(1.0, 0.0)
     held = make_rollout(None, make_call([9, 9]), make_call([9], predictor="other"), mask="metric")
     shown = SeedKLRollout(held, ((1, 2), (3,)))
-    batch = credit([group], held=[shown], trained={"answer"})
-    assert [(one.call.completion_ids, one.start_prompt_ids) for one in batch.held] == [((9, 9), (1, 2))]
+    batch = credit([group], seed_rollouts=[shown], trained={"answer"})
+    assert [(one.call.completion_ids, one.start_prompt_ids) for one in batch.seed_kl_calls] == [((9, 9), (1, 2))]
     assert (len(batch.rows), batch.counts["held_rollouts"], batch.counts["rollouts"]) == (2, 1, 2)
     with pytest.raises(TrainingError, match="step-000007"):
-        credit([group], held=[SeedKLRollout(make_rollout(1.0, make_call(weights="step-000007")), ((1,),))])
+        credit([group], seed_rollouts=[SeedKLRollout(make_rollout(1.0, make_call(weights="step-000007")), ((1,),))])
 
 
 def test_held_calls_wait_for_a_live_group_unless_they_are_all_there_is_to_learn():
     held = SeedKLRollout(make_rollout(1.0, make_call([9, 9]), make_call([8])), ((1, 2), None))
-    assert credit([], held=[held]).held == ()
-    alone = credit([], held=[held], held_alone=True)
-    assert len(alone.held) == 1
+    assert credit([], seed_rollouts=[held]).seed_kl_calls == ()
+    alone = credit([], seed_rollouts=[held], seed_kl_alone=True)
+    assert len(alone.seed_kl_calls) == 1
     assert (alone.counts["held_calls"], alone.counts["held_calls_unread"]) == (1, 1)

@@ -334,7 +334,7 @@ def test_held_calls_add_the_gradient_of_their_mean_kl(start, tmp_path, groups, b
         plain.step(batch)
     with recorded_gradients(holding) as both:
         report = holding.step(
-            dataclasses.replace(batch, held=tuple(SeedKLCall(call, call.prompt_ids) for call in calls))
+            dataclasses.replace(batch, seed_kl_calls=tuple(SeedKLCall(call, call.prompt_ids) for call in calls))
         )
     wanted, kl = mean_kl_gradient(start, reference, calls, [call.prompt_ids for call in calls])
     assert report.kl_under_seed == pytest.approx(kl, rel=1e-4)
@@ -349,7 +349,7 @@ def test_held_calls_alone_learn_what_the_start_says_after_another_prompt(start, 
     trainer = make_trainer(start, reference, seed_kl_coefficient=1.0)
     held = tuple(SeedKLCall(call, prompt) for call, prompt in zip(calls, prompts, strict=True))
     with recorded_gradients(trainer) as found:
-        report = trainer.step(Batch(rows=(), weights="step-000000", held=held))
+        report = trainer.step(Batch(rows=(), weights="step-000000", seed_kl_calls=held))
     wanted, kl = mean_kl_gradient(start, reference, calls, prompts)
     assert report.kl_under_seed == pytest.approx(kl, rel=1e-4)
     assert report.loss == pytest.approx(kl, rel=1e-4)

@@ -1,5 +1,5 @@
-"""The engine of a vLLM server: launch, watch and restart it, ask it, publish weights to it.
+"""The engine over a vLLM server: it launches, watches and restarts the server, and swaps its weights.
 
-In: what `engine.base.Engine` takes. Out: what it returns. vLLM itself runs in a process of its own and is imported only
-in `served/`, the files that the server loads.
+In and out: see `engine.base.Engine`. vLLM runs in a process of its own. It is imported only in `served/`, which holds
+the files that the server loads.
 """

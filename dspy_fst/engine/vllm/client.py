@@ -1,7 +1,7 @@
-"""Talks to a vLLM server: sampling with exact token ids, scoring, and swapping the weights in place.
+"""HTTP client of a vLLM server: sampling with exact token ids, scoring, and swapping the weights in place.
 
-Libraries' internals show here in two places: lm15's transport (dspy 3.4.1; not exported, needed to keep
-loopback traffic off a proxy) and vLLM's developer endpoints (0.32).
+It relies on internals of two libraries: lm15's transport (dspy 3.4.1; not exported, needed to keep loopback traffic off
+a proxy) and vLLM's developer endpoints (0.32).
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -33,28 +33,28 @@ from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
 
 MAX_CONNECTIONS = 512
-"""Threads that can wait for a reply at once; more of them queue for a connection."""
+"""How many threads can wait for a reply at once; further threads wait for a connection."""
 CONNECT_TIMEOUT_S = 10.0
 QUICK_TIMEOUT_S = 30.0
-"""For endpoints that answer without touching the weights."""
+"""Time limit of endpoints that answer without touching the weights."""
 
 _ENGINE_FAULTS = (TransportError, RequestTimeoutError, ServerError, AuthError, UnsupportedModelError)
 COMPARE = "dspy_fst_compare"
-"""The method of `engine/vllm/served/dspy_fst_weight_check.py`."""
+"""Method of the worker extension in `engine/vllm/served/dspy_fst_weight_check.py`."""
 _CONTROL = {"/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
-"""Endpoints that answer 500 also to what the caller did wrong: files that do not fit, an adapter of too high a rank."""
+"""Endpoints that also answer 500 to a wrong request, e.g. files that do not fit, or an adapter of too high a rank."""
 _TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens and what it wants to hear."""
+    """Where a server listens, and its key."""
 
     url: str
     """Without ``/v1``, e.g. ``"http://127.0.0.1:8000"``."""
     api_key: str | None = field(repr=False)
     through_proxy: bool
-    """Whether the environment's HTTP proxy applies; never for a server on this machine."""
+    """Whether the environment's HTTP proxy is used; False for a server that was launched here."""
 
 
 class VLLMClient:
@@ -95,21 +95,21 @@ class VLLMClient:
         )
 
     def ping(self) -> None:
-        """Raises EngineError unless the server answers that it is well."""
+        """Raises EngineError unless the server answers that it is healthy."""
         self._call("GET", "/health", timeout_s=QUICK_TIMEOUT_S)
 
     def engine_died(self) -> bool:
-        """Whether the server says so itself; one that does not answer says nothing."""
+        """Whether the server itself reports that its engine died; False if it does not answer."""
         try:
             return self._send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).status_code == 503
         except NoAnswerError:
             return False
 
     def find_model(self) -> str:
-        """Name under which the server serves its (first) model, asked once.
+        """Name under which the server serves its (first) model; requested once.
 
         Raises:
-            EngineError: nobody answers, or not to this key.
+            EngineError: the server does not answer, or refuses the key.
         """
         if self._model is None:
             models = self._call("GET", "/v1/models", timeout_s=QUICK_TIMEOUT_S).json()["data"]
@@ -119,26 +119,29 @@ class VLLMClient:
     def sample(
         self, request: Request, seed: int, weights: WeightsVersion, prompt_ids: Sequence[int] | None = None
     ) -> Completion:
-        """One reply to the request, whatever model it names, stamped with the given version.
+        """One reply to the request, whatever model it names, marked with the given version.
 
         Args:
-            prompt_ids: The rendered prompt; None: the server renders it. What the server refuses as ids is put to it as
-                messages, so that the error is the same.
+            request: The request.
+            seed: Seed of the sample.
+            weights: The version that is served.
+            prompt_ids: The rendered prompt; None: the server renders it. If the server refuses the ids, the request is
+                sent as messages, so that its error is the same in both cases.
 
         Raises:
             EngineError: no usable answer came.
             dspy.lm15.LM15Error: the server refuses the request itself.
         """
         routed = pinned(request, model=f"vllm:{self.find_model()}", seed=seed)
-        told = request.config.logprobs is not None
-        if prompt_ids is not None and (completion := self._sample_after(prompt_ids, routed, weights, told)) is not None:
+        keep = request.config.logprobs is not None
+        if prompt_ids is not None and (completion := self._sample_after(prompt_ids, routed, weights, keep)) is not None:
             return completion
         with self._as_engine_errors():
             response = self._router.complete(routed)
-        return read_completion(response, weights, keep_logprobs=told)
+        return read_completion(response, weights, keep_logprobs=keep)
 
     def stream(self, request: Request, seed: int, weights: WeightsVersion) -> Generator[str, None, Completion]:
-        """`sample`, its text told in pieces as it comes; closing the generator ends the reply on the server too."""
+        """`sample`, with the text yielded piece by piece. Closing the generator ends the reply on the server, too."""
         name = self.find_model()
         routed = pinned(request, model=f"vllm:{name}", seed=seed)
         with self._as_engine_errors():
@@ -155,13 +158,13 @@ class VLLMClient:
 
     @contextmanager
     def _as_engine_errors(self) -> Iterator[None]:
-        """What lm15 tells of this server, in the words of an engine; refusals of the request itself stay."""
+        """Raise lm15's errors about the server as EngineErrors; refusals of the request itself are not changed."""
         try:
             yield
         except _ENGINE_FAULTS as error:
             raise NoAnswerError(f"vLLM at {self.address.url} gave no reply to a request: {error}") from error
         except InvalidRequestError as error:
-            # vLLM says only in words that a prompt is too long; modules such as ReAct wait for the class.
+            # vLLM reports a prompt that is too long only in words; modules such as ReAct expect this class.
             if "maximum context length" in str(error) and not isinstance(error, ContextLengthError):
                 raise ContextLengthError(str(error)) from error
             raise
@@ -169,10 +172,10 @@ class VLLMClient:
     def _sample_after(
         self, prompt_ids: Sequence[int], request: Request, weights: WeightsVersion, keep_logprobs: bool
     ) -> Completion | None:
-        """One reply after exactly these ids; None where the server refuses them.
+        """One reply to exactly these prompt ids; None if the server refuses them.
 
-        The chat endpoint renders messages and takes no ids. This one samples from the same distribution and returns the
-        same fields.
+        The chat endpoint takes messages, but no ids. /v1/completions takes ids, samples from the same distribution and
+        returns the same fields.
         """
         config = request.config
         body = {
@@ -208,7 +211,7 @@ class VLLMClient:
         return with_logprobs(completion, scored["tokens"], scored["top_logprobs"] if config.logprobs else ())
 
     def tokens_processed(self, timeout_s: float) -> str:
-        """vLLM's counters of prompt and sampled tokens, which move at every step; empty when it keeps none."""
+        """vLLM's counters of prompt and sampled tokens, which change at every step; empty if it keeps none."""
         figures = self._call("GET", "/metrics", timeout_s=timeout_s).text.splitlines()
         return "\n".join(line for line in figures if line.startswith(_TOKEN_COUNTERS))
 
@@ -242,25 +245,26 @@ class VLLMClient:
     def require_processed_logprobs(self, how_to_launch: str) -> None:
         """Check that log-probabilities are those of the distribution sampled from, temperature included.
 
-        Measured, because /server_info fails where pip is missing: half the temperature doubles every difference.
+        The check measures them, because /server_info fails where pip is missing: at half the temperature every
+        difference of log-probabilities doubles.
 
         Raises:
             EngineError: with ``how_to_launch`` in the message.
         """
-        if self._lead_of_the_likeliest(0.5) < 1.5 * self._lead_of_the_likeliest(1.0):
+        if self._top_gap(0.5) < 1.5 * self._top_gap(1.0):
             raise EngineError(
                 f"vLLM at {self.address.url} gives log-probabilities that ignore the temperature. {how_to_launch}"
             )
 
-    def _lead_of_the_likeliest(self, temperature: float) -> float:
-        """Nats between the two likeliest first tokens of some text, as reported at this temperature."""
+    def _top_gap(self, temperature: float) -> float:
+        """Gap in nats between the two likeliest next tokens of a text, as reported at this temperature."""
         body = {
             "model": self.find_model(),
             "prompt": "a",
             "max_tokens": 1,
             "temperature": temperature,
             "logprobs": 5,
-            "return_tokens_as_token_ids": True,  # by their texts, tokens that read alike would stand once
+            "return_tokens_as_token_ids": True,  # as texts, tokens that decode alike would appear once
             **RESHAPING,
         }
         reply = self._call("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s).json()
@@ -268,16 +272,16 @@ class VLLMClient:
         return float(ranked[0] - ranked[1])
 
     def swap_weights(self, folder: Path) -> None:
-        """Read new weights into the running model, after the requests in flight; the prefix cache is emptied.
+        """Load new weights into the running model, after the requests in flight, and empty the prefix cache.
 
         Raises:
-            EngineError: a step failed; the server is resumed all the same, with weights that are unknown.
+            EngineError: a step failed. The server is resumed nevertheless, with unknown weights.
         """
         try:
             self._call("POST", "/pause?mode=wait", timeout_s=self._request_timeout_s)
             rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             self._call("POST", "/collective_rpc", json=rpc, timeout_s=self._load_timeout_s)
-            # Keys and values of prompts seen before would otherwise be continued with the new weights.
+            # Otherwise the new weights would continue from cached keys and values of the old ones.
             reset = self._call("POST", "/reset_prefix_cache", timeout_s=QUICK_TIMEOUT_S)
             if not reset.json()["success"]:
                 raise EngineError(f"vLLM at {self.address.url} could not empty its prefix cache: still in use")
@@ -287,14 +291,14 @@ class VLLMClient:
         self._call("POST", "/resume", timeout_s=QUICK_TIMEOUT_S)
 
     def held(self, folder: Path, *, optional: bool) -> Holding | None:
-        """Have every worker compare the weights it uses with a folder's.
+        """Let every worker compare the weights that it uses with a folder's.
 
         Args:
-            folder: As the server sees it.
-            optional: Give None instead of an error where the server's workers lack our extension.
+            folder: The folder, by its path on the server.
+            optional: Return None instead of raising an error if the server's workers lack our extension.
 
         Raises:
-            EngineError: the check itself failed, on a server that is well; it would fail again.
+            EngineError: the check itself failed on a healthy server; it would fail again.
             NoAnswerError: no answer came.
         """
         if self._cannot_compare:
@@ -303,10 +307,10 @@ class VLLMClient:
         try:
             reply = self._call("POST", "/collective_rpc", json=rpc, timeout_s=self._load_timeout_s)
         except EngineError as error:
-            # The words of vLLM 0.32 for a method that its workers lack: of `v1/serial_utils.run_method`, and of Python
-            # where a worker in a process of its own looks it up.
-            lacking = (f"Method {COMPARE!r} is not implemented.", f"object has no attribute {COMPARE!r}")
-            if not optional or not any(words in str(error) for words in lacking):
+            # The errors of vLLM 0.32 for a method that its workers lack: the first from `v1/serial_utils.run_method`,
+            # the second from Python, when a worker in another process looks the method up.
+            missing = (f"Method {COMPARE!r} is not implemented.", f"object has no attribute {COMPARE!r}")
+            if not optional or not any(words in str(error) for words in missing):
                 raise
             self._cannot_compare = True
             return None
@@ -320,7 +324,7 @@ class VLLMClient:
         self._router.close()
 
     def _resume_quietly(self) -> None:
-        with suppress(EngineError):  # the failure that led here is the one to report
+        with suppress(EngineError):  # the caller raises the error that led here
             self._call("POST", "/resume", timeout_s=QUICK_TIMEOUT_S)
 
     def _call(self, method: str, path: str, *, timeout_s: float, json: object = None) -> httpx.Response:
@@ -330,8 +334,8 @@ class VLLMClient:
         return reply
 
     def _is_well(self) -> bool:
-        """Whether the server lives, so that its 500 is its answer to a request that it cannot do."""
-        for _ in range(2):  # it closes the connection behind some answers, which the next request may meet
+        """Whether the server is healthy, so that its status 500 was a refusal of the request."""
+        for _ in range(2):  # it closes the connection after some answers, so the next request may fail once
             with suppress(NoAnswerError):
                 return self._send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).is_success
         return False
@@ -349,9 +353,14 @@ class VLLMClient:
 
 
 def _require_success(reply: httpx.Response, what: str, *, refused: bool = False) -> None:
-    """
+    """Raise an error for any answer but success.
+
     Args:
-        refused: A server error is known to be a refusal: the server lives on, and asking again changes nothing.
+        refused: Whether a server error is known to be a refusal: the server is healthy, and asking again is useless.
+
+    Raises:
+        NoAnswerError: a server error, after which asking again may help.
+        EngineError: any other answer.
     """
     if reply.is_success:
         return
@@ -365,7 +374,7 @@ def _require_success(reply: httpx.Response, what: str, *, refused: bool = False)
 
 
 def _reason(reply: httpx.Response) -> str:
-    """What a server says of an error: vLLM's own sentence where it gives one."""
+    """The server's explanation of an error: vLLM's message if there is one, else the body."""
     try:
         error = reply.json()["error"]
         return str(error["message"] if isinstance(error, Mapping) else error)[:500]

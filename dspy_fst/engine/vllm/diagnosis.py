@@ -1,4 +1,4 @@
-"""Why a vLLM server failed, from its log: the lines that tell the cause, and what to do about it."""
+"""Explains why a vLLM server failed, from its log: the lines that tell the cause, and advice."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from dspy_fst.engine.vllm.process import ServerProcess
 
 _LINE_CHARACTERS = 300
 _ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception)\b: .*")
-# What interpreters and bindings print after the cause, when everything falls down.
+# Lines that interpreters and bindings print after the cause, while the process ends.
 _AFTERMATH = re.compile(r" leaked |nanobind|resource_tracker|warnings\.warn")
 _HINTS: Mapping[str, str] = {
     "memory utilization": "free memory (is another server still running?) or lower gpu_memory_utilization",
@@ -22,10 +22,12 @@ _HINTS: Mapping[str, str] = {
 
 
 def obituary(process: ServerProcess) -> str:
+    """The exit status and the last words of a server that has ended."""
     return f"exit status {process.exit_status}, {last_words(process)}"
 
 
 def last_words(process: ServerProcess) -> str:
+    """The server's log file, the telling lines in it, and what to do."""
     output = process.output()
     hints = [hint for symptom, hint in _HINTS.items() if any(symptom in line for line in output)]
     advice = f"\nTo fix: {'; '.join(hints)}." if hints else ""
@@ -34,7 +36,7 @@ def last_words(process: ServerProcess) -> str:
 
 
 def telling_lines(output: Sequence[str], last: int = 10) -> list[str]:
-    """What to quote of a log: the first three errors, among which the cause usually is, and the last lines."""
+    """The lines of a log to quote: the first three errors, which usually include the cause, and the last lines."""
     lines = [line[:_LINE_CHARACTERS] for line in output if not _AFTERMATH.search(line)]
     start = max(0, len(lines) - last)
     causes: dict[str, str] = {}

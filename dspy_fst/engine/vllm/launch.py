@@ -1,4 +1,4 @@
-"""How a vLLM server is launched: its command line and environment; vLLM's flags stand here only.
+"""Command line and environment of a vLLM server. vLLM's flags are in this file only.
 
 Written for vLLM 0.32 (CPU) and 0.33; what differs on a GPU (dtype, CUDA graphs) is untried.
 """
@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from dspy_fst.engine.devices import has_gpu
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
@@ -20,7 +19,7 @@ _OVERRIDES = "--hf-overrides"
 
 
 def vllm_command(settings: VLLMSettings, model: Path, port: int) -> list[str]:
-    """The command line of a server for this folder; no secret is on it."""
+    """The command line of a server for a model's folder; it contains no secret."""
     on_gpu = has_gpu()
     eager = not on_gpu if settings.enforce_eager is None else settings.enforce_eager
     dtype = ("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype
@@ -30,21 +29,21 @@ def vllm_command(settings: VLLMSettings, model: Path, port: int) -> list[str]:
         *("--model", str(model), "--served-model-name", SERVED_NAME),
         *("--host", settings.host, "--port", str(port)),
         *("--dtype", dtype, "--gpu-memory-utilization", str(settings.gpu_memory_utilization), *length),
-        *("--logprobs-mode", "processed_logprobs"),  # of what was sampled from, temperature included
-        *("--generation-config", "vllm"),  # not the model's own sampling defaults
+        *("--logprobs-mode", "processed_logprobs"),  # those of the distribution sampled from, temperature included
+        *("--generation-config", "vllm"),  # ignores the sampling defaults of the model
         *("--middleware", "dspy_fst_key_guard.KeyGuard"),
         *("--worker-extension-cls", "dspy_fst_weight_check.WeightCheck"),
         "--disable-uvicorn-access-log",
-        "--no-log-error-stack",  # on by itself in developer mode: a stack for every refused request
+        "--no-log-error-stack",  # developer mode would log a stack trace for every refused request
         *(["--enforce-eager"] if eager else []),
-        # With its generators on the CPU, a seeded prompt that is prefilled in pieces kills vLLM 0.32.
+        # On a CPU, a seeded request whose prompt is prefilled in chunks crashes vLLM 0.32.
         *([] if on_gpu else ["--no-enable-chunked-prefill"]),
         *(settings.extra_args if dtype in ("float32", "float") else _head_in_float32(settings.extra_args)),
     ]
 
 
 def vllm_environment(settings: VLLMSettings, key: str) -> dict[str, str]:
-    """This process's environment with what a server of ours needs."""
+    """This process's environment, with the variables that the server needs."""
     python_path = os.pathsep.join(filter(None, [str(_SERVED_FOLDER), os.environ.get("PYTHONPATH")]))
     return {
         **os.environ,
@@ -53,18 +52,19 @@ def vllm_environment(settings: VLLMSettings, key: str) -> dict[str, str]:
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
         "VLLM_NO_USAGE_STATS": "1",
-        # The default of 5 s closes pooled connections between two batches, sometimes under a request.
+        # The default of 5 s closes pooled connections between two batches, sometimes during a request.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
     }
 
 
 def _head_in_float32(extra_args: Sequence[str]) -> list[str]:
-    """The arguments with the LM head in float32, as the trainer's is; what they override themselves stays.
+    """The arguments, with the LM head in float32 as in the trainer. The user's own overrides take precedence.
 
-    vLLM 0.32 leaves the head in the body's precision, and calls float32 required for training-inference consistency.
+    By default vLLM 0.32 keeps the head in the body's precision. Its documentation calls a float32 head required for
+    consistency between training and inference.
     """
     kept: list[str] = []
-    overrides: Mapping[str, Any] = {}
+    overrides: Mapping[str, object] = {}
     arguments = iter(extra_args)
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -74,5 +74,5 @@ def _head_in_float32(extra_args: Sequence[str]) -> list[str]:
         try:
             overrides = json.loads(value if equals else next(arguments, "{}"))
         except ValueError:
-            return list(extra_args)  # vLLM says itself what is wrong with it
+            return list(extra_args)  # vLLM reports the fault itself
     return [*kept, _OVERRIDES, json.dumps({"head_dtype": "float32", **overrides})]

@@ -1,6 +1,6 @@
-"""A reply of vLLM as it is sampled: its text in pieces, and then the exact tokens that a whole reply would have had.
+"""Reads a streamed reply of vLLM: its text piece by piece, then the exact tokens, as in a whole reply.
 
-lm15's own streams drop the ids of the sampled tokens, which training needs, so the server's chunks are read here
+lm15's own streams drop the ids of the sampled tokens, which training needs. The server's chunks are therefore read here
 (vLLM 0.32: ``token_ids`` in each choice, ``prompt_token_ids`` in the first chunk).
 """
 
@@ -22,8 +22,8 @@ def sse_chunks(reply: httpx.Response) -> Iterator[dict[str, Any]]:
     """The JSON objects of a reply of server-sent events, up to its ``[DONE]``.
 
     Raises:
-        EngineError: the server told of an error instead of a chunk.
-        NoAnswerError: the reply broke off.
+        EngineError: the server sent an error instead of a chunk.
+        NoAnswerError: the reply was cut off.
     """
     try:
         for line in reply.iter_lines():
@@ -44,18 +44,17 @@ def sse_chunks(reply: httpx.Response) -> Iterator[dict[str, Any]]:
 def read_stream(
     chunks: Iterable[dict[str, Any]], request: Request, weights: WeightsVersion, *, scored: bool = True
 ) -> Generator[str, None, Completion]:
-    """The pieces of a reply's text as they come; returns the reply with its tokens and log-probabilities.
+    """Yield the pieces of a reply's text as they come; return the reply with its tokens and log-probabilities.
 
     Args:
-        chunks: As the server sends them, see `sse_chunks`.
-        request: What was asked.
-        weights: The version that samples.
-        scored: Whether the reply is a sample to train on, so that log-probabilities were asked for. A reply that is
-            only shown has none.
+        chunks: The server's chunks, see `sse_chunks`.
+        request: The request.
+        weights: The version that samples the reply.
+        scored: Whether log-probabilities were requested, because the reply may be trained on.
 
     Raises:
-        NoAnswerError: the server broke the reply off.
-        EngineError: ids or log-probabilities are missing or do not match; nothing is tokenized anew instead.
+        NoAnswerError: the server cut the reply off.
+        EngineError: ids or log-probabilities are missing or do not match. The text is never tokenized instead.
     """
     prompt_ids: list[int] = []
     ids: list[int] = []

@@ -1,8 +1,14 @@
-"""The engine that users run: a vLLM server, launched here or elsewhere, whose weights are swapped in place.
+"""A vLLM server as an engine: launched here or elsewhere, with its weights swapped in place.
 
-The contract of this file: nothing starts before the first ``load``; what was started is always ended; no
-reply straddles two versions; every wait has a limit that its error names. vLLM's flags stand in vllm_launch.py.
-Written for vLLM 0.32 (CPU) and 0.33; what differs on a GPU (dtype, CUDA graphs) is untried.
+The contract of this file:
+
+- Nothing starts before the first ``load``.
+- Everything that was started is ended.
+- Every reply is sampled by a single weight version.
+- Every wait has a limit, which its error names.
+
+vLLM's flags are in `launch.py`. Written for vLLM 0.32 (CPU) and 0.33; what differs on a GPU (dtype, CUDA graphs) is
+untried.
 """
 
 import logging
@@ -33,9 +39,9 @@ logger = logging.getLogger(__name__)
 _READINESS_POLL_S = 0.25
 _PROGRESS_EVERY_S = 15.0
 _DEATH_NOTICE_S = 3.0
-"""How long a server whose connection broke gets to be seen as dead, so that the error can say why."""
+"""How long to wait, after a connection broke, for the server to end, so that the error can tell why."""
 _WIND_UP_S = 60.0
-"""The same for one whose engine has died: it says so to health checks and takes its time to end. Then it is killed."""
+"""The same wait for a server whose engine has died, which its health check reports. It is killed after this time."""
 
 _HOW_TO_ATTACH = (
     "Launch it with VLLM_SERVER_DEV_MODE=1, VLLM_API_KEY and a PYTHONPATH with dspy_fst/engine/vllm/served in its "
@@ -47,13 +53,13 @@ _HOW_TO_ATTACH = (
 
 
 class ServerDiedError(NoAnswerError):
-    """The server that was launched here has ended; the message quotes its last words."""
+    """The server that was launched here has ended. The message quotes the end of its log."""
 
 
 class VLLMServer:
-    """Engine over a vLLM server. Thread-safe; end it with ``close``, or leave it to the end of the process.
+    """Engine over a vLLM server. Thread-safe. ``close`` ends it; otherwise the end of the process does.
 
-    After ``close``, or when the server died and was closed, ``load`` starts a new one.
+    After ``close``, ``load`` starts a new server.
 
     Args:
         settings: How to launch or reach the server.
@@ -72,43 +78,43 @@ class VLLMServer:
 
     @property
     def weights(self) -> WeightsVersion | None:
-        """The version now served; None before the first load and after one that failed half-way."""
+        """The version served now; None before the first load, and after a load that failed half-way."""
         return self._weights
 
     @property
     def address(self) -> Address | None:
-        """Where the server listens and its key, for other clients; None when nothing is served."""
+        """Where the server listens, and its key, for other clients; None if nothing is served."""
         return self._client.address if self._client else None
 
     @property
     def in_flight(self) -> int:
-        """Requests that wait for tokens now; 0 while weights are loaded or compared."""
+        """Number of requests that wait for tokens now; 0 while weights are loaded or compared."""
         return self._lock.samplers
 
     def progress(self, timeout_s: float) -> tuple[float, str]:
-        """A mark that differs from the last one when a reply came or tokens were processed in between.
+        """A mark that changes whenever a reply arrives or tokens are processed.
 
-        Waits at most ``timeout_s`` seconds for the server to answer; when it does not, its tokens count as still.
+        Waits at most ``timeout_s`` seconds for the server. Without an answer its token counters count as unchanged.
         """
         if (client := self._client) is not None:
-            with suppress(Exception):  # whatever it is: a watchdog that ends here would watch nothing any more
+            with suppress(Exception):  # an error would end the watchdog, and a later hang would go unnoticed
                 self._tokens_processed = client.tokens_processed(timeout_s)
         return self._answered_at, self._tokens_processed
 
     def kill(self, reason: str) -> None:
-        """End the server at once, also when it is stopped or hangs. The requests in flight fail with the reason."""
+        """End the server at once, even if it is suspended or hangs. Requests in flight fail with this reason."""
         if (process := self._process) is not None:
             self._killed_because = reason
             process.kill()
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Serve these weights: launches the server at the first call, swaps them in place later.
+        """Serve these weights. The first call launches the server; later calls swap the weights in place.
 
-        Requests in flight finish first, under the weights they started with; later ones wait.
+        Requests in flight finish first, under the weights they started with. Later requests wait.
 
         Raises:
-            EngineError: the folder, the launch or the swap is at fault, or a wait was too long. After a
-                launch or swap that failed nothing is sampled until a load succeeds.
+            EngineError: the folder, the launch or the swap is at fault, or a wait exceeded its limit. After a failed
+                launch or swap nothing is sampled until a load succeeds.
         """
         require_checkpoint(checkpoint)
         with self._lock.loading(self.settings.request_timeout_s), self._explaining_death():
@@ -121,49 +127,49 @@ class VLLMServer:
             self._weights = checkpoint.version
 
     def complete(self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
-        """Sample one reply from the whole distribution; see ``Engine.complete``."""
-        with self._asking(request) as (client, weights, asked):
-            completion = client.sample(asked, seed, weights, prompt_ids)
+        """Sample one reply from the untruncated distribution; see ``Engine.complete``."""
+        with self._asking(request) as (client, weights, sent):
+            completion = client.sample(sent, seed, weights, prompt_ids)
         return self._reader.read(completion, request)
 
     def stream(self, request: Request, seed: int) -> Generator[str, None, Completion]:
-        """`complete`, its text told in pieces, in which thoughts and tool calls stand as the model writes them."""
-        with self._asking(request) as (client, weights, asked):
-            completion = yield from client.stream(asked, seed, weights)
+        """`complete`, with the text yielded in pieces; thoughts and tool calls are in it as the model writes them."""
+        with self._asking(request) as (client, weights, sent):
+            completion = yield from client.stream(sent, seed, weights)
         return self._reader.read(completion, request)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1.
 
-        A sequence must be one token shorter than ``max_model_len``.
+        A sequence must be at least one token shorter than ``max_model_len``.
         """
         if not sequences:
             return []
-        with self._holding_still() as (client, _):
+        with self._serving() as (client, _):
             return client.score(sequences)
 
     def held(self, checkpoint: Checkpoint) -> Holding | None:
-        """Compare the weights in use with the folder's; None on an attached server without our worker extension."""
-        with self._holding_still(sampling=False) as (client, _):
+        """Compare the weights in use with the folder's; None for an attached server without our worker extension."""
+        with self._serving(sampling=False) as (client, _):
             return client.held(checkpoint.path.resolve(), optional=self.settings.attach_url is not None)
 
     @contextmanager
     def _asking(self, request: Request) -> Iterator[tuple[VLLMClient, WeightsVersion, Request]]:
-        """The server, the version of its weights, and the request as its chat template can show it."""
-        with self._holding_still() as (client, weights):
+        """The server, the version that it serves, and the request fitted to its chat template."""
+        with self._serving() as (client, weights):
             self._reader.check(request)
             yield client, weights, with_stop_tokens(fitted(request, self._reader.traits), self._reader.stop_ids)
 
     @contextmanager
-    def _holding_still(self, *, sampling: bool = True) -> Iterator[tuple[VLLMClient, WeightsVersion]]:
-        """The server, under weights that are not changed meanwhile; a death is told with its last words.
+    def _serving(self, *, sampling: bool = True) -> Iterator[tuple[VLLMClient, WeightsVersion]]:
+        """The server, whose weights do not change during this block. If it dies, the error quotes the end of its log.
 
         Args:
-            sampling: Whether the server processes tokens for it: the watchdog kills one that does not.
+            sampling: Whether the server processes tokens in the block. If so, the watchdog kills it when it does not.
         """
-        still = self._lock.sampling if sampling else self._lock.checking
-        with still(self.settings.request_timeout_s), self._explaining_death():
-            yield self._serving()
+        lock = self._lock.sampling if sampling else self._lock.checking
+        with lock(self.settings.request_timeout_s), self._explaining_death():
+            yield self._require_serving()
             self._answered_at = time.monotonic()
 
     def expect(self, callers: int) -> None:
@@ -173,7 +179,7 @@ class VLLMServer:
         """End the server if it was launched here, and close the connections. May be called twice.
 
         Args:
-            keep_log: Leave a temporary log behind, to see why the server failed.
+            keep_log: Keep a temporary log, to see why the server failed.
         """
         process, client = self._process, self._client
         self._process = self._client = self._weights = None
@@ -182,7 +188,7 @@ class VLLMServer:
         if client is not None:
             client.close()
 
-    def _serving(self) -> tuple[VLLMClient, WeightsVersion]:
+    def _require_serving(self) -> tuple[VLLMClient, WeightsVersion]:
         if self._client is None or self._weights is None:
             raise EngineError("no weights are served: call load(checkpoint), again if the last one failed")
         return self._client, self._weights
@@ -201,7 +207,7 @@ class VLLMServer:
         try:
             client.find_model()
             client.require_developer_endpoints(_HOW_TO_ATTACH)
-            client.swap_weights(checkpoint.path.resolve())  # resumes a server that was left paused, too
+            client.swap_weights(checkpoint.path.resolve())  # also resumes a server that was left paused
             client.require_processed_logprobs(_HOW_TO_ATTACH)
         except BaseException:
             client.close()
@@ -211,7 +217,7 @@ class VLLMServer:
     def _launch(self, checkpoint: Checkpoint) -> None:
         settings = self.settings
         port = settings.port or free_port(settings.host)
-        key = f"sk-{secrets.token_hex(32)}"  # of a shape that is known for a secret wherever it may show
+        key = f"sk-{secrets.token_hex(32)}"  # a form that secret scanners recognise wherever it appears
         try:
             process = ServerProcess(
                 vllm_command(settings, checkpoint.path.resolve(), port),
@@ -260,7 +266,7 @@ class VLLMServer:
 
     @contextmanager
     def _explaining_death(self) -> Iterator[None]:
-        """Turn the broken connection that a dead server leaves into its last words."""
+        """If the server has died, replace the error of its broken connection by one that quotes the end of its log."""
         try:
             yield
         except NoAnswerError as error:
@@ -273,7 +279,7 @@ class VLLMServer:
             ) from error
 
     def _ends(self, process: ServerProcess) -> bool:
-        """Whether it is dead, or was about to be and is now; a server that is slow or refuses a request is neither."""
+        """Whether the server has ended, or ends now as its engine died; False if it is slow or refused a request."""
         if process.exits_within(_DEATH_NOTICE_S):
             return True
         client = self._client
@@ -293,7 +299,7 @@ def _answers(client: VLLMClient) -> bool:
 
 
 def require_checkpoint(checkpoint: Checkpoint) -> None:
-    """Raises EngineError unless the folder looks like a model's."""
+    """Raises EngineError unless the folder holds a config and weights."""
     if not (checkpoint.path / "config.json").is_file():
         raise EngineError(
             f"checkpoint {checkpoint.version}: {checkpoint.path} is no Hugging Face folder (no config.json)"

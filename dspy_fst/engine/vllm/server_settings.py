@@ -1,4 +1,4 @@
-"""How a vLLM server is launched or reached, and what would keep these settings from working. Starts nothing."""
+"""Settings of a vLLM server, and a check of them that starts nothing."""
 
 import importlib.util
 from dataclasses import dataclass, field
@@ -19,45 +19,45 @@ _DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 
 @dataclass(frozen=True)
 class VLLMSettings:
-    """How the server is launched or reached. Sampling is no business of it: every request says its own."""
+    """How the server is launched or reached. Sampling settings are not among these; every request carries its own."""
 
     host: str = "127.0.0.1"
-    """Loopback only: the server can be told to run any method of the engine."""
+    """A loopback address only: clients of the server can run any method of the engine."""
     port: int | None = None
-    """None chooses a free one."""
+    """None chooses a free port."""
     dtype: str = "auto"
-    """``"auto"`` is float32 on a CPU and bfloat16 on a GPU; else a name that vLLM knows."""
+    """``"auto"`` is float32 on a CPU and bfloat16 on a GPU; other names are vLLM's."""
     gpu_memory_utilization: float = 0.3
-    """Share of the device's memory that the server may fill, in (0, 1]; it holds for a CPU's memory too."""
+    """Share of the device's memory that the server may use, in (0, 1]; on a CPU, of main memory."""
     max_model_len: int | None = None
-    """Longest prompt plus reply in tokens; None takes the model's own."""
+    """Longest prompt plus reply in tokens; None takes the model's own limit."""
     cpu_kv_cache_gib: int = 4
-    """Memory for keys and values when vLLM runs on the CPU."""
+    """GiB for keys and values when vLLM runs on a CPU."""
     enforce_eager: bool | None = None
-    """Skip compiling: boots in half the time and samples slower. None does so on a CPU only."""
+    """Skip compilation: the server starts in half the time and samples more slowly. None skips it on a CPU only."""
     startup_timeout_s: float = 600.0
     request_timeout_s: float = 600.0
-    """Longest wait for one reply, and of a load for the replies in flight."""
+    """Longest wait for one reply, and longest wait of a load for the replies in flight."""
     load_timeout_s: float = 600.0
-    """Longest wait for new weights to be read."""
+    """Longest wait until the server has read new weights."""
     stall_timeout_s: float = 180.0
-    """A server that has requests in flight and processed no token for so long is killed and started again."""
+    """A server with requests in flight that processes no token for this long is killed and started again."""
     max_restarts: int = 3
-    """How often a server that failed is started again before other weights were loaded; then the run stops."""
+    """How many times a failed server is started again under one weight version; after that the run stops."""
     stop_grace_s: float = 15.0
-    """Between asking the server to end and killing it."""
+    """Time between asking the server to end and killing it."""
     extra_args: tuple[str, ...] = ()
-    """Passed on to vLLM, e.g. ``("--max-num-seqs", "64")``."""
+    """Further arguments of vLLM, e.g. ``("--max-num-seqs", "64")``."""
     log_path: str | Path | None = None
-    """The server's output is appended here; None is a temporary file, named in errors."""
+    """File to which the server's output is appended; None makes a temporary file, whose path is in the errors."""
     attach_url: str | None = None
-    """A server that somebody else launched, e.g. ``"http://127.0.0.1:8000"``; never stopped from here."""
+    """URL of a server that somebody else launched, e.g. ``"http://127.0.0.1:8000"``; it is never stopped from here."""
     api_key: str | None = field(default=None, repr=False)
-    """Key of the server at ``attach_url``; one that is launched here gets a random key."""
+    """Key of the server at ``attach_url``; a server that is launched here gets a random key."""
 
 
 def vllm_faults(settings: VLLMSettings) -> list[str]:
-    """What would keep these settings from working, one sentence each; starts nothing."""
+    """Why these settings cannot work, one sentence per reason."""
     faults = [
         f"{name} is {value!r}: it must be more than 0"
         for name in _POSITIVE

@@ -1,9 +1,14 @@
-"""Keeps a vLLM server alive: one that failed is started again on the same weights, lost requests are asked again.
+"""Keeps a vLLM server alive: restarts a failed server on the same weights, and repeats the requests that were lost.
 
-The contract of this file: a reply that arrived is never asked for again; a request that the server refuses is
-never retried; a server is restarted once, however many threads saw it fail, and nobody samples from it before it
-is loaded and verified; a swap that leaves other weights in use is mended by a restart on the new ones; after
-``max_restarts`` every call fails at once. A server that somebody else launched is never restarted, only asked again.
+The contract of this file:
+
+- A reply that arrived is never requested again.
+- A request that the server refuses is never retried.
+- A failed server is restarted once, however many threads saw it fail. Nobody samples from the new one before it is
+  loaded and verified.
+- A swap after which other weights are in use is repaired by a restart on the new weights.
+- After ``max_restarts`` every call fails at once.
+- A server that somebody else launched is never restarted; requests to it are only repeated.
 """
 
 import copy
@@ -33,11 +38,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ATTEMPTS = 5
-"""How often one request is put to a server that lives before that server counts as failed."""
+"""How many times a request is sent to a live server before the server counts as failed."""
 FIRST_WAIT_S, LONGEST_WAIT_S, JITTER_S = 0.5, 8.0, 0.5
-"""Between attempts: 0.5 s, 1 s, 2 s ... and a random part, so that not all threads ask at once."""
+"""Waits between attempts: 0.5 s, 1 s, 2 s ... plus a random part, so that the threads do not all ask at once."""
 RELAUNCH_PAUSE_S = 5.0
-"""After a launch that failed: what the last server held (memory, a port) may still be on its way back."""
+"""Pause after a failed launch: the last server may not have released its memory and port yet."""
 CLOSE_TIMEOUT_S = 60.0
 
 
@@ -45,24 +50,24 @@ class Supervisor:
     """Engine over a vLLM server that may fail at any time; see the contract above. Thread-safe.
 
     Args:
-        settings: Of the server; ``max_restarts`` and ``stall_timeout_s`` are read here.
-        make: Makes a server that is not started yet.
+        settings: Settings of the server; ``max_restarts`` and ``stall_timeout_s`` are used here.
+        make: Makes a server that has not been started.
     """
 
     def __init__(self, settings: VLLMSettings | None = None, make: Callable[[VLLMSettings], VLLMServer] = VLLMServer):
         self.settings = settings or VLLMSettings()
         self.verify: Callable[[Scorer], None] | None = None
-        """Checks a server (which it is given) before anybody samples, and raises when it is unsound.
+        """Called with a server before anybody samples from it; raises an error if the server's weights are wrong.
 
-        It belongs to the weights that are loaded after it was set. It runs in the thread that loads or restarts."""
+        It applies to weights that are loaded after it was set, and runs in the thread that loads or restarts."""
         self.on_event: Callable[[str], None] = logger.warning
-        """Told one sentence per restart, with the reason, in the thread that restarts."""
+        """Called with one sentence per restart, which includes the reason, in the thread that restarts."""
         self.counts: Counter[str] = Counter()
-        """Since the last ``take_counts``: ``"restarts"``, ``"asked again"``, ``"swaps failed"``, ``"swaps refused"``
-        (they left other weights in use than they should), ``"restarts for experts"`` (no failure: their new weights are
-        not swapped)."""
+        """Events since the last ``take_counts``: ``"restarts"``, ``"asked again"``, ``"swaps failed"``,
+        ``"swaps refused"`` (other weights were in use afterwards), ``"restarts for experts"`` (not a failure: new
+        weights of experts cannot be swapped)."""
         self.server = make(self.settings)
-        """The server of the moment. A restart puts another in its place: its identity tells restarts apart."""
+        """The current server. A restart replaces the object, so its identity tells whether a restart has happened."""
         self._make = make
         self._wanted: Checkpoint | None = None
         self._check: Callable[[Scorer], None] | None = None
@@ -70,34 +75,34 @@ class Supervisor:
         self._unswappable: tuple[str | None] | None = None
         self._refusal: EngineError | None = None
         limits = ("startup_timeout_s", "load_timeout_s", "request_timeout_s")
-        self._turn = TimedLock("load or restart vLLM", {name: getattr(self.settings, name) for name in limits})
+        self._lock = TimedLock("load or restart vLLM", {name: getattr(self.settings, name) for name in limits})
         self._closing = threading.Event()
         self._counting = threading.Lock()
 
     @property
     def weights(self) -> WeightsVersion | None:
-        """The version that is served, or will be when the load or restart under way is through; does not wait.
+        """The version that is served, or will be after the current load or restart; does not wait for it.
 
-        None before the first load, after one that failed, and after ``close``. Not None during a restart: who
-        sees None loads weights of its own (EngineHandle.ready).
+        None before the first load, after a failed load, and after ``close``. Not None during a restart, because a
+        caller that sees None loads weights itself (EngineHandle.ready).
         """
         wanted = self._wanted
         return wanted.version if wanted else None
 
     @property
     def address(self) -> Address | None:
-        """Where the server of the moment listens, and its key."""
+        """Where the current server listens, and its key."""
         return self.server.address
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Serve these weights; a server whose weights cannot be swapped is started afresh on them.
+        """Serve these weights. If they cannot be swapped into the running server, it is restarted on them.
 
         Raises:
-            EngineError: the folder or the first launch is at fault, or the restarts are used up. Unless the folder
-                was refused, nothing is sampled until a load succeeds.
+            EngineError: the folder or the first launch is at fault, or the restarts are used up. Unless the folder was
+                refused, nothing is sampled until a load succeeds.
         """
         require_checkpoint(checkpoint)
-        with self._turn.held_by("a load"):
+        with self._lock.held_by("a load"):
             self._raise_refusal()
             self._closing.clear()
             self._wanted, self._check = checkpoint, self.verify
@@ -110,52 +115,53 @@ class Supervisor:
             self._restarts = 0
 
     def complete(self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
-        """Sample one reply, however the server fails meanwhile; see ``Engine.complete``."""
+        """Sample one reply, even if the server fails meanwhile; see ``Engine.complete``."""
         rendered = () if prompt_ids is None else (prompt_ids,)
-        return self._persist(lambda server: server.complete(request, seed, *rendered))
+        return self._ask(lambda server: server.complete(request, seed, *rendered))
 
     def stream(self, request: Request, seed: int) -> Generator[str, None, Completion]:
-        """`complete`, its text told in pieces; once one was told nothing is asked again: it would be heard twice."""
+        """`complete`, with the text yielded in pieces. After the first piece the request is not repeated, because the
+        caller would get a part of the text twice."""
         with closing(self._serving().stream(request, seed)) as pieces:
             try:
                 first = next(pieces)
             except StopIteration as end:
                 return end.value
-            except EngineError:  # asked whole, which starts a server again where there is need
+            except EngineError:  # requested whole instead, with a restart if necessary
                 return self.complete(request, seed)
             yield first
             return (yield from pieces)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1."""
-        return self._persist(lambda server: server.score(sequences))
+        return self._ask(lambda server: server.score(sequences))
 
     def held(self, checkpoint: Checkpoint) -> Holding | None:
         """Compare the weights in use with the folder's; see ``Scorer.held``."""
-        return self._persist(lambda server: server.held(checkpoint))
+        return self._ask(lambda server: server.held(checkpoint))
 
     def expect(self, callers: int) -> None:
         """Nothing to do: vLLM batches whatever is in flight."""
 
     def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
-        """Tell each restart, and verify the restarted server before anybody samples from it; None: not any more."""
+        """Call ``tell`` at each restart, and ``verify`` before anybody samples from a server; None: no check."""
         self.on_event, self.verify = tell, verify
         if verify is None:
             self._check = None
 
     def take_counts(self) -> Counter[str]:
-        """What happened since the last call."""
+        """Counts of events since the last call; see `counts`."""
         with self._counting:
             counts, self.counts = self.counts, Counter()
             return counts
 
     def close(self) -> None:
-        """End the server, also one that another thread is starting. May be called twice."""
+        """End the server, even one that another thread is starting. May be called twice."""
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         while True:
             self._closing.set()
-            self.server.close()  # whatever another thread does with it fails now, so that the thread lets go
-            if self._turn.lock.acquire(timeout=0.2):
+            self.server.close()  # another thread that uses it now fails, and releases the lock
+            if self._lock.lock.acquire(timeout=0.2):
                 break
             if time.monotonic() > deadline:
                 logger.error("close() ended vLLM, but not the restart in another thread, for %g s", CLOSE_TIMEOUT_S)
@@ -164,39 +170,39 @@ class Supervisor:
             self._replace_server()
             self._wanted, self._refusal, self._restarts = None, None, 0
         finally:
-            self._turn.lock.release()
+            self._lock.lock.release()
 
     # ---- asking ----------------------------------------------------------------------------------
 
-    def _persist(self, ask: Callable[[VLLMServer], T]) -> T:
+    def _ask(self, ask: Callable[[VLLMServer], T]) -> T:
         while True:
             server = self._serving()
             try:
                 return self._retrying(server)(ask, server)
             except EngineError as error:
-                # A server that is replaced under a request may fail it with any error.
+                # If the server was replaced during a request, the request may fail with any error.
                 if server is self.server and not isinstance(error, NoAnswerError):
                     raise
                 self._restart(server, error)
             self._count("asked again")
 
     def _serving(self) -> VLLMServer:
-        """The server to ask, once nobody loads or restarts it."""
-        with self._turn.held_by("a request"):
+        """The current server; waits for a load or restart in another thread."""
+        with self._lock.held_by("a request"):
             self._raise_refusal()
             if self._wanted is None:
                 raise EngineError("no weights are served: call load(checkpoint), again if the last one failed")
             return self.server
 
     def _retrying(self, server: VLLMServer) -> Retrying:
-        """Puts a request several times to a server that lives."""
+        """Repeats a request to a live server."""
 
-        def may_pass(error: BaseException) -> bool:
+        def is_worth_repeating(error: BaseException) -> bool:
             gone = isinstance(error, ServerDiedError) or server is not self.server
             return isinstance(error, NoAnswerError) and not gone
 
         return Retrying(
-            retry=retry_if_exception(may_pass),
+            retry=retry_if_exception(is_worth_repeating),
             stop=stop_after_attempt(ATTEMPTS),
             wait=wait_exponential(FIRST_WAIT_S, max=LONGEST_WAIT_S) + wait_random(0, JITTER_S),
             sleep=sleep_using_event(self._closing),
@@ -211,13 +217,13 @@ class Supervisor:
         try:
             if self._check is not None:
                 self._check(self.server)
-        except NoAnswerError as error:  # it died of the check, which says nothing of its weights
+        except NoAnswerError as error:  # the server died during the check, so its weights are still unknown
             if self.settings.attach_url is not None:
                 raise
             self._relaunch(checkpoint, error)
 
     def _swap(self, checkpoint: Checkpoint) -> None:
-        """Swap the weights in place; where that fails, or other weights are served then, start afresh on these."""
+        """Swap the weights in place. If that fails, or other weights are served afterwards, restart on these."""
         if self.settings.attach_url is None and (reason := self._restart_reason(checkpoint)):
             self._count("restarts for experts")
             logger.info("vLLM is started again on weights %s: %s", checkpoint.version, reason)
@@ -241,22 +247,22 @@ class Supervisor:
         self._relaunch(checkpoint, cause)
 
     def _restart_reason(self, checkpoint: Checkpoint) -> str | None:
-        """`folder_restart_reason`, read at the first swap: an engine serves versions of one model."""
+        """`folder_restart_reason`, computed at the first swap only, because all versions are of one model."""
         if self._unswappable is None:
             self._unswappable = (folder_restart_reason(checkpoint.path, on_gpu=has_gpu()),)
         return self._unswappable[0]
 
     def _restart(self, failed: VLLMServer, cause: EngineError) -> None:
-        """Replace a server that failed, unless another thread has done so."""
+        """Replace a failed server, unless another thread has already done so."""
         if self.settings.attach_url is not None:
             raise cause
-        with self._turn.held_by("a request"):
+        with self._lock.held_by("a request"):
             self._raise_refusal()
             if failed is self.server and self._wanted is not None:
                 self._relaunch(self._wanted, cause)
 
     def _relaunch(self, checkpoint: Checkpoint, cause: EngineError) -> None:
-        """Start servers until one stands on these weights; raises EngineError when none may be started any more."""
+        """Start servers until one serves these weights; raises EngineError when the restarts are used up."""
         while True:
             self._spend_restart(checkpoint.version, cause)
             self._replace_server()
@@ -272,7 +278,7 @@ class Supervisor:
             self._closing.wait(RELAUNCH_PAUSE_S)
 
     def _replace_server(self, *, keep_log: bool = True) -> None:
-        """End the server; put the next in its place first, so that requests that still fail see that it is gone."""
+        """End the server. Its successor takes its place first, so that failing requests see that it was replaced."""
         failed, self.server = self.server, self._make(self.settings)
         failed.close(keep_log=keep_log)
 
@@ -285,7 +291,7 @@ class Supervisor:
         try:
             check(self.server)
         except NoAnswerError:
-            raise  # it failed again, which says nothing of its weights
+            raise  # the server failed again, so its weights are still unknown
         except BaseException as error:
             self._refusal = (
                 error if isinstance(error, EngineError) else EngineError(f"the check of the weights failed: {error!r}")
@@ -308,9 +314,9 @@ class Supervisor:
         self.on_event(f"vLLM is started again on weights {version} (restart {self._restarts} of {limit}): {reason}")
 
     def _raise_refusal(self) -> None:
-        """Fail at once when nothing more is tried. A copy: threads would write in each other's traceback."""
+        """Raise the final error, if there is one."""
         if self._refusal is not None:
-            raise copy.copy(self._refusal)
+            raise copy.copy(self._refusal)  # a copy, because threads would extend each other's traceback
 
     def _count(self, what: str) -> None:
         with self._counting:

@@ -1,7 +1,7 @@
-"""Ends a server that hangs: requests are in flight and nothing moves.
+"""Kills a server that hangs: requests are in flight, but no token is processed.
 
-/health does not show it: vLLM's API process answers there also while its engine process stands still. What a
-working server cannot help moving are its counters of processed tokens (read in 5 ms, 30 when busy).
+/health does not show a hang: vLLM's API process answers it even while its engine process stands still. The counters of
+processed tokens do: they change whenever the server works. Reading them takes 5 ms, or 30 ms on a busy server.
 """
 
 import logging
@@ -14,13 +14,14 @@ from dspy_fst.engine.vllm.server import VLLMServer
 logger = logging.getLogger(__name__)
 
 _POLLS = 10
-"""Looks in a row that must find nothing moved. Looks and not a clock: this process may have stood still itself."""
+"""Successive polls without progress that count as a hang. Polls and not a clock: this process may itself have stood
+still meanwhile."""
 
 
 def watch(server: VLLMServer, stall_timeout_s: float) -> None:
-    """Kill the server once it makes no progress for ``stall_timeout_s`` seconds with requests in flight.
+    """Kill the server if it makes no progress for ``stall_timeout_s`` seconds while requests are in flight.
 
-    Watches in a thread of its own, until the server is closed or nobody holds it.
+    The watchdog runs in its own thread, until the server is closed or nobody refers to it.
     """
     if not server.progress(stall_timeout_s)[1]:
         logger.warning("vLLM shows no token counters at /metrics: a hang will only show by request_timeout_s")
@@ -31,10 +32,10 @@ def watch(server: VLLMServer, stall_timeout_s: float) -> None:
     thread.start()
 
 
-def _watch(held: "weakref.ref[VLLMServer]", stall_timeout_s: float) -> None:
+def _watch(reference: "weakref.ref[VLLMServer]", stall_timeout_s: float) -> None:
     every = stall_timeout_s / _POLLS
     seen, still = None, 0
-    while (server := held()) is not None and server.address is not None:
+    while (server := reference()) is not None and server.address is not None:
         began = time.monotonic()
         mark = server.progress(every) if server.in_flight else None
         still = still + 1 if mark is not None and mark == seen else 0
@@ -45,5 +46,5 @@ def _watch(held: "weakref.ref[VLLMServer]", stall_timeout_s: float) -> None:
             )
             return
         seen = mark
-        del server  # what nobody else holds is ended while this thread sleeps
+        del server  # so that the server can be collected, and ended, while this thread sleeps
         time.sleep(max(0.0, every - (time.monotonic() - began)))

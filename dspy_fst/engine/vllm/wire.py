@@ -1,8 +1,8 @@
-"""What a request to vLLM's chat endpoint must say, and what of its replies is believed (vLLM 0.32)."""
+"""Requests to vLLM's chat endpoint, and checks of its replies (vLLM 0.32)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypedDict
 
 from dspy.lm15 import Request, Response, ToolChoice, UnsupportedFeatureError
 
@@ -11,54 +11,66 @@ from dspy_fst.engine.chat import refuse_reshaped_sampling
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
 
-# The training loss scores the whole softmax, so a truncated one would be another policy. Every request says
-# so, for a server that somebody else launched may take defaults from generation_config.json.
-RESHAPING: Mapping[str, Any] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+# The training loss scores the whole softmax, so sampling from a truncated one would be another policy. Every request
+# sets these, because a server that somebody else launched may take its defaults from generation_config.json.
+RESHAPING: Mapping[str, float] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 FINISHED = {"stop", "length", "tool_calls"}
-"""Reasons for which a reply is whole; any other means that it was broken off."""
+"""Finish reasons of a complete reply; any other means that the reply was cut off."""
+
+
+class ScoredPrompt(TypedDict, total=False):
+    """One choice of a /v1/completions reply to a scoring request, as far as it is read here."""
+
+    prompt_logprobs: list[dict[str, dict[str, float]]] | None
+    """For each token: id -> ``{"logprob": nats, ...}``. vLLM writes null for the first token."""
 
 
 def pinned(request: Request, *, model: str, seed: int) -> Request:
-    """The request as it is sent: exact ids and log-probabilities, sampled from softmax(logits / temperature).
+    """The request as it is sent: sampled from softmax(logits / temperature), with exact ids and log-probabilities.
+
+    Args:
+        request: The caller's request.
+        model: Name under which the server serves the model.
+        seed: Seed of the sample.
 
     Raises:
         dspy.lm15.UnsupportedFeatureError: it asks for another distribution, which training would not score.
     """
     refuse_reshaped_sampling(request)
     config = request.config
-    asked = dict(config.extensions or {})
-    if reshaping := sorted(name for name in asked if name in RESHAPING and asked[name] != RESHAPING[name]):
+    extensions = dict(config.extensions or {})
+    if reshaping := sorted(name for name in extensions if extensions[name] != RESHAPING.get(name, extensions[name])):
         raise UnsupportedFeatureError(f"{', '.join(reshaping)}: not what training scores; remove it from the LM")
     pins = replace(
         config,
         temperature=1.0 if config.temperature is None else config.temperature,
         top_p=1.0,
-        top_k=None,  # not a field of this wire
-        # Shown to the model all the same; "auto" needs a parser of the server's, which may force the form of a call.
+        top_k=None,  # sent as an extension
+        # The model sees the tools nevertheless. "auto" needs a parser in the server, which may force a call's form.
         tool_choice=ToolChoice(mode="none") if request.tools else None,
         seed=seed,
         logprobs=config.logprobs or 0,
-        extensions={**asked, **RESHAPING, "return_token_ids": True},
+        extensions={**extensions, **RESHAPING, "return_token_ids": True},
     )
     return replace(request, model=model, config=pins)
 
 
 def read_completion(response: Response, weights: WeightsVersion, *, keep_logprobs: bool = False) -> Completion:
-    """The exact tokens of a reply.
+    """A reply with its exact tokens.
 
     Args:
-        response: As lm15 read it, provider data included.
+        response: The response as lm15 read it, provider data included.
         weights: The version that sampled it.
-        keep_logprobs: Whether the caller had asked for log-probabilities in the response itself.
+        keep_logprobs: Whether the caller asked for log-probabilities in the response itself.
 
     Raises:
-        NoAnswerError: the server broke the reply off.
-        EngineError: ids or log-probabilities are missing or do not match; nothing is re-tokenized instead.
+        NoAnswerError: the server cut the reply off.
+        EngineError: ids or log-probabilities are missing or do not match. The text is never tokenized instead.
     """
     data = response.provider_data or {}
     choice = (data.get("choices") or [{}])[0]
     prompt_ids, completion_ids = data.get("prompt_token_ids"), choice.get("token_ids")
-    # lm15 reads every reason that it does not know, "abort" among them, as a finished reply.
+    # lm15 reads every finish reason that it does not know, such as "abort", as a complete reply.
     finish_reason = choice.get("finish_reason")
     if finish_reason not in FINISHED:
         raise NoAnswerError(f"vLLM broke off a reply ({finish_reason!r}); its tokens are not a sample")
@@ -72,9 +84,9 @@ def read_completion(response: Response, weights: WeightsVersion, *, keep_logprob
             f"vLLM returned {len(completion_ids)} sampled ids but {len(logprobs)} log-probabilities; "
             "the reply cannot be trained on"
         )
-    shown = replace(response, provider_data=None, logprobs=response.logprobs if keep_logprobs else None)
+    stripped = replace(response, provider_data=None, logprobs=response.logprobs if keep_logprobs else None)
     return Completion(
-        response=shown,
+        response=stripped,
         prompt_ids=tuple(prompt_ids),
         completion_ids=tuple(completion_ids),
         logprobs=logprobs,
@@ -83,7 +95,7 @@ def read_completion(response: Response, weights: WeightsVersion, *, keep_logprob
     )
 
 
-def read_scores(choice: Mapping[str, Any], sequence: Sequence[int]) -> list[float]:
+def read_scores(choice: ScoredPrompt, sequence: Sequence[int]) -> list[float]:
     """Log-probability of each token but the first, from one choice of a /v1/completions reply.
 
     Raises:

@@ -1,7 +1,7 @@
-"""ASGI middleware that vLLM loads: every path but /health needs the key.
+"""ASGI middleware that vLLM loads: every path except /health requires the key.
 
-vLLM's own check covers /v1 only; the developer endpoints, which can run any method of the engine, stay open
-to everyone on the machine. This folder is on the server's PYTHONPATH: keep it free of other modules' names.
+vLLM's own check covers /v1 only. The developer endpoints, which can run any method of the engine, would be open to
+everyone on the machine. This folder is on the server's PYTHONPATH, so its file names must not shadow other modules.
 """
 
 import os

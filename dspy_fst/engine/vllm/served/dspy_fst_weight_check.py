@@ -1,12 +1,12 @@
-"""Runs inside vLLM's workers: compares the weights that the forward pass reads with those of a published folder.
+"""Runs inside vLLM's workers: compares the weights that the forward pass uses with those of a published folder.
 
-vLLM's own digests (`compute_weight_checksums`, 0.32) hash `named_parameters`. On a CPU that proves nothing: a linear
-layer's parameter is emptied once oneDNN has packed a private copy, and the copy is what the layer multiplies with. So
-the folder goes through the model's own loading, layer by layer into blank tensors, and each is compared with what the
-layer uses. A packed layer is asked for its matrix by multiplying it with the identity, which is exact.
+vLLM's own digests (`compute_weight_checksums`, 0.32) hash `named_parameters`. On a CPU that proves nothing: oneDNN
+packs a private copy of a linear layer's weight, the layer multiplies with that copy, and the parameter is emptied. So
+the folder is loaded layer by layer into blank tensors, by the model's own loaders, and each tensor is compared with the
+one that the layer uses. A packed matrix is read by multiplying the layer with the identity, which is exact.
 
-This folder is on the server's PYTHONPATH, and the class is named by ``--worker-extension-cls``. Read from vLLM 0.32:
-`model_executor/model_loader/reload` (what a reload does, step by step, is done here without the last copy).
+This folder is on the server's PYTHONPATH, and ``--worker-extension-cls`` names the class. Read from vLLM 0.32,
+`model_executor/model_loader/reload`: the steps of a reload are repeated here, without the last one, which copies.
 """
 
 import copy
@@ -21,23 +21,23 @@ import xxhash
 from torch import Tensor, nn
 
 EYE_ROWS = 256
-"""Rows of the identity that a packed layer is multiplied with at once; bounds the memory."""
+"""Rows of the identity that a packed layer is multiplied with at once, to bound the memory."""
 
 
 def digest(tensor: Tensor) -> str:
-    """XXH3 (128 bits) of a tensor's type, shape and bytes. It finds faults, not forgeries."""
+    """XXH3 (128 bits) of a tensor's type, shape and bytes. It detects faults, but not forgeries."""
     flat = tensor.detach().cpu().contiguous()
-    seen = xxhash.xxh3_128(f"{flat.dtype} {tuple(flat.shape)} ".encode())
-    seen.update(flat.view(-1).view(torch.uint8).numpy().data)
-    return seen.hexdigest()
+    hashed = xxhash.xxh3_128(f"{flat.dtype} {tuple(flat.shape)} ".encode())
+    hashed.update(flat.view(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def difference(used: Tensor, wanted: Tensor) -> str | None:
-    """How two tensors differ, in words; None when they are equal, number by number.
+    """How two tensors differ, in words; None if all their numbers are equal.
 
     Args:
-        used: What the engine reads; ``wanted`` is cast to its type.
-        wanted: What it should read. NaN stands for numbers that nobody asks for, such as padding.
+        used: The tensor in use; ``wanted`` is cast to its type.
+        wanted: The tensor that should be in use. NaN marks numbers that are not compared, such as padding.
     """
     if used.shape != wanted.shape:
         return f"shape {tuple(used.shape)} for {tuple(wanted.shape)}"
@@ -84,7 +84,7 @@ def _read(load_config: Any, model_config: Any, model: nn.Module) -> Iterable[tup
 
 
 class _Named(list[Any]):
-    """The arguments of a layer's loader calls, as vLLM buffers them, and the tensor of the folder behind each."""
+    """The arguments of a layer's loader calls, as vLLM buffers them, each with the name of the folder's tensor."""
 
     def __init__(self, reading: "Comparison"):
         super().__init__()
@@ -99,14 +99,14 @@ class _Load(NamedTuple):
     """One call of a weight loader."""
 
     origin: str
-    """The folder's tensor."""
+    """Name of the folder's tensor."""
     name: str
-    """The layer's."""
+    """Name of the layer's tensor."""
     arguments: Any
 
 
 class Comparison:
-    """One pass over a folder's weights beside a live model, which is left as it was found."""
+    """One comparison of a folder's weights with a live model, which is unchanged afterwards."""
 
     def __init__(self, model: nn.Module, model_config: Any):
         self.model, self.model_config = model, model_config
@@ -114,7 +114,7 @@ class Comparison:
         self.wrong: dict[str, str] = {}
         self.live: dict[nn.Module, dict[str, Any]] = {}
         self.current = ""
-        """Name of the tensor that the model's loading was given last."""
+        """Name of the folder's tensor that was passed to the model's loader last."""
 
     @torch.no_grad()
     def run(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -127,7 +127,7 @@ class Comparison:
             for layer in self.model.modules():
                 info = layerwise.get_layerwise_info(layer)
                 if info.can_load() and info.loaded_weights and not layerwise.is_deferred_attention_layer(layer):
-                    self._compare_layer(layer, info)  # parts of it are padding, so it was never full
+                    self._compare_layer(layer, info)  # parts of it are padding, so it never counted as complete
             self._compare_shielded()
         for name in sorted(live - loaded) if loaded is not None else ():
             self.wrong[name] = "no tensor of the folder is loaded into it"
@@ -141,7 +141,7 @@ class Comparison:
 
     @contextmanager
     def _set_aside(self) -> Iterator[None]:
-        """Blank tensors in the place of the live ones, which come back whatever happens."""
+        """Replace the live tensors by blank ones in this block; they are restored even after an error."""
         from vllm.model_executor.model_loader.reload import layerwise
 
         kept = [_Kept(layer) for layer in self.model.modules()]
@@ -159,7 +159,7 @@ class Comparison:
                 state.restore()
 
     def _compare_layer(self, layer: nn.Module, info: Any) -> None:
-        """Compare a layer, then let go of its blank tensors: all layers' together would be a second model."""
+        """Compare a layer, then release its blank tensors: those of all layers would be a second model in memory."""
         empty = _Kept(layer)
         try:
             self._compare_loaded(layer, info)
@@ -168,7 +168,7 @@ class Comparison:
             info.reset()
 
     def _compare_loaded(self, layer: nn.Module, info: Any) -> None:
-        """Load what was buffered for a layer into blank tensors and compare them with the live ones."""
+        """Load a layer's buffered tensors into blank ones, and compare these with the live ones."""
         live, buffered = self.live[layer], info.loaded_weights
         loads = [_Load(origin, *load) for origin, load in zip(buffered.names, buffered, strict=True)]
         names = list(dict.fromkeys(load.name for load in loads))
@@ -181,10 +181,10 @@ class Comparison:
             if name == "weight" and packed is not None and used.numel() == 0:
                 used = multiplied_out(packed, raw[name].shape[1], used)
             if (how := difference(used, wanted[name])) is not None:
-                self._put_down(layer, info, [load for load in loads if load.name == name], used, how)
+                self._attribute(layer, info, [load for load in loads if load.name == name], used, how)
 
     def _load(self, layer: nn.Module, info: Any, loads: "list[_Load]") -> None:
-        """Run the model's own loaders into blank tensors, NaN where nothing is loaded."""
+        """Run the model's own loaders on blank tensors, which are NaN wherever nothing is loaded."""
         from vllm.model_executor.model_loader.reload import layerwise, meta
 
         templates = {name: tensor for part in info.restore_metadata for name, tensor in part.items()}
@@ -202,12 +202,12 @@ class Comparison:
             blank.weight_loader(*load.arguments.args, **load.arguments.kwargs)
 
     def _processed(self, layer: nn.Module, names: list[str]) -> dict[str, Tensor]:
-        """What a first load makes of the loaded tensors: repacked experts, quantized weights."""
+        """The tensors after the processing of a first load, which packs experts and quantizes weights."""
         from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
         method = copy.copy(getattr(layer, "quant_method", None))
         if isinstance(method, QuantizeMethodBase):
-            # On a reload the experts' kernel, made by the first load, makes vLLM 0.32 leave out the packing on a CPU.
+            # On a CPU, vLLM 0.32 skips the packing of experts if their kernel exists already, as it does on a reload.
             if getattr(method, "moe_kernel", None) is not None:
                 method.moe_kernel = None
             if hasattr(layer, "_already_called_process_weights_after_loading"):
@@ -216,7 +216,7 @@ class Comparison:
         return {name: getattr(layer, name) for name in names}
 
     def _compare_shielded(self) -> None:
-        """What vLLM loads at once and never buffers, such as a router's correction bias, is in the copies now."""
+        """Compare tensors that vLLM never buffers, such as a router's correction bias; they were loaded into copies."""
         from vllm.model_executor.model_loader.reload import meta
 
         for path, layer in self.model.named_modules():
@@ -225,38 +225,38 @@ class Comparison:
                 if used is not None and read is not None and (how := difference(used, read)) is not None:
                     self.wrong[f"{path}.{name}"] = how
 
-    def _put_down(self, layer: nn.Module, info: Any, loads: "list[_Load]", used: Tensor, how: str) -> None:
-        """Put a difference down to those of the folder's tensors, fused into this one, that it lies in."""
+    def _attribute(self, layer: nn.Module, info: Any, loads: "list[_Load]", used: Tensor, how: str) -> None:
+        """Attribute a difference to those of the folder's tensors, among the fused ones, that contain it."""
         fused = "" if len(loads) == 1 else f", in the {len(loads)} tensors fused with it"
-        found: dict[str, str] = {}
+        faults: dict[str, str] = {}
         for load in loads:
             self._load(layer, info, [load])
             part = getattr(layer, load.name)
-            if part.shape != used.shape or not part.is_floating_point():  # the live one has another layout
-                found[load.origin] = how + fused
-            elif (own := difference(used, part)) is not None:
-                found[load.origin] = own
-        # Equal to the file, and yet not what a first load makes of it: the kernel reads it in another order.
-        self.wrong |= found or {load.origin: f"{how}{fused}: it is not packed for its kernel" for load in loads}
+            if part.shape != used.shape or not part.is_floating_point():  # the live tensor has another layout
+                faults[load.origin] = how + fused
+            elif (gap := difference(used, part)) is not None:
+                faults[load.origin] = gap
+        # Equal to the file, but not to the result of a first load: the kernel would read it in another order.
+        self.wrong |= faults or {load.origin: f"{how}{fused}: it is not packed for its kernel" for load in loads}
 
     def _compare_packed_head(self, name: str, layer: nn.Module) -> None:
-        """A head keeps its parameter beside the packed copy; where the copy is multiplied with, it must be the same."""
+        """Compare the packed copy that an LM head may multiply with, and the parameter that it also keeps."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         packed = getattr(layer, "cpu_linear", None)
         if not isinstance(layer, ParallelLMHead) or packed is None or layer.weight.numel() == 0:
             return
         if self.model_config.head_dtype != layer.weight.dtype:
-            return  # then vLLM multiplies with the parameter itself
+            return  # vLLM multiplies with the parameter itself
         used = multiplied_out(packed, layer.weight.shape[1], layer.weight)
         if (how := difference(used, layer.weight)) is not None:
             self.wrong.setdefault(f"{name}.weight", f"{how} (a packed copy was left behind)")
 
 
 def multiplied_out(linear: Any, width: int, weight: Tensor) -> Tensor:
-    """The matrix, shape (outputs, ``width``), that a packed layer really multiplies with.
+    """The matrix, shape (outputs, ``width``), that a packed layer multiplies with.
 
-    A row of the identity picks one column: each output is one weight plus zeros, exact in every precision.
+    A row of the identity selects one column: each output is one weight plus zeros, which is exact in any precision.
     """
     dtype = weight.dtype
     columns = []
@@ -268,7 +268,7 @@ def multiplied_out(linear: Any, width: int, weight: Tensor) -> Tensor:
 
 
 class _Kept:
-    """All that a layer holds, to be put back."""
+    """The state of a layer, for restoring it."""
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
@@ -280,7 +280,7 @@ class _Kept:
     def restore(self) -> None:
         self.layer.__dict__.clear()
         self.layer.__dict__.update(self._attributes)
-        for name, content in self._tables.items():  # in place, for whoever holds the table itself
+        for name, content in self._tables.items():  # in place, because others may refer to the table itself
             table = getattr(self.layer, name)
             table.clear()
             table.update(content)
@@ -295,7 +295,7 @@ _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
 def _shield(layer: nn.Module, tensors: dict[str, Any]) -> None:
-    """Put copies in the place of what vLLM's reload leaves on the layer and writes into, such as biases."""
+    """Replace the tensors that vLLM's reload does not blank but writes into, such as biases, by copies."""
     from vllm.model_executor.model_loader.reload import meta
 
     tables: list[dict[str, Any]] = [layer._parameters, layer._buffers]
