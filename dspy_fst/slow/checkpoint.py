@@ -37,7 +37,7 @@ PROCESSOR_FILES = (
 """Files that shape the prompts of multimodal models, beside the tokenizer's own (names of transformers 5.19)."""
 
 
-class Publisher:
+class CheckpointWriter:
     """Writes a model's weights as a folder that an engine serves. Everything but the weights is prepared once.
 
     Args:

@@ -19,7 +19,7 @@ from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
 from dspy_fst.slow import losses
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 from dspy_fst.slow.calls import check_recorded, completions
-from dspy_fst.slow.checkpoint import Publisher, read_state, write_state
+from dspy_fst.slow.checkpoint import CheckpointWriter, read_state, write_state
 from dspy_fst.slow.environment import environment_faults
 from dspy_fst.slow.exact import exact_matmuls
 from dspy_fst.slow.model import Policy
@@ -319,12 +319,12 @@ class Trainer:
         Raises:
             TrainingError: ``directory`` exists.
         """
-        digests = self._publisher.write(Path(directory))
+        digests = self._checkpoints.write(Path(directory))
         return Checkpoint(version=version, path=Path(directory), digests=digests)
 
     @cached_property
-    def _publisher(self) -> Publisher:
-        return Publisher(self._policy.model, self._tokenizer, self._dtype, self._source)
+    def _checkpoints(self) -> CheckpointWriter:
+        return CheckpointWriter(self._policy.model, self._tokenizer, self._dtype, self._source)
 
     def save_state(self, directory: Path) -> None:
         """Write weights, AdamW's moments, the number of updates and torch's generators as the new folder ``directory``.
