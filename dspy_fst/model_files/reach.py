@@ -1,7 +1,7 @@
 """Whether an address answers. It is asked once: for a second where a person waits, for longer in a run.
 
-Libraries retry for long when nothing answers. huggingface_hub 1.33 asks six times for each missing file and waits 1, 2,
-4, 8 and 8 s in between, before it raises an error that a user can act on.
+Libraries retry for long when nothing answers. huggingface_hub 1.33 asks seven times for each missing file, and waits 1,
+2, 4, 8 and 8 s in between, before it raises an error that a user can act on.
 """
 
 import threading

@@ -51,22 +51,12 @@ class Publishing:
         ids = self.texts.ids()
         expected = Expected(checkpoint, ids, self._trainer.score(ids), self._trainer.dtype, self._tolerance)
 
-        proved = False
-
         def prove(engine: Scorer) -> None:
-            nonlocal proved
-            proof = verify(engine, expected)
-            proved = True
-            if not proof.identical and not self._told_blind:
+            if not verify(engine, expected).identical and not self._told_blind:
                 self._told_blind = True
                 self._tell(BLIND)
 
-        engine = self._handle.engine
-        engine.on_recovery(self._tell, prove)
-        engine.load(checkpoint)
-        if not proved:  # an engine of somebody's own, whose load does not ask for the proof
-            prove(engine)
-        self._handle.checkpoint = checkpoint
+        self._load(checkpoint, prove)
 
     def serve_again(self, checkpoint: Checkpoint) -> None:
         """Serve weights of an earlier publish, which the trainer holds no more: their tensors alone are compared.
@@ -77,19 +67,26 @@ class Publishing:
             SyncError, EngineError: as `serve` has it.
         """
 
-        proved = False
-
         def prove(engine: Scorer) -> None:
-            nonlocal proved
             if (held := engine.held(checkpoint)) is not None:
                 verify_identity(held, checkpoint)
+
+        self._load(checkpoint, prove)
+
+    def _load(self, checkpoint: Checkpoint, prove: Callable[[Scorer], None]) -> None:
+        """Load the weights; ``prove`` raises where the engine serves others, now and after each recovery."""
+        proved = False
+
+        def proof(engine: Scorer) -> None:
+            nonlocal proved
+            prove(engine)
             proved = True
 
         engine = self._handle.engine
-        engine.on_recovery(self._tell, prove)
+        engine.on_recovery(self._tell, proof)
         engine.load(checkpoint)
-        if not proved:
-            prove(engine)
+        if not proved:  # an engine of somebody's own, whose load does not ask for the proof
+            proof(engine)
         self._handle.checkpoint = checkpoint
 
 
