@@ -27,13 +27,56 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class AdapterFiles:
+    """One immutable LoRA adapter: a peft folder (adapter_config.json, adapter_model.safetensors).
+
+    >>> AdapterFiles("shared", Path("weights/step-000007/shared")).tensor("x.q_proj.lora_A.weight")
+    'shared: x.q_proj.lora_A.weight'
+    """
+
+    name: str
+    """Unique within its checkpoint, e.g. ``"shared"``; the adapter of the next version has the same name."""
+    path: Path
+    digests: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Of every tensor as its writer held it, by name in adapter_model.safetensors; empty when nobody recorded them."""
+
+    def tensor(self, name: str) -> str:
+        """The name of one of its tensors in a `Holding`."""
+        return f"{self.name}: {name}"
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """One immutable Hugging Face folder of policy weights (untied, with tokenizer) and its version."""
+    """One immutable version of the policy's weights: a Hugging Face folder, and the LoRA adapters on it, if any."""
 
     version: WeightsVersion
     path: Path
+    """Whole weights (untied, with tokenizer). With adapters: their base, which all versions of a run share."""
     digests: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """Of every tensor as its writer held it, by name in the folder; empty when nobody recorded them."""
+    """Of every tensor of ``path`` as its writer held it, by name in the folder; empty when nobody recorded them."""
+    adapters: tuple[AdapterFiles, ...] = ()
+    """By name, in order. Empty: the folder's weights are the policy's."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that names this version: the adapters' own parent where there are adapters, else ``path``."""
+        return self.adapters[0].path.parent if self.adapters else self.path
+
+    def adapter(self, name: str | None) -> AdapterFiles | None:
+        """The adapter that a call goes through.
+
+        Args:
+            name: Of one of ``adapters``. None: the only one; where there are several or none, the base alone.
+
+        Raises:
+            ValueError: there is no adapter of this name.
+        """
+        if name is None:
+            return self.adapters[0] if len(self.adapters) == 1 else None
+        known = {adapter.name: adapter for adapter in self.adapters}
+        if name not in known:
+            raise ValueError(f"weights {self.version} have no LoRA adapter {name!r}; they have {[*known]}")
+        return known[name]
 
 
 @dataclass(frozen=True)
@@ -41,11 +84,14 @@ class Holding:
     """What an engine's weights in use are, beside those of a published folder."""
 
     digests: Mapping[str, str]
-    """Of every tensor as the engine read it from the folder, by name in the folder."""
+    """Of every tensor as the engine read it, by name in the folder; an adapter's under `AdapterFiles.tensor`."""
     wrong: Mapping[str, str]
     """Tensor -> how the one in use differs, e.g. ``{"lm_head.weight": "83 of 4096 numbers, by up to 0.002"}``."""
     dtype: str
     """``"float32"`` or ``"bfloat16"``: the arithmetic of the engine's body."""
+    with_base: bool = True
+    """Whether ``digests`` and ``wrong`` cover the folder ``path``. False: they cover the adapters alone, as the base
+    has been compared since the engine read it, and nothing was written to it since."""
 
 
 class Scorer(Protocol):
@@ -54,13 +100,20 @@ class Scorer(Protocol):
     def held(self, checkpoint: Checkpoint) -> Holding | None:
         """Compare the weights that the forward pass reads with a folder's; None when the engine cannot tell.
 
+        Adapters are compared each time, their base once after each time that the engine read it.
+
         Raises:
             EngineError: the folder cannot be read, or the engine does not answer.
         """
         ...
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of every token but the first of each sequence, at temperature 1."""
+    def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
+        """Log-probability of every token but the first of each sequence, at temperature 1.
+
+        Args:
+            sequences: Token ids.
+            adapter: See `Checkpoint.adapter`.
+        """
         ...
 
 
@@ -84,12 +137,16 @@ class Engine(Scorer, Protocol):
         """
         ...
 
-    def complete(self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
+    def complete(
+        self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None, adapter: str | None = None
+    ) -> Completion:
         """Sample one reply. ``seed`` fixes the draw given the weights (up to batching on a server).
 
         Args:
             prompt_ids: The rendered prompt, where the caller has it (a conversation that goes on from sampled ids).
                 None: the engine renders the request.
+            adapter: The LoRA adapter that the reply is sampled with, see `Checkpoint.adapter`. Callers that mean None
+                leave it out, so that an engine of somebody's own need not have the argument.
 
         Raises:
             EngineError: the engine is gone or did not answer in time.
@@ -122,7 +179,7 @@ class Engine(Scorer, Protocol):
 class StreamingEngine(Protocol):
     """An engine that can tell a reply while it is sampled."""
 
-    def stream(self, request: Request, seed: int) -> Generator[str, None, Completion]:
+    def stream(self, request: Request, seed: int, adapter: str | None = None) -> Generator[str, None, Completion]:
         """`Engine.complete`, its text told in pieces; the generator returns what ``complete`` would have.
 
         Closing it ends the reply. Once a piece was told, a failure is not survived by asking again.

@@ -96,6 +96,8 @@ class InProcessEngine:
             self._wake()
 
     def load(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.adapters:
+            raise EngineError(f"weights {checkpoint.version} have LoRA adapters, which this engine does not serve")
         with self._model_lock:
             try:
                 if self._model is None:
@@ -123,7 +125,9 @@ class InProcessEngine:
                     f"weights {checkpoint.version} at {checkpoint.path} cannot be read: {error}"
                 ) from error
 
-    def complete(self, request: lm15.Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
+    def complete(
+        self, request: lm15.Request, seed: int, prompt_ids: tuple[int, ...] | None = None, adapter: str | None = None
+    ) -> Completion:
         if request.config.logprobs:
             raise lm15.UnsupportedFeatureError(
                 f"top_logprobs={request.config.logprobs}: the in-process engine tells the log-probabilities of the "
@@ -149,7 +153,7 @@ class InProcessEngine:
         return completion if self._reader is None else self._reader.read(completion, request)
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
         with self._model_lock:
             return [self._token_logprobs(sequence) for sequence in sequences]
 

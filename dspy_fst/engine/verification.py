@@ -80,7 +80,7 @@ def verify_identity(held: Holding, checkpoint: Checkpoint) -> None:
         DiskError: the folder does not hold what was written, so loading it again would not help.
         SyncError: the engine uses other tensors than the folder's; the message names them, and how each differs.
     """
-    written = _faults_of_writing(held.digests, checkpoint.digests) if checkpoint.digests else {}
+    written = _faults_of_writing(held, checkpoint)
     if written:
         raise DiskError(
             f"weights {checkpoint.version}: {checkpoint.path} does not hold what the trainer wrote: "
@@ -133,7 +133,16 @@ def verify_numbers(
     return mean
 
 
-def _faults_of_writing(read: Mapping[str, str], wrote: Mapping[str, str]) -> dict[str, str]:
+def _faults_of_writing(held: Holding, checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensor -> how the one that the engine read differs from its writer's; parts without digests are left out."""
+    adapters = {adapter.tensor(""): adapter.digests for adapter in checkpoint.adapters}
+    wrote = {prefix + name: digest for prefix, digests in adapters.items() for name, digest in digests.items()}
+    unrecorded = tuple(prefix for prefix, digests in adapters.items() if not digests)
+    read = {name: digest for name, digest in held.digests.items() if not name.startswith(unrecorded)}
+    if held.with_base and checkpoint.digests:
+        wrote |= checkpoint.digests
+    else:
+        read = {name: digest for name, digest in read.items() if name.startswith(tuple(adapters))}
     faults = dict.fromkeys(wrote.keys() - read.keys(), "missing")
     faults |= dict.fromkeys(read.keys() - wrote.keys(), "nobody wrote it")
     return faults | {name: "its bytes differ" for name in wrote.keys() & read.keys() if wrote[name] != read[name]}

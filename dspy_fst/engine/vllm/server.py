@@ -117,6 +117,8 @@ class VLLMServer:
                 launch or swap nothing is sampled until a load succeeds.
         """
         require_checkpoint(checkpoint)
+        if checkpoint.adapters:
+            raise EngineError(f"weights {checkpoint.version} have LoRA adapters, which this engine does not serve")
         with self._lock.loading(self.settings.request_timeout_s), self._explaining_death():
             self._weights = None
             if self._client is None:
@@ -138,7 +140,7 @@ class VLLMServer:
             completion = yield from client.stream(sent, seed, weights)
         return self._reader.read(completion, request)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1.
 
         A sequence must be at least one token shorter than ``max_model_len``.

@@ -114,12 +114,14 @@ class Supervisor:
                 raise
             self._restarts = 0
 
-    def complete(self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
+    def complete(
+        self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None, adapter: str | None = None
+    ) -> Completion:
         """Sample one reply, even if the server fails meanwhile; see ``Engine.complete``."""
         rendered = () if prompt_ids is None else (prompt_ids,)
         return self._ask(lambda server: server.complete(request, seed, *rendered))
 
-    def stream(self, request: Request, seed: int) -> Generator[str, None, Completion]:
+    def stream(self, request: Request, seed: int, adapter: str | None = None) -> Generator[str, None, Completion]:
         """`complete`, with the text yielded in pieces. After the first piece the request is not repeated, because the
         caller would get a part of the text twice."""
         with closing(self._serving().stream(request, seed)) as pieces:
@@ -132,7 +134,7 @@ class Supervisor:
             yield first
             return (yield from pieces)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1."""
         return self._ask(lambda server: server.score(sequences))
 
