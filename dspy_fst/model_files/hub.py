@@ -53,16 +53,31 @@ def hub_silence(seconds: float = ANSWER_S) -> str | None:
     return f"{constants.ENDPOINT} cannot be reached ({silence})" if silence else None
 
 
+def read_from(name: str, seconds: float = ANSWER_S) -> Path:
+    """Where a hub model's small files are read from: its folder in the cache if it is whole there and the hub is silent.
+
+    A library that is given the name asks the silent hub for every file that the model lacks, 23 s long for each.
+    """
+    folder = _cached_folder(name)
+    silent = folder is not None and in_cache(name) == "whole" and hub_silence(seconds)
+    return folder if folder is not None and silent else Path(name)
+
+
 def in_cache(name: str) -> Cached:
     """How much of a model huggingface_hub's cache holds: config and all weights, only a part, or nothing."""
+    if (folder := _cached_folder(name)) is None:
+        return "not"
+    return "whole" if (folder / "config.json").is_file() and _has_weights(folder) else "in part"
+
+
+def _cached_folder(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, local_files_only=True))
+        return Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
-        return "not"
-    return "whole" if (folder / "config.json").is_file() and _has_weights(folder) else "in part"
+        return None
 
 
 def _has_weights(folder: Path) -> bool:

@@ -8,7 +8,7 @@ from dspy_fst.errors import briefly
 from dspy_fst.model_files.adapter_folder import adapter_fault
 from dspy_fst.model_files.architectures import context_length
 from dspy_fst.model_files.folder import folder_faults, stored_layer_fault
-from dspy_fst.model_files.hub import hub_fault, means_a_path
+from dspy_fst.model_files.hub import hub_fault, means_a_path, read_from
 from dspy_fst.model_files.kind import kind_faults, unreadable
 from dspy_fst.model_files.reach import ANSWER_S
 from dspy_fst.model_files.stored_shapes import stored_shapes
@@ -30,15 +30,16 @@ def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
         return [f"{where}: {fault}"]
     if fault := adapter_fault(path):
         return [f"{where}: {fault}"]
+    files = path if path.is_dir() else read_from(str(path), hub_s)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(files, trust_remote_code=False)
     except Exception as error:  # foreign files may break in any way
         return [f"{where}: {unreadable(path, error)}"]
     faults = [f"{where}: {fault}" for fault in (*_kind_faults(policy, config), *_weights_faults(path))]
     if path.is_dir() and not faults and (fault := stored_layer_fault(path)):
         faults.append(f"{where}: {fault}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(files, trust_remote_code=False)
     except Exception as error:
         faults.append(f"{where}: its tokenizer cannot be read: {briefly(error)}")
     else:

@@ -169,6 +169,13 @@ def test_a_model_in_the_cache_is_checked_without_the_hub_and_its_silence_is_told
     assert "set HF_HUB_OFFLINE=1" in warning
 
 
+def test_a_model_in_the_cache_is_checked_without_waiting_for_the_files_that_it_lacks(project, cache, refusing, caplog):
+    fill(cache)
+    with caplog.at_level(logging.INFO, logger="huggingface_hub"):
+        warnings(project)
+    assert "Retry" not in caplog.text
+
+
 def test_whoever_said_to_be_offline_is_asked_nothing_and_told_nothing_of_it(project, cache, silent, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (fault,) = faults(project)
