@@ -54,7 +54,7 @@ def hub_silence(seconds: float = ANSWER_S) -> str | None:
 
 
 def read_from(name: str, seconds: float = ANSWER_S) -> Path:
-    """Where a hub model's small files are read from: its folder in the cache if it is whole there and the hub is silent.
+    """Where a hub model's small files are read from: the cache, if it is whole there and the hub is silent.
 
     A library that is given the name asks the silent hub for every file that the model lacks, 23 s long for each.
     """
