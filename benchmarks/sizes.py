@@ -28,8 +28,7 @@ from dspy_fst.memory import DISK, MEMORY, Available, Workload, model_size, plan_
 from dspy_fst.memory.arithmetic import HEAP, MicroBatchShape, update_bytes
 from dspy_fst.memory.shape import ModelSize
 from dspy_fst.run.files import write_json
-from dspy_fst.slow.batching import MicroBatch
-from dspy_fst.slow.calls import completions
+from dspy_fst.slow.batching import MicroBatch, completions
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Batch, Row
 from programs import smollm2

@@ -258,7 +258,7 @@ class PredictorReport:
     advantage: float | None
     """Mean over its rows; None without rows."""
     score: float | None
-    """Mean of its own scores, failures included (see `dspy_fst.slow.predictors`); None without scores."""
+    """Mean of its own scores, failures included (see `dspy_fst.slow.credit.own_scores`); None without scores."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,18 @@
-"""Cuts token sequences into micro-batches within a token budget. A prefix that sequences share is read once. Pure."""
+"""Recorded calls become token sequences, and these are cut into micro-batches within a token budget. Pure.
 
+A prefix that sequences share is read once.
+"""
+
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dspy_fst.errors import NotFiniteError, TrainingError
+from dspy_fst.types import Call, Row
 
 Ids = tuple[int, ...]
 
@@ -27,6 +34,57 @@ class Scored:
     def tokens(self) -> int:
         """Number of scored tokens."""
         return len(self.ids) - self.start
+
+
+def completions(calls: Sequence[Call] | Sequence[Row]) -> list[Scored]:
+    """Each call as a sequence whose completion is scored at the call's temperature."""
+    return [Scored((*call.prompt_ids, *call.completion_ids), len(call.prompt_ids), call.temperature) for call in calls]
+
+
+def check_recorded(rows: Sequence[Row]) -> None:
+    """Check that every row has one finite log-probability per completion token.
+
+    Raises:
+        TrainingError: a row has more or fewer log-probabilities than tokens.
+        NotFiniteError: a log-probability is not finite.
+    """
+    for index, row in enumerate(rows):
+        who = f"call {index} ({row.predictor or 'unnamed'})"
+        if len(row.logprobs) != len(row.completion_ids):
+            raise TrainingError(
+                f"{who} has {len(row.logprobs)} log-probabilities for its {len(row.completion_ids)} tokens; the engine "
+                "must record the ones it sampled with"
+            )
+        if not all(map(math.isfinite, row.logprobs)):
+            raise NotFiniteError(f"{who} was recorded with a log-probability that is not finite")
+
+
+def check_scorable(sequences: Sequence[Scored], *, vocabulary: int, last_position: int | None) -> None:
+    """Check that a model can score the sequences. On a GPU others would fail an assertion and kill the process.
+
+    Args:
+        vocabulary: Every token id must be smaller.
+        last_position: Highest position that the model reads; None: no limit.
+
+    Raises:
+        TrainingError: a sequence cannot be scored.
+    """
+    for index, sequence in enumerate(sequences):
+        if not sequence.temperature > 0:
+            raise TrainingError(
+                f"call {index} was sampled at temperature {sequence.temperature}, which has no gradient"
+            )
+        if sequence.start < 1:
+            raise TrainingError(f"call {index} has no prompt, so its first token cannot be scored")
+        if last_position is not None and len(sequence.ids) > last_position + 1:
+            raise TrainingError(
+                f"call {index} has {len(sequence.ids)} tokens, and the model reads {last_position + 1} at most; lower "
+                "max_tokens or shorten the prompt"
+            )
+        if min(sequence.ids) < 0 or max(sequence.ids) >= vocabulary:
+            raise TrainingError(
+                f"call {index} has token ids outside 0..{vocabulary - 1}: it was sampled from another model"
+            )
 
 
 def chains(sequences: Sequence[Scored]) -> list[list[int]]:

@@ -6,14 +6,14 @@ Both are whole or absent: each is written beside its place, flushed to the disk,
 import copy
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 # Read from transformers 5.19. It undoes the renaming and fusing of from_pretrained, e.g. of experts. save_pretrained
@@ -25,16 +25,40 @@ from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.folder import wrapped_names
 from dspy_fst.run.files import flush, scratch_beside
-from dspy_fst.slow.rendered import rendering_fault
 
 STATE_FORMAT = 1
-
-
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, as torch names it."""
 PROCESSOR_FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("image_processor_config.json", "feature_extraction_config.json", "chat_template.json"),
 )
 """Files that shape the prompts of multimodal models, beside the tokenizer's own (names of transformers 5.19)."""
+Message = dict[str, object]
+Prompt = list[int] | str
+"""Token ids, or the name of the exception that the template raises."""
+TOOL: Message = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Looks a word up.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+    },
+}
+QUESTION = "What is  a\nlynx? é 1234"
+SYSTEM: Message = {"role": "system", "content": "Be brief."}
+USER: Message = {"role": "user", "content": QUESTION}
+CALL: Message = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "lynx"}}}
+CONVERSATIONS: dict[str, list[Message]] = {
+    "one turn": [USER],
+    "a system prompt and one turn": [SYSTEM, USER],
+    "three turns": [SYSTEM, USER, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "How big?"}],
+    "a tool's call and result": [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "look_up", "content": "a cat"},
+    ],
+}
 
 
 class CheckpointWriter:
@@ -132,6 +156,53 @@ def _check_rendering(files: Mapping[str, bytes], tokenizer: PreTrainedTokenizerB
             raise TrainingError(f"the weights are not published: {fault}")
 
 
+def rendering_fault(base: PreTrainedTokenizerBase, published: PreTrainedTokenizerBase) -> str | None:
+    """The first prompt whose token ids differ, with both lengths in tokens; None when every prompt is the same."""
+    wanted, rendered = dict(_prompts(base)), dict(_prompts(published))
+    for what in [*wanted, *(name for name in rendered if name not in wanted)]:
+        if (ours := wanted.get(what)) != (theirs := rendered.get(what)):
+            return (
+                f"its files make another prompt of {what} than the model that training started from: "
+                f"{_summary(theirs)} instead of {_summary(ours)}; save the start's tokenizer again with this "
+                "transformers and compare both"
+            )
+    return None
+
+
+def _summary(prompt: Prompt | None) -> str:
+    if prompt is None:
+        return "no prompt"
+    return f"an error ({prompt})" if isinstance(prompt, str) else f"{len(prompt)} tokens"
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Prompt]]:
+    """Each conversation in words, and its prompt."""
+    special = " ".join(str(token) for token in tokenizer.all_special_tokens)
+    for text in (QUESTION, special):
+        yield f"the text {text[:40]!r}", list(tokenizer(text)["input_ids"])
+    templates = tokenizer.chat_template
+    names = sorted(templates) if isinstance(templates, dict) else [None]
+    if templates is None:
+        return
+    for name in (None, *names) if names != [None] else names:
+        for what, messages in CONVERSATIONS.items():
+            for tools in (None, [TOOL]):
+                where = f"{what}{' with tools' if tools else ''}{f' in the template {name!r}' if name else ''}"
+                yield where, _rendered(tokenizer, messages, tools, name)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Message] | None, template: str | None
+) -> Prompt:
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=template, add_generation_prompt=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+    except Exception as error:  # a template may refuse a conversation with any exception
+        return type(error).__name__
+
+
 def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, int]) -> None:
     """Write training state as the new folder ``path``: tensors as safetensors, facts as JSON.
 
@@ -160,6 +231,58 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
             "go on with the release that wrote it"
         )
     return tensors, facts
+
+
+def state_tensors(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device
+) -> dict[str, Tensor]:
+    """All tensors that an update reads or changes: weights, moments and torch's generators.
+
+    Args:
+        parameters: The trained parameters by name, in the optimizer's order.
+    """
+    names = list(parameters)
+    tensors: dict[str, Tensor] = {f"weights/{name}": parameter for name, parameter in parameters.items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"{moment}/{names[index]}": moments[moment] for moment in MOMENTS}
+    tensors["generator/cpu"] = torch.get_rng_state()
+    if device.type == "cuda":
+        tensors["generator/cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def stored_shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Name of each parameter in a state -> its shape."""
+    of_weights = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weights/")}
+    return {name.removeprefix("weights/"): shape for name, shape in of_weights.items()}
+
+
+@torch.no_grad()
+def restore_weights(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy a state's weights into the parameters, in place."""
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[f"weights/{name}"])
+
+
+def restore_moments(tensors: Mapping[str, Tensor], names: Sequence[str], optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer a state's moments; a parameter that the state does not hold starts without.
+
+    Args:
+        names: The trained parameters, in the optimizer's order.
+    """
+    state = {
+        index: {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
+        for index, name in enumerate(names)
+        if f"step/{name}" in tensors
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def restore_generators(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set torch's generators to a state's."""
+    torch.set_rng_state(tensors["generator/cpu"])
+    if "generator/cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["generator/cuda"], device)
 
 
 @contextmanager

@@ -1,6 +1,8 @@
-"""From a model's last hidden states to its logits: a linear LM head, with constant scales and an optional cap."""
+"""From a model's last hidden states to its logits, in float32: a linear LM head, with constant scales and a cap."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,9 @@ FORM_TOLERANCE = 1e-4
 """Largest relative gap between the measured logits and those of the fitted form; float32 differs by ~1e-6."""
 _TINY, _HUGE = 1e-3, 1e6
 """Probe values. Caps are 15 or more: a cap leaves the first value unchanged and clamps the second one."""
+_LOCK = threading.Lock()
+_inside = 0
+_before = "highest"
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -118,3 +123,26 @@ def _ratio(head_input: Tensor, hidden: Tensor) -> float:
 def _exact(value: float) -> float:
     """Exactly 1.0 for a value near 1, so that a head without a factor is not rounded by one."""
     return 1.0 if abs(value - 1.0) < 1e-5 else value
+
+
+@contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """A block in which float32 products keep all 24 bits. The process's own setting is restored at its end.
+
+    ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1`` (set in NVIDIA's containers) and `torch.set_float32_matmul_precision` allow
+    rounding to TF32 or bfloat16. The float32 LM head would then be float32 in name only. The setting belongs to the
+    whole process, so it is restored when the last of several concurrent blocks ends.
+    """
+    global _inside, _before
+    with _LOCK:
+        if not _inside:
+            _before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _inside -= 1
+            if not _inside:
+                torch.set_float32_matmul_precision(_before)

@@ -1,10 +1,30 @@
-"""The loss of the slow step. Pure functions of tensors with one entry per completion token.
+"""The loss of the slow step, and what an update measures of it. One entry of a tensor is one completion token.
 
 Shapes: N is the number of completion tokens of all rows, in one flat axis; V is the size of the vocabulary.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
+
+from dspy_fst.types import Row, UpdateReport
+
+NO_UPDATE = UpdateReport(
+    loss=0.0,
+    grad_norm=0.0,
+    kl_to_start=0.0,
+    entropy=0.0,
+    capped_share=0.0,
+    mean_log_ratio=0.0,
+    max_log_ratio=0.0,
+    effective_sample_share=None,
+    learning_rate=0.0,
+    tokens=0,
+    rows=0,
+)
+"""The report of an empty batch: nothing was measured, and the weights did not move."""
 
 
 def importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, cap: float) -> Tensor:
@@ -57,3 +77,115 @@ def kl_divergence(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 def entropy(log_probs: Tensor) -> Tensor:
     """Shannon entropy in nats of normalised log-probabilities, shape (N, V) -> (N,)."""
     return -(log_probs.exp() * log_probs).sum(-1)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The values of a micro-batch's rows, repeated for their N completion tokens; every tensor has shape (N,)."""
+
+    behaviour: Tensor
+    """Log-probabilities with which the tokens were sampled."""
+    advantages: Tensor
+    weights: Tensor
+    """Shares in the loss; they sum to 1 over the batch."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> "Tokens":
+        lengths = torch.tensor([len(row.completion_ids) for row in rows])
+        advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float32).repeat_interleave(lengths)
+        weights = torch.tensor([row.token_weight for row in rows], dtype=torch.float32).repeat_interleave(lengths)
+        behaviour = torch.tensor([logprob for row in rows for logprob in row.logprobs], dtype=torch.float32)
+        return cls(behaviour.to(device), advantages.to(device), weights.to(device))
+
+
+class UpdateMetrics:
+    """Sums over the tokens of a batch, measured before the weights move.
+
+    They stay on the device, so that no micro-batch waits for them.
+    """
+
+    def __init__(self, device: torch.device):
+        zero = torch.zeros((), device=device)
+        self.loss = self._entropy = self._seed_entropy = self._capped = self._ratio = self._largest = zero
+        self._weight = self._weight_squared = zero.double()
+        self._kl: Tensor | None = None
+        self._seed_kl: Tensor | None = None
+        self._tokens = self._seed_tokens = self._seed_calls = self._sequences = 0
+
+    @torch.no_grad()
+    def add(
+        self, loss: Tensor, kl: Tensor | None, log_probs: Tensor, log_ratios: Tensor, cap: float, sequences: int
+    ) -> None:
+        """Add one micro-batch.
+
+        Args:
+            loss: Its share of the loss.
+            kl: Its weighted KL to the starting weights; None when it is not measured.
+            log_probs: Log-probabilities over the vocabulary, shape (N, V).
+            log_ratios: log pi_theta - log pi_behaviour of the sampled tokens, shape (N,).
+            cap: Largest importance weight.
+            sequences: Number of sequences that its rows were read as.
+        """
+        self.loss = self.loss + loss
+        if kl is not None:
+            self._kl = kl.detach() if self._kl is None else self._kl + kl
+        self._entropy = self._entropy + entropy(log_probs).sum()
+        self._capped = self._capped + (log_ratios.exp() >= cap).sum()
+        self._ratio = self._ratio + log_ratios.sum()
+        self._largest = torch.maximum(self._largest, log_ratios.abs().max())
+        weights = log_ratios.double().exp()
+        self._weight = self._weight + weights.sum()
+        self._weight_squared = self._weight_squared + weights.square().sum()
+        self._tokens += len(log_ratios)
+        self._sequences += sequences
+
+    @torch.no_grad()
+    def add_seed_kl(self, kl: Tensor, log_probs: Tensor, coefficient: float, calls: int) -> None:
+        """Add one micro-batch of seed-KL calls.
+
+        Args:
+            kl: Its share of their mean KL to the starting weights.
+            log_probs: Log-probabilities over the vocabulary, shape (N, V).
+            coefficient: Weight of that KL in the loss.
+            calls: Number of its calls.
+        """
+        self.loss = self.loss + coefficient * kl
+        self._seed_entropy = self._seed_entropy + entropy(log_probs).sum()
+        self._seed_tokens += len(log_probs)
+        self._seed_calls += calls
+        self._seed_kl = kl.detach() if self._seed_kl is None else self._seed_kl + kl
+
+    @property
+    def effective_sample_share(self) -> float:
+        """See `types.UpdateReport`."""
+        return float(self._weight**2 / (self._tokens * self._weight_squared))
+
+    def report(self, grad_norm: Tensor, learning_rate: float, rows: int) -> UpdateReport:
+        """The measurements of the whole batch."""
+        if not self._tokens:  # the batch held seed-KL calls only
+            return replace(
+                NO_UPDATE,
+                loss=float(self.loss),
+                grad_norm=float(grad_norm),
+                entropy=float(self._seed_entropy) / self._seed_tokens,
+                kl_to_start=None,
+                kl_under_seed=None if self._seed_kl is None else float(self._seed_kl),
+                learning_rate=learning_rate,
+                tokens=self._seed_tokens,
+                rows=self._seed_calls,
+            )
+        return UpdateReport(
+            loss=float(self.loss),
+            grad_norm=float(grad_norm),
+            kl_to_start=None if self._kl is None else float(self._kl),
+            kl_under_seed=None if self._seed_kl is None else float(self._seed_kl),
+            entropy=float(self._entropy) / self._tokens,
+            capped_share=float(self._capped) / self._tokens,
+            mean_log_ratio=float(self._ratio) / self._tokens,
+            max_log_ratio=float(self._largest),
+            effective_sample_share=self.effective_sample_share,
+            learning_rate=learning_rate,
+            tokens=self._tokens,
+            rows=rows,
+            sequences=self._sequences,
+        )

@@ -3,6 +3,7 @@
 The caller owns the loop and may do anything between two steps. Texts never change here.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,18 +18,38 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.devices import has_gpu
 from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
 from dspy_fst.slow import losses
-from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
-from dspy_fst.slow.calls import check_recorded, completions
-from dspy_fst.slow.checkpoint import CheckpointWriter, read_state, write_state
-from dspy_fst.slow.environment import environment_faults
-from dspy_fst.slow.exact import exact_matmuls
+from dspy_fst.slow.batching import MicroBatch, Scored, check_recorded, check_scorable, completions, micro_batches
+from dspy_fst.slow.checkpoint import (
+    CheckpointWriter,
+    read_state,
+    restore_generators,
+    restore_moments,
+    restore_weights,
+    state_tensors,
+    stored_shapes,
+    write_state,
+)
+from dspy_fst.slow.head import exact_matmuls
+from dspy_fst.slow.losses import NO_UPDATE, Tokens, UpdateMetrics
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.settings import TrainerSettings
-from dspy_fst.slow.update_metrics import NO_UPDATE, Tokens, UpdateMetrics
 from dspy_fst.types import Batch, Call, Row, SeedKLCall, UpdateReport, WeightsVersion
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter, as torch names it."""
+PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables in which torchrun, accelerate launch and the MPI launchers say how many processes they started."""
+
+
+def launch_faults(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """One sentence for each variable that announces several processes: each would train weights of its own.
+
+    The trainer reads no settings from the environment, so other variables of `accelerate launch` do no harm.
+    """
+    return [
+        "the trainer updates in one process; launch it without torchrun or accelerate launch "
+        f"({name}={environment[name]})"
+        for name in PROCESS_COUNTS
+        if environment.get(name, "").isdecimal() and int(environment[name]) > 1
+    ]
 
 
 class Trainer:
@@ -43,7 +64,7 @@ class Trainer:
 
     Raises:
         TrainingError: the model's logits are not those of a plain LM head, or the process was launched as one of
-            several (see `dspy_fst.slow.environment`).
+            several (see :func:`launch_faults`).
     """
 
     @torch.inference_mode(False)
@@ -56,7 +77,7 @@ class Trainer:
         reference: str | Path | None = None,
     ):
         self.settings = settings
-        if faults := environment_faults():
+        if faults := launch_faults():
             raise TrainingError("; ".join(faults))
         on_cuda = device == "auto" and has_gpu()
         self._device = torch.device("cuda" if on_cuda else "cpu")
@@ -292,23 +313,7 @@ class Trainer:
         return (micro.to(self._device) for micro in micro_batches(sequences, budget, share=share))
 
     def _checked(self, sequences: list[Scored]) -> list[Scored]:
-        """Refuse sequences that cannot be scored. On a GPU they would fail an assertion and kill the process."""
-        for index, sequence in enumerate(sequences):
-            if not sequence.temperature > 0:
-                raise TrainingError(
-                    f"call {index} was sampled at temperature {sequence.temperature}, which has no gradient"
-                )
-            if sequence.start < 1:
-                raise TrainingError(f"call {index} has no prompt, so its first token cannot be scored")
-            if (last := self._policy.last_position) is not None and len(sequence.ids) > last + 1:
-                raise TrainingError(
-                    f"call {index} has {len(sequence.ids)} tokens, and the model reads {last + 1} at most; lower "
-                    "max_tokens or shorten the prompt"
-                )
-            if min(sequence.ids) < 0 or max(sequence.ids) >= self.vocabulary:
-                raise TrainingError(
-                    f"call {index} has token ids outside 0..{self.vocabulary - 1}: it was sampled from another model"
-                )
+        check_scorable(sequences, vocabulary=self.vocabulary, last_position=self._policy.last_position)
         return sequences
 
     # ---- disk ----------------------------------------------------------------------------------
@@ -332,12 +337,7 @@ class Trainer:
         Raises:
             TrainingError: ``directory`` exists.
         """
-        tensors: dict[str, Tensor] = {f"weights/{name}": parameter for name, parameter in self.parameters.items()}
-        for index, moments in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"{moment}/{self._names[index]}": moments[moment] for moment in MOMENTS}
-        tensors["generator/cpu"] = torch.get_rng_state()
-        if self._device.type == "cuda":
-            tensors["generator/cuda"] = torch.cuda.get_rng_state(self._device)
+        tensors = state_tensors(self.parameters, self._optimizer, self._device)
         write_state(Path(directory), tensors, {"updates": self._updates})
 
     @torch.inference_mode(False)
@@ -348,18 +348,12 @@ class Trainer:
             TrainingError: the state is unreadable, or of a model with other parameters.
         """
         tensors, facts = read_state(Path(directory))
-        parameters = self.parameters
-        wanted = {f"weights/{name}": parameter.shape for name, parameter in parameters.items()}
-        stored = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weights/")}
-        if wanted != stored:
+        if stored_shapes(tensors) != self._shapes:
             raise TrainingError(f"{directory} holds the state of another model; start from the model it was saved with")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"weights/{name}"])
-        self._restore_optimizer(tensors, facts)
-        torch.set_rng_state(tensors["generator/cpu"])
-        if "generator/cuda" in tensors and self._device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["generator/cuda"], self._device)
+        restore_weights(tensors, self.parameters)
+        restore_moments(tensors, self._names, self._optimizer)
+        restore_generators(tensors, self._device)
+        self._updates = facts["updates"]
 
     @torch.inference_mode(False)
     def load_optimizer(self, directory: Path) -> list[str]:
@@ -373,18 +367,13 @@ class Trainer:
             TrainingError: the state is unreadable, or of a model with other parameters.
         """
         tensors, facts = read_state(Path(directory))
-        wanted = {f"weights/{name}": parameter.shape for name, parameter in self.parameters.items()}
-        stored = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weights/")}
-        if not stored.items() <= wanted.items():
+        stored = stored_shapes(tensors)
+        if not stored.items() <= self._shapes.items():
             raise TrainingError(f"{directory} holds the state of another model than {self._source}")
-        self._restore_optimizer(tensors, facts)
-        return [name.removeprefix("weights/") for name in wanted if name not in stored]
-
-    def _restore_optimizer(self, tensors: Mapping[str, Tensor], facts: Mapping[str, int]) -> None:
-        state = {
-            index: {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
-            for index, name in enumerate(self._names)
-            if f"step/{name}" in tensors
-        }
-        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+        restore_moments(tensors, self._names, self._optimizer)
         self._updates = facts["updates"]
+        return [name for name in self._names if name not in stored]
+
+    @property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self.parameters.items()}

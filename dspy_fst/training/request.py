@@ -40,8 +40,8 @@ from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.directory import directory_fault
 from dspy_fst.run.secrets import Redactor
 from dspy_fst.saving.program_state import without_lms
-from dspy_fst.slow.environment import environment_faults
 from dspy_fst.slow.settings import TrainerSettings
+from dspy_fst.slow.trainer import launch_faults
 from dspy_fst.training.continuing import optimizer_faults
 from dspy_fst.training.fingerprints import files_fingerprint, fingerprint, program_fingerprint
 from dspy_fst.training.opening import new_run_dir
@@ -157,7 +157,7 @@ def _faults_of_arguments(
     student, proposers = given.student, given.proposers
     if given.teacher is not None:
         yield "teacher: nothing is learnt from a teacher program here; leave it out"
-    yield from environment_faults()
+    yield from launch_faults()
     yield from program_faults(student)
     yield from part_faults(student)
     yield from trained_faults(student, config)

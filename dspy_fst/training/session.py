@@ -27,8 +27,8 @@ from dspy_fst.run.refusals import refuse_stale, refuse_unmeasured
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.run.validated import Validated, When, best_validated, early_stop, starting_population
 from dspy_fst.slow.credit import credit
+from dspy_fst.slow.losses import NO_UPDATE
 from dspy_fst.slow.trainer import Trainer
-from dspy_fst.slow.update_metrics import NO_UPDATE
 from dspy_fst.training.natural_texts import NaturalTexts
 from dspy_fst.training.plan import Cycle, Plan
 from dspy_fst.training.publisher import Publisher, Publishing, recoveries
