@@ -24,8 +24,7 @@ from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.stream_events import events, events_in_thread, pieces
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.model_files.adapter_folder import adapter_fault
-from dspy_fst.rollout.call_recorder import RECORDED, complete_recorded, stream_recorded
-from dspy_fst.rollout.second_call import no_second_call
+from dspy_fst.rollout.call_recorder import RECORDED, complete_recorded, no_second_call, stream_recorded
 
 EngineKind = Literal["auto", "vllm", "in_process"]
 BASE_VERSION = "base"

@@ -196,7 +196,7 @@ def _checked(file: Path, project: "Project", opened: "Opened", room: "Available 
 
 def _project(project: "Project", opened: "Opened", policy: "PolicyLM", run_dir: Path) -> dict[str, object]:
     from dspy_fst.preflight.template_checks import template_kind
-    from dspy_fst.rollout.adapters import adapter_in_force, describe, kept_by
+    from dspy_fst.rollout.chat_adapters import adapter_in_force, describe, kept_by
 
     reflection = project.reflection_lm.model if project.reflection_lm else None
     return {

@@ -154,7 +154,7 @@ def subject_of(
         ConfigurationError, RunDirectoryError: the program, the cycle or the weights are not this run's.
     """
     from dspy_fst.policy_lm import policy_of
-    from dspy_fst.rollout.adapters import keep, made
+    from dspy_fst.rollout.chat_adapters import keep, made
     from dspy_fst.rollout.components import read_texts, texts_like
     from dspy_fst.saving.format import is_saved, refuse_code
     from dspy_fst.saving.save_load import load

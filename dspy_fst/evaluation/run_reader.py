@@ -9,7 +9,7 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.run_record import RunRecord
-from dspy_fst.rollout.adapters import SavedAdapter, recorded
+from dspy_fst.rollout.chat_adapters import SavedAdapter, recorded
 from dspy_fst.run.directory import VERSION
 from dspy_fst.run.files import population_from_json, read_json
 from dspy_fst.run.manifest import read_document

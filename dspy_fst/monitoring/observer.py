@@ -14,8 +14,8 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.monitoring.form_advice import Form
 from dspy_fst.monitoring.watch import Watch
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.rollout.adapters import adapter_in_force, kept_by
 from dspy_fst.rollout.call_recorder import is_recorded
+from dspy_fst.rollout.chat_adapters import adapter_in_force, kept_by
 from dspy_fst.rollout.summaries import failed_reply_of, summarize, telling
 from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import StopReason

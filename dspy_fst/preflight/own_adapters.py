@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import dspy
 
-from dspy_fst.rollout.adapters import describe
+from dspy_fst.rollout.chat_adapters import describe
 from dspy_fst.types import Rollout
 
 

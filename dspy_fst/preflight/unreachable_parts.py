@@ -6,11 +6,10 @@ from typing import Any
 
 import dspy
 
-from dspy_fst.rollout.adapters import adapter_in_force, adapters_held_by, kept_by
 from dspy_fst.rollout.call_recorder import is_recorded
-from dspy_fst.rollout.copying import copy_faults
-from dspy_fst.rollout.outside import outside_predictors
-from dspy_fst.rollout.tree import frozen_predictors, hidden_predictors
+from dspy_fst.rollout.chat_adapters import adapter_in_force, adapters_held_by, kept_by
+from dspy_fst.rollout.copy_faults import copy_faults, outside_predictors
+from dspy_fst.rollout.program_graph import frozen_predictors, hidden_predictors
 
 _SHOWN = 5
 """How many places a message names."""

@@ -54,7 +54,7 @@ class RecordedProject(Project):
         }
 
     def _program(self, objects: Mapping[str, Any], faults: Faults, trust_code: bool) -> "dspy.Module | None":
-        from dspy_fst.rollout.adapters import adapter_in_force, describe, keep, kept_by, made, recorded
+        from dspy_fst.rollout.chat_adapters import adapter_in_force, describe, keep, kept_by, made, recorded
 
         program = super()._program(objects, faults, trust_code)
         if program is None or self._adapter is None or kept_by(program) is not None:

@@ -2,8 +2,12 @@
 
 A `Recording` lives in DSPy's context for the time of one rollout, so it follows the program into threads
 (dspy.Parallel) and tasks (asyncio). The policy's engine asks for it on every call.
+
+Every reply is asked for once. Two habits of DSPy 3.4 would ask again: ChatAdapter after a reply that does not parse
+(`no_second_call`), and dspy.Parallel after a slow one (`parallel_calls_once`).
 """
 
+import functools
 import hashlib
 import threading
 from collections import Counter
@@ -12,6 +16,8 @@ from typing import Any, Literal
 
 import dspy
 from dspy import lm15
+from dspy.clients.call_context import stream_emitted
+from dspy.utils.parallelizer import ParallelExecutor
 
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.queueing import QueueTime, counted_in
@@ -234,3 +240,43 @@ def _shown(part: Any) -> Any:
 def _cut_by_context(completion: Completion, max_tokens: int | None) -> bool:
     """Whether a reply was cut before it had the tokens that were asked for: the model's context was full."""
     return completion.finish_reason == "length" and (max_tokens is None or len(completion.completion_ids) < max_tokens)
+
+
+# ---- DSPy asks for each reply once ----------------------------------------------------------------
+
+_MARK = "_fst_once"
+
+
+def parallel_calls_once() -> None:
+    """Have DSPy's ParallelExecutor submit each call once inside a rollout; to say it twice changes nothing more.
+
+    dspy.Parallel submits a call again that is slower than its limit (120 s), uses the first of the two answers and
+    leaves the other running. The calls of both would be recorded, and a call that the program never used would be
+    trained on with the program's reward. A rollout has a time limit of its own (``rollout_timeout_s``). Outside of a
+    rollout nothing changes.
+    """
+    execute = ParallelExecutor.execute
+    if not hasattr(execute, _MARK):
+        setattr(ParallelExecutor, "execute", _once(execute))  # noqa: B010 (a plain assignment is refused by mypy)
+
+
+def _once(execute: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(execute)
+    def once(self: ParallelExecutor, function: Callable[..., Any], data: Any) -> Any:
+        if isinstance(dspy.settings.get(SETTING), Recording):
+            self.timeout = 0  # DSPy's word for: never submit again
+        return execute(self, function, data)
+
+    setattr(once, _MARK, True)
+    return once
+
+
+def no_second_call() -> None:
+    """Call it behind a reply, in the context of the adapter that asked for it: a failed parse is then an error.
+
+    ChatAdapter, and the adapters made of it, ask no LM again in JSON once a reply was shown to whoever streams
+    (dspy/adapters/chat_adapter.py, dspy/clients/call_context.py). Replies count as shown here, so the rule holds for
+    every adapter, also for one that a program makes inside ``forward``, and changes no adapter that other LMs are asked
+    through.
+    """
+    stream_emitted()

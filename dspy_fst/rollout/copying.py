@@ -12,7 +12,7 @@ predictor; and it copies everything else, a retriever's index included. Here:
     by reference        everything else: arrays, indexes, LMs, functions, locks, files, connections; objects that hold
                         one of the last three at any depth; what has more than `SMALL` values; results of optimizers
 
-What holds a part and cannot be copied (a generator, a thread) is a fault: `copy_faults`.
+What holds a part and cannot be copied (a generator, a thread) is a fault: `dspy_fst.rollout.copy_faults` tells all.
 """
 
 import copy
@@ -25,20 +25,21 @@ from typing import Any
 import dspy
 
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.rollout.anatomy import (
+from dspy_fst.rollout.copy_by_kind import Making, can_be_made
+from dspy_fst.rollout.program_graph import (
     CONTAINERS,
     Opaque,
+    ProgramGraph,
     copies_itself,
+    globals_read,
     holds,
     is_atom,
     is_live,
+    is_part,
     is_plain,
     is_state,
     may_hold,
 )
-from dspy_fst.rollout.making import Making
-from dspy_fst.rollout.outside import outside_faults
-from dspy_fst.rollout.tree import Tree
 
 SMALL = 1_000
 """Values, keys counted, up to which a container or plain object without parts is copied (ours: notes, no corpus)."""
@@ -52,7 +53,7 @@ def copied(program: Any) -> Any:
     """A copy of a program; the program is left as it is.
 
     Raises:
-        ConfigurationError: a copy would share a predictor with the program (see `copy_faults`).
+        ConfigurationError: a copy would share a predictor with the program (see `graph_faults`).
     """
     return Copier(program).copy()
 
@@ -67,15 +68,15 @@ class Copier:
         known: id -> object, for what is passed by reference without a look into it.
 
     Raises:
-        ConfigurationError: a copy would share a predictor with the program (see `copy_faults`).
+        ConfigurationError: a copy would share a predictor with the program (see `graph_faults`).
     """
 
     def __init__(self, program: Any, known: Mapping[int, Any] = types.MappingProxyType({})):
-        tree = Tree(program, known)
-        if faults := tree.faults():
+        graph = ProgramGraph(program, known)
+        if faults := graph_faults(graph):
             raise ConfigurationError(faults)
         self._program, self._known = program, known
-        self._chosen: dict[int, Any] = {**_small(tree.holding, known), **tree.holding}
+        self._chosen: dict[int, Any] = {**_small(graph.holding, known), **graph.holding}
 
     def copy(self, *, lean: bool = False) -> Any:
         """One copy.
@@ -113,28 +114,31 @@ class _Again(Opaque):
         return Copier(part, self._known).copy(lean=True)
 
 
-def copy_faults(program: dspy.Module) -> list[str]:
-    """Why copies of the program would share a predictor with it; a copy is made and looked through."""
-    tree = Tree(program)
-    if faults := [*tree.faults(), *outside_faults(tree)]:
-        return faults
-    try:
-        parts = Tree(copied(program)).parts()
-    except Exception as error:  # user classes are made and filled
-        return [f"student: the program cannot be copied for its rollouts: {error!r}"]
-    return [_shared_fault(tree, id(part)) for part in parts.values() if id(part) in tree.holding]
+def graph_faults(graph: ProgramGraph) -> list[str]:
+    """Why copies of what the graph shows would share a part with it; empty when they would not."""
+    all_stuck = {key: node for key, node in graph.holding.items() if not can_be_made(node)}
+    stuck = {key: node for key, node in all_stuck.items() if not graph.is_within(key, all_stuck)}  # a generator's cells
+    faults = [
+        f"student: {graph.place(key)} is a {type(node).__name__} that holds {_part_in(graph, key)}, and it cannot be "
+        "copied: rollouts under other texts would share that module. Make it inside forward(), or hold the module "
+        "beside it, as an attribute, or in a list or dict"
+        for key, node in stuck.items()
+    ]
+    for key, node in graph.nodes.items():
+        if isinstance(node, types.FunctionType):
+            faults += [
+                f"student: the function at {graph.place(key)} reads the global variable {name!r}, which is a module "
+                "of this program, so its copies would all speak with that one. Pass the module to the function, "
+                "or make it a method"
+                for name, value in dict(globals_read(node)).items()
+                if is_part(value) and id(value) in graph.holding
+            ]
+    return faults
 
 
-def _shared_fault(tree: Tree, part: int) -> str:
-    told = f"student: a copy of the program shares {tree.place(part) or 'the program itself'} with it"
-    if sharing := tree.copying_themselves(part):
-        whose = ", ".join(f"{place} (class {kind})" for place, kind in sharing.items())
-        return (
-            f"{told}, because the copying method (__deepcopy__, __copy__ or __reduce__) of {whose} "
-            "does not copy what it holds: leave that method out, or let it copy.deepcopy(value, memo) every value that "
-            "holds a module"
-        )
-    return f"{told}; hold it as an attribute"
+def _part_in(graph: ProgramGraph, key: int) -> str:
+    below = next(k for k, node in graph.nodes.items() if is_part(node) and key in graph.reaching([k]))
+    return graph.place(below) or "the program itself"
 
 
 def _small(holding: Mapping[int, Any], known: Mapping[int, Any]) -> dict[int, Any]:

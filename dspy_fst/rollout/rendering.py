@@ -18,8 +18,8 @@ from dspy.utils.callback import BaseCallback
 from dspy_fst.engine.prompt_rendering import Ids, PromptRenderer
 from dspy_fst.engine.template_traits import TemplateTraits
 from dspy_fst.errors import TrainingError
-from dspy_fst.rollout.adapters import adapter_in_force, describe
 from dspy_fst.rollout.call_recorder import is_recorded
+from dspy_fst.rollout.chat_adapters import adapter_in_force, describe
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Rollout, SeedKLRollout
 
 

@@ -71,7 +71,8 @@ class Reward:
 
     Args:
         predictors: The program's, which alone may get scores and feedback of their own; None checks no name.
-        peers: Examples of the same set: their labels are other answers of the right form (`dspy_fst.rollout.blame`).
+        peers: Examples of the same set. Their labels are other answers of the right form, which
+            `dspy_fst.rollout.outcome_rules` tries on a metric that raised.
     """
 
     def __init__(self, metric: Metric, predictors: Collection[str] | None = None, peers: Sequence[dspy.Example] = ()):

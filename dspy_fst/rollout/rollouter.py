@@ -16,13 +16,11 @@ import dspy
 
 from dspy_fst.errors import is_signal
 from dspy_fst.outcomes.outcome import Outcome
-from dspy_fst.rollout.blame import Blame
-from dspy_fst.rollout.call_recorder import SETTING, Recording, tag_predictors
+from dspy_fst.rollout.call_recorder import SETTING, Recording, parallel_calls_once, tag_predictors
 from dspy_fst.rollout.components import UnboundError, with_texts
 from dspy_fst.rollout.copying import Copier
 from dspy_fst.rollout.outages import Outages
-from dspy_fst.rollout.outcome_rules import Judge
-from dspy_fst.rollout.parallel import parallel_calls_once
+from dspy_fst.rollout.outcome_rules import Blame, Judge
 from dspy_fst.rollout.parse_failures import Entry, ParseFailures
 from dspy_fst.rollout.rendering import Listening
 from dspy_fst.rollout.reward import Reward
@@ -167,13 +165,19 @@ class Rollouter:
             return Rollout(task.problem.index, task.candidate, (), self.settings.failure_score, outcome)
         program = copier.copy(lean=True)
         trace: list[Entry] = []
-        parse_failures, outages, call_listener = ParseFailures(trace), Outages(), Listening()
+        parse_failures, outages = ParseFailures(trace), Outages()
+        call_listeners = [Listening()] if anew else []
         judge = Judge(
             recording, parse_failures, outages, self.settings.failure_score, self.settings.format_failure_score
         )
         settings = {
             SETTING: recording,
-            "callbacks": [*dspy.settings.callbacks, parse_failures, outages, *([call_listener] if anew else [])],
+            "callbacks": [
+                *dspy.settings.callbacks,
+                parse_failures,
+                outages,
+                *call_listeners,
+            ],
             "trace": trace,
             "disable_history": True,
         }
@@ -188,7 +192,8 @@ class Rollouter:
             judgement = judge.returned(task.problem.example, prediction, trace, self.reward, self._blame)
         calls, whole_trace = recording.close(), parse_failures.in_trace()
         judge.forget()
-        return judgement.rollout(task.problem, task.candidate, calls, whole_trace, tuple(call_listener.asked))
+        asked = tuple(call for listener in call_listeners for call in listener.asked)
+        return judgement.rollout(task.problem, task.candidate, calls, whole_trace, asked)
 
 
 @contextmanager

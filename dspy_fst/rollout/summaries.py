@@ -8,7 +8,7 @@ from typing import Any
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.outcomes.outcome import PARSE, Outcome
-from dspy_fst.rollout.parse_reasons import WRONG_VALUE
+from dspy_fst.rollout.parse_failures import WRONG_VALUE
 from dspy_fst.types import PREDICTOR_TAG, Call, Group, Rollout
 
 LONGEST = 2_000

@@ -14,7 +14,7 @@ from dspy_fst.report.costs import LABELS
 from dspy_fst.report.evaluated import Evaluated, EvaluatedCells
 from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.report.verdict import validations_table, verdict
-from dspy_fst.rollout.adapters import OWN, SavedAdapter, code_of
+from dspy_fst.rollout.chat_adapters import OWN, SavedAdapter, code_of
 from dspy_fst.rollout.components import in_python
 from dspy_fst.saving.format import SavedPolicy
 from dspy_fst.types import Population

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dspy_fst.engine.portable import PolicyState, Positive
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.rollout.adapters import SavedAdapter
+from dspy_fst.rollout.chat_adapters import SavedAdapter
 from dspy_fst.rollout.components import flexes, speakers, texts_like
 from dspy_fst.run.directory import COMPILED, is_run
 from dspy_fst.run.files import population_from_json

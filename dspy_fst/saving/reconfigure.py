@@ -12,20 +12,24 @@ and never from ``dspy.configure`` or ``dspy.context``, which set the whole proce
 """
 
 import logging
+from collections.abc import Container
+from typing import Any
 
 import dspy
 
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.preflight.sampling_settings import sampling_faults
-from dspy_fst.rollout.adapters import describe, keep, kept_by
+from dspy_fst.rollout.chat_adapters import describe, keep, kept_by
 from dspy_fst.rollout.components import carry
 from dspy_fst.rollout.copying import copied
-from dspy_fst.rollout.own_sampling import clear_own_sampling, own_sampling
-from dspy_fst.rollout.tree import all_predictors
+from dspy_fst.rollout.program_graph import all_predictors
 from dspy_fst.types import Population
 
 logger = logging.getLogger(__name__)
+SAMPLING = ("temperature", "max_tokens")
+"""What a predictor may be made with, e.g. ``dspy.Predict(signature, temperature=0.3)``. DSPy merges a predictor's
+``config`` over its LM's settings at every call, and neither saves nor restores it."""
 
 
 def reconfigured(
@@ -104,3 +108,21 @@ def how_it_asks(program: dspy.Module) -> str:
 
 def _limit(max_tokens: int | None) -> str:
     return "replies as long as the context allows" if max_tokens is None else f"at most {max_tokens} tokens a reply"
+
+
+def own_sampling(predictor: Any) -> dict[str, Any]:
+    """What of sampling the predictor itself sets; nothing for a dspy.Flex, which has no settings of its own."""
+    config = getattr(predictor, "config", None)
+    config = config if isinstance(config, dict) else {}
+    return {name: config[name] for name in SAMPLING if config.get(name) is not None}
+
+
+def set_own_sampling(predictor: Any, own: dict[str, Any]) -> None:
+    """Have the predictor set this of sampling and nothing else; its other settings stay."""
+    if own != own_sampling(predictor):
+        predictor.config = {**{name: of for name, of in predictor.config.items() if name not in SAMPLING}, **own}
+
+
+def clear_own_sampling(predictor: Any, names: Container[str]) -> None:
+    """Have the predictor no longer set these, so that its LM's count."""
+    set_own_sampling(predictor, {name: of for name, of in own_sampling(predictor).items() if name not in names})

@@ -24,11 +24,10 @@ from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.policy_lm import PolicyLM, policy_of, resolve_kind
 from dspy_fst.preflight.sampling_settings import sampling_faults
 from dspy_fst.report.results import attach, results_beside
-from dspy_fst.rollout.adapters import describe, keep, kept_by, made
+from dspy_fst.rollout.chat_adapters import describe, keep, kept_by, made
 from dspy_fst.rollout.components import carry, set_tools, speakers
 from dspy_fst.rollout.copying import copied
-from dspy_fst.rollout.own_sampling import clear_own_sampling, own_sampling, set_own_sampling
-from dspy_fst.rollout.tree import all_predictors
+from dspy_fst.rollout.program_graph import all_predictors
 from dspy_fst.run.files import flush, population_to_json, scratch_beside, write_json
 from dspy_fst.run.manifest import read_document, seal, verify
 from dspy_fst.run.secrets import Redactor, secret_faults
@@ -44,6 +43,7 @@ from dspy_fst.saving.format import (
     weights_in,
 )
 from dspy_fst.saving.program_state import take_state, write_state
+from dspy_fst.saving.reconfigure import clear_own_sampling, own_sampling, set_own_sampling
 from dspy_fst.types import Population
 
 logger = logging.getLogger(__name__)

@@ -26,9 +26,8 @@ from dspy_fst.engine.vllm.reply_stream import read_stream
 from dspy_fst.engine.vllm.wire import RESHAPING
 from dspy_fst.errors import EngineError
 from dspy_fst.policy_lm import EngineHandle, PolicyLM
-from dspy_fst.rollout.adapters import adapter_in_force
-from dspy_fst.rollout.call_recorder import calling_predictor, complete_recorded
-from dspy_fst.rollout.second_call import no_second_call
+from dspy_fst.rollout.call_recorder import calling_predictor, complete_recorded, no_second_call
+from dspy_fst.rollout.chat_adapters import adapter_in_force
 from dspy_fst.serve.upstream import Upstream
 from dspy_fst.types import PREDICTOR_TAG
 

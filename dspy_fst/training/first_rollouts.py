@@ -12,7 +12,7 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.preflight.model_checks import context_faults
 from dspy_fst.preflight.own_adapters import own_adapters
 from dspy_fst.preflight.score_scale import scale_warnings, scores_of_labels
-from dspy_fst.rollout.adapters import adapter_in_force, describe, kept_by
+from dspy_fst.rollout.chat_adapters import adapter_in_force, describe, kept_by
 from dspy_fst.rollout.rendering import unread_fault
 from dspy_fst.rollout.rollouter import Task
 from dspy_fst.rollout.summaries import failed_reply_of

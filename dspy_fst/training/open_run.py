@@ -9,7 +9,7 @@ import dspy
 
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.program_checks import policies_of
-from dspy_fst.rollout.adapters import adapter_in_force, kept_by
+from dspy_fst.rollout.chat_adapters import adapter_in_force, kept_by
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.halted import emit_halted

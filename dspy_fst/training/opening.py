@@ -12,9 +12,9 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.copying import copied
+from dspy_fst.rollout.program_graph import all_predictors
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
-from dspy_fst.rollout.tree import all_predictors
 from dspy_fst.run.files import population_from_json
 from dspy_fst.types import Candidate, Population
 

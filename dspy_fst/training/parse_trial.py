@@ -15,8 +15,8 @@ from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from dspy_fst.config import FSTConfig
 from dspy_fst.outcomes.counts import OutcomeCounts
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.rollout.adapters import adapter_in_force, code_of, describe, keep, kept_by
 from dspy_fst.rollout.call_recorder import is_recorded
+from dspy_fst.rollout.chat_adapters import adapter_in_force, code_of, describe, keep, kept_by
 from dspy_fst.rollout.components import in_python, with_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import Rollouter, Task
@@ -208,7 +208,7 @@ class Trial:
         if setup.adapter is not self.current:
             yield from code_of(describe(setup.adapter))
             if self.keeps_adapter:
-                yield "from dspy_fst.rollout.adapters import keep"
+                yield "from dspy_fst.rollout.chat_adapters import keep"
                 yield "keep(program, adapter)  # a trained program keeps its adapter, whatever DSPy is set to"
             else:
                 yield "dspy.configure(adapter=adapter)"

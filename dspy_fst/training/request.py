@@ -34,7 +34,7 @@ from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.preflight.template_checks import template_warnings
 from dspy_fst.preflight.text_checks import text_faults
 from dspy_fst.preflight.unreachable_parts import part_faults, part_warnings
-from dspy_fst.rollout.adapters import differing_adapter, identity
+from dspy_fst.rollout.chat_adapters import differing_adapter, identity
 from dspy_fst.rollout.components import carried_by, read_texts
 from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.directory import directory_fault

@@ -3,7 +3,7 @@
 On it: ``population`` (Population), ``candidate_programs`` (``[{"score", "program"}]``, best first),
 ``detailed_results`` (CompiledResults), ``summary()`` (prints and returns a Summary) and ``_compiled``. Its PolicyLM is
 the trained one, on a running engine, and it speaks through the adapter of its training whatever DSPy is set to
-(`dspy_fst.rollout.adapters`). `dspy_fst.saving.save_load` writes it to disk.
+(`dspy_fst.rollout.chat_adapters`). `dspy_fst.saving.save_load` writes it to disk.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.from_events import record_of
 from dspy_fst.report.results import CompiledResults, attach, results_of
-from dspy_fst.rollout.adapters import adapter_in_force, keep, kept_by
+from dspy_fst.rollout.chat_adapters import adapter_in_force, keep, kept_by
 from dspy_fst.rollout.components import carry, with_texts
 from dspy_fst.run.validated import Validated, best_of
 from dspy_fst.training.what_helps import end_alternation

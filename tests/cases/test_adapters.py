@@ -26,7 +26,7 @@ from dspy_fst.cli import app
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.evaluation.run_reader import RunReader
 from dspy_fst.policy_lm import policy_of
-from dspy_fst.rollout.adapters import (
+from dspy_fst.rollout.chat_adapters import (
     NATIVE_TYPES,
     AdapterSettings,
     SavedAdapter,

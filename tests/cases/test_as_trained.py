@@ -16,7 +16,7 @@ from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import chat_messages, text_response
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.policy_lm import policy_of
-from dspy_fst.rollout.adapters import keep
+from dspy_fst.rollout.chat_adapters import keep
 from dspy_fst.rollout.components import carry, read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task

@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspy_fst.rollout.copying import SMALL, Copier, copied, copy_faults
-from dspy_fst.rollout.tree import Tree, hidden_predictors
+from dspy_fst.rollout.copy_faults import copy_faults
+from dspy_fst.rollout.copying import SMALL, Copier, copied
+from dspy_fst.rollout.program_graph import ProgramGraph, hidden_predictors
 from dspy_fst.types import Candidate
 
 Pair = namedtuple("Pair", "left right")
@@ -100,7 +101,7 @@ def built(predictors, wraps, itself):
     program = Node(**{f"h{index}": x for index, x in enumerate(held)}, data=list(data))
     if itself:
         program.itself = [program, program.method]
-    for part in Tree(program).parts().values():
+    for part in ProgramGraph(program).parts().values():
         part.__dict__.setdefault("parent", program)
     return program, asks, data
 
@@ -124,7 +125,7 @@ def reachable(root):
 @given(st.integers(1, 3), SHAPES, st.booleans())
 def test_random_programs(predictors, wraps, itself):
     program, asks, data = built(predictors, wraps, itself)
-    before = {place: dict(part.__dict__) for place, part in Tree(program).parts().items()}
+    before = {place: dict(part.__dict__) for place, part in ProgramGraph(program).parts().items()}
     copy = copied(program)
     there, here = reachable(program), reachable(copy)
     modules = {key for key, x in there.items() if isinstance(x, dspy.Module)}
@@ -132,8 +133,8 @@ def test_random_programs(predictors, wraps, itself):
     assert sum(isinstance(x, dspy.Predict) for x in here.values()) == len(asks)
     assert all(id(x) in here for x in data)
     assert sum(isinstance(x, np.ndarray) and not x.dtype.hasobject for x in here.values()) == 1
-    assert list(Tree(copy).parts()) == list(before)
-    assert {place: dict(part.__dict__) for place, part in Tree(program).parts().items()} == before
+    assert list(ProgramGraph(copy).parts()) == list(before)
+    assert {place: dict(part.__dict__) for place, part in ProgramGraph(program).parts().items()} == before
 
 
 def test_what_a_rollout_changes_in_a_predictor_is_its_own():
@@ -234,7 +235,7 @@ def test_an_optimizer_s_records_are_no_part_of_a_program():
     program.candidate_programs = [{"score": 1.0, "program": Node(ask=dspy.Predict("question -> answer"))}]
     copy = copied(program)
     assert copy.candidate_programs is program.candidate_programs
-    assert list(Tree(program).parts()) == ["", "ask"]
+    assert list(ProgramGraph(program).parts()) == ["", "ask"]
     assert Candidate({}).texts == {}
 
 
@@ -331,7 +332,7 @@ def test_an_event_loop_and_a_context_lead_out_of_the_program():
     loop.call_later(3600, print, ask)
     program = Node(loop=loop, context=contextvars.copy_context(), variable=variable)
     try:
-        assert Tree(program).parts().keys() == {""}
+        assert ProgramGraph(program).parts().keys() == {""}
         assert copied(program).loop is loop
     finally:
         loop.close()

@@ -18,7 +18,7 @@ import dspy_fst
 from dspy_fst import FSTOptimizer
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.rollout.components import read_texts, with_texts
-from dspy_fst.rollout.copying import copy_faults
+from dspy_fst.rollout.copy_faults import copy_faults
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Population
 from programs.lab import build
 from tests.pipelines.watched import SHORT, append_words, lab_policy, run_watched, says, shorter, tokenizer

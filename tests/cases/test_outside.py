@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.rollout.copying import copy_faults
+from dspy_fst.rollout.copy_faults import copy_faults
 from programs.lab import build
 from tests.cases.test_copies import compile_short
 from tests.pipelines.watched import lab_policy, run_watched, says

@@ -6,7 +6,7 @@ import dspy
 import pytest
 
 from dspy_fst.outcomes.outcome import Outcome
-from dspy_fst.rollout.adapters import describe, keep, kept_by
+from dspy_fst.rollout.chat_adapters import describe, keep, kept_by
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rollouter import PlayerSettings
 from dspy_fst.training.parse_trial import COOLER, DEMOS, Attempt, Setup, Trial, parse_share, trial

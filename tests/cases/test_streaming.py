@@ -12,7 +12,7 @@ from dspy.utils.exceptions import AdapterParseError
 
 from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Completion
-from dspy_fst.rollout.adapters import keep
+from dspy_fst.rollout.chat_adapters import keep
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task

@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dspy_fst.rollout.anatomy import (
+from dspy_fst.rollout.program_graph import (
     CONTAINERS,
     attributes,
     copies_itself,

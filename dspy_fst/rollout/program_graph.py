@@ -1,6 +1,6 @@
-"""What an object holds, as far as a copy of a program must know: pure looking, nothing is copied or changed here.
+"""What a program holds, and where its parts stand: also in nested containers, objects and closures.
 
-Three words are used throughout:
+DSPy looks into attributes, lists and dicts alone. Nothing is copied or changed here. Three words are used throughout:
 
     part        a dspy.Module or another DSPy parameter; a predictor is one
     container   a list, dict, set, tuple or deque, or a subclass of one
@@ -23,7 +23,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -231,3 +231,94 @@ def globals_read(function: types.FunctionType) -> Iterator[Held]:
         code = codes.pop()
         codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
         yield from ((name, function.__globals__[name]) for name in code.co_names if name in function.__globals__)
+
+
+class ProgramGraph:
+    """Everything in a program that may lead to a part of it.
+
+    ``nodes``: id -> object, the program first; ``holding``: those that are parts or hold one.
+
+    Args:
+        program: Where the walk begins.
+        known: id -> object, for what is known to hold no part: it is not walked into.
+    """
+
+    def __init__(self, program: Any, known: Mapping[int, Any] = types.MappingProxyType({})):
+        self._known = known
+        self.nodes: dict[int, Any] = {id(program): program}
+        self._holders: dict[int, list[int]] = {id(program): []}
+        self._named: dict[int, tuple[int, str]] = {}
+        self._walk(program)
+        self.holding = self.reaching([key for key, node in self.nodes.items() if is_part(node)])
+
+    def parts(self) -> dict[str, Any]:
+        """Place -> part, the program's own place being ``""``; e.g. ``{"": program, "steps['a'][0]": step}``."""
+        return {self.place(key): node for key, node in self.nodes.items() if is_part(node)}
+
+    def place(self, key: int) -> str:
+        """Where a node stands, e.g. ``steps['a'][0].ask``."""
+        names: list[str] = []
+        while key in self._named:
+            key, name = self._named[key]
+            names.append(name)
+        return "".join(reversed(names)).lstrip(".")
+
+    def is_within(self, key: int, others: Mapping[int, Any]) -> bool:
+        """Whether a node stands inside of one of the others."""
+        while key in self._named:
+            key, _ = self._named[key]
+            if key in others:
+                return True
+        return False
+
+    def _walk(self, program: Any) -> None:
+        """Depth first. What leads to nothing is forgotten at once: a million rows cost no million entries."""
+        path = [(program, holds(program), [False])]
+        while path:
+            holder, held, leads = path[-1]
+            for name, value in held:
+                if id(value) in self._known or not may_hold(value):
+                    continue
+                leads[0] = True
+                seen = id(value) in self.nodes
+                self._holders.setdefault(id(value), []).append(id(holder))
+                if not seen:
+                    self.nodes[id(value)] = value
+                    self._named[id(value)] = (id(holder), name)
+                    path.append((value, holds(value), [False]))
+                    break
+            else:
+                path.pop()
+                if not (leads[0] or is_part(holder) or isinstance(holder, types.FunctionType)):
+                    for of in (self.nodes, self._holders, self._named):
+                        of.pop(id(holder), None)
+
+    def reaching(self, keys: list[int]) -> dict[int, Any]:
+        """The given nodes, and all that hold them at any depth."""
+        found: dict[int, Any] = {}
+        while keys:
+            key = keys.pop()
+            if key in self.nodes and key not in found:
+                found[key] = self.nodes[key]
+                keys += self._holders[key]
+        return found
+
+
+def all_predictors(program: dspy.Module, kinds: Any = dspy.Predict) -> list[Any]:
+    """Every predictor of the program, or every part of the given classes, wherever it stands."""
+    return [part for part in ProgramGraph(program).parts().values() if isinstance(part, kinds)]
+
+
+def hidden_predictors(program: dspy.Module) -> dict[str, dspy.Predict]:
+    """Place -> predictor that DSPy's ``named_parameters`` misses, e.g. in a dict of lists; frozen ones left out."""
+    seen = {id(parameter) for _, parameter in program.named_parameters()}
+    seen |= {id(inner) for _, inner in frozen_predictors(program)}
+    parts = ProgramGraph(program).parts().items()
+    return {place: part for place, part in parts if isinstance(part, dspy.Predict) and id(part) not in seen}
+
+
+def frozen_predictors(program: dspy.Module) -> Iterator[tuple[str, dspy.Predict]]:
+    """(place of a part that is marked ``_compiled``, predictor in it): DSPy leaves them out of ``named_parameters``."""
+    for place, part in ProgramGraph(program).parts().items():
+        if part is not program and getattr(part, "_compiled", False):
+            yield from ((place, inner) for inner in all_predictors(part))

@@ -1,11 +1,13 @@
-"""Parts that a program's code reads past the program: from global variables, enclosing functions and classes.
+"""Why copies of a program would share a predictor, told before any work; all of it at once.
 
-A copy of a program has attributes of its own and the same code. A predictor that ``forward`` reads from a global
-variable is therefore one for all rollouts, whatever their texts, and DSPy does not name it.
+A copy would share a part that Python cannot copy, and one whose class has a copying method of its own that does not
+copy what it holds. It has attributes of its own, but the same code: a predictor that ``forward`` reads from a global
+variable, an enclosing function or a class is one for all rollouts, whatever their texts, and DSPy does not name it.
 
-Looked at are the functions that the program holds, ``forward`` and the special methods of its classes, and whatever of
-its classes' methods and of the same file's functions these name. Constructors are left out: there a program takes up
-what it holds. Only variables that the code names count, and of containers the first `FIRST` values.
+For the last, the code of these functions is read: those that the program holds, ``forward`` and the special methods of
+its classes, and whatever of its classes' methods and of the same file's functions these name. Constructors are left
+out: there a program takes up what it holds. Only variables that the code names count, and of containers the first
+`FIRST` values.
 """
 
 import functools
@@ -18,8 +20,18 @@ from typing import Any
 
 import dspy
 
-from dspy_fst.rollout.anatomy import CONTAINERS, attributes, holds, is_part, is_plain, may_hold
-from dspy_fst.rollout.tree import Tree, all_predictors
+from dspy_fst.rollout.copying import copied, graph_faults
+from dspy_fst.rollout.program_graph import (
+    CONTAINERS,
+    ProgramGraph,
+    all_predictors,
+    attributes,
+    copies_itself,
+    holds,
+    is_part,
+    is_plain,
+    may_hold,
+)
 
 FIRST = 1_000
 """Values of a container that are looked at (ours: programs hold few parts)."""
@@ -65,36 +77,69 @@ class _Function:
     """Whether the program holds it, so that copies have their own closure of it."""
 
 
-def outside_faults(tree: Tree) -> list[str]:
+def copy_faults(program: dspy.Module) -> list[str]:
+    """Why copies of the program would share a predictor with it; a copy is made and looked through."""
+    graph = ProgramGraph(program)
+    if faults := [*graph_faults(graph), *_outside_faults(graph)]:
+        return faults
+    try:
+        parts = ProgramGraph(copied(program)).parts()
+    except Exception as error:  # user classes are made and filled
+        return [f"student: the program cannot be copied for its rollouts: {error!r}"]
+    return [_shared_fault(graph, id(part)) for part in parts.values() if id(part) in graph.holding]
+
+
+def _shared_fault(graph: ProgramGraph, part: int) -> str:
+    told = f"student: a copy of the program shares {graph.place(part) or 'the program itself'} with it"
+    if sharing := _copying_themselves(graph, part):
+        whose = ", ".join(f"{place} (class {kind})" for place, kind in sharing.items())
+        return (
+            f"{told}, because the copying method (__deepcopy__, __copy__ or __reduce__) of {whose} "
+            "does not copy what it holds: leave that method out, or let it copy.deepcopy(value, memo) every value that "
+            "holds a module"
+        )
+    return f"{told}; hold it as an attribute"
+
+
+def _copying_themselves(graph: ProgramGraph, key: int) -> dict[str, str]:
+    """Place -> class, of what holds a node and is neither a part nor copied but by its class's own rule."""
+    return {
+        graph.place(above): type(node).__name__
+        for above, node in graph.reaching([key]).items()
+        if is_plain(type(node)) and not is_part(node) and copies_itself(type(node))
+    }
+
+
+def _outside_faults(graph: ProgramGraph) -> list[str]:
     """Why copies would speak with a part of the program that its code reads from elsewhere."""
     faults = []
-    for found in read_outside(tree):
-        own = next((key for part in all_parts(found.part) if (key := id(part)) in tree.holding), None)
+    for found in read_outside(graph):
+        own = next((key for part in all_parts(found.part) if (key := id(part)) in graph.holding), None)
         if own is not None:
             faults.append(
-                f"student: {found.reader} reads the {found.variable}, which is or holds {_named(tree, own)}, so all "
-                f"copies of the program would speak with that one. {_advice(tree.place(own))}"
+                f"student: {found.reader} reads the {found.variable}, which is or holds {_named(graph, own)}, so all "
+                f"copies of the program would speak with that one. {_advice(graph.place(own))}"
             )
     return faults
 
 
 def outside_predictors(program: dspy.Module) -> dict[str, dspy.Predict]:
     """Place -> predictor that only the program's code leads to, e.g. ``{"class attribute Program.steps[0]": ...}``."""
-    tree = Tree(program)
-    predictors = {found.place: p for found in read_outside(tree) for p in all_predictors(found.part)}
-    return {place: p for place, p in predictors.items() if id(p) not in tree.holding}
+    graph = ProgramGraph(program)
+    predictors = {found.place: p for found in read_outside(graph) for p in all_predictors(found.part)}
+    return {place: p for place, p in predictors.items() if id(p) not in graph.holding}
 
 
 def all_parts(part: Any) -> list[Any]:
-    return list(Tree(part).parts().values())
+    return list(ProgramGraph(part).parts().values())
 
 
-def read_outside(tree: Tree) -> Iterator[Outside]:
+def read_outside(graph: ProgramGraph) -> Iterator[Outside]:
     """Every part that code of the program reads past the program, once for each function."""
-    methods, values = _of_classes(tree)
+    methods, values = _of_classes(graph)
     front = [
-        _Function(f"the function at {tree.place(key)}", node, True)
-        for key, node in tree.nodes.items()
+        _Function(f"the function at {graph.place(key)}", node, True)
+        for key, node in graph.nodes.items()
         if isinstance(node, types.FunctionType)
     ]
     front += [method for name, found in methods.items() if _is_entry(name) for method in found]
@@ -112,8 +157,8 @@ def read_outside(tree: Tree) -> Iterator[Outside]:
                 if value.__globals__ is function.code.__globals__:
                     front.append(_Function(f"{value.__name__}()", value, False))
                 continue
-            if function.held and is_part(value) and id(value) in tree.holding:
-                continue  # Tree.faults tells it
+            if function.held and is_part(value) and id(value) in graph.holding:
+                continue  # graph_faults tells it
             for place, part in _parts_of(variable, value):
                 if (function, id(part)) not in told:
                     told.add((function, id(part)))
@@ -121,12 +166,12 @@ def read_outside(tree: Tree) -> Iterator[Outside]:
         front += [method for name in names for method in methods.get(name, ())]
 
 
-def _of_classes(tree: Tree) -> tuple[dict[str, list[_Function]], dict[str, list[tuple[str, Any]]]]:
+def _of_classes(graph: ProgramGraph) -> tuple[dict[str, list[_Function]], dict[str, list[tuple[str, Any]]]]:
     """Name -> methods, and name -> (place, value), of the classes of the program's parts and of what holds them."""
     methods: dict[str, list[_Function]] = {}
     values: dict[str, list[tuple[str, Any]]] = {}
     seen: set[tuple[int, str]] = set()
-    for node in tree.holding.values():
+    for node in graph.holding.values():
         if not (is_part(node) or is_plain(type(node))):
             continue
         hidden = set(attributes(node))  # the object's own comes first
@@ -210,8 +255,8 @@ def _parts_of(place: str, value: Any) -> Iterator[tuple[str, Any]]:
             front += [(place + name, inner) for name, inner in islice(holds(x), FIRST) if may_hold(inner)]
 
 
-def _named(tree: Tree, key: int) -> str:
-    return f"{tree.place(key)!r} of this program" if tree.place(key) else "the program itself"
+def _named(graph: ProgramGraph, key: int) -> str:
+    return f"{graph.place(key)!r} of this program" if graph.place(key) else "the program itself"
 
 
 def _advice(place: str) -> str:

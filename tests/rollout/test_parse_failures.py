@@ -8,7 +8,7 @@ import dspy
 import pytest
 from dspy.utils.exceptions import AdapterParseError
 
-from dspy_fst.rollout.parse_reasons import LONGEST, WRONG_VALUE, feedback_on
+from dspy_fst.rollout.parse_failures import LONGEST, WRONG_VALUE, feedback_on
 
 Mood = enum.Enum("Mood", {"GOOD": "good", "BAD": "bad"})
 ALLOWED = "'so-so' came, and it should be 'good' or 'bad'"
