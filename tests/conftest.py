@@ -19,6 +19,8 @@ transformers.logging.disable_progress_bar()
 # DSPy, not imported yet, keeps replies of LMs in the home folder: those of an earlier test run would be taken.
 CACHE = tempfile.TemporaryDirectory(prefix="dspy-cache-")
 os.environ["DSPY_CACHEDIR"] = CACHE.name
+# Without a network litellm asks three times for its newest prices while it is imported, in every process.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 # A runner in the background ignores these, and children inherit it: what tests send would not arrive.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -47,19 +47,6 @@ def test_a_request_without_a_system_text_gets_the_template_s_own_and_one_with_it
     )
 
 
-def test_which_adapter_a_small_model_follows_and_what_demos_bring(in_process):
-    """Of 24 replies, without and with two demos: ChatAdapter 0 and 1, JSONAdapter 0 and 20, XMLAdapter 0 and 13."""
-    policy = in_process()
-    parsed = {
-        (adapter, demos): shares.share(policy, adapter, demos, 12).parsed
-        for adapter, demos in (("ChatAdapter", 0), ("JSONAdapter", 0), ("JSONAdapter", 2), ("XMLAdapter", 2))
-    }
-    assert parsed["ChatAdapter", 0] <= 0.1
-    assert parsed["JSONAdapter", 2] > 0.3
-    assert parsed["JSONAdapter", 2] > parsed["JSONAdapter", 0] + 0.1
-    assert parsed["XMLAdapter", 2] > parsed["ChatAdapter", 0]
-
-
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
