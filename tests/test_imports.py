@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dspy_fst"
 LAYERS = [
-    ["errors", "formatting", "outcomes"],
+    ["errors", "formatting", "outcomes", "lora"],
     ["types", "config"],
     ["model_files", "run"],
     ["engine"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["cli"],
 ]
 """From below to above: packages and the root's modules. Each imports from lower layers, or from itself."""
-ROOT = {"config", "errors", "optimizer", "policy_lm", "types"}
+ROOT = {"config", "errors", "lora", "optimizer", "policy_lm", "types"}
 """Modules beside the packages: the face, and the nouns that every room shares."""
 CORNERS = {
     "torch": ["model_files.architectures", "slow", "engine", "policy_lm", "cli.doctor"],
@@ -33,6 +33,7 @@ CORNERS = {
     "vllm": ["engine.vllm.served"],
     "accelerate": ["monitoring.tracking"],
     "trl": ["slow"],
+    "peft": ["engine.lora"],
     "scipy": ["run.paired"],
     "matplotlib": ["report.charts"],
     "jinja2": ["report.page", "engine.prompt_rendering"],

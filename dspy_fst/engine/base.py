@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from dspy.lm15 import Request, Response
 
+from dspy_fst.model_files.lora_folder import lora_parts
 from dspy_fst.types import WeightsVersion
 
 
@@ -56,6 +57,19 @@ class Checkpoint:
     """Of every tensor of ``path`` as its writer held it, by name in the folder; empty when nobody recorded them."""
     adapters: tuple[AdapterFiles, ...] = ()
     """By name, in order. Empty: the folder's weights are the policy's."""
+
+    @classmethod
+    def at(cls, version: WeightsVersion, folder: Path) -> "Checkpoint":
+        """The version that lies in a folder: whole weights, or LoRA adapters and the base that they name.
+
+        Raises:
+            ConfigurationError: the folder's list of adapters is damaged.
+        """
+        parts = lora_parts(folder)
+        if parts is None:
+            return cls(version, folder)
+        base, adapters = parts
+        return cls(version, base, adapters=tuple(AdapterFiles(name, path) for name, path in adapters.items()))
 
     @property
     def folder(self) -> Path:

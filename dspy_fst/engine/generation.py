@@ -36,6 +36,8 @@ class Pending:
     max_tokens: int
     temperature: float
     seed: int
+    adapter: str | None = None
+    """The LoRA adapter that it is sampled with; None: the base."""
     reply: "Future[Reply]" = field(default_factory=Future)
     arrived_at: float = field(default_factory=time.monotonic)
     begun: threading.Event = field(default_factory=threading.Event)
@@ -47,13 +49,13 @@ class Pending:
         self.reply.add_done_callback(lambda _: self.begun.set())
 
     @property
-    def order(self) -> tuple[int, tuple[int, ...], int]:
+    def order(self) -> tuple[str, int, tuple[int, ...], int]:
         """Sort key, so that batches do not depend on the order of arrival."""
-        return (len(self.prompt), self.prompt, self.seed)
+        return (self.adapter or "", len(self.prompt), self.prompt, self.seed)
 
 
 def cut(calls: list[Pending], budget: int) -> list[list[Pending]]:
-    """Cut sorted calls into batches in which rows x (longest prompt + completion) is within the budget, in tokens.
+    """Cut sorted calls into batches of one LoRA adapter, with rows x (longest prompt + completion) within the budget.
 
     A call that exceeds the budget is a batch by itself.
     """
@@ -61,7 +63,8 @@ def cut(calls: list[Pending], budget: int) -> list[list[Pending]]:
     width = 0
     for call in calls:
         width = max(width, len(call.prompt) + call.max_tokens)
-        if batches and width * (len(batches[-1]) + 1) <= budget:
+        fits = batches and width * (len(batches[-1]) + 1) <= budget
+        if fits and batches[-1][0].adapter == call.adapter:
             batches[-1].append(call)
         else:
             batches.append([call])

@@ -13,18 +13,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from dspy_fst.engine.base import Holding
+from dspy_fst.engine.base import AdapterFiles, Holding
+from dspy_fst.engine.lora import TENSORS, base_state, parameters_of
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import difference, digest
 
 
 @torch.no_grad()
 def compare(model: PreTrainedModel, folder: Path) -> Holding:
-    """Compare every tensor of a loaded model with the folder's, number by number.
+    """Compare every tensor of a loaded model with the folder's, number by number; LoRA adapters on it are left out.
 
     Raises:
         OSError, SafetensorError: the folder cannot be read.
     """
-    used = revert_weight_conversion(model, dict(model.state_dict()))
+    used = revert_weight_conversion(model, base_state(model))
     digests: dict[str, str] = {}
     wrong: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -38,6 +39,27 @@ def compare(model: PreTrainedModel, folder: Path) -> Holding:
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     wrong |= dict.fromkeys(used.keys() - digests.keys() - tied, "not in the folder")
     return Holding(digests, wrong, str(model.dtype).removeprefix("torch."))
+
+
+@torch.no_grad()
+def compare_adapters(model: PreTrainedModel, adapters: Iterable[AdapterFiles]) -> Holding:
+    """Compare every tensor of the LoRA adapters on a loaded model with their folders', number by number.
+
+    Raises:
+        OSError, SafetensorError: a folder cannot be read.
+    """
+    digests: dict[str, str] = {}
+    wrong: dict[str, str] = {}
+    for adapter in adapters:
+        used = parameters_of(model, adapter.name)
+        with safe_open(adapter.path / TENSORS, framework="pt") as tensors:
+            read = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+        digests |= {adapter.tensor(name): digest(tensor) for name, tensor in read.items()}
+        differing = {name: difference(used[name], read[name]) for name in used.keys() & read.keys()}
+        wrong |= {adapter.tensor(name): how for name, how in differing.items() if how is not None}
+        wrong |= {adapter.tensor(name): "the model has no such tensor" for name in read.keys() - used.keys()}
+        wrong |= {adapter.tensor(name): "not in the folder" for name in used.keys() - read.keys()}
+    return Holding(digests, wrong, str(model.dtype).removeprefix("torch."), with_base=False)
 
 
 @torch.no_grad()

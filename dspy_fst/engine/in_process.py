@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,13 @@ from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.decoding import BatchDecoder
 from dspy_fst.engine.devices import has_gpu
 from dspy_fst.engine.generation import Pending, Reply, cut, generate
-from dspy_fst.engine.holding import compare, head_in_float32
+from dspy_fst.engine.holding import compare, compare_adapters, head_in_float32
 from dspy_fst.engine.logprobs import with_logprobs
+from dspy_fst.engine.lora import put_on_as_read, take_off, using
 from dspy_fst.engine.prompt_rendering import PromptRenderer
 from dspy_fst.engine.queueing import queueing
 from dspy_fst.engine.replies import ReplyReader
-from dspy_fst.errors import EngineError
+from dspy_fst.errors import EngineError, TrainingError
 from dspy_fst.model_files.architectures import context_length, load_model_with_info
 from dspy_fst.model_files.folder import folder_faults, layer_fault
 from dspy_fst.types import WeightsVersion
@@ -64,6 +66,10 @@ class InProcessEngine:
     def __init__(self, settings: InProcessSettings | None = None):
         self.settings = settings or InProcessSettings()
         self._version: WeightsVersion | None = None
+        self._checkpoint: Checkpoint | None = None
+        """What the model holds; unlike ``_version`` it may not have been verified."""
+        self._base_compared: Path | None = None
+        """The base whose tensors were compared since it was read."""
         self._model: Any = None
         self._decoder: Any = None
         self._context: int | None = None
@@ -96,16 +102,13 @@ class InProcessEngine:
             self._wake()
 
     def load(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.adapters:
-            raise EngineError(f"weights {checkpoint.version} have LoRA adapters, which this engine does not serve")
         with self._model_lock:
             try:
-                if self._model is None:
-                    self._start(checkpoint)
-                else:
-                    self._replace_weights(checkpoint)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} do not load: {error}") from error
+                self._take(checkpoint)
+            except (OSError, ValueError, RuntimeError, TrainingError) as error:
+                raise EngineError(
+                    f"weights {checkpoint.version} at {checkpoint.folder} do not load: {error}"
+                ) from error
             self._version = checkpoint.version
         try:
             if self._verify is not None:
@@ -119,11 +122,16 @@ class InProcessEngine:
             if self._model is None:
                 raise EngineError("the in-process engine has no weights yet: load a checkpoint first")
             try:
-                return compare(self._model, checkpoint.path)
+                adapters = compare_adapters(self._model, checkpoint.adapters)
+                if checkpoint.adapters and self._base_compared == checkpoint.path:
+                    return adapters
+                base = compare(self._model, checkpoint.path)
             except (OSError, SafetensorError) as error:
                 raise EngineError(
-                    f"weights {checkpoint.version} at {checkpoint.path} cannot be read: {error}"
+                    f"weights {checkpoint.version} at {checkpoint.folder} cannot be read: {error}"
                 ) from error
+            self._base_compared = None if base.wrong else checkpoint.path
+            return Holding({**base.digests, **adapters.digests}, {**base.wrong, **adapters.wrong}, base.dtype)
 
     def complete(
         self, request: lm15.Request, seed: int, prompt_ids: tuple[int, ...] | None = None, adapter: str | None = None
@@ -135,7 +143,8 @@ class InProcessEngine:
             )
         prompt = self._render(request) if prompt_ids is None else prompt_ids
         temperature = 1.0 if request.config.temperature is None else request.config.temperature
-        call = Pending(prompt, self._longest_reply(prompt, request.config.max_tokens), temperature, seed)
+        longest = self._longest_reply(prompt, request.config.max_tokens)
+        call = Pending(prompt, longest, temperature, seed, self._through(adapter))
         with self._lock:
             if self._closed:
                 raise EngineError("the in-process engine was closed")
@@ -154,7 +163,7 @@ class InProcessEngine:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
-        with self._model_lock:
+        with self._model_lock, using(self._model, self._through(adapter)):
             return [self._token_logprobs(sequence) for sequence in sequences]
 
     def _token_logprobs(self, sequence: Sequence[int]) -> list[float]:
@@ -181,6 +190,7 @@ class InProcessEngine:
         if self._worker is not None:
             self._worker.join(timeout=self.settings.timeout_s)
         self._model = self._decoder = self._tokenizer = self._reader = self._renderer = self._version = None
+        self._checkpoint = self._base_compared = None
 
     def _reply_to(self, call: Pending) -> Reply:
         """Wait for the batch of a call to begin, then for at most ``timeout_s`` for its reply.
@@ -225,17 +235,31 @@ class InProcessEngine:
             self._worker = threading.Thread(target=self._serve, name="in-process-engine", daemon=True)
             self._worker.start()
 
-    def _replace_weights(self, checkpoint: Checkpoint) -> None:
-        """Replace the served weights by others of the same model."""
-        stored = load_file(checkpoint.path / "model.safetensors")
+    def _take(self, checkpoint: Checkpoint) -> None:
+        """Hold the weights of a checkpoint. A base that is held already is not read again for other adapters on it."""
+        if self._model is None:
+            self._start(checkpoint)
+        elif not (checkpoint.adapters and self._checkpoint and self._checkpoint.path == checkpoint.path):
+            self._replace_weights(checkpoint)
         self._version = None  # an error from here on may leave a part of the new weights in the model
+        former = self._checkpoint.adapters if self._checkpoint else ()
+        for name in {adapter.name for adapter in former} - {adapter.name for adapter in checkpoint.adapters}:
+            take_off(self._model, name)
+        for adapter in checkpoint.adapters:
+            put_on_as_read(self._model, adapter.name, adapter.path)
+        self._checkpoint = checkpoint
+
+    def _replace_weights(self, checkpoint: Checkpoint) -> None:
+        """Replace the served whole weights, or the base, by others of the same model."""
+        stored = load_file(checkpoint.path / "model.safetensors")
+        self._version = self._base_compared = None
         if stored.keys() == self._model.state_dict().keys():
             self._model.load_state_dict(stored)
             return
-        # The tensors have other names or shapes on disk (experts, for example): from_pretrained converts them.
+        # The tensors have other names or shapes on disk (experts, for example), or adapters are on the model.
         del stored
         device, dtype = self._model.device, self._model.dtype
-        self._model = self._decoder = None  # frees memory for the new model
+        self._model = self._decoder = self._checkpoint = None  # frees memory for the new model
         self._read(checkpoint, str(device), dtype)
 
     def _read(self, checkpoint: Checkpoint, device: str, dtype: Any) -> None:
@@ -246,6 +270,14 @@ class InProcessEngine:
         head_in_float32(self._model, checkpoint.path)
         self._decoder = BatchDecoder(self._model)
         self._context = context_length(self._model.config)
+
+    def _through(self, adapter: str | None) -> str | None:
+        """The adapter that a call goes through, see `Checkpoint.adapter`."""
+        try:
+            found = self._checkpoint.adapter(adapter) if self._checkpoint else None
+        except ValueError as error:
+            raise EngineError(str(error)) from error
+        return found.name if found else None
 
     def _longest_reply(self, prompt: tuple[int, ...], wanted: int | None) -> int:
         """Longest reply, in tokens, to a prompt; ``wanted`` is the call's own limit."""
@@ -296,7 +328,7 @@ class InProcessEngine:
             self._refuse(batch)
             return
         try:
-            with self._model_lock:
+            with self._model_lock, using(self._model, batch[0].adapter):
                 began_at = self._begin(batch)
                 replies = generate(
                     self._decoder,

@@ -75,6 +75,14 @@ def empty_model(config: "PreTrainedConfig") -> "PreTrainedModel":
         return _auto_class(config).from_config(config, trust_remote_code=False)
 
 
+def text_part(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The part that turns token ids into hidden states: no LM head, no vision or audio tower. The model itself where
+    its layers cannot be told from its head."""
+    decoder: PreTrainedModel = model.get_decoder()
+    # transformers' own search does not find Llama 4's
+    return getattr(model, "model", model) if decoder is model else decoder
+
+
 def _auto_class(config: "PreTrainedConfig") -> "type[AutoModelForCausalLM | AutoModelForImageTextToText]":
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 

@@ -1,0 +1,268 @@
+"""LoRA adapters on a transformers model in this process: put on, switched, read, written, merged.
+
+peft replaces linear layers in place by layers of its own. The model stays its own class, its modules keep their names,
+and the weight of such a layer becomes ``NAME.base_layer.weight``. Read from peft 0.21.2 (`tuners/lora/layer.py`).
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dspy_fst.errors import TrainingError, briefly, meant
+from dspy_fst.lora import ALL_LINEAR, LoRA
+from dspy_fst.model_files.architectures import has_experts, text_part
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What peft puts before the names of modules in its files."""
+BASE_LAYER = ".base_layer"
+ROUTERS = {"gate", "router", "shared_expert_gate"}
+"""Last parts of the names of linear layers that choose experts. An adapted router would change which experts learn."""
+
+
+# ---- which layers -------------------------------------------------------------------------------
+
+
+def target_modules(model: PreTrainedModel, lora: LoRA) -> list[str]:
+    """Full names of the layers that get an adapter, in the model's order.
+
+    Raises:
+        TrainingError: see `target_faults`.
+    """
+    if faults := target_faults(model, lora):
+        raise TrainingError("; ".join(faults))
+    layers = _adaptable(model)
+    return [layer for layer in layers if lora.target == ALL_LINEAR or any(_ends(layer, name) for name in lora.target)]
+
+
+def target_faults(model: PreTrainedModel, lora: LoRA) -> list[str]:
+    """Why these settings do not fit a model, one sentence for each reason; the model may be on the meta device."""
+    layers = _adaptable(model)
+    kind = model.config.model_type
+    if not layers:
+        return [f"adapter: a {kind!r} model has no linear layers that a LoRA adapter could go on; train all weights"]
+    names = () if lora.target == ALL_LINEAR else lora.target
+    ends = sorted({layer.rpartition(".")[2] for layer in layers})
+    return [_fault(model, name, ends) for name in names if not any(_ends(layer, name) for layer in layers)]
+
+
+def _ends(layer: str, name: str) -> bool:
+    return layer == name or layer.endswith(f".{name}")
+
+
+def _fault(model: PreTrainedModel, name: str, ends: list[str]) -> str:
+    head = model.get_output_embeddings()
+    if any(module is head and _ends(full, name) for full, module in model.named_modules()):
+        tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+        why = "it shares its weight with the embedding" if tied else "the trainer computes the head by itself"
+        return f"adapter: target={name!r} is the LM head, which gets no LoRA adapter ({why}); leave it out"
+    return (
+        f"adapter: target={name!r}: a {model.config.model_type!r} model has no linear layer of this name"
+        f"{meant(name, ends) or ''}; it has {', '.join(ends)}"
+    )
+
+
+def _adaptable(model: PreTrainedModel) -> list[str]:
+    text, head = text_part(model), model.get_output_embeddings()
+    inside = {id(module) for module in text.modules()}
+    routers = ROUTERS if has_experts(model.config) else set()
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) in inside and module is not head and isinstance(module, nn.Linear | Conv1D | LoraLayer)
+        if not name.endswith(BASE_LAYER) and ".lora_" not in name and name.rpartition(".")[2] not in routers
+    ]
+
+
+# ---- on the model -------------------------------------------------------------------------------
+
+
+def layers_of(model: nn.Module, name: str) -> dict[str, LoraLayer]:
+    """Module -> its layer, for every layer that has the adapter of this name."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {path: layer for path, layer in layers.items() if name in layer.lora_A}
+
+
+def put_on(model: PreTrainedModel, name: str, lora: LoRA, *, seed: int = 0) -> None:
+    """Put a new adapter on the model, and freeze the model's own weights. Until it is trained, it changes nothing.
+
+    B is zero. A is drawn as in `torch.nn.Linear` from a generator of its own, so that a rerun has the same; torch's own
+    generator is left as it was.
+
+    Raises:
+        TrainingError: see `target_modules`; or peft cannot adapt one of the layers.
+    """
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it; whole numbers are a habit
+        target_modules=target_modules(model, lora),
+        use_rslora=lora.rslora,
+    )
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a model has an adapter already, or keeps its weights transposed
+            inject_adapter_in_model(config, model, name)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise TrainingError(
+            f"peft cannot put a LoRA adapter on a {model.config.model_type!r} model: {error}"
+        ) from error
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in parameters_of(model, name).items():
+        if key.endswith("lora_A.weight"):
+            drawn = torch.empty(parameter.shape)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            with torch.no_grad():
+                parameter.copy_(drawn)
+
+
+def take_off(model: PreTrainedModel, name: str) -> None:
+    """Remove an adapter; its layers stay, and compute what the base does once they have none."""
+    for layer in layers_of(model, name).values():
+        layer.delete_adapter(name)
+    getattr(model, "peft_config", {}).pop(name, None)
+
+
+def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters, by their names in adapter_model.safetensors."""
+    return {
+        f"{PREFIX}{path}.{part}.weight": getattr(layer, part)[name].weight
+        for path, layer in layers_of(model, name).items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+@contextmanager
+def using(model: nn.Module, name: str | None) -> Iterator[None]:
+    """A block in which the model computes with this adapter, or with None as its base does. Models without adapters
+    are left as they are.
+
+    peft's own switch also changes which parameters get gradients, so its two fields are set here.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [] if name is None else [name], name is None
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state without adapters, under the names that it had before they were put on."""
+    return {name.replace(BASE_LAYER, ""): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+
+
+# ---- in files -----------------------------------------------------------------------------------
+
+
+def write(model: PreTrainedModel, name: str, folder: Path) -> dict[str, Tensor]:
+    """Write an adapter as a new peft folder that peft, transformers and vLLM read.
+
+    Returns:
+        What was written: `parameters_of` on the CPU, in float32.
+    """
+    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in parameters_of(model, name).items()}
+    config = model.peft_config[name]
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "fan_in_fan_out": config.fan_in_fan_out,
+        "target_modules": sorted(config.target_modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    return tensors
+
+
+def read(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
+    """An adapter's settings, with the full names of its layers, and its tensors.
+
+    Raises:
+        TrainingError: the folder cannot be read, or holds another kind of adapter.
+    """
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS)
+        lora = LoRA(
+            rank=settings["r"],
+            alpha=settings["lora_alpha"],
+            target=_layers_in(tensors),
+            rslora=settings["use_rslora"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise TrainingError(f"no LoRA adapter can be read from {folder}: {briefly(error)}") from error
+    return lora, tensors
+
+
+def _layers_in(tensors: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors))
+
+
+def put_on_as_read(model: PreTrainedModel, name: str, folder: Path) -> None:
+    """Have the model hold an adapter of this name with the folder's numbers, in the precision of its own weights.
+
+    Raises:
+        TrainingError: the folder cannot be read, or is of another model.
+    """
+    lora, tensors = read(folder)
+    held = parameters_of(model, name)
+    same_scaling = {layer.scaling[name] for layer in layers_of(model, name).values()} == {lora.scaling}
+    if not same_scaling or {key: t.shape for key, t in held.items()} != {key: t.shape for key, t in tensors.items()}:
+        take_off(model, name)
+        put_on(model, name, lora)
+        held = parameters_of(model, name)
+    fill(held, tensors, folder)
+
+
+@torch.no_grad()
+def fill(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Give an adapter's parameters the numbers that were read from a folder.
+
+    Raises:
+        TrainingError: names or shapes differ.
+    """
+    if {key: p.shape for key, p in parameters.items()} != {key: t.shape for key, t in tensors.items()}:
+        raise TrainingError(f"{folder} holds a LoRA adapter of another model or of another rank")
+    for key, parameter in parameters.items():
+        parameter.copy_(tensors[key])
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel, folder: Path) -> None:
+    """Add a folder's adapter to the weights of a model in float32. In bfloat16 most of the change would round away.
+
+    Raises:
+        TrainingError: the folder cannot be read, or is of another model.
+    """
+    lora, tensors = read(folder)
+    modules = dict(model.named_modules())
+    for name in _layers_in(tensors):
+        a, b = (tensors[f"{PREFIX}{name}.{part}.weight"].float() for part in ("lora_A", "lora_B"))
+        layer, change = modules.get(name), lora.scaling * (b @ a)
+        change = change.T if isinstance(layer, Conv1D) else change
+        if not isinstance(layer, nn.Linear | Conv1D) or layer.weight.shape != change.shape:
+            raise TrainingError(f"{folder} holds a LoRA adapter of another model: {name} does not fit")
+        layer.weight += change.to(layer.weight.device)
