@@ -152,7 +152,7 @@ def in_process(program: Any, asked: Sequence[dict[str, str]]) -> tuple[Load, lis
 def serve_forever(kind: str, settings: str) -> None:
     """Of the server's process."""
     from dspy_fst.serve.app import create_app
-    from dspy_fst.serve.server import serve
+    from dspy_fst.serve.listening import serve
     from dspy_fst.serve.settings import ServeSettings
 
     chosen = ServeSettings(**json.loads(settings))

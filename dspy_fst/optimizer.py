@@ -17,10 +17,9 @@ from dspy_fst.monitoring.tracking import Track, Tracking, trackers_of
 from dspy_fst.preflight.argument_checks import argument_faults
 from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.interrupts import ctrl_c_as_sentence, signals_raise
-from dspy_fst.training.kept import keep_compiled
 from dspy_fst.training.open_run import Listeners, open_run
 from dspy_fst.training.request import Arguments, Proposers, check
-from dspy_fst.training.result import compiled_program
+from dspy_fst.training.result import compiled_program, keep_compiled
 from dspy_fst.training.session import Session
 from dspy_fst.types import Population
 

@@ -16,14 +16,13 @@ from dspy.clients.engines.base import StreamEvent
 from pydantic import ValidationError
 
 from dspy_fst.engine.base import Checkpoint, Completion, Engine
-from dspy_fst.engine.devices import has_gpu
-from dspy_fst.engine.options import make_settings, unknown_arguments
-from dspy_fst.engine.portable import PolicyState, portable_options
-from dspy_fst.engine.prompt_rendering import Ids, PromptRenderer
+from dspy_fst.engine.chat import Ids, PromptRenderer
+from dspy_fst.engine.machine import has_gpu
+from dspy_fst.engine.options import PolicyState, make_settings, portable_options, unknown_arguments
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.stream_events import events, events_in_thread, pieces
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.model_files.adapter_folder import adapter_fault
+from dspy_fst.model_files.folder import adapter_fault
 from dspy_fst.rollout.call_recorder import RECORDED, complete_recorded, no_second_call, stream_recorded
 
 EngineKind = Literal["auto", "vllm", "in_process"]
@@ -161,7 +160,7 @@ class PolicyLM(dspy.LM):
         self.handle.release()
 
     def dump_state(self) -> dict[str, Any]:
-        """State for DSPy's save: no keys, addresses or whatever else belongs to the machine (see `engine.portable`)."""
+        """State for DSPy's save: no keys, addresses or whatever else belongs to the machine (see `engine.options`)."""
         return {
             "_dspy_lm_class": f"{type(self).__module__}.{type(self).__qualname__}",
             "model": str(self.checkpoint.path),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.formatting.numbers import format_bytes
 from dspy_fst.memory import (
     DISK,
     GPU,
@@ -38,10 +39,10 @@ from dspy_fst.memory import (
     writable_fault,
 )
 from dspy_fst.memory.arithmetic import MicroBatchShape, update_bytes
+from dspy_fst.memory.bytes_by_part import Writes
 from dspy_fst.memory.does_it_fit import SPARE
-from dspy_fst.model_files.stored_shapes import stored_shapes
+from dspy_fst.model_files.folder import stored_shapes
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.run.written import Writes, format_bytes
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.slow.trainer import Trainer
 from programs import smollm2

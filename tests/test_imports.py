@@ -36,7 +36,7 @@ CORNERS = {
     "peft": ["engine.lora"],
     "scipy": ["run.paired"],
     "matplotlib": ["report.charts"],
-    "jinja2": ["report.page", "engine.prompt_rendering"],
+    "jinja2": ["report.page", "engine.chat"],
     "rich": ["monitoring.progress", "report.summary", "cli"],
     "typer": ["cli"],
     "yaml": ["project"],

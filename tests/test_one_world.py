@@ -274,7 +274,7 @@ def test_a_python_run_is_shown_reported_exported_and_served(of_python, here, mon
     invoke("export", of_python, "exported")
     assert dspy_fst.load("exported", Relay()).population.members
     served = []
-    monkeypatch.setattr("dspy_fst.serve.server.serve", lambda app, settings: served.append(app))
+    monkeypatch.setattr("dspy_fst.serve.listening.serve", lambda app, settings: served.append(app))
     invoke("serve", of_python, "--program", "mine_too:Relay", "--signature", "numbers: str -> answer: str")
     assert len(served) == 1
     assert "is finished" in invoke("resume", of_python).stderr

@@ -16,7 +16,6 @@ import dspy_fst
 from dspy_fst import FSTOptimizer
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.evaluation.run_reader import RunReader
-from dspy_fst.monitoring.history import best_versions
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.listing import list_runs
@@ -25,6 +24,7 @@ from dspy_fst.report.verdict import verdict
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rollouter import Rollouter
 from dspy_fst.run.directory import read_events
+from dspy_fst.training.publisher import best_versions
 from dspy_fst.training.result import CompiledResults
 from tests.cli.conftest import invoke
 from tests.fixtures.first_release import made

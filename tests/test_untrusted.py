@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 import dspy_fst
 from dspy_fst import ConfigurationError, PolicyLM
 from dspy_fst.engine.in_process import InProcessSettings
-from dspy_fst.engine.portable import OF_ENGINE, PortableOptions
+from dspy_fst.engine.options import OF_ENGINE, PortableOptions
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.rollout.components import read_texts
-from dspy_fst.run import manifest
-from dspy_fst.run.manifest import MANIFEST, seal
+from dspy_fst.saving import manifest
+from dspy_fst.saving.manifest import MANIFEST, seal
 from dspy_fst.types import Candidate, Population
 from programs.lab import BASE
 from tests.relay import Relay, relay

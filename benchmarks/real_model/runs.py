@@ -11,7 +11,7 @@ import dspy
 
 from benchmarks.durability import Comparison, Killer, Moment, Subject, newest, outcome
 from dspy_fst import FSTOptimizer, PolicyLM
-from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.run.directory import read_events
 from programs import smollm2
 from programs.smollm2 import moods

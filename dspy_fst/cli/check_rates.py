@@ -109,7 +109,7 @@ def _timed(rollouter: "Rollouter", opened: "Opened", count: int) -> "tuple[float
 
 
 def _unmeasured(rollouts: "Sequence[Rollout]") -> Iterator[str]:
-    from dspy_fst.outcomes.counts import OutcomeCounts
+    from dspy_fst.outcomes.outcome import OutcomeCounts
 
     masks = OutcomeCounts.over(rollout.outcome for rollout in rollouts).masked
     if masks.total() == len(rollouts) or any(reason.startswith("metric") for reason in masks):

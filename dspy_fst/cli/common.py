@@ -31,7 +31,7 @@ def told_how_to_go_on(run_dir: Path) -> Iterator[None]:
         if _exit_code(error) == USAGE:
             raise
         if isinstance(error, NothingLearnedError):
-            from dspy_fst.run.going_on import by_command_line  # heavy, as it reads events
+            from dspy_fst.run.ending import by_command_line
 
             error.add_note(by_command_line("max_unmoved_steps", run_dir))
         elif (run_dir / "project.yaml").is_file():

@@ -270,7 +270,7 @@ def _columns(first: str, k: int) -> tuple[str, ...]:
 
 def _row(name: str, figures: Figures) -> list[str]:
     from dspy_fst.formatting.numbers import interval, number
-    from dspy_fst.outcomes.counts import OutcomeCounts
+    from dspy_fst.outcomes.outcome import OutcomeCounts
 
     return [
         name,
@@ -286,7 +286,7 @@ def _row(name: str, figures: Figures) -> list[str]:
 
 def _losses(figures: Sequence[Figures]) -> Iterator[str]:
     """What was masked or failed, by reason."""
-    from dspy_fst.outcomes.counts import OutcomeCounts
+    from dspy_fst.outcomes.outcome import OutcomeCounts
 
     lost = sum((Counter(figure["lost"]) for figure in figures), Counter[str]())
     for outcome, count in OutcomeCounts.of(lost).items():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 import typer
 
 from dspy_fst.cli.printer import Printer
-from dspy_fst.run.written import GIB, MIB, format_bytes
+from dspy_fst.formatting.numbers import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
     from dspy_fst.memory import Available, MemoryPlan

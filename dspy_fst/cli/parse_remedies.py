@@ -43,7 +43,7 @@ def remedies(
         policy: The LM of the program.
         config: The recipe. ``parse_trial`` is the number of rollouts for each form; 0 tries none.
     """
-    from dspy_fst.monitoring.form_advice import Form, form_advice
+    from dspy_fst.monitoring.rules import Form, form_advice
     from dspy_fst.rollout.components import read_texts
     from dspy_fst.rollout.summaries import failed_reply_of
     from dspy_fst.training.first_rollouts import HARDLY

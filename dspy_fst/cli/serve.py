@@ -97,7 +97,7 @@ def serve(
         typer.echo("reading the program", err=True)
         try:
             from dspy_fst.serve.app import create_app
-            from dspy_fst.serve.server import serve as listen
+            from dspy_fst.serve.listening import serve as listen
         except ModuleNotFoundError as error:
             raise ConfigurationError([f"{error}; serving is an extra: pip install 'dspy-fst[serve]'"]) from error
         from dspy_fst.monitoring.progress import without_loading_bars
@@ -145,7 +145,7 @@ def _locate(out: Path, program: str | None, project: Path | None) -> tuple[Path,
     from dspy_fst.project.project_file import kept_in, load_project
     from dspy_fst.project.recorded import Recorded
     from dspy_fst.run.directory import COMPILED, PROJECT, is_run
-    from dspy_fst.run.going_on import why_no_program
+    from dspy_fst.run.ending import why_no_program
 
     run = next((folder for folder in (out, out.parent) if is_run(folder)), None)
     compiled = out / COMPILED if run == out else out

@@ -134,7 +134,7 @@ def _print(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) ->
 
 def _print_advice(out: "Printer", run_dir: Path, record: "RunRecord") -> None:
     """How a run that ended early can go on."""
-    from dspy_fst.run.going_on import by_command_line
+    from dspy_fst.run.ending import by_command_line
 
     if record.ended is None or record.ended.setting is None:
         return
@@ -206,7 +206,7 @@ def _steps(steps: Sequence["StepReport"]) -> tuple[Sequence[str], list[list[str]
 
 def _step(step: "StepReport") -> list[str]:
     from dspy_fst.formatting.numbers import DASH, number
-    from dspy_fst.outcomes.counts import OutcomeCounts
+    from dspy_fst.outcomes.outcome import OutcomeCounts
 
     update, lost = step.update, OutcomeCounts.of(step.counts)
     # An update of an empty batch measured nothing, whatever numbers it holds.

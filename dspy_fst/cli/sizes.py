@@ -21,8 +21,8 @@ from dspy_fst.cli.memory_tables import (
 )
 from dspy_fst.cli.printer import Printer
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.model_files.known import known_models, unknown_fault
-from dspy_fst.run.written import GIB, format_bytes
+from dspy_fst.formatting.numbers import GIB, format_bytes
+from dspy_fst.model_files.hub import known_models, unknown_fault
 
 if TYPE_CHECKING:
     from dspy_fst.config import FSTConfig

@@ -184,7 +184,7 @@ def _shown_when_finished(run_dir: Path, as_json: bool) -> bool:
 
 def _finished(run_dir: Path, ended: StopReason | None) -> str:
     """That there is nothing to do, and how a run that ended early can go on."""
-    from dspy_fst.run.going_on import by_command_line
+    from dspy_fst.run.ending import by_command_line
 
     if ended is None or ended.setting is None:
         return f"{run_dir} is finished; to train anew name another run_dir"

@@ -1,4 +1,4 @@
-"""What samples tokens: the one protocol that every engine meets. Its weights are verified by `engine.sync`."""
+"""What samples tokens: the one protocol that every engine meets. Its weights are verified by `engine.verification`."""
 
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence

@@ -2,20 +2,209 @@
 
 Calls are cut into batches within a token budget, and identical prompts are read once. The engine
 (`dspy_fst.engine.in_process`) decides which calls wait for one batch; this file knows neither threads nor requests.
+
+The model decodes prompt by prompt and then token by token, in the fastest way that is right for it. Most models read
+prompts of different lengths side by side, padded on the left, and cache keys and values. Recurrent layers (Mamba, gated
+delta nets, short convolutions) would carry padding through their state, so those models read one length at a time. A
+model with a cache of another kind rereads the whole text for every token: slow, but right.
 """
 
+import inspect
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dspy_fst.engine.decoding import BatchDecoder
 from dspy_fst.errors import EngineError
+from dspy_fst.model_files.architectures import last_position
 from dspy_fst.types import WeightsVersion
+
+# ---- how a model decodes -------------------------------------------------------------------------
+
+
+TOLERANCE, STATE_TOLERANCE = 1e-3, 5e-5
+"""Largest relative gap between a way of decoding and the plain forward, in float32, where kernels differ by 1e-6.
+
+A fault in cached keys and values shows at the size of the logits. Recurrent layers may always be off by a little:
+Zamba 2 and Nemotron-H bound the time step when they read a text, but not when they read a token (1e-4; 1e-2 nats).
+"""
+Ids = tuple[int, ...]
+
+
+class Decoding(Protocol):
+    """Rows of text that grow by one token at a time."""
+
+    logits: Tensor
+    """Logits of each row's next token, shape (rows, vocabulary), float32."""
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order; a row may be taken several times."""
+
+    @abstractmethod
+    def append(self, tokens: Tensor) -> None:
+        """Read one more token in each row; ``tokens`` has shape (rows,)."""
+
+
+class BatchDecoder:
+    """A model and the way in which it decodes a batch, chosen by a probe when the model is given.
+
+    Args:
+        model: On its device, in eval mode.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self._parameters = set(inspect.signature(model.forward).parameters)
+        self._cache_parameter = "past_key_values" if "past_key_values" in self._parameters else "cache_params"
+        self._last_position = last_position(model.config)
+        self.keeps_cache = self._cache_parameter in self._parameters and self._has_plain_cache()
+        """Whether keys and values (or states) are kept between tokens."""
+        self.equal_lengths_only = False
+        """Whether the prompts of a batch must have one length."""
+        if self.keeps_cache:
+            self._choose()
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    def prefill(self, prompts: Sequence[Ids]) -> Decoding:
+        """Read prompts; they must have one length if `equal_lengths_only`."""
+        return _CachedDecoding(self, prompts) if self.keeps_cache else _UncachedDecoding(self, prompts)
+
+    def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: DynamicCache | None) -> Tensor:
+        """Logits, shape (rows, kept positions, vocabulary): of the last position with a cache, else of all."""
+        options: dict[str, object] = {"attention_mask": mask}
+        if positions is not None and "position_ids" in self._parameters:
+            options["position_ids"] = positions.clamp(min=0, max=self._last_position)
+        if cache is not None:
+            options[self._cache_parameter] = cache
+            options |= {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
+        logits: Tensor = self.model(input_ids=ids, use_cache=cache is not None, **options).logits
+        return logits
+
+    def _has_plain_cache(self) -> bool:
+        try:
+            layers = DynamicCache(config=self.model.config).layers
+        except Exception:  # the config describes layers that transformers has no cache for
+            return False
+        return all(hasattr(layer, "reorder_cache") for layer in layers)
+
+    @torch.no_grad()
+    def _choose(self) -> None:
+        """Choose the first way of decoding whose logits are those of plain forwards.
+
+        In bfloat16 rounding alone is as large as some faults, so there the kinds of layers decide.
+        """
+        layers = DynamicCache(config=self.model.config).layers
+        self.equal_lengths_only = not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        if self.model.dtype != torch.float32 or (not self.equal_lengths_only and self._agrees()):
+            return
+        self.equal_lengths_only = True
+        self.keeps_cache = self._agrees()
+        self.equal_lengths_only = self.keeps_cache
+
+    def _agrees(self) -> bool:
+        """Whether decoding two short texts gives the logits of plain forwards."""
+        size = self.model.get_input_embeddings().num_embeddings
+        texts = [(3, 1, 4, 1, 5, 9, 2, 6), (2, 7, 1, 8, 2, 8, 1, 8) if self.equal_lengths_only else (2, 7, 1, 8, 2)]
+        try:
+            gap = self._gap([tuple(token % size for token in text) for text in texts])
+        except Exception:  # a model's own code may refuse such a batch in any way
+            return False
+        return gap <= (STATE_TOLERANCE if self.equal_lengths_only else TOLERANCE)
+
+    def _gap(self, texts: list[Ids]) -> float:
+        """Largest gap of the last three tokens' logits, relative to their size.
+
+        The rows change places and one of them is doubled, as it happens in a batch.
+        """
+        decoding = self.prefill([text[:-2] for text in texts])
+        rows = torch.tensor([1, 0, 1], device=self.device)
+        decoding.select(rows)
+        selected = [texts[row] for row in rows.tolist()]
+        steps = [decoding.logits]
+        for place in (-2, -1):
+            decoding.append(torch.tensor([text[place] for text in selected], device=self.device))
+            steps.append(decoding.logits)
+        gaps = []
+        for row, text in enumerate(selected):
+            plain = self.forward(torch.tensor([text], device=self.device), None, None, None)[0, -3:].float()
+            decoded = torch.stack([logits[row] for logits in steps])
+            gaps.append(float((decoded - plain).abs().max() / plain.abs().max().clamp(min=1e-6)))
+        return max(gaps)
+
+
+class _CachedDecoding:
+    """Prompts padded on the left; keys and values (or states) are kept."""
+
+    logits: Tensor
+
+    def __init__(self, decoder: BatchDecoder, prompts: Sequence[Ids]):
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # padded on the left, so that the next token is last in every row
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        self._decoder, self._mask = decoder, mask.to(decoder.device)
+        self._cache = DynamicCache(config=decoder.model.config)
+        self._read(ids.to(decoder.device), self._mask.cumsum(-1) - 1)
+
+    def select(self, rows: Tensor) -> None:
+        # Not batch_select_indices: recurrent layers lack it, or it leaves their states as they are.
+        self._cache.reorder_cache(rows)
+        self.logits, self._mask = self.logits[rows], self._mask[rows]
+
+    def append(self, tokens: Tensor) -> None:
+        positions = self._mask.sum(-1, keepdim=True)
+        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        self._read(tokens[:, None], positions)
+
+    def _read(self, ids: Tensor, positions: Tensor) -> None:
+        mask = None if self._decoder.equal_lengths_only else self._mask
+        self.logits = self._decoder.forward(ids, mask, positions, self._cache)[:, -1].float()
+
+
+class _UncachedDecoding:
+    """Nothing is kept: texts are padded on the right, where no real token looks, and read whole for every token."""
+
+    logits: Tensor
+
+    def __init__(self, decoder: BatchDecoder, prompts: Sequence[Ids]):
+        self._decoder = decoder
+        self._rows = [list(prompt) for prompt in prompts]
+        self._read()
+
+    def select(self, rows: Tensor) -> None:
+        self._rows = [list(self._rows[row]) for row in rows.tolist()]
+        self.logits = self.logits[rows]
+
+    def append(self, tokens: Tensor) -> None:
+        for row, token in zip(self._rows, tokens.tolist(), strict=True):
+            row.append(token)
+        self._read()
+
+    def _read(self) -> None:
+        width, device = max(map(len, self._rows)), self._decoder.device
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in self._rows], device=device)
+        last = torch.tensor([len(row) - 1 for row in self._rows], device=device)
+        logits = self._decoder.forward(ids, None, None, None)
+        self.logits = logits[torch.arange(len(self._rows), device=device), last].float()
+
+
+# ---- calls and their batches ---------------------------------------------------------------------
 
 
 @dataclass

@@ -20,16 +20,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
-from dspy_fst.engine.chat import text_response
-from dspy_fst.engine.decoding import BatchDecoder
-from dspy_fst.engine.devices import has_gpu
-from dspy_fst.engine.generation import Pending, Reply, cut, generate
+from dspy_fst.engine.chat import PromptRenderer
+from dspy_fst.engine.generation import BatchDecoder, Pending, Reply, cut, generate
 from dspy_fst.engine.holding import compare, compare_adapters, head_in_float32
-from dspy_fst.engine.logprobs import with_logprobs
 from dspy_fst.engine.lora import put_on_as_read, take_off, using
-from dspy_fst.engine.prompt_rendering import PromptRenderer
+from dspy_fst.engine.machine import has_gpu
 from dspy_fst.engine.queueing import queueing
-from dspy_fst.engine.replies import ReplyReader
+from dspy_fst.engine.replies import ReplyReader, text_response, with_logprobs
 from dspy_fst.errors import EngineError, TrainingError
 from dspy_fst.model_files.architectures import context_length, load_model_with_info
 from dspy_fst.model_files.folder import folder_faults, layer_fault

@@ -1,12 +1,18 @@
-"""Divides sampled text into thoughts, content and tool calls, for every engine; a server only samples.
+"""From sampled tokens to a reply: where it ends, its thoughts, content and tool calls, and its log-probabilities.
 
-transformers' response templates describe how a model writes them. A server's own parsers are not used: vLLM's bring
-grammars that change the distribution, and two engines could read the same reply differently.
+The same for every engine; a server only samples. transformers' response templates describe how a model writes thoughts
+and tool calls. A server's own parsers are not used: vLLM's bring grammars that change the distribution, and two engines
+could read the same reply differently.
+
+A model's files may disagree about the tokens that end a reply. A chat fine-tune often names its end of turn only in the
+tokenizer, or only in generation_config.json. An engine that reads just one of them samples on to ``max_tokens`` where
+another engine stops, so the union of what they name is used.
 """
 
 import hashlib
+import json
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -14,11 +20,12 @@ from typing import TYPE_CHECKING, TypedDict
 from dspy import lm15
 
 from dspy_fst.engine.base import Completion
-from dspy_fst.engine.stop_tokens import stop_ids
-from dspy_fst.engine.template_traits import PLAIN, TemplateTraits
+from dspy_fst.engine.chat import PLAIN, TemplateTraits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# ---- its parts -----------------------------------------------------------------------------------
 
 
 class ResponseTemplate(TypedDict, total=False):
@@ -69,7 +76,7 @@ class ReplyReader:
     takes_tools: bool
     """Whether the chat template shows tools to the model."""
     traits: TemplateTraits = PLAIN
-    """How the chat template treats a conversation; requests are fitted to it (`dspy_fst.engine.template_traits`)."""
+    """How the chat template treats a conversation; requests are fitted to it (`dspy_fst.engine.chat`)."""
     stop_ids: frozenset[int] = frozenset()
     """Ids of the tokens that end a reply, by all of the model's files."""
 
@@ -179,3 +186,90 @@ def _call(call_id: str, call: Mapping[str, object]) -> lm15.ToolCallPart:
     """
     function: Mapping[str, object] = call.get("function", call)  # type: ignore[assignment]
     return lm15.ToolCallPart(id=call_id, name=function["name"], input=function["arguments"])
+
+
+def text_response(
+    model: str, text: str, finish_reason: str, prompt_tokens: int, completion_tokens: int
+) -> lm15.Response:
+    """A canonical response with one text part."""
+    return lm15.Response(
+        id=None,
+        model=model,
+        message=lm15.Message.assistant(text),
+        finish_reason=finish_reason,
+        usage=lm15.Usage(
+            input_tokens=prompt_tokens,
+            output_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+        ),
+    )
+
+
+# ---- where it ends -------------------------------------------------------------------------------
+
+
+def stop_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Ids of the tokens that end a reply, from generation_config.json, config.json and the tokenizer."""
+    ids = [*_ids(getattr(tokenizer, "eos_token_id", None))]
+    for name in ("generation_config.json", "config.json"):
+        try:
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # the file may be missing; the loader reports one that cannot be read
+        for holder in (settings, settings.get("text_config")):
+            if isinstance(holder, dict):
+                ids += _ids(holder.get("eos_token_id"))
+    return frozenset(ids)
+
+
+def with_stop_tokens(request: lm15.Request, ids: frozenset[int]) -> lm15.Request:
+    """The request with these ids added to its stop tokens, so that a server ends the reply there."""
+    if not ids:
+        return request
+    extensions = dict(request.config.extensions or {})
+    extensions["stop_token_ids"] = sorted({*ids, *extensions.get("stop_token_ids", ())})
+    return replace(request, config=replace(request.config, extensions=extensions))
+
+
+def _ids(value: object) -> Iterator[int]:
+    """The ids in an ``eos_token_id``, which may be missing, one id or a list."""
+    values: Iterable[object] = value if isinstance(value, list) else [value]
+    for item in values:
+        if isinstance(item, int) and not isinstance(item, bool) and item >= 0:
+            yield item
+
+
+# ---- its log-probabilities -----------------------------------------------------------------------
+
+
+def with_logprobs(
+    completion: Completion, tokens: Sequence[str], likeliest: Sequence[Mapping[str, float] | None] = ()
+) -> Completion:
+    """The completion, with a log-probability entry in its response for every sampled token, the last one included.
+
+    Args:
+        completion: The completion.
+        tokens: Text of each sampled token.
+        likeliest: For each sampled token, the likeliest alternatives at its position and their log-probabilities in
+            nats; empty if the caller did not ask for them.
+    """
+    entries = tuple(
+        lm15.TokenLogprob(token=text, logprob=logprob, bytes=_bytes(text), token_id=number, top=_ranked(others))
+        for text, logprob, number, others in zip(
+            tokens,
+            completion.logprobs,
+            completion.completion_ids,
+            likeliest or [None] * len(tokens),
+            strict=True,
+        )
+    )
+    return replace(completion, response=replace(completion.response, logprobs=entries))
+
+
+def _ranked(others: Mapping[str, float] | None) -> tuple[lm15.TopLogprob, ...]:
+    ranked = sorted((others or {}).items(), key=lambda entry: -entry[1])
+    return tuple(lm15.TopLogprob(token=text, logprob=logprob, bytes=_bytes(text)) for text, logprob in ranked)
+
+
+def _bytes(text: str) -> tuple[int, ...]:
+    return tuple(text.encode("utf-8", "replace"))

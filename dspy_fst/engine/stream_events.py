@@ -13,7 +13,7 @@ from dspy import lm15
 from dspy.clients.engines.base import StreamEvent
 
 from dspy_fst.engine.base import Completion, Engine, StreamingEngine
-from dspy_fst.engine.prompt_rendering import Ids
+from dspy_fst.engine.chat import Ids
 from dspy_fst.engine.replies import ReplyReader
 
 _PIECE = re.compile(

@@ -18,7 +18,7 @@ import numpy as np
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import MeasurementError
-from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.rollout.components import texts_like
 from dspy_fst.rollout.reward import Reward

@@ -12,8 +12,8 @@ from dspy_fst.report.run_record import RunRecord
 from dspy_fst.rollout.chat_adapters import SavedAdapter, recorded
 from dspy_fst.run.directory import VERSION
 from dspy_fst.run.files import population_from_json, read_json
-from dspy_fst.run.manifest import read_document
 from dspy_fst.run.validated import ranked_by
+from dspy_fst.saving.manifest import read_document
 from dspy_fst.types import Candidate, Population, WeightsVersion, version_of
 
 

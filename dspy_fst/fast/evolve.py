@@ -26,7 +26,7 @@ from dspy_fst.fast.pareto import mean, top_k
 from dspy_fst.fast.reflection_cost import CostMeter
 from dspy_fst.fast.rollout_bank import Play, RolloutBank
 from dspy_fst.fast.seeding import BetterWhereMeasured, Row, SeededPolicy, write_seeded_state
-from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.components import binds
 from dspy_fst.run.files import writing
 from dspy_fst.types import Candidate, Population, Problem, Rollout

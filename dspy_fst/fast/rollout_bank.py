@@ -7,7 +7,7 @@ import dspy
 
 from dspy_fst.errors import MeasurementError
 from dspy_fst.fast.journal_protocol import SearchJournal, operation_key
-from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.call_recorder import tag_predictors
 from dspy_fst.rollout.components import with_texts
 from dspy_fst.rollout.jsonable import rollouts_from_json, rollouts_to_json

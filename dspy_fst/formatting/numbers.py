@@ -2,6 +2,7 @@
 
 DASH = "–"  # noqa: RUF001
 """Shown in place of a number that was not measured."""
+MIB, GIB = 2**20, 2**30
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -72,3 +73,12 @@ def duration(seconds: float, digits: int = 0) -> str:
         return f"{seconds:.{digits}f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_bytes(amount: int) -> str:
+    """Bytes as text.
+
+    >>> format_bytes(3 * 2**29), format_bytes(2**20)
+    ('1.5 GiB', '1 MiB')
+    """
+    return f"{amount / GIB:.1f} GiB" if amount >= GIB else f"{amount / MIB:.0f} MiB"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from dspy_fst.engine.devices import free_gpu_bytes, free_second_gpu_bytes
-from dspy_fst.run.written import GIB
+from dspy_fst.engine.machine import free_gpu_bytes, free_second_gpu_bytes
+from dspy_fst.formatting.numbers import GIB
 
 MEMORY, GPU, DISK = "memory", "GPU memory", "disk"
 SECOND_GPU = "GPU memory of the second card"

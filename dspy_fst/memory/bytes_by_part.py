@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.formatting.numbers import GIB, format_bytes
 from dspy_fst.memory.arithmetic import HEAP, MicroBatchShape, expected_micro_batch, extreme_micro_batches, update_bytes
 from dspy_fst.memory.available import DISK, GPU, MEMORY, SECOND_GPU, Available
 from dspy_fst.memory.shape import ModelSize
 from dspy_fst.policy_lm import EngineKind
-from dspy_fst.run.written import GIB, Writes, format_bytes
 
 TRAINER, ENGINE = "the trainer", "the engine"
 PROCESS = GIB
@@ -22,6 +22,31 @@ LARGEST_SHARE = 0.95
 """The highest ``gpu_memory_utilization`` that is advised (ours)."""
 VLLM_WORKINGS = 3 * GIB // 2
 """GPU memory for vLLM's CUDA context, graphs and activations (assumed, not measured)."""
+MUCH_WRITTEN = 2**40
+"""Bytes over a run above which a warning is given (ours): a disk that writes 1 GiB/s takes 17 minutes."""
+
+
+@dataclass(frozen=True)
+class Writes:
+    """The most that a run writes to the disk, including files that it removes again."""
+
+    weights: int
+    """Bytes of one published version. Each update that moves the weights publishes one."""
+    updates: int
+    state: int
+    """Bytes of one resumable state after an update."""
+    states: int
+
+    @property
+    def total(self) -> int:
+        return self.weights * (1 + self.updates) + self.state * self.states
+
+    @property
+    def words(self) -> str:
+        return (
+            f"written over the run: at most {format_bytes(self.total)}, {format_bytes(self.weights)} of weights for "
+            f"each of {self.updates} updates and {format_bytes(self.state)} for each of {self.states} states"
+        )
 
 
 @dataclass(frozen=True)

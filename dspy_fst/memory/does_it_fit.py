@@ -12,14 +12,17 @@ from pathlib import Path
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.in_process import InProcessSettings
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
+from dspy_fst.formatting.numbers import format_bytes
 from dspy_fst.memory.arithmetic import LARGEST_ON_CPU, LARGEST_ON_GPU, SMALLEST
 from dspy_fst.memory.available import DISK, Available, available_now
 from dspy_fst.memory.bytes_by_part import (
     ENGINE,
     LARGEST_SHARE,
+    MUCH_WRITTEN,
     TRAINER,
     Allocation,
     Workload,
+    Writes,
     allocations_of,
     known_options,
     served_bytes,
@@ -28,7 +31,6 @@ from dspy_fst.memory.bytes_by_part import (
 )
 from dspy_fst.memory.shape import ModelSize, find_size, model_size
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.run.written import MUCH_WRITTEN, Writes, format_bytes
 
 SPARE = 0.05
 """Share of the memory left for an update that a chosen micro-batch leaves free for allocators (ours)."""

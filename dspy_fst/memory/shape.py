@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.model_files.architectures import empty_model, largest
-from dspy_fst.model_files.kind import kind_faults, left_out, unreadable
-from dspy_fst.model_files.known import known_models, unknown_fault
-from dspy_fst.model_files.stored_shapes import stored_shapes
+from dspy_fst.model_files.architectures import empty_model, kind_faults, largest, left_out, unreadable
+from dspy_fst.model_files.folder import stored_shapes
+from dspy_fst.model_files.hub import known_models, unknown_fault
 from dspy_fst.policy_lm import PolicyLM
 
 HEAD = "lm_head.weight"

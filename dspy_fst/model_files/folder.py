@@ -1,4 +1,4 @@
-"""Faults of a model's folder that loaders pass over in silence.
+"""A model's folder: faults that loaders pass over in silence, and the shapes of its stored tensors.
 
 transformers initialises missing layers at random, adds an adapter to weights that it may already be merged into, and
 reads one of two sets of weights. Each would train or serve another model than the user means, so it is reported before
@@ -8,6 +8,8 @@ any work.
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from dspy_fst.errors import briefly
 from dspy_fst.model_files.architectures import load_model_with_info
@@ -109,3 +111,51 @@ def stored_layer_fault(folder: Path) -> str | None:
 def wrapped_names(names: Iterator[str]) -> list[str]:
     """The names of tensors or modules that belong to an adapter or a parametrization."""
     return [name for name in names if any(part in WRAPPED or part.startswith(LORA) for part in name.split("."))]
+
+
+def adapter_fault(folder: Path) -> str | None:
+    """The fault of a folder that holds an adapter and no model; None for every other folder.
+
+    A folder with both whole weights and an adapter's files is refused in `dspy_fst.model_files.folder`.
+    """
+    adapter_config = folder / ADAPTER
+    if not adapter_config.is_file() or any((folder / name).is_file() for name in WHOLE):
+        return None
+    settings = read_object(adapter_config)
+    kind = settings.get("peft_type") or "PEFT"
+    base = settings.get("base_model_name_or_path")
+    origin = f"of the model {base!r}" if base else "of a model that it does not name"
+    target = repr(base) if base else "BASE"
+    return (
+        f"the folder holds a {kind} adapter {origin}, and no model; merge it into its base first and give the merged "
+        f"folder: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({target}, dtype='float32'), "
+        f"{str(folder)!r}).merge_and_unload().save_pretrained(FOLDER), and save the base's tokenizer beside it"
+    )
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a model's safetensors files, from their headers; empty when there are none.
+
+    Raises:
+        ValueError: a file is missing, cut off, or not what its name says; the message names it.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="numpy") as stored:
+                shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path.name}: {error}") from error
+    return shapes
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read: one file, or those that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index.name}: no index of weights ({error!r})") from error
+    return [folder / name for name in sorted(names)]

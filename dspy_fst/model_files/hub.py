@@ -1,6 +1,11 @@
-"""Whether a hub model is available: from huggingface_hub's cache, or because the hub answers."""
+"""Whether a hub model, or at least its shape, is available: in huggingface_hub's cache, or because the hub answers.
+
+The shapes of some well-known models are listed here. If no hub answers, the user learns so within a second, before
+anything heavy is imported.
+"""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -94,3 +99,27 @@ def _parts(index: Path) -> set[str]:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {index.name}
+
+
+LIST = Path(__file__).with_name("known_models.json")
+
+
+@cache
+def known_models() -> dict[str, dict[str, object]]:
+    """Hub name -> the public values of its config.json that shape the model."""
+    known: dict[str, dict[str, object]] = json.loads(LIST.read_text(encoding="utf-8"))
+    return known
+
+
+def unknown_fault(model: str) -> str | None:
+    """Why a model's shape cannot be known here, as a sentence; None if it may be known."""
+    if Path(model).is_dir():
+        if (Path(model) / "config.json").is_file():
+            return None
+        return f"model={model!r}: the folder holds no config.json; give one that does"
+    if model in known_models() or in_cache(model) != "not" or (silence := hub_silence()) is None:
+        return None
+    return (
+        f"model={model!r}: there is no such folder, as a hub model its config is not on this machine, and {silence}; "
+        f"give a folder that holds its config.json, or one of {', '.join(known_models())}"
+    )

@@ -1,7 +1,7 @@
 """What is recorded about a run's steps while it goes on: sampled replies, warnings, and whether anything is learnt.
 
 Everything is a function of the step reports and of the newest step's rollouts, so a continued run records the same as
-an uninterrupted one.
+an uninterrupted one. It shows its earlier reports to a new `Watch` and drops the warnings for them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,7 @@ from typing import Protocol
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.monitoring.form_advice import Form
-from dspy_fst.monitoring.watch import Watch
+from dspy_fst.monitoring.rules import ROLLOUT_RULES, UPDATE_RULES, Form, History
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.call_recorder import is_recorded
 from dspy_fst.rollout.chat_adapters import adapter_in_force, kept_by
@@ -21,6 +20,43 @@ from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.learning import Standstill, UpdateSummary, standstill, update_summary
 from dspy_fst.types import Group, Rollout, StepReport
+
+CALM = 5
+"""After this many steps without a problem it counts as gone, and is warned of again when it returns (ours)."""
+
+
+class Watch:
+    """Warns of each kind of problem once an episode.
+
+    Args:
+        worst: Reward of a failed rollout.
+        best: Reward of a perfect rollout.
+        parse_share: ``FSTConfig.parse_warning_share``.
+    """
+
+    def __init__(self, worst: float = 0.0, best: float = 1.0, parse_share: float = 0.1):
+        self._worst, self._best, self._parse_share = worst, best, parse_share
+        self._reports: list[StepReport] = []
+        self._last_seen: dict[str, int] = {}
+
+    def see(self, report: StepReport, form: Form | None = None, reply: str = "") -> list[str]:
+        """The warnings that follow from this report: what was seen, over how many steps, and what to do.
+
+        Args:
+            report: The report of the newest step.
+            form: The form of the program's prompts now. Advice leaves out what it does already.
+            reply: A failed reply of the step and its reason, for warnings about failed replies.
+        """
+        self._reports.append(report)
+        now = len(self._reports)
+        history = History(self._reports, self._worst, self._best, self._parse_share, form or Form(), reply)
+        warnings = []
+        for finding in filter(None, (rule(history) for rule in (*ROLLOUT_RULES, *UPDATE_RULES))):
+            if finding.kind not in self._last_seen or now - self._last_seen[finding.kind] > CALM:
+                warnings.append(str(finding))
+            self._last_seen[finding.kind] = now
+        return warnings
+
 
 SEARCH_SAMPLES = "search_samples"
 """Kind of the event with samples of a search. Samples of a step are in events of kind ``trajectories``."""

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dspy_fst.formatting.numbers import DASH, counted, duration, number
-from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.report.metric_names import entry_of
 from dspy_fst.report.samples import sample_line
 from dspy_fst.report.standing import Standing, Times

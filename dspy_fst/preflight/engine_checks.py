@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from dspy_fst.engine.devices import has_gpu
+from dspy_fst.engine.machine import has_gpu
 from dspy_fst.policy_lm import PolicyLM
 
 

@@ -3,15 +3,12 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dspy_fst.engine.devices import has_gpu
+from dspy_fst.engine.machine import has_gpu
 from dspy_fst.errors import briefly
-from dspy_fst.model_files.adapter_folder import adapter_fault
-from dspy_fst.model_files.architectures import context_length
-from dspy_fst.model_files.folder import folder_faults, stored_layer_fault
+from dspy_fst.model_files.architectures import context_length, kind_faults, unreadable
+from dspy_fst.model_files.folder import adapter_fault, folder_faults, stored_layer_fault, stored_shapes
 from dspy_fst.model_files.hub import hub_fault, means_a_path, read_from
-from dspy_fst.model_files.kind import kind_faults, unreadable
 from dspy_fst.model_files.reach import ANSWER_S
-from dspy_fst.model_files.stored_shapes import stored_shapes
 from dspy_fst.outcomes.outcome import CONTEXT
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.template_checks import template_faults

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dspy_fst.engine.devices import has_gpu
+from dspy_fst.engine.machine import has_gpu
 
 SAME = {"float": "float32", "half": "float16"}
 """vLLM's other names."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from dspy_fst.engine.devices import has_gpu
+from dspy_fst.engine.machine import has_gpu
 from dspy_fst.model_files.architectures import folder_restart_reason
 
 

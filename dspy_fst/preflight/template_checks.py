@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dspy_fst.engine.template_traits import TemplateTraits
+from dspy_fst.engine.chat import TemplateTraits
 from dspy_fst.errors import briefly
 
 THOUGHT_MARK = "</think>"

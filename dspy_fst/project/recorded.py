@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import PrivateAttr, ValidationError
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.engine.portable import PortableOptions
+from dspy_fst.engine.options import PortableOptions
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.project.names import Faults
 from dspy_fst.project.project_file import Project, project_of

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from dspy_fst.errors import RunDirectoryError
 from dspy_fst.report.from_directory import read_record
 from dspy_fst.report.run_record import RunRecord, best
-from dspy_fst.run.damage import damage_in
-from dspy_fst.run.directory import Event, is_run, read_events
+from dspy_fst.run.directory import Event, is_run, links_fault, log_fault, read_events
+from dspy_fst.run.ending import halt_reason_in
 from dspy_fst.run.files import read_json
-from dspy_fst.run.halted import halt_reason_in
-from dspy_fst.run.state import peek_state
+from dspy_fst.run.state import AnotherFormatError, newest_state, peek_state
 
 State = Literal["running", "finished", "stopped", "damaged", "unreadable"]
 NOT_ENTERED = {"__pycache__", "node_modules", "site-packages"}
@@ -157,3 +157,28 @@ def _scores(record: RunRecord) -> tuple[Literal["validation", "reward"] | None, 
         return "validation", None, known
     rewards = record.rewards
     return ("reward", rewards[0], rewards[-1]) if rewards else (None, None, None)
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def damage_in(path: Path) -> str | None:
+    """Why `RunDirectory` would refuse to continue this run, as a sentence; None when it would not.
+
+    The files of a trainer's state take gigabytes. Here only their sizes are checked; a run that continues reads them.
+
+    Raises:
+        AnotherFormatError: another release wrote the state.
+    """
+    if not is_run(path):
+        return f"{path}: recipe.json is missing; restore it from a copy, or name a new directory"
+    if fault := links_fault(path):
+        return fault
+    try:
+        state = newest_state(path / "states", tidy=False, contents=False)
+    except AnotherFormatError:
+        raise
+    except RunDirectoryError as error:
+        return str(error)
+    log = path / "events.jsonl"
+    return log_fault(path, state.fields if state else {}, log.read_bytes() if log.is_file() else b"")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.report.run_record import RunRecord
 from dspy_fst.types import PredictorReport
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.report.costs import Costs, costs_of
 from dspy_fst.report.evaluated import SEEN, Conditions, Evaluated, EvaluatedCells
 from dspy_fst.report.lineage import Node

@@ -15,8 +15,7 @@ from dspy import lm15
 from dspy.signatures.signature import ensure_signature
 from dspy.utils.callback import BaseCallback
 
-from dspy_fst.engine.prompt_rendering import Ids, PromptRenderer
-from dspy_fst.engine.template_traits import TemplateTraits
+from dspy_fst.engine.chat import Ids, PromptRenderer, TemplateTraits
 from dspy_fst.errors import TrainingError
 from dspy_fst.rollout.call_recorder import is_recorded
 from dspy_fst.rollout.chat_adapters import adapter_in_force, describe

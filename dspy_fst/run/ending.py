@@ -1,17 +1,33 @@
-"""`StopReason`: why the alternation of a run ended, in one form for events, reports, the command line and Python.
+"""Why a run ended or was stopped, in one form for events, reports, the command line and Python, and how to go on.
 
-Every run that ends by itself writes one event, after its last commit and the validation of its end:
+A run that ends by itself writes one event, after its last commit and the validation of its end:
 
     {"event": "ended", "reason": {"kind": "complete", "step": 12, "text": "all 12 updates of the plan are done"}}
 
-A run that continues cuts the events after its last commit, this one included. So the events hold a reason exactly when
-the run is over until somebody continues it. A run that was killed or that failed has none, even when that happened
-during the validation of its end.
+A run that is stopped, by an error or a signal, writes another. So does a run that is stopped during the validation of
+its end. A killed run has none.
+
+    {"event": "halted", "why": "SIGTERM"}
+    {"event": "halted", "why": "MeasurementError: step 3: 20 of 24 rollouts measured nothing ..."}
+
+A run that continues cuts the events after its last commit, these included. So the events hold a stop reason exactly
+when the run is over until somebody continues it.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dspy_fst.run.interrupts import interruption_named
+
+if TYPE_CHECKING:
+    from dspy_fst.run.directory import RunDirectory
+
+# ---- ended ---------------------------------------------------------------------------------------
+
 
 Kind = Literal["complete", "early_stopping", "nothing_learned"]
 EVENT = "ended"
@@ -75,3 +91,59 @@ def stop_reason_in(events: Sequence[Mapping[str, Any]]) -> StopReason | None:
         text, _, advice = str(text).partition("\n")
         text = text.removesuffix(".")
     return StopReason(kind, step, text, advice)
+
+
+# ---- halted --------------------------------------------------------------------------------------
+
+
+HALTED = "halted"
+LONGEST = 300
+"""Characters of an error that are kept (ours): its first sentences say what happened."""
+
+
+def emit_halted(run: "RunDirectory", error: BaseException) -> None:
+    """Write why the run stops, if it can be continued and has no stop reason yet."""
+    with suppress(Exception):  # a full disk must not hide the error that stopped the run
+        if run.state and stop_reason_in(run.events()) is None:
+            words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            run.emit(HALTED, why=interruption_named(error) or words[:LONGEST])
+
+
+def halt_reason_in(events: Sequence[Mapping[str, object]]) -> str | None:
+    """Why the run was stopped; None for a run that was killed, goes on, or is of an older release."""
+    reasons = [event.get("why") for event in events if event.get("event") == HALTED]
+    return str(reasons[-1]) if reasons else None
+
+
+# ---- going on ------------------------------------------------------------------------------------
+
+
+def by_command_line(setting: str, run_dir: Path) -> str:
+    """How to continue a run that a setting ended, on the command line; also for a run that Python made."""
+    return (
+        f"On the command line: raise {setting} in the recipe of the project file, or set it to null, then "
+        f"dspy-fst run FILE, or dspy-fst resume {shlex.quote(str(run_dir))} --project FILE"
+    )
+
+
+def why_no_program(run_dir: Path) -> str:
+    """Why a run's directory holds no compiled program, and what to do. No full stop at the end."""
+    from dspy_fst.run.directory import COMPILED, read_events  # imported here: the command line's help needs no DSPy
+
+    events = read_events(run_dir)
+    ended = stop_reason_in(events)
+    if ended is not None and ended.setting and not any(event.get("event") == "done" for event in events):
+        return f"{run_dir} holds no {COMPILED}/: {_stopped(ended, run_dir)}"
+    return (
+        f"{run_dir} holds no {COMPILED}/: the run has not come to its end, or an earlier release made it. Going on, "
+        f"with dspy-fst resume {shlex.quote(str(run_dir))} or by the same compile() in Python, ends it and saves the "
+        "program there"
+    )
+
+
+def _stopped(ended: StopReason, run_dir: Path) -> str:
+    return (
+        f"{ended.setting} stopped the run after {ended.step} steps, and it returned no program. {ended.text}. To go on "
+        f"in Python: the same compile() with {ended.setting} raised, or None. "
+        f"{by_command_line(str(ended.setting), run_dir)}"
+    )

@@ -12,8 +12,7 @@ from itertools import takewhile
 from statistics import fmean
 from typing import Literal
 
-from dspy_fst.outcomes.counts import OutcomeCounts
-from dspy_fst.outcomes.outcome import PARSE
+from dspy_fst.outcomes.outcome import PARSE, OutcomeCounts
 from dspy_fst.types import StepReport
 
 Cause = Literal["solved", "unparsed", "failed", "floor", "alike", "unmeasured", "untrained", "not finite"]

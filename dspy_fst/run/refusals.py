@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dspy_fst.errors import MeasurementError, TrainingError
-from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.types import Rollout, WeightsVersion
 
 

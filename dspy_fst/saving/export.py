@@ -23,8 +23,6 @@ from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import flush, population_from_json, read_json, scratch_beside, writing
-from dspy_fst.run.manifest import MANIFEST, read_document, seal, sentences, verify
-from dspy_fst.run.plain_weights import weights_faults
 from dspy_fst.run.secrets import Redactor, secret_faults
 from dspy_fst.saving.card import Facts, model_card
 from dspy_fst.saving.format import (
@@ -38,6 +36,7 @@ from dspy_fst.saving.format import (
     saved_in,
     weights_in,
 )
+from dspy_fst.saving.manifest import MANIFEST, read_document, seal, sentences, verify, weights_faults
 from dspy_fst.saving.program_state import parts_in
 from dspy_fst.types import Population
 

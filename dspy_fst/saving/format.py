@@ -7,15 +7,14 @@ from typing import Any
 import dspy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dspy_fst.engine.portable import PolicyState, Positive
+from dspy_fst.engine.options import PolicyState, Positive
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.rollout.chat_adapters import SavedAdapter
 from dspy_fst.rollout.components import flexes, speakers, texts_like
 from dspy_fst.run.directory import COMPILED, is_run
+from dspy_fst.run.ending import why_no_program
 from dspy_fst.run.files import population_from_json
-from dspy_fst.run.going_on import why_no_program
-from dspy_fst.run.manifest import MANIFEST, read_document, sentences
-from dspy_fst.run.plain_weights import weights_faults
+from dspy_fst.saving.manifest import MANIFEST, read_document, sentences, weights_faults
 from dspy_fst.saving.program_state import read_state
 from dspy_fst.types import Candidate, Population
 

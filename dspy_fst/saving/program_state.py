@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.rollout.copying import copied
 from dspy_fst.run.files import to_jsonable, write_json
-from dspy_fst.run.manifest import sentences
+from dspy_fst.saving.manifest import sentences
 
 METADATA = "metadata"
 ALONE = {"self"}

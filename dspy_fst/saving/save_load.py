@@ -29,7 +29,6 @@ from dspy_fst.rollout.components import carry, set_tools, speakers
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.program_graph import all_predictors
 from dspy_fst.run.files import flush, population_to_json, scratch_beside, write_json
-from dspy_fst.run.manifest import read_document, seal, verify
 from dspy_fst.run.secrets import Redactor, secret_faults
 from dspy_fst.saving.format import (
     ASIDE,
@@ -42,6 +41,7 @@ from dspy_fst.saving.format import (
     refuse_run,
     weights_in,
 )
+from dspy_fst.saving.manifest import read_document, seal, verify
 from dspy_fst.saving.program_state import take_state, write_state
 from dspy_fst.saving.reconfigure import clear_own_sampling, own_sampling, set_own_sampling
 from dspy_fst.types import Population
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 def save(compiled: dspy.Module, path: str | Path) -> Path:
     """Write a compiled program: instructions and demos, the population, and the Hugging Face weights together.
 
-    Frozen LMs are not saved, nor engine options that belong to the machine (see `dspy_fst.engine.portable`).
+    Frozen LMs are not saved, nor engine options that belong to the machine (see `dspy_fst.engine.options`).
 
     Raises:
         FileExistsError: ``path`` exists; nothing is ever overwritten.

@@ -46,7 +46,7 @@ from dspy_fst.serve.settings import CHAT, DOCS_FILES, HEALTH, METRICS, MODELS, R
 def create_app(program: dspy.Module, settings: ServeSettings | None = None) -> FastAPI:
     """An app that serves a compiled program. Its lifespan starts and releases the program's engine.
 
-    `dspy_fst.serve.server.serve` runs it. Under another ASGI server everything works but the drain at SIGTERM.
+    `dspy_fst.serve.listening.serve` runs it. Under another ASGI server everything works but the drain at SIGTERM.
 
     Args:
         program: Returned by FSTOptimizer.compile or dspy_fst.load; it is not changed.

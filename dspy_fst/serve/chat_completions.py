@@ -15,8 +15,7 @@ from dspy import lm15
 from pydantic import ValidationError
 
 from dspy_fst.engine.base import Completion, Engine
-from dspy_fst.engine.chat import chat_messages
-from dspy_fst.engine.template_traits import fitted
+from dspy_fst.engine.chat import chat_messages, fitted
 from dspy_fst.engine.vllm.wire import RESHAPING
 from dspy_fst.errors import EngineError
 from dspy_fst.policy_lm import PolicyLM

@@ -15,7 +15,7 @@ from fastapi.sse import format_sse_event
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dspy_fst.engine.addresses import is_loopback
+from dspy_fst.engine.machine import is_loopback
 from dspy_fst.serve.admission import AdmissionQueue, QueueFullError, Ticket
 from dspy_fst.serve.error_replies import ApiError, internal_error
 from dspy_fst.serve.prometheus import Metrics

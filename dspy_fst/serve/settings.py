@@ -4,7 +4,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from dspy_fst.engine.addresses import is_loopback
+from dspy_fst.engine.machine import is_loopback
 from dspy_fst.errors import ConfigurationError
 
 if TYPE_CHECKING:  # the command line reads the defaults here, and its help must come at once

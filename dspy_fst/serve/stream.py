@@ -19,9 +19,8 @@ from dspy.utils.callback import BaseCallback
 from pydantic_core import to_jsonable_python
 
 from dspy_fst.engine.base import Completion
-from dspy_fst.engine.chat import chat_messages
-from dspy_fst.engine.stop_tokens import with_stop_tokens
-from dspy_fst.engine.template_traits import fitted
+from dspy_fst.engine.chat import chat_messages, fitted
+from dspy_fst.engine.replies import with_stop_tokens
 from dspy_fst.engine.vllm.reply_stream import read_stream
 from dspy_fst.engine.vllm.wire import RESHAPING
 from dspy_fst.errors import EngineError

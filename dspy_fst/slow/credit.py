@@ -17,8 +17,7 @@ from typing import Literal
 import numpy as np
 
 from dspy_fst.errors import TrainingError
-from dspy_fst.outcomes.counts import OutcomeCounts
-from dspy_fst.outcomes.outcome import PARSE
+from dspy_fst.outcomes.outcome import PARSE, OutcomeCounts
 from dspy_fst.types import (
     Batch,
     Call,

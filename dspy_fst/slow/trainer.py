@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.devices import has_gpu
+from dspy_fst.engine.machine import has_gpu
 from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
 from dspy_fst.slow import losses
 from dspy_fst.slow.batching import MicroBatch, Scored, check_recorded, check_scorable, completions, micro_batches

@@ -13,7 +13,7 @@ import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.call_recorder import is_recorded
 from dspy_fst.rollout.chat_adapters import adapter_in_force, code_of, describe, keep, kept_by

@@ -14,7 +14,6 @@ import dspy
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import NotFiniteError
 from dspy_fst.fast.evolve import Search, SearchSettings, evolve
-from dspy_fst.monitoring.history import best_versions
 from dspy_fst.monitoring.observer import Observer
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import read_texts
@@ -29,12 +28,10 @@ from dspy_fst.run.validated import Validated, When, best_validated, early_stop, 
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.losses import NO_UPDATE
 from dspy_fst.slow.trainer import Trainer
-from dspy_fst.training.natural_texts import NaturalTexts
-from dspy_fst.training.plan import Cycle, Plan
-from dspy_fst.training.publisher import Publisher, Publishing, recoveries
+from dspy_fst.training.plan import Cycle, Plan, Schedule
+from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, best_versions, recoveries
 from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.request import Proposers
-from dspy_fst.training.still_due import Schedule
 from dspy_fst.training.validating import Validation
 from dspy_fst.types import Batch, Candidate, Group, Population, Problem, Rollout, SeedKLRollout, UpdateReport
 

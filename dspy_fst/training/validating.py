@@ -15,7 +15,7 @@ from typing import Any
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.refusals import refuse_stale

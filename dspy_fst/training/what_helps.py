@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dspy_fst.errors import NothingLearnedError
-from dspy_fst.monitoring.form_advice import form_advice
-from dspy_fst.monitoring.rollout_rules import ALL_ALIKE, ALL_WRONG
+from dspy_fst.monitoring.rules import ALL_ALIKE, ALL_WRONG, form_advice
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.learning import Cause, Standstill
 from dspy_fst.training.parse_trial import try_forms

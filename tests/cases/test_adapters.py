@@ -38,8 +38,8 @@ from dspy_fst.rollout.chat_adapters import (
     recorded,
 )
 from dspy_fst.run.directory import read_events
-from dspy_fst.run.manifest import seal
 from dspy_fst.saving.export import export
+from dspy_fst.saving.manifest import seal
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import ServeSettings
 from programs.lab import BASE, build

@@ -245,8 +245,7 @@ def test_a_text_longer_than_its_positions_is_refused_by_the_trainer(family, tmp_
 @pytest.mark.parametrize("family", [longrope, dynamic, learned], ids=lambda make: make.__name__)
 def test_a_reply_that_ended_early_does_not_grow_past_the_context(family, tmp_path):
     """It waits in the batch for the others, at positions that the model does not have."""
-    from dspy_fst.engine.decoding import BatchDecoder
-    from dspy_fst.engine.generation import Pending, generate
+    from dspy_fst.engine.generation import BatchDecoder, Pending, generate
 
     model = family().make()
     limit = context_length(model.config)

@@ -13,8 +13,9 @@ import dspy_fst
 from dspy_fst import ConfigurationError, FSTOptimizer, PolicyLM
 from dspy_fst.cli import app
 from dspy_fst.engine.base import Completion
-from dspy_fst.engine.chat import chat_messages, text_response
+from dspy_fst.engine.chat import chat_messages
 from dspy_fst.engine.in_process import InProcessEngine
+from dspy_fst.engine.replies import text_response
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.chat_adapters import keep
 from dspy_fst.rollout.components import carry, read_texts
@@ -480,7 +481,7 @@ def test_dspy_s_own_save_and_load_ask_once_too(tmp_path):
 )
 def test_serve_says_how_it_asks_and_takes_other_words(folder, monkeypatch, options, line, calls):
     served = []
-    monkeypatch.setattr("dspy_fst.serve.server.serve", lambda app, settings: served.append(app))
+    monkeypatch.setattr("dspy_fst.serve.listening.serve", lambda app, settings: served.append(app))
     named = ["--program", "tests.cases.test_as_trained:Next", "--signature", "question: str -> answer: str"]
     result = CliRunner().invoke(
         app, ["serve", str(folder), *named, "--engine", "in_process", *options], catch_exceptions=False

@@ -6,7 +6,7 @@ from dspy import lm15
 from transformers import AutoTokenizer
 
 from dspy_fst import PolicyLM
-from dspy_fst.engine.template_traits import TemplateTraits, fitted
+from dspy_fst.engine.chat import TemplateTraits, fitted
 from dspy_fst.preflight.model_checks import model_faults
 from dspy_fst.preflight.template_checks import template_kind, template_warnings
 from dspy_fst.rollout.components import read_texts

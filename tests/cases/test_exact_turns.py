@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dspy_fst import PolicyLM
-from dspy_fst.engine.prompt_rendering import continued
+from dspy_fst.engine.chat import continued
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task

@@ -13,9 +13,9 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
-from dspy_fst.run.manifest import MANIFEST, seal
 from dspy_fst.saving.export import export
 from dspy_fst.saving.format import POLICY, PROGRAM
+from dspy_fst.saving.manifest import MANIFEST, seal
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import ServeSettings
 from dspy_fst.types import Population

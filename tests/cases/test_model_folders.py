@@ -19,9 +19,8 @@ from dspy_fst.errors import EngineError, RunDirectoryError, TrainingError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.preflight.model_checks import model_faults
 from dspy_fst.rollout.components import carry, read_texts
-from dspy_fst.run.manifest import seal, verify
-from dspy_fst.run.plain_weights import weights_faults
 from dspy_fst.saving.export import export
+from dspy_fst.saving.manifest import seal, verify, weights_faults
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from dspy_fst.types import Population

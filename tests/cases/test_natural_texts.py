@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from dspy_fst import PolicyLM
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
-from dspy_fst.training.natural_texts import LAST_RESORT, TEXT_TOKENS, TEXTS, NaturalTexts
+from dspy_fst.training.publisher import LAST_RESORT, TEXT_TOKENS, TEXTS, NaturalTexts
 from dspy_fst.types import Call, Candidate, Rollout
 from programs.lab import BASE, build
 from tests.relay import relay

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dspy_fst import FSTOptimizer, PolicyLM
-from dspy_fst.engine.template_traits import TemplateTraits
+from dspy_fst.engine.chat import TemplateTraits
 from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts

@@ -64,7 +64,7 @@ def test_a_reply_ends_at_every_token_that_any_file_names(tmp_path, config, gener
 
 
 def test_the_server_is_told_of_them_beside_those_of_the_request():
-    from dspy_fst.engine.stop_tokens import with_stop_tokens
+    from dspy_fst.engine.replies import with_stop_tokens
 
     request = lm15.Request("m", (lm15.Message.user("hi"),), config=lm15.Config(extensions={"stop_token_ids": [9]}))
     assert with_stop_tokens(request, frozenset({2, 0})).config.extensions == {"stop_token_ids": [0, 2, 9]}
@@ -73,7 +73,7 @@ def test_the_server_is_told_of_them_beside_those_of_the_request():
 
 
 def test_a_multimodal_config_names_its_end_token_in_its_text_part(tmp_path):
-    from dspy_fst.engine.stop_tokens import stop_ids
+    from dspy_fst.engine.replies import stop_ids
 
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [7, 8]}, "eos_token_id": True}))
     assert stop_ids(tmp_path, None) == {7, 8}

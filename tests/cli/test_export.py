@@ -19,9 +19,9 @@ from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.from_events import record_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
-from dspy_fst.run.manifest import MANIFEST, seal
 from dspy_fst.saving.card import Facts, model_card
 from dspy_fst.saving.format import SavedPolicy
+from dspy_fst.saving.manifest import MANIFEST, seal
 from dspy_fst.types import Candidate, Population
 from tests.cli.conftest import invoke
 from tests.fakes import fields

@@ -12,8 +12,7 @@ from filelock import FileLock
 
 from dspy_fst.errors import MeasurementError, RunDirectoryError
 from dspy_fst.run.directory import RunDirectory, directory_fault, read_events
-from dspy_fst.run.ending import complete
-from dspy_fst.run.halted import emit_halted
+from dspy_fst.run.ending import complete, emit_halted
 from dspy_fst.run.interrupts import Terminated
 from tests.cli.conftest import MODULE, SETTINGS, SOURCE, invoke
 from tests.report.happenings import SEED, cycle, plan, step

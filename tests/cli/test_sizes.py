@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dspy_fst.memory import find_size
-from dspy_fst.model_files.known import unknown_fault
+from dspy_fst.model_files.hub import unknown_fault
 from programs.lab import BASE
 from tests.cli.conftest import invoke
 
@@ -27,7 +27,7 @@ def config_alone(tmp_path):
     """A model's folder that holds nothing but the config of Qwen3-0.6B's shape."""
     from transformers import AutoConfig
 
-    from dspy_fst.model_files.known import known_models
+    from dspy_fst.model_files.hub import known_models
 
     folder = tmp_path / "config-alone"
     AutoConfig.for_model(**known_models()[SMALL], architectures=["Qwen3ForCausalLM"]).save_pretrained(folder)

@@ -90,7 +90,7 @@ def test_a_candidate_that_is_named_is_held_to_the_same(folder, run_dir, texts):
 
 def test_eval_and_serve_take_up_a_saved_program_s_sources_when_they_are_trusted(folder, tmp_path, texts, monkeypatch):
     served = []
-    monkeypatch.setattr("dspy_fst.serve.server.serve", lambda app, settings: served.append(app))
+    monkeypatch.setattr("dspy_fst.serve.listening.serve", lambda app, settings: served.append(app))
     out = saved(tmp_path / "out", texts[1])
     evaluate, serve = ((command, out, "--project", folder / "mine.yaml") for command in ("eval", "serve"))
     for command in (evaluate, serve):

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dspy_fst.engine.addresses import free_port, port_taken
+from dspy_fst.engine.machine import free_port, port_taken
 from dspy_fst.engine.vllm.diagnosis import telling_lines
 from dspy_fst.engine.vllm.process import ServerProcess
 from dspy_fst.engine.weights_lock import WeightsLock

@@ -19,9 +19,8 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint, Completion
-from dspy_fst.engine.prompt_rendering import PromptRenderer
+from dspy_fst.engine.chat import PromptRenderer, TemplateTraits
 from dspy_fst.engine.replies import ReplyReader
-from dspy_fst.engine.template_traits import TemplateTraits
 from dspy_fst.engine.vllm.launch import vllm_command, vllm_environment
 from dspy_fst.engine.vllm.server import VLLMServer
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults

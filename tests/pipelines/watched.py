@@ -17,7 +17,7 @@ from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine import in_process
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.vllm.supervisor import Supervisor
-from dspy_fst.outcomes.counts import OutcomeCounts
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.rollouter import Rollouter
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.trainer import Trainer

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dspy_fst.outcomes.counts import OutcomeCounts
-from dspy_fst.outcomes.outcome import Outcome
+from dspy_fst.outcomes.outcome import Outcome, OutcomeCounts
 from dspy_fst.types import Candidate, Rollout
 
 ROOT = Path(__file__).parent.parent.parent

@@ -7,8 +7,7 @@ from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.from_events import record_of
 from dspy_fst.run.directory import read_events
-from dspy_fst.run.ending import StopReason, complete, stop_reason_in
-from dspy_fst.run.halted import halt_reason_in
+from dspy_fst.run.ending import StopReason, complete, halt_reason_in, stop_reason_in
 from dspy_fst.training.session import Session
 from tests.report.happenings import whole_run
 from tests.test_compile import compile_relay

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dspy_fst.monitoring.form_advice import Form
+from dspy_fst.monitoring.rules import Form
 from dspy_fst.run.learning import standstill, update_summary
 from tests.run.test_watch import step, told
 
@@ -69,7 +69,7 @@ def test_reports_of_older_releases_are_read():
 
 
 def parse_warning(form):
-    from dspy_fst.monitoring.watch import Watch
+    from dspy_fst.monitoring.observer import Watch
 
     (text,) = Watch().see(step(**{"failed: parse": 80}), form, "A reply of 'solve': 'x'. Expected a field")
     return text

@@ -8,7 +8,7 @@ import pytest
 from dspy import lm15
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.template_traits import TemplateTraits
+from dspy_fst.engine.chat import TemplateTraits
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.settings import CHAT, MODELS, ServeSettings
 from tests.serve.fake_vllm import FakeVLLM, behind

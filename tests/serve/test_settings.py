@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dspy_fst import ConfigurationError
-from dspy_fst.engine.addresses import is_loopback
+from dspy_fst.engine.machine import is_loopback
 from dspy_fst.serve.body import MOST_DEEP, SHOWN_FAULTS
 from dspy_fst.serve.chat_request import MOST_MESSAGES
 from dspy_fst.serve.settings import ServeSettings

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dspy_fst.engine.devices import has_gpu
+from dspy_fst.engine.machine import has_gpu
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
 SERVED_NAME = "policy"

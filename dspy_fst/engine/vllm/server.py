@@ -20,11 +20,10 @@ from pathlib import Path
 
 from dspy.lm15 import Request
 
-from dspy_fst.engine.addresses import free_port
 from dspy_fst.engine.base import Checkpoint, Completion, Holding
-from dspy_fst.engine.replies import UNREAD, ReplyReader
-from dspy_fst.engine.stop_tokens import with_stop_tokens
-from dspy_fst.engine.template_traits import fitted
+from dspy_fst.engine.chat import fitted
+from dspy_fst.engine.machine import free_port
+from dspy_fst.engine.replies import UNREAD, ReplyReader, with_stop_tokens
 from dspy_fst.engine.vllm.client import Address, NoAnswerError, VLLMClient
 from dspy_fst.engine.vllm.diagnosis import last_words, obituary
 from dspy_fst.engine.vllm.launch import vllm_command, vllm_environment

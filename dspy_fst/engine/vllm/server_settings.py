@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dspy_fst.engine.addresses import is_loopback, port_taken
+from dspy_fst.engine.machine import is_loopback, port_taken
 
 _POSITIVE = (
     *("startup_timeout_s", "request_timeout_s", "load_timeout_s", "stall_timeout_s", "stop_grace_s"),

@@ -24,7 +24,7 @@ from dspy.lm15 import Request
 from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after_attempt, wait_exponential, wait_random
 
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
-from dspy_fst.engine.devices import has_gpu
+from dspy_fst.engine.machine import has_gpu
 from dspy_fst.engine.vllm.client import Address, NoAnswerError
 from dspy_fst.engine.vllm.server import ServerDiedError, VLLMServer, require_checkpoint
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
