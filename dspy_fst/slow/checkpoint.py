@@ -21,10 +21,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
+from dspy_fst.engine.base import AdapterFiles, Checkpoint
+from dspy_fst.engine.lora import base_state, write
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.folder import wrapped_names
+from dspy_fst.model_files.lora_folder import BESIDE, INDEX, INSIDE, index_of
 from dspy_fst.run.files import flush, scratch_beside
+from dspy_fst.types import WeightsVersion
 
 STATE_FORMAT = 1
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -78,6 +82,8 @@ class CheckpointWriter:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, source: str | Path
     ):
         self._model, self._dtype = model, dtype
+        self._base_digests: dict[str, str] | None = None
+        """Of the base below a LoRA adapter, once it is known to be written."""
         self._static = _static_files(model, tokenizer, dtype) | _processor_files(source)
         _check_rendering(self._static, tokenizer)
 
@@ -93,9 +99,28 @@ class CheckpointWriter:
         Raises:
             TrainingError: ``path`` exists, or an adapter was put on the model since it was loaded.
         """
+        return self._write(path, self._model.state_dict())
+
+    def write_adapter(self, path: Path, version: WeightsVersion, name: str) -> Checkpoint:
+        """Write ``path`` with the model's LoRA adapter of this name. The base beside it is written once.
+
+        Raises:
+            TrainingError: ``path`` exists.
+        """
+        base = path.parent / INSIDE
+        if self._base_digests is None:
+            whole = base_state(self._model)
+            self._base_digests = self._digests(whole) if base.exists() else self._write(base, whole)
+        with written_whole(path) as scratch:
+            tensors = write(self._model, name, scratch / name)
+            (scratch / INDEX).write_bytes(_json(index_of(BESIDE, [name])))
+        adapter = AdapterFiles(name, path / name, {key: digest(tensor) for key, tensor in tensors.items()})
+        return Checkpoint(version, base, self._base_digests, (adapter,))
+
+    def _write(self, path: Path, state: Mapping[str, Tensor]) -> dict[str, str]:
         with written_whole(path) as scratch:
             _write_files(scratch, self._static)
-            tensors = self._tensors()
+            tensors = self._tensors(state)
             if wrapped := wrapped_names(iter(tensors)):
                 raise TrainingError(
                     f"{wrapped[0]} is a tensor of an adapter or a parametrization, which no loader of whole weights "
@@ -104,10 +129,13 @@ class CheckpointWriter:
             save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         return {name: digest(tensor) for name, tensor in tensors.items()}
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _digests(self, state: Mapping[str, Tensor]) -> dict[str, str]:
+        return {name: digest(tensor) for name, tensor in self._tensors(state).items()}
+
+    def _tensors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
-        for name, tensor in self._model.state_dict().items():
+        for name, tensor in state.items():
             shared = tensor.data_ptr() in seen
             seen.add(tensor.data_ptr())
             converted = tensor.to("cpu", self._dtype if tensor.is_floating_point() else tensor.dtype)

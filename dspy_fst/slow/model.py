@@ -1,5 +1,8 @@
 """A causal LM for the slow step: micro-batches in, float32 logits out, for the scored tokens only."""
 
+import copy
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,12 +10,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from dspy_fst.engine.base import AdapterFiles, Checkpoint
+from dspy_fst.engine.lora import merge, parameters_of, put_on, put_on_as_read, read, target_modules, using
 from dspy_fst.errors import TrainingError
+from dspy_fst.lora import SHARED, LoRA
 from dspy_fst.model_files.architectures import last_position, load_model_with_info
 from dspy_fst.model_files.folder import folder_faults, layer_fault, wrapped_names
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 from dspy_fst.slow.head import Head, decoder_of
 
+START = "start"
+"""Name of the frozen copy of an adapter that goes on: the KL's reference."""
 PROBE_TOLERANCE = 1e-3
 """Largest relative gap between our logits and the model's own on the probe; float32 kernels differ by ~1e-6."""
 
@@ -26,9 +34,10 @@ class Policy(nn.Module):
     - Parameters are always float32: at the learning rates of RL most updates of a bfloat16 parameter round away.
     - Dropout stays off, because training must score the distribution that was sampled from.
     - Of a multimodal model the part that reads and writes text is trained.
+    - With a LoRA adapter only its parameters are trained. The weights below are frozen, and kept in ``body_dtype``.
 
     Raises:
-        TrainingError: the model holds an adapter (LoRA) or a parametrization. The forward reads the head's weight
+        TrainingError: the given model holds an adapter or a parametrization. The forward reads the head's weight
             directly, so a LoRA on the head would get no gradient; and the published tensors would have names that no
             loader knows.
     """
@@ -44,29 +53,58 @@ class Policy(nn.Module):
         """From the last hidden states to the logits; :meth:`load` measures it."""
         self.last_position = last_position(model.config)
         """Highest position of a text, see `architectures.last_position`; None: no limit."""
+        self.adapter: str | None = None
+        """Name of the LoRA adapter that the forward goes through; None: the model's own weights alone."""
+        self.started_from: str | None = None
+        """Name of the frozen adapter that ``adapter`` was when it was loaded; None: it changed nothing then."""
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: torch.dtype, trainable: bool = True) -> "Policy":
-        """Load a Hugging Face folder (or hub name) in float32, and check that `forward` gives the model's own logits.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype,
+        trainable: bool = True,
+        adapter: LoRA | None = None,
+        seed: int = 0,
+    ) -> "Policy":
+        """Load weights in float32, and check that `forward` gives the model's own logits.
 
         Args:
-            path: The folder or hub name.
+            path: A folder as `Checkpoint.at` reads it, or a hub name.
             dtype: Arithmetic of the body, float32 or bfloat16.
             trainable: Whether the text part gets gradients.
+            adapter: A LoRA adapter to train instead. One that the folder holds with the same settings goes on. Any
+                other one is merged into the weights, and so is one without this argument.
+            seed: Of a new adapter's numbers.
 
         Raises:
-            TrainingError: the files lack some layers, or `forward` does not give the model's own logits.
+            TrainingError: the files lack some layers, `forward` does not give the model's own logits, or the adapter
+                does not fit the model.
         """
-        if faults := list(folder_faults(Path(path))):
-            raise TrainingError(f"{path}: {'; '.join(faults)}")
-        model, loading_info = load_model_with_info(path, dtype=torch.float32)
-        if fault := layer_fault(loading_info):
-            raise TrainingError(f"{path}: {fault}")
-        policy = cls(model)
+        source = Checkpoint.at("start", Path(path))
+        policy = cls(_whole_model(source.path))
+        if adapter is None or not policy._goes_on(source.adapters, adapter):
+            policy._merge(source)
+        if adapter is not None:
+            policy._put_on(adapter, seed)
         policy._set_trainable(trainable)
         policy._probe()
         policy.body_dtype = dtype
+        if adapter is not None:
+            policy._store_base(dtype)
         return policy
+
+    @property
+    def start(self) -> "Policy":
+        """The policy as it was loaded, where a LoRA adapter is trained: it shares all weights with this one."""
+        return self.through(self.started_from)
+
+    def through(self, adapter: str | None) -> "Policy":
+        """The same model and weights with another adapter in the forward; None: none."""
+        other = copy.copy(self)
+        other.adapter = adapter
+        return other
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Float32 logits, shape (N, V): one row for every scored token of the micro-batch."""
@@ -78,6 +116,10 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         """Last hidden states, shape (positions, d): those of all prefixes, padding included, then of all suffixes."""
+        with using(self.model, self.adapter):
+            return self._hidden_through_adapter(batch)
+
+    def _hidden_through_adapter(self, batch: MicroBatch) -> Tensor:
         decoder = decoder_of(self.model)
         alone = batch.suffix_ids.shape[1] == 0
         prefixes = decoder(input_ids=batch.prefix_ids, use_cache=not alone)
@@ -101,9 +143,48 @@ class Policy(nn.Module):
     def _set_trainable(self, trainable: bool) -> None:
         """Give the text part gradients; a vision or audio tower, which no text passes through, gets none."""
         self.model.requires_grad_(False)
+        if self.adapter is not None:
+            for parameter in parameters_of(self.model, self.adapter).values():
+                parameter.requires_grad_(trainable)
+            return
         for part in (decoder_of(self.model), self.model.get_output_embeddings()):
             if part is not None:
                 part.requires_grad_(trainable)
+
+    def _goes_on(self, held: Sequence[AdapterFiles], wanted: LoRA) -> bool:
+        """Put the adapter of a folder on the model if its settings are the wanted ones; tell whether it was."""
+        if len(held) != 1:
+            return False
+        found, _ = read(held[0].path)
+        if found != wanted.model_copy(update={"target": found.target}) or set(found.target) != {
+            *target_modules(self.model, wanted)
+        }:
+            return False
+        self.adapter, self.started_from = SHARED, START
+        for name in (SHARED, START):
+            put_on_as_read(self.model, name, held[0].path)
+        return True
+
+    def _merge(self, source: Checkpoint) -> None:
+        if len(source.adapters) > 1:
+            raise TrainingError(
+                f"{source.folder} holds {len(source.adapters)} LoRA adapters, for different predictors, and one set of "
+                "weights cannot hold them all; go on with the same adapters"
+            )
+        for adapter in source.adapters:
+            merge(self.model, adapter.path)
+
+    def _put_on(self, adapter: LoRA, seed: int) -> None:
+        """Put a new adapter on the model, unless one goes on."""
+        if self.adapter is None:
+            self.adapter = SHARED
+            put_on(self.model, SHARED, adapter, seed=named_seed(seed, SHARED))
+
+    def _store_base(self, dtype: torch.dtype) -> None:
+        """Keep the frozen weights in the precision in which they are published, as the engine does."""
+        for name, parameter in self.model.named_parameters():
+            if ".lora_" not in name:
+                parameter.data = parameter.data.to(dtype)
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -147,6 +228,20 @@ class Policy(nn.Module):
         rows = dict(zip(batch.members, self(batch).split(batch.tokens), strict=True))
         ours = torch.cat([rows[index] for index in range(len(texts))])
         return float((ours - plain).abs().max() / plain.abs().max().clamp(min=1e-6))
+
+
+def named_seed(seed: int, adapter: str) -> int:
+    """The seed of an adapter's first numbers: another one for each adapter of a run."""
+    return int.from_bytes(hashlib.sha256(f"{seed} LoRA adapter {adapter}".encode()).digest()[:4], "big")
+
+
+def _whole_model(path: Path) -> PreTrainedModel:
+    if faults := list(folder_faults(path)):
+        raise TrainingError(f"{path}: {'; '.join(faults)}")
+    model, loading_info = load_model_with_info(path, dtype=torch.float32)
+    if fault := layer_fault(loading_info):
+        raise TrainingError(f"{path}: {fault}")
+    return model
 
 
 def _copy_prefixes(cache: DynamicCache, prefix_of: Tensor) -> None:

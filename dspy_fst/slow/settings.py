@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.lora import LoRA
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ class TrainerSettings:
     """Read a prompt that several calls begin with once, where the model allows it. Speed only, like the budget."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the model's body and type of published weights; ``"auto"`` is bfloat16 on CUDA, else float32."""
+    adapter: LoRA | None = None
+    """A LoRA adapter that is trained in place of the whole weights."""
     seed: int = 0
-    """Seeds torch before the model is built; the update itself draws nothing."""
+    """Seeds torch before the model is built, and a new adapter's numbers; the update itself draws nothing."""
 
     def __post_init__(self) -> None:
         faults = [f"{name}={getattr(self, name)!r} must be {wanted}" for name, wanted, ok in self._rules() if not ok]

@@ -56,11 +56,11 @@ class Trainer:
     """Owns the policy's weights, their optimizer, and the frozen reference of the KL term.
 
     Args:
-        model: Hugging Face folder or hub name of the weights to start from.
+        model: Weights to start from: a folder as `Checkpoint.at` reads it, or a hub name.
         settings: See :class:`TrainerSettings`.
         device: ``"cpu"``, or ``"auto"`` for CUDA if available.
-        reference: Weights of the KL term. None takes ``model``. Another folder is given when a run continues from
-            trained weights and keeps the KL to older ones.
+        reference: Weights of the KL term. None takes ``model``; with a LoRA adapter that needs no second model.
+            Another folder is given when a run continues from trained weights and keeps the KL to older ones.
 
     Raises:
         TrainingError: the model's logits are not those of a plain LM head, or the process was launched as one of
@@ -84,10 +84,12 @@ class Trainer:
         low = settings.precision == "bfloat16" or (settings.precision == "auto" and on_cuda)
         self._dtype = torch.bfloat16 if low else torch.float32
         self._source = model
-        self._reference_path = model if reference is None else reference
+        self._reference_path = reference
         torch.manual_seed(settings.seed)
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        self._policy = Policy.load(model, dtype=self._dtype).to(self._device)
+        self._files = Checkpoint.at("start", Path(model)).path
+        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._files, trust_remote_code=False)
+        policy = Policy.load(model, dtype=self._dtype, adapter=settings.adapter, seed=settings.seed)
+        self._policy = policy.to(self._device)
         self._names = [name for name, p in self._policy.model.named_parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             [p for p in self._policy.parameters() if p.requires_grad],
@@ -284,11 +286,14 @@ class Trainer:
     @cached_property
     @torch.inference_mode(False)
     def _reference(self) -> Policy:
-        policy = Policy.load(self._reference_path, dtype=self._dtype, trainable=False)
+        if self._reference_path is None and self._policy.adapter is not None:
+            return self._policy.start
+        path = self._source if self._reference_path is None else self._reference_path
+        policy = Policy.load(path, dtype=self._dtype, trainable=False)
         wanted, reference = (part.model.config.get_text_config() for part in (self._policy, policy))
         if (wanted.model_type, wanted.vocab_size) != (reference.model_type, reference.vocab_size):
             raise TrainingError(
-                f"the reference {self._reference_path} is a {reference.model_type!r} of {reference.vocab_size} tokens, "
+                f"the reference {path} is a {reference.model_type!r} of {reference.vocab_size} tokens, "
                 f"the policy a {wanted.model_type!r} of {wanted.vocab_size}; the KL needs an earlier state of the same "
                 "model"
             )
@@ -321,15 +326,18 @@ class Trainer:
     def publish(self, directory: Path, version: WeightsVersion) -> Checkpoint:
         """Write the weights as the new folder ``directory``, for an engine to serve: untied, and whole or absent.
 
+        A LoRA adapter alone is written, and beside ``directory`` the base that all versions share, if it is not there.
+
         Raises:
             TrainingError: ``directory`` exists.
         """
-        digests = self._checkpoints.write(Path(directory))
-        return Checkpoint(version=version, path=Path(directory), digests=digests)
+        if self._policy.adapter is None:
+            return Checkpoint(version, Path(directory), self._checkpoints.write(Path(directory)))
+        return self._checkpoints.write_adapter(Path(directory), version, self._policy.adapter)
 
     @cached_property
     def _checkpoints(self) -> CheckpointWriter:
-        return CheckpointWriter(self._policy.model, self._tokenizer, self._dtype, self._source)
+        return CheckpointWriter(self._policy.model, self._tokenizer, self._dtype, self._files)
 
     def save_state(self, directory: Path) -> None:
         """Write weights, AdamW's moments, the number of updates and torch's generators as the new folder ``directory``.
