@@ -80,7 +80,8 @@ class Family:
         if text is default:
             return whole(**told)
         part = next(name for name in default.sub_configs if getattr(default, name) is text)
-        return whole(**{part: type(text)(**told)}, **self.beside)
+        settings: dict[str, Any] = {part: type(text)(**told), **self.beside}
+        return whole(**settings)
 
     def save(self, folder: Path, seed: int = 0) -> Path:
         """Write it as a Hugging Face folder with the laboratory's tokenizer and chat template."""

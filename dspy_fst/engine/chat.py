@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from dspy import lm15
 from jinja2 import TemplateError
 
+from dspy_fst.model_files.tokenizer import decoded, rendered_ids
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -323,12 +325,9 @@ class PromptRenderer:
         messages, options = chat_messages(request), chat_options(request)
         try:
             with self._lock:
-                rendered = self._tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_dict=True, **options
-                )
+                return tuple(rendered_ids(self._tokenizer, messages, add_generation_prompt=True, **options))
         except TemplateError as error:  # e.g. user and assistant must alternate
             raise lm15.UnsupportedFeatureError(f"the chat template refuses the messages: {error}") from error
-        return tuple(rendered["input_ids"])
 
     def continued(self, request: lm15.Request, earlier: Sequence[Ids]) -> Ids | None:
         """The prompt's ids, beginning with one of ``earlier``.
@@ -351,8 +350,7 @@ class PromptRenderer:
             return continued(rendered, earlier, self._text)
 
     def _text(self, ids: Sequence[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(text)
+        return decoded(self._tokenizer, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def continued(rendered: Ids, earlier: Sequence[Ids], text_of: Callable[[Sequence[int]], str]) -> Ids | None:

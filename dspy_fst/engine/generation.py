@@ -16,11 +16,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -117,7 +117,7 @@ class BatchDecoder:
 
     def _agrees(self) -> bool:
         """Whether decoding two short texts gives the logits of plain forwards."""
-        size = self.model.get_input_embeddings().num_embeddings
+        size = cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
         texts = [(3, 1, 4, 1, 5, 9, 2, 6), (2, 7, 1, 8, 2, 8, 1, 8) if self.equal_lengths_only else (2, 7, 1, 8, 2)]
         try:
             gap = self._gap([tuple(token % size for token in text) for text in texts])
@@ -164,7 +164,7 @@ class _CachedDecoding:
 
     def select(self, rows: Tensor) -> None:
         # Not batch_select_indices: recurrent layers lack it, or it leaves their states as they are.
-        self._cache.reorder_cache(rows)
+        self._cache.reorder_cache(cast(torch.LongTensor, rows))
         self.logits, self._mask = self.logits[rows], self._mask[rows]
 
     def append(self, tokens: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 from dspy import lm15
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoTokenizer
 
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
@@ -263,7 +264,8 @@ class InProcessEngine:
         model, info = load_model_with_info(checkpoint.path, dtype=dtype)
         if fault := layer_fault(info):
             raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} are not served: {fault}")
-        self._model = model.to(device).eval()
+        served: nn.Module = model  # transformers decorates its own `to`, and its type is lost there
+        self._model = served.to(device).eval()
         head_in_float32(self._model, checkpoint.path)
         self._decoder = BatchDecoder(self._model)
         self._context = context_length(self._model.config)

@@ -178,6 +178,7 @@ def write(model: PreTrainedModel, name: str, folder: Path) -> dict[str, Tensor]:
     """
     tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in parameters_of(model, name).items()}
     config = model.peft_config[name]
+    assert isinstance(config, LoraConfig)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -186,7 +187,7 @@ def write(model: PreTrainedModel, name: str, folder: Path) -> dict[str, Tensor]:
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
         "fan_in_fan_out": config.fan_in_fan_out,
-        "target_modules": sorted(config.target_modules),
+        "target_modules": sorted(config.target_modules or ()),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

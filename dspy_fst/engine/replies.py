@@ -15,12 +15,13 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from dspy import lm15
 
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import PLAIN, TemplateTraits
+from dspy_fst.model_files.tokenizer import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +70,8 @@ class ReplyReader:
     >>> reader.read(completion, request)               # doctest: +SKIP
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: "PreTrainedTokenizerBase | None"
+    """None where nothing is divided."""
     template: ResponseTemplate
     thinks: bool
     """Whether the model may think before it answers."""
@@ -139,8 +141,8 @@ class ReplyReader:
         if not self.thinks or any(isinstance(part, lm15.ThinkingPart) for part in others):
             return ""
         if self.template is not HERMES:
-            return str(self.tokenizer.decode(completion.prompt_ids))
-        tail = self.tokenizer.decode(completion.prompt_ids[-_TAIL:])
+            return self._text(completion.prompt_ids)
+        tail = self._text(completion.prompt_ids[-_TAIL:])
         return THINK if tail.rstrip().endswith(THINK) else ""
 
     def _parsed(self, text: str, begun: str, tools: bool) -> ParsedReply:
@@ -148,22 +150,26 @@ class ReplyReader:
 
         fields = {name: field for name, field in self.template["fields"].items() if tools or name != "tool_calls"}
         try:
-            parsed: ParsedReply = parse_response(text, {**self.template, "fields": fields}, prefix=begun)
+            parsed = cast(ParsedReply, parse_response(text, {**self.template, "fields": fields}, prefix=begun))
             for call in parsed.get("tool_calls") or []:
                 _call("unused", call)  # raises if the call is malformed
         except (ValueError, TypeError, KeyError, AttributeError):
             return self._parsed(text, begun, tools=False) if tools else {}
         return parsed
 
+    def _text(self, ids: tuple[int, ...], **options: bool) -> str:
+        assert self.tokenizer is not None, "a reader that divides replies has a tokenizer"
+        return decoded(self.tokenizer, ids, **options)
+
     def _reasoning_tokens(self, thought: str, ids: tuple[int, ...]) -> int:
         """Number of sampled tokens up to the end of the thoughts, an opening tag included."""
-        whole = self.tokenizer.decode(ids, skip_special_tokens=True)
+        whole = self._text(ids, skip_special_tokens=True)
         end = whole.find(thought) + len(thought)
         if not thought or end < len(thought):
             return 0
 
         def length(tokens: int) -> int:
-            return len(self.tokenizer.decode(ids[:tokens], skip_special_tokens=True))
+            return len(self._text(ids[:tokens], skip_special_tokens=True))
 
         return bisect_left(range(len(ids)), end, key=length)
 

@@ -10,13 +10,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.model_files.architectures import empty_model, kind_faults, largest, left_out, unreadable
 from dspy_fst.model_files.folder import stored_shapes
 from dspy_fst.model_files.hub import known_models, unknown_fault
 from dspy_fst.policy_lm import PolicyLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 HEAD = "lm_head.weight"
 
@@ -89,13 +92,13 @@ def find_size(model: str) -> ModelSize:
     return size
 
 
-def _local_config(folder: Path) -> object:
+def _local_config(folder: Path) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def _config_of(model: str) -> object:
+def _config_of(model: str) -> "PreTrainedConfig":
     """The config of a folder, of the hub's cache, of a well-known model or of the hub, whichever comes first."""
     from transformers import AutoConfig
 
@@ -103,12 +106,15 @@ def _config_of(model: str) -> object:
         return _local_config(Path(model))
     try:
         known = None if Path(model).is_dir() else known_models().get(model)
-        return AutoConfig.for_model(**known) if known else AutoConfig.from_pretrained(model, trust_remote_code=False)
+        if known is None:
+            return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        shape = dict(known)
+        return AutoConfig.for_model(str(shape.pop("model_type")), **shape)
     except Exception as error:  # a hub refuses in many ways, and a foreign file may break in any
         raise ConfigurationError([f"model={model!r}: {unreadable(Path(model), error)}"]) from error
 
 
-def _size_of(config: object, folder: Path) -> ModelSize | None:
+def _size_of(config: "PreTrainedConfig", folder: Path) -> ModelSize | None:
     """The size by the headers of the weights if the folder has any, else by the config.
 
     Raises:
@@ -131,7 +137,7 @@ def shape_faults(policy: PolicyLM) -> list[str]:
     return []
 
 
-def size_of_config(config: object) -> ModelSize | None:
+def size_of_config(config: "PreTrainedConfig") -> ModelSize | None:
     """The size of the model that a transformers config describes; None when transformers cannot build it."""
     try:
         model = empty_model(config)
@@ -140,7 +146,7 @@ def size_of_config(config: object) -> ModelSize | None:
     return _size(config, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
 
 
-def _size(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> ModelSize:
+def _size(config: "PreTrainedConfig", shapes: Mapping[str, tuple[int, ...]]) -> ModelSize:
     tied = getattr(config.get_text_config(), "tie_word_embeddings", getattr(config, "tie_word_embeddings", False))
     parameters = sum(math.prod(shape) for name, shape in shapes.items() if not (tied and name == HEAD))
     heads = largest(config, "num_attention_heads") or 1
@@ -160,7 +166,7 @@ def _size(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> ModelSize:
     )
 
 
-def _inner_width(config: object) -> int | None:
+def _inner_width(config: "PreTrainedConfig") -> int | None:
     """Inner width of a layer; for a mixture of experts, of all experts that a token passes through."""
     dense, expert = largest(config, "intermediate_size"), largest(config, "moe_intermediate_size")
     chosen = largest(config, "num_experts_per_tok") or 1

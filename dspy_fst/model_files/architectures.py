@@ -4,7 +4,7 @@ Except for `load_model`, `load_model_with_info` and `empty_model`, these are fun
 so that a run, `dspy-fst sizes` and `dspy-fst check --gpu` agree. Read from transformers 5.19 and vLLM 0.32.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,17 +51,17 @@ def load_model(path: str | Path, **options: object) -> "PreTrainedModel":
         path: The folder or hub name.
         options: Further arguments of ``from_pretrained``, e.g. ``dtype``.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    return _auto_class(config).from_pretrained(path, trust_remote_code=False, **options)
+    return _class_of(path).from_pretrained(path, trust_remote_code=False, **options)
 
 
 def load_model_with_info(
     path: str | Path, **options: object
 ) -> "tuple[PreTrainedModel, Mapping[str, Collection[object]]]":
     """`load_model` together with transformers' loading info: kind of fault -> names of the tensors that have it."""
-    model, info = load_model(path, output_loading_info=True, **options)
+    load: Callable[..., object] = _class_of(path).from_pretrained
+    loaded = load(path, trust_remote_code=False, output_loading_info=True, **options)
+    assert isinstance(loaded, tuple), "output_loading_info asks for a pair"
+    model, info = loaded
     return model, info
 
 
@@ -83,6 +83,12 @@ def text_part(model: "PreTrainedModel") -> "PreTrainedModel":
     decoder: PreTrainedModel = model.get_decoder()
     # transformers' own search does not find Llama 4's
     return getattr(model, "model", model) if decoder is model else decoder
+
+
+def _class_of(path: str | Path) -> "type[AutoModelForCausalLM | AutoModelForImageTextToText]":
+    from transformers import AutoConfig
+
+    return _auto_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
 def _auto_class(config: "PreTrainedConfig") -> "type[AutoModelForCausalLM | AutoModelForImageTextToText]":

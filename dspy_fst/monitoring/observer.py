@@ -6,11 +6,13 @@ an uninterrupted one. It shows its earlier reports to a new `Watch` and drops th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING
 
 import dspy
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.model_files.tokenizer import decoded
 from dspy_fst.monitoring.rules import ROLLOUT_RULES, UPDATE_RULES, Form, History
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.call_recorder import is_recorded
@@ -20,6 +22,9 @@ from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.learning import Standstill, UpdateSummary, standstill, update_summary
 from dspy_fst.types import Group, Rollout, StepReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CALM = 5
 """After this many steps without a problem it counts as gone, and is warned of again when it returns (ours)."""
@@ -62,12 +67,6 @@ SEARCH_SAMPLES = "search_samples"
 """Kind of the event with samples of a search. Samples of a step are in events of kind ``trajectories``."""
 
 
-class Tokenizer(Protocol):
-    """As much of a tokenizer as sampled replies need."""
-
-    def decode(self, ids: Sequence[int], /) -> str: ...
-
-
 class Observer:
     """Watches one run.
 
@@ -85,10 +84,10 @@ class Observer:
         program: dspy.Module,
         policy: PolicyLM,
         config: FSTConfig,
-        tokenizer: Tokenizer,
+        tokenizer: "PreTrainedTokenizerBase",
     ):
         self._run, self._program, self._policy, self._config = run, program, policy, config
-        self._decode = tokenizer.decode
+        self._decode = partial(decoded, tokenizer)
         self._watch = Watch(self._worst, config.perfect_score, config.parse_warning_share)
         self._reports: list[StepReport] = []
         self._seen = 0

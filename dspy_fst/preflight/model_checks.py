@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dspy_fst.engine.machine import has_gpu
 from dspy_fst.errors import briefly
@@ -14,6 +15,9 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.template_checks import template_faults
 from dspy_fst.preflight.vllm_start import vllm_faults
 from dspy_fst.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
@@ -50,7 +54,7 @@ def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
     return faults
 
 
-def _kind_faults(policy: PolicyLM, config: object) -> Iterator[str]:
+def _kind_faults(policy: PolicyLM, config: "PreTrainedConfig") -> Iterator[str]:
     """Models that transformers can load and that generate no text, or that trainer or engine do not support."""
     yield from kind_faults(config)
     if policy.handle.resolved_kind == "vllm":
@@ -68,7 +72,7 @@ def _weights_faults(path: Path) -> Iterator[str]:
     yield from folder_faults(path)
 
 
-def _context_limit(policy: PolicyLM, config: object) -> int | None:
+def _context_limit(policy: PolicyLM, config: "PreTrainedConfig") -> int | None:
     """Longest prompt plus reply in tokens: the server's ``max_model_len``, else the model's own limit."""
     limit = policy.handle.options.get("max_model_len")
     if isinstance(limit, int) and limit > 0:

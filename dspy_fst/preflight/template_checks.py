@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dspy_fst.engine.chat import TemplateTraits
 from dspy_fst.errors import briefly
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 THOUGHT_MARK = "</think>"
 
 
-def template_faults(tokenizer: Any) -> Iterator[str]:
+def template_faults(tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     """Faults of the template that would affect every call."""
     if not tokenizer.chat_template:
         yield (

@@ -1,8 +1,7 @@
 """Parts of a program that a run cannot reach: predictors that DSPy does not name, holds frozen or cannot copy, LMs that
 adapters call, and input fields that DSPy keeps from the prompt."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import dspy
 
@@ -140,7 +139,7 @@ def _counted(count: int) -> str:
     return "1 predictor" if count == 1 else f"{count} predictors"
 
 
-def _listed(places: Any) -> str:
+def _listed(places: Iterable[str]) -> str:
     names = list(places)
     more = f" and {len(names) - _SHOWN} more places" if len(names) > _SHOWN else ""
     return ", ".join(map(repr, names[:_SHOWN])) + more

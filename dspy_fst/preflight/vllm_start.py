@@ -6,10 +6,13 @@ the families with vLLM 0.32 on a CPU. Nothing is known about an attached server,
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dspy_fst.model_files.architectures import unlike_vllm
 from dspy_fst.preflight.precision import resolved
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _BESIDE_IMAGES = {"qwen3_5_text", "qwen3_5_moe_text"}
 """Text models whose vLLM code is in the module of the image model, which imports torchvision."""
@@ -45,19 +48,20 @@ _NO_RELOAD_ON_A_CPU = {"zamba2"}
 """Model types whose reload fails on a CPU: Zamba 2's layers share a block, which vLLM packs at its start."""
 
 
-def vllm_faults(config: Any, options: Mapping[str, Any], *, on_gpu: bool) -> Iterator[str]:
+def vllm_faults(config: "PreTrainedConfig", options: Mapping[str, object], *, on_gpu: bool) -> Iterator[str]:
     """Why a vLLM server would not serve this model as the trainer computes it, one sentence each.
 
     Args:
         config: The model's transformers config.
         options: The engine's options; ``max_model_len``, ``dtype`` and ``attach_url`` are read.
     """
-    yield from unlike_vllm(config, options.get("max_model_len"))
+    longest = options.get("max_model_len")
+    yield from unlike_vllm(config, longest if isinstance(longest, int) else None)
     if options.get("attach_url") is None:
         yield from _faults_here(config, options, on_gpu)
 
 
-def _faults_here(config: Any, options: Mapping[str, Any], on_gpu: bool) -> Iterator[str]:
+def _faults_here(config: "PreTrainedConfig", options: Mapping[str, object], on_gpu: bool) -> Iterator[str]:
     text = config.get_text_config()
     kinds, kind = {config.model_type, text.model_type}, repr(config.model_type)
     dtype = resolved(str(options.get("dtype") or "auto"), on_gpu=on_gpu)
@@ -88,7 +92,7 @@ def _faults_here(config: Any, options: Mapping[str, Any], on_gpu: bool) -> Itera
         yield from _faults_on_a_cpu(kinds, kind, text, dtype)
 
 
-def _faults_on_a_cpu(kinds: set[str], kind: str, text: Any, dtype: str) -> Iterator[str]:
+def _faults_on_a_cpu(kinds: set[str], kind: str, text: "PreTrainedConfig", dtype: str) -> Iterator[str]:
     if kinds & _DELTA_NETS and dtype != "bfloat16":
         yield (
             f"on a CPU vLLM computes the linear attention of a {kind} model in bfloat16 alone, and its server would "

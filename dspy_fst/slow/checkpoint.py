@@ -27,6 +27,7 @@ from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.folder import wrapped_names
 from dspy_fst.model_files.lora_folder import BESIDE, INDEX, INSIDE, index_of
+from dspy_fst.model_files.tokenizer import rendered_ids
 from dspy_fst.run.files import flush, scratch_beside
 from dspy_fst.types import WeightsVersion
 
@@ -223,10 +224,7 @@ def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Message] | None, template: str | None
 ) -> Prompt:
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=template, add_generation_prompt=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
+        return rendered_ids(tokenizer, messages, tools=tools, chat_template=template, add_generation_prompt=True)
     except Exception as error:  # a template may refuse a conversation with any exception
         return type(error).__name__
 

@@ -251,6 +251,9 @@ def _copy_prefixes(cache: DynamicCache, prefix_of: Tensor) -> None:
     order each time on several CPU threads, so a continued run would not be bit-equal.
     """
     for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
         layer.keys, layer.values = (kept.index_select(0, prefix_of) for kept in (layer.keys, layer.values))
 
 

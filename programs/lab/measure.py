@@ -5,15 +5,17 @@ Prints what `recipe.json` and the README's table hold: accuracy told and untold,
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import dspy
 import torch
 from dspy.utils.exceptions import AdapterParseError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from dspy_fst.model_files.tokenizer import rendered_ids
 from programs.lab.operations import OPERATIONS, apply, say
 from programs.lab.program import BASE
 from programs.lab.tokenizer import messages, reply, signature
@@ -25,7 +27,9 @@ REPLY_TOKENS = 16
 def load(folder: Path = BASE) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A base model in float32 and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return model.eval(), tokenizer
 
 
 @torch.no_grad()
@@ -40,7 +44,8 @@ def sample(
     torch.manual_seed(seed)
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    ids = model.generate(
+    generate = cast(Callable[..., torch.Tensor], model.generate)  # of a mixin, which PreTrainedModel does not name
+    ids = generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         do_sample=True,
@@ -127,8 +132,7 @@ def measure(
         right, read = accuracy(model, tokenizer, tasks, seed)
         parsed.append(read)
         for instruction, numbers, _ in tasks[:8]:
-            ids = tokenizer.apply_chat_template(messages(instruction, numbers), add_generation_prompt=True)
-            lengths.append(len(ids["input_ids"]))
+            lengths.append(len(rendered_ids(tokenizer, messages(instruction, numbers), add_generation_prompt=True)))
         return round(right, 3)
 
     operations, unheard = {}, []

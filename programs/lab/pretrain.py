@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from programs.lab.lessons import Dialogues, Lesson, draw_lesson, tokenizer_texts
 from programs.lab.measure import Report, accuracy, measure, operation_tasks
@@ -85,7 +85,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         dtype="float32",
     )
     model = Qwen3ForCausalLM(config)
-    table = model.get_input_embeddings().weight.data
+    table = model.model.embed_tokens.weight.data
     for digit in "0123456789":  # a digit with and without a space before it starts out as the same thing
         bare, spaced = (tokenizer(text)["input_ids"] for text in (digit, f" {digit}"))
         table[spaced] = table[bare]
@@ -163,7 +163,7 @@ def train_step(model: Qwen3ForCausalLM, optimizers: Optimizers, batch: Batch, cl
     return float(loss.detach())
 
 
-def told_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: int, seed: int) -> float:
+def told_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, samples: int, seed: int) -> float:
     """Accuracy over all single operations, each told in its most frequent wording."""
     rng = random.Random(f"check-{seed}")
     tasks = [task for op in OPERATIONS for task in operation_tasks(rng, op.name, op.wordings[0], samples)]

@@ -103,7 +103,7 @@ def told_accuracy(
 @torch.no_grad()
 def start_alike(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """A word starts out as the same thing with and without a space before it, read or written: most skills copy."""
-    table, words = model.get_input_embeddings().weight, tokenizer.get_vocab()
+    table, words = model.model.embed_tokens.weight, tokenizer.get_vocab()
     for word, number in words.items():
         if word.startswith("Ġ") and word[1:] in words:
             table[number] = table[words[word[1:]]]
