@@ -1,13 +1,14 @@
-"""Why copies of a program would share a predictor, told before any work; all of it at once.
+"""Why copies of a program would share a predictor with it: every reason, found before any work.
 
-A copy would share a part that Python cannot copy, and one whose class has a copying method of its own that does not
-copy what it holds. It has attributes of its own, but the same code: a predictor that ``forward`` reads from a global
-variable, an enclosing function or a class is one for all rollouts, whatever their texts, and DSPy does not name it.
+There are three kinds of reasons. Python cannot copy an object that holds a part. A class has a copying method that does
+not copy what its objects hold. Or the program's code reads a part from outside the program: from a global variable, an
+enclosing function or a class. A copy has its own attributes and the same code, so such a predictor would be one for all
+rollouts, whatever their texts, and DSPy does not name it.
 
-For the last, the code of these functions is read: those that the program holds, ``forward`` and the special methods of
-its classes, and whatever of its classes' methods and of the same file's functions these name. Constructors are left
-out: there a program takes up what it holds. Only variables that the code names count, and of containers the first
-`FIRST` values.
+To find the third kind, the code of some functions is read: functions that the program holds; ``forward`` and the
+special methods of its classes; and the methods of its classes and functions of the same file that these name.
+Constructors are left out, since there a program takes up what it holds. Only variables that the code names count, and
+of a container its first `FIRST` values.
 """
 
 import functools
@@ -16,7 +17,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TypeAlias
 
 import dspy
 
@@ -36,6 +37,7 @@ from dspy_fst.rollout.program_graph import (
 FIRST = 1_000
 """Values of a container that are looked at (ours: programs hold few parts)."""
 _ENTRIES = ("forward", "aforward")
+"""Methods that a rollout calls; the special methods other than these below are called, too."""
 _CONSTRUCTION = (
     "__init__",
     "__new__",
@@ -57,16 +59,19 @@ _LIBRARIES = {"dspy", "dspy_fst", "pydantic", "builtins", *sys.stdlib_module_nam
 
 @dataclass(frozen=True)
 class Outside:
-    """A part that is read past the program.
-
-    ``reader``: e.g. ``"Program.forward()"``; ``variable``: e.g. ``"global variable STEPS"``; ``place``: where in it
-    the part stands, e.g. ``"global variable STEPS[0]"``.
-    """
+    """A part that the program's code reads from outside the program."""
 
     reader: str
+    """E.g. ``"Program.forward()"``."""
     variable: str
+    """E.g. ``"global variable STEPS"``."""
     place: str
-    part: Any
+    """Where in the variable the part is, e.g. ``"global variable STEPS[0]"``."""
+    part: object
+
+
+Named: TypeAlias = tuple[str, object]
+"""(what a message calls it, e.g. ``"global variable STEPS"``; its value)."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,11 @@ class _Function:
     name: str
     code: types.FunctionType
     held: bool
-    """Whether the program holds it, so that copies have their own closure of it."""
+    """Whether the program holds the function. A copy then has a closure of its own for it."""
 
 
 def copy_faults(program: dspy.Module) -> list[str]:
-    """Why copies of the program would share a predictor with it; a copy is made and looked through."""
+    """Why copies of the program would share a predictor with it, a sentence each. A copy is made and looked through."""
     graph = ProgramGraph(program)
     if faults := [*graph_faults(graph), *_outside_faults(graph)]:
         return faults
@@ -102,7 +107,7 @@ def _shared_fault(graph: ProgramGraph, part: int) -> str:
 
 
 def _copying_themselves(graph: ProgramGraph, key: int) -> dict[str, str]:
-    """Place -> class, of what holds a node and is neither a part nor copied but by its class's own rule."""
+    """Place -> class, for every object that holds a node and whose class has a copying method of its own."""
     return {
         graph.place(above): type(node).__name__
         for above, node in graph.reaching([key]).items()
@@ -111,10 +116,11 @@ def _copying_themselves(graph: ProgramGraph, key: int) -> dict[str, str]:
 
 
 def _outside_faults(graph: ProgramGraph) -> list[str]:
-    """Why copies would speak with a part of the program that its code reads from elsewhere."""
+    """A sentence for each part of the program that its code reads from outside the program."""
     faults = []
-    for found in read_outside(graph):
-        own = next((key for part in all_parts(found.part) if (key := id(part)) in graph.holding), None)
+    for found in _read_outside(graph):
+        parts = ProgramGraph(found.part).parts().values()
+        own = next((key for part in parts if (key := id(part)) in graph.holding), None)
         if own is not None:
             faults.append(
                 f"student: {found.reader} reads the {found.variable}, which is or holds {_named(graph, own)}, so all "
@@ -126,16 +132,12 @@ def _outside_faults(graph: ProgramGraph) -> list[str]:
 def outside_predictors(program: dspy.Module) -> dict[str, dspy.Predict]:
     """Place -> predictor that only the program's code leads to, e.g. ``{"class attribute Program.steps[0]": ...}``."""
     graph = ProgramGraph(program)
-    predictors = {found.place: p for found in read_outside(graph) for p in all_predictors(found.part)}
+    predictors = {found.place: p for found in _read_outside(graph) for p in all_predictors(found.part)}
     return {place: p for place, p in predictors.items() if id(p) not in graph.holding}
 
 
-def all_parts(part: Any) -> list[Any]:
-    return list(ProgramGraph(part).parts().values())
-
-
-def read_outside(graph: ProgramGraph) -> Iterator[Outside]:
-    """Every part that code of the program reads past the program, once for each function."""
+def _read_outside(graph: ProgramGraph) -> Iterator[Outside]:
+    """Every part that code of the program reads from outside it, once for each function."""
     methods, values = _of_classes(graph)
     front = [
         _Function(f"the function at {graph.place(key)}", node, True)
@@ -166,15 +168,15 @@ def read_outside(graph: ProgramGraph) -> Iterator[Outside]:
         front += [method for name in names for method in methods.get(name, ())]
 
 
-def _of_classes(graph: ProgramGraph) -> tuple[dict[str, list[_Function]], dict[str, list[tuple[str, Any]]]]:
-    """Name -> methods, and name -> (place, value), of the classes of the program's parts and of what holds them."""
+def _of_classes(graph: ProgramGraph) -> tuple[dict[str, list[_Function]], dict[str, list[Named]]]:
+    """Name -> methods, and name -> class attributes, of the classes of the parts and of what holds them."""
     methods: dict[str, list[_Function]] = {}
-    values: dict[str, list[tuple[str, Any]]] = {}
+    values: dict[str, list[Named]] = {}
     seen: set[tuple[int, str]] = set()
     for node in graph.holding.values():
         if not (is_part(node) or is_plain(type(node))):
             continue
-        hidden = set(attributes(node))  # the object's own comes first
+        hidden = set(attributes(node))  # an object's own attributes come first
         for kind in type(node).__mro__:
             if kind.__module__.split(".")[0] in _LIBRARIES:
                 continue
@@ -183,7 +185,7 @@ def _of_classes(graph: ProgramGraph) -> tuple[dict[str, list[_Function]], dict[s
                     continue
                 functions = _functions(value)
                 if not any({"super", name} & set(_names(function)) for function in functions):
-                    hidden.add(name)  # what the base classes have under this name is not called
+                    hidden.add(name)  # the base classes' method of this name is not called
                 if (id(kind), name) in seen:
                     continue
                 seen.add((id(kind), name))
@@ -195,11 +197,11 @@ def _of_classes(graph: ProgramGraph) -> tuple[dict[str, list[_Function]], dict[s
     return methods, values
 
 
-def _functions(value: Any) -> list[types.FunctionType]:
-    """The functions behind an entry of a class."""
+def _functions(value: object) -> list[types.FunctionType]:
+    """The functions behind an attribute of a class."""
     if isinstance(value, staticmethod | classmethod):
         value = value.__func__
-    inner = [value]
+    inner: list[object] = [value]
     if isinstance(value, property):
         inner = [value.fget, value.fset]
     elif isinstance(value, functools.cached_property | functools.partialmethod):
@@ -214,7 +216,7 @@ def _is_entry(name: str) -> bool:
 
 
 def _names(function: types.FunctionType) -> list[str]:
-    """The names of globals and attributes that the code has, functions within it included; in order, each once."""
+    """The names of globals and attributes in the code of a function and of those within it; in order, each once."""
     codes, names = [function.__code__], {}
     while codes:
         code = codes.pop()
@@ -223,10 +225,12 @@ def _names(function: types.FunctionType) -> list[str]:
     return list(names)
 
 
-def _variables(function: _Function, names: list[str]) -> Iterator[tuple[str, Any]]:
-    """(how a message calls it, value) of what the function reads past its arguments."""
+def _variables(function: _Function, names: list[str]) -> Iterator[Named]:
+    """The variables that a function reads apart from its arguments."""
     code = function.code
-    read = [(f"global variable {name}", code.__globals__[name]) for name in names if name in code.__globals__]
+    read: list[Named] = [
+        (f"global variable {name}", code.__globals__[name]) for name in names if name in code.__globals__
+    ]
     if not function.held:
         free = code.__code__.co_freevars
         for place, value in holds(code):
@@ -240,9 +244,9 @@ def _variables(function: _Function, names: list[str]) -> Iterator[tuple[str, Any
             yield variable, value
 
 
-def _parts_of(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(place, part) of the value itself, or of what a container holds."""
-    front = [(place, value)]
+def _parts_of(place: str, value: object) -> Iterator[Named]:
+    """The value itself if it is a part, or the parts that a container holds, by place."""
+    front: list[Named] = [(place, value)]
     seen: set[int] = set()
     while front and len(seen) < FIRST:
         place, x = front.pop()

@@ -1,18 +1,18 @@
-"""Copies of a program: for a rollout, for a request, for a run. They share no predictor with it, and all of its data.
+"""Copies of a program for rollouts, requests and runs. A copy shares no predictor with its program, and all large data.
 
-DSPy's own ``deepcopy`` shares what it cannot copy *and the list or dict around it*, so that two "copies" speak with one
-predictor; and it copies everything else, a retriever's index included. Here:
+DSPy's own ``deepcopy`` shares what it cannot copy, *and the list or dict around it*: two "copies" then have one
+predictor. Everything else it copies, even a retriever's index. Here the rules are:
 
-    copied always       parts (modules, predictors and DSPy's other parameters) and whatever holds one: containers,
-                        plain objects, tools, closures, partial functions. What the program holds once, a copy holds
-                        once.
-    bound anew          methods of what is copied, e.g. ``program.forward`` set on the instance
-    copied while small  containers and plain objects that hold no part, up to `SMALL` values: what one rollout writes
-                        into ``self.seen = []`` no other rollout reads
+    copied              parts (modules, predictors and other parameters of DSPy's), and everything that holds one:
+                        containers, plain objects, tools, closures, partial functions. An object that the program holds
+                        twice is one object in the copy, too.
+    bound to the copy   methods of what is copied, e.g. ``program.forward`` set on the instance
+    copied if small     containers and plain objects without parts, up to `SMALL` values. What one rollout writes into
+                        ``self.seen = []`` is not read by another.
     by reference        everything else: arrays, indexes, LMs, functions, locks, files, connections; objects that hold
-                        one of the last three at any depth; what has more than `SMALL` values; results of optimizers
+                        one of the last three at any depth; objects of more than `SMALL` values; results of optimizers
 
-What holds a part and cannot be copied (a generator, a thread) is a fault: `dspy_fst.rollout.copy_faults` tells all.
+An object that holds a part and cannot be copied (a generator, a thread) is a fault: see `graph_faults`.
 """
 
 import copy
@@ -20,7 +20,7 @@ import functools
 import types
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Generic, TypeVar
 
 import dspy
 
@@ -41,16 +41,18 @@ from dspy_fst.rollout.program_graph import (
     may_hold,
 )
 
+T = TypeVar("T")
 SMALL = 1_000
-"""Values, keys counted, up to which a container or plain object without parts is copied (ours: notes, no corpus)."""
+"""Most values, keys included, of a container or plain object without parts that is copied (ours: enough for notes, too
+few for a corpus)."""
 DEEPEST = 50
-"""Levels of such a value; a copy goes down a level a call."""
+"""Most levels of such an object. Copying recurses once a level."""
 METHODS = (types.MethodType, types.BuiltinMethodType, functools.partial)
 OUTER = (list, dict, set)
 
 
-def copied(program: Any) -> Any:
-    """A copy of a program; the program is left as it is.
+def copied(program: T) -> T:
+    """A copy of a program, which itself is unchanged.
 
     Raises:
         ConfigurationError: a copy would share a predictor with the program (see `graph_faults`).
@@ -58,35 +60,35 @@ def copied(program: Any) -> Any:
     return Copier(program).copy()
 
 
-class Copier:
-    """Makes copies of one program. It looks through the program once, so a copy costs what is copied, not what is held.
+class Copier(Generic[T]):
+    """Makes copies of one program, which must not change between them.
 
-    The program must not change between the copies.
+    The program is walked through once, so each copy costs what is copied and not what is held.
 
     Args:
         program: What is copied.
-        known: id -> object, for what is passed by reference without a look into it.
+        known: id -> object, for objects that are passed by reference and not entered.
 
     Raises:
         ConfigurationError: a copy would share a predictor with the program (see `graph_faults`).
     """
 
-    def __init__(self, program: Any, known: Mapping[int, Any] = types.MappingProxyType({})):
+    def __init__(self, program: T, known: Mapping[int, object] = types.MappingProxyType({})):
         graph = ProgramGraph(program, known)
         if faults := graph_faults(graph):
             raise ConfigurationError(faults)
         self._program, self._known = program, known
-        self._chosen: dict[int, Any] = {**_small(graph.holding, known), **graph.holding}
+        self._chosen: dict[int, object] = {**_small(graph.holding, known), **graph.holding}
 
-    def copy(self, *, lean: bool = False) -> Any:
+    def copy(self, *, lean: bool = False) -> T:
         """One copy.
 
         Args:
-            lean: Whether modules that copy their parts while they run (dspy.BestOfN, dspy.Refine) do it like this, and
-                without another walk through what the copies share.
+            lean: Whether modules that copy their parts while they run (dspy.BestOfN, dspy.Refine) copy by these rules,
+                too, without another walk through what the copies share.
         """
         making = Making(self._chosen)
-        made = making(self._program)
+        made: T = making(self._program)
         if lean:
             modules = [
                 making.memo[key] for key, x in self._chosen.items() if isinstance(x, dspy.Module) and key in making.memo
@@ -101,21 +103,25 @@ class Copier:
 
 
 class _Again(Opaque):
-    """Copies a part of a copy. Such a part may have changed since, so it is looked through, down to what is shared."""
+    """Copies a part of a copy. The part may have changed since, so it is walked again, down to what is shared."""
 
     __slots__ = ("_known",)
 
-    def __init__(self, known: Mapping[int, Any], chosen: Mapping[int, Any]):
+    def __init__(self, known: Mapping[int, object], chosen: Mapping[int, object]):
         held = (x for holder in chosen.values() for _, x in holds(holder))
         shared = {id(x): x for x in held if id(x) not in chosen and may_hold(x)}
         self._known = {**known, **shared}
 
-    def __call__(self, part: Any) -> Any:
+    def __call__(self, part: T) -> T:
         return Copier(part, self._known).copy(lean=True)
 
 
 def graph_faults(graph: ProgramGraph) -> list[str]:
-    """Why copies of what the graph shows would share a part with it; empty when they would not."""
+    """Why copies of the program would share a part with it, a sentence for each reason.
+
+    These reasons can be seen in the program itself. `dspy_fst.rollout.copy_faults` also tells those that only its code,
+    or a copy, shows.
+    """
     all_stuck = {key: node for key, node in graph.holding.items() if not can_be_made(node)}
     stuck = {key: node for key, node in all_stuck.items() if not graph.is_within(key, all_stuck)}  # a generator's cells
     faults = [
@@ -141,14 +147,18 @@ def _part_in(graph: ProgramGraph, key: int) -> str:
     return graph.place(below) or "the program itself"
 
 
-def _small(holding: Mapping[int, Any], known: Mapping[int, Any]) -> dict[int, Any]:
-    """id -> object, for what is copied of the values without parts that parts, and what holds parts, hold."""
+def _small(holding: Mapping[int, object], known: Mapping[int, object]) -> dict[int, object]:
+    """id -> object, for the objects without parts that are copied because they are small.
+
+    Args:
+        holding: id -> object, for the parts and what holds them. What these hold is looked at.
+    """
     passed = {**known, **holding}
-    chosen: dict[int, Any] = {}
+    chosen: dict[int, object] = {}
     shared: set[int] = set()
     for holder in holding.values():
         if isinstance(holder, types.FunctionType):
-            continue  # what a closure holds is its surroundings: DSPy's deepcopy shares it, too
+            continue  # a closure's variables are its surroundings, which DSPy's deepcopy shares, too
         for _, x in holds(holder):
             if is_atom(x) or id(x) in passed or id(x) in chosen:
                 continue
@@ -162,15 +172,16 @@ def _small(holding: Mapping[int, Any], known: Mapping[int, Any]) -> dict[int, An
 
 
 class _Value:
-    """What a value without parts holds: id -> object, and which holds which."""
+    """An object without parts and all that it holds: id -> object, and which holds which."""
 
-    def __init__(self, value: Any, known: Mapping[int, Any]):
-        self.nodes: dict[int, Any] = {id(value): value}
+    def __init__(self, value: object, known: Mapping[int, object]):
+        self.nodes: dict[int, object] = {id(value): value}
         self._holders: dict[int, list[int]] = {id(value): []}
         self._held: dict[int, list[int]] = {}
         self.large = not self._walk(value, known)
 
-    def _walk(self, value: Any, known: Mapping[int, Any]) -> bool:
+    def _walk(self, value: object, known: Mapping[int, object]) -> bool:
+        """Whether the walk came to its end within `SMALL` values and `DEEPEST` levels."""
         count, front = 0, [(value, 0)]
         while front:
             holder, depth = front.pop()
@@ -187,18 +198,18 @@ class _Value:
                     front.append((x, depth + 1))
         return True
 
-    def open(self) -> dict[int, Any]:
-        """What a copy would be made of."""
+    def open(self) -> dict[int, object]:
+        """The objects of which a copy would be made."""
         return {key: x for key, x in self.nodes.items() if _is_open(x) or is_state(x)}
 
     def shared(self) -> set[int]:
-        """What is passed by reference, with all that it holds."""
+        """The objects that are passed by reference, with all that they hold."""
         return self._closure(self._shared_objects(), self._held)
 
     def _shared_objects(self) -> list[int]:
-        """Objects that stand for something outside, or hold what does, or whose own rule of copying may be dear."""
+        """Objects that are live or hold what is live, and objects whose own copying method may be expensive."""
         resources = [key for key, x in self.nodes.items() if is_live(x) and not is_plain(type(x))]
-        holding = self._closure(resources, self._holders)  # at any depth: a semaphore holds a condition, that a lock
+        holding = self._closure(resources, self._holders)  # a semaphore holds a condition, which holds a lock
         shared = []
         for key, x in self.nodes.items():
             if is_plain(type(x)) and copies_itself(type(x)):
@@ -210,7 +221,7 @@ class _Value:
     def _copies_cheaply(self, key: int) -> bool:
         inside = [self.nodes[inner] for inner in self._closure([key], self._held)]
         if not all(_is_open(x) or is_state(x) or is_live(x) for x in inside):
-            return False  # an array, an index: its rule may well copy it
+            return False  # an array or an index, which its method may well copy
         try:
             copy.deepcopy(self.nodes[key])
         except Exception:
@@ -218,8 +229,9 @@ class _Value:
         return True
 
     def _closure(self, keys: Iterable[int], step: Mapping[int, list[int]]) -> set[int]:
-        """The keys and what is reached from them."""
-        found, front = set(), list(keys)
+        """The keys, and those that are reached from them."""
+        found: set[int] = set()
+        front = list(keys)
         while front:
             key = front.pop()
             if key not in found:
@@ -228,6 +240,6 @@ class _Value:
         return found
 
 
-def _is_open(x: Any) -> bool:
-    """Whether a copy is made of what it holds."""
+def _is_open(x: object) -> bool:
+    """Whether a copy of an object is made of copies of what it holds."""
     return isinstance(x, (*CONTAINERS, *METHODS)) or is_plain(type(x))

@@ -1,10 +1,11 @@
-"""What a program holds, and where its parts stand: also in nested containers, objects and closures.
+"""What a program holds, and where its parts are. Nothing is copied or changed here.
 
-DSPy looks into attributes, lists and dicts alone. Nothing is copied or changed here. Three words are used throughout:
+DSPy finds parts in attributes, lists and dicts only. The walk here also enters nested containers, objects of other
+classes, and closures. Three words have a fixed meaning:
 
-    part        a dspy.Module or another DSPy parameter; a predictor is one
-    container   a list, dict, set, tuple or deque, or a subclass of one
-    plain       an object of a Python class whose state is all in ``__dict__`` and ``__slots__``
+    part        a dspy.Module, or another parameter of DSPy's; every predictor is a part
+    container   a list, dict, set, tuple or deque, or an object of a subclass
+    plain       an object of a Python class whose whole state is in ``__dict__`` and ``__slots__``
 """
 
 import asyncio
@@ -25,14 +26,19 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 import dspy
 from dspy.predict.parameter import Parameter
 from dspy.primitives.base_module import BaseModule
 from pydantic import BaseModel
 
-Held = tuple[str, Any]
+if TYPE_CHECKING:
+    import numpy as np
+
+Speaker: TypeAlias = dspy.Predict | dspy.Flex
+"""A part that holds an LM."""
+Held = tuple[str, object]
 """(how the holder names it, e.g. ``".steps"`` or ``"[0]"``; what is held)."""
 
 CONTAINERS = (list, dict, set, frozenset, tuple, deque)
@@ -48,11 +54,12 @@ RECORDS = frozenset(
         "trial_logs",
     }
 )
-"""Attributes in which optimizers (ours, DSPy 3.4's) leave their results. Programs in them are no part of this one."""
+"""Attributes in which optimizers (this package's and those of DSPy 3.4) leave their results. The programs in them are
+no parts of this one."""
 
 
 class Opaque:
-    """Base of objects of ours that a program's copy holds and nobody looks into."""
+    """Base class of this package's own objects that a copy of a program holds. The walk never enters them."""
 
     __slots__ = ()
 
@@ -83,10 +90,10 @@ _ATOMS = (
     contextvars.Context,
     contextvars.ContextVar,
 )
-"""Never looked into and never copied. An LM is a client: DSPy compares LMs by identity. Loggers, their handlers, event
-loops and contexts belong to the process: what else of it they lead to is no part of the program."""
+"""Never entered and never copied. An LM is a client, and DSPy compares LMs by identity. Loggers, handlers, event loops
+and contexts belong to the process: what they lead to is not part of the program."""
 _STATES = (random.Random, itertools.count)
-"""Of C classes those whose whole state is small and their own."""
+"""Classes written in C whose whole state is small and belongs to the object alone."""
 _PROTOCOL = (
     "__copy__",
     "__deepcopy__",
@@ -97,37 +104,38 @@ _PROTOCOL = (
     "__reduce_ex__",
     "__setstate__",
 )
-
-
+"""Methods by which a class says how its objects are copied or pickled."""
 _OF_DATACLASSES = [getattr(dataclasses, name, None) for name in ("_dataclass_getstate", "_dataclass_setstate")]
-"""What ``@dataclass(frozen=True, slots=True)`` puts into a class: no rule of the user's, and all state is in slots."""
+"""What ``@dataclass(frozen=True, slots=True)`` adds to a class. It is no rule of the user's: all state is in slots."""
 
 
-def is_part(x: Any) -> bool:
+def is_part(x: object) -> bool:
+    """Whether an object is a module or another parameter of DSPy's."""
     return isinstance(x, BaseModule | Parameter)
 
 
-def is_atom(x: Any) -> bool:
-    """Whether it can hold no part and has no state that a rollout could change."""
+def is_atom(x: object) -> bool:
+    """Whether an object can hold no part and has no state that a rollout could change."""
     kind = type(x)
     return isinstance(x, _ATOMS) or kind is object or getattr(kind, "supports_decision_requests", False) is True
 
 
 def is_plain(kind: type) -> bool:
-    """Whether all state of the class's objects is in ``__dict__`` and ``__slots__``; as `copyreg` tells it."""
+    """Whether the whole state of a class's objects is in ``__dict__`` and ``__slots__``, by the rule of `copyreg`."""
     makes = next(base for base in kind.__mro__ if getattr(base.__new__, "__self__", None) is base)
     return makes in (object, types.SimpleNamespace) and bool(kind.__dictoffset__ or hasattr(kind, "__slots__"))
 
 
-def is_state(x: Any) -> bool:
-    """Whether it is a small state of a C class, such as a generator of random numbers."""
+def is_state(x: object) -> bool:
+    """Whether an object of a C class is nothing but a small state, such as a random number generator."""
     return isinstance(x, _STATES) or type(x).__module__.startswith("numpy.random")
 
 
-def is_live(x: Any) -> bool:
-    """Whether it stands for something outside itself, or ends something when it is collected: a lock, a file, a thread.
+def is_live(x: object) -> bool:
+    """Whether an object stands for something outside itself, or ends something when it is collected.
 
-    Of C objects these are the ones that no copying protocol of Python's takes; arrays and tensors have one.
+    Locks, files and threads are live. An object of a C class counts as live if it has no copying method; arrays and
+    tensors have one.
     """
     kind = type(x)
     if isinstance(x, io.IOBase | threading.Thread | weakref.ref) or hasattr(kind, "__del__"):
@@ -138,7 +146,7 @@ def is_live(x: Any) -> bool:
 
 
 def copies_itself(kind: type) -> bool:
-    """Whether the class says how its objects are copied or pickled."""
+    """Whether a class says itself how its objects are copied or pickled."""
     known = (object, BaseModel)
     return any(
         all(rule is not getattr(base, name, None) for base in known)
@@ -147,23 +155,25 @@ def copies_itself(kind: type) -> bool:
     )
 
 
-def rebuilds_itself(x: Any) -> bool:
-    """Whether a part or plain object makes its copy's attributes itself, as dspy.Flex does its bridge."""
+def rebuilds_itself(x: object) -> bool:
+    """Whether a part or plain object sets the attributes of its copy itself, as dspy.Flex does with its bridge."""
     known = {getattr(base, "__setstate__", None) for base in (dspy.Module, BaseModel)}
     return getattr(type(x), "__setstate__", None) not in {*known, *_OF_DATACLASSES, None}
 
 
-def attributes(x: Any) -> dict[str, Any]:
+def attributes(x: object) -> dict[str, object]:
     """An object's own attributes, those in slots included."""
     slots = copyreg._slotnames(type(x))  # type: ignore[attr-defined]
     return {**getattr(x, "__dict__", {}), **{name: getattr(x, name) for name in slots if hasattr(x, name)}}
 
 
-def state(x: Any) -> dict[str, Any]:
-    """The attributes that a copy is made of. DSPy's records of calls and a module's callbacks stay behind, as in DSPy's
-    own ``deepcopy``."""
+def state(x: object) -> dict[str, object]:
+    """The attributes that a copy gets. A module's history and callbacks become empty, as in DSPy's ``deepcopy``.
+
+    The one entry ``""`` stands for a state that is no dict, of a class with a ``__setstate__`` of its own.
+    """
     if rebuilds_itself(x):
-        given = x.__getstate__()
+        given: object = x.__getstate__()
         return given if isinstance(given, dict) else {"": given}
     own = attributes(x)
     if isinstance(x, BaseModule):
@@ -172,9 +182,12 @@ def state(x: Any) -> dict[str, Any]:
     return own
 
 
-def holds(x: Any) -> Iterator[Held]:
-    """What an object holds: of parts, containers, plain objects and functions by name, of any other all that the
-    garbage collector knows of."""
+def holds(x: object) -> Iterator[Held]:
+    """What an object holds, with its names.
+
+    Parts, containers, plain objects and functions name what they hold. Of any other object the garbage collector says
+    what it refers to.
+    """
     if isinstance(x, dict):
         for key, value in x.items():
             yield f"[{key!r}]" if isinstance(key, str | int) else "[...]", value
@@ -185,12 +198,13 @@ def holds(x: Any) -> Iterator[Held]:
     yield from _behind(x)
 
 
-def _behind(x: Any) -> Iterator[Held]:
-    """What an object holds beside its items."""
+def _behind(x: object) -> Iterator[Held]:
+    """What an object holds apart from its items."""
     if is_part(x) or isinstance(x, CONTAINERS) or is_plain(type(x)):
         inside = state(x) if is_part(x) or is_plain(type(x)) else attributes(x)
         yield from ((f".{name}", value) for name, value in inside.items() if not (is_part(x) and name in RECORDS))
-        yield from [(".default_factory", x.default_factory)] if hasattr(type(x), "default_factory") else []
+        if hasattr(type(x), "default_factory"):
+            yield ".default_factory", getattr(x, "default_factory")  # noqa: B009 (of a subclass of dict alone)
     elif isinstance(x, types.FunctionType):
         names = x.__code__.co_freevars
         cells = dict(zip(names, x.__closure__ or (), strict=True))
@@ -211,21 +225,21 @@ def _behind(x: Any) -> Iterator[Held]:
         yield from (("...", value) for value in gc.get_referents(x))
 
 
-def is_object_array(x: Any) -> bool:
-    """Whether it is a NumPy array of Python objects, into which the garbage collector does not look."""
+def is_object_array(x: object) -> "TypeGuard[np.ndarray]":
+    """Whether an object is a NumPy array of Python objects. The garbage collector does not look into these."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(x, numpy.ndarray) and x.dtype.hasobject
 
 
-def may_hold(x: Any) -> bool:
-    """Whether it is worth looking into: Python does not track what can hold nothing but atoms."""
+def may_hold(x: object) -> bool:
+    """Whether an object may hold a part. Python's garbage collector does not track objects that hold only atoms."""
     if gc.is_tracked(x):
         return not is_atom(x)
     return type(x) not in (str, int, float, dict, tuple) and is_object_array(x)
 
 
 def globals_read(function: types.FunctionType) -> Iterator[Held]:
-    """The module-level variables that a function reads, and what they are now."""
+    """The global variables that a function reads, with their present values."""
     codes = [function.__code__]
     while codes:
         code = codes.pop()
@@ -234,45 +248,46 @@ def globals_read(function: types.FunctionType) -> Iterator[Held]:
 
 
 class ProgramGraph:
-    """Everything in a program that may lead to a part of it.
+    """Every object in a program that may lead to a part of it.
 
-    ``nodes``: id -> object, the program first; ``holding``: those that are parts or hold one.
+    ``nodes``: id -> object, the program first. ``holding``: the nodes that are parts or hold one at any depth.
 
     Args:
         program: Where the walk begins.
-        known: id -> object, for what is known to hold no part: it is not walked into.
+        known: id -> object, for objects that are known to hold no part. The walk does not enter them.
     """
 
-    def __init__(self, program: Any, known: Mapping[int, Any] = types.MappingProxyType({})):
+    def __init__(self, program: object, known: Mapping[int, object] = types.MappingProxyType({})):
         self._known = known
-        self.nodes: dict[int, Any] = {id(program): program}
+        self.nodes: dict[int, object] = {id(program): program}
         self._holders: dict[int, list[int]] = {id(program): []}
         self._named: dict[int, tuple[int, str]] = {}
+        """Node -> the holder through which it was found first, and how that names it."""
         self._walk(program)
         self.holding = self.reaching([key for key, node in self.nodes.items() if is_part(node)])
 
-    def parts(self) -> dict[str, Any]:
-        """Place -> part, the program's own place being ``""``; e.g. ``{"": program, "steps['a'][0]": step}``."""
+    def parts(self) -> dict[str, object]:
+        """Place -> part, e.g. ``{"": program, "steps['a'][0]": step}``. The program's own place is ``""``."""
         return {self.place(key): node for key, node in self.nodes.items() if is_part(node)}
 
     def place(self, key: int) -> str:
-        """Where a node stands, e.g. ``steps['a'][0].ask``."""
+        """Where a node is, e.g. ``steps['a'][0].ask``."""
         names: list[str] = []
         while key in self._named:
             key, name = self._named[key]
             names.append(name)
         return "".join(reversed(names)).lstrip(".")
 
-    def is_within(self, key: int, others: Mapping[int, Any]) -> bool:
-        """Whether a node stands inside of one of the others."""
+    def is_within(self, key: int, others: Mapping[int, object]) -> bool:
+        """Whether a node was found inside one of the others."""
         while key in self._named:
             key, _ = self._named[key]
             if key in others:
                 return True
         return False
 
-    def _walk(self, program: Any) -> None:
-        """Depth first. What leads to nothing is forgotten at once: a million rows cost no million entries."""
+    def _walk(self, program: object) -> None:
+        """Depth first. A node that leads to nothing is dropped at once: a million rows cost no million entries."""
         path = [(program, holds(program), [False])]
         while path:
             holder, held, leads = path[-1]
@@ -290,12 +305,13 @@ class ProgramGraph:
             else:
                 path.pop()
                 if not (leads[0] or is_part(holder) or isinstance(holder, types.FunctionType)):
-                    for of in (self.nodes, self._holders, self._named):
-                        of.pop(id(holder), None)
+                    self.nodes.pop(id(holder), None)
+                    self._holders.pop(id(holder), None)
+                    self._named.pop(id(holder), None)
 
-    def reaching(self, keys: list[int]) -> dict[int, Any]:
-        """The given nodes, and all that hold them at any depth."""
-        found: dict[int, Any] = {}
+    def reaching(self, keys: list[int]) -> dict[int, object]:
+        """The given nodes, and every node that holds one of them at any depth."""
+        found: dict[int, object] = {}
         while keys:
             key = keys.pop()
             if key in self.nodes and key not in found:
@@ -304,13 +320,18 @@ class ProgramGraph:
         return found
 
 
-def all_predictors(program: dspy.Module, kinds: Any = dspy.Predict) -> list[Any]:
-    """Every predictor of the program, or every part of the given classes, wherever it stands."""
-    return [part for part in ProgramGraph(program).parts().values() if isinstance(part, kinds)]
+def all_predictors(program: object) -> list[dspy.Predict]:
+    """Every predictor of the program, wherever it is."""
+    return [part for part in ProgramGraph(program).parts().values() if isinstance(part, dspy.Predict)]
+
+
+def all_speakers(program: object) -> list[Speaker]:
+    """Every part of the program that holds an LM, wherever it is."""
+    return [part for part in ProgramGraph(program).parts().values() if isinstance(part, dspy.Predict | dspy.Flex)]
 
 
 def hidden_predictors(program: dspy.Module) -> dict[str, dspy.Predict]:
-    """Place -> predictor that DSPy's ``named_parameters`` misses, e.g. in a dict of lists; frozen ones left out."""
+    """Place -> predictor that DSPy's ``named_parameters`` misses, e.g. in a dict of lists. Frozen ones are left out."""
     seen = {id(parameter) for _, parameter in program.named_parameters()}
     seen |= {id(inner) for _, inner in frozen_predictors(program)}
     parts = ProgramGraph(program).parts().items()
@@ -318,7 +339,7 @@ def hidden_predictors(program: dspy.Module) -> dict[str, dspy.Predict]:
 
 
 def frozen_predictors(program: dspy.Module) -> Iterator[tuple[str, dspy.Predict]]:
-    """(place of a part that is marked ``_compiled``, predictor in it): DSPy leaves them out of ``named_parameters``."""
+    """(place of a part marked ``_compiled``, predictor in it). DSPy leaves these out of ``named_parameters``."""
     for place, part in ProgramGraph(program).parts().items():
         if part is not program and getattr(part, "_compiled", False):
             yield from ((place, inner) for inner in all_predictors(part))

@@ -23,7 +23,7 @@ from dspy_fst.preflight.sampling_settings import sampling_faults
 from dspy_fst.rollout.chat_adapters import describe, keep, kept_by
 from dspy_fst.rollout.components import carry
 from dspy_fst.rollout.copying import copied
-from dspy_fst.rollout.program_graph import all_predictors
+from dspy_fst.rollout.program_graph import all_speakers
 from dspy_fst.types import Population
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def reconfigured(
     policy_of(program)
     changed: dspy.Module = copied(program)
     lms: dict[int, PolicyLM] = {}  # one LM must stay one: BestOfN and Refine refuse a module of two
-    for predictor in all_predictors(changed, (dspy.Predict, dspy.Flex)):
+    for predictor in all_speakers(changed):
         if isinstance(lm := predictor.lm, PolicyLM):
             predictor.lm = lms[id(lm)] if id(lm) in lms else lms.setdefault(id(lm), lm.copy(**sampling))
             clear_own_sampling(predictor, sampling)

@@ -27,7 +27,7 @@ from dspy_fst.report.results import attach, results_beside
 from dspy_fst.rollout.chat_adapters import describe, keep, kept_by, made
 from dspy_fst.rollout.components import carry, set_tools, speakers
 from dspy_fst.rollout.copying import copied
-from dspy_fst.rollout.program_graph import all_predictors
+from dspy_fst.rollout.program_graph import all_speakers
 from dspy_fst.run.files import flush, population_to_json, scratch_beside, write_json
 from dspy_fst.run.secrets import Redactor, secret_faults
 from dspy_fst.saving.format import (
@@ -149,7 +149,7 @@ def load(
         if (sampling := saved.predictors.get(name)) is not None and sampling.own is not None:
             set_own_sampling(speaker, sampling.own.model_dump(exclude_none=True))
     named = {id(speaker) for speaker in speakers(loaded).values()}
-    for predictor in all_predictors(loaded, (dspy.Predict, dspy.Flex)):  # predictors that DSPy does not name
+    for predictor in all_speakers(loaded):  # predictors that DSPy does not name
         if id(predictor) not in named and isinstance(predictor.lm or dspy.settings.lm, PolicyLM | None):
             predictor.lm = next(iter(policies.values()))
         if isinstance(predictor.lm, PolicyLM):

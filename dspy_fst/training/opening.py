@@ -12,7 +12,7 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.copying import copied
-from dspy_fst.rollout.program_graph import all_predictors
+from dspy_fst.rollout.program_graph import all_speakers
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
 from dspy_fst.run.files import population_from_json
@@ -30,7 +30,7 @@ def trainable_copy(student: dspy.Module, policy: PolicyLM) -> dspy.Module:
     """
     copy: dspy.Module = copied(student)
     lms: dict[PolicyLM, PolicyLM] = {}
-    for predictor in all_predictors(copy, (dspy.Predict, dspy.Flex)):  # also those that DSPy holds frozen, or misses
+    for predictor in all_speakers(copy):  # also those that DSPy holds frozen, or misses
         if isinstance(lm := predictor.lm or dspy.settings.lm, PolicyLM):
             predictor.lm = lms[lm] if lm in lms else lms.setdefault(lm, lm.on(policy.handle))
     return copy
