@@ -23,11 +23,11 @@ from dspy_fst.fast.rollout_bank import RolloutBank
 from dspy_fst.fast.seeding import UNMEASURED
 from dspy_fst.rollout.components import is_tool, lost_lines, predictor_of, with_texts
 from dspy_fst.rollout.parse_failures import Entry
+from dspy_fst.rollout.reward import Feedback
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Problem, Rollout
 
 Texts = dict[str, str]
 """Component -> text."""
-Feedback = Callable[[dspy.Example, Any, Any, str, Any], str]
 """(example, prediction, trace, predictor name, predictor trace) -> what the metric says of that predictor."""
 Propose = Callable[..., Texts]
 """gepa's ProposalFn: (candidate, reflective_dataset, components_to_update) -> {component: new text}."""

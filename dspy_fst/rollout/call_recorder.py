@@ -1,10 +1,10 @@
-"""Every LM call of a rollout, kept with its exact tokens.
+"""Every LM call of a rollout, recorded with its exact tokens.
 
-A `Recording` lives in DSPy's context for the time of one rollout, so it follows the program into threads
-(dspy.Parallel) and tasks (asyncio). The policy's engine asks for it on every call.
+During a rollout a `Recording` is a setting of DSPy's context, so it follows the program into threads (dspy.Parallel)
+and tasks (asyncio). The policy's LM looks it up at every call.
 
-Every reply is asked for once. Two habits of DSPy 3.4 would ask again: ChatAdapter after a reply that does not parse
-(`no_second_call`), and dspy.Parallel after a slow one (`parallel_calls_once`).
+Each reply is requested once. DSPy 3.4 would request two kinds of replies again: ChatAdapter one that does not parse
+(`no_second_call`), and dspy.Parallel one that is slow (`parallel_calls_once`).
 """
 
 import functools
@@ -12,7 +12,7 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import dspy
 from dspy import lm15
@@ -25,21 +25,21 @@ from dspy_fst.errors import EngineError
 from dspy_fst.types import PREDICTOR_TAG, Call
 
 SETTING = "fst_recording"
-"""Name of the DSPy context setting that holds the current Recording."""
+"""Name of the setting of DSPy's context that holds the current Recording."""
 Ids = tuple[int, ...]
-Conversation = tuple[tuple[Any, ...], ...]
-"""Role and parts of every message, the system's first."""
+Conversation = tuple[tuple[object, ...], ...]
+"""Role and parts of every message, the system's first, e.g. ``(("user", "Sort 2 1"), ("assistant", "1 2"))``."""
 OUTSIDE = ""
-"""Predictor name of a call that no predictor of the program made (the program called its LM directly)."""
+"""Predictor name of a call that no predictor made: the program called its LM directly."""
 
 
 class Recording:
-    """The calls of one rollout in the order in which they ended, and the seed that its draws descend from."""
+    """The calls of one rollout, in the order in which they ended, and the seed from which their seeds are derived."""
 
     def __init__(self, seed: int):
         self.seed = seed
         self.queue_time = QueueTime()
-        """How long calls of this rollout have waited for their turn in the engine."""
+        """How long this rollout's calls have waited for their turn in the engine."""
         self._calls: list[Call] = []
         self._said: list[tuple[Conversation, Ids]] = []
         self._asked: Counter[tuple[str, int]] = Counter()
@@ -48,9 +48,12 @@ class Recording:
         self._why = ""
 
     def next_seed(self, predictor: str, request: lm15.Request) -> int:
-        """Seed of a call: of the rollout, the predictor, the prompt and how often it was asked before.
+        """A call's seed, from the rollout's seed, the predictor, the prompt, and how often that was asked before.
 
-        Not of the call's place in time, which differs between runs when a program calls in parallel.
+        The call's place in time does not count: it differs between runs when a program calls in parallel.
+
+        Raises:
+            EngineError: the recording is closed.
         """
         text = repr((request.system, request.messages))
         digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
@@ -69,9 +72,10 @@ class Recording:
                 self._said.append((_conversation(request), (*call.prompt_ids, *call.completion_ids)))
 
     def said_before(self, request: lm15.Request) -> list[tuple[int, Ids]]:
-        """The calls whose messages this request repeats and goes on from, with a reply: messages and ids of each.
+        """The earlier calls that this request continues: the number of messages and the ids of each.
 
-        The longest conversation comes first; calls of equal length in an order that does not depend on time.
+        A request continues a call if it repeats the call's messages, and a reply follows them. The longest conversation
+        comes first. Calls of equal length have an order that does not depend on time.
         """
         now = _conversation(request)
         with self._lock:
@@ -81,26 +85,27 @@ class Recording:
             for earlier, ids in said
             if earlier == now[: len(earlier)] and len(now) > len(earlier) and now[len(earlier)][0] == "assistant"
         ]
-        return sorted(found, key=lambda one: (-one[0], one[1]))
+        return sorted(found, key=lambda call: (-call[0], call[1]))
 
     def close(self, why: str = "this rollout was given up (timeout)") -> tuple[Call, ...]:
-        """Take the calls; whatever the program's left-over threads still ask is refused from now on, saying why."""
+        """End the recording and return its calls. Calls of threads that still run are refused, with the reason."""
         with self._lock:
             self._closed, self._why = True, why
             return tuple(self._calls)
 
     @property
     def closed(self) -> str | None:
-        """Why late calls are refused; None while calls are taken."""
+        """Why calls are refused; None while they are recorded."""
         with self._lock:
             return self._why if self._closed else None
 
     def apart(self) -> "Apart":
-        """For calls that are made during the rollout and are not the program's: a metric that asks a judge."""
+        """For calls during the rollout that are not the program's, such as those of a metric that asks a judge."""
         return Apart(self)
 
     @property
     def last_predictor(self) -> str | None:
+        """The predictor whose call ended last; None before the first call."""
         with self._lock:
             return self._calls[-1].predictor if self._calls else None
 
@@ -110,8 +115,10 @@ METRIC = "(metric)"
 
 
 class Apart:
-    """Gives a metric's calls of the policy seeds of the rollout, so that a run that goes on draws them again. They are
-    kept nowhere: nobody trains on what a judge says."""
+    """Gives a metric's calls of the policy seeds that descend from the rollout's, so a resumed run samples them again.
+
+    These calls are not recorded: a judge's replies are not trained on.
+    """
 
     def __init__(self, recording: Recording):
         self._recording = recording
@@ -122,7 +129,7 @@ class Apart:
 
 
 def tag_predictors(program: dspy.Module) -> None:
-    """Write each predictor's name on it, so that copies made inside the program (BestOfN) keep it."""
+    """Write each predictor's name on it. Copies that the program makes of a predictor (BestOfN) keep the name."""
     for name, predictor in program.named_predictors():
         setattr(predictor, PREDICTOR_TAG, name)
 
@@ -139,8 +146,8 @@ RECORDED = "_fst_recorded"
 """Attribute of an LM whose calls are recorded."""
 
 
-def is_recorded(lm: Any) -> bool:
-    """Whether an LM's calls are recorded, and so can be trained."""
+def is_recorded(lm: object) -> bool:
+    """Whether an LM's calls are recorded, so that they can be trained on: whether it is a PolicyLM."""
     return bool(getattr(lm, RECORDED, False))
 
 
@@ -153,9 +160,11 @@ def complete_recorded(
     """Sample one reply and, when a rollout is running in this context, record it.
 
     Args:
-        complete: The engine's method, called with the request, the seed, and the prompt's ids where they are known.
-        free_seed: Gives the seed of a call that belongs to no rollout.
-        continued: Gives the prompt of a request that goes on from one of some earlier calls' ids, or None.
+        complete: The engine's method. It is called with the request, the seed, and the prompt's ids where they are
+            known.
+        free_seed: Returns the seed of a call that belongs to no rollout.
+        continued: Returns the prompt's ids of a request that continues one of some earlier calls, given their ids;
+            else None.
     """
     recording: Recording | Apart | None = dspy.settings.get(SETTING)
     if recording is None:
@@ -173,7 +182,7 @@ def stream_recorded(
     free_seed: Callable[[], int],
     continued: Callable[[lm15.Request, Sequence[Ids]], Ids | None] = lambda request, said: None,
 ) -> Generator[str, None, Completion]:
-    """`complete_recorded` for a reply that is told in pieces; one that is not heard to its end is not recorded."""
+    """`complete_recorded` for a streamed reply. A stream that is not read to its end is not recorded."""
     recording: Recording | Apart | None = dspy.settings.get(SETTING)
     if recording is None:
         return (yield from stream(request, free_seed(), None))
@@ -188,7 +197,7 @@ def _begun(
     request: lm15.Request,
     continued: Callable[[lm15.Request, Sequence[Ids]], Ids | None],
 ) -> tuple[int, Ids | None, Callable[[Completion], None]]:
-    """Of a call that begins now: its seed, its prompt's ids where they are known, and what records its end."""
+    """For a call that begins: its seed, its prompt's ids where they are known, and the function that records it."""
     predictor = calling_predictor()
     seed = recording.next_seed(predictor, request)
     if isinstance(recording, Apart):
@@ -216,7 +225,10 @@ def _begun(
 
 
 def _turn(prompt_ids: Ids, said: Sequence[tuple[int, Ids]]) -> Literal["first", "continued", "rerendered"]:
-    """What became of the last turn; one that goes on from an older turn only has the last one's reply written anew."""
+    """How the prompt relates to the earlier calls that it continues (see `Call.turn`).
+
+    A prompt that begins with the ids of an older call, and not with those of the last one, is "rerendered".
+    """
     if not said:
         return "first"
     last = [ids for messages, ids in said if messages == said[0][0]]
@@ -224,12 +236,12 @@ def _turn(prompt_ids: Ids, said: Sequence[tuple[int, Ids]]) -> Literal["first", 
 
 
 def _conversation(request: lm15.Request) -> Conversation:
-    """What a chat template can show of a request's messages; ids of tool calls are made anew for each request."""
+    """What a chat template can show of a request's messages. Ids of tool calls, new in each request, are left out."""
     system = (("system", repr(request.system)),) if request.system else ()
     return (*system, *((message.role, *map(_shown, message.parts)) for message in request.messages))
 
 
-def _shown(part: Any) -> Any:
+def _shown(part: object) -> object:
     if isinstance(part, lm15.ToolCallPart):
         return ("call", part.name, repr(part.input))
     if isinstance(part, lm15.ToolResultPart):
@@ -238,33 +250,33 @@ def _shown(part: Any) -> Any:
 
 
 def _cut_by_context(completion: Completion, max_tokens: int | None) -> bool:
-    """Whether a reply was cut before it had the tokens that were asked for: the model's context was full."""
+    """Whether a reply was cut before it had ``max_tokens`` tokens, because the model's context was full."""
     return completion.finish_reason == "length" and (max_tokens is None or len(completion.completion_ids) < max_tokens)
 
 
-# ---- DSPy asks for each reply once ----------------------------------------------------------------
+# ---- each reply is requested once ----------------------------------------------------------------
 
 _MARK = "_fst_once"
 
 
 def parallel_calls_once() -> None:
-    """Have DSPy's ParallelExecutor submit each call once inside a rollout; to say it twice changes nothing more.
+    """Make DSPy's ParallelExecutor submit each call once inside a rollout. A second call of this function does nothing.
 
-    dspy.Parallel submits a call again that is slower than its limit (120 s), uses the first of the two answers and
-    leaves the other running. The calls of both would be recorded, and a call that the program never used would be
-    trained on with the program's reward. A rollout has a time limit of its own (``rollout_timeout_s``). Outside of a
-    rollout nothing changes.
+    dspy.Parallel submits a call again if it takes longer than a limit (120 s). It uses the first of the two answers and
+    leaves the other call running. Both would be recorded, and a call that the program never used would be trained on
+    with the program's reward. A rollout has a time limit of its own (``rollout_timeout_s``). Outside of rollouts
+    nothing changes.
     """
     execute = ParallelExecutor.execute
     if not hasattr(execute, _MARK):
-        setattr(ParallelExecutor, "execute", _once(execute))  # noqa: B010 (a plain assignment is refused by mypy)
+        setattr(ParallelExecutor, "execute", _once(execute))  # noqa: B010 (mypy refuses a plain assignment)
 
 
-def _once(execute: Callable[..., Any]) -> Callable[..., Any]:
+def _once(execute: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(execute)
-    def once(self: ParallelExecutor, function: Callable[..., Any], data: Any) -> Any:
+    def once(self: ParallelExecutor, function: Callable[..., object], data: Sequence[object]) -> object:
         if isinstance(dspy.settings.get(SETTING), Recording):
-            self.timeout = 0  # DSPy's word for: never submit again
+            self.timeout = 0  # to DSPy this means: never submit again
         return execute(self, function, data)
 
     setattr(once, _MARK, True)
@@ -272,11 +284,11 @@ def _once(execute: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_second_call() -> None:
-    """Call it behind a reply, in the context of the adapter that asked for it: a failed parse is then an error.
+    """Make a failed parse of the reply just received an error. Call it in the context of the adapter that asked.
 
-    ChatAdapter, and the adapters made of it, ask no LM again in JSON once a reply was shown to whoever streams
-    (dspy/adapters/chat_adapter.py, dspy/clients/call_context.py). Replies count as shown here, so the rule holds for
-    every adapter, also for one that a program makes inside ``forward``, and changes no adapter that other LMs are asked
-    through.
+    ChatAdapter and its subclasses ask again in JSON when a reply does not parse, except if the reply was already
+    streamed to a user (dspy/adapters/chat_adapter.py, dspy/clients/call_context.py). This function declares the reply
+    streamed. So the rule holds for every adapter, also for one that a program makes inside ``forward``, and no adapter
+    of another LM is changed.
     """
     stream_emitted()

@@ -227,10 +227,8 @@ def _names(function: types.FunctionType) -> list[str]:
 
 def _variables(function: _Function, names: list[str]) -> Iterator[Named]:
     """The variables that a function reads apart from its arguments."""
-    code = function.code
-    read: list[Named] = [
-        (f"global variable {name}", code.__globals__[name]) for name in names if name in code.__globals__
-    ]
+    code, values = function.code, function.code.__globals__
+    read: list[Named] = [(f"global variable {name}", values[name]) for name in names if name in values]
     if not function.held:
         free = code.__code__.co_freevars
         for place, value in holds(code):

@@ -1,29 +1,29 @@
-"""Decides how a rollout ended: scored, failed through the policy, or masked. No other module decides it.
+"""Decides how a rollout ended: scored, failed because of the policy, or masked. No other module decides it.
 
-The policy's failures are scored: a reply that does not parse, a context that overflows, a program that trips over
-what the policy wrote, a metric that cannot read it. A run that did not measure the policy is masked: an outage, a
-failure of a frozen LM, a program that fails before the policy was asked, a metric that fails by itself.
+Failures of the policy get a failure score: a reply that does not parse, a context that overflows, a program that cannot
+go on with what the policy wrote, a metric that cannot read it. A rollout that did not measure the policy is masked: an
+outage, a failure of a frozen LM, a program that fails before it called the policy, a metric that fails by itself.
 
 A metric that reads ``float(pred.price)`` or ``pred.plan["steps"]`` is right, and still raises when the policy writes
-"soon", None or a dict without that key. Two findings put it on the policy's account:
+"soon", None or a dict without that key. The policy is at fault in two cases:
 
-- The prediction holds a number that is not finite (a float field that says "nan", "inf" or "1e400", or a text that
-  ``float()`` reads as one), and the score is not finite either, or the metric could not calculate with it.
-- The metric measures the same prediction once the labels stand in it: the example's own, and those of other examples,
-  which are wrong answers of the right form. Then nothing but the values that the policy wrote keeps it from measuring.
+- The prediction holds a number that is not finite: a float field with "nan", "inf" or "1e400", or a text that
+  ``float()`` reads as one. And the score is not finite either, or the metric could not calculate with the number.
+- The metric can measure the prediction after labels are put into it: the example's own, then those of other examples,
+  which are wrong answers of the right form. Then only the values that the policy wrote kept it from measuring.
 
-Everything else stays the metric's fault, and measures nothing: no label in the prediction, a label of another type than
-what the program gives, an outage of a judge, a bug that a wrong answer of the right form meets as well. So does
-whatever a metric that asked an LM could not read: it may be the judge's words, which depend on the answer too.
+In all other cases the metric is at fault, and nothing is measured: there is no label in the prediction, a label has
+another type than the program's output, a judge has an outage, or the metric has a bug that a wrong answer of the right
+form meets as well. The second case never holds for a metric that called an LM: it may have failed on the judge's words.
 """
 
 import math
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from decimal import Decimal
 from numbers import Complex, Real
-from typing import Any
 
 import dspy
 from dspy.predict.flex.bridge import BridgeRuntime
@@ -34,30 +34,31 @@ from pydantic import BaseModel
 from dspy_fst.outcomes.outcome import CONTEXT, PARSE, Outcome
 from dspy_fst.rollout.call_recorder import OUTSIDE, Recording, is_recorded
 from dspy_fst.rollout.outages import Outages
-from dspy_fst.rollout.parse_failures import ParseFailures, feedback_on
+from dspy_fst.rollout.parse_failures import Entry, ParseFailures, feedback_on
+from dspy_fst.rollout.rendering import RecordedCall
 from dspy_fst.rollout.reward import NotFiniteScoreError, Reward, UnmeasuredError
 from dspy_fst.types import PREDICTOR_TAG, Call, Candidate, Problem, Rollout
 
 STARTS = ("_create_interpreter", "install")
-"""What dspy.Flex 3.4 calls before it gives its source to the interpreter."""
+"""Functions that dspy.Flex 3.4 calls before it passes its source to the interpreter."""
 NOT_FINITE = "not finite"
-"""A failure's reason: the policy wrote a number that is nan or infinite."""
+"""Reason of a failure: the policy wrote a number that is nan or infinite."""
 OF_VALUES = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
-"""What reading or calculating with a bad value raises. Other exceptions say nothing of a value."""
+"""Exceptions of code that reads a bad value or calculates with it. Other exceptions say nothing about a value."""
 DEEPEST = 8
-"""Levels of nested values that are looked into (ours)."""
+"""Levels of nested values that are searched for numbers (ours)."""
 PEERS = 2
-"""Other examples whose labels are tried (ours): one wrong answer may be right by chance, as in a yes or no."""
+"""Other examples whose labels are tried (ours). One wrong answer may be right by chance, e.g. a yes or no."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a rollout earned, and what is known of its end."""
+    """A rollout's reward, and what is known about how it ended."""
 
     reward: float | None
     outcome: Outcome
     failed_in: str | None = None
-    prediction: dspy.Prediction | None = None
+    prediction: object = None
     predictor_scores: Mapping[str, float] = field(default_factory=dict)
 
     def rollout(
@@ -65,8 +66,8 @@ class Judgement:
         problem: Problem,
         candidate: Candidate,
         calls: tuple[Call, ...],
-        trace: tuple[Any, ...],
-        asked: tuple[Any, ...],
+        trace: tuple[Entry, ...],
+        asked: tuple[RecordedCall, ...],
     ) -> Rollout:
         """The rollout that was judged."""
         return Rollout(
@@ -85,7 +86,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Judge:
-    """Decides the outcome of one rollout from what was recorded in it."""
+    """Decides the outcome of one rollout from what was noted during it."""
 
     recording: Recording
     parse_failures: ParseFailures
@@ -94,7 +95,7 @@ class Judge:
     format_failure_score: float
 
     def raised(self, error: BaseException) -> Judgement:
-        """The program raised."""
+        """The outcome of a program that raised."""
         name = type(error).__name__
         failed_in, frozen = failing_predictor(error)
         if isinstance(error, AdapterParseError) and not frozen:
@@ -105,7 +106,7 @@ class Judge:
             who = "frozen lm" if frozen else "lm"
             cause = error.__cause__ or error
             return _masked(f"{who}: {type(cause).__name__}", str(cause))
-        if isinstance(error, OSError):  # ConnectionError and TimeoutError among them: a tool's outage
+        if isinstance(error, OSError):  # such as ConnectionError or TimeoutError: a tool's outage
             return _masked(f"outage: {name}")
         if _is_the_source_s(error):
             return self._failed("source", f"{name}: {error}")
@@ -113,21 +114,25 @@ class Judge:
             return _masked(f"interpreter: {name}", str(error))
         if outage := self.outages.behind(error):
             return _masked(outage, repr(error))
-        if self.recording.last_predictor in (None, OUTSIDE):  # it failed before the policy had said anything
+        if self.recording.last_predictor in (None, OUTSIDE):  # it failed before the policy replied
             return _masked(f"program: {name}", repr(error))
         if lost := self.parse_failures.behind():
             return self._unparsed(lost[1], lost[0])
         return self._failed(name, f"The program failed: {error}")
 
     def returned(
-        self, example: dspy.Example, prediction: Any, trace: list[Any], reward: Reward, blame: "Blame"
+        self, example: dspy.Example, prediction: object, trace: Sequence[Entry], reward: Reward, blame: "Blame"
     ) -> Judgement:
-        """The program returned.
+        """The outcome of a program that returned.
 
         Args:
-            trace: The finished run's.
+            example: The problem's example.
+            prediction: What the program returned.
+            trace: The trace of the finished run.
+            reward: Scores the prediction.
+            blame: Decides who is at fault if the metric gives no score.
         """
-        if prediction is None:  # BestOfN and Refine, when no try gave one
+        if prediction is None:  # of BestOfN or Refine, if no try gave one
             return self._nothing()
         try:
             score = reward(example, prediction, trace, apart=self.recording.apart())
@@ -137,7 +142,7 @@ class Judge:
         return Judgement(score.value, outcome, prediction=prediction, predictor_scores=score.predictor_scores)
 
     def forget(self) -> None:
-        """Let go of exceptions that hold the rollout's copy of the program."""
+        """Drop the exceptions, whose tracebacks hold the rollout's copy of the program."""
         self.parse_failures.forget()
         self.outages.forget()
 
@@ -155,9 +160,9 @@ class Judge:
         return Judgement(self.format_failure_score, Outcome("failed", PARSE, feedback_on(error)), predictor)
 
     def _unmeasured(
-        self, example: dspy.Example, prediction: Any, trace: list[Any], error: UnmeasuredError, blame: "Blame"
+        self, example: dspy.Example, prediction: object, trace: Sequence[Entry], error: UnmeasuredError, blame: "Blame"
     ) -> Judgement:
-        if outage := self.outages.behind():  # a hole in the prediction: the metric fell over it
+        if outage := self.outages.behind():  # it left a hole in the prediction, on which the metric failed
             return _masked(outage, str(error))
         if at_fault := blame.of_policy(example, prediction, trace, error):
             return self._failed(*at_fault)
@@ -170,9 +175,9 @@ def _masked(reason: str, detail: str = "") -> Judgement:
 
 
 def _is_the_source_s(error: BaseException) -> bool:
-    """Whether the source of a dspy.Flex is to blame: it raised, gave what dspy.Flex refuses, or ended its interpreter.
+    """Whether the source of a dspy.Flex is at fault: it raised, returned something refused, or ended its interpreter.
 
-    Not where the interpreter could not be started: the source had not been given to it.
+    It is not at fault if the interpreter could not be started, because then it was never run.
     """
     codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     if BridgeRuntime.forward.__code__ not in codes:
@@ -182,8 +187,10 @@ def _is_the_source_s(error: BaseException) -> bool:
 
 
 def failing_predictor(error: BaseException) -> tuple[str | None, bool]:
-    """Name of the innermost tagged predictor on the exception's way, found in its traceback (None: there is none), and
-    whether it speaks with an LM whose calls are not recorded."""
+    """The innermost tagged predictor in an exception's traceback, and whether its LM is a frozen one.
+
+    The name is None if there is no such predictor.
+    """
     name, frozen = None, False
     for frame, _ in traceback.walk_tb(error.__traceback__):
         predictor = frame.f_locals.get("self")
@@ -196,15 +203,20 @@ def failing_predictor(error: BaseException) -> tuple[str | None, bool]:
 
 
 class Blame:
-    """Decides for one metric. Each example and place of the metric is tried once. Thread-safe."""
+    """Decides who is at fault when one metric gives no score. Thread-safe.
+
+    Labels are tried once for each example and each line of the metric.
+    """
 
     def __init__(self, reward: Reward):
         self._reward = reward
         self._known: dict[tuple[int, str], tuple[dspy.Example, bool]] = {}
         self._lock = threading.Lock()
 
-    def of_policy(self, gold: dspy.Example, pred: Any, trace: Any, error: UnmeasuredError) -> tuple[str, str] | None:
-        """(reason, feedback) of the policy's failure; None when the metric is to blame, or nobody can tell."""
+    def of_policy(
+        self, gold: dspy.Example, pred: object, trace: Sequence[Entry], error: UnmeasuredError
+    ) -> tuple[str, str] | None:
+        """(reason, feedback) of the policy's failure; None if the metric is at fault, or nobody can tell."""
         if not isinstance(pred, dspy.Prediction):
             return None
         cause = error.__cause__
@@ -220,26 +232,26 @@ class Blame:
         reason = "metric could not read what the policy wrote"
         return f"{reason} ({type(cause).__name__ if cause else 'nan'})", f"The answer could not be read: {said}"
 
-    def _measures_labels(self, gold: dspy.Example, pred: dspy.Prediction, trace: Any, place: str) -> bool:
+    def _measures_labels(self, gold: dspy.Example, pred: dspy.Prediction, trace: Sequence[Entry], place: str) -> bool:
         key = (id(gold), place)
         with self._lock:
             known = self._known.get(key)
         if known is None:
-            known = (gold, self._try_labels(gold, pred, trace))  # the example is kept, or its id would be another's
+            known = (gold, self._try_labels(gold, pred, trace))  # without the example its id could be another's
             with self._lock:
                 self._known[key] = known
         return known[1]
 
-    def _try_labels(self, gold: dspy.Example, pred: dspy.Prediction, trace: Any) -> bool:
+    def _try_labels(self, gold: dspy.Example, pred: dspy.Prediction, trace: Sequence[Entry]) -> bool:
         own = _labels_in(gold, pred)
         others = [labels for peer in self._reward.peers if (labels := _labels_in(peer, pred)) and labels != own]
         if not own or not others:
             return False
         if any(not _same_form(pred[name], label) for name, label in own.items()):
-            return False  # the program gives another kind of thing than the metric is made for
+            return False  # the program's output is of another kind than the metric is made for
         return all(self._measures(gold, _with(pred, labels), trace) for labels in (own, *others[:PEERS]))
 
-    def _measures(self, gold: dspy.Example, pred: dspy.Prediction, trace: Any) -> bool:
+    def _measures(self, gold: dspy.Example, pred: dspy.Prediction, trace: Sequence[Entry]) -> bool:
         try:
             self._reward(gold, pred, trace)
         except UnmeasuredError:
@@ -247,31 +259,32 @@ class Blame:
         return True
 
 
-def _labels_in(example: dspy.Example, pred: dspy.Prediction) -> dict[str, Any]:
-    """The example's labels that the prediction has as well."""
+def _labels_in(example: dspy.Example, pred: dspy.Prediction) -> dict[str, object]:
+    """The example's labels whose fields the prediction has, too."""
     return {name: label for name, label in example.labels().items() if name in pred and label is not None}
 
 
-def _with(pred: dspy.Prediction, labels: Mapping[str, Any]) -> dspy.Prediction:
+def _with(pred: dspy.Prediction, labels: Mapping[str, object]) -> dspy.Prediction:
+    """The prediction with labels in the place of its own values."""
     return dspy.Prediction(**{**dict(pred.items()), **labels})
 
 
-def _same_form(written: Any, label: Any) -> bool:
-    """Whether a value may stand where the label does: the same type, any number for a number, or nothing at all."""
+def _same_form(written: object, label: object) -> bool:
+    """Whether a value is of the same form as a label: of the same type, both numbers, or None."""
     both_numbers = isinstance(written, Real) and isinstance(label, Real)
     return written is None or both_numbers or isinstance(written, type(label)) or isinstance(label, type(written))
 
 
 def _place(error: UnmeasuredError) -> str:
-    """Where in the metric it was raised: file and line of the innermost frame."""
+    """Where in the metric the error was raised: file and line of the innermost frame."""
     trace = (error.__cause__ or error).__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return f"{error}" if trace is None else f"{error} {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
 
 
-def _not_finite(value: Any, at: str = "", depth: int = 0) -> Iterator[str]:
-    """Places of numbers that are not finite, as ``field.part = nan``."""
+def _not_finite(value: object, at: str = "", depth: int = 0) -> Iterator[str]:
+    """The numbers in a value that are not finite, each with its place, e.g. ``field.part = nan``."""
     if isinstance(value, bool | bytes) or depth > DEEPEST:
         return
     if isinstance(value, str):
@@ -282,7 +295,7 @@ def _not_finite(value: Any, at: str = "", depth: int = 0) -> Iterator[str]:
         if _is_odd(value):
             yield f"{at} = {value}"
         return
-    if type(value).__name__ == "Decimal":
+    if isinstance(value, Decimal):
         if not value.is_finite():
             yield f"{at} = {value}"
         return
@@ -290,23 +303,24 @@ def _not_finite(value: Any, at: str = "", depth: int = 0) -> Iterator[str]:
         yield from _not_finite(part, f"{at}.{name}" if at else str(name), depth + 1)
 
 
-def _is_odd(value: Any) -> bool:
+def _is_odd(value: Complex) -> bool:
     try:
         number = complex(value)
-    except OverflowError:  # an int beyond any float is finite
+    except OverflowError:  # an int that is larger than any float is finite
         return False
     return not (math.isfinite(number.real) and math.isfinite(number.imag))
 
 
 def _reads_odd(text: str) -> bool:
-    """Whether ``float()``, with which a metric reads a text, gives nan or an infinity."""
+    """Whether ``float()`` of a text, as a metric may read it, is nan or an infinity."""
     try:
         return not math.isfinite(float(text))
     except ValueError:
         return False
 
 
-def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
+def _parts(value: object) -> Iterator[tuple[object, object]]:
+    """(name or index, value) of what a value consists of."""
     if isinstance(value, Mapping | dspy.Example):  # a dspy.Prediction is an Example, and no Mapping
         yield from value.items()
     elif isinstance(value, BaseModel):

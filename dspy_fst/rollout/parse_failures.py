@@ -1,12 +1,12 @@
-"""Replies that do not parse. Each is asked for once, and none is hidden when the program handles the error itself.
+"""Replies that do not parse. Each is requested once, and stays in the trace even if the program handles the error.
 
-What a rollout is told of such a reply names the field whose value its type does not allow, and what is allowed.
+The feedback on such a reply names the field whose value its type does not allow, and what is allowed.
 """
 
 import enum
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dspy
@@ -20,72 +20,74 @@ from dspy_fst.rollout.outages import leaves_a_hole
 from dspy_fst.types import PREDICTOR_TAG
 
 logger = logging.getLogger(__name__)
-Entry = tuple[Any, dict[str, Any], Any]
-"""DSPy's trace entry: (predictor, inputs, prediction)."""
+Entry = tuple[dspy.Predict, dict[str, Any], "dspy.Prediction | FailedPrediction"]
+"""An entry of DSPy's trace: (predictor, inputs, prediction)."""
 FORM = "form"
-"""Attribute of a FailedPrediction: what the adapter in force had asked of the reply's form."""
+"""Attribute of a FailedPrediction: what the adapter in force had said about the reply's form."""
 WRONG_VALUE = "The reply could not be parsed: field "
-"""How the feedback on such a reply begins; a warning shows the line."""
+"""How the feedback on such a reply begins. A warning shows this line."""
 LONGEST = 100
 """Characters of a value that are shown (ours)."""
 
 
 def failed_reply(text: str, form: str, format_reward: float | None = None) -> FailedPrediction:
-    """DSPy's entry of a reply that did not parse, and the form that was asked for."""
+    """DSPy's entry for a reply that did not parse, with the form that was asked for."""
     failed = FailedPrediction(text, format_reward)
     setattr(failed, FORM, form)
     return failed
 
 
 def form_of(failed: FailedPrediction) -> str:
-    """What was asked of the reply's form; empty where that is not known."""
+    """What was said about the reply's form; empty if that is not known."""
     return str(getattr(failed, FORM, ""))
 
 
 def form_asked_for(predictor: dspy.Predict) -> str:
-    """What the adapter in force tells the LM of the reply's form, as a reflection shows it; empty where it cannot say.
+    """What the adapter in force tells the LM about the reply's form, as a reflection shows it; empty if it cannot say.
 
-    Asked in the call's own context: a program may set an adapter for a single call.
+    To be called in the call's own context: a program may set an adapter for a single call.
     """
     adapter = dspy.settings.adapter or dspy.ChatAdapter()
     try:
         messages = adapter.format(predictor.signature, [], {})
         return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    except Exception as error:  # an adapter of the user's may need its inputs; the failed parse stays what it is
+    except Exception as error:  # a user's adapter may need its inputs; the failed parse counts all the same
         logger.debug("%s shows no form without inputs: %r", type(adapter).__name__, error)
         return ""
 
 
 class ParseFailures(BaseCallback):
-    """DSPy's callback for the time of one rollout; as a callback it also sees adapters that the program sets itself.
+    """DSPy's callback during one rollout. A callback also sees the adapters that the program sets itself.
 
     Args:
-        trace: The rollout's own; what a program traces by itself (BestOfN) joins it later.
+        trace: The rollout's trace. What a program traces by itself (BestOfN) is added to it later.
     """
 
     def __init__(self, trace: Sequence[Entry]):
         self._trace = trace
         self._asked: set[str] = set()
+        """Calls of the policy that run."""
         self._running: dict[str, tuple[dspy.Predict, dict[str, Any]]] = {}
         self._failed: list[tuple[int, Entry]] = []
+        """(place in the trace, entry of a reply that did not parse)."""
         self._lost: list[tuple[str, AdapterParseError]] = []
+        """(predictor's name, its error)."""
 
-    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+    def on_lm_start(self, call_id: str, instance: object, inputs: Mapping[str, object]) -> None:
         if is_recorded(instance):
             self._asked.add(call_id)
 
-    def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        """No second call of the policy, also where its LM allows one outside of rollouts. A frozen LM is asked as it is
-        outside of a rollout."""
+    def on_lm_end(self, call_id: str, outputs: object, exception: BaseException | None = None) -> None:
+        """Prevent a second call of the policy, even if its LM allows one outside of rollouts. Frozen LMs keep theirs."""
         if call_id in self._asked:
             self._asked.discard(call_id)
             no_second_call()
 
-    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+    def on_module_start(self, call_id: str, instance: object, inputs: Mapping[str, Any]) -> None:
         if isinstance(instance, dspy.Predict) and hasattr(instance, PREDICTOR_TAG):
             self._running[call_id] = (instance, inputs["kwargs"])
 
-    def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+    def on_module_end(self, call_id: str, outputs: object, exception: BaseException | None = None) -> None:
         predictor, given = self._running.pop(call_id, (None, {}))
         if predictor is None or not isinstance(exception, AdapterParseError):
             return
@@ -96,15 +98,15 @@ class ParseFailures(BaseCallback):
             self._lost.append((getattr(predictor, PREDICTOR_TAG), exception))
 
     def behind(self) -> tuple[str, AdapterParseError] | None:
-        """The predictor whose reply did not parse, and left a hole that the program fell over; else None."""
+        """(predictor's name, error) of a failed parse that left a hole in the program's results; else None."""
         return next((lost for lost in self._lost if leaves_a_hole(lost[1])), None)
 
     def forget(self) -> None:
-        """Let go of the exceptions, whose tracebacks hold the rollout's copy of the program."""
+        """Drop the exceptions, whose tracebacks hold the rollout's copy of the program."""
         self._lost.clear()
 
     def in_trace(self) -> tuple[Entry, ...]:
-        """The rollout's trace with the failed parses in their places."""
+        """The rollout's trace, with the failed parses in their places."""
         whole = list(self._trace)
         for place, entry in reversed(self._failed):
             whole.insert(place, entry)
@@ -115,17 +117,17 @@ class ParseFailures(BaseCallback):
 
 
 def feedback_on(error: AdapterParseError) -> str:
-    """What the rollout is told of a reply that did not parse: the reason where a value was wrong, then DSPy's words.
+    """The feedback on a reply that did not parse: the reason if a value was wrong, then DSPy's message.
 
-    DSPy's adapters raise one error for all of it. What pydantic or DSPy said of the value hangs on that error: as its
-    cause, or as its context where the adapter names none (ChatAdapter of DSPy 3.4).
+    DSPy's adapters raise the same error for every failed parse. What pydantic or DSPy said about the value is that
+    error's cause, or its context if the adapter sets no cause (ChatAdapter of DSPy 3.4).
     """
     reason = _reason(error)
     return f"{WRONG_VALUE}{reason}\n{error}" if reason else f"The reply could not be parsed: {error}"
 
 
 def _reason(error: AdapterParseError) -> str:
-    """E.g. ``"'mood': 'so-so' came, and it should be 'good' or 'bad'"``; empty where no value was wrong."""
+    """E.g. ``"'mood': 'so-so' came, and it should be 'good' or 'bad'"``; empty if no value was wrong."""
     cause, field = error.__cause__ or error.__context__, _field(error)
     if field is None:
         return ""
@@ -142,7 +144,7 @@ def _reason(error: AdapterParseError) -> str:
 
 
 def _field(error: AdapterParseError) -> str | None:
-    """The output field whose value DSPy could not take; XMLAdapter says its definition instead of its name."""
+    """The output field whose value DSPy could not convert. XMLAdapter names the field by its definition."""
     said = str(error)
     for name, field in error.signature.output_fields.items():
         if re.match(rf"Failed to parse field {re.escape(name)}\b", said) or said.startswith(
@@ -152,6 +154,6 @@ def _field(error: AdapterParseError) -> str | None:
     return None
 
 
-def _came(value: Any) -> str:
+def _came(value: object) -> str:
     text = repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

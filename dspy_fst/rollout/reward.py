@@ -1,13 +1,13 @@
 """A DSPy metric as a reward: a finite score and feedback, or the reason why there is none.
 
-A metric measures a finished run and is no part of it. It may ask an LM (a judge): what it asks is in no trace, is no
-call of the program's and is not trained on, also when it asks the policy.
+A metric measures a finished run and is no part of it. It may call an LM as a judge, even the policy. Such calls are in
+no trace, do not count as calls of the program, and are not trained on.
 """
 
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,18 +17,19 @@ from dspy.utils.callback import BaseCallback
 from dspy_fst.errors import is_signal
 from dspy_fst.rollout.call_recorder import SETTING, Apart, Recording
 
-Metric = Callable[..., Any]
+Metric = Callable[..., object]
+"""A user's metric, in one of the forms that `Reward` calls. What it returns is checked at every call."""
 
 
 class UnmeasuredError(Exception):
     """The metric gave no usable score; the message is the reason."""
 
     asked_an_lm = False
-    """Whether the metric had asked an LM: what it could not read may be a judge's words."""
+    """Whether the metric had called an LM. What it could not read may then be a judge's words."""
 
 
 class NotFiniteScoreError(UnmeasuredError):
-    """The metric gave nan or an infinity."""
+    """The metric returned nan or an infinity."""
 
 
 @dataclass(frozen=True)
@@ -41,36 +42,38 @@ class Score:
     predictor_feedback: Mapping[str, str] = field(default_factory=dict)
 
     def feedback_for(self, predictor: str) -> str:
-        """What was said of this predictor, else of the run."""
+        """The feedback on this predictor, or on the whole run if it has none."""
         return self.predictor_feedback.get(predictor) or self.feedback
 
 
 OWN = ("predictor_scores", "predictor_feedback")
-"""What a metric may return of single predictors."""
+"""What a metric may return about single predictors, besides ``score`` and ``feedback``."""
 
 
 class LMUse(BaseCallback):
-    """DSPy's callback for one call of a metric: whether the metric asks an LM."""
+    """DSPy's callback during one call of a metric: notes whether the metric calls an LM."""
 
     def __init__(self) -> None:
         self.seen = False
 
-    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+    def on_lm_start(self, call_id: str, instance: object, inputs: Mapping[str, object]) -> None:
         self.seen = True
 
-    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+    def on_module_start(self, call_id: str, instance: object, inputs: Mapping[str, object]) -> None:
         self.seen = self.seen or isinstance(instance, dspy.Predict)
 
 
 class Reward:
-    """Calls a metric of DSPy's or of GEPA's signature.
+    """Calls a metric that has DSPy's or GEPA's signature.
 
     ``(gold, pred, trace=None) -> float | bool`` and
     ``(gold, pred, trace, pred_name, pred_trace) -> float | dspy.Prediction(score=..., feedback=...)`` both work. The
     prediction may also hold ``predictor_scores={name: float}`` and ``predictor_feedback={name: text}``.
 
     Args:
-        predictors: The program's, which alone may get scores and feedback of their own; None checks no name.
+        metric: The user's metric.
+        predictors: The program's predictors. Only they may get scores and feedback of their own. With None, names are
+            not checked.
         peers: Examples of the same set. Their labels are other answers of the right form, which
             `dspy_fst.rollout.outcome_rules` tries on a metric that raised.
     """
@@ -81,7 +84,7 @@ class Reward:
 
     @property
     def identity(self) -> str:
-        """The metric's name and a digest of its source, to tell when a run goes on under another one."""
+        """The metric's name and a digest of its source, which show when a run is resumed under another metric."""
         named = self.metric if hasattr(self.metric, "__qualname__") else type(self.metric)
         try:
             source = inspect.getsource(named)
@@ -92,24 +95,28 @@ class Reward:
     def __call__(
         self,
         gold: dspy.Example,
-        pred: Any,
-        trace: Any = None,
+        pred: object,
+        trace: Iterable[object] | None = None,
         pred_name: str | None = None,
-        pred_trace: Any = None,
+        pred_trace: object = None,
         apart: Apart | None = None,
     ) -> Score:
         """Score one prediction.
 
         Args:
-            trace: Of the finished run; the metric gets a copy.
-            apart: Where the metric's own calls of the policy get their seeds from; by default from their prompts alone.
+            gold: The example.
+            pred: What the program returned.
+            trace: The trace of the finished run. The metric gets a copy.
+            pred_name: The predictor that GEPA asks about.
+            pred_trace: The part of the trace that belongs to this predictor.
+            apart: Gives the metric's own calls of the policy their seeds. By default these depend on the prompts alone.
 
         Raises:
-            UnmeasuredError: the metric raised, or returned something that is not a finite number, or named a
-                predictor that the program does not have.
+            UnmeasuredError: the metric raised, or returned something other than a finite number, or named a predictor
+                that the program does not have.
         """
         finished = None if trace is None else list(trace)
-        known = {"trace": finished, "pred_name": pred_name, "pred_trace": pred_trace}
+        known: dict[str, object] = {"trace": finished, "pred_name": pred_name, "pred_trace": pred_trace}
         lm_use = LMUse()
         own = {SETTING: apart or Recording(0).apart(), "trace": [], "caller_modules": [], "disable_history": True}
         try:
@@ -120,7 +127,7 @@ class Reward:
             error.asked_an_lm = lm_use.seen
             raise
 
-    def _returned(self, gold: dspy.Example, pred: Any, given: Mapping[str, Any]) -> Any:
+    def _returned(self, gold: dspy.Example, pred: object, given: Mapping[str, object]) -> object:
         try:
             return self.metric(gold, pred, **given)
         except (Exception, SystemExit) as error:
@@ -128,12 +135,12 @@ class Reward:
                 raise
             raise UnmeasuredError(f"metric raised {type(error).__name__}") from error
 
-    def _as_score(self, returned: Any) -> Score:
+    def _as_score(self, returned: object) -> Score:
         if not (isinstance(returned, dspy.Prediction) or (isinstance(returned, dict) and "score" in returned)):
             return Score(_finite(returned))
         if unknown := sorted(name for name in dict(returned) if name.startswith("predictor_") and name not in OWN):
             raise UnmeasuredError(f"metric returned {unknown[0]}; it may return {' and '.join(OWN)}")
-        scores, feedback = (self._by_predictor(returned, of) for of in OWN)
+        scores, feedback = (self._by_predictor(returned, field_name) for field_name in OWN)
         return Score(
             value=_finite(returned["score"]),
             feedback=str(returned.get("feedback") or ""),
@@ -141,16 +148,17 @@ class Reward:
             predictor_feedback={name: str(text or "") for name, text in feedback.items()},
         )
 
-    def _by_predictor(self, returned: Any, field_name: str) -> Mapping[str, Any]:
-        given = returned.get(field_name)
+    def _by_predictor(self, returned: "dspy.Prediction | dict[str, object]", field_name: str) -> Mapping[str, object]:
+        """What the metric returned about single predictors in a field; empty when it returned nothing there."""
+        given: object = returned.get(field_name)
         if given is None:
             return {}
         if not isinstance(given, Mapping):
             raise UnmeasuredError(f"metric returned {field_name} as {type(given).__name__}, not as a dict by predictor")
         known = given.keys() if self._predictors is None else self._predictors
         if strangers := sorted(str(name) for name in given if name not in known):
-            there_are = ValueError(f"the program's predictors are {', '.join(sorted(known))}")
-            raise UnmeasuredError(f"metric returned {field_name} of {strangers}, no predictors") from there_are
+            existing = ValueError(f"the program's predictors are {', '.join(sorted(known))}")
+            raise UnmeasuredError(f"metric returned {field_name} of {strangers}, no predictors") from existing
         return given
 
 
@@ -165,20 +173,20 @@ def _finite(given: Any, of_whom: str = "") -> float:
 
 
 ROLES = ("trace", "pred_name", "pred_trace")
-"""What a metric may take beside (gold, pred), in GEPA's order."""
+"""What a metric may take after (gold, pred), in GEPA's order."""
 
 
 def _parameters(metric: Metric) -> list[inspect.Parameter]:
-    """The metric's own parameters; of a metric that is a module (dspy.evaluate.SemanticF1), those of forward."""
+    """The metric's parameters. For a module such as dspy.evaluate.SemanticF1 these are the parameters of forward."""
     function = metric.forward if isinstance(metric, dspy.Module) else metric
     return list(inspect.signature(function).parameters.values())
 
 
 def _filled_by_name(metric: Metric) -> dict[str, str]:
-    """The metric's parameter -> the role it is given.
+    """The metric's parameter -> the role that it is filled with.
 
-    By name, or by place where it has no default: an option such as ``frac=1.0`` in the place of ``pred_name`` must
-    keep its own value.
+    A parameter gets a role by its name, or by its position if it has no default. An option such as ``frac=1.0`` in the
+    position of ``pred_name`` keeps its own value.
     """
     parameters = _parameters(metric)
     beyond = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
@@ -191,8 +199,8 @@ def _filled_by_name(metric: Metric) -> dict[str, str]:
     return filled
 
 
-def metric_fault(metric: Any) -> str | None:
-    """What is wrong with the metric's signature, as a sentence; None when nothing is."""
+def metric_fault(metric: object) -> str | None:
+    """What is wrong with a metric's signature, as a sentence; None when nothing is."""
     if not callable(metric):
         return f"metric: {metric!r} is not callable; pass a function (gold, pred, trace=None, ...)"
     try:
@@ -217,10 +225,16 @@ def metric_fault(metric: Any) -> str | None:
     )
 
 
-def feedback_by(reward: Reward) -> Callable[[dspy.Example, Any, Any, str, Any], str]:
-    """What a reflection reads of one predictor's part in a run: the metric's words, else its score."""
+Feedback = Callable[[dspy.Example, object, Iterable[object] | None, str, object], str]
+"""(example, prediction, trace, predictor's name, predictor's trace) -> text."""
 
-    def feedback(example: dspy.Example, pred: Any, trace: Any, name: str, pred_trace: Any) -> str:
+
+def feedback_by(reward: Reward) -> Feedback:
+    """What a reflection LM reads about one predictor's part in a run: the metric's feedback, else its score."""
+
+    def feedback(
+        example: dspy.Example, pred: object, trace: Iterable[object] | None, name: str, pred_trace: object
+    ) -> str:
         try:
             score = reward(example, pred, trace, name, pred_trace)
         except UnmeasuredError as error:

@@ -22,7 +22,7 @@ from dspy_fst.rollout.copying import Copier
 from dspy_fst.rollout.outages import Outages
 from dspy_fst.rollout.outcome_rules import Blame, Judge
 from dspy_fst.rollout.parse_failures import Entry, ParseFailures
-from dspy_fst.rollout.rendering import Listening
+from dspy_fst.rollout.rendering import CallListener
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.worker_pool import run_all
 from dspy_fst.types import Candidate, Group, Population, Problem, Rollout
@@ -166,7 +166,7 @@ class Rollouter:
         program = copier.copy(lean=True)
         trace: list[Entry] = []
         parse_failures, outages = ParseFailures(trace), Outages()
-        call_listeners = [Listening()] if anew else []
+        call_listeners = [CallListener()] if anew else []
         judge = Judge(
             recording, parse_failures, outages, self.settings.failure_score, self.settings.format_failure_score
         )

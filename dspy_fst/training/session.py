@@ -17,7 +17,7 @@ from dspy_fst.fast.evolve import Search, SearchSettings, evolve
 from dspy_fst.monitoring.observer import Observer
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import read_texts
-from dspy_fst.rollout.rendering import held_under
+from dspy_fst.rollout.rendering import seed_kl_rollouts
 from dspy_fst.rollout.reward import feedback_by
 from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import RunDirectory
@@ -178,7 +178,7 @@ class Session:
         self._require_sound(step, rollouts)
         if not self.config.distills:
             return [SeedKLRollout(rollout, tuple(call.prompt_ids for call in rollout.calls)) for rollout in rollouts]
-        return held_under(population.members, rollouts, self.trainer.tokenizer)
+        return seed_kl_rollouts(population.members, rollouts, self.trainer.tokenizer)
 
     def credit(self, groups: Sequence[Group], seed_rollouts: Sequence[SeedKLRollout]) -> Batch:
         """Which calls the update learns from, and how much (`dspy_fst.slow.credit`)."""

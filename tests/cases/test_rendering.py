@@ -11,7 +11,7 @@ from dspy_fst.engine.chat import TemplateTraits
 from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
-from dspy_fst.rollout.rendering import held_under, prompts_under
+from dspy_fst.rollout.rendering import prompts_under, seed_kl_rollouts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
 from dspy_fst.types import Candidate, Problem
@@ -96,7 +96,7 @@ def test_where_no_call_can_be_found_again_the_predictor_and_its_adapter_are_name
         rollout = played(program, read_texts(program))
     assert rollout.calls
     with pytest.raises(TrainingError, match="Restless") as told:
-        held_under([OTHER], [rollout], tokenizer)
+        seed_kl_rollouts([OTHER], [rollout], tokenizer)
     assert "'first'" in str(told.value)
     policy_of(program).release()
 
@@ -157,7 +157,7 @@ def test_the_template_is_tried_once_for_all_rollouts(tokenizer, monkeypatch):
     rollouts = [played(program, seed) for _ in range(3)]
     of = TemplateTraits.of
     monkeypatch.setattr(TemplateTraits, "of", lambda tried: made.append(tried) or of(tried))
-    held = held_under([seed], rollouts, tokenizer)
+    held = seed_kl_rollouts([seed], rollouts, tokenizer)
     assert [of.start_prompts for of in held] == [tuple(c.prompt_ids for c in r.calls) for r in rollouts]
     assert [tried is tokenizer for tried in made].count(True) == 1  # others belong to engines
     policy_of(program).release()
