@@ -78,7 +78,7 @@ class ParseFailures(BaseCallback):
             self._asked.add(call_id)
 
     def on_lm_end(self, call_id: str, outputs: object, exception: BaseException | None = None) -> None:
-        """Prevent a second call of the policy, even if its LM allows one outside of rollouts. Frozen LMs keep theirs."""
+        """Prevent a second call of the policy, even if its LM allows one outside of rollouts; not of a frozen LM."""
         if call_id in self._asked:
             self._asked.discard(call_id)
             no_second_call()

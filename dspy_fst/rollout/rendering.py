@@ -17,6 +17,7 @@ from dspy.utils.callback import BaseCallback
 
 from dspy_fst.engine.chat import Ids, PromptRenderer, TemplateTraits
 from dspy_fst.errors import TrainingError
+from dspy_fst.model_files.tokenizer import decoded
 from dspy_fst.rollout.call_recorder import is_recorded
 from dspy_fst.rollout.chat_adapters import adapter_in_force, describe
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Rollout, SeedKLRollout
@@ -101,7 +102,7 @@ def prompts_under(
 
     The predictor's call behind an LM call is found by its prompt: rendered again, it must give exactly the text that
     was sampled from. Ids are not compared, since a conversation that goes on keeps the ids of its earlier replies. The
-    prompt is None if there is no such call, as in every rollout that was made without ``anew``; the caller counts these.
+    prompt is None if there is no such call, as in every rollout made without ``anew``. Callers count these.
     """
     return _prompts(candidate, rollout, tokenizer, renderer_of(tokenizer))
 
@@ -119,8 +120,8 @@ def _prompts(
         before = _render(asked, asked.predictor.signature.instructions, renderer)
         after = _render(asked, candidate.texts.get(asked.name), renderer)
         if before is not None and after is not None:
-            rendered[asked.name, tokenizer.decode(before)] = after
-    return tuple(rendered.get((call.predictor, tokenizer.decode(call.prompt_ids))) for call in rollout.calls)
+            rendered[asked.name, decoded(tokenizer, before)] = after
+    return tuple(rendered.get((call.predictor, decoded(tokenizer, call.prompt_ids))) for call in rollout.calls)
 
 
 def render(predictor: dspy.Predict, instructions: str, inputs: dict[str, Any], renderer: PromptRenderer) -> Ids | None:
