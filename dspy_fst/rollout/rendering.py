@@ -73,9 +73,7 @@ def seed_kl_rollouts(
     return rendered
 
 
-def unread_fault(
-    rollouts: Sequence[Rollout], teacher: Candidate, tokenizer: "PreTrainedTokenizerBase"
-) -> str | None:
+def unread_fault(rollouts: Sequence[Rollout], teacher: Candidate, tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Why a teacher's texts cannot be used: no call of these rollouts has a prompt under them. None if one has."""
     renderer = renderer_of(tokenizer)
     prompts = (_prompts(teacher, rollout, tokenizer, renderer) for rollout in rollouts)
