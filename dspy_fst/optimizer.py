@@ -12,7 +12,7 @@ from dspy.teleprompt import Teleprompter
 from dspy_fst.config import unknown_settings
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.model_files.reach import IN_A_RUN_S
-from dspy_fst.monitoring.progress import EndingLog, ProgressView
+from dspy_fst.monitoring.progress import ProgressView, log_ending
 from dspy_fst.monitoring.tracking import Track, Tracking, trackers_of
 from dspy_fst.preflight.argument_checks import argument_faults
 from dspy_fst.rollout.reward import Metric
@@ -136,13 +136,15 @@ class FSTOptimizer(Teleprompter):
             title = Path(self.run_dir).name if self.run_dir else "run"
             view = stack.enter_context(ProgressView(title, samples=self.show_samples)) if self.progress else None
             tracking = Tracking(self.trackers)
-            listeners: Listeners = (*self.listeners, view or EndingLog(), tracking)
+            told: Listeners = [*([view] if view else []), *([tracking] if self.trackers else [])]
             request = check(self.arguments(student, trainset, valset, teacher), hub_s=IN_A_RUN_S)
-            run = stack.enter_context(open_run(request, listeners))
+            run = stack.enter_context(open_run(request, (*self.listeners, *told)))
             if view:
                 view.recall(run.run.events())
             stack.enter_context(tracking.following(run.run.path, run.run.events(), run.recorder.note))
             compiled = compiled_program(run, alternate(run), track_stats=self.track_stats)
+            if view is None:
+                log_ending(run.schedule.end, run.observer.ending.words)
             keep_compiled(compiled, run)
             return compiled
 

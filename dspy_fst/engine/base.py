@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -10,6 +12,13 @@ from dspy.lm15 import Request, Response
 
 from dspy_fst.model_files.lora_folder import lora_parts
 from dspy_fst.types import WeightsVersion
+
+QUEUEING: ContextVar[Callable[[], AbstractContextManager[object]]] = ContextVar("queueing", default=nullcontext)
+"""Makes the block in which an engine lets a call wait for its own queue.
+
+Whoever limits the time of a call sets it, so that the limit measures work: while a call waits for the engine to finish
+other callers' batches, its work has not begun (`dspy_fst.rollout.worker_pool.QueueTime`).
+"""
 
 
 @dataclass(frozen=True)

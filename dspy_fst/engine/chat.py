@@ -1,4 +1,4 @@
-"""From a request to the exact token ids of its prompt: what is refused, what the template does, how it is rendered.
+"""From a request to the exact token ids of its prompt, and from text to a response.
 
 The contract of this file: every request is fitted to the model's chat template before it is rendered, in the same way
 for every engine and for code that renders a prompt again. A template without a system role then neither drops a text
@@ -295,6 +295,23 @@ def chat_options(request: lm15.Request) -> dict[str, object]:
         effort = "none" if reasoning.is_off else reasoning.effort
         thinking = {"enable_thinking": not reasoning.is_off, "reasoning_effort": effort}
     return {**({"tools": tools} if tools else {}), **thinking}
+
+
+def text_response(
+    model: str, text: str, finish_reason: str, prompt_tokens: int, completion_tokens: int
+) -> lm15.Response:
+    """A canonical response with one text part."""
+    return lm15.Response(
+        id=None,
+        model=model,
+        message=lm15.Message.assistant(text),
+        finish_reason=finish_reason,
+        usage=lm15.Usage(
+            input_tokens=prompt_tokens,
+            output_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+        ),
+    )
 
 
 # ---- messages as token ids -----------------------------------------------------------------------

@@ -20,14 +20,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer
 
-from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
-from dspy_fst.engine.chat import PromptRenderer
+from dspy_fst.engine.base import QUEUEING, Checkpoint, Completion, Holding, Scorer
+from dspy_fst.engine.chat import PromptRenderer, text_response
 from dspy_fst.engine.generation import BatchDecoder, Pending, Reply, cut, generate
 from dspy_fst.engine.holding import compare, compare_adapters, head_in_float32
 from dspy_fst.engine.lora import put_on_as_read, take_off, using
 from dspy_fst.engine.machine import has_gpu
-from dspy_fst.engine.queueing import queueing
-from dspy_fst.engine.replies import ReplyReader, text_response, with_logprobs
+from dspy_fst.engine.replies import ReplyReader, with_logprobs
 from dspy_fst.errors import EngineError, TrainingError
 from dspy_fst.model_files.architectures import context_length, load_model_with_info
 from dspy_fst.model_files.folder import folder_faults, layer_fault
@@ -157,7 +156,9 @@ class InProcessEngine:
         completion = Completion(response, *tokens, reply.finish_reason, reply.weights)
         if request.config.logprobs is not None:
             completion = with_logprobs(completion, [self._tokenizer.decode([number]) for number in reply.ids])
-        return completion if self._reader is None else self._reader.read(completion, request)
+        if self._reader is None or not (self._reader.thinks or request.tools):  # there is nothing to divide
+            return completion
+        return self._reader.read(completion, request)
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
@@ -198,7 +199,7 @@ class InProcessEngine:
         """
         # A batch is given up at the first token after timeout_s. One that outlasts this is stuck inside the model.
         stuck_s = 2 * self.settings.timeout_s + self.settings.linger_s
-        with queueing():
+        with QUEUEING.get()():
             while not call.begun.wait(max(self._deadline(call, stuck_s) - time.monotonic(), 0.0)):
                 if time.monotonic() >= self._deadline(call, stuck_s):
                     raise EngineError(
@@ -292,7 +293,8 @@ class InProcessEngine:
     def _render(self, request: lm15.Request) -> tuple[int, ...]:
         if self._reader is None or self._renderer is None:
             raise EngineError("the in-process engine has no weights yet: load a checkpoint first")
-        self._reader.check(request)
+        if request.tools:
+            self._reader.check(request)
         return self._renderer.ids(request)
 
     def _serve(self) -> None:

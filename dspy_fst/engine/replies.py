@@ -194,23 +194,6 @@ def _call(call_id: str, call: Mapping[str, object]) -> lm15.ToolCallPart:
     return lm15.ToolCallPart(id=call_id, name=function["name"], input=function["arguments"])
 
 
-def text_response(
-    model: str, text: str, finish_reason: str, prompt_tokens: int, completion_tokens: int
-) -> lm15.Response:
-    """A canonical response with one text part."""
-    return lm15.Response(
-        id=None,
-        model=model,
-        message=lm15.Message.assistant(text),
-        finish_reason=finish_reason,
-        usage=lm15.Usage(
-            input_tokens=prompt_tokens,
-            output_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-        ),
-    )
-
-
 # ---- where it ends -------------------------------------------------------------------------------
 
 

@@ -274,23 +274,18 @@ class _Notebook:
             self._handle.update(view)
 
 
-class EndingLog:
-    """A listener in place of a view: logs a warning when the run ended early or changed no weights."""
+def log_ending(reason: StopReason, ending: str) -> None:
+    """In place of a view: log a warning when the run ended early or changed no weights.
 
-    def __init__(self) -> None:
-        self._reason: StopReason | None = None
-
-    def __call__(self, event: Event) -> None:
-        """Take one event of the run. A run that ends in an error logs nothing here: the error says everything."""
-        if event["event"] == "ended":
-            self._reason = StopReason(**event["reason"])
-        if event["event"] != "done":
-            return
-        if self._reason and self._reason.early:
-            steps = counted(self._reason.step, "step")
-            logger.warning("the run is finished early, after %s: %s", steps, _sentences(self._reason))
-        if event.get("ending", "").startswith(NOTHING_CHANGED):
-            logger.warning("the run is finished, and %s", event["ending"])
+    Args:
+        reason: Why it ended.
+        ending: What its updates did to the weights.
+    """
+    if reason.early:
+        steps = counted(reason.step, "step")
+        logger.warning("the run is finished early, after %s: %s", steps, _sentences(reason))
+    if ending.startswith(NOTHING_CHANGED):
+        logger.warning("the run is finished, and %s", ending)
 
 
 def _sentences(reason: StopReason) -> str:

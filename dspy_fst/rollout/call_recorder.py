@@ -20,8 +20,8 @@ from dspy.clients.call_context import stream_emitted
 from dspy.utils.parallelizer import ParallelExecutor
 
 from dspy_fst.engine.base import Completion
-from dspy_fst.engine.queueing import QueueTime, counted_in
 from dspy_fst.errors import EngineError
+from dspy_fst.rollout.worker_pool import QueueTime
 from dspy_fst.types import PREDICTOR_TAG, Call
 
 SETTING = "fst_recording"
@@ -170,7 +170,7 @@ def complete_recorded(
     if recording is None:
         return complete(request, free_seed()).response
     seed, prompt_ids, record = _begun(recording, request, continued)
-    with counted_in(recording.queue_time):
+    with recording.queue_time.counting():
         completion = complete(request, seed) if prompt_ids is None else complete(request, seed, prompt_ids)
     record(completion)
     return completion.response

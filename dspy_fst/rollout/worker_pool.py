@@ -1,4 +1,4 @@
-"""Many jobs on a few daemon threads, each with a time limit.
+"""Many jobs on a few daemon threads, each with a time limit that excludes the wait for the engine.
 
 A ThreadPoolExecutor cannot abandon a job that hangs, and joins its threads when the interpreter exits.
 """
@@ -7,9 +7,12 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from dspy_fst.engine.base import QUEUEING
 
 T = TypeVar("T")
 LONGEST_WAIT_S = 1.0
@@ -149,3 +152,52 @@ class _Pool(Generic[T]):
                 self._left -= 1
                 self._tell_in_flight()
             self._ended.put(job)
+
+
+class QueueTime:
+    """Seconds during which at least one call of a rollout waited in the queue. Thread-safe.
+
+    A time limit on a rollout measures work: while a call waits for the engine to finish other callers' batches, the
+    rollout's clock stands still. Calls of one rollout may overlap (``dspy.Parallel``). A second in which two of them
+    wait counts once.
+
+    Args:
+        now: The clock, in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic):
+        self._now = now
+        self._lock = threading.Lock()
+        self._queued = 0.0
+        self._waiting = 0
+        self._since = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Total so far, a current wait included."""
+        with self._lock:
+            return self._queued + (self._now() - self._since if self._waiting else 0.0)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of this block as the wait of one call."""
+        with self._lock:
+            if not self._waiting:
+                self._since = self._now()
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
+                if not self._waiting:
+                    self._queued += self._now() - self._since
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the engine's waits of this thread inside the block."""
+        token = QUEUEING.set(self.waiting)
+        try:
+            yield
+        finally:
+            QUEUEING.reset(token)

@@ -77,7 +77,7 @@ class RunDirectory:
         keep_states: int = 2,
         clean: Callable[[Any], Any] = lambda value: value,
     ):
-        self.path, self._listeners, self._keep_states, self._clean = path, listeners, keep_states, clean
+        self.path, self.listeners, self._keep_states, self._clean = path, listeners, keep_states, clean
         self._finished: float | None = None
         if fault := directory_fault(path, recipe):
             raise RunDirectoryError(fault)
@@ -145,7 +145,7 @@ class RunDirectory:
         self._show(self._clean(event))
 
     def _show(self, event: Event) -> None:
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener(event)
 
     def events(self) -> list[dict[str, Any]]:

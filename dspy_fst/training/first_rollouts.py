@@ -105,7 +105,7 @@ def _played(session: Session) -> tuple[list[Rollout], list[Rollout]]:
     candidate = session.population.best
     tasks = [Task(Problem(index, session.trainset[index]), candidate) for index in first]
     tasks += [Task(Problem(index, session.valset[index]), candidate, sample=1) for index in some]  # other seeds
-    session.recorder.phase(f"before the plan: making the first {len(tasks)} rollouts")
+    session.phase(f"before the plan: making the first {len(tasks)} rollouts")
     rollouts = session.rollouter.rollout(tasks, "preflight", anew=True)
     return rollouts[: len(first)], rollouts[len(first) :]
 

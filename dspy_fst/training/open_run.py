@@ -115,7 +115,7 @@ def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
     program = trainable_copy(student, policy)
     seed = read_texts(student, tools=config.tool_descriptions == "evolved")
     rollouter = open_player(program, request.metric, config, policy.handle.engine.expect, request.trainset)
-    problems = fingerprint([example.toDict() for example in request.valset])
+    problems, metric = fingerprint([example.toDict() for example in request.valset]), rollouter.reward.identity
     samples = config.validation_samples
     return Session(
         config=config,
@@ -128,7 +128,7 @@ def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
         rollouter=rollouter,
         trainer=trainer,
         run=run,
-        validation=Validation(run, rollouter, request.valset, samples, problems, lambda: recoveries(policy)),
+        validation=Validation(run, metric, request.valset, samples, problems, lambda: recoveries(policy)),
         population=starting_population(student, seed, config.population_size, run.state),
         proposers=request.proposers,
     )

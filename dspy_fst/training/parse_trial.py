@@ -251,7 +251,7 @@ def try_forms(session: Session, before: float, reward_before: float | None = Non
     rollouts = session.config.parse_trial
     if not rollouts:
         return None
-    session.run.tell({"event": "phase", "phase": "trying other forms of prompt", "quiet": True})
+    session.phase("trying other forms of prompt", quiet=True)
     why = "hardly any reply parses" if reward_before is None else "every reply scores alike"
     session.recorder.note(f"{why}: {announced(session.program, session.trainset, rollouts)}")
     found = trial(session, before, reward_before)

@@ -176,12 +176,17 @@ class Publisher:
         """The version of the weights as they are now."""
         return version_of(self.moved_at)
 
-    def publish(self, step: int) -> None:
+    def publish(self, step: int, sampled: Iterable[Rollout] = ()) -> None:
         """Hand the weights that the ``step``-th update moved last to the engine and prove that it serves them.
+
+        Args:
+            step: Updates so far.
+            sampled: Rollouts of the step; the first that are ever given are the texts of the proof.
 
         Raises:
             SyncError, DiskError, EngineError: as `Publishing.serve` has it.
         """
+        self.see_texts(sampled)
         version = version_of(step)
         self.moved_at, self.unsaved = step, True
         with self._run.writing():

@@ -1,9 +1,6 @@
 """What a run measures, as events and reports: one report a search, one a step, with the seconds of each activity."""
 
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from dspy_fst.fast.evolve import Search
 from dspy_fst.fast.reporting import candidates_told, cycle_report
@@ -15,7 +12,6 @@ from dspy_fst.types import (
     Candidate,
     CycleReport,
     Group,
-    Rollout,
     StepReport,
     UpdateReport,
     WeightsVersion,
@@ -32,23 +28,11 @@ class Recorder:
 
     def __init__(self, run: RunDirectory):
         self._run = run
-        self._seconds: Counter[str] = Counter()
         events = run.events()
         self.cycles = [CycleReport.from_json(e["report"]) for e in events if e["event"] == "cycle"]
         """Reports of the searches so far."""
         self.steps = [StepReport.from_json(e["report"]) for e in events if e["event"] == "step"]
         """Reports of the steps so far."""
-
-    # ---- while something goes on ---------------------------------------------------------------
-
-    def begin(self, phase: str, *, quiet: bool = False) -> None:
-        """A search or a step begins: its seconds are counted from here."""
-        self._seconds.clear()
-        self.phase(phase, quiet=quiet)
-
-    def phase(self, phase: str, *, quiet: bool = False) -> None:
-        """Say what goes on now; ``quiet`` for a live view alone."""
-        self._run.tell({"event": "phase", "phase": phase, **({"quiet": True} if quiet else {})})
 
     def note(self, text: str) -> None:
         """A sentence for whoever watches; it is not kept."""
@@ -58,29 +42,17 @@ class Recorder:
         """A failure of the engine that was survived. Its count goes into the step's report, and so into the events."""
         self.note(f"warning: {text}")
 
-    def rollout(self, rollout: Rollout) -> None:
-        self._run.tell({"event": "rollout", "reward": rollout.reward})
-
     def candidate(self, candidate: Candidate, score: float) -> None:
         self._run.tell({"event": "candidate", "texts": candidate.texts, "score": score})
 
-    @contextmanager
-    def timed(self, activity: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._seconds[activity] += time.monotonic() - started  # type: ignore[assignment]
-
-    # ---- when it is done -----------------------------------------------------------------------
-
-    def search_done(self, cycle: Cycle, search: Search, recovered: Mapping[str, int]) -> None:
+    def search_done(self, cycle: Cycle, search: Search, recovered: Mapping[str, int], sampling_s: float) -> None:
         """Keep what the fast phase found.
 
         Args:
             recovered: Failures of the engine that were survived, by kind.
+            sampling_s: Seconds that its rollouts took.
         """
-        report = cycle_report(cycle.index, search, recovered, self._seconds["sampling"])
+        report = cycle_report(cycle.index, search, recovered, sampling_s)
         self.cycles.append(report)
         self._run.save_population(cycle.index, search.population)
         told = {"candidates": candidates_told(search), "parents": search.population.parents, **search.money}
@@ -97,11 +69,13 @@ class Recorder:
         update: UpdateReport,
         recovered: Mapping[str, int],
         published: WeightsVersion,
+        seconds: Mapping[str, float],
     ) -> StepReport:
         """Keep what the slow step measured.
 
         Args:
             published: The weights that the step leaves.
+            seconds: Of each activity.
         """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
@@ -112,7 +86,7 @@ class Recorder:
             counts={**batch.counts, **recovered},
             update=update,
             sampled_tokens=sum(rollout.tokens for rollout in rollouts) + batch.counts["held_tokens"],
-            seconds=dict(self._seconds),
+            seconds=seconds,
             predictors=batch.predictors,
             weights=self.steps[-1].left if self.steps else version_of(0),
             published=published,

@@ -5,14 +5,17 @@ measures on the valset, and `Observer` warns. A `Session` holds them, with the p
 """
 
 import random
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.errors import NotFiniteError
+from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
 from dspy_fst.fast.evolve import Search, SearchSettings, evolve
 from dspy_fst.monitoring.observer import Observer
 from dspy_fst.policy_lm import PolicyLM
@@ -20,9 +23,8 @@ from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import seed_kl_rollouts
 from dspy_fst.rollout.reward import feedback_by
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.run.directory import RunDirectory
+from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason
-from dspy_fst.run.refusals import refuse_stale, refuse_unmeasured
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.run.validated import Validated, When, best_validated, early_stop, starting_population
 from dspy_fst.slow.credit import credit
@@ -61,9 +63,14 @@ class Session:
     observer: Observer = field(init=False)
     _journal: Journal | None = None
     """Of the search in progress."""
+    _seconds: Counter[str] = field(default_factory=Counter)
+    """Activity -> seconds that the search or step in progress spent on it."""
+    _sampled: Sequence[Rollout] = ()
+    """Of the step in progress."""
 
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
+        self._batches = [self.plan.problems(step) for step in range(self.plan.updates)]
         self.recorder = Recorder(self.run)
         self.schedule = Schedule(self.plan, self.config, lambda: self.run.state, self.recorder.steps)
         texts = NaturalTexts(self.program, self.trained, self.trainset, self.trainer.tokenizer)
@@ -73,6 +80,33 @@ class Session:
         self.observer = Observer(self.run, self.program, self.policy, self.config, self.trainer.tokenizer)
         self.observer.recall(self.recorder.steps, self.run.events())
         self._stop_if_nothing_is_gained()
+
+    # ---- what goes on now ----------------------------------------------------------------------
+
+    def phase(self, phase: str, *, quiet: bool = False) -> None:
+        """Say what goes on now; ``quiet`` for a live view alone."""
+        self._tell({"event": "phase", "phase": phase, **({"quiet": True} if quiet else {})})
+
+    def _tell_rollout(self, rollout: Rollout) -> None:
+        self._tell({"event": "rollout", "reward": rollout.reward})
+
+    def _tell(self, event: Event) -> None:
+        """Show an event that is not kept. It holds our own words and numbers, so no secret has to be removed."""
+        for listener in self.run.listeners:
+            listener(event)
+
+    def _begin(self, phase: str, *, quiet: bool = False) -> None:
+        """A search or a step begins: its seconds are counted from here."""
+        self._seconds.clear()
+        self.phase(phase, quiet=quiet)
+
+    @contextmanager
+    def _timed(self, activity: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[activity] += time.monotonic() - started  # type: ignore[assignment]
 
     # ---- what is due ---------------------------------------------------------------------------
 
@@ -105,7 +139,7 @@ class Session:
         Raises:
             ReflectionError, MeasurementError, RunDirectoryError: as `evolve` has it.
         """
-        self.recorder.begin(f"cycle {cycle.index}: evolving instructions")
+        self._begin(f"cycle {cycle.index}: evolving instructions")
         self._journal = self.run.open_search(cycle.index)
         if repeated := self._journal.replayed:
             self.recorder.note(f"cycle {cycle.index}: {repeated} acts of its search were already paid for")
@@ -142,7 +176,7 @@ class Session:
     def commit_search(self, cycle: Cycle, search: Search) -> None:
         """Keep what the fast phase found."""
         self.population = search.population
-        self.recorder.search_done(cycle, search, recoveries(self.policy))
+        self.recorder.search_done(cycle, search, recoveries(self.policy), self._seconds["sampling"])
         self.observer.see_search(cycle.index, search.played)
         self._commit(cycle.index, cycle.index, self.run.state.get("step", 0), search.population)
         if self._journal is not None:
@@ -152,20 +186,19 @@ class Session:
 
     def sample(self, step: int, population: Population) -> list[Group]:
         """The groups of a step: G rollouts of each of its problems, split evenly over the population."""
-        self.recorder.begin(f"step {step}: rollouts", quiet=True)
+        self._begin(f"step {step}: rollouts", quiet=True)
         if self.config.method == "distill":
             return []
-        with self.recorder.timed("sampling"):
+        with self._timed("sampling"):
             groups = self.rollouter.groups(
                 self._problems(step),
                 population,
                 self.config.group_size,
                 f"step-{step}",
-                on_rollout=self.recorder.rollout,
+                on_rollout=self._tell_rollout,
             )
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        self._require_sound(step, rollouts)
-        self.publisher.see_texts(rollouts)
+        self._sampled = [rollout for group in groups for rollout in group.rollouts]
+        self._require_sound(step, self._sampled)
         return groups
 
     def sample_seed(self, step: int, population: Population) -> list[SeedKLRollout]:
@@ -200,9 +233,9 @@ class Session:
             NotFiniteError: it was so in ``max_skipped_updates`` steps before this one.
             MismatchError: the batch was sampled from another distribution than the trainer's.
         """
-        self.recorder.phase("weight update", quiet=True)
+        self.phase("weight update", quiet=True)
         try:
-            with self.recorder.timed("update"):
+            with self._timed("update"):
                 return self.trainer.step(batch)
         except NotFiniteError as error:
             return self._skipped(batch, error)
@@ -213,8 +246,8 @@ class Session:
         Raises:
             SyncError, DiskError, EngineError: as `Publishing.serve` has it.
         """
-        with self.recorder.timed("publish"):
-            self.publisher.publish(step)
+        with self._timed("publish"):
+            self.publisher.publish(step, self._sampled)
 
     def commit_step(
         self,
@@ -227,7 +260,8 @@ class Session:
     ) -> None:
         """Keep what the slow step measured, and where one is due the state to go on from."""
         published = self.publisher.moved_to
-        report = self.recorder.step_done(step, cycle, groups, batch, update, recoveries(self.policy), published)
+        recovered, seconds = recoveries(self.policy), dict(self._seconds)
+        report = self.recorder.step_done(step, cycle, groups, batch, update, recovered, published, seconds)
         self.observer.see(report, groups)
         if self.validation and self.plan.validates_after(step):
             self._measure("between", population, population.unique())
@@ -237,18 +271,39 @@ class Session:
         self.prune_weights()  # only now is known how good the weights were that sampled this step
 
     def _problems(self, step: int) -> list[Problem]:
-        return [Problem(index, self.trainset[index]) for index in self.plan.problems(step)]
+        return [Problem(index, self.trainset[index]) for index in self._batches[step]]
 
     def _play(self, tasks: Sequence[Task], draw: str, *, anew: bool = False) -> list[Rollout]:
-        with self.recorder.timed("sampling"):
-            return self.rollouter.rollout(tasks, draw, self.recorder.rollout, anew=anew)
+        with self._timed("sampling"):
+            return self.rollouter.rollout(tasks, draw, self._tell_rollout, anew=anew)
 
     def _own_texts(self) -> Candidate:
         return read_texts(self.program, tools=self.config.tool_descriptions == "evolved")
 
     def _require_sound(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        refuse_stale(f"step {step}", rollouts, self.policy.checkpoint.version)
-        refuse_unmeasured(step, rollouts, self.config.max_masked_share, self.run.path)
+        """
+        Raises:
+            TrainingError: calls were sampled by other weights than the published ones.
+            MeasurementError: more than ``max_masked_share`` of the rollouts were not measured.
+        """
+        self._require_fresh(f"step {step}", rollouts)
+        masked = Counter(rollout.mask for rollout in rollouts if rollout.mask is not None)
+        if masked.total() > (limit := self.config.max_masked_share) * len(rollouts):
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in masked.most_common())
+            raise MeasurementError(
+                f"step {step}: {masked.total()} of {len(rollouts)} rollouts measured nothing ({reasons}), more than "
+                f"max_masked_share={limit:g}. Nothing was learnt from them; mend the cause and compile again with "
+                f"run_dir={str(self.run.path)!r} to go on"
+            )
+
+    def _require_fresh(self, where: str, rollouts: Sequence[Rollout]) -> None:
+        published = self.policy.checkpoint.version
+        sampled_by = {call.weights for rollout in rollouts for call in rollout.calls}
+        if stale := sorted(sampled_by - {published}):
+            raise TrainingError(
+                f"{where}: calls were sampled by weights {stale} and not by {published}, which were published for it; "
+                "nothing was learnt from them"
+            )
 
     def _skipped(self, batch: Batch, error: NotFiniteError) -> UpdateReport:
         steps = self.recorder.steps
@@ -300,8 +355,15 @@ class Session:
             self.publisher.serve_again(state.weights)
 
     def _measure(self, when: When, population: Population, candidates: Sequence[Candidate]) -> Validated:
+        def play(tasks: Sequence[Task], draw: str) -> list[Rollout]:
+            self.phase(f"validating: {len(tasks)} rollouts")
+            rollouts = self.rollouter.rollout(tasks, draw)
+            self._require_fresh("validation", rollouts)
+            return rollouts
+
         return self.validation.measure(
             when,
+            play,
             step=len(self.recorder.steps),
             searched=self.recorder.cycles[-1].cycle if self.recorder.cycles else -1,
             weights=self.policy.checkpoint.version,

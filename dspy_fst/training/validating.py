@@ -16,9 +16,8 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.outcomes.outcome import OutcomeCounts
-from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.rollouter import Task
 from dspy_fst.run.directory import RunDirectory
-from dspy_fst.run.refusals import refuse_stale
 from dspy_fst.run.validated import EVENT, Validated, When, decline, validated_in
 from dspy_fst.training.plan import Plan
 from dspy_fst.types import Candidate, Population, Problem, Rollout, WeightsVersion
@@ -32,7 +31,7 @@ class Validation:
 
     Args:
         run: Whose events they are.
-        rollouter: Makes the rollouts.
+        metric: Identity of what gives the rewards.
         valset: The problems; empty for a run that validates nothing.
         samples: Rollouts of each problem and candidate.
         fingerprint: Of the problems, the same in every process.
@@ -42,15 +41,15 @@ class Validation:
     def __init__(
         self,
         run: RunDirectory,
-        rollouter: Rollouter,
+        metric: str,
         valset: Sequence[dspy.Example],
         samples: int,
         fingerprint: str,
         take_counts: Callable[[], Mapping[str, int]],
     ):
-        self._run, self._rollouter, self._valset, self._samples = run, rollouter, valset, samples
+        self._run, self._valset, self._samples = run, valset, samples
         self._take_counts = take_counts
-        self.terms = {"problems": fingerprint, "samples": samples, "metric": rollouter.reward.identity}
+        self.terms = {"problems": fingerprint, "samples": samples, "metric": metric}
         everything = validated_in(run.events())
         self._made = len(everything)
         self.states = [state for state in everything if state.terms == self.terms]
@@ -68,6 +67,7 @@ class Validation:
     def measure(
         self,
         when: When,
+        play: Callable[[Sequence[Task], str], list[Rollout]],
         *,
         step: int,
         searched: int,
@@ -75,11 +75,15 @@ class Validation:
         population: Population,
         candidates: Sequence[Candidate],
     ) -> Validated:
-        """Play the candidates, which are the population's first, under the weights that the engine serves; tell it."""
+        """Play the candidates, which are the population's first, under the weights that the engine serves; tell it.
+
+        Args:
+            play: Makes a rollout of each task, with the random draws of that name.
+        """
         began = time.monotonic()
         known = self._known(weights)
         fresh = [candidate for candidate in candidates if candidate.digest not in known]
-        rollouts = self._played(fresh, weights)
+        rollouts = self._played(fresh, play)
         rewards = known | {candidate.digest: self._rewards(candidate, rollouts) for candidate in fresh}
         reused = Counter(reused=(len(candidates) - len(fresh)) * len(self._valset) * self._samples)
         lost = OutcomeCounts.over(rollout.outcome for rollout in rollouts).labels
@@ -119,19 +123,16 @@ class Validation:
             if None not in row
         }
 
-    def _played(self, candidates: Sequence[Candidate], weights: WeightsVersion) -> list[Rollout]:
+    def _played(
+        self, candidates: Sequence[Candidate], play: Callable[[Sequence[Task], str], list[Rollout]]
+    ) -> list[Rollout]:
         tasks = [
             Task(Problem(index, example), candidate, sample)
             for candidate in candidates
             for index, example in enumerate(self._valset)
             for sample in range(self._samples)
         ]
-        if not tasks:
-            return []
-        self._run.tell({"event": "phase", "phase": f"validating: {len(tasks)} rollouts"})
-        rollouts = self._rollouter.rollout(tasks, DRAW)
-        refuse_stale("validation", rollouts, weights)
-        return rollouts
+        return play(tasks, DRAW) if tasks else []
 
     def _rewards(self, candidate: Candidate, rollouts: Sequence[Rollout]) -> Rewards:
         """Mean over each problem's measured rollouts."""

@@ -13,9 +13,8 @@ import dspy_fst
 from dspy_fst import ConfigurationError, FSTOptimizer, PolicyLM
 from dspy_fst.cli import app
 from dspy_fst.engine.base import Completion
-from dspy_fst.engine.chat import chat_messages
+from dspy_fst.engine.chat import chat_messages, text_response
 from dspy_fst.engine.in_process import InProcessEngine
-from dspy_fst.engine.replies import text_response
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.chat_adapters import keep
 from dspy_fst.rollout.components import carry, read_texts

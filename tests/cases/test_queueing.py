@@ -112,17 +112,18 @@ def test_a_model_that_never_returns_fails_those_behind_it_too(slow_policy):
 
 
 def test_seconds_in_which_two_calls_of_a_rollout_queue_count_once():
-    from dspy_fst.engine.queueing import QueueTime, counted_in, queueing
+    from dspy_fst.engine.base import QUEUEING
+    from dspy_fst.rollout.worker_pool import QueueTime
 
     now = [0.0]
     queue_time = QueueTime(lambda: now[0])
-    with counted_in(queue_time), queueing():
+    with queue_time.counting(), QUEUEING.get()():
         now[0] = 2.0
-        with queueing():
+        with QUEUEING.get()():
             now[0] = 5.0
             assert queue_time.seconds == 5.0
         now[0] = 6.0
     now[0] = 100.0
-    with queueing():
+    with QUEUEING.get()():
         now[0] = 200.0
     assert queue_time.seconds == 6.0

@@ -11,7 +11,7 @@ import pytest
 from dspy.lm15 import Config, InvalidRequestError, Message, Request
 
 from dspy_fst.engine.base import Checkpoint, Completion
-from dspy_fst.engine.replies import text_response
+from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.vllm import supervisor as supervisor_module
 from dspy_fst.engine.vllm.client import NoAnswerError
 from dspy_fst.engine.vllm.server import ServerDiedError

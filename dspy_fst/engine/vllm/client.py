@@ -25,7 +25,8 @@ from dspy.lm15 import (
 from dspy.lm15 import TimeoutError as RequestTimeoutError
 
 from dspy_fst.engine.base import Completion, Holding
-from dspy_fst.engine.replies import text_response, with_logprobs
+from dspy_fst.engine.chat import text_response
+from dspy_fst.engine.replies import with_logprobs
 from dspy_fst.engine.vllm.reply_stream import read_stream, sse_chunks
 from dspy_fst.engine.vllm.wire import FINISHED, RESHAPING, pinned, read_completion, read_scores
 from dspy_fst.errors import EngineError, NoAnswerError

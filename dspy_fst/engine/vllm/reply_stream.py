@@ -12,7 +12,7 @@ import httpx
 from dspy.lm15 import Request
 
 from dspy_fst.engine.base import Completion
-from dspy_fst.engine.replies import text_response
+from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.vllm.wire import FINISHED
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
