@@ -27,7 +27,8 @@ from benchmarks.architectures_vllm import as_run, serve_all
 from benchmarks.families import FAMILIES, Family
 from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint, Completion
-from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
+from dspy_fst.engine.in_process import InProcessEngine
+from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.errors import FSTError
 from dspy_fst.model_files.architectures import load_model
 from dspy_fst.preflight.model_checks import model_faults

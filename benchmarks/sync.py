@@ -30,7 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspy_fst.engine.base import Checkpoint, Engine, Holding
-from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
+from dspy_fst.engine.in_process import InProcessEngine
+from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.verification import MEAN_GAP_LIMITS, verify_identity, verify_numbers
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.supervisor import Supervisor

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
 from dspy.teleprompt import Teleprompter
@@ -17,11 +17,12 @@ from dspy_fst.monitoring.tracking import Track, Tracking, trackers_of
 from dspy_fst.preflight.argument_checks import argument_faults
 from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.interrupts import ctrl_c_as_sentence, signals_raise
-from dspy_fst.training.open_run import Listeners, open_run
 from dspy_fst.training.request import Arguments, Proposers, check
-from dspy_fst.training.result import compiled_program, keep_compiled
-from dspy_fst.training.session import Session
 from dspy_fst.types import Population
+
+if TYPE_CHECKING:
+    from dspy_fst.training.open_run import Listeners
+    from dspy_fst.training.session import Session
 
 
 class FSTOptimizer(Teleprompter):
@@ -46,7 +47,7 @@ class FSTOptimizer(Teleprompter):
         progress: bool = True,
         show_samples: bool = False,
         listeners: Sequence[Callable[[Mapping[str, Any]], None]] = (),
-        track: Track | Sequence[Track] = (),
+        track: "Track | Sequence[Track]" = (),
         **recipe: Any,
     ):
         """Describe the run; work begins with `compile`.
@@ -138,6 +139,10 @@ class FSTOptimizer(Teleprompter):
             tracking = Tracking(self.trackers)
             told: Listeners = [*([view] if view else []), *([tracking] if self.trackers else [])]
             request = check(self.arguments(student, trainset, valset, teacher), hub_s=IN_A_RUN_S)
+            # torch and transformers take seconds to import: an argument that is refused does not wait for them.
+            from dspy_fst.training.open_run import open_run
+            from dspy_fst.training.result import compiled_program, keep_compiled
+
             run = stack.enter_context(open_run(request, (*self.listeners, *told)))
             if view:
                 view.recall(run.run.events())
@@ -168,7 +173,7 @@ class FSTOptimizer(Teleprompter):
         )
 
 
-def alternate(run: Session) -> Population:
+def alternate(run: "Session") -> Population:
     """Fast-Slow Training (paper, section 3): a cycle is one search over texts, then T updates of the weights."""
     population = run.population
     for cycle in run.cycles():

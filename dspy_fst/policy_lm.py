@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from dspy_fst.engine.base import Checkpoint, Completion, Engine
 from dspy_fst.engine.chat import Ids, PromptRenderer
 from dspy_fst.engine.machine import has_gpu
-from dspy_fst.engine.options import PolicyState, make_settings, portable_options, unknown_arguments
+from dspy_fst.engine.options import InProcessSettings, PolicyState, make_settings, portable_options, unknown_arguments
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.stream_events import events, events_in_thread, pieces
 from dspy_fst.errors import ConfigurationError
@@ -341,7 +341,7 @@ def resolve_kind(kind: EngineKind) -> EngineKind:
     """What ``"auto"`` stands for on this machine."""
     if kind != "auto":
         return kind
-    return "vllm" if has_gpu() and importlib.util.find_spec("vllm") else "in_process"
+    return "vllm" if importlib.util.find_spec("vllm") and has_gpu() else "in_process"
 
 
 def engine_maker(kind: EngineKind, options: Mapping[str, Any]) -> Callable[[], Engine]:
@@ -357,8 +357,12 @@ def engine_maker(kind: EngineKind, options: Mapping[str, Any]) -> Callable[[], E
         served = make_settings(VLLMSettings, options, kind)
         return lambda: Supervisor(served)
     if kind == "in_process":
-        from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
-
         settings = make_settings(InProcessSettings, options, kind)
-        return lambda: InProcessEngine(settings)
+
+        def in_process() -> Engine:
+            from dspy_fst.engine.in_process import InProcessEngine  # imports torch and transformers
+
+            return InProcessEngine(settings)
+
+        return in_process
     raise ConfigurationError([f"engine={kind!r} is unknown; use 'auto', 'vllm' or 'in_process'"])

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 import dspy_fst
 from dspy_fst import ConfigurationError, PolicyLM
-from dspy_fst.engine.in_process import InProcessSettings
-from dspy_fst.engine.options import OF_ENGINE, PortableOptions
+from dspy_fst.engine.options import OF_ENGINE, InProcessSettings, PortableOptions
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.rollout.components import read_texts

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from dspy_fst.engine.generation import BatchDecoder, Pending, Reply, cut, genera
 from dspy_fst.engine.holding import compare, compare_adapters, head_in_float32
 from dspy_fst.engine.lora import put_on_as_read, take_off, using
 from dspy_fst.engine.machine import has_gpu
+from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.replies import ReplyReader, with_logprobs
 from dspy_fst.errors import EngineError, TrainingError
 from dspy_fst.model_files.architectures import context_length, load_model_with_info
@@ -37,24 +37,6 @@ UNLIMITED_REPLY = 1024
 
 SCORED_AT_ONCE = 64
 """Number of tokens whose logits are normalised at once (ours): 39 MiB with a vocabulary of 150k."""
-
-
-@dataclass(frozen=True)
-class InProcessSettings:
-    """How the in-process engine runs."""
-
-    device: str | None = None
-    """Torch device, e.g. ``"cuda:0"``; None takes the GPU when there is one."""
-    dtype: str | None = None
-    """``"float32"`` or ``"bfloat16"``; None is float32 on CPU, bfloat16 on CUDA. The LM head and sampling are in
-    float32."""
-    max_batch_tokens: int = 65_536
-    """Most prompt plus completion tokens of one batch, padding included; larger batches are cut."""
-    linger_s: float = 2.0
-    """Seconds without a new call after which a batch runs although some caller in flight has made no call. If callers
-    take longer on a busy machine, batches differ between runs, and so do the last bits of their results."""
-    timeout_s: float = 600.0
-    """Seconds that a batch may run before its callers get an EngineError. The wait for earlier batches is excluded."""
 
 
 class InProcessEngine:

@@ -1,7 +1,12 @@
-"""What this machine has: CUDA devices, as torch sees them, and addresses and ports that a server could listen on."""
+"""What this process runs on: CUDA devices, as torch sees them, how many processes, and ports for a server."""
 
 import ipaddress
+import os
 import socket
+from collections.abc import Mapping
+
+PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables in which torchrun, accelerate launch and the MPI launchers say how many processes they started."""
 
 
 def has_gpu() -> bool:
@@ -28,6 +33,19 @@ def free_second_gpu_bytes() -> int | None:
     import torch
 
     return torch.cuda.mem_get_info(1)[0] if torch.cuda.device_count() > 1 else None
+
+
+def launch_faults(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """One sentence for each variable that announces several processes: each would train weights of its own.
+
+    The trainer reads no settings from the environment, so other variables of `accelerate launch` do no harm.
+    """
+    return [
+        "the trainer updates in one process; launch it without torchrun or accelerate launch "
+        f"({name}={environment[name]})"
+        for name in PROCESS_COUNTS
+        if environment.get(name, "").isdecimal() and int(environment[name]) > 1
+    ]
 
 
 def is_loopback(host: str) -> bool:

@@ -6,7 +6,7 @@ time limit or an argument of a server.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +14,24 @@ from pydantic import BaseModel, ConfigDict, Field
 from dspy_fst.errors import ConfigurationError, meant
 
 # ---- given by a user -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InProcessSettings:
+    """How the in-process engine runs."""
+
+    device: str | None = None
+    """Torch device, e.g. ``"cuda:0"``; None takes the GPU when there is one."""
+    dtype: str | None = None
+    """``"float32"`` or ``"bfloat16"``; None is float32 on CPU, bfloat16 on CUDA. The LM head and sampling are in
+    float32."""
+    max_batch_tokens: int = 65_536
+    """Most prompt plus completion tokens of one batch, padding included; larger batches are cut."""
+    linger_s: float = 2.0
+    """Seconds without a new call after which a batch runs although some caller in flight has made no call. If callers
+    take longer on a busy machine, batches differ between runs, and so do the last bits of their results."""
+    timeout_s: float = 600.0
+    """Seconds that a batch may run before its callers get an EngineError. The wait for earlier batches is excluded."""
 
 
 Settings = TypeVar("Settings")
@@ -60,7 +78,6 @@ def _advice(name: str, known: Sequence[str]) -> str:
         return ": training scores plain temperature sampling; remove it"
     if close := meant(name, known):
         return close
-    from dspy_fst.engine.in_process import InProcessSettings
     from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
     if name in {field.name for settings in (VLLMSettings, InProcessSettings) for field in fields(settings)}:

@@ -181,7 +181,7 @@ def _vllm_allocation(size: ModelSize, options: Mapping[str, Any], available: Ava
 
 
 def _in_process_allocation(size: ModelSize, options: Mapping[str, Any], available: Available) -> Allocation:
-    from dspy_fst.engine.in_process import InProcessSettings
+    from dspy_fst.engine.options import InProcessSettings
 
     settings = InProcessSettings(**options)
     device = settings.device or ("cuda" if available.on_gpu else "cpu")

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
-
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
-from accelerate.utils import LoggerType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dspy_fst.report.metric_names import Entry, entry_of
 from dspy_fst.run.directory import Event
 from dspy_fst.run.files import read_json, write_json
+
+if TYPE_CHECKING:
+    # accelerate imports torch, three seconds long: it is imported where a tracker is wanted.
+    from accelerate.tracking import GeneralTracker
 
 PROJECT = "dspy_fst"
 """Name of the project or experiment that the runs belong to."""
@@ -30,7 +31,7 @@ FINISH_S = 30.0
 """Seconds that a finished run waits for its trackers to take the remaining entries (ours)."""
 Setting: TypeAlias = bool | int | float | str
 """A hyperparameter as every tracker takes it."""
-Track: TypeAlias = str | GeneralTracker
+Track: TypeAlias = "str | GeneralTracker"
 """A name that accelerate knows, or a tracker object with its own settings."""
 
 
@@ -58,6 +59,10 @@ _SERVICES = {
 
 def trackers_of(track: object) -> tuple[list[Track], list[str]]:
     """The requested trackers without repetition, and a sentence for each fault in the request."""
+    if isinstance(track, list | tuple) and not track:
+        return [], []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
     wanted = [track] if isinstance(track, str | GeneralTracker) else track
     if not isinstance(wanted, list | tuple):
         return [], [f"track={track!r}: name a tracker, or a list of them: {', '.join(LOGGER_TYPE_TO_CLASS)}"]
@@ -66,6 +71,9 @@ def trackers_of(track: object) -> tuple[list[Track], list[str]]:
 
 
 def _fault(tracker: object) -> str | None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+    from accelerate.utils import LoggerType
+
     if isinstance(tracker, GeneralTracker):
         return None
     if not isinstance(tracker, str) or tracker not in LOGGER_TYPE_TO_CLASS:
@@ -220,8 +228,8 @@ class _Worker:
                 self._ledger.write()
             self.troubles.append(f"warning: tracker {self.name!r} lost {self._lost} of the run's entries")
 
-    def _start(self) -> GeneralTracker:
-        tracker = self._tracker if isinstance(self._tracker, GeneralTracker) else self._create()
+    def _start(self) -> "GeneralTracker":
+        tracker = self._create(self._tracker) if isinstance(self._tracker, str) else self._tracker
         tracker.start()
         if self._tracker in _SERVICES:
             self._ledger.identity = str(_SERVICES[self.name].identity(tracker.tracker))
@@ -232,18 +240,20 @@ class _Worker:
                 tracker.store_init_configuration(dict(self._settings))
         return tracker
 
-    def _create(self) -> GeneralTracker:
-        kind, service, identity = LOGGER_TYPE_TO_CLASS[self.name], _SERVICES.get(self.name), self._ledger.identity
+    def _create(self, name: str) -> "GeneralTracker":
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind, service, identity = LOGGER_TYPE_TO_CLASS[name], _SERVICES.get(name), self._ledger.identity
         options: dict[str, str] = {}
         if service and identity:
             options = service.continued(identity)
         elif service and service.named:
             options = {service.named: self._run_dir.name}
         if kind.requires_logging_directory:
-            return kind(self.name, str(self._run_dir / FOLDER), **options)
+            return kind(name, str(self._run_dir / FOLDER), **options)
         return kind(PROJECT, **options)
 
-    def _log(self, tracker: GeneralTracker | None, entry: Entry, step: int) -> None:
+    def _log(self, tracker: "GeneralTracker | None", entry: Entry, step: int) -> None:
         logged = False
         if tracker is not None:
             with self._surviving("failed"):

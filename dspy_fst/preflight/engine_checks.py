@@ -12,7 +12,7 @@ from dspy_fst.policy_lm import PolicyLM
 
 def engine_faults(policy: PolicyLM) -> list[str]:
     """Faults of the engine's options."""
-    from dspy_fst.engine.in_process import InProcessSettings
+    from dspy_fst.engine.options import InProcessSettings
     from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 
     options = policy.handle.options

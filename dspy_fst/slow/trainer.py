@@ -3,8 +3,7 @@
 The caller owns the loop and may do anything between two steps. Texts never change here.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.machine import has_gpu
+from dspy_fst.engine.machine import has_gpu, launch_faults
 from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
 from dspy_fst.slow import losses
 from dspy_fst.slow.batching import MicroBatch, Scored, check_recorded, check_scorable, completions, micro_batches
@@ -35,22 +34,6 @@ from dspy_fst.slow.model import Policy
 from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.types import Batch, Call, Row, SeedKLCall, UpdateReport, WeightsVersion
 
-PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables in which torchrun, accelerate launch and the MPI launchers say how many processes they started."""
-
-
-def launch_faults(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """One sentence for each variable that announces several processes: each would train weights of its own.
-
-    The trainer reads no settings from the environment, so other variables of `accelerate launch` do no harm.
-    """
-    return [
-        "the trainer updates in one process; launch it without torchrun or accelerate launch "
-        f"({name}={environment[name]})"
-        for name in PROCESS_COUNTS
-        if environment.get(name, "").isdecimal() and int(environment[name]) > 1
-    ]
-
 
 class Trainer:
     """Owns the policy's weights, their optimizer, and the frozen reference of the KL term.
@@ -64,7 +47,7 @@ class Trainer:
 
     Raises:
         TrainingError: the model's logits are not those of a plain LM head, or the process was launched as one of
-            several (see :func:`launch_faults`).
+            several (see `engine.machine.launch_faults`).
     """
 
     @torch.inference_mode(False)

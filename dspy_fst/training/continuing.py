@@ -5,6 +5,7 @@ newest state of the run that it came from, and only there: a program that was sa
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dspy
 
@@ -13,8 +14,10 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.run.directory import COMPILED, is_run
 from dspy_fst.run.state import RunState, moved_at, newest_state, peek_state
-from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Population, version_of
+
+if TYPE_CHECKING:
+    from dspy_fst.slow.trainer import Trainer  # imports torch, which a refusal does not need
 
 ASKED = "continue_optimizer=True"
 
@@ -48,7 +51,7 @@ def optimizer_faults(config: FSTConfig, student: dspy.Module, policy: PolicyLM, 
     return []
 
 
-def take_over(trainer: Trainer, config: FSTConfig, student: dspy.Module, policy: PolicyLM) -> str | None:
+def take_over(trainer: "Trainer", config: FSTConfig, student: dspy.Module, policy: PolicyLM) -> str | None:
     """Give the trainer what it takes over; the sentence that says what was. None for a student that starts anew.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import Any
 import dspy
 
 from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
+from dspy_fst.engine.machine import launch_faults
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.gepa_adapter import Propose, ProposeCode
 from dspy_fst.memory import (
@@ -41,7 +42,6 @@ from dspy_fst.run.directory import directory_fault
 from dspy_fst.run.secrets import Redactor
 from dspy_fst.saving.program_state import without_lms
 from dspy_fst.slow.settings import TrainerSettings
-from dspy_fst.slow.trainer import launch_faults
 from dspy_fst.training.continuing import optimizer_faults
 from dspy_fst.training.fingerprints import files_fingerprint, fingerprint, program_fingerprint
 from dspy_fst.training.opening import new_run_dir

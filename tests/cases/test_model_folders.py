@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dspy_fst
 from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
+from dspy_fst.engine.in_process import InProcessEngine
+from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.errors import EngineError, RunDirectoryError, TrainingError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.preflight.model_checks import model_faults

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
+from dspy_fst.engine.in_process import InProcessEngine
+from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.vllm.served import dspy_fst_weight_check as check
 from dspy_fst.errors import EngineError
 from programs.lab import BASE

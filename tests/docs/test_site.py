@@ -15,7 +15,7 @@ import dspy_fst
 from docs.generate import INCLUDE, filled, pages
 from dspy_fst.cli import app
 from dspy_fst.config import FSTConfig, source_of
-from dspy_fst.engine.in_process import InProcessSettings
+from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.project.project_file import PolicySettings, Project, ReflectionSettings
 from tests.docs.pages import DOCS, ROOT, fences, literals

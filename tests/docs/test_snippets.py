@@ -18,7 +18,7 @@ from typer.main import get_command
 import dspy_fst
 from dspy_fst import FSTConfig, FSTOptimizer, PolicyLM
 from dspy_fst.cli import app
-from dspy_fst.engine.in_process import InProcessSettings
+from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.project.project_file import Project, load_project

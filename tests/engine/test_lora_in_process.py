@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from dspy_fst.engine import in_process, lora
 from dspy_fst.engine.base import AdapterFiles, Checkpoint
-from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
+from dspy_fst.engine.in_process import InProcessEngine
+from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.verification import verify_identity
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import DiskError, EngineError, SyncError

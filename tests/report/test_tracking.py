@@ -6,7 +6,7 @@ import threading
 from dataclasses import fields
 
 import pytest
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
@@ -151,7 +151,7 @@ def test_services_are_asked_to_go_on_in_the_run_that_they_made(tmp_path, monkeyp
             made.append((project, options))
             self.tracker = type("Run", (), {"id": "abc123"})
 
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Service)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Service)
     run_dir = tmp_path / "mine"
     run_dir.mkdir()
     follow("wandb", run_dir, whole_run()[:7])
@@ -207,7 +207,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("track", "message"), REFUSED)
 def test_a_tracker_that_is_unknown_or_missing_is_refused_before_any_work(track, message, monkeypatch):
-    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ConfigurationError) as error:
         FSTOptimizer(metric=lambda gold, pred, trace=None: 1.0, track=track)
     assert message in str(error.value)
@@ -271,7 +271,7 @@ def test_the_project_file_and_the_flag_name_trackers(tmp_path, monkeypatch):
 
     path = project_file(tmp_path, track="tensorboard")
     assert load_project(path).open().optimizer.trackers == ["tensorboard"]
-    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
     refused = CliRunner().invoke(app, ["run", str(path), "--track", "wandb", "--track", "mlflow"])
     assert refused.exit_code == 2
     assert "track='wandb': it is not installed here; pip install wandb" in refused.stderr
