@@ -33,7 +33,9 @@ class ScriptedEngine:
         self.loaded.append(checkpoint)
         self.version = checkpoint.version
 
-    def complete(self, request: lm15.Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
+    def complete(
+        self, request: lm15.Request, seed: int, prompt_ids: tuple[int, ...] | None = None, adapter: str | None = None
+    ) -> Completion:
         messages = chat_messages(request)
         text = self.speak(messages, seed)
         prompt = tuple(ord(c) for message in messages for c in message["content"])
@@ -41,7 +43,7 @@ class ScriptedEngine:
         response = text_response(request.model, text, "stop", len(prompt), len(ids))
         return Completion(response, prompt, ids, (-1.0,) * len(ids), "stop", str(self.version))
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
         return [[-1.0] * (len(sequence) - 1) for sequence in sequences]
 
     def held(self, checkpoint: Checkpoint) -> Holding | None:
