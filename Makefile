@@ -10,8 +10,10 @@ export TOKENIZERS_PARALLELISM ?= false
 
 # Tests run in two processes: one thread each takes a tenth less of the cores than two.
 test test-fast: OMP_NUM_THREADS = 1
+# Models of billions of parameters are read and probed on the CPU before they go to the GPU.
+gpu-check: OMP_NUM_THREADS = 8
 
-.PHONY: setup demo test test-fast lint pages docs film evidence lock clean
+.PHONY: setup demo test test-fast lint pages docs film evidence gpu-check lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help.
@@ -47,6 +49,10 @@ evidence: .venv/.ready ## The short form of BENCHMARKS.md: the runs that are mis
 	$(RUN) -m benchmarks.evidence.grid short
 	$(RUN) -m benchmarks.evidence.tables
 	$(RUN) -m benchmarks.evidence.charts
+
+# Runs without the environment too, e.g. where there is no package index: WHEELS="dir ..." then holds what is missing.
+gpu-check: ## What only a GPU can show, in eight minutes: tests, updates beside trl, FST beside RL. WHEELS=DIR, ARGS=...
+	$(or $(wildcard $(RUN)),python3) -m benchmarks.gpu_check $(foreach folder,$(WHEELS),--wheels $(folder)) $(ARGS)
 
 # uv does not read pip's settings, so a machine's own package index and wheel folders are handed on.
 # Without a wheel folder the CPU build of torch comes from torch's own index (--torch-backend).

@@ -1,21 +1,52 @@
 """The same promises on a GPU: bfloat16 bodies, float32 logits. Skipped where there is none."""
 
+import random
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from dspy import lm15
 
-from dspy_fst.engine.in_process import InProcessEngine
-from dspy_fst.engine.verification import Expected, verify
-from dspy_fst.rollout.call_recorder import Recording
+from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
+from dspy_fst.engine.verification import MEAN_GAP_LIMITS, Expected, verify, verify_numbers
+from dspy_fst.lora import LoRA
+from dspy_fst.slow.checkpoint import read_state
 from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.types import Batch, Row
 from programs.lab import BASE
 from programs.lab.demo import run
-from tests.engine.test_contract import request_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: the GPU paths are untried"),
 ]
 SEQUENCES = [[2, 30, 31, 32, 33], [5, 6, 7, 8, 9, 10, 11]]
+KINDS = {"full": None, "lora": LoRA(rank=4)}
+
+
+def a_batch(problems=6, rollouts=4):
+    """Prompts that several rows share, in three lengths, with recorded log-probabilities near a uniform choice."""
+    draw = random.Random(0)
+    rows = []
+    for problem in range(problems):
+        prompt = tuple(draw.randrange(2, 500) for _ in range(20 + 5 * (problem % 3)))
+        for _ in range(rollouts):
+            reply = tuple(draw.randrange(2, 500) for _ in range(draw.randint(4, 12)))
+            rows.append((prompt, reply, draw.choice((-1.0, 1.0))))
+    weight = 1 / sum(len(reply) for _, reply, _ in rows)
+    return Batch(tuple(Row(p, r, (-6.0,) * len(r), advantage=a, token_weight=weight) for p, r, a in rows), "start")
+
+
+def a_trainer(precision="float32", device="auto", **settings):
+    return Trainer(BASE, TrainerSettings(learning_rate=1e-3, precision=precision, **settings), device=device)
+
+
+def gradient(trainer, folder):
+    """The gradient of the first update: AdamW's first moment is a tenth of it."""
+    trainer.step(a_batch())
+    trainer.save_state(folder)
+    tensors, _ = read_state(folder)
+    return {name: 10 * tensor for name, tensor in tensors.items() if name.startswith("exp_avg/")}
 
 
 def test_the_trainer_computes_in_bfloat16_and_keeps_float32_parameters():
@@ -24,15 +55,67 @@ def test_the_trainer_computes_in_bfloat16_and_keeps_float32_parameters():
     assert {parameter.dtype for parameter in trainer.parameters.values()} == {torch.float32}
 
 
-def test_the_engine_serves_what_the_trainer_publishes(tmp_path):
-    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_on_the_gpu_is_that_of_the_cpu(kind, tmp_path):
+    mine, theirs = (a_trainer(device=device, adapter=KINDS[kind]) for device in ("auto", "cpu"))
+    on_gpu, on_cpu = gradient(mine, tmp_path / "gpu"), gradient(theirs, tmp_path / "cpu")
+    assert on_gpu.keys() == on_cpu.keys()
+    scale = max(float(tensor.abs().max()) for tensor in on_cpu.values())
+    gaps = {name: float((on_gpu[name] - on_cpu[name]).abs().max()) / scale for name in on_cpu}
+    assert scale > 0
+    assert max(gaps.values()) <= 1e-4, max(gaps, key=gaps.__getitem__)
+
+
+def test_an_update_in_bfloat16_has_the_direction_of_one_in_float32(tmp_path):
+    low, exact = (gradient(a_trainer(p), tmp_path / p) for p in ("bfloat16", "float32"))
+    one, other = (torch.cat([tensors[name].flatten() for name in sorted(exact)]) for tensors in (low, exact))
+    assert float(torch.cosine_similarity(one, other, dim=0)) > 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_continued_trainer_equals_one_that_went_on_bit_by_bit(kind, precision, tmp_path):
+    whole = a_trainer(precision, adapter=KINDS[kind])
+    whole.step(a_batch())
+    whole.save_state(tmp_path / "state")
+    continued = a_trainer(precision, adapter=KINDS[kind])
+    continued.load_state(tmp_path / "state")
+    for _ in range(3):
+        assert whole.step(a_batch()) == continued.step(a_batch())
+    unequal = [name for name, p in whole.parameters.items() if not torch.equal(p, continued.parameters[name])]
+    assert unequal == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_serves_what_the_trainer_publishes(kind, tmp_path):
+    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4, adapter=KINDS[kind]))
+    trainer.step(a_batch())
     engine = InProcessEngine()
-    checkpoint = trainer.publish(tmp_path / "v0", "v0")
+    checkpoint = trainer.publish(tmp_path / "v1", "v1")
     engine.load(checkpoint)
     assert verify(engine, Expected(checkpoint, SEQUENCES, trainer.score(SEQUENCES), trainer.dtype)).identical
-    completion = engine.complete(request_of("1 2 3 4"), seed=Recording(0).seed)
-    assert completion.completion_ids
+    assert engine.complete(request_of("1 2 3 4"), seed=1).completion_ids
     engine.close()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_engine_scores_what_it_samples(precision, tmp_path):
+    trainer = a_trainer(precision)
+    engine = InProcessEngine(InProcessSettings(dtype=precision))
+    engine.load(trainer.publish(tmp_path / "v0", "v0"))
+    engine.expect(16)
+    with ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(lambda n: engine.complete(request_of(f"{n} 2 3 4"), seed=n), range(16)))
+    sampled = [list(reply.logprobs) for reply in replies]
+    scored = engine.score([(*reply.prompt_ids, *reply.completion_ids) for reply in replies])
+    own = [scores[-len(reply.completion_ids) :] for scores, reply in zip(scored, replies, strict=True)]
+    verify_numbers(sampled, own, tolerance=MEAN_GAP_LIMITS[precision], version="v0")
+    engine.close()
+
+
+def request_of(numbers, max_tokens=12):
+    config = lm15.Config(max_tokens=max_tokens, temperature=1.0)
+    return lm15.Request(model="policy", messages=(lm15.Message.user(numbers),), config=config)
 
 
 @pytest.mark.parametrize("engine", ["in_process", pytest.param("vllm", marks=pytest.mark.vllm)])

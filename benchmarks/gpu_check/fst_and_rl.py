@@ -112,7 +112,7 @@ def both(seconds: float, tiny: bool) -> None:
 
 
 def _tell(method: str, run_dir: Path, log: str) -> None:
-    told = figures(run_dir) if run_dir.exists() else {"steps": 0}
+    told: dict[str, Any] = figures(run_dir) if run_dir.exists() else {"steps": 0}
     if not told["steps"]:
         told["skipped"] = "no step was finished: " + " ".join(log.split())[-300:]
     row(method=method, **told)

@@ -197,7 +197,10 @@ def report(case: Case, side: str, measured: Measured, batch: Batch, card: str) -
     )
 
 
-def run(shape: str, folder: Path, card: str, card_bytes: float) -> None:
+SIDES = ("dspy_fst", "trl")
+
+
+def run(shape: str, folder: Path, card: str, card_bytes: float, sides: Sequence[str] = SIDES) -> None:
     """Every case of a shape, ours and trl's in turns."""
     lengths = (PROMPT, REPLY) if torch.cuda.is_available() else (12, 12)
     calls = texts(config_of(shape).vocab_size, *lengths)
@@ -210,7 +213,9 @@ def run(shape: str, folder: Path, card: str, card_bytes: float) -> None:
         def theirs(budget: int, case: Case = case) -> Callable[[], Any]:
             return trl_step(batch.rows, folder, case.kl, budget, (RANK, int(ALPHA)) if case.adapter else None)
 
-        for side, make in (("dspy_fst", ours), ("trl", theirs)):
+        for side, make in zip(SIDES, (ours, theirs), strict=True):
+            if side not in sides:
+                continue
             names = {"model": shape, "weights": case.weights, "trainer": side}
 
             def one(case: Case = case, side: str = side, make: Callable[..., Any] = make) -> None:
