@@ -41,12 +41,11 @@ class Conversation(dspy.Module):
         self.ask.lm = lm
 
     def forward(self, question: str) -> dspy.Prediction:
-        messages = [lm15.Message.user(question)]
+        messages, lm = [lm15.Message.user(question)], self.ask.lm
+        assert lm is not None
         for following in (*NEXT, ""):
-            request = lm15.Request(
-                self.ask.lm.model, tuple(messages), config=lm15.Config(max_tokens=48, temperature=1.0)
-            )
-            said = self.ask.lm(request).text or ""
+            request = lm15.Request(lm.model, tuple(messages), config=lm15.Config(max_tokens=48, temperature=1.0))
+            said = lm(request).text or ""
             messages += [lm15.Message.assistant(said or " "), lm15.Message.user(following or ".")]
         return dspy.Prediction(answer=said)
 

@@ -27,8 +27,8 @@ def proposer_warnings(project: "Project", opened: "Opened") -> Iterator[str]:
                 "name a strong LM, e.g. reflection_lm: openai/gpt-5, and write null in propose"
             )
         return
-    name = project.reflection_lm.model
-    if missing := _missing_keys(name, opened.optimizer.reflection_lm):
+    name, lm = project.reflection_lm.model, opened.optimizer.reflection_lm
+    if lm is not None and (missing := _missing_keys(name, lm)):
         yield (
             f"reflection_lm={name!r}: {' and '.join(missing)} is not set in the environment, so reflections will fail; "
             "set it, or name another variable with api_key_env"

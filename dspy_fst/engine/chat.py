@@ -12,7 +12,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from dspy import lm15
 from jinja2 import TemplateError
@@ -305,7 +305,7 @@ def text_response(
         id=None,
         model=model,
         message=lm15.Message.assistant(text),
-        finish_reason=finish_reason,
+        finish_reason=cast(lm15.FinishReason, finish_reason),
         usage=lm15.Usage(
             input_tokens=prompt_tokens,
             output_tokens=completion_tokens,

@@ -15,9 +15,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast, get_args
 
 from dspy import lm15
+from pydantic import JsonValue
 
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import PLAIN, TemplateTraits
@@ -34,6 +35,13 @@ class ResponseTemplate(TypedDict, total=False):
 
     start_anchor_pattern: str
     fields: Mapping[str, Mapping[str, object]]
+
+
+class CalledFunction(TypedDict):
+    """A tool call, if the model wrote a good one: nothing of it is checked before lm15 does."""
+
+    name: str
+    arguments: dict[str, JsonValue]
 
 
 class ParsedReply(TypedDict, total=False):
@@ -56,7 +64,8 @@ HERMES: ResponseTemplate = {
     },
 }
 """The format of Hermes, Qwen3 and many others; used for tokenizers without a response template of their own."""
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_Thoughts = Literal["reasoning_content", "reasoning", "thinking"]
+_THOUGHTS: tuple[_Thoughts, ...] = get_args(_Thoughts)
 """Names that response templates give to thoughts."""
 _TAIL = 16
 """How many tokens at the end of a prompt are searched for an opening tag of thoughts."""
@@ -136,7 +145,7 @@ class ReplyReader:
         usage = replace(response.usage, reasoning_tokens=tokens or None)
         return replace(completion, response=replace(response, usage=usage), reasoning_tokens=tokens)
 
-    def _begun(self, completion: Completion, others: list[object]) -> str:
+    def _begun(self, completion: Completion, others: Sequence[object]) -> str:
         """The beginning of the reply that the prompt contains already: an opening tag of thoughts, or nothing."""
         if not self.thinks or any(isinstance(part, lm15.ThinkingPart) for part in others):
             return ""
@@ -190,7 +199,7 @@ def _call(call_id: str, call: Mapping[str, object]) -> lm15.ToolCallPart:
     Raises:
         TypeError, KeyError, ValueError, AttributeError: the model wrote no name or arguments, or of another type.
     """
-    function: Mapping[str, object] = call.get("function", call)  # type: ignore[assignment]
+    function = cast(CalledFunction, call.get("function", call))
     return lm15.ToolCallPart(id=call_id, name=function["name"], input=function["arguments"])
 
 
@@ -216,7 +225,8 @@ def with_stop_tokens(request: lm15.Request, ids: frozenset[int]) -> lm15.Request
     if not ids:
         return request
     extensions = dict(request.config.extensions or {})
-    extensions["stop_token_ids"] = sorted({*ids, *extensions.get("stop_token_ids", ())})
+    asked = extensions.get("stop_token_ids")
+    extensions["stop_token_ids"] = sorted({*ids, *(asked if isinstance(asked, list | tuple) else ())})
     return replace(request, config=replace(request.config, extensions=extensions))
 
 

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dspy
 import gepa
+from gepa.core.callbacks import GEPACallback
 from gepa.core.result import GEPAResult
-from gepa.core.state import GEPAState
+from gepa.utils.stop_condition import StopperProtocol
 
 from dspy_fst.errors import MeasurementError, ReflectionError
 from dspy_fst.fast.gepa_adapter import BankedAdapter, Feedback, Propose, ProposeCode, Reflection
@@ -181,23 +182,25 @@ class _Searching:
                 track_best_outputs=False,
                 use_cloudpickle=True,
                 run_dir=folder,
-                callbacks=[_Watch(on_candidate)],
+                callbacks=[cast(GEPACallback, _Watch(on_candidate))],  # each of its methods is optional
                 logger=_Log(),
                 seed=self.settings.seed,
             )
         self._refuse_failed_search()
         return result
 
-    def _stops(self) -> list[Callable[[GEPAState], bool]]:
+    def _stops(self) -> list[StopperProtocol]:
         """When the search ends; gepa asks before each iteration."""
         spent_on_seeds = len(self.bank.fresh)
         # An iteration costs at least a minibatch, unless the bank answers it. Then only this limit ends the search.
         iterations = self.settings.budget // self.settings.minibatch
         return [
-            lambda state: len(self.bank.fresh) - spent_on_seeds >= self.settings.budget,
-            lambda state: state.i + 1 >= iterations,
-            lambda state: self.adapter.all_reflections_failed and self.adapter.counts["reflections_failed"] >= GIVE_UP,
-            lambda state: self.adapter.stopped_by is not None,
+            lambda gepa_state: len(self.bank.fresh) - spent_on_seeds >= self.settings.budget,
+            lambda gepa_state: gepa_state.i + 1 >= iterations,
+            lambda gepa_state: (
+                self.adapter.all_reflections_failed and self.adapter.counts["reflections_failed"] >= GIVE_UP
+            ),
+            lambda gepa_state: self.adapter.stopped_by is not None,
         ]
 
     def _refuse_failed_search(self) -> None:

@@ -113,7 +113,7 @@ class BankedAdapter(DspyAdapter):
         names = [name for name, _ in program.named_predictors()]
         super().__init__(
             student_module=program,
-            metric_fn=None,
+            metric_fn=None,  # type: ignore[arg-type]  # never asked: the bank's rollouts are scored
             feedback_map={name: partial(self._feedback_of, name) for name in names},
             reflection_lm=reflection.lm,
             custom_instruction_proposer=reflection.instruction_proposer,
@@ -141,7 +141,7 @@ class BankedAdapter(DspyAdapter):
         """Whether reflections failed and none succeeded."""
         return bool(self.counts["reflections_failed"]) and not self.counts["reflections"]
 
-    def evaluate(
+    def evaluate(  # type: ignore[override]  # of problems, where DSPy has their examples
         self,
         batch: Sequence[Problem],
         candidate: Mapping[str, str],
@@ -174,7 +174,7 @@ class BankedAdapter(DspyAdapter):
 
     # ---- proposing -------------------------------------------------------------------------------
 
-    def propose_new_texts(
+    def propose_new_texts(  # type: ignore[override]  # an attribute in gepa, a method in DSPy
         self, candidate: Texts, reflective_dataset: ReflectiveDataset, components_to_update: list[str]
     ) -> Texts:
         """One reflection. gepa logs what it raises and goes on, so failures are kept here and counted."""
@@ -238,7 +238,8 @@ class BankedAdapter(DspyAdapter):
         """The texts of DSPy's proposers. A tool's description is asked for in other words than an instruction."""
         tools = [name for name in components if is_tool(name)] if self._describe is not None else []
         others = [name for name in components if name not in tools]
-        texts = dict(super().propose_new_texts(candidate, reflective_dataset, others))
+        records = {name: [dict(record) for record in shown] for name, shown in reflective_dataset.items()}
+        texts = dict(super().propose_new_texts(candidate, records, others))
         if tools and self._describe is not None:
             with dspy.context(lm=self.reflection_lm or dspy.settings.lm):
                 texts |= self._describe(candidate, reflective_dataset, tools)
@@ -293,7 +294,7 @@ class BankedAdapter(DspyAdapter):
             return _Selected({**trajectory, "score": score}, [], None)
         name = predictor_of(component)
         own = [entry for entry in trajectory["trace"] if getattr(entry[0], PREDICTOR_TAG, None) == name]
-        if not own:
+        if predictor is None or not own:
             return None
         chosen = next((entry for entry in own if _unparsed(entry)), None) or self.rng.choice(own)
         others = [entry for entry in trajectory["trace"] if entry is not chosen]

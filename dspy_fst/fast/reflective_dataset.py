@@ -1,12 +1,13 @@
 """What a reflection is shown of one run, within a budget of tokens: a call, the metric's feedback, the other calls."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
+from dspy.teleprompt.gepa.instruction_proposal import ReflectiveExample as Record
 
-from dspy_fst.rollout.parse_failures import form_asked_for, form_of
+from dspy_fst.rollout.parse_failures import Entry, form_asked_for, form_of
 from dspy_fst.types import PREDICTOR_TAG
 
 CHARACTERS = 4
@@ -17,25 +18,21 @@ SHORTEST = 200
 """Characters that a field of another call keeps at least, before whole calls are left out (ours)."""
 REST = "Rest of the Run"
 
-Record = dict[str, Any]
-"""GEPA's: ``{"Inputs": {field: value}, "Generated Outputs": {field: value} or the reply, "Feedback": text}``."""
-
-
 FOLLOW = "Your output failed to parse. Follow this structure:\n"
 """DSPy's words, before what a ChatAdapter of its own would have asked for."""
 
 
-def asked_for(record: Record, failed: FailedPrediction, predictor: Any) -> Record:
+def asked_for(record: Record, failed: FailedPrediction, predictor: dspy.Predict | None) -> Record:
     """The record of a reply that did not parse, with the form that the adapter in force asks for.
 
     Args:
         predictor: Under the candidate; asked where the reply does not say in what form it was wanted.
     """
-    form = form_of(failed) or form_asked_for(predictor)
+    form = form_of(failed) or (form_asked_for(predictor) if predictor is not None else "")
     return {**record, "Feedback": FOLLOW + form} if form else record
 
 
-def bounded(record: Record, others: Sequence[Any], tokens: int) -> Record:
+def bounded(record: Record, others: Sequence[Entry], tokens: int) -> Record:
     """The record with the run's other calls, all of it within the budget.
 
     Feedback is cut last, then the call's own fields, then the other calls; within each part the longest fields are
@@ -55,7 +52,8 @@ def bounded(record: Record, others: Sequence[Any], tokens: int) -> Record:
     limit = fair_share(lengths, room)
     shown = {place: _within(value, limit) for place, value in own.items()}
     rest = cut(rest, budget - len(feedback) - room)
-    return {**_with_fields(record, shown), "Feedback": feedback} | ({REST: rest} if rest else {})
+    cut_down: Record = {**_with_fields(record, shown), "Feedback": feedback}
+    return cast(Record, {**cut_down, REST: rest}) if rest else cut_down
 
 
 def fair_share(lengths: Sequence[int], room: int) -> int:
@@ -92,30 +90,29 @@ def _mark(left_out: int) -> str:
     return f" [... {left_out} characters left out ...] "
 
 
-def _within(value: Any, limit: int) -> Any:
+def _within(value: object, limit: int) -> object:
     """A value that fits as it is, else its text cut."""
     fits = isinstance(value, dspy.Type) or len(str(value)) <= limit
     return value if fits else cut(str(value), limit)
 
 
-def _fields(record: Record) -> dict[tuple[str, str], Any]:
+def _fields(record: Record) -> dict[tuple[str, str], object]:
     """(part, field) -> value; a reply that did not parse is one field."""
-    return {
-        (part, name): value
+    said = record["Generated Outputs"]
+    parts = {"Inputs": record["Inputs"], "Generated Outputs": said if isinstance(said, dict) else {"": said}}
+    return {(part, name): value for part, fields in parts.items() for name, value in fields.items()}
+
+
+def _with_fields(record: Record, values: Mapping[tuple[str, str], object]) -> Record:
+    inputs, said = (
+        {name: value for (where, name), value in values.items() if where == part}
         for part in ("Inputs", "Generated Outputs")
-        for name, value in (record[part] if isinstance(record[part], Mapping) else {"": record[part]}).items()
-    }
+    )
+    parsed = isinstance(record["Generated Outputs"], dict)
+    return {**record, "Inputs": inputs, "Generated Outputs": said if parsed else str(said[""])}
 
 
-def _with_fields(record: Record, values: Mapping[tuple[str, str], Any]) -> Record:
-    filled = dict(record)
-    for part in ("Inputs", "Generated Outputs"):
-        own = {name: value for (where, name), value in values.items() if where == part}
-        filled[part] = own if isinstance(record[part], Mapping) else own[""]
-    return filled
-
-
-def _told(entries: Sequence[Any], budget: int) -> str:
+def _told(entries: Sequence[Entry], budget: int) -> str:
     """Calls, one a paragraph; no field takes more than its share of the budget."""
     calls = [(getattr(predictor, PREDICTOR_TAG, "?"), inputs, _outputs(said)) for predictor, inputs, said in entries]
     lengths = [len(str(value)) for _, *sides in calls for side in sides for value in side.values()]
@@ -125,11 +122,11 @@ def _told(entries: Sequence[Any], budget: int) -> str:
     )
 
 
-def _outputs(said: Any) -> dict[str, Any]:
+def _outputs(said: dspy.Prediction | FailedPrediction) -> dict[str, object]:
     if isinstance(said, FailedPrediction):
         return {"a reply that did not parse": said.completion_text}
     return dict(said.items())
 
 
-def _listed(fields: Mapping[str, Any], limit: int) -> str:
+def _listed(fields: Mapping[str, object], limit: int) -> str:
     return ", ".join(f"{name}={cut(repr(value), limit)}" for name, value in fields.items())

@@ -38,7 +38,8 @@ def program_faults(student: object) -> list[str]:
         if (predictor.lm or dspy.settings.lm) is None
     ]
     policies = policies_of(student)
-    policy_lms = [*policies.values(), *(flex.lm for flex in flexes(student).values() if isinstance(flex.lm, PolicyLM))]
+    of_flexes: list[object] = [flex.lm for flex in flexes(student).values()]
+    policy_lms = [*policies.values(), *(lm for lm in of_flexes if isinstance(lm, PolicyLM))]
     models = sorted({f"{policy.model} (engine {policy.handle.kind!r})" for policy in policy_lms})
     if len({id(policy.handle) for policy in policy_lms}) > 1:
         faults.append(

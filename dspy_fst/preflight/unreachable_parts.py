@@ -21,8 +21,11 @@ def part_faults(student: object) -> list[str]:
     if not isinstance(student, dspy.Module):
         return []
     faults = copy_faults(student)
-    named = [lm for _, p in student.named_predictors() if is_recorded(lm := p.lm or dspy.settings.lm)]
-    hidden = {place: p.lm for place, p in hidden_predictors(student).items() if is_recorded(p.lm)}
+    named = [
+        lm for _, p in student.named_predictors() if (lm := p.lm or dspy.settings.lm) is not None and is_recorded(lm)
+    ]
+    held = {place: p.lm for place, p in hidden_predictors(student).items()}
+    hidden = {place: lm for place, lm in held.items() if lm is not None and is_recorded(lm)}
     foreign = [place for place, lm in hidden.items() if named and lm.handle is not named[0].handle]
     if foreign:
         faults.append(

@@ -131,6 +131,7 @@ class Project(Part):
             valset = self._examples("valset", objects, faults)
             reflection_lm = self._reflection_lm(faults)
         faults.raise_any()
+        assert program is not None, "without a fault there is a program"
         optimizer = FSTOptimizer(
             metric=objects["metric"],
             reflection_lm=reflection_lm,

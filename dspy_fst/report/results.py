@@ -103,11 +103,12 @@ def results_beside(saved: Path, version: str) -> CompiledResults | NoResults:
 
 def attach(program: dspy.Module, results: CompiledResults | NoResults, *, detailed: bool = True) -> bool:
     """Put ``detailed_results`` and ``summary`` on a program; False where it has its own ``summary``, which stays."""
-    if detailed:
-        program.detailed_results = results
+    told: dict[str, object] = {"detailed_results": results} if detailed else {}
     ours = isinstance(getattr(getattr(program, "summary", None), "__self__", None), Summary | NoResults)
-    if hasattr(program, "summary") and not ours:
-        return False
-    shown = results.summary if isinstance(results, CompiledResults) else results
-    program.summary = shown.show if shown is not None else None
-    return True
+    free = ours or not hasattr(program, "summary")
+    if free:
+        shown = results.summary if isinstance(results, CompiledResults) else results
+        told["summary"] = shown.show if shown is not None else None
+    for name, value in told.items():
+        setattr(program, name, value)
+    return free

@@ -39,7 +39,7 @@ def read_texts(program: dspy.Module, *, tools: bool = False) -> Candidate:
     for name, agent in _agents(program) if tools else ():
         for tool in _shown_tools(agent):
             texts |= _tool_texts(name.removesuffix("react"), tool)
-            texts[name] = texts[name].replace(str(tool), _place_of(tool.name))
+            texts[name] = texts[name].replace(str(tool), _place_of(str(tool.name)))
     return Candidate(texts)
 
 
@@ -98,7 +98,7 @@ def set_tools(program: dspy.Module, candidate: Candidate) -> dict[str, dict[str,
             new = tool.model_copy(update={"desc": own.get(_part(host, tool), tool.desc), "args": args})
             agent.tools = {**agent.tools, key: new}
             if isinstance(agent, dspy.ReAct):
-                told.setdefault(name, {})[_place_of(tool.name)] = str(new)
+                told.setdefault(name, {})[_place_of(str(tool.name))] = str(new)
     return told
 
 
@@ -168,7 +168,7 @@ def _shown_tools(agent: Any) -> list[dspy.Tool]:
 
 def _tool_texts(host: str, tool: dspy.Tool) -> dict[str, str]:
     """Of a tool: its description, and those of its arguments that have one."""
-    described = {name: schema["description"] for name, schema in tool.args.items() if "description" in schema}
+    described = {name: schema["description"] for name, schema in (tool.args or {}).items() if "description" in schema}
     return {_part(host, tool): tool.desc or ""} | {_part(host, tool, name): text for name, text in described.items()}
 
 
@@ -205,4 +205,6 @@ def carry(program: dspy.Module, population: Population) -> None:
     programs: list[dict[str, Any]] = [
         {"score": score_of[member.digest], "program": with_texts(program, member)} for member in population.unique()
     ]
-    program.population, program.candidate_programs, program._compiled = population, programs, True
+    marks = {"population": population, "candidate_programs": programs, "_compiled": True}
+    for name, value in marks.items():
+        setattr(program, name, value)

@@ -118,7 +118,7 @@ def _fields_of_forward(program: dspy.Module) -> Fields:
     if not parameters:
         raise ConfigurationError([f"{where} takes no inputs; {SIGNATURE_HELP}"])
     try:
-        hints = get_type_hints(type(program).forward, include_extras=True)
+        hints = get_type_hints(getattr(type(program), "forward", None), include_extras=True)
     except (NameError, TypeError) as error:
         raise ConfigurationError(
             [f"{where} has an annotation that cannot be read ({error}); {SIGNATURE_HELP}"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import dspy
 from dspy import lm15
@@ -29,6 +29,9 @@ from dspy_fst.rollout.call_recorder import calling_predictor, complete_recorded,
 from dspy_fst.rollout.chat_adapters import adapter_in_force
 from dspy_fst.serve.upstream import Upstream
 from dspy_fst.types import PREDICTOR_TAG
+
+if TYPE_CHECKING:
+    from litellm import ModelResponseStream
 
 Send = Callable[[Any, str], None]
 """Sends (data, name of the event); may raise EngineError when nobody listens."""
@@ -77,7 +80,8 @@ class Deltas:
     def add(self, text: str) -> None:
         """A piece of the reply."""
         chunk = SimpleNamespace(choices=[SimpleNamespace(delta=SimpleNamespace(content=text))])
-        self._send_pieces([listener.receive(chunk) for listener in self._listeners])
+        piece = cast("ModelResponseStream", chunk)  # as much of one as a listener reads
+        self._send_pieces([listener.receive(piece) for listener in self._listeners])
 
     def end(self) -> None:
         """The reply is complete."""

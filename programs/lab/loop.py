@@ -22,6 +22,7 @@ import dspy
 import gepa
 import torch
 from gepa.core.adapter import EvaluationBatch
+from gepa.core.result import GEPAResult
 from torch import Tensor
 
 from programs.lab import BASE, FeedbackProposer, Lab, build
@@ -103,8 +104,8 @@ class Search:
 
 def evolve(population: list[str], anchors: list[dspy.Example], play: Play, seed: int) -> list[str]:
     """The next K instructions, best first, by their rewards on the anchors under the current weights."""
-    search = Search(play)
-    found = gepa.optimize(
+    search: Any = Search(play)
+    found: GEPAResult[Any, int] = gepa.optimize(
         seed_candidate={"solve": population[0]},
         trainset=anchors,  # and, without a valset, what every accepted candidate is scored on
         adapter=search,

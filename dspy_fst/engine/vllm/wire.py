@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from dspy.lm15 import Request, Response, ToolChoice, UnsupportedFeatureError
 
@@ -16,6 +16,20 @@ from dspy_fst.types import WeightsVersion
 RESHAPING: Mapping[str, float] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 FINISHED = {"stop", "length", "tool_calls"}
 """Finish reasons of a complete reply; any other means that the reply was cut off."""
+
+
+class ServedChoice(TypedDict, total=False):
+    """One choice of a chat completion, as far as it is read here."""
+
+    token_ids: list[int] | None
+    finish_reason: str | None
+
+
+class ServedReply(TypedDict, total=False):
+    """A chat completion, as far as it is read here."""
+
+    choices: list[ServedChoice] | None
+    prompt_token_ids: list[int] | None
 
 
 class ScoredPrompt(TypedDict, total=False):
@@ -67,12 +81,12 @@ def read_completion(response: Response, weights: WeightsVersion, *, keep_logprob
         NoAnswerError: the server cut the reply off.
         EngineError: ids or log-probabilities are missing or do not match. The text is never tokenized instead.
     """
-    data = response.provider_data or {}
+    data = cast(ServedReply, response.provider_data or {})
     choice = (data.get("choices") or [{}])[0]
     prompt_ids, completion_ids = data.get("prompt_token_ids"), choice.get("token_ids")
     # lm15 reads every finish reason that it does not know, such as "abort", as a complete reply.
     finish_reason = choice.get("finish_reason")
-    if finish_reason not in FINISHED:
+    if finish_reason is None or finish_reason not in FINISHED:
         raise NoAnswerError(f"vLLM broke off a reply ({finish_reason!r}); its tokens are not a sample")
     if not prompt_ids or completion_ids is None:
         raise EngineError(
