@@ -16,6 +16,8 @@ FORM_TOLERANCE = 1e-4
 """Largest relative gap between the measured logits and those of the fitted form; float32 differs by ~1e-6."""
 _TINY, _HUGE = 1e-3, 1e6
 """Probe values. Caps are 15 or more: a cap leaves the first value unchanged and clamps the second one."""
+BLOCK_ROWS = 8192
+"""Rows of a head's weight that are converted to float32 at once."""
 _LOCK = threading.Lock()
 _inside = 0
 _before = "highest"
@@ -98,13 +100,53 @@ class Head:
 
     def __call__(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         """Float32 logits, shape (N, V), from hidden states of shape (N, d)."""
-        scaled = hidden.float() if self.before == 1.0 else hidden.float() * self.before
-        return self.bounded(F.linear(scaled, head.weight.float(), None if head.bias is None else head.bias.float()))
+        return self.bounded(linear(self.scaled(hidden), head))
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """What the linear head is given, float32."""
+        return hidden.float() if self.before == 1.0 else hidden.float() * self.before
 
     def bounded(self, logits: Tensor) -> Tensor:
         """The model's logits, from the output of its linear head."""
         scaled = logits if self.scale == 1.0 else logits * self.scale
         return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
+
+
+def linear(hidden: Tensor, head: nn.Linear) -> Tensor:
+    """The head's output in float32. A weight in another type is converted a block at a time, never whole."""
+    bias = None if head.bias is None else head.bias.float()
+    if head.weight.dtype == torch.float32:
+        return F.linear(hidden, head.weight, bias)
+    blocks = [F.linear(hidden, block.float()) for block in head.weight.split(BLOCK_ROWS)]
+    output = torch.cat(blocks, dim=-1)
+    return output if bias is None else output.add_(bias)
+
+
+def times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
+    """``gradient @ weight`` in float32, shapes (N, V) and (V, d) -> (N, d), with the same care."""
+    if weight.dtype == torch.float32:
+        return gradient @ weight
+    total = gradient.new_zeros(len(gradient), weight.shape[1])
+    for columns, block in zip(gradient.split(BLOCK_ROWS, dim=-1), weight.split(BLOCK_ROWS), strict=True):
+        total.addmm_(columns, block.float())
+    return total
+
+
+def add_outer(weight: Tensor, gradient: Tensor, inputs: Tensor) -> None:
+    """Add ``gradient.T @ inputs`` to the weight's gradient, shapes (N, V) and (N, d).
+
+    The sum is rounded as autograd rounds it, product first. Only a block of the product exists at a time.
+    """
+    if weight.grad is None:
+        weight.grad = gradient.T @ inputs
+        return
+    for into, columns in zip(weight.grad.split(BLOCK_ROWS), gradient.split(BLOCK_ROWS, dim=-1), strict=True):
+        into.add_(columns.T @ inputs)
+
+
+def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """Add to the parameter's gradient, which may be None."""
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _scale_and_cap(logits: Tensor) -> tuple[float, float | None]:
@@ -129,6 +171,8 @@ def _exact(value: float) -> float:
 def exact_matmuls() -> Iterator[None]:
     """A block in which float32 products keep all 24 bits. The process's own setting is restored at its end.
 
+    A caller's autocast is off inside.
+
     ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1`` (set in NVIDIA's containers) and `torch.set_float32_matmul_precision` allow
     rounding to TF32 or bfloat16. The float32 LM head would then be float32 in name only. The setting belongs to the
     whole process, so it is restored when the last of several concurrent blocks ends.
@@ -140,7 +184,8 @@ def exact_matmuls() -> Iterator[None]:
             torch.set_float32_matmul_precision("highest")
         _inside += 1
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         with _LOCK:
             _inside -= 1

@@ -3,7 +3,7 @@
 Shapes: N is the number of completion tokens of all rows, in one flat axis; V is the size of the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +25,10 @@ NO_UPDATE = UpdateReport(
     rows=0,
 )
 """The report of an empty batch: nothing was measured, and the weights did not move."""
+TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
+"""Log-probabilities and KL of the tokens in a slice of a micro-batch, shapes (n,) -> their share of the loss, a scalar.
+
+It must be a sum over tokens. The KL is None where there is no reference."""
 
 
 def importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, cap: float) -> Tensor:
@@ -97,6 +101,23 @@ class Tokens:
         behaviour = torch.tensor([logprob for row in rows for logprob in row.logprobs], dtype=torch.float32)
         return cls(behaviour.to(device), advantages.to(device), weights.to(device))
 
+    def __getitem__(self, part: slice) -> "Tokens":
+        return Tokens(self.behaviour[part], self.advantages[part], self.weights[part])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a micro-batch while its gradient was computed. No tensor carries a gradient."""
+
+    loss: Tensor
+    """A scalar."""
+    logprobs: Tensor
+    """Of the sampled tokens, shape (N,)."""
+    entropy: Tensor
+    """In nats, shape (N,)."""
+    kl: Tensor | None
+    """To the start in nats, shape (N,); None without a reference."""
+
 
 class UpdateMetrics:
     """Sums over the tokens of a batch, measured before the weights move.
@@ -112,24 +133,20 @@ class UpdateMetrics:
         self._seed_kl: Tensor | None = None
         self._tokens = self._seed_tokens = self._seed_calls = self._sequences = 0
 
-    @torch.no_grad()
-    def add(
-        self, loss: Tensor, kl: Tensor | None, log_probs: Tensor, log_ratios: Tensor, cap: float, sequences: int
-    ) -> None:
+    def add(self, measured: Measured, tokens: Tokens, cap: float, sequences: int) -> None:
         """Add one micro-batch.
 
         Args:
-            loss: Its share of the loss.
-            kl: Its weighted KL to the starting weights; None when it is not measured.
-            log_probs: Log-probabilities over the vocabulary, shape (N, V).
-            log_ratios: log pi_theta - log pi_behaviour of the sampled tokens, shape (N,).
+            tokens: Values of its N tokens.
             cap: Largest importance weight.
             sequences: Number of sequences that its rows were read as.
         """
-        self.loss = self.loss + loss
-        if kl is not None:
-            self._kl = kl.detach() if self._kl is None else self._kl + kl
-        self._entropy = self._entropy + entropy(log_probs).sum()
+        self.loss = self.loss + measured.loss
+        if measured.kl is not None:
+            kl = (tokens.weights * measured.kl).sum()
+            self._kl = kl if self._kl is None else self._kl + kl
+        log_ratios = measured.logprobs - tokens.behaviour
+        self._entropy = self._entropy + measured.entropy.sum()
         self._capped = self._capped + (log_ratios.exp() >= cap).sum()
         self._ratio = self._ratio + log_ratios.sum()
         self._largest = torch.maximum(self._largest, log_ratios.abs().max())
@@ -139,21 +156,18 @@ class UpdateMetrics:
         self._tokens += len(log_ratios)
         self._sequences += sequences
 
-    @torch.no_grad()
-    def add_seed_kl(self, kl: Tensor, log_probs: Tensor, coefficient: float, calls: int) -> None:
+    def add_seed_kl(self, measured: Measured, kl: Tensor, calls: int) -> None:
         """Add one micro-batch of seed-KL calls.
 
         Args:
             kl: Its share of their mean KL to the starting weights.
-            log_probs: Log-probabilities over the vocabulary, shape (N, V).
-            coefficient: Weight of that KL in the loss.
             calls: Number of its calls.
         """
-        self.loss = self.loss + coefficient * kl
-        self._seed_entropy = self._seed_entropy + entropy(log_probs).sum()
-        self._seed_tokens += len(log_probs)
+        self.loss = self.loss + measured.loss
+        self._seed_entropy = self._seed_entropy + measured.entropy.sum()
+        self._seed_tokens += len(measured.entropy)
         self._seed_calls += calls
-        self._seed_kl = kl.detach() if self._seed_kl is None else self._seed_kl + kl
+        self._seed_kl = kl if self._seed_kl is None else self._seed_kl + kl
 
     @property
     def effective_sample_share(self) -> float:

@@ -1,4 +1,4 @@
-"""A causal LM for the slow step: micro-batches in, float32 logits out, for the scored tokens only."""
+"""A causal LM for the slow step: micro-batches in; hidden states out, of the scored tokens only, and their head."""
 
 import copy
 import hashlib
@@ -17,6 +17,7 @@ from dspy_fst.lora import SHARED, LoRA
 from dspy_fst.model_files.architectures import last_position, load_model_with_info
 from dspy_fst.model_files.folder import folder_faults, layer_fault, wrapped_names
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
+from dspy_fst.slow.chunked_head import Readout
 from dspy_fst.slow.head import Head, decoder_of
 
 START = "start"
@@ -108,13 +109,26 @@ class Policy(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Float32 logits, shape (N, V): one row for every scored token of the micro-batch."""
+        hidden = self.hidden(batch)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(self._linear, hidden)
+
+    def readout(self, batch: MicroBatch) -> Readout:
+        """The same without the logits: what :mod:`dspy_fst.slow.chunked_head` reads them from, a chunk at a time."""
+        return Readout(self.head, self._linear, self.hidden(batch))
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """The last hidden states that predict the scored tokens, shape (N, d)."""
         device = batch.prefix_ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.body_dtype == torch.bfloat16):
-            hidden = self._hidden(batch)
-        with torch.autocast(device, enabled=False):
-            return self.head(self.model.get_output_embeddings(), hidden.index_select(0, batch.predict_at))
+            return self._read(batch).index_select(0, batch.predict_at)
 
-    def _hidden(self, batch: MicroBatch) -> Tensor:
+    @property
+    def _linear(self) -> nn.Linear:
+        linear: nn.Linear = self.model.get_output_embeddings()
+        return linear
+
+    def _read(self, batch: MicroBatch) -> Tensor:
         """Last hidden states, shape (positions, d): those of all prefixes, padding included, then of all suffixes."""
         with using(self.model, self.adapter):
             return self._hidden_through_adapter(batch)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.machine import has_gpu, launch_faults
 from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
-from dspy_fst.slow import losses
+from dspy_fst.slow import chunked_head, losses
 from dspy_fst.slow.batching import MicroBatch, Scored, check_recorded, check_scorable, completions, micro_batches
 from dspy_fst.slow.checkpoint import (
     CheckpointWriter,
@@ -28,6 +28,7 @@ from dspy_fst.slow.checkpoint import (
     stored_shapes,
     write_state,
 )
+from dspy_fst.slow.chunked_head import Readout, learn
 from dspy_fst.slow.head import exact_matmuls
 from dspy_fst.slow.losses import NO_UPDATE, Tokens, UpdateMetrics
 from dspy_fst.slow.model import Policy
@@ -138,8 +139,8 @@ class Trainer:
         self._optimizer.zero_grad()
         metrics = UpdateMetrics(self._device)
         for micro in self._micro_batches(sequences):
-            self._loss(micro, batch.rows, metrics).backward()
-        self._add_seed_kl(batch.seed_kl_calls, metrics)
+            self._learn(micro, batch.rows, metrics)
+        self._learn_seed_kl(batch.seed_kl_calls, metrics)
         grad_norm = self._finite_norm(metrics)
         if batch.rows:
             self._check_on_policy(metrics)
@@ -147,27 +148,31 @@ class Trainer:
         self._apply(report)
         return report
 
-    def _loss(self, micro: MicroBatch, rows: Sequence[Row], metrics: UpdateMetrics) -> Tensor:
-        """This micro-batch's share of the loss. The shares sum to the loss: token weights sum to 1 over the batch."""
-        tokens = Tokens.of([rows[member] for member in micro.members], self._device)
-        log_probs = self._log_probs(self._policy, micro)
-        chosen = log_probs.gather(-1, micro.targets[:, None])[:, 0]
-        loss = losses.cispo(chosen, tokens.behaviour, tokens.advantages, tokens.weights, self.settings.importance_cap)
-        kl = None
-        if self.settings.kl_coefficient > 0:
-            kl = (tokens.weights * self._kl(log_probs, micro)).sum()
-            loss = loss + self.settings.kl_coefficient * kl
-        ratios, cap = chosen - tokens.behaviour, self.settings.importance_cap
-        metrics.add(loss, kl, log_probs, ratios, cap, sequences=len(micro.prefix_of))
-        return loss
+    def _learn(self, micro: MicroBatch, rows: Sequence[Row], metrics: UpdateMetrics) -> None:
+        """Add the gradient of this micro-batch's share of the loss.
 
-    def _add_seed_kl(self, calls: Sequence[SeedKLCall], metrics: UpdateMetrics) -> None:
+        The shares sum to the loss: token weights sum to 1 over the batch.
+        """
+        tokens = Tokens.of([rows[member] for member in micro.members], self._device)
+        cap, coefficient = self.settings.importance_cap, self.settings.kl_coefficient
+
+        def loss(logprobs: Tensor, kl: Tensor | None, part: slice) -> Tensor:
+            own = tokens[part]
+            value = losses.cispo(logprobs, own.behaviour, own.advantages, own.weights, cap)
+            return value if kl is None else value + coefficient * (own.weights * kl).sum()
+
+        start = self._start(micro) if coefficient > 0 else None
+        measured = learn(self._policy.readout(micro), micro, loss, start)
+        metrics.add(measured, tokens, cap, sequences=len(micro.prefix_of))
+
+    def _learn_seed_kl(self, calls: Sequence[SeedKLCall], metrics: UpdateMetrics) -> None:
         """Add the gradient of KL(theta || start), averaged over the tokens of the seed-KL calls.
 
         The start may read another prompt before a completion than the policy does. Then the policy learns to answer its
         own prompt as the start answers that one (FST-distill).
         """
-        if not calls or self.settings.seed_kl_coefficient == 0:
+        coefficient = self.settings.seed_kl_coefficient
+        if not calls or coefficient == 0:
             return
         policy_reads = self._checked(completions([seed_call.call for seed_call in calls]))
         start_reads = self._checked(
@@ -177,12 +182,17 @@ class Trainer:
             ]
         )
         tokens = sum(sequence.tokens for sequence in policy_reads)
+
+        def loss(_: Tensor, kl: Tensor | None, part: slice) -> Tensor:
+            assert kl is not None
+            return coefficient * kl.sum() / tokens
+
         for micro in self._micro_batches(policy_reads):
-            log_probs = self._log_probs(self._policy, micro)
             other = None if policy_reads == start_reads else [start_reads[member] for member in micro.members]
-            kl = self._kl(log_probs, micro, other).sum() / tokens
-            (self.settings.seed_kl_coefficient * kl).backward()
-            metrics.add_seed_kl(kl, log_probs, self.settings.seed_kl_coefficient, calls=len(micro.members))
+            start = self._start(micro, other)
+            measured = learn(self._policy.readout(micro), micro, loss, start)
+            assert measured.kl is not None
+            metrics.add_seed_kl(measured, measured.kl.sum() / tokens, calls=len(micro.members))
 
     def _finite_norm(self, metrics: UpdateMetrics) -> Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
@@ -225,46 +235,38 @@ class Trainer:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1."""
         scored = [Scored(tuple(sequence), 1) for sequence in sequences]
-        return self._per_token(scored, self._chosen)
+        return self._per_token(scored, self._logprobs)
 
     def logprobs(self, calls: Sequence[Call]) -> list[list[float]]:
         """Log-probability of every completion token at the call's temperature, as an engine records it."""
-        return self._per_token(completions(calls), self._chosen)
+        return self._per_token(completions(calls), self._logprobs)
 
     def kl_by_call(self, calls: Sequence[Call]) -> list[list[float]]:
         """Exact KL(theta || start) in nats at every completion token of each call, given the sampled tokens before."""
-        return self._per_token(completions(calls), lambda micro: self._kl(self._log_probs(self._policy, micro), micro))
+        return self._per_token(completions(calls), self._kl)
 
-    def _log_probs(self, policy: Policy, micro: MicroBatch) -> Tensor:
-        """Log-probabilities over the vocabulary for every scored token at its temperature, shape (N, V)."""
-        return torch.log_softmax(policy(micro) / micro.temperatures[:, None], dim=-1)
+    def _logprobs(self, micro: MicroBatch) -> Tensor:
+        return chunked_head.logprobs(self._policy.readout(micro), micro)
 
-    def _chosen(self, micro: MicroBatch) -> Tensor:
-        return self._log_probs(self._policy, micro).gather(-1, micro.targets[:, None])[:, 0]
+    def _kl(self, micro: MicroBatch) -> Tensor:
+        return chunked_head.kl_to(self._start(micro), self._policy.readout(micro), micro)
 
-    def _kl(self, log_probs: Tensor, micro: MicroBatch, other: Sequence[Scored] | None = None) -> Tensor:
-        """KL to the start at every scored token, shape (N,).
+    @torch.no_grad()
+    def _start(self, micro: MicroBatch, other: Sequence[Scored] | None = None) -> Readout:
+        """What the start makes of a micro-batch.
 
         Args:
-            log_probs: The policy's log-probabilities, shape (N, V).
-            other: The sequence that the start reads instead of each member, with the same scored tokens. None: the
-                start reads the micro-batch itself.
+            other: The sequence that the start reads instead of each member, with the same scored tokens. They are cut
+                into micro-batches of their own: the start's prompts may be far longer than the policy's, so the
+                policy's micro-batch of the same calls could exceed the budget. None: it reads the micro-batch itself.
         """
-        with torch.no_grad():
-            reference = self._log_probs(self._reference, micro) if other is None else self._start_after(other)
-        return losses.kl_divergence(log_probs, reference)
-
-    def _start_after(self, sequences: Sequence[Scored]) -> Tensor:
-        """The start's log-probabilities, shape (N, V), in the order of the sequences.
-
-        They are cut into micro-batches of their own: the start's prompts may be far longer than the policy's, so the
-        policy's micro-batch of the same calls could exceed the budget.
-        """
+        if other is None:
+            return self._reference.readout(micro)
         parts: dict[int, Tensor] = {}
-        for micro in self._micro_batches(list(sequences)):
-            log_probs = self._log_probs(self._reference, micro)
-            parts |= dict(zip(micro.members, log_probs.split(micro.tokens), strict=True))
-        return torch.cat([parts[index] for index in range(len(sequences))])
+        for own in self._micro_batches(list(other)):
+            readout = self._reference.readout(own)
+            parts |= dict(zip(own.members, readout.hidden.split(own.tokens), strict=True))
+        return replace(readout, hidden=torch.cat([parts[index] for index in range(len(other))]))
 
     @cached_property
     @torch.inference_mode(False)
