@@ -154,7 +154,7 @@ def subject_of(
         ConfigurationError, RunDirectoryError: the program, the cycle or the weights are not this run's.
     """
     from dspy_fst.policy_lm import policy_of
-    from dspy_fst.rollout.chat_adapters import keep, made
+    from dspy_fst.rollout.chat_adapters import keep, make_adapter
     from dspy_fst.rollout.components import read_texts, texts_like
     from dspy_fst.saving.format import is_saved, refuse_code
     from dspy_fst.saving.save_load import load
@@ -173,7 +173,7 @@ def subject_of(
         policy = policy_of(opened.program).fork(checkpoint)
         program = trainable_copy(opened.program, policy)
         if (adapter := past.adapter) is not None:
-            keep(program, made(adapter, None))
+            keep(program, make_adapter(adapter, None))
         seed = read_texts(opened.program, tools=config.tool_descriptions == "evolved")
         population = past.population(cycle) or starting_population(program, seed, config.population_size, {})
         if not trust_code:

@@ -54,13 +54,13 @@ class RecordedProject(Project):
         }
 
     def _program(self, objects: Mapping[str, Any], faults: Faults, trust_code: bool) -> "dspy.Module | None":
-        from dspy_fst.rollout.chat_adapters import adapter_in_force, describe, keep, kept_by, made, recorded
+        from dspy_fst.rollout.chat_adapters import adapter_in_force, describe, keep, kept_by, make_adapter, recorded
 
         program = super()._program(objects, faults, trust_code)
         if program is None or self._adapter is None or kept_by(program) is not None:
             return program
         with faults.of("adapter"):
-            adapter = made(saved, None) if (saved := recorded(self._adapter)) else adapter_in_force()
+            adapter = make_adapter(saved, None) if (saved := recorded(self._adapter)) else adapter_in_force()
             if describe(adapter) != describe(adapter_in_force()):
                 keep(program, adapter)
                 self._keeps_adapter = True

@@ -2,54 +2,61 @@
 
 A candidate's components, named as DSPy 3.4's GEPA names them:
 
-    qa.predict                     a predictor's instruction
-    steps                          the source of a dspy.Flex, by its place; predictors inside it are its own business
-    agent.tools['search'].desc     a tool's description, and
-    agent.tools['search'].args['query']
-                                   an argument's; only when asked for, DSPy's GEPA leaves both alone
+    qa.predict                             a predictor's instruction
+    steps                                  the source of a dspy.Flex; predictors inside it are not named
+    agent.tools['search'].desc             the description of a tool
+    agent.tools['search'].args['query']    the description of a tool's argument
 
-dspy.ReAct writes its tools' descriptions into its instruction when it is made. Where they evolve, the candidate's
-instruction says ``[the description of search]`` in their place, so that each text stands in one component alone.
+Descriptions of tools are components only on request: by default DSPy's GEPA does not change them. dspy.ReAct copies
+them into its instruction when it is made. If they evolve, the candidate's instruction has ``[the description of
+search]`` in their place, so each text is in one component only.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import dspy
 from dspy.primitives.code_interpreter import CodeInterpreterError
 
 from dspy_fst.errors import FSTError
 from dspy_fst.rollout.copying import copied
+from dspy_fst.rollout.program_graph import Speaker
 from dspy_fst.types import Candidate, Population
 
+Agent: TypeAlias = dspy.ReAct | dspy.ReActV2
 FINISHERS = ("finish", "submit")
 """Tools that DSPy's agents add themselves."""
 _TOOL = re.compile(r"(?P<host>.*)tools\['(?P<tool>[^']*)'\]\.(desc|args\['(?P<argument>[^']*)'\])")
 
 
 class UnboundError(FSTError):
-    """The source of a dspy.Flex in a candidate is no source; the message says why."""
+    """A candidate's source for a dspy.Flex cannot be used. The message says why."""
 
 
 def read_texts(program: dspy.Module, *, tools: bool = False) -> Candidate:
-    """The program's own texts: component -> text."""
+    """The program's own texts as a candidate.
+
+    Args:
+        program: The program.
+        tools: Whether descriptions of tools and of their arguments are components, too.
+    """
     texts = {name: predictor.signature.instructions for name, predictor in program.named_predictors()}
     texts |= {name: flex.module_src for name, flex in flexes(program).items()}
     for name, agent in _agents(program) if tools else ():
         for tool in _shown_tools(agent):
             texts |= _tool_texts(name.removesuffix("react"), tool)
-            texts[name] = texts[name].replace(str(tool), _place_of(str(tool.name)))
+            texts[name] = texts[name].replace(str(tool), _place_of(tool))
     return Candidate(texts)
 
 
 def texts_like(candidate: Candidate, program: dspy.Module) -> Candidate:
-    """The program's own texts, tools read out or not as in the candidate."""
+    """The program's own texts. Tools are components if they are in the candidate."""
     return read_texts(program, tools=any(map(is_tool, candidate.texts)))
 
 
-def with_texts(program: dspy.Module, candidate: Candidate) -> Any:
-    """A copy of the program that speaks the candidate's texts; the program itself is left as it is.
+def with_texts(program: dspy.Module, candidate: Candidate) -> dspy.Module:
+    """A copy of the program with the candidate's texts. The program itself is unchanged.
 
     Raises:
         UnboundError: a dspy.Flex refuses its source.
@@ -58,11 +65,11 @@ def with_texts(program: dspy.Module, candidate: Candidate) -> Any:
     for name, flex in flexes(copy).items():
         if candidate.texts.get(name, flex.module_src) != flex.module_src:
             _bind(name, flex, candidate.texts[name])
-    told = set_tools(copy, candidate)
+    descriptions = set_tools(copy, candidate)
     for name, predictor in copy.named_predictors():
         if name in candidate.texts:
             instruction = candidate.texts[name]
-            for place, description in told.get(name, {}).items():
+            for place, description in descriptions.get(name, {}).items():
                 kept = place in instruction
                 instruction = instruction.replace(place, description) if kept else f"{instruction}\n{description}"
             predictor.signature = predictor.signature.with_instructions(instruction)
@@ -70,7 +77,7 @@ def with_texts(program: dspy.Module, candidate: Candidate) -> Any:
 
 
 def binds(program: dspy.Module, candidate: Candidate) -> bool:
-    """Whether every source in the candidate is one; where a failure scores best, others could win a search."""
+    """Whether every source in the candidate can be used. If failures score best, one that cannot might win a search."""
     try:
         with_texts(program, candidate)
     except UnboundError:
@@ -82,52 +89,52 @@ def set_tools(program: dspy.Module, candidate: Candidate) -> dict[str, dict[str,
     """Give the program's tools the candidate's descriptions.
 
     Returns:
-        An agent's predictor -> {place in its instruction: description that belongs there}.
+        Predictor of an agent -> {placeholder in its instruction: description that belongs there}.
     """
-    told: dict[str, dict[str, str]] = {}
+    descriptions: dict[str, dict[str, str]] = {}
     for name, agent in _agents(program):
         host = name.removesuffix("react")
-        for key, tool in agent.tools.items():
+        for key, tool in _tools(agent).items():
             own = {part: candidate.texts[part] for part in _tool_texts(host, tool) if part in candidate.texts}
             if not own:
                 continue
             args = {
                 argument: schema | ({"description": own[part]} if (part := _part(host, tool, argument)) in own else {})
-                for argument, schema in tool.args.items()
+                for argument, schema in (tool.args or {}).items()
             }
             new = tool.model_copy(update={"desc": own.get(_part(host, tool), tool.desc), "args": args})
-            agent.tools = {**agent.tools, key: new}
+            agent.tools = {**_tools(agent), key: new}
             if isinstance(agent, dspy.ReAct):
-                told.setdefault(name, {})[_place_of(str(tool.name))] = str(new)
-    return told
+                descriptions.setdefault(name, {})[_place_of(tool)] = str(new)
+    return descriptions
 
 
 def flexes(program: dspy.Module) -> dict[str, dspy.Flex]:
-    """Place -> every dspy.Flex of the program that is not frozen."""
+    """Name -> each dspy.Flex of the program that is not frozen."""
     return {name: part for name, part in program.named_parameters() if isinstance(part, dspy.Flex)}
 
 
-def speakers(program: dspy.Module) -> dict[str, Any]:
-    """Name -> everything in the program that holds an LM: its predictors and dspy.Flex modules."""
+def speakers(program: dspy.Module) -> dict[str, Speaker]:
+    """Name -> each part that holds an LM and that DSPy names: predictors and dspy.Flex modules."""
     return {**dict(program.named_predictors()), **flexes(program)}
 
 
 def is_tool(component: str) -> bool:
-    """Whether a component is a tool's, or a tool's argument's."""
+    """Whether a component is the description of a tool or of a tool's argument."""
     return _TOOL.fullmatch(component) is not None
 
 
 def predictor_of(component: str) -> str:
-    """The predictor whose calls show how a component does: a tool's is the one that chooses among the tools."""
+    """The predictor whose calls show how well a component works. For a tool, it is the one that chooses the tools."""
     tool = _TOOL.fullmatch(component)
     return f"{tool['host']}react" if tool else component
 
 
 def carried_by(program: dspy.Module, seed: Candidate) -> tuple[Candidate, ...]:
-    """Members of the population that a compiled program carries, with the seed's components.
+    """The members of the population that a compiled program carries, with the seed's components.
 
-    Tools are read out of a member's texts, or written back into them, as in the seed. A member that has other
-    components all the same is left out.
+    Descriptions of tools become components, or part of the instructions, as they are in the seed. A member whose
+    components still differ is left out.
     """
     population = getattr(program, "population", None)
     members = population.members if isinstance(population, Population) else ()
@@ -136,7 +143,7 @@ def carried_by(program: dspy.Module, seed: Candidate) -> tuple[Candidate, ...]:
 
 
 def _with_components(seed: Candidate, member: Candidate, program: dspy.Module) -> Candidate:
-    """The member with tools as the seed has them; as it is where more than tools differs."""
+    """The member with tools as in the seed; the member itself if other components differ, too."""
     differing = seed.texts.keys() ^ member.texts.keys()
     if not differing or not all(map(is_tool, differing)):
         return member
@@ -150,8 +157,8 @@ def _bind(name: str, flex: dspy.Flex, source: str) -> None:
         raise UnboundError(f"{name}: {error!r}") from error
 
 
-def _agents(program: dspy.Module) -> Iterator[tuple[str, Any]]:
-    """(name of the predictor that chooses among the tools, its agent)."""
+def _agents(program: dspy.Module) -> Iterator[tuple[str, Agent]]:
+    """(name of the predictor that chooses the tools, its agent)."""
     kinds = (dspy.ReAct, dspy.ReActV2)
     agents = {id(agent.react): agent for _, agent in program.named_sub_modules() if isinstance(agent, kinds)}
     for name, predictor in program.named_predictors():
@@ -159,15 +166,20 @@ def _agents(program: dspy.Module) -> Iterator[tuple[str, Any]]:
             yield name, agents[id(predictor)]
 
 
-def _shown_tools(agent: Any) -> list[dspy.Tool]:
-    """The agent's tools whose descriptions its prompts show."""
+def _tools(agent: Agent) -> dict[str, dspy.Tool]:
+    """The agent's tools by name."""
+    return dict(agent.tools)
+
+
+def _shown_tools(agent: Agent) -> list[dspy.Tool]:
+    """The agent's tools whose descriptions are in its prompts."""
     instruction = agent.react.signature.instructions
-    own = [tool for tool in agent.tools.values() if tool.name not in FINISHERS]
+    own = [tool for tool in _tools(agent).values() if tool.name not in FINISHERS]
     return [tool for tool in own if isinstance(agent, dspy.ReActV2) or str(tool) in instruction]
 
 
 def _tool_texts(host: str, tool: dspy.Tool) -> dict[str, str]:
-    """Of a tool: its description, and those of its arguments that have one."""
+    """Component -> text, for a tool's description and those of its arguments that have one."""
     described = {name: schema["description"] for name, schema in (tool.args or {}).items() if "description" in schema}
     return {_part(host, tool): tool.desc or ""} | {_part(host, tool, name): text for name, text in described.items()}
 
@@ -176,17 +188,17 @@ def _part(host: str, tool: dspy.Tool, argument: str | None = None) -> str:
     return f"{host}tools['{tool.name}']." + ("desc" if argument is None else f"args['{argument}']")
 
 
-def _place_of(tool: str) -> str:
-    return f"[the description of {tool}]"
+def _place_of(tool: dspy.Tool) -> str:
+    return f"[the description of {tool.name}]"
 
 
 def in_python(predictor: str) -> str:
-    """A predictor as Python writes it, below ``program``; a program that is one predictor calls it ``self``."""
+    """A predictor as an expression on ``program``. DSPy names a predictor that is the whole program ``self``."""
     return "program" if predictor == "self" else f"program.{predictor.removeprefix('self.')}"
 
 
 def lost_lines(text: str, protected: Sequence[str]) -> list[str]:
-    """Protected lines that are no line of the text.
+    """The protected lines that are missing in a text.
 
     >>> lost_lines("Be brief.\\nNever answer in French.", ["Be brief.", "Answer in French."])
     ['Answer in French.']
@@ -196,15 +208,13 @@ def lost_lines(text: str, protected: Sequence[str]) -> list[str]:
 
 
 def carry(program: dspy.Module, population: Population) -> None:
-    """Mark a program as compiled; what it says itself is left as it is.
+    """Mark a program as compiled. Its own texts are unchanged.
 
-    Set on it are ``population``, ``candidate_programs`` (``[{"score", "program"}]``, best first, without repetition)
-    and ``_compiled``.
+    Sets ``population``, ``candidate_programs`` (``[{"score", "program"}]``, best first, each once) and ``_compiled``.
     """
     score_of = {m.digest: score for m, score in zip(population.members, population.scores, strict=True)}
-    programs: list[dict[str, Any]] = [
+    programs: list[dict[str, object]] = [
         {"score": score_of[member.digest], "program": with_texts(program, member)} for member in population.unique()
     ]
-    marks = {"population": population, "candidate_programs": programs, "_compiled": True}
-    for name, value in marks.items():
+    for name, value in {"population": population, "candidate_programs": programs, "_compiled": True}.items():
         setattr(program, name, value)

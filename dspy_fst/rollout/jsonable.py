@@ -1,4 +1,4 @@
-"""Rollouts as JSON and back, for a journal: exactly as they were, or not at all."""
+"""Rollouts as JSON and back, for a journal. A rollout comes back exactly as it was, or is not written at all."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,16 +11,17 @@ from dspy_fst.rollout.parse_failures import failed_reply, form_of
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Rollout
 
 NATIVE = (str, int, float, bool, type(None))
+"""Types whose values JSON gives back as they were; so are lists, and dicts with text keys, of these."""
 
 
 class _OpaqueError(Exception):
-    """A value that JSON does not give back as it was."""
+    """A value that JSON would not give back as it was."""
 
 
-def rollouts_to_json(rollouts: Sequence[Rollout]) -> list[dict[str, Any]] | None:
-    """The rollouts without their calls (their tokens are counted); None when one holds what JSON cannot.
+def rollouts_to_json(rollouts: Sequence[Rollout]) -> list[dict[str, object]] | None:
+    """The rollouts without their calls; None if one holds a value that JSON cannot give back.
 
-    A prediction of typed objects (pydantic models, images, histories) is such a case.
+    Typed objects in a prediction (pydantic models, images, histories) are such values.
     """
     try:
         return [_rollout(rollout) for rollout in rollouts]
@@ -28,7 +29,7 @@ def rollouts_to_json(rollouts: Sequence[Rollout]) -> list[dict[str, Any]] | None
         return None
 
 
-def _rollout(rollout: Rollout) -> dict[str, Any]:
+def _rollout(rollout: Rollout) -> dict[str, object]:
     return {
         "problem": rollout.problem,
         "reward": rollout.reward,
@@ -38,17 +39,17 @@ def _rollout(rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def _entry(predictor: Any, inputs: Mapping[str, Any], output: Any) -> dict[str, Any]:
-    name = getattr(predictor, PREDICTOR_TAG, None)  # None: made while the program ran, as those inside a dspy.Flex
+def _entry(predictor: object, inputs: Mapping[str, object], output: object) -> dict[str, object]:
+    name = getattr(predictor, PREDICTOR_TAG, None)  # None for one that was made during the run, e.g. in a dspy.Flex
     return {"predictor": name, "inputs": _native(dict(inputs)), "output": _prediction(output)}
 
 
-def _prediction(value: Any) -> Any:
+def _prediction(value: object) -> dict[str, object] | None:
     if value is None:
         return None
     if isinstance(value, FailedPrediction):
         return {"failed": value.completion_text, "format_reward": value.format_reward, "form": form_of(value)}
-    if type(value) is dspy.Prediction:
+    if isinstance(value, dspy.Prediction) and type(value) is dspy.Prediction:
         completions = getattr(value, "_completions", None)
         if completions is not None and len(completions) > 1:
             raise _OpaqueError
@@ -56,12 +57,12 @@ def _prediction(value: Any) -> Any:
     raise _OpaqueError
 
 
-def _native(value: Any) -> Any:
+def _native(value: object) -> object:
     if type(value) in NATIVE:
         return value
-    if type(value) is list:
+    if isinstance(value, list) and type(value) is list:
         return [_native(item) for item in value]
-    if type(value) is dict and all(type(key) is str for key in value):
+    if isinstance(value, dict) and type(value) is dict and all(type(key) is str for key in value):
         return {key: _native(item) for key, item in value.items()}
     raise _OpaqueError
 
@@ -72,9 +73,10 @@ def rollouts_from_json(
     """The rollouts again, without calls.
 
     Args:
-        candidates: Of each rollout.
-        speaking: The program under a candidate, its predictors tagged; traces refer to its predictors, and to None
-            for one that was made while the program ran.
+        data: What `rollouts_to_json` gave.
+        candidates: The candidate of each rollout.
+        speaking: Returns the program under a candidate, its predictors tagged. Traces refer to these predictors, and to
+            None in the place of one that was made during the run.
     """
     rollouts = []
     for item, candidate in zip(data, candidates, strict=True):
@@ -90,7 +92,7 @@ def rollouts_from_json(
     return rollouts
 
 
-def _predicted(data: Mapping[str, Any] | None) -> Any:
+def _predicted(data: Mapping[str, Any] | None) -> "dspy.Prediction | FailedPrediction | None":
     if data is None:
         return None
     if "failed" in data:

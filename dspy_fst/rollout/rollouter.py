@@ -1,8 +1,8 @@
 """Program x candidate x problem -> Rollout, many at once.
 
-A rollout in which the policy failed (its reply does not parse, its prompt overflows the context, the program trips over
-its reply) is scored. A rollout that did not measure the policy (no engine, no tool, out of time, a broken metric) is
-masked. Both are counted. `dspy_fst.rollout.outcome_rules` alone decides which it was.
+A rollout in which the policy failed gets a failure score: a reply does not parse, a prompt overflows the context, or
+the program cannot go on with a reply. A rollout that did not measure the policy is masked: the engine or a tool failed,
+the time was over, or the metric is broken. Both are counted. `dspy_fst.rollout.outcome_rules` alone decides which.
 """
 
 import contextvars
@@ -30,7 +30,7 @@ from dspy_fst.types import Candidate, Group, Population, Problem, Rollout
 
 @dataclass(frozen=True)
 class Task:
-    """One rollout to be made: the ``sample``-th of this candidate on this problem."""
+    """One rollout to make: of this candidate on this problem, with ``sample`` as its number among equal ones."""
 
     problem: Problem
     candidate: Candidate
@@ -53,10 +53,10 @@ class PlayerSettings:
 
 
 class Rollouter:
-    """Makes rollouts of one program, whose predictors hold the policy already.
+    """Makes rollouts of one program, whose predictors already hold the policy.
 
     Args:
-        program: What is run; each rollout runs a copy.
+        program: The program. Each rollout runs a copy.
         reward: The metric.
         settings: How rollouts are made and failures scored.
         in_flight: Called with the number of rollouts that run at once (an engine's ``expect``).
@@ -81,13 +81,13 @@ class Rollouter:
         draw: str,
         on_rollout: Callable[[Rollout], None] = lambda rollout: None,
     ) -> list[Group]:
-        """G rollouts for each problem: each of the K members exactly G/K times.
+        """G rollouts for each problem: exactly G/K under each of the K members.
 
         Args:
             problems: One group is made for each.
-            population: Its members, repeated ones too, share the group evenly.
+            population: Its members share a group evenly, and a repeated member counts each time.
             group_size: G, a multiple of K.
-            draw: Name of the random draw, e.g. ``"step-12"``; the same name gives the same seeds.
+            draw: Name of the random draw, e.g. ``"step-12"``. The same name gives the same seeds.
             on_rollout: Called with each rollout as it ends.
         """
         each = group_size // len(population.members)
@@ -109,11 +109,13 @@ class Rollouter:
         *,
         anew: bool = False,
     ) -> list[Rollout]:
-        """Make one rollout for each task, in order. What goes wrong inside one is its outcome, never an exception.
+        """One rollout for each task, in the order of the tasks.
+
+        What goes wrong inside a rollout is its outcome and never an exception.
 
         Args:
-            tasks: What is run.
-            draw: Name of the random draw; the same name gives the same seeds.
+            tasks: The rollouts to make.
+            draw: Name of the random draw. The same name gives the same seeds.
             on_rollout: Called with each rollout as it ends.
             anew: Whether prompts of these rollouts will be rendered again under other texts. Only then is each call
                 recorded in ``Rollout.asked``, with its predictor, inputs and adapter.
@@ -124,7 +126,7 @@ class Rollouter:
 
         def job(index: int) -> Callable[[], Rollout]:
             task = tasks[index]
-            context = contextvars.copy_context()  # the caller's dspy.context holds inside the worker threads
+            context = contextvars.copy_context()  # the caller's dspy.context applies in the worker threads
             return lambda: context.run(self._rollout_one, task, copiers[task.candidate.digest], recordings[index], anew)
 
         def timed_out(index: int) -> Rollout:
@@ -142,12 +144,12 @@ class Rollouter:
                     on_result=on_rollout,
                     queued_s=lambda index: recordings[index].queue_time.seconds,
                 )
-        finally:  # after an interrupt, threads that still run must not call the policy any more
+        finally:  # after an interrupt, threads that still run must not call the policy
             for recording in recordings:
                 recording.close()
 
-    def _copier(self, candidate: Candidate) -> Copier | UnboundError:
-        """Makes copies of the program under a candidate, its predictors tagged; or why there is no such program."""
+    def _copier(self, candidate: Candidate) -> Copier[dspy.Module] | UnboundError:
+        """Copies the program under a candidate, with tagged predictors; the error if there is no such program."""
         try:
             program = with_texts(self.program, candidate)
         except UnboundError as error:
@@ -159,7 +161,9 @@ class Rollouter:
         entropy = repr((self.settings.seed, draw, task.problem.index, task.candidate.digest, task.sample))
         return int.from_bytes(hashlib.sha256(entropy.encode()).digest()[:8], "big")
 
-    def _rollout_one(self, task: Task, copier: Copier | UnboundError, recording: Recording, anew: bool) -> Rollout:
+    def _rollout_one(
+        self, task: Task, copier: Copier[dspy.Module] | UnboundError, recording: Recording, anew: bool
+    ) -> Rollout:
         if isinstance(copier, UnboundError):
             outcome = Outcome("failed", "unbound source", f"The source could not be read: {copier}")
             return Rollout(task.problem.index, task.candidate, (), self.settings.failure_score, outcome)
@@ -172,23 +176,18 @@ class Rollouter:
         )
         settings = {
             SETTING: recording,
-            "callbacks": [
-                *dspy.settings.callbacks,
-                parse_failures,
-                outages,
-                *call_listeners,
-            ],
+            "callbacks": [*dspy.settings.callbacks, parse_failures, outages, *call_listeners],
             "trace": trace,
             "disable_history": True,
         }
         try:
             with dspy.context(**settings):
                 prediction = program(**task.problem.example.inputs())
-        except (Exception, SystemExit) as error:  # a tool's argparse, or exit() in code that the model wrote
+        except (Exception, SystemExit) as error:  # argparse in a tool, or exit() in the model's code
             if is_signal(error):
                 raise
             judgement = judge.raised(error)
-        else:  # outside of the rollout's settings: the metric is no part of the run
+        else:  # outside of the rollout's settings, as the metric is no part of the run
             judgement = judge.returned(task.problem.example, prediction, trace, self.reward, self._blame)
         calls, whole_trace = recording.close(), parse_failures.in_trace()
         judge.forget()
@@ -198,7 +197,7 @@ class Rollouter:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence DSPy's warning for each truncated reply; truncation is counted from the finish reasons."""
+    """Silence DSPy's warning on each truncated reply. Truncated replies are counted by their finish reasons."""
     logger = logging.getLogger("dspy.clients.lm")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""Many jobs on a few daemon threads, each with a time limit that excludes the wait for the engine.
+"""Many jobs on a few daemon threads, each job with a time limit that leaves out the wait for the engine.
 
-A ThreadPoolExecutor cannot abandon a job that hangs, and joins its threads when the interpreter exits.
+Python's ThreadPoolExecutor cannot abandon a job that hangs, and it waits for its threads when the interpreter exits.
 """
 
 import queue
@@ -16,7 +16,7 @@ from dspy_fst.engine.base import QUEUEING
 
 T = TypeVar("T")
 LONGEST_WAIT_S = 1.0
-"""Seconds between two looks for overdue jobs, at most (ours)."""
+"""Most seconds between two searches for overdue jobs (ours)."""
 
 
 def run_all(
@@ -32,17 +32,17 @@ def run_all(
     """Run every job, and return the results in the order of the jobs.
 
     Args:
-        jobs: What is run.
-        threads: Jobs that run at once.
-        timeout_s: Seconds that a job may run. After that its result is ``on_timeout(index)``; its thread is abandoned,
+        jobs: The jobs, functions without arguments.
+        threads: How many jobs run at once.
+        timeout_s: Seconds that a job may run. After that its result is ``on_timeout(index)``. Its thread is abandoned,
             and a new thread takes its place.
-        on_timeout: Gives the result of an overdue job.
-        in_flight: Called with the number of jobs that run or are about to, before the start and at each end.
+        on_timeout: Returns the result of an overdue job.
+        in_flight: Called with the number of jobs that run or are about to, before the first starts and when one ends.
         on_result: Called in this thread with each result as it comes.
-        queued_s: Seconds that a job has waited for its turn elsewhere; they do not count towards ``timeout_s``.
+        queued_s: Returns the seconds that a job has waited for its turn elsewhere. They do not count as running time.
 
     Raises:
-        Exception: the first exception of a job; jobs that have not started are dropped.
+        Exception: the first exception of a job. Jobs that have not started are dropped.
     """
     pool = _Pool(jobs, threads, timeout_s, in_flight, queued_s)
     results: dict[int, T] = {}
@@ -62,7 +62,7 @@ def run_all(
 
 @dataclass(frozen=True)
 class _Ended(Generic[T]):
-    """A job that ran to its end: its result, or its exception."""
+    """A job that ended, with its result or its exception."""
 
     index: int
     result: T | None
@@ -70,7 +70,7 @@ class _Ended(Generic[T]):
 
 
 class _Pool(Generic[T]):
-    """The threads, and which job each of them runs. Everything that threads share is changed under one lock."""
+    """The threads and their jobs. Whatever threads share is changed under one lock."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class _Pool(Generic[T]):
         self._lock = threading.Lock()
         self._todo = deque(range(len(jobs)))
         self._started: dict[int, float] = {}
-        """Job -> when it began, for the jobs that run and are not overdue."""
+        """Job -> its start time, for the jobs that run and are not overdue."""
         self._left = len(jobs)
         """Jobs without a result."""
         self._ended: queue.SimpleQueue[_Ended[T]] = queue.SimpleQueue()
@@ -96,10 +96,10 @@ class _Pool(Generic[T]):
             self._start_thread()
 
     def ended(self, wait_s: float) -> list[tuple[int, T]]:
-        """(job, result) of the next job that ended; empty when none did within ``wait_s`` seconds.
+        """(job, result) of the next job that ended; empty if none ends within ``wait_s`` seconds.
 
         Raises:
-            BaseException: the job's.
+            BaseException: what the job raised.
         """
         try:
             job = self._ended.get(timeout=wait_s)
@@ -110,7 +110,7 @@ class _Pool(Generic[T]):
         return [(job.index, job.result)]  # type: ignore[list-item]
 
     def abandon_overdue(self) -> list[int]:
-        """Jobs over their time, whose results will not be taken any more; each thread is replaced."""
+        """The jobs that are over their time. Their results are no longer taken, and their threads are replaced."""
         with self._lock:
             now = time.monotonic()
             overdue = [i for i, since in self._started.items() if now - since - self._queued_s(i) > self._timeout_s]
@@ -124,7 +124,7 @@ class _Pool(Generic[T]):
         return overdue
 
     def drop_the_rest(self) -> None:
-        """Start no further job."""
+        """Start no more jobs."""
         with self._lock:
             self._todo.clear()
         self._in_flight(0)

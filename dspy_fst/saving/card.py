@@ -14,7 +14,7 @@ from dspy_fst.report.costs import LABELS
 from dspy_fst.report.evaluated import Evaluated, EvaluatedCells
 from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.report.verdict import validations_table, verdict
-from dspy_fst.rollout.chat_adapters import OWN, SavedAdapter, code_of
+from dspy_fst.rollout.chat_adapters import DSPY_ADAPTERS, SavedAdapter, code_of
 from dspy_fst.rollout.components import in_python
 from dspy_fst.saving.format import SavedPolicy
 from dspy_fst.types import Population
@@ -130,7 +130,7 @@ def _without_second_call(saved: SavedAdapter) -> SavedAdapter:
     """The adapter without the fallback call in JSON: DSPy's LMs would make it where the recorded setting says so, and
     rollouts never did. JSONAdapter and its subclasses have no fallback."""
     asks_again = saved.settings.get("use_json_adapter_fallback")
-    if not asks_again or issubclass(OWN.get(saved.name, dspy.Adapter), dspy.JSONAdapter):
+    if not asks_again or issubclass(DSPY_ADAPTERS.get(saved.name, dspy.Adapter), dspy.JSONAdapter):
         return saved
     return saved.model_copy(update={"settings": {**saved.settings, "use_json_adapter_fallback": False}})
 

@@ -24,7 +24,7 @@ from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.policy_lm import PolicyLM, policy_of, resolve_kind
 from dspy_fst.preflight.sampling_settings import sampling_faults
 from dspy_fst.report.results import attach, results_beside
-from dspy_fst.rollout.chat_adapters import describe, keep, kept_by, made
+from dspy_fst.rollout.chat_adapters import describe, keep, kept_by, make_adapter
 from dspy_fst.rollout.components import carry, set_tools, speakers
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.program_graph import all_speakers
@@ -136,7 +136,7 @@ def load(
     verify(path, ASIDE if weights_in(path) == path else ())
     saved, population, state = read_saved(path, program, trust_code=trust_code)
     _require_frozen_lms(saved.frozen, program)
-    speaks_through = adapter if saved.adapter is None else made(saved.adapter, adapter)
+    speaks_through = adapter if saved.adapter is None else make_adapter(saved.adapter, adapter)
     policies = _policies(saved, weights_in(path), policy_settings)
     loaded: dspy.Module = copied(program)
     try:

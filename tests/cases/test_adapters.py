@@ -34,7 +34,7 @@ from dspy_fst.rollout.chat_adapters import (
     describe,
     identity,
     keep,
-    made,
+    make_adapter,
     recorded,
 )
 from dspy_fst.run.directory import read_events
@@ -385,7 +385,7 @@ def test_an_adapter_of_the_user_s_with_other_settings_is_told(marked, caplog):
     ids=["native calls", "no second call", "JSON without native calls", "XML", "BAML"],
 )
 def test_an_adapter_of_dspy_s_is_made_again_as_it_was(adapter):
-    again = made(SavedAdapter.model_validate_json(describe(adapter).model_dump_json()), None)
+    again = make_adapter(SavedAdapter.model_validate_json(describe(adapter).model_dump_json()), None)
     assert type(again) is type(adapter)
     assert describe(again) == describe(adapter)
 
@@ -421,9 +421,9 @@ def test_what_a_two_step_adapter_extracts_with_is_recorded_and_must_be_given():
     saved = describe(adapter)
     assert saved.lms == {"extraction_model": "openai/gpt-x"}
     with pytest.raises(ConfigurationError, match="TwoStepAdapter"):
-        made(saved, None)
+        make_adapter(saved, None)
     with dspy.context(adapter=adapter):
-        assert made(saved, None) is adapter
+        assert make_adapter(saved, None) is adapter
 
 
 def test_adapters_that_a_program_holds_itself_are_part_of_a_run():
@@ -568,9 +568,9 @@ def test_an_adapter_s_secrets_are_not_recorded_or_compared(environment):
 
 
 def test_an_adapter_s_secrets_are_not_logged(environment, caplog):
-    made(describe(Keyed(**SECRETS)), Keyed("other", **SECRETS))
+    make_adapter(describe(Keyed(**SECRETS)), Keyed("other", **SECRETS))
     with dspy.context(adapter=Keyed("other", **SECRETS)):
-        made(describe(Keyed(**SECRETS)), None)
+        make_adapter(describe(Keyed(**SECRETS)), None)
     program = relay()
     keep(program, Keyed(**SECRETS))
     with dspy.context(adapter=Keyed("third", **SECRETS)), suppress(AdapterParseError):
@@ -635,7 +635,7 @@ def test_a_record_that_somebody_wrote_makes_an_adapter_that_works_or_is_refused_
     except ValueError:
         return
     try:
-        adapter = made(saved, None)
+        adapter = make_adapter(saved, None)
     except ConfigurationError:
         return
     assert describe(adapter).name == saved.name
