@@ -166,9 +166,10 @@ def _agents(program: dspy.Module) -> Iterator[tuple[str, Agent]]:
             yield name, agents[id(predictor)]
 
 
-def _tools(agent: Agent) -> dict[str, dspy.Tool]:
-    """The agent's tools by name."""
-    return dict(agent.tools)
+def _tools(agent: Agent) -> dict[str | None, dspy.Tool]:
+    """The agent's tools by name. Its annotation in DSPy also has the list that the constructor takes."""
+    assert isinstance(agent.tools, dict)
+    return agent.tools
 
 
 def _shown_tools(agent: Agent) -> list[dspy.Tool]:
