@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dspy_fst.config import FSTConfig
     from dspy_fst.errors import ConfigurationError, FSTError, NothingLearnedError
+    from dspy_fst.lora import LoRA
     from dspy_fst.optimizer import FSTOptimizer
     from dspy_fst.policy_lm import PolicyLM
     from dspy_fst.saving.reconfigure import reconfigured
@@ -24,6 +25,7 @@ __all__ = [
     "FSTConfig",
     "FSTError",
     "FSTOptimizer",
+    "LoRA",
     "NothingLearnedError",
     "PolicyLM",
     "load",
@@ -36,6 +38,7 @@ _HOMES = {
     **dict.fromkeys(("load", "save"), "saving.save_load"),
     "FSTConfig": "config",
     "FSTOptimizer": "optimizer",
+    "LoRA": "lora",
     "PolicyLM": "policy_lm",
     "reconfigured": "saving.reconfigure",
 }

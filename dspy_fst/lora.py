@@ -37,6 +37,8 @@ class LoRA(BaseModel):
             if not value:
                 raise ValueError("name at least one layer, or use 'all-linear'")
             return tuple(sorted({str(name) for name in value}))
+        if value != ALL_LINEAR:
+            raise ValueError("use 'all-linear', or the names of layers")
         return value
 
     @property

@@ -139,7 +139,7 @@ class PolicyLM(dspy.LM):
         """The same LM on an engine of its own, so that training it leaves this one as it is."""
         checkpoint = checkpoint or self.checkpoint
         return PolicyLM(
-            checkpoint.path,
+            checkpoint.folder,
             engine=self.handle.kind,
             temperature=self.sampling_temperature,
             max_tokens=self.reply_limit,
@@ -163,7 +163,7 @@ class PolicyLM(dspy.LM):
         """State for DSPy's save: no keys, addresses or whatever else belongs to the machine (see `engine.options`)."""
         return {
             "_dspy_lm_class": f"{type(self).__module__}.{type(self).__qualname__}",
-            "model": str(self.checkpoint.path),
+            "model": str(self.checkpoint.folder),
             "engine": self.handle.kind,
             "engine_options": portable_options(self.handle.options),
             "temperature": self.sampling_temperature,
@@ -211,7 +211,7 @@ class EngineHandle:
         self.kind, self.options = kind, options
         path = Path(model)
         # A folder is meant where it lies now, also after the working directory changed; else it is a hub name.
-        self.checkpoint = Checkpoint(version, path.resolve() if path.is_dir() else path)
+        self.checkpoint = Checkpoint.at(version, path.resolve() if path.is_dir() else path)
         self.resolved_kind = resolve_kind(kind)
         self._make = engine_maker(self.resolved_kind, options)
         self._engine: Engine | None = None
@@ -236,7 +236,7 @@ class EngineHandle:
             if engine.weights is None:
                 checkpoint = _downloaded(self.checkpoint)
                 if fault := adapter_fault(checkpoint.path):
-                    raise ConfigurationError([f"model={str(self.checkpoint.path)!r}: {fault}"])
+                    raise ConfigurationError([f"model={str(self.checkpoint.folder)!r}: {fault}"])
                 engine.load(checkpoint)
             return engine
 
@@ -295,7 +295,7 @@ class EngineHandle:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        path, version = str(self.checkpoint.path), self.checkpoint.version
+        path, version = str(self.checkpoint.folder), self.checkpoint.version
         return (EngineHandle, (path, self.kind, self.options, version))
 
 

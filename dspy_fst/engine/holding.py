@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dspy_fst.engine.base import AdapterFiles, Holding
-from dspy_fst.engine.lora import TENSORS, base_state, parameters_of
+from dspy_fst.engine.lora import base_state, parameters_of
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import difference, digest
+from dspy_fst.model_files.lora_folder import TENSORS
 
 
 @torch.no_grad()

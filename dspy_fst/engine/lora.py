@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from dspy_fst.errors import TrainingError, briefly, meant
 from dspy_fst.lora import ALL_LINEAR, LoRA
 from dspy_fst.model_files.architectures import has_experts, text_part
+from dspy_fst.model_files.lora_folder import CONFIG, TENSORS
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the names of modules in its files."""
 BASE_LAYER = ".base_layer"

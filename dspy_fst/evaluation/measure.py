@@ -202,7 +202,7 @@ def drift_of(trained: Checkpoint, base: Checkpoint, rollouts: Sequence[Rollout])
     calls = [call for rollout in measured for call in rollout.calls if call.temperature > 0]
     if not calls:
         return None
-    trainer = Trainer(trained.path, TrainerSettings(learning_rate=1.0), reference=base.path)
+    trainer = Trainer(trained.folder, TrainerSettings(learning_rate=1.0), reference=base.folder)
     by_call: list[list[float]] = trainer.kl_by_call(calls)
     total = math.fsum(math.fsum(values) for values in by_call)
     return Drift(per_token=total / sum(map(len, by_call)), per_rollout=total / len(measured))

@@ -123,7 +123,7 @@ class RunReader:
                 "run keeps the first, the best and the newest weights; keep_weights in a project's recipe says how "
                 "many of the newest"
             )
-        return Checkpoint(version, self.run_dir / "weights" / version)
+        return Checkpoint.at(version, self.run_dir / "weights" / version)
 
     def candidate(self, digest: str) -> Candidate:
         """The candidate whose digest begins with ``digest``, of all that the run's searches tried.

@@ -15,6 +15,13 @@ from dspy_fst.errors import ConfigurationError
 
 INDEX = "lora.json"
 FORMAT = 1
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+"""The two files of a peft folder."""
+SETTINGS = {
+    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "fan_in_fan_out"),
+    *("target_modules", "lora_dropout", "bias", "inference_mode"),
+}
+"""What adapter_config.json sets; peft has defaults for its other settings."""
 INSIDE, BESIDE = "base", "../base"
 """The two places of a base, relative to the folder."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-\[\]]*")

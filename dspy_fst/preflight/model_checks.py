@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from dspy_fst.engine.machine import has_gpu
 from dspy_fst.errors import briefly
-from dspy_fst.model_files.architectures import context_length, kind_faults, unreadable
+from dspy_fst.lora import LoRA
+from dspy_fst.model_files.architectures import context_length, empty_model, has_experts, kind_faults, unreadable
 from dspy_fst.model_files.folder import adapter_fault, folder_faults, stored_layer_fault, stored_shapes
-from dspy_fst.model_files.hub import hub_fault, means_a_path, read_from
+from dspy_fst.model_files.hub import hub_fault, in_cache, means_a_path, read_from
 from dspy_fst.model_files.reach import ANSWER_S
 from dspy_fst.outcomes.outcome import CONTEXT
 from dspy_fst.policy_lm import PolicyLM
@@ -17,7 +18,7 @@ from dspy_fst.preflight.vllm_start import vllm_faults
 from dspy_fst.types import Rollout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
@@ -70,6 +71,40 @@ def _weights_faults(path: Path) -> Iterator[str]:
     except ValueError as error:
         yield f"its weights cannot be read ({error}); copy or download the model again"
     yield from folder_faults(path)
+
+
+def lora_faults(policy: PolicyLM, adapter: LoRA) -> list[str]:
+    """Why this LoRA adapter does not fit the model, from its config alone. A model that cannot be read is reported by
+    `model_faults`."""
+    from dspy_fst.engine.lora import target_faults
+
+    model = _without_numbers(policy)
+    return [] if model is None else target_faults(model, adapter)
+
+
+def lora_warnings(policy: PolicyLM, adapter: LoRA | None) -> list[str]:
+    """A sentence for a mixture of experts: peft's adapters for fused experts would adapt their router, too."""
+    model = None if adapter is None else _without_numbers(policy)
+    if model is None or not has_experts(model.config):
+        return []
+    return [
+        f"adapter: the experts of a {model.config.model_type!r} model that transformers holds in one tensor, and their "
+        "routers, get no LoRA adapter; attention and other linear layers do"
+    ]
+
+
+def _without_numbers(policy: PolicyLM) -> "PreTrainedModel | None":
+    """The policy's model on the meta device; None where its config cannot be read, or transformers cannot build it."""
+    from transformers import AutoConfig
+
+    path = policy.checkpoint.path
+    if not path.is_dir() and in_cache(str(path)) == "not":
+        return None  # `model_faults` has told so, or the model is imagined
+    files = path if path.is_dir() else read_from(str(path))
+    try:
+        return empty_model(AutoConfig.from_pretrained(files, trust_remote_code=False))
+    except Exception:  # foreign files and a model's own code may break in any way
+        return None
 
 
 def _context_limit(policy: PolicyLM, config: "PreTrainedConfig") -> int | None:

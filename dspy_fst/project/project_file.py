@@ -224,8 +224,8 @@ class Project(Part):
             if self.model is None:
                 faults.add("model: it is missing, and no predictor of the program holds a PolicyLM; name a model")
             return policy
-        if policy is not None and policy.checkpoint.path != policy_lm.checkpoint.path:
-            model_path = policy_lm.checkpoint.path
+        if policy is not None and policy.checkpoint.folder != policy_lm.checkpoint.folder:
+            model_path = policy_lm.checkpoint.folder
             faults.add(f"model: the program holds a PolicyLM of {model_path}; remove model, or that PolicyLM")
         if self.policy is not None:
             faults.add("policy: the program holds a PolicyLM with settings of its own; remove policy, or that PolicyLM")

@@ -116,7 +116,8 @@ class Recorded:
         return project
 
     def _config(self) -> dict[str, object]:
-        settings = {**self.recipe, **_mapping(self.plan.get("config"))}
+        recipe = {**self.recipe, "adapter": self.recipe.get("lora")}  # there "adapter" is the chat adapter
+        settings = {**recipe, **_mapping(self.plan.get("config"))}
         return {name: settings[name] for name in FSTConfig.model_fields if name in settings}
 
     def _model(self, to_train: bool) -> dict[str, object]:

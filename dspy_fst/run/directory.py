@@ -4,7 +4,7 @@ recipe.json       the settings of the run; only the same recipe continues a dire
 events.jsonl      one line an event, appended
 search.jsonl      the search in progress: its rollouts and reflections so far (see run/search_journal.py)
 populations/      cycle-000.json ...
-weights/          step-000000/ ... (Hugging Face folders)
+weights/          step-000000/ ... (Hugging Face folders); LoRA adapters, whose base is base/
 states/           000007/ ...: state.json, trainer/; a run resumes from the newest
 skipped/          batches whose update was not finite, for inspection
 compiled/         the program that compile() returned, for dspy_fst.load and the commands
@@ -41,7 +41,7 @@ NO_LONGER_IDENTITY = {"sync_tolerance"}
 """Keys that earlier releases recorded as part of a run's identity. Any value may follow them."""
 UNCLAIMED = (LOCK, PROJECT, "recipe.json.new")
 """Files that may be in a directory before a run begins there; a kill at the start leaves the last one."""
-VERSION, HALF_WRITTEN = re.compile(r"step-\d+"), re.compile(r"\.step-\d+")
+VERSION, HALF_WRITTEN = re.compile(r"step-\d+"), re.compile(r"\.(step-\d+|base\.)")
 """Names in weights/ that belong to the run; everything else there is left alone."""
 OURS = ("recipe.json", "events.jsonl", "search.jsonl", "populations", "weights", "states", "skipped")
 Event: TypeAlias = Mapping[str, Any]

@@ -19,6 +19,10 @@ from dspy_fst.rollout.components import in_python
 from dspy_fst.saving.format import SavedPolicy
 from dspy_fst.types import Population
 
+MERGED = (
+    "A LoRA adapter was trained, and is merged into the weights in float32. In bfloat16 a part of what it learnt may "
+    "round away."
+)
 EVALUATION = ("split", "problems", "candidate", "weights", "cycle", "seed", "k", "mean@k", "95% interval")
 TAGS = ("dspy", "dspy-fst", "fast-slow-training", "gepa", "reinforcement-learning")
 
@@ -39,6 +43,8 @@ class Facts:
     """The run's plan event; empty without a run."""
     base: str | None
     """Hub name of the trained model; None for a local folder."""
+    merged: bool = False
+    """Whether the weights are a base and the LoRA adapter that was trained on it."""
     foreign_code: bool = False
     """Whether a dspy.Flex may have another source than a fresh program has."""
 
@@ -84,6 +90,7 @@ def _use(facts: Facts) -> str:
         f"\n\nThe predictor `{name}` spoke with the frozen LM `{model}`; set one on it."
         for name, model in facts.policy.frozen.items()
     )
+    precision, adapted = (" --dtype float32", f"\n\n{MERGED}") if facts.merged else ("", "")
     trusted = ", trust_code=True" if facts.foreign_code else ""
     warning = " `trust_code=True` takes up the evolved sources of its `dspy.Flex`; read them first." if trusted else ""
     return f"""## Use
@@ -91,7 +98,7 @@ def _use(facts: Facts) -> str:
 `FOLDER` is this folder. With any server that speaks OpenAI's protocol, and DSPy alone:
 
 ```
-vllm serve FOLDER --generation-config vllm   # not the base model's own sampling defaults
+vllm serve FOLDER --generation-config vllm{precision}   # not the base model's own sampling defaults
 ```
 
 ```python
@@ -111,7 +118,7 @@ import dspy_fst
 program = dspy_fst.load("FOLDER", program{trusted})
 ```
 
-The weights alone: `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`.{frozen}"""
+The weights alone: `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`.{adapted}{frozen}"""
 
 
 def _adapter(facts: Facts) -> str:

@@ -6,7 +6,7 @@
     OUT/README.md                                  a model card; it may be edited
     OUT/manifest.json                              checksums of all the others
 
-The weights are complete: the trainer trains all weights and has no LoRA adapters to merge.
+The weights are complete. A LoRA adapter is merged into its base, in float32.
 """
 
 import importlib.metadata
@@ -20,6 +20,7 @@ import dspy
 from pydantic import ValidationError
 
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
+from dspy_fst.model_files.lora_folder import INDEX
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import flush, population_from_json, read_json, scratch_beside, writing
@@ -85,7 +86,12 @@ def _fill(folder: Path, saved: Path, card: str) -> None:
     documents = {name for name in DOCUMENTS if name != MANIFEST}
     if taken := sorted({path.name for path in (saved / WEIGHTS).iterdir()} & {*DOCUMENTS, CARD}):
         raise RunDirectoryError(f"{saved / WEIGHTS}: {', '.join(taken)} is a name of ours; remove it and save again")
-    shutil.copytree(saved / WEIGHTS, folder, dirs_exist_ok=True)
+    if (saved / WEIGHTS / INDEX).is_file():
+        from dspy_fst.slow.checkpoint import write_merged
+
+        write_merged(saved / WEIGHTS, folder)
+    else:
+        shutil.copytree(saved / WEIGHTS, folder, dirs_exist_ok=True)
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # transformers may make weights readable by their owner alone
     for name in documents:
@@ -128,6 +134,7 @@ def _facts(saved: Path) -> Facts:
         record=run.record if run else None,
         plan=run.plan if run else {},
         base=run.base if run else None,
+        merged=(saved / WEIGHTS / INDEX).is_file(),
         foreign_code=_holds_foreign_code(read_document(saved / PROGRAM), population, run),
     )
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dspy_fst.errors import RunDirectoryError
+from dspy_fst.errors import ConfigurationError, RunDirectoryError
+from dspy_fst.model_files.lora_folder import CONFIG, INDEX, INSIDE, SETTINGS, TENSORS, lora_parts
 from dspy_fst.run.files import file_facts, flush, sha256_of, write_json
 
 # ---- the manifest --------------------------------------------------------------------------------
@@ -172,7 +173,12 @@ KEYS = {
 
 
 def weights_faults(folder: Path, aside: Collection[str] = ()) -> list[str]:
-    """Why a Hugging Face folder must not be loaded, one sentence each; names in ``aside`` are not checked."""
+    """Why a folder of weights must not be loaded, one sentence each; names in ``aside`` are not checked.
+
+    It is a Hugging Face folder, or one of LoRA adapters with their base in it (see `dspy_fst.model_files.lora_folder`).
+    """
+    if (folder / INDEX).is_file():
+        return _adapted_faults(folder)
     paths = sorted(path for path in folder.iterdir() if path.name not in aside) if folder.is_dir() else []
     names = {path.name for path in paths}
     faults = [f"{folder.name}/{name} is missing" for name in NEEDED if name not in names]
@@ -191,6 +197,34 @@ def weights_faults(folder: Path, aside: Collection[str] = ()) -> list[str]:
         elif path.name.endswith("config.json"):
             faults += [f"{where} sets {key!r}: {why}" for key, why in _leading_out(read_document(path))]
     return faults
+
+
+def _adapted_faults(folder: Path) -> list[str]:
+    try:
+        parts = lora_parts(folder)
+    except ConfigurationError as error:
+        return list(error.faults)
+    assert parts is not None, "the index is there"
+    base, adapters = parts
+    faults = [] if base == (folder / INSIDE).resolve() else [f"{folder.name}/{INDEX}: its base lies elsewhere"]
+    foreign = sorted({path.name for path in folder.iterdir()} - {INDEX, INSIDE, *adapters})
+    faults += [f"{folder.name}/{name} is no part of LoRA adapters and their base" for name in foreign]
+    faults += [f"{folder.name}/{fault}" for fault in weights_faults(folder / INSIDE)]
+    return faults + [fault for path in adapters.values() for fault in _adapter_faults(path)]
+
+
+def _adapter_faults(folder: Path) -> Iterator[str]:
+    """Faults of one peft folder."""
+    where = f"{folder.parent.name}/{folder.name}"
+    present = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+    if present != {CONFIG, TENSORS} or len(list(folder.iterdir())) != len(present):
+        yield f"{where}: a LoRA adapter is the files {CONFIG} and {TENSORS} and nothing else"
+        return
+    settings = read_document(folder / CONFIG)
+    if not isinstance(settings, Mapping) or not settings.keys() <= SETTINGS:
+        yield f"{where}/{CONFIG} sets more than a LoRA adapter of ours has: {', '.join(sorted(SETTINGS))}"
+    elif settings.get("base_model_name_or_path") is not None:
+        yield f"{where}/{CONFIG} names another model to load"
 
 
 def _leading_out(document: object) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@
     OUT/program.json      DSPy's own state of the program, without LMs
     OUT/population.json   the K candidates and their scores
     OUT/policy.json       how the weights are sampled, by which predictors, and the adapter
-    OUT/weights/          a Hugging Face folder
+    OUT/weights/          a Hugging Face folder; or lora.json, LoRA adapters, and their base in base/
 
 A folder may come from somebody else: loading it runs no code and reads nothing outside it. Keys, addresses and frozen
 LMs belong to the machine and are neither saved nor loaded.
@@ -20,7 +20,9 @@ from typing import Any
 
 import dspy
 
+from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
+from dspy_fst.model_files.lora_folder import INDEX, INSIDE, index_of
 from dspy_fst.policy_lm import PolicyLM, policy_of, resolve_kind
 from dspy_fst.preflight.sampling_settings import sampling_faults
 from dspy_fst.report.results import attach, results_beside
@@ -84,7 +86,7 @@ def written_beside(
         ValueError, RunDirectoryError: as `save` has it.
     """
     with scratch_beside(path) as scratch:
-        shutil.copytree(policy_of(compiled).checkpoint.path, scratch / WEIGHTS, copy_function=copy)
+        _copy_weights(policy_of(compiled).checkpoint, scratch / WEIGHTS, copy)
         for name, document in documents_of(compiled).items():
             write_json(scratch / name, document)
         write_state(compiled, scratch / PROGRAM)
@@ -94,6 +96,17 @@ def written_beside(
         seal(scratch, _package_version())
         read_saved(scratch, compiled, trust_code=True)  # whatever it holds is this program's own
         yield scratch
+
+
+def _copy_weights(checkpoint: Checkpoint, folder: Path, copy: Callable[[str, str], object]) -> None:
+    """Copy weights; those with LoRA adapters together with their base, so that the folder needs no other one."""
+    if not checkpoint.adapters:
+        shutil.copytree(checkpoint.path, folder, copy_function=copy)
+        return
+    shutil.copytree(checkpoint.path, folder / INSIDE, copy_function=copy)
+    for adapter in checkpoint.adapters:
+        shutil.copytree(adapter.path, folder / adapter.name, copy_function=copy)
+    write_json(folder / INDEX, index_of(INSIDE, [adapter.name for adapter in checkpoint.adapters]))
 
 
 def documents_of(compiled: dspy.Module) -> dict[str, object]:

@@ -29,6 +29,7 @@ from dspy_fst.model_files.folder import wrapped_names
 from dspy_fst.model_files.lora_folder import BESIDE, INDEX, INSIDE, index_of
 from dspy_fst.model_files.tokenizer import rendered_ids
 from dspy_fst.run.files import flush, scratch_beside
+from dspy_fst.slow.model import Policy
 from dspy_fst.types import WeightsVersion
 
 STATE_FORMAT = 1
@@ -142,6 +143,22 @@ class CheckpointWriter:
             converted = tensor.to("cpu", self._dtype if tensor.is_floating_point() else tensor.dtype)
             tensors[name] = converted.clone() if shared else converted
         return {name: t.contiguous() for name, t in revert_weight_conversion(self._model, tensors).items()}
+
+
+def write_merged(source: Path, folder: Path) -> None:
+    """Write weights with a LoRA adapter as whole weights in float32, into a folder that exists.
+
+    Raises:
+        TrainingError: ``source`` holds several adapters, or no weights that can be read.
+    """
+    files = Checkpoint.at("merged", source).path
+    policy = Policy.load(source, dtype=torch.float32, trainable=False)
+    tokenizer = AutoTokenizer.from_pretrained(files, trust_remote_code=False)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        whole = Path(scratch) / "whole"
+        CheckpointWriter(policy.model, tokenizer, torch.float32, files).write(whole)
+        for path in whole.iterdir():
+            path.rename(folder / path.name)
 
 
 def _static_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> dict[str, bytes]:

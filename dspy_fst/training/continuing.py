@@ -13,6 +13,7 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.run.directory import COMPILED, is_run
+from dspy_fst.run.files import read_json, to_jsonable
 from dspy_fst.run.state import RunState, moved_at, newest_state, peek_state
 from dspy_fst.types import Population, version_of
 
@@ -24,7 +25,7 @@ ASKED = "continue_optimizer=True"
 
 def run_of(checkpoint: Checkpoint) -> Path | None:
     """The directory of the run that wrote these weights: they lie in its weights/ or its compiled/. Else None."""
-    folder = checkpoint.path
+    folder = checkpoint.folder
     within = folder.parent.name in ("weights", COMPILED)
     run_dir = folder.parent.parent
     return run_dir if folder.is_dir() and within and is_run(run_dir) else None
@@ -38,17 +39,27 @@ def optimizer_faults(config: FSTConfig, student: dspy.Module, policy: PolicyLM, 
         return [f"{ASKED}: the student was not compiled, so no optimizer is there to go on with; leave it out"]
     before = run_of(policy.checkpoint)
     state = peek_state(before / "states") if before else None
-    if state is None:
+    if before is None or state is None:
         return [
-            f"{ASKED}: the student's weights lie in {policy.checkpoint.path}, and an optimizer's state is only kept in "
-            f"a run's directory; load the program from RUN_DIR/{COMPILED}, or leave it out"
+            f"{ASKED}: the student's weights lie in {policy.checkpoint.folder}, and an optimizer's state is only kept "
+            f"in a run's directory; load the program from RUN_DIR/{COMPILED}, or leave it out"
         ]
     if (found := version_of(moved_at(state.fields))) != policy.checkpoint.version:
         return [
             f"{ASKED}: the student speaks with the weights {policy.checkpoint.version}, and the state in {before} is "
             f"of {found}: its optimizer saw later updates; leave it out"
         ]
+    trained, wanted = read_json(before / "recipe.json").get("lora"), to_jsonable(config.model_dump()["adapter"])
+    if trained != wanted:
+        return [
+            f"{ASKED}: the run in {before} trained {_in_words(trained)}, and this one trains {_in_words(wanted)}, so "
+            "AdamW's moments belong to other numbers; leave it out, or set the same adapter"
+        ]
     return []
+
+
+def _in_words(adapter: object) -> str:
+    return "all weights" if adapter is None else f"the LoRA adapter {adapter}"
 
 
 def take_over(trainer: "Trainer", config: FSTConfig, student: dspy.Module, policy: PolicyLM) -> str | None:
@@ -59,7 +70,7 @@ def take_over(trainer: "Trainer", config: FSTConfig, student: dspy.Module, polic
     """
     if not _carries(student):
         return None
-    start = f"going on from the weights {policy.checkpoint.version} of {policy.checkpoint.path} and the population"
+    start = f"going on from the weights {policy.checkpoint.version} of {policy.checkpoint.folder} and the population"
     if not config.continue_optimizer:
         return (
             f"{start}; AdamW, its warm-up and the KL's reference start anew (continue_optimizer=True takes AdamW and "

@@ -8,6 +8,7 @@ from typing import Any
 
 import dspy
 
+from dspy_fst.model_files.lora_folder import model_files_in
 from dspy_fst.saving.program_state import without_lms
 
 
@@ -41,8 +42,7 @@ def files_fingerprint(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
-    for path in sorted([*weights, folder / "config.json"]):
+    for path in (path for part in model_files_in(folder) for path in _files_of(part)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
@@ -50,3 +50,8 @@ def files_fingerprint(folder: Path) -> str | None:
                 file.seek(start)
                 digest.update(file.read(BLOCK))
     return digest.hexdigest()[:16]
+
+
+def _files_of(folder: Path) -> list[Path]:
+    weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+    return sorted([*weights, *folder.glob("config.json"), *folder.glob("adapter_config.json")])

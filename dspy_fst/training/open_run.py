@@ -108,7 +108,7 @@ def _what_is_saved(run: RunDirectory) -> str:
 def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
     """Load the trainer, at the committed state when there is one, and put the session together."""
     config, student = request.config, request.student
-    trainer = Trainer(policy.checkpoint.path, trainer_settings(config))
+    trainer = Trainer(policy.checkpoint.folder, trainer_settings(config))
     run.drop_weights_from(version_of(moved_at(run.state)))
     if run.state:
         trainer.load_state(run.trainer_state)

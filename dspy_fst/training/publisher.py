@@ -195,7 +195,7 @@ class Publisher:
 
     def serve_again(self, version: WeightsVersion) -> None:
         """Serve kept weights of an earlier step."""
-        self._serving.serve_again(Checkpoint(version, self._run.weights_path(version)))
+        self._serving.serve_again(Checkpoint.at(version, self._run.weights_path(version)))
 
     def see_texts(self, rollouts: Iterable[Rollout]) -> None:
         """Verify later publishes on these prompts and replies, unless some were seen before."""

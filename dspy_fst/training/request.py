@@ -28,7 +28,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.argument_checks import search_faults
 from dspy_fst.preflight.data_checks import data_faults, input_faults
 from dspy_fst.preflight.engine_checks import engine_faults
-from dspy_fst.preflight.model_checks import model_faults
+from dspy_fst.preflight.model_checks import lora_faults, lora_warnings, model_faults
 from dspy_fst.preflight.precision import precision_warnings
 from dspy_fst.preflight.program_checks import policies_of, program_faults, trained_faults
 from dspy_fst.preflight.restarts import restart_warnings
@@ -174,6 +174,8 @@ def _faults_of_arguments(
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
         yield from [*model_faults(policy, hub_s), *engine_faults(policy)] if room is None else shape_faults(policy)
+        if config is not None and config.adapter is not None:
+            yield from lora_faults(policy, config.adapter)
 
 
 def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: Available | None) -> Request:
@@ -226,6 +228,7 @@ def _model_warnings(policy: PolicyLM, config: FSTConfig) -> list[str]:
         *template_warnings(path),
         *restart_warnings(path, *engine),
         *precision_warnings(config.precision, *engine),
+        *lora_warnings(policy, config.adapter),
     ]
 
 
@@ -234,9 +237,10 @@ def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy:
     carried = getattr(student, "population", None)
     return {
         **{key: value for key, value in config.model_dump().items() if key not in NOT_IDENTITY},
-        "model": str(policy.checkpoint.path),
+        "lora": config.adapter.model_dump() if config.adapter else None,
+        "model": str(policy.checkpoint.folder),
         "weights": policy.checkpoint.version,
-        "model_files": files_fingerprint(policy.checkpoint.path),
+        "model_files": files_fingerprint(policy.checkpoint.folder),
         "engine": policy.handle.resolved_kind,
         "temperature": policy.sampling_temperature,
         "max_tokens": policy.reply_limit,
@@ -276,4 +280,6 @@ def trainer_settings(config: FSTConfig) -> TrainerSettings:
         min_effective_share=config.min_effective_share,
         micro_batch_tokens=int(config.micro_batch_tokens),
         precision=config.precision,
+        adapter=config.adapter,
+        seed=config.seed,
     )

@@ -91,10 +91,10 @@ def _attach(compiled: dspy.Module, run: Session, *, track_stats: bool) -> None:
 def start_of(compiled: dspy.Module) -> Checkpoint:
     """The weights that the program's run started from, kept in its run directory."""
     version = version_of(0)
-    path = policy_of(compiled).checkpoint.path.parent / version
+    path = policy_of(compiled).checkpoint.folder.parent / version
     if not path.is_dir():
         raise ValueError(f"the weights that training started from are not at {path}; they stay in the run directory")
-    return Checkpoint(version, path)
+    return Checkpoint.at(version, path)
 
 
 # ---- kept in the run's directory -----------------------------------------------------------------
