@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +80,13 @@ def run(
         Path | None, typer.Option("--run-dir", metavar="DIR", help="Instead of the project's.")
     ] = None,
     cycles: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LORA",
+            help="Train a LoRA adapter: 'lora', or its settings as JSON, e.g. '{\"rank\": 16}'; 'none': all weights.",
+        ),
+    ] = None,
     track: Track = None,
     samples: Samples = False,
     trust_code: TrustCode = False,
@@ -95,7 +103,7 @@ def run(
         from dspy_fst.run.directory import PROJECT
 
         project = _with_samples(_with_trackers(load_project(file), track), samples)
-        project = _changed(project, continue_from, new_run_dir, cycles)
+        project = _changed(project, continue_from, new_run_dir, {"cycles": cycles, "adapter": _adapter(adapter)})
         run_dir = project.run_path
         if (
             (run_dir / PROJECT).is_file()
@@ -197,15 +205,36 @@ def _with_trackers(project: "Project", track: list[str] | None) -> "Project":
     return project.model_copy(update={"track": track}) if track else project
 
 
-def _changed(project: "Project", continue_from: Path | None, run_dir: Path | None, cycles: int | None) -> "Project":
-    """The project with the settings of the command line. Paths are relative to the working directory."""
+def _adapter(given: str | None) -> object:
+    """The setting ``adapter`` of the command line; None where it is not given."""
+    if given is None or given in ("lora", "none"):
+        return given
+    try:
+        return json.loads(given)
+    except ValueError:
+        raise ConfigurationError([f"--adapter {given}: use lora, none, or JSON, e.g. '{{\"rank\": 16}}'"]) from None
+
+
+def _changed(
+    project: "Project", continue_from: Path | None, run_dir: Path | None, recipe: Mapping[str, object]
+) -> "Project":
+    """The project with the settings of the command line. Paths are relative to the working directory.
+
+    Args:
+        recipe: Setting of the recipe -> value; None leaves the project's.
+    """
+    from dspy_fst.config import make_config
     from dspy_fst.project.project_file import Recipe
 
     paths = {"continue_from": continue_from, "run_dir": run_dir}
     changes: dict[str, object] = {name: str(path.resolve()) for name, path in paths.items() if path is not None}
-    if cycles is not None:
-        given = project.recipe.model_dump(exclude_unset=True, exclude={"auto"}) if project.recipe else {}
-        changes["recipe"] = Recipe.model_validate({**given, "cycles": cycles})
+    if given := {name: value for name, value in recipe.items() if value is not None}:
+        replaced = {"auto"} if "cycles" in given else set()
+        kept = project.recipe.model_dump(exclude_unset=True, exclude=replaced) if project.recipe else {}
+        given |= {"adapter": None} if given.get("adapter") == "none" else {}
+        if faults := make_config({name: value for name, value in given.items() if name == "adapter"})[1]:
+            raise ConfigurationError([f"--{fault}" for fault in faults])
+        changes["recipe"] = Recipe.model_validate({**kept, **given})
     return project.model_copy(update=changes)
 
 
