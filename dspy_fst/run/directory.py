@@ -315,8 +315,8 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
         return f"run_dir={str(path)!r} is not empty and holds no readable recipe.json; name a new directory"
     wanted = to_jsonable(recipe)
     defaults = to_jsonable(FSTConfig.model_validate({}).model_dump())
-    recorded = {**{key: defaults[key] for key in wanted if key in defaults}, **recorded}  # an older release had fewer
     apart = (RECORDED_SINCE - recorded.keys()) | NO_LONGER_IDENTITY
+    recorded = {**{key: defaults[key] for key in wanted if key in defaults}, **recorded}  # an older release had fewer
     if wanted.get("model_files") is not None and recorded.get("model_files") == wanted.get("model_files"):
         apart |= {"model"}  # the same files in another place
     differing = [

@@ -237,6 +237,7 @@ def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy:
     carried = getattr(student, "population", None)
     return {
         **{key: value for key, value in config.model_dump().items() if key not in NOT_IDENTITY},
+        # Not under the name of the setting, which is the chat adapter's in recipes.
         "lora": config.adapter.model_dump() if config.adapter else None,
         "model": str(policy.checkpoint.folder),
         "weights": policy.checkpoint.version,
