@@ -3,13 +3,14 @@
 Each name is imported when it is first asked for: `dspy-fst --help`, or a typo in a project file, needs no torch.
 """
 
-import importlib
 import sys
 import warnings
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dspy_fst.errors import imported
 
 if TYPE_CHECKING:
     from dspy_fst.config import FSTConfig
@@ -64,7 +65,7 @@ class _Moved(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         new = f"{__name__}.{_MOVED[module.__name__.removeprefix(f'{__name__}.')]}"
         warnings.warn(f"{module.__name__} is {new} now; the old name goes with the next release", FutureWarning, 2)
-        found = importlib.import_module(new)
+        found = imported(new)
         public = sys.modules[__name__]  # the old modules also handed on load and save
         module.__dict__["__getattr__"] = lambda name: getattr(public if name in _HOMES else found, name)
 
@@ -72,10 +73,11 @@ class _Moved(MetaPathFinder, Loader):
 sys.meta_path.append(_Moved())
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    found: object = getattr(imported(f"{__name__}.{_HOMES[name]}"), name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,10 @@
 """What a user can meet: every error names the setting or file, what is wrong, and what to do."""
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 
 class FSTError(Exception):
@@ -109,3 +111,16 @@ def briefly(error: BaseException) -> str:
     """What an error says, on one line of at most 200 characters; its type where it says nothing."""
     text = " ".join(str(error).split())
     return (text if len(text) <= 200 else f"{text[:200]}...") or type(error).__name__
+
+
+def imported(module: str) -> ModuleType:
+    """A module, for the ``__getattr__`` of a package that imports its contents when they are first asked for.
+
+    Raises:
+        ImportError: an AttributeError came up while the module was imported. Python would take it for "there is no such
+            name" and drop it.
+    """
+    try:
+        return importlib.import_module(module)
+    except AttributeError as error:
+        raise ImportError(f"{module} cannot be imported: {error}", name=module) from error

@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -49,3 +51,32 @@ def test_a_name_that_never_was_is_still_an_error():
         importlib.import_module("dspy_fst.sessions")
     with pytest.raises(ImportError, match="no_such"):
         from dspy_fst.evaluation import no_such  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("asked", "home"),
+    [
+        ("from dspy_fst import FSTOptimizer", "dspy_fst.optimizer"),
+        ("from dspy_fst import load", "dspy_fst.saving.save_load"),
+        ("import dspy_fst; dspy_fst.PolicyLM", "dspy_fst.policy_lm"),
+        ("from dspy_fst.saved import load", "dspy_fst.saving.save_load"),
+        ("from dspy_fst.evaluation import two_by_two", "dspy_fst.evaluation.measure"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_error_inside_a_module_that_is_imported_late_is_shown(monkeypatch, asked, home):
+    class Broken(MetaPathFinder, Loader):
+        """Stands for a module whose import uses a name that its library no longer has."""
+
+        def find_spec(self, name, path=None, target=None):
+            return ModuleSpec(name, self) if name == home else None
+
+        def exec_module(self, module):
+            _ = dspy_fst.errors.no_such_name
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, home, raising=False)
+    monkeypatch.delitem(sys.modules, "dspy_fst.saved", raising=False)
+    with pytest.raises(ImportError, match=f"{home} cannot be imported: .*no_such_name") as shown:
+        exec(asked, {})
+    assert isinstance(shown.value.__cause__, AttributeError)

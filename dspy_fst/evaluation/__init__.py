@@ -3,15 +3,16 @@
 In: programs and problems, or a run's directory. Out: measurements. The run's own files are only read.
 """
 
-import importlib
 import warnings
-from typing import Any
+
+from dspy_fst.errors import imported
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Names of the module that this package was in release 0.1; gone after release 0.2."""
-    measure = importlib.import_module("dspy_fst.evaluation.measure")
-    if name.startswith("_") or not hasattr(measure, name):
+    measure = None if name.startswith("_") else imported("dspy_fst.evaluation.measure")
+    if measure is None or not hasattr(measure, name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(f"{__name__}.{name} is {measure.__name__}.{name} now", FutureWarning, 2)
-    return getattr(measure, name)
+    found: object = getattr(measure, name)
+    return found
