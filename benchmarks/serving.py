@@ -74,9 +74,10 @@ def echo_program() -> Any:
     """A program that gives back what it is asked, through a model that costs nothing."""
     import dspy
 
+    from dspy_fst.engine.chat import ChatMessage
     from tests.fakes import fields, scripted_policy
 
-    def speak(messages: list[dict[str, str]], seed: int) -> str:
+    def speak(messages: list[ChatMessage], seed: int) -> str:
         question = re.search(r"\[\[ ## question ## \]\]\n(.*)\n", messages[-1]["content"])
         assert question is not None
         return fields(answer=f"echo {question[1]}")

@@ -48,11 +48,11 @@ class PolicyLM(dspy.LM):
         engine: EngineKind = "auto",
         temperature: float = 1.0,
         max_tokens: int | None = 1024,
-        engine_options: Mapping[str, Any] | None = None,
+        engine_options: Mapping[str, object] | None = None,
         version: str = BASE_VERSION,
         num_retries: int = 3,
         use_json_adapter_fallback: bool = False,
-        **unknown: Any,
+        **unknown: object,
     ):
         """Name the model; nothing is loaded or started.
 
@@ -99,13 +99,13 @@ class PolicyLM(dspy.LM):
         self.use_json_adapter_fallback = use_json_adapter_fallback
         self._cache_responses = False  # a predictor's own cache=True would beat LM(cache=False)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         answer = super().__call__(*args, **kwargs)
         if not self.use_json_adapter_fallback:
             no_second_call()
         return answer
 
-    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+    async def acall(self, *args: object, **kwargs: object) -> Any:
         """The same as a call, to be awaited; DSPy's adapters ask once for each reply here too."""
         answer = await super().acall(*args, **kwargs)
         if not self.use_json_adapter_fallback:
@@ -131,7 +131,7 @@ class PolicyLM(dspy.LM):
         longest: int | None = self.kwargs.get("max_tokens")
         return longest
 
-    def _get_initial_kwargs(self, *, temperature: Any, max_tokens: Any, **kwargs: Any) -> dict[str, Any]:
+    def _get_initial_kwargs(self, *, temperature: object, max_tokens: object, **kwargs: object) -> dict[str, object]:
         # dspy.LM takes a folder named o3-mini or gpt-5 for OpenAI's model, whose rules and names of settings differ.
         return {"temperature": temperature, "max_tokens": max_tokens, **kwargs}
 
@@ -159,7 +159,7 @@ class PolicyLM(dspy.LM):
         """Stop the engine and free its memory; the next call starts it again."""
         self.handle.release()
 
-    def dump_state(self) -> dict[str, Any]:
+    def dump_state(self) -> dict[str, object]:
         """State for DSPy's save: no keys, addresses or whatever else belongs to the machine (see `engine.options`)."""
         return {
             "_dspy_lm_class": f"{type(self).__module__}.{type(self).__qualname__}",
@@ -174,7 +174,7 @@ class PolicyLM(dspy.LM):
         }
 
     @classmethod
-    def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> "PolicyLM":
+    def load_state(cls, state: Mapping[str, object], *, allow_custom_lm_class: bool = False) -> "PolicyLM":
         """Rebuild from `dump_state`; called by DSPy with ``allow_unsafe_lm_state=True``.
 
         Raises:
@@ -207,7 +207,7 @@ class EngineHandle:
     Shared by every copy of its LM: ``program.deepcopy()`` copies LMs, and must not start servers.
     """
 
-    def __init__(self, model: str, kind: EngineKind, options: dict[str, Any], version: str):
+    def __init__(self, model: str, kind: EngineKind, options: dict[str, object], version: str):
         self.kind, self.options = kind, options
         path = Path(model)
         # A folder is meant where it lies now, also after the working directory changed; else it is a hub name.
@@ -291,10 +291,10 @@ class EngineHandle:
     def close(self) -> None:
         """DSPy closes LMs it does not own the engine of; only `release` stops ours."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "EngineHandle":
+    def __deepcopy__(self, memo: dict[int, object]) -> "EngineHandle":
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         path, version = str(self.checkpoint.folder), self.checkpoint.version
         return (EngineHandle, (path, self.kind, self.options, version))
 
@@ -315,7 +315,7 @@ class AsyncHandle:
     async def aclose(self) -> None:
         """See `EngineHandle.close`."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "AsyncHandle":
+    def __deepcopy__(self, memo: dict[int, object]) -> "AsyncHandle":
         return self
 
 
@@ -344,7 +344,7 @@ def resolve_kind(kind: EngineKind) -> EngineKind:
     return "vllm" if importlib.util.find_spec("vllm") and has_gpu() else "in_process"
 
 
-def engine_maker(kind: EngineKind, options: Mapping[str, Any]) -> Callable[[], Engine]:
+def engine_maker(kind: EngineKind, options: Mapping[str, object]) -> Callable[[], Engine]:
     """A function that makes the engine; faults in its options are found now.
 
     Raises:

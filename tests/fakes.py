@@ -7,11 +7,11 @@ from pathlib import Path
 from dspy import lm15
 
 from dspy_fst.engine.base import Checkpoint, Completion, Holding
-from dspy_fst.engine.chat import chat_messages, text_response
+from dspy_fst.engine.chat import ChatMessage, chat_messages, text_response
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.policy_lm import PolicyLM
 
-Speak = Callable[[list[dict[str, str]], int], str]
+Speak = Callable[[list[ChatMessage], int], str]
 """(chat messages, seed) -> the reply's text."""
 
 

@@ -1,4 +1,7 @@
-"""What samples tokens: the one protocol that every engine meets. Its weights are verified by `engine.verification`."""
+"""What samples tokens: the one protocol that every engine meets, and what no engine is asked to do.
+
+The weights that an engine serves are verified by `engine.verification`.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -8,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from dspy.lm15 import Request, Response
+from dspy.lm15 import Config, Request, Response, UnsupportedFeatureError
 
 from dspy_fst.model_files.lora_folder import lora_parts
 from dspy_fst.types import WeightsVersion
@@ -208,3 +211,68 @@ class StreamingEngine(Protocol):
         Closing it ends the reply. Once a piece was told, a failure is not survived by asking again.
         """
         ...
+
+
+# ---- what no engine is asked ----------------------------------------------------------------------
+
+_SAMPLING = {
+    "top_p": "nucleus sampling",
+    "top_k": "top-k sampling",
+    "frequency_penalty": "a frequency penalty",
+    "presence_penalty": "a presence penalty",
+}
+_MASKING = {
+    *("logit_bias", "structured_outputs", "bad_words", "allowed_token_ids", "min_tokens"),
+    *("thinking_token_budget", "use_beam_search", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+}
+"""Servers' own settings that forbid some tokens or force others."""
+LEAST_TEMPERATURE = 0.01
+"""vLLM 0.32 raises a temperature between 0 and this value to this value (vllm/sampling_params.py), and reports the
+log-probabilities at the raised temperature."""
+
+
+def temperature_fault(temperature: object) -> str | None:
+    """Why calls cannot be both sampled and scored at this temperature; None if they can."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
+        return f"temperature={temperature!r}: it must be a number above 0, at most 2; 1.0 is the model's own"
+    if 0 < temperature < LEAST_TEMPERATURE:
+        return (
+            f"temperature={temperature!r}: vLLM samples at {LEAST_TEMPERATURE} instead, so training would score "
+            f"another distribution than was sampled; use 0 (greedy) or at least {LEAST_TEMPERATURE}"
+        )
+    return None
+
+
+def refuse_reshaped_sampling(request: Request) -> None:
+    """Refuse settings under which tokens are not sampled from softmax(logits / temperature).
+
+    The trainer scores that distribution. Any other would silently bias every importance weight.
+
+    Raises:
+        dspy.UnsupportedFeatureError: names the setting.
+    """
+    neutral = {"top_p": (None, 1, 1.0), "top_k": (None, 0, -1)}
+    for name, meaning in _SAMPLING.items():
+        if getattr(request.config, name) not in neutral.get(name, (None, 0, 0.0)):
+            raise UnsupportedFeatureError(
+                f"{name}={getattr(request.config, name)!r}: {meaning} is not what training scores; remove it from "
+                "the PolicyLM or the predictor's config"
+            )
+    temperature = request.config.temperature
+    if temperature is not None and 0 < temperature < LEAST_TEMPERATURE:
+        raise UnsupportedFeatureError(str(temperature_fault(temperature)))
+    if masks := sorted(_masks(request.config)):
+        raise UnsupportedFeatureError(
+            f"{', '.join(masks)}: the reply would be drawn with some tokens masked, which is not what training scores; "
+            "ask for the form in words (DSPy's adapters do)"
+        )
+
+
+def _masks(config: Config) -> set[str]:
+    """Names of the settings that force the form of a reply.
+
+    A forced tool choice is not among them: it is not enforced here. The model sees the tools and decides itself whether
+    to call one, so that a reply without a call is the policy's own action.
+    """
+    forced = {"response_format"} if config.response_format is not None else set()
+    return forced | (_MASKING & set(config.extensions or {}))

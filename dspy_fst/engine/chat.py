@@ -12,11 +12,12 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
 
 from dspy import lm15
 from jinja2 import TemplateError
 
+from dspy_fst.engine.base import refuse_reshaped_sampling
 from dspy_fst.model_files.tokenizer import decoded, rendered_ids
 
 if TYPE_CHECKING:
@@ -170,74 +171,22 @@ def _written_before(tokenizer: "PreTrainedTokenizerBase", alone: str) -> str:
 # ---- a request as messages of a template ---------------------------------------------------------
 
 
-ChatMessage = dict[str, Any]
-"""One turn as chat templates read it, e.g. ``{"role": "user", "content": "What is a lynx?"}``; tool calls are lists."""
+class _Said(TypedDict):
+    content: str
+    name: NotRequired[str | None]
+    """Of the tool whose result it is."""
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, object]]]
 
-_SAMPLING = {
-    "top_p": "nucleus sampling",
-    "top_k": "top-k sampling",
-    "frequency_penalty": "a frequency penalty",
-    "presence_penalty": "a presence penalty",
-}
-_MASKING = {
-    *("logit_bias", "structured_outputs", "bad_words", "allowed_token_ids", "min_tokens"),
-    *("thinking_token_budget", "use_beam_search", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-}
-"""Servers' own settings that forbid some tokens or force others."""
+
+class ChatMessage(_Said):
+    """One turn as chat templates read it, e.g. ``{"role": "user", "content": "What is a lynx?"}``."""
+
+    role: str
+
 
 _ROLES = {"developer": "system"}
 """OpenAI's newer name of a role -> the name that chat templates know."""
-
-LEAST_TEMPERATURE = 0.01
-"""vLLM 0.32 raises a temperature between 0 and this value to this value (vllm/sampling_params.py), and reports the
-log-probabilities at the raised temperature."""
-
-
-def temperature_fault(temperature: object) -> str | None:
-    """Why calls cannot be both sampled and scored at this temperature; None if they can."""
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
-        return f"temperature={temperature!r}: it must be a number above 0, at most 2; 1.0 is the model's own"
-    if 0 < temperature < LEAST_TEMPERATURE:
-        return (
-            f"temperature={temperature!r}: vLLM samples at {LEAST_TEMPERATURE} instead, so training would score "
-            f"another distribution than was sampled; use 0 (greedy) or at least {LEAST_TEMPERATURE}"
-        )
-    return None
-
-
-def refuse_reshaped_sampling(request: lm15.Request) -> None:
-    """Refuse settings under which tokens are not sampled from softmax(logits / temperature).
-
-    The trainer scores that distribution. Any other would silently bias every importance weight.
-
-    Raises:
-        dspy.lm15.UnsupportedFeatureError: names the setting.
-    """
-    neutral = {"top_p": (None, 1, 1.0), "top_k": (None, 0, -1)}
-    for name, meaning in _SAMPLING.items():
-        if getattr(request.config, name) not in neutral.get(name, (None, 0, 0.0)):
-            raise lm15.UnsupportedFeatureError(
-                f"{name}={getattr(request.config, name)!r}: {meaning} is not what training scores; remove it from "
-                "the PolicyLM or the predictor's config"
-            )
-    temperature = request.config.temperature
-    if temperature is not None and 0 < temperature < LEAST_TEMPERATURE:
-        raise lm15.UnsupportedFeatureError(str(temperature_fault(temperature)))
-    if masks := sorted(_masks(request.config)):
-        raise lm15.UnsupportedFeatureError(
-            f"{', '.join(masks)}: the reply would be drawn with some tokens masked, which is not what training scores; "
-            "ask for the form in words (DSPy's adapters do)"
-        )
-
-
-def _masks(config: lm15.Config) -> set[str]:
-    """Names of the settings that force the form of a reply.
-
-    A forced tool choice is not among them: it is not enforced here. The model sees the tools and decides itself whether
-    to call one, so that a reply without a call is the policy's own action.
-    """
-    forced = {"response_format"} if config.response_format is not None else set()
-    return forced | (_MASKING & set(config.extensions or {}))
 
 
 def chat_messages(request: lm15.Request) -> list[ChatMessage]:
@@ -262,17 +211,18 @@ def chat_messages(request: lm15.Request) -> list[ChatMessage]:
     return messages
 
 
-def _contents(message: lm15.Message) -> ChatMessage:
+def _contents(message: lm15.Message) -> _Said:
     """A message's text, thoughts and tool calls, under the names that chat templates read."""
     calls = [part for part in message.parts if isinstance(part, lm15.ToolCallPart)]
     thoughts = [part.text for part in message.parts if isinstance(part, lm15.ThinkingPart)]
     rest = [part for part in message.parts if not isinstance(part, lm15.ToolCallPart | lm15.ThinkingPart)]
     functions = [{"name": call.name, "arguments": dict(call.input)} for call in calls]
-    return {
-        "content": _text(rest),
-        **({"reasoning_content": "\n".join(thoughts)} if thoughts else {}),
-        **({"tool_calls": [{"type": "function", "function": function} for function in functions]} if functions else {}),
-    }
+    said: _Said = {"content": _text(rest)}
+    if thoughts:
+        said["reasoning_content"] = "\n".join(thoughts)
+    if functions:
+        said["tool_calls"] = [{"type": "function", "function": function} for function in functions]
+    return said
 
 
 def _text(parts: Sequence[object]) -> str:

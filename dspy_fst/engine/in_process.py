@@ -243,7 +243,7 @@ class InProcessEngine:
         self._model = self._decoder = self._checkpoint = None  # frees memory for the new model
         self._read(checkpoint, str(device), dtype)
 
-    def _read(self, checkpoint: Checkpoint, device: str, dtype: Any) -> None:
+    def _read(self, checkpoint: Checkpoint, device: str, dtype: str | torch.dtype) -> None:
         model, info = load_model_with_info(checkpoint.path, dtype=dtype)
         if fault := layer_fault(info):
             raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} are not served: {fault}")

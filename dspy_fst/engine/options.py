@@ -7,7 +7,7 @@ time limit or an argument of a server.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypedDict, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -111,6 +111,19 @@ OF_ENGINE = {
 """Engine -> those of the portable options that it has."""
 
 
+class PolicyArguments(TypedDict, total=False):
+    """Arguments of PolicyLM that a saved state may set."""
+
+    model: str
+    engine: Literal["auto", "vllm", "in_process"]
+    engine_options: dict[str, object]
+    temperature: float
+    max_tokens: int | None
+    num_retries: int
+    version: str
+    use_json_adapter_fallback: bool
+
+
 class PolicyState(BaseModel):
     """The state that ``PolicyLM.dump_state`` returns."""
 
@@ -125,9 +138,9 @@ class PolicyState(BaseModel):
     version: str
     use_json_adapter_fallback: bool = False
 
-    def settings(self, engine: str) -> dict[str, Any]:
+    def settings(self, engine: str) -> PolicyArguments:
         """Arguments of PolicyLM. Options that were not set, or that this engine does not have, are left out."""
-        settings = self.model_dump(exclude_unset=True)
+        settings: PolicyArguments = self.model_dump(exclude_unset=True)  # type: ignore[assignment]
         options = {name: value for name, value in settings["engine_options"].items() if name in OF_ENGINE[engine]}
         return {**settings, "engine_options": options}
 

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Protocol
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -255,11 +255,17 @@ class ProgressView:
         yield "time", self._times.words
 
 
+class _Display(Protocol):
+    """IPython's handle of an output that can be replaced."""
+
+    def update(self, view: RenderableType, /) -> None: ...
+
+
 class _Notebook:
     """One output of a notebook cell that is replaced in place. rich would need ipywidgets for that."""
 
     def __init__(self) -> None:
-        self._handle: Any = None
+        self._handle: _Display | None = None
         self._shown = 0.0
 
     def show(self, view: RenderableType, *, now: bool) -> None:

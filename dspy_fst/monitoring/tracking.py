@@ -41,7 +41,7 @@ class _Service:
 
     named: str | None
     """The argument for the name of a run; None when there is none."""
-    identity: Callable[[Any], Any]
+    identity: Callable[[Any], object]
     """Gives the identity of the run that the tracker made."""
     continued: Callable[[str], dict[str, str]]
     """Identity -> the arguments that continue that run."""

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Kind = Literal["scored", "failed", "masked"]
 PARSE, CONTEXT = "parse", "context"
@@ -65,7 +65,7 @@ class Outcome:
         return {"feedback": self.detail, "mask": self.mask, "failure": self.failure}
 
     @classmethod
-    def of_fields(cls, data: Mapping[str, Any]) -> "Outcome":
+    def of_fields(cls, data: Mapping[str, str | None]) -> "Outcome":
         """The outcome that `as_fields` wrote; a field that is missing is None."""
         detail = data.get("feedback") or ""
         if mask := data.get("mask"):

@@ -12,13 +12,15 @@ from dspy_fst.policy_lm import PolicyLM
 
 def engine_faults(policy: PolicyLM) -> list[str]:
     """Faults of the engine's options."""
-    from dspy_fst.engine.options import InProcessSettings
+    from dspy_fst.engine.options import InProcessSettings, make_settings
     from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 
     options = policy.handle.options
     if policy.handle.resolved_kind == "in_process":
-        return _type_faults(InProcessSettings, options) or list(_in_process_faults(InProcessSettings(**options)))
-    return _type_faults(VLLMSettings, options) or vllm_faults(VLLMSettings(**options))
+        return _type_faults(InProcessSettings, options) or list(
+            _in_process_faults(make_settings(InProcessSettings, options, "in_process"))
+        )
+    return _type_faults(VLLMSettings, options) or vllm_faults(make_settings(VLLMSettings, options, "vllm"))
 
 
 def _type_faults(settings: type, options: Mapping[str, Any]) -> list[str]:

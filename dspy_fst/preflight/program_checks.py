@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.engine.chat import temperature_fault
+from dspy_fst.engine.base import temperature_fault
 from dspy_fst.engine.options import RESHAPING
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.sampling_settings import bad_numbers

@@ -10,7 +10,7 @@ from typing import get_args
 
 import dspy
 
-from dspy_fst.engine.chat import temperature_fault
+from dspy_fst.engine.base import temperature_fault
 from dspy_fst.engine.options import unknown_arguments
 from dspy_fst.policy_lm import EngineKind, PolicyLM
 from dspy_fst.preflight.unreachable_parts import asked_policies

@@ -27,7 +27,7 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.files import population_to_json, read_json, remove, to_jsonable, write_json, writing
 from dspy_fst.run.search_journal import Journal
-from dspy_fst.run.state import commit_state, newest_state, prune_states
+from dspy_fst.run.state import StateFields, commit_state, newest_state, prune_states
 from dspy_fst.types import Population, WeightsVersion
 
 LOCK = ".lock"
@@ -75,7 +75,7 @@ class RunDirectory:
         listeners: tuple[Listener, ...] = (),
         *,
         keep_states: int = 2,
-        clean: Callable[[Any], Any] = lambda value: value,
+        clean: Callable[[object], Any] = lambda value: value,
     ):
         self.path, self.listeners, self._keep_states, self._clean = path, listeners, keep_states, clean
         self._finished: float | None = None
@@ -99,7 +99,7 @@ class RunDirectory:
             raise
 
     @property
-    def state(self) -> Mapping[str, Any]:
+    def state(self) -> StateFields:
         """Fields of the last commit: ``cycle``, ``searched``, ``step``, ``moved_at``, ``population``.
 
         Empty before the first commit.
@@ -129,7 +129,7 @@ class RunDirectory:
 
     # ---- events --------------------------------------------------------------------------------
 
-    def emit(self, kind: str, **fields: Any) -> None:
+    def emit(self, kind: str, **fields: object) -> None:
         """Append one event and show it to the listeners."""
         event = self._clean({"event": kind, "time": time.time(), **to_jsonable(fields)})
         line = (json.dumps(event, allow_nan=False) + "\n").encode()
@@ -148,13 +148,13 @@ class RunDirectory:
         for listener in self.listeners:
             listener(event)
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Event]:
         """Every event so far."""
         return read_events(self.path)
 
     # ---- the resumable state -------------------------------------------------------------------
 
-    def commit(self, save_trainer: Callable[[Path], None] | None, **fields: Any) -> None:
+    def commit(self, save_trainer: Callable[[Path], None] | None, **fields: object) -> None:
         """Add a state with the trainer, these fields and the current length of the events.
 
         Args:
@@ -162,14 +162,14 @@ class RunDirectory:
                 the last commit, whose files are then shared.
         """
         log = self.path / "events.jsonl"
-        fields = {
+        state: StateFields = {
             **self._clean(to_jsonable(fields)),
             "events_bytes": log.stat().st_size if log.exists() else 0,
             "events_sha256": self._log_hash.hexdigest(),
         }
         self._finished = None
         with writing(self.path):
-            self._state = commit_state(self.path / "states", fields, save_trainer, self._state, keep=self._keep_states)
+            self._state = commit_state(self.path / "states", state, save_trainer, self._state, keep=self._keep_states)
 
     def abandon(self) -> None:
         """Remove everything if nothing was committed yet, so that a corrected recipe can use the directory."""
@@ -255,7 +255,7 @@ class RunDirectory:
                 remove(path.rename(path.with_name(f".{path.name}.old")))  # gone at once, or not at all
 
 
-def log_fault(path: Path, state: Mapping[str, Any], content: bytes) -> str | None:
+def log_fault(path: Path, state: StateFields, content: bytes) -> str | None:
     """Why these events differ from what was committed with the newest state, as a sentence; None when they do not.
 
     Args:
@@ -294,7 +294,7 @@ def run_around(path: Path) -> Path | None:
     return next((folder for folder in path.parents if is_run(folder) and (folder / "states").is_dir()), None)
 
 
-def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
+def directory_fault(path: Path, recipe: Mapping[str, object]) -> str | None:
     """Why a run of this recipe cannot use this directory, as a sentence; None when it can.
 
     A setting that the directory's recipe lacks had its default there: older releases had fewer settings.
@@ -333,7 +333,7 @@ def directory_fault(path: Path, recipe: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _more_cycles(path: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def _more_cycles(path: Path, recorded: Mapping[str, object], wanted: Mapping[str, object]) -> str:
     """Advice for a user who seems to want more cycles from this run's result; empty for others."""
     goes_on = wanted.get("population") is not None and recorded.get("population") != wanted.get("population")
     if not goes_on and recorded.get("cycles") == wanted.get("cycles"):
@@ -345,7 +345,7 @@ def _more_cycles(path: Path, recorded: Mapping[str, Any], wanted: Mapping[str, A
     )
 
 
-def _in_words(value: Any) -> str:
+def _in_words(value: object) -> str:
     """A recipe's value as text: an adapter by its name and settings."""
     if not (isinstance(value, Mapping) and isinstance(value.get("name"), str)):
         return repr(value)
@@ -364,14 +364,14 @@ def _committed_work(log: bytes) -> str | None:
     )
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
+def read_events(path: Path) -> list[Event]:
     """The events of a run directory, also of a running or killed run. Incomplete lines are left out."""
     log = path / "events.jsonl"
     return _parsed(log.read_bytes()) if log.is_file() else []
 
 
-def _parsed(log: bytes) -> list[dict[str, Any]]:
-    events = []
+def _parsed(log: bytes) -> list[Event]:
+    events: list[Event] = []
     for line in log.split(b"\n")[:-1]:
         try:
             event = json.loads(line)

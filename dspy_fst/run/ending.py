@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from dspy_fst.run.interrupts import interruption_named
 
 if TYPE_CHECKING:
-    from dspy_fst.run.directory import RunDirectory
+    from dspy_fst.run.directory import Event, RunDirectory
 
 # ---- ended ---------------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ class StopReason:
         return SETTINGS.get(self.kind)
 
     @property
-    def as_event(self) -> dict[str, Any]:
+    def as_event(self) -> dict[str, object]:
         """The event's fields; no advice where there is none."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -81,7 +81,7 @@ def complete(steps: int) -> StopReason:
     return StopReason("complete", steps, f"all of the plan is done: {steps} step{'' if steps == 1 else 's'}")
 
 
-def stop_reason_in(events: Sequence[Mapping[str, Any]]) -> StopReason | None:
+def stop_reason_in(events: "Sequence[Event]") -> StopReason | None:
     """The reason in a run's events; None for a run that goes on, was killed, failed, or is of an older release."""
     reasons = [event["reason"] for event in events if event.get("event") == EVENT]
     if not reasons:
@@ -109,7 +109,7 @@ def emit_halted(run: "RunDirectory", error: BaseException) -> None:
             run.emit(HALTED, why=interruption_named(error) or words[:LONGEST])
 
 
-def halt_reason_in(events: Sequence[Mapping[str, object]]) -> str | None:
+def halt_reason_in(events: "Sequence[Event]") -> str | None:
     """Why the run was stopped; None for a run that was killed, goes on, or is of an older release."""
     reasons = [event.get("why") for event in events if event.get("event") == HALTED]
     return str(reasons[-1]) if reasons else None

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError
 
@@ -30,6 +30,23 @@ _ADVICE = {
     errno.ENOTDIR: "a file lies where a folder belongs; move it away",
     errno.EIO: "the disk fails; move the directory to another",
 }
+
+
+class FileFacts(TypedDict):
+    """A file's size and checksum, e.g. ``{"bytes": 1024, "sha256": "9f86d0..."}``."""
+
+    bytes: int
+    sha256: str
+
+
+class PopulationJson(TypedDict):
+    """A population as JSON."""
+
+    members: list[dict[str, str]]
+    """The texts of each."""
+    scores: list[float | None]
+    parents: dict[str, list[str]]
+    """Digest -> digests."""
 
 
 @contextmanager
@@ -59,7 +76,7 @@ def _errno_in(message: str) -> int | None:
     return int(digits) if digits.isdigit() else None
 
 
-def write_json(path: Path, data: Any, *, finite: bool = True) -> None:
+def write_json(path: Path, data: object, *, finite: bool = True) -> None:
     """Replace a document: a reader finds the old one or the new one, never a part."""
     partial = path.with_name(path.name + ".new")
     with partial.open("w", encoding="utf-8") as file:
@@ -111,12 +128,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_facts(path: Path) -> dict[str, int | str]:
-    """A file's size and checksum, e.g. ``{"bytes": 1024, "sha256": "9f86d0..."}``."""
+def file_facts(path: Path) -> FileFacts:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def to_jsonable(value: Any, *, finite: bool = True) -> Any:
+def to_jsonable(value: object, *, finite: bool = True) -> Any:
     """The value in JSON's types. JSON has no NaN: it becomes None unless ``finite`` is False."""
     if isinstance(value, Population):
         return population_to_json(value)
@@ -133,7 +149,7 @@ def to_jsonable(value: Any, *, finite: bool = True) -> Any:
     return str(value)
 
 
-def population_to_json(population: Population) -> dict[str, object]:
+def population_to_json(population: Population) -> PopulationJson:
     """A population as JSON; `population_from_json` is the inverse."""
     return {
         "members": [dict(member.texts) for member in population.members],
@@ -142,7 +158,7 @@ def population_to_json(population: Population) -> dict[str, object]:
     }
 
 
-def population_from_json(data: Mapping[str, Any]) -> Population:
+def population_from_json(data: PopulationJson) -> Population:
     return Population(
         members=tuple(Candidate(texts) for texts in data["members"]),
         scores=tuple(data["scores"]),

@@ -61,7 +61,7 @@ class Journal:
             )
         return record["gave"]
 
-    def record(self, kind: str, key: str, gave: Any) -> Any:
+    def record(self, kind: str, key: str, gave: object) -> Any:
         """Keep the result of an operation, and return it as it is kept: without secrets."""
         gave = self._clean(gave)
         self._write({"kind": kind, "key": key, "gave": gave})

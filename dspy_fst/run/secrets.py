@@ -56,7 +56,7 @@ class Redactor:
         self._pattern = re.compile("|".join((*values, *_SHAPES)))
 
     @classmethod
-    def of(cls, program: "dspy.Module", reflection_lm: Any = None) -> "Redactor":
+    def of(cls, program: "dspy.Module", reflection_lm: object = None) -> "Redactor":
         """A redactor that knows the secrets of the program's LMs, of the reflection LM and of the environment."""
         import dspy
 
@@ -64,7 +64,7 @@ class Redactor:
         settings = [*_settings_of_program(program), *_settings_of_lm(reflection_lm), *_settings_of_lm(dspy.settings.lm)]
         return cls([*environment, *(secret for setting in settings for secret in _named_secrets(setting))])
 
-    def clean(self, value: Any) -> Any:
+    def clean(self, value: object) -> Any:
         """The value with every secret replaced, in keys and strings at any depth; lists and tuples become lists."""
         if isinstance(value, str):
             return self._pattern.sub(HIDDEN, value)
@@ -74,7 +74,7 @@ class Redactor:
             return [self.clean(item) for item in value]
         return value
 
-    def places(self, value: Any) -> list[str]:
+    def places(self, value: object) -> list[str]:
         """Where in a plain value secrets stand, e.g. ``["first.demos[0].answer"]``."""
         return list(self._places(value, ""))
 
@@ -89,7 +89,7 @@ class Redactor:
             yield where
 
 
-def secret_faults(redactor: Redactor, documents: Mapping[str, Any]) -> list[str]:
+def secret_faults(redactor: Redactor, documents: Mapping[str, object]) -> list[str]:
     """A sentence for each place in these documents (name -> plain value) that holds a secret."""
     return [
         f"{name} would hold a secret at {place}: an API key, or the value of an environment variable that is named "

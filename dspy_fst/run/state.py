@@ -13,10 +13,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.run.files import file_facts, flush, read_json, remove, sha256_of, write_json
+from dspy_fst.run.files import FileFacts, PopulationJson, file_facts, flush, read_json, remove, sha256_of, write_json
 
 FORMAT = 2
 
@@ -25,19 +25,46 @@ class AnotherFormatError(RunDirectoryError):
     """A state that another release wrote: whole, and not to be read here."""
 
 
+class StateFields(TypedDict, total=False):
+    """What a state says of its run. Older releases wrote less; empty before the first state."""
+
+    cycle: int
+    """The cycle in progress."""
+    searched: int
+    """The last cycle that had searched; -1 before any."""
+    step: int
+    """Updates that were made."""
+    moved_at: int
+    """Number of steps after which the weights changed last."""
+    population: PopulationJson
+    judged_by: str
+    """Identity of the metric."""
+    events_bytes: int
+    events_sha256: str
+    """Of so many bytes of the events."""
+
+
+class _StateDocument(TypedDict):
+    """state.json without its own checksum."""
+
+    format: int
+    fields: StateFields
+    files: Mapping[str, FileFacts]
+
+
 @dataclass(frozen=True)
 class RunState:
     """One committed state."""
 
     path: Path
-    fields: Mapping[str, Any]
-    files: Mapping[str, Mapping[str, Any]]
-    """Name below the folder -> ``{"bytes", "sha256"}``."""
+    fields: StateFields
+    files: Mapping[str, FileFacts]
+    """Name below the folder -> its facts."""
 
 
 def commit_state(
     folder: Path,
-    fields: Mapping[str, Any],
+    fields: StateFields,
     save_trainer: Callable[[Path], None] | None,
     last: RunState | None,
     *,
@@ -55,12 +82,12 @@ def commit_state(
     if save_trainer is not None or last is None:
         if save_trainer is not None:
             save_trainer(scratch / "trainer")
-        files: Mapping[str, Mapping[str, Any]] = {name: file_facts(scratch / name) for name in _files_in(scratch)}
+        files: Mapping[str, FileFacts] = {name: file_facts(scratch / name) for name in _files_in(scratch)}
     else:
         files = last.files
         for name in files:
             share(last.path / name, scratch / name)
-    document = {"format": FORMAT, "fields": fields, "files": files}
+    document: _StateDocument = {"format": FORMAT, "fields": fields, "files": files}
     write_json(scratch / "state.json", {**document, "sha256": _checksum(document)})
     path = folder / f"{number:06d}"
     scratch.rename(path)
@@ -105,10 +132,9 @@ def peek_state(folder: Path) -> RunState | None:
         return None
 
 
-def moved_at(fields: Mapping[str, Any]) -> int:
+def moved_at(fields: StateFields) -> int:
     """Number of steps after which a state's weights changed last. Older releases published after every step."""
-    moved: int = fields.get("moved_at", fields.get("step", 0))
-    return moved
+    return fields.get("moved_at", fields.get("step", 0))
 
 
 def _verified(path: Path, other: Path | None, contents: bool) -> RunState:
@@ -128,7 +154,7 @@ def _verified(path: Path, other: Path | None, contents: bool) -> RunState:
     return RunState(path, document["fields"], files)
 
 
-def _document(path: Path, damaged: Callable[[str], RunDirectoryError]) -> dict[str, Any]:
+def _document(path: Path, damaged: Callable[[str], RunDirectoryError]) -> _StateDocument:
     document = read_json(path / "state.json")
     if not isinstance(document, dict):
         raise damaged("state.json is missing or no JSON")
@@ -142,7 +168,7 @@ def _document(path: Path, damaged: Callable[[str], RunDirectoryError]) -> dict[s
     checksum = document.pop("sha256", None)
     if checksum != _checksum(document):
         raise damaged("state.json does not match its checksum")
-    return document
+    return {"format": FORMAT, "fields": document["fields"], "files": document["files"]}
 
 
 def _is_whole(path: Path, contents: bool) -> bool:

@@ -10,9 +10,10 @@ Validations are comparable only with the same problems, rollouts per problem and
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from dspy_fst.formatting.numbers import counted
+from dspy_fst.run.directory import Event
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.files import population_from_json
 from dspy_fst.run.paired import Difference, difference
@@ -46,7 +47,7 @@ class Validated:
     """Digests of the measured members; at the start only the program's own texts."""
     rewards: tuple[tuple[float | None, ...], ...]
     """rewards[candidate][problem]: mean over the problem's rollouts; None when no rollout was measured."""
-    terms: Mapping[str, Any]
+    terms: Mapping[str, object]
     """What must be equal for a comparison: the problems, the rollouts of each, the metric."""
     counts: Mapping[str, int]
     """``rollouts`` (fresh ones), ``reused`` (measured before under the same weights), ``engine: <what>``, and
@@ -55,7 +56,7 @@ class Validated:
     seconds: float
 
     @classmethod
-    def from_event(cls, event: Mapping[str, Any]) -> "Validated":
+    def from_event(cls, event: Event) -> "Validated":
         """The state in a run's event."""
         report = event["report"]
         kept = {name: report[name] for name in cls.__dataclass_fields__}
@@ -123,7 +124,7 @@ def _mean(row: Sequence[float | None]) -> float | None:
     return sum(measured) / len(measured) if measured else None
 
 
-def validated_in(events: Sequence[Mapping[str, object]]) -> list[Validated]:
+def validated_in(events: Sequence[Event]) -> list[Validated]:
     """Every validation in the events, in order."""
     return [Validated.from_event(event) for event in events if event.get("event") == EVENT]
 

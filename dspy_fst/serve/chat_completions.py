@@ -145,7 +145,7 @@ class Chat:
         traits = self._policy.handle.reader.traits
         if traits.has_system and not traits.alternating:
             return messages
-        return chat_messages(fitted(self._canonical({"messages": messages}), traits))
+        return [{**message} for message in chat_messages(fitted(self._canonical({"messages": messages}), traits))]
 
     def _canonical(self, body: Mapping[str, Any]) -> lm15.Request:
         """A body as DSPy's engines take it.

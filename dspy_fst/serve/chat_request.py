@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from dspy_fst.engine.chat import LEAST_TEMPERATURE, temperature_fault
+from dspy_fst.engine.base import LEAST_TEMPERATURE, temperature_fault
 from dspy_fst.serve.body import MOST_DEEP, check_count, check_values, parsed
 from dspy_fst.serve.error_replies import ApiError
 from dspy_fst.serve.schema import Sent

@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import dspy
 
@@ -17,12 +16,12 @@ def program_fingerprint(program: dspy.Module) -> str:
     return fingerprint(without_lms(program).dump_state())
 
 
-def fingerprint(data: Any) -> str:
+def fingerprint(data: object) -> str:
     """16 hexadecimal digits of plain data, the same in every process."""
     return hashlib.sha256(_same_in_every_process(data).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def _same_in_every_process(data: Any) -> str:
+def _same_in_every_process(data: object) -> str:
     """``repr`` without what differs from process to process: the order of sets, and addresses."""
     if isinstance(data, Mapping):
         return f"{{{', '.join(f'{key!r}: {_same_in_every_process(value)}' for key, value in data.items())}}}"

@@ -1,10 +1,9 @@
 """From a checked request to an open session: print the plan, start what the run needs, and let go of it at the end."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import Any
 
 import dspy
 
@@ -14,7 +13,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.program_checks import policies_of
 from dspy_fst.rollout.chat_adapters import adapter_in_force, kept_by
 from dspy_fst.rollout.components import read_texts
-from dspy_fst.run.directory import RunDirectory
+from dspy_fst.run.directory import Listener, RunDirectory
 from dspy_fst.run.ending import emit_halted
 from dspy_fst.run.interrupts import interruption_named
 from dspy_fst.run.state import moved_at
@@ -31,7 +30,7 @@ from dspy_fst.training.validating import CHANGED, NO_VALSET, Validation
 from dspy_fst.types import Population, version_of
 
 logger = logging.getLogger(__name__)
-Listeners = Sequence[Callable[[Mapping[str, Any]], None]]
+Listeners = Sequence[Listener]
 
 
 @contextmanager
@@ -92,7 +91,7 @@ def _tell_stopped(run: RunDirectory, error: BaseException) -> None:
     emit_halted(run, error)
 
 
-def _configured(policy: PolicyLM) -> Any:
+def _configured(policy: PolicyLM) -> dspy.BaseLM | None:
     """DSPy's configured LM; a PolicyLM speaks through the run's engine, for predictors made while the program runs."""
     lm = dspy.settings.lm
     return lm.on(policy.handle) if isinstance(lm, PolicyLM) else lm
@@ -217,7 +216,7 @@ def _played(config: FSTConfig) -> str:
     return f"{group} + {under_seed}" if held else group
 
 
-def _subject(session: Session) -> dict[str, Any]:
+def _subject(session: Session) -> dict[str, object]:
     """What is trained on what, for whoever reads the events alone."""
     lms = {name: predictor.lm or dspy.settings.lm for name, predictor in session.program.named_predictors()}
     speaking = set(policies_of(session.program))

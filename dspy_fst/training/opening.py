@@ -1,10 +1,9 @@
 """What a run or a command is put together from: a trainable copy of the program, a population and a rollouter."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import dspy
 
@@ -13,9 +12,10 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.program_graph import all_speakers
-from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.reward import Metric, Reward
 from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
 from dspy_fst.run.files import population_from_json
+from dspy_fst.run.state import StateFields
 from dspy_fst.types import Candidate, Population
 
 
@@ -36,7 +36,7 @@ def trainable_copy(student: dspy.Module, policy: PolicyLM) -> dspy.Module:
     return copy
 
 
-def starting_population(student: dspy.Module, seed: Candidate, size: int, state: Mapping[str, Any]) -> Population:
+def starting_population(student: dspy.Module, seed: Candidate, size: int, state: StateFields) -> Population:
     """The run's committed population, else the compiled student's own, else copies of its texts."""
     if "population" in state:
         return population_from_json(state["population"])
@@ -47,7 +47,7 @@ def starting_population(student: dspy.Module, seed: Candidate, size: int, state:
 
 def open_player(
     program: dspy.Module,
-    metric: Callable[..., Any],
+    metric: Metric,
     config: FSTConfig,
     in_flight: Callable[[int], None],
     peers: Sequence[dspy.Example] = (),

@@ -7,7 +7,7 @@ the lines of code that use it, and kept in the run's events as ``parse_trial``.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
@@ -186,7 +186,7 @@ class Trial:
             return "Nothing of it helps: take an instruct model, or fewer and simpler output fields"
         return "Nothing of it helps: give easier problems, a metric with partial credit, or a stronger model"
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """The trial as plain data: ``before``, ``attempts``, ``helped`` (empty where nothing did) and ``told``."""
         best = self.best
         return {

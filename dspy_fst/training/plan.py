@@ -5,12 +5,12 @@ step reports, so a run that goes on decides as an uninterrupted one does.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.run.ending import StopReason, complete
+from dspy_fst.run.state import StateFields
 from dspy_fst.types import StepReport
 
 
@@ -166,9 +166,7 @@ class Schedule:
         reports: Of the steps so far; grows while the run goes on.
     """
 
-    def __init__(
-        self, plan: Plan, config: FSTConfig, state: Callable[[], Mapping[str, Any]], reports: Sequence[StepReport]
-    ):
+    def __init__(self, plan: Plan, config: FSTConfig, state: Callable[[], StateFields], reports: Sequence[StepReport]):
         self._plan, self._config, self._state, self._reports = plan, config, state, reports
         self.stopped: StopReason | None = None
         """Why no further step is made before the plan is done; None as long as the run goes on."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import dspy
 
@@ -13,6 +13,9 @@ from dspy_fst.rollout.rendering import render, renderer_of
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Rollout, StepReport, WeightsVersion, version_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # ---- the texts on which log-probabilities are compared -------------------------------------------
 
@@ -39,7 +42,13 @@ class NaturalTexts:
         tokenizer: The trainer's.
     """
 
-    def __init__(self, program: dspy.Module, trained: Iterable[str], examples: Sequence[dspy.Example], tokenizer: Any):
+    def __init__(
+        self,
+        program: dspy.Module,
+        trained: Iterable[str],
+        examples: Sequence[dspy.Example],
+        tokenizer: "PreTrainedTokenizerBase",
+    ):
         self._program, self._trained, self._tokenizer = program, frozenset(trained), tokenizer
         self._examples = examples
         self._recorded: list[list[int]] = []

@@ -6,7 +6,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import dspy
 
@@ -72,16 +71,16 @@ class Proposers:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a user gave, unchecked: anything may be of a wrong kind."""
+    """What a user gave, unchecked: the types are those that are meant, and anything may be of another."""
 
-    student: Any
-    trainset: Any
-    metric: Any
-    valset: Any = None
-    teacher: Any = None
+    student: dspy.Module
+    trainset: Sequence[dspy.Example]
+    metric: Metric
+    valset: Sequence[dspy.Example] | None = None
+    teacher: object = None
     proposers: Proposers = field(default_factory=Proposers)
     run_dir: str | Path | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     """Fields of FSTConfig, and ``auto``."""
 
 
@@ -98,7 +97,7 @@ class Request:
     config: FSTConfig
     run_dir: Path
     """Absolute."""
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     """What makes the run this run (`run_identity`)."""
     warnings: tuple[str, ...]
     """What does not stop the run and would go unnoticed."""
@@ -134,7 +133,7 @@ def check(given: Arguments, room: Available | None = None, hub_s: float = ANSWER
     return _checked_together(given, config, run_dir, room)
 
 
-def _recipe(given: Mapping[str, Any]) -> tuple[FSTConfig | None, list[str]]:
+def _recipe(given: Mapping[str, object]) -> tuple[FSTConfig | None, list[str]]:
     """The recipe, or None, and what is wrong with its settings."""
     settings = dict(given)
     auto = settings.pop("auto", None)
@@ -232,7 +231,9 @@ def _model_warnings(policy: PolicyLM, config: FSTConfig) -> list[str]:
     ]
 
 
-def run_identity(config: FSTConfig, student: dspy.Module, trainset: Any, policy: PolicyLM) -> dict[str, Any]:
+def run_identity(
+    config: FSTConfig, student: dspy.Module, trainset: Sequence[dspy.Example], policy: PolicyLM
+) -> dict[str, object]:
     """What makes a run this run: the recipe, the program, the problems and the model."""
     carried = getattr(student, "population", None)
     return {

@@ -10,7 +10,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import dspy
 
@@ -18,6 +17,7 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.rollouter import Task
 from dspy_fst.run.directory import RunDirectory
+from dspy_fst.run.state import StateFields
 from dspy_fst.run.validated import EVENT, Validated, When, decline, validated_in
 from dspy_fst.training.plan import Plan
 from dspy_fst.types import Candidate, Population, Problem, Rollout, WeightsVersion
@@ -59,7 +59,7 @@ class Validation:
     def __bool__(self) -> bool:
         return bool(self._valset)
 
-    def start_is_due(self, state: Mapping[str, Any]) -> bool:
+    def start_is_due(self, state: StateFields) -> bool:
         """Whether a run that stands at this committed state has its start still before it, and it was not measured."""
         stands_there = not state.get("step") and state.get("searched", -1) < 0
         return bool(self) and stands_there and not any(measured.when == "start" for measured in self.states)
@@ -158,7 +158,7 @@ def _lost(state: Validated) -> Iterator[str]:
         yield f"validation: no rollout of {', '.join(unmeasured)} was measured; such candidates rank last"
 
 
-def valset_faults(config: FSTConfig | None, valset: Any) -> Iterator[str]:
+def valset_faults(config: FSTConfig | None, valset: object) -> Iterator[str]:
     """Settings that can do nothing without a valset."""
     if config is None or not (valset is None or (isinstance(valset, Sequence) and not valset)):
         return
@@ -191,7 +191,7 @@ TOLD_GAIN = 1 / 8
 """The gain that a valset should be able to tell (ours): 32 problems can."""
 
 
-def valset_warnings(valset: Sequence[Any] | None) -> Iterator[str]:
+def valset_warnings(valset: Sequence[object] | None) -> Iterator[str]:
     """A valset on which the interval between start and end would hardly exclude 0."""
     size, enough = len(valset or ()), math.ceil(RISES / TOLD_GAIN)
     if 0 < size < enough:

@@ -6,8 +6,7 @@ from typing import TypedDict, cast
 
 from dspy.lm15 import Request, Response, ToolChoice, UnsupportedFeatureError
 
-from dspy_fst.engine.base import Completion
-from dspy_fst.engine.chat import refuse_reshaped_sampling
+from dspy_fst.engine.base import Completion, refuse_reshaped_sampling
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
 
