@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import dspy
 from pydantic import BaseModel
@@ -23,7 +23,7 @@ from dspy_fst.serve.prometheus import Metrics
 from dspy_fst.serve.schema import schema_of
 from dspy_fst.serve.settings import ServeSettings
 from dspy_fst.serve.stream import SETTING, Deltas, ModuleEvents, streaming_lm
-from dspy_fst.serve.upstream import Upstream
+from dspy_fst.serve.upstream import Addressed, Upstream
 from dspy_fst.serve.worker import in_thread, run_program
 from dspy_fst.types import Candidate, Population
 
@@ -73,7 +73,7 @@ class Service:
         self.name = type(program).__name__
         self.policy: PolicyLM = policy_of(program)
         self.engine = self.policy.handle.engine  # read once: the handle is locked while it starts its engine
-        self.upstream = Upstream(self.engine, settings.timeout_s) if hasattr(self.engine, "address") else None  # type: ignore[arg-type]
+        self.upstream = self._upstream_of(settings.timeout_s) if hasattr(self.engine, "address") else None
         self.queue = AdmissionQueue(settings.max_in_flight, settings.max_queue)
         self.metrics = Metrics(self.queue)
         self.failure: BaseException | None = None
@@ -82,6 +82,10 @@ class Service:
         self._last, last = program.named_predictors()[-1]
         self._last_fields = list(last.signature.output_fields)
         self._programs = {member.digest: self._program_of(program, member) for member in self.population.unique()}
+
+    def _upstream_of(self, timeout_s: float) -> Upstream:
+        adapter = self.policy.checkpoint.adapter(None)
+        return Upstream(cast(Addressed, self.engine), timeout_s, adapter.path if adapter else None)
 
     def _program_of(self, program: dspy.Module, candidate: Candidate) -> Copier:
         """Makes copies of the program that speak with this candidate's texts."""

@@ -2,8 +2,9 @@
 
 import json
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx
@@ -13,8 +14,6 @@ from dspy_fst.engine.vllm.reply_stream import sse_chunks
 from dspy_fst.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from dspy_fst.engine.vllm.client import Address
 
 CONNECT_TIMEOUT_S = 10.0
@@ -30,7 +29,7 @@ class Addressed(Protocol):
     @property
     def address(self) -> "Address | None": ...
 
-    def score(self, sequences: "Sequence[Sequence[int]]") -> list[list[float]]: ...
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,11 @@ class Upstream:
     Args:
         engine: The engine that owns the server.
         timeout_s: Longest wait for the next piece of a reply, in seconds.
+        adapter: The folder of the LoRA adapter that replies are sampled with; None: the server's model itself.
     """
 
-    def __init__(self, engine: Addressed, timeout_s: float):
-        self._engine = engine
+    def __init__(self, engine: Addressed, timeout_s: float, adapter: Path | None = None):
+        self._engine, self._adapter = engine, adapter
         self._timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
         self._clients: dict[bool, httpx.Client] = {}
         self._models: dict[str, _Served] = {}
@@ -151,17 +151,30 @@ class Upstream:
             return self._clients[through_proxy]
 
     def _model(self, client: httpx.Client, url: str, headers: Mapping[str, str]) -> _Served:
-        """The server's model; asked for once."""
-        if url not in self._models:
+        """The server's model; asked for once, but a LoRA adapter each time: every load gives it another name."""
+        if self._adapter is not None or url not in self._models:
             reply = client.get(f"{url}/v1/models", headers=headers)
             if not reply.is_success:
                 raise EngineError(f"vLLM answered {reply.status_code} when it was asked for its models")
             try:
-                card = reply.json()["data"][0]
-                self._models[url] = _Served(str(card["id"]), card.get("max_model_len"))
+                cards = reply.json()["data"]
+                self._models[url] = _Served(self._name_in(cards), cards[0].get("max_model_len"))
             except (ValueError, LookupError, TypeError, AttributeError) as error:  # e.g. the page of a proxy
                 raise EngineError(f"{url}/v1/models gave no list of models: {reply.text[:200]!r}") from error
         return self._models[url]
+
+    def _name_in(self, cards: Sequence[Mapping[str, object]]) -> str:
+        """The name of what is served: of the first card, or of the one whose root is the adapter's folder.
+
+        Raises:
+            EngineError: the server has not loaded the adapter. Its base's replies would pass for the adapter's.
+        """
+        if self._adapter is None:
+            return str(cards[0]["id"])
+        names = [str(card["id"]) for card in cards if card.get("root") == str(self._adapter.resolve())]
+        if not names:
+            raise EngineError(f"vLLM has not loaded the LoRA adapter {self._adapter}")
+        return names[-1]
 
 
 def _refusal(reply: httpx.Response) -> Exception:
