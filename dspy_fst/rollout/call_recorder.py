@@ -41,7 +41,8 @@ class Recording:
         self.queue_time = QueueTime()
         """How long this rollout's calls have waited for their turn in the engine."""
         self._calls: list[Call] = []
-        self._said: list[tuple[Conversation, Ids]] = []
+        self._conversations: list[tuple[Conversation, Ids]] = []
+        """Messages and ids of each call, the reply's ids included."""
         self._asked: Counter[tuple[str, int]] = Counter()
         self._lock = threading.Lock()
         self._closed = False
@@ -69,20 +70,20 @@ class Recording:
         with self._lock:
             if not self._closed:
                 self._calls.append(call)
-                self._said.append((_conversation(request), (*call.prompt_ids, *call.completion_ids)))
+                self._conversations.append((_conversation(request), (*call.prompt_ids, *call.completion_ids)))
 
-    def said_before(self, request: lm15.Request) -> list[tuple[int, Ids]]:
-        """The earlier calls that this request continues: the number of messages and the ids of each.
+    def continued_by(self, request: lm15.Request) -> list[tuple[int, Ids]]:
+        """The earlier calls that a request continues: the number of messages and the ids of each.
 
         A request continues a call if it repeats the call's messages, and a reply follows them. The longest conversation
         comes first. Calls of equal length have an order that does not depend on time.
         """
         now = _conversation(request)
         with self._lock:
-            said = list(self._said)
+            conversations = list(self._conversations)
         found = [
             (len(earlier), ids)
-            for earlier, ids in said
+            for earlier, ids in conversations
             if earlier == now[: len(earlier)] and len(now) > len(earlier) and now[len(earlier)][0] == "assistant"
         ]
         return sorted(found, key=lambda call: (-call[0], call[1]))
@@ -202,7 +203,7 @@ def _begun(
     seed = recording.next_seed(predictor, request)
     if isinstance(recording, Apart):
         return seed, None, lambda completion: None
-    said, temperature = recording.said_before(request), request.config.temperature
+    earlier, temperature = recording.continued_by(request), request.config.temperature
 
     def record(completion: Completion) -> None:
         recording.add(
@@ -216,22 +217,22 @@ def _begun(
                 temperature=1.0 if temperature is None else temperature,
                 reasoning_tokens=completion.reasoning_tokens,
                 cut_by_context=_cut_by_context(completion, request.config.max_tokens),
-                turn=_turn(completion.prompt_ids, said),
+                turn=_turn(completion.prompt_ids, earlier),
             ),
             request,
         )
 
-    return seed, continued(request, [ids for _, ids in said]) if said else None, record
+    return seed, continued(request, [ids for _, ids in earlier]) if earlier else None, record
 
 
-def _turn(prompt_ids: Ids, said: Sequence[tuple[int, Ids]]) -> Literal["first", "continued", "rerendered"]:
+def _turn(prompt_ids: Ids, earlier: Sequence[tuple[int, Ids]]) -> Literal["first", "continued", "rerendered"]:
     """How the prompt relates to the earlier calls that it continues (see `Call.turn`).
 
     A prompt that begins with the ids of an older call, and not with those of the last one, is "rerendered".
     """
-    if not said:
+    if not earlier:
         return "first"
-    last = [ids for messages, ids in said if messages == said[0][0]]
+    last = [ids for messages, ids in earlier if messages == earlier[0][0]]
     return "continued" if any(prompt_ids[: len(ids)] == ids for ids in last) else "rerendered"
 
 

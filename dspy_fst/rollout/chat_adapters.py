@@ -139,7 +139,7 @@ def _plain_settings(attributes: Mapping[str, object]) -> Iterator[tuple[str, Set
 def identity(program: dspy.Module) -> dict[str, object]:
     """The records of the adapters that a run of this program uses: the one in force, and those the program holds."""
     adapter = kept_by(program) or adapter_in_force()
-    places = {place: str(describe(held)) for place, held in adapters_held_by(program).items()}
+    places = {place: str(describe(inner)) for place, inner in adapters_held_by(program).items()}
     return {**describe(adapter).model_dump(), **({PLACES: places} if places else {})}
 
 

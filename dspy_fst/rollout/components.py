@@ -95,17 +95,17 @@ def set_tools(program: dspy.Module, candidate: Candidate) -> dict[str, dict[str,
     for name, agent in _agents(program):
         host = name.removesuffix("react")
         for key, tool in _tools(agent).items():
-            own = {part: candidate.texts[part] for part in _tool_texts(host, tool) if part in candidate.texts}
-            if not own:
+            new = {part: candidate.texts[part] for part in _tool_texts(host, tool) if part in candidate.texts}
+            if not new:
                 continue
             args = {
-                argument: schema | ({"description": own[part]} if (part := _part(host, tool, argument)) in own else {})
+                argument: schema | ({"description": new[part]} if (part := _part(host, tool, argument)) in new else {})
                 for argument, schema in (tool.args or {}).items()
             }
-            new = tool.model_copy(update={"desc": own.get(_part(host, tool), tool.desc), "args": args})
-            agent.tools = {**_tools(agent), key: new}
+            described = tool.model_copy(update={"desc": new.get(_part(host, tool), tool.desc), "args": args})
+            agent.tools = {**_tools(agent), key: described}
             if isinstance(agent, dspy.ReAct):
-                descriptions.setdefault(name, {})[_place_of(tool)] = str(new)
+                descriptions.setdefault(name, {})[_place_of(tool)] = str(described)
     return descriptions
 
 
@@ -175,8 +175,8 @@ def _tools(agent: Agent) -> dict[str | None, dspy.Tool]:
 def _shown_tools(agent: Agent) -> list[dspy.Tool]:
     """The agent's tools whose descriptions are in its prompts."""
     instruction = agent.react.signature.instructions
-    own = [tool for tool in _tools(agent).values() if tool.name not in FINISHERS]
-    return [tool for tool in own if isinstance(agent, dspy.ReActV2) or str(tool) in instruction]
+    tools = [tool for tool in _tools(agent).values() if tool.name not in FINISHERS]
+    return [tool for tool in tools if isinstance(agent, dspy.ReActV2) or str(tool) in instruction]
 
 
 def _tool_texts(host: str, tool: dspy.Tool) -> dict[str, str]:

@@ -46,8 +46,8 @@ class Making:
     def __call__(self, x: Any) -> Any:
         if not self.copies(x):
             return x
-        if (made := self.memo.get(id(x), _ABSENT)) is not _ABSENT:
-            return made
+        if (existing := self.memo.get(id(x), _ABSENT)) is not _ABSENT:
+            return existing
         return self.memo.setdefault(id(x), _maker(x)(x, self))
 
     def copies(self, x: object) -> bool:
@@ -92,12 +92,12 @@ def _object(x: object, inner: Making) -> object:
 
 def _fill(new: object, values: Mapping[str, object]) -> None:
     """Set attributes as they were, without calling any ``__setattr__``."""
-    own = getattr(new, "__dict__", None)
+    namespace = getattr(new, "__dict__", None)
     for name, value in values.items():
-        if own is None or isinstance(getattr(type(new), name, None), types.MemberDescriptorType):
+        if namespace is None or isinstance(getattr(type(new), name, None), types.MemberDescriptorType):
             object.__setattr__(new, name, value)
         else:
-            own[name] = value
+            namespace[name] = value
 
 
 def _list(x: list[object], inner: Making) -> object:
@@ -138,8 +138,8 @@ def _fixed(x: tuple[object, ...] | frozenset[object], inner: Making) -> object:
     values = [inner(value) for value in x]
     if id(x) in inner.memo:  # it holds something that holds it
         return inner.memo[id(x)]
-    own = attributes(x) if type(x) not in (tuple, frozenset) else {}
-    if not own and all(new is old for new, old in zip(values, x, strict=True)):
+    has_attributes = type(x) not in (tuple, frozenset) and bool(attributes(x))
+    if not has_attributes and all(new is old for new, old in zip(values, x, strict=True)):
         return x
     base: Any = tuple if isinstance(x, tuple) else frozenset
     new = inner.memo[id(x)] = base.__new__(type(x), values)
@@ -178,10 +178,10 @@ def _cache(x: Any, inner: Making) -> object:
 def _function(x: types.FunctionType, inner: Making) -> object:
     """The same code with a closure of its own. Variables of the closure that hold nothing copied stay shared."""
     cells = list(x.__closure__ or ())
-    own = {id(cell): gc.get_referents(cell) for cell in cells if any(map(inner.copies, gc.get_referents(cell)))}
-    made = tuple(inner.memo.setdefault(id(cell), types.CellType()) if id(cell) in own else cell for cell in cells)
-    new = inner.memo[id(x)] = types.FunctionType(x.__code__, x.__globals__, x.__name__, x.__defaults__, made)
-    for cell, old in zip(made, cells, strict=True):
+    copied = {id(cell) for cell in cells if any(map(inner.copies, gc.get_referents(cell)))}
+    closure = tuple(inner.memo.setdefault(id(cell), types.CellType()) if id(cell) in copied else cell for cell in cells)
+    new = inner.memo[id(x)] = types.FunctionType(x.__code__, x.__globals__, x.__name__, x.__defaults__, closure)
+    for cell, old in zip(closure, cells, strict=True):
         if cell is not old:
             cell.cell_contents = inner(old.cell_contents)
     new.__defaults__ = x.__defaults__ and tuple(map(inner, x.__defaults__))

@@ -78,7 +78,7 @@ Named: TypeAlias = tuple[str, object]
 class _Function:
     name: str
     code: types.FunctionType
-    held: bool
+    is_in_program: bool
     """Whether the program holds the function. A copy then has a closure of its own for it."""
 
 
@@ -95,15 +95,15 @@ def copy_faults(program: dspy.Module) -> list[str]:
 
 
 def _shared_fault(graph: ProgramGraph, part: int) -> str:
-    told = f"student: a copy of the program shares {graph.place(part) or 'the program itself'} with it"
+    sentence = f"student: a copy of the program shares {graph.place(part) or 'the program itself'} with it"
     if sharing := _copying_themselves(graph, part):
         whose = ", ".join(f"{place} (class {kind})" for place, kind in sharing.items())
         return (
-            f"{told}, because the copying method (__deepcopy__, __copy__ or __reduce__) of {whose} "
+            f"{sentence}, because the copying method (__deepcopy__, __copy__ or __reduce__) of {whose} "
             "does not copy what it holds: leave that method out, or let it copy.deepcopy(value, memo) every value that "
             "holds a module"
         )
-    return f"{told}; hold it as an attribute"
+    return f"{sentence}; hold it as an attribute"
 
 
 def _copying_themselves(graph: ProgramGraph, key: int) -> dict[str, str]:
@@ -120,11 +120,11 @@ def _outside_faults(graph: ProgramGraph) -> list[str]:
     faults = []
     for found in _read_outside(graph):
         parts = ProgramGraph(found.part).parts().values()
-        own = next((key for part in parts if (key := id(part)) in graph.holding), None)
-        if own is not None:
+        inside = next((key for part in parts if (key := id(part)) in graph.holding), None)
+        if inside is not None:
             faults.append(
-                f"student: {found.reader} reads the {found.variable}, which is or holds {_named(graph, own)}, so all "
-                f"copies of the program would speak with that one. {_advice(graph.place(own))}"
+                f"student: {found.reader} reads the {found.variable}, which is or holds {_named(graph, inside)}, so "
+                f"all copies of the program would call that one. {_advice(graph.place(inside))}"
             )
     return faults
 
@@ -146,7 +146,7 @@ def _read_outside(graph: ProgramGraph) -> Iterator[Outside]:
     ]
     front += [method for name, found in methods.items() if _is_entry(name) for method in found]
     seen: set[int] = set()
-    told: set[tuple[_Function, int]] = set()
+    reported: set[tuple[_Function, int]] = set()
     while front:
         function = front.pop(0)
         if id(function.code) in seen:
@@ -159,11 +159,11 @@ def _read_outside(graph: ProgramGraph) -> Iterator[Outside]:
                 if value.__globals__ is function.code.__globals__:
                     front.append(_Function(f"{value.__name__}()", value, False))
                 continue
-            if function.held and is_part(value) and id(value) in graph.holding:
-                continue  # graph_faults tells it
+            if function.is_in_program and is_part(value) and id(value) in graph.holding:
+                continue  # graph_faults reports it
             for place, part in _parts_of(variable, value):
-                if (function, id(part)) not in told:
-                    told.add((function, id(part)))
+                if (function, id(part)) not in reported:
+                    reported.add((function, id(part)))
                     yield Outside(function.name, variable, place, part)
         front += [method for name in names for method in methods.get(name, ())]
 
@@ -229,7 +229,7 @@ def _variables(function: _Function, names: list[str]) -> Iterator[Named]:
     """The variables that a function reads apart from its arguments."""
     code, values = function.code, function.code.__globals__
     read: list[Named] = [(f"global variable {name}", values[name]) for name in names if name in values]
-    if not function.held:
+    if not function.is_in_program:
         free = code.__code__.co_freevars
         for place, value in holds(code):
             name = place.removeprefix("'s ")

@@ -88,14 +88,14 @@ class Copier(Generic[T]):
                 too, without another walk through what the copies share.
         """
         making = Making(self._chosen)
-        made: T = making(self._program)
+        new: T = making(self._program)
         if lean:
             modules = [
                 making.memo[key] for key, x in self._chosen.items() if isinstance(x, dspy.Module) and key in making.memo
             ]
             for module in modules:
                 module.__dict__["deepcopy"] = types.MethodType(self._again, module)
-        return made
+        return new
 
     @cached_property
     def _again(self) -> "_Again":
@@ -108,8 +108,8 @@ class _Again(Opaque):
     __slots__ = ("_known",)
 
     def __init__(self, known: Mapping[int, object], chosen: Mapping[int, object]):
-        held = (x for holder in chosen.values() for _, x in holds(holder))
-        shared = {id(x): x for x in held if id(x) not in chosen and may_hold(x)}
+        contents = (x for holder in chosen.values() for _, x in holds(holder))
+        shared = {id(x): x for x in contents if id(x) not in chosen and may_hold(x)}
         self._known = {**known, **shared}
 
     def __call__(self, part: T) -> T:
@@ -134,7 +134,7 @@ def graph_faults(graph: ProgramGraph) -> list[str]:
         if isinstance(node, types.FunctionType):
             faults += [
                 f"student: the function at {graph.place(key)} reads the global variable {name!r}, which is a module "
-                "of this program, so its copies would all speak with that one. Pass the module to the function, "
+                "of this program, so its copies would all call that one. Pass the module to the function, "
                 "or make it a method"
                 for name, value in dict(globals_read(node)).items()
                 if is_part(value) and id(value) in graph.holding

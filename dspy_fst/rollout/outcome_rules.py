@@ -228,9 +228,9 @@ class Blame:
             return None
         if not self._measures_labels(gold, pred, trace, _place(error)):
             return None
-        said = f"{type(cause).__name__}: {cause}" if cause else str(error)
+        message = f"{type(cause).__name__}: {cause}" if cause else str(error)
         reason = "metric could not read what the policy wrote"
-        return f"{reason} ({type(cause).__name__ if cause else 'nan'})", f"The answer could not be read: {said}"
+        return f"{reason} ({type(cause).__name__ if cause else 'nan'})", f"The answer could not be read: {message}"
 
     def _measures_labels(self, gold: dspy.Example, pred: dspy.Prediction, trace: Sequence[Entry], place: str) -> bool:
         key = (id(gold), place)
@@ -243,13 +243,13 @@ class Blame:
         return known[1]
 
     def _try_labels(self, gold: dspy.Example, pred: dspy.Prediction, trace: Sequence[Entry]) -> bool:
-        own = _labels_in(gold, pred)
-        others = [labels for peer in self._reward.peers if (labels := _labels_in(peer, pred)) and labels != own]
-        if not own or not others:
+        right = _labels_in(gold, pred)
+        wrong = [labels for peer in self._reward.peers if (labels := _labels_in(peer, pred)) and labels != right]
+        if not right or not wrong:
             return False
-        if any(not _same_form(pred[name], label) for name, label in own.items()):
+        if any(not _same_form(pred[name], label) for name, label in right.items()):
             return False  # the program's output is of another kind than the metric is made for
-        return all(self._measures(gold, _with(pred, labels), trace) for labels in (own, *others[:PEERS]))
+        return all(self._measures(gold, _with(pred, labels), trace) for labels in (right, *wrong[:PEERS]))
 
     def _measures(self, gold: dspy.Example, pred: dspy.Prediction, trace: Sequence[Entry]) -> bool:
         try:

@@ -145,9 +145,9 @@ def _reason(error: AdapterParseError) -> str:
 
 def _field(error: AdapterParseError) -> str | None:
     """The output field whose value DSPy could not convert. XMLAdapter names the field by its definition."""
-    said = str(error)
+    message = str(error)
     for name, field in error.signature.output_fields.items():
-        if re.match(rf"Failed to parse field {re.escape(name)}\b", said) or said.startswith(
+        if re.match(rf"Failed to parse field {re.escape(name)}\b", message) or message.startswith(
             f"Failed to parse field {field} with value"
         ):
             return str(name)

@@ -175,11 +175,11 @@ def state(x: object) -> dict[str, object]:
     if rebuilds_itself(x):
         given: object = x.__getstate__()
         return given if isinstance(given, dict) else {"": given}
-    own = attributes(x)
+    values = attributes(x)
     if isinstance(x, BaseModule):
-        fresh = [name for name in ("history", "callbacks") if isinstance(own.get(name), list)]
-        own.update({name: [] for name in fresh})
-    return own
+        fresh = [name for name in ("history", "callbacks") if isinstance(values.get(name), list)]
+        values.update({name: [] for name in fresh})
+    return values
 
 
 def holds(x: object) -> Iterator[Held]:
@@ -290,8 +290,8 @@ class ProgramGraph:
         """Depth first. A node that leads to nothing is dropped at once: a million rows cost no million entries."""
         path = [(program, holds(program), [False])]
         while path:
-            holder, held, leads = path[-1]
-            for name, value in held:
+            holder, contents, leads = path[-1]
+            for name, value in contents:
                 if id(value) in self._known or not may_hold(value):
                     continue
                 leads[0] = True

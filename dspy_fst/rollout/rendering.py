@@ -87,9 +87,9 @@ def _unread(rollouts: Sequence[Rollout]) -> str | None:
     asked = {(call.name, str(describe(call.adapter))) for rollout in rollouts for call in rollout.asked}
     through = "; ".join(f"predictor {name!r} speaks through {adapter}" for name, adapter in sorted(asked))
     return (
-        f"none of {calls} calls can be rendered anew under other instructions, so there is nothing to teach by them "
-        f"(seed_kl_teacher): {through or 'no predictor of the program made them'}. Rendered anew, a prompt must have "
-        "exactly the ids that were sampled from; an adapter whose prompts differ from call to call has none"
+        f"seed_kl_teacher: none of {calls} calls can be rendered again under a teacher's instructions, so there would "
+        f"be nothing to learn from them: {through or 'no predictor of the program made them'}. A call is found by its "
+        "prompt, and an adapter whose prompts differ from call to call never writes the same one twice"
     )
 
 

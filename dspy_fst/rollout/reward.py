@@ -46,7 +46,7 @@ class Score:
         return self.predictor_feedback.get(predictor) or self.feedback
 
 
-OWN = ("predictor_scores", "predictor_feedback")
+BY_PREDICTOR = ("predictor_scores", "predictor_feedback")
 """What a metric may return about single predictors, besides ``score`` and ``feedback``."""
 
 
@@ -80,7 +80,7 @@ class Reward:
 
     def __init__(self, metric: Metric, predictors: Collection[str] | None = None, peers: Sequence[dspy.Example] = ()):
         self.metric, self._predictors, self.peers = metric, predictors, peers
-        self._names = _filled_by_name(metric)
+        self._roles = _filled_by_name(metric)
 
     @property
     def identity(self) -> str:
@@ -118,10 +118,10 @@ class Reward:
         finished = None if trace is None else list(trace)
         known: dict[str, object] = {"trace": finished, "pred_name": pred_name, "pred_trace": pred_trace}
         lm_use = LMUse()
-        own = {SETTING: apart or Recording(0).apart(), "trace": [], "caller_modules": [], "disable_history": True}
+        settings = {SETTING: apart or Recording(0).apart(), "trace": [], "caller_modules": [], "disable_history": True}
         try:
-            with dspy.context(**own, callbacks=[*dspy.settings.callbacks, lm_use]):
-                returned = self._returned(gold, pred, {given: known[ours] for given, ours in self._names.items()})
+            with dspy.context(**settings, callbacks=[*dspy.settings.callbacks, lm_use]):
+                returned = self._returned(gold, pred, {name: known[role] for name, role in self._roles.items()})
             return self._as_score(returned)
         except UnmeasuredError as error:
             error.asked_an_lm = lm_use.seen
@@ -138,9 +138,11 @@ class Reward:
     def _as_score(self, returned: object) -> Score:
         if not (isinstance(returned, dspy.Prediction) or (isinstance(returned, dict) and "score" in returned)):
             return Score(_finite(returned))
-        if unknown := sorted(name for name in dict(returned) if name.startswith("predictor_") and name not in OWN):
-            raise UnmeasuredError(f"metric returned {unknown[0]}; it may return {' and '.join(OWN)}")
-        scores, feedback = (self._by_predictor(returned, field_name) for field_name in OWN)
+        if unknown := sorted(
+            name for name in dict(returned) if name.startswith("predictor_") and name not in BY_PREDICTOR
+        ):
+            raise UnmeasuredError(f"metric returned {unknown[0]}; it may return {' and '.join(BY_PREDICTOR)}")
+        scores, feedback = (self._by_predictor(returned, field_name) for field_name in BY_PREDICTOR)
         return Score(
             value=_finite(returned["score"]),
             feedback=str(returned.get("feedback") or ""),

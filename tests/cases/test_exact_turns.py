@@ -160,7 +160,7 @@ def test_only_a_request_that_repeats_all_messages_and_a_reply_goes_on_from_a_cal
     call = Call("ask", (1, 2), (3, 4), (-1.0, -1.0), "stop", "v0")
     recording.add(call, Request("m", asked, system="s"))
     goes_on = (*asked, Message.assistant("y"), Message.user("z"))
-    assert recording.said_before(Request("m", goes_on, system="s")) == [(2, (1, 2, 3, 4))]
+    assert recording.continued_by(Request("m", goes_on, system="s")) == [(2, (1, 2, 3, 4))]
     for other in (asked, (*asked, Message.user("z")), (Message.user("w"), *goes_on[1:])):
-        assert recording.said_before(Request("m", other, system="s")) == []
-    assert recording.said_before(Request("m", goes_on, system="t")) == []
+        assert recording.continued_by(Request("m", other, system="s")) == []
+    assert recording.continued_by(Request("m", goes_on, system="t")) == []
