@@ -43,6 +43,7 @@ def trl_step(
 
 def _trainer(batch: int, folder: Path, kl: float, lora: tuple[int, int] | None) -> Any:
     from datasets import Dataset
+    from datasets.table import InMemoryTable
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
@@ -66,7 +67,8 @@ def _trainer(batch: int, folder: Path, kl: float, lora: tuple[int, int] | None) 
             bf16=True,
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_dict({"prompt": ["x"] * batch}),
+        # With a fingerprint: computing one pickles the table, which fails where pyarrow is linked into place.
+        train_dataset=Dataset(InMemoryTable.from_pydict({"prompt": ["x"] * batch}), fingerprint="given"),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=adapter,
     )
