@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypedDict, cast
 
 import typer
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
     from dspy_fst.evaluation.measure import Estimate, TwoByTwo
     from dspy_fst.types import Candidate, Rollout
+
+
+Result: TypeAlias = dict[str, Any]
+"""An evaluation or a two-by-two, as ``--json`` prints it and a line of ``evaluations.jsonl`` holds it."""
 
 
 class Figures(TypedDict):
@@ -102,7 +106,7 @@ def eval(  # the command's name
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def _scored(target: EvalTarget, candidate: str, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
+def _scored(target: EvalTarget, candidate: str, examples: "list[dspy.Example]", k: int) -> list[Result]:
     """One result for each candidate."""
     from dspy_fst.evaluation.measure import INTERVAL, estimate, play
 
@@ -156,7 +160,7 @@ def _figures(scores: "Estimate", wanted: int) -> Figures:
     }
 
 
-def _crossed(target: EvalTarget, examples: "list[dspy.Example]", k: int) -> list[dict[str, Any]]:
+def _crossed(target: EvalTarget, examples: "list[dspy.Example]", k: int) -> list[Result]:
     """The table of {base, trained} weights x {seed, evolved} texts, as one result."""
     from dspy_fst.evaluation.measure import INTERVAL, table
     from dspy_fst.types import version_of
@@ -211,7 +215,7 @@ def _progress(rollouts: int, weights: str) -> "Iterator[Callable[[Rollout], None
 # ---- telling -------------------------------------------------------------------------------------
 
 
-def _keep(target: EvalTarget, results: Sequence[dict[str, Any]]) -> Path | None:
+def _keep(target: EvalTarget, results: Sequence[Result]) -> Path | None:
     """Add the results to the run's evaluations.
 
     Not kept are results of a saved program outside of a run, and of a program that differs from the run's.
@@ -229,7 +233,7 @@ def _keep(target: EvalTarget, results: Sequence[dict[str, Any]]) -> Path | None:
     return target.past.run_dir / EVALUATIONS
 
 
-def _show(results: Sequence[Any], kept: Path | None, as_json: bool, warnings: Sequence[str] = ()) -> None:
+def _show(results: Sequence[Result], kept: Path | None, as_json: bool, warnings: Sequence[str] = ()) -> None:
     from dspy_fst.cli.printer import Printer
     from dspy_fst.report.run_record import SEEN
 
@@ -256,7 +260,9 @@ def _show(results: Sequence[Any], kept: Path | None, as_json: bool, warnings: Se
                 per = f"{moved['per_token']:.4f} a token, {moved['per_rollout']:.3f} a rollout"
                 out.line(f"KL(trained || base) under {name}, in nats: {per}")
     if scored := [result for result in results if result["kind"] == "eval"]:
-        out.table(_columns("candidate", first["k"]), [_row(result["candidate"], result) for result in scored])
+        out.table(
+            _columns("candidate", first["k"]), [_row(result["candidate"], cast(Figures, result)) for result in scored]
+        )
     out.line(f"Intervals: {first['interval']}.")
     figures = [cell for result in results for cell in result.get("figures", {"": result}).values()]
     for sentence in _losses(figures):

@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import dspy
 import numpy as np
@@ -208,7 +207,7 @@ def drift_of(trained: Checkpoint, base: Checkpoint, rollouts: Sequence[Rollout])
     return Drift(per_token=total / sum(map(len, by_call)), per_rollout=total / len(measured))
 
 
-def keep(run_dir: Path, results: Sequence[Mapping[str, Any]]) -> None:
+def keep(run_dir: Path, results: Sequence[Mapping[str, object]]) -> None:
     """Append results to a run's evaluations, one line each, all or none. Several processes may do so at once.
 
     Raises:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import dspy
 import gepa
-from gepa.core.callbacks import GEPACallback
+from gepa.core.callbacks import GEPACallback, ValsetEvaluatedEvent
 from gepa.core.result import GEPAResult
 from gepa.utils.stop_condition import StopperProtocol
 
@@ -277,7 +277,7 @@ class _Watch:
     def __init__(self, on_candidate: Callable[[Candidate, float], None]):
         self._on_candidate = on_candidate
 
-    def on_valset_evaluated(self, event: Mapping[str, Any]) -> None:
+    def on_valset_evaluated(self, event: ValsetEvaluatedEvent) -> None:
         if math.isfinite(event["average_score"]):  # else none of its anchors was measured
             self._on_candidate(Candidate(dict(event["candidate"])), event["average_score"])
 

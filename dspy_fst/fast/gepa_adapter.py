@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
@@ -126,7 +126,7 @@ class BankedAdapter(DspyAdapter):
         self._describe = (
             InstructionProposer(base_instructions=DESCRIBE_TOOL) if reflection.instruction_proposer is None else None
         )
-        self._run_trace: list[Any] = []
+        self._run_trace: list[Entry] = []
         self._reflective_sets = 0
         self.counts: Counter[str] = Counter()
         self.last_failure = ""
@@ -303,12 +303,12 @@ class BankedAdapter(DspyAdapter):
     def _feedback_of(
         self,
         name: str,
-        predictor_output: Any,
-        predictor_inputs: Any,
-        module_inputs: Any,
-        module_outputs: Any,
-        captured_trace: Any,
-    ) -> dict[str, Any]:
+        predictor_output: object,
+        predictor_inputs: object,
+        module_inputs: dspy.Example,
+        module_outputs: dspy.Prediction | FailedRun,
+        captured_trace: object,
+    ) -> dict[str, object]:
         """DSPy's PredictorFeedbackFn; the metric is given the whole run's trace."""
         if isinstance(module_outputs, FailedRun):
             return {"score": None, "feedback": module_outputs.feedback}

@@ -1,7 +1,6 @@
 """What events and reports hold of a search."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from dspy_fst.fast.evolve import Search
 from dspy_fst.types import CycleReport
@@ -30,7 +29,7 @@ def cycle_report(cycle: int, search: Search, recoveries: Mapping[str, int], seco
     )
 
 
-def candidates_told(search: Search) -> list[dict[str, Any]]:
+def candidates_told(search: Search) -> list[dict[str, object]]:
     """Every candidate that was scored, with its mean over the anchors."""
     return [
         {"digest": candidate.digest, "texts": dict(candidate.texts), "score": sum(row) / len(row)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gepa.core.state import GEPAState, ValsetEvaluation
+from gepa.proposer.base import CandidateProposal
 from gepa.strategies.eval_policy import FullEvaluationPolicy
 
 from dspy_fst.types import Candidate
@@ -23,10 +24,10 @@ Row = Sequence[float | None]
 """A candidate's score on each anchor; None where its rollout was masked."""
 
 
-class SeededPolicy(FullEvaluationPolicy):
+class SeededPolicy(FullEvaluationPolicy[int, Any]):
     """Every anchor for every new candidate; the seeds bring their scores with them and are not scored again."""
 
-    def get_seed_eval_batch(self, loader: Any) -> list[Any]:
+    def get_seed_eval_batch(self, loader: object) -> list[int]:
         return []
 
     def get_valset_score(self, program_idx: int, state: GEPAState) -> float:
@@ -40,11 +41,11 @@ class SeededPolicy(FullEvaluationPolicy):
 class BetterWhereMeasured:
     """gepa's acceptance, strictly better in sum, over the problems that both the parent and the proposal measured."""
 
-    def should_accept(self, proposal: Any, state: GEPAState) -> bool:
+    def should_accept(self, proposal: CandidateProposal[int], state: GEPAState) -> bool:
         pairs = zip(proposal.subsample_scores_before or (), proposal.subsample_scores_after or (), strict=True)
         return sum(after - before for before, after in pairs if not math.isnan(after - before)) > 0
 
-    def reject_reason(self, proposal: Any, state: GEPAState) -> str:
+    def reject_reason(self, proposal: CandidateProposal[int], state: GEPAState) -> str:
         return "not better on the problems that both measured, skipping"
 
 

@@ -2,14 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import TypeGuard, get_args
 
 import dspy
 
 from dspy_fst.config import FSTConfig
 
 
-def data_faults(trainset: Any, valset: Any, config: FSTConfig | None) -> list[str]:
+def data_faults(trainset: object, valset: object, config: FSTConfig | None) -> list[str]:
     """Faults of the examples, without regard to the program."""
     faults = []
     for name, examples in (("trainset", trainset), ("valset", valset)):
@@ -29,7 +29,7 @@ def data_faults(trainset: Any, valset: Any, config: FSTConfig | None) -> list[st
     return faults
 
 
-def input_faults(student: Any, trainset: Any, valset: Any) -> list[str]:
+def input_faults(student: object, trainset: object, valset: object) -> list[str]:
     """Examples that the program cannot be called with; the first of each set is named."""
     faults = []
     call = _call_of(student) if isinstance(student, dspy.Module) else None
@@ -46,7 +46,7 @@ def input_faults(student: Any, trainset: Any, valset: Any) -> list[str]:
     return faults
 
 
-def _call_of(student: dspy.Module) -> Callable[[dict[str, Any]], str | None]:
+def _call_of(student: dspy.Module) -> Callable[[dict[str, object]], str | None]:
     """A function that returns why the program would not accept these inputs, or None."""
     try:
         forward = object.__getattribute__(student, "forward")  # plain getattr makes DSPy log a warning
@@ -54,7 +54,7 @@ def _call_of(student: dspy.Module) -> Callable[[dict[str, Any]], str | None]:
         forward = None
     signature, required = inspect.signature(forward) if forward else None, _required_fields(student)
 
-    def refused(inputs: dict[str, Any]) -> str | None:
+    def refused(inputs: dict[str, object]) -> str | None:
         try:
             if signature is not None:
                 signature.bind(**inputs)
@@ -78,7 +78,7 @@ def _required_fields(student: dspy.Module) -> list[str]:
     ]
 
 
-def _are_examples(examples: Any) -> bool:
+def _are_examples(examples: object) -> TypeGuard[Sequence[dspy.Example]]:
     return isinstance(examples, Sequence) and all(isinstance(item, dspy.Example) for item in examples)
 
 

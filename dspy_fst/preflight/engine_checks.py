@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from dspy_fst.engine.machine import has_gpu
 from dspy_fst.policy_lm import PolicyLM
+
+if TYPE_CHECKING:
+    from dspy_fst.engine.options import InProcessSettings
 
 
 def engine_faults(policy: PolicyLM) -> list[str]:
@@ -23,7 +26,7 @@ def engine_faults(policy: PolicyLM) -> list[str]:
     return _type_faults(VLLMSettings, options) or vllm_faults(make_settings(VLLMSettings, options, "vllm"))
 
 
-def _type_faults(settings: type, options: Mapping[str, Any]) -> list[str]:
+def _type_faults(settings: type, options: Mapping[str, object]) -> list[str]:
     """Engine options of the wrong type: a dataclass accepts anything."""
     hints, faults = get_type_hints(settings), []
     for name, value in options.items():
@@ -35,7 +38,7 @@ def _type_faults(settings: type, options: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _in_process_faults(settings: Any) -> Iterator[str]:
+def _in_process_faults(settings: "InProcessSettings") -> Iterator[str]:
     device = (settings.device or "cpu").split(":")[0]
     rules = {
         "device": (

@@ -1,7 +1,6 @@
 """Warns when trainer and engine compute in different precisions, which two separate settings decide."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from dspy_fst.engine.machine import has_gpu
 
@@ -9,7 +8,7 @@ SAME = {"float": "float32", "half": "float16"}
 """vLLM's other names."""
 
 
-def precision_warnings(precision: str, kind: str, options: Mapping[str, Any]) -> list[str]:
+def precision_warnings(precision: str, kind: str, options: Mapping[str, object]) -> list[str]:
     """A sentence when the two differ. An attached server has its own flags and is not checked.
 
     Args:
@@ -21,7 +20,7 @@ def precision_warnings(precision: str, kind: str, options: Mapping[str, Any]) ->
         return []
     trainer = resolved(precision, on_gpu=has_gpu())
     device = str(options.get("device") or ("cuda" if has_gpu() else "cpu"))
-    engine = resolved(options.get("dtype") or "auto", on_gpu=device.startswith("cuda"))
+    engine = resolved(str(options.get("dtype") or "auto"), on_gpu=device.startswith("cuda"))
     if trainer == engine:
         return []
     other = f", or precision={engine!r}" if engine in ("float32", "bfloat16") else ""

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dspy_fst.errors import ConfigurationError, FSTError, meant
 from dspy_fst.run.interrupts import Terminated
@@ -22,6 +22,8 @@ from dspy_fst.run.interrupts import Terminated
 if TYPE_CHECKING:
     import dspy
 
+Objects: TypeAlias = Mapping[str, Any]
+"""Setting -> the object of the user's code that it names. Whatever it is: the checks of a run say what it must be."""
 PACKAGE = Path(__file__).parent.parent
 
 
@@ -138,13 +140,13 @@ def _lacks(module: ModuleType, attribute: str) -> str:
     return f"{module.__file__ or module.__name__} has no {attribute!r}{meant(attribute, known)}"
 
 
-def imported(references: Mapping[str, str], faults: Faults) -> dict[str, Any]:
+def imported(references: Mapping[str, str], faults: Faults) -> Objects:
     """Setting -> the object that it names. A module that fails gives one fault for all settings that name it."""
     named: dict[str, list[tuple[str, str]]] = {}
     for setting, text in references.items():
         home, _, attribute = text.partition(":")
         named.setdefault(home, []).append((setting, attribute))
-    objects: dict[str, Any] = {}
+    objects: dict[str, object] = {}
     for name, wanted in named.items():
         settings = ", ".join(setting for setting, _ in wanted)
         with faults.of(f"{settings}: module {name!r} does not import"):
@@ -158,7 +160,7 @@ def imported(references: Mapping[str, str], faults: Faults) -> dict[str, Any]:
     return objects
 
 
-def made_program(text: str, objects: Mapping[str, object], faults: Faults) -> "dspy.Module | None":
+def made_program(text: str, objects: Objects, faults: Faults) -> "dspy.Module | None":
     """The imported program, or the result of the imported function; None after a fault."""
     import dspy
 
@@ -171,7 +173,7 @@ def made_program(text: str, objects: Mapping[str, object], faults: Faults) -> "d
     return None
 
 
-def made(setting: str, text: str, objects: Mapping[str, Any], kind: type, faults: Faults) -> Any:
+def made(setting: str, text: str, objects: Objects, kind: type, faults: Faults) -> Any:
     """The object that a setting names, or its result when it is a function; None after a fault."""
     value = objects.get(setting)
     if isinstance(value, kind) or not callable(value):
@@ -181,9 +183,9 @@ def made(setting: str, text: str, objects: Mapping[str, Any], kind: type, faults
     return None
 
 
-def with_key(where: str, settings: Mapping[str, Any], faults: Faults) -> dict[str, Any]:
+def with_key(where: str, given: Mapping[str, object], faults: Faults) -> dict[str, Any]:
     """``api_key_env: NAME`` replaced by the ``api_key`` that this environment variable holds."""
-    settings = dict(settings)
+    settings: dict[str, Any] = dict(given)
     name = settings.pop("api_key_env", None)
     if name is not None:
         settings["api_key"] = os.environ.get(name)

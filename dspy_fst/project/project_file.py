@@ -25,6 +25,7 @@ from pydantic import BaseModel, BeforeValidator, ValidationError, model_validato
 from dspy_fst.errors import ConfigurationError, meant
 from dspy_fst.project.names import (
     Faults,
+    Objects,
     importable,
     imported,
     is_file,
@@ -46,9 +47,11 @@ from dspy_fst.project.settings_file import cleaner, read_settings, secrets_in
 
 if TYPE_CHECKING:
     import dspy
+    from pydantic_core import ErrorDetails
 
     from dspy_fst.optimizer import FSTOptimizer
     from dspy_fst.policy_lm import PolicyLM
+    from dspy_fst.run.directory import Event
 
 _YOUR_OWN = (
     "it may be somebody else's, so none of its code is run. If it is yours, name your own project file: "
@@ -109,9 +112,7 @@ class Project(Part):
         """In this block the project's own modules can be imported."""
         return importable(self.folder)
 
-    def open(
-        self, listeners: Sequence[Callable[[Mapping[str, Any]], None]] = (), *, trust_code: bool = False
-    ) -> "Opened":
+    def open(self, listeners: Sequence["Callable[[Event], None]"] = (), *, trust_code: bool = False) -> "Opened":
         """Import and make everything that the file names; no model is loaded yet.
 
         Args:
@@ -175,7 +176,7 @@ class Project(Part):
         texts = {setting: getattr(self, setting) for setting in named}
         return {setting: text for setting, text in texts.items() if text is not None and not is_file(text)}
 
-    def _program(self, objects: Mapping[str, Any], faults: "Faults", trust_code: bool) -> "dspy.Module | None":
+    def _program(self, objects: Objects, faults: "Faults", trust_code: bool) -> "dspy.Module | None":
         """A copy of the program in which every predictor has an LM; the user's program is unchanged."""
         from dspy_fst.rollout.copying import copied
 
@@ -242,7 +243,7 @@ class Project(Part):
             settings["engine_options"] = options
         return settings
 
-    def _examples(self, setting: str, objects: Mapping[str, Any], faults: "Faults") -> Any:
+    def _examples(self, setting: str, objects: Objects, faults: "Faults") -> Any:
         text = getattr(self, setting)
         if text is None:
             return None
@@ -361,7 +362,7 @@ def kept_in(run_dir: Path) -> Project:
     return project
 
 
-def _sentence(fault: Any, clean: Callable[[Any], Any]) -> str:
+def _sentence(fault: "ErrorDetails", clean: Callable[[object], object]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         *_, name = fault["loc"]

@@ -8,14 +8,14 @@ directory may be somebody else's.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import PrivateAttr, ValidationError
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.options import PortableOptions
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.project.names import Faults
+from dspy_fst.project.names import Faults, Objects
 from dspy_fst.project.project_file import Project, project_of
 from dspy_fst.run.directory import COMPILED, read_events
 from dspy_fst.run.files import read_json
@@ -35,7 +35,7 @@ class RecordedProject(Project):
     """
 
     _frozen: Mapping[str, str] = PrivateAttr(default_factory=dict)
-    _adapter: Any = PrivateAttr(default=None)
+    _adapter: object = PrivateAttr(default=None)
     """The recipe's description of the adapter; None means the one in force."""
     _holds_policy: bool = PrivateAttr(default=False)
     _keeps_adapter: bool = PrivateAttr(default=False)
@@ -53,7 +53,7 @@ class RecordedProject(Project):
             if not (self._holds_policy and name in ("model", "policy")) and not (name == "model" and self.continue_from)
         }
 
-    def _program(self, objects: Mapping[str, Any], faults: Faults, trust_code: bool) -> "dspy.Module | None":
+    def _program(self, objects: Objects, faults: Faults, trust_code: bool) -> "dspy.Module | None":
         from dspy_fst.rollout.chat_adapters import adapter_in_force, describe, keep, kept_by, make_adapter, recorded
 
         program = super()._program(objects, faults, trust_code)
@@ -175,9 +175,10 @@ class Recorded:
         return ["program", "metric", "trainset", *valset, *propose]
 
 
-def _importable(reference: Any) -> str | None:
-    plain = isinstance(reference, str) and re.fullmatch(r"\w+(\.\w+)*:\w+", reference)
-    return reference if plain and not reference.startswith("__main__") else None
+def _importable(reference: object) -> str | None:
+    if not isinstance(reference, str) or not re.fullmatch(r"\w+(\.\w+)*:\w+", reference):
+        return None
+    return None if reference.startswith("__main__") else reference
 
 
 def _mapping(value: object) -> Mapping[str, object]:

@@ -1,7 +1,7 @@
 """The sections of a project file: the policy, the reflection LM, the recipe, and references."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -23,7 +23,7 @@ class PolicySettings(Part):
     """How the trained model is sampled; a missing setting has PolicyLM's default."""
 
     engine: Literal["auto", "vllm", "in_process"] | None = None
-    engine_options: dict[str, Any] | None = None
+    engine_options: dict[str, object] | None = None
     """``api_key_env`` names the environment variable of an attached server's key."""
     temperature: float | None = None
     max_tokens: int | None = None

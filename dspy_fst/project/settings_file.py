@@ -2,9 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
@@ -21,7 +20,7 @@ _SECRET = re.compile(
 class _Loader(yaml.SafeLoader):
     """YAML that refuses duplicate keys; PyYAML silently takes the last one."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         for key, count in Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).items():
             if count > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)

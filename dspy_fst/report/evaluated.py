@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Evaluated(Conditions):
     high: float | None
 
 
-def as_written(cls: type[T], data: Mapping[str, Any], **converted: Any) -> T:
+def as_written(cls: type[T], data: Mapping[str, object], **converted: object) -> T:
     """An instance of a dataclass from JSON. Fields that another release did not write are None.
 
     Args:
@@ -82,7 +82,7 @@ def as_written(cls: type[T], data: Mapping[str, Any], **converted: Any) -> T:
     return cls(**{field.name: data.get(field.name) for field in fields(cls)} | converted)  # type: ignore[arg-type]
 
 
-def evaluations_in(lines: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+def evaluations_in(lines: Sequence[str]) -> Iterator[Mapping[str, object]]:
     """Every line that is a JSON object. Torn lines are left out."""
     for line in lines:
         try:
@@ -93,7 +93,7 @@ def evaluations_in(lines: Sequence[str]) -> Iterator[Mapping[str, Any]]:
             yield data
 
 
-def two_by_two_of(data: Mapping[str, Any]) -> EvaluatedCells | None:
+def two_by_two_of(data: Mapping[str, object]) -> EvaluatedCells | None:
     """The two-by-two of a line; None when the line holds none."""
     cells = data.get("cells")
     if data.get("kind") != "two_by_two" or not isinstance(cells, dict):
@@ -106,14 +106,14 @@ def two_by_two_of(data: Mapping[str, Any]) -> EvaluatedCells | None:
     return _under(EvaluatedCells, data, cells=read) if read else None
 
 
-def evaluated_of(data: Mapping[str, Any]) -> Evaluated | None:
+def evaluated_of(data: Mapping[str, object]) -> Evaluated | None:
     """The evaluation of a line; None when the line holds none."""
     if data.get("kind") != "eval" or (mean := _number(data.get("mean"))) is None:
         return None
     return _under(Evaluated, data, mean=mean, low=_number(data.get("low")), high=_number(data.get("high")))
 
 
-def _under(cls: type[T], data: Mapping[str, Any], **converted: Any) -> T:
+def _under(cls: type[T], data: Mapping[str, object], **converted: object) -> T:
     """An evaluation with its conditions. Conditions of the wrong type become None: other tools may write such lines."""
     texts = [name for name in ("split", "weights", "candidate") if not isinstance(data.get(name), str)]
     counts = ("limit", "problems_of_split", "problems", "k", "cycle", "seed")

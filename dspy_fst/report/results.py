@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NoReturn
 
 import dspy
 
@@ -60,7 +60,7 @@ class NoResults:
     def __repr__(self) -> str:
         return self.why
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(name if name.startswith("__") or name == "why" else f"{name}: {self.why}")
 
 

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import dspy
 
@@ -16,6 +15,7 @@ from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.report.verdict import validations_table, verdict
 from dspy_fst.rollout.chat_adapters import DSPY_ADAPTERS, SavedAdapter, code_of
 from dspy_fst.rollout.components import in_python
+from dspy_fst.run.directory import Event
 from dspy_fst.saving.format import SavedPolicy
 from dspy_fst.types import Population
 
@@ -39,7 +39,7 @@ class Facts:
     """Package -> its version at the time of the export."""
     record: RunRecord | None
     """The run's record; None when the program was saved outside of its run directory."""
-    plan: Mapping[str, Any]
+    plan: Event
     """The run's plan event; empty without a run."""
     base: str | None
     """Hub name of the trained model; None for a local folder."""
@@ -161,7 +161,7 @@ def _training(facts: Facts) -> Iterator[str]:
         yield "Warnings of the run:\n\n" + "\n".join(f"- {_inline(warning.text)}" for warning in record.warnings)
 
 
-def _described(record: RunRecord, plan: Mapping[str, Any]) -> list[tuple[str, object]]:
+def _described(record: RunRecord, plan: Event) -> list[tuple[str, object]]:
     """What was trained on what, and how."""
     rows = {
         "program": plan.get("program"),
@@ -260,12 +260,12 @@ def _versions(facts: Facts) -> str:
 # ---- Markdown ----------------------------------------------------------------------------------
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(_inline(cell) for cell in line) + " |" for line in lines)
 
 
-def _inline(value: Any) -> str:
+def _inline(value: object) -> str:
     """A value inside a line, with every character escaped that would end the cell or open a tag or a link."""
     flat = " ".join(plain(value).split())
     return re.sub(r"([\\|<>`\[\]*_])", r"\\\1", flat) if flat != "---" else flat

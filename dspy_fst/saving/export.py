@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import dspy
 from pydantic import ValidationError
@@ -22,7 +21,8 @@ from pydantic import ValidationError
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.model_files.lora_folder import INDEX
 from dspy_fst.report.from_directory import read_records
-from dspy_fst.run.directory import read_events
+from dspy_fst.report.run_record import RunRecord
+from dspy_fst.run.directory import Event, read_events
 from dspy_fst.run.files import flush, population_from_json, read_json, scratch_beside, writing
 from dspy_fst.run.secrets import Redactor, secret_faults
 from dspy_fst.saving.card import Facts, model_card
@@ -139,7 +139,7 @@ def _facts(saved: Path) -> Facts:
     )
 
 
-def _holds_foreign_code(state: Mapping[str, Any], population: Population, run: "_Run | None") -> bool:
+def _holds_foreign_code(state: object, population: Population, run: "_Run | None") -> bool:
     """Whether a dspy.Flex may have another source than the run started from, and so than a fresh program has.
 
     Without the run, or after an earlier one, the starting source is unknown and counts as foreign.
@@ -156,8 +156,8 @@ def _holds_foreign_code(state: Mapping[str, Any], population: Population, run: "
 class _Run:
     """The run whose directory holds the saved program."""
 
-    record: Any
-    plan: Mapping[str, Any]
+    record: RunRecord
+    plan: Event
     base: str | None
     """The hub name of the model that it started from; None for a local folder."""
     carried: bool

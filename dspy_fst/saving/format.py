@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import dspy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,10 +15,11 @@ from dspy_fst.run.directory import COMPILED, is_run
 from dspy_fst.run.ending import why_no_program
 from dspy_fst.run.files import population_from_json
 from dspy_fst.saving.manifest import MANIFEST, read_document, sentences, weights_faults
-from dspy_fst.saving.program_state import read_state
+from dspy_fst.saving.program_state import SavedFlex, read_state
 from dspy_fst.types import Candidate, Population
 
 PROGRAM, POPULATION, POLICY, WEIGHTS = "program.json", "population.json", "policy.json", "weights"
+M = TypeVar("M", bound=BaseModel)
 DOCUMENTS = (MANIFEST, PROGRAM, POPULATION, POLICY)
 CARD = "README.md"
 ASIDE = (CARD, ".gitattributes", ".cache")
@@ -107,7 +108,7 @@ def refuse_run(path: Path) -> None:
 
 def read_saved(
     folder: Path, program: dspy.Module, *, trust_code: bool = False
-) -> tuple[SavedPolicy, Population, dict[str, Any]]:
+) -> tuple[SavedPolicy, Population, dict[str, object]]:
     """The folder's documents, after a check that they set nothing that they may not.
 
     Args:
@@ -133,12 +134,13 @@ def read_saved(
         raise RunDirectoryError(f"{folder / POPULATION}: there must be a score, or null, for each member")
     state = read_state(folder / PROGRAM, read_document(folder / PROGRAM), program)
     if not trust_code:
-        states = {name: state[name]["module_src"] for name in flexes(program)}
+        states = {name: SavedFlex.model_validate(state[name]).module_src for name in flexes(program)}
         refuse_code(folder, program, [states, *listed.members])
-    return saved, population_from_json(listed.model_dump()), state
+    population = population_from_json({"members": listed.members, "scores": listed.scores, "parents": listed.parents})
+    return saved, population, state
 
 
-def _parse(document: type[Any], path: Path) -> Any:
+def _parse(document: type[M], path: Path) -> M:
     try:
         return document.model_validate(read_document(path))
     except ValidationError as error:

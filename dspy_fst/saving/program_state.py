@@ -6,7 +6,7 @@ the descriptions of a program whose fields were reordered would go to the wrong 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import dspy
 from dspy.utils.saving import get_dependency_versions
@@ -20,6 +20,12 @@ from dspy_fst.saving.manifest import sentences
 METADATA = "metadata"
 ALONE = {"self"}
 """Parameter names of a program that is itself its only predictor, e.g. a bare dspy.Predict."""
+
+
+class Dumping(Protocol):
+    """What DSPy's ``named_parameters`` gives: predictors, and parts of other classes."""
+
+    def dump_state(self) -> dict[str, Any]: ...
 
 
 class _Strict(BaseModel):
@@ -43,12 +49,12 @@ class SavedPredictor(_Strict):
     """What dspy.Predict 3.4 saves. Its loader would set any other key as an attribute, e.g. ``config``, which can send
     prompts and keys to another address."""
 
-    traces: list[Any]
-    train: list[Any]
-    demos: list[dict[str, Any]]
+    traces: list[object]
+    train: list[object]
+    demos: list[dict[str, object]]
     signature: SavedSignature
     lm: None
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
 
 
 class SavedFlex(_Strict):
@@ -58,9 +64,9 @@ class SavedFlex(_Strict):
     lm: None
 
 
-def without_lms(program: dspy.Module) -> Any:
+def without_lms(program: dspy.Module) -> dspy.Module:
     """A copy in which no predictor has an LM: DSPy would save headers and addresses of LMs."""
-    bare = copied(program)
+    bare: dspy.Module = copied(program)
     for _, parameter in bare.named_parameters():
         if hasattr(parameter, "lm"):
             parameter.lm = None
@@ -72,22 +78,22 @@ def write_state(program: dspy.Module, path: Path) -> None:
     write_json(path, written_state(program))
 
 
-def written_state(program: dspy.Module) -> dict[str, Any]:
+def written_state(program: dspy.Module) -> dict[str, object]:
     """The contents of program.json."""
     parameters = dict(without_lms(program).named_parameters())
-    parts = {name: _with_names(parameter.dump_state(), parameter) for name, parameter in parameters.items()}
+    parts = {name: _with_names(parameter) for name, parameter in parameters.items()}
     state = parts["self"] if parameters.keys() == ALONE else parts
     return {**state, METADATA: {"dependency_versions": get_dependency_versions()}}
 
 
-def parts_in(state: Any) -> dict[str, Any]:
+def parts_in(state: object) -> dict[str, object]:
     """Parameter -> its state in a program.json. For a bare predictor or dspy.Flex the document itself is the state."""
     parts = {key: value for key, value in state.items() if key != METADATA} if isinstance(state, dict) else {}
     bare = isinstance(parts.get("demos"), list) or isinstance(parts.get("module_src"), str)
     return {"self": parts} if bare else parts
 
 
-def read_state(path: Path, state: Any, program: dspy.Module) -> dict[str, Any]:
+def read_state(path: Path, state: object, program: dspy.Module) -> dict[str, object]:
     """Parameter -> its state, checked against the program that will load it, with fields in the program's order.
 
     Raises:
@@ -105,7 +111,8 @@ def take_state(program: dspy.Module, parts: Mapping[str, object]) -> None:
         parameter.load_state(parts[name])
 
 
-def _with_names(state: Any, parameter: Any) -> Any:
+def _with_names(parameter: Dumping) -> dict[str, object]:
+    state = parameter.dump_state()
     if not isinstance(parameter, dspy.Predict):
         return state
     names = parameter.signature.fields
@@ -113,7 +120,7 @@ def _with_names(state: Any, parameter: Any) -> Any:
     return {**state, "signature": {**state["signature"], "fields": fields}}
 
 
-def _checked(path: Path, name: str, state: Any, parameter: Any) -> Any:
+def _checked(path: Path, name: str, state: object, parameter: Dumping) -> object:
     kind: type[BaseModel] = SavedFlex if isinstance(parameter, dspy.Flex) else SavedPredictor
     if not isinstance(parameter, dspy.Flex | dspy.Predict):
         if state != to_jsonable(parameter.dump_state()):
@@ -126,6 +133,7 @@ def _checked(path: Path, name: str, state: Any, parameter: Any) -> Any:
     if not isinstance(saved, SavedPredictor):
         return state
     fields = _in_order(path, name, saved.signature.fields, parameter.signature)
+    assert isinstance(state, dict), "SavedPredictor took it"
     return {**state, "signature": {"instructions": saved.signature.instructions, "fields": fields}}
 
 

@@ -12,8 +12,8 @@ and never from ``dspy.configure`` or ``dspy.context``, which set the whole proce
 """
 
 import logging
-from collections.abc import Container
-from typing import Any
+from collections.abc import Container, Mapping
+from typing import TypedDict, cast
 
 import dspy
 
@@ -110,19 +110,27 @@ def _limit(max_tokens: int | None) -> str:
     return "replies as long as the context allows" if max_tokens is None else f"at most {max_tokens} tokens a reply"
 
 
-def own_sampling(predictor: Any) -> dict[str, Any]:
+class PredictorSampling(TypedDict, total=False):
+    """The part of `SAMPLING` that a predictor sets."""
+
+    temperature: float
+    max_tokens: int
+
+
+def own_sampling(predictor: object) -> PredictorSampling:
     """What of sampling the predictor itself sets; nothing for a dspy.Flex, which has no settings of its own."""
     config = getattr(predictor, "config", None)
     config = config if isinstance(config, dict) else {}
-    return {name: config[name] for name in SAMPLING if config.get(name) is not None}
+    return cast(PredictorSampling, {name: config[name] for name in SAMPLING if config.get(name) is not None})
 
 
-def set_own_sampling(predictor: Any, own: dict[str, Any]) -> None:
+def set_own_sampling(predictor: dspy.Predict | dspy.Flex, own: Mapping[str, object]) -> None:
     """Have the predictor set this of sampling and nothing else; its other settings stay."""
     if own != own_sampling(predictor):
+        assert isinstance(predictor, dspy.Predict), "a dspy.Flex has no settings of its own"
         predictor.config = {**{name: of for name, of in predictor.config.items() if name not in SAMPLING}, **own}
 
 
-def clear_own_sampling(predictor: Any, names: Container[str]) -> None:
+def clear_own_sampling(predictor: dspy.Predict | dspy.Flex, names: Container[str]) -> None:
     """Have the predictor no longer set these, so that its LM's count."""
     set_own_sampling(predictor, {name: of for name, of in own_sampling(predictor).items() if name not in names})

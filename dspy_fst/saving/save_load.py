@@ -223,7 +223,7 @@ def _policies(saved: SavedPolicy, weights: Path, overrides: Mapping[str, Any]) -
     settings = saved.policy.settings(resolve_kind(overrides.get("engine", saved.policy.engine)))
     options = {**settings["engine_options"], **overrides.get("engine_options", {})}
     policy = PolicyLM(**{**settings, "model": weights, **overrides, "engine_options": options})
-    lms: dict[tuple[Any, ...], PolicyLM] = {}
+    lms: dict[tuple[object, ...], PolicyLM] = {}
     policies = {}
     for name, sampling in saved.predictors.items():
         saved_sampling = sampling.model_dump(exclude={"own"})

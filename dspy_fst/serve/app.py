@@ -13,7 +13,7 @@ HEAD is answered wherever GET is.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import dspy
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -32,6 +32,7 @@ from dspy_fst.serve.events import EventStream, Feed
 from dspy_fst.serve.limits import Limits
 from dspy_fst.serve.openapi import (
     EVENTS,
+    Responses,
     chat_responses,
     complete_document,
     program_events,
@@ -182,7 +183,7 @@ def _add_state(app: FastAPI, router: APIRouter, service: Service) -> None:
             raise ApiError(503, "not_ready", reason)
         return {"weights": str(service.engine.weights)}
 
-    page: dict[int | str, Any] = {200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}}
+    page: Responses = {200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}}
 
     @router.get(
         METRICS, response_class=Response, responses={**page, **refusals(401, 403)}, summary="Figures for Prometheus"

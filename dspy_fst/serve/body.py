@@ -8,7 +8,7 @@ number.
 import math
 import re
 from collections.abc import Callable, Coroutine
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -25,6 +25,7 @@ SHOWN_FAULTS = 20
 _LONGEST_WORD, _LONGEST_SENTENCE = 64, 200
 """Characters of a name and of a fault that an error shows; a caller may have chosen either."""
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_ABSENT = object()
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -34,7 +35,7 @@ class BodyRoute(APIRoute):
     A body that does not fit the model gets the status that the route documents: 422, or 400 as OpenAI answers.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[object, object, Response]]:
         assert self.body_field is not None
         model: type[BaseModel] = self.body_field.field_info.annotation  # type: ignore[assignment]
         status = 422 if 422 in self.responses else 400
@@ -73,17 +74,16 @@ def read(body: bytes, model: type[M], most: int, status: int) -> M:
         raise _misfit(error, value, status) from None
 
 
-def _wrote_whole_numbers(value: Any, error: ValidationError) -> bool:
+def _wrote_whole_numbers(value: object, error: ValidationError) -> bool:
     """Replace 5.0 by 5 where a whole number is expected, in place; return whether there was such a number.
 
     JSON Schema counts 5.0 as an integer, and strict validation does not.
     """
     changed = False
     for fault in error.errors(include_url=False, include_context=False, include_input=False):
-        holder, steps = value, _steps(fault, value)
-        for step in steps[:-1]:
-            holder = holder[step]
-        number = holder[steps[-1]] if steps else None
+        steps = _steps(fault, value)
+        holder: Any = reduce(_entry, steps[:-1], value)
+        number = _entry(holder, steps[-1]) if steps else None
         if fault["type"] == "int_type" and isinstance(number, float) and number.is_integer():
             holder[steps[-1]] = int(number)
             changed = True
@@ -179,21 +179,22 @@ def _place(fault: ErrorDetails, body: object) -> str:
     return ".".join(step if len(step) <= _LONGEST_WORD else f"{step[:_LONGEST_WORD]}..." for step in place)
 
 
-def _steps(fault: ErrorDetails, body: Any) -> list[Any]:
+def _steps(fault: ErrorDetails, body: object) -> list[int | str]:
     """The keys and indices of the body that lead to a fault."""
-    steps: list[Any] = []
+    steps: list[int | str] = []
     here = body
     for step in fault["loc"]:
-        if _has(here, step):
-            here = here[step]
+        if (inner := _entry(here, step)) is not _ABSENT:
+            here = inner
             steps.append(step)
     return steps
 
 
-def _has(value: Any, step: Any) -> bool:
+def _entry(value: object, step: int | str) -> object:
+    """What an array holds at this index, or an object under this key; `_ABSENT` where there is nothing."""
     if isinstance(value, list):
-        return isinstance(step, int) and step < len(value)
-    return isinstance(value, dict) and step in value
+        return value[step] if isinstance(step, int) and step < len(value) else _ABSENT
+    return value.get(step, _ABSENT) if isinstance(value, dict) else _ABSENT
 
 
 def _message(fault: ErrorDetails) -> str:

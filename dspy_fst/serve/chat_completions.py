@@ -9,7 +9,6 @@ import secrets
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, closing
 from functools import partial
-from typing import Any
 
 from dspy import lm15
 from pydantic import ValidationError
@@ -119,9 +118,11 @@ class Chat:
         """
         body = self._body(request)
         canonical = self._canonical({key: body[key] for key in ("messages", "temperature", "max_tokens")})
-        return self._engine.complete(canonical, body["seed"])
+        seed = body["seed"]
+        assert isinstance(seed, int)
+        return self._engine.complete(canonical, seed)
 
-    def _body(self, request: ChatRequest) -> dict[str, Any]:
+    def _body(self, request: ChatRequest) -> dict[str, object]:
         """The request for the engine. Settings that the caller leaves out are the policy's.
 
         So the sampling distribution is the policy's own, as in training, whatever defaults the server has.
@@ -147,7 +148,7 @@ class Chat:
             return messages
         return [{**message} for message in chat_messages(fitted(self._canonical({"messages": messages}), traits))]
 
-    def _canonical(self, body: Mapping[str, Any]) -> lm15.Request:
+    def _canonical(self, body: Mapping[str, object]) -> lm15.Request:
         """A body as DSPy's engines take it.
 
         Raises:
@@ -185,8 +186,9 @@ class Chat:
         context: int | None = getattr(self._engine, "context", None)
         return context
 
-    def _count(self, reply: Mapping[str, Any]) -> None:
-        if usage := reply.get("usage"):
+    def _count(self, reply: Mapping[str, object]) -> None:
+        usage = reply.get("usage")
+        if isinstance(usage, Mapping):
             self._metrics.tokens(usage["prompt_tokens"], usage["completion_tokens"])
 
     def _as_api_error(self, error: Exception) -> ApiError:

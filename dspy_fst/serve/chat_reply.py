@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -125,7 +125,7 @@ def reply_of(server: Mapping[str, object], name: str) -> dict[str, object]:
     return _document(ChatReply.model_validate({**server, "model": name}), "message", ("content", "refusal"))
 
 
-def chunk_of(server: Mapping[str, Any], name: str) -> dict[str, Any]:
+def chunk_of(server: Mapping[str, object], name: str) -> dict[str, object]:
     """A server's chunk under our model's name."""
     return _document(ChatChunk.model_validate({**server, "model": name}), "delta", ())
 
@@ -143,20 +143,21 @@ def completed(completion: Completion, name: str) -> dict[str, object]:
     return reply_of({**head, "choices": [choice], "usage": usage}, name)
 
 
-def in_chunks(reply: Mapping[str, Any], include_usage: bool) -> Iterator[dict[str, Any]]:
+def in_chunks(reply: Mapping[str, object], include_usage: bool) -> Iterator[dict[str, object]]:
     """A complete reply as the chunks of a stream: the role, the text in one piece, the end."""
-    (choice,) = reply["choices"]
-    head = {"id": reply["id"], "created": reply["created"]}
-    deltas = [{"role": "assistant", "content": ""}, {"content": choice["message"]["content"]}]
+    whole = ChatReply.model_validate(reply)
+    (choice,) = whole.choices
+    head = {"id": whole.id, "created": whole.created}
+    deltas = [{"role": "assistant", "content": ""}, {"content": choice.message.content}]
     for delta in deltas:
-        yield chunk_of({**head, "choices": [{"index": 0, "delta": delta}]}, reply["model"])
-    end = {"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}
-    yield chunk_of({**head, "choices": [end]}, reply["model"])
+        yield chunk_of({**head, "choices": [{"index": 0, "delta": delta}]}, whole.model)
+    end = {"index": 0, "delta": {}, "finish_reason": choice.finish_reason}
+    yield chunk_of({**head, "choices": [end]}, whole.model)
     if include_usage:
-        yield chunk_of({**head, "choices": [], "usage": reply["usage"]}, reply["model"])
+        yield chunk_of({**head, "choices": [], "usage": whole.usage}, whole.model)
 
 
-def _document(reply: ChatReply | ChatChunk, part: str, kept: tuple[str, ...]) -> dict[str, Any]:
+def _document(reply: ChatReply | ChatChunk, part: str, kept: tuple[str, ...]) -> dict[str, object]:
     """The reply as JSON. Of empty keys only those that OpenAI sends are kept."""
     document = reply.model_dump(exclude_none=True)
     for choice in document["choices"]:

@@ -5,9 +5,10 @@ whose value changes nothing never refuses a request. Text only: no address that 
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic.config import JsonDict, JsonValue
 
 from dspy_fst.engine.base import LEAST_TEMPERATURE, temperature_fault
 from dspy_fst.serve.body import MOST_DEEP, check_count, check_values, parsed
@@ -49,7 +50,7 @@ def _is_false(value: bool) -> bool:
 
 Off = Annotated[bool, AfterValidator(_is_false), Field(json_schema_extra={"enum": [False]})]
 """A switch that stays off."""
-Nothing = Annotated[dict[str, Any], Field(max_length=0)]
+Nothing = Annotated[dict[str, object], Field(max_length=0)]
 Temperature = Annotated[
     float,
     AfterValidator(_is_sampled),
@@ -102,10 +103,10 @@ class AssistantMessage(Sent):
     reasoning: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
-    annotations: list[dict[str, Any]] | None = None
+    annotations: list[dict[str, object]] | None = None
     audio: None = None
     function_call: None = None
-    provider_specific_fields: dict[str, Any] | None = None
+    provider_specific_fields: dict[str, object] | None = None
 
 
 class ToolMessage(Sent):
@@ -161,7 +162,7 @@ def as_template_reads(message: Message) -> dict[str, object]:
 class FunctionTold(Sent):
     name: str = Field(min_length=1)
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, object] | None = None
     strict: bool | None = None
 
 
@@ -186,7 +187,7 @@ class TextFormat(Sent):
 class JsonSchema(Sent):
     name: str
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: dict[str, object] = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -200,13 +201,13 @@ class StreamOptions(Sent):
     include_obfuscation: Off | None = None
 
 
-def _where(name: str, values: dict[str, object], needs: str, need: dict[str, object]) -> dict[str, object]:
+def _where(name: str, values: JsonDict, needs: str, need: JsonDict) -> JsonDict:
     """A rule of JSON Schema: when setting ``name`` has one of these values, setting ``needs`` must be given."""
-    condition = {"properties": {name: values}, "required": [name]}
+    condition: JsonDict = {"properties": {name: values}, "required": [name]}
     return {"if": condition, "then": {"properties": {needs: need}, "required": [needs]}}
 
 
-_TOGETHER: list[Any] = [
+_TOGETHER: list[JsonValue] = [
     _where("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", {"const": True}),
     _where("tool_choice", {"not": {"enum": [None, "none", "auto"]}}, "tools", {"type": "array", "minItems": 1}),
 ]

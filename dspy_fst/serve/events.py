@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine
-from typing import Any
 
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
@@ -42,7 +41,7 @@ class Feed:
             raise ListenerGoneError("the caller left in the middle of a stream")
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
-    async def listen(self, work: Coroutine[Any, Any, None]) -> AsyncGenerator[bytes, None]:
+    async def listen(self, work: Coroutine[object, object, None]) -> AsyncGenerator[bytes, None]:
         """Yield the events that are sent while the work runs, then raise what the work raised.
 
         The work is cancelled when the reader stops.

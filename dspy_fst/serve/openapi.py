@@ -1,7 +1,5 @@
 """Additions to /openapi.json: error replies and event streams. Untrue entries of FastAPI are removed."""
 
-from typing import Any
-
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -9,7 +7,7 @@ from pydantic.json_schema import models_json_schema
 from dspy_fst.serve.chat_reply import ChatChunk
 from dspy_fst.serve.error_replies import ErrorReply
 
-Responses = dict[int | str, dict[str, Any]]
+Responses = dict[int | str, dict[str, object]]
 _MODELS = "#/components/schemas/{model}"
 _DESCRIPTIONS = {
     400: "The request cannot be done, or its body is no JSON.",
@@ -52,12 +50,15 @@ def program_events(reply: str) -> Responses:
         "delta": {name: {"type": "string"} for name in ("module", "field", "text")},
         "module": {"module": {"type": "string"}, "outputs": {"type": "object"}},
     }
-    kinds: dict[str, Any] = {
+    kinds: dict[str, dict[str, object]] = {
         name: {"type": "object", "properties": fields, "required": list(fields)} for name, fields in properties.items()
     }
     kinds |= {"result": _ref(reply), "error": _ref("ErrorReply")}
     event = {"oneOf": [_event(data, name) for name, data in kinds.items()]}
-    stream = {"description": "Events; see above.", "content": {"text/event-stream": {"schema": event}}}
+    stream: dict[str, object] = {
+        "description": "Events; see above.",
+        "content": {"text/event-stream": {"schema": event}},
+    }
     return {**program_responses(), 200: stream}
 
 
@@ -90,12 +91,12 @@ def complete_document(app: FastAPI, chat: str, model: str) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _event(data: dict[str, Any], name: str | None = None) -> dict[str, Any]:
+def _event(data: dict[str, object], name: str | None = None) -> dict[str, object]:
     """One server-sent event, as FastAPI describes it."""
     text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
     properties = {"data": text} if name is None else {"event": {"const": name}, "data": text}
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _ref(model: str) -> dict[str, str]:
+def _ref(model: str) -> dict[str, object]:
     return {"$ref": _MODELS.format(model=model)}

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from dspy_fst.errors import ConfigurationError
 
-Fields = dict[str, tuple[Any, Any]]
+Fields = dict[str, tuple[Any, object]]
 """Field name -> (annotation, default), as `pydantic.create_model` takes them; ``...`` is no default."""
 SIGNATURE_HELP = "set signature (--signature), e.g. 'question: str, year: int -> answer: str'"
 
@@ -151,7 +151,7 @@ def _type_faults(kind: str, fields: Fields) -> list[str]:
     return faults
 
 
-def _dspy_type(annotation: Any) -> type | None:
+def _dspy_type(annotation: object) -> type | None:
     """A dspy.Type (image, tool, ...) anywhere in an annotation: a caller could have any address fetched through it."""
     if isinstance(annotation, type) and issubclass(annotation, dspy.Type):
         return annotation

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import dspy
 from pydantic import BaseModel
@@ -178,7 +178,7 @@ class Service:
     async def tell(self, inputs: BaseModel, seed: int | None, ticket: Ticket, feed: Feed) -> None:
         """Answer, and send what each module says on the way."""
         callbacks = [*dspy.settings.get("callbacks", []), ModuleEvents(feed.send)]
-        context: dict[str, Any] = {"callbacks": callbacks}
+        context: dict[str, object] = {"callbacks": callbacks}
         if self.upstream is not None:
             context[SETTING] = Deltas(self._last, self._last_fields, feed.send)
         feed.send({"tokens": self.upstream is not None}, "start")
@@ -186,7 +186,7 @@ class Service:
         reply = {"outputs": answer.outputs.model_dump(mode="json"), "meta": answer.meta.model_dump()}
         feed.send(reply, "result")
 
-    def _run(self, rank: int, inputs: BaseModel, recording: Recording, context: Mapping[str, Any]) -> BaseModel:
+    def _run(self, rank: int, inputs: BaseModel, recording: Recording, context: Mapping[str, object]) -> BaseModel:
         program = self._programs[self.population.members[rank].digest]
         given = {name: getattr(inputs, name) for name in type(inputs).model_fields}
         return run_program(program, given, self.schema.outputs, recording, context)

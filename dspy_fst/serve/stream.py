@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from itertools import chain
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import dspy
 from dspy import lm15
 from dspy.clients.engines.base import StreamEvent
 from dspy.streaming import StreamListener
+from dspy.streaming.messages import StreamResponse
 from dspy.utils.callback import BaseCallback
 from pydantic_core import to_jsonable_python
 
@@ -33,7 +34,7 @@ from dspy_fst.types import PREDICTOR_TAG
 if TYPE_CHECKING:
     from litellm import ModelResponseStream
 
-Send = Callable[[Any, str], None]
+Send = Callable[[object, str], None]
 """Sends (data, name of the event); may raise EngineError when nobody listens."""
 SETTING = "fst_deltas"
 """Name of the DSPy setting that holds the `Deltas` of the current request."""
@@ -52,9 +53,11 @@ class ModuleEvents(BaseCallback):
         if (name := getattr(instance, PREDICTOR_TAG, None)) is not None:
             self._running[call_id] = name
 
-    def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+    def on_module_end(
+        self, call_id: str, outputs: dspy.Prediction | None, exception: BaseException | None = None
+    ) -> None:
         name = self._running.pop(call_id, None)
-        if name is not None and exception is None:
+        if name is not None and exception is None and outputs is not None:
             values = to_jsonable_python(dict(outputs.items()), fallback=str)
             with suppress(EngineError):  # nobody listens; the next call of the model is refused
                 self._send_event({"module": name, "outputs": values}, "module")
@@ -87,7 +90,7 @@ class Deltas:
         """The reply is complete."""
         self._send_pieces([listener.finalize() for listener in self._listeners])
 
-    def _send_pieces(self, pieces: list[Any]) -> None:
+    def _send_pieces(self, pieces: list[StreamResponse | None]) -> None:
         for piece in pieces:
             if piece is not None and piece.chunk:
                 text = {"module": self.predictor, "field": piece.signature_field_name, "text": piece.chunk}
@@ -149,7 +152,7 @@ def streaming_lm(lm: PolicyLM, upstream: Upstream) -> PolicyLM:
     return lm.on(cast(EngineHandle, StreamingHandle(lm.handle, upstream)))
 
 
-def _body(request: lm15.Request, seed: int) -> dict[str, Any]:
+def _body(request: lm15.Request, seed: int) -> dict[str, object]:
     config = request.config
     return {
         "messages": chat_messages(request),

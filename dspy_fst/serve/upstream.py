@@ -5,7 +5,7 @@ import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import httpx
 from dspy import lm15
@@ -72,7 +72,7 @@ class Upstream:
         except (httpx.HTTPError, EngineError):
             return None  # the request that follows reports why
 
-    def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    def chat(self, body: Mapping[str, object]) -> dict[str, object]:
         """One chat completion.
 
         Raises:
@@ -87,7 +87,7 @@ class Upstream:
         finally:
             reply.close()
 
-    def stream(self, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+    def stream(self, body: Mapping[str, object]) -> Generator[dict[str, object], None, None]:
         """The chunks of one chat completion as they arrive, with token ids and usage.
 
         Closing the iterator stops the reply on the server too.
