@@ -162,6 +162,12 @@ def using(model: nn.Module, name: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
+def in_use(model: nn.Module) -> str | None:
+    """The adapter that the model computes with now (see `using`); None: its base alone."""
+    layer = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
+    return None if layer is None or layer._disable_adapters else next(iter(layer._active_adapter), None)
+
+
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state without adapters, under the names that it had before they were put on."""
     return {name.replace(BASE_LAYER, ""): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}

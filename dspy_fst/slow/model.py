@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from dspy_fst.engine.base import AdapterFiles, Checkpoint
-from dspy_fst.engine.lora import merge, parameters_of, put_on, put_on_as_read, read, target_modules, using
+from dspy_fst.engine.lora import in_use, merge, parameters_of, put_on, put_on_as_read, read, target_modules, using
 from dspy_fst.errors import TrainingError
 from dspy_fst.lora import SHARED, LoRA
 from dspy_fst.model_files.architectures import last_position, load_model_with_info
@@ -19,6 +19,7 @@ from dspy_fst.model_files.folder import folder_faults, layer_fault, wrapped_name
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 from dspy_fst.slow.chunked_head import Readout
 from dspy_fst.slow.head import Head, decoder_of
+from dspy_fst.slow.layers import prefix_cache, recompute_layers, suffix_cache
 
 START = "start"
 """Name of the frozen copy of an adapter that goes on: the KL's reference."""
@@ -107,6 +108,10 @@ class Policy(nn.Module):
         other.adapter = adapter
         return other
 
+    def recompute_layers(self) -> None:
+        """Gradient checkpointing from now on; the gradient is the same bit for bit."""
+        recompute_layers(decoder_of(self.model), lambda: using(self.model, in_use(self.model)))
+
     def forward(self, batch: MicroBatch) -> Tensor:
         """Float32 logits, shape (N, V): one row for every scored token of the micro-batch."""
         hidden = self.hidden(batch)
@@ -136,11 +141,11 @@ class Policy(nn.Module):
     def _hidden_through_adapter(self, batch: MicroBatch) -> Tensor:
         decoder = decoder_of(self.model)
         alone = batch.suffix_ids.shape[1] == 0
-        prefixes = decoder(input_ids=batch.prefix_ids, use_cache=not alone)
         if alone:
-            return prefixes.last_hidden_state.flatten(0, 1)
-        cache = prefixes.past_key_values
-        _copy_prefixes(cache, batch.prefix_of)
+            whole: Tensor = decoder(input_ids=batch.prefix_ids, use_cache=False).last_hidden_state
+            return whole.flatten(0, 1)
+        cache = prefix_cache()
+        prefixes = decoder(input_ids=batch.prefix_ids, past_key_values=cache, use_cache=True)
         lengths = batch.prefix_lengths[batch.prefix_of, None]
         positions = torch.arange(batch.prefix_ids.shape[1], device=lengths.device)
         steps = torch.arange(batch.suffix_ids.shape[1], device=lengths.device)
@@ -149,7 +154,7 @@ class Policy(nn.Module):
             attention_mask=torch.cat([(positions < lengths).long(), torch.ones_like(batch.suffix_ids)], dim=1),
             # Padding has no effect, but a position beyond the last would fail, or change the factors of all rows.
             position_ids=(lengths + steps).clamp(min=0, max=self.last_position),
-            past_key_values=cache,
+            past_key_values=suffix_cache(cache, batch.prefix_of),
             use_cache=True,
         )
         return torch.cat([prefixes.last_hidden_state.flatten(0, 1), suffixes.last_hidden_state.flatten(0, 1)])
@@ -256,19 +261,6 @@ def _whole_model(path: Path) -> PreTrainedModel:
     if fault := layer_fault(loading_info):
         raise TrainingError(f"{path}: {fault}")
     return model
-
-
-def _copy_prefixes(cache: DynamicCache, prefix_of: Tensor) -> None:
-    """Copy the keys and values of its prefix to each suffix; the gradients of the copies add up in the prefix.
-
-    The cache's own batch_select_indices is not used. It indexes with a tensor, whose gradient torch sums in a different
-    order each time on several CPU threads, so a continued run would not be bit-equal.
-    """
-    for layer in cache.layers:
-        assert isinstance(layer, DynamicLayer)
-        assert layer.keys is not None
-        assert layer.values is not None
-        layer.keys, layer.values = (kept.index_select(0, prefix_of) for kept in (layer.keys, layer.values))
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

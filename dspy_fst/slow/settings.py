@@ -37,6 +37,8 @@ class TrainerSettings:
     """Tokens in one forward, padding included. Memory and speed only; a CPU is fastest about here."""
     share_prompts: bool = True
     """Read a prompt that several calls begin with once, where the model allows it. Speed only, like the budget."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of each layer alone for the backward pass and compute the rest again. Memory and speed only."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the model's body and type of published weights; ``"auto"`` is bfloat16 on CUDA, else float32."""
     adapter: LoRA | None = None

@@ -74,6 +74,8 @@ class Trainer:
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._files, trust_remote_code=False)
         policy = Policy.load(model, dtype=self._dtype, adapter=settings.adapter, seed=settings.seed)
         self._policy = policy.to(self._device)
+        if settings.gradient_checkpointing:
+            self._policy.recompute_layers()
         self._names = [name for name, p in self._policy.model.named_parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             [p for p in self._policy.parameters() if p.requires_grad],
