@@ -10,7 +10,7 @@ sampled, and the prompt would then hold a turn that was never sampled. `PromptRe
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
 
@@ -18,7 +18,6 @@ from dspy import lm15
 from jinja2 import TemplateError
 
 from dspy_fst.engine.base import refuse_reshaped_sampling
-from dspy_fst.model_files.tokenizer import decoded, rendered_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -340,3 +339,33 @@ def continued(rendered: Ids, earlier: Sequence[Ids], text_of: Callable[[Sequence
         if text_of(rendered[:cut]) == beginning and text_of(ids + rendered[cut:]) == text:
             return ids + rendered[cut:]
     return None
+
+
+# ---- a tokenizer's answers, one type each; transformers' own methods return one of several -------
+
+
+def decoded(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], **options: bool) -> str:
+    """The text of one sequence of ids.
+
+    Args:
+        options: Further arguments of ``decode``, e.g. ``skip_special_tokens``.
+    """
+    decode: Callable[..., object] = tokenizer.decode
+    return str(decode(ids, **options))
+
+
+def rendered_ids(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, object]], **options: object
+) -> list[int]:
+    """The ids of a conversation, as the tokenizer's chat template writes it.
+
+    Args:
+        options: Further arguments of ``apply_chat_template``, e.g. ``tools``.
+
+    Raises:
+        Exception: whatever the template raises on messages that it refuses.
+    """
+    render: Callable[..., object] = tokenizer.apply_chat_template
+    rendered = render(messages, return_dict=True, **options)
+    assert isinstance(rendered, Mapping), "return_dict asks for a BatchEncoding"
+    return list(rendered["input_ids"])

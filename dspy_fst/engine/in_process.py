@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ class InProcessEngine:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
-        with self._model_lock, using(self._model, self._through(adapter)):
+        with self._model_lock, self._using(self._through(adapter)):
             return [self._token_logprobs(sequence) for sequence in sequences]
 
     def _token_logprobs(self, sequence: Sequence[int]) -> list[float]:
@@ -253,6 +254,11 @@ class InProcessEngine:
         self._decoder = BatchDecoder(self._model)
         self._context = context_length(self._model.config)
 
+    def _using(self, adapter: str | None) -> AbstractContextManager[None]:
+        """A block in which the model computes with this LoRA adapter, or as its base does."""
+        with_adapters = self._checkpoint is not None and self._checkpoint.adapters
+        return using(self._model, adapter) if with_adapters else nullcontext()
+
     def _through(self, adapter: str | None) -> str | None:
         """The adapter that a call goes through, see `Checkpoint.adapter`."""
         try:
@@ -311,7 +317,7 @@ class InProcessEngine:
             self._refuse(batch)
             return
         try:
-            with self._model_lock, using(self._model, batch[0].adapter):
+            with self._model_lock, self._using(batch[0].adapter):
                 began_at = self._begin(batch)
                 replies = generate(
                     self._decoder,

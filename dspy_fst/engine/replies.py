@@ -21,8 +21,7 @@ from dspy import lm15
 from pydantic import JsonValue
 
 from dspy_fst.engine.base import Completion
-from dspy_fst.engine.chat import PLAIN, TemplateTraits
-from dspy_fst.model_files.tokenizer import decoded
+from dspy_fst.engine.chat import PLAIN, TemplateTraits, decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

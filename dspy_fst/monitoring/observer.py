@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.model_files.tokenizer import decoded
+from dspy_fst.engine.chat import decoded
 from dspy_fst.monitoring.rules import ROLLOUT_RULES, UPDATE_RULES, Form, History
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.call_recorder import is_recorded

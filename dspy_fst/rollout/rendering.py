@@ -15,9 +15,8 @@ from dspy import lm15
 from dspy.signatures.signature import ensure_signature
 from dspy.utils.callback import BaseCallback
 
-from dspy_fst.engine.chat import Ids, PromptRenderer, TemplateTraits
+from dspy_fst.engine.chat import Ids, PromptRenderer, TemplateTraits, decoded
 from dspy_fst.errors import TrainingError
-from dspy_fst.model_files.tokenizer import decoded
 from dspy_fst.rollout.call_recorder import is_recorded
 from dspy_fst.rollout.chat_adapters import adapter_in_force, describe
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Rollout, SeedKLRollout

@@ -22,12 +22,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
 from dspy_fst.engine.base import AdapterFiles, Checkpoint
+from dspy_fst.engine.chat import rendered_ids
 from dspy_fst.engine.lora import base_state, write
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.folder import wrapped_names
 from dspy_fst.model_files.lora_folder import BESIDE, INDEX, INSIDE, index_of
-from dspy_fst.model_files.tokenizer import rendered_ids
 from dspy_fst.run.files import flush, scratch_beside
 from dspy_fst.slow.model import Policy
 from dspy_fst.types import WeightsVersion

@@ -270,6 +270,11 @@ class Trainer:
             parts |= dict(zip(own.members, readout.hidden.split(own.tokens), strict=True))
         return replace(readout, hidden=torch.cat([parts[index] for index in range(len(other))]))
 
+    def prepare(self) -> None:
+        """Load the weights of the KL term, where the loss has one; else the first update loads them."""
+        if self.settings.kl_coefficient > 0 or self.settings.seed_kl_coefficient > 0:
+            _ = self._reference
+
     @cached_property
     @torch.inference_mode(False)
     def _reference(self) -> Policy:

@@ -117,7 +117,9 @@ class Session:
         return self.schedule.must_search(cycle)
 
     def steps(self, cycle: Cycle) -> Iterator[int]:
-        return self.schedule.steps(cycle)
+        for step in self.schedule.steps(cycle):
+            self.trainer.prepare()  # nothing is loaded inside a step
+            yield step
 
     def stop(self, reason: StopReason) -> None:
         """Make no further step: the current one is committed, and the alternation is over."""

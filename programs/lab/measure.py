@@ -15,7 +15,7 @@ import torch
 from dspy.utils.exceptions import AdapterParseError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from dspy_fst.model_files.tokenizer import rendered_ids
+from dspy_fst.engine.chat import rendered_ids
 from programs.lab.operations import OPERATIONS, apply, say
 from programs.lab.program import BASE
 from programs.lab.tokenizer import messages, reply, signature
