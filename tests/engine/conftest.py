@@ -1,6 +1,7 @@
-"""One real server that several files share: to start it takes longer than all that they ask of it."""
+"""Servers that several files share: a real one, as to start it takes long, and one of canned replies."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.engine.lessons import LESSONS
 from tests.engine.server_state import group_of
 from tests.engine.taught import teach
 from tests.engine.test_server_process import members
+from tests.engine.test_vllm_client import Canned
 from tests.engine.tiny_qwen import small
 
 
@@ -32,3 +34,14 @@ def server(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[V
     engine.close()
     assert group is not None
     assert members(group) == []
+
+
+@pytest.fixture
+def canned() -> Iterator[Canned]:
+    server = Canned()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.stall.set()
+    server.shutdown()
+    server.server_close()

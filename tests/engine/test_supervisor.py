@@ -31,6 +31,10 @@ class World:
         self.servers: list[Server] = []
         self.on_load: Callable[[Server, Checkpoint], None] = lambda server, checkpoint: None
         self.on_ask: Callable[[Server, int], None] = lambda server, seed: None
+        self.on_swap: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+        """Why a running server cannot go over to these weights."""
+        self.through: list[str | None] = []
+        """LoRA adapter of each request that arrived."""
         self.asked: list[tuple[int, int]] = []
         """(number of the server, seed) of each request that arrived."""
 
@@ -62,14 +66,18 @@ class Server:
         self.world.on_load(self, checkpoint)
         self.version, self.address = checkpoint.version, "somewhere"
 
-    def complete(self, request: Request, seed: int) -> Completion:
+    def restart_reason(self, checkpoint: Checkpoint) -> str | None:
+        return self.world.on_swap(checkpoint) if self.loaded else None
+
+    def complete(self, request: Request, seed: int, prompt_ids: Any = None, adapter: str | None = None) -> Completion:
         if (version := self.version) is None:
             raise EngineError("no weights are served")
         self.world.asked.append((self.number, seed))
+        self.world.through.append(adapter)
         self.world.on_ask(self, seed)
         return Completion(text_response("m", "x", "stop", 1, 1), (1,), (seed,), (-1.0,), "stop", version)
 
-    def score(self, sequences: Any) -> list[list[float]]:
+    def score(self, sequences: Any, adapter: str | None = None) -> list[list[float]]:
         self.world.on_ask(self, -1)
         return [[-1.0] * (len(sequence) - 1) for sequence in sequences]
 

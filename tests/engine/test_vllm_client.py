@@ -108,17 +108,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def canned() -> Iterator[Canned]:
-    server = Canned()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.stall.set()
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")

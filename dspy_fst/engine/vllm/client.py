@@ -4,7 +4,7 @@ It relies on internals of two libraries: lm15's transport (dspy 3.4.1; not expor
 a proxy) and vLLM's developer endpoints (0.32).
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,16 @@ from dspy_fst.engine.base import Completion, Holding
 from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.replies import with_logprobs
 from dspy_fst.engine.vllm.reply_stream import read_stream, sse_chunks
-from dspy_fst.engine.vllm.wire import FINISHED, RESHAPING, pinned, read_completion, read_scores
+from dspy_fst.engine.vllm.wire import (
+    FINISHED,
+    RESHAPING,
+    WorkerAnswer,
+    pinned,
+    read_completion,
+    read_holding,
+    read_scores,
+    require_success,
+)
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
 
@@ -69,7 +78,7 @@ class VLLMClient:
     def __init__(self, address: Address, *, request_timeout_s: float, load_timeout_s: float):
         self.address = address
         self._request_timeout_s = request_timeout_s
-        self._load_timeout_s = load_timeout_s
+        self.load_timeout_s = load_timeout_s
         self._model: str | None = None
         self._cannot_compare = False
         self._http = httpx.Client(
@@ -96,12 +105,12 @@ class VLLMClient:
 
     def ping(self) -> None:
         """Raises EngineError unless the server answers that it is healthy."""
-        self._call("GET", "/health", timeout_s=QUICK_TIMEOUT_S)
+        self.call("GET", "/health", timeout_s=QUICK_TIMEOUT_S)
 
     def engine_died(self) -> bool:
         """Whether the server itself reports that its engine died; False if it does not answer."""
         try:
-            return self._send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).status_code == 503
+            return self.send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).status_code == 503
         except NoAnswerError:
             return False
 
@@ -112,12 +121,17 @@ class VLLMClient:
             EngineError: the server does not answer, or refuses the key.
         """
         if self._model is None:
-            models = self._call("GET", "/v1/models", timeout_s=QUICK_TIMEOUT_S).json()["data"]
+            models = self.call("GET", "/v1/models", timeout_s=QUICK_TIMEOUT_S).json()["data"]
             self._model = str(models[0]["id"])
         return self._model
 
     def sample(
-        self, request: Request, seed: int, weights: WeightsVersion, prompt_ids: Sequence[int] | None = None
+        self,
+        request: Request,
+        seed: int,
+        weights: WeightsVersion,
+        prompt_ids: Sequence[int] | None = None,
+        model: str | None = None,
     ) -> Completion:
         """One reply to the request, whatever model it names, marked with the given version.
 
@@ -132,17 +146,22 @@ class VLLMClient:
             EngineError: no usable answer came.
             dspy.lm15.LM15Error: the server refuses the request itself.
         """
-        routed = pinned(request, model=f"vllm:{self.find_model()}", seed=seed)
+        name = model or self.find_model()
+        routed = pinned(request, model=f"vllm:{name}", seed=seed)
         keep = request.config.logprobs is not None
-        if prompt_ids is not None and (completion := self._sample_after(prompt_ids, routed, weights, keep)) is not None:
-            return completion
+        if prompt_ids is not None:
+            completion = self._sample_after(prompt_ids, replace(routed, model=name), weights, keep)
+            if completion is not None:
+                return completion
         with self._as_engine_errors():
             response = self._router.complete(routed)
         return read_completion(response, weights, keep_logprobs=keep)
 
-    def stream(self, request: Request, seed: int, weights: WeightsVersion) -> Generator[str, None, Completion]:
+    def stream(
+        self, request: Request, seed: int, weights: WeightsVersion, model: str | None = None
+    ) -> Generator[str, None, Completion]:
         """`sample`, with the text yielded piece by piece. Closing the generator ends the reply on the server, too."""
-        name = self.find_model()
+        name = model or self.find_model()
         routed = pinned(request, model=f"vllm:{name}", seed=seed)
         with self._as_engine_errors():
             lm = self._router.lm(routed.model)
@@ -180,7 +199,7 @@ class VLLMClient:
         config = request.config
         body = {
             **(config.extensions or {}),
-            "model": self.find_model(),
+            "model": request.model,
             "prompt": list(prompt_ids),
             "max_tokens": config.max_tokens,
             "temperature": config.temperature,
@@ -188,10 +207,10 @@ class VLLMClient:
             "seed": config.seed,
             "logprobs": config.logprobs,
         }
-        reply = self._send("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s)
+        reply = self.send("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s)
         if reply.is_client_error:
             return None
-        _require_success(reply, f"POST {self.address.url}/v1/completions")
+        require_success(reply, f"POST {self.address.url}/v1/completions")
         choice = reply.json()["choices"][0]
         scored = choice.get("logprobs") or {}
         ids, logprobs = choice.get("token_ids") or (), scored.get("token_logprobs") or ()
@@ -212,19 +231,19 @@ class VLLMClient:
 
     def tokens_processed(self, timeout_s: float) -> str:
         """vLLM's counters of prompt and sampled tokens, which change at every step; empty if it keeps none."""
-        figures = self._call("GET", "/metrics", timeout_s=timeout_s).text.splitlines()
+        figures = self.call("GET", "/metrics", timeout_s=timeout_s).text.splitlines()
         return "\n".join(line for line in figures if line.startswith(_TOKEN_COUNTERS))
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of every token but the first, at temperature 1, in one request."""
+    def score(self, sequences: Sequence[Sequence[int]], model: str | None = None) -> list[list[float]]:
+        """Log-probability of every token but the first, at temperature 1, in one request; ``model`` as in `sample`."""
         body = {
-            "model": self.find_model(),
+            "model": model or self.find_model(),
             "prompt": [list(sequence) for sequence in sequences],
             "max_tokens": 1,
             "temperature": 1.0,
             "prompt_logprobs": 0,
         }
-        reply = self._call("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s).json()
+        reply = self.call("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s).json()
         choices = sorted(reply["choices"], key=lambda choice: choice["index"])
         return [read_scores(choice, sequence) for choice, sequence in zip(choices, sequences, strict=True)]
 
@@ -234,13 +253,13 @@ class VLLMClient:
         Raises:
             EngineError: with ``how_to_launch`` in the message.
         """
-        reply = self._send("GET", "/is_paused", timeout_s=QUICK_TIMEOUT_S)
+        reply = self.send("GET", "/is_paused", timeout_s=QUICK_TIMEOUT_S)
         if reply.status_code in (404, 405):
             raise EngineError(
                 f"vLLM at {self.address.url} was launched without its developer endpoints, which swapping weights "
                 f"needs. {how_to_launch}"
             )
-        _require_success(reply, f"GET {self.address.url}/is_paused")
+        require_success(reply, f"GET {self.address.url}/is_paused")
 
     def require_processed_logprobs(self, how_to_launch: str) -> None:
         """Check that log-probabilities are those of the distribution sampled from, temperature included.
@@ -267,7 +286,7 @@ class VLLMClient:
             "return_tokens_as_token_ids": True,  # as texts, tokens that decode alike would appear once
             **RESHAPING,
         }
-        reply = self._call("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s).json()
+        reply = self.call("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s).json()
         ranked = sorted(reply["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)
         return float(ranked[0] - ranked[1])
 
@@ -278,17 +297,17 @@ class VLLMClient:
             EngineError: a step failed. The server is resumed nevertheless, with unknown weights.
         """
         try:
-            self._call("POST", "/pause?mode=wait", timeout_s=self._request_timeout_s)
+            self.call("POST", "/pause?mode=wait", timeout_s=self._request_timeout_s)
             rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            self._call("POST", "/collective_rpc", json=rpc, timeout_s=self._load_timeout_s)
+            self.call("POST", "/collective_rpc", json=rpc, timeout_s=self.load_timeout_s)
             # Otherwise the new weights would continue from cached keys and values of the old ones.
-            reset = self._call("POST", "/reset_prefix_cache", timeout_s=QUICK_TIMEOUT_S)
+            reset = self.call("POST", "/reset_prefix_cache", timeout_s=QUICK_TIMEOUT_S)
             if not reset.json()["success"]:
                 raise EngineError(f"vLLM at {self.address.url} could not empty its prefix cache: still in use")
         except BaseException:
             self._resume_quietly()
             raise
-        self._call("POST", "/resume", timeout_s=QUICK_TIMEOUT_S)
+        self.call("POST", "/resume", timeout_s=QUICK_TIMEOUT_S)
 
     def held(self, folder: Path, *, optional: bool) -> Holding | None:
         """Let every worker compare the weights that it uses with a folder's.
@@ -303,20 +322,34 @@ class VLLMClient:
         """
         if self._cannot_compare:
             return None
-        rpc = {"method": COMPARE, "kwargs": {"folder": str(folder)}}
+        workers = self.run(COMPARE, optional=optional, folder=str(folder))
+        self._cannot_compare = workers is None
+        return None if workers is None else read_holding(workers)
+
+    def run(self, method: str, *, optional: bool = False, **arguments: object) -> list[WorkerAnswer] | None:
+        """The workers' answers to a method of our extension.
+
+        Args:
+            method: Its name.
+            optional: Return None instead of raising an error if the workers lack it.
+            **arguments: Of the method.
+
+        Raises:
+            EngineError: the method failed on a healthy server, or is missing.
+            NoAnswerError: no answer came.
+        """
+        rpc = {"method": method, "kwargs": arguments}
         try:
-            reply = self._call("POST", "/collective_rpc", json=rpc, timeout_s=self._load_timeout_s)
+            reply = self.call("POST", "/collective_rpc", json=rpc, timeout_s=self.load_timeout_s)
         except EngineError as error:
             # The errors of vLLM 0.32 for a method that its workers lack: the first from `v1/serial_utils.run_method`,
             # the second from Python, when a worker in another process looks the method up.
-            missing = (f"Method {COMPARE!r} is not implemented.", f"object has no attribute {COMPARE!r}")
+            missing = (f"Method {method!r} is not implemented.", f"object has no attribute {method!r}")
             if not optional or not any(words in str(error) for words in missing):
                 raise
-            self._cannot_compare = True
             return None
-        workers = reply.json()["results"]
-        wrong = {name: how for worker in workers for name, how in worker["wrong"].items()}
-        return Holding(workers[0]["digests"], wrong, workers[0]["dtype"])
+        answers: list[WorkerAnswer] = reply.json()["results"]
+        return answers
 
     def close(self) -> None:
         """Close every connection. May be called twice."""
@@ -325,22 +358,33 @@ class VLLMClient:
 
     def _resume_quietly(self) -> None:
         with suppress(EngineError):  # the caller raises the error that led here
-            self._call("POST", "/resume", timeout_s=QUICK_TIMEOUT_S)
+            self.call("POST", "/resume", timeout_s=QUICK_TIMEOUT_S)
 
-    def _call(self, method: str, path: str, *, timeout_s: float, json: object = None) -> httpx.Response:
-        reply = self._send(method, path, timeout_s=timeout_s, json=json)
+    def call(self, method: str, path: str, *, timeout_s: float, json: object = None) -> httpx.Response:
+        """A successful answer.
+
+        Raises:
+            NoAnswerError: no answer came, or the server failed; asking again may help.
+            EngineError: it refused the request.
+        """
+        reply = self.send(method, path, timeout_s=timeout_s, json=json)
         refused = reply.is_server_error and path.partition("?")[0] in _CONTROL and self._is_well()
-        _require_success(reply, f"{method} {self.address.url}{path}", refused=refused)
+        require_success(reply, f"{method} {self.address.url}{path}", refused=refused)
         return reply
 
     def _is_well(self) -> bool:
         """Whether the server is healthy, so that its status 500 was a refusal of the request."""
         for _ in range(2):  # it closes the connection after some answers, so the next request may fail once
             with suppress(NoAnswerError):
-                return self._send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).is_success
+                return self.send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).is_success
         return False
 
-    def _send(self, method: str, path: str, *, timeout_s: float, json: object = None) -> httpx.Response:
+    def send(self, method: str, path: str, *, timeout_s: float, json: object = None) -> httpx.Response:
+        """Any answer.
+
+        Raises:
+            NoAnswerError: none came.
+        """
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
         try:
             return self._http.request(method, path, json=json, timeout=timeout)
@@ -350,33 +394,3 @@ class VLLMClient:
             ) from error
         except (httpx.HTTPError, RuntimeError) as error:  # the latter when another thread closed the client
             raise NoAnswerError(f"{method} {self.address.url}{path} failed: {error}") from error
-
-
-def _require_success(reply: httpx.Response, what: str, *, refused: bool = False) -> None:
-    """Raise an error for any answer but success.
-
-    Args:
-        refused: Whether a server error is known to be a refusal: the server is healthy, and asking again is useless.
-
-    Raises:
-        NoAnswerError: a server error, after which asking again may help.
-        EngineError: any other answer.
-    """
-    if reply.is_success:
-        return
-    hint = " Is the API key right?" if reply.status_code == 401 else ""
-    if refused:
-        raise EngineError(
-            f"{what} answered {reply.status_code}, and the server is well, so it refused: {_reason(reply)}"
-        )
-    kind = NoAnswerError if reply.is_server_error else EngineError
-    raise kind(f"{what} answered {reply.status_code}: {_reason(reply)}{hint}")
-
-
-def _reason(reply: httpx.Response) -> str:
-    """The server's explanation of an error: vLLM's message if there is one, else the body."""
-    try:
-        error = reply.json()["error"]
-        return str(error["message"] if isinstance(error, Mapping) else error)[:500]
-    except (ValueError, KeyError, TypeError):
-        return reply.text[:500]

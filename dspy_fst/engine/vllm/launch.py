@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dspy_fst.engine.machine import has_gpu
+from dspy_fst.engine.vllm.lora_files import LoRANeeds
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
 SERVED_NAME = "policy"
@@ -18,8 +19,15 @@ _SERVED_FOLDER = Path(__file__).with_name("served")
 _OVERRIDES = "--hf-overrides"
 
 
-def vllm_command(settings: VLLMSettings, model: Path, port: int) -> list[str]:
-    """The command line of a server for a model's folder; it contains no secret."""
+def vllm_command(settings: VLLMSettings, model: Path, port: int, loras: LoRANeeds | None = None) -> list[str]:
+    """The command line of a server for a model's folder; it contains no secret.
+
+    Args:
+        settings: Of the server.
+        model: The folder.
+        port: On which it listens.
+        loras: What LoRA adapters on the model need; None: there are none.
+    """
     on_gpu = has_gpu()
     eager = not on_gpu if settings.enforce_eager is None else settings.enforce_eager
     dtype = ("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype
@@ -38,18 +46,37 @@ def vllm_command(settings: VLLMSettings, model: Path, port: int) -> list[str]:
         *(["--enforce-eager"] if eager else []),
         # On a CPU, a seeded request whose prompt is prefilled in chunks crashes vLLM 0.32.
         *([] if on_gpu else ["--no-enable-chunked-prefill"]),
+        *([] if loras is None else _lora_flags(settings, loras)),
         *(settings.extra_args if dtype in ("float32", "float") else _head_in_float32(settings.extra_args)),
     ]
 
 
-def vllm_environment(settings: VLLMSettings, key: str) -> dict[str, str]:
-    """This process's environment, with the variables that the server needs."""
+def lora_places(settings: VLLMSettings, loras: LoRANeeds) -> tuple[int, int]:
+    """How many LoRA adapters one batch may use, and how many the server keeps in memory."""
+    at_once = settings.max_loras or 2 * loras.adapters  # a new version beside the calls on the one before
+    return at_once, max(2 * at_once, 4 * loras.adapters)
+
+
+def _lora_flags(settings: VLLMSettings, loras: LoRANeeds) -> list[str]:
+    at_once, in_memory = lora_places(settings, loras)
+    return [
+        *("--enable-lora", "--max-lora-rank", str(loras.rank)),
+        *("--max-loras", str(at_once), "--max-cpu-loras", str(in_memory)),
+        # By default every linear layer is wrapped, and the LM head too. On a CPU, vLLM 0.32 dies of scores through a
+        # wrapped head unless the request is alone in its batch.
+        *("--lora-target-modules", *sorted(loras.modules)),
+    ]
+
+
+def vllm_environment(settings: VLLMSettings, key: str, *, loras: bool = False) -> dict[str, str]:
+    """This process's environment, with the variables that the server needs; ``loras``: whether it serves adapters."""
     python_path = os.pathsep.join(filter(None, [str(_SERVED_FOLDER), os.environ.get("PYTHONPATH")]))
     return {
         **os.environ,
         "PYTHONPATH": python_path,
         "VLLM_API_KEY": key,
         "VLLM_SERVER_DEV_MODE": "1",
+        **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if loras else {}),
         "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
         "VLLM_NO_USAGE_STATS": "1",
         # The default of 5 s closes pooled connections between two batches, sometimes during a request.

@@ -26,7 +26,10 @@ from dspy_fst.engine.machine import free_port
 from dspy_fst.engine.replies import UNREAD, ReplyReader, with_stop_tokens
 from dspy_fst.engine.vllm.client import Address, NoAnswerError, VLLMClient
 from dspy_fst.engine.vllm.diagnosis import last_words, obituary
-from dspy_fst.engine.vllm.launch import vllm_command, vllm_environment
+from dspy_fst.engine.vllm.launch import lora_places, vllm_command, vllm_environment
+from dspy_fst.engine.vllm.lora_client import LoRAClient
+from dspy_fst.engine.vllm.lora_files import LoRANeeds
+from dspy_fst.engine.vllm.lora_versions import UNLOADED, LoRAVersions, Target
 from dspy_fst.engine.vllm.process import ServerProcess
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.weights_lock import WeightsLock
@@ -47,7 +50,8 @@ _HOW_TO_ATTACH = (
     "environment, and with --logprobs-mode processed_logprobs --generation-config vllm "
     "--middleware dspy_fst_key_guard.KeyGuard --worker-extension-cls dspy_fst_weight_check.WeightCheck "
     """--hf-overrides '{"head_dtype": "float32"}', on a host that nobody else reaches: """
-    "these endpoints can run any method, and vLLM's own check of the key leaves them open."
+    "these endpoints can run any method, and vLLM's own check of the key leaves them open. For LoRA adapters add "
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora, --max-lora-rank and --max-loras, and launch it on their base."
 )
 
 
@@ -70,6 +74,8 @@ class VLLMServer:
         self._weights: WeightsVersion | None = None
         self._process: ServerProcess | None = None
         self._client: VLLMClient | None = None
+        self._loras: LoRAVersions | None = None
+        """The LoRA adapters; None: the server was started for whole weights, or not at all."""
         self._reader = UNREAD
         self._killed_because: str | None = None
         self._answered_at = 0.0
@@ -78,7 +84,7 @@ class VLLMServer:
     @property
     def weights(self) -> WeightsVersion | None:
         """The version served now; None before the first load, and after a load that failed half-way."""
-        return self._weights
+        return self._weights if self._loras is None else self._loras.version
 
     @property
     def address(self) -> Address | None:
@@ -109,34 +115,53 @@ class VLLMServer:
     def load(self, checkpoint: Checkpoint) -> None:
         """Serve these weights. The first call launches the server; later calls swap the weights in place.
 
-        Requests in flight finish first, under the weights they started with. Later requests wait.
+        Whole weights are swapped after the requests in flight, which finish under the weights they started with, and
+        later requests wait. LoRA adapters are loaded beside the requests in flight; see `LoRAVersions`.
 
         Raises:
-            EngineError: the folder, the launch or the swap is at fault, or a wait exceeded its limit. After a failed
-                launch or swap nothing is sampled until a load succeeds.
+            EngineError: the folder, the launch or the swap is at fault, the running server can only serve these weights
+                after a restart, or a wait exceeded its limit. After a failed launch or swap nothing is sampled until a
+                load succeeds.
         """
         require_checkpoint(checkpoint)
-        if checkpoint.adapters:
-            raise EngineError(f"weights {checkpoint.version} have LoRA adapters, which this engine does not serve")
+        if reason := self.restart_reason(checkpoint):
+            raise EngineError(f"weights {checkpoint.version} need a server that is started anew: {reason}")
+        if self._loras is not None:
+            with self._explaining_death():
+                self._loras.load(checkpoint)
+            return
         with self._lock.loading(self.settings.request_timeout_s), self._explaining_death():
             self._weights = None
             if self._client is None:
                 self._start(checkpoint)
-                self._reader = ReplyReader.load(checkpoint.path)
             else:
                 self._client.swap_weights(checkpoint.path.resolve())
             self._weights = checkpoint.version
 
-    def complete(self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None) -> Completion:
+    def restart_reason(self, checkpoint: Checkpoint) -> str | None:
+        """Why the running server cannot go over to these weights without a restart; None if it can, or none runs.
+
+        Raises:
+            EngineError: vLLM cannot serve one of the LoRA adapters at all.
+        """
+        if self._client is None:
+            return None
+        if self._loras is not None:
+            return self._loras.refuses(checkpoint)
+        return "it was started without LoRA adapters" if checkpoint.adapters else None
+
+    def complete(
+        self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None, adapter: str | None = None
+    ) -> Completion:
         """Sample one reply from the untruncated distribution; see ``Engine.complete``."""
-        with self._asking(request) as (client, weights, sent):
-            completion = client.sample(sent, seed, weights, prompt_ids)
+        with self._asking(request, adapter) as (client, target, sent):
+            completion = client.sample(sent, seed, target.version, prompt_ids, target.model)
         return self._reader.read(completion, request)
 
-    def stream(self, request: Request, seed: int) -> Generator[str, None, Completion]:
+    def stream(self, request: Request, seed: int, adapter: str | None = None) -> Generator[str, None, Completion]:
         """`complete`, with the text yielded in pieces; thoughts and tool calls are in it as the model writes them."""
-        with self._asking(request) as (client, weights, sent):
-            completion = yield from client.stream(sent, seed, weights)
+        with self._asking(request, adapter) as (client, target, sent):
+            completion = yield from client.stream(sent, seed, target.version, target.model)
         return self._reader.read(completion, request)
 
     def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
@@ -146,31 +171,54 @@ class VLLMServer:
         """
         if not sequences:
             return []
-        with self._serving() as (client, _):
-            return client.score(sequences)
+        if self._loras is not None and self._loras.head_is_adapted:
+            # vLLM 0.32 dies of a score through LoRA on the LM head unless the request is alone in its batch.
+            with self._lock.loading(self.settings.request_timeout_s), self._explaining_death():
+                client = self._require_client()
+                with self._target(adapter) as target:
+                    return [client.score([sequence], target.model)[0] for sequence in sequences]
+        with self._serving() as client, self._target(adapter) as target:
+            return client.score(sequences, target.model)
 
     def held(self, checkpoint: Checkpoint) -> Holding | None:
         """Compare the weights in use with the folder's; None for an attached server without our worker extension."""
-        with self._serving(sampling=False) as (client, _):
+
+        def compare_folder() -> Holding | None:
             return client.held(checkpoint.path.resolve(), optional=self.settings.attach_url is not None)
 
-    @contextmanager
-    def _asking(self, request: Request) -> Iterator[tuple[VLLMClient, WeightsVersion, Request]]:
-        """The server, the version that it serves, and the request fitted to its chat template."""
-        with self._serving() as (client, weights):
-            self._reader.check(request)
-            yield client, weights, with_stop_tokens(fitted(request, self._reader.traits), self._reader.stop_ids)
+        with self._serving(sampling=False) as client:
+            return compare_folder() if self._loras is None else self._loras.held(checkpoint, compare_folder)
 
     @contextmanager
-    def _serving(self, *, sampling: bool = True) -> Iterator[tuple[VLLMClient, WeightsVersion]]:
-        """The server, whose weights do not change during this block. If it dies, the error quotes the end of its log.
+    def _asking(self, request: Request, adapter: str | None) -> Iterator[tuple[VLLMClient, Target, Request]]:
+        """The server, what the request is sampled from, and the request fitted to the server's chat template."""
+        with self._serving() as client, self._target(adapter) as target:
+            self._reader.check(request)
+            yield client, target, with_stop_tokens(fitted(request, self._reader.traits), self._reader.stop_ids)
+
+    @contextmanager
+    def _target(self, adapter: str | None) -> Iterator[Target]:
+        """What a call is sampled from, which the server keeps in this block."""
+        if self._loras is not None:
+            with self._loras.calling(adapter) as target:
+                yield target
+            return
+        if self._weights is None:
+            raise EngineError(UNLOADED)
+        if adapter is not None:
+            raise EngineError(f"weights {self._weights} have no LoRA adapter {adapter!r}; they have none")
+        yield Target(None, self._weights)
+
+    @contextmanager
+    def _serving(self, *, sampling: bool = True) -> Iterator[VLLMClient]:
+        """The server, whose whole weights do not change in this block. If it dies, the error quotes its log's end.
 
         Args:
             sampling: Whether the server processes tokens in the block. If so, the watchdog kills it when it does not.
         """
         lock = self._lock.sampling if sampling else self._lock.checking
         with lock(self.settings.request_timeout_s), self._explaining_death():
-            yield self._require_serving()
+            yield self._require_client()
             self._answered_at = time.monotonic()
 
     def expect(self, callers: int) -> None:
@@ -183,46 +231,62 @@ class VLLMServer:
             keep_log: Keep a temporary log, to see why the server failed.
         """
         process, client = self._process, self._client
-        self._process = self._client = self._weights = None
+        self._process = self._client = self._loras = self._weights = None
         if process is not None:
             process.stop(keep_log=keep_log)
         if client is not None:
             client.close()
 
-    def _require_serving(self) -> tuple[VLLMClient, WeightsVersion]:
-        if self._client is None or self._weights is None:
-            raise EngineError("no weights are served: call load(checkpoint), again if the last one failed")
-        return self._client, self._weights
+    def _require_client(self) -> VLLMClient:
+        if self._client is None or self.weights is None:
+            raise EngineError(UNLOADED)
+        return self._client
 
     def _start(self, checkpoint: Checkpoint) -> None:
         if faults := vllm_faults(self.settings):
             raise EngineError("cannot start vLLM: " + "; ".join(faults))
+        needs = LoRANeeds.of(checkpoint.adapters) if checkpoint.adapters else None
         if self.settings.attach_url is None:
-            self._launch(checkpoint)
+            self._client = self._launch(checkpoint, needs)
         else:
-            self._attach(self.settings.attach_url, checkpoint)
+            self._client = self._attach(self.settings.attach_url, checkpoint)
+        self._reader = ReplyReader.load(checkpoint.path)
+        if needs is not None:
+            self._loras = self._versions(self._client, checkpoint, needs)
+            self._loras.load(checkpoint)
 
-    def _attach(self, url: str, checkpoint: Checkpoint) -> None:
+    def _versions(self, client: VLLMClient, checkpoint: Checkpoint, needs: LoRANeeds) -> LoRAVersions:
+        """The LoRA adapters of a server that was just launched or attached to; none is loaded yet."""
+        attached = self.settings.attach_url is not None
+        loras = LoRAClient(client)
+        loras.note_names(_HOW_TO_ATTACH, optional=attached)
+        capacity = None if attached else lora_places(self.settings, needs)[1]
+        return LoRAVersions(loras, checkpoint, needs, capacity=capacity, wait_s=self.settings.request_timeout_s)
+
+    def _attach(self, url: str, checkpoint: Checkpoint) -> VLLMClient:
         address = Address(url.rstrip("/").removesuffix("/v1"), self.settings.api_key, through_proxy=True)
         client = self._new_client(address)
         try:
             client.find_model()
             client.require_developer_endpoints(_HOW_TO_ATTACH)
-            client.swap_weights(checkpoint.path.resolve())  # also resumes a server that was left paused
+            if checkpoint.adapters:  # their base is not swapped: the server must have been launched on it
+                LoRAClient(client).require(_HOW_TO_ATTACH)
+            else:
+                client.swap_weights(checkpoint.path.resolve())  # also resumes a server that was left paused
             client.require_processed_logprobs(_HOW_TO_ATTACH)
         except BaseException:
             client.close()
             raise
-        self._client = client
+        return client
 
-    def _launch(self, checkpoint: Checkpoint) -> None:
+    def _launch(self, checkpoint: Checkpoint, loras: LoRANeeds | None) -> VLLMClient:
         settings = self.settings
         port = settings.port or free_port(settings.host)
         key = f"sk-{secrets.token_hex(32)}"  # a form that secret scanners recognise wherever it appears
         try:
             process = ServerProcess(
-                vllm_command(settings, checkpoint.path.resolve(), port),
-                vllm_environment(settings, key),
+                vllm_command(settings, checkpoint.path.resolve(), port, loras),
+                vllm_environment(settings, key, loras=loras is not None),
                 log_path=Path(settings.log_path) if settings.log_path else None,
                 grace_s=settings.stop_grace_s,
             )
@@ -237,7 +301,7 @@ class VLLMServer:
             self._process = None
             process.stop(keep_log=True)
             raise
-        self._client = client
+        return client
 
     def _new_client(self, address: Address) -> VLLMClient:
         return VLLMClient(
@@ -300,10 +364,12 @@ def _answers(client: VLLMClient) -> bool:
 
 
 def require_checkpoint(checkpoint: Checkpoint) -> None:
-    """Raises EngineError unless the folder holds a config and weights."""
+    """Raises EngineError unless the folder holds a config and weights, and its LoRA adapters can be served."""
     if not (checkpoint.path / "config.json").is_file():
         raise EngineError(
             f"checkpoint {checkpoint.version}: {checkpoint.path} is no Hugging Face folder (no config.json)"
         )
     if not any(checkpoint.path.glob("*.safetensors")):
         raise EngineError(f"checkpoint {checkpoint.version}: {checkpoint.path} holds no *.safetensors file")
+    if checkpoint.adapters:
+        LoRANeeds.of(checkpoint.adapters)

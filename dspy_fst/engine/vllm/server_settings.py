@@ -13,6 +13,7 @@ _POSITIVE = (
 _OURS = {
     *("--model", "--host", "--port", "--api-key", "--served-model-name"),
     *("--logprobs-mode", "--generation-config", "--disable-log-stats", "--worker-extension-cls"),
+    *("--enable-lora", "--max-loras", "--max-lora-rank", "--max-cpu-loras", "--lora-target-modules"),
 }
 _DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 
@@ -35,6 +36,9 @@ class VLLMSettings:
     """GiB for keys and values when vLLM runs on a CPU."""
     enforce_eager: bool | None = None
     """Skip compilation: the server starts in half the time and samples more slowly. None skips it on a CPU only."""
+    max_loras: int | None = None
+    """How many LoRA adapters one batch may use; calls on further ones wait. None: twice as many as a version has. The
+    server keeps twice this number in memory, and a load waits until calls on older versions leave it room."""
     startup_timeout_s: float = 600.0
     request_timeout_s: float = 600.0
     """Longest wait for one reply, and longest wait of a load for the replies in flight."""
@@ -65,8 +69,9 @@ def vllm_faults(settings: VLLMSettings) -> list[str]:
     ]
     if settings.max_restarts < 0:
         faults.append(f"max_restarts is {settings.max_restarts!r}: it must be 0 or more")
-    if settings.max_model_len is not None and settings.max_model_len < 1:
-        faults.append(f"max_model_len is {settings.max_model_len}: it must be at least 1")
+    for name in ("max_model_len", "max_loras"):
+        if (limit := getattr(settings, name)) is not None and limit < 1:
+            faults.append(f"{name} is {limit}: it must be at least 1")
     if settings.attach_url is not None:
         if not settings.attach_url.startswith(("http://", "https://")):
             faults.append(f"attach_url is {settings.attach_url!r}: it must start with http:// or https://")

@@ -65,7 +65,8 @@ class Supervisor:
         self.counts: Counter[str] = Counter()
         """Events since the last ``take_counts``: ``"restarts"``, ``"asked again"``, ``"swaps failed"``,
         ``"swaps refused"`` (other weights were in use afterwards), ``"restarts for experts"`` (not a failure: new
-        weights of experts cannot be swapped)."""
+        weights of experts cannot be swapped), ``"restarts for another base"`` (nor this: the server was started for
+        another base, or for other LoRA adapters)."""
         self.server = make(self.settings)
         """The current server. A restart replaces the object, so its identity tells whether a restart has happened."""
         self._make = make
@@ -118,25 +119,24 @@ class Supervisor:
         self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None, adapter: str | None = None
     ) -> Completion:
         """Sample one reply, even if the server fails meanwhile; see ``Engine.complete``."""
-        rendered = () if prompt_ids is None else (prompt_ids,)
-        return self._ask(lambda server: server.complete(request, seed, *rendered))
+        return self._ask(lambda server: server.complete(request, seed, prompt_ids, adapter))
 
     def stream(self, request: Request, seed: int, adapter: str | None = None) -> Generator[str, None, Completion]:
         """`complete`, with the text yielded in pieces. After the first piece the request is not repeated, because the
         caller would get a part of the text twice."""
-        with closing(self._serving().stream(request, seed)) as pieces:
+        with closing(self._serving().stream(request, seed, adapter)) as pieces:
             try:
                 first = next(pieces)
             except StopIteration as end:
                 return end.value
             except EngineError:  # requested whole instead, with a restart if necessary
-                return self.complete(request, seed)
+                return self.complete(request, seed, adapter=adapter)
             yield first
             return (yield from pieces)
 
     def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1."""
-        return self._ask(lambda server: server.score(sequences))
+        return self._ask(lambda server: server.score(sequences, adapter))
 
     def held(self, checkpoint: Checkpoint) -> Holding | None:
         """Compare the weights in use with the folder's; see ``Scorer.held``."""
@@ -226,8 +226,9 @@ class Supervisor:
 
     def _swap(self, checkpoint: Checkpoint) -> None:
         """Swap the weights in place. If that fails, or other weights are served afterwards, restart on these."""
-        if self.settings.attach_url is None and (reason := self._restart_reason(checkpoint)):
-            self._count("restarts for experts")
+        if self.settings.attach_url is None and (why := self._restart_reason(checkpoint)):
+            what, reason = why
+            self._count(f"restarts for {what}")
             logger.info("vLLM is started again on weights %s: %s", checkpoint.version, reason)
             self._replace_server(keep_log=False)
             self._begin(checkpoint)
@@ -248,11 +249,16 @@ class Supervisor:
             raise cause
         self._relaunch(checkpoint, cause)
 
-    def _restart_reason(self, checkpoint: Checkpoint) -> str | None:
-        """`folder_restart_reason`, computed at the first swap only, because all versions are of one model."""
-        if self._unswappable is None:
+    def _restart_reason(self, checkpoint: Checkpoint) -> tuple[str, str] | None:
+        """What needs a restart instead of a swap, and why; None if nothing does."""
+        if reason := self.server.restart_reason(checkpoint):
+            return "another base", reason
+        if checkpoint.adapters:  # their base stays as it is
+            return None
+        if self._unswappable is None:  # computed at the first swap only, because all versions are of one model
             self._unswappable = (folder_restart_reason(checkpoint.path, on_gpu=has_gpu()),)
-        return self._unswappable[0]
+        experts = self._unswappable[0]
+        return ("experts", experts) if experts else None
 
     def _restart(self, failed: VLLMServer, cause: EngineError) -> None:
         """Replace a failed server, unless another thread has already done so."""

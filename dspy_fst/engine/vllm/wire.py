@@ -1,12 +1,13 @@
-"""Requests to vLLM's chat endpoint, and checks of its replies (vLLM 0.32)."""
+"""Requests to vLLM's endpoints, and checks of its replies (vLLM 0.32)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypedDict, cast
 
+import httpx
 from dspy.lm15 import Request, Response, ToolChoice, UnsupportedFeatureError
 
-from dspy_fst.engine.base import Completion, refuse_reshaped_sampling
+from dspy_fst.engine.base import Completion, Holding, refuse_reshaped_sampling
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
 
@@ -121,3 +122,47 @@ def read_scores(choice: ScoredPrompt, sequence: Sequence[int]) -> list[float]:
         return [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], sequence[1:], strict=True)]
     except KeyError as error:
         raise EngineError(f"vLLM scored other tokens than it was given: token {error} is missing") from error
+
+
+class WorkerAnswer(TypedDict):
+    """What one worker found when it compared the weights in use with a folder's; see `served/`."""
+
+    digests: dict[str, str]
+    wrong: dict[str, str]
+    dtype: str
+
+
+def read_holding(workers: Sequence[WorkerAnswer]) -> Holding:
+    """The answers of all workers to one comparison. Each has a part of the model, and reads the whole folder."""
+    wrong = {name: how for worker in workers for name, how in worker["wrong"].items()}
+    return Holding(workers[0]["digests"], wrong, workers[0]["dtype"])
+
+
+def require_success(reply: httpx.Response, what: str, *, refused: bool = False) -> None:
+    """Raise an error for any answer but success.
+
+    Args:
+        refused: Whether a server error is known to be a refusal: the server is healthy, and asking again is useless.
+
+    Raises:
+        NoAnswerError: a server error, after which asking again may help.
+        EngineError: any other answer.
+    """
+    if reply.is_success:
+        return
+    hint = " Is the API key right?" if reply.status_code == 401 else ""
+    if refused:
+        raise EngineError(
+            f"{what} answered {reply.status_code}, and the server is well, so it refused: {_reason(reply)}"
+        )
+    kind = NoAnswerError if reply.is_server_error else EngineError
+    raise kind(f"{what} answered {reply.status_code}: {_reason(reply)}{hint}")
+
+
+def _reason(reply: httpx.Response) -> str:
+    """The server's explanation of an error: vLLM's message if there is one, else the body."""
+    try:
+        error = reply.json()["error"]
+        return str(error["message"] if isinstance(error, Mapping) else error)[:500]
+    except (ValueError, KeyError, TypeError):
+        return reply.text[:500]

@@ -65,13 +65,60 @@ class WeightCheck:
         runner = self.model_runner  # type: ignore[attr-defined]
         config = copy.copy(runner.vllm_config.model_config)
         config.model, config.model_weights, config.revision = folder, "", None
-        comparison = Comparison(runner.get_model(), config)
-        comparison.run(_read(runner.vllm_config.load_config, config, comparison.model))
+        with _without_lora(runner.get_model()) as model:
+            comparison = Comparison(model, config)
+            comparison.run(_read(runner.vllm_config.load_config, config, model))
         return {
             "dtype": str(config.dtype).removeprefix("torch."),
             "digests": comparison.digests,
             "wrong": comparison.wrong,
         }
+
+    def dspy_fst_note_loras(self) -> bool:
+        """Note from now on under which name each LoRA adapter is loaded; False if vLLM was launched without LoRA."""
+        from dspy_fst_lora_check import notes_of
+
+        manager = getattr(self.model_runner, "lora_manager", None)  # type: ignore[attr-defined]
+        if manager is not None:
+            notes_of(manager)
+        return manager is not None
+
+    def dspy_fst_compare_lora(self, name: str, folder: str) -> dict[str, Any]:
+        """Compare the LoRA adapter that requests for ``name`` use with a peft folder's; see `dspy_fst_compare`."""
+        from dspy_fst_lora_check import compare_adapter
+
+        runner = self.model_runner  # type: ignore[attr-defined]
+        digests, wrong = compare_adapter(runner.lora_manager, name, folder)
+        dtype = str(runner.vllm_config.model_config.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "digests": digests, "wrong": wrong}
+
+    def dspy_fst_forget_lora(self, name: str) -> bool:
+        """Free the memory of a LoRA adapter that no request uses any more; False if it is not loaded."""
+        from dspy_fst_lora_check import forget
+
+        return forget(self.model_runner.lora_manager, name)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _without_lora(model: nn.Module) -> Iterator[nn.Module]:
+    """Put the layers that LoRA wraps in the places of their wrappers in this block: so their names are the folder's."""
+    if not hasattr(model, "lora_manager"):
+        yield model
+        return
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    wrapped = [
+        (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], layer)
+        for path, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, BaseLayerWithLoRA)
+    ]
+    try:
+        for parent, name, layer in wrapped:
+            setattr(parent, name, layer.base_layer)
+        yield model
+    finally:
+        for parent, name, layer in wrapped:
+            setattr(parent, name, layer)
 
 
 def _read(load_config: Any, model_config: Any, model: nn.Module) -> Iterable[tuple[str, Tensor]]:

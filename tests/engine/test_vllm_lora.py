@@ -1,0 +1,224 @@
+"""A real vLLM server with LoRA adapters: each call has its version, and what is in use is compared exactly."""
+
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+
+from dspy_fst.engine.base import AdapterFiles, Checkpoint, Completion, Scorer
+from dspy_fst.engine.verification import verify_identity
+from dspy_fst.engine.vllm.lora_client import LoRAClient
+from dspy_fst.engine.vllm.supervisor import Supervisor
+from dspy_fst.errors import DiskError, EngineError, SyncError
+from tests.engine.lora_adapters import alter, digests_of, make_adapter
+from tests.engine.server_state import group_of
+from tests.engine.test_server_process import below, members
+from tests.engine.test_vllm_server import PROBES, TOLERANCE, ask
+from tests.engine.tiny_qwen import make_model, rescore, save, small
+
+pytestmark = pytest.mark.vllm
+HOPS, ANSWER = "hops", "answer"
+Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+
+
+class Versions:
+    """Checkpoints of two adapters on one base, and the models that they make of it."""
+
+    def __init__(self, folder: Path):
+        self.base = save(make_model(0), folder, "base")
+        self.folder = folder
+        self.models: dict[tuple[str, str], PeftModel] = {}
+
+    def make(self, version: str) -> Checkpoint:
+        """A new version: ranks, scalings and layers of the two adapters differ."""
+        seed, place = 2 * len(self.models), self.folder / version
+        made: list[AdapterFiles] = []
+        for name, config in (
+            (HOPS, {"r": 8, "lora_alpha": 16, "rank_pattern": {"layers.1.self_attn.q_proj": 4}}),
+            (
+                ANSWER,
+                {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+            ),
+        ):
+            files, self.models[version, name] = make_adapter(place, name, seed, **config)
+            made.append(files)
+            seed += 1
+        return Checkpoint(version, self.base.path, adapters=tuple(made))
+
+    def gap(self, reply: Completion, name: str, temperature: float = 1.0) -> float:
+        """Largest difference in nats between a reply's log-probabilities and those of its version's model."""
+        model = self.models[reply.weights, name]
+        scores = rescore(model, [*reply.prompt_ids, *reply.completion_ids], temperature=temperature)
+        return max(abs(a - b) for a, b in zip(scores[-len(reply.logprobs) :], reply.logprobs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
+    return Versions(tmp_path_factory.mktemp("lora"))
+
+
+@pytest.fixture(scope="module")
+def engine(versions: Versions, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
+    logging.getLogger("dspy_fst").setLevel(logging.INFO)
+    engine = Supervisor(replace(small(tmp_path_factory.mktemp("log") / "vllm.log"), max_loras=2))
+    engine.load(versions.make("step-000000"))
+    yield engine
+    group = group_of(engine.server)
+    engine.close()
+    assert group is not None
+    assert members(group) == []
+
+
+def on_server(engine: Supervisor) -> set[str]:
+    """Names of the LoRA adapters that the server itself says it has."""
+    client = engine.server._client
+    assert client is not None
+    return set(LoRAClient(client).folders())
+
+
+def prove(engine: Supervisor, checkpoint: Checkpoint) -> None:
+    held = engine.held(checkpoint)
+    assert held is not None
+    verify_identity(held, checkpoint)
+
+
+def test_calls_of_many_versions_in_one_batch_are_each_sampled_by_their_own(
+    engine: Supervisor, versions: Versions
+) -> None:
+    """Three versions of two adapters are in flight, where one batch may use two adapters."""
+    replies: list[tuple[str, Future[Completion]]] = []
+    with ThreadPoolExecutor(32) as pool:
+        for step in range(1, 4):
+            engine.load(versions.make(f"step-{step:06d}"))
+            for i in range(8):
+                name, long = (HOPS, ANSWER)[i % 2], ask(f"{i}: tell me more.", max_tokens=200, temperature=0.8)
+                replies.append((name, pool.submit(engine.complete, long, i, adapter=name)))
+            while engine.server.in_flight < 8 * step and not replies[0][1].done():
+                time.sleep(0.01)
+        names = on_server(engine)
+    assert len({name.partition("@")[2] for name in names}) >= 3, "three versions were held at once"
+    answered = [(name, reply.result()) for name, reply in replies]
+    assert [reply.weights for _, reply in answered] == [f"step-{1 + i // 8:06d}" for i in range(24)]
+    assert max(versions.gap(reply, name, 0.8) for name, reply in answered) < TOLERANCE
+    assert engine.take_counts() == {}
+
+
+def test_versions_that_no_call_uses_are_unloaded(engine: Supervisor, versions: Versions) -> None:
+    engine.load(versions.make("step-000010"))
+    began, pieces = engine.stream(ask("Tell me more.", max_tokens=200), 1, HOPS), []
+    pieces.append(next(began))
+    engine.load(versions.make("step-000011"))
+    assert on_server(engine) == {"hops@step-000010", "hops@step-000011", "answer@step-000011"}
+    try:
+        while True:
+            pieces.append(next(began))
+    except StopIteration as end:
+        told: Completion = end.value
+    assert (told.weights, "".join(pieces)) == ("step-000010", told.response.message.text)
+    assert versions.gap(told, HOPS) < TOLERANCE
+    assert on_server(engine) == {"hops@step-000011", "answer@step-000011"}
+    client = engine.server._client
+    assert client is not None
+    listed = client.call("POST", "/collective_rpc", json={"method": "list_loras"}, timeout_s=30).json()
+    assert len(listed["results"][0]) == 2, "their memory is free, too"
+
+
+def test_scores_are_those_of_the_adapter_that_is_named_and_calls_go_on_meanwhile(
+    engine: Supervisor, versions: Versions
+) -> None:
+    engine.load(versions.make("step-000020"))
+    with ThreadPoolExecutor(8) as pool:
+        replies = [pool.submit(engine.complete, ask(str(i), max_tokens=60), i, adapter=HOPS) for i in range(6)]
+        scores = {name: engine.score(PROBES, name) for name in (HOPS, ANSWER)}
+        scores["base"] = engine.score(PROBES)
+    models = {HOPS: versions.models["step-000020", HOPS], ANSWER: versions.models["step-000020", ANSWER]}
+    for name, model in {**models, "base": make_model(0)}.items():
+        for scored, probe in zip(scores[name], PROBES, strict=True):
+            assert scored == pytest.approx(rescore(model, probe), abs=TOLERANCE)
+    assert max(abs(a - b) for a, b in zip(scores[HOPS][0], scores["base"][0], strict=True)) > 0.1
+    assert all(versions.gap(reply.result(), HOPS) < TOLERANCE for reply in replies)
+    assert engine.take_counts() == {}
+    with pytest.raises(EngineError, match="no LoRA adapter 'judge'"):
+        engine.complete(ask("hi"), 0, adapter="judge")
+
+
+def test_what_is_in_use_is_compared_number_by_number(engine: Supervisor, versions: Versions) -> None:
+    first, second = versions.make("step-000030"), versions.make("step-000031")
+    engine.load(first)
+    prove(engine, first)
+    held = engine.held(first)
+    assert held is not None
+    assert (held.wrong, held.with_base) == ({}, False), "the base is compared once"
+    assert held.digests == {a.tensor(name): found for a in first.adapters for name, found in a.digests.items()}
+    with pytest.raises(SyncError, match="the engine uses other weights"):  # the server is stale: it still has the first
+        prove(engine, second)
+    stale = engine.held(second)
+    assert stale is not None
+    assert set(stale.wrong) == {a.tensor(name) for a in second.adapters for name in a.digests}
+    engine.load(second)
+    hops = second.adapters[0]
+    alter(hops.path, Q)
+    altered = engine.held(replace(second, adapters=(replace(hops, digests=digests_of(hops.path)), second.adapters[1])))
+    assert altered is not None
+    assert altered.wrong == {hops.tensor(Q): altered.wrong[hops.tensor(Q)]}
+    assert altered.wrong[hops.tensor(Q)].startswith("1 of ")
+    scores = engine.score(PROBES, HOPS)
+    for scored, probe in zip(scores, PROBES, strict=True):  # comparing leaves the adapter as it was
+        assert scored == pytest.approx(rescore(versions.models["step-000031", HOPS], probe), abs=TOLERANCE)
+
+
+def test_a_corrupted_file_is_the_disk_s_fault(engine: Supervisor, versions: Versions) -> None:
+    checkpoint = versions.make("step-000040")
+    alter(checkpoint.adapters[0].path, Q)
+    engine.load(checkpoint)
+    with pytest.raises(DiskError, match=r"hops: .*layers\.1\.self_attn\.q_proj\.lora_B\.weight \(its bytes differ\)"):
+        prove(engine, checkpoint)
+
+
+def test_a_load_whose_answer_was_lost_is_no_failure(engine: Supervisor, versions: Versions) -> None:
+    checkpoint = versions.make("step-000050")
+    client = engine.server._client
+    assert client is not None
+    loras, folder = LoRAClient(client), checkpoint.adapters[0].path
+    loras.load("twice", folder)
+    loras.load("twice", folder)  # the server answers 400: the name is loaded
+    with pytest.raises(EngineError, match="has already been loaded"):
+        loras.load("twice", checkpoint.adapters[1].path)
+    loras.unload("twice")
+
+
+def test_the_same_version_loaded_again_has_a_name_of_its_own(engine: Supervisor, versions: Versions) -> None:
+    checkpoint = versions.make("step-000060")
+    engine.load(checkpoint)
+    engine.load(checkpoint)
+    assert on_server(engine) == {"hops@step-000060#2", "answer@step-000060#2"}
+    assert versions.gap(engine.complete(ask("again"), 0, adapter=ANSWER), ANSWER) < TOLERANCE
+
+
+def test_a_killed_engine_comes_back_with_its_adapters(engine: Supervisor, versions: Versions) -> None:
+    checkpoint, proofs = versions.make("step-000070"), []
+
+    def verify(scorer: Scorer) -> None:
+        held = scorer.held(checkpoint)
+        assert held is not None
+        verify_identity(held, checkpoint)
+        proofs.append((scorer, held.with_base))
+
+    engine.on_recovery(lambda sentence: None, verify)
+    engine.load(checkpoint)
+    failed, group = engine.server, group_of(engine.server)
+    assert group is not None
+    core = below(group, "EngineCore")
+    assert core is not None
+    core.kill()
+    reply = engine.complete(ask("hello"), 0, adapter=HOPS)
+    assert proofs == [(failed, False), (engine.server, True)], "nobody samples before base and adapters are verified"
+    assert reply.weights == "step-000070"
+    assert versions.gap(reply, HOPS) < TOLERANCE
+    assert on_server(engine) == {"hops@step-000070", "answer@step-000070"}
+    assert engine.take_counts()["restarts"] == 1
