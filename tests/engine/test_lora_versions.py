@@ -176,6 +176,18 @@ def test_a_call_keeps_the_version_that_it_began_with_and_the_last_one_unloads_it
     assert set(server.names) == {"hops@v1", "answer@v1"}
 
 
+def test_the_base_is_not_sampled_beside_adapters_on_a_server_without_the_extension(tmp_path: Path) -> None:
+    server = Held()
+    server.extended = False
+    versions = versions_of(server, version(tmp_path, "v0", "hops", "answer"))
+    versions.load(version(tmp_path, "v0", "hops", "answer"))
+    with versions.calling("hops") as target:
+        assert target.model == "hops@v0"
+    with pytest.raises(EngineError, match="without a LoRA adapter needs dspy_fst's worker extension"):
+        versions.calling(None).__enter__()
+    assert versions.held(version(tmp_path, "v0"), lambda: None) is None, "nor can it be compared"
+
+
 def test_the_only_adapter_needs_no_name(tmp_path: Path) -> None:
     versions = versions_of(Held(), version(tmp_path, "v0"))
     versions.load(version(tmp_path, "v0"))

@@ -18,7 +18,7 @@ from dspy_fst.errors import DiskError, EngineError, SyncError
 from tests.engine.lora_adapters import alter, digests_of, make_adapter
 from tests.engine.server_state import group_of
 from tests.engine.test_server_process import below, members
-from tests.engine.test_vllm_server import PROBES, TOLERANCE, ask
+from tests.engine.test_vllm_server import PROBES, TOLERANCE, ask, gap
 from tests.engine.tiny_qwen import make_model, rescore, save, small
 
 pytestmark = pytest.mark.vllm
@@ -51,10 +51,8 @@ class Versions:
         return Checkpoint(version, self.base.path, adapters=tuple(made))
 
     def gap(self, reply: Completion, name: str, temperature: float = 1.0) -> float:
-        """Largest difference in nats between a reply's log-probabilities and those of its version's model."""
-        model = self.models[reply.weights, name]
-        scores = rescore(model, [*reply.prompt_ids, *reply.completion_ids], temperature=temperature)
-        return max(abs(a - b) for a, b in zip(scores[-len(reply.logprobs) :], reply.logprobs, strict=True))
+        """See `test_vllm_server.gap`; the model is that of the reply's version."""
+        return gap(self.models[reply.weights, name], reply, temperature)
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +90,12 @@ def test_calls_of_many_versions_in_one_batch_are_each_sampled_by_their_own(
 ) -> None:
     """Three versions of two adapters are in flight, where one batch may use two adapters."""
     replies: list[tuple[str, Future[Completion]]] = []
+    published = [versions.make(f"step-{step:06d}") for step in range(1, 4)]
     with ThreadPoolExecutor(32) as pool:
-        for step in range(1, 4):
-            engine.load(versions.make(f"step-{step:06d}"))
+        for step, checkpoint in enumerate(published, 1):
+            engine.load(checkpoint)
             for i in range(8):
-                name, long = (HOPS, ANSWER)[i % 2], ask(f"{i}: tell me more.", max_tokens=200, temperature=0.8)
+                name, long = (HOPS, ANSWER)[i % 2], ask(f"{i}: tell me more.", max_tokens=500, temperature=0.8)
                 replies.append((name, pool.submit(engine.complete, long, i, adapter=name)))
             while engine.server.in_flight < 8 * step and not replies[0][1].done():
                 time.sleep(0.01)
@@ -128,20 +127,26 @@ def test_versions_that_no_call_uses_are_unloaded(engine: Supervisor, versions: V
     assert len(listed["results"][0]) == 2, "their memory is free, too"
 
 
-def test_scores_are_those_of_the_adapter_that_is_named_and_calls_go_on_meanwhile(
+def test_calls_and_scores_of_both_adapters_and_the_base_are_each_their_own_in_one_batch(
     engine: Supervisor, versions: Versions
 ) -> None:
+    """Both places for adapters are taken: vLLM alone would compute calls on the base with the adapter in the last."""
     engine.load(versions.make("step-000020"))
-    with ThreadPoolExecutor(8) as pool:
-        replies = [pool.submit(engine.complete, ask(str(i), max_tokens=60), i, adapter=HOPS) for i in range(6)]
-        scores = {name: engine.score(PROBES, name) for name in (HOPS, ANSWER)}
-        scores["base"] = engine.score(PROBES)
-    models = {HOPS: versions.models["step-000020", HOPS], ANSWER: versions.models["step-000020", ANSWER]}
-    for name, model in {**models, "base": make_model(0)}.items():
+    through = {HOPS: versions.models["step-000020", HOPS], ANSWER: versions.models["step-000020", ANSWER], None: None}
+    for name in (HOPS, ANSWER):
+        engine.complete(ask("hi"), 0, adapter=name)
+    with ThreadPoolExecutor(16) as pool:
+        asked = ask("Tell me more.", max_tokens=500)
+        replies = [(name, pool.submit(engine.complete, asked, i, adapter=name)) for i in range(4) for name in through]
+        scores = {name: engine.score(PROBES, name) for name in through}
+        assert not all(reply.done() for _, reply in replies), "scores were made beside calls"
+    models = {name: model or make_model(0) for name, model in through.items()}
+    for name, reply in replies:
+        assert gap(models[name], reply.result(), 1.0) < TOLERANCE, name
+    for name, model in models.items():
         for scored, probe in zip(scores[name], PROBES, strict=True):
-            assert scored == pytest.approx(rescore(model, probe), abs=TOLERANCE)
-    assert max(abs(a - b) for a, b in zip(scores[HOPS][0], scores["base"][0], strict=True)) > 0.1
-    assert all(versions.gap(reply.result(), HOPS) < TOLERANCE for reply in replies)
+            assert scored == pytest.approx(rescore(model, probe), abs=TOLERANCE), name
+    assert max(abs(a - b) for a, b in zip(scores[HOPS][0], scores[None][0], strict=True)) > 0.1
     assert engine.take_counts() == {}
     with pytest.raises(EngineError, match="no LoRA adapter 'judge'"):
         engine.complete(ask("hi"), 0, adapter="judge")

@@ -160,6 +160,12 @@ class LoRAVersions:
             chosen = current.checkpoint.adapter(adapter)
         except ValueError as error:
             raise EngineError(str(error)) from error
+        if chosen is None and not self._server.extended:  # see `_leave_the_base_alone` in served/dspy_fst_lora_check.py
+            raise EngineError(
+                "a call without a LoRA adapter needs dspy_fst's worker extension in the vLLM server, because vLLM on a "
+                "CPU computes it with another call's adapter; launch the server with --worker-extension-cls "
+                "dspy_fst_weight_check.WeightCheck and dspy_fst/engine/vllm/served on its PYTHONPATH"
+            )
         return Target(current.names[chosen.name] if chosen else None, current.checkpoint.version)
 
     def _require_current(self) -> _Current:

@@ -39,13 +39,26 @@ class Notes:
 
 
 def notes_of(manager: Any) -> Notes:
-    """The notes about a worker's adapters; the first call begins them."""
+    """The notes about a worker's adapters; the first call, before any adapter is loaded, begins them."""
     notes: Notes | None = getattr(manager, NOTES, None)
     if notes is None:
         notes = Notes(manager)
+        _leave_the_base_alone(manager)
         manager._load_adapter = notes.read_and_note
         setattr(manager, NOTES, notes)
     return notes
+
+
+def _leave_the_base_alone(manager: Any) -> None:
+    """Give the stacks of B an empty slot at the end, so that requests without an adapter get none.
+
+    For such requests vLLM 0.32 gives the slot -1 to its CPU kernels (`lora/ops/torch_ops`). They index with it, so a
+    request to the base, in one batch with others, would be computed with whatever adapter is in the last slot.
+    """
+    for layer in manager._adapter_manager.modules.values():
+        if type(layer.punica_wrapper).__name__ == "PunicaWrapperCPU":
+            padded = tuple(torch.cat([stack, torch.zeros_like(stack[:1])]) for stack in _as_tuple(layer.lora_b_stacked))
+            layer.lora_b_stacked = padded if isinstance(layer.lora_b_stacked, tuple) else padded[0]
 
 
 def forget(manager: Any, name: str) -> bool:
