@@ -35,7 +35,7 @@ from dspy_fst.preflight.model_checks import model_faults
 from dspy_fst.slow import losses
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Call, Row
 
@@ -92,7 +92,7 @@ def measure(family: Family, folder: Path) -> Outcome:
         faults = model_faults(PolicyLM(base, engine="in_process", max_tokens=LONGEST))
         if faults:
             return Outcome(family.name, family.model_type, refused=faults[0].partition(": ")[2])
-        trainer = Trainer(base, TrainerSettings(learning_rate=1e-2, kl_coefficient=0.0), device="cpu")
+        trainer = Trainer(base, TrainingSettings(learning_rate=1e-2, kl_coefficient=0.0), device="cpu")
     except FSTError as error:
         return Outcome(family.name, family.model_type, refused=str(error))
     plain = load_model(base, dtype=torch.float32).eval()

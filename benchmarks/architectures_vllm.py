@@ -100,13 +100,13 @@ def _wider(family: Family) -> Family:
 
 def _prepare(family: Family, folder: Path) -> tuple[list[str], list[list[list[float]]]]:
     """Two versions as the trainer publishes them, and its own scores of each."""
-    from dspy_fst.slow.settings import TrainerSettings
+    from dspy_fst.slow.settings import TrainingSettings
     from dspy_fst.slow.trainer import Trainer
 
     folders, scores = [], []
     for seed in (0, 1):
         base = family.save(folder / f"start-{seed}", seed)
-        trainer = Trainer(base, TrainerSettings(learning_rate=1e-3), device="cpu")
+        trainer = Trainer(base, TrainingSettings(learning_rate=1e-3), device="cpu")
         folders.append(str(trainer.publish(folder / f"v{seed}", f"v{seed}").path))
         scores.append(trainer.score(SEQUENCES))
     return folders, scores

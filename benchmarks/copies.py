@@ -26,7 +26,8 @@ import psutil
 from dspy_fst.rollout.call_recorder import Recording, tag_predictors
 from dspy_fst.rollout.components import read_texts, with_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.files import write_json
 from dspy_fst.types import Problem
 
@@ -76,7 +77,7 @@ def measure(kind: str, size: int, threads: int) -> dict[str, Any]:
 
 
 def _play(program: dspy.Module, threads: int) -> int:
-    rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings(threads=threads))
+    rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), RolloutSettings(num_threads=threads))
     example = dspy.Example(question="q").with_inputs("question")
     seed = read_texts(program)
     rollouts = rollouter.rollout([Task(Problem(index, example), seed) for index in range(threads)], "benchmark")

@@ -28,7 +28,8 @@ from dspy_fst.evaluation.run_reader import RunReader
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
+from dspy_fst.rollout.rollouter import Rollouter
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.files import read_json, write_json
 from programs import reckon, relay
 from programs.common import Task
@@ -107,9 +108,7 @@ def make(run: Run, out: Path) -> None:
     )
     compiled = optimizer.compile(task.program, trainset=task.trainset, valset=task.valset)
     policy, past = policy_of(compiled), RunReader.of(out / "run")
-    rollouter = Rollouter(
-        compiled, Reward(task.metric), PlayerSettings(threads=64, seed=run.seed), policy.handle.engine.expect
-    )
+    rollouter = Rollouter(compiled, Reward(task.metric), RolloutSettings(), policy.handle.engine.expect, seed=run.seed)
 
     def accuracy(checkpoint: Any, texts: Any) -> float:
         return estimate(play(rollouter, policy, checkpoint, texts, task.testset, SAMPLES), SAMPLES).mean_at_k

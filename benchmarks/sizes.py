@@ -29,7 +29,8 @@ from dspy_fst.memory.arithmetic import HEAP, MicroBatchShape, update_bytes
 from dspy_fst.memory.shape import ModelSize
 from dspy_fst.run.files import write_json
 from dspy_fst.slow.batching import MicroBatch, completions
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Row
 from programs import smollm2
 from programs.lab import BASE
@@ -100,10 +101,11 @@ def _warm(case: Case) -> None:
         Trainer(folder, _settings(case), device="cpu").step(_batch(_rows(4, 32, 32, 2, config.vocab_size)))
 
 
-def _settings(case: Case) -> TrainerSettings:
-    return TrainerSettings(
+def _settings(case: Case) -> TrainingSettings:
+    return TrainingSettings(
         learning_rate=1e-6,
         kl_coefficient=0.1 if case.kl else 0.0,
+        min_effective_share=0.0,  # the rows are made up
         micro_batch_tokens=case.micro_batch_tokens,
         precision=case.precision,  # type: ignore[arg-type]
     )

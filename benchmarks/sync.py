@@ -37,7 +37,8 @@ from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import SyncError
 from dspy_fst.run.files import read_json, write_json
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Row
 from programs import smollm2
 from programs.smollm2.moods import HAPPY, SAD, Mood
@@ -70,10 +71,11 @@ class Bench:
     """Each seed's tensor times 1.001 in float32."""
 
     def __post_init__(self) -> None:
-        settings = TrainerSettings(
+        settings = TrainingSettings(
             learning_rate=1e-6,
             warmup_steps=0,
             kl_coefficient=0.0,
+            min_effective_share=0.0,  # its rows are texts that it did not sample
             precision=self.precision,  # type: ignore[arg-type]
         )
         self.trainer = Trainer(smollm2.folder(), settings, device="cpu")

@@ -37,11 +37,13 @@ from dspy_fst.engine.verification import Expected, verify
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
+from dspy_fst.rollout.rollouter import Rollouter
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import write_json
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Group, Population, Problem
 from programs.lab import BASE, FeedbackProposer, build
 
@@ -81,7 +83,7 @@ def rollouts(kind: str, repeats: int, model: Path) -> list[float]:
     policy = PolicyLM(model, engine=kind, max_tokens=MAX_TOKENS)  # type: ignore[arg-type]
     lab.program.set_lm(policy)
     engine = policy.handle.ready()
-    rollouter = Rollouter(lab.program, Reward(lab.metric), PlayerSettings(), engine.expect)
+    rollouter = Rollouter(lab.program, Reward(lab.metric), RolloutSettings(), engine.expect)
     problems = [Problem(i, example) for i, example in enumerate(lab.trainset[:PROBLEMS])]
     population = Population.of_seed(read_texts(lab.program), 4)
     draws = iter(range(1_000_000))
@@ -139,7 +141,7 @@ def a_batch() -> tuple[Batch, list[Group]]:
     policy = PolicyLM(BASE, engine="in_process", max_tokens=MAX_TOKENS)
     lab.program.set_lm(policy)
     lab.program.solve.signature = lab.program.solve.signature.with_instructions(lab.world.told)
-    rollouter = Rollouter(lab.program, Reward(lab.metric), PlayerSettings(), policy.handle.ready().expect)
+    rollouter = Rollouter(lab.program, Reward(lab.metric), RolloutSettings(), policy.handle.ready().expect)
     problems = [Problem(i, example) for i, example in enumerate(lab.trainset[:PROBLEMS])]
     groups = rollouter.groups(problems, Population.of_seed(read_texts(lab.program), 4), GROUP, "batch")
     policy.release()
@@ -149,7 +151,7 @@ def a_batch() -> tuple[Batch, list[Group]]:
 def update(repeats: int) -> list[float]:
     """trl's GRPOTrainer step over ours, on the same rows; each does its loss, KL term, gradient and AdamW step."""
     batch, _ = a_batch()
-    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-6))
+    trainer = Trainer(BASE, TrainingSettings(learning_rate=1e-6))
     theirs = trl_step(batch)
     return ratio(theirs, lambda: trainer.step(batch), repeats)
 
@@ -220,7 +222,7 @@ def trl_inputs(rows: Sequence[Any], pad: int) -> dict[str, Any]:
 
 def publish(kind: str, repeats: int, model: Path) -> list[float]:
     """Publish, load and verify, over writing and flushing the same bytes (time over time: less is better)."""
-    trainer = Trainer(model, TrainerSettings(learning_rate=1e-6))
+    trainer = Trainer(model, TrainingSettings(learning_rate=1e-6))
     engine = PolicyLM(model, engine=kind).handle.engine  # type: ignore[arg-type]
     probes = [[index + 5 for index in range(24)] for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:

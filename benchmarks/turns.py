@@ -18,7 +18,8 @@ from dspy import lm15
 from dspy_fst import PolicyLM
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.slow.batching import Scored, chains
 from dspy_fst.types import Problem, Rollout
 from programs import smollm2
@@ -54,7 +55,9 @@ def played(policy: PolicyLM, samples: int) -> list[Rollout]:
     program = Conversation(policy)
     threads = samples * len(QUESTIONS)
     rollouter = Rollouter(
-        program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings(threads=threads, timeout_s=3600)
+        program,
+        Reward(lambda gold, pred, trace=None: 1.0),
+        RolloutSettings(num_threads=threads, rollout_timeout_s=3600),
     )
     examples = [dspy.Example(question=question).with_inputs("question") for question in QUESTIONS]
     seed = read_texts(program)

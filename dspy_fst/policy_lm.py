@@ -24,6 +24,7 @@ from dspy_fst.engine.stream_events import events, events_in_thread, pieces
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.model_files.folder import adapter_fault
 from dspy_fst.rollout.call_recorder import RECORDED, complete_recorded, no_second_call, stream_recorded
+from dspy_fst.settings import sentences
 
 EngineKind = Literal["auto", "vllm", "in_process"]
 BASE_VERSION = "base"
@@ -183,9 +184,7 @@ class PolicyLM(dspy.LM):
         try:
             saved = PolicyState.model_validate({key: state[key] for key in state if key != "_dspy_lm_class"})
         except ValidationError as error:
-            # Without the values: a refused one may be a key.
-            faults = [f"saved PolicyLM: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-            raise ConfigurationError(faults) from None
+            raise ConfigurationError([f"saved PolicyLM: {sentence}" for sentence in sentences(error)]) from None
         return cls(**saved.settings(resolve_kind(saved.engine)))
 
 

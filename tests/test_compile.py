@@ -14,7 +14,8 @@ from dspy_fst.errors import MeasurementError, RunDirectoryError, SyncError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.result import start_of
 from programs.lab import BASE, FeedbackProposer, build
 from tests.relay import Relay, any_answer, relay
@@ -124,7 +125,7 @@ def test_the_student_s_engine_is_not_the_trained_one(tmp_path):
     student = relay()
     assert speaks(student)
     compiled = compile_relay(tmp_path / "run", program=student, learning_rate=5e-2, warmup_steps=0)
-    base = Trainer(BASE, TrainerSettings(learning_rate=1.0)).score(PROBE)[0]
+    base = Trainer(BASE, TrainingSettings(learning_rate=1.0)).score(PROBE)[0]
     assert policy_of(student).handle.ready().score(PROBE)[0] == pytest.approx(base, abs=1e-4)
     assert policy_of(compiled).handle.engine.score(PROBE)[0] != pytest.approx(base, abs=1e-2)
 

@@ -10,7 +10,8 @@ from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.directory import read_events
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
@@ -25,7 +26,7 @@ def tells_the_rule(candidate, reflective_dataset, components_to_update):
 
 def test_a_call_s_prompt_under_other_texts_is_the_one_that_those_texts_are_asked_with():
     program = relay()
-    rollouter = Rollouter(program, Reward(any_answer), PlayerSettings())
+    rollouter = Rollouter(program, Reward(any_answer), RolloutSettings())
     problem = Problem(0, dspy.Example(numbers="1 2 3 4 5").with_inputs("numbers"))
     seed = read_texts(program)
     other = Candidate({"first": "Sort the list.", "last": "Do not explain."})
@@ -82,7 +83,7 @@ def test_no_reward_is_asked_for_and_the_kl_to_what_the_texts_teach_falls(distill
 def test_what_the_text_taught_is_in_the_weights_without_the_text(distilled):
     lab, compiled, _ = distilled
     policy = policy_of(compiled)
-    rollouter = Rollouter(compiled, Reward(lab.metric), PlayerSettings(), policy.handle.engine.expect)
+    rollouter = Rollouter(compiled, Reward(lab.metric), RolloutSettings(), policy.handle.engine.expect)
     seed = read_texts(lab.program)
     right = {
         name: sum(r.reward or 0 for r in play(rollouter, policy, checkpoint, seed, lab.testset, 2))

@@ -43,7 +43,7 @@ from dspy_fst.memory.bytes_by_part import Writes
 from dspy_fst.memory.does_it_fit import SPARE
 from dspy_fst.model_files.folder import stored_shapes
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.slow.settings import TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
 from programs import smollm2
 from programs.lab import BASE
@@ -130,7 +130,9 @@ def test_the_in_process_engine_is_where_its_device_is():
 def test_the_trainer_really_holds_and_writes_that_much(tmp_path):
     """The table's rows against a real update: a trainer that comes to hold more must change them."""
     before = tensors_by_storage()
-    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-3, kl_coefficient=0.1), device="cpu")
+    trainer = Trainer(
+        BASE, TrainingSettings(learning_rate=1e-3, kl_coefficient=0.1, min_effective_share=0.0), device="cpu"
+    )
     trainer.step(make_batch([make_row([1, 2], [3, 4], [-1.0, -1.0], 1.0, 0.5)]))
     without_gradients = allocations()[MEMORY]["the trainer"] - 4 * P
     after = tensors_by_storage()

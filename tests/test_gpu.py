@@ -11,7 +11,8 @@ from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
 from dspy_fst.engine.verification import MEAN_GAP_LIMITS, Expected, verify, verify_numbers
 from dspy_fst.lora import LoRA
 from dspy_fst.slow.checkpoint import read_state
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Row
 from programs.lab import BASE
 from programs.lab.demo import run
@@ -37,8 +38,9 @@ def a_batch(problems=6, rollouts=4):
     return Batch(tuple(Row(p, r, (-6.0,) * len(r), advantage=a, token_weight=weight) for p, r, a in rows), "start")
 
 
-def a_trainer(precision="float32", device="auto", **settings):
-    return Trainer(BASE, TrainerSettings(learning_rate=1e-3, precision=precision, **settings), device=device)
+def a_trainer(precision="float32", device="auto", adapter=None):
+    settings = TrainingSettings(learning_rate=1e-3, precision=precision, adapter=adapter, min_effective_share=0.0)
+    return Trainer(BASE, settings, device=device)
 
 
 def gradient(trainer, folder):
@@ -50,7 +52,7 @@ def gradient(trainer, folder):
 
 
 def test_the_trainer_computes_in_bfloat16_and_keeps_float32_parameters():
-    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
+    trainer = Trainer(BASE, TrainingSettings(learning_rate=1e-4))
     assert trainer.dtype == "bfloat16"
     assert {parameter.dtype for parameter in trainer.parameters.values()} == {torch.float32}
 
@@ -88,7 +90,7 @@ def test_a_continued_trainer_equals_one_that_went_on_bit_by_bit(kind, precision,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_engine_serves_what_the_trainer_publishes(kind, tmp_path):
-    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4, adapter=KINDS[kind]))
+    trainer = a_trainer("auto", adapter=KINDS[kind])
     trainer.step(a_batch())
     engine = InProcessEngine()
     checkpoint = trainer.publish(tmp_path / "v1", "v1")

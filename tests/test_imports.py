@@ -10,11 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dspy_fst"
 LAYERS = [
     ["errors", "formatting", "outcomes", "lora"],
-    ["types", "config"],
+    ["types", "settings"],
     ["model_files", "run"],
     ["engine"],
     ["slow", "rollout"],
     ["fast", "policy_lm"],
+    ["config"],  # inherits the settings that slow, rollout and fast declare, so no room below it knows the whole recipe
     ["report"],
     ["monitoring", "preflight"],
     ["memory", "saving"],
@@ -25,7 +26,7 @@ LAYERS = [
     ["cli"],
 ]
 """From below to above: packages and the root's modules. Each imports from lower layers, or from itself."""
-ROOT = {"config", "errors", "lora", "optimizer", "policy_lm", "types"}
+ROOT = {"config", "errors", "lora", "optimizer", "policy_lm", "settings", "types"}
 """Modules beside the packages: the face, and the nouns that every room shares."""
 CORNERS = {
     "torch": ["model_files.architectures", "slow", "engine", "policy_lm", "cli.doctor"],

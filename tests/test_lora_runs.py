@@ -15,7 +15,8 @@ from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.saving.export import export
 from dspy_fst.saving.manifest import weights_faults
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.result import start_of
 from programs.lab import BASE, build
 from tests.relay import any_answer, relay
@@ -28,7 +29,7 @@ SEQUENCES = [[5, 6, 7, 8, 9], [11, 3, 2, 40, 17, 8]]
 
 
 def scores(folder) -> torch.Tensor:
-    trainer = Trainer(folder, TrainerSettings(learning_rate=1.0), device="cpu")
+    trainer = Trainer(folder, TrainingSettings(), device="cpu")
     return torch.tensor([value for row in trainer.score(SEQUENCES) for value in row])
 
 

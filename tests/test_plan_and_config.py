@@ -1,11 +1,18 @@
 """The recipe's faults, and which problems a step sees."""
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dspy_fst.config import FSTConfig, make_config
+from dspy_fst.config import Alternation, FSTConfig, make_config
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.fast.settings import SearchSettings
+from dspy_fst.rollout.settings import RolloutSettings
+from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.training.plan import Plan
 
 
@@ -107,3 +114,38 @@ def test_rollouts_under_the_seed_are_in_the_budget():
 def test_a_baseline_of_one_rollout_is_refused():
     with pytest.raises(ValidationError, match="group_size=8"):
         FSTConfig(baseline="candidate", group_size=4, population_size=4)
+
+
+@pytest.mark.parametrize("room", [SearchSettings, TrainingSettings, RolloutSettings, Alternation])
+def test_a_setting_is_declared_once_beside_its_user_and_the_recipe_inherits_it(room):
+    assert issubclass(FSTConfig, room)
+    declared = set(room.model_fields)
+    others = {SearchSettings, TrainingSettings, RolloutSettings, Alternation, FSTConfig} - {room}
+    assert not [other for other in others if declared & set(vars(other).get("__annotations__", {}))]
+    for name in declared:
+        mine, flat = room.model_fields[name], FSTConfig.model_fields[name]
+        assert (flat.default, flat.metadata, flat.description) == (mine.default, mine.metadata, mine.description)
+
+
+def test_settings_are_listed_in_the_order_of_a_cycle():
+    names = list(FSTConfig.model_fields)
+    parts = [Alternation, SearchSettings, TrainingSettings, RolloutSettings]
+    assert names[: sum(len(part.model_fields) for part in parts)] == [n for part in parts for n in part.model_fields]
+    assert names[0] == "method"
+    assert names[-1] == "seed"
+
+
+def test_the_recipe_is_read_without_dspy_and_torch():
+    code = "import sys, dspy_fst.config; sys.exit(bool({'dspy', 'torch', 'gepa'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_room_s_settings_refuse_a_misspelt_name_as_the_recipe_does():
+    for kind in (RolloutSettings, FSTConfig):
+        with pytest.raises(ConfigurationError) as error:
+            kind.checked({"num_thread": 3, "rollout_timeout_s": 0, "failure_score": True})
+        assert set(error.value.faults) == {
+            "num_thread: there is no such setting; did you mean 'num_threads'?",
+            "rollout_timeout_s=0: Input should be greater than 0",
+            "failure_score=True: True and False are no numbers",
+        }

@@ -26,7 +26,8 @@ from dspy_fst.evaluation.run_reader import RunReader
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.files import write_json
 from dspy_fst.types import Candidate, Problem, Rollout, version_of
 from programs.lab import BASE, FeedbackProposer, build
@@ -104,9 +105,7 @@ def make(run: Run, out: Path) -> None:
     )
     compiled = optimizer.compile(student, trainset=lab.trainset, valset=lab.valset)
     policy = policy_of(compiled)
-    rollouter = Rollouter(
-        compiled, Reward(lab.metric), PlayerSettings(threads=64, seed=run.seed), policy.handle.engine.expect
-    )
+    rollouter = Rollouter(compiled, Reward(lab.metric), RolloutSettings(), policy.handle.engine.expect, seed=run.seed)
     measurer = Measurer(RunReader.of(out / "run"), rollouter, policy, (seed, read_texts(compiled)), lab.testset)
     steps = measurer.steps(run.interval)
     under_seed = measurer.steps(run.seed_interval)

@@ -18,7 +18,8 @@ from dspy import lm15
 from benchmarks.gpu_check.child import attempt, free, row, wait_for_turn
 from benchmarks.gpu_check.models import random_model
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Call
 from programs import smollm2
 from programs.smollm2.moods import HAPPY, SAD
@@ -29,7 +30,7 @@ REPLIES = 64
 def gaps(folder: Path, replies: int = REPLIES, max_tokens: int = 64) -> dict[str, float]:
     """Sample replies on the engine, score them with the trainer, and compare token by token (nats)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = TrainerSettings(learning_rate=1e-6, kl_coefficient=0.0, precision="bfloat16")
+    settings = TrainingSettings(learning_rate=1e-6, kl_coefficient=0.0, precision="bfloat16")
     trainer = Trainer(folder, settings, device="auto" if device == "cuda" else "cpu")
     engine = InProcessEngine(InProcessSettings(device=device, dtype="bfloat16"))
     with tempfile.TemporaryDirectory() as scratch:

@@ -24,7 +24,8 @@ from benchmarks.gpu_check.models import config_of, parameters_of, random_model
 from benchmarks.gpu_check.trl_side import trl_step
 from dspy_fst.lora import LoRA
 from dspy_fst.slow.batching import Scored, micro_batches
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Call, Row
 
 PROBLEMS, GROUP, CANDIDATES = 8, 8, 4
@@ -99,9 +100,9 @@ def batch_of(calls: Sequence[Call]) -> Batch:
     return Batch(tuple(rows), "start")
 
 
-def our_settings(case: Case, budget: int) -> TrainerSettings:
+def our_settings(case: Case, budget: int) -> TrainingSettings:
     """The trainer's settings of a case."""
-    return TrainerSettings(
+    return TrainingSettings(
         learning_rate=1e-6,
         kl_coefficient=case.kl,
         min_effective_share=0.5,
@@ -113,7 +114,11 @@ def our_settings(case: Case, budget: int) -> TrainerSettings:
 
 def our_step(case: Case, budget: int, folder: Path, calls: Sequence[Call]) -> Callable[[], Any]:
     """A step of this package's trainer, on the calls with its own log-probabilities."""
-    trainer = Trainer(folder, our_settings(case, budget), device="auto" if torch.cuda.is_available() else "cpu")
+    trainer = Trainer(
+        folder,
+        our_settings(case, budget),
+        device="auto" if torch.cuda.is_available() else "cpu",
+    )
     recorded = zip(calls, trainer.logprobs(calls), strict=True)
     batch = batch_of([replace(call, logprobs=tuple(logprobs)) for call, logprobs in recorded])
     return lambda: trainer.step(batch)

@@ -8,7 +8,8 @@ from statistics import fmean
 from benchmarks.real_model.runs import MAX_TOKENS, OPTIONS, Engine, Precision
 from benchmarks.real_model.shares import play
 from dspy_fst import PolicyLM
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Rollout
 from programs import smollm2
 
@@ -27,7 +28,7 @@ class Gap:
 
 def trainer_of(precision: Precision) -> Trainer:
     """SmolLM2 in a trainer that computes in this precision."""
-    settings = TrainerSettings(learning_rate=1e-6, precision=precision, micro_batch_tokens=1024)
+    settings = TrainingSettings(learning_rate=1e-6, precision=precision, micro_batch_tokens=1024)
     return Trainer(smollm2.folder(), settings, device="cpu")
 
 

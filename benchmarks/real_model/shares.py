@@ -9,7 +9,8 @@ import dspy
 from dspy_fst import PolicyLM
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem, Rollout
 from programs.smollm2 import moods
 
@@ -43,7 +44,7 @@ def play(policy: PolicyLM, adapter: str, demos: int, replies: int, draw: str = "
     tasks = [Task(problems[i % len(problems)], texts, i // len(problems)) for i in range(replies)]
     with dspy.context(adapter=ADAPTERS[adapter]()):
         engine = policy.handle.ready()
-        rollouter = Rollouter(task.program, Reward(task.metric), PlayerSettings(threads=THREADS), engine.expect)
+        rollouter = Rollouter(task.program, Reward(task.metric), RolloutSettings(num_threads=THREADS), engine.expect)
         return rollouter.rollout(tasks, draw)
 
 

@@ -10,7 +10,8 @@ from benchmarks.real_model.shares import play
 from benchmarks.throughput import ratio
 from dspy_fst import PolicyLM
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Group, Rollout
 from programs import smollm2
 
@@ -51,10 +52,11 @@ def updates(rollouts: Sequence[Rollout], repeats: int) -> list[float]:
     batch = paid_in_turns(rollouts)
 
     def updater(precision: Precision) -> Callable[[], object]:
-        settings = TrainerSettings(
+        settings = TrainingSettings(
             learning_rate=1e-7,
             kl_coefficient=0.0,  # two trainers with a reference each would not fit into 8 GB
             micro_batch_tokens=RECIPE["micro_batch_tokens"],
+            min_effective_share=0.0,  # the same rows again and again
             precision=precision,
         )
         trainer = Trainer(smollm2.folder(), settings, device="cpu")

@@ -59,7 +59,7 @@ def measure_rates(opened: "Opened", config: "FSTConfig", planned_rollouts: int) 
     """
     from dspy_fst.preflight.model_checks import context_faults
     from dspy_fst.preflight.program_checks import policies_of
-    from dspy_fst.training.opening import open_player, trainable_copy
+    from dspy_fst.training.opening import open_rollouter, trainable_copy
 
     typer.echo("starting the engine", err=True)
     policy = next(iter(policies_of(opened.program).values())).fork()
@@ -67,7 +67,9 @@ def measure_rates(opened: "Opened", config: "FSTConfig", planned_rollouts: int) 
         began = monotonic()
         policy.handle.ready()
         program = trainable_copy(opened.program, policy)
-        rollouter = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
+        rollouter = open_rollouter(
+            program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset
+        )
         _timed(rollouter, opened, 1)  # the first call of an engine is slower than any other
         start_s = monotonic() - began
         alone_s, _ = _timed(rollouter, opened, 1)

@@ -158,7 +158,7 @@ def subject_of(
     from dspy_fst.rollout.components import read_texts, texts_like
     from dspy_fst.saving.format import is_saved, refuse_code
     from dspy_fst.saving.save_load import load
-    from dspy_fst.training.opening import open_player, starting_population, trainable_copy
+    from dspy_fst.training.opening import open_rollouter, starting_population, trainable_copy
 
     if is_saved(path):
         if cycle is not None or weights is not None:
@@ -183,6 +183,6 @@ def subject_of(
     seed = texts_like(population.best, opened.program)
     if differing := sorted(population.best.texts.keys() ^ seed.texts.keys()):
         raise ConfigurationError([f"program: {path} is of another program; predictors that differ: {differing}"])
-    rollouter = open_player(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
+    rollouter = open_rollouter(program, opened.optimizer.metric, config, policy.handle.engine.expect, opened.trainset)
     trusted = None if trust_code else opened.program
     return EvalTarget(rollouter, policy, seed, population, cycle, past, trusted, tuple(warnings))

@@ -115,7 +115,7 @@ def _scored(target: EvalTarget, candidate: str, examples: "list[dspy.Example]", 
     with _progress(len(chosen) * len(examples) * k, target.weights) as tick:
         for member in chosen:
             rollouts = play(target.rollouter, target.policy, target.policy.checkpoint, member, examples, k, tick)
-            scores = estimate(rollouts, k, target.rollouter.settings.seed)
+            scores = estimate(rollouts, k, target.rollouter.seed)
             results.append(
                 {"kind": "eval", **_about(target), "candidate": member.digest, **_figures(scores, len(examples))}
             )

@@ -21,9 +21,11 @@ from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.rollout.components import texts_like
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.files import to_jsonable, writing
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.result import start_of
 from dspy_fst.types import Candidate, Problem, Rollout
 
@@ -142,8 +144,8 @@ def two_by_two(
     The engine serves the trained weights again when this returns.
     """
     policy = policy_of(compiled)
-    reward, settings = Reward(metric, peers=testset), PlayerSettings(threads=threads, seed=seed)
-    rollouter = Rollouter(compiled, reward, settings, policy.handle.engine.expect)
+    reward, settings = Reward(metric, peers=testset), RolloutSettings(num_threads=threads)
+    rollouter = Rollouter(compiled, reward, settings, policy.handle.engine.expect, seed=seed)
     best = compiled.population.best
     seed_texts, evolved = texts_like(best, student), texts_like(best, compiled)
     return table(rollouter, policy, start_of(compiled), seed_texts, evolved, testset, k=k)
@@ -170,7 +172,7 @@ def table(
     finally:
         policy.handle.engine.load(trained)
     cells = {
-        f"{weights} weights, {name} instructions": estimate(played, k, rollouter.settings.seed)
+        f"{weights} weights, {name} instructions": estimate(played, k, rollouter.seed)
         for (weights, name), played in rollouts.items()
     }
     drift = {f"{name} instructions": drift_of(trained, base, rollouts["trained", name]) for name in texts}
@@ -201,7 +203,7 @@ def drift_of(trained: Checkpoint, base: Checkpoint, rollouts: Sequence[Rollout])
     calls = [call for rollout in measured for call in rollout.calls if call.temperature > 0]
     if not calls:
         return None
-    trainer = Trainer(trained.folder, TrainerSettings(learning_rate=1.0), reference=base.folder)
+    trainer = Trainer(trained.folder, TrainingSettings(), reference=base.folder)
     by_call: list[list[float]] = trainer.kl_by_call(calls)
     total = math.fsum(math.fsum(values) for values in by_call)
     return Drift(per_token=total / sum(map(len, by_call)), per_rollout=total / len(measured))

@@ -27,6 +27,7 @@ from dspy_fst.fast.pareto import mean, top_k
 from dspy_fst.fast.reflection_cost import CostMeter
 from dspy_fst.fast.rollout_bank import Play, RolloutBank
 from dspy_fst.fast.seeding import BetterWhereMeasured, Row, SeededPolicy, write_seeded_state
+from dspy_fst.fast.settings import SearchSettings
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.components import binds
 from dspy_fst.run.files import writing
@@ -35,27 +36,6 @@ from dspy_fst.types import Candidate, Population, Problem, Rollout
 logger = logging.getLogger(__name__)
 GIVE_UP = 6
 """A search ends after so many failed reflections when none succeeded (ours; gepa tries each twice)."""
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How a fast phase searches."""
-
-    size: int
-    """K, candidates in the population."""
-    budget: int
-    """Fresh rollouts of the search; scoring the carried population comes on top (paper, App. D)."""
-    minibatch: int = 3
-    """Problems shown to a reflection (GEPA, section 4.3)."""
-    perfect_score: float = 1.0
-    """A minibatch on which every rollout earns this teaches nothing and is skipped."""
-    components: str = "round_robin"
-    """Which texts a proposal changes: ``"round_robin"`` one at a time, ``"all"`` together."""
-    seed: int = 0
-    record_tokens: int = 4000
-    """Tokens, estimated, of what a reflection is shown of one run."""
-    protected: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Component -> lines of its text that every proposal keeps."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +76,9 @@ def evolve(
     play: Play,
     feedback: Feedback,
     settings: SearchSettings,
+    size: int,
+    budget: int,
+    seed: int = 0,
     propose: Propose | None = None,
     code_proposer: ProposeCode | None = None,
     reflection_lm: dspy.LM | None = None,
@@ -107,6 +90,10 @@ def evolve(
     Args:
         play: Makes rollouts under the current weights.
         feedback: What the metric says of one predictor's part in a rollout.
+        settings: Which texts are evolved, and from what; a run hands in its FSTConfig.
+        size: K, candidates in the next population.
+        budget: Fresh rollouts of the search; scoring the carried population comes on top (paper, App. D).
+        seed: Of gepa's draws.
         propose: Proposes new texts without a reflection LM; else ``reflection_lm`` reflects.
         code_proposer: Proposes new sources for dspy.Flex modules; else ``reflection_lm`` does.
         on_candidate: Called with each accepted candidate and its mean anchor score.
@@ -120,10 +107,10 @@ def evolve(
     journal, meter = journal or NoJournal(), CostMeter(reflection_lm)
     bank = RolloutBank(play, program, journal)
     reflection = Reflection(
-        feedback, propose, code_proposer, reflection_lm, settings.seed, settings.record_tokens, settings.protected
+        feedback, propose, code_proposer, reflection_lm, seed, settings.reflection_tokens, settings.protected
     )
     adapter = BankedAdapter(program, bank, reflection, journal)
-    searching = _Searching(program, bank, adapter, population.unique(), anchors, settings)
+    searching = _Searching(program, bank, adapter, population.unique(), anchors, settings, size, budget, seed)
     seed_scores = searching.score_seeds()
     with _removed_if_all_failed(journal):
         result = searching.optimize(seed_scores, on_candidate)
@@ -141,6 +128,11 @@ class _Searching:
     """The carried population, without repetition."""
     anchors: Sequence[Problem]
     settings: SearchSettings
+    size: int
+    """K."""
+    budget: int
+    """Fresh rollouts, beyond those that score the seeds."""
+    seed: int
 
     def score_seeds(self) -> list[Row]:
         """Each seed's score on each anchor.
@@ -172,7 +164,7 @@ class _Searching:
                 trainset=list(self.anchors),
                 valset=list(self.anchors),
                 adapter=self.adapter,
-                reflection_minibatch_size=self.settings.minibatch,
+                reflection_minibatch_size=self.settings.reflection_minibatch,
                 perfect_score=self.settings.perfect_score,
                 module_selector=self.settings.components,
                 cache_evaluation=False,  # the bank answers; gepa's cache would never ask again for a masked rollout
@@ -184,7 +176,7 @@ class _Searching:
                 run_dir=folder,
                 callbacks=[cast(GEPACallback, _Watch(on_candidate))],  # each of its methods is optional
                 logger=_Log(),
-                seed=self.settings.seed,
+                seed=self.seed,
             )
         self._refuse_failed_search()
         return result
@@ -193,9 +185,9 @@ class _Searching:
         """When the search ends; gepa asks before each iteration."""
         spent_on_seeds = len(self.bank.fresh)
         # An iteration costs at least a minibatch, unless the bank answers it. Then only this limit ends the search.
-        iterations = self.settings.budget // self.settings.minibatch
+        iterations = self.budget // self.settings.reflection_minibatch
         return [
-            lambda gepa_state: len(self.bank.fresh) - spent_on_seeds >= self.settings.budget,
+            lambda gepa_state: len(self.bank.fresh) - spent_on_seeds >= self.budget,
             lambda gepa_state: gepa_state.i + 1 >= iterations,
             lambda gepa_state: (
                 self.adapter.all_reflections_failed and self.adapter.counts["reflections_failed"] >= GIVE_UP
@@ -248,7 +240,7 @@ class _Searching:
     ) -> Population:
         """The K candidates that a program can be made of and that complement each other best."""
         bound = [(candidate, row) for candidate, row in measured if binds(self.program, candidate)]
-        chosen = [bound[i] for i in top_k([row for _, row in bound], self.settings.size)]
+        chosen = [bound[i] for i in top_k([row for _, row in bound], self.size)]
         return Population(
             members=tuple(candidate for candidate, _ in chosen),
             scores=tuple(mean(row) for _, row in chosen),

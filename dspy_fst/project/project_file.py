@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import yaml  # type: ignore[import-untyped]
 from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
 
-from dspy_fst.errors import ConfigurationError, meant
+from dspy_fst.errors import ConfigurationError
 from dspy_fst.project.names import (
     Faults,
     Objects,
@@ -44,10 +44,10 @@ from dspy_fst.project.sections import (
     model_alone,
 )
 from dspy_fst.project.settings_file import cleaner, read_settings, secrets_in
+from dspy_fst.settings import no_such_setting, sentences
 
 if TYPE_CHECKING:
     import dspy
-    from pydantic_core import ErrorDetails
 
     from dspy_fst.optimizer import FSTOptimizer
     from dspy_fst.policy_lm import PolicyLM
@@ -316,7 +316,16 @@ def project_of(kind: type[Kind], settings: Mapping[str, object], folder: Path) -
         return kind.model_validate({**settings, "folder": folder})
     except ValidationError as error:
         clean = cleaner()
-        raise ConfigurationError([_sentence(fault, clean) for fault in error.errors()]) from None
+
+        def show(place: str, value: object) -> str | None:
+            """Only simple values are shown, and none that may be a key written in the wrong place."""
+            return (
+                repr(clean(value))
+                if isinstance(value, str | int | float) and not place.endswith("api_key_env")
+                else None
+            )
+
+        raise ConfigurationError(sentences(error, show=show, unknown=_unknown)) from None
 
 
 def _file_at(path: Path) -> Path:
@@ -362,16 +371,6 @@ def kept_in(run_dir: Path) -> Project:
     return project
 
 
-def _sentence(fault: "ErrorDetails", clean: Callable[[object], object]) -> str:
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        *_, name = fault["loc"]
-        parts: dict[str, type[BaseModel]] = {"recipe": Recipe, "policy": PolicySettings}
-        known = parts.get(str(fault["loc"][0]), Project).model_fields
-        return f"{where}: there is no such setting{meant(str(name), list(known))}"
-    if fault["type"] == "missing":
-        return f"{where}: it is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    # Only simple values are shown, and none that may be a key written in the wrong place.
-    shown = isinstance(fault["input"], str | int | float) and not where.endswith("api_key_env")
-    return ": ".join(part for part in (f"{where}={clean(fault['input'])!r}" if shown else where, message) if part)
+def _unknown(place: tuple[int | str, ...]) -> str:
+    parts: dict[str, type[BaseModel]] = {"recipe": Recipe, "policy": PolicySettings}
+    return no_such_setting(".".join(map(str, place)), parts.get(str(place[0]), Project).model_fields)

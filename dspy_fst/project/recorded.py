@@ -20,6 +20,7 @@ from dspy_fst.project.project_file import Project, project_of
 from dspy_fst.run.directory import COMPILED, read_events
 from dspy_fst.run.files import read_json
 from dspy_fst.saving.format import POLICY, weights_in
+from dspy_fst.settings import sentences
 from dspy_fst.types import version_of
 
 if TYPE_CHECKING:
@@ -136,7 +137,10 @@ class Recorded:
         try:
             options = PortableOptions.model_validate(self.plan.get("engine_options") or {})
         except ValidationError as error:
-            raise RunDirectoryError(f"{self.run_dir}: the plan in events.jsonl sets engine options: {error}") from error
+            faults = "; ".join(sentences(error))
+            raise RunDirectoryError(
+                f"{self.run_dir}: the plan in events.jsonl sets engine options: {faults}"
+            ) from error
         return options.model_dump(exclude_unset=True)
 
     def _before(self, to_train: bool) -> Path | None:

@@ -24,6 +24,7 @@ from dspy_fst.rollout.outcome_rules import Blame, Judge
 from dspy_fst.rollout.parse_failures import Entry, ParseFailures
 from dspy_fst.rollout.rendering import CallListener
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.rollout.worker_pool import run_all
 from dspy_fst.types import Candidate, Group, Population, Problem, Rollout
 
@@ -37,39 +38,28 @@ class Task:
     sample: int = 0
 
 
-@dataclass(frozen=True)
-class PlayerSettings:
-    """How rollouts are made and failures scored."""
-
-    threads: int = 64
-    """Rollouts in flight."""
-    timeout_s: float = 600.0
-    """Seconds one rollout may take before it is masked. Those in which its call queues for a batch do not count."""
-    failure_score: float = 0.0
-    """Reward of a rollout in which the program failed through the policy's doing."""
-    format_failure_score: float = 0.0
-    """Reward of a reply that could not be parsed (mmGRPO uses a value below ``failure_score``)."""
-    seed: int = 0
-
-
 class Rollouter:
     """Makes rollouts of one program, whose predictors already hold the policy.
 
     Args:
         program: The program. Each rollout runs a copy.
         reward: The metric.
-        settings: How rollouts are made and failures scored.
+        settings: How rollouts are made and failures scored; a run hands in its FSTConfig.
         in_flight: Called with the number of rollouts that run at once (an engine's ``expect``).
+        seed: Of every draw, together with the draw's name.
     """
 
     def __init__(
         self,
         program: dspy.Module,
         reward: Reward,
-        settings: PlayerSettings,
+        settings: RolloutSettings,
         in_flight: Callable[[int], None] = lambda count: None,
+        *,
+        seed: int = 0,
     ):
-        self.program, self.reward, self.settings, self._in_flight = program, reward, settings, in_flight
+        self.program, self.reward, self.settings, self.seed = program, reward, settings, seed
+        self._in_flight = in_flight
         self._blame = Blame(reward)
         parallel_calls_once()
 
@@ -137,8 +127,8 @@ class Rollouter:
             with _quiet():
                 return run_all(
                     [job(index) for index in range(len(tasks))],
-                    threads=self.settings.threads,
-                    timeout_s=self.settings.timeout_s,
+                    threads=self.settings.num_threads,
+                    timeout_s=self.settings.rollout_timeout_s,
                     on_timeout=timed_out,
                     in_flight=self._in_flight,
                     on_result=on_rollout,
@@ -158,7 +148,7 @@ class Rollouter:
         return Copier(program)
 
     def _seed(self, task: Task, draw: str) -> int:
-        entropy = repr((self.settings.seed, draw, task.problem.index, task.candidate.digest, task.sample))
+        entropy = repr((self.seed, draw, task.problem.index, task.candidate.digest, task.sample))
         return int.from_bytes(hashlib.sha256(entropy.encode()).digest()[:8], "big")
 
     def _rollout_one(

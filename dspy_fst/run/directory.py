@@ -23,7 +23,6 @@ from typing import Any, TypeAlias
 
 from filelock import FileLock, Timeout
 
-from dspy_fst.config import FSTConfig
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.files import population_to_json, read_json, remove, to_jsonable, write_json, writing
 from dspy_fst.run.search_journal import Journal
@@ -63,6 +62,7 @@ class RunDirectory:
     Args:
         clean: Removes secrets from everything that is written or shown.
         keep_states: How many resumable states are kept.
+        defaults: See `directory_fault`.
 
     Raises:
         RunDirectoryError: the directory holds a run of another recipe, something else, or a damaged state.
@@ -76,10 +76,11 @@ class RunDirectory:
         *,
         keep_states: int = 2,
         clean: Callable[[object], Any] = lambda value: value,
+        defaults: Mapping[str, object] | None = None,
     ):
         self.path, self.listeners, self._keep_states, self._clean = path, listeners, keep_states, clean
         self._finished: float | None = None
-        if fault := directory_fault(path, recipe):
+        if fault := directory_fault(path, recipe, defaults):
             raise RunDirectoryError(fault)
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -294,10 +295,14 @@ def run_around(path: Path) -> Path | None:
     return next((folder for folder in path.parents if is_run(folder) and (folder / "states").is_dir()), None)
 
 
-def directory_fault(path: Path, recipe: Mapping[str, object]) -> str | None:
+def directory_fault(
+    path: Path, recipe: Mapping[str, object], defaults: Mapping[str, object] | None = None
+) -> str | None:
     """Why a run of this recipe cannot use this directory, as a sentence; None when it can.
 
-    A setting that the directory's recipe lacks had its default there: older releases had fewer settings.
+    Args:
+        defaults: The default of every setting. One that the directory's recipe lacks had it there: older releases had
+            fewer settings.
     """
     if path.exists() and not path.is_dir():
         return f"run_dir={str(path)!r} is a file; name a directory"
@@ -314,9 +319,9 @@ def directory_fault(path: Path, recipe: Mapping[str, object]) -> str | None:
     if not isinstance(recorded, Mapping):
         return f"run_dir={str(path)!r} is not empty and holds no readable recipe.json; name a new directory"
     wanted = to_jsonable(recipe)
-    defaults = to_jsonable(FSTConfig.model_validate({}).model_dump())
+    known = to_jsonable(defaults or {})
     apart = (RECORDED_SINCE - recorded.keys()) | NO_LONGER_IDENTITY
-    recorded = {**{key: defaults[key] for key in wanted if key in defaults}, **recorded}  # an older release had fewer
+    recorded = {**{key: known[key] for key in wanted if key in known}, **recorded}  # an older release had fewer
     if wanted.get("model_files") is not None and recorded.get("model_files") == wanted.get("model_files"):
         apart |= {"model"}  # the same files in another place
     differing = [

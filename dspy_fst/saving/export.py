@@ -37,8 +37,9 @@ from dspy_fst.saving.format import (
     saved_in,
     weights_in,
 )
-from dspy_fst.saving.manifest import MANIFEST, read_document, seal, sentences, verify, weights_faults
+from dspy_fst.saving.manifest import MANIFEST, read_document, seal, verify, weights_faults
 from dspy_fst.saving.program_state import parts_in
+from dspy_fst.settings import sentences
 from dspy_fst.types import Population
 
 PACKAGES = ("dspy-fst", "dspy", "gepa", "torch", "transformers")
@@ -118,7 +119,7 @@ def _facts(saved: Path) -> Facts:
     try:
         policy = SavedPolicy.model_validate(read_document(saved / POLICY))
     except ValidationError as error:
-        raise RunDirectoryError(f"{saved / POLICY}: {sentences(error)}") from error
+        raise RunDirectoryError(f"{saved / POLICY}: {'; '.join(sentences(error))}") from error
     run = _run(saved.parent)
     if run is not None and run.record.weights != policy.policy.version:
         raise RunDirectoryError(

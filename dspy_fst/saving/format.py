@@ -14,8 +14,9 @@ from dspy_fst.rollout.components import flexes, speakers, texts_like
 from dspy_fst.run.directory import COMPILED, is_run
 from dspy_fst.run.ending import why_no_program
 from dspy_fst.run.files import population_from_json
-from dspy_fst.saving.manifest import MANIFEST, read_document, sentences, weights_faults
+from dspy_fst.saving.manifest import MANIFEST, read_document, weights_faults
 from dspy_fst.saving.program_state import SavedFlex, read_state
+from dspy_fst.settings import sentences
 from dspy_fst.types import Candidate, Population
 
 PROGRAM, POPULATION, POLICY, WEIGHTS = "program.json", "population.json", "policy.json", "weights"
@@ -145,8 +146,8 @@ def _parse(document: type[M], path: Path) -> M:
         return document.model_validate(read_document(path))
     except ValidationError as error:
         raise RunDirectoryError(
-            f"{path}: {sentences(error)}. A saved program sets only what belongs to it; give the rest to load(), e.g. "
-            "engine_options={...}"
+            f"{path}: {'; '.join(sentences(error))}. A saved program sets only what belongs to it; give the rest to "
+            "load(), e.g. engine_options={...}"
         ) from error
 
 

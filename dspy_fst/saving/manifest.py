@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.model_files.lora_folder import CONFIG, INDEX, INSIDE, SETTINGS, TENSORS, lora_parts
 from dspy_fst.run.files import file_facts, flush, sha256_of, write_json
+from dspy_fst.settings import sentences
 
 # ---- the manifest --------------------------------------------------------------------------------
 
@@ -122,12 +123,7 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate(document)
     except ValidationError as error:
-        raise RunDirectoryError(f"{path}: {sentences(error)}; {_COPY_AGAIN}") from error
-
-
-def sentences(error: ValidationError) -> str:
-    """What is wrong with a document and where, without its values, which may be secret."""
-    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in error.errors())
+        raise RunDirectoryError(f"{path}: {'; '.join(sentences(error))}; {_COPY_AGAIN}") from error
 
 
 def _files_in(folder: Path) -> dict[str, Path]:

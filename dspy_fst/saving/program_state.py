@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.rollout.copying import copied
 from dspy_fst.run.files import to_jsonable, write_json
-from dspy_fst.saving.manifest import sentences
+from dspy_fst.settings import sentences
 
 METADATA = "metadata"
 ALONE = {"self"}
@@ -129,7 +129,7 @@ def _checked(path: Path, name: str, state: object, parameter: Dumping) -> object
     try:
         saved = kind.model_validate(state)
     except ValidationError as error:
-        raise RunDirectoryError(f"{path}: {name}: {sentences(error)}; save the program again") from error
+        raise RunDirectoryError(f"{path}: {name}: {'; '.join(sentences(error))}; save the program again") from error
     if not isinstance(saved, SavedPredictor):
         return state
     fields = _in_order(path, name, saved.signature.fields, parameter.signature)

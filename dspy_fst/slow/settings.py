@@ -1,63 +1,92 @@
-"""How weights are trained. Every number cites the paper or says that it is not in it."""
+"""How weights are trained. Every default says where it comes from; *paper* is arXiv 2605.12484."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from dspy_fst.errors import ConfigurationError
+from pydantic import Field, field_validator
+
 from dspy_fst.lora import LoRA
+from dspy_fst.settings import Settings
 
 
-@dataclass(frozen=True)
-class TrainerSettings:
-    """How weights are trained. FST is arXiv 2605.12484."""
+class TrainingSettings(Settings):
+    """What a slow step learns from, and how it moves the weights."""
 
-    learning_rate: float
-    """Peak rate. The paper publishes none; about 1e-6 for billions of parameters, 5e-4 for a million."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates (FST, App. D)."""
-    eps: float = 1e-8
-    """AdamW's epsilon; unstated in the paper."""
-    weight_decay: float = 0.0
-    """FST, App. D."""
-    warmup_steps: int = 10
-    """Linear warm-up (FST, App. D): update n of the first ten runs at n/10 of the rate, so none runs at zero."""
-    max_grad_norm: float | None = None
-    """Clip the gradient to this norm; None, as the paper states no clipping."""
-    importance_cap: float = 4.0
-    """Largest CISPO importance weight (FST, App. D; ScaleRL finds 4, 5 and 8 alike)."""
-    kl_coefficient: float = 0.001
-    """Weight of KL(theta || start) in the loss (FST, App. D); 0 leaves the term, and the reference model, out."""
-    seed_kl_coefficient: float = 0.0
-    """Weight of KL(theta || start) on the batch's held calls (ours)."""
-    min_effective_share: float = 0.0
-    """An update whose effective sample share (see UpdateReport) is lower is refused; 0 refuses none."""
-    micro_batch_tokens: int = 4096
-    """Tokens in one forward, padding included. Memory and speed only; a CPU is fastest about here."""
-    share_prompts: bool = True
-    """Read a prompt that several calls begin with once, where the model allows it. Speed only, like the budget."""
-    gradient_checkpointing: bool = False
-    """Keep the inputs of each layer alone for the backward pass and compute the rest again. Memory and speed only."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the model's body and type of published weights; ``"auto"`` is bfloat16 on CUDA, else float32."""
+    trained: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names of the predictors whose calls are trained on, as in ``program.named_predictors()``; None is all that hold
+    the PolicyLM. The others sample from the run's newest weights too, and their instructions evolve (ours)."""
     adapter: LoRA | None = None
-    """A LoRA adapter that is trained in place of the whole weights."""
-    seed: int = 0
-    """Seeds torch before the model is built, and a new adapter's numbers; the update itself draws nothing."""
+    """A LoRA adapter that is trained in place of all weights, e.g. ``LoRA(rank=16)``, or ``"lora"`` for its defaults.
+    It takes a small part of the memory and disk, and about ten times the learning rate (ours). None trains all weights
+    (paper)."""
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """AdamW's peak learning rate (ours, common for full-weight RL; not published where we could read)."""
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments (paper, App. D)."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon (ours: the usual one; unstated in the paper)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay (paper, App. D)."""
+    warmup_steps: int = Field(default=10, ge=0)
+    """Updates of the linear warm-up of the learning rate (paper, App. D)."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Gradient norm above which the gradient is clipped; None never clips (ours: none; unstated in the paper)."""
+    continue_optimizer: bool = Field(default=False, strict=True)
+    """Whether a run that continues from a compiled program takes over AdamW's moments and number of updates from that
+    program's run, so that the warm-up is not repeated (ours; off: both start anew)."""
+    importance_cap: float = Field(default=4.0, gt=0)
+    """CISPO's cap on the importance weight itself, not 1 + a clip (paper, App. D; ScaleRL finds 4, 5, 8 alike)."""
+    kl_coefficient: float = Field(default=0.001, ge=0)
+    """Weight of KL(theta || start) (paper, App. D; its form is unstated, ours is exact over the vocabulary)."""
+    seed_kl_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of KL(theta || start) on the trained predictors' calls of rollouts under the program's own texts (ours;
+    off, as in the paper)."""
+    seed_kl_teacher: Literal["seed", "population"] = "seed"
+    """Which prompt the reference model sees in that KL term. ``"seed"``: the program's own texts, so that what a task
+    teaches stays in the evolved texts (ours). ``"population"``: each candidate's texts in turn, which distils them into
+    the weights (paper: FST-distill)."""
+    seed_kl_rollouts: int = Field(default=1, ge=1)
+    """Rollouts of each problem of a step under the program's own texts, made only if ``seed_kl_coefficient`` is above
+    0. They cost as much as others (ours)."""
+    baseline: Literal["problem", "candidate"] = "problem"
+    """Whose mean reward is the baseline of a rollout: that of its problem under all candidates (paper, Eq. 3), or under
+    its own candidate alone."""
+    advantage_normalization: Literal["group", "batch"] = "group"
+    """Whose standard deviation divides the advantages: that of the group (paper, Eq. 3) or of the batch (ScaleRL)."""
+    micro_batch_tokens: int | Literal["auto"] = "auto"
+    """Tokens, padding included, of one forward and backward pass (ours; memory and speed only, the gradient is the same
+    but for rounding). ``"auto"`` is the largest power of two that fits into the memory that is free at the start, up to
+    4096 on a CPU and 16384 on a GPU. A continued run keeps its number."""
 
-    def __post_init__(self) -> None:
-        faults = [f"{name}={getattr(self, name)!r} must be {wanted}" for name, wanted, ok in self._rules() if not ok]
-        if faults:
-            raise ConfigurationError(faults)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the trainer's model body, and type of the published weights: ``"auto"`` is bfloat16 on a GPU and
+    float32 on a CPU (ours). The weights that AdamW moves are float32 always. The engine has its own:
+    ``engine_options={"dtype": ...}`` of the PolicyLM."""
+    min_effective_share: float = Field(default=0.5, ge=0, le=1)
+    """Effective sample share (see UpdateReport) of a batch's importance weights below which the run stops before it
+    learns from them: the engine samples from another distribution than the trainer scores (ours)."""
 
-    def _rules(self) -> Iterator[tuple[str, str, bool]]:
-        for name in ("learning_rate", "eps", "importance_cap"):
-            yield name, "a finite number above 0", 0 < getattr(self, name) < math.inf
-        for name in ("weight_decay", "kl_coefficient", "seed_kl_coefficient", "warmup_steps"):
-            yield name, "a finite number, at least 0", 0 <= getattr(self, name) < math.inf
-        yield "betas", "two numbers in [0, 1)", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        yield "max_grad_norm", "above 0, or None", self.max_grad_norm is None or self.max_grad_norm > 0
-        yield "min_effective_share", "in [0, 1]", 0 <= self.min_effective_share <= 1
-        yield "micro_batch_tokens", "at least 1", self.micro_batch_tokens >= 1
-        yield "precision", "auto, float32 or bfloat16", self.precision in ("auto", "float32", "bfloat16")
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _a_lora_adapter(cls, value: Any) -> Any:
+        if value == "lora":
+            return LoRA()
+        if value is None or isinstance(value, LoRA | Mapping):
+            return value
+        raise ValueError(
+            "use LoRA(rank=...), 'lora' for its defaults, or None (null in a project file) to train all weights; a "
+            "chat adapter is set with dspy.configure(adapter=...)"
+        )
+
+    @field_validator("micro_batch_tokens", mode="before")
+    @classmethod
+    def _tokens_or_auto(cls, value: Any) -> Any:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if value == "auto" or (whole and value >= 1):
+            return value
+        raise ValueError("Input should be greater than or equal to 1, a whole number of tokens; or 'auto'")
+
+    @field_validator("trained")
+    @classmethod
+    def _order_and_repetition_mean_nothing(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if names is None else tuple(sorted(set(names)))

@@ -32,8 +32,12 @@ from dspy_fst.slow.chunked_head import Readout, learn
 from dspy_fst.slow.head import exact_matmuls
 from dspy_fst.slow.losses import NO_UPDATE, Tokens, UpdateMetrics
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.types import Batch, Call, Row, SeedKLCall, UpdateReport, WeightsVersion
+
+UNPLANNED_TOKENS = 4096
+"""Tokens of a micro-batch under ``micro_batch_tokens="auto"`` where no memory plan chose a number: a CPU is fastest
+about here."""
 
 
 class Trainer:
@@ -41,10 +45,15 @@ class Trainer:
 
     Args:
         model: Weights to start from: a folder as `Checkpoint.at` reads it, or a hub name.
-        settings: See :class:`TrainerSettings`.
+        settings: How the weights are trained; a run hands in its FSTConfig.
         device: ``"cpu"``, or ``"auto"`` for CUDA if available.
         reference: Weights of the KL term. None takes ``model``; with a LoRA adapter that needs no second model.
             Another folder is given when a run continues from trained weights and keeps the KL to older ones.
+        share_prompts: Whether a prompt that several calls begin with is read once, where the model allows it. Speed
+            only.
+        gradient_checkpointing: Whether the backward pass keeps the inputs of each layer alone and computes the rest
+            again. Memory and speed only.
+        seed: Seeds torch before the model is built, and a new adapter's numbers; the update itself draws nothing.
 
     Raises:
         TrainingError: the model's logits are not those of a plain LM head, or the process was launched as one of
@@ -55,12 +64,15 @@ class Trainer:
     def __init__(
         self,
         model: str | Path,
-        settings: TrainerSettings,
+        settings: TrainingSettings,
         *,
         device: Literal["auto", "cpu"] = "auto",
         reference: str | Path | None = None,
+        share_prompts: bool = True,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
     ):
-        self.settings = settings
+        self.settings, self._share_prompts = settings, share_prompts
         if faults := launch_faults():
             raise TrainingError("; ".join(faults))
         on_cuda = device == "auto" and has_gpu()
@@ -69,19 +81,19 @@ class Trainer:
         self._dtype = torch.bfloat16 if low else torch.float32
         self._source = model
         self._reference_path = reference
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(seed)
         self._files = Checkpoint.at("start", Path(model)).path
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._files, trust_remote_code=False)
-        policy = Policy.load(model, dtype=self._dtype, adapter=settings.adapter, seed=settings.seed)
+        policy = Policy.load(model, dtype=self._dtype, adapter=settings.adapter, seed=seed)
         self._policy = policy.to(self._device)
-        if settings.gradient_checkpointing:
+        if gradient_checkpointing:
             self._policy.recompute_layers()
         self._names = [name for name, p in self._policy.model.named_parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             [p for p in self._policy.parameters() if p.requires_grad],
             lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
+            betas=settings.adam_betas,
+            eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
             fused=True,
         )
@@ -305,8 +317,9 @@ class Trainer:
         return result
 
     def _micro_batches(self, sequences: list[Scored]) -> Iterator[MicroBatch]:
-        budget = self.settings.micro_batch_tokens
-        share = self.settings.share_prompts and self._policy.shares_prompts
+        given = self.settings.micro_batch_tokens
+        budget = UNPLANNED_TOKENS if given == "auto" else given
+        share = self._share_prompts and self._policy.shares_prompts
         return (micro.to(self._device) for micro in micro_batches(sequences, budget, share=share))
 
     def _checked(self, sequences: list[Scored]) -> list[Scored]:

@@ -21,10 +21,10 @@ from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.continuing import take_over
 from dspy_fst.training.fingerprints import fingerprint
 from dspy_fst.training.first_rollouts import FirstLook, try_first
-from dspy_fst.training.opening import open_player, starting_population, trainable_copy
+from dspy_fst.training.opening import open_rollouter, starting_population, trainable_copy
 from dspy_fst.training.plan import Budget, Plan
 from dspy_fst.training.publisher import recoveries
-from dspy_fst.training.request import Request, trainer_settings
+from dspy_fst.training.request import Request
 from dspy_fst.training.session import Session
 from dspy_fst.training.validating import CHANGED, NO_VALSET, Validation
 from dspy_fst.types import Population, version_of
@@ -50,7 +50,14 @@ def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
     original.release()  # its engine would hold memory beside the training one; it starts again when called
     policy = original.fork()
     keep, clean = request.config.keep_states, request.redactor.clean
-    run = RunDirectory(request.run_dir, request.identity, tuple(listeners), keep_states=keep, clean=clean)
+    run = RunDirectory(
+        request.run_dir,
+        request.identity,
+        tuple(listeners),
+        keep_states=keep,
+        clean=clean,
+        defaults=FSTConfig().model_dump(),
+    )
     try:
         for warning in request.warnings:
             run.tell({"event": "note", "text": f"warning: {warning}"})
@@ -107,13 +114,13 @@ def _what_is_saved(run: RunDirectory) -> str:
 def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
     """Load the trainer, at the committed state when there is one, and put the session together."""
     config, student = request.config, request.student
-    trainer = Trainer(policy.checkpoint.folder, trainer_settings(config))
+    trainer = Trainer(policy.checkpoint.folder, config, seed=config.seed)
     run.drop_weights_from(version_of(moved_at(run.state)))
     if run.state:
         trainer.load_state(run.trainer_state)
     program = trainable_copy(student, policy)
     seed = read_texts(student, tools=config.tool_descriptions == "evolved")
-    rollouter = open_player(program, request.metric, config, policy.handle.engine.expect, request.trainset)
+    rollouter = open_rollouter(program, request.metric, config, policy.handle.engine.expect, request.trainset)
     problems, metric = fingerprint([example.toDict() for example in request.valset]), rollouter.reward.identity
     samples = config.validation_samples
     return Session(

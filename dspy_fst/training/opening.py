@@ -13,7 +13,7 @@ from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.program_graph import all_speakers
 from dspy_fst.rollout.reward import Metric, Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
+from dspy_fst.rollout.rollouter import Rollouter
 from dspy_fst.run.files import population_from_json
 from dspy_fst.run.state import StateFields
 from dspy_fst.types import Candidate, Population
@@ -45,7 +45,7 @@ def starting_population(student: dspy.Module, seed: Candidate, size: int, state:
     return Population.of_seed(seed, size)
 
 
-def open_player(
+def open_rollouter(
     program: dspy.Module,
     metric: Metric,
     config: FSTConfig,
@@ -53,12 +53,5 @@ def open_player(
     peers: Sequence[dspy.Example] = (),
 ) -> Rollouter:
     """The rollouter of a run or a command; ``peers`` are examples of the program's (see Reward)."""
-    settings = PlayerSettings(
-        threads=config.num_threads,
-        timeout_s=config.rollout_timeout_s,
-        failure_score=config.failure_score,
-        format_failure_score=config.format_failure_score,
-        seed=config.seed,
-    )
     reward = Reward(metric, frozenset(name for name, _ in program.named_predictors()), peers)
-    return Rollouter(program, reward, settings, in_flight)
+    return Rollouter(program, reward, config, in_flight, seed=config.seed)

@@ -322,7 +322,8 @@ def _played(
         Task(Problem(index % len(tried), tried[index % len(tried)]), session.population.best, index // len(tried))
         for index in range(session.config.parse_trial)
     ]
-    rollouter = Rollouter(program, reward, session.rollouter.settings, session.policy.handle.engine.expect)
+    given = session.rollouter
+    rollouter = Rollouter(program, reward, given.settings, session.policy.handle.engine.expect, seed=given.seed)
     with dspy.context(adapter=setup.adapter):  # so that nobody is told that it differs from the setting
         return rollouter.rollout(tasks, f"parse trial {describe(setup.adapter)} {setup}")
 

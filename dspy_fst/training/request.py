@@ -40,7 +40,6 @@ from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.directory import directory_fault
 from dspy_fst.run.secrets import Redactor
 from dspy_fst.saving.program_state import without_lms
-from dspy_fst.slow.settings import TrainerSettings
 from dspy_fst.training.continuing import optimizer_faults
 from dspy_fst.training.fingerprints import files_fingerprint, fingerprint, program_fingerprint
 from dspy_fst.training.opening import new_run_dir
@@ -163,11 +162,6 @@ def _faults_of_arguments(
     yield from data_faults(given.trainset, given.valset, config)
     yield from valset_faults(config, given.valset)
     yield from input_faults(student, given.trainset, given.valset)
-    if config is not None:
-        try:
-            trainer_settings(with_chosen_micro_batch(config, None))
-        except ConfigurationError as error:
-            yield from error.faults
     yield from search_faults(config, given.metric, proposers.reflection_lm, proposers.propose)
     yield from text_faults(config, student, proposers.reflection_lm, proposers.code_proposer)
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}
@@ -193,7 +187,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     ]
     faults += optimizer_faults(config, student, policy, run_dir)
     recipe = redactor.clean(run_identity(config, student, given.trainset, policy))
-    faults += [fault] if (fault := directory_fault(run_dir, recipe)) else []
+    faults += [fault] if (fault := directory_fault(run_dir, recipe, FSTConfig().model_dump())) else []
     config = with_recorded_micro_batch(config, run_dir)
     warnings: list[str] = []
     if plan := plan_memory(policy, config, run_dir, room):
@@ -266,22 +260,3 @@ def _left_out(student: dspy.Module, seed: Candidate) -> list[str]:
         f"student: {lost} of the {len(carried.members)} candidates that it carries have other components than the "
         f"program ({', '.join(differing)}) and are left out; without any, the run starts from the program's own texts"
     ]
-
-
-def trainer_settings(config: FSTConfig) -> TrainerSettings:
-    return TrainerSettings(
-        learning_rate=config.learning_rate,
-        betas=config.adam_betas,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_steps,
-        max_grad_norm=config.max_grad_norm,
-        importance_cap=config.importance_cap,
-        kl_coefficient=config.kl_coefficient,
-        seed_kl_coefficient=config.seed_kl_coefficient,
-        min_effective_share=config.min_effective_share,
-        micro_batch_tokens=int(config.micro_batch_tokens),
-        precision=config.precision,
-        adapter=config.adapter,
-        seed=config.seed,
-    )

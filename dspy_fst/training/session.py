@@ -16,7 +16,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
-from dspy_fst.fast.evolve import Search, SearchSettings, evolve
+from dspy_fst.fast.evolve import Search, evolve
 from dspy_fst.monitoring.observer import Observer
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import read_texts
@@ -155,24 +155,15 @@ class Session:
             self.program,
             play=play,
             feedback=feedback_by(self.rollouter.reward),
-            settings=self._search_settings(cycle),
+            settings=self.config,
+            size=self.config.population_size,
+            budget=cycle.search_budget,
+            seed=random.Random(f"{self.config.seed} search {cycle.index}").getrandbits(31),
             propose=self.proposers.propose,
             code_proposer=self.proposers.code_proposer,
             reflection_lm=self.proposers.reflection_lm,
             on_candidate=self.recorder.candidate,
             journal=self._journal,
-        )
-
-    def _search_settings(self, cycle: Cycle) -> SearchSettings:
-        return SearchSettings(
-            size=self.config.population_size,
-            budget=cycle.search_budget,
-            minibatch=self.config.reflection_minibatch,
-            perfect_score=self.config.perfect_score,
-            components=self.config.components,
-            seed=random.Random(f"{self.config.seed} search {cycle.index}").getrandbits(31),
-            record_tokens=self.config.reflection_tokens,
-            protected=self.config.protected,
         )
 
     def commit_search(self, cycle: Cycle, search: Search) -> None:

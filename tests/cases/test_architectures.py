@@ -24,7 +24,7 @@ from dspy_fst.preflight.vllm_start import vllm_faults
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.head import Head
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
 from programs.lab import BASE
 from tests.engine.test_contract import request_of
@@ -236,7 +236,7 @@ def test_a_short_text_beside_one_of_full_length_keeps_its_numbers(family, share,
 @pytest.mark.parametrize("family", [longrope, dynamic, learned], ids=lambda make: make.__name__)
 def test_a_text_longer_than_its_positions_is_refused_by_the_trainer(family, tmp_path):
     path = family().save(tmp_path / "model")
-    trainer = Trainer(path, TrainerSettings(learning_rate=1e-3))
+    trainer = Trainer(path, TrainingSettings(learning_rate=1e-3))
     limit = context_length(AutoConfig.from_pretrained(path))
     with pytest.raises(TrainingError, match=f"call 0 has {limit + 1} tokens, and the model reads {limit} at most"):
         trainer.score([[5] * (limit + 1)])
@@ -321,7 +321,7 @@ def test_a_model_without_a_context_limit_answers(tmp_path):
 
 
 def test_the_towers_beside_the_text_part_are_left_as_they_are(tmp_path):
-    trainer = Trainer(BY_NAME["Gemma 3 (multimodal)"].save(tmp_path / "model"), TrainerSettings(learning_rate=1e-3))
+    trainer = Trainer(BY_NAME["Gemma 3 (multimodal)"].save(tmp_path / "model"), TrainingSettings(learning_rate=1e-3))
     trained = set(trainer.parameters)
     assert any("language_model" in name for name in trained)
     assert not any("vision" in name or "projector" in name for name in trained)
@@ -360,6 +360,6 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path):
 def test_the_laboratory_s_model_is_swapped_in_place(tmp_path):
     with InProcess(BASE) as sampler:
         model = sampler.engine._model
-        trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-3))
+        trainer = Trainer(BASE, TrainingSettings(learning_rate=1e-3))
         sampler.load(trainer.publish(tmp_path / "v1", "v1"))
         assert sampler.engine._model is model

@@ -19,7 +19,8 @@ from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.chat_adapters import keep
 from dspy_fst.rollout.components import carry, read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.directory import read_events
 from dspy_fst.saving.reconfigure import how_it_asks
 from dspy_fst.serve.app import create_app
@@ -190,7 +191,7 @@ def test_a_frozen_lm_of_the_program_is_asked_as_dspy_does():
 
 def test_rollouts_never_ask_again_also_where_the_lm_may():
     program, engine = compiled_like(use_json_adapter_fallback=True)
-    rollouter = Rollouter(program, Reward(right), PlayerSettings())
+    rollouter = Rollouter(program, Reward(right), RolloutSettings())
     (rollout,) = rollouter.rollout([Task(Problem(1, RAMBLES), read_texts(program))], "test")
     assert rollout.failure == "parse"
     assert asked_once(engine)

@@ -12,7 +12,8 @@ from dspy_fst.preflight.template_checks import template_kind, template_warnings
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem
 from tests.cases.real_tokenizer import CHATML, DROPS_SYSTEM, NO_SYSTEM, STRIPS_THOUGHTS, save_model
 
@@ -98,7 +99,7 @@ def test_a_program_runs_and_its_instruction_stands_in_the_first_user_turn(templa
     program.set_lm(policy)
     program.demos = [dspy.Example(question="q", answer="rose")]
     try:
-        rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings(threads=2))
+        rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), RolloutSettings(num_threads=2))
         example = dspy.Example(question="Which?").with_inputs("question")
         (rollout,) = rollouter.rollout([Task(Problem(0, example), read_texts(program))], "fit", anew=True)
     finally:

@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 from dspy_fst import PolicyLM
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
+from dspy_fst.rollout.rollouter import Rollouter
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import Population, Problem
 from programs.lab import BASE
@@ -39,7 +40,7 @@ def numbers_that_leave(tokens: int) -> str:
 
 
 def counts_of(program, numbers: str):
-    rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings(threads=4))
+    rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), RolloutSettings(num_threads=4))
     problem = Problem(0, dspy.Example(numbers=numbers).with_inputs("numbers"))
     groups = rollouter.groups([problem], Population.of_seed(read_texts(program), 2), 4, "cut")
     return [call for rollout in groups[0].rollouts for call in rollout.calls], credit(groups).counts

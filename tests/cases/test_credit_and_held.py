@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Group, SeedKLCall
 from tests.slow.conftest import one_thread, start  # noqa: F401
 from tests.slow.makers import VOCABULARY, make_call, make_group, make_rollout, save_model
@@ -46,10 +47,10 @@ def test_the_start_reads_no_more_at_once_than_the_budget(start, tmp_path, longes
         for t in (1.0, 0.7) * 6
     )
     prompts = [tuple(draw.integers(VOCABULARY, size=longest - 7 * (i % 3)).tolist()) for i in range(len(calls))]
-    settings = TrainerSettings(
-        learning_rate=1e-2, kl_coefficient=0.1, seed_kl_coefficient=1.0, micro_batch_tokens=BUDGET, share_prompts=False
+    settings = TrainingSettings(
+        learning_rate=1e-2, kl_coefficient=0.1, seed_kl_coefficient=1.0, micro_batch_tokens=BUDGET
     )
-    trainer = Trainer(start, settings, device="cpu", reference=reference)
+    trainer = Trainer(start, settings, device="cpu", reference=reference, share_prompts=False)
     held = tuple(SeedKLCall(call, prompt) for call, prompt in zip(calls, prompts, strict=True))
     reads = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(

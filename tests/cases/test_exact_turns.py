@@ -8,7 +8,8 @@ from dspy_fst import PolicyLM
 from dspy_fst.engine.chat import continued
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.slow.batching import Scored, chains
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import Call, Group, Problem, Rollout
@@ -41,7 +42,7 @@ class Chat(dspy.Module):
 
 def played(policy: PolicyLM, threads: int = ROLLOUTS, **options) -> list[Rollout]:
     program = Chat(policy, **options)
-    rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings(threads=threads))
+    rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), RolloutSettings(num_threads=threads))
     example = dspy.Example(question="Tell me more.").with_inputs("question")
     tasks = [Task(Problem(0, example), read_texts(program), sample) for sample in range(ROLLOUTS)]
     rollouts = rollouter.rollout(tasks, "turns")

@@ -5,13 +5,15 @@ import pytest
 from dspy.adapters.baml_adapter import BAMLAdapter
 from dspy.utils import DummyLM
 
-from dspy_fst.fast.evolve import SearchSettings, evolve
+from dspy_fst.fast.evolve import evolve
 from dspy_fst.fast.latex_repair import repair_latex
 from dspy_fst.fast.search_warnings import search_warnings
+from dspy_fst.fast.settings import SearchSettings
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Population, Problem, Rollout
 from tests.fakes import fields, scripted_policy
 
@@ -27,12 +29,21 @@ class Asks(dspy.Module):
         return self.solve(question=question)
 
 
-def search(propose, *, speak=lambda m, s: fields(answer="no"), masked=lambda p, c, nth: False, **settings):
+def search(
+    propose,
+    *,
+    speak=lambda m, s: fields(answer="no"),
+    masked=lambda p, c, nth: False,
+    size=2,
+    budget=24,
+    seed=1,
+    **settings,
+):
     """A search in which ``masked(problem, candidate, how often asked)`` says which rollouts measure nothing."""
     program = Asks()
     program.set_lm(scripted_policy(speak, version="step-000000")[0])
     metric = Reward(lambda gold, pred, trace=None: float(pred.answer == gold.answer))
-    rollouter = Rollouter(program, metric, PlayerSettings(threads=2))
+    rollouter = Rollouter(program, metric, RolloutSettings(num_threads=2))
     asked = []
 
     def play(wanted):
@@ -45,7 +56,6 @@ def search(propose, *, speak=lambda m, s: fields(answer="no"), masked=lambda p, 
             given.append(Rollout(problem.index, candidate, (), None, Outcome("masked", "timeout")) if lost else rollout)
         return given
 
-    settings = SearchSettings(**{"size": 2, "budget": 24, "minibatch": 3, "seed": 1, **settings})
     return evolve(
         Population.of_seed(read_texts(program), 2),
         ANCHORS,
@@ -53,7 +63,10 @@ def search(propose, *, speak=lambda m, s: fields(answer="no"), masked=lambda p, 
         play=play,
         feedback=lambda *_: "wrong",
         propose=propose,
-        settings=settings,
+        settings=SearchSettings(**settings),
+        size=size,
+        budget=budget,
+        seed=seed,
     )
 
 

@@ -12,7 +12,8 @@ from dspy.utils.exceptions import LMRateLimitError
 
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem
 from tests.cases.test_measured import FAILURE, Asks, FrozenLM, frozen, only_solve, play
 from tests.fakes import fields, scripted_policy
@@ -232,7 +233,7 @@ def over_the_set(metric, written, signature="question -> answer"):
     policy, _ = scripted_policy(lambda m, s: fields(answer=written), version="step-000000")
     program.set_lm(policy)
     with dspy.context(lm=policy):
-        rollouter = Rollouter(program, Reward(metric, peers=SET), PlayerSettings(threads=1, failure_score=FAILURE))
+        rollouter = Rollouter(program, Reward(metric, peers=SET), RolloutSettings(num_threads=1, failure_score=FAILURE))
         return rollouter.rollout([Task(Problem(0, SET[0]), read_texts(program))], "test")[0]
 
 

@@ -13,7 +13,8 @@ from dspy.utils.exceptions import LMRateLimitError
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import PREDICTOR_TAG, Problem
 from tests.fakes import fields, scripted_policy
 
@@ -35,7 +36,7 @@ def play(program, speak=says_one, metric=right, example=GOLD, lm=True, asks_agai
     policy.use_json_adapter_fallback = asks_again
     if lm:
         program.set_lm(policy)
-    settings = PlayerSettings(threads=2, failure_score=FAILURE, format_failure_score=FORMAT, timeout_s=60)
+    settings = RolloutSettings(num_threads=2, failure_score=FAILURE, format_failure_score=FORMAT, rollout_timeout_s=60)
     with dspy.context(lm=policy):
         rollouter = Rollouter(program, Reward(metric), settings)
         return rollouter.rollout([Task(Problem(0, example), read_texts(program))], "test")[0]

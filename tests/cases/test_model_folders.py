@@ -23,12 +23,13 @@ from dspy_fst.rollout.components import carry, read_texts
 from dspy_fst.saving.export import export
 from dspy_fst.saving.manifest import seal, verify, weights_faults
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Population
 from programs.lab import BASE
 from tests.slow.makers import save_model
 
-SETTINGS = TrainerSettings(learning_rate=1e-3)
+SETTINGS = TrainingSettings(learning_rate=1e-3)
 PLAIN = "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w2{% endif %}"
 WITH_TOOLS = "{% for t in tools %}w9 {{ t['function']['name'] }} {% endfor %}" + PLAIN
 TOOL = {"type": "function", "function": {"name": "w7", "description": "", "parameters": {"type": "object"}}}

@@ -4,7 +4,8 @@ import dspy
 from transformers import AutoTokenizer
 
 from dspy_fst import PolicyLM
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.publisher import LAST_RESORT, TEXT_TOKENS, TEXTS, NaturalTexts
 from dspy_fst.types import Call, Candidate, Rollout
 from programs.lab import BASE, build
@@ -43,7 +44,7 @@ def test_the_laboratory_s_prompts_are_rendered_with_its_own_template():
     lab = build(train=4, val=1, test=1)
     lab.program.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=16))
     names = [name for name, _ in lab.program.named_predictors()]
-    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4), device="cpu")
+    trainer = Trainer(BASE, TrainingSettings(learning_rate=1e-4), device="cpu")
     ids = NaturalTexts(lab.program, names, lab.trainset, trainer.tokenizer).ids()
     shown = lab.trainset[0].inputs().toDict()
     assert ids

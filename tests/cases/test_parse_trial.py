@@ -8,7 +8,7 @@ import pytest
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.chat_adapters import describe, keep, kept_by
 from dspy_fst.rollout.components import read_texts
-from dspy_fst.rollout.rollouter import PlayerSettings
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.training.parse_trial import COOLER, DEMOS, Attempt, Setup, Trial, parse_share, trial
 from dspy_fst.types import Candidate, Population, Rollout
 from tests.fakes import fields, scripted_policy
@@ -50,7 +50,7 @@ def tried(program, policy, rollouts=2):
         population=Population((seed,), (0.0,)),
         policy=policy,
         config=SimpleNamespace(parse_trial=rollouts),
-        rollouter=SimpleNamespace(settings=PlayerSettings(threads=2)),
+        rollouter=SimpleNamespace(settings=RolloutSettings(num_threads=2), seed=0),
     )
     return trial(session, 0.0)
 

@@ -13,7 +13,8 @@ from dspy_fst import PolicyLM
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem, Rollout
 from programs.lab import BASE
 from programs.lab.tokenizer import signature
@@ -56,7 +57,7 @@ def test_every_queued_call_gets_its_reply_within_a_limit_that_holds_for_each_bat
 def rollouts_of(policy: PolicyLM, timeout_s: float) -> list[Rollout]:
     program = dspy.Predict(signature("Reverse the list."))
     program.set_lm(policy)
-    settings = PlayerSettings(threads=CALLERS, timeout_s=timeout_s)
+    settings = RolloutSettings(num_threads=CALLERS, rollout_timeout_s=timeout_s)
     rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), settings, policy.handle.engine.expect)
     examples = [dspy.Example(numbers=f"{n} 2 3").with_inputs("numbers") for n in range(CALLERS)]
     return rollouter.rollout([Task(Problem(n, e), read_texts(program)) for n, e in enumerate(examples)], "queue")

@@ -13,7 +13,8 @@ from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import prompts_under, seed_kl_rollouts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
 from tests.pipelines.watched import lab_policy, run_watched, says
@@ -29,7 +30,7 @@ def tokenizer():
 
 
 def played(program, candidate):
-    (rollout,) = Rollouter(program, Reward(any_answer), PlayerSettings()).rollout(
+    (rollout,) = Rollouter(program, Reward(any_answer), RolloutSettings()).rollout(
         [Task(PROBLEM, candidate)], "test", anew=True
     )
     return rollout
@@ -128,7 +129,7 @@ def test_distilling_through_such_an_adapter_is_refused_before_the_first_update(t
 
 def test_calls_are_taken_down_only_for_who_renders_them_anew():
     program = relay()
-    rollouter = Rollouter(program, Reward(any_answer), PlayerSettings())
+    rollouter = Rollouter(program, Reward(any_answer), RolloutSettings())
     for anew in (False, True):
         (rollout,) = rollouter.rollout([Task(PROBLEM, read_texts(program))], "test", anew=anew)
         assert rollout.calls

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dspy_fst.run.files import sha256_of
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Row
 from programs.lab import BASE
 
@@ -30,7 +31,9 @@ def test_the_gradient_of_a_prompt_that_several_rows_share_has_the_same_bits_each
     batch = Batch(rows=rows, weights="base", counts={}, predictors={})
     left = set()
     for index in range(REPEATS):
-        trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-3, kl_coefficient=0.0), device="cpu")
+        trainer = Trainer(
+            BASE, TrainingSettings(learning_rate=1e-3, kl_coefficient=0.0, min_effective_share=0.0), device="cpu"
+        )
         trainer.step(batch)
         trainer.save_state(tmp_path / str(index))  # weights, and AdamW's moments, which are the gradient's
         left.add(tuple(sha256_of(path) for path in sorted((tmp_path / str(index)).glob("*.safetensors"))))

@@ -15,7 +15,8 @@ from dspy_fst.engine.base import Completion
 from dspy_fst.rollout.chat_adapters import keep
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem
 from programs.lab import BASE
 from tests.fakes import ScriptedEngine, fields, scripted_policy
@@ -193,7 +194,7 @@ class Streams(dspy.Module):
 def test_a_call_that_is_streamed_inside_a_rollout_is_recorded_with_its_exact_tokens():
     part, engine = program_over(REPLIES["ChatAdapter"])
     program = Streams(part)
-    rollouter = Rollouter(program, Reward(lambda gold, pred: float(pred.answer == ANSWER)), PlayerSettings())
+    rollouter = Rollouter(program, Reward(lambda gold, pred: float(pred.answer == ANSWER)), RolloutSettings())
     problem = Problem(0, dspy.Example(question="what now?").with_inputs("question"))
     (rollout,) = rollouter.rollout([Task(problem, read_texts(program))], "test")
     assert rollout.reward == 1.0

@@ -8,11 +8,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from dspy_fst.errors import TrainingError
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from tests.slow.conftest import one_thread, start  # noqa: F401
 from tests.slow.makers import make_batch, make_row
 
-SETTINGS = TrainerSettings(learning_rate=1e-2, kl_coefficient=0.0, max_grad_norm=0.5)
+SETTINGS = TrainingSettings(learning_rate=1e-2, kl_coefficient=0.0, max_grad_norm=0.5)
 
 
 def first_update(start):  # noqa: F811

@@ -8,6 +8,7 @@ import dspy
 import pytest
 from safetensors.torch import load_file
 
+from dspy_fst.config import FSTConfig
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.evaluation.run_reader import RunReader
@@ -197,7 +198,8 @@ def as_an_older_release(run_dir: Path) -> None:
 
 def test_a_setting_that_an_older_release_did_not_know_had_its_default(tmp_path):
     RunDirectory(tmp_path / "run", {"seed": 1}).close()
-    RunDirectory(tmp_path / "run", {"seed": 1, "weight_decay": 0.0}).close()
+    defaults = FSTConfig().model_dump()
+    RunDirectory(tmp_path / "run", {"seed": 1, "weight_decay": 0.0}, defaults=defaults).close()
     (tmp_path / "run" / "recipe.json").write_text('{"seed": 1}')
     with pytest.raises(RunDirectoryError, match=r"weight_decay \(there 0.0, now 0.1\)"):
-        RunDirectory(tmp_path / "run", {"seed": 1, "weight_decay": 0.1})
+        RunDirectory(tmp_path / "run", {"seed": 1, "weight_decay": 0.1}, defaults=defaults)

@@ -16,8 +16,10 @@ from dspy_fst.errors import SyncError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
 from programs.lab.tokenizer import signature
@@ -31,7 +33,7 @@ SEQUENCES = [[2, 30, 31, 32, 33], [5, 6, 7, 8, 9, 10, 11]]
 def policy(request, tmp_path_factory):
     """A PolicyLM whose engine serves a published copy of the base model."""
     policy = PolicyLM(BASE, engine=request.param, max_tokens=12)
-    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
+    trainer = Trainer(BASE, TrainingSettings(learning_rate=1e-4))
     engine = policy.handle.engine
     assert engine.weights is None
     engine.load(trainer.publish(tmp_path_factory.mktemp("base") / "v0", "v0"))
@@ -149,10 +151,10 @@ def test_every_recorded_token_of_a_program_is_exact(policy):
     lab = build(train=16, val=1, test=1)
     seed = read_texts(program)
     candidates = [seed, Candidate({**seed.texts, "last": "Double the last number."})]
-    rollouter = Rollouter(program, Reward(any_answer), PlayerSettings(threads=32), policy.handle.engine.expect)
+    rollouter = Rollouter(program, Reward(any_answer), RolloutSettings(num_threads=32), policy.handle.engine.expect)
     tasks = [Task(Problem(i, e), c) for i, e in enumerate(lab.trainset) for c in candidates]
     rollouts = rollouter.rollout(tasks, "exact")
-    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
+    trainer = Trainer(BASE, TrainingSettings(learning_rate=1e-4))
 
     for task, rollout in zip(tasks, rollouts, strict=True):
         if rollout.failure is None:
@@ -175,7 +177,7 @@ def test_every_recorded_token_of_a_program_is_exact(policy):
 
 def test_new_weights_are_served_at_once_and_verified(engine, tmp_path):
     """Last but one of the module: it leaves other weights behind."""
-    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-4))
+    trainer = Trainer(BASE, TrainingSettings(learning_rate=1e-4))
     with torch.no_grad():
         for parameter in trainer.parameters.values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))

@@ -10,9 +10,11 @@ from dspy_fst.engine.chat import chat_messages, chat_options
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Group, Problem
 from tests.engine.lessons import ADD, CALL, COUNT, COUNTED, GREET, ask
 from tests.engine.taught import TEMPLATE, THINKS, make_tokenizer
@@ -73,7 +75,7 @@ def test_a_reply_that_is_cut_off_in_its_thoughts_does_not_parse_and_is_counted(p
     program = dspy.Predict("question -> answer")
     program.set_lm(policy.copy(max_tokens=6))
     example = dspy.Example(question="Who?").with_inputs("question")
-    rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings())
+    rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), RolloutSettings())
     (rollout,) = rollouter.rollout([Task(Problem(0, example), read_texts(program))], "cut")
     (call,) = rollout.calls
     assert (rollout.failure, call.finish_reason) == ("parse", "length")
@@ -85,7 +87,7 @@ def test_a_reply_that_is_cut_off_in_its_thoughts_does_not_parse_and_is_counted(p
 
 def test_thoughts_and_calls_are_sampled_from_what_training_scores(policy, taught):
     completions = [said(policy, request) for request in (GREET, COUNT, COUNTED)]
-    trainer = Trainer(taught, TrainerSettings(learning_rate=1e-4))
+    trainer = Trainer(taught, TrainingSettings(learning_rate=1e-4))
     for completion in completions:
         ids = (*completion.prompt_ids, *completion.completion_ids)
         at_one = policy.handle.engine.score([ids])[0]

@@ -9,14 +9,16 @@ from dspy.primitives.code_interpreter import CodeInterpreterError
 from dspy.primitives.local_interpreter import LocalInterpreter
 
 from dspy_fst.errors import EngineError
-from dspy_fst.fast.evolve import SearchSettings, evolve
+from dspy_fst.fast.evolve import evolve
 from dspy_fst.fast.reflection_cost import CostMeter
 from dspy_fst.fast.rollout_bank import OUTAGE
+from dspy_fst.fast.settings import SearchSettings
 from dspy_fst.rollout.call_recorder import tag_predictors
 from dspy_fst.rollout.components import UnboundError, read_texts, with_texts
 from dspy_fst.rollout.jsonable import rollouts_from_json, rollouts_to_json
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.training.opening import starting_population
 from dspy_fst.training.request import _left_out
@@ -96,7 +98,7 @@ def plain(messages, seed):
 def rollouter_of(program, speak=plain):
     policy, engine = scripted_policy(speak)
     program.set_lm(policy)
-    return Rollouter(program, Reward(loud), PlayerSettings(threads=2), engine.expect)
+    return Rollouter(program, Reward(loud), RolloutSettings(num_threads=2), engine.expect)
 
 
 def evolved(program, *, tools=False, propose=None, budget=30, speak=plain, **arguments):
@@ -108,7 +110,9 @@ def evolved(program, *, tools=False, propose=None, budget=30, speak=plain, **arg
         play=lambda wanted: rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search"),
         feedback=lambda e, p, t, n, pt: Reward(loud)(e, p, t, n, pt).feedback,
         propose=propose,
-        settings=SearchSettings(size=2, budget=budget, minibatch=2, **arguments.pop("settings", {})),
+        settings=SearchSettings(reflection_minibatch=2, **arguments.pop("settings", {})),
+        size=2,
+        budget=budget,
         **arguments,
     )
 
@@ -134,7 +138,9 @@ def test_a_search_that_met_a_source_that_does_not_bind_is_taken_up_again(tmp_pat
                 name: candidate[name] + " Louder." for name in components_to_update
             },
             code_proposer=lambda **given: dict.fromkeys(given["components_to_update"], "def ("),
-            settings=SearchSettings(size=2, budget=20, minibatch=2, components="all"),
+            settings=SearchSettings(reflection_minibatch=2, components="all"),
+            size=2,
+            budget=20,
             journal=Journal(tmp_path / "journal", {"cycle": 0}),
         )
 
@@ -385,7 +391,7 @@ def test_an_engine_s_outage_inside_a_source_masks():
 def test_a_broken_source_never_gets_into_a_population_although_failing_scores_best():
     program = Shouts()
     rollouter = rollouter_of(program)
-    rollouter.settings = PlayerSettings(threads=2, failure_score=1.0)
+    rollouter.settings = RolloutSettings(num_threads=2, failure_score=1.0)
     search = evolve(
         Population.of_seed(read_texts(program), 2),
         PROBLEMS,
@@ -394,7 +400,9 @@ def test_a_broken_source_never_gets_into_a_population_although_failing_scores_be
         feedback=lambda *given: "",
         propose=lambda candidate, reflective_dataset, components_to_update: {},
         code_proposer=lambda **given: dict.fromkeys(given["components_to_update"], "def ("),
-        settings=SearchSettings(size=2, budget=20, minibatch=2, components="all"),
+        settings=SearchSettings(reflection_minibatch=2, components="all"),
+        size=2,
+        budget=20,
     )
     assert search.counts["failed: unbound source"] > 0
     assert len(search.candidates) > 1

@@ -6,13 +6,15 @@ import dspy
 import pytest
 
 from dspy_fst.errors import MeasurementError, ReflectionError
-from dspy_fst.fast.evolve import SearchSettings, evolve
+from dspy_fst.fast.evolve import evolve
 from dspy_fst.fast.journal_protocol import NoJournal
 from dspy_fst.fast.rollout_bank import RolloutBank
+from dspy_fst.fast.settings import SearchSettings
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.types import Candidate, Population, Problem, Rollout
 from tests.fakes import fields, scripted_policy
@@ -59,7 +61,7 @@ class Searcher:
         policy, engine = scripted_policy(speak)
         engine.version = "step-000000"
         self.program.set_lm(policy)
-        self.rollouter = Rollouter(self.program, Reward(metric), PlayerSettings(threads=4))
+        self.rollouter = Rollouter(self.program, Reward(metric), RolloutSettings(num_threads=4))
         self.asked: list[tuple[str, int]] = []
         self.seen: list[dict] = []
         self.turn = 0
@@ -75,7 +77,7 @@ class Searcher:
         self.turn += 1
         return {name: f"{candidate[name]} {SKILLS[self.turn // 2 % 2]}" for name in components_to_update}
 
-    def evolve(self, population=None, journal=None, **settings):
+    def evolve(self, population=None, journal=None, size=2, budget=60, **settings):
         population = population or Population.of_seed(read_texts(self.program), 2)
         return evolve(
             population,
@@ -85,7 +87,9 @@ class Searcher:
             feedback=self.feedback,
             propose=self.propose,
             journal=journal,
-            settings=SearchSettings(**{"size": 2, "budget": 60, **settings}),
+            settings=SearchSettings(**settings),
+            size=size,
+            budget=budget,
         )
 
 
@@ -208,7 +212,7 @@ def test_predictors_that_share_a_signature_reflect_on_their_own_calls():
     searcher.program = Twins()
     policy, _ = scripted_policy(speak, version="v")
     searcher.program.set_lm(policy)
-    searcher.rollouter = Rollouter(searcher.program, Reward(metric), PlayerSettings(threads=4))
+    searcher.rollouter = Rollouter(searcher.program, Reward(metric), RolloutSettings(num_threads=4))
     searcher.evolve(perfect_score=2.0)
     asked = {name: {r["Inputs"]["question"] for r in data[name]} for data in searcher.seen for name in data}
     assert asked["one"] == {"0"}
@@ -224,7 +228,7 @@ def test_the_reflection_is_told_why_a_run_failed():
     searcher.program = Trips()
     policy, _ = scripted_policy(speak, version="v")
     searcher.program.set_lm(policy)
-    searcher.rollouter = Rollouter(searcher.program, Reward(metric), PlayerSettings(threads=4))
+    searcher.rollouter = Rollouter(searcher.program, Reward(metric), RolloutSettings(num_threads=4))
     searcher.evolve()
     told = {record["Feedback"] for data in searcher.seen for records in data.values() for record in records}
     assert told == {"The program failed: 'no'"}

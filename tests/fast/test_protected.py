@@ -51,7 +51,7 @@ def test_a_reflection_sees_the_other_calls_of_the_run_and_the_metric_its_whole_t
 
 def test_what_a_reflection_is_shown_is_within_the_budget():
     searcher = Searcher()
-    searcher.evolve(record_tokens=100, budget=12)
+    searcher.evolve(reflection_tokens=100, budget=12)
     for data in searcher.seen:
         for record in (record for records in data.values() for record in records):
             assert len(str(record)) < 600  # 400 characters of text, and what holds them

@@ -12,7 +12,8 @@ from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from dspy_fst.engine import in_process
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
+from dspy_fst.rollout.rollouter import Rollouter
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import PREDICTOR_TAG, Group, Population, Problem
 from programs.lab import build
@@ -45,7 +46,7 @@ def played():
     program.set_lm(policy)
     engine = policy.handle.ready()
     problems = [Problem(i, example) for i, example in enumerate(build(train=PROBLEMS, val=1, test=1).trainset)]
-    rollouter = Rollouter(program, Reward(short), PlayerSettings(), engine.expect)
+    rollouter = Rollouter(program, Reward(short), RolloutSettings(), engine.expect)
     sampled, generate = {}, in_process.generate
 
     def watched(*given):

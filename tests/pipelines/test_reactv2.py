@@ -8,7 +8,8 @@ import pytest
 
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem
 from tests.fakes import fields, scripted_policy
 
@@ -19,7 +20,9 @@ def search(query: str) -> str:
 
 
 def rollout_of(program, engine):
-    rollouter = Rollouter(program, Reward(lambda gold, pred, trace=None: 1.0), PlayerSettings(threads=1), engine.expect)
+    rollouter = Rollouter(
+        program, Reward(lambda gold, pred, trace=None: 1.0), RolloutSettings(num_threads=1), engine.expect
+    )
     problem = Problem(0, dspy.Example(question="q").with_inputs("question"))
     (rollout,) = rollouter.rollout([Task(problem, read_texts(program))], "test")
     return rollout

@@ -16,7 +16,8 @@ from dspy_fst.fast import pareto
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow import losses
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Call, Candidate, Group, Rollout
 from programs.lab import BASE, FeedbackProposer, Lab, build, loop, measure
 
@@ -103,7 +104,7 @@ def test_the_capped_loss_and_its_gradient_are_those_of_the_package() -> None:
 
 
 def test_behaviour_is_what_the_trainer_scores_and_an_update_starts_on_policy(sampled: Sampled) -> None:
-    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-3), device="cpu")
+    trainer = Trainer(BASE, TrainingSettings(learning_rate=1e-3), device="cpu")
     calls = [call for group in sampled.groups for rollout in group.rollouts for call in rollout.calls]
     scored = [value for call in trainer.logprobs(calls) for value in call]
     assert scored == pytest.approx([value for call in calls for value in call.logprobs], abs=1e-4)
@@ -117,7 +118,7 @@ def test_one_update_has_the_loss_and_the_gradient_of_the_package_s_trainer(sampl
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in sampled.policy.parameters()])
     sampled.policy.zero_grad()
-    trainer = Trainer(BASE, TrainerSettings(learning_rate=1e-3, kl_coefficient=0.0), device="cpu")
+    trainer = Trainer(BASE, TrainingSettings(learning_rate=1e-3, kl_coefficient=0.0), device="cpu")
     report = trainer.step(credit(groups_of(made)))
     assert report.capped_share > 0
     assert loss.item() == pytest.approx(report.loss, abs=1e-6)

@@ -5,7 +5,8 @@ import pytest
 
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward, UnmeasuredError, feedback_by
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem
 from tests.fakes import fields, scripted_policy
 
@@ -35,7 +36,7 @@ def play(said, metric, answered="[[ ## answer ## ]]\nyes\n\n[[ ## completed ## ]
     )
     program.set_lm(policy)
     rollouter = Rollouter(
-        program, Reward(metric, NAMES), PlayerSettings(threads=1, format_failure_score=-1.0), engine.expect
+        program, Reward(metric, NAMES), RolloutSettings(num_threads=1, format_failure_score=-1.0), engine.expect
     )
     return rollouter.rollout([Task(PROBLEM, read_texts(program))], "test")[0]
 

@@ -13,7 +13,8 @@ from dspy.utils.exceptions import AdapterParseError
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward, UnmeasuredError, metric_fault
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.rollout.summaries import failed_reply_of, summarize
 from dspy_fst.run.interrupts import Terminated
 from dspy_fst.types import Candidate, Population, Problem
@@ -49,7 +50,7 @@ def rollouter_of(program, speak=speak, metric=exact, **settings):
     policy, engine = scripted_policy(speak)
     program.set_lm(policy)
     engine.version = "step-000001"
-    return Rollouter(program, Reward(metric), PlayerSettings(threads=8, **settings), engine.expect), engine
+    return Rollouter(program, Reward(metric), RolloutSettings(num_threads=8, **settings), engine.expect), engine
 
 
 def play_one(program, **arguments):
@@ -93,7 +94,7 @@ def test_seeds_depend_on_the_draw_and_the_sample_but_not_on_threads():
 
         program = TwoStep()
         rollouter, _ = rollouter_of(program, listen)
-        rollouter.settings = PlayerSettings(threads=threads)
+        rollouter.settings = RolloutSettings(num_threads=threads)
         rollouter.rollout([Task(PROBLEMS[2], read_texts(program), sample) for sample in range(3)], "a")
         seen.append(asked)
     assert seen[0] == seen[1]
@@ -325,7 +326,7 @@ def test_a_rollout_over_its_time_is_masked_and_its_late_calls_are_refused():
             return reply
 
     program = Hangs()
-    rollouter, engine = rollouter_of(program, timeout_s=3)
+    rollouter, engine = rollouter_of(program, rollout_timeout_s=3)
     started = time.monotonic()
     rollouts = rollouter.rollout([Task(p, read_texts(program)) for p in PROBLEMS], "test")
     assert time.monotonic() - started < 15

@@ -16,7 +16,8 @@ from dspy_fst.errors import FSTError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.files import read_json
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import CycleReport, StepReport
 from programs.lab import BASE, FeedbackProposer
 
@@ -152,7 +153,7 @@ def other(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trainer():
-    return Trainer(BASE, TrainerSettings(learning_rate=1e-3))
+    return Trainer(BASE, TrainingSettings(learning_rate=1e-3))
 
 
 def copied(original, place):

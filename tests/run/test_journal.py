@@ -8,11 +8,13 @@ import pydantic
 import pytest
 
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.fast.evolve import SearchSettings, evolve
+from dspy_fst.fast.evolve import evolve
 from dspy_fst.fast.journal_protocol import NoJournal
+from dspy_fst.fast.settings import SearchSettings
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollouter import PlayerSettings, Rollouter
+from dspy_fst.rollout.rollouter import Rollouter
+from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.types import Candidate, Population
 from tests.fakes import fields, scripted_policy
@@ -164,7 +166,7 @@ class PureSearcher(Searcher):
             self.program = program
             policy, _ = scripted_policy(speak, version="step-000000")
             self.program.set_lm(policy)
-            self.rollouter = Rollouter(self.program, Reward(metric), PlayerSettings(threads=4))
+            self.rollouter = Rollouter(self.program, Reward(metric), RolloutSettings(num_threads=4))
         self.reflections = []
 
     def by_records(self, candidate, reflective_dataset, components_to_update):
@@ -183,7 +185,9 @@ class PureSearcher(Searcher):
             play=self.play,
             feedback=lambda e, p, t, n, pt: Reward(metric)(e, p, t, n, pt).feedback,
             propose=self.propose,
-            settings=SearchSettings(size=2, budget=24),
+            settings=SearchSettings(),
+            size=2,
+            budget=24,
             journal=kept,
         )
 

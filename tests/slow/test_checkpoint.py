@@ -1,6 +1,5 @@
 """What is left on disk: whole, immutable, untied, and enough to go on bit for bit."""
 
-import dataclasses
 import json
 import random
 import shutil
@@ -12,14 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 
 from dspy_fst.errors import TrainingError
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from tests.slow.makers import VOCABULARY, make_batch, make_row, make_tokenizer
 
-SETTINGS = TrainerSettings(learning_rate=1e-2, warmup_steps=3)
+SETTINGS = {"learning_rate": 1e-2, "warmup_steps": 3, "min_effective_share": 0.0}
 
 
 def make_trainer(start, **changes) -> Trainer:
-    return Trainer(start, dataclasses.replace(SETTINGS, **changes), device="cpu")
+    return Trainer(start, TrainingSettings(**(SETTINGS | changes)), device="cpu")
 
 
 def draw_batch(seed: int):

@@ -16,7 +16,8 @@ from dspy_fst.slow.chunked_head import CHUNK_TENSORS, Readout, kl_to, learn, log
 from dspy_fst.slow.head import Head
 from dspy_fst.slow.losses import Tokens
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import SeedKLCall
 from tests.slow.makers import VOCABULARY, make_batch, make_call, make_row, save_model
 from tests.slow.test_trainer import assert_close, recorded_gradients
@@ -226,12 +227,12 @@ def small_chunks(monkeypatch) -> int:
 
 def test_logits_of_an_update_take_the_same_however_long_a_reply_is(tmp_path, small_chunks):
     start, reference = (narrow_model(tmp_path / str(seed), seed) for seed in (0, 9))
-    settings = TrainerSettings(
-        learning_rate=1e-3, kl_coefficient=0.1, seed_kl_coefficient=0.2, micro_batch_tokens=16, share_prompts=False
+    settings = TrainingSettings(
+        learning_rate=1e-3, kl_coefficient=0.1, seed_kl_coefficient=0.2, micro_batch_tokens=16, min_effective_share=0.0
     )
     most = []
     for reply in (10, 100):  # both replies are longer than the budget allows with others
-        trainer = Trainer(start, settings, device="cpu", reference=reference)
+        trainer = Trainer(start, settings, device="cpu", reference=reference, share_prompts=False)
         batch, calls = long_batch(2, reply)
         trainer.kl_by_call(calls)
         with Logits(trainer._policy, trainer._reference) as seen:
@@ -247,7 +248,13 @@ def test_logits_of_an_update_take_the_same_however_long_a_reply_is(tmp_path, sma
 def test_chunks_change_no_gradient_of_an_update(tied, start, tied_start, tmp_path, monkeypatch):
     """Weights, embedding and head alike, with a KL and seed-KL calls, over several micro-batches."""
     reference = save_model(tmp_path / "reference", tied=tied, seed=9)
-    settings = TrainerSettings(learning_rate=1e-3, kl_coefficient=0.1, seed_kl_coefficient=0.2, micro_batch_tokens=60)
+    settings = TrainingSettings(
+        learning_rate=1e-3,
+        kl_coefficient=0.1,
+        seed_kl_coefficient=0.2,
+        micro_batch_tokens=60,
+        min_effective_share=0.0,
+    )
     batch, _ = long_batch(6, 11)
     found = []
     for rows in (1, 4, 1000):

@@ -16,16 +16,23 @@ from dspy_fst.slow.chunked_head import learn
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.layers import recompute_layers
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Group, SeedKLCall
 from tests.slow.makers import make_rollout, save_model
 from tests.slow.test_trainer import draw_call, recorded_gradients
 
 BY_NAME = {family.name: family for family in FAMILIES}
-SETTINGS = TrainerSettings(learning_rate=1e-2, kl_coefficient=0.1, seed_kl_coefficient=0.2, micro_batch_tokens=80)
+SETTINGS = {
+    "learning_rate": 1e-2,
+    "kl_coefficient": 0.1,
+    "seed_kl_coefficient": 0.2,
+    "micro_batch_tokens": 80,
+    "min_effective_share": 0.0,
+}
 WAYS = {
     "shared prompts": {},
-    "alone": {"share_prompts": False},
+    "alone": {},
     "bfloat16": {"precision": "bfloat16"},
     "LoRA": {"adapter": LoRA(rank=4)},
     "LoRA in bfloat16": {"adapter": LoRA(rank=4), "precision": "bfloat16"},
@@ -47,8 +54,14 @@ def test_an_update_whose_layers_are_computed_again_is_the_same_bit_for_bit(tied,
     start, reference = (save_model(tmp_path / str(seed), tied=tied, seed=seed) for seed in (0, 9))
     seen = []
     for again in (False, True):
-        settings = dataclasses.replace(SETTINGS, gradient_checkpointing=again, **WAYS[way])
-        trainer = Trainer(start, settings, device="cpu", reference=reference)
+        trainer = Trainer(
+            start,
+            TrainingSettings(**(SETTINGS | WAYS[way])),
+            device="cpu",
+            reference=reference,
+            share_prompts=way != "alone",
+            gradient_checkpointing=again,
+        )
         reports = []
         for _ in range(2):  # an adapter's first gradient is zero in one of its halves
             with recorded_gradients(trainer) as gradients:
@@ -62,7 +75,7 @@ def test_an_update_whose_layers_are_computed_again_is_the_same_bit_for_bit(tied,
 
 
 def test_each_layer_is_computed_twice_for_a_gradient_and_once_without(start, batch):
-    trainer = Trainer(start, dataclasses.replace(SETTINGS, gradient_checkpointing=True), device="cpu")
+    trainer = Trainer(start, TrainingSettings(**SETTINGS), device="cpu", gradient_checkpointing=True)
     layer, computed = trainer._policy.model.model.layers[1], []
     layer.mlp.register_forward_pre_hook(lambda *_: computed.append(torch.is_grad_enabled()))
     trainer.score([[1, 2, 3, 4]])

@@ -13,15 +13,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import Batch, Group, SeedKLCall
 from tests.slow.makers import VOCABULARY, make_batch, make_call, make_rollout, make_row, save_model
 
-SETTINGS = TrainerSettings(learning_rate=1e-2, kl_coefficient=0.1, importance_cap=1.5, micro_batch_tokens=40)
+SETTINGS = TrainingSettings(
+    learning_rate=1e-2, kl_coefficient=0.1, importance_cap=1.5, micro_batch_tokens=40, min_effective_share=0.0
+)
 
 
-def make_trainer(start, reference=None, **changes) -> Trainer:
-    return Trainer(start, dataclasses.replace(SETTINGS, **changes), device="cpu", reference=reference)
+def make_trainer(start, reference=None, share_prompts=True, **changes) -> Trainer:
+    settings = TrainingSettings(**(SETTINGS.model_dump() | changes))
+    return Trainer(start, settings, device="cpu", reference=reference, share_prompts=share_prompts)
 
 
 def draw_call(draw: random.Random, predictor: str = "answer"):
@@ -65,7 +69,7 @@ def recorded_gradients(trainer: Trainer) -> Iterator[dict[str, torch.Tensor]]:
         hook.remove()
 
 
-def hand_gradient(start, reference, groups, settings: TrainerSettings) -> tuple[dict[str, torch.Tensor], float]:
+def hand_gradient(start, reference, groups, settings: TrainingSettings) -> tuple[dict[str, torch.Tensor], float]:
     """Gradient and loss written out in float64, one call at a time, unpadded, from the definitions.
 
     With z the logits, p = softmax(z / T), q the reference's, e the sampled token's unit vector:
@@ -175,7 +179,7 @@ def test_prompts_are_shared_where_every_layer_remembers_every_token(start, tmp_p
 
 def test_parameters_move_by_adamw_with_a_linear_warm_up(start, batch):
     """Three updates of a two-step warm-up, written out: rates 1/2, 1, 1 of the peak."""
-    trainer = make_trainer(start, weight_decay=0.1, warmup_steps=2, betas=(0.8, 0.9))
+    trainer = make_trainer(start, weight_decay=0.1, warmup_steps=2, adam_betas=(0.8, 0.9))
     weights = {name: p.detach().double().clone() for name, p in trainer.parameters.items()}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
     second = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -320,7 +324,9 @@ def test_a_reference_of_another_model_is_refused(start, tmp_path, batch):
 
 def test_settings_name_all_their_faults_at_once():
     with pytest.raises(ConfigurationError) as error:
-        TrainerSettings(learning_rate=0, betas=(0.9, 1.0), max_grad_norm=0, micro_batch_tokens=0)
+        TrainingSettings.checked(
+            {"learning_rate": 0, "adam_betas": (0.9, 1.0), "max_grad_norm": 0, "micro_batch_tokens": 0}
+        )
     assert len(error.value.faults) == 4
 
 

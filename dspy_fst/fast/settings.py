@@ -1,0 +1,26 @@
+"""How a fast phase searches. What depends on the run, e.g. a search's budget, is an argument of `evolve` instead."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dspy_fst.settings import Settings
+
+
+class SearchSettings(Settings):
+    """Which texts GEPA evolves, and from what it reflects."""
+
+    reflection_minibatch: int = Field(default=3, ge=1)
+    """Problems shown to a reflection (GEPA, section 4.3)."""
+    components: Literal["round_robin", "all"] = "round_robin"
+    """Whether a proposal changes one text of the program or all (GEPA's default)."""
+    tool_descriptions: Literal["fixed", "evolved"] = "fixed"
+    """Whether the descriptions of a dspy.ReAct's tools and of their arguments evolve too (ours; DSPy 3.4's GEPA leaves
+    them alone)."""
+    protected: dict[str, tuple[str, ...]] = Field(default={})
+    """Component -> lines of the program's own text that every proposal keeps. A proposal that lost a line gets it back
+    at its end (ours)."""
+    reflection_tokens: int = Field(default=4000, ge=100)
+    """Budget of what a reflection is shown of one rollout, in tokens estimated at four characters each (ours)."""
+    perfect_score: float = 1.0
+    """Reward from which on a rollout counts as solved and is not reflected on (DSPy's GEPA)."""
