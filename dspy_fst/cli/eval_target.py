@@ -153,9 +153,10 @@ def subject_of(
     Raises:
         ConfigurationError, RunDirectoryError: the program, the cycle or the weights are not this run's.
     """
+    from dspy_fst.fast.settings import own_texts
     from dspy_fst.policy_lm import policy_of
     from dspy_fst.rollout.chat_adapters import keep, make_adapter
-    from dspy_fst.rollout.components import read_texts, texts_like
+    from dspy_fst.rollout.components import texts_like
     from dspy_fst.saving.format import is_saved, refuse_code
     from dspy_fst.saving.save_load import load
     from dspy_fst.training.opening import open_rollouter, starting_population, trainable_copy
@@ -174,7 +175,7 @@ def subject_of(
         program = trainable_copy(opened.program, policy)
         if (adapter := past.adapter) is not None:
             keep(program, make_adapter(adapter, None))
-        seed = read_texts(opened.program, tools=config.tool_descriptions == "evolved")
+        seed = own_texts(opened.program, config)
         population = past.population(cycle) or starting_population(program, seed, config.population_size, {})
         if not trust_code:
             refuse_code(path, opened.program, [member.texts for member in population.members])

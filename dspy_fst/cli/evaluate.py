@@ -21,7 +21,7 @@ from dspy_fst.run.interrupts import signals_raise
 if TYPE_CHECKING:
     import dspy
 
-    from dspy_fst.evaluation.measure import Estimate, TwoByTwo
+    from dspy_fst.evaluation.measure import Estimate
     from dspy_fst.types import Candidate, Rollout
 
 
@@ -173,7 +173,7 @@ def _crossed(target: EvalTarget, examples: "list[dspy.Example]", k: int) -> list
     evolved = target.population.best
     with _progress(4 * len(examples) * k, f"{base.version} and {target.weights}") as tick:
         crossed = table(target.rollouter, target.policy, base, target.seed, evolved, examples, k=k, on_rollout=tick)
-    cells = _cells(crossed)
+    cells = crossed.written
     return [
         {
             "kind": "two_by_two",
@@ -187,12 +187,6 @@ def _crossed(target: EvalTarget, examples: "list[dspy.Example]", k: int) -> list
             "interval": INTERVAL,
         }
     ]
-
-
-def _cells(table: "TwoByTwo") -> "dict[str, Estimate]":
-    """The cells under the names that reports read, instructions first: ``"seed/base"``."""
-    pairs = [(instructions, weights) for instructions in ("seed", "evolved") for weights in ("base", "trained")]
-    return {f"{texts}/{weights}": table.cells[f"{weights} weights, {texts} instructions"] for texts, weights in pairs}
 
 
 def _about(target: EvalTarget) -> dict[str, object]:

@@ -87,7 +87,7 @@ def summary(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) -
 def _two_by_two(record: "RunRecord") -> dict[str, object] | None:
     """The newest two-by-two as JSON: its cells are keyed ``"seed/base"``, instructions first."""
     table = record.two_by_two
-    return None if table is None else asdict(table) | {"cells": {"/".join(at): of for at, of in table.cells.items()}}
+    return None if table is None else asdict(table) | {"cells": table.written}
 
 
 def _last(record: "RunRecord", count: int) -> Sequence["StepReport"]:
@@ -310,7 +310,7 @@ def _print_evaluations(out: "Printer", record: "RunRecord") -> None:
     if table := record.two_by_two:
         out.line(f"instructions by weights, mean ± standard error: {table.words}")
         rows = [
-            [row, *(with_error(*table.cells.get((row, column), (None, None))) for column in table.columns)]
+            [row, *(with_error(*(table.at(row, column) or (None, None))) for column in table.columns)]
             for row in table.rows
         ]
         out.table(("instructions", *(f"{column} weights" for column in table.columns)), rows)

@@ -19,6 +19,7 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import MeasurementError
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.policy_lm import PolicyLM, policy_of
+from dspy_fst.report.evaluated import CELLS, Drift, TwoByTwo, name_of
 from dspy_fst.rollout.components import texts_like
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import Rollouter, Task
@@ -29,12 +30,6 @@ from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.result import start_of
 from dspy_fst.types import Candidate, Problem, Rollout
 
-CELLS = (
-    "base weights, seed instructions",
-    "trained weights, seed instructions",
-    "base weights, evolved instructions",
-    "trained weights, evolved instructions",
-)
 RESAMPLES, COVERAGE = 10_000, 0.95
 INTERVAL = f"{COVERAGE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples"
 """Definition of an interval: how much a figure depends on which problems were drawn, for the weights of one run."""
@@ -63,26 +58,6 @@ class Estimate:
     best_interval: Interval | None
     lost: Mapping[str, int]
     """Rollouts by `Outcome.label`, masked and failed; the failed ones are measured."""
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far the trained weights are from the base on held-out prompts, measured on replies that they sampled."""
-
-    per_token: float
-    """Mean exact KL(trained || base) of a completion token, in nats, e.g. 0.012."""
-    per_rollout: float
-    """Mean over rollouts of the KL summed over the rollout's completion tokens, in nats."""
-
-
-@dataclass(frozen=True)
-class TwoByTwo:
-    """The four cells and the drift under both instructions."""
-
-    cells: dict[str, Estimate]
-    """Keyed by CELLS."""
-    drift: dict[str, Drift]
-    """Keyed by ``"seed instructions"`` and ``"evolved instructions"``; empty when every call was greedy."""
 
 
 def estimate(rollouts: Sequence[Rollout], k: int, seed: int = 0) -> Estimate:
@@ -138,7 +113,7 @@ def two_by_two(
     k: int = 4,
     seed: int = 0,
     threads: int = 64,
-) -> TwoByTwo:
+) -> TwoByTwo[Estimate]:
     """Evaluate both weights with both instructions on held-out problems, on the compiled program's engine.
 
     The engine serves the trained weights again when this returns.
@@ -161,7 +136,7 @@ def table(
     *,
     k: int,
     on_rollout: Callable[[Rollout], None] = lambda rollout: None,
-) -> TwoByTwo:
+) -> TwoByTwo[Estimate]:
     """`two_by_two` with a given rollouter. ``policy`` holds the trained weights; the engine serves them at the end."""
     texts, trained = {"seed": seed, "evolved": evolved}, policy.checkpoint
     rollouts = {}
@@ -172,12 +147,19 @@ def table(
     finally:
         policy.handle.engine.load(trained)
     cells = {
-        f"{weights} weights, {name} instructions": estimate(played, k, rollouter.seed)
-        for (weights, name), played in rollouts.items()
+        name_of(name, weights): estimate(played, k, rollouter.seed) for (weights, name), played in rollouts.items()
     }
     drift = {f"{name} instructions": drift_of(trained, base, rollouts["trained", name]) for name in texts}
     known = {name: moved for name, moved in drift.items() if moved is not None}
-    return TwoByTwo({name: cells[name] for name in CELLS}, known)
+    return TwoByTwo(
+        cells={name: cells[name] for name in CELLS},
+        drift=known,
+        problems_of_split=len(examples),
+        k=k,
+        weights=trained.version,
+        candidate=evolved.digest,
+        seed=rollouter.seed,
+    )
 
 
 def play(

@@ -1,10 +1,15 @@
 """How a fast phase searches. What depends on the run, e.g. a search's budget, is an argument of `evolve` instead."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from dspy_fst.settings import Settings
+
+if TYPE_CHECKING:
+    import dspy
+
+    from dspy_fst.types import Candidate
 
 
 class SearchSettings(Settings):
@@ -24,3 +29,10 @@ class SearchSettings(Settings):
     """Budget of what a reflection is shown of one rollout, in tokens estimated at four characters each (ours)."""
     perfect_score: float = 1.0
     """Reward from which on a rollout counts as solved and is not reflected on (DSPy's GEPA)."""
+
+
+def own_texts(program: "dspy.Module", settings: SearchSettings) -> "Candidate":
+    """The program's own texts, as far as a search may change them: the candidate that a run starts from."""
+    from dspy_fst.rollout.components import read_texts  # imports DSPy, which the settings do without
+
+    return read_texts(program, tools=settings.tool_descriptions == "evolved")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import dspy
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.fast.settings import own_texts
 from dspy_fst.preflight.argument_checks import PROPOSER, proposer_fault
 from dspy_fst.rollout.components import carried_by, flexes, is_tool, lost_lines, read_texts
 
@@ -39,7 +40,7 @@ def _tool_faults(config: FSTConfig, student: dspy.Module) -> Iterator[str]:
 
 def _protection_faults(config: FSTConfig, student: dspy.Module) -> Iterator[str]:
     """Protected lines that some text at the start of the search lacks."""
-    seed = read_texts(student, tools=config.tool_descriptions == "evolved")
+    seed = own_texts(student, config)
     starts = [seed, *carried_by(student, seed)]
     for name, lines in config.protected.items():
         if name not in seed.texts or name in flexes(student):

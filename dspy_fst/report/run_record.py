@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.report.costs import Costs, costs_of
-from dspy_fst.report.evaluated import SEEN, Conditions, Evaluated, EvaluatedCells
+from dspy_fst.report.evaluated import SEEN, Conditions, Evaluated, Score, TwoByTwo
 from dspy_fst.report.lineage import Node
 from dspy_fst.report.predictor_totals import PredictorTotals, predictor_totals
 from dspy_fst.report.samples import SampleRollout
@@ -73,7 +73,7 @@ class RunRecord:
     """The validated state that compile() returned; None while the run is not finished."""
     ended: StopReason | None = None
     """Why the run ended; None while it goes on, after a kill, and for a run of an older release."""
-    two_by_two: EvaluatedCells | None = None
+    two_by_two: TwoByTwo[Score] | None = None
     evaluations: tuple[Evaluated, ...] = ()
 
     @cached_property

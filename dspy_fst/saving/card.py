@@ -10,7 +10,7 @@ import dspy
 from dspy_fst.config import FSTConfig
 from dspy_fst.formatting.numbers import interval, number, plain, share, with_error
 from dspy_fst.report.costs import LABELS
-from dspy_fst.report.evaluated import Evaluated, EvaluatedCells
+from dspy_fst.report.evaluated import Evaluated, Score, TwoByTwo
 from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.report.verdict import validations_table, verdict
 from dspy_fst.rollout.chat_adapters import DSPY_ADAPTERS, SavedAdapter, code_of
@@ -239,11 +239,11 @@ def _evaluation(row: Evaluated) -> tuple[str, ...]:
     return (plain(row.split), problems, *map(plain, conditions), number(row.mean), interval(row.low, row.high))
 
 
-def _crossed(table: EvaluatedCells) -> str:
+def _crossed(table: TwoByTwo[Score]) -> str:
     """The conditions of the measurement and its four cells."""
 
     def line(row: str) -> list[str]:
-        return [with_error(*table.cells.get((row, column), (None, None))) for column in table.columns]
+        return [with_error(*(table.at(row, column) or (None, None))) for column in table.columns]
 
     columns = ("mean ± standard error", *(f"{column} weights" for column in table.columns))
     under = f" ({_inline(table.words)})" if table.words else ""

@@ -9,10 +9,10 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.options import portable_options
+from dspy_fst.fast.settings import own_texts
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.program_checks import policies_of
 from dspy_fst.rollout.chat_adapters import adapter_in_force, kept_by
-from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import Listener, RunDirectory
 from dspy_fst.run.ending import emit_halted
 from dspy_fst.run.interrupts import interruption_named
@@ -119,7 +119,7 @@ def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
     if run.state:
         trainer.load_state(run.trainer_state)
     program = trainable_copy(student, policy)
-    seed = read_texts(student, tools=config.tool_descriptions == "evolved")
+    seed = own_texts(student, config)
     rollouter = open_rollouter(program, request.metric, config, policy.handle.engine.expect, request.trainset)
     problems, metric = fingerprint([example.toDict() for example in request.valset]), rollouter.reward.identity
     samples = config.validation_samples

@@ -13,6 +13,7 @@ from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
 from dspy_fst.engine.machine import launch_faults
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.gepa_adapter import Propose, ProposeCode
+from dspy_fst.fast.settings import own_texts
 from dspy_fst.memory import (
     Available,
     plan_memory,
@@ -35,7 +36,7 @@ from dspy_fst.preflight.template_checks import template_warnings
 from dspy_fst.preflight.text_checks import text_faults
 from dspy_fst.preflight.unreachable_parts import part_faults, part_warnings
 from dspy_fst.rollout.chat_adapters import differing_adapter, identity
-from dspy_fst.rollout.components import carried_by, read_texts
+from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.directory import directory_fault
 from dspy_fst.run.secrets import Redactor
@@ -199,7 +200,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     warnings += [*patience_warnings(config), *valset_warnings(given.valset), *differing_adapter(student)]
     warnings += _model_warnings(policy, config) if room is None else []
     warnings += part_warnings(student)
-    warnings += _left_out(student, read_texts(student, tools=config.tool_descriptions == "evolved"))
+    warnings += _left_out(student, own_texts(student, config))
     return Request(
         student=student,
         trainset=given.trainset,

@@ -17,9 +17,9 @@ import dspy
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
 from dspy_fst.fast.evolve import Search, evolve
+from dspy_fst.fast.settings import own_texts
 from dspy_fst.monitoring.observer import Observer
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import seed_kl_rollouts
 from dspy_fst.rollout.reward import feedback_by
 from dspy_fst.rollout.rollouter import Rollouter, Task
@@ -271,7 +271,7 @@ class Session:
             return self.rollouter.rollout(tasks, draw, self._tell_rollout, anew=anew)
 
     def _own_texts(self) -> Candidate:
-        return read_texts(self.program, tools=self.config.tool_descriptions == "evolved")
+        return own_texts(self.program, self.config)
 
     def _require_sound(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """

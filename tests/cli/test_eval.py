@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -152,6 +153,8 @@ def test_two_by_two_gives_the_four_cells_and_the_drift_and_the_report_finds_them
     assert list(line["cells"]) == ["seed/base", "seed/trained", "evolved/base", "evolved/trained"]
     table = read_records([run_dir])[0].two_by_two
     assert (table.rows, table.columns) == (["seed", "evolved"], ["base", "trained"])
+    assert table.written == {name: tuple(cell) for name, cell in line["cells"].items()}
+    assert {name: asdict(moved) for name, moved in table.drift.items()} == line["drift"]
     joint = line["figures"]["evolved/trained"]
     assert joint["low"] <= joint["mean"] == line["cells"]["evolved/trained"][0]
     assert line["drift"]["evolved instructions"]["per_token"] > 0

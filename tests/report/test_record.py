@@ -1,12 +1,14 @@
 """From events to what a report shows."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from filelock import FileLock
 
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.report.costs import LABELS
+from dspy_fst.report.evaluated import CELLS, Drift, TwoByTwo
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.from_events import record_of
 from dspy_fst.report.run_record import RunningTotal, RunWarning
@@ -154,10 +156,21 @@ def test_of_the_evaluations_what_is_understood_is_read():
         '{"kind": "eval", "mean": 0.',
     ]
     record = record_of([], evaluations=lines)
-    assert record.two_by_two.cells == {("seed", "base"): (0.1, 0.01), ("evolved", "trained"): (0.9, None)}
+    assert record.two_by_two.written == {"seed/base": (0.1, 0.01), "evolved/trained": (0.9, None)}
     assert record.two_by_two.rows == ["seed", "evolved"]
     (evaluated,) = record.evaluations
     assert (evaluated.split, evaluated.k, evaluated.mean, evaluated.low) == ("test", 4, 0.5, 0.4)
+
+
+def test_a_two_by_two_that_was_measured_and_one_that_was_read_are_the_same_table():
+    conditions = {"k": 2, "weights": "step-000003", "candidate": "abc", "seed": 7, "problems_of_split": 3}
+    scores = dict(zip(CELLS, [(0.1, 0.01), (0.2, None), (0.3, 0.0), (0.9, 0.02)], strict=True))
+    measured = TwoByTwo(scores, {"evolved instructions": Drift(0.01, 0.5)}, **conditions)
+    assert measured.at("evolved", "trained") == (0.9, 0.02)
+    assert list(measured.written) == ["seed/base", "seed/trained", "evolved/base", "evolved/trained"]
+    drift = {name: asdict(moved) for name, moved in measured.drift.items()} | {"seed instructions": {"per_token": "x"}}
+    line = {"kind": "two_by_two", "cells": measured.written, "drift": drift, **conditions}
+    assert record_of([], evaluations=[json.dumps(line)]).two_by_two == measured
 
 
 def test_an_evaluation_says_on_what_it_was_made_and_what_is_no_name_or_number_is_left_out():
