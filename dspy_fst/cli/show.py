@@ -118,6 +118,8 @@ def _print(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) ->
     if steps:
         out.heading("Steps" if len(steps) == len(record.steps) else f"Steps, the last {len(steps)} of {_all(record)}")
         out.table(*_steps(steps))
+        if record.config.get("kl_coefficient") == 0:
+            out.line("KL is not measured under kl_coefficient=0, which leaves the reference model out.")
     if record.predictors:
         out.heading("Predictors, over all steps")
         out.table(*_predictors(record))

@@ -42,7 +42,7 @@ def form_advice(form: Form) -> str:
     >>> form_advice(Form())[:75]
     'Raise max_tokens if they are cut off; else try dspy.configure(adapter=dspy.'
     >>> form_advice(Form("JSONAdapter", demos=True, temperature=0.3))
-    'Raise max_tokens if they are cut off; else try simpler output fields, or an instruct model'
+    'Raise max_tokens if they are cut off; else try simpler output fields, or a stronger instruct model'
     """
     first = "Raise max_tokens if they are cut off; else try "
     if form.helped:
@@ -52,7 +52,7 @@ def form_advice(form: Form) -> str:
         ways += ["dspy.configure(adapter=dspy.JSONAdapter())"] if form.adapter != "JSONAdapter" else []
         ways += ["two demos"] if not form.demos else []
         ways += ["a lower temperature"] if form.temperature is None or form.temperature > COOL else []
-    return first + ", ".join([*ways, "simpler output fields", "or an instruct model"])
+    return first + ", ".join([*ways, "simpler output fields", "or a stronger instruct model"])
 
 
 # ---- what rules read and return ------------------------------------------------------------------

@@ -183,7 +183,7 @@ class Trial:
     @property
     def _nothing_helps(self) -> str:
         if self.reward_before is None:
-            return "Nothing of it helps: take an instruct model, or fewer and simpler output fields"
+            return "Nothing of it helps: take a stronger instruct model, or fewer and simpler output fields"
         return "Nothing of it helps: give easier problems, a metric with partial credit, or a stronger model"
 
     def record(self) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 from filelock import FileLock
 
 from dspy_fst.cli import printer
@@ -70,6 +71,13 @@ def test_only_the_last_steps_are_shown_and_it_says_so(tmp_path):
     ]
     assert shown == ["step", "28", "29"]
     assert "Steps" not in invoke("show", path, "--steps", "0").stdout
+
+
+@pytest.mark.parametrize(("coefficient", "told"), [(0.0, True), (0.001, False)], ids=["off", "on"])
+def test_a_kl_that_is_not_measured_is_told_with_the_setting_that_leaves_it_out(tmp_path, coefficient, told):
+    events = [plan(kl_coefficient=coefficient), step(0, 0.5, kl_to_start=0.1 if coefficient else None)]
+    text = invoke("show", written(tmp_path / "run", timed(events))).stdout
+    assert ("KL is not measured under kl_coefficient=0, which leaves the reference model out." in text) == told
 
 
 def test_json_holds_the_same_as_one_object(tmp_path):
