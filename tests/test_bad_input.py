@@ -289,7 +289,7 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("metric-needs-more", {"metric": lambda g, p, *, k: 1.0}, "metric: <lambda>(g, p, k) has the wrong signature"),
     ("metric-class", {"metric": type(LAB.metric)}, "metric: Metric is a class; pass an instance"),
     ("metric-asynchronous", {"metric": asynchronous}, "metric: asynchronous is asynchronous; pass a plain function"),
-    ("nobody-proposes", {"propose": None}, "reflection_lm: GEPA needs someone who proposes instructions"),
+    ("nobody-proposes", {"propose": None}, "reflection_lm: GEPA needs an LM that proposes instructions"),
     (
         "two-who-propose",
         {"reflection_lm": dspy.LM("openai/gpt-5")},
@@ -367,7 +367,7 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("model-no-config", without("config.json"), "not a model that transformers can read: Unrecognized model"),
     ("model-torn-config", model(lambda folder: (folder / "config.json").write_text("{")), "is not a valid JSON file"),
     ("model-unknown-type", described(model_type="foo"), "has model type `foo` but Transformers does not recognize"),
-    ("model-no-tokenizer", without("tokenizer.json", "tokenizer_config.json"), "its tokenizer knows no words"),
+    ("model-no-tokenizer", without("tokenizer.json", "tokenizer_config.json"), "its tokenizer has no vocabulary"),
     ("model-half-a-tokenizer", without("tokenizer.json"), "its tokenizer cannot be read: Couldn't instantiate"),
     ("model-no-template", without("chat_template.jinja"), "its tokenizer has no chat template"),
     (

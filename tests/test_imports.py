@@ -2,10 +2,13 @@
 
 import ast
 import re
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from benchmarks.house import sources, uses_of_any
 
 PACKAGE = Path(__file__).parent.parent / "dspy_fst"
 LAYERS = [
@@ -115,6 +118,16 @@ def test_libraries_stay_in_their_corner(module):
         allowed = CORNERS.get(imported.split(".")[0])
         if allowed is not None:
             assert any(module == place or module.startswith(place + ".") for place in allowed), f"{module}: {imported}"
+
+
+def test_mypy_follows_the_imports_of_every_library_but_these():
+    overrides = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
+    skipped = {name for override in overrides if override.get("follow_imports") for name in override["module"]}
+    assert skipped == {"accelerate.*", "dspy.signatures.*", "scipy.*", "trl.*", "vllm.*"}
+
+
+def test_any_stands_only_where_a_value_of_a_library_or_a_user_passes():
+    assert sum(uses_of_any(source.tree) for source in sources(PACKAGE)) <= 211
 
 
 def test_the_files_that_contributors_are_pointed_at_exist():

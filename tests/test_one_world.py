@@ -222,7 +222,7 @@ def test_a_command_tells_all_that_it_needs_of_a_python_run_at_once(of_python):
     assert "--input FIELD" in lacking
     assert "--program MODULE" not in lacking
     both = invoke("eval", of_python, "--project", "p.yaml", *CODE, code=2).stderr
-    assert "--project and --program, --metric both say what is meant" in both
+    assert "--project and --program, --metric exclude each other" in both
 
 
 def test_what_a_run_says_of_its_code_is_shown_and_never_imported(of_python, monkeypatch):
@@ -259,8 +259,8 @@ def test_figures_of_another_program_are_told_as_such_and_not_kept_with_the_run(o
     told = invoke("eval", of_python, "--program", "mine_too:Other", *CODE[2:], "--valset", "mine_too:val", *FAST)
     (warning,) = json.loads(told.stdout)["warnings"]
     assert warning == (
-        f"this is not the program that {of_python} trained: its instructions, fields or demos are others than the run "
-        "began with"
+        f"this is not the program that {of_python} trained: its instructions, fields or demos differ from those that "
+        "the run began with"
     )
     assert f"warning: {warning}" in told.stderr
     assert json.loads(told.stdout)["kept_in"] is None

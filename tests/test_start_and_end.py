@@ -378,11 +378,11 @@ def test_a_loaded_program_tells_of_its_run_where_it_lies_in_it_and_else_says_why
     assert isinstance(loaded.deepcopy().summary(), Summary)
     shutil.copytree(run_dir / "compiled", tmp_path / "elsewhere")
     other = dspy_fst.load(tmp_path / "elsewhere", made.Two(), adapter=Taking())
-    why = f"{tmp_path / 'elsewhere'} lies in no run's directory, which keeps what the run measured"
+    why = f"{tmp_path / 'elsewhere'} is not inside a run's directory, where a run keeps what it measured"
     capsys.readouterr()
     assert str(other.deepcopy().summary()).startswith(why)
     assert capsys.readouterr().out.startswith(why)
-    with pytest.raises(AttributeError, match=r"steps: .* lies in no run's directory"):
+    with pytest.raises(AttributeError, match=r"steps: .* is not inside a run's directory"):
         other.detailed_results.steps  # noqa: B018
 
 

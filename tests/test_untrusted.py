@@ -502,7 +502,7 @@ def test_code_in_a_program_s_state_is_not_loaded(tmp_path):
     program.population = Population.of_seed(read_texts(program), 2)
     saved = dspy_fst.save(program, tmp_path / "out")
     edit(saved, "program.json", lambda document: document["tool"].update(source="import os"))
-    assert "tool is no predictor and not as in this program" in refusal(saved, WithSource())
+    assert "tool is not a predictor and differs from this program's" in refusal(saved, WithSource())
 
 
 class WithFlex(Relay):
@@ -578,7 +578,7 @@ def test_a_frozen_lm_s_keys_and_address_are_not_saved(tmp_path):
 def test_a_program_s_frozen_lm_is_the_user_s(tmp_path, caplog):
     folder = dspy_fst.save(mixed(), tmp_path / "out")
     message = refusal(folder, error=ConfigurationError)
-    assert "predictor 'last' spoke with the frozen LM 'openai/gpt-5-mini'" in message
+    assert "predictor 'last' called the frozen LM 'openai/gpt-5-mini'" in message
     fresh = Relay()
     fresh.last.lm = dspy.LM("openai/gpt-5-mini", api_key="mine")
     with caplog.at_level(logging.WARNING, "dspy_fst"):
@@ -587,7 +587,7 @@ def test_a_program_s_frozen_lm_is_the_user_s(tmp_path, caplog):
         assert loaded.last.lm is fresh.last.lm
         with dspy.context(lm=dspy.LM("openai/other")):
             assert dspy_fst.load(folder, Relay()).last.lm is None
-    assert "last spoke with 'openai/gpt-5-mini' when it was compiled, and will with 'openai/other'" in caplog.text
+    assert "predictor last called 'openai/gpt-5-mini' when it was compiled, and now calls 'openai/other'" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["instructions", "demo", "population"])

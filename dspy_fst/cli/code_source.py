@@ -80,7 +80,7 @@ def project_for(
     given: dict[str, object] = {setting: value for setting, value in flags.items() if value}
     if file is not None and given:
         names = ", ".join(FLAGS.get(name, f"--{name}") for name in given)
-        raise ConfigurationError([f"--project and {names} both say what is meant; give one of them"])
+        raise ConfigurationError([f"--project and {names} exclude each other; give one or the other"])
     if file is not None:
         return load_project(file)
     keeps = recorded.run_dir is not None and (recorded.run_dir / PROJECT).is_file()

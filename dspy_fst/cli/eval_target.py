@@ -70,7 +70,7 @@ def unlike(recorded: "Recorded", opened: "Opened", path: Path) -> list[str]:
     # A run that went on from a compiled program began with its texts, and the class alone makes other texts.
     comparable = recipe.get("population") is None or isinstance(getattr(opened.program, "population", None), Population)
     if comparable and recipe.get("program") not in (None, program_fingerprint(opened.program)):
-        differing.append("its instructions, fields or demos are others than the run began with")
+        differing.append("its instructions, fields or demos differ from those that the run began with")
     if not is_saved(path):  # a saved program brings its own settings
         sampled = {"temperature": policy.sampling_temperature, "max_tokens": policy.reply_limit}
         differing += [

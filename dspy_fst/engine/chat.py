@@ -284,8 +284,9 @@ class PromptRenderer:
         """
         if not self._tokenizer.chat_template:
             raise lm15.UnsupportedFeatureError(
-                "the model's tokenizer has no chat template, as a base model's: it cannot be asked in messages; choose "
-                "the instruct model, or set tokenizer.chat_template and save it into the model's folder"
+                "the model's tokenizer has no chat template, as is usual for a base model, so it cannot read chat "
+                "messages; choose the instruct model, or set tokenizer.chat_template and save it into the model's "
+                "folder"
             )
         request = fitted(request, self._traits)
         messages, options = chat_messages(request), chat_options(request)

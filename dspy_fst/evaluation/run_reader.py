@@ -76,7 +76,7 @@ class RunReader:
         """
         if self.last_cycle is None or cycle > self.last_cycle:
             last = "none" if self.last_cycle is None else f"0 to {self.last_cycle}"
-            raise ConfigurationError([f"cycle {cycle}: {self.run_dir} has not come to it; its cycles so far: {last}"])
+            raise ConfigurationError([f"cycle {cycle}: {self.run_dir} has not reached it; its cycles so far: {last}"])
 
     def population(self, cycle: int | None = None) -> Population | None:
         """The population that a cycle trained with. Without a cycle: the one that the run returned, in that order, or
@@ -119,9 +119,9 @@ class RunReader:
         """
         if version not in self.kept:
             raise RunDirectoryError(
-                f"{self.run_dir}: the weights {version} are not there; kept are {', '.join(self.kept) or 'none'}. A "
-                "run keeps the first, the best and the newest weights; keep_weights in a project's recipe says how "
-                "many of the newest"
+                f"{self.run_dir}: the weights {version} are not kept; those that are: "
+                f"{', '.join(self.kept) or 'none'}. A run keeps the first, the best and the newest weights; "
+                "keep_weights in a project's recipe says how many of the newest"
             )
         return Checkpoint.at(version, self.run_dir / "weights" / version)
 

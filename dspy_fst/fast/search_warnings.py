@@ -19,8 +19,8 @@ def search_warnings(counts: Mapping[str, int], cycle: int, warned: Sequence[str]
         )
     if refused := counts.get("texts_refused", 0):
         sentences.append(
-            f"{refused} proposed texts held control characters and were refused; the proposer's replies are spoilt, "
-            "most often by JSON escapes such as \\f in \\frac"
+            f"{refused} proposed texts held control characters and were refused; the usual cause is a JSON escape in "
+            "the proposer's reply, such as \\f in \\frac"
         )
     if repaired := counts.get("texts_mended", 0):
         sentences.append(
@@ -29,6 +29,6 @@ def search_warnings(counts: Mapping[str, int], cycle: int, warned: Sequence[str]
     if unmeasured := counts.get("unmeasured", 0):
         sentences.append(
             f"{unmeasured} scores of candidates on anchors are missing, because their rollouts measured nothing; they "
-            "count for no place in the population"
+            "count neither for nor against a candidate"
         )
     return [f"cycle {cycle}: {sentence}" for sentence in sentences]

@@ -125,7 +125,7 @@ class MemoryPlan:
         sentences = [warning for requirement in self.requirements if (warning := requirement.warning(self.named))]
         if assumed := self.workload.size.assumed:
             sentences.append(
-                f"{self.named}: its config.json names no {', '.join(assumed)}, so that transformers' defaults are "
+                f"{self.named}: its config.json does not set {', '.join(assumed)}, so transformers' defaults are "
                 "counted; give the whole config.json"
             )
         return sentences

@@ -32,8 +32,8 @@ def search_faults(config: FSTConfig | None, metric: object, reflection_lm: objec
     searches = config is None or config.method != "rl"
     if searches and reflection_lm is None and propose is None:
         faults.append(
-            "reflection_lm: GEPA needs someone who proposes instructions; pass reflection_lm=dspy.LM(...) (strong and "
-            "frozen), or propose=... for a proposer without an LM, or method='rl' to search nothing"
+            "reflection_lm: GEPA needs an LM that proposes instructions; pass reflection_lm=dspy.LM(...), a strong and "
+            "frozen one; or propose=..., a function that proposes without an LM; or method='rl', which searches nothing"
         )
     if reflection_lm is not None and propose is not None:
         faults.append("propose and reflection_lm are both given: only propose would be asked; remove one of them")

@@ -26,8 +26,8 @@ def own_adapters(rollouts: Sequence[Rollout], kept: str) -> str | None:
         return None
     through = "; ".join(f"predictor {name!r} speaks through {adapter}" for name, adapter in others)
     return (
-        f"{through}, which the program sets itself while it runs. It is trained so, and called so wherever this code "
-        f"calls it; {kept} is kept for all others"
+        f"{through}, which the program sets itself while it runs. Training calls it so too. The compiled program keeps "
+        f"{kept} for all other calls"
     )
 
 

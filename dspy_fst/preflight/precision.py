@@ -25,8 +25,8 @@ def precision_warnings(precision: str, kind: str, options: Mapping[str, object])
         return []
     other = f", or precision={engine!r}" if engine in ("float32", "bfloat16") else ""
     return [
-        f"precision={precision!r} has the trainer compute in {trainer}, and engine_options of engine={kind!r} have the "
-        f"engine compute in {engine}: the importance weights would measure rounding. Let both be the same: "
+        f"the trainer computes in {trainer} (precision={precision!r}) and the engine in {engine} (engine_options of "
+        f"engine={kind!r}): the importance weights would measure rounding. Use one precision for both: "
         f"engine_options={{'dtype': {trainer!r}}}{other}"
     ]
 

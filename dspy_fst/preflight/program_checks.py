@@ -58,7 +58,7 @@ def trained_faults(student: object, config: FSTConfig | None) -> list[str]:
     policies = policies_of(student)
     there_are = ", ".join(policies) or "none"
     faults = [
-        f"trained: {name!r} is no predictor that speaks with the PolicyLM; there are {there_are}"
+        f"trained: {name!r} is not a predictor that calls the PolicyLM; those that do: {there_are}"
         for name in config.trained
         if name not in policies
     ]

@@ -20,6 +20,6 @@ def restart_warnings(folder: Path, engine: str, options: Mapping[str, object]) -
     if (reason := folder_restart_reason(folder, on_gpu=has_gpu())) is None:
         return []
     return [
-        f"the vLLM server is started anew for each new version of the weights: {reason}. The steps' counts name these "
-        "restarts (engine: restarts for experts); use engine='in_process' or a GPU to do without"
+        f"the vLLM server is restarted for each new version of the weights: {reason}. Each step counts its restarts "
+        "(engine: restarts for experts). engine='in_process' or a GPU avoids them"
     ]

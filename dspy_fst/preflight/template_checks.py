@@ -17,8 +17,8 @@ def template_faults(tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     """Faults of the template that would affect every call."""
     if not tokenizer.chat_template:
         yield (
-            "its tokenizer has no chat template, as a base model's, and cannot be asked in messages; choose the "
-            "instruct model, or set tokenizer.chat_template and save it into the model's folder"
+            "its tokenizer has no chat template, as is usual for a base model, so it cannot read chat messages; choose "
+            "the instruct model, or set tokenizer.chat_template and save it into the model's folder"
         )
         return
     conversation = [{"role": "user", "content": "x"}]
@@ -35,7 +35,7 @@ def template_faults(tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
             "add {% if add_generation_prompt %}... to tokenizer.chat_template"
         )
     if not ids:
-        yield "its tokenizer knows no words; tokenizer.json is missing, copy or download the model again"
+        yield "its tokenizer has no vocabulary, as without tokenizer.json; copy or download the model again"
 
 
 def template_warnings(folder: Path) -> list[str]:

@@ -108,8 +108,8 @@ def _unadvised(student: dspy.Module) -> list[str]:
         return []
     places = [name.removeprefix("self.") for name, part in student.named_sub_modules() if isinstance(part, dspy.Refine)]
     told = (
-        f"student: dspy.Refine at {_listed(places)} asks for its hints the LM of dspy.configure(lm=...), and none is "
-        "set: its tries get no hint, as with dspy.BestOfN; configure a frozen dspy.LM"
+        f"student: dspy.Refine at {_listed(places)} takes its hints from the LM of dspy.configure(lm=...), and none "
+        "is set: its tries get no hint, as with dspy.BestOfN; configure a frozen dspy.LM"
     )
     return [told] if places else []
 

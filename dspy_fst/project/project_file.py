@@ -201,7 +201,7 @@ class Project(Part):
         from dspy_fst.saving.save_load import load
 
         if before == self.run_path:
-            faults.add("run_dir: it is the run that is gone on from; name a new directory (--run-dir NEW)")
+            faults.add("run_dir: it is the run that continue_from names; name a new directory (--run-dir NEW)")
         policy_lm = next(iter(policies_of(program).values()), None)
         handle = policy_lm.handle if policy_lm else None
         engine_settings = {"engine": handle.kind, "engine_options": handle.options} if handle else {}
@@ -366,7 +366,7 @@ def kept_in(run_dir: Path) -> Project:
         )
     if project.folder.is_relative_to(run_dir.resolve()):
         raise ConfigurationError(
-            [f"{path}: {project.program} would be looked for in {project.folder}, part of the run itself; {_YOUR_OWN}"]
+            [f"{path}: {project.program} would be looked for in {project.folder}, inside the run itself; {_YOUR_OWN}"]
         )
     return project
 

@@ -153,8 +153,8 @@ class Recorded:
             return run_dir
         if to_train:
             raise RunDirectoryError(
-                f"{self.run_dir} went on from a compiled program with the weights {self.recipe.get('weights')}, and "
-                f"{run_dir / COMPILED} does not hold that program; go on from Python, with it as the student"
+                f"{self.run_dir} started from a compiled program with the weights {self.recipe.get('weights')}, and "
+                f"{run_dir / COMPILED} does not hold that program; continue in Python, with that program as the student"
             )
         return None
 

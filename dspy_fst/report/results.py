@@ -88,7 +88,7 @@ def results_beside(saved: Path, version: str) -> CompiledResults | NoResults:
     run_dir = saved.parent
     if saved.name != COMPILED or not is_run(run_dir):
         return NoResults(
-            f"{saved} lies in no run's directory, which keeps what the run measured; load RUN_DIR/{COMPILED} "
+            f"{saved} is not inside a run's directory, where a run keeps what it measured; load RUN_DIR/{COMPILED} "
             "instead, or use dspy-fst show RUN_DIR"
         )
     try:

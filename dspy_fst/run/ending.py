@@ -135,7 +135,7 @@ def why_no_program(run_dir: Path) -> str:
     if ended is not None and ended.setting and not any(event.get("event") == "done" for event in events):
         return f"{run_dir} holds no {COMPILED}/: {_stopped(ended, run_dir)}"
     return (
-        f"{run_dir} holds no {COMPILED}/: the run has not come to its end, or an earlier release made it. Going on, "
+        f"{run_dir} holds no {COMPILED}/: the run has not ended, or an earlier release made it. Going on, "
         f"with dspy-fst resume {shlex.quote(str(run_dir))} or by the same compile() in Python, ends it and saves the "
         "program there"
     )

@@ -86,7 +86,10 @@ def _fill(folder: Path, saved: Path, card: str) -> None:
         raise RunDirectoryError(f"{saved} is not exported: {'; '.join(faults)}")
     documents = {name for name in DOCUMENTS if name != MANIFEST}
     if taken := sorted({path.name for path in (saved / WEIGHTS).iterdir()} & {*DOCUMENTS, CARD}):
-        raise RunDirectoryError(f"{saved / WEIGHTS}: {', '.join(taken)} is a name of ours; remove it and save again")
+        raise RunDirectoryError(
+            f"{saved / WEIGHTS}: {', '.join(taken)} would be overwritten by the export's own file; "
+            "remove it and save again"
+        )
     if (saved / WEIGHTS / INDEX).is_file():
         from dspy_fst.slow.checkpoint import write_merged
 

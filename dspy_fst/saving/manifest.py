@@ -91,7 +91,7 @@ def verify(folder: Path, aside: Collection[str] = ()) -> None:
         if (size := present[name].stat().st_size) != facts.bytes:
             raise RunDirectoryError(f"{folder}: {name} has {size} bytes instead of {facts.bytes}; {_COPY_AGAIN}")
         if sha256_of(present[name]) != facts.sha256:
-            raise RunDirectoryError(f"{folder}: {name} was changed: its checksum is another; {_COPY_AGAIN}")
+            raise RunDirectoryError(f"{folder}: {name} was changed: its checksum differs; {_COPY_AGAIN}")
 
 
 def _without(aside: Collection[str], files: dict[str, T]) -> dict[str, T]:
@@ -182,7 +182,7 @@ def weights_faults(folder: Path, aside: Collection[str] = ()) -> list[str]:
         where = f"{folder.name}/{path.name}"
         if path.name == TEMPLATES and path.is_dir() and not path.is_symlink():
             faults += [
-                f"{where}/{inner.name}: only chat templates (NAME.jinja) lie there, no folders and no links"
+                f"{where}/{inner.name}: only chat templates (NAME.jinja) belong there, no folders and no links"
                 for inner in sorted(path.iterdir())
                 if inner.suffix != ".jinja" or inner.is_symlink() or not inner.is_file()
             ]

@@ -124,7 +124,9 @@ def _checked(path: Path, name: str, state: object, parameter: Dumping) -> object
     kind: type[BaseModel] = SavedFlex if isinstance(parameter, dspy.Flex) else SavedPredictor
     if not isinstance(parameter, dspy.Flex | dspy.Predict):
         if state != to_jsonable(parameter.dump_state()):
-            raise RunDirectoryError(f"{path}: {name} is no predictor and not as in this program; it is not loaded")
+            raise RunDirectoryError(
+                f"{path}: {name} is not a predictor and differs from this program's; it is not loaded"
+            )
         return state
     try:
         saved = kind.model_validate(state)
@@ -150,6 +152,6 @@ def _in_order(
         there = [str(field.name or field.prefix) for field in saved]
         raise RunDirectoryError(
             f"{path} was saved from another program: the fields of {name} differ ({there} there, {[*prefixes]} here), "
-            "and what was learnt for one would be said of another; rename them back, or train this program"
+            "so one field would get what was learnt for another; rename them back, or train this program"
         )
     return [{"prefix": by_name[key].prefix, "description": by_name[key].description} for key in wanted]

@@ -63,7 +63,7 @@ def save(compiled: dspy.Module, path: str | Path) -> Path:
     """
     path = Path(path).resolve()
     if not isinstance(getattr(compiled, "population", None), Population):
-        raise ValueError("the program carries no population; compile it with FSTOptimizer first")
+        raise ValueError("the program has no population; compile it with FSTOptimizer first")
     if path.exists():
         raise FileExistsError(f"{path} exists; name a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,11 +209,13 @@ def _require_frozen_lms(frozen: Mapping[str, str], program: dspy.Module) -> None
         lm = speaker.lm or dspy.settings.lm
         if name in frozen and lm is None:
             faults.append(
-                f"program: predictor {name!r} spoke with the frozen LM {frozen[name]!r}; its key and address are not "
+                f"program: predictor {name!r} called the frozen LM {frozen[name]!r}; its key and address are not "
                 "saved, so set the predictor's lm, or dspy.configure(lm=...), before loading"
             )
         elif name in frozen and lm.model != frozen[name]:
-            logger.warning("%s spoke with %r when it was compiled, and will with %r", name, frozen[name], lm.model)
+            logger.warning(
+                "predictor %s called %r when it was compiled, and now calls %r", name, frozen[name], lm.model
+            )
     if faults:
         raise ConfigurationError(faults)
 

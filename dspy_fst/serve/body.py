@@ -166,7 +166,7 @@ def _misfit(error: ValidationError, body: object, status: int) -> ApiError:
     distinct = dict.fromkeys((_place(fault, body), _message(fault)) for fault in errors[:SHOWN_FAULTS])
     faults = [Fault(where=where, message=message) for where, message in distinct]
     first = f"{faults[0].where or 'the body'}: {faults[0].message}"
-    more = f" ({len(errors)} faults in all, the first ones stand in 'faults')" if len(errors) > 1 else ""
+    more = f" ({len(errors)} faults in all; 'faults' lists the first)" if len(errors) > 1 else ""
     message = f"The body does not fit the schema at /openapi.json: {first}{more}"
     return ApiError(status, "invalid", message, param=faults[0].where or None, faults=faults)
 

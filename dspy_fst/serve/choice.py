@@ -49,8 +49,8 @@ def vote_faults(outputs: type[BaseModel], field: str | None) -> list[str]:
     if not free:
         return []
     return [
-        f"choice is 'vote', but {', '.join(free)} can be any text, in which no two answers need agree; name the field "
-        "that counts with vote_on"
+        f"choice is 'vote', but {', '.join(free)} can hold any text, and no two free texts need be equal; name the "
+        "field to vote on with vote_on"
     ]
 
 

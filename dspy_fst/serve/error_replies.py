@@ -83,7 +83,7 @@ def internal_error() -> ApiError:
 
 
 def engine_failed() -> ApiError:
-    return ApiError(503, ENGINE, "The engine that runs the model failed; ask again later.")
+    return ApiError(503, ENGINE, "The engine that runs the model failed; try again later.")
 
 
 def context_exceeded(context: int | None, param: str) -> ApiError:

@@ -106,7 +106,9 @@ class Limits:
                 body = await self._body(headers, receive)
                 await self._answer(ticket, body, scope, receive, reply)
         except QueueFullError:
-            message = f"{self.queue.slots} requests are at work and {self.queue.max_waiting} wait; ask again later."
+            message = (
+                f"{self.queue.slots} requests are running and {self.queue.max_waiting} are waiting; try again later."
+            )
             raise ApiError(429, "queue_full", message, headers=self._retry_after()) from None
         except TimeoutError:
             raise self._too_late() from None

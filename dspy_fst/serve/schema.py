@@ -125,7 +125,7 @@ def _fields_of_forward(program: dspy.Module) -> Fields:
         ) from error
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     faults = [
-        f"{where}({parameter}): the type of this input cannot be told; annotate it, or {SIGNATURE_HELP}"
+        f"{where}({parameter}): this input has no readable type; annotate it, or {SIGNATURE_HELP}"
         for parameter in parameters
         if parameter.kind not in named or parameter.name not in hints
     ]
@@ -140,7 +140,7 @@ def _type_faults(kind: str, fields: Fields) -> list[str]:
         if kind == "input" and (special := _dspy_type(annotation)):
             faults.append(
                 f"signature: input {name!r} is made of dspy.{special.__name__}, which cannot be sent as plain data; "
-                "take what it is made of, and make it in forward"
+                "take a plain value, such as a text or an address, and make it in forward"
             )
             continue
         try:

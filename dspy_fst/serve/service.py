@@ -128,7 +128,7 @@ class Service:
         if self.engine.weights is None or (self.upstream is not None and self.upstream.address is None):
             return "The engine does not serve its weights now; it is being started."
         if self.queue.stuck() >= self.queue.slots:
-            return "Every place is taken by a request that is over its time."
+            return "Every slot is taken by a request that has timed out."
         return None
 
     # ---- one request ---------------------------------------------------------------------------
@@ -208,6 +208,6 @@ def _population_of(program: dspy.Module) -> Population:
     population = getattr(program, "population", None)
     if not isinstance(population, Population):
         raise ConfigurationError(
-            ["program: it carries no population; serve what FSTOptimizer.compile or dspy_fst.load gives back"]
+            ["program: it has no population; serve what FSTOptimizer.compile or dspy_fst.load returns"]
         )
     return population

@@ -101,7 +101,7 @@ def _key_faults(settings: ServeSettings) -> list[str]:
     if settings.no_key and settings.api_key is not None:
         faults.append("no_key is set, but there is an api_key: remove one of them")
     if settings.no_key and not is_loopback(settings.host):
-        faults.append(f"host is {settings.host!r}: others reach it, so a key is needed; remove no_key")
+        faults.append(f"host is {settings.host!r}: other machines can reach it, so a key is needed; remove no_key")
     if settings.api_key is not None and len(settings.api_key) < SHORTEST_KEY:
         faults.append(f"api_key has {len(settings.api_key)} characters: it must have {SHORTEST_KEY} or more")
     if settings.api_key is not None and not (settings.api_key.isascii() and settings.api_key.isprintable()):

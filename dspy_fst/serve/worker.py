@@ -156,9 +156,9 @@ def _as_api_error(error: Exception, outputs: type[BaseModel]) -> ApiError:
     if isinstance(error, EngineError) or isinstance(error.__cause__, EngineError):
         return engine_failed()
     if isinstance(error, LMError):
-        return ApiError(502, "lm_failed", "A language model that the program asks failed; ask again later.")
+        return ApiError(502, "lm_failed", "A language model that the program calls failed; try again later.")
     if isinstance(error, _NoPredictionError):
         return ApiError(502, "no_prediction", "The program gave no prediction on these inputs; another seed may do.")
     if isinstance(error, ValidationError | PydanticSerializationError):
-        return ApiError(502, "outputs_invalid", f"The program's outputs are not as its schema says ({fields}).")
+        return ApiError(502, "outputs_invalid", f"The program's outputs do not fit its schema ({fields}).")
     return ApiError(500, "program_failed", "The program failed on these inputs; the server's log says why.")

@@ -37,7 +37,11 @@ def never(inputs, prediction):
 def test_a_refine_that_has_nobody_to_ask_is_warned_of(kind, configured, warned):
     with dspy.context(lm=DummyLM([]) if configured else None):
         warnings = part_warnings(Holds(kind))
-    told = [warning for warning in warnings if warning.startswith("student: dspy.Refine at 'best' asks for its hints")]
+    told = [
+        warning
+        for warning in warnings
+        if warning.startswith("student: dspy.Refine at 'best' takes its hints from the LM")
+    ]
     assert len(told) == len(warnings) == warned
 
 

@@ -114,7 +114,7 @@ def test_all_faults_are_told_at_once_in_the_words_of_a_run(project):
 
 def test_without_anybody_who_proposes_it_says_what_to_write_in_the_file(own):
     text = invoke("check", change(own, propose=None), code=2).stderr
-    assert "reflection_lm: GEPA needs someone who proposes instructions" in text
+    assert "reflection_lm: GEPA needs an LM that proposes instructions" in text
     assert f"In {own}: name a strong LM, reflection_lm: openai/gpt-5" in text
     assert told(change(own, recipe={"method": "rl", "problems_per_step": 8}))["project"]["proposes"] == "nobody"
 

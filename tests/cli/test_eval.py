@@ -128,7 +128,7 @@ def test_weights_that_were_pruned_are_told_with_those_that_are_kept(run_dir):
     shutil.rmtree(run_dir / "weights" / "step-000003", ignore_errors=True)
     text = invoke("eval", run_dir, "--cycle", "0", code=2).stderr
     kept = ", ".join(sorted(path.name for path in (run_dir / "weights").iterdir()))
-    assert f"the weights step-000003 are not there; kept are {kept}" in text
+    assert f"the weights step-000003 are not kept; those that are: {kept}" in text
     assert "keep_weights" in text
     assert not (run_dir / "evaluations.jsonl").exists()
 
@@ -219,7 +219,7 @@ def test_a_file_is_evaluated_with_the_trainset_s_inputs_and_the_project_is_opene
 
 
 REFUSED = [
-    (["--cycle", "7"], "has not come to it; its cycles so far: 0 to 1"),
+    (["--cycle", "7"], "has not reached it; its cycles so far: 0 to 1"),
     (["--candidate", "zz"], "no candidate has this digest"),
     (["--candidate", "all", "--two-by-two"], "--two-by-two compares the seed and the best"),
     (["--split", "nothing:here"], "No module named 'nothing'"),

@@ -53,10 +53,10 @@ def test_more_cycles_go_on_from_a_finished_run_and_are_a_run_like_any_other(fold
 
 def test_a_continuation_needs_a_run_that_came_to_its_end_and_a_directory_of_its_own(folder, finished, run_dir):
     same = invoke("run", folder, "--continue-from", finished, "--run-dir", finished, code=2).stderr
-    assert "run_dir: it is the run that is gone on from; name a new directory (--run-dir NEW)" in same
+    assert "run_dir: it is the run that continue_from names; name a new directory (--run-dir NEW)" in same
     (run_dir / "compiled").rename(folder / "elsewhere")
     unfinished = invoke("run", folder, "--continue-from", run_dir, "--run-dir", folder / "more", code=2).stderr
-    assert f"continue_from: {run_dir} holds no compiled/: the run has not come to its end" in unfinished
+    assert f"continue_from: {run_dir} holds no compiled/: the run has not ended" in unfinished
     assert "is no folder of dspy_fst.save" in invoke("run", folder, "--continue-from", folder, code=2).stderr
     assert not (folder / "more").exists()
 

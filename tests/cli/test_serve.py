@@ -103,7 +103,7 @@ def test_a_program_that_is_not_named_or_not_there_is_told(home, tmp_path, monkey
     assert "is no folder" in said(tmp_path / "none", "--program", "mine:make")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text("{}")
-    assert "holds no compiled/: the run has not come to its end" in said(tmp_path / "run")
+    assert "holds no compiled/: the run has not ended" in said(tmp_path / "run")
     for reference, words in (
         ("mine", "write module:attribute"),
         ("mine:nothing", "mine.py has no 'nothing'"),
@@ -123,7 +123,7 @@ def test_settings_that_cannot_work_are_told_together_before_anything_is_loaded(h
     assert words.startswith("4 problems found")
     assert "2 problems" in said(run, "--drain", -1, "--port", 70_000)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert "name the field that counts with vote_on" in said(run, "--choice", "vote")
+    assert "name the field to vote on with vote_on" in said(run, "--choice", "vote")
 
 
 def test_a_missing_extra_is_told_with_what_installs_it(home, monkeypatch):

@@ -178,7 +178,7 @@ def test_what_a_config_leaves_out_is_told(config_alone):
     (config_alone / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
     said = told(config_alone, "--gpu", "800GiB", "--max-tokens", "256")
     lacking = "hidden_size, num_hidden_layers, num_attention_heads, vocab_size"
-    assert f"its config.json names no {lacking}, so that transformers' defaults are counted" in said["warnings"][0]
+    assert f"its config.json does not set {lacking}, so transformers' defaults are counted" in said["warnings"][0]
     assert not said["sure"]
 
 

@@ -91,8 +91,11 @@ def test_a_metric_that_scores_a_stranger_is_refused_before_the_run_with_what_the
 @pytest.mark.parametrize(
     ("trained", "fault"),
     [
-        (["first", "frist"], "trained: 'frist' is no predictor that speaks with the PolicyLM; there are first, third"),
-        (["second"], "trained: 'second' is no predictor that speaks with the PolicyLM; there are first, third"),
+        (
+            ["first", "frist"],
+            "trained: 'frist' is not a predictor that calls the PolicyLM; those that do: first, third",
+        ),
+        (["second"], "trained: 'second' is not a predictor that calls the PolicyLM; those that do: first, third"),
         ([], "trained=[]"),
         ("first", "trained='first'"),
         (["third"], "trained: third have temperature=0"),

@@ -65,8 +65,9 @@ def propose(
         lines = Counter(line for record in reflective_dataset[name] for line in str(record["Feedback"]).splitlines())
         if lines and not any(line in (WHOLE, *PARTS, RIGHT) for line in lines):
             warnings.warn(
-                f"propose could not read the feedback {next(iter(lines))[:160]!r}: it reads the lines WHOLE and PARTS "
-                "of my_program.py alone. Change it with the metric, or name a reflection_lm in project.yaml",
+                f"propose could not read the feedback {next(iter(lines))[:160]!r}: it knows only the lines WHOLE and "
+                "PARTS of my_program.py. Change propose together with the metric, or name a reflection_lm in "
+                "project.yaml",
                 stacklevel=2,
             )
         news = [line for line, _ in lines.most_common() if line in (WHOLE, *PARTS) and line not in text]
