@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from dspy_fst.engine.base import AdapterFiles
-from dspy_fst.engine.vllm.lora_files import TENSORS
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
+from dspy_fst.model_files.lora_folder import TENSORS
 from tests.engine.tiny_qwen import make_model
 
 PLAIN: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}

@@ -16,12 +16,13 @@ from dspy_fst.engine.base import AdapterFiles, Checkpoint, Holding
 from dspy_fst.engine.vllm.client import NoAnswerError
 from dspy_fst.engine.vllm.launch import lora_places, vllm_command, vllm_environment
 from dspy_fst.engine.vllm.lora_client import LoRAClient
-from dspy_fst.engine.vllm.lora_files import CONFIG, TENSORS, LoRANeeds
+from dspy_fst.engine.vllm.lora_files import LoRANeeds
 from dspy_fst.engine.vllm.lora_versions import LoRAVersions
 from dspy_fst.engine.vllm.server import VLLMServer
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import EngineError, SyncError
+from dspy_fst.model_files.lora_folder import CONFIG, TENSORS
 from tests.engine.test_supervisor import REQUEST, World
 from tests.engine.test_vllm_client import Canned
 

@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 
 from dspy_fst.engine.base import AdapterFiles, Checkpoint, Completion, Scorer
-from dspy_fst.engine.verification import verify_identity
+from dspy_fst.engine.verification import Expected, verify, verify_identity
 from dspy_fst.engine.vllm.lora_client import LoRAClient
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import DiskError, EngineError, SyncError
+from dspy_fst.lora import LoRA
+from dspy_fst.slow.trainer import Trainer, TrainerSettings
 from tests.engine.lora_adapters import alter, digests_of, make_adapter
 from tests.engine.server_state import group_of
 from tests.engine.test_server_process import below, members
@@ -27,11 +30,13 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
 
 
 class Versions:
-    """Checkpoints of two adapters on one base, and the models that they make of it."""
+    """Checkpoints of two adapters on one base, which a trainer wrote, and the models that they make of it."""
 
     def __init__(self, folder: Path):
-        self.base = save(make_model(0), folder, "base")
-        self.folder = folder
+        source = save(make_model(0), folder, "source")
+        self.trainer = Trainer(source.path, TrainerSettings(1e-4, adapter=LoRA(rank=4, alpha=6.0)), device="cpu")
+        self.folder = folder / "weights"
+        self.base = self.trainer.publish(self.folder / "step-start", "step-start")
         self.models: dict[tuple[str, str], PeftModel] = {}
 
     def make(self, version: str) -> Checkpoint:
@@ -48,7 +53,7 @@ class Versions:
             files, self.models[version, name] = make_adapter(place, name, seed, **config)
             made.append(files)
             seed += 1
-        return Checkpoint(version, self.base.path, adapters=tuple(made))
+        return replace(self.base, version=version, adapters=tuple(made))
 
     def gap(self, reply: Completion, name: str, temperature: float = 1.0) -> float:
         """See `test_vllm_server.gap`; the model is that of the reply's version."""
@@ -183,6 +188,26 @@ def test_a_corrupted_file_is_the_disk_s_fault(engine: Supervisor, versions: Vers
     engine.load(checkpoint)
     with pytest.raises(DiskError, match=r"hops: .*layers\.1\.self_attn\.q_proj\.lora_B\.weight \(its bytes differ\)"):
         prove(engine, checkpoint)
+
+
+def test_what_a_trainer_publishes_is_proved_by_its_tensors_and_its_numbers(
+    engine: Supervisor, versions: Versions
+) -> None:
+    trainer, server = versions.trainer, engine.server
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.05)
+    published = trainer.publish(versions.folder / "step-000045", "step-000045")
+    expected = Expected(published, PROBES, trainer.score(PROBES), "float32")
+    engine.load(versions.base)
+    with pytest.raises(SyncError, match="the engine uses other weights than were published: shared: "):
+        verify(engine, expected)
+    engine.load(published)
+    assert engine.server is server, "one adapter in the place of two needs no restart"
+    proof = verify(engine, expected)
+    assert proof.identical
+    assert proof.mean_gap < TOLERANCE
 
 
 def test_a_load_whose_answer_was_lost_is_no_failure(engine: Supervisor, versions: Versions) -> None:

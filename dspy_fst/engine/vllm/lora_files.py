@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from dspy_fst.engine.base import AdapterFiles
 from dspy_fst.errors import EngineError
+from dspy_fst.model_files.lora_folder import CONFIG, TENSORS
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of ``--max-lora-rank`` that vLLM 0.32 takes (`config/lora.py`)."""
 HEAD = "lm_head"
