@@ -387,19 +387,31 @@ def test_a_lost_answer_to_a_load_is_no_failure(
     assert len(sent(canned, "/v1/load_lora_adapter")) == 1 + 1 + 1 + 2, "asked again once"
 
 
-def test_through_an_adapted_head_one_sequence_is_scored_at_a_time(
+@pytest.mark.parametrize(
+    ("layers", "is_attached", "batches"),
+    [
+        (("self_attn.q_proj", "lm_head"), False, [[[1, 2]]]),
+        (("self_attn.q_proj",), False, [[[1, 2], [3, 4]]]),
+        (("self_attn.q_proj",), True, [[[1, 2]]]),
+    ],
+    ids=["adapted-head", "launched-here", "attached"],
+)
+def test_where_vllm_may_have_wrapped_the_head_one_sequence_is_scored_at_a_time(
     guest: VLLMServer,
     canned: Canned,
     tmp_path: Path,
+    layers: tuple[str, ...],
+    is_attached: bool,
+    batches: list[Any],
 ) -> None:
-    def scored(guest: VLLMServer) -> list[Any]:
-        with pytest.raises(EngineError, match="vLLM scored"):  # the canned reply is none
-            guest.score([[1, 2], [3, 4]])
-        return [body["prompt"] for body in sent(canned, "/v1/completions") if body.get("prompt_logprobs") == 0]
-
-    guest.load(version(tmp_path, "v0", layers=("self_attn.q_proj", "lm_head")))
-    canned.replies["/v1/completions"] = (200, {"choices": [{"index": 0}]})
-    assert scored(guest) == [[[1, 2]]]
+    guest.load(version(tmp_path, "v0", layers=layers))
+    if not is_attached:
+        guest.settings = VLLMSettings()
+    canned.replies["/v1/completions"] = (200, {"choices": [{"index": 0}, {"index": 1}][: len(batches[0])]})
+    with pytest.raises(EngineError, match="vLLM scored"):  # the canned reply is none, so the first batch is the last
+        guest.score([[1, 2], [3, 4]])
+    scored = [body for body in sent(canned, "/v1/completions") if body.get("prompt_logprobs") == 0]
+    assert [(body["model"], body["prompt"]) for body in scored] == [("shared@v0", batch) for batch in batches]
 
 
 def test_an_adapter_that_is_not_there_is_named(

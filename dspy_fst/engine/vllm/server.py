@@ -171,14 +171,21 @@ class VLLMServer:
         """
         if not sequences:
             return []
-        if self._loras is not None and self._loras.head_is_adapted:
-            # vLLM 0.32 dies of a score through LoRA on the LM head unless the request is alone in its batch.
-            with self._lock.loading(self.settings.request_timeout_s), self._explaining_death():
-                client = self._require_client()
-                with self._target(adapter) as target:
-                    return [client.score([sequence], target.model)[0] for sequence in sequences]
+        if self._loras is not None and (self._loras.head_is_adapted or self.settings.attach_url is not None):
+            return self._score_alone(sequences, adapter)
         with self._serving() as client, self._target(adapter) as target:
             return client.score(sequences, target.model)
+
+    def _score_alone(self, sequences: Sequence[Sequence[int]], adapter: str | None) -> list[list[float]]:
+        """`score`, one sequence at a time and with no other request in flight.
+
+        On a CPU, vLLM 0.32 dies of a score that is not alone in its batch if it was started with LoRA on the LM head.
+        So it is by default, which an attached server may have.
+        """
+        with self._lock.loading(self.settings.request_timeout_s), self._explaining_death():
+            client = self._require_client()
+            with self._target(adapter) as target:
+                return [client.score([sequence], target.model)[0] for sequence in sequences]
 
     def held(self, checkpoint: Checkpoint) -> Holding | None:
         """Compare the weights in use with the folder's; None for an attached server without our worker extension."""
