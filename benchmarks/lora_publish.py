@@ -25,7 +25,8 @@ from dspy_fst.engine.verification import Expected, verify, verify_identity
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.lora import LoRA
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from programs import smollm2
 
 KINDS = {"whole weights": None, "LoRA rank 16": LoRA(rank=16)}
@@ -68,7 +69,7 @@ def publish(trainer: Trainer, engine: Supervisor, folder: Path, step: int, probe
 
 
 def measure(kind: str, repeats: int) -> dict[str, object]:
-    trainer = Trainer(smollm2.folder(), TrainerSettings(1e-6, adapter=KINDS[kind]), device="cpu")
+    trainer = Trainer(smollm2.folder(), TrainingSettings(adapter=KINDS[kind]), device="cpu")
     probes = texts(trainer.tokenizer)[:8]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

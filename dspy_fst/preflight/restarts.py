@@ -7,15 +7,16 @@ from dspy_fst.engine.machine import has_gpu
 from dspy_fst.model_files.architectures import folder_restart_reason
 
 
-def restart_warnings(folder: Path, engine: str, options: Mapping[str, object]) -> list[str]:
+def restart_warnings(folder: Path, engine: str, options: Mapping[str, object], *, lora: bool = False) -> list[str]:
     """A sentence when publishing restarts the server. An attached server is never started from here.
 
     Args:
         folder: The model's folder.
         engine: ``"vllm"`` or ``"in_process"``.
         options: The engine's options.
+        lora: Whether LoRA adapters are trained, so that the base on the server stays.
     """
-    if engine != "vllm" or options.get("attach_url") is not None:
+    if lora or engine != "vllm" or options.get("attach_url") is not None:
         return []
     if (reason := folder_restart_reason(folder, on_gpu=has_gpu())) is None:
         return []

@@ -220,7 +220,7 @@ def _model_warnings(policy: PolicyLM, config: FSTConfig) -> list[str]:
     return [
         *hub_warnings(str(path)),
         *template_warnings(path),
-        *restart_warnings(path, *engine),
+        *restart_warnings(path, *engine, lora=config.adapter is not None),
         *precision_warnings(config.precision, *engine),
         *lora_warnings(policy, config.adapter),
     ]

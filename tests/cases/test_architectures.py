@@ -307,6 +307,7 @@ def test_a_server_that_each_publish_starts_anew_is_told_before_the_run(name, tmp
     assert [text.partition(":")[0] for text in told] == [
         "the vLLM server is restarted for each new version of the weights"
     ] * (name == "Qwen3-MoE")
+    assert restart_warnings(folder, "vllm", {}, lora=True) == [], "the base stays, adapters are loaded beside it"
     assert restart_warnings(folder, "in_process", {}) == []
     assert restart_warnings(folder, "vllm", {"attach_url": "http://127.0.0.1:1"}) == []
     monkeypatch.setattr(restarts, "has_gpu", lambda: True)

@@ -17,7 +17,8 @@ from dspy_fst.engine.vllm.lora_client import LoRAClient
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import DiskError, EngineError, SyncError
 from dspy_fst.lora import LoRA
-from dspy_fst.slow.trainer import Trainer, TrainerSettings
+from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.trainer import Trainer
 from tests.engine.lora_adapters import alter, digests_of, make_adapter
 from tests.engine.server_state import group_of
 from tests.engine.test_server_process import below, members
@@ -34,7 +35,7 @@ class Versions:
 
     def __init__(self, folder: Path):
         source = save(make_model(0), folder, "source")
-        self.trainer = Trainer(source.path, TrainerSettings(1e-4, adapter=LoRA(rank=4, alpha=6.0)), device="cpu")
+        self.trainer = Trainer(source.path, TrainingSettings(adapter=LoRA(rank=4, alpha=6.0)), device="cpu")
         self.folder = folder / "weights"
         self.base = self.trainer.publish(self.folder / "step-start", "step-start")
         self.models: dict[tuple[str, str], PeftModel] = {}
