@@ -51,6 +51,8 @@ ADVANTAGES, BEHAVIOUR, CAP = (1.0, -0.5, 0.25, 2.0, -1.0), -3.0, 2.0
 WORDS = ("1 2 3", "1 2 3", "4 5 6 7 8 9 1 2 3 4 5", "1 2 3", "9 8", "5 5 5 5 5 5 5")
 """What is sampled side by side: prompts alike, and of four lengths."""
 LONGEST = 12
+SETTINGS = TrainingSettings(learning_rate=1e-2, kl_coefficient=0.0, min_effective_share=0.0)
+"""Nothing is refused: how far the engine and the trainer are apart is what is measured."""
 EQUAL = 3e-4
 """Largest gap, in nats or relative, that is called equal: states that are kept round off further than texts read whole.
 
@@ -92,7 +94,7 @@ def measure(family: Family, folder: Path) -> Outcome:
         faults = model_faults(PolicyLM(base, engine="in_process", max_tokens=LONGEST))
         if faults:
             return Outcome(family.name, family.model_type, refused=faults[0].partition(": ")[2])
-        trainer = Trainer(base, TrainingSettings(learning_rate=1e-2, kl_coefficient=0.0), device="cpu")
+        trainer = Trainer(base, SETTINGS, device="cpu")
     except FSTError as error:
         return Outcome(family.name, family.model_type, refused=str(error))
     plain = load_model(base, dtype=torch.float32).eval()
