@@ -36,7 +36,7 @@ class ResponseTemplate(TypedDict, total=False):
     fields: Mapping[str, Mapping[str, object]]
 
 
-class CalledFunction(TypedDict):
+class WrittenFunction(TypedDict):
     """A tool call, if the model wrote a good one: nothing of it is checked before lm15 does."""
 
     name: str
@@ -198,7 +198,7 @@ def _call(call_id: str, call: Mapping[str, object]) -> lm15.ToolCallPart:
     Raises:
         TypeError, KeyError, ValueError, AttributeError: the model wrote no name or arguments, or of another type.
     """
-    function = cast(CalledFunction, call.get("function", call))
+    function = cast(WrittenFunction, call.get("function", call))
     return lm15.ToolCallPart(id=call_id, name=function["name"], input=function["arguments"])
 
 
