@@ -1,5 +1,6 @@
 """`LoRA`: the settings of a low-rank adapter that is trained in place of the whole weights."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -7,6 +8,27 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 SHARED = "shared"
 """Name of the LoRA adapter that all trained predictors share."""
+
+
+Grouping = Literal["shared", "per_predictor"] | dict[str, tuple[str, ...]]
+"""Which predictors share a LoRA adapter: all, none, or those of each group (adapter -> predictors)."""
+
+
+def adapter_of(grouping: Grouping, predictors: Iterable[str]) -> dict[str, str]:
+    """Predictor -> the name of its LoRA adapter; empty where all share one.
+
+    Args:
+        grouping: The setting ``adapters``.
+        predictors: Names of the trained predictors.
+
+    >>> adapter_of("per_predictor", ["hops[0].query", "answer"])
+    {'hops[0].query': 'for-hops[0]-query', 'answer': 'for-answer'}
+    """
+    if grouping == "shared":
+        return {}
+    if grouping == "per_predictor":  # peft's modules may have no dot in their names, nor a name of torch's own
+        return {name: f"for-{name.replace('.', '-')}" for name in predictors}
+    return {name: adapter for adapter, names in grouping.items() for name in names}
 
 
 class LoRA(BaseModel):

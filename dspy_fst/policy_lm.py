@@ -8,15 +8,16 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import dspy
 from dspy import lm15
 from dspy.clients.engines.base import StreamEvent
 from pydantic import ValidationError
 
-from dspy_fst.engine.base import Checkpoint, Completion, Engine
+from dspy_fst.engine.base import Checkpoint, Completion, Engine, Through
 from dspy_fst.engine.chat import Ids, PromptRenderer
+from dspy_fst.engine.lora_handle import AdapterHandle
 from dspy_fst.engine.machine import has_gpu
 from dspy_fst.engine.options import InProcessSettings, PolicyState, make_settings, portable_options, unknown_arguments
 from dspy_fst.engine.replies import ReplyReader
@@ -53,6 +54,7 @@ class PolicyLM(dspy.LM):
         version: str = BASE_VERSION,
         num_retries: int = 3,
         use_json_adapter_fallback: bool = False,
+        lora_adapter: str | None = None,
         **unknown: object,
     ):
         """Name the model; nothing is loaded or started.
@@ -68,6 +70,8 @@ class PolicyLM(dspy.LM):
             num_retries: How often a call that failed is asked again.
             use_json_adapter_fallback: Whether DSPy's adapters may ask again in JSON where a reply does not parse.
                 Rollouts never do, so a score with it is no score of what is trained (`dspy_fst.reconfigured`).
+            lora_adapter: The LoRA adapter of ``model`` that this LM speaks through, where it has several; None: the
+                only one, or the base.
             **unknown: Refused, with the names that were meant.
 
         Raises:
@@ -87,10 +91,12 @@ class PolicyLM(dspy.LM):
         if faults:
             raise ConfigurationError(faults)
         self.handle = EngineHandle(str(model), engine, dict(engine_options or {}), version)
+        self.lora_adapter = lora_adapter
+        speaks = self.handle.through(lora_adapter)
         super().__init__(
             model=str(model),
-            engine=self.handle,
-            async_engine=AsyncHandle(self.handle),
+            engine=speaks,
+            async_engine=AsyncHandle(speaks),
             temperature=temperature,
             max_tokens=max_tokens,
             num_retries=num_retries,
@@ -150,10 +156,11 @@ class PolicyLM(dspy.LM):
             use_json_adapter_fallback=self.use_json_adapter_fallback,
         )
 
-    def on(self, handle: "EngineHandle") -> "PolicyLM":
-        """A copy with this LM's temperature and limits that speaks through another engine."""
-        copy = self.copy(engine=handle, async_engine=AsyncHandle(handle))
-        copy.handle = handle
+    def on(self, handle: "EngineHandle", lora_adapter: str | None = None) -> "PolicyLM":
+        """A copy with this LM's temperature and limits that speaks through another engine, and a LoRA adapter of it."""
+        speaks = handle if lora_adapter is None else handle.through(lora_adapter)
+        copy = self.copy(engine=speaks, async_engine=AsyncHandle(speaks))
+        copy.handle, copy.lora_adapter = handle, lora_adapter
         return copy
 
     def release(self) -> None:
@@ -172,6 +179,7 @@ class PolicyLM(dspy.LM):
             "num_retries": self.num_retries,
             "version": self.checkpoint.version,
             **({"use_json_adapter_fallback": True} if self.use_json_adapter_fallback else {}),
+            **({"lora_adapter": self.lora_adapter} if self.lora_adapter is not None else {}),
         }
 
     @classmethod
@@ -264,10 +272,14 @@ class EngineHandle:
                 self._engine.close()
                 self._engine = None
 
-    def complete(self, request: lm15.Request) -> lm15.Response:
+    def through(self, lora_adapter: str | None) -> "EngineHandle | AdapterHandle":
+        """The same engine, asked through one of its LoRA adapters; None: this handle."""
+        return self if lora_adapter is None else AdapterHandle(self, lora_adapter)
+
+    def complete(self, request: lm15.Request, **through: Unpack[Through]) -> lm15.Response:
         # The engine is asked for last: a late call of a rollout that was given up must not start one.
         return complete_recorded(
-            lambda *call: self.ready().complete(*call), request, _free_seed, continued=self._continued
+            lambda *call: self.ready().complete(*call, **through), request, _free_seed, continued=self._continued
         )
 
     def _continued(self, request: lm15.Request, said: Sequence[Ids]) -> Ids | None:
@@ -279,11 +291,11 @@ class EngineHandle:
             self._renderer = self._renderer or PromptRenderer(reader.tokenizer, reader.traits)
         return self._renderer.continued(request, said)
 
-    def stream(self, request: lm15.Request) -> Iterator[StreamEvent]:
+    def stream(self, request: lm15.Request, **through: Unpack[Through]) -> Iterator[StreamEvent]:
         """The reply's events as it is sampled (``dspy.streamify``); it is recorded as a whole one is."""
 
         def told(asked: lm15.Request, seed: int, prompt_ids: Ids | None) -> Generator[str, None, Completion]:
-            return pieces(self.ready(), self.reader, asked, seed, prompt_ids)
+            return pieces(self.ready(), self.reader, asked, seed, prompt_ids, **through)
 
         return events(stream_recorded(told, request, _free_seed, self._continued), request)
 
@@ -301,7 +313,7 @@ class EngineHandle:
 class AsyncHandle:
     """The same engine for ``acall``: the wait happens in a worker thread."""
 
-    def __init__(self, handle: EngineHandle):
+    def __init__(self, handle: EngineHandle | AdapterHandle):
         self._handle = handle
 
     async def complete(self, request: lm15.Request) -> lm15.Response:

@@ -215,6 +215,86 @@ def test_distillation_trains_an_adapter(tmp_path):
     policy_of(compiled).release()
 
 
+# ---- an adapter for each predictor --------------------------------------------------------------
+
+
+def test_each_predictor_learns_in_an_adapter_of_its_own(tmp_path):
+    apart = {**RATE, "cycles": 1, "steps_per_cycle": 2, "adapters": "per_predictor"}
+    compiled = compile_relay(tmp_path / "run", **apart)
+    steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
+    for step in steps:  # each call was sampled through its predictor's adapter and is scored through it
+        assert step["update"]["max_log_ratio"] < 1e-4
+        assert min(step["predictors"][name]["rows"] for name in ("first", "last")) > 0
+    checkpoint = policy_of(compiled).checkpoint
+    assert checkpoint.predictors == {"first": "for-first", "last": "for-last"}
+    through = {name: predictor.lm.lora_adapter for name, predictor in compiled.named_predictors()}
+    assert through == checkpoint.predictors
+    assert len({predictor.lm.handle for _, predictor in compiled.named_predictors()}) == 1
+    assert speaks(compiled)
+    engine = policy_of(compiled).handle.ready()
+    first, last = (engine.score(SEQUENCES, adapter=name)[0] for name in ("for-first", "for-last"))
+    assert first != pytest.approx(last, abs=1e-3)
+
+    saved = dspy_fst.save(compiled, tmp_path / "saved")
+    loaded = dspy_fst.load(saved, relay(), engine="in_process")
+    assert {name: predictor.lm.lora_adapter for name, predictor in loaded.named_predictors()} == through
+    assert policy_of(loaded).handle.ready().score(SEQUENCES, adapter="for-last")[0] == last
+    asked = {name: predictor.lm("1 2 3", temperature=0.0) for name, predictor in loaded.named_predictors()}
+    assert asked == {name: predictor.lm("1 2 3", temperature=0.0) for name, predictor in compiled.named_predictors()}
+    policy_of(loaded).release()
+
+    lab = build(train=32, val=4, test=4)
+    table = two_by_two(relay(), compiled, lab.testset[:2], any_answer, k=1)
+    assert all(drift.per_token > 0 for drift in table.drift.values())
+    with pytest.raises(ConfigurationError, match=r"student speaks through the LoRA adapters for-first, for-last"):
+        compile_relay(tmp_path / "merged", program=compiled, **{**RATE, **SHORT_RUN})
+    further = compile_relay(tmp_path / "further", program=compiled, **{**apart, **SHORT_RUN})
+    for name in ("for-first", "for-last"):
+        paths = [next(a.path for a in c.adapters if a.name == name) for c in (checkpoint, start_of(further))]
+        tensors = [load_file(path / "adapter_model.safetensors") for path in paths]
+        assert all(tensors[0][key].equal(tensors[1][key]) for key in tensors[0])
+    for program in (compiled, further):
+        policy_of(program).release()
+
+
+def test_a_killed_run_with_two_adapters_equals_an_uninterrupted_one(tmp_path):
+    groups = {"one": ("first",), "two": ("last",)}
+    apart = {**RATE, "cycles": 1, "steps_per_cycle": 2, "method": "rl", "adapters": groups}
+
+    class KilledError(Exception):
+        pass
+
+    def kill(event):
+        if event["event"] == "step" and event["report"]["step"] == 1:
+            raise KilledError
+
+    whole = compile_relay(tmp_path / "whole", **apart)
+    with pytest.raises(KilledError):
+        compile_relay(tmp_path / "killed", listeners=[kill], **apart)
+    resumed = compile_relay(tmp_path / "killed", **apart)
+    for one, other in zip(policy_of(whole).checkpoint.adapters, policy_of(resumed).checkpoint.adapters, strict=True):
+        tensors = [load_file(adapter.path / "adapter_model.safetensors") for adapter in (one, other)]
+        assert all(tensors[0][key].equal(tensors[1][key]) for key in tensors[0])
+    for program in (whole, resumed):
+        policy_of(program).release()
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"adapters": "per_predictor"}, "adapter=None trains all weights"),
+        ({"adapter": "lora", "adapters": "each"}, "use 'shared', 'per_predictor', or groups"),
+        ({"adapter": "lora", "adapters": {"a": ["first"], "b": ["first"]}}, "first stands in two groups"),
+        ({"adapter": "lora", "adapters": {"a.b": ["first"]}}, "a group's name has letters"),
+        ({"adapter": "lora", "adapters": {"a": ["frist"]}}, "'frist' is no trained predictor; there are first, last"),
+    ],
+    ids=["no adapter", "unknown", "twice", "name", "no predictor"],
+)
+def test_groups_that_cannot_be_are_refused_before_work(tmp_path, settings, complaint):
+    with pytest.raises(ConfigurationError, match=complaint):
+        compile_relay(tmp_path / "run", **settings)
+
+
 # ---- the setting --------------------------------------------------------------------------------
 
 

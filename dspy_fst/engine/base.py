@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 from dspy.lm15 import Config, Request, Response, UnsupportedFeatureError
 
@@ -69,6 +69,8 @@ class Checkpoint:
     """Of every tensor of ``path`` as its writer held it, by name in the folder; empty when nobody recorded them."""
     adapters: tuple[AdapterFiles, ...] = ()
     """By name, in order. Empty: the folder's weights are the policy's."""
+    predictors: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Predictor -> the adapter that it speaks through, where not all speak through one."""
 
     @classmethod
     def at(cls, version: WeightsVersion, folder: Path) -> "Checkpoint":
@@ -80,8 +82,8 @@ class Checkpoint:
         parts = lora_parts(folder)
         if parts is None:
             return cls(version, folder)
-        base, adapters = parts
-        return cls(version, base, adapters=tuple(AdapterFiles(name, path) for name, path in adapters.items()))
+        adapters = tuple(AdapterFiles(name, path) for name, path in parts.adapters.items())
+        return cls(version, parts.base, adapters=adapters, predictors=parts.predictors)
 
     @property
     def folder(self) -> Path:
@@ -118,6 +120,12 @@ class Holding:
     with_base: bool = True
     """Whether ``digests`` and ``wrong`` cover the folder ``path``. False: they cover the adapters alone, as the base
     has been compared since the engine read it, and nothing was written to it since."""
+
+
+class Through(TypedDict, total=False):
+    """What a call says of its LoRA adapter; nothing, where it means none or the only one."""
+
+    adapter: str
 
 
 class Scorer(Protocol):

@@ -122,6 +122,7 @@ class PolicyArguments(TypedDict, total=False):
     num_retries: int
     version: str
     use_json_adapter_fallback: bool
+    lora_adapter: str | None
 
 
 class PolicyState(BaseModel):
@@ -137,6 +138,7 @@ class PolicyState(BaseModel):
     num_retries: int = Field(ge=0)
     version: str
     use_json_adapter_fallback: bool = False
+    lora_adapter: str | None = None
 
     def settings(self, engine: str) -> PolicyArguments:
         """Arguments of PolicyLM. Options that were not set, or that this engine does not have, are left out."""

@@ -8,11 +8,12 @@ import re
 from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
+from typing import Unpack
 
 from dspy import lm15
 from dspy.clients.engines.base import StreamEvent
 
-from dspy_fst.engine.base import Completion, Engine, StreamingEngine
+from dspy_fst.engine.base import Completion, Engine, StreamingEngine, Through
 from dspy_fst.engine.chat import Ids
 from dspy_fst.engine.replies import ReplyReader
 
@@ -30,7 +31,12 @@ _PIECE = re.compile(
 
 
 def pieces(
-    engine: Engine, reader: ReplyReader, request: lm15.Request, seed: int, prompt_ids: Ids | None
+    engine: Engine,
+    reader: ReplyReader,
+    request: lm15.Request,
+    seed: int,
+    prompt_ids: Ids | None,
+    **through: Unpack[Through],
 ) -> Generator[str, None, Completion]:
     """The reply's text, piece by piece as it is sampled; the generator returns the completion.
 
@@ -39,11 +45,11 @@ def pieces(
     endpoint does not take.
     """
     if prompt_ids is not None:
-        return engine.complete(request, seed, prompt_ids)
+        return engine.complete(request, seed, prompt_ids, **through)
     divided = reader.thinks or request.tools or request.config.logprobs is not None
     if divided or not isinstance(engine, StreamingEngine):
-        return engine.complete(request, seed)
-    return (yield from engine.stream(request, seed))
+        return engine.complete(request, seed, **through)
+    return (yield from engine.stream(request, seed, **through))
 
 
 def events(reply: Generator[str, None, Completion], request: lm15.Request) -> Iterator[StreamEvent]:

@@ -9,7 +9,7 @@ alone prove nothing.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -41,6 +41,8 @@ class Expected:
     """The trainer's log-probability of every token of ``texts`` but each first."""
     dtype: str
     """``"float32"`` or ``"bfloat16"``: the arithmetic of the trainer's body."""
+    by_adapter: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    """``scores`` through each LoRA adapter, where there are several; ``scores`` are then the base's."""
     tolerance: float | None = None
     """Limit of the mean gap; None takes the `MEAN_GAP_LIMITS` of the lower of both precisions."""
 
@@ -52,7 +54,7 @@ class Proof:
     identical: bool
     """Whether every tensor was compared; False if the engine cannot compare, so that only log-probabilities were."""
     mean_gap: float
-    """Mean absolute gap to the trainer's log-probabilities, in nats per token."""
+    """Mean absolute gap to the trainer's log-probabilities, in nats per token; the largest of the adapters'."""
 
 
 def verify(engine: Scorer, expected: Expected) -> Proof:
@@ -68,9 +70,13 @@ def verify(engine: Scorer, expected: Expected) -> Proof:
     sides = {expected.dtype, held.dtype if held else expected.dtype}
     measured = MEAN_GAP_LIMITS["float32" if sides == {"float32"} else "bfloat16"]
     tolerance = measured if expected.tolerance is None else expected.tolerance
+    version = expected.checkpoint.version
     sampled = engine.score(expected.texts)
-    gap = verify_numbers(sampled, expected.scores, tolerance=tolerance, version=expected.checkpoint.version)
-    return Proof(held is not None, gap)
+    gaps = [verify_numbers(sampled, expected.scores, tolerance=tolerance, version=version)]
+    for name, scores in expected.by_adapter.items():
+        sampled = engine.score(expected.texts, adapter=name)
+        gaps.append(verify_numbers(sampled, scores, tolerance=tolerance, version=f"{version}, LoRA adapter {name}"))
+    return Proof(held is not None, max(gaps))
 
 
 def verify_identity(held: Holding, checkpoint: Checkpoint) -> None:

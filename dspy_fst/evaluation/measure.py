@@ -185,7 +185,11 @@ def drift_of(trained: Checkpoint, base: Checkpoint, rollouts: Sequence[Rollout])
     calls = [call for rollout in measured for call in rollout.calls if call.temperature > 0]
     if not calls:
         return None
-    trainer = Trainer(trained.folder, TrainingSettings(), reference=base.folder)
+    from dspy_fst.engine.lora import read
+
+    adapter = read(trained.adapters[0].path)[0] if len(trained.adapters) > 1 else None  # one alone is merged
+    settings = TrainingSettings(adapter=adapter)
+    trainer = Trainer(trained.folder, settings, reference=base.folder, adapters=trained.predictors)
     by_call: list[list[float]] = trainer.kl_by_call(calls)
     total = math.fsum(math.fsum(values) for values in by_call)
     return Drift(per_token=total / sum(map(len, by_call)), per_rollout=total / len(measured))

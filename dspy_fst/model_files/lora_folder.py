@@ -1,6 +1,8 @@
 """Where the parts of weights with LoRA adapters lie. A folder of such a version holds one peft folder an adapter, and:
 
-    lora.json    {"format": 1, "base": "../base", "adapters": ["shared"]}
+    lora.json    {"format": 1, "base": "../base", "adapters": ["shared"], "predictors": {}}
+
+``predictors`` tells which predictor of a program speaks through which adapter, where not all speak through one.
 
 The base is a Hugging Face folder. In a run's ``weights/`` all versions share one, ``weights/base``; a saved program has
 its own inside the folder. No other place is read, so a folder from somebody else leads nowhere.
@@ -8,8 +10,9 @@ its own inside the folder. No other place is read, so a folder from somebody els
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dspy_fst.errors import ConfigurationError
 
@@ -28,13 +31,23 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-\[\]]*")
 """Names of adapters, e.g. ``"shared"`` or ``"hops[0].query"``; each is a folder's name."""
 
 
-def index_of(base: str, names: Sequence[str]) -> dict[str, object]:
+class LoRAParts(NamedTuple):
+    """What a folder of LoRA adapters holds."""
+
+    base: Path
+    adapters: dict[str, Path]
+    """Name -> peft folder."""
+    predictors: dict[str, str]
+    """Predictor -> the adapter that it speaks through; empty where all speak through one."""
+
+
+def index_of(base: str, names: Sequence[str], predictors: Mapping[str, str]) -> dict[str, object]:
     """The contents of lora.json."""
-    return {"format": FORMAT, "base": base, "adapters": list(names)}
+    return {"format": FORMAT, "base": base, "adapters": list(names), "predictors": dict(predictors)}
 
 
-def lora_parts(folder: Path) -> tuple[Path, dict[str, Path]] | None:
-    """The base's folder, and adapter -> its peft folder; None for a folder without LoRA adapters of ours.
+def lora_parts(folder: Path) -> LoRAParts | None:
+    """The parts of a version with LoRA adapters; None for a folder without LoRA adapters of ours.
 
     Raises:
         ConfigurationError: lora.json is damaged, or names what it may not.
@@ -44,19 +57,20 @@ def lora_parts(folder: Path) -> tuple[Path, dict[str, Path]] | None:
         return None
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        base, names = document["base"], document["adapters"]
+        base, names, predictors = document["base"], document["adapters"], document.get("predictors", {})
         sound = document["format"] == FORMAT and base in (INSIDE, BESIDE) and isinstance(names, list) and names
+        sound = sound and {*predictors.values()} <= {*names}
         sound = sound and all(isinstance(name, str) and NAME.fullmatch(name) and name != INSIDE for name in names)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         sound = False
     if not sound:
         raise ConfigurationError(
             [f"{path} is no index of LoRA adapters that this release reads; restore it from a copy"]
         )
-    return (folder / base).resolve(), {name: folder / name for name in names}
+    return LoRAParts((folder / base).resolve(), {name: folder / name for name in names}, predictors)
 
 
 def model_files_in(folder: Path) -> list[Path]:
     """The folders whose files are the weights: the folder itself, or the base and the adapters that it names."""
     parts = lora_parts(folder)
-    return [folder] if parts is None else [parts[0], *parts[1].values()]
+    return [folder] if parts is None else [parts.base, *parts.adapters.values()]

@@ -7,6 +7,7 @@ import dspy
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import temperature_fault
 from dspy_fst.engine.options import RESHAPING
+from dspy_fst.lora import adapter_of
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.sampling_settings import bad_numbers
 from dspy_fst.preflight.unreachable_parts import no_predictors
@@ -70,6 +71,42 @@ def trained_faults(student: object, config: FSTConfig | None) -> list[str]:
             "a temperature above 0"
         )
     return faults
+
+
+def adapters_faults(student: object, config: FSTConfig | None) -> list[str]:
+    """Faults of the setting ``adapters``, which shares LoRA adapters out among predictors."""
+    if config is None or not isinstance(student, dspy.Module):
+        return []
+    if config.adapters == "shared":
+        return _lost_adapters(student, set())
+    trained = list(config.trained or policies_of(student))
+    through = adapter_of(config.adapters, trained)
+    faults = [
+        f"adapters: {name!r} is no trained predictor; there are {', '.join(trained) or 'none'}"
+        for name in through
+        if name not in trained
+    ]
+    names = {id(predictor): name for name, predictor in student.named_predictors()}
+    for path, part in student.named_sub_modules(dspy.Module):
+        if isinstance(part, dspy.BestOfN | dspy.Refine):
+            inside = [names[id(p)] for _, p in part.named_predictors() if id(p) in names]
+            if len({through.get(name) for name in inside}) > 1:
+                faults.append(
+                    f"adapters: {type(part).__name__} at {path} asks a module of one LM, and {', '.join(inside)} would "
+                    "speak through different LoRA adapters; put them into one group"
+                )
+    return faults + _lost_adapters(student, {*through.values()})
+
+
+def _lost_adapters(student: dspy.Module, wanted: set[str]) -> list[str]:
+    """A fault if the student's weights have several LoRA adapters, and the run would train others."""
+    held = {name for lm in policies_of(student).values() for name in lm.checkpoint.predictors.values()}
+    if len(held) < 2 or held == wanted:
+        return []
+    return [
+        f"adapters: the student speaks through the LoRA adapters {', '.join(sorted(held))}, which cannot be merged "
+        "into one set of weights; go on with the same adapters, rank, alpha and target"
+    ]
 
 
 def _sampling_faults(student: dspy.Module) -> list[str]:

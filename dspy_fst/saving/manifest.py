@@ -201,7 +201,7 @@ def _adapted_faults(folder: Path) -> list[str]:
     except ConfigurationError as error:
         return list(error.faults)
     assert parts is not None, "the index is there"
-    base, adapters = parts
+    base, adapters, _ = parts
     faults = [] if base == (folder / INSIDE).resolve() else [f"{folder.name}/{INDEX}: its base lies elsewhere"]
     foreign = sorted({path.name for path in folder.iterdir()} - {INDEX, INSIDE, *adapters})
     faults += [f"{folder.name}/{name} is no part of LoRA adapters and their base" for name in foreign]

@@ -106,7 +106,8 @@ def _copy_weights(checkpoint: Checkpoint, folder: Path, copy: Callable[[str, str
     shutil.copytree(checkpoint.path, folder / INSIDE, copy_function=copy)
     for adapter in checkpoint.adapters:
         shutil.copytree(adapter.path, folder / adapter.name, copy_function=copy)
-    write_json(folder / INDEX, index_of(INSIDE, [adapter.name for adapter in checkpoint.adapters]))
+    names = [adapter.name for adapter in checkpoint.adapters]
+    write_json(folder / INDEX, index_of(INSIDE, names, checkpoint.predictors))
 
 
 def documents_of(compiled: dspy.Module) -> dict[str, object]:
@@ -221,14 +222,17 @@ def _require_frozen_lms(frozen: Mapping[str, str], program: dspy.Module) -> None
 
 
 def _policies(saved: SavedPolicy, weights: Path, overrides: Mapping[str, Any]) -> dict[str, PolicyLM]:
-    """Predictor -> its PolicyLM. All share one engine; equal settings share one LM, which ``get_lm()`` needs."""
+    """Predictor -> its PolicyLM. All share one engine; equal settings and the same LoRA adapter share one LM, which
+    ``get_lm()`` needs."""
     settings = saved.policy.settings(resolve_kind(overrides.get("engine", saved.policy.engine)))
     options = {**settings["engine_options"], **overrides.get("engine_options", {})}
-    policy = PolicyLM(**{**settings, "model": weights, **overrides, "engine_options": options})
+    policy = PolicyLM(**{**settings, "model": weights, **overrides, "engine_options": options, "lora_adapter": None})
+    through = policy.checkpoint.predictors
     lms: dict[tuple[object, ...], PolicyLM] = {}
     policies = {}
     for name, sampling in saved.predictors.items():
         saved_sampling = sampling.model_dump(exclude={"own"})
         kept = {key: value for key, value in saved_sampling.items() if key not in overrides}
-        policies[name] = lms.setdefault(tuple(kept.items()), policy.copy(**kept))
+        adapter = through.get(name)
+        policies[name] = lms.setdefault((*kept.items(), adapter), policy.copy(**kept).on(policy.handle, adapter))
     return policies

@@ -70,6 +70,13 @@ class Service:
         self.schema = schema_of(program, settings.signature)
         if settings.choice == "vote" and (faults := vote_faults(self.schema.outputs, settings.vote_on)):
             raise ConfigurationError(faults)
+        if adapters := policy_of(program).checkpoint.predictors:
+            raise ConfigurationError(
+                [
+                    f"the program speaks through {len({*adapters.values()})} LoRA adapters, and the chat endpoint has "
+                    "one model; a program is served with a LoRA adapter that all of its predictors share"
+                ]
+            )
         self.name = type(program).__name__
         self.policy: PolicyLM = policy_of(program)
         self.engine = self.policy.handle.engine  # read once: the handle is locked while it starts its engine

@@ -5,8 +5,9 @@ A prefix that sequences share is read once.
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from dspy_fst.errors import NotFiniteError, TrainingError
 from dspy_fst.types import Call, Row
 
 Ids = tuple[int, ...]
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Scored:
     start: int
     temperature: float = 1.0
     """Divides the logits of the scored tokens; the temperature at which they were sampled."""
+    adapter: str | None = None
+    """The LoRA adapter that it is read with, where the policy has several."""
 
     @property
     def tokens(self) -> int:
@@ -36,9 +40,21 @@ class Scored:
         return len(self.ids) - self.start
 
 
-def completions(calls: Sequence[Call] | Sequence[Row]) -> list[Scored]:
-    """Each call as a sequence whose completion is scored at the call's temperature."""
-    return [Scored((*call.prompt_ids, *call.completion_ids), len(call.prompt_ids), call.temperature) for call in calls]
+def completions(calls: Sequence[Call] | Sequence[Row], adapters: Mapping[str, str] = NONE) -> list[Scored]:
+    """Each call as a sequence whose completion is scored at the call's temperature.
+
+    Args:
+        adapters: Predictor -> the LoRA adapter of its calls.
+    """
+    return [
+        Scored(
+            (*call.prompt_ids, *call.completion_ids),
+            len(call.prompt_ids),
+            call.temperature,
+            adapters.get(call.predictor),
+        )
+        for call in calls
+    ]
 
 
 def check_recorded(rows: Sequence[Row]) -> None:
@@ -156,6 +172,8 @@ class MicroBatch:
     """Shape (N,): the scored tokens, member by member."""
     temperatures: Tensor
     """Shape (N,): temperature of each scored token."""
+    adapter: str | None = None
+    """Of all its sequences, see `Scored`."""
 
     @property
     def tokens_read(self) -> int:
@@ -165,19 +183,27 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on the device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return MicroBatch(members=self.members, tokens=self.tokens, **moved)
+        return MicroBatch(members=self.members, tokens=self.tokens, adapter=self.adapter, **moved)
 
 
 def micro_batches(sequences: Sequence[Scored], budget: int, *, share: bool) -> Iterator[MicroBatch]:
     """Cut sequences so that each micro-batch reads at most ``budget`` tokens, padding included.
 
-    Sequences that continue each other are read as one (see `chains`). A chain longer than the budget is a micro-batch
+    Sequences of different LoRA adapters are never in one. Those that continue each other are read as one (see
+    `chains`). A chain longer than the budget is a micro-batch
     by itself. The longest prefixes come first: if memory runs out, it does so in the first micro-batch.
 
     Args:
         share: Read a prompt that several sequences share once, if that reduces the tokens read. It may increase them,
             when completions of very different lengths end up in one micro-batch.
     """
+    for adapter in dict.fromkeys(sequence.adapter for sequence in sequences):
+        own = [index for index, sequence in enumerate(sequences) if sequence.adapter == adapter]
+        for micro in _of_one_adapter([sequences[index] for index in own], budget, share):
+            yield replace(micro, members=tuple(own[member] for member in micro.members), adapter=adapter)
+
+
+def _of_one_adapter(sequences: Sequence[Scored], budget: int, share: bool) -> Iterator[MicroBatch]:
     found = chains(sequences)
     ways = [[_Reading.of(chain, sequences, way) for chain in found] for way in ((False, True) if share else (False,))]
     for chunk in min((_cut(way, budget) for way in ways), key=lambda chunks: sum(chunk.size for chunk in chunks)):

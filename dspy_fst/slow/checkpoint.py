@@ -103,8 +103,13 @@ class CheckpointWriter:
         """
         return self._write(path, self._model.state_dict())
 
-    def write_adapter(self, path: Path, version: WeightsVersion, name: str) -> Checkpoint:
-        """Write ``path`` with the model's LoRA adapter of this name. The base beside it is written once.
+    def write_adapters(
+        self, path: Path, version: WeightsVersion, names: Sequence[str], predictors: Mapping[str, str]
+    ) -> Checkpoint:
+        """Write ``path`` with the model's LoRA adapters of these names. The base beside it is written once.
+
+        Args:
+            predictors: Predictor -> its adapter; empty where all share one.
 
         Raises:
             TrainingError: ``path`` exists.
@@ -114,10 +119,13 @@ class CheckpointWriter:
             whole = base_state(self._model)
             self._base_digests = self._digests(whole) if base.exists() else self._write(base, whole)
         with written_whole(path) as scratch:
-            tensors = write(self._model, name, scratch / name)
-            (scratch / INDEX).write_bytes(_json(index_of(BESIDE, [name])))
-        adapter = AdapterFiles(name, path / name, {key: digest(tensor) for key, tensor in tensors.items()})
-        return Checkpoint(version, base, self._base_digests, (adapter,))
+            written = {name: write(self._model, name, scratch / name) for name in names}
+            (scratch / INDEX).write_bytes(_json(index_of(BESIDE, names, predictors)))
+        adapters = tuple(
+            AdapterFiles(name, path / name, {key: digest(tensor) for key, tensor in tensors.items()})
+            for name, tensors in written.items()
+        )
+        return Checkpoint(version, base, self._base_digests, adapters, predictors)
 
     def _write(self, path: Path, state: Mapping[str, Tensor]) -> dict[str, str]:
         with written_whole(path) as scratch:
@@ -151,7 +159,13 @@ def write_merged(source: Path, folder: Path) -> None:
     Raises:
         TrainingError: ``source`` holds several adapters, or no weights that can be read.
     """
-    files = Checkpoint.at("merged", source).path
+    held = Checkpoint.at("merged", source)
+    files = held.path
+    if len(held.adapters) > 1:
+        raise TrainingError(
+            f"{source} holds {len(held.adapters)} LoRA adapters, for different predictors, and one set of weights "
+            "cannot hold them all; give the folder of dspy_fst.save instead"
+        )
     policy = Policy.load(source, dtype=torch.float32, trainable=False)
     tokenizer = AutoTokenizer.from_pretrained(files, trust_remote_code=False)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from dspy_fst.engine.base import AdapterFiles, Checkpoint
+from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.lora import in_use, merge, parameters_of, put_on, put_on_as_read, read, target_modules, using
 from dspy_fst.errors import TrainingError
 from dspy_fst.lora import SHARED, LoRA
@@ -22,7 +22,7 @@ from dspy_fst.slow.head import Head, decoder_of
 from dspy_fst.slow.layers import prefix_cache, recompute_layers, suffix_cache
 
 START = "start"
-"""Name of the frozen copy of an adapter that goes on: the KL's reference."""
+"""Begins the name of the frozen copy of an adapter that goes on: the KL's reference."""
 PROBE_TOLERANCE = 1e-3
 """Largest relative gap between our logits and the model's own on the probe; float32 kernels differ by ~1e-6."""
 
@@ -55,10 +55,12 @@ class Policy(nn.Module):
         """From the last hidden states to the logits; :meth:`load` measures it."""
         self.last_position = last_position(model.config)
         """Highest position of a text, see `architectures.last_position`; None: no limit."""
-        self.adapter: str | None = None
-        """Name of the LoRA adapter that the forward goes through; None: the model's own weights alone."""
-        self.started_from: str | None = None
-        """Name of the frozen adapter that ``adapter`` was when it was loaded; None: it changed nothing then."""
+        self.adapters: tuple[str, ...] = ()
+        """Names of its LoRA adapters. A micro-batch goes through its own, or through the only one."""
+        self.started_from: dict[str, str] = {}
+        """Adapter -> the frozen copy of what it was when it was loaded; one that is not here changed nothing then."""
+        self.at_start = False
+        """Whether micro-batches go through what the adapters were when they were loaded; see `start`."""
 
     @classmethod
     def load(
@@ -68,6 +70,7 @@ class Policy(nn.Module):
         dtype: torch.dtype,
         trainable: bool = True,
         adapter: LoRA | None = None,
+        names: Sequence[str] = (SHARED,),
         seed: int = 0,
     ) -> "Policy":
         """Load weights in float32, and check that `forward` gives the model's own logits.
@@ -76,9 +79,11 @@ class Policy(nn.Module):
             path: A folder as `Checkpoint.at` reads it, or a hub name.
             dtype: Arithmetic of the body, float32 or bfloat16.
             trainable: Whether the text part gets gradients.
-            adapter: A LoRA adapter to train instead. One that the folder holds with the same settings goes on. Any
-                other one is merged into the weights, and so is one without this argument.
-            seed: Of a new adapter's numbers.
+            adapter: Settings of LoRA adapters to train instead. Those that the folder holds by the same names with the
+                same settings go on. Another one is merged into the weights, and so is one without this argument.
+                Several are not: they are only scored with (``trainable=False``).
+            names: Of the adapters.
+            seed: Of new adapters' numbers.
 
         Raises:
             TrainingError: the files lack some layers, `forward` does not give the model's own logits, or the adapter
@@ -86,12 +91,15 @@ class Policy(nn.Module):
         """
         source = Checkpoint.at("start", Path(path))
         policy = cls(_whole_model(source.path))
-        if adapter is None or not policy._goes_on(source.adapters, adapter):
+        if adapter is None and not trainable and len(source.adapters) > 1:
+            policy._put_on_as_read(source)
+        elif adapter is None or not policy._goes_on(source, adapter, names):
             policy._merge(source)
-        if adapter is not None:
-            policy._put_on(adapter, seed)
+        if adapter is not None and not policy.adapters:
+            policy._put_on(adapter, names, seed)
         policy._set_trainable(trainable)
-        policy._probe()
+        with using(policy.model, policy._through(None)):  # as `forward` reads what names no adapter
+            policy._probe()
         policy.body_dtype = dtype
         if adapter is not None:
             policy._store_base(dtype)
@@ -99,18 +107,19 @@ class Policy(nn.Module):
 
     @property
     def start(self) -> "Policy":
-        """The policy as it was loaded, where a LoRA adapter is trained: it shares all weights with this one."""
-        return self.through(self.started_from)
-
-    def through(self, adapter: str | None) -> "Policy":
-        """The same model and weights with another adapter in the forward; None: none."""
+        """The policy as it was loaded, where LoRA adapters are trained: it shares all weights with this one."""
         other = copy.copy(self)
-        other.adapter = adapter
+        other.at_start = True
         return other
 
     def recompute_layers(self) -> None:
         """Gradient checkpointing from now on; the gradient is the same bit for bit."""
         recompute_layers(decoder_of(self.model), lambda: using(self.model, in_use(self.model)))
+
+    def _through(self, wanted: str | None) -> str | None:
+        """The adapter in the model that a micro-batch of the adapter ``wanted`` goes through; None: none."""
+        name = self.adapters[0] if wanted is None and len(self.adapters) == 1 else wanted
+        return self.started_from.get(name or "") if self.at_start else name
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Float32 logits, shape (N, V): one row for every scored token of the micro-batch."""
@@ -135,7 +144,7 @@ class Policy(nn.Module):
 
     def _read(self, batch: MicroBatch) -> Tensor:
         """Last hidden states, shape (positions, d): those of all prefixes, padding included, then of all suffixes."""
-        with using(self.model, self.adapter):
+        with using(self.model, self._through(batch.adapter)):
             return self._hidden_through_adapter(batch)
 
     def _hidden_through_adapter(self, batch: MicroBatch) -> Tensor:
@@ -162,27 +171,33 @@ class Policy(nn.Module):
     def _set_trainable(self, trainable: bool) -> None:
         """Give the text part gradients; a vision or audio tower, which no text passes through, gets none."""
         self.model.requires_grad_(False)
-        if self.adapter is not None:
-            for parameter in parameters_of(self.model, self.adapter).values():
-                parameter.requires_grad_(trainable)
+        if self.adapters:
+            for name in self.adapters:
+                for parameter in parameters_of(self.model, name).values():
+                    parameter.requires_grad_(trainable)
             return
         for part in (decoder_of(self.model), self.model.get_output_embeddings()):
             if part is not None:
                 part.requires_grad_(trainable)
 
-    def _goes_on(self, held: Sequence[AdapterFiles], wanted: LoRA) -> bool:
-        """Put the adapter of a folder on the model if its settings are the wanted ones; tell whether it was."""
-        if len(held) != 1:
+    def _goes_on(self, source: Checkpoint, wanted: LoRA, names: Sequence[str]) -> bool:
+        """Put the adapters of a folder on the model if they are the wanted ones; tell whether they were."""
+        held = {adapter.name: adapter.path for adapter in source.adapters}
+        layers = {*target_modules(self.model, wanted)}
+        found = [read(path)[0] for path in held.values()]
+        same = all(one == wanted.model_copy(update={"target": one.target}) and {*one.target} == layers for one in found)
+        if held.keys() != {*names} or not same:
             return False
-        found, _ = read(held[0].path)
-        if found != wanted.model_copy(update={"target": found.target}) or set(found.target) != {
-            *target_modules(self.model, wanted)
-        }:
-            return False
-        self.adapter, self.started_from = SHARED, START
-        for name in (SHARED, START):
-            put_on_as_read(self.model, name, held[0].path)
+        self._put_on_as_read(source)
+        self.started_from = {name: f"{START}-{name}" for name in names}
+        for name, copied in self.started_from.items():
+            put_on_as_read(self.model, copied, held[name])
         return True
+
+    def _put_on_as_read(self, source: Checkpoint) -> None:
+        for adapter in source.adapters:
+            put_on_as_read(self.model, adapter.name, adapter.path)
+        self.adapters = tuple(adapter.name for adapter in source.adapters)
 
     def _merge(self, source: Checkpoint) -> None:
         if len(source.adapters) > 1:
@@ -193,11 +208,11 @@ class Policy(nn.Module):
         for adapter in source.adapters:
             merge(self.model, adapter.path)
 
-    def _put_on(self, adapter: LoRA, seed: int) -> None:
-        """Put a new adapter on the model, unless one goes on."""
-        if self.adapter is None:
-            self.adapter = SHARED
-            put_on(self.model, SHARED, adapter, seed=named_seed(seed, SHARED))
+    def _put_on(self, adapter: LoRA, names: Sequence[str], seed: int) -> None:
+        """Put new adapters on the model."""
+        self.adapters = tuple(names)
+        for name in names:
+            put_on(self.model, name, adapter, seed=named_seed(seed, name))
 
     def _store_base(self, dtype: torch.dtype) -> None:
         """Keep the frozen weights in the precision in which they are published, as the engine does."""

@@ -1,12 +1,17 @@
 """How weights are trained. Every default says where it comes from; *paper* is arXiv 2605.12484."""
 
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from dspy_fst.lora import LoRA
+from dspy_fst.lora import Grouping, LoRA
 from dspy_fst.settings import Settings
+
+
+GROUP = r"[A-Za-z0-9_-]+"
+"""Name of a group of predictors with a LoRA adapter of its own."""
 
 
 class TrainingSettings(Settings):
@@ -19,6 +24,10 @@ class TrainingSettings(Settings):
     """A LoRA adapter that is trained in place of all weights, e.g. ``LoRA(rank=16)``, or ``"lora"`` for its defaults.
     It takes a small part of the memory and disk, and about ten times the learning rate (ours). None trains all weights
     (paper)."""
+    adapters: Grouping = "shared"
+    """Which trained predictors share a LoRA adapter: ``"shared"``, all of them (paper: one set of weights);
+    ``"per_predictor"``, none, so that each learns apart on one base in memory; or groups, adapter -> predictors, e.g.
+    ``{"search": ("hops[0].query", "hops[1].query")}`` (ours). Predictors without one speak with the base."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """AdamW's peak learning rate (ours, common for full-weight RL; not published where we could read)."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -78,6 +87,20 @@ class TrainingSettings(Settings):
             "chat adapter is set with dspy.configure(adapter=...)"
         )
 
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _groups_of_predictors(cls, value: Any) -> Any:
+        if value in ("shared", "per_predictor"):
+            return value
+        if not isinstance(value, Mapping) or not value or not all(isinstance(v, list | tuple) for v in value.values()):
+            raise ValueError("use 'shared', 'per_predictor', or groups: a name for each adapter and its predictors")
+        if bad := [name for name in value if not re.fullmatch(GROUP, str(name)) or not value[name]]:
+            raise ValueError(f"{bad[0]!r}: a group's name has letters, digits, - and _, and at least one predictor")
+        names = [str(name) for group in value.values() for name in group]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)} stands in two groups, and a predictor has one LoRA adapter")
+        return {str(group): tuple(sorted(map(str, members))) for group, members in sorted(value.items())}
+
     @field_validator("micro_batch_tokens", mode="before")
     @classmethod
     def _tokens_or_auto(cls, value: Any) -> Any:
@@ -90,3 +113,12 @@ class TrainingSettings(Settings):
     @classmethod
     def _order_and_repetition_mean_nothing(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if names is None else tuple(sorted(set(names)))
+
+    @model_validator(mode="after")
+    def _adapters_share_out_an_adapter(self) -> Self:
+        if self.adapters != "shared" and self.adapter is None:
+            raise ValueError(
+                f"adapters={self.adapters!r} gives predictors LoRA adapters of their own, and adapter=None trains all "
+                "weights; set adapter='lora' or LoRA(rank=...)"
+            )
+        return self

@@ -3,7 +3,7 @@
 The caller owns the loop and may do anything between two steps. Texts never change here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.machine import has_gpu, launch_faults
 from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
+from dspy_fst.lora import SHARED
 from dspy_fst.slow import chunked_head, losses
-from dspy_fst.slow.batching import MicroBatch, Scored, check_recorded, check_scorable, completions, micro_batches
+from dspy_fst.slow.batching import (
+    NONE,
+    MicroBatch,
+    Scored,
+    check_recorded,
+    check_scorable,
+    completions,
+    micro_batches,
+)
 from dspy_fst.slow.checkpoint import (
     CheckpointWriter,
     read_state,
@@ -49,6 +58,7 @@ class Trainer:
         device: ``"cpu"``, or ``"auto"`` for CUDA if available.
         reference: Weights of the KL term. None takes ``model``; with a LoRA adapter that needs no second model.
             Another folder is given when a run continues from trained weights and keeps the KL to older ones.
+        adapters: Predictor -> the LoRA adapter of its calls, where ``settings.adapter`` is set and not all share one.
         share_prompts: Whether a prompt that several calls begin with is read once, where the model allows it. Speed
             only.
         gradient_checkpointing: Whether the backward pass keeps the inputs of each layer alone and computes the rest
@@ -68,6 +78,7 @@ class Trainer:
         *,
         device: Literal["auto", "cpu"] = "auto",
         reference: str | Path | None = None,
+        adapters: Mapping[str, str] = NONE,
         share_prompts: bool = True,
         gradient_checkpointing: bool = False,
         seed: int = 0,
@@ -84,7 +95,9 @@ class Trainer:
         torch.manual_seed(seed)
         self._files = Checkpoint.at("start", Path(model)).path
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._files, trust_remote_code=False)
-        policy = Policy.load(model, dtype=self._dtype, adapter=settings.adapter, seed=seed)
+        self._adapters = adapters
+        names = tuple(dict.fromkeys(adapters.values())) or (SHARED,)
+        policy = Policy.load(model, dtype=self._dtype, adapter=settings.adapter, names=names, seed=seed)
         self._policy = policy.to(self._device)
         if gradient_checkpointing:
             self._policy.recompute_layers()
@@ -148,7 +161,7 @@ class Trainer:
         """
         if not batch.rows and not batch.seed_kl_calls:
             return NO_UPDATE
-        sequences = self._checked(completions(batch.rows))
+        sequences = self._checked(completions(batch.rows, self._adapters))
         check_recorded(batch.rows)
         self._optimizer.zero_grad()
         metrics = UpdateMetrics(self._device)
@@ -188,7 +201,7 @@ class Trainer:
         coefficient = self.settings.seed_kl_coefficient
         if not calls or coefficient == 0:
             return
-        policy_reads = self._checked(completions([seed_call.call for seed_call in calls]))
+        policy_reads = self._checked(completions([seed_call.call for seed_call in calls], self._adapters))
         start_reads = self._checked(
             [
                 replace(sequence, ids=(*c.start_prompt_ids, *c.call.completion_ids), start=len(c.start_prompt_ids))
@@ -246,18 +259,18 @@ class Trainer:
 
     # ---- scoring -------------------------------------------------------------------------------
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of every token but the first of each sequence, at temperature 1."""
-        scored = [Scored(tuple(sequence), 1) for sequence in sequences]
+    def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
+        """Log-probability of every token but the first of each sequence, at temperature 1; see `Engine.score`."""
+        scored = [Scored(tuple(sequence), 1, adapter=adapter) for sequence in sequences]
         return self._per_token(scored, self._logprobs)
 
     def logprobs(self, calls: Sequence[Call]) -> list[list[float]]:
         """Log-probability of every completion token at the call's temperature, as an engine records it."""
-        return self._per_token(completions(calls), self._logprobs)
+        return self._per_token(completions(calls, self._adapters), self._logprobs)
 
     def kl_by_call(self, calls: Sequence[Call]) -> list[list[float]]:
         """Exact KL(theta || start) in nats at every completion token of each call, given the sampled tokens before."""
-        return self._per_token(completions(calls), self._kl)
+        return self._per_token(completions(calls, self._adapters), self._kl)
 
     def _logprobs(self, micro: MicroBatch) -> Tensor:
         return chunked_head.logprobs(self._policy.readout(micro), micro)
@@ -290,7 +303,7 @@ class Trainer:
     @cached_property
     @torch.inference_mode(False)
     def _reference(self) -> Policy:
-        if self._reference_path is None and self._policy.adapter is not None:
+        if self._reference_path is None and self._policy.adapters:
             return self._policy.start
         path = self._source if self._reference_path is None else self._reference_path
         policy = Policy.load(path, dtype=self._dtype, trainable=False)
@@ -336,9 +349,9 @@ class Trainer:
         Raises:
             TrainingError: ``directory`` exists.
         """
-        if self._policy.adapter is None:
+        if not self._policy.adapters:
             return Checkpoint(version, Path(directory), self._checkpoints.write(Path(directory)))
-        return self._checkpoints.write_adapter(Path(directory), version, self._policy.adapter)
+        return self._checkpoints.write_adapters(Path(directory), version, self._policy.adapters, self._adapters)
 
     @cached_property
     def _checkpoints(self) -> CheckpointWriter:

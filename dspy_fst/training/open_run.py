@@ -10,6 +10,7 @@ import dspy
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.options import portable_options
 from dspy_fst.fast.settings import own_texts
+from dspy_fst.lora import adapter_of
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.program_checks import policies_of
 from dspy_fst.rollout.chat_adapters import adapter_in_force, kept_by
@@ -114,11 +115,12 @@ def _what_is_saved(run: RunDirectory) -> str:
 def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
     """Load the trainer, at the committed state when there is one, and put the session together."""
     config, student = request.config, request.student
-    trainer = Trainer(policy.checkpoint.folder, config, seed=config.seed)
+    adapters = adapter_of(config.adapters, config.trained or policies_of(student))
+    trainer = Trainer(policy.checkpoint.folder, config, adapters=adapters, seed=config.seed)
     run.drop_weights_from(version_of(moved_at(run.state)))
     if run.state:
         trainer.load_state(run.trainer_state)
-    program = trainable_copy(student, policy)
+    program = trainable_copy(student, policy, adapters)
     seed = own_texts(student, config)
     rollouter = open_rollouter(program, request.metric, config, policy.handle.engine.expect, request.trainset)
     problems, metric = fingerprint([example.toDict() for example in request.valset]), rollouter.reward.identity

@@ -1,7 +1,7 @@
 """What a run or a command is put together from: a trainable copy of the program, a population and a rollouter."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -23,16 +23,24 @@ def new_run_dir() -> Path:
     return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
-def trainable_copy(student: dspy.Module, policy: PolicyLM) -> dspy.Module:
+def trainable_copy(student: dspy.Module, policy: PolicyLM, adapters: Mapping[str, str] | None = None) -> dspy.Module:
     """A copy of the student in which every predictor of its PolicyLM speaks through ``policy``'s engine.
 
-    Each LM keeps its own temperature and limits, and stays one LM: BestOfN and Refine refuse a module of two.
+    Each LM keeps its own temperature and limits, and stays one LM for the predictors of one LoRA adapter: BestOfN and
+    Refine refuse a module of two.
+
+    Args:
+        adapters: Predictor -> its LoRA adapter; None: those of the policy's weights.
     """
     copy: dspy.Module = copied(student)
-    lms: dict[PolicyLM, PolicyLM] = {}
+    through = policy.checkpoint.predictors if adapters is None else adapters
+    names = {id(predictor): name for name, predictor in copy.named_predictors()}
+    lms: dict[tuple[PolicyLM, str | None], PolicyLM] = {}
     for predictor in all_speakers(copy):  # also those that DSPy holds frozen, or misses
         if isinstance(lm := predictor.lm or dspy.settings.lm, PolicyLM):
-            predictor.lm = lms[lm] if lm in lms else lms.setdefault(lm, lm.on(policy.handle))
+            adapter = through.get(names.get(id(predictor), ""))
+            key = lm, adapter
+            predictor.lm = lms[key] if key in lms else lms.setdefault(key, lm.on(policy.handle, adapter))
     return copy
 
 

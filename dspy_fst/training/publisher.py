@@ -122,7 +122,15 @@ class Publishing:
             EngineError: the engine does not load them.
         """
         ids = self.texts.ids()
-        expected = Expected(checkpoint, ids, self._trainer.score(ids), self._trainer.dtype, self._tolerance)
+        names = [adapter.name for adapter in checkpoint.adapters] if len(checkpoint.adapters) > 1 else []
+        expected = Expected(
+            checkpoint,
+            ids,
+            self._trainer.score(ids),
+            self._trainer.dtype,
+            by_adapter={name: self._trainer.score(ids, adapter=name) for name in names},
+            tolerance=self._tolerance,
+        )
 
         def prove(engine: Scorer) -> None:
             if not verify(engine, expected).identical and not self._told_blind:

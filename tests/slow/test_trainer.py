@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
 from dspy_fst.errors import ConfigurationError, TrainingError
+from dspy_fst.slow.batching import NONE
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.settings import TrainingSettings
@@ -23,9 +24,9 @@ SETTINGS = TrainingSettings(
 )
 
 
-def make_trainer(start, reference=None, share_prompts=True, **changes) -> Trainer:
+def make_trainer(start, reference=None, share_prompts=True, adapters=NONE, **changes) -> Trainer:
     settings = TrainingSettings(**(SETTINGS.model_dump() | changes))
-    return Trainer(start, settings, device="cpu", reference=reference, share_prompts=share_prompts)
+    return Trainer(start, settings, device="cpu", reference=reference, adapters=adapters, share_prompts=share_prompts)
 
 
 def draw_call(draw: random.Random, predictor: str = "answer"):

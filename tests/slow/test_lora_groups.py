@@ -1,0 +1,118 @@
+"""A LoRA adapter for each group of predictors: each learns from its own calls alone, on one base."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.errors import TrainingError
+from dspy_fst.lora import LoRA, adapter_of
+from dspy_fst.slow.checkpoint import write_merged
+from dspy_fst.slow.credit import credit
+from dspy_fst.types import Batch, Group
+from tests.slow.makers import make_call, make_rollout
+from tests.slow.test_lora import flat
+from tests.slow.test_trainer import assert_close, draw_call, make_trainer, recorded_gradients
+
+SMALL = LoRA(rank=4, alpha=8.0)
+BOTH = {"query": "for-query", "answer": "for-answer"}
+
+
+def batch_of(seed: int, predictors=("query", "answer")) -> Batch:
+    draw = random.Random(seed)
+    rewards = ((1.0, 0.0, 0.25), (0.0, 1.0))
+
+    def calls():
+        drawn = [draw_call(draw, name) for name in ("query", "answer", "query")]
+        return [call for call in drawn if call.predictor in predictors]
+
+    return credit(
+        [Group(p, tuple(make_rollout(r, *calls(), problem=p) for r in group)) for p, group in enumerate(rewards)]
+    )
+
+
+def trained(start, updates=2, **changes):
+    trainer = make_trainer(start, **{"adapter": SMALL, "warmup_steps": 0, **changes}, adapters=BOTH)
+    for update in range(updates):
+        trainer.step(batch_of(update))
+    return trainer
+
+
+def of(name, tensors):
+    return {key.replace(f".{name}.", ".shared."): tensor for key, tensor in tensors.items() if f".{name}." in key}
+
+
+def test_names_of_the_adapters():
+    assert adapter_of("shared", ["a", "b"]) == {}
+    assert adapter_of("per_predictor", ["a.b", "c"]) == {"a.b": "for-a-b", "c": "for-c"}
+    assert adapter_of({"one": ("a", "b"), "two": ("c",)}, ["a", "b", "c"]) == {"a": "one", "b": "one", "c": "two"}
+
+
+@pytest.mark.parametrize("name", ["query", "answer"])
+def test_the_gradient_of_an_adapter_is_that_of_its_own_calls(start, name):
+    """Against a trainer with one adapter, of the same numbers, on the rows of that predictor alone."""
+    batch = batch_of(7)
+    both, alone = trained(start), make_trainer(start, adapter=SMALL, warmup_steps=0)
+    ours, its = of(f"for-{name}", dict(both.parameters)), dict(alone.parameters)
+    assert ours.keys() == its.keys()
+    with torch.no_grad():
+        for key, parameter in its.items():
+            parameter.copy_(ours[key])
+    with recorded_gradients(both) as found:
+        both.step(batch)
+    rows = tuple(row for row in batch.rows if row.predictor == name)
+    with recorded_gradients(alone) as wanted:
+        alone.step(dataclasses.replace(batch, rows=rows))
+    assert_close(of(f"for-{name}", found), wanted)
+
+
+def test_a_predictor_without_calls_in_a_batch_leaves_its_adapter_as_it_is(start):
+    trainer = trained(start)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+    trainer.step(batch_of(5, predictors=("answer",)))
+    moved = {name for name, parameter in trainer.parameters.items() if not torch.equal(before[name], parameter)}
+    assert moved
+    assert all(".for-answer." in name for name in moved)
+
+
+def test_calls_are_scored_through_their_own_adapter_and_the_kl_is_to_the_base(start):
+    trainer, base = trained(start), make_trainer(start)
+    calls = [make_call([4, 5, 6], [1, 2], predictor=name) for name in ("query", "answer", "other")]
+    query, answer, other = trainer.logprobs(calls)
+    ids = [[1, 2, 4, 5, 6]]
+    assert query == pytest.approx(trainer.score(ids, adapter="for-query")[0][1:], abs=1e-6)
+    assert answer == pytest.approx(trainer.score(ids, adapter="for-answer")[0][1:], abs=1e-6)
+    assert other == pytest.approx(base.logprobs(calls[2:])[0], abs=1e-6)
+    assert query != pytest.approx(answer, abs=1e-3)
+    kl = trainer.kl_by_call(calls)
+    assert min(kl[0] + kl[1]) > 1e-4
+    assert kl[2] == pytest.approx([0.0] * 3, abs=1e-6)
+
+
+def test_several_adapters_are_published_restored_and_go_on(start, tmp_path):
+    trainer = trained(start)
+    published = trainer.publish(tmp_path / "step-000002", "step-000002")
+    assert [adapter.name for adapter in published.adapters] == ["for-query", "for-answer"]
+    read = Checkpoint.at("step-000002", published.folder)
+    assert (read, read.predictors) == (published, BOTH)
+    trainer.save_state(tmp_path / "state")
+    again = make_trainer(start, adapter=SMALL, warmup_steps=0, adapters=BOTH)
+    again.load_state(tmp_path / "state")
+    further = make_trainer(published.folder, adapter=SMALL, warmup_steps=0, adapters=BOTH)
+    calls = [make_call([4, 5, 6], [1, 2], predictor=name) for name in BOTH]
+    assert float(flat(further.kl_by_call(calls)).abs().max()) < 1e-6
+    for each in (trainer, again, further):
+        each.step(batch_of(9))
+    assert all(torch.equal(again.parameters[name], p) for name, p in trainer.parameters.items())
+    assert float(flat(further.kl_by_call(calls)).min()) > 0
+
+
+def test_several_adapters_are_no_whole_weights(start, tmp_path):
+    folder = trained(start).publish(tmp_path / "step-000002", "step-000002").folder
+    for settings in ({}, {"adapter": SMALL}, {"adapter": LoRA(rank=2)}):
+        with pytest.raises(TrainingError, match="holds 2 LoRA adapters, for different predictors"):
+            make_trainer(folder, **settings)
+    with pytest.raises(TrainingError, match=r"give the folder of dspy_fst.save instead"):
+        write_merged(folder, tmp_path)
