@@ -9,7 +9,6 @@ from pydantic import Field, field_validator, model_validator
 from dspy_fst.lora import Grouping, LoRA
 from dspy_fst.settings import Settings
 
-
 GROUP = r"[A-Za-z0-9_-]+"
 """Name of a group of predictors with a LoRA adapter of its own."""
 
