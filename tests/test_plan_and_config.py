@@ -6,12 +6,13 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dspy_fst.config import Alternation, FSTConfig, make_config
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.settings import SearchSettings
 from dspy_fst.rollout.settings import RolloutSettings
+from dspy_fst.settings import Settings, no_such_setting, sentences
 from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.training.plan import Plan
 
@@ -149,3 +150,29 @@ def test_a_room_s_settings_refuse_a_misspelt_name_as_the_recipe_does():
             "rollout_timeout_s=0: Input should be greater than 0",
             "failure_score=True: True and False are no numbers",
         }
+
+
+class Inner(BaseModel):
+    count: int
+
+
+class Document(Settings):
+    inner: Inner
+    name: str
+
+
+def test_the_sentences_of_a_document_hide_its_values_unless_they_are_asked_for():
+    with pytest.raises(ValidationError) as error:
+        Document.model_validate({"inner": {"count": "sk-secret"}, "sk-key": 1})
+    assert sentences(error.value) == [
+        "inner.count: Input should be a valid integer, unable to parse string as an integer",
+        "name: it is missing",
+        "sk-key: Extra inputs are not permitted",
+    ]
+    told = sentences(
+        error.value,
+        show=lambda place, value: repr(value) if place == "inner.count" else None,
+        unknown=lambda place: no_such_setting("recipe.cycle", ["cycles"]),
+    )
+    assert told[0].startswith("inner.count='sk-secret': Input should be a valid integer")
+    assert told[2] == "recipe.cycle: there is no such setting; did you mean 'cycles'?"

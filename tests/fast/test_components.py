@@ -12,7 +12,7 @@ from dspy_fst.errors import EngineError
 from dspy_fst.fast.evolve import evolve
 from dspy_fst.fast.reflection_cost import CostMeter
 from dspy_fst.fast.rollout_bank import OUTAGE
-from dspy_fst.fast.settings import SearchSettings
+from dspy_fst.fast.settings import SearchSettings, own_texts
 from dspy_fst.rollout.call_recorder import tag_predictors
 from dspy_fst.rollout.components import UnboundError, read_texts, with_texts
 from dspy_fst.rollout.jsonable import rollouts_from_json, rollouts_to_json
@@ -115,6 +115,13 @@ def evolved(program, *, tools=False, propose=None, budget=30, speak=plain, **arg
         budget=budget,
         **arguments,
     )
+
+
+@pytest.mark.parametrize("way", ["fixed", "evolved"])
+def test_a_run_starts_from_the_texts_that_its_search_may_change(way):
+    texts = own_texts(Agent(), SearchSettings(tool_descriptions=way)).texts
+    assert ("agent.tools['count'].desc" in texts) == (way == "evolved")
+    assert texts == read_texts(Agent(), tools=way == "evolved").texts
 
 
 def test_a_search_that_met_a_source_that_does_not_bind_is_taken_up_again(tmp_path):
