@@ -44,9 +44,11 @@ def test_an_update_is_measured_with_full_weights_and_with_lora(side, rows, monke
     assert set(found) == {("full", side), ("LoRA rank 16", side)}
     tokens = update.PROBLEMS * update.GROUP * 24
     read = 32 * 12 + 64 * 11 if side == "dspy_fst" else tokens
-    for row in found.values():
+    for (weights, _), row in found.items():
+        factor = 6 if weights == "full" else 4  # a frozen base needs no gradient of its weights
+        assert row["flops_per_token"] == factor * parameters_of("tiny")
         assert row["tokens_per_s"] == pytest.approx(tokens / row["seconds"])
-        assert row["mfu_rows"] == pytest.approx(6 * parameters_of("tiny") * tokens / (row["seconds"] * 989.4e12))
+        assert row["mfu_rows"] == pytest.approx(factor * parameters_of("tiny") * tokens / (row["seconds"] * 989.4e12))
         assert row["mfu_read"] / row["mfu_rows"] == pytest.approx(read / tokens)
 
 
@@ -180,6 +182,7 @@ def test_the_table_tells_what_was_measured_and_what_was_not():
     ]
     text = show({"machine": MACHINE, "parts": parts, "seconds": 100.0})
     assert "| 4B | full | trl | 0 | 2048 | 2 | 16,192 | 40.0% | - | 70.1 | - |" in text
+    assert "MFU counts 6 FLOPs for each parameter and token with full weights, and 4 with a LoRA" in text
     assert "- update 4B: failed: status -6" in text
     assert "- log-ratio, any: skipped: no vLLM" in text
 

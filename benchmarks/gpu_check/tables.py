@@ -39,6 +39,13 @@ COLUMNS: dict[str, dict[str, str]] = {
     "test": {"test": "test", "outcome": "outcome"},
 }
 """Key that marks a kind of row -> its columns and their titles."""
+NOTES = {
+    "trainer": (
+        "MFU counts 6 FLOPs for each parameter and token with full weights, and 4 with a LoRA, whose frozen base needs "
+        "no gradient. Attention and the KL's forward pass of the start are not counted."
+    )
+}
+"""Key that marks a kind of row -> a sentence under its table."""
 
 
 def show(result: Mapping[str, Any]) -> str:
@@ -47,10 +54,14 @@ def show(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     rows = [row for part in result["parts"] for row in part["rows"]]
     told = [row for row in rows if "skipped" not in row]
-    tables = [table([row for row in told if mark in row], columns) for mark, columns in COLUMNS.items()]
+    tables = [
+        "\n\n".join([shown, *([NOTES[mark]] if mark in NOTES else [])])
+        for mark, columns in COLUMNS.items()
+        if (shown := table([row for row in told if mark in row], columns))
+    ]
     said = [f"- {skipped}" for skipped in missed(result["parts"])]
     head = f"{found['card']}; Python {found['python']}, {versions}; {result.get('seconds', 0):.0f} s in all"
-    return "\n\n".join([head, *filter(None, tables), "Skipped or failed:\n\n" + "\n".join(said or ["- nothing"])])
+    return "\n\n".join([head, *tables, "Skipped or failed:\n\n" + "\n".join(said or ["- nothing"])])
 
 
 def missed(parts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -36,6 +36,10 @@ REPEATS, LEAST_BUDGET = 3, 512
 PEAK_FLOPS = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12, "A100": 312e12}
 """Dense bfloat16 FLOP/s by a part of the card's name: half of what NVIDIA's data sheets of the H100 SXM and H200 give
 "with sparsity" (1,979 TFLOPS); the A100's is given without."""
+FULL_FLOPS, LORA_FLOPS = 6, 4
+"""FLOPs for each token and parameter. Forward takes 2, the backward pass through the layers 2, and the gradient of the
+weights 2 more, which a frozen base under a LoRA does not have (PaLM, arXiv 2204.02311, App. B). Attention, the KL
+term's forward pass of the start and the LoRA's own numbers are left out, on both sides."""
 FULL_BYTES = 16
 """A parameter in training: float32 weight, gradient and two moments."""
 START_BYTES = 4
@@ -56,6 +60,11 @@ class Case:
     @property
     def weights(self) -> str:
         return f"LoRA rank {RANK}" if self.adapter else "full"
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of one update."""
+        return float((LORA_FLOPS if self.adapter else FULL_FLOPS) * parameters_of(self.shape))
 
 
 BUDGETS = {"tiny": (2048, 2048), "0.5B": (8192, 8192), "1.7B": (8192, 8192), "4B": (2048, 4096), "8B": (2048, 2048)}
@@ -174,17 +183,17 @@ def _measure_at(make: Callable[[int], Callable[[], Any]], budget: int) -> Measur
     return Measured(seconds, torch.cuda.max_memory_allocated() if on_gpu else 0, loaded, budget)
 
 
-def mfu(parameters: int, tokens: int, seconds: float, card: str) -> float | None:
-    """6 * parameters * tokens / (seconds * peak FLOP/s of the card); None for a card that PEAK_FLOPS lacks."""
+def mfu(case: Case, tokens: int, seconds: float, card: str) -> float | None:
+    """FLOPs of the tokens / (seconds * peak FLOP/s of the card); None for a card that PEAK_FLOPS lacks."""
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
-    return None if peak is None else 6 * parameters * tokens / (seconds * peak)
+    return None if peak is None else case.flops_per_token * tokens / (seconds * peak)
 
 
 def report(case: Case, side: str, measured: Measured, batch: Batch, card: str) -> None:
     """One row: a side of a case."""
     read, in_rows = tokens_of(batch, measured.budget)
     read = read if side == "dspy_fst" else in_rows
-    seconds, count = statistics.median(measured.seconds), parameters_of(case.shape)
+    seconds = statistics.median(measured.seconds)
     row(
         model=case.shape,
         weights=case.weights,
@@ -194,11 +203,12 @@ def report(case: Case, side: str, measured: Measured, batch: Batch, card: str) -
         seconds=seconds,
         all_seconds=measured.seconds,
         tokens_per_s=in_rows / seconds,
-        mfu_rows=mfu(count, in_rows, seconds, card),
-        mfu_read=mfu(count, read, seconds, card),
+        mfu_rows=mfu(case, in_rows, seconds, card),
+        mfu_read=mfu(case, read, seconds, card),
         peak_gib=measured.peak_bytes / 2**30,
         above_loaded_gib=(measured.peak_bytes - measured.loaded_bytes) / 2**30,
-        parameters=count,
+        flops_per_token=case.flops_per_token,
+        parameters=parameters_of(case.shape),
     )
 
 

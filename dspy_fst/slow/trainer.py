@@ -368,7 +368,9 @@ class Trainer:
 
     @torch.inference_mode(False)
     def load_state(self, directory: Path) -> None:
-        """Restore what :meth:`save_state` wrote; training then continues bit for bit. The reference is unchanged.
+        """Restore what :meth:`save_state` wrote; the reference is unchanged.
+
+        Training then continues bit for bit on a CPU, and on a GPU up to the order in which its kernels add up.
 
         Raises:
             TrainingError: the state is unreadable, or of a model with other parameters.
