@@ -31,7 +31,7 @@ MAX_JSON_BYTES = 64 * 2**20
 MAX_FILES = 1000
 
 
-class FileFacts(BaseModel):
+class ManifestEntry(BaseModel):
     """Size and checksum of one file."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -48,7 +48,7 @@ class Manifest(BaseModel):
     format: int
     package: str
     """Version of dspy_fst that wrote the folder."""
-    files: dict[str, FileFacts] = Field(max_length=MAX_FILES)
+    files: dict[str, ManifestEntry] = Field(max_length=MAX_FILES)
     """Path below the folder, with slashes -> its size and checksum."""
 
 
