@@ -330,6 +330,8 @@ class UpdateReport:
     trained."""
     skipped: str | None = None
     """Why the update was not applied; None when it was, or when there was nothing to train."""
+    halved_to: int | None = None
+    """Tokens of a micro-batch with which the update was made after memory had run out; None when it had not."""
 
     @property
     def moved(self) -> bool:

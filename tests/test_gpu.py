@@ -1,5 +1,6 @@
 """The same promises on a GPU: bfloat16 bodies, float32 logits. Skipped where there is none."""
 
+import gc
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,8 +45,8 @@ def a_batch(problems=6, rollouts=4):
     return Batch(tuple(Row(p, r, (-6.0,) * len(r), advantage=a, token_weight=weight) for p, r, a in rows), "start")
 
 
-def a_trainer(precision="float32", device="auto", adapter=None):
-    settings = TrainingSettings(learning_rate=1e-3, precision=precision, adapter=adapter, min_effective_share=0.0)
+def a_trainer(precision="float32", device="auto", **changes):
+    settings = TrainingSettings(learning_rate=1e-3, precision=precision, min_effective_share=0.0, **changes)
     return Trainer(BASE, settings, device=device)
 
 
@@ -155,3 +156,32 @@ def test_the_demo_s_joint_cell_is_best(engine, tmp_path):
     cells = run("reverse_drop", engine, 0, tmp_path / "run")["cells"]
     scores = [cell["mean_at_k"] for cell in cells.values()]
     assert scores[-1] == max(scores)
+
+
+def test_an_update_that_runs_out_of_memory_is_made_again_with_smaller_micro_batches(tmp_path):
+    """The process may have less than the first try takes, and more than one with half the micro-batch tokens."""
+    batch, budget, total = a_batch(problems=200), 16384, torch.cuda.mem_get_info()[1]
+    (large, _), (small, expected) = (reserved_by_a_step(batch, tokens) for tokens in (budget, budget // 2))
+    assert large > small
+    torch.cuda.set_per_process_memory_fraction((large + small) / 2 / total)
+    try:
+        trainer = a_trainer(micro_batch_tokens=budget)
+        report = trainer.step(batch)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert report.halved_to is not None
+    assert report.halved_to < budget
+    assert (report.rows, report.tokens) == (expected.rows, expected.tokens)
+    assert report.grad_norm == pytest.approx(expected.grad_norm, rel=NORM_GAPS["float32"])
+
+
+def reserved_by_a_step(batch, tokens):
+    """The most bytes that the process held, and the step's report."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    report = a_trainer(micro_batch_tokens=tokens).step(batch)
+    held = torch.cuda.max_memory_reserved()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return held, report

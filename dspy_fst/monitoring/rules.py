@@ -365,4 +365,12 @@ def skipped_update(history: History) -> Finding | None:
     return Finding("skipped", [now], seen, "If it goes on, lower learning_rate or set max_grad_norm")
 
 
-UPDATE_RULES = (entropy_collapse, kl_growth, mismatch, capped_tokens, gradient_spike, skipped_update)
+def out_of_memory(history: History) -> Finding | None:
+    now = history.reports[-1]
+    if now.update.halved_to is None:
+        return None
+    seen = f"the update ran out of memory and was made again with micro-batches of {now.update.halved_to} tokens"
+    return Finding("out of memory", [now], seen, "The run keeps that size; set micro_batch_tokens to it in a new run")
+
+
+UPDATE_RULES = (entropy_collapse, kl_growth, mismatch, capped_tokens, gradient_spike, skipped_update, out_of_memory)

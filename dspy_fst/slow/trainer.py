@@ -40,13 +40,10 @@ from dspy_fst.slow.checkpoint import (
 from dspy_fst.slow.chunked_head import Readout, learn
 from dspy_fst.slow.head import exact_matmuls
 from dspy_fst.slow.losses import NO_UPDATE, Tokens, UpdateMetrics
+from dspy_fst.slow.micro_batch_budget import MicroBatchBudget
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.types import Batch, Call, Row, SeedKLCall, UpdateReport, WeightsVersion
-
-UNPLANNED_TOKENS = 4096
-"""Tokens of a micro-batch under ``micro_batch_tokens="auto"`` where no memory plan chose a number: a CPU is fastest
-about here."""
 
 
 class Trainer:
@@ -111,6 +108,7 @@ class Trainer:
             fused=True,
         )
         self._updates = 0
+        self._budget = MicroBatchBudget(settings.micro_batch_tokens)
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -152,28 +150,43 @@ class Trainer:
     def step(self, batch: Batch) -> UpdateReport:
         """Make one optimizer step over all rows and seed-KL calls of the batch; an empty batch makes none.
 
+        When memory runs out, the micro-batches are halved and the update is made again from the start.
         After any of these errors the weights are as before.
 
         Raises:
             NotFiniteError: the loss, the gradient or a recorded log-probability is not finite.
             MismatchError: the rows were sampled from another distribution than these weights give.
-            TrainingError: a row cannot be scored.
+            TrainingError: a row cannot be scored, or memory runs out at micro-batches of a single sequence too.
         """
         if not batch.rows and not batch.seed_kl_calls:
             return NO_UPDATE
         sequences = self._checked(completions(batch.rows, self._adapters))
         check_recorded(batch.rows)
-        self._optimizer.zero_grad()
-        metrics = UpdateMetrics(self._device)
-        for micro in self._micro_batches(sequences):
-            self._learn(micro, batch.rows, metrics)
-        self._learn_seed_kl(batch.seed_kl_calls, metrics)
+        tokens = self._budget.tokens
+        while (metrics := self._gradient(batch, sequences)) is None:
+            self._budget.halve(batch, self._updates + 1)
         grad_norm = self._finite_norm(metrics)
         if batch.rows:
             self._check_on_policy(metrics)
         report = metrics.report(grad_norm, self._next_rate(), rows=len(batch.rows))
         self._apply(report)
-        return report
+        return report if self._budget.tokens == tokens else replace(report, halved_to=self._budget.tokens)
+
+    def _gradient(self, batch: Batch, sequences: list[Scored]) -> UpdateMetrics | None:
+        """Leave the batch's gradient with the parameters; None, and no gradient, if memory ran out."""
+        self._optimizer.zero_grad()
+        metrics = UpdateMetrics(self._device)
+        try:
+            for micro in self._micro_batches(sequences):
+                self._learn(micro, batch.rows, metrics)
+            self._learn_seed_kl(batch.seed_kl_calls, metrics)
+            return metrics
+        except torch.OutOfMemoryError:
+            pass  # below, the error no longer holds the frames, and with them the memory
+        self._optimizer.zero_grad()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def _learn(self, micro: MicroBatch, rows: Sequence[Row], metrics: UpdateMetrics) -> None:
         """Add the gradient of this micro-batch's share of the loss.
@@ -330,10 +343,8 @@ class Trainer:
         return result
 
     def _micro_batches(self, sequences: list[Scored]) -> Iterator[MicroBatch]:
-        given = self.settings.micro_batch_tokens
-        budget = UNPLANNED_TOKENS if given == "auto" else given
         share = self._share_prompts and self._policy.shares_prompts
-        return (micro.to(self._device) for micro in micro_batches(sequences, budget, share=share))
+        return (micro.to(self._device) for micro in micro_batches(sequences, self._budget.tokens, share=share))
 
     def _checked(self, sequences: list[Scored]) -> list[Scored]:
         check_scorable(sequences, vocabulary=self.vocabulary, last_position=self._policy.last_position)
@@ -364,7 +375,7 @@ class Trainer:
             TrainingError: ``directory`` exists.
         """
         tensors = state_tensors(self.parameters, self._optimizer, self._device)
-        write_state(Path(directory), tensors, {"updates": self._updates})
+        write_state(Path(directory), tensors, {"updates": self._updates, **self._budget.facts})
 
     @torch.inference_mode(False)
     def load_state(self, directory: Path) -> None:
@@ -382,6 +393,7 @@ class Trainer:
         restore_moments(tensors, self._names, self._optimizer)
         restore_generators(tensors, self._device)
         self._updates = facts["updates"]
+        self._budget.restore(facts)
 
     @torch.inference_mode(False)
     def load_optimizer(self, directory: Path) -> list[str]:

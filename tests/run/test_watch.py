@@ -24,6 +24,7 @@ HEALTHY_UPDATE = {
     "tokens": 1000,
     "rows": 60,
     "skipped": None,
+    "halved_to": None,
 }
 
 
@@ -84,6 +85,10 @@ FIRES = {
     "skipped": (
         [GOOD, (1, {"skipped": "loss nan", "tokens": 0, "entropy": 0.0})],
         (6, "step 6: the update was skipped: loss nan", "max_grad_norm"),
+    ),
+    "out of memory": (
+        [GOOD, (1, {"halved_to": 2048})],
+        (6, "step 6: the update ran out of memory and was made again with micro-batches of 2048", "micro_batch_tokens"),
     ),
     "untrained": ([(1, {"no_trained_calls": 40})], (0, "50% of the rollouts hold no call", "on every path")),
     "greedy": ([(1, {"greedy_calls": 3})], (0, "3 calls were greedy", "temperature above 0")),
