@@ -35,8 +35,8 @@ from dspy_fst.preflight.model_checks import model_faults
 from dspy_fst.slow import losses
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Call, Row
 
 TEXTS = (

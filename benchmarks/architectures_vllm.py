@@ -100,8 +100,8 @@ def _wider(family: Family) -> Family:
 
 def _prepare(family: Family, folder: Path) -> tuple[list[str], list[list[list[float]]]]:
     """Two versions as the trainer publishes them, and its own scores of each."""
-    from dspy_fst.slow.settings import TrainingSettings
     from dspy_fst.slow.trainer import Trainer
+    from dspy_fst.slow.training_settings import TrainingSettings
 
     folders, scores = [], []
     for seed in (0, 1):

@@ -26,8 +26,8 @@ import psutil
 from dspy_fst.rollout.call_recorder import Recording, tag_predictors
 from dspy_fst.rollout.components import read_texts, with_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.files import write_json
 from dspy_fst.types import Problem
 

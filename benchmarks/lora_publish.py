@@ -25,9 +25,9 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.verification import Expected, verify, verify_identity
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.supervisor import Supervisor
-from dspy_fst.lora import LoRA
-from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from programs import smollm2
 
 KINDS = {"whole weights": None, "LoRA rank 16": LoRA(rank=16)}

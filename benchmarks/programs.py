@@ -23,13 +23,13 @@ import transformers
 from benchmarks.evidence.run import commit
 from benchmarks.readme import program_table, spent
 from dspy_fst import FSTOptimizer, PolicyLM
-from dspy_fst.evaluation.measure import estimate, play
 from dspy_fst.evaluation.run_reader import RunReader
+from dspy_fst.evaluation.two_by_two_table import estimate, play
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.files import read_json, write_json
 from programs import reckon, relay
 from programs.common import Task

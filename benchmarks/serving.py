@@ -154,7 +154,7 @@ def serve_forever(kind: str, settings: str) -> None:
     """Of the server's process."""
     from dspy_fst.serve.app import create_app
     from dspy_fst.serve.listening import serve
-    from dspy_fst.serve.settings import ServeSettings
+    from dspy_fst.serve.serving_settings import ServeSettings
 
     chosen = ServeSettings(**json.loads(settings))
     serve(create_app(PROGRAMS[kind](), chosen), chosen)

@@ -29,8 +29,8 @@ from dspy_fst.memory.arithmetic import HEAP, MicroBatchShape, update_bytes
 from dspy_fst.memory.shape import ModelSize
 from dspy_fst.run.files import write_json
 from dspy_fst.slow.batching import MicroBatch, completions
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Row
 from programs import smollm2
 from programs.lab import BASE

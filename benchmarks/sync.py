@@ -37,8 +37,8 @@ from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import SyncError
 from dspy_fst.run.files import read_json, write_json
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Row
 from programs import smollm2
 from programs.smollm2.moods import HAPPY, SAD, Mood

@@ -37,13 +37,13 @@ from dspy_fst.engine.verification import Expected, verify
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import write_json
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Group, Population, Problem
 from programs.lab import BASE, FeedbackProposer, build
 

@@ -15,9 +15,9 @@ from dspy_fst.errors import imported
 if TYPE_CHECKING:
     from dspy_fst.config import FSTConfig
     from dspy_fst.errors import ConfigurationError, FSTError, NothingLearnedError
-    from dspy_fst.lora import LoRA
     from dspy_fst.optimizer import FSTOptimizer
     from dspy_fst.policy_lm import PolicyLM
+    from dspy_fst.recipe.lora_settings import LoRA
     from dspy_fst.saving.reconfigure import reconfigured
     from dspy_fst.saving.save_load import load, save
 
@@ -39,7 +39,7 @@ _HOMES = {
     **dict.fromkeys(("load", "save"), "saving.save_load"),
     "FSTConfig": "config",
     "FSTOptimizer": "optimizer",
-    "LoRA": "lora",
+    "LoRA": "recipe.lora_settings",
     "PolicyLM": "policy_lm",
     "reconfigured": "saving.reconfigure",
 }

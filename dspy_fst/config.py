@@ -1,7 +1,7 @@
 """The recipe: every setting, its default and where the default comes from.
 
-`FSTConfig` is flat for users. The settings of a room are declared in that room (`dspy_fst.slow.settings`,
-`dspy_fst.fast.settings`, `dspy_fst.rollout.settings`) and inherited here, so a Trainer takes the recipe as it is.
+`FSTConfig` is flat for users. The settings of a room are declared in that room (`slow.training_settings`,
+`fast.search_settings`, `rollout.rollout_settings`) and inherited here, so a Trainer takes the recipe as it is.
 
 *Paper* is "Learning, Fast and Slow" (arXiv 2605.12484). *Ours* marks what it does not publish. A field's docstring
 names its default's source in brackets, for `source_of` to read.
@@ -14,10 +14,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.fast.settings import SearchSettings
-from dspy_fst.rollout.settings import RolloutSettings
-from dspy_fst.settings import ALL_SETTINGS, Settings, no_such_setting
-from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.fast.search_settings import SearchSettings
+from dspy_fst.recipe.declared import ALL_SETTINGS, Settings, no_such_setting
+from dspy_fst.rollout.rollout_settings import RolloutSettings
+from dspy_fst.slow.training_settings import TrainingSettings
 
 Method = Literal["fst", "rl", "gepa", "gepa_then_rl", "rl_then_gepa", "distill"]
 AUTO_CYCLES = {"light": 2, "medium": 8, "heavy": 34}

@@ -24,8 +24,8 @@ from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.stream_events import events, events_in_thread, pieces
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.model_files.folder import adapter_fault
+from dspy_fst.recipe.declared import sentences
 from dspy_fst.rollout.call_recorder import RECORDED, complete_recorded, no_second_call, stream_recorded
-from dspy_fst.settings import sentences
 
 EngineKind = Literal["auto", "vllm", "in_process"]
 BASE_VERSION = "base"

@@ -14,8 +14,8 @@ from dspy_fst.errors import MeasurementError, RunDirectoryError, SyncError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.training.result import start_of
 from programs.lab import BASE, FeedbackProposer, build
 from tests.relay import Relay, any_answer, relay

@@ -5,13 +5,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from dspy_fst import FSTOptimizer, PolicyLM
-from dspy_fst.evaluation.measure import play
+from dspy_fst.evaluation.two_by_two_table import play
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.directory import read_events
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build

@@ -43,8 +43,8 @@ from dspy_fst.memory.bytes_by_part import Writes
 from dspy_fst.memory.does_it_fit import SPARE
 from dspy_fst.model_files.folder import stored_shapes
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from programs import smollm2
 from programs.lab import BASE
 from tests.slow.makers import make_batch, make_row, save_model

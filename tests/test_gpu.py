@@ -10,10 +10,10 @@ from dspy import lm15
 
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
 from dspy_fst.engine.verification import MEAN_GAP_LIMITS, Expected, verify, verify_numbers
-from dspy_fst.lora import LoRA
+from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.slow.checkpoint import read_state
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Row
 from programs.lab import BASE
 from programs.lab.demo import run

@@ -12,8 +12,8 @@ from benchmarks.house import sources, uses_of_any
 
 PACKAGE = Path(__file__).parent.parent / "dspy_fst"
 LAYERS = [
-    ["errors", "formatting", "outcomes", "lora"],
-    ["types", "settings"],
+    ["errors", "formatting", "outcomes"],
+    ["types", "recipe"],
     ["model_files", "run"],
     ["engine"],
     ["slow", "rollout"],
@@ -29,7 +29,7 @@ LAYERS = [
     ["cli"],
 ]
 """From below to above: packages and the root's modules. Each imports from lower layers, or from itself."""
-ROOT = {"config", "errors", "lora", "optimizer", "policy_lm", "settings", "types"}
+ROOT = {"config", "errors", "optimizer", "policy_lm", "types"}
 """Modules beside the packages: the face, and the nouns that every room shares."""
 CORNERS = {
     "torch": ["model_files.architectures", "slow", "engine", "policy_lm", "cli.doctor"],

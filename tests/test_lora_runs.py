@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM
 import dspy_fst
 from dspy_fst import ConfigurationError, FSTConfig, LoRA
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.evaluation.measure import two_by_two
 from dspy_fst.evaluation.run_reader import RunReader
+from dspy_fst.evaluation.two_by_two_table import two_by_two
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.saving.export import export
 from dspy_fst.saving.manifest import weights_faults
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.training.result import start_of
 from programs.lab import BASE, build
 from tests.relay import any_answer, relay

@@ -39,9 +39,9 @@ def test_every_moved_module_is_tried():
 
 
 def test_the_names_of_evaluation_are_found_in_the_package():
-    from dspy_fst.evaluation.measure import two_by_two
+    from dspy_fst.evaluation.two_by_two_table import two_by_two
 
-    with pytest.warns(FutureWarning, match=r"dspy_fst\.evaluation\.two_by_two is dspy_fst\.evaluation\.measure"):
+    with pytest.warns(FutureWarning, match=r"two_by_two is dspy_fst\.evaluation\.two_by_two_table"):
         from dspy_fst.evaluation import two_by_two as old
     assert old is two_by_two
 
@@ -60,7 +60,7 @@ def test_a_name_that_never_was_is_still_an_error():
         ("from dspy_fst import load", "dspy_fst.saving.save_load"),
         ("import dspy_fst; dspy_fst.PolicyLM", "dspy_fst.policy_lm"),
         ("from dspy_fst.saved import load", "dspy_fst.saving.save_load"),
-        ("from dspy_fst.evaluation import two_by_two", "dspy_fst.evaluation.measure"),
+        ("from dspy_fst.evaluation import two_by_two", "dspy_fst.evaluation.two_by_two_table"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ValidationError
 
 from dspy_fst.config import Alternation, FSTConfig, make_config
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.fast.settings import SearchSettings
-from dspy_fst.rollout.settings import RolloutSettings
-from dspy_fst.settings import Settings, no_such_setting, sentences
-from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.fast.search_settings import SearchSettings
+from dspy_fst.recipe.declared import Settings, no_such_setting, sentences
+from dspy_fst.rollout.rollout_settings import RolloutSettings
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.training.plan import Plan
 
 

@@ -21,13 +21,13 @@ from benchmarks.evidence.arms import ARMS, RECIPE
 from benchmarks.evidence.marks import base_mark, world_mark
 from dspy_fst import FSTOptimizer, PolicyLM, load, save
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.evaluation.measure import drift_of
 from dspy_fst.evaluation.run_reader import RunReader
+from dspy_fst.evaluation.two_by_two_table import drift_of
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.files import write_json
 from dspy_fst.types import Candidate, Problem, Rollout, version_of
 from programs.lab import BASE, FeedbackProposer, build

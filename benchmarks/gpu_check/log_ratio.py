@@ -18,8 +18,8 @@ from dspy import lm15
 from benchmarks.gpu_check.child import attempt, free, row, wait_for_turn
 from benchmarks.gpu_check.models import random_model
 from dspy_fst.engine.in_process import InProcessEngine, InProcessSettings
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Call
 from programs import smollm2
 from programs.smollm2.moods import HAPPY, SAD

@@ -22,10 +22,10 @@ import torch
 from benchmarks.gpu_check.child import attempt, free, row, wait_for_turn
 from benchmarks.gpu_check.models import config_of, parameters_of, random_model
 from benchmarks.gpu_check.trl_side import trl_step
-from dspy_fst.lora import LoRA
+from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.slow.batching import Scored, micro_batches
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Call, Row
 
 PROBLEMS, GROUP, CANDIDATES = 8, 8, 4

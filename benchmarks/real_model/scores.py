@@ -8,8 +8,8 @@ from statistics import fmean
 from benchmarks.real_model.runs import MAX_TOKENS, OPTIONS, Engine, Precision
 from benchmarks.real_model.shares import play
 from dspy_fst import PolicyLM
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Rollout
 from programs import smollm2
 

@@ -9,8 +9,8 @@ import dspy
 from dspy_fst import PolicyLM
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem, Rollout
 from programs.smollm2 import moods
 

@@ -10,8 +10,8 @@ from benchmarks.real_model.shares import play
 from benchmarks.throughput import ratio
 from dspy_fst import PolicyLM
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Group, Rollout
 from programs import smollm2
 

@@ -153,7 +153,7 @@ def subject_of(
     Raises:
         ConfigurationError, RunDirectoryError: the program, the cycle or the weights are not this run's.
     """
-    from dspy_fst.fast.settings import own_texts
+    from dspy_fst.fast.search_settings import own_texts
     from dspy_fst.policy_lm import policy_of
     from dspy_fst.rollout.chat_adapters import keep, make_adapter
     from dspy_fst.rollout.components import texts_like

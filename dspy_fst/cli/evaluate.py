@@ -21,7 +21,7 @@ from dspy_fst.run.interrupts import signals_raise
 if TYPE_CHECKING:
     import dspy
 
-    from dspy_fst.evaluation.measure import Estimate
+    from dspy_fst.evaluation.two_by_two_table import Estimate
     from dspy_fst.types import Candidate, Rollout
 
 
@@ -108,7 +108,7 @@ def eval(  # the command's name
 
 def _scored(target: EvalTarget, candidate: str, examples: "list[dspy.Example]", k: int) -> list[Result]:
     """One result for each candidate."""
-    from dspy_fst.evaluation.measure import INTERVAL, estimate, play
+    from dspy_fst.evaluation.two_by_two_table import INTERVAL, estimate, play
 
     chosen = _chosen(target, candidate)
     results = []
@@ -162,7 +162,7 @@ def _figures(scores: "Estimate", wanted: int) -> Figures:
 
 def _crossed(target: EvalTarget, examples: "list[dspy.Example]", k: int) -> list[Result]:
     """The table of {base, trained} weights x {seed, evolved} texts, as one result."""
-    from dspy_fst.evaluation.measure import INTERVAL, table
+    from dspy_fst.evaluation.two_by_two_table import INTERVAL, table
     from dspy_fst.types import version_of
 
     if target.past is None:
@@ -214,7 +214,7 @@ def _keep(target: EvalTarget, results: Sequence[Result]) -> Path | None:
 
     Not kept are results of a saved program outside of a run, and of a program that differs from the run's.
     """
-    from dspy_fst.evaluation.measure import EVALUATIONS, keep
+    from dspy_fst.evaluation.two_by_two_table import EVALUATIONS, keep
     from dspy_fst.run.secrets import Redactor
 
     if target.past is None or target.warnings:

@@ -16,7 +16,7 @@ from dspy_fst.cli.code_source import Program, ProjectFile, asked_for, working_fo
 from dspy_fst.cli.common import Debug, TrustCode, errors_as_text
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.run.interrupts import signals_raise
-from dspy_fst.serve.settings import ChoiceName, ServeSettings
+from dspy_fst.serve.serving_settings import ChoiceName, ServeSettings
 
 if TYPE_CHECKING:
     from dspy_fst.project.project_file import Project

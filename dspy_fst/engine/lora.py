@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dspy_fst.errors import TrainingError, briefly, meant
-from dspy_fst.lora import ALL_LINEAR, LoRA
 from dspy_fst.model_files.architectures import has_experts, text_part
 from dspy_fst.model_files.lora_folder import CONFIG, TENSORS
+from dspy_fst.recipe.lora_settings import ALL_LINEAR, LoRA
 
 PREFIX = "base_model.model."
 """What peft puts before the names of modules in its files."""

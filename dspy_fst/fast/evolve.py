@@ -26,8 +26,8 @@ from dspy_fst.fast.journal_protocol import NoJournal, SearchJournal
 from dspy_fst.fast.pareto import mean, top_k
 from dspy_fst.fast.reflection_cost import CostMeter
 from dspy_fst.fast.rollout_bank import Play, RolloutBank
+from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.fast.seeding import BetterWhereMeasured, Row, SeededPolicy, write_seeded_state
-from dspy_fst.fast.settings import SearchSettings
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.components import binds
 from dspy_fst.run.files import writing

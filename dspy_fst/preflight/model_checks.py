@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from dspy_fst.engine.machine import has_gpu
 from dspy_fst.errors import briefly
-from dspy_fst.lora import LoRA
 from dspy_fst.model_files.architectures import context_length, empty_model, has_experts, kind_faults, unreadable
 from dspy_fst.model_files.folder import adapter_fault, folder_faults, stored_layer_fault, stored_shapes
 from dspy_fst.model_files.hub import hub_fault, in_cache, means_a_path, read_from
@@ -15,6 +14,7 @@ from dspy_fst.outcomes.outcome import CONTEXT
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.template_checks import template_faults
 from dspy_fst.preflight.vllm_start import vllm_faults
+from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.types import Rollout
 
 if TYPE_CHECKING:

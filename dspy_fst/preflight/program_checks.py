@@ -7,10 +7,10 @@ import dspy
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import temperature_fault
 from dspy_fst.engine.options import RESHAPING
-from dspy_fst.lora import adapter_of
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.sampling_settings import bad_numbers
 from dspy_fst.preflight.unreachable_parts import no_predictors
+from dspy_fst.recipe.lora_settings import adapter_of
 from dspy_fst.rollout.components import flexes
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.fast.settings import own_texts
+from dspy_fst.fast.search_settings import own_texts
 from dspy_fst.preflight.argument_checks import PROPOSER, proposer_fault
 from dspy_fst.rollout.components import carried_by, flexes, is_tool, lost_lines, read_texts
 

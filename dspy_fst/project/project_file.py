@@ -44,7 +44,7 @@ from dspy_fst.project.sections import (
     model_alone,
 )
 from dspy_fst.project.settings_file import cleaner, read_settings, secrets_in
-from dspy_fst.settings import no_such_setting, sentences
+from dspy_fst.recipe.declared import no_such_setting, sentences
 
 if TYPE_CHECKING:
     import dspy

@@ -17,10 +17,10 @@ from dspy_fst.engine.options import PortableOptions
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.project.names import Faults, Objects
 from dspy_fst.project.project_file import Project, project_of
+from dspy_fst.recipe.declared import sentences
 from dspy_fst.run.directory import COMPILED, read_events
 from dspy_fst.run.files import read_json
 from dspy_fst.saving.format import POLICY, weights_in
-from dspy_fst.settings import sentences
 from dspy_fst.types import version_of
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Evaluations that were made after a run, as frozen records: the lines of its ``evaluations.jsonl``. Pure.
 
-`TwoByTwo` holds both what `dspy_fst.evaluation.measure.two_by_two` has just measured and what such a line says.
+`TwoByTwo` holds both what `evaluation.two_by_two_table.two_by_two` has just measured and what such a line says.
 """
 
 import json
@@ -78,7 +78,7 @@ class TwoByTwo(Conditions, Generic[Cell]):
     """{base, trained weights} x {seed, evolved instructions}, and the drift under both instructions.
 
     ``weights`` names the trained ones, ``candidate`` the evolved instructions. A cell holds an
-    `dspy_fst.evaluation.measure.Estimate` where it was measured just now, and a `Score` where it was read.
+    `dspy_fst.evaluation.two_by_two_table.Estimate` where it was measured just now, and a `Score` where it was read.
     """
 
     cells: Mapping[str, Cell]

@@ -24,7 +24,7 @@ from dspy_fst.rollout.outcome_rules import Blame, Judge
 from dspy_fst.rollout.parse_failures import Entry, ParseFailures
 from dspy_fst.rollout.rendering import CallListener
 from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.settings import RolloutSettings
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.worker_pool import run_all
 from dspy_fst.types import Candidate, Group, Population, Problem, Rollout
 

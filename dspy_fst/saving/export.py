@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.model_files.lora_folder import INDEX
+from dspy_fst.recipe.declared import sentences
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.run_record import RunRecord
 from dspy_fst.run.directory import Event, read_events
@@ -39,7 +40,6 @@ from dspy_fst.saving.format import (
 )
 from dspy_fst.saving.manifest import MANIFEST, read_document, seal, verify, weights_faults
 from dspy_fst.saving.program_state import parts_in
-from dspy_fst.settings import sentences
 from dspy_fst.types import Population
 
 PACKAGES = ("dspy-fst", "dspy", "gepa", "torch", "transformers")

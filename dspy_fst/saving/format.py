@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dspy_fst.engine.options import PolicyState, Positive
 from dspy_fst.errors import RunDirectoryError
+from dspy_fst.recipe.declared import sentences
 from dspy_fst.rollout.chat_adapters import SavedAdapter
 from dspy_fst.rollout.components import flexes, speakers, texts_like
 from dspy_fst.run.directory import COMPILED, is_run
@@ -16,7 +17,6 @@ from dspy_fst.run.ending import why_no_program
 from dspy_fst.run.files import population_from_json
 from dspy_fst.saving.manifest import MANIFEST, read_document, weights_faults
 from dspy_fst.saving.program_state import SavedFlex, read_state
-from dspy_fst.settings import sentences
 from dspy_fst.types import Candidate, Population
 
 PROGRAM, POPULATION, POLICY, WEIGHTS = "program.json", "population.json", "policy.json", "weights"

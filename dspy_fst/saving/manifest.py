@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.model_files.lora_folder import CONFIG, INDEX, INSIDE, SETTINGS, TENSORS, lora_parts
+from dspy_fst.recipe.declared import sentences
 from dspy_fst.run.files import file_facts, flush, sha256_of, write_json
-from dspy_fst.settings import sentences
 
 # ---- the manifest --------------------------------------------------------------------------------
 

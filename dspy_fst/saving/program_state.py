@@ -13,9 +13,9 @@ from dspy.utils.saving import get_dependency_versions
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dspy_fst.errors import RunDirectoryError
+from dspy_fst.recipe.declared import sentences
 from dspy_fst.rollout.copying import copied
 from dspy_fst.run.files import to_jsonable, write_json
-from dspy_fst.settings import sentences
 
 METADATA = "metadata"
 ALONE = {"self"}

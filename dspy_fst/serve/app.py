@@ -41,7 +41,7 @@ from dspy_fst.serve.openapi import (
 )
 from dspy_fst.serve.prometheus import CONTENT_TYPE
 from dspy_fst.serve.service import SEED_BITS, Meta, Service
-from dspy_fst.serve.settings import CHAT, DOCS_FILES, HEALTH, METRICS, MODELS, READY, ServeSettings
+from dspy_fst.serve.serving_settings import CHAT, DOCS_FILES, HEALTH, METRICS, MODELS, READY, ServeSettings
 
 
 def create_app(program: dspy.Module, settings: ServeSettings | None = None) -> FastAPI:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from dspy_fst.serve.settings import ChoiceName
+from dspy_fst.serve.serving_settings import ChoiceName
 
 
 def speakers(choice: ChoiceName, members: int, seed: int) -> list[int]:

@@ -19,7 +19,7 @@ from dspy_fst.engine.machine import is_loopback
 from dspy_fst.serve.admission import AdmissionQueue, QueueFullError, Ticket
 from dspy_fst.serve.error_replies import ApiError, internal_error
 from dspy_fst.serve.prometheus import Metrics
-from dspy_fst.serve.settings import (
+from dspy_fst.serve.serving_settings import (
     DOCS,
     DOCS_FILES,
     HEALTH,

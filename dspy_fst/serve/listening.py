@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from dspy_fst.errors import ConfigurationError, EngineError
 from dspy_fst.serve.service import Service
-from dspy_fst.serve.settings import DOCS, ServeSettings
+from dspy_fst.serve.serving_settings import DOCS, ServeSettings
 
 logger = logging.getLogger(__name__)
 LAST_CALL_S = 0.3

@@ -21,7 +21,7 @@ from dspy_fst.serve.choice import ballot, decided, speakers, vote_faults
 from dspy_fst.serve.events import Feed
 from dspy_fst.serve.prometheus import Metrics
 from dspy_fst.serve.schema import schema_of
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serving_settings import ServeSettings
 from dspy_fst.serve.stream import SETTING, Deltas, ModuleEvents, streaming_lm
 from dspy_fst.serve.upstream import Addressed, Upstream
 from dspy_fst.serve.worker import in_thread, run_program

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dspy_fst.errors import MismatchError, NotFiniteError
 from dspy_fst.types import Row, UpdateReport
 
 NO_UPDATE = UpdateReport(
@@ -132,6 +133,32 @@ class UpdateMetrics:
         self._kl: Tensor | None = None
         self._seed_kl: Tensor | None = None
         self._tokens = self._seed_tokens = self._seed_calls = self._sequences = 0
+
+    def check_finite(self, norm: Tensor, update: int) -> None:
+        """
+        Raises:
+            NotFiniteError: the loss or the gradient's norm is not finite.
+        """
+        if not torch.isfinite(norm) or not torch.isfinite(self.loss):
+            raise NotFiniteError(
+                f"update {update}: loss {float(self.loss)}, gradient norm {float(norm)}; the weights were left as they "
+                "are. Lower learning_rate or set max_grad_norm (in a new run_dir), or look for log-probabilities in "
+                "the batch that are not finite"
+            )
+
+    def check_on_policy(self, least: float, update: int) -> None:
+        """
+        Raises:
+            MismatchError: the effective sample share is below ``least``.
+        """
+        share = self.effective_sample_share
+        if not share >= least:
+            raise MismatchError(
+                f"update {update}: the batch's effective sample share is {share:.3g}, below "
+                f"min_effective_share={least:g}: the engine samples from another distribution than the trainer scores. "
+                "Look for stale weights, another precision, or sampling settings of the server; nothing was learnt "
+                "from this batch"
+            )
 
     def add(self, measured: Measured, tokens: Tokens, cap: float, sequences: int) -> None:
         """Add one micro-batch.

@@ -13,9 +13,9 @@ from transformers.cache_utils import DynamicLayer
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.lora import in_use, merge, parameters_of, put_on, put_on_as_read, read, target_modules, using
 from dspy_fst.errors import TrainingError
-from dspy_fst.lora import SHARED, LoRA
 from dspy_fst.model_files.architectures import last_position, load_model_with_info
 from dspy_fst.model_files.folder import folder_faults, layer_fault, wrapped_names
+from dspy_fst.recipe.lora_settings import SHARED, LoRA
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 from dspy_fst.slow.chunked_head import Readout
 from dspy_fst.slow.head import Head, decoder_of
@@ -120,6 +120,23 @@ class Policy(nn.Module):
         """The adapter in the model that a micro-batch of the adapter ``wanted`` goes through; None: none."""
         name = self.adapters[0] if wanted is None and len(self.adapters) == 1 else wanted
         return self.started_from.get(name or "") if self.at_start else name
+
+    def check_same_model(self, reference: "Policy", path: str | Path) -> None:
+        """
+        Args:
+            reference: A frozen policy that the KL is measured to.
+            path: Where it was read from.
+
+        Raises:
+            TrainingError: it is another kind of model, or has another vocabulary.
+        """
+        wanted, found = (part.model.config.get_text_config() for part in (self, reference))
+        if (wanted.model_type, wanted.vocab_size) != (found.model_type, found.vocab_size):
+            raise TrainingError(
+                f"the reference {path} is a {found.model_type!r} of {found.vocab_size} tokens, "
+                f"the policy a {wanted.model_type!r} of {wanted.vocab_size}; the KL needs an earlier state of the same "
+                "model"
+            )
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Float32 logits, shape (N, V): one row for every scored token of the micro-batch."""

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.machine import has_gpu, launch_faults
-from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
-from dspy_fst.lora import SHARED
+from dspy_fst.errors import TrainingError
+from dspy_fst.recipe.lora_settings import SHARED
 from dspy_fst.slow import chunked_head, losses
 from dspy_fst.slow.batching import (
     NONE,
@@ -42,7 +42,7 @@ from dspy_fst.slow.head import exact_matmuls
 from dspy_fst.slow.losses import NO_UPDATE, Tokens, UpdateMetrics
 from dspy_fst.slow.micro_batch_budget import MicroBatchBudget
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Call, Row, SeedKLCall, UpdateReport, WeightsVersion
 
 
@@ -165,9 +165,7 @@ class Trainer:
         tokens = self._budget.tokens
         while (metrics := self._gradient(batch, sequences)) is None:
             self._budget.halve(batch, self._updates + 1)
-        grad_norm = self._finite_norm(metrics)
-        if batch.rows:
-            self._check_on_policy(metrics)
+        grad_norm = self._checked_norm(metrics, on_policy=bool(batch.rows))
         report = metrics.report(grad_norm, self._next_rate(), rows=len(batch.rows))
         self._apply(report)
         return report if self._budget.tokens == tokens else replace(report, halved_to=self._budget.tokens)
@@ -184,8 +182,7 @@ class Trainer:
         except torch.OutOfMemoryError:
             pass  # below, the error no longer holds the frames, and with them the memory
         self._optimizer.zero_grad()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing without CUDA
         return None
 
     def _learn(self, micro: MicroBatch, rows: Sequence[Row], metrics: UpdateMetrics) -> None:
@@ -234,27 +231,17 @@ class Trainer:
             assert measured.kl is not None
             metrics.add_seed_kl(measured, measured.kl.sum() / tokens, calls=len(micro.members))
 
-    def _finite_norm(self, metrics: UpdateMetrics) -> Tensor:
+    def _checked_norm(self, metrics: UpdateMetrics, on_policy: bool) -> Tensor:
+        """The gradient's norm; a gradient that must not be applied is dropped."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        if not torch.isfinite(norm) or not torch.isfinite(metrics.loss):
+        try:
+            metrics.check_finite(norm, self._updates + 1)
+            if on_policy:
+                metrics.check_on_policy(self.settings.min_effective_share, self._updates + 1)
+        except TrainingError:
             self._optimizer.zero_grad()
-            raise NotFiniteError(
-                f"update {self._updates + 1}: loss {float(metrics.loss)}, gradient norm {float(norm)}; the weights "
-                "were left as they are. Lower learning_rate or set max_grad_norm (in a new run_dir), or look for "
-                "log-probabilities in the batch that are not finite"
-            )
+            raise
         return norm
-
-    def _check_on_policy(self, metrics: UpdateMetrics) -> None:
-        share, least = metrics.effective_sample_share, self.settings.min_effective_share
-        if not share >= least:
-            self._optimizer.zero_grad()
-            raise MismatchError(
-                f"update {self._updates + 1}: the batch's effective sample share is {share:.3g}, below "
-                f"min_effective_share={least:g}: the engine samples from another distribution than the trainer scores. "
-                "Look for stale weights, another precision, or sampling settings of the server; nothing was learnt "
-                "from this batch"
-            )
 
     def _apply(self, report: UpdateReport) -> None:
         if self.settings.max_grad_norm is not None:
@@ -267,8 +254,7 @@ class Trainer:
         self._updates += 1
 
     def _next_rate(self) -> float:
-        done = (self._updates + 1) / max(1, self.settings.warmup_steps)
-        return self.settings.learning_rate * min(1.0, done)
+        return self.settings.learning_rate * min(1.0, (self._updates + 1) / max(1, self.settings.warmup_steps))
 
     # ---- scoring -------------------------------------------------------------------------------
 
@@ -320,13 +306,7 @@ class Trainer:
             return self._policy.start
         path = self._source if self._reference_path is None else self._reference_path
         policy = Policy.load(path, dtype=self._dtype, trainable=False)
-        wanted, reference = (part.model.config.get_text_config() for part in (self._policy, policy))
-        if (wanted.model_type, wanted.vocab_size) != (reference.model_type, reference.vocab_size):
-            raise TrainingError(
-                f"the reference {path} is a {reference.model_type!r} of {reference.vocab_size} tokens, "
-                f"the policy a {wanted.model_type!r} of {wanted.vocab_size}; the KL needs an earlier state of the same "
-                "model"
-            )
+        self._policy.check_same_model(policy, path)
         return policy.to(self._device)
 
     @torch.inference_mode(False)

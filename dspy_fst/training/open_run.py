@@ -9,10 +9,10 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.options import portable_options
-from dspy_fst.fast.settings import own_texts
-from dspy_fst.lora import adapter_of
+from dspy_fst.fast.search_settings import own_texts
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.program_checks import policies_of
+from dspy_fst.recipe.lora_settings import adapter_of
 from dspy_fst.rollout.chat_adapters import adapter_in_force, kept_by
 from dspy_fst.run.directory import Listener, RunDirectory
 from dspy_fst.run.ending import emit_halted

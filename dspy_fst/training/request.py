@@ -13,7 +13,7 @@ from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
 from dspy_fst.engine.machine import launch_faults
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.gepa_adapter import Propose, ProposeCode
-from dspy_fst.fast.settings import own_texts
+from dspy_fst.fast.search_settings import own_texts
 from dspy_fst.memory import (
     Available,
     plan_memory,

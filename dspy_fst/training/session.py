@@ -17,7 +17,7 @@ import dspy
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
 from dspy_fst.fast.evolve import Search, evolve
-from dspy_fst.fast.settings import own_texts
+from dspy_fst.fast.search_settings import own_texts
 from dspy_fst.monitoring.observer import Observer
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.rendering import seed_kl_rollouts

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dspy_fst import FSTOptimizer, PolicyLM
-from dspy_fst.evaluation.measure import CELLS, two_by_two
+from dspy_fst.evaluation.two_by_two_table import CELLS, two_by_two
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.files import write_json

@@ -41,7 +41,7 @@ from dspy_fst.run.directory import read_events
 from dspy_fst.saving.export import export
 from dspy_fst.saving.manifest import seal
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serving_settings import ServeSettings
 from programs.lab import BASE, build
 from tests.pipelines.watched import lab_policy, says
 from tests.relay import Relay, any_answer, relay

@@ -24,8 +24,8 @@ from dspy_fst.preflight.vllm_start import vllm_faults
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.head import Head
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from programs.lab import BASE
 from tests.engine.test_contract import request_of
 from tests.engine.test_supervisor import World

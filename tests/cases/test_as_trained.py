@@ -19,12 +19,12 @@ from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.chat_adapters import keep
 from dspy_fst.rollout.components import carry, read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.directory import read_events
 from dspy_fst.saving.reconfigure import how_it_asks
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serving_settings import ServeSettings
 from dspy_fst.types import Candidate, Population, Problem
 from programs.lab import BASE
 from tests.fakes import ScriptedEngine, fields

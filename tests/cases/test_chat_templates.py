@@ -12,8 +12,8 @@ from dspy_fst.preflight.template_checks import template_kind, template_warnings
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import prompts_under
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem
 from tests.cases.real_tokenizer import CHATML, DROPS_SYSTEM, NO_SYSTEM, STRIPS_THOUGHTS, save_model
 

@@ -7,8 +7,8 @@ from transformers import AutoTokenizer
 from dspy_fst import PolicyLM
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import Population, Problem
 from programs.lab import BASE

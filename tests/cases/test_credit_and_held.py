@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Group, SeedKLCall
 from tests.slow.conftest import one_thread, start  # noqa: F401
 from tests.slow.makers import VOCABULARY, make_call, make_group, make_rollout, save_model

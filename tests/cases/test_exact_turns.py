@@ -8,8 +8,8 @@ from dspy_fst import PolicyLM
 from dspy_fst.engine.chat import continued
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.slow.batching import Scored, chains
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import Call, Group, Problem, Rollout

@@ -7,13 +7,13 @@ from dspy.utils import DummyLM
 
 from dspy_fst.fast.evolve import evolve
 from dspy_fst.fast.latex_repair import repair_latex
+from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.fast.search_warnings import search_warnings
-from dspy_fst.fast.settings import SearchSettings
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Population, Problem, Rollout
 from tests.fakes import fields, scripted_policy
 

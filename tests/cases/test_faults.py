@@ -12,8 +12,8 @@ from dspy.utils.exceptions import LMRateLimitError
 
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem
 from tests.cases.test_measured import FAILURE, Asks, FrozenLM, frozen, only_solve, play
 from tests.fakes import fields, scripted_policy

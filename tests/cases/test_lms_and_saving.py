@@ -17,7 +17,7 @@ from dspy_fst.saving.export import export
 from dspy_fst.saving.format import POLICY, PROGRAM
 from dspy_fst.saving.manifest import MANIFEST, seal
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serving_settings import ServeSettings
 from dspy_fst.types import Population
 from programs.lab import BASE, build
 from tests.pipelines.watched import SHORT, append_words, lab_policy, run_watched, says, shorter

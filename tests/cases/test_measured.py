@@ -13,8 +13,8 @@ from dspy.utils.exceptions import LMRateLimitError
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import PREDICTOR_TAG, Problem
 from tests.fakes import fields, scripted_policy
 

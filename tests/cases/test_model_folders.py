@@ -23,8 +23,8 @@ from dspy_fst.rollout.components import carry, read_texts
 from dspy_fst.saving.export import export
 from dspy_fst.saving.manifest import seal, verify, weights_faults
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Population
 from programs.lab import BASE
 from tests.slow.makers import save_model

@@ -4,8 +4,8 @@ import dspy
 from transformers import AutoTokenizer
 
 from dspy_fst import PolicyLM
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.training.publisher import LAST_RESORT, TEXT_TOKENS, TEXTS, NaturalTexts
 from dspy_fst.types import Call, Candidate, Rollout
 from programs.lab import BASE, build

@@ -8,7 +8,7 @@ import pytest
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.chat_adapters import describe, keep, kept_by
 from dspy_fst.rollout.components import read_texts
-from dspy_fst.rollout.settings import RolloutSettings
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.training.parse_trial import COOLER, DEMOS, Attempt, Setup, Trial, parse_share, trial
 from dspy_fst.types import Candidate, Population, Rollout
 from tests.fakes import fields, scripted_policy

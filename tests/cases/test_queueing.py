@@ -13,8 +13,8 @@ from dspy_fst import PolicyLM
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem, Rollout
 from programs.lab import BASE
 from programs.lab.tokenizer import signature

@@ -13,8 +13,8 @@ from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.rendering import prompts_under, seed_kl_rollouts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
 from tests.pipelines.watched import lab_policy, run_watched, says

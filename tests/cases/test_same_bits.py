@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dspy_fst.run.files import sha256_of
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Row
 from programs.lab import BASE
 

@@ -15,8 +15,8 @@ from dspy_fst.engine.base import Completion
 from dspy_fst.rollout.chat_adapters import keep
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem
 from programs.lab import BASE
 from tests.fakes import ScriptedEngine, fields, scripted_policy

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from dspy_fst.errors import TrainingError
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from tests.slow.conftest import one_thread, start  # noqa: F401
 from tests.slow.makers import make_batch, make_row
 

@@ -10,7 +10,7 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from dspy_fst.errors import MeasurementError
-from dspy_fst.evaluation.measure import estimate, keep
+from dspy_fst.evaluation.two_by_two_table import estimate, keep
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.run.directory import read_events

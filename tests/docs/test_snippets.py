@@ -22,7 +22,7 @@ from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.project.project_file import Project, load_project
-from dspy_fst.serve.settings import RESERVED, ServeSettings
+from dspy_fst.serve.serving_settings import RESERVED, ServeSettings
 from programs.lab import BASE, FeedbackProposer, build
 from tests.docs.pages import PAGES, ROOT, commands, fences
 

@@ -16,10 +16,10 @@ from dspy_fst.errors import SyncError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Candidate, Problem
 from programs.lab import BASE, build
 from programs.lab.tokenizer import signature

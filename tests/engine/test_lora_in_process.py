@@ -15,7 +15,7 @@ from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.verification import verify_identity
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import DiskError, EngineError, SyncError
-from dspy_fst.lora import LoRA
+from dspy_fst.recipe.lora_settings import LoRA
 from tests.engine.test_contract import BASE, request_of
 
 SMALL = LoRA(rank=4)

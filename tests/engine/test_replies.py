@@ -10,11 +10,11 @@ from dspy_fst.engine.chat import chat_messages, chat_options
 from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Group, Problem
 from tests.engine.lessons import ADD, CALL, COUNT, COUNTED, GREET, ask
 from tests.engine.taught import TEMPLATE, THINKS, make_tokenizer

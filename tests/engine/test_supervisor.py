@@ -16,8 +16,8 @@ from dspy_fst.engine.vllm import supervisor as supervisor_module
 from dspy_fst.engine.vllm.client import NoAnswerError
 from dspy_fst.engine.vllm.server import ServerDiedError
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
+from dspy_fst.engine.vllm.stalls import watch
 from dspy_fst.engine.vllm.supervisor import ATTEMPTS, Supervisor
-from dspy_fst.engine.vllm.watchdog import watch
 from dspy_fst.errors import EngineError, SyncError
 from dspy_fst.policy_lm import EngineHandle
 

@@ -22,7 +22,7 @@ from dspy_fst.engine.vllm.client import NoAnswerError, pinned
 from dspy_fst.engine.vllm.process import ServerProcess
 from dspy_fst.engine.vllm.server import VLLMServer
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
-from dspy_fst.engine.vllm.watchdog import watch
+from dspy_fst.engine.vllm.stalls import watch
 from dspy_fst.errors import EngineError
 from tests.engine.server_state import answers
 from tests.engine.taught import TEMPLATE, make_tokenizer

@@ -16,9 +16,9 @@ from dspy_fst.engine.verification import Expected, verify, verify_identity
 from dspy_fst.engine.vllm.lora_client import LoRAClient
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import DiskError, EngineError, SyncError
-from dspy_fst.lora import LoRA
-from dspy_fst.slow.settings import TrainingSettings
+from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from tests.engine.lora_adapters import alter, digests_of, make_adapter
 from tests.engine.server_state import group_of
 from tests.engine.test_server_process import below, members

@@ -12,13 +12,13 @@ from dspy_fst.errors import EngineError
 from dspy_fst.fast.evolve import evolve
 from dspy_fst.fast.reflection_cost import CostMeter
 from dspy_fst.fast.rollout_bank import OUTAGE
-from dspy_fst.fast.settings import SearchSettings, own_texts
+from dspy_fst.fast.search_settings import SearchSettings, own_texts
 from dspy_fst.rollout.call_recorder import tag_predictors
 from dspy_fst.rollout.components import UnboundError, read_texts, with_texts
 from dspy_fst.rollout.jsonable import rollouts_from_json, rollouts_to_json
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.training.opening import starting_population
 from dspy_fst.training.request import _left_out

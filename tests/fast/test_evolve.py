@@ -9,12 +9,12 @@ from dspy_fst.errors import MeasurementError, ReflectionError
 from dspy_fst.fast.evolve import evolve
 from dspy_fst.fast.journal_protocol import NoJournal
 from dspy_fst.fast.rollout_bank import RolloutBank
-from dspy_fst.fast.settings import SearchSettings
+from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.types import Candidate, Population, Problem, Rollout
 from tests.fakes import fields, scripted_policy

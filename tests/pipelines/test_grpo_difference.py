@@ -12,8 +12,8 @@ from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from dspy_fst.engine import in_process
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import PREDICTOR_TAG, Group, Population, Problem
 from programs.lab import build

@@ -16,8 +16,8 @@ from dspy_fst.fast import pareto
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow import losses
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Call, Candidate, Group, Rollout
 from programs.lab import BASE, FeedbackProposer, Lab, build, loop, measure
 

@@ -5,8 +5,8 @@ import pytest
 
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward, UnmeasuredError, feedback_by
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.types import Problem
 from tests.fakes import fields, scripted_policy
 

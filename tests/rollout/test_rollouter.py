@@ -13,8 +13,8 @@ from dspy.utils.exceptions import AdapterParseError
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward, UnmeasuredError, metric_fault
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.rollout.summaries import failed_reply_of, summarize
 from dspy_fst.run.interrupts import Terminated
 from dspy_fst.types import Candidate, Population, Problem

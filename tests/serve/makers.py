@@ -16,7 +16,7 @@ import uvicorn
 
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serving_settings import ServeSettings
 from dspy_fst.types import Candidate, Population
 from tests.fakes import ScriptedEngine, fields, scripted_policy
 

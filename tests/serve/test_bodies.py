@@ -13,7 +13,7 @@ import pytest
 
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.body import SHOWN_FAULTS
-from dspy_fst.serve.settings import CHAT, ServeSettings
+from dspy_fst.serve.serving_settings import CHAT, ServeSettings
 from tests.fakes import fields
 from tests.serve.fake_vllm import FakeVLLM, behind
 from tests.serve.makers import (

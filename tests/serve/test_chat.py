@@ -12,7 +12,7 @@ from dspy import lm15
 from dspy_fst import PolicyLM
 from dspy_fst.errors import EngineError
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import CHAT, ServeSettings
+from dspy_fst.serve.serving_settings import CHAT, ServeSettings
 from programs.lab import BASE
 from tests.serve.fake_vllm import UPSTREAM_KEY, FakeVLLM, behind
 from tests.serve.makers import AUTH, KEY, ask, client_of, compiled, events, figures, get, served, wait_until

@@ -10,7 +10,7 @@ from dspy import lm15
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.chat import TemplateTraits
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import CHAT, MODELS, ServeSettings
+from dspy_fst.serve.serving_settings import CHAT, MODELS, ServeSettings
 from tests.serve.fake_vllm import FakeVLLM, behind
 from tests.serve.makers import KEY, ask, compiled, events, get, served
 

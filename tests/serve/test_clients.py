@@ -17,7 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import CHAT, ServeSettings
+from dspy_fst.serve.serving_settings import CHAT, ServeSettings
 from programs.lab import BASE
 from tests.engine.test_server_process import ended
 from tests.serve.command import NUMBERS, Server, compiled_lab, saved_lab, serving

@@ -11,7 +11,7 @@ from schemathesis.engine import Status, from_schema
 from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
 
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import CHAT, MODELS, ServeSettings
+from dspy_fst.serve.serving_settings import CHAT, MODELS, ServeSettings
 from tests.fakes import fields
 from tests.serve.fake_vllm import FakeVLLM, behind
 from tests.serve.makers import AUTH, KEY, PATH, ask, compiled, events, get, question

@@ -13,7 +13,7 @@ import pytest
 
 from dspy_fst.serve.admission import AdmissionQueue, QueueFullError
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import CHAT, ServeSettings
+from dspy_fst.serve.serving_settings import CHAT, ServeSettings
 from tests.serve.makers import (
     AUTH,
     KEY,

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from dspy_fst import ConfigurationError
 from dspy_fst.errors import EngineError
 from dspy_fst.serve.app import create_app
-from dspy_fst.serve.settings import CHAT, ServeSettings
+from dspy_fst.serve.serving_settings import CHAT, ServeSettings
 from tests.fakes import fields
 from tests.serve.makers import AUTH, KEY, PATH, app_of, ask, asked, client_of, compiled, echo, figures, get, question
 

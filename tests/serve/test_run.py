@@ -21,7 +21,7 @@ from dspy_fst.errors import EngineError
 from dspy_fst.run.interrupts import Terminated, signals_raise
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.listening import LAST_CALL_S, serve
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serving_settings import ServeSettings
 from tests.serve.makers import AUTH, KEY, PATH, Hold, compiled, echo, question, wait_until
 
 

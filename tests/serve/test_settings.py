@@ -9,7 +9,7 @@ from dspy_fst import ConfigurationError
 from dspy_fst.engine.machine import is_loopback
 from dspy_fst.serve.body import MOST_DEEP, SHOWN_FAULTS
 from dspy_fst.serve.chat_request import MOST_MESSAGES
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serving_settings import ServeSettings
 
 
 def faults_of(**settings):

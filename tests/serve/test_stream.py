@@ -9,7 +9,7 @@ import pytest
 
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.events import EventStream
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serving_settings import ServeSettings
 from tests.fakes import fields
 from tests.serve.fake_vllm import FakeVLLM, behind
 from tests.serve.makers import (

@@ -8,7 +8,7 @@ from dspy_fst.engine.base import AdapterFiles, Checkpoint
 from dspy_fst.errors import EngineError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.serve.service import Service
-from dspy_fst.serve.settings import ServeSettings
+from dspy_fst.serve.serving_settings import ServeSettings
 from dspy_fst.serve.upstream import Upstream
 from tests.serve.fake_vllm import FakeVLLM, ServerEngine, behind
 from tests.serve.makers import KEY, compiled

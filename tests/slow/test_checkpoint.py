@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 
 from dspy_fst.errors import TrainingError
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from tests.slow.makers import VOCABULARY, make_batch, make_row, make_tokenizer
 
 SETTINGS = {"learning_rate": 1e-2, "warmup_steps": 3, "min_effective_share": 0.0}

@@ -16,8 +16,8 @@ from dspy_fst.slow.chunked_head import CHUNK_TENSORS, Readout, kl_to, learn, log
 from dspy_fst.slow.head import Head
 from dspy_fst.slow.losses import Tokens
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import SeedKLCall
 from tests.slow.makers import VOCABULARY, make_batch, make_call, make_row, save_model
 from tests.slow.test_trainer import assert_close, recorded_gradients

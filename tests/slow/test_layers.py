@@ -10,14 +10,14 @@ from torch import Tensor
 from benchmarks.architectures import TEXTS
 from benchmarks.families import FAMILIES
 from dspy_fst.errors import TrainingError
-from dspy_fst.lora import LoRA
+from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.slow.batching import completions, micro_batches
 from dspy_fst.slow.chunked_head import learn
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.layers import recompute_layers
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Group, SeedKLCall
 from tests.slow.makers import make_rollout, save_model
 from tests.slow.test_trainer import draw_call, recorded_gradients

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mixt
 from dspy_fst.engine import lora
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import TrainingError
-from dspy_fst.lora import LoRA
+from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.model import Policy
 from dspy_fst.types import Batch, Group, SeedKLCall

@@ -8,7 +8,7 @@ import torch
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import TrainingError
-from dspy_fst.lora import LoRA, adapter_of
+from dspy_fst.recipe.lora_settings import LoRA, adapter_of
 from dspy_fst.slow.checkpoint import write_merged
 from dspy_fst.slow.credit import credit
 from dspy_fst.types import Batch, Group

@@ -9,8 +9,8 @@ from dspy_fst.errors import TrainingError
 from dspy_fst.slow.batching import MicroBatch
 from dspy_fst.slow.micro_batch_budget import UNPLANNED_TOKENS, MicroBatchBudget, longest_sequence
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import SeedKLCall
 from tests.slow.makers import make_batch, make_call, make_row, save_model
 

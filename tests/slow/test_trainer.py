@@ -14,8 +14,8 @@ from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.slow.batching import NONE
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Group, SeedKLCall
 from tests.slow.makers import VOCABULARY, make_batch, make_call, make_rollout, make_row, save_model
 

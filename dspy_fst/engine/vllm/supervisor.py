@@ -28,7 +28,7 @@ from dspy_fst.engine.machine import has_gpu
 from dspy_fst.engine.vllm.client import Address, NoAnswerError
 from dspy_fst.engine.vllm.server import ServerDiedError, VLLMServer, require_checkpoint
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
-from dspy_fst.engine.vllm.watchdog import watch
+from dspy_fst.engine.vllm.stalls import watch
 from dspy_fst.engine.weights_lock import TimedLock
 from dspy_fst.errors import EngineError, SyncError
 from dspy_fst.model_files.architectures import folder_restart_reason

@@ -22,11 +22,11 @@ from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.report.evaluated import CELLS, Drift, TwoByTwo, name_of
 from dspy_fst.rollout.components import texts_like
 from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.rollout.settings import RolloutSettings
 from dspy_fst.run.files import to_jsonable, writing
-from dspy_fst.slow.settings import TrainingSettings
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.training.result import start_of
 from dspy_fst.types import Candidate, Problem, Rollout
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dspy_fst.settings import Settings
+from dspy_fst.recipe.declared import Settings
 
 if TYPE_CHECKING:
     import dspy

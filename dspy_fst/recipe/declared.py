@@ -1,7 +1,7 @@
 """What the settings of every room share, and the sentences that say what is wrong with a document.
 
-A room declares its settings once, beside the code that reads them (`dspy_fst.slow.settings`, `dspy_fst.fast.settings`,
-`dspy_fst.rollout.settings`); `dspy_fst.config.FSTConfig` inherits them all. These modules import no torch and no DSPy.
+A room declares its settings once, beside the code that reads them (`slow.training_settings`, `fast.search_settings`,
+`rollout.rollout_settings`); `dspy_fst.config.FSTConfig` inherits them all. These modules import no torch and no DSPy.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from dspy_fst.settings import Settings
+from dspy_fst.recipe.declared import Settings
 
 
 class RolloutSettings(Settings):

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dspy_fst.lora import Grouping, LoRA
-from dspy_fst.settings import Settings
+from dspy_fst.recipe.declared import Settings
+from dspy_fst.recipe.lora_settings import Grouping, LoRA
 
 GROUP = r"[A-Za-z0-9_-]+"
 """Name of a group of predictors with a LoRA adapter of its own."""
