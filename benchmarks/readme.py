@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_check.tables import published
 from benchmarks.real_model.tables import TABLES as OF_REAL_MODEL
 
 RESULTS = Path(__file__).parent / "results"
@@ -161,6 +162,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "throughput": throughput,
     "durability": durability,
     "soak": soak,
+    "gpu_check": published,
     "serving": serving,
     "sync": sync,
     "copies": copies,

@@ -23,15 +23,17 @@ def _module(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 PYTEST = (sys.executable, "-m", "pytest", "-v", "-m", "gpu and not vllm", "--tb=short", "-p", "no:cacheprovider")
+NOT_THE_DEMO = ("-k", "not demo")
+"""The laboratory's demo alone took more than a minute of the eight on an H100."""
 TESTS = "tests/test_gpu.py"
 """All tests marked gpu are in this file; the rest of tests/ imports more than another machine has."""
 PARTS = (
-    Part("tests marked gpu", (*PYTEST, TESTS), limit_s=100.0, kind="pytest"),
+    Part("tests marked gpu", (*PYTEST, *NOT_THE_DEMO, TESTS), limit_s=80.0, kind="pytest"),
     Part("log-ratio", _module("log_ratio", "0.5B"), limit_s=45.0),
     Part("update 0.5B", _module("update", "0.5B"), limit_s=60.0),
     Part("update 1.7B", _module("update", "1.7B"), limit_s=60.0),
-    Part("update 4B", _module("update", "4B"), limit_s=100.0),
-    Part("update 8B", _module("update", "8B"), limit_s=90.0),
+    Part("update 4B", _module("update", "4B"), limit_s=130.0),
+    Part("update 8B", _module("update", "8B"), limit_s=110.0),
     Part("FST and RL", _module("fst_and_rl"), limit_s=90.0, least_s=45.0),
 )
 REHEARSAL = (

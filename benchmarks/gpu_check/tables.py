@@ -48,6 +48,17 @@ NOTES = {
 """Key that marks a kind of row -> a sentence under its table."""
 
 
+PUBLISHED = ("trainer", "mean_gap")
+"""Kinds of rows whose tables the documentation shows."""
+
+
+def published(result: Mapping[str, Any]) -> str:
+    """The card, and the tables of the updates and of the log-ratios."""
+    rows = [row for part in result["parts"] for row in part["rows"] if "skipped" not in row]
+    tables = [table([row for row in rows if mark in row], COLUMNS[mark]) for mark in PUBLISHED]
+    return "\n\n".join([f"{result['machine']['card'].split(',')[0]}:", *tables])
+
+
 def show(result: Mapping[str, Any]) -> str:
     """The whole result."""
     found = result["machine"]
