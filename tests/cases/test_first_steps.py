@@ -98,8 +98,8 @@ def test_trainer_and_engine_in_two_precisions_are_told(precision, kind, options,
     assert len(told) == bool(computed)
     for warning in told:
         trainer, engine = computed
-        assert f"the trainer compute in {trainer}, and" in warning
-        assert f"the engine compute in {engine}:" in warning
+        assert f"the trainer computes in {trainer} (precision" in warning
+        assert f"and the engine in {engine} (engine_options" in warning
         assert f"engine_options={{'dtype': {trainer!r}}}" in warning
         assert ("or precision=" in warning) == (engine != "float16")
 

@@ -95,7 +95,7 @@ def test_answers_that_can_be_told_equal_may_be_voted_on(annotation):
 def test_free_text_is_refused_by_name_unless_the_field_that_counts_is_named(annotation):
     model = outputs(number=int, words=annotation)
     (fault,) = vote_faults(model, None)
-    assert "words can be any text" in fault
+    assert "words can hold any text" in fault
     assert vote_faults(model, "number") == []
     assert vote_faults(model, "words") == []
 
