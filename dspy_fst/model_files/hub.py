@@ -64,15 +64,16 @@ def read_from(name: str, seconds: float = ANSWER_S) -> Path:
     A library that is given the name asks the silent hub for every file that the model lacks, 23 s long for each.
     """
     folder = _cached_folder(name)
-    silent = folder is not None and in_cache(name) == "whole" and hub_silence(seconds)
-    return folder if folder is not None and silent else Path(name)
+    if folder is None or not _is_whole(folder) or hub_silence(seconds) is None:
+        return Path(name)
+    return folder
 
 
 def in_cache(name: str) -> Cached:
     """How much of a model huggingface_hub's cache holds: config and all weights, only a part, or nothing."""
     if (folder := _cached_folder(name)) is None:
         return "not"
-    return "whole" if (folder / "config.json").is_file() and _has_weights(folder) else "in part"
+    return "whole" if _is_whole(folder) else "in part"
 
 
 def _cached_folder(name: str) -> Path | None:
@@ -83,6 +84,10 @@ def _cached_folder(name: str) -> Path | None:
         return Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and _has_weights(folder)
 
 
 def _has_weights(folder: Path) -> bool:
