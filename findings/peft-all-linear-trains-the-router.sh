@@ -8,8 +8,8 @@
 # which is read for modules, changes nothing and says nothing.
 # Who meets it: Whoever trains adapters of a mixture of experts: sampler and trainer then also differ in which
 # experts they choose.
-# Here: No adapter is trained; all weights are, the router among them, and the same router is published
-# (docs/architectures.md).
+# Here: A LoRA adapter goes on the layers that are named one by one, and never on a router
+# (dspy_fst/engine/lora.py).
 # Output seen (Python 3.11):
 #   target_modules='all-linear': router adapted: True
 #   target_modules='all-linear', exclude_modules=['gate']: router adapted: True

@@ -7,8 +7,8 @@
 # default start gives the base both ways.
 # Who meets it: Whoever takes the policy with its adapter off as the reference of a KL term, as trainers with LoRA
 # do to save a second model.
-# Here: The reference is a copy of the start's weights, and no adapter is trained; a folder that holds one alone is
-# refused (dspy_fst/model_files).
+# Here: An adapter starts with B at zero, by no other initialisation, so that the model without it is the start
+# (dspy_fst/engine/lora.py).
 # Output seen (Python 3.11):
 #   lora: base with a fresh adapter: True, with it disabled: True
 #   pissa: base with a fresh adapter: True, with it disabled: False

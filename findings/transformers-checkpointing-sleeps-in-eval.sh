@@ -6,8 +6,7 @@
 # gradient_checkpointing_enable() and is_gradient_checkpointing say that it is on. No warning comes.
 # Who meets it: Whoever trains a policy in eval(), so that its log-probabilities are those of the sampler, and
 # counts on checkpointing for memory.
-# Here: The trainer keeps the model in eval() and offers no checkpointing; memory is counted without it
-# (dspy_fst/memory).
+# Here: The trainer keeps the model in eval() and computes layers again by itself (dspy_fst/slow/layers.py).
 # Output seen (Python 3.11):
 #   train: says on: True, forwards of a layer in one step: 2
 #   eval: says on: True, forwards of a layer in one step: 1
