@@ -105,6 +105,26 @@ def test_a_run_measures_its_checkpoints_and_another_goes_on_from_its_program(tmp
     assert went["other instructions"]["base"] == found["other instructions"]["trained"]
 
 
+def test_what_a_lora_adapter_learnt_is_measured_and_all_weights_go_on_from_it(tmp_path):
+    small = {"cycles": 1, "steps_per_cycle": 1, "problems_per_step": 4, "anchors": 4, "search_rollouts": 12}
+    make(Run("lora", "reverse", 0, changes={**small, "learning_rate": 0.2, "warmup_steps": 0}), tmp_path / "lora")
+    told = read_json(tmp_path / "lora" / "result.json")["other instructions"]
+    assert 0.4 < told["base"] < 0.8
+    assert told["trained"] < told["base"] - 0.3  # at that rate
+
+    on = Run("rl", "descending", 0, base=str(tmp_path / "lora"), changes=small)
+    make(on, tmp_path / "on")
+    went = read_json(tmp_path / "on" / "result.json")
+    assert went["other instructions"]["base"] == told["trained"]
+    assert went["marks"]["base"] != marks.base_mark(tmp_path / "lora" / "final" / "weights" / "base")
+
+
+def test_the_rates_that_are_tried_for_a_lora_adapter_are_larger_ones():
+    assert tune.tried("fst") == tune.TRIED
+    for arm in arms.LORA:
+        assert tune.tried(arm) == tune.TRIED_WITH_LORA
+
+
 def result(arm, seed, accuracies, *, interval=3, search=100, world="w", base="base", **more):
     """A line of which nothing is played: accuracies at checkpoints, a KL of a tenth of a nat for each update."""
     lines = [

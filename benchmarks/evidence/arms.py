@@ -56,7 +56,18 @@ SENSITIVITY: dict[str, dict[str, Any]] = {
 }
 """FST with one number changed. Other T keep the number of updates and the rollouts of all searches together."""
 
-ARMS = {**MAIN, **VARIANTS, **SENSITIVITY}
+LORA: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": {"rank": 16, "alpha": 32.0}},
+    "lora_rank_1": {"adapter": {"rank": 1, "alpha": 2.0}},
+    "rl_lora": {"method": "rl", "adapter": {"rank": 16, "alpha": 32.0}},
+}
+"""A LoRA adapter is trained in place of all weights; all with a scaling of 2, the default's.
+
+Rank 16 is the default. In this narrow model (width 128) it trains 155,648 numbers, 17 % of all. Rank 1 trains
+9,728, 1 %: as large a share as rank 16 does in Qwen3-1.7B (17.4 million of 1.7 billion).
+"""
+
+ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **LORA}
 
 TUNED = (
     *("fst", "rl", "gepa_then_rl"),
@@ -106,5 +117,8 @@ ABOUT = {
     "own_baselines_slower": "a baseline of each candidate's own, at the learning rate tuned for that",
     "distill": "no reward: what the base says under the population is taught under the seed",
     "fst_and_distill": "FST, and that with a tenth of the weight",
+    "lora": "FST that trains a LoRA adapter of rank 16 instead of all weights",
+    "lora_rank_1": "the same of rank 1",
+    "rl_lora": "RL that trains a LoRA adapter of rank 16 instead of all weights",
     **dict.fromkeys(SENSITIVITY, "FST with this number changed"),
 }

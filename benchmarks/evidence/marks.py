@@ -9,6 +9,7 @@ import random
 from functools import cache
 from pathlib import Path
 
+from dspy_fst.model_files.lora_folder import model_files_in
 from dspy_fst.run.files import sha256_of
 from programs.lab.world import World, load_world
 
@@ -30,13 +31,14 @@ def world_mark(name: str) -> str:
 
 @cache
 def base_mark(folder: Path) -> str:
-    """Of a model's weights.
+    """Of a model's weights, its LoRA adapters and their base included.
 
     Raises:
         ValueError: the folder holds none.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
+    places = model_files_in(folder)
+    files = [file for place in places for file in sorted(place.glob("*.safetensors"))]
+    if not files or not (places[0] / "config.json").is_file():
         raise ValueError(f"base {str(folder)!r}: no model lies there (config.json and *.safetensors)")
     return _digest(b"".join(bytes.fromhex(sha256_of(file)) for file in files))
 

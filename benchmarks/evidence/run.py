@@ -10,6 +10,7 @@ import json
 import shutil
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.files import write_json
+from dspy_fst.slow.checkpoint import write_merged
 from dspy_fst.types import Candidate, Problem, Rollout, version_of
 from programs.lab import BASE, FeedbackProposer, build
 from programs.lab.measure import load as load_model
@@ -211,7 +213,11 @@ def _accuracy(rollouts: Sequence[Rollout]) -> float:
 
 def others_told(checkpoint: Checkpoint) -> float:
     """What is left of following other instructions: mean accuracy over the laboratory's single operations, told."""
-    return told_accuracy(*load_model(checkpoint.path), samples=TOLD, seed=0)
+    if not checkpoint.adapters:
+        return told_accuracy(*load_model(checkpoint.path), samples=TOLD, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        write_merged(checkpoint.folder, Path(folder))
+        return told_accuracy(*load_model(Path(folder)), samples=TOLD, seed=0)
 
 
 def commit() -> str:
