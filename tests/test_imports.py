@@ -38,6 +38,7 @@ CORNERS = {
     "accelerate": ["monitoring.tracking"],
     "trl": ["slow"],
     "peft": ["engine.lora"],
+    "bitsandbytes": ["slow.adamw"],
     "scipy": ["run.paired"],
     "matplotlib": ["report.charts"],
     "jinja2": ["report.page", "engine.chat"],

@@ -30,6 +30,7 @@ EXTRAS = {
     "report": "dspy-fst report: pages and charts",
     "serve": "dspy-fst serve: a compiled program over HTTP",
     "tracking": "TensorBoard's files of a run",
+    "quantized": "moments of 8 bits (optimizer: adamw_8bit)",
     "benchmarks": "load tests of the server, and trl to measure against",
     "programs": "the example programs' data and graders",
 }

@@ -29,12 +29,11 @@ from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.folder import wrapped_names
 from dspy_fst.model_files.lora_folder import BESIDE, INDEX, INSIDE, index_of
 from dspy_fst.run.files import flush, scratch_beside
+from dspy_fst.slow.adamw import moments_of
 from dspy_fst.slow.model import Policy
 from dspy_fst.types import WeightsVersion
 
 STATE_FORMAT = 1
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter, as torch names it."""
 PROCESSOR_FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("image_processor_config.json", "feature_extraction_config.json", "chat_template.json"),
@@ -296,12 +295,10 @@ def state_tensors(
     """All tensors that an update reads or changes: weights, moments and torch's generators.
 
     Args:
-        parameters: The trained parameters by name, in the optimizer's order.
+        parameters: The trained parameters by name.
     """
-    names = list(parameters)
     tensors: dict[str, Tensor] = {f"weights/{name}": parameter for name, parameter in parameters.items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"{moment}/{names[index]}": moments[moment] for moment in MOMENTS}
+    tensors |= moments_of(parameters, optimizer)
     tensors["generator/cpu"] = torch.get_rng_state()
     if device.type == "cuda":
         tensors["generator/cuda"] = torch.cuda.get_rng_state(device)
@@ -319,20 +316,6 @@ def restore_weights(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.P
     """Copy a state's weights into the parameters, in place."""
     for name, parameter in parameters.items():
         parameter.copy_(tensors[f"weights/{name}"])
-
-
-def restore_moments(tensors: Mapping[str, Tensor], names: Sequence[str], optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer a state's moments; a parameter that the state does not hold starts without.
-
-    Args:
-        names: The trained parameters, in the optimizer's order.
-    """
-    state = {
-        index: {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
-        for index, name in enumerate(names)
-        if f"step/{name}" in tensors
-    }
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def restore_generators(tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -18,6 +18,7 @@ from dspy_fst.engine.machine import has_gpu, launch_faults
 from dspy_fst.errors import TrainingError
 from dspy_fst.recipe.lora_settings import SHARED
 from dspy_fst.slow import chunked_head, losses
+from dspy_fst.slow.adamw import make_adamw, restore_moments
 from dspy_fst.slow.batching import (
     NONE,
     MicroBatch,
@@ -31,7 +32,6 @@ from dspy_fst.slow.checkpoint import (
     CheckpointWriter,
     read_state,
     restore_generators,
-    restore_moments,
     restore_weights,
     state_tensors,
     stored_shapes,
@@ -99,14 +99,7 @@ class Trainer:
         if gradient_checkpointing:
             self._policy.recompute_layers()
         self._names = [name for name, p in self._policy.model.named_parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            [p for p in self._policy.parameters() if p.requires_grad],
-            lr=settings.learning_rate,
-            betas=settings.adam_betas,
-            eps=settings.adam_epsilon,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self._optimizer = make_adamw(list(self.parameters.values()), settings)
         self._updates = 0
         self._budget = MicroBatchBudget(settings.micro_batch_tokens)
 
@@ -370,7 +363,7 @@ class Trainer:
         if stored_shapes(tensors) != self._shapes:
             raise TrainingError(f"{directory} holds the state of another model; start from the model it was saved with")
         restore_weights(tensors, self.parameters)
-        restore_moments(tensors, self._names, self._optimizer)
+        restore_moments(tensors, self.parameters, self._optimizer)
         restore_generators(tensors, self._device)
         self._updates = facts["updates"]
         self._budget.restore(facts)
@@ -390,7 +383,7 @@ class Trainer:
         stored = stored_shapes(tensors)
         if not stored.items() <= self._shapes.items():
             raise TrainingError(f"{directory} holds the state of another model than {self._source}")
-        restore_moments(tensors, self._names, self._optimizer)
+        restore_moments(tensors, self.parameters, self._optimizer)
         self._updates = facts["updates"]
         return [name for name in self._names if name not in stored]
 

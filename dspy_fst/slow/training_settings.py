@@ -27,6 +27,9 @@ class TrainingSettings(Settings):
     """Which trained predictors share a LoRA adapter: ``"shared"``, all of them (paper: one set of weights);
     ``"per_predictor"``, none, so that each learns apart on one base in memory; or groups, adapter -> predictors, e.g.
     ``{"search": ("hops[0].query", "hops[1].query")}`` (ours). Predictors without one speak with the base."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """``"adamw"`` keeps two moments in float32, 8 bytes for each trained number (paper: AdamW). ``"adamw_8bit"`` keeps
+    them in 8 bits, about 2 bytes; it is bitsandbytes' and rounds them (ours)."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """AdamW's peak learning rate (ours, common for full-weight RL; not published where we could read)."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

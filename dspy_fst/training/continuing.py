@@ -49,7 +49,13 @@ def optimizer_faults(config: FSTConfig, student: dspy.Module, policy: PolicyLM, 
             f"{ASKED}: the student speaks with the weights {policy.checkpoint.version}, and the state in {before} is "
             f"of {found}: its optimizer saw later updates; leave it out"
         ]
-    trained, wanted = read_json(before / "recipe.json").get("lora"), to_jsonable(config.model_dump()["adapter"])
+    recipe = read_json(before / "recipe.json")
+    if (moments := recipe.get("optimizer", "adamw")) != config.optimizer:
+        return [
+            f"{ASKED}: the run in {before} kept AdamW's moments as optimizer={moments!r} does, and this one uses "
+            f"{config.optimizer!r}; set the same optimizer, or leave it out"
+        ]
+    trained, wanted = recipe.get("lora"), to_jsonable(config.model_dump()["adapter"])
     if trained != wanted:
         return [
             f"{ASKED}: the run in {before} trained {_in_words(trained)}, and this one trains {_in_words(wanted)}, so "

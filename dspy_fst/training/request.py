@@ -28,6 +28,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.argument_checks import search_faults
 from dspy_fst.preflight.data_checks import data_faults, input_faults
 from dspy_fst.preflight.engine_checks import engine_faults
+from dspy_fst.preflight.library_checks import library_faults
 from dspy_fst.preflight.model_checks import lora_faults, lora_warnings, model_faults
 from dspy_fst.preflight.precision import precision_warnings
 from dspy_fst.preflight.program_checks import adapters_faults, policies_of, program_faults, trained_faults
@@ -157,6 +158,7 @@ def _faults_of_arguments(
     if given.teacher is not None:
         yield "teacher: nothing is learnt from a teacher program here; leave it out"
     yield from launch_faults()
+    yield from library_faults(config) if config is not None and room is None else ()
     yield from program_faults(student)
     yield from part_faults(student)
     yield from trained_faults(student, config)

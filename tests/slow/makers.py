@@ -71,13 +71,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
 
 
-def save_model(path: Path, *, tied: bool = False, seed: int = 0) -> Path:
+def save_model(path: Path, *, tied: bool = False, seed: int = 0, width: int = 32) -> Path:
     """A Hugging Face folder of a random model, its weights wide enough that replies are far from uniform."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,

@@ -1,0 +1,14 @@
+"""Which optional libraries a recipe needs that are not installed here."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from dspy_fst.slow.training_settings import TrainingSettings
+
+QUANTIZED = "pip install 'dspy-fst[quantized]'"
+
+
+def library_faults(config: TrainingSettings) -> Iterator[str]:
+    """A sentence for each setting whose library is missing."""
+    if config.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        yield f"optimizer='adamw_8bit' needs bitsandbytes, which is not installed: {QUANTIZED}, or use 'adamw'"
