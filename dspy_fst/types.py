@@ -302,6 +302,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class AdapterReport:
+    """What one of several LoRA adapters learnt from in one weight update, before it moved."""
+
+    rows: int
+    """Calls that it was trained on."""
+    tokens: int
+    grad_norm: float
+    """Of its own parameters, before clipping. The clip is by the norm of all adapters together."""
+    kl_to_start: float | None
+    """As in `UpdateReport`, on its own tokens; None when the KL term was off."""
+    entropy: float
+
+
+@dataclass(frozen=True)
 class UpdateReport:
     """Measurements of one weight update, before the weights moved. Means are per token."""
 
@@ -332,6 +346,8 @@ class UpdateReport:
     """Why the update was not applied; None when it was, or when there was nothing to train."""
     halved_to: int | None = None
     """Tokens of a micro-batch with which the update was made after memory had run out; None when it had not."""
+    adapters: Mapping[str, AdapterReport] = field(default_factory=dict)
+    """By LoRA adapter, where there are several: those that some row was read with."""
 
     @property
     def moved(self) -> bool:

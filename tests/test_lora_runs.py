@@ -225,6 +225,8 @@ def test_each_predictor_learns_in_an_adapter_of_its_own(tmp_path):
     for step in steps:  # each call was sampled through its predictor's adapter and is scored through it
         assert step["update"]["max_log_ratio"] < 1e-4
         assert min(step["predictors"][name]["rows"] for name in ("first", "last")) > 0
+        rows = {name: step["update"]["adapters"][f"for-{name}"]["rows"] for name in ("first", "last")}
+        assert rows == {name: step["predictors"][name]["rows"] for name in rows}
     checkpoint = policy_of(compiled).checkpoint
     assert checkpoint.predictors == {"first": "for-first", "last": "for-last"}
     through = {name: predictor.lm.lora_adapter for name, predictor in compiled.named_predictors()}

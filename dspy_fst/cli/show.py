@@ -123,6 +123,9 @@ def _print(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) ->
     if record.predictors:
         out.heading("Predictors, over all steps")
         out.table(*_predictors(record))
+    if record.adapters:
+        out.heading("LoRA adapters, over all steps")
+        out.table(*_adapters(record))
     _print_population(out, record)
     out.heading("Costs")
     out.table(("what", "spent"), _costs(record))
@@ -246,6 +249,19 @@ def _predictors(record: "RunRecord") -> tuple[Sequence[str], list[list[str]]]:
         for each in record.predictors
     ]
     return (*columns, "own score", "changed", "gain"), rows
+
+
+def _adapters(record: "RunRecord") -> tuple[Sequence[str], list[list[str]]]:
+    """What each learnt from, its mean gradient norm and its last distance from the start."""
+    from dspy_fst.formatting.numbers import number
+
+    rows = []
+    for name in record.adapters:
+        reports = [step.update.adapters[name] for step in record.steps if name in step.update.adapters]
+        learnt, tokens = sum(report.rows for report in reports), sum(report.tokens for report in reports)
+        grad = sum(report.grad_norm for report in reports) / len(reports)
+        rows.append([name, f"{learnt:,}", f"{tokens:,}", number(grad), number(reports[-1].kl_to_start)])
+    return ("adapter", "learnt", "tokens", "mean grad", "last KL"), rows
 
 
 def _print_population(out: "Printer", record: "RunRecord") -> None:

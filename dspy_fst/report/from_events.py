@@ -13,7 +13,7 @@ from dspy_fst.report.samples import sample_of
 from dspy_fst.run.directory import Event
 from dspy_fst.run.ending import stop_reason_in
 from dspy_fst.run.validated import validated_in
-from dspy_fst.types import CycleReport, PredictorReport, StepReport, UpdateReport
+from dspy_fst.types import AdapterReport, CycleReport, PredictorReport, StepReport, UpdateReport
 
 
 def record_of(
@@ -67,7 +67,10 @@ def _cycle(report: Event) -> CycleReport:
 
 def _step(report: Event) -> StepReport:
     predictors = {name: as_written(PredictorReport, data) for name, data in (report.get("predictors") or {}).items()}
-    return as_written(StepReport, report, update=as_written(UpdateReport, report["update"]), predictors=predictors)
+    learnt = report["update"]
+    adapters = {name: as_written(AdapterReport, data) for name, data in (learnt.get("adapters") or {}).items()}
+    update = as_written(UpdateReport, learnt, adapters=adapters)
+    return as_written(StepReport, report, update=update, predictors=predictors)
 
 
 def _warnings(events: Sequence[Event]) -> Iterator[RunWarning]:

@@ -1,13 +1,14 @@
 """The charts of runs as data: their points, titles and labels, before anything is drawn. Pure."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.report.run_record import RunRecord
-from dspy_fst.types import PredictorReport
+from dspy_fst.types import AdapterReport, PredictorReport
 
+T = TypeVar("T")
 Points = tuple[Sequence[float], Sequence[float | None]]
 """x and y of each point. A y of None was not measured."""
 Lines = Mapping[str, Callable[[RunRecord], Points]]
@@ -94,52 +95,59 @@ def predictor_charts(records: Sequence[RunRecord]) -> list[Chart]:
     """The predictors of one run, update by update. With several runs there is no such chart."""
     if len(records) > 1 or len(records[0].predictors) < 2:
         return []
-    return _measured([positive_rows(records[0]), own_scores(records[0])])
+    return _measured([positive_rows(records[0]), own_scores(records[0]), *adapter_charts(records[0])])
+
+
+def adapter_charts(record: RunRecord) -> list[Chart]:
+    """The LoRA adapters of a run that has several, update by update."""
+    names = sorted({name for step in record.steps for name in step.update.adapters})
+
+    def chart(name: str, title: str, note: str, y_label: str, value: Callable[[AdapterReport], float | None]) -> Chart:
+        reports = {adapter: [step.update.adapters.get(adapter) for step in record.steps] for adapter in names}
+        return Chart(name, title, note, "update", y_label, _by_name(record, reports, value))
+
+    kl_note = "Exact KL to the starting weights on the tokens that were trained through it."
+    return [
+        chart("adapter-kl", "Distance of each LoRA adapter", kl_note, "KL, nats a token", lambda of: of.kl_to_start),
+        chart("adapter-norm", "Gradient norm of each", "Before clipping.", "gradient norm", lambda of: of.grad_norm),
+    ]
+
+
+def _predictor_chart(
+    record: RunRecord, name: str, title: str, note: str, y_label: str, value: Callable[[PredictorReport], float | None]
+) -> Chart:
+    predictors = [totals.predictor for totals in record.predictors]
+    reports = {predictor: [step.predictors.get(predictor) for step in record.steps] for predictor in predictors}
+    return Chart(name, title, note, "update", y_label, _by_name(record, reports, value))
 
 
 def positive_rows(record: RunRecord) -> Chart:
-    return _by_predictor(
-        record,
-        lambda report: report.positive_rows / report.rows if report.rows else None,
-        name="predictor-positive",
-        title="Calls that were above the others",
-        note="Share of a predictor's learnt calls whose advantage is positive: they scored above the group's mean.",
-        y_label="share of calls",
-        span=(0.0, 1.05),
+    title = "Calls that were above the others"
+    note = "Share of a predictor's learnt calls whose advantage is positive: they scored above the group's mean."
+
+    def share(report: PredictorReport) -> float | None:
+        return report.positive_rows / report.rows if report.rows else None
+
+    return replace(
+        _predictor_chart(record, "predictor-positive", title, note, "share of calls", share), span=(0.0, 1.05)
     )
 
 
 def own_scores(record: RunRecord) -> Chart:
-    return _by_predictor(
-        record,
-        lambda report: report.score,
-        name="predictor-scores",
-        title="Scores of single predictors",
-        note="What the metric gave a predictor by itself; a failed rollout counts with its failure score.",
-        y_label="mean score",
-        span=None,
-    )
+    note = "What the metric gave a predictor by itself; a failed rollout counts with its failure score."
+    title = "Scores of single predictors"
+    return _predictor_chart(record, "predictor-scores", title, note, "mean score", lambda report: report.score)
 
 
-def _by_predictor(
-    record: RunRecord,
-    value: Callable[[PredictorReport], float | None],
-    *,
-    name: str,
-    title: str,
-    note: str,
-    y_label: str,
-    span: tuple[float, float | None] | None,
-) -> Chart:
-    """A line for each predictor with at least one measured point."""
-
-    def points(predictor: str) -> list[float | None]:
-        reports = [step.predictors.get(predictor) for step in record.steps]
-        return [None if report is None else value(report) for report in reports]
-
-    names = [totals.predictor for totals in record.predictors]
-    lines = [_series(predictor, _steps(record), points(predictor)) for predictor in names]
-    return Chart(name, title, note, "update", y_label, tuple(line for line in lines if line.y), "line", span)
+def _by_name(
+    record: RunRecord, reports: Mapping[str, Sequence[T | None]], value: Callable[[T], float | None]
+) -> tuple[Series, ...]:
+    """A line for each name with at least one measured point. A step without a report measured nothing."""
+    lines = [
+        _series(name, _steps(record), [None if report is None else value(report) for report in own])
+        for name, own in reports.items()
+    ]
+    return tuple(line for line in lines if line.y)
 
 
 def frontier(series: Series) -> Series:

@@ -2,7 +2,8 @@
 
 A name is ``train/``, ``search/`` or ``validation/`` before the event's own field (see StepReport, UpdateReport and
 CycleReport in `dspy_fst.types`) or count: ``train/reward``, ``train/kl_to_start``, ``train/flat_groups``,
-``train/masked/timeout``, ``train/seconds/update``, ``search/best_score``. What was not measured has no number.
+``train/masked/timeout``, ``train/seconds/update``, ``train/adapters/for-answer/kl_to_start``, ``search/best_score``.
+What was not measured has no number.
 """
 
 import re

@@ -136,6 +136,11 @@ class RunRecord:
         return predictor_totals(self.steps, self.by_digest)
 
     @cached_property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the LoRA adapters that learnt apart; none where all calls share the weights that are trained."""
+        return tuple(sorted({name for step in self.steps for name in step.update.adapters}))
+
+    @cached_property
     def costs(self) -> Costs:
         elapsed_s = (self.last or 0.0) - (self.started or 0.0)
         return costs_of(self.cycles, self.steps, self.validations, elapsed_s)

@@ -3,14 +3,16 @@
 Shapes: N is the number of completion tokens of all rows, in one flat axis; V is the size of the vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from dspy_fst.errors import MismatchError, NotFiniteError
-from dspy_fst.types import Row, UpdateReport
+from dspy_fst.slow.batching import MicroBatch
+from dspy_fst.types import AdapterReport, Row, UpdateReport
 
 NO_UPDATE = UpdateReport(
     loss=0.0,
@@ -130,9 +132,12 @@ class UpdateMetrics:
         zero = torch.zeros((), device=device)
         self.loss = self._entropy = self._seed_entropy = self._capped = self._ratio = self._largest = zero
         self._weight = self._weight_squared = zero.double()
+        self._share = zero
         self._kl: Tensor | None = None
         self._seed_kl: Tensor | None = None
-        self._tokens = self._seed_tokens = self._seed_calls = self._sequences = 0
+        self._tokens = self._seed_tokens = self._seed_calls = self._sequences = self._rows = 0
+        self._device = device
+        self._adapters: dict[str, UpdateMetrics] = {}
 
     def check_finite(self, norm: Tensor, update: int) -> None:
         """
@@ -160,14 +165,16 @@ class UpdateMetrics:
                 "from this batch"
             )
 
-    def add(self, measured: Measured, tokens: Tokens, cap: float, sequences: int) -> None:
+    def add(self, measured: Measured, tokens: Tokens, cap: float, micro: MicroBatch) -> None:
         """Add one micro-batch.
 
         Args:
             tokens: Values of its N tokens.
             cap: Largest importance weight.
-            sequences: Number of sequences that its rows were read as.
         """
+        if micro.adapter is not None:
+            own = self._adapters.setdefault(micro.adapter, UpdateMetrics(self._device))
+            own.add(measured, tokens, cap, replace(micro, adapter=None))
         self.loss = self.loss + measured.loss
         if measured.kl is not None:
             kl = (tokens.weights * measured.kl).sum()
@@ -181,7 +188,9 @@ class UpdateMetrics:
         self._weight = self._weight + weights.sum()
         self._weight_squared = self._weight_squared + weights.square().sum()
         self._tokens += len(log_ratios)
-        self._sequences += sequences
+        self._sequences += len(micro.prefix_of)
+        self._rows += len(micro.members)
+        self._share = self._share + tokens.weights.sum()
 
     def add_seed_kl(self, measured: Measured, kl: Tensor, calls: int) -> None:
         """Add one micro-batch of seed-KL calls.
@@ -201,8 +210,14 @@ class UpdateMetrics:
         """See `types.UpdateReport`."""
         return float(self._weight**2 / (self._tokens * self._weight_squared))
 
-    def report(self, grad_norm: Tensor, learning_rate: float, rows: int) -> UpdateReport:
-        """The measurements of the whole batch."""
+    def report(
+        self, grad_norm: Tensor, learning_rate: float, adapter_norms: Mapping[str, float] = MappingProxyType({})
+    ) -> UpdateReport:
+        """The measurements of the whole batch.
+
+        Args:
+            adapter_norms: Gradient norm of each LoRA adapter, where the policy has several.
+        """
         if not self._tokens:  # the batch held seed-KL calls only
             return replace(
                 NO_UPDATE,
@@ -227,6 +242,16 @@ class UpdateMetrics:
             effective_sample_share=self.effective_sample_share,
             learning_rate=learning_rate,
             tokens=self._tokens,
-            rows=rows,
+            rows=self._rows,
             sequences=self._sequences,
+            adapters={name: own._of_adapter(adapter_norms[name]) for name, own in sorted(self._adapters.items())},
+        )
+
+    def _of_adapter(self, grad_norm: float) -> AdapterReport:
+        return AdapterReport(
+            rows=self._rows,
+            tokens=self._tokens,
+            grad_norm=grad_norm,
+            kl_to_start=None if self._kl is None else float(self._kl / self._share),
+            entropy=float(self._entropy) / self._tokens,
         )

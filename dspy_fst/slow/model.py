@@ -121,6 +121,15 @@ class Policy(nn.Module):
         name = self.adapters[0] if wanted is None and len(self.adapters) == 1 else wanted
         return self.started_from.get(name or "") if self.at_start else name
 
+    def adapter_norms(self) -> dict[str, float]:
+        """The gradient norm of each LoRA adapter that has a gradient, where there are several."""
+        names = self.adapters if len(self.adapters) > 1 else ()
+        gradients = {name: [p.grad for p in parameters_of(self.model, name).values()] for name in names}
+        return {
+            name: float(nn.utils.get_total_norm([gradient for gradient in own if gradient is not None]))
+            for name, own in gradients.items()
+        }
+
     def check_same_model(self, reference: "Policy", path: str | Path) -> None:
         """
         Args:

@@ -159,7 +159,7 @@ class Trainer:
         while (metrics := self._gradient(batch, sequences)) is None:
             self._budget.halve(batch, self._updates + 1)
         grad_norm = self._checked_norm(metrics, on_policy=bool(batch.rows))
-        report = metrics.report(grad_norm, self._next_rate(), rows=len(batch.rows))
+        report = metrics.report(grad_norm, self._next_rate(), self._policy.adapter_norms())
         self._apply(report)
         return report if self._budget.tokens == tokens else replace(report, halved_to=self._budget.tokens)
 
@@ -193,7 +193,7 @@ class Trainer:
 
         start = self._start(micro) if coefficient > 0 else None
         measured = learn(self._policy.readout(micro), micro, loss, start)
-        metrics.add(measured, tokens, cap, sequences=len(micro.prefix_of))
+        metrics.add(measured, tokens, cap, micro)
 
     def _learn_seed_kl(self, calls: Sequence[SeedKLCall], metrics: UpdateMetrics) -> None:
         """Add the gradient of KL(theta || start), averaged over the tokens of the seed-KL calls.

@@ -124,6 +124,39 @@ def test_a_tracker_gets_the_figures_under_names_that_it_takes():
     assert "train/predictors/answer/score" not in values
 
 
+def adapter(rows, kl, norm):
+    return {"rows": rows, "tokens": 3 * rows, "grad_norm": norm, "kl_to_start": kl, "entropy": 0.25}
+
+
+def run_with_adapters():
+    """The same with a LoRA adapter for each predictor; the answer's calls were all lost in the second update."""
+    ours, first, second = run(), adapter(30, 0.0, 0.5), adapter(10, 0.125, 1.5)
+    ours[2]["report"]["update"] = {**ours[2]["report"]["update"], "adapters": {"ask": first, "say": second}}
+    ours[4]["report"]["update"] = {**ours[4]["report"]["update"], "adapters": {"ask": second}}
+    return ours
+
+
+def test_the_report_has_the_figures_of_each_adapter(tmp_path):
+    record = record_of(run_with_adapters())
+    assert record.adapters == ("ask", "say")
+    assert record.steps[1].update.adapters["ask"].kl_to_start == 0.125
+    distance, norm = predictor_charts([record])[2:]
+    assert [(s.label, s.x, s.y) for s in distance.series] == [("ask", (0, 1), (0.0, 0.125)), ("say", (0,), (0.125,))]
+    assert [(s.label, s.y) for s in norm.series] == [("ask", (0.5, 1.5)), ("say", (1.5,))]
+    table = invoke("show", written(tmp_path / "run", run_with_adapters())).stdout.split("LoRA adapters")[1]
+    rows = [line.split() for line in table.splitlines() if line.startswith(("ask", "say"))]
+    assert rows == [["ask", "40", "120", "1.000", "0.125"], ["say", "10", "30", "1.500", "0.125"]]
+    values = entry_of(run_with_adapters()[2]).values
+    assert (values["train/adapters/ask/grad_norm"], values["train/adapters/say/rows"]) == (0.5, 10)
+
+
+def test_a_run_whose_updates_tell_nothing_of_adapters_shows_none(tmp_path):
+    record = record_of(run())
+    assert (record.adapters, record.steps[0].update.adapters) == ((), {})
+    assert len(predictor_charts([record])) == 2
+    assert "LoRA" not in invoke("show", written(tmp_path / "run", run())).stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1200])
 def test_the_table_of_predictors_fits_the_screen(browser, tmp_path, width):  # noqa: F811

@@ -68,6 +68,33 @@ def test_the_gradient_of_an_adapter_is_that_of_its_own_calls(start, name):
     assert_close(of(f"for-{name}", found), wanted)
 
 
+def test_an_update_tells_what_each_adapter_learnt_from(start):
+    """Against the calls themselves, the gradients that were applied, and the KL of each call."""
+    trainer, batch = trained(start, kl_coefficient=0.1), batch_of(7)
+    kl = trainer.kl_by_call(batch.rows)
+    with recorded_gradients(trainer) as gradients:
+        update = trainer.step(batch)
+    assert update.adapters.keys() == {"for-answer", "for-query"}
+    for predictor, name in BOTH.items():
+        report = update.adapters[name]
+        rows = [(row, own) for row, own in zip(batch.rows, kl, strict=True) if row.predictor == predictor]
+        weights = torch.cat([torch.full((len(own),), row.token_weight) for row, own in rows])
+        wanted = float((weights * flat([own for _, own in rows])).sum() / weights.sum())
+        norm = torch.cat([gradient.flatten() for gradient in of(name, gradients).values()]).norm()
+        assert (report.rows, report.tokens) == (len(rows), sum(len(own) for _, own in rows))
+        assert report.kl_to_start == pytest.approx(wanted, rel=1e-4)
+        assert report.grad_norm == pytest.approx(float(norm), rel=1e-5)
+        assert report.entropy > 0
+    assert sum(report.rows for report in update.adapters.values()) == update.rows
+    assert update.grad_norm**2 == pytest.approx(sum(each.grad_norm**2 for each in update.adapters.values()), rel=1e-5)
+
+
+def test_an_update_tells_nothing_of_an_adapter_without_calls_or_of_a_single_one(start):
+    update = trained(start).step(batch_of(5, predictors=("answer",)))
+    assert update.adapters.keys() == {"for-answer"}
+    assert make_trainer(start, adapter=SMALL).step(batch_of(5)).adapters == {}
+
+
 def test_a_predictor_without_calls_in_a_batch_leaves_its_adapter_as_it_is(start):
     trainer = trained(start)
     before = {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
