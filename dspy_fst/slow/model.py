@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.lora import in_use, merge, parameters_of, put_on, put_on_as_read, read, target_modules, using
@@ -33,10 +34,11 @@ class Policy(nn.Module):
     - The body runs in float32, or in bfloat16 autocast if ``body_dtype`` is bfloat16.
     - The LM head runs in float32 (ScaleRL, 2510.13786: a float32 head lifts the asymptote from 0.52 to 0.61). It is
       applied only to the hidden states that predict a scored token.
-    - Parameters are always float32: at the learning rates of RL most updates of a bfloat16 parameter round away.
+    - Trained parameters are float32: at the learning rates of RL most updates of a bfloat16 parameter round away.
     - Dropout stays off, because training must score the distribution that was sampled from.
     - Of a multimodal model the part that reads and writes text is trained.
     - With a LoRA adapter only its parameters are trained. The weights below are frozen, and kept in ``body_dtype``.
+    - The linear layers of a frozen model, as the KL's reference is one, are kept in ``body_dtype``.
 
     Raises:
         TrainingError: the given model holds an adapter or a parametrization. The forward reads the head's weight
@@ -103,6 +105,8 @@ class Policy(nn.Module):
         policy.body_dtype = dtype
         if adapter is not None:
             policy._store_base(dtype)
+        elif not trainable:
+            policy._store_linear_layers(dtype)
         return policy
 
     @property
@@ -245,6 +249,17 @@ class Policy(nn.Module):
         for name, parameter in self.model.named_parameters():
             if ".lora_" not in name:
                 parameter.data = parameter.data.to(dtype)
+
+    def _store_linear_layers(self, dtype: torch.dtype) -> None:
+        """Keep frozen linear layers in the precision to which autocast rounds them at each use: no bit changes.
+
+        The head computes in float32. Embeddings and norms make the hidden states float32. Fused experts are not rounded
+        by autocast (torch 2.13). These stay as they are.
+        """
+        head = self.model.get_output_embeddings()
+        for module in decoder_of(self.model).modules():
+            if isinstance(module, nn.Linear | Conv1D) and module is not head:
+                module.to(dtype)
 
     @torch.no_grad()
     def _probe(self) -> None:
