@@ -140,7 +140,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         ValueError: a file is missing, cut off, or not what its name says; the message names it.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="numpy") as stored:
                 shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
@@ -149,8 +149,12 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would read: one file, or those that the index names."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would read: one file, or those that the index names.
+
+    Raises:
+        ValueError: the index cannot be read.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import dspy
 
@@ -24,6 +25,7 @@ MERGED = (
     "round away."
 )
 EVALUATION = ("split", "problems", "candidate", "weights", "cycle", "seed", "k", "mean@k", "95% interval")
+TRAINED = "trained together by Fast-Slow Training ([arXiv 2605.12484](https://arxiv.org/abs/2605.12484)) with dspy_fst"
 TAGS = ("dspy", "dspy-fst", "fast-slow-training", "gepa", "reinforcement-learning")
 
 
@@ -43,38 +45,78 @@ class Facts:
     """The run's plan event; empty without a run."""
     base: str | None
     """Hub name of the trained model; None for a local folder."""
+    base_folder: Path | None = None
+    """The folder of the trained model on the run's machine. Cards of whole weights do not tell it."""
     merged: bool = False
     """Whether the weights are a base and the LoRA adapter that was trained on it."""
     foreign_code: bool = False
     """Whether a dspy.Flex may have another source than a fresh program has."""
+    speakers: tuple[str, ...] = ()
+    """The predictors whose weights these are, where the program's others have other ones; empty: all."""
 
 
 def model_card(facts: Facts) -> str:
     """Markdown with YAML front matter."""
-    parts = [_front_matter(facts), _head(facts), _use(facts), *_training(facts), _population(facts), *_scores(facts)]
-    parts.append(_versions(facts))
+    return joined([front_matter(facts), _head(facts), _use(facts), *story(facts)])
+
+
+def story(facts: Facts) -> Iterator[str]:
+    """The sections that do not depend on what the folder holds: training, texts, scores and versions."""
+    yield from _training(facts)
+    yield _population(facts)
+    yield from _scores(facts)
+    yield _versions(facts)
+
+
+def joined(parts: Sequence[str]) -> str:
+    """Sections as one document; empty ones are left out."""
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(facts: Facts) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+def front_matter(
+    facts: Facts, library: str = "transformers", more: Sequence[str] = (), tags: Sequence[str] = ()
+) -> str:
+    """The card's YAML head.
+
+    Args:
+        library: The one that loads the folder.
+        more: Further lines.
+        tags: Further tags.
+    """
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     if facts.base is not None:
         lines.append(f"base_model: {json.dumps(facts.base)}")  # a JSON string is a YAML string
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
+    return "\n".join([*lines, *more, "tags:", *(f"- {tag}" for tag in (*TAGS, *tags)), "---"])
 
 
 def _head(facts: Facts) -> str:
-    program = f"`{facts.plan['program']}`" if "program" in facts.plan else "A DSPy program"
     base = f"`{facts.base}`" if facts.base else "a local model"
     return (
-        f"# {program} and its model\n\n"
-        f"The weights of {base} and the instructions of a [DSPy](https://dspy.ai) program, trained together by "
-        "Fast-Slow Training ([arXiv 2605.12484](https://arxiv.org/abs/2605.12484)) with dspy_fst. The weights were "
-        f"trained with these instructions: use both.{_nothing_learned(facts)}"
+        f"# {program_named(facts)} and its model\n\n"
+        f"The weights of {base} and the instructions of a [DSPy](https://dspy.ai) program, {TRAINED}. The weights were "
+        f"trained with these instructions: use both.{_whose(facts)}{nothing_learned(facts)}"
     )
 
 
-def _nothing_learned(facts: Facts) -> str:
+def program_named(facts: Facts) -> str:
+    """How a card's title names the program."""
+    return f"`{facts.plan['program']}`" if "program" in facts.plan else "A DSPy program"
+
+
+def _whose(facts: Facts) -> str:
+    """A paragraph where the folder holds the weights of some predictors only."""
+    if not facts.speakers:
+        return ""
+    others = [name for name in facts.policy.predictors if name not in facts.speakers]
+    elsewhere = f" {_names(others)} of this program speak with other weights." if others else ""
+    return f"\n\nThese are the weights of the predictors {_names(facts.speakers)}.{elsewhere}"
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def nothing_learned(facts: Facts) -> str:
     """A sentence when the run changed no weights, so that they are the base model's."""
     if facts.record is None or not facts.record.ending.nothing_learned:
         return ""
@@ -82,17 +124,8 @@ def _nothing_learned(facts: Facts) -> str:
 
 
 def _use(facts: Facts) -> str:
-    predictors = "\n".join(
-        f"{in_python(name)}.lm = lm.copy(temperature={sampling.temperature:g}, max_tokens={sampling.max_tokens})"
-        for name, sampling in facts.policy.predictors.items()
-    )
-    frozen = "".join(
-        f"\n\nThe predictor `{name}` spoke with the frozen LM `{model}`; set one on it."
-        for name, model in facts.policy.frozen.items()
-    )
+    speak = [name for name in facts.policy.predictors if not facts.speakers or name in facts.speakers]
     precision, adapted = (" --dtype float32", f"\n\n{MERGED}") if facts.merged else ("", "")
-    trusted = ", trust_code=True" if facts.foreign_code else ""
-    warning = " `trust_code=True` takes up the evolved sources of its `dspy.Flex`; read them first." if trusted else ""
     return f"""## Use
 
 `FOLDER` is this folder. With any server that speaks OpenAI's protocol, and DSPy alone:
@@ -107,8 +140,19 @@ import dspy
 program = ...  # a fresh program of the same class
 program.load("FOLDER/program.json")  # the best instructions
 lm = dspy.LM("openai/FOLDER", api_base="http://localhost:8000/v1", api_key="none")
-{predictors}{_adapter(facts)}
-```
+{predictor_lines(facts, dict.fromkeys(speak, "lm"))}{chat_adapter_lines(facts)}
+```{_with_dspy_fst(facts)}
+
+The weights alone: `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`.{adapted}{frozen_note(facts)}"""
+
+
+def _with_dspy_fst(facts: Facts) -> str:
+    """How dspy_fst loads the folder; empty where it holds the weights of some predictors only."""
+    if facts.speakers:
+        return ""
+    trusted = ", trust_code=True" if facts.foreign_code else ""
+    warning = " `trust_code=True` takes up the evolved sources of its `dspy.Flex`; read them first." if trusted else ""
+    return f"""
 
 With dspy_fst, which also gives the whole population and serves the weights itself.{warning}
 
@@ -116,12 +160,32 @@ With dspy_fst, which also gives the whole population and serves the weights itse
 import dspy_fst
 
 program = dspy_fst.load("FOLDER", program{trusted})
-```
-
-The weights alone: `transformers.AutoModelForCausalLM.from_pretrained("FOLDER")`.{adapted}{frozen}"""
+```"""
 
 
-def _adapter(facts: Facts) -> str:
+def predictor_lines(facts: Facts, lms: Mapping[str, str]) -> str:
+    """Python lines that give predictors their LMs with the sampling of the training.
+
+    Args:
+        lms: Predictor -> the expression of its LM.
+    """
+    sampling = facts.policy.predictors
+    return "\n".join(
+        f"{in_python(name)}.lm = {lm}.copy(temperature={sampling[name].temperature:g}, "
+        f"max_tokens={sampling[name].max_tokens})"
+        for name, lm in lms.items()
+    )
+
+
+def frozen_note(facts: Facts) -> str:
+    """A paragraph for each predictor with a frozen LM."""
+    return "".join(
+        f"\n\nThe predictor `{name}` spoke with the frozen LM `{model}`; set one on it."
+        for name, model in facts.policy.frozen.items()
+    )
+
+
+def chat_adapter_lines(facts: Facts) -> str:
     """Python lines that configure the adapter of the training; empty where none was recorded."""
     saved = facts.policy.adapter
     if saved is None:
@@ -150,11 +214,11 @@ def _training(facts: Facts) -> Iterator[str]:
     if record is None:
         yield "## Training\n\nThe program was saved outside of its run's directory, so the card cannot tell of it."
         return
-    yield "## Training\n\n" + _table(("what", ""), _described(record, facts.plan))
+    yield "## Training\n\n" + table(("what", ""), _described(record, facts.plan))
     yield from _recipe(record)
-    yield "### Costs\n\n" + _table(("what", "spent"), _spent(record))
+    yield "### Costs\n\n" + table(("what", "spent"), _spent(record))
     if record.lost:
-        yield "Rollouts that were masked (not measured) or failed (scored as failures):\n\n" + _table(
+        yield "Rollouts that were masked (not measured) or failed (scored as failures):\n\n" + table(
             ("reason", "rollouts"), [(reason, f"{count:,}") for reason, count in record.lost.items()]
         )
     if record.warnings:
@@ -183,7 +247,7 @@ def _recipe(record: RunRecord) -> Iterator[str]:
     defaults = FSTConfig.model_construct().model_dump(mode="json")
     changed = [(name, value) for name, value in record.config.items() if value != defaults.get(name)]
     if changed:
-        yield "### Recipe\n\nSettings that differ from the defaults of `FSTConfig`:\n\n" + _table(
+        yield "### Recipe\n\nSettings that differ from the defaults of `FSTConfig`:\n\n" + table(
             ("setting", "value"), [(name, json.dumps(value)) for name, value in changed]
         )
 
@@ -220,12 +284,12 @@ def _scores(facts: Facts) -> Iterator[str]:
     if shown or record.validations or record.evaluations or record.two_by_two:
         yield "## Scores"
     if shown:
-        yield _table(("what", "score"), shown)
+        yield table(("what", "score"), shown)
     if record.validations:
-        table = validations_table(record)
-        yield f"{table.title}: {_inline(verdict(record))}\n\n" + _table(table.columns, table.rows)
+        made = validations_table(record)
+        yield f"{made.title}: {_inline(verdict(record))}\n\n" + table(made.columns, made.rows)
     if record.evaluations:
-        yield "Evaluations:\n\n" + _table(EVALUATION, [_evaluation(evaluation) for evaluation in record.evaluations])
+        yield "Evaluations:\n\n" + table(EVALUATION, [_evaluation(evaluation) for evaluation in record.evaluations])
     if record.two_by_two:
         yield _crossed(record.two_by_two)
     if record.seen:
@@ -239,28 +303,28 @@ def _evaluation(row: Evaluated) -> tuple[str, ...]:
     return (plain(row.split), problems, *map(plain, conditions), number(row.mean), interval(row.low, row.high))
 
 
-def _crossed(table: TwoByTwo[Score]) -> str:
+def _crossed(measured: TwoByTwo[Score]) -> str:
     """The conditions of the measurement and its four cells."""
 
     def line(row: str) -> list[str]:
-        return [with_error(*(table.at(row, column) or (None, None))) for column in table.columns]
+        return [with_error(*(measured.at(row, column) or (None, None))) for column in measured.columns]
 
-    columns = ("mean ± standard error", *(f"{column} weights" for column in table.columns))
-    under = f" ({_inline(table.words)})" if table.words else ""
-    rows = [(f"{row} instructions", *line(row)) for row in table.rows]
-    return f"What each half brought{under}:\n\n" + _table(columns, rows)
+    columns = ("mean ± standard error", *(f"{column} weights" for column in measured.columns))
+    under = f" ({_inline(measured.words)})" if measured.words else ""
+    rows = [(f"{row} instructions", *line(row)) for row in measured.rows]
+    return f"What each half brought{under}:\n\n" + table(columns, rows)
 
 
 def _versions(facts: Facts) -> str:
     rows = [("dspy-fst that saved the program", facts.saved_by)]
     rows += [(f"{name} at the export", version) for name, version in facts.packages.items()]
-    return "## Versions\n\n" + _table(("package", "version"), rows)
+    return "## Versions\n\n" + table(("package", "version"), rows)
 
 
 # ---- Markdown ----------------------------------------------------------------------------------
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(_inline(cell) for cell in line) + " |" for line in lines)
 

@@ -97,14 +97,21 @@ def saved_in(path: Path) -> Path:
     raise RunDirectoryError(f"{path} holds no {COMPILED}/ and is no folder of dspy_fst.save")
 
 
-def refuse_run(path: Path) -> None:
-    """Refuse a run's directory where a saved program is expected, and say where its program is.
+def refuse_other_folders(path: Path) -> None:
+    """Refuse a run's directory, or an exported part of a program, where a saved program is expected.
 
     Raises:
-        RunDirectoryError: the path is a run's directory and no saved program.
+        RunDirectoryError: the path is one of these; the message says what to load.
     """
-    if is_run(path) and not is_saved(path):
+    if is_saved(path):
+        return
+    if is_run(path):
         raise RunDirectoryError(f"{path} is a run's directory; load its program from {saved_in(path)}")
+    if (path / CARD).is_file() and (path / PROGRAM).is_file():
+        raise RunDirectoryError(
+            f"{path} holds a part of a program's weights: LoRA adapters without their base, or the weights of some "
+            "predictors; load the run's compiled/ or what dspy_fst.save wrote. Its README.md says how others use it"
+        )
 
 
 def read_saved(

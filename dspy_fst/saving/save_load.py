@@ -40,7 +40,7 @@ from dspy_fst.saving.format import (
     WEIGHTS,
     SavedPolicy,
     read_saved,
-    refuse_run,
+    refuse_other_folders,
     weights_in,
 )
 from dspy_fst.saving.manifest import read_document, seal, verify
@@ -146,7 +146,7 @@ def load(
     if faults := sampling_faults(adapter, policy_settings):
         raise ConfigurationError(faults)
     path = Path(path).resolve()
-    refuse_run(path)
+    refuse_other_folders(path)
     verify(path, ASIDE if weights_in(path) == path else ())
     saved, population, state = read_saved(path, program, trust_code=trust_code)
     _require_frozen_lms(saved.frozen, program)

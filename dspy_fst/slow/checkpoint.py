@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 from dspy_fst.engine.base import AdapterFiles, Checkpoint
 from dspy_fst.engine.chat import rendered_ids
-from dspy_fst.engine.lora import base_state, write
+from dspy_fst.engine.lora import base_state, merge, write
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.folder import wrapped_names
@@ -152,24 +152,25 @@ class CheckpointWriter:
         return {name: t.contiguous() for name, t in revert_weight_conversion(self._model, tensors).items()}
 
 
-def write_merged(source: Path, folder: Path) -> None:
+def write_merged(source: Path, folder: Path, adapter: str | None = None) -> None:
     """Write weights with a LoRA adapter as whole weights in float32, into a folder that exists.
 
+    Args:
+        source: A folder as `Checkpoint.at` reads it.
+        adapter: Which adapter, where there are several; see `Checkpoint.adapter`.
+
     Raises:
-        TrainingError: ``source`` holds several adapters, or no weights that can be read.
+        TrainingError: the weights cannot be read, or do not fit each other.
     """
     held = Checkpoint.at("merged", source)
-    files = held.path
-    if len(held.adapters) > 1:
-        raise TrainingError(
-            f"{source} holds {len(held.adapters)} LoRA adapters, for different predictors, and one set of weights "
-            "cannot hold them all; give the folder of dspy_fst.save instead"
-        )
-    policy = Policy.load(source, dtype=torch.float32, trainable=False)
-    tokenizer = AutoTokenizer.from_pretrained(files, trust_remote_code=False)
+    chosen, base = held.adapter(adapter), held.path
+    policy = Policy.load(base, dtype=torch.float32, trainable=False)
+    if chosen is not None:
+        merge(policy.model, chosen.path)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         whole = Path(scratch) / "whole"
-        CheckpointWriter(policy.model, tokenizer, torch.float32, files).write(whole)
+        CheckpointWriter(policy.model, tokenizer, torch.float32, base).write(whole)
         for path in whole.iterdir():
             path.rename(folder / path.name)
 
