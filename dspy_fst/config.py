@@ -134,6 +134,20 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, Alternation):
         return self
 
     @model_validator(mode="after")
+    def _an_optimizer_step_has_a_problem(self) -> Self:
+        if self.updates_per_batch > 1 and self.method == "distill":
+            raise ValueError(
+                f"updates_per_batch={self.updates_per_batch} shares out the problems of a batch, and method='distill' "
+                "learns from no problem's reward; use updates_per_batch=1 and more steps_per_cycle"
+            )
+        if self.updates_per_batch > self.problems_per_step:
+            raise ValueError(
+                f"updates_per_batch={self.updates_per_batch} shares out the problems of a batch, and problems_per_step="
+                f"{self.problems_per_step} are fewer; use updates_per_batch={self.problems_per_step} or fewer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _patience_counts_validations(self) -> Self:
         if self.patience is not None and self.validate_every is None:
             raise ValueError(

@@ -348,6 +348,8 @@ class UpdateReport:
     """Tokens of a micro-batch with which the update was made after memory had run out; None when it had not."""
     adapters: Mapping[str, AdapterReport] = field(default_factory=dict)
     """By LoRA adapter, where there are several: those that some row was read with."""
+    optimizer_steps: int = 1
+    """How often the weights moved: once for each mini-batch (``updates_per_batch``)."""
 
     @property
     def moved(self) -> bool:

@@ -11,7 +11,7 @@ from dspy_fst.errors import MismatchError, NotFiniteError, TrainingError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
 from tests.relay import any_answer, relay
-from tests.test_compile import compile_relay
+from tests.test_compile import compile_relay, same_weights
 
 
 def on_engine(alter):
@@ -62,6 +62,55 @@ def test_an_update_that_is_not_finite_is_skipped_kept_for_inspection_and_the_run
     batch = json.loads((tmp_path / "run" / "skipped" / "step-000001.json").read_text())
     assert float("-inf") in {logprob for row in batch["rows"] for logprob in row["logprobs"]}
     assert any(event["event"] == "warning" and "skip" in event["text"] for event in read_events(tmp_path / "run"))
+
+
+class InfiniteForOneProblem:
+    """Records an infinite log-probability in the calls of the first prompt that each step asks."""
+
+    def __init__(self):
+        self._armed, self._prompt = False, None
+
+    def hear(self, event):
+        self._armed = self._armed or event.get("phase", "").endswith(": rollouts")
+
+    def __call__(self, completion):
+        if self._armed:
+            self._armed, self._prompt = False, completion.prompt_ids
+        if completion.prompt_ids != self._prompt:
+            return completion
+        return replace(completion, logprobs=(float("-inf"), *completion.logprobs[1:]))
+
+
+def test_an_optimizer_step_that_is_not_finite_is_skipped_and_the_others_of_its_batch_are_made(tmp_path):
+    infinite = InfiniteForOneProblem()
+    several = {"method": "rl", "cycles": 1, "steps_per_cycle": 3, "problems_per_step": 4, "updates_per_batch": 4}
+    compile_relay(tmp_path / "run", program=on_engine(infinite), listeners=[infinite.hear], **several)
+    warned = [e for e in read_events(tmp_path / "run") if e["event"] == "warning" and "optimizer steps" in e["text"]]
+    assert warned
+    for step in steps_of(tmp_path / "run"):  # one optimizer step for each live problem but the one that was skipped
+        skipped = sum(event["step"] == step["step"] for event in warned)
+        assert step["update"]["optimizer_steps"] == step["counts"]["live_groups"] - skipped > 0
+    for event in warned:
+        batch = json.loads((tmp_path / "run" / event["text"].split("the batch is in ")[1]).read_text())
+        assert len({row["problem"] for row in batch["rows"]}) == 1
+        assert float("-inf") in {logprob for row in batch["rows"] for logprob in row["logprobs"]}
+
+
+def test_a_killed_run_of_several_optimizer_steps_a_batch_equals_an_uninterrupted_one(tmp_path):
+    several = {"method": "rl", "cycles": 1, "steps_per_cycle": 2, "problems_per_step": 4, "updates_per_batch": 2}
+
+    class KilledError(Exception):
+        pass
+
+    def kill(event):
+        if event["event"] == "step" and event["report"]["step"] == 1:
+            raise KilledError
+
+    whole = compile_relay(tmp_path / "whole", **several)
+    with pytest.raises(KilledError):
+        compile_relay(tmp_path / "killed", listeners=[kill], **several)
+    assert same_weights(whole, compile_relay(tmp_path / "killed", **several))
+    assert [step["update"]["optimizer_steps"] for step in steps_of(tmp_path / "whole")] == [2, 2]
 
 
 def test_updates_that_are_never_finite_stop_the_run(tmp_path):

@@ -69,7 +69,8 @@ def _step(report: Event) -> StepReport:
     predictors = {name: as_written(PredictorReport, data) for name, data in (report.get("predictors") or {}).items()}
     learnt = report["update"]
     adapters = {name: as_written(AdapterReport, data) for name, data in (learnt.get("adapters") or {}).items()}
-    update = as_written(UpdateReport, learnt, adapters=adapters)
+    taken = learnt.get("optimizer_steps", int(learnt["rows"] > 0))  # an older release took one at most
+    update = as_written(UpdateReport, learnt, adapters=adapters, optimizer_steps=taken)
     return as_written(StepReport, report, update=update, predictors=predictors)
 
 

@@ -224,9 +224,9 @@ class RunDirectory:
         with writing(self.path):
             write_json(self.path / "populations" / f"cycle-{cycle:03d}.json", population_to_json(population))
 
-    def save_skipped(self, step: int, batch: object) -> Path:
+    def save_skipped(self, name: str, batch: object) -> Path:
         """Keep a batch whose update was skipped. Its numbers may be NaN or Infinity, as Python writes them."""
-        path = self.path / "skipped" / f"step-{step:06d}.json"
+        path = self.path / "skipped" / f"{name}.json"
         with self.writing():
             path.parent.mkdir(exist_ok=True)
             write_json(path, batch, finite=False)

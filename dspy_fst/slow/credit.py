@@ -8,9 +8,11 @@ A metric may also score a predictor by itself. The calls of that predictor are t
 problem's group. The calls of the other predictors are credited with the reward.
 """
 
+import math
+import random
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
@@ -97,6 +99,30 @@ def credit(
         counts=counts,
         predictors=predictor_reports(groups, rows, flat),
     )
+
+
+def mini_batches(batch: Batch, count: int, draw: random.Random) -> list[Batch]:
+    """Cut a batch into mini-batches for as many optimizer steps, e.g. 2 of 4 problems each for 8 problems.
+
+    A problem's rows stay together, because its rollouts were compared with each other. Each mini-batch is a batch like
+    any other: its token weights sum to 1. There are fewer than ``count`` where fewer problems kept a row.
+
+    Args:
+        draw: Shuffles the problems.
+    """
+    problems = list(dict.fromkeys(row.problem for row in batch.rows))
+    count = min(count, len(problems))
+    if count < 2:
+        return [batch]
+    draw.shuffle(problems)
+    parts = []
+    for place in range(count):
+        own = {*problems[place::count]}
+        rows = [row for row in batch.rows if row.problem in own]
+        share = math.fsum(row.token_weight * len(row.completion_ids) for row in rows)
+        rows = [replace(row, token_weight=row.token_weight / share) for row in rows]
+        parts.append(replace(batch, rows=tuple(rows), seed_kl_calls=batch.seed_kl_calls[place::count]))
+    return parts
 
 
 def _seed_kl_calls(seed_rollouts: Sequence[SeedKLRollout], trained: Collection[str] | None) -> tuple[SeedKLCall, ...]:

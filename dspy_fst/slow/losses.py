@@ -26,6 +26,7 @@ NO_UPDATE = UpdateReport(
     learning_rate=0.0,
     tokens=0,
     rows=0,
+    optimizer_steps=0,
 )
 """The report of an empty batch: nothing was measured, and the weights did not move."""
 TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
@@ -229,6 +230,7 @@ class UpdateMetrics:
                 learning_rate=learning_rate,
                 tokens=self._seed_tokens,
                 rows=self._seed_calls,
+                optimizer_steps=1,
             )
         return UpdateReport(
             loss=float(self.loss),
@@ -255,3 +257,55 @@ class UpdateMetrics:
             kl_to_start=None if self._kl is None else float(self._kl / self._share),
             entropy=float(self._entropy) / self._tokens,
         )
+
+
+def in_one_report(reports: Sequence[UpdateReport]) -> UpdateReport:
+    """What the optimizer steps of one batch measured, as one report.
+
+    Means are over the tokens of all mini-batches. The measures of the sampler against the trainer (log-ratios and
+    effective sample share) are the first one's: the weights that sampled the batch had not moved yet.
+    """
+    if len(reports) == 1:
+        return reports[0]
+    tokens = sum(report.tokens for report in reports)
+
+    def mean(name: str) -> float:
+        return sum(report.tokens * getattr(report, name) for report in reports) / tokens
+
+    def known_mean(name: str) -> float | None:
+        known = [report for report in reports if getattr(report, name) is not None]
+        weight = sum(report.tokens for report in known)
+        return sum(report.tokens * getattr(report, name) for report in known) / weight if known else None
+
+    names = {name: None for report in reports for name in report.adapters}
+    return replace(
+        reports[0],
+        loss=mean("loss"),
+        grad_norm=mean("grad_norm"),
+        kl_to_start=known_mean("kl_to_start"),
+        entropy=mean("entropy"),
+        capped_share=mean("capped_share"),
+        learning_rate=reports[-1].learning_rate,
+        tokens=tokens,
+        rows=sum(report.rows for report in reports),
+        kl_under_seed=known_mean("kl_under_seed"),
+        sequences=sum(report.sequences or 0 for report in reports),
+        halved_to=next((report.halved_to for report in reversed(reports) if report.halved_to), None),
+        adapters={
+            name: _of_all([report.adapters[name] for report in reports if name in report.adapters])
+            for name in sorted(names)
+        },
+        optimizer_steps=sum(report.optimizer_steps for report in reports),
+    )
+
+
+def _of_all(reports: Sequence[AdapterReport]) -> AdapterReport:
+    tokens = sum(report.tokens for report in reports)
+    kl = [report.tokens * report.kl_to_start for report in reports if report.kl_to_start is not None]
+    return AdapterReport(
+        rows=sum(report.rows for report in reports),
+        tokens=tokens,
+        grad_norm=sum(report.tokens * report.grad_norm for report in reports) / tokens,
+        kl_to_start=sum(kl) / tokens if len(kl) == len(reports) else None,
+        entropy=sum(report.tokens * report.entropy for report in reports) / tokens,
+    )

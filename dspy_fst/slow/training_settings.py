@@ -64,6 +64,9 @@ class TrainingSettings(Settings):
     its own candidate alone."""
     advantage_normalization: Literal["group", "batch"] = "group"
     """Whose standard deviation divides the advantages: that of the group (paper, Eq. 3) or of the batch (ScaleRL)."""
+    updates_per_batch: int = Field(default=1, ge=1)
+    """Optimizer steps for each batch of rollouts, each on its own share of the problems (paper: 1; DAPO, 2503.14476,
+    takes 16). The importance weights correct for the weights that have moved since the batch was sampled."""
     micro_batch_tokens: int | Literal["auto"] = "auto"
     """Tokens, padding included, of one forward and backward pass (ours; memory and speed only, the gradient is the same
     but for rounding). ``"auto"`` is the largest power of two that fits into the memory that is free at the start, up to

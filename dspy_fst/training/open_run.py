@@ -175,8 +175,8 @@ def announce(session: Session, look: FirstLook | None) -> None:
         session.recorder.note(line)
     if not session.validation:
         session.recorder.note(NO_VALSET)
-    if 0 < budget.updates <= session.config.warmup_steps:
-        note = f"warning: the {budget.updates} updates all lie in the warm-up; lower warmup_steps or raise cycles"
+    if 0 < (updates := budget.updates * session.config.updates_per_batch) <= session.config.warmup_steps:
+        note = f"warning: the {updates} updates all lie in the warm-up; lower warmup_steps or raise cycles"
         session.run.emit("note", text=note)
 
 

@@ -27,8 +27,8 @@ from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.run.validated import Validated, When, best_validated, early_stop, starting_population
-from dspy_fst.slow.credit import credit
-from dspy_fst.slow.losses import NO_UPDATE
+from dspy_fst.slow.credit import credit, mini_batches
+from dspy_fst.slow.losses import NO_UPDATE, in_one_report
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.plan import Cycle, Plan, Schedule
 from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, best_versions, recoveries
@@ -218,20 +218,31 @@ class Session:
         )
 
     def update(self, batch: Batch) -> UpdateReport:
-        """One weight update; a batch without a live group leaves the weights as they are.
+        """One weight update, of ``updates_per_batch`` optimizer steps.
 
-        A loss or gradient that is not finite does too: the batch is kept for inspection.
+        A batch without a live group leaves the weights as they are. So does a loss or gradient that is not finite: the
+        mini-batch is kept for inspection.
 
         Raises:
             NotFiniteError: it was so in ``max_skipped_updates`` steps before this one.
             MismatchError: the batch was sampled from another distribution than the trainer's.
         """
         self.phase("weight update", quiet=True)
+        step = len(self.recorder.steps)
+        draw = random.Random(f"{self.config.seed} mini-batches {step}")
+        parts = mini_batches(batch, self.config.updates_per_batch, draw)
+        reports = [self._optimizer_step(part, step, place) for place, part in enumerate(parts)]
+        applied = [report for report in reports if report.skipped is None]
+        for skipped in [report.skipped for report in reports if report.skipped is not None] if applied else []:
+            self.run.emit("warning", step=step, text=f"one of {len(parts)} optimizer steps was skipped: {skipped}")
+        return in_one_report(applied or reports[:1])
+
+    def _optimizer_step(self, batch: Batch, step: int, place: int) -> UpdateReport:
         try:
             with self._timed("update"):
                 return self.trainer.step(batch)
         except NotFiniteError as error:
-            return self._skipped(batch, error)
+            return self._skipped(batch, error, f"step-{step:06d}" + (f"-{place + 1}" if place else ""))
 
     def publish(self, step: int) -> None:
         """Hand the weights that the ``step``-th update moved last to the engine and prove that it serves them.
@@ -298,10 +309,9 @@ class Session:
                 "nothing was learnt from them"
             )
 
-    def _skipped(self, batch: Batch, error: NotFiniteError) -> UpdateReport:
-        steps = self.recorder.steps
-        path = self.run.save_skipped(steps[-1].step + 1 if steps else 0, batch)
-        in_a_row = sum(1 for _ in takewhile(lambda report: report.update.skipped, reversed(steps)))
+    def _skipped(self, batch: Batch, error: NotFiniteError, name: str) -> UpdateReport:
+        path = self.run.save_skipped(name, batch)
+        in_a_row = sum(1 for _ in takewhile(lambda report: report.update.skipped, reversed(self.recorder.steps)))
         if in_a_row >= self.config.max_skipped_updates:
             raise NotFiniteError(
                 f"{error}. {in_a_row} updates before this one were skipped for such a cause, so the run "

@@ -18,6 +18,7 @@ UPDATE: dict[str, Any] = {
     "tokens": 90,
     "rows": 30,
     "sequences": 20,
+    "optimizer_steps": 1,
     "skipped": None,
 }
 COUNTS = {"groups": 4, "live_groups": 3, "flat_groups": 1, "unmeasured_groups": 0, "rollouts": 32}
