@@ -9,11 +9,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 # Tests run in two processes: one thread each takes a tenth less of the cores than two.
-test test-fast: OMP_NUM_THREADS = 1
+test every-test test-fast: OMP_NUM_THREADS = 1
+TESTS := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Models of billions of parameters are read and probed on the CPU before they go to the GPU.
 gpu-check: OMP_NUM_THREADS = 8
 
-.PHONY: setup demo test test-fast lint pages docs film evidence gpu-check lock clean
+.PHONY: setup demo test every-test test-fast lint style types pages docs film evidence gpu-check lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help.
@@ -24,15 +25,23 @@ setup: .venv/.ready ## The environment in .venv alone: the lock's versions and t
 demo: .venv/.ready ## Train the miniature laboratory's program and model together, then print what each half brought.
 	$(RUN) -m programs.lab.demo --engine $(ENGINE) --seeds $(SEEDS)
 
-test: lint .venv/.browser ## Lint, types and every test, the real vLLM server's included.
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Types beside the tests: one worker often waits, for a server to start or for the other's last file.
+test: style .venv/.browser ## Style, types and every test, the real vLLM server's included.
+	@$(MAKE) --no-print-directory -j 2 types every-test
+
+every-test: .venv/.ready
+	$(TESTS)
 
 test-fast: .venv/.ready ## The tests that need no server and train little (about two minutes).
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not vllm"
+	$(TESTS) -m "not slow and not vllm"
 
-lint: .venv/.ready ## Style and types.
+lint: style types ## Style and types.
+
+style: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+types: .venv/.ready
 	.venv/bin/mypy
 
 pages: .venv/.ready ## Write into the documentation's pages what they say of the code.

@@ -86,7 +86,7 @@ def restore_dspy(values: dict[str, object]) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start servers first: a long one that begins last would keep one of two workers waiting."""
+    """Files that start servers first, then those with slow tests: a long one that begins last keeps a worker idle."""
     long = {TESTS / name for name in COMPILE_A_LOT}
     served = {item.path for item in items if item.get_closest_marker("vllm")}
     for item in items:
@@ -94,10 +94,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.timeout(SERVED_LIMIT_S))
-    items.sort(key=lambda item: item.path not in served)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in served, item.path not in slow))
 
 
-SHARE_A_SERVER = ("tests/engine/test_replies.py", "tests/engine/test_vllm_server.py")
+SHARE_A_SERVER = tuple(f"tests/engine/test_{name}.py" for name in ("replies", "vllm_server", "weight_check"))
 REAL = "tests/real/"
 """Two processes with a real model each would need 16 GB."""
 
