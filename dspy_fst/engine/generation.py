@@ -71,6 +71,8 @@ class BatchDecoder:
         """Whether keys and values (or states) are kept between tokens."""
         self.equal_lengths_only = False
         """Whether the prompts of a batch must have one length."""
+        self.adapters: list[str | None] = []
+        """The LoRA adapter of each row that is read next; who has a batch of several reads it (`lora.using_by_row`)."""
         if self.keeps_cache:
             self._choose()
 
@@ -238,22 +240,25 @@ class Pending:
         self.reply.add_done_callback(lambda _: self.begun.set())
 
     @property
-    def order(self) -> tuple[str, int, tuple[int, ...], int]:
+    def order(self) -> tuple[int, tuple[int, ...], str, int]:
         """Sort key, so that batches do not depend on the order of arrival."""
-        return (self.adapter or "", len(self.prompt), self.prompt, self.seed)
+        return (len(self.prompt), self.prompt, self.adapter or "", self.seed)
 
 
-def cut(calls: list[Pending], budget: int) -> list[list[Pending]]:
-    """Cut sorted calls into batches of one LoRA adapter, with rows x (longest prompt + completion) within the budget.
+def cut(calls: Sequence[Pending], budget: int, *, mixed: bool = False) -> list[list[Pending]]:
+    """Sort calls and cut them into batches, with rows x (longest prompt + completion) within the budget.
 
     A call that exceeds the budget is a batch by itself.
+
+    Args:
+        mixed: Whether a batch may hold calls of several LoRA adapters and of the base.
     """
     batches: list[list[Pending]] = []
     width = 0
-    for call in calls:
+    for call in sorted(calls, key=lambda call: ("" if mixed else call.adapter or "", call.order)):
         width = max(width, len(call.prompt) + call.max_tokens)
         fits = batches and width * (len(batches[-1]) + 1) <= budget
-        if fits and batches[-1][0].adapter == call.adapter:
+        if fits and (mixed or batches[-1][0].adapter == call.adapter):
             batches[-1].append(call)
         else:
             batches.append([call])
@@ -290,11 +295,13 @@ def generate(
 def _fill(
     replies: list[Reply], decoder: BatchDecoder, eos: frozenset[int], calls: list[Pending], overdue: Callable[[], bool]
 ) -> None:
-    prompts = list(dict.fromkeys(call.prompt for call in calls))
-    row_of = {prompt: row for row, prompt in enumerate(prompts)}
+    starts = list(dict.fromkeys((call.prompt, call.adapter) for call in calls))
+    row_of = {start: row for row, start in enumerate(starts)}
     device = decoder.device
-    batch = decoder.prefill(prompts)
-    batch.select(torch.tensor([row_of[call.prompt] for call in calls], device=device))
+    decoder.adapters[:] = [adapter for _, adapter in starts]
+    batch = decoder.prefill([prompt for prompt, _ in starts])
+    batch.select(torch.tensor([row_of[call.prompt, call.adapter] for call in calls], device=device))
+    decoder.adapters[:] = [call.adapter for call in calls]
     draws = [np.random.default_rng(call.seed).random(call.max_tokens) for call in calls]
     temperatures = torch.tensor([call.temperature for call in calls], device=device)
     live = list(range(len(calls)))  # live[i] is the index of the call in row i of the batch
@@ -313,6 +320,7 @@ def _fill(
             kept = torch.tensor(rows, device=device)
             batch.select(kept)
             tokens, live = tokens[kept], [live[row] for row in rows]
+            decoder.adapters[:] = [calls[call].adapter for call in live]
         batch.append(tokens)
 
 

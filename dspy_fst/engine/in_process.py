@@ -24,7 +24,7 @@ from dspy_fst.engine.base import QUEUEING, Checkpoint, Completion, Holding, Scor
 from dspy_fst.engine.chat import PromptRenderer, text_response
 from dspy_fst.engine.generation import BatchDecoder, Pending, Reply, cut, generate
 from dspy_fst.engine.holding import compare, compare_adapters, head_in_float32
-from dspy_fst.engine.lora import put_on_as_read, take_off, using
+from dspy_fst.engine.lora import put_on_as_read, take_off, takes_rows, using, using_by_row
 from dspy_fst.engine.machine import has_gpu
 from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.replies import ReplyReader, with_logprobs
@@ -52,6 +52,8 @@ class InProcessEngine:
         """The base whose tensors were compared since it was read."""
         self._model: Any = None
         self._decoder: Any = None
+        self._mixes = False
+        """Whether one batch may hold calls of several LoRA adapters and of the base."""
         self._context: int | None = None
         self._tokenizer: Any = None
         self._reader: ReplyReader | None = None
@@ -229,6 +231,7 @@ class InProcessEngine:
             take_off(self._model, name)
         for adapter in checkpoint.adapters:
             put_on_as_read(self._model, adapter.name, adapter.path)
+        self._mixes = len(checkpoint.adapters) > 1 and takes_rows(self._model)
         self._checkpoint = checkpoint
 
     def _replace_weights(self, checkpoint: Checkpoint) -> None:
@@ -258,6 +261,13 @@ class InProcessEngine:
         """A block in which the model computes with this LoRA adapter, or as its base does."""
         with_adapters = self._checkpoint is not None and self._checkpoint.adapters
         return using(self._model, adapter) if with_adapters else nullcontext()
+
+    def _using_those_of(self, batch: Sequence[Pending]) -> AbstractContextManager[None]:
+        """A block in which the model computes each call of a batch with its own LoRA adapter."""
+        if len({call.adapter for call in batch}) == 1:
+            return self._using(batch[0].adapter)
+        self._decoder.adapters[:] = [call.adapter for call in batch]
+        return using_by_row(self._model, self._decoder.adapters)
 
     def _through(self, adapter: str | None) -> str | None:
         """The adapter that a call goes through, see `Checkpoint.adapter`."""
@@ -290,11 +300,11 @@ class InProcessEngine:
             with self._lock:
                 self._lock.wait_for(lambda: self._pending or self._closed)
                 self._gather()
-                calls, self._pending = sorted(self._pending, key=lambda call: call.order), []
+                calls, self._pending = self._pending, []
                 if self._closed:
                     self._refuse(calls)
                     return
-            for batch in cut(calls, self.settings.max_batch_tokens):
+            for batch in cut(calls, self.settings.max_batch_tokens, mixed=self._mixes):
                 self._answer(batch)
 
     def _wake(self) -> None:
@@ -317,7 +327,7 @@ class InProcessEngine:
             self._refuse(batch)
             return
         try:
-            with self._model_lock, self._using(batch[0].adapter):
+            with self._model_lock, self._using_those_of(batch):
                 began_at = self._begin(batch)
                 replies = generate(
                     self._decoder,

@@ -7,12 +7,13 @@ and the weight of such a layer becomes ``NAME.base_layer.weight``. Read from pef
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,6 +29,8 @@ from dspy_fst.recipe.lora_settings import ALL_LINEAR, LoRA
 PREFIX = "base_model.model."
 """What peft puts before the names of modules in its files."""
 BASE_LAYER = ".base_layer"
+_NO_ADAPTER = "__base__"
+"""peft's name for the base among ``adapter_names``."""
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Last parts of the names of linear layers that choose experts. An adapted router would change which experts learn."""
 
@@ -160,6 +163,53 @@ def using(model: nn.Module, name: str | None) -> Iterator[None]:
     finally:
         for layer, (active, disabled) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+@contextmanager
+def using_by_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """A block in which row i of each batch is computed with the adapter ``names[i]``, or with None as by the base.
+
+    Args:
+        model: One that `takes_rows`.
+        names: Of each row; it is read at every forward, and may be changed in place between two of them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+    def give_names(
+        _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[Tensor, ...], dict[str, object]]:
+        return args, {**kwargs, "adapter_names": [name or _NO_ADAPTER for name in names]}
+
+    hooks = [layer.register_forward_pre_hook(give_names, with_kwargs=True) for layer in layers]
+    with using(model, next((name for name in names if name), "")):
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@torch.no_grad()
+def takes_rows(model: PreTrainedModel) -> bool:
+    """Whether every adapted layer reads its inputs row by row, as `using_by_row` needs it; found by a small forward.
+
+    Some models hand a layer the tokens of all rows at once, e.g. those that go to one expert.
+    """
+    rows, tokens, shapes = 2, 3, list[torch.Size]()
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+        for layer in model.modules()
+        if type(layer) is LoraLinear
+    ]
+    try:
+        model(input_ids=torch.ones(rows, tokens, dtype=torch.long, device=model.device))
+    except Exception:  # a model's own code may refuse such a batch in any way
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    plain = all(type(module) is LoraLinear for module in model.modules() if isinstance(module, LoraLayer))
+    return plain and all(len(shape) == 3 and shape[:2] == (rows, tokens) for shape in shapes)
 
 
 def in_use(model: nn.Module) -> str | None:

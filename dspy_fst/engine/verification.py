@@ -58,15 +58,40 @@ class Proof:
 
 
 def verify(engine: Scorer, expected: Expected) -> Proof:
-    """Verify that the engine serves the published weights.
+    """Verify that the engine serves the published weights, by its tensors and its log-probabilities.
 
     Raises:
         SyncError: it serves others; the message names the tensors, or the gap.
         DiskError: the folder does not hold what the trainer wrote.
     """
-    held = engine.held(expected.checkpoint)
+    held = verify_tensors(engine, expected.checkpoint)
+    return Proof(held is not None, verify_scores(engine, expected, held))
+
+
+def verify_tensors(engine: Scorer, checkpoint: Checkpoint) -> Holding | None:
+    """Compare the tensors that the engine computes with, if it can; returns what it holds, None where it cannot.
+
+    Raises:
+        SyncError, DiskError: see `verify_identity`.
+    """
+    held = engine.held(checkpoint)
     if held is not None:
-        verify_identity(held, expected.checkpoint)
+        verify_identity(held, checkpoint)
+    return held
+
+
+def verify_scores(engine: Scorer, expected: Expected, held: Holding | None) -> float:
+    """Compare the log-probabilities of both sides: through each LoRA adapter and through the base.
+
+    Args:
+        held: What the engine holds (see `verify_tensors`); its precision decides which limit counts.
+
+    Returns:
+        The largest mean gap, in nats per token.
+
+    Raises:
+        SyncError: see `verify_numbers`; the message names the adapter.
+    """
     sides = {expected.dtype, held.dtype if held else expected.dtype}
     measured = MEAN_GAP_LIMITS["float32" if sides == {"float32"} else "bfloat16"]
     tolerance = measured if expected.tolerance is None else expected.tolerance
@@ -76,7 +101,7 @@ def verify(engine: Scorer, expected: Expected) -> Proof:
     for name, scores in expected.by_adapter.items():
         sampled = engine.score(expected.texts, adapter=name)
         gaps.append(verify_numbers(sampled, scores, tolerance=tolerance, version=f"{version}, LoRA adapter {name}"))
-    return Proof(held is not None, max(gaps))
+    return max(gaps)
 
 
 def verify_identity(held: Holding, checkpoint: Checkpoint) -> None:

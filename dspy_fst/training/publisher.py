@@ -1,13 +1,16 @@
 """Handing the trainer's weights to the engine, and the proof that it serves them before anybody samples."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import dspy
 
 from dspy_fst.engine.base import Checkpoint, Scorer
-from dspy_fst.engine.verification import Expected, verify, verify_identity
+from dspy_fst.engine.verification import Expected, verify_scores, verify_tensors
+from dspy_fst.errors import SyncError
 from dspy_fst.policy_lm import EngineHandle, PolicyLM
 from dspy_fst.rollout.rendering import render, renderer_of
 from dspy_fst.run.directory import RunDirectory
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 
 TEXTS, TEXT_TOKENS = 8, 128
 """How many texts are scored, and their longest: a mean over some hundred tokens, and one batch on any engine (ours)."""
+SHORT_TOKENS, FULL_EVERY = 16, 16
+"""Length of the one short text between two publishes that score all texts, and from how many publishes one does (ours).
+
+All texts take vLLM on a CPU ten times as long through a LoRA adapter as everything else of its publish."""
 LAST_RESORT = (
     "The ferry leaves the northern harbour at a quarter past seven and reaches the island about an hour later. Tickets "
     "can be bought on board, but in summer it is wise to reserve a place for a car some days before.",
@@ -67,6 +74,11 @@ class NaturalTexts:
         texts = texts or [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in LAST_RESORT]
         return [text[:TEXT_TOKENS] for text in texts if len(text) > 1]
 
+    def short(self, publish: int) -> list[list[int]]:
+        """The beginning of one of the texts; each publish takes the next one."""
+        ids = self.ids()
+        return [text[:SHORT_TOKENS] for text in ids[publish % len(ids) :][:1]]
+
     def _first_prompts(self) -> Iterable[list[int]]:
         predictors = [p for name, p in self._program.named_predictors() if name in self._trained]
         renderer = renderer_of(self._tokenizer)
@@ -93,6 +105,11 @@ BLIND = (
 class Publishing:
     """Has an engine serve a trainer's weights, verified at each load and after each recovery of the engine.
 
+    All tensors are compared each time. Log-probabilities are compared on all texts the first time that a server is
+    published to, every `FULL_EVERY` publishes, and where tensors cannot be compared; else on one short text through
+    each LoRA adapter, and on all texts if that one exceeds the limit. A recovery compares the texts of its publish,
+    because the trainer may have moved on; the next publish then takes all, as the server is another one.
+
     Args:
         handle: The engine's.
         trainer: Whose weights are published; scores the texts on its side.
@@ -112,6 +129,9 @@ class Publishing:
     ):
         self._handle, self._trainer, self.texts = handle, trainer, texts
         self._tolerance, self._tell, self._told_blind = tolerance, tell, False
+        self._publishes = 0
+        self._proved: Scorer | None = None
+        """What scored all texts as the trainer does."""
 
     def serve(self, checkpoint: Checkpoint) -> None:
         """Serve these weights, which are the trainer's of now.
@@ -121,9 +141,37 @@ class Publishing:
             DiskError: the folder does not hold what the trainer wrote.
             EngineError: the engine does not load them.
         """
-        ids = self.texts.ids()
+        publish, self._publishes = self._publishes, self._publishes + 1
+        passed: Expected | None = None
+        published = False
+
+        @cache
+        def expected(*, full: bool) -> Expected:
+            return self._expected(checkpoint, self.texts.ids() if full else self.texts.short(publish))
+
+        def prove(engine: Scorer) -> None:
+            nonlocal passed
+            held = verify_tensors(engine, checkpoint)
+            if held is None:
+                self._tell_blind()
+            if published and passed is not None:
+                verify_scores(engine, passed, held)
+                return
+            if held is not None and engine is self._proved and publish % FULL_EVERY:
+                with suppress(SyncError):  # in bfloat16 a few tokens may exceed the limit by chance; all texts decide
+                    verify_scores(engine, expected(full=False), held)
+                    passed = expected(full=False)
+                    return
+            verify_scores(engine, expected(full=True), held)
+            self._proved, passed = engine, expected(full=True)
+
+        self._load(checkpoint, prove)
+        published = True
+
+    def _expected(self, checkpoint: Checkpoint, ids: list[list[int]]) -> Expected:
+        """What the trainer makes of these texts, through each adapter and through the base."""
         names = [adapter.name for adapter in checkpoint.adapters] if len(checkpoint.adapters) > 1 else []
-        expected = Expected(
+        return Expected(
             checkpoint,
             ids,
             self._trainer.score(ids),
@@ -132,12 +180,10 @@ class Publishing:
             tolerance=self._tolerance,
         )
 
-        def prove(engine: Scorer) -> None:
-            if not verify(engine, expected).identical and not self._told_blind:
-                self._told_blind = True
-                self._tell(BLIND)
-
-        self._load(checkpoint, prove)
+    def _tell_blind(self) -> None:
+        if not self._told_blind:
+            self._told_blind = True
+            self._tell(BLIND)
 
     def serve_again(self, checkpoint: Checkpoint) -> None:
         """Serve weights of an earlier publish, which the trainer holds no more: their tensors alone are compared.
@@ -149,8 +195,7 @@ class Publishing:
         """
 
         def prove(engine: Scorer) -> None:
-            if (held := engine.held(checkpoint)) is not None:
-                verify_identity(held, checkpoint)
+            verify_tensors(engine, checkpoint)
 
         self._load(checkpoint, prove)
 

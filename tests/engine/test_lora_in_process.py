@@ -1,12 +1,13 @@
 """The in-process engine serves LoRA adapters on a base that it reads once, and proves what it serves."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from dspy_fst.engine import in_process, lora
 from dspy_fst.engine.base import AdapterFiles, Checkpoint
@@ -104,6 +105,53 @@ def test_each_call_goes_through_the_adapter_that_it_names(engine, folders):
         assert list(reply.logprobs) == pytest.approx(again[-len(reply.logprobs) :], abs=1e-4)
     with pytest.raises(EngineError, match=r"no LoRA adapter 'judge'"):
         engine.complete(request_of("1 2 3"), seed=5, adapter="judge")
+
+
+THROUGH = ["hops", "answer", None] * 4
+
+
+def replies_of(engine, checkpoint, monkeypatch):
+    """Replies to the same few prompts through both adapters and the base, of many lengths; and the batches' sizes."""
+    sizes, plain = [], in_process.generate
+    monkeypatch.setattr(
+        in_process, "generate", lambda *a: sizes.append(len({call.adapter for call in a[2]})) or plain(*a)
+    )
+    engine.load(checkpoint)
+    engine.expect(len(THROUGH))
+    with ThreadPoolExecutor(len(THROUGH)) as pool:
+        asked = [
+            pool.submit(engine.complete, request_of(f"{i // 6} 2 3", max_tokens=2 + 2 * i), i, adapter=name)
+            for i, name in enumerate(THROUGH)
+        ]
+    monkeypatch.undo()
+    return [reply.result() for reply in asked], sizes
+
+
+def test_calls_of_two_adapters_and_of_the_base_are_one_batch_with_the_tokens_of_three(engine, folders, monkeypatch):
+    checkpoint = at("both", folders["hops"], folders["answer"])  # they are on different layers
+    together, sizes = replies_of(engine, checkpoint, monkeypatch)
+    assert sizes == [3]
+    with monkeypatch.context() as patch:
+        patch.setattr(in_process, "takes_rows", lambda model: False)
+        apart, sizes = replies_of(engine, checkpoint, patch)
+    assert sizes == [1, 1, 1]
+    assert len({len(reply.completion_ids) for reply in together}) >= 4, "rows left the batch before others"
+    for name, one, other in zip(THROUGH, together, apart, strict=True):
+        assert one.completion_ids == other.completion_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        text = [*one.prompt_ids, *one.completion_ids]
+        assert list(one.logprobs) == pytest.approx(engine.score([text], name)[0][-len(one.logprobs) :], abs=1e-4)
+    assert engine.score([SEQUENCE])[0] == pytest.approx(scored(None), abs=1e-6)  # nothing of it stays on the model
+
+
+def test_a_layer_that_reads_the_tokens_of_all_rows_at_once_keeps_batches_of_one_adapter():
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 2}
+    flat = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **experts, num_key_value_heads=2)).eval()
+    for model, mixes in ((flat, False), (model_of(), True)):
+        lora.put_on(model, "one", SMALL)
+        lora.put_on(model, "two", LoRA(rank=2))
+        assert lora.takes_rows(model) == mixes
 
 
 def test_the_base_is_compared_once_and_the_adapters_each_time(engine, folders):
