@@ -2,8 +2,8 @@
 
     python -m benchmarks.lora_batches --repeats 5 --out benchmarks/results/lora_batches.json
 
-Eight calls go through each adapter. Both ways sample the same tokens. The seconds are those of the CPU, one thread, both
-ways in turn. Prompts have 120 tokens and replies 32 on SmolLM2-135M, and 40 and 32 on the laboratory's base.
+Eight calls go through each adapter. Both ways sample the same tokens. The seconds are those of the CPU, one thread,
+both ways in turn. Prompts have 120 tokens and replies 32 on SmolLM2-135M, and 40 and 32 on the laboratory's base.
 """
 
 import argparse
