@@ -3,8 +3,8 @@
 python -m benchmarks.programs    # 3 seeds; what is finished is not made again
 
 Every arm is the same loop under another `method`. RL only and GEPA only are given at least the rollouts that FST spent
-on both on the same seed: RL as further updates, GEPA as a longer search. Figures go to
-benchmarks/results/programs.json.
+on both on the same seed: RL as further updates, GEPA as a longer search. Two more arms are FST that trains a LoRA
+adapter for all predictors, or one for each. Figures go to benchmarks/results/programs.json.
 """
 
 import argparse
@@ -52,6 +52,8 @@ TASKS: dict[str, Any] = {
     "reckon": (reckon, RECKON, reckon_proposer),
 }
 """Program -> its module, its base model, and its proposer with a seed."""
+ADAPTER, LORA_RATE = {"rank": 16, "alpha": 32.0}, 4e-3
+"""Rank and scaling are the defaults; the rate is the one tuned for `lora` by benchmarks.evidence.tune."""
 RECIPE: dict[str, Any] = {
     "cycles": 3,
     "steps_per_cycle": 5,
@@ -64,6 +66,11 @@ RECIPE: dict[str, Any] = {
     "learning_rate": 2e-3,  # tuned for FST and for RL by benchmarks.evidence.tune: another world, other seeds
 }
 """Of every arm; the sizes are ours, and the paper's everything else."""
+WITH_LORA: dict[str, dict[str, Any]] = {
+    "fst_lora": {"adapter": ADAPTER, "learning_rate": LORA_RATE},
+    "fst_lora_per_predictor": {"adapter": ADAPTER, "adapters": "per_predictor", "learning_rate": LORA_RATE},
+}
+"""FST that trains one LoRA adapter for all predictors, or one for each, with FST's own steps and rollouts."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ class Run:
 
     @property
     def recipe(self) -> dict[str, Any]:
+        if self.arm in WITH_LORA:
+            return {**RECIPE, "method": "fst", **WITH_LORA[self.arm]}
         shared = {**RECIPE, "method": self.arm}
         if self.rollouts is None:
             return shared
@@ -155,11 +164,13 @@ def made(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def arms(program: str, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """FST, then the baselines at no fewer rollouts."""
+    """FST, then the baselines at no fewer rollouts, then FST with LoRA adapters."""
     fst = made(Run(program, "fst", seed), folder)
     yield fst
     for arm in ("gepa", "rl"):
         yield made(Run(program, arm, seed, spent(fst)), folder)
+    for arm in WITH_LORA:
+        yield made(Run(program, arm, seed), folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

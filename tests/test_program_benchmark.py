@@ -2,9 +2,11 @@
 
 import pytest
 
-from benchmarks.programs import ARMS, TASKS, Run
+from benchmarks.evidence.experiments import RATES
+from benchmarks.programs import ARMS, TASKS, WITH_LORA, Run
 from benchmarks.readme import program_table, spent
 from dspy_fst.config import FSTConfig
+from dspy_fst.run.files import read_json
 from dspy_fst.training.plan import Plan
 
 
@@ -25,6 +27,16 @@ def test_arms_differ_in_method_and_budget_alone() -> None:
     for other in (rl, gepa):
         assert {name for name in fst if fst[name] != other[name]} <= budgets
         assert set(fst) == set(other)
+
+
+@pytest.mark.parametrize("arm", WITH_LORA)
+def test_lora_adapters_get_the_steps_and_rollouts_of_all_weights_and_a_rate_that_was_tuned_for_them(arm: str) -> None:
+    full, lora = (FSTConfig(**Run("relay", name, 0).recipe) for name in ("fst", arm))
+    assert Plan(lora, 384).budget(32) == Plan(full, 384).budget(32)
+    differ = {name for name, value in lora if value != getattr(full, name)}
+    assert differ - {"adapters"} == {"adapter", "learning_rate"}
+    assert lora.learning_rate == read_json(RATES)["lora"]["learning_rate"]
+    assert lora.adapters == ("per_predictor" if arm.endswith("per_predictor") else "shared")
 
 
 def test_the_table_shows_every_arm_with_its_spread_and_its_rollouts() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.arms import ARMS, MAIN, RECIPE, SENSITIVITY, VARIANTS, tuned_as
+from benchmarks.evidence.arms import ARMS, LORA, MAIN, RECIPE, SENSITIVITY, VARIANTS, tuned_as
 from benchmarks.evidence.places import (
     BY_LENGTH,
     CEILING,
@@ -33,6 +33,8 @@ differ less than the two rates do. The last did best of the variants on the main
 UPDATES = RECIPE["cycles"] * RECIPE["steps_per_cycle"]
 CARRIED = ("fst", "fst_slower", "front_loaded", "rl", "rl_slower", "gepa_then_rl", "anchored", "anchored_slower")
 """Arms whose weights go on to other tasks."""
+BESIDE_LORA = ("fst", "rl", *LORA)
+"""LoRA adapters, and what they are held against."""
 Stages = list[list[Run]]
 
 
@@ -64,7 +66,7 @@ def planned(arm: str, world: str, seed: int, base: Path = BASE) -> Run:
     if tuned_as(arm) not in found:
         raise ValueError(f"{tuned_as(arm)} has no learning rate in {RATES}: python -m benchmarks.evidence.tune")
     changes = {} if ARMS[arm].get("method") == "gepa" else {"learning_rate": found[tuned_as(arm)]["learning_rate"]}
-    drift = world == WORLD and arm in COMPARED
+    drift = world == WORLD and arm in (*COMPARED, *LORA)
     return Run(arm, world, seed, str(base), changes=changes, seed_interval=INTERVAL if drift else UPDATES)
 
 
@@ -105,13 +107,19 @@ def variants_elsewhere(place: Place, seeds: range) -> Stages:
 def plasticity(place: Place, seeds: range) -> Stages:
     """RL on a second task from each arm's weights, and from the base."""
     first = _each(CARRIED, {world: None for pair in PAIRS for world in pair}, seeds)
-    second = [
-        going_on(place.of(planned(arm, one, seed)), "rl", two, seed)
-        for one, two in PAIRS
-        for seed in seeds
-        for arm in CARRIED
-    ]
-    return [first, second]
+    return [first, _second_tasks(CARRIED, PAIRS, place, seeds)]
+
+
+def _second_tasks(arms: Iterable[str], pairs: Iterable[tuple[str, str]], place: Place, seeds: range) -> list[Run]:
+    """RL of all weights on the second task of each pair, from what the arms left on the first."""
+    of = [(arm, one, two, seed) for one, two in pairs for seed in seeds for arm in arms]
+    return [going_on(place.of(planned(arm, one, seed)), "rl", two, seed) for arm, one, two, seed in of]
+
+
+def lora(place: Place, seeds: range) -> Stages:
+    """A LoRA adapter beside all weights, on the main world; and RL on a second task from each, and from the base."""
+    first = [*compared(BESIDE_LORA, seeds), *_each(("rl",), (HARD,), seeds)]
+    return [first, _second_tasks(BESIDE_LORA, PAIRS[:1], place, seeds)]
 
 
 def continual(place: Place, seeds: range) -> Stages:
@@ -143,7 +151,7 @@ def bases(place: Place, seeds: range) -> Stages:
 
 EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {
     made.__name__: made
-    for made in (main, worlds, variants, variants_elsewhere, plasticity, continual, sensitivity, bases, bound)
+    for made in (main, worlds, variants, variants_elsewhere, plasticity, continual, sensitivity, bases, bound, lora)
 }
 FORMS: dict[str, dict[str, int]] = {"short": {"main": 3}, "long": {**dict.fromkeys(EXPERIMENTS, 3), "main": 5}}
 """Experiments of each form, and over how many seeds each goes."""

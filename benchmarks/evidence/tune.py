@@ -52,7 +52,7 @@ def chosen(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arm", action="append", choices=sorted(ARMS), help="only these; without one all")
+    parser.add_argument("--arm", action="append", choices=TUNED, help="only these; without one all")
     parser.add_argument("--processes", type=positive, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, default=Path("runs") / "evidence-tune")
     options = parser.parse_args(arguments)
