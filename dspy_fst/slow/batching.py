@@ -1,10 +1,10 @@
 """Recorded calls become token sequences, and these are cut into micro-batches within a token budget. Pure.
 
-A prefix that sequences share is read once.
+A batch is a tree: the candidates' system messages, then the problems, then the replies. What sequences have in common
+at their beginning is read once, at any depth.
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dspy_fst.errors import NotFiniteError, TrainingError
+from dspy_fst.slow.tree import Ids, Tree, padded, trees
 from dspy_fst.types import Call, Row
 
-Ids = tuple[int, ...]
 NONE: Mapping[str, str] = MappingProxyType({})
 
 
@@ -104,70 +104,51 @@ def check_scorable(sequences: Sequence[Scored], *, vocabulary: int, last_positio
 
 
 def chains(sequences: Sequence[Scored]) -> list[list[int]]:
-    """Group the sequences that can be read as one: turns of a loop whose prompts each begin with the turn before.
+    """Group the sequences that are read as one, because each is the beginning of the next: turns of a loop, or doubles.
 
     A causal model scores a turn without looking at what follows, so reading the last turn scores all of them. Each turn
     keeps its own scored tokens and temperature. The tokens read then grow linearly with the turns, not quadratically.
 
     Returns:
-        Chains of indices, first turn first. Every sequence is in exactly one chain.
+        Chains of indices, shortest sequence first. Every sequence is in exactly one chain.
     """
     found: list[list[int]] = []
-    begun: list[list[int]] = []  # chains that the current sequence begins with, shortest first
-
-    def last(chain: list[int]) -> Ids:
-        return sequences[chain[-1]].ids
-
-    for index in sorted(range(len(sequences)), key=lambda i: sequences[i].ids):
-        ids, start = sequences[index].ids, sequences[index].start
-        while begun and ids[: len(last(begun[-1]))] != last(begun[-1]):
-            begun.pop()
-        if place := bisect_right(begun, start, key=lambda chain: len(last(chain))):
-            chain = begun.pop(place - 1)
+    longest: Ids | None = None
+    # Whatever begins with a sequence follows it in this order, without a gap.
+    for index in sorted(range(len(sequences)), key=lambda i: (_read(sequences[i]), i), reverse=True):
+        ids = _read(sequences[index])
+        if longest is not None and longest[: len(ids)] == ids:
+            found[-1].insert(0, index)
         else:
-            found.append(chain := [])
-        chain.append(index)
-        begun.append(chain)
-    return found
+            found.append([index])
+            longest = ids
+    return found[::-1]
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """What the model reads for a chain: a prefix, which other chains may share, and a suffix of its own."""
-
-    members: tuple[int, ...]
-    prefix: Ids
-    suffix: Ids
-
-    @classmethod
-    def of(cls, chain: Sequence[int], sequences: Sequence[Scored], share: bool) -> "_Reading":
-        ids = sequences[chain[-1]].ids[:-1]  # nothing follows the last token
-        cut = sequences[chain[0]].start if share else len(ids)
-        return cls(tuple(chain), ids[:cut], ids[cut:])
+def _read(sequence: Scored) -> Ids:
+    """What the model reads to score it: nothing follows the last token."""
+    return sequence.ids[:-1]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of similar length, each read as a prefix and a suffix (possibly empty), both padded on the right.
+    """Sequences that are read in one pass: as the rows of a matrix, or as a tree that holds each beginning once.
 
-    With padding on the right a causal model needs neither position ids nor an attention mask for the prefixes. Real
-    tokens keep their positions and never attend to the padding, and attention takes its fast causal path.
+    Rows are padded on the right. Then a causal model needs neither position ids nor an attention mask. Real tokens keep
+    their positions and never attend to the padding, and attention takes its fast causal path. A tree has no padding.
     """
 
     members: tuple[int, ...]
     """Index of each sequence in the list that was cut. The sequences of a chain (see `chains`) are adjacent."""
     tokens: tuple[int, ...]
     """Number of scored tokens of each member; sums to N."""
-    prefix_ids: Tensor
-    """Shape (prefixes, longest prefix): the distinct prefixes."""
-    prefix_lengths: Tensor
-    """Shape (prefixes,)."""
-    prefix_of: Tensor
-    """Shape (chains,): the prefix of each chain."""
-    suffix_ids: Tensor
-    """Shape (chains, longest suffix); the width is 0 when no chain has a suffix."""
+    chains: int
+    """Number of texts that the members are read as."""
+    ids: Tensor
+    """Shape (chains, longest text); of a tree (1, T), each text behind the texts that it continues."""
+    tree: Tree | None
     predict_at: Tensor
-    """Shape (N,): position that predicts each scored token, counted over the flattened prefixes, then suffixes."""
+    """Shape (N,): position that predicts each scored token, counted over the flattened ids."""
     targets: Tensor
     """Shape (N,): the scored tokens, member by member."""
     temperatures: Tensor
@@ -178,24 +159,23 @@ class MicroBatch:
     @property
     def tokens_read(self) -> int:
         """Tokens that the model reads, padding included."""
-        return self.prefix_ids.numel() + self.suffix_ids.numel()
+        return self.ids.numel()
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on the device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return MicroBatch(members=self.members, tokens=self.tokens, adapter=self.adapter, **moved)
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Tree)}
+        return replace(self, **moved)
 
 
 def micro_batches(sequences: Sequence[Scored], budget: int, *, share: bool) -> Iterator[MicroBatch]:
     """Cut sequences so that each micro-batch reads at most ``budget`` tokens, padding included.
 
     Sequences of different LoRA adapters are never in one. Those that continue each other are read as one (see
-    `chains`). A chain longer than the budget is a micro-batch
-    by itself. The longest prefixes come first: if memory runs out, it does so in the first micro-batch.
+    `chains`). A chain longer than the budget is a micro-batch by itself. The largest micro-batches come first: if
+    memory runs out, it does so in the first one.
 
     Args:
-        share: Read a prompt that several sequences share once, if that reduces the tokens read. It may increase them,
-            when completions of very different lengths end up in one micro-batch.
+        share: Read what sequences have in common at their beginning once.
     """
     for adapter in dict.fromkeys(sequence.adapter for sequence in sequences):
         own = [index for index, sequence in enumerate(sequences) if sequence.adapter == adapter]
@@ -205,74 +185,53 @@ def micro_batches(sequences: Sequence[Scored], budget: int, *, share: bool) -> I
 
 def _of_one_adapter(sequences: Sequence[Scored], budget: int, share: bool) -> Iterator[MicroBatch]:
     found = chains(sequences)
-    ways = [[_Reading.of(chain, sequences, way) for chain in found] for way in ((False, True) if share else (False,))]
-    for chunk in min((_cut(way, budget) for way in ways), key=lambda chunks: sum(chunk.size for chunk in chunks)):
-        yield _micro_batch(sequences, chunk.readings)
+    texts = [_read(sequences[chain[-1]]) for chain in found]
+    if not share:
+        for part in _rows_within(texts, budget):
+            yield _in_rows(sequences, [found[i] for i in part], [texts[i] for i in part])
+        return
+    for part, ids, places, tree in trees(texts, budget):
+        yield _micro_batch(sequences, [found[i] for i in part], ids, places, tree)
 
 
-class _Chunk:
-    """A micro-batch while it is filled. Readings are added in order of decreasing prefix length."""
-
-    def __init__(self) -> None:
-        self.readings: list[_Reading] = []
-        self._prefixes: set[Ids] = set()
-        self._longest_prefix = self._longest_suffix = 0
-
-    @property
-    def size(self) -> int:
-        """Tokens to read, padding included."""
-        return len(self._prefixes) * self._longest_prefix + len(self.readings) * self._longest_suffix
-
-    def size_with(self, reading: _Reading) -> int:
-        prefixes = len(self._prefixes) + (reading.prefix not in self._prefixes)
-        longest = max(self._longest_suffix, len(reading.suffix))
-        return prefixes * max(self._longest_prefix, len(reading.prefix)) + (len(self.readings) + 1) * longest
-
-    def add(self, reading: _Reading) -> None:
-        self.readings.append(reading)
-        self._prefixes.add(reading.prefix)
-        self._longest_prefix = max(self._longest_prefix, len(reading.prefix))
-        self._longest_suffix = max(self._longest_suffix, len(reading.suffix))
-
-
-def _cut(readings: Sequence[_Reading], budget: int) -> list[_Chunk]:
-    chunks = [_Chunk()]
-    for reading in sorted(readings, key=lambda r: (-len(r.prefix), r.prefix, -len(r.suffix))):
-        if chunks[-1].readings and chunks[-1].size_with(reading) > budget:
-            chunks.append(_Chunk())
-        chunks[-1].add(reading)
-    return [chunk for chunk in chunks if chunk.readings]
-
-
-def _micro_batch(sequences: Sequence[Scored], readings: Sequence[_Reading]) -> MicroBatch:
-    rows = {prefix: row for row, prefix in enumerate(dict.fromkeys(reading.prefix for reading in readings))}
-    prefix_ids, suffix_ids = _padded(list(rows)), _padded([reading.suffix for reading in readings])
-    predict_at = []
-    for number, reading in enumerate(readings):
-        # The token before a scored one predicts it. It is in the prefix, or in this chain's own suffix.
-        in_prefix = rows[reading.prefix] * prefix_ids.shape[1]
-        in_suffix = prefix_ids.numel() + number * suffix_ids.shape[1] - len(reading.prefix)
-        for member in reading.members:
-            before = range(sequences[member].start - 1, len(sequences[member].ids) - 1)
-            predict_at += [at + (in_prefix if at < len(reading.prefix) else in_suffix) for at in before]
-    members = tuple(member for reading in readings for member in reading.members)
-    chosen = [sequences[member] for member in members]
+def _micro_batch(
+    sequences: Sequence[Scored],
+    found: Sequence[Sequence[int]],
+    ids: Tensor,
+    places: Sequence[Sequence[int]],
+    tree: Tree | None = None,
+) -> MicroBatch:
+    """
+    Args:
+        found: The chains that it reads.
+        places: Where the tokens of each chain's text stand among the flattened ids.
+    """
+    members = [(member, where) for chain, where in zip(found, places, strict=True) for member in chain]
+    chosen = [sequences[member] for member, _ in members]
+    at = [where[s.start - 1 : len(s.ids) - 1] for s, (_, where) in zip(chosen, members, strict=True)]
     return MicroBatch(
-        members=members,
+        members=tuple(member for member, _ in members),
         tokens=tuple(sequence.tokens for sequence in chosen),
-        prefix_ids=prefix_ids,
-        prefix_lengths=torch.tensor([len(prefix) for prefix in rows]),
-        prefix_of=torch.tensor([rows[reading.prefix] for reading in readings]),
-        suffix_ids=suffix_ids,
-        predict_at=torch.tensor(predict_at),
-        targets=torch.tensor([token for sequence in chosen for token in sequence.ids[sequence.start :]]),
-        temperatures=torch.tensor(
-            [sequence.temperature for sequence in chosen for _ in range(sequence.tokens)], dtype=torch.float32
-        ),
+        chains=len(found),
+        ids=ids,
+        tree=tree,
+        predict_at=torch.tensor([place for part in at for place in part], dtype=torch.long),
+        targets=torch.tensor([token for s in chosen for token in s.ids[s.start :]], dtype=torch.long),
+        temperatures=torch.tensor([s.temperature for s in chosen for _ in range(s.tokens)], dtype=torch.float32),
     )
 
 
-def _padded(rows: Sequence[Ids]) -> Tensor:
-    """Pad rows on the right with id 0. No result depends on the padding, so any id of the vocabulary will do."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long)
+def _rows_within(texts: Sequence[Ids], budget: int) -> Iterator[list[int]]:
+    part: list[int] = []
+    for index in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
+        if part and (len(part) + 1) * len(texts[part[0]]) > budget:
+            yield part
+            part = []
+        part.append(index)
+    yield part
+
+
+def _in_rows(sequences: Sequence[Scored], found: Sequence[Sequence[int]], texts: Sequence[Ids]) -> MicroBatch:
+    ids = padded(texts)
+    width = ids.shape[1]
+    return _micro_batch(sequences, found, ids, [range(row * width, (row + 1) * width) for row in range(len(texts))])

@@ -189,7 +189,7 @@ class UpdateMetrics:
         self._weight = self._weight + weights.sum()
         self._weight_squared = self._weight_squared + weights.square().sum()
         self._tokens += len(log_ratios)
-        self._sequences += len(micro.prefix_of)
+        self._sequences += micro.chains
         self._rows += len(micro.members)
         self._share = self._share + tokens.weights.sum()
 

@@ -20,7 +20,8 @@ from dspy_fst.recipe.lora_settings import SHARED, LoRA
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 from dspy_fst.slow.chunked_head import Readout
 from dspy_fst.slow.head import Head, decoder_of
-from dspy_fst.slow.layers import prefix_cache, recompute_layers, suffix_cache
+from dspy_fst.slow.layers import recompute_layers
+from dspy_fst.slow.tree import attend_in_trees, read_tree
 
 START = "start"
 """Begins the name of the frozen copy of an adapter that goes on: the KL's reference."""
@@ -163,7 +164,7 @@ class Policy(nn.Module):
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """The last hidden states that predict the scored tokens, shape (N, d)."""
-        device = batch.prefix_ids.device.type
+        device = batch.ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.body_dtype == torch.bfloat16):
             return self._read(batch).index_select(0, batch.predict_at)
 
@@ -173,30 +174,16 @@ class Policy(nn.Module):
         return linear
 
     def _read(self, batch: MicroBatch) -> Tensor:
-        """Last hidden states, shape (positions, d): those of all prefixes, padding included, then of all suffixes."""
+        """Last hidden states, shape (positions, d), padding included."""
         with using(self.model, self._through(batch.adapter)):
             return self._hidden_through_adapter(batch)
 
     def _hidden_through_adapter(self, batch: MicroBatch) -> Tensor:
         decoder = decoder_of(self.model)
-        alone = batch.suffix_ids.shape[1] == 0
-        if alone:
-            whole: Tensor = decoder(input_ids=batch.prefix_ids, use_cache=False).last_hidden_state
-            return whole.flatten(0, 1)
-        cache = prefix_cache()
-        prefixes = decoder(input_ids=batch.prefix_ids, past_key_values=cache, use_cache=True)
-        lengths = batch.prefix_lengths[batch.prefix_of, None]
-        positions = torch.arange(batch.prefix_ids.shape[1], device=lengths.device)
-        steps = torch.arange(batch.suffix_ids.shape[1], device=lengths.device)
-        suffixes = decoder(
-            input_ids=batch.suffix_ids,
-            attention_mask=torch.cat([(positions < lengths).long(), torch.ones_like(batch.suffix_ids)], dim=1),
-            # Padding has no effect, but a position beyond the last would fail, or change the factors of all rows.
-            position_ids=(lengths + steps).clamp(min=0, max=self.last_position),
-            past_key_values=suffix_cache(cache, batch.prefix_of),
-            use_cache=True,
-        )
-        return torch.cat([prefixes.last_hidden_state.flatten(0, 1), suffixes.last_hidden_state.flatten(0, 1)])
+        if batch.tree is not None:
+            return read_tree(decoder, batch.ids, batch.tree).flatten(0, 1)
+        hidden: Tensor = decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)
 
     def _set_trainable(self, trainable: bool) -> None:
         """Give the text part gradients; a vision or audio tower, which no text passes through, gets none."""
@@ -295,7 +282,14 @@ class Policy(nn.Module):
                 "choose a model with a plain LM head"
             )
         plain_cache = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
-        self.shares_prompts = plain_cache and self._gap(texts, plain, share=True) <= PROBE_TOLERANCE
+        self.shares_prompts = plain_cache and attend_in_trees(self.model) and self._reads_trees(texts, plain)
+
+    def _reads_trees(self, texts: list[tuple[tuple[int, ...], int]], plain: Tensor) -> bool:
+        """Whether the model gives the same logits where what texts have in common is read once."""
+        try:
+            return self._gap(texts, plain, share=True) <= PROBE_TOLERANCE
+        except Exception:  # a model's own attention may not take a tree, and fail in any way
+            return False
 
     def _gap(self, texts: list[tuple[tuple[int, ...], int]], plain: Tensor, *, share: bool) -> float:
         """Largest gap to the model's own logits at the scored tokens, relative to the largest logit."""
