@@ -128,9 +128,10 @@ def _batch(rows: Sequence[Row]) -> Batch:
 
 
 def _reading(micro: MicroBatch) -> MicroBatchShape:
-    suffix = micro.suffix_ids.shape[1]
-    kept = len(micro.suffix_ids) * (micro.prefix_ids.shape[1] + suffix) if suffix else 0
-    return MicroBatchShape(micro.tokens_read, sum(micro.tokens), kept, kept * suffix)
+    blocks = micro.tree.blocks if micro.tree else ()
+    kept = max((block.keys.numel() for block in blocks if block.mask is not None), default=0)
+    masked = max((block.mask.numel() for block in blocks if block.mask is not None), default=0)
+    return MicroBatchShape(micro.tokens_read, sum(micro.tokens), kept, masked)
 
 
 def _status(name: str) -> int:

@@ -204,7 +204,7 @@ def test_an_update_is_counted_as_autograd_keeps_it():
     with_kl = update_bytes(size, MicroBatchShape(1000, 10), with_kl=True, low=False)
     assert with_kl - few == the_start_s_pass - 4 * 1000 * (128 + 384)
     shared = MicroBatchShape(1000, 10, kept=5000, masked=7000)
-    assert update_bytes(size, shared, with_kl=False, low=False) == few + 4 * (8 * 128 * 5000 + 4 * 7000)
+    assert update_bytes(size, shared, with_kl=False, low=False) == few + 16 * (128 + 64) * 5000 + 8 * 7000
 
 
 def test_a_bfloat16_body_keeps_less_and_casts_its_weights():

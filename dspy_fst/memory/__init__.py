@@ -9,8 +9,8 @@ All sizes are in bytes. Symbols:
 - h, f, L: width, inner width and number of the layers. q, k: width of a layer's queries and of its keys.
 - K: candidates. G: rollouts of a problem.
 - R: tokens of a micro-batch that pass through the layers. N: those of them that are scored.
-- S: keys that the replies of a micro-batch attend to where they share a prompt. M: pairs of a reply token and such a
-  key.
+- S: keys that texts with a beginning in common attend to, in the largest block of their attention. M: pairs of a token
+  and such a key.
 
 | part      | what                | bytes                       | why                                                 |
 | --------- | ------------------- | --------------------------- | --------------------------------------------------- |
@@ -30,7 +30,7 @@ All sizes are in bytes. Symbols:
 | an update | layers, float32     | R L (24 h + 8 q + 8 k + 16 f) | what the backward pass reads                      |
 | an update | layers, bfloat16    | R L (26 h + 4 q + 4 k + 8 f) | norms and residuals stay in float32                |
 | an update | norms on heads      | R L (8 q + 8 k), bfloat16 6 | Qwen3 and its like                                  |
-| an update | shared prompts      | L (8 q S + 4 M), bfloat16 half | each reply holds its prompt's keys and values    |
+| an update | shared beginnings   | 16 (q + k) S + 8 M, bfloat16 half | one layer's copies of keys and their gradients |
 | an update | instead of logits   | 4 R (h + f), 4 V h          | a layer's and the head's gradient on their way      |
 | an update | or, with KL         | 4 N V + 4 R (4 h + 3 f)     | the reference's own pass                            |
 | an update | casts               | 2 P without the embedding   | bfloat16 copies of the weights, under such a body   |

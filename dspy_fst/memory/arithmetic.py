@@ -11,6 +11,8 @@ HEAP = 1.3
 """Main memory of an update divided by the size of its tensors (measured): the C library's heap keeps holes."""
 SMALLEST, LARGEST_ON_CPU, LARGEST_ON_GPU = 256, 4096, 16384
 """Bounds of ``micro_batch_tokens="auto"``: a CPU is fastest at about 4,096 (measured), a GPU at more (assumed)."""
+BLOCK_KEYS = 2**14
+"""Most keys that a block of attention copies, unless one text alone has more; the trainer cuts its blocks by it."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,17 @@ class MicroBatchShape:
     scored: int
     """Tokens whose logits are needed: N."""
     kept: int = 0
-    """Keys that replies attend to where they share prompts, for each reply its prompt's and its own: S."""
+    """Keys that texts attend to which share a beginning, in the largest block of their attention: S. A text of a block
+    has a copy of its keys from the root on."""
     masked: int = 0
-    """Pairs of a reply token and such a key: M."""
+    """Pairs of a new token of such a text and such a key: M."""
 
     @classmethod
     def shared(cls, tokens: int, replies: int, prompt: int, reply: int) -> "MicroBatchShape":
         """A micro-batch of ``tokens`` tokens, full of prompts with ``replies`` replies each. Lengths in tokens."""
         groups = tokens / (prompt + replies * reply)
         rows = groups * replies
-        kept = rows * (prompt + reply)
+        kept = min(rows * (prompt + reply), max(BLOCK_KEYS, prompt + reply))
         return cls(tokens, round(rows * reply), *((round(kept), round(kept * reply)) if replies > 1 else (0, 0)))
 
 
@@ -60,9 +63,9 @@ def update_bytes(size: ModelSize, batch: MicroBatchShape, *, with_kl: bool, low:
         teacher: Whether the reference model reads other prompts than the policy.
     """
     layers = batch.read * size.layers * _kept_of_token(size, low=low)
-    shared = size.layers * (batch.kept * 8 * size.queries + batch.masked * 4) // (2 if low else 1)
     ends = 8 * batch.read * size.width + 4 * batch.scored * size.width
-    return layers + shared + ends + _casts(size, low=low) + max(_moments(size, batch, with_kl, teacher))
+    copies = (batch.kept * 16 * (size.queries + size.keys) + batch.masked * 8) // (2 if low else 1)
+    return layers + copies + ends + _casts(size, low=low) + max(_moments(size, batch, with_kl, teacher))
 
 
 def _moments(size: ModelSize, batch: MicroBatchShape, with_kl: bool, teacher: bool) -> Iterator[int]:

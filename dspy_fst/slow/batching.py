@@ -163,8 +163,14 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on the device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Tree)}
-        return replace(self, **moved)
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            tree=None if self.tree is None else self.tree.to(device),
+            predict_at=self.predict_at.to(device),
+            targets=self.targets.to(device),
+            temperatures=self.temperatures.to(device),
+        )
 
 
 def micro_batches(sequences: Sequence[Scored], budget: int, *, share: bool) -> Iterator[MicroBatch]:
@@ -187,8 +193,8 @@ def _of_one_adapter(sequences: Sequence[Scored], budget: int, share: bool) -> It
     found = chains(sequences)
     texts = [_read(sequences[chain[-1]]) for chain in found]
     if not share:
-        for part in _rows_within(texts, budget):
-            yield _in_rows(sequences, [found[i] for i in part], [texts[i] for i in part])
+        for rows in _rows_within(texts, budget):
+            yield _in_rows(sequences, [found[i] for i in rows], [texts[i] for i in rows])
         return
     for part, ids, places, tree in trees(texts, budget):
         yield _micro_batch(sequences, [found[i] for i in part], ids, places, tree)

@@ -27,9 +27,11 @@ LEAST_SAVED = 16
 PASS = 64
 """Tokens that take about as long as what a micro-batch costs besides its tokens (assumed)."""
 BLOCK_KEYS = 2**14
-"""Most keys that a block copies, unless one text alone has more; the memory plan counts them."""
+"""Most keys that a block copies, unless one text alone has more; `memory.arithmetic` counts them."""
 SLACK = 2**14
 """Pairs of a query and a key that a block may compute for nothing, however small it is."""
+FUSED: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
+"""transformers' attention with torch's fused kernel."""
 ATTENTION = "sdpa_of_a_tree"
 """Name of the attention function among transformers' own."""
 
@@ -247,9 +249,9 @@ def _attention(
     tree: Tree | None = None,
     **settings: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention with torch's fused kernel; shapes as there. With a tree the mask is not looked at."""
+    """`FUSED`, and its shapes. With a tree the mask is not looked at."""
     if tree is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return FUSED(module, query, key, value, attention_mask, **settings)
     flat = [states[0].transpose(0, 1) for states in (query, key, value)]
     of_block: Callable[..., Tensor] = _of_block
     if torch.is_grad_enabled():  # nothing is drawn: dropout is off
@@ -271,5 +273,5 @@ def _of_block(
         return states.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
 
     q, k, v = of(query, block.queries), of(key, block.keys), of(value, block.keys)
-    output, _ = sdpa_attention_forward(module, q, k, v, block.mask, **settings)
+    output, _ = FUSED(module, q, k, v, block.mask, **settings)
     return output.flatten(0, 1)
