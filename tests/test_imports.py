@@ -38,7 +38,7 @@ CORNERS = {
     "accelerate": ["monitoring.tracking"],
     "trl": ["slow"],
     "peft": ["engine.lora"],
-    "bitsandbytes": ["slow.adamw"],
+    "bitsandbytes": ["slow.adamw", "slow.quantized"],
     "scipy": ["run.paired"],
     "matplotlib": ["report.charts"],
     "jinja2": ["report.page", "engine.chat"],

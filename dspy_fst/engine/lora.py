@@ -46,13 +46,13 @@ def target_modules(model: PreTrainedModel, lora: LoRA) -> list[str]:
     """
     if faults := target_faults(model, lora):
         raise TrainingError("; ".join(faults))
-    layers = _adaptable(model)
+    layers = linear_layers(model)
     return [layer for layer in layers if lora.target == ALL_LINEAR or any(_ends(layer, name) for name in lora.target)]
 
 
 def target_faults(model: PreTrainedModel, lora: LoRA) -> list[str]:
     """Why these settings do not fit a model, one sentence for each reason; the model may be on the meta device."""
-    layers = _adaptable(model)
+    layers = linear_layers(model)
     kind = model.config.model_type
     if not layers:
         return [f"adapter: a {kind!r} model has no linear layers that a LoRA adapter could go on; train all weights"]
@@ -77,7 +77,8 @@ def _fault(model: PreTrainedModel, name: str, ends: list[str]) -> str:
     )
 
 
-def _adaptable(model: PreTrainedModel) -> list[str]:
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of the text part's linear layers, adapted or not; the LM head and routers of experts are left out."""
     text, head = text_part(model), model.get_output_embeddings()
     inside = {id(module) for module in text.modules()}
     routers = ROUTERS if has_experts(model.config) else set()

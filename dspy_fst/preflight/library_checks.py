@@ -10,5 +10,9 @@ QUANTIZED = "pip install 'dspy-fst[quantized]'"
 
 def library_faults(config: TrainingSettings) -> Iterator[str]:
     """A sentence for each setting whose library is missing."""
-    if config.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+    if find_spec("bitsandbytes") is not None:
+        return
+    if config.quantized_base == "nf4":
+        yield f"quantized_base='nf4' needs bitsandbytes, which is not installed: {QUANTIZED}, or use 'int8'"
+    if config.optimizer == "adamw_8bit":
         yield f"optimizer='adamw_8bit' needs bitsandbytes, which is not installed: {QUANTIZED}, or use 'adamw'"

@@ -21,6 +21,7 @@ from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 from dspy_fst.slow.chunked_head import Readout
 from dspy_fst.slow.head import Head, decoder_of
 from dspy_fst.slow.layers import recompute_layers
+from dspy_fst.slow.quantized import Kind, quantize
 from dspy_fst.slow.tree import attend_in_trees, read_tree
 
 START = "start"
@@ -75,6 +76,7 @@ class Policy(nn.Module):
         adapter: LoRA | None = None,
         names: Sequence[str] = (SHARED,),
         seed: int = 0,
+        quantized: Kind | None = None,
     ) -> "Policy":
         """Load weights in float32, and check that `forward` gives the model's own logits.
 
@@ -87,6 +89,7 @@ class Policy(nn.Module):
                 Several are not: they are only scored with (``trainable=False``).
             names: Of the adapters.
             seed: Of new adapters' numbers.
+            quantized: How linear layers below the adapters are rounded; None: not.
 
         Raises:
             TrainingError: the files lack some layers, `forward` does not give the model's own logits, or the adapter
@@ -106,6 +109,8 @@ class Policy(nn.Module):
         policy.body_dtype = dtype
         if adapter is not None:
             policy._store_base(dtype)
+            if quantized is not None:
+                quantize(policy.model, quantized)
         elif not trainable:
             policy._store_linear_layers(dtype)
         return policy

@@ -94,8 +94,10 @@ class Trainer:
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._files, trust_remote_code=False)
         self._adapters = adapters
         names = tuple(dict.fromkeys(adapters.values())) or (SHARED,)
-        policy = Policy.load(model, dtype=self._dtype, adapter=settings.adapter, names=names, seed=seed)
-        self._policy = policy.to(self._device)
+        quantized = settings.quantized_base
+        self._policy = Policy.load(
+            model, dtype=self._dtype, adapter=settings.adapter, names=names, seed=seed, quantized=quantized
+        ).to(self._device)
         if gradient_checkpointing:
             self._policy.recompute_layers()
         self._names = [name for name, p in self._policy.model.named_parameters() if p.requires_grad]

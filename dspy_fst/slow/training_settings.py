@@ -27,6 +27,9 @@ class TrainingSettings(Settings):
     """Which trained predictors share a LoRA adapter: ``"shared"``, all of them (paper: one set of weights);
     ``"per_predictor"``, none, so that each learns apart on one base in memory; or groups, adapter -> predictors, e.g.
     ``{"search": ("hops[0].query", "hops[1].query")}`` (ours). Predictors without one speak with the base."""
+    quantized_base: Literal["nf4", "int8"] | None = None
+    """How the linear layers below a LoRA adapter are rounded for the whole run (QLoRA): ``"nf4"`` takes 0.56 bytes a
+    number, ``"int8"`` about 1 (ours). The rounded numbers are what is trained on, published and exported. None: not."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """``"adamw"`` keeps two moments in float32, 8 bytes for each trained number (paper: AdamW). ``"adamw_8bit"`` keeps
     them in 8 bits, about 2 bytes; it is bitsandbytes' and rounds them (ours)."""
@@ -118,6 +121,15 @@ class TrainingSettings(Settings):
     @classmethod
     def _order_and_repetition_mean_nothing(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if names is None else tuple(sorted(set(names)))
+
+    @model_validator(mode="after")
+    def _a_quantized_base_is_below_an_adapter(self) -> Self:
+        if self.quantized_base is not None and self.adapter is None:
+            raise ValueError(
+                f"quantized_base={self.quantized_base!r} freezes the weights, and adapter=None trains all of them; set "
+                "adapter='lora' or LoRA(rank=...)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapters_share_out_an_adapter(self) -> Self:
