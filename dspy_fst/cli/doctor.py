@@ -30,7 +30,7 @@ EXTRAS = {
     "report": "dspy-fst report: pages and charts",
     "serve": "dspy-fst serve: a compiled program over HTTP",
     "tracking": "TensorBoard's files of a run",
-    "quantized": "moments of 8 bits (optimizer: adamw_8bit)",
+    "quantized": "a base in 4 bits (quantized_base: nf4), moments of 8 bits (optimizer: adamw_8bit)",
     "benchmarks": "load tests of the server, and trl to measure against",
     "programs": "the example programs' data and graders",
 }

@@ -54,6 +54,11 @@ class Facts:
     speakers: tuple[str, ...] = ()
     """The predictors whose weights these are, where the program's others have other ones; empty: all."""
 
+    @property
+    def rounded(self) -> str | None:
+        """How the run rounded the base below its LoRA adapters (``quantized_base``); None: not."""
+        return None if self.record is None else self.record.config.get("quantized_base")
+
 
 def model_card(facts: Facts) -> str:
     """Markdown with YAML front matter."""
@@ -214,7 +219,7 @@ def _training(facts: Facts) -> Iterator[str]:
     if record is None:
         yield "## Training\n\nThe program was saved outside of its run's directory, so the card cannot tell of it."
         return
-    yield "## Training\n\n" + table(("what", ""), _described(record, facts.plan))
+    yield "## Training\n\n" + table(("what", ""), _described(facts, record))
     yield from _recipe(record)
     yield "### Costs\n\n" + table(("what", "spent"), _spent(record))
     if record.lost:
@@ -225,8 +230,9 @@ def _training(facts: Facts) -> Iterator[str]:
         yield "Warnings of the run:\n\n" + "\n".join(f"- {_inline(warning.text)}" for warning in record.warnings)
 
 
-def _described(record: RunRecord, plan: Event) -> list[tuple[str, object]]:
+def _described(facts: Facts, record: RunRecord) -> list[tuple[str, object]]:
     """What was trained on what, and how."""
+    plan = facts.plan
     rows = {
         "program": plan.get("program"),
         "trained predictors": ", ".join(plan.get("trained", ())) or None,
@@ -238,6 +244,7 @@ def _described(record: RunRecord, plan: Event) -> list[tuple[str, object]]:
         "searches": len(record.cycles),
         "steps": len(record.steps),
         "weights": record.weights,
+        "base": f"its linear layers hold numbers that were rounded to {facts.rounded}" if facts.rounded else None,
     }
     return [(name, value) for name, value in rows.items() if value is not None]
 

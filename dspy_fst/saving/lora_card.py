@@ -44,14 +44,15 @@ def _head(facts: Facts, adapters: Sequence[Exported], base: Base) -> str:
         f"{what} and the instructions of a [DSPy](https://dspy.ai) program, {TRAINED}. Use both: the adapters were "
         f"trained with these instructions.{nothing_learned(facts)}\n\n"
         f"{table(('LoRA adapter', 'predictors', 'rank', 'alpha', 'layers'), rows)}\n\n"
-        f"{_base(base)}"
+        f"{_base(base, facts.rounded)}"
     )
 
 
-def _base(base: Base) -> str:
+def _base(base: Base, rounded: str | None) -> str:
     where = f"`{base.name}`" if base.on_hub else f"the folder `{Path(base.name).name}` of the machine of the training"
+    note = f" Its linear layers were rounded to {rounded} before the training: use these numbers." if rounded else ""
     return (
-        f"The base is {where}. SHA-256 of its numbers, whatever their files and names, in the precision of the "
+        f"The base is {where}.{note} SHA-256 of its numbers, whatever their files and names, in the precision of the "
         f"training: `{base.digest}` (`dspy_fst.model_files.weights_digest`)."
     )
 

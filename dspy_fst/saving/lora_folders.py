@@ -58,6 +58,7 @@ class Exported:
 
 def base_of(checkpoint: Checkpoint, facts: Facts, given: str | None) -> Base:
     """The base under the name that others know: the one given, else where the run took it from, else the saved copy.
+    A base that the run rounded is the saved copy alone.
 
     Args:
         given: A hub name, or a folder, whose numbers are then compared with the base's.
@@ -76,7 +77,7 @@ def base_of(checkpoint: Checkpoint, facts: Facts, given: str | None) -> Base:
                 [f"base={given!r}: it holds other weights than the LoRA adapters were trained on (sha256 {digest})"]
             )
         return Base(str(Path(given).resolve()), digest)
-    if name := given or facts.base:
+    if name := given or (None if facts.rounded else facts.base):
         return Base(name, digest)
     folder = facts.base_folder
     return Base(str((folder if folder and _same(folder, digest) else checkpoint.path).resolve()), digest)

@@ -66,7 +66,7 @@ def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(64, 64), (96, 48), (33, 31), (7, 640)], ids=str)
 def test_a_weight_is_rounded_to_the_nearest_code_and_once_rounded_stays(kind, dtype, shape):
     torch.manual_seed(1)
-    linear = nn.Linear(shape[1], shape[0]).to(dtype)
+    linear = nn.Linear(shape[1], shape[0]).to(dtype).requires_grad_(False)
     layer = QuantizedLinear(linear, kind)
     wanted = rounded(linear.weight.detach().float(), kind)
     assert layer.weight.dtype == dtype
