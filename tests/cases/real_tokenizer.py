@@ -1,5 +1,8 @@
 """A tiny random model with a real tokenizer: one text has many spellings in its vocabulary, as in any model's."""
 
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,6 +31,9 @@ DROPS_SYSTEM = CHATML.replace(
 )
 
 
+TEMPLATE = "chat_template.jinja"
+
+
 def save_model(
     folder: Path, template: str | None = CHATML, *, seed: int = 0, peak: float = 0.02, **eos: object
 ) -> Path:
@@ -38,8 +44,20 @@ def save_model(
         peak: Standard deviation of the weights: how far from uniform it samples.
         eos: ``eos_token_id`` and other settings of the config.
     """
+    made = _made(seed, peak, tuple(eos.items()))
+    shutil.copytree(made.name, folder, dirs_exist_ok=True)
+    if template is None:
+        (folder / TEMPLATE).unlink()
+    else:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    return folder
+
+
+@cache
+def _made(seed: int, peak: float, eos: tuple[tuple[str, object], ...]) -> tempfile.TemporaryDirectory[str]:
+    """The folder, kept for the next: to read and write a real tokenizer takes half a second."""
+    folder = tempfile.TemporaryDirectory(prefix="real-tokenizer-")
     tokenizer = AutoTokenizer.from_pretrained(smollm2.folder())
-    tokenizer.chat_template = template
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -52,8 +70,8 @@ def save_model(
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         initializer_range=peak,
-        **{"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None, **eos},
+        **{"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None, **dict(eos)},
     )
-    Qwen3ForCausalLM(config).eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    Qwen3ForCausalLM(config).eval().save_pretrained(folder.name)
+    tokenizer.save_pretrained(folder.name)
     return folder

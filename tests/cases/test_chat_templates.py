@@ -24,21 +24,10 @@ SMOLLM2 = (
 )
 
 
-def traits(template: str) -> TemplateTraits:
-    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer.folder)
-    tokenizer.chat_template = template
-    return TemplateTraits.of(tokenizer)
-
-
-class save_tokenizer:
-    """Where the module's tokenizer lies."""
-
-    folder: str = ""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tokenizer_folder(tmp_path_factory):
-    save_tokenizer.folder = str(save_model(tmp_path_factory.mktemp("plain") / "model"))
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A test gives it the template that it is about."""
+    return AutoTokenizer.from_pretrained(save_model(tmp_path_factory.mktemp("plain") / "model"))
 
 
 @pytest.mark.parametrize(
@@ -52,9 +41,10 @@ def tokenizer_folder(tmp_path_factory):
     ],
     ids=["chatml", "no system", "drops system", "strips thoughts", "own system"],
 )
-def test_what_a_template_does_is_found_from_the_tokenizer_alone(template, expected):
+def test_what_a_template_does_is_found_from_the_tokenizer_alone(tokenizer, template, expected):
+    tokenizer.chat_template = template
     # None of them shows a model's thoughts (reasoning_content); only the last is of a model that has any.
-    assert traits(template).without_thoughts() == expected.without_thoughts()
+    assert TemplateTraits.of(tokenizer).without_thoughts() == expected.without_thoughts()
 
 
 def turns(*said: str) -> list[dict[str, str]]:
@@ -140,9 +130,7 @@ def test_a_tokenizer_without_a_template_is_named_for_what_it_is(tmp_path):
     ids=["chatml", "no system", "drops system", "strips thoughts", "own system"],
 )
 def test_check_says_what_the_template_does_and_a_run_warns_of_what_it_moves(template, kind, warning, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer.folder)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(tmp_path)
+    save_model(tmp_path, template)
     assert kind in template_kind(tmp_path)
     told = template_warnings(tmp_path)
     assert len(told) == (warning is not None)

@@ -1,6 +1,7 @@
 """Files that name different end tokens: a reply ends at each of them, and keeps it, whichever engine samples."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 from dspy import lm15
@@ -24,23 +25,25 @@ def folder_with(tmp_path, config, generation):
     return folder
 
 
-def reply_of(folder, seed, max_tokens, biased=()):
-    """A reply of a model that says nothing but the given tokens, each as likely."""
-    engine = InProcessEngine()
-    engine.load(Checkpoint("v0", folder))
+@contextmanager
+def saying(engine, token):
+    """The engine's model says nothing but this token meanwhile."""
 
     def only(_module, _inputs, output):
-        kept = output.logits.clone()
         output.logits.fill_(-1e4)
-        output.logits[..., list(biased)] = 0.0 * kept[..., list(biased)]
+        output.logits[..., token] = 0.0
         return output
 
-    engine._model.register_forward_hook(only)
-    try:
-        config = lm15.Config(max_tokens=max_tokens, temperature=1.0)
-        return engine.complete(lm15.Request("m", (lm15.Message.user("hi"),), config=config), seed)
-    finally:
-        engine.close()
+    hook = engine._model.register_forward_hook(only)
+    yield
+    hook.remove()
+
+
+def reply_of(engine, token):
+    """Up to eight tokens of a model that says nothing but this one."""
+    request = lm15.Request("m", (lm15.Message.user("hi"),), config=lm15.Config(max_tokens=8, temperature=1.0))
+    with saying(engine, token):
+        return engine.complete(request, 1)
 
 
 @pytest.mark.parametrize(
@@ -53,14 +56,16 @@ def reply_of(folder, seed, max_tokens, biased=()):
     ],
 )
 def test_a_reply_ends_at_every_token_that_any_file_names(tmp_path, config, generation, ends):
-    folder = folder_with(tmp_path, config, generation)
+    engine = InProcessEngine()
+    engine.load(Checkpoint("v0", folder_with(tmp_path, config, generation)))
     for end in sorted(ends):
-        reply = reply_of(folder, 1, 8, biased=[end])
+        reply = reply_of(engine, end)
         assert (reply.finish_reason, reply.completion_ids) == ("stop", (end,))
         assert reply.response.text == ""  # an end token is no word of the reply, special or not
         assert len(reply.logprobs) == 1
-    reply = reply_of(folder, 1, 8, biased=[700])
+    reply = reply_of(engine, 700)
     assert (reply.finish_reason, reply.completion_ids) == ("length", (700,) * 8)
+    engine.close()
 
 
 def test_the_server_is_told_of_them_beside_those_of_the_request():
