@@ -1,5 +1,6 @@
 """Settings of the whole test run."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -31,13 +32,15 @@ SERVED_LIMIT_S = 1800
 """Of a test on vLLM, its share of starting servers included: half a minute each, or several where cores are few."""
 TESTS = Path(__file__).parent
 COMPILE_A_LOT = {
-    *("test_cli.py", "test_compile.py", "test_evidence.py", "test_nothing_silent.py", "run/test_journal.py"),
-    "test_start_and_end.py",
+    *("test_cli.py", "test_compile.py", "test_evidence.py", "test_lora_runs.py", "test_micro_batch.py"),
+    *("test_nothing_silent.py", "test_one_world.py", "test_start_and_end.py"),
+    *("run/test_ending.py", "run/test_journal.py"),
     *("cases/test_adapters.py", "cases/test_architectures.py", "cases/test_architectures_compile.py"),
     *("cases/test_before_start.py", "cases/test_copies.py", "cases/test_lms_and_saving.py", "cases/test_outside.py"),
-    *("cases/test_nothing_learned.py", "cases/test_unmoved_steps.py", "cases/test_weight_check_memory.py"),
-    *("cli/test_eval.py", "cli/test_init.py", "cli/test_serve.py", "report/test_charts.py", "report/test_page.py"),
-    *("pipelines/test_adversarial.py", "pipelines/test_shapes.py"),
+    *("cases/test_nothing_learned.py", "cases/test_sync.py", "cases/test_unmoved_steps.py"),
+    *("cases/test_weight_check_memory.py", "report/test_charts.py", "report/test_page.py"),
+    *("cli/test_eval.py", "cli/test_init.py", "cli/test_more_cycles.py", "cli/test_serve.py"),
+    *("pipelines/test_adversarial.py", "pipelines/test_shapes.py", "pipelines/test_tool_loop.py"),
     *("programs/test_compiles.py", "programs/test_lab.py", "programs/test_tiny.py"),
 }
 """Files whose tests, or what they share, train models: two thirds of the time of a sixth of all tests."""
@@ -85,6 +88,17 @@ def restore_dspy(values: dict[str, object]) -> None:
     settings_of_dspy().update(values)
 
 
+def pytest_collection_finish() -> None:
+    """What imports made stays. Each full collection of garbage would walk through it, for half a second of a core."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries that look for leaks when the process ends would name all of it."""
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start servers first, then those with slow tests: a long one that begins last keeps a worker idle."""
     long = {TESTS / name for name in COMPILE_A_LOT}
@@ -98,21 +112,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path not in served, item.path not in slow))
 
 
-SHARE_A_SERVER = tuple(f"tests/engine/test_{name}.py" for name in ("replies", "vllm_server", "weight_check"))
+SHARED = {
+    **{f"tests/engine/test_{name}.py": "a vLLM server" for name in ("replies", "vllm_server", "weight_check")},
+    **{
+        f"tests/cli/test_{name}.py": "a finished run"
+        for name in ("eval", "export", "export_lora", "more_cycles", "runs", "show", "trust")
+    },
+}
+"""File -> what it shares with others and takes long to make."""
 REAL = "tests/real/"
 """Two processes with a real model each would need 16 GB."""
 
 
-class FilesOrServers(LoadFileScheduling):
-    """A file's tests go to one worker, and so do those of files that share a server or need much memory."""
+class FilesOrGroups(LoadFileScheduling):
+    """A file's tests go to one worker, and so do those of files that share what takes long or need much memory."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        if file.startswith(REAL):
-            return REAL
-        return SHARE_A_SERVER[0] if file in SHARE_A_SERVER else file
+        return REAL if file.startswith(REAL) else SHARED.get(file, file)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadFileScheduling | None:
-    return FilesOrServers(config, log) if config.getoption("dist") == "loadfile" else None
+    return FilesOrGroups(config, log) if config.getoption("dist") == "loadfile" else None

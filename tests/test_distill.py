@@ -69,6 +69,7 @@ def distilled(tmp_path_factory):
     policy_of(lab.program).release()
 
 
+@pytest.mark.slow
 def test_no_reward_is_asked_for_and_the_kl_to_what_the_texts_teach_falls(distilled):
     _, _, run_dir = distilled
     steps = [event["report"] for event in read_events(run_dir) if event["event"] == "step"]
@@ -80,6 +81,7 @@ def test_no_reward_is_asked_for_and_the_kl_to_what_the_texts_teach_falls(distill
     assert kls[-1] < 0.5 * kls[0]
 
 
+@pytest.mark.slow
 def test_what_the_text_taught_is_in_the_weights_without_the_text(distilled):
     lab, compiled, _ = distilled
     policy = policy_of(compiled)

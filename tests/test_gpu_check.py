@@ -35,7 +35,8 @@ def test_the_shapes_have_the_sizes_that_they_are_named_for(shape, billions):
     assert parameters_of(shape) == pytest.approx(billions * 1e9, rel=0.001)
 
 
-@pytest.mark.parametrize("side", ["dspy_fst", pytest.param("trl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["dspy_fst", "trl"])
 def test_an_update_is_measured_with_full_weights_and_with_lora(side, rows, monkeypatch):
     monkeypatch.setattr(update, "REPEATS", 1)
     with random_model("tiny") as folder:

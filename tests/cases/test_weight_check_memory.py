@@ -52,7 +52,7 @@ def stack() -> Stack:
 
 
 @pytest.fixture
-def blanks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+def blanks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(bytes alive, bytes of the newest) of the check's blank tensors, at each time that one was made."""
     from vllm.model_executor.model_loader.reload import meta
 
@@ -68,8 +68,7 @@ def blanks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
 
     monkeypatch.setattr(meta, "materialize_meta_tensor", counted)
     gc.freeze()  # what the process held before is no blank: a collection that walks through it takes half a second
-    yield seen
-    gc.unfreeze()
+    return seen
 
 
 def compared(model: nn.Module, weights: dict[str, Tensor]) -> check.Comparison:

@@ -238,6 +238,7 @@ def killed_and_continued(tmp_path_factory):
     return run_dir, joiner, [event["text"] for event in notes if event["event"] == "note"]
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_every_step_of_a_continued_run_once(killed_and_continued):
     run_dir, _, _ = killed_and_continued
     board = EventAccumulator(str(run_dir / "tracking" / "tensorboard")).Reload()
@@ -252,6 +253,7 @@ def test_tensorboard_holds_every_step_of_a_continued_run_once(killed_and_continu
     assert len([*(run_dir / "tracking" / "tensorboard").glob("*/hparams.yml")]) == 1
 
 
+@pytest.mark.slow
 def test_another_tracker_may_join_and_fail_and_the_run_ends_well(killed_and_continued):
     run_dir, joiner, notes = killed_and_continued
     assert read_events(run_dir)[-1]["event"] == "done"

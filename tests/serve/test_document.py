@@ -74,6 +74,7 @@ def app(engine):
         yield create_app(program, ServeSettings(api_key=KEY))
 
 
+@pytest.mark.slow
 def test_the_service_does_what_its_document_says(app, engine):
     schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=SchemathesisConfig.from_dict(CONFIG))
     statuses: dict[str, set[int]] = {}
