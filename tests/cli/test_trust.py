@@ -11,7 +11,8 @@ from dspy_fst import PolicyLM
 from dspy_fst.rollout.components import read_texts, with_texts
 from dspy_fst.run.files import write_json
 from dspy_fst.saving.card import model_card
-from dspy_fst.saving.export import _facts, export
+from dspy_fst.saving.export import export
+from dspy_fst.saving.facts import facts_of
 from dspy_fst.types import Candidate, Population
 from programs.lab import BASE
 from tests.cli.conftest import MODULE, SETTINGS, SOURCE, invoke
@@ -115,4 +116,4 @@ def test_resume_runs_what_a_directory_holds_only_when_it_is_trusted(folder, run_
 def test_the_card_says_how_to_load_a_program_of_evolved_sources(folder, tmp_path, texts, finished):
     out = export(saved(tmp_path / "saved", texts[1]), tmp_path / "out")
     assert 'dspy_fst.load("FOLDER", program, trust_code=True)' in (out / "README.md").read_text()
-    assert 'dspy_fst.load("FOLDER", program)' in model_card(_facts(finished / "compiled"))
+    assert 'dspy_fst.load("FOLDER", program)' in model_card(facts_of(finished / "compiled"))
