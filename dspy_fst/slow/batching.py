@@ -142,6 +142,8 @@ class MicroBatch:
     """Index of each sequence in the list that was cut. The sequences of a chain (see `chains`) are adjacent."""
     tokens: tuple[int, ...]
     """Number of scored tokens of each member; sums to N."""
+    row_tokens: int
+    """Number of tokens of all members, each by itself."""
     chains: int
     """Number of texts that the members are read as."""
     ids: Tensor
@@ -218,6 +220,7 @@ def _micro_batch(
     return MicroBatch(
         members=tuple(member for member, _ in members),
         tokens=tuple(sequence.tokens for sequence in chosen),
+        row_tokens=sum(len(sequence.ids) for sequence in chosen),
         chains=len(found),
         ids=ids,
         tree=tree,

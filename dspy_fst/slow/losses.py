@@ -137,6 +137,7 @@ class UpdateMetrics:
         self._kl: Tensor | None = None
         self._seed_kl: Tensor | None = None
         self._tokens = self._seed_tokens = self._seed_calls = self._sequences = self._rows = 0
+        self._row_tokens = self._tokens_read = 0
         self._device = device
         self._adapters: dict[str, UpdateMetrics] = {}
 
@@ -191,6 +192,8 @@ class UpdateMetrics:
         self._tokens += len(log_ratios)
         self._sequences += micro.chains
         self._rows += len(micro.members)
+        self._row_tokens += micro.row_tokens
+        self._tokens_read += micro.tokens_read
         self._share = self._share + tokens.weights.sum()
 
     def add_seed_kl(self, measured: Measured, kl: Tensor, calls: int) -> None:
@@ -246,6 +249,8 @@ class UpdateMetrics:
             tokens=self._tokens,
             rows=self._rows,
             sequences=self._sequences,
+            row_tokens=self._row_tokens,
+            tokens_read=self._tokens_read,
             adapters={name: own._of_adapter(adapter_norms[name]) for name, own in sorted(self._adapters.items())},
         )
 
@@ -290,6 +295,8 @@ def in_one_report(reports: Sequence[UpdateReport]) -> UpdateReport:
         rows=sum(report.rows for report in reports),
         kl_under_seed=known_mean("kl_under_seed"),
         sequences=sum(report.sequences or 0 for report in reports),
+        row_tokens=sum(report.row_tokens or 0 for report in reports),
+        tokens_read=sum(report.tokens_read or 0 for report in reports),
         halved_to=next((report.halved_to for report in reversed(reports) if report.halved_to), None),
         adapters={
             name: _of_all([report.adapters[name] for report in reports if name in report.adapters])

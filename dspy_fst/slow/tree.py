@@ -22,8 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 Ids = tuple[int, ...]
-LEAST_SAVED = 16
-"""Tokens that a branch must save: it costs a row of attention. Replies that begin alike by chance save fewer."""
+KEYS_PER_TOKEN = 16
+"""Keys whose copying takes about as long as a token (assumed). A branch copies its text from the root on once more, so
+it must save a token for so many keys. Replies that begin alike by chance save fewer."""
 PASS = 64
 """Tokens that take about as long as what a micro-batch costs besides its tokens (assumed)."""
 BLOCK_KEYS = 2**14
@@ -122,7 +123,7 @@ def _shared_lengths(texts: Sequence[Ids]) -> list[int]:
         branch, above = todo.pop()
         length = min((shared[i] for i in branch[1:]), default=above)
         parts = list(_parts(branch, shared, length))
-        if (length - above) * (len(parts) - 1) < LEAST_SAVED:
+        if (length - above) * (len(parts) - 1) * KEYS_PER_TOKEN < length:
             for part in parts[1:]:
                 shared[part[0]] = above
             length = above

@@ -18,6 +18,8 @@ UPDATE: dict[str, Any] = {
     "tokens": 90,
     "rows": 30,
     "sequences": 20,
+    "row_tokens": 900,
+    "tokens_read": 300,
     "optimizer_steps": 1,
     "skipped": None,
 }

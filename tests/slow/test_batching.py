@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_fst.slow.batching import Scored, chains, micro_batches
-from dspy_fst.slow.tree import BLOCK_KEYS, LEAST_SAVED
+from dspy_fst.slow.tree import BLOCK_KEYS, KEYS_PER_TOKEN
 
 shapes = st.lists(
     st.tuples(st.integers(1, 3), st.integers(0, 40), st.integers(0, 3), st.integers(1, 30), st.integers(1, 5)),
@@ -91,12 +91,12 @@ def test_each_beginning_is_held_once_at_any_depth():
 
 
 def test_replies_that_begin_alike_by_chance_are_no_branch_of_their_own():
-    prompt, opening, other = tuple(range(50)), (90, 91, 92), Scored((*range(50), 60, 61), 50)
-    replies = [Scored((*prompt, *opening, *range(100 * i, 100 * i + 9)), 50) for i in range(1, 9)]
-    assert len(opening) * 4 < LEAST_SAVED < len(opening) * 7
-    assert tokens_read([other, *replies[:5]]) == 50 + 1 + 5 * (3 + 8)
-    assert tokens_read([other, *replies]) == 50 + 1 + 3 + 8 * 8
-    assert tokens_read(replies[:5]) == 50 + 3 + 5 * 8  # no branch more: all of them share it
+    prompt, opening, other = tuple(range(250)), (900, 901, 902), Scored((*range(250), 960, 961), 250)
+    replies = [Scored((*prompt, *opening, *range(1000 * i, 1000 * i + 9)), 250) for i in range(1, 9)]
+    assert len(opening) * 4 * KEYS_PER_TOKEN < 253 < len(opening) * 7 * KEYS_PER_TOKEN
+    assert tokens_read([other, *replies[:5]]) == 250 + 1 + 5 * (3 + 8)
+    assert tokens_read([other, *replies]) == 250 + 1 + 3 + 8 * 8
+    assert tokens_read(replies[:5]) == 250 + 3 + 5 * 8  # no branch more: all of them share it
 
 
 def test_a_dspy_batch_reads_a_third_of_the_tokens_in_its_rows():

@@ -90,7 +90,7 @@ MEASURED = replace(
     NO_UPDATE,
     **{"loss": 1.0, "grad_norm": 2.0, "kl_to_start": 0.5, "entropy": 1.0, "capped_share": 0.0, "mean_log_ratio": 1e-6},
     **{"max_log_ratio": 1e-5, "effective_sample_share": 1.0, "learning_rate": 0.1, "tokens": 30, "rows": 3},
-    **{"sequences": 2, "optimizer_steps": 1},
+    **{"sequences": 2, "optimizer_steps": 1, "row_tokens": 90, "tokens_read": 50},
     adapters={"ask": AdapterReport(2, 20, 1.0, 0.25, 0.5), "say": AdapterReport(1, 10, 2.0, None, 0.5)},
 )
 LATER = replace(
@@ -108,6 +108,7 @@ def test_one_report_of_all_steps():
         MEASURED,
         **{"loss": 1.25, "grad_norm": 2.5, "kl_to_start": 0.75, "entropy": 1.5, "capped_share": 0.125},
         **{"learning_rate": 0.2, "tokens": 40, "rows": 6, "sequences": 4, "halved_to": 64, "optimizer_steps": 2},
+        **{"row_tokens": 180, "tokens_read": 100},
         adapters={"ask": AdapterReport(4, 40, 2.0, 0.5, 1.0), "say": AdapterReport(1, 10, 2.0, None, 0.5)},
     )
     unmeasured = replace(MEASURED, kl_to_start=None)

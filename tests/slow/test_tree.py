@@ -1,5 +1,6 @@
 """A batch that is read as a tree has the numbers of its sequences one by one, at any depth."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -10,10 +11,14 @@ from hypothesis import strategies as st
 
 from benchmarks.families import FAMILIES
 from dspy_fst.memory import arithmetic
+from dspy_fst.report.metric_names import entry_of
 from dspy_fst.slow import tree
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.model import Policy
-from tests.slow.makers import VOCABULARY, save_model
+from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
+from dspy_fst.types import StepReport
+from tests.slow.makers import VOCABULARY, make_batch, make_row, save_model
 
 BY_NAME = {family.name: family for family in FAMILIES}
 READ_AS_TREES = ("Llama", "Qwen2", "Qwen3-MoE", "Gemma", "GPT-NeoX, Pythia", "GPT-2", "OPT", "OLMo 2", "DeepSeek-V2")
@@ -140,6 +145,30 @@ def test_no_layer_keeps_the_copied_keys(tmp_path):
         return sum(seen.values()) // micro.tokens_read
 
     assert kept(40) < 1.2 * kept(4)
+
+
+def test_an_update_tells_the_tokens_that_it_read_beside_those_of_its_rows(tmp_path):
+    prompts = [(*range(2, 32), 40 + problem, *range(2, 12)) for problem in range(2)]
+    rows = [make_row(prompt, (7 + i, 50), (-1.0, -1.0), 1.0, 0.1) for prompt in prompts for i in range(3)]
+    settings = TrainingSettings(learning_rate=1e-3, min_effective_share=0.0)
+    folder = save_model(tmp_path / "model")
+    shared, alone = (
+        Trainer(folder, settings, device="cpu", share_prompts=share).step(make_batch(rows)) for share in (True, False)
+    )
+    assert (shared.row_tokens, shared.tokens_read) == (6 * 43, 30 + 2 * 11 + 6)
+    assert (alone.row_tokens, alone.tokens_read) == (6 * 43, 6 * 42)
+    assert shared.loss == pytest.approx(alone.loss, abs=1e-6)
+    report = dataclasses.asdict(StepReport(1, 0, 0.5, {}, shared, 0, {}))
+    values = entry_of({"event": "step", "report": report}).values
+    assert (values["train/row_tokens"], values["train/tokens_read"]) == (258, 58)
+
+
+def test_the_probe_reads_a_beginning_that_is_shared(tmp_path, monkeypatch):
+    """Else a model would be taken to read trees that it never was given."""
+    seen = []
+    monkeypatch.setattr(tree, "_of_block", lambda *a, of=tree._of_block: (seen.append(a[1].mask), of(*a))[1])
+    assert Policy.load(save_model(tmp_path / "model"), dtype=torch.float32).shares_prompts
+    assert any(mask is not None for mask in seen)
 
 
 def test_the_memory_plan_counts_the_keys_that_a_block_copies():
