@@ -21,8 +21,8 @@ class TrainingSettings(Settings):
     the PolicyLM. The others sample from the run's newest weights too, and their instructions evolve (ours)."""
     adapter: LoRA | None = None
     """A LoRA adapter that is trained in place of all weights, e.g. ``LoRA(rank=16)``, or ``"lora"`` for its defaults.
-    It takes a small part of the memory and disk, and about ten times the learning rate (ours). None trains all weights
-    (paper)."""
+    It takes a small part of the memory and disk, and a larger learning rate: twice that of all weights in the
+    laboratory, up to ten times elsewhere (ours). None trains all weights (paper)."""
     adapters: Grouping = "shared"
     """Which trained predictors share a LoRA adapter: ``"shared"``, all of them (paper: one set of weights);
     ``"per_predictor"``, none, so that each learns apart on one base in memory; or groups, adapter -> predictors, e.g.
