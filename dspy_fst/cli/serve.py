@@ -68,7 +68,7 @@ def serve(
         float, typer.Option(help="Seconds in which requests may finish after SIGTERM.")
     ] = ServeSettings.drain_s,
     model_name: Annotated[
-        str, typer.Option(help="The trained model's name at /v1/chat/completions.")
+        str, typer.Option(help="The trained model's name at /v1/chat/completions, where there is one.")
     ] = ServeSettings.model_name,
     trust_code: TrustCode = False,
     debug: Debug = False,

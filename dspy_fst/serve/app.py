@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.exceptions import HTTPException
 
 from dspy_fst.serve.body import BodyRoute
-from dspy_fst.serve.chat_completions import Chat
+from dspy_fst.serve.chat_models import ChatModels
 from dspy_fst.serve.chat_reply import ChatReply, ModelCard, ModelList
 from dspy_fst.serve.chat_request import ChatRequest
 from dspy_fst.serve.error_replies import ApiError
@@ -71,7 +71,7 @@ def create_app(program: dspy.Module, settings: ServeSettings | None = None) -> F
     _add_chat(router, service)
     _add_state(app, router, service)
     app.include_router(router)
-    complete_document(app, CHAT, settings.model_name)
+    complete_document(app, CHAT, list(service.models))
     app.add_exception_handler(HTTPException, _refuse)
     app.add_middleware(
         Limits,
@@ -143,11 +143,11 @@ def _models(service: Service) -> tuple[type[BaseModel], type[BaseModel]]:
 
 
 def _add_chat(router: APIRouter, service: Service) -> None:
-    chat = Chat(service.settings.model_name, service.policy, service.engine, service.upstream, service.metrics)
+    models = ChatModels(service.chats())
 
     async def complete(body: ChatRequest, request: Request) -> Response:
         """OpenAI's chat completions, as far as the engine supports them."""
-        reply = await chat.answer(body, request.state.ticket)
+        reply = await models.of(body.model).answer(body, request.state.ticket)
         return reply if isinstance(reply, EventStream) else JSONResponse(reply)
 
     router.add_api_route(
@@ -160,13 +160,13 @@ def _add_chat(router: APIRouter, service: Service) -> None:
         summary="Ask the trained model",
     )
 
-    @router.get(MODELS, responses=refusals(401, 403), summary="Name the trained model")
-    async def models() -> ModelList:
-        return ModelList(data=[ModelCard(id=chat.name)])
+    @router.get(MODELS, responses=refusals(401, 403), summary="Name the trained models")
+    async def listed() -> ModelList:
+        return ModelList(data=models.cards())
 
     @router.get(f"{MODELS}/{{name:path}}", responses=refusals(401, 403, 404), summary="The model of a name")
     async def model(name: str) -> ModelCard:
-        return chat.card(name)
+        return ModelCard(id=models.of(name).name)
 
 
 def _add_state(app: FastAPI, router: APIRouter, service: Service) -> None:

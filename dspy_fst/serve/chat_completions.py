@@ -13,15 +13,15 @@ from functools import partial
 from dspy import lm15
 from pydantic import ValidationError
 
-from dspy_fst.engine.base import Completion, Engine
+from dspy_fst.engine.base import Completion, Engine, Through
 from dspy_fst.engine.chat import chat_messages, fitted
 from dspy_fst.engine.vllm.wire import RESHAPING
 from dspy_fst.errors import EngineError
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.serve.admission import Ticket
-from dspy_fst.serve.chat_reply import ModelCard, chunk_of, completed, in_chunks, reply_of
+from dspy_fst.serve.chat_reply import chunk_of, completed, in_chunks, reply_of
 from dspy_fst.serve.chat_request import ChatRequest, StreamOptions, as_template_reads
-from dspy_fst.serve.error_replies import ApiError, context_exceeded, engine_failed, quoted
+from dspy_fst.serve.error_replies import ApiError, context_exceeded, engine_failed
 from dspy_fst.serve.events import EventStream, Feed
 from dspy_fst.serve.prometheus import Metrics
 from dspy_fst.serve.upstream import Upstream
@@ -29,35 +29,34 @@ from dspy_fst.serve.worker import in_thread
 
 
 class Chat:
-    """The endpoint.
+    """One model at the endpoint.
 
     Args:
         name: The model's name in requests.
+        policy: The sampling of requests that say nothing of it.
         upstream: The engine's server; None for an engine in process.
+        adapter: The LoRA adapter that the engine in process is asked through; None: its only weights.
     """
 
-    def __init__(self, name: str, policy: PolicyLM, engine: Engine, upstream: Upstream | None, metrics: Metrics):
+    def __init__(
+        self,
+        name: str,
+        policy: PolicyLM,
+        engine: Engine,
+        upstream: Upstream | None,
+        metrics: Metrics,
+        adapter: str | None = None,
+    ):
         self.name = name
         self._policy, self._engine, self._upstream, self._metrics = policy, engine, upstream, metrics
-
-    def card(self, name: str) -> ModelCard:
-        """The model of that name.
-
-        Raises:
-            ApiError: there is none.
-        """
-        if name != self.name:
-            message = f"There is no model {quoted(name)} here, only {self.name!r}."
-            raise ApiError(404, "model_not_found", message, param="model")
-        return ModelCard(id=name)
+        self._through: Through = {} if adapter is None else {"adapter": adapter}
 
     async def answer(self, request: ChatRequest, ticket: Ticket) -> dict[str, object] | EventStream:
         """A whole completion, or the stream of one.
 
         Raises:
-            ApiError: another model's name, a setting that the engine does not know, an engine that fails.
+            ApiError: a setting that the engine does not know, an engine that fails.
         """
-        self.card(request.model)
         if self._upstream is None and (unknown := request.unknown_in_process()):
             message = (
                 f"The engine in process does not know {', '.join(unknown)}; leave them out, or serve with "
@@ -120,7 +119,7 @@ class Chat:
         canonical = self._canonical({key: body[key] for key in ("messages", "temperature", "max_tokens")})
         seed = body["seed"]
         assert isinstance(seed, int)
-        return self._engine.complete(canonical, seed)
+        return self._engine.complete(canonical, seed, **self._through)
 
     def _body(self, request: ChatRequest) -> dict[str, object]:
         """The request for the engine. Settings that the caller leaves out are the policy's.

@@ -68,12 +68,12 @@ def chat_responses(reply: type[BaseModel]) -> Responses:
     return {**refusals(*_ASKED, 404), 200: whole}
 
 
-def complete_document(app: FastAPI, chat: str, model: str) -> None:
+def complete_document(app: FastAPI, chat: str, models: list[str]) -> None:
     """Add to the app's document what FastAPI does not find, and remove what it assumes about every body.
 
     Args:
         chat: Path of the chat endpoint, which answers an invalid body with 400 as OpenAI does, not with 422.
-        model: The only model name that the chat endpoint accepts.
+        models: The model names that the chat endpoint accepts.
     """
     original = app.openapi
 
@@ -82,7 +82,7 @@ def complete_document(app: FastAPI, chat: str, model: str) -> None:
         _, chunk = models_json_schema([(ChatChunk, "serialization")], ref_template=_MODELS)
         schemas = document["components"]["schemas"]
         schemas.update(chunk["$defs"])
-        schemas["ChatRequest"]["properties"]["model"]["enum"] = [model]
+        schemas["ChatRequest"]["properties"]["model"]["enum"] = models
         document["paths"][chat]["post"]["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)

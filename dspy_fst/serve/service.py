@@ -17,6 +17,8 @@ from dspy_fst.rollout.call_recorder import Recording, tag_predictors
 from dspy_fst.rollout.components import with_texts
 from dspy_fst.rollout.copying import Copier
 from dspy_fst.serve.admission import AdmissionQueue, Ticket
+from dspy_fst.serve.chat_completions import Chat
+from dspy_fst.serve.chat_models import served_models
 from dspy_fst.serve.choice import ballot, decided, speakers, vote_faults
 from dspy_fst.serve.events import Feed
 from dspy_fst.serve.prometheus import Metrics
@@ -70,17 +72,12 @@ class Service:
         self.schema = schema_of(program, settings.signature)
         if settings.choice == "vote" and (faults := vote_faults(self.schema.outputs, settings.vote_on)):
             raise ConfigurationError(faults)
-        if adapters := policy_of(program).checkpoint.predictors:
-            raise ConfigurationError(
-                [
-                    f"the program speaks through {len({*adapters.values()})} LoRA adapters, and the chat endpoint has "
-                    "one model; a program is served with a LoRA adapter that all of its predictors share"
-                ]
-            )
+        self.models = served_models(program, settings.model_name)
         self.name = type(program).__name__
         self.policy: PolicyLM = policy_of(program)
         self.engine = self.policy.handle.engine  # read once: the handle is locked while it starts its engine
-        self.upstream = self._upstream_of(settings.timeout_s) if hasattr(self.engine, "address") else None
+        self._upstreams = self._made_upstreams() if hasattr(self.engine, "address") else {}
+        self.upstream = next(iter(self._upstreams.values()), None)
         self.queue = AdmissionQueue(settings.max_in_flight, settings.max_queue)
         self.metrics = Metrics(self.queue)
         self.failure: BaseException | None = None
@@ -90,9 +87,26 @@ class Service:
         self._last_fields = list(last.signature.output_fields)
         self._programs = {member.digest: self._program_of(program, member) for member in self.population.unique()}
 
-    def _upstream_of(self, timeout_s: float) -> Upstream:
-        adapter = self.policy.checkpoint.adapter(None)
-        return Upstream(cast(Addressed, self.engine), timeout_s, adapter.path if adapter else None)
+    def _made_upstreams(self) -> dict[str | None, Upstream]:
+        """LoRA adapter -> a client that asks the engine's server through it; of weights without one: None -> client."""
+        engine, timeout_s = cast(Addressed, self.engine), self.settings.timeout_s
+        adapters = {adapter.name: adapter.path for adapter in self.policy.checkpoint.adapters}
+        if not adapters:
+            return {None: Upstream(engine, timeout_s)}
+        return {name: Upstream(engine, timeout_s, path) for name, path in adapters.items()}
+
+    def _upstream_of(self, lora_adapter: str | None) -> Upstream | None:
+        """The client through which an LM's replies are streamed; None where they are not: in process, and of the base
+        beside several LoRA adapters, which only the engine may ask."""
+        adapter = self.policy.checkpoint.adapter(lora_adapter)
+        return self._upstreams.get(adapter.name if adapter else None)
+
+    def chats(self) -> dict[str, Chat]:
+        """Name at the chat endpoint -> what answers there."""
+        return {
+            name: Chat(name, model.policy, self.engine, self._upstream_of(model.adapter), self.metrics, model.adapter)
+            for name, model in self.models.items()
+        }
 
     def _program_of(self, program: dspy.Module, candidate: Candidate) -> Copier:
         """Makes copies of the program that speak with this candidate's texts."""
@@ -100,8 +114,8 @@ class Service:
         tag_predictors(with_candidate)
         lms: dict[PolicyLM, PolicyLM] = {}  # one LM must stay one: BestOfN and Refine refuse a module of two
         for _, predictor in with_candidate.named_predictors():
-            if self.upstream is not None and isinstance(lm := predictor.lm, PolicyLM):
-                predictor.lm = lms.setdefault(lm, streaming_lm(lm, self.upstream))
+            if isinstance(lm := predictor.lm, PolicyLM) and (upstream := self._upstream_of(lm.lora_adapter)):
+                predictor.lm = lms.setdefault(lm, streaming_lm(lm, upstream))
         return Copier(with_candidate)
 
     # ---- the engine ----------------------------------------------------------------------------
@@ -124,8 +138,8 @@ class Service:
     def _release(self) -> None:
         self.engine.close()  # first: this works also while another thread starts the engine
         self.policy.release()
-        if self.upstream is not None:
-            self.upstream.close()
+        for upstream in self._upstreams.values():
+            upstream.close()
 
     def not_ready(self) -> str | None:
         """Why no request can be answered now, or None."""

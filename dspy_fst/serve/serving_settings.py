@@ -44,7 +44,7 @@ class ServeSettings:
     vote_on: str | None = None
     """The output field that is voted on; None takes all fields, which works where none is free text."""
     model_name: str = "policy"
-    """Name of the trained model at the chat endpoint."""
+    """Name of the trained model at the chat endpoint. Several LoRA adapters have their own names there."""
     max_body_bytes: int = 1_000_000
     max_body_values: int = 20_000
     """Entries of all objects and arrays of a body together. They decide the cost of validation."""

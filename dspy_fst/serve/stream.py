@@ -19,7 +19,7 @@ from dspy.streaming.messages import StreamResponse
 from dspy.utils.callback import BaseCallback
 from pydantic_core import to_jsonable_python
 
-from dspy_fst.engine.base import Completion
+from dspy_fst.engine.base import Completion, Through
 from dspy_fst.engine.chat import chat_messages, fitted
 from dspy_fst.engine.replies import with_stop_tokens
 from dspy_fst.engine.vllm.reply_stream import read_stream
@@ -98,17 +98,23 @@ class Deltas:
 
 
 class StreamingHandle:
-    """A PolicyLM's engine that sends text to listening requests while it is sampled."""
+    """A PolicyLM's engine that sends text to listening requests while it is sampled.
 
-    def __init__(self, handle: EngineHandle, upstream: Upstream):
+    Args:
+        upstream: Asks the engine's server through the same LoRA adapter.
+        lora_adapter: See `PolicyLM`.
+    """
+
+    def __init__(self, handle: EngineHandle, upstream: Upstream, lora_adapter: str | None):
         self._handle, self._upstream = handle, upstream
+        self._through: Through = {} if lora_adapter is None else {"adapter": lora_adapter}
 
     def complete(self, request: lm15.Request) -> lm15.Response:
         return complete_recorded(self._sample, request, lambda: secrets.randbits(31))
 
     def stream(self, request: lm15.Request) -> Iterator[StreamEvent]:
         """See `EngineHandle`."""
-        return self._handle.stream(request)
+        return self._handle.stream(request, **self._through)
 
     @property
     def supports_function_calling(self) -> bool:
@@ -130,9 +136,9 @@ class StreamingHandle:
         engine = self._handle.ready()
         deltas: Deltas | None = dspy.settings.get(SETTING)
         if deltas is None or deltas.predictor != calling_predictor() or request.config.extensions:
-            return engine.complete(request, seed)
+            return engine.complete(request, seed, **self._through)
         if request.tools or self._handle.reader.thinks:  # its pieces would contain tool calls and thoughts
-            return engine.complete(request, seed)
+            return engine.complete(request, seed, **self._through)
         try:
             reader = self._handle.reader
             with_stops = with_stop_tokens(fitted(request, reader.traits), reader.stop_ids)
@@ -140,7 +146,7 @@ class StreamingHandle:
             first = next(chunks)
         except (lm15.LM15Error, EngineError):
             # The engine reports the error as DSPy expects it, or restarts its server.
-            return engine.complete(request, seed)
+            return engine.complete(request, seed, **self._through)
         with closing(chunks):
             completion = _read(request, str(engine.weights), chain([first], chunks), deltas)
         no_second_call()  # the listener has this reply; a second one would be appended to it
@@ -149,7 +155,7 @@ class StreamingHandle:
 
 def streaming_lm(lm: PolicyLM, upstream: Upstream) -> PolicyLM:
     """A copy of the LM whose replies can be streamed."""
-    return lm.on(cast(EngineHandle, StreamingHandle(lm.handle, upstream)))
+    return lm.on(cast(EngineHandle, StreamingHandle(lm.handle, upstream, lm.lora_adapter)))
 
 
 def _body(request: lm15.Request, seed: int) -> dict[str, object]:

@@ -153,10 +153,13 @@ class ServerEngine(ScriptedEngine):
         self.fake = fake
         self.address: Address | None = fake.start()
         self.whole_replies = 0
+        self.through: list[str] = []
+        """The LoRA adapters that whole replies were asked through."""
         self._lock = threading.Lock()
 
-    def complete(self, request: Any, seed: int) -> Any:
+    def complete(self, request: Any, seed: int, *rest: Any, adapter: str | None = None) -> Any:
         self.whole_replies += 1
+        self.through += [adapter] if adapter else []
         return super().complete(request, seed)
 
     def score(self, sequences: Any) -> list[list[float]]:
