@@ -89,6 +89,10 @@ class RunDirectoryError(FSTError):
     """A run directory that is unreadable, foreign, or of another configuration."""
 
 
+class ExportError(FSTError):
+    """An exported folder could not be converted or uploaded."""
+
+
 class DiskError(RunDirectoryError):
     """The disk refused to write, or gave back something else. What was committed is whole, and the run can go on."""
 

@@ -26,6 +26,7 @@ from dspy_fst.run.secrets import Redactor, secret_faults
 from dspy_fst.saving.card import Facts, model_card
 from dspy_fst.saving.facts import facts_of
 from dspy_fst.saving.format import CARD, DOCUMENTS, POPULATION, PROGRAM, WEIGHTS, saved_in, weights_in
+from dspy_fst.saving.gguf_file import gguf_faults, write_gguf
 from dspy_fst.saving.lora_card import lora_card
 from dspy_fst.saving.lora_folders import base_of, through, write_adapters
 from dspy_fst.saving.manifest import MANIFEST, read_document, seal, verify, weights_faults
@@ -41,6 +42,7 @@ def export(
     lora: bool = False,
     predictor: str | None = None,
     base: str | None = None,
+    gguf: str | None = None,
     finish: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write the folder. The program's code is not imported: everything is read from the saved program and its run.
@@ -53,12 +55,14 @@ def export(
         predictor: Whose weights to write, where predictors speak through several LoRA adapters.
         base: With ``lora``, the base's name for others: a hub name, or a folder with the same numbers. None: the model
             that the run started from.
+        gguf: Convert the weights too, see `dspy_fst.saving.gguf_file.write_gguf`.
         finish: Given the complete folder before it gets its name; whatever it raises leaves nothing behind.
 
     Raises:
         ConfigurationError: ``out`` exists (nothing is ever overwritten), a document holds a secret, or the program has
             not what the arguments ask for.
         RunDirectoryError: there is no saved program, it is damaged, or the disk refused to write.
+        ExportError: llama.cpp's converter failed.
     """
     saved, out = _saved_in(Path(source).resolve()), Path(out).resolve()
     if out.exists():
@@ -69,7 +73,8 @@ def export(
     if faults := weights_faults(saved / WEIGHTS):
         raise RunDirectoryError(f"{saved} is not exported: {'; '.join(faults)}")
     facts, checkpoint = facts_of(saved), Checkpoint.at("exported", saved / WEIGHTS)
-    if faults := _argument_faults(facts, checkpoint, lora=lora, predictor=predictor, base=base):
+    faults = gguf_faults(gguf, lora=lora) if gguf is not None else []
+    if faults := [*faults, *_argument_faults(facts, checkpoint, lora=lora, predictor=predictor, base=base)]:
         raise ConfigurationError(faults)
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +85,8 @@ def export(
                 _fill(scratch, saved, facts, checkpoint, predictor)
             if finish is not None:
                 finish(scratch)
+            if gguf is not None:
+                write_gguf(scratch, gguf, out.name)
             scratch.rename(out)
             flush(out.parent)
     return out

@@ -25,6 +25,8 @@ DOCUMENTS = (MANIFEST, PROGRAM, POPULATION, POLICY)
 CARD = "README.md"
 ASIDE = (CARD, ".gitattributes", ".cache")
 """Files of an exported folder that may change: the model card, and what the Hugging Face hub and its client add."""
+CONVERTED = "*.gguf"
+"""Files of an exported folder that hold its weights for other programs; nothing here reads them."""
 TRUST = "if you trust it, say so: load(..., trust_code=True), or --trust-code to a command"
 
 
@@ -78,6 +80,11 @@ def weights_in(folder: Path) -> Path:
     return folder / WEIGHTS if (folder / WEIGHTS).exists() else folder
 
 
+def unread_in(folder: Path) -> tuple[str, ...]:
+    """The names at the top of a saved program's folder that nothing here reads; none, unless it was exported."""
+    return (*ASIDE, *(path.name for path in folder.glob(CONVERTED))) if weights_in(folder) == folder else ()
+
+
 def is_saved(path: Path) -> bool:
     """Whether the path is a saved program, and not the directory of a run."""
     return (path / POLICY).is_file()
@@ -129,7 +136,7 @@ def read_saved(
     names = {path.name for path in folder.iterdir()}
     if weights != folder and (foreign := sorted(names - {*DOCUMENTS, WEIGHTS})):
         raise RunDirectoryError(f"{folder}: {', '.join(foreign)} is no part of a saved program; do not use the folder")
-    if faults := weights_faults(weights, ASIDE if weights == folder else ()):
+    if faults := weights_faults(weights, unread_in(folder)):
         raise RunDirectoryError(f"{folder} is not loaded: {'; '.join(faults)}")
     saved = _parse(SavedPolicy, folder / POLICY)
     listed = _parse(SavedPopulation, folder / POPULATION)

@@ -33,7 +33,6 @@ from dspy_fst.rollout.program_graph import all_speakers
 from dspy_fst.run.files import flush, population_to_json, scratch_beside, write_json
 from dspy_fst.run.secrets import Redactor, secret_faults
 from dspy_fst.saving.format import (
-    ASIDE,
     POLICY,
     POPULATION,
     PROGRAM,
@@ -41,6 +40,7 @@ from dspy_fst.saving.format import (
     SavedPolicy,
     read_saved,
     refuse_other_folders,
+    unread_in,
     weights_in,
 )
 from dspy_fst.saving.manifest import read_document, seal, verify
@@ -147,7 +147,7 @@ def load(
         raise ConfigurationError(faults)
     path = Path(path).resolve()
     refuse_other_folders(path)
-    verify(path, ASIDE if weights_in(path) == path else ())
+    verify(path, unread_in(path))
     saved, population, state = read_saved(path, program, trust_code=trust_code)
     _require_frozen_lms(saved.frozen, program)
     speaks_through = adapter if saved.adapter is None else make_adapter(saved.adapter, adapter)

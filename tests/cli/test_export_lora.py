@@ -232,3 +232,27 @@ def test_what_cannot_be_exported_is_refused(apart, tmp_path, arguments, complain
 def test_whole_weights_have_no_adapter_to_export(finished, tmp_path):
     text = invoke("export", finished, tmp_path / "out", "--lora", code=2).stderr
     assert "lora: the program's weights are whole ones, without a LoRA adapter" in text
+
+
+# ---- what else reads such a run ----------------------------------------------------------------------
+
+
+def measured(target, folder, *flags):
+    """The rows of `dspy-fst eval` on two problems."""
+    (folder / "test.jsonl").write_text('{"numbers": "1 2 3 4"}\n{"numbers": "5 6 7 8 9"}\n')
+    names = ("--program", "tests.relay:relay", "--metric", "tests.relay:any_answer", "--input", "numbers")
+    told = invoke("eval", target, *names, "--split", folder / "test.jsonl", "--k", "2", "--json", *flags).stdout
+    return json.loads(told)["results"]
+
+
+@pytest.mark.parametrize("place", ["run", "saved"])
+def test_a_program_with_several_adapters_is_evaluated(apart, tmp_path, place):
+    copied = shutil.copytree(apart[0] if place == "run" else apart[0] / "compiled", tmp_path / place)
+    (row,) = measured(copied, tmp_path)
+    assert row["problems"] == 2
+    assert 0 < row["mean"] <= 1
+
+
+def test_both_halves_of_a_program_with_several_adapters_are_compared(apart, tmp_path):
+    (table,) = measured(shutil.copytree(apart[0], tmp_path / "run"), tmp_path, "--two-by-two")
+    assert len(table["cells"]) == 4
