@@ -15,7 +15,6 @@ from dspy_fst.serve.serving_settings import CHAT, MODELS, ServeSettings
 from tests.fakes import fields
 from tests.lora_program import OF, two_adapters
 from tests.relay import Relay
-from tests.serve.command import serving
 from tests.serve.fake_vllm import FakeVLLM, behind
 from tests.serve.makers import AUTH, KEY, PATH, ask, compiled, events, get, served, wait_until
 
@@ -67,16 +66,6 @@ def test_in_process_every_predictor_and_every_model_has_its_own_adapter(tmp_path
     with served(app) as url:
         wait_until(lambda: httpx.get(f"{url}/ready").status_code == 200, "the engine is ready")
         check(url, AUTH, program)
-    policy_of(program).release()
-
-
-@pytest.mark.vllm
-def test_behind_vllm_too(tmp_path):
-    program = two_adapters(tmp_path / "weights")
-    saved = dspy_fst.save(program, tmp_path / "saved")
-    with serving(saved, "--program", "tests.relay:Relay", "--engine", "vllm", "--signature", SIGNATURE) as server:
-        server.wait_for(server.ready, "it is ready")
-        check(server.url, server.auth, program)
     policy_of(program).release()
 
 
