@@ -21,8 +21,8 @@ SCRIPT = "convert_hf_to_gguf.py"
 NAMES = (SCRIPT, "convert-hf-to-gguf")
 """The script's name in llama.cpp, and the command of packages that hold it."""
 INSTALL = (
-    f"GGUF files are made by llama.cpp's {SCRIPT}, which is not here: clone llama.cpp, install its "
-    f"requirements/requirements-convert_hf_to_gguf.txt, and set {WHERE} to its folder; or have the script on PATH"
+    "GGUF files are made by llama.cpp's convert_hf_to_gguf.py, which is not here: clone llama.cpp, install its "
+    "requirements/requirements-convert_hf_to_gguf.txt, and set LLAMA_CPP to its folder; or have the script on PATH"
 )
 UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
 LAST_WORDS = 1500
