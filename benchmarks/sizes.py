@@ -25,8 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.throughput import larger_model
 from dspy_fst.config import FSTConfig
 from dspy_fst.memory import DISK, MEMORY, Available, Workload, model_size, plan_for
-from dspy_fst.memory.arithmetic import HEAP, MicroBatchShape, update_bytes
+from dspy_fst.memory.arithmetic import HEAP, MicroBatchShape, Update, update_bytes
+from dspy_fst.memory.bytes_by_part import TRAINED
 from dspy_fst.memory.shape import ModelSize
+from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.run.files import write_json
 from dspy_fst.slow.batching import MicroBatch, completions
 from dspy_fst.slow.trainer import Trainer
@@ -54,6 +56,9 @@ class Case:
     share: int = 1
     """Rows that have a prompt in common."""
     precision: str = "float32"
+    recompute: bool = False
+    """Gradient checkpointing."""
+    lora: bool = False
 
 
 CASES = [
@@ -63,6 +68,9 @@ CASES = [
     Case("25M", False, 2048, 64, 64, 64, share=8),
     Case("25M", False, 2048, 32, 124, 4, precision="bfloat16"),
     *(Case("135M", kl, 512, 8, 64, 64) for kl in (True, False)),
+    *(Case("25M", True, 2048, 32, 64, 64, share, recompute=True) for share in (1, 8)),
+    Case("25M", True, 2048, 32, 64, 64, lora=True),
+    Case("25M", True, 2048, 32, 64, 64, recompute=True, lora=True),
 ]
 """Two micro-batches or more each: the gradients of the first are there when the second is read."""
 
@@ -108,6 +116,8 @@ def _settings(case: Case) -> TrainingSettings:
         min_effective_share=0.0,  # the rows are made up
         micro_batch_tokens=case.micro_batch_tokens,
         precision=case.precision,  # type: ignore[arg-type]
+        gradient_checkpointing=case.recompute,
+        adapter=LoRA() if case.lora else None,
     )
 
 
@@ -144,21 +154,28 @@ def _status(name: str) -> int:
 
 def computed(size: ModelSize, case: Case, batch: MicroBatchShape) -> int:
     """What `sizes` says of the same update, the weights left out."""
-    recipe = FSTConfig.model_validate({"kl_coefficient": 0.1 if case.kl else 0.0, "precision": case.precision})
+    recipe = FSTConfig.model_validate(
+        {
+            "kl_coefficient": 0.1 if case.kl else 0.0,
+            "precision": case.precision,
+            "adapter": "lora" if case.lora else None,
+        }
+    )
     plan = plan_for(Workload(case.model, size, "in_process"), recipe, Available({MEMORY: 0, DISK: 0}))
     held = next(
-        allocation.certain
+        sum(size for name, size in allocation.made_of if name not in ("frozen base", TRAINED))
         for requirement in plan.requirements
         for allocation in requirement.allocations
         if allocation.part == "the trainer"
     )
-    once = update_bytes(size, batch, with_kl=case.kl, low=case.precision == "bfloat16")
-    return held - 4 * size.parameters + round(HEAP * once)
+    update = Update(case.kl, case.precision == "bfloat16", recompute=case.recompute, frozen=case.lora)
+    return held + round(HEAP * update_bytes(size, batch, update))
 
 
 def measured_table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: measured beside computed."""
-    head = ["model", "precision", "KL", "tokens read", "scored", "replies to a prompt", "measured", "computed", "gap"]
+    head = ["model", "trained", "precision", "KL", "checkpointing", "tokens read", "scored", "replies to a prompt"]
+    head += ["measured", "computed", "gap"]
     lines = [head, ["---"] * len(head), *map(_line, results)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -168,8 +185,10 @@ def _line(row: dict[str, Any]) -> list[str]:
     told = computed(ModelSize(**row["size"]), case, batch)
     return [
         case.model,
+        "LoRA" if case.lora else "all",
         case.precision,
         "on" if case.kl else "off",
+        "on" if case.recompute else "off",
         f"{batch.read:,}",
         f"{batch.scored:,}",
         str(case.share),

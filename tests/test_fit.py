@@ -27,6 +27,7 @@ from dspy_fst.memory import (
     Workload,
     available_now,
     find_size,
+    fitting_share,
     free_memory,
     imagined_machine,
     least_served,
@@ -38,11 +39,12 @@ from dspy_fst.memory import (
     with_recorded_micro_batch,
     writable_fault,
 )
-from dspy_fst.memory.arithmetic import MicroBatchShape, update_bytes
+from dspy_fst.memory.arithmetic import MicroBatchShape, Update, update_bytes
 from dspy_fst.memory.bytes_by_part import Writes
 from dspy_fst.memory.does_it_fit import SPARE
 from dspy_fst.model_files.folder import stored_shapes
 from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.training_settings import TrainingSettings
 from programs import smollm2
@@ -117,7 +119,7 @@ def test_vllm_on_a_cpu_takes_weights_and_its_cache():
 
 def test_vllm_on_a_gpu_takes_its_share_of_the_whole():
     taken = allocations(lab_policy("vllm", gpu_memory_utilization=0.5), ON_GPU)
-    assert taken[GPU] == {"the trainer": 20 * P, "the engine": 5 * GIB}
+    assert taken[GPU] == {"the trainer": 20 * P - 2 * (P - 2 * HEAD), "the engine": 5 * GIB}
     assert taken[MEMORY] == {"a state being saved": 12 * P}
 
 
@@ -187,32 +189,183 @@ def test_a_short_run_never_has_as_many_versions_as_it_may_keep():
 def test_an_update_is_counted_as_autograd_keeps_it():
     """Of the laboratory's model by hand: h 128, f 384, q 128, k 64, 4 layers, norms on heads, an untied head."""
     size = model_size(BASE)
-    kept = 4 * (24 * 128 + 16 * (128 + 64) + 16 * 384)  # of a token, in all layers
-    ends = 8 * 128 + 4 * 128  # the last norm, and the picked hidden state of a scored token
-    all_scored = MicroBatchShape(1000, 1000)
-    without_kl = update_bytes(size, all_scored, with_kl=False, low=False)
-    assert without_kl == 1000 * (kept + ends + 12 * 594)
-    assert update_bytes(size, all_scored, with_kl=True, low=False) == without_kl + 1000 * 8 * 594
-    large = dataclasses.replace(size, vocabulary=100_000)
-    with_kl, without = (update_bytes(large, all_scored, with_kl=kl, low=False) for kl in (True, False))
-    assert with_kl - without == 1000 * 2 * 4 * 100_000
-    taught = update_bytes(large, all_scored, with_kl=True, teacher=True, low=False)
-    assert taught - with_kl == 1000 * 4 * 100_000
-    few = update_bytes(size, MicroBatchShape(1000, 10), with_kl=False, low=False)
-    assert few == 1000 * (kept + 8 * 128) + 10 * 4 * 128 + 4 * 1000 * (128 + 384)  # a layer's gradients are more now
-    the_start_s_pass = 10 * 4 * 594 + 1000 * 4 * (4 * 128 + 3 * 384)
-    with_kl = update_bytes(size, MicroBatchShape(1000, 10), with_kl=True, low=False)
-    assert with_kl - few == the_start_s_pass - 4 * 1000 * (128 + 384)
-    shared = MicroBatchShape(1000, 10, kept=5000, masked=7000)
-    assert update_bytes(size, shared, with_kl=False, low=False) == few + 16 * (128 + 64) * 5000 + 8 * 7000
+    kept = 24 * 128 + 16 * (128 + 64) + 16 * 384  # of a token, in a layer
+    block = 4 * 594 * 128  # the head's gradient on its way
+    all_scored, few = MicroBatchShape(1000, 1000), MicroBatchShape(1000, 10)
+    plain, with_kl = Update(with_kl=False, low=False), Update(with_kl=True, low=False)
+    # The last norm; of each scored token the hidden state and its gradient, and the start's hidden state.
+    without = 1000 * (4 * kept + 8 * 128 + 8 * 128 + 4 * 4 * 594) + block
+    assert update_bytes(size, all_scored, plain) == without
+    assert update_bytes(size, all_scored, with_kl) == without + 1000 * (4 * 128 + 4 * 4 * 594)
+    layer_gradient = 4 * 1000 * (128 + 384)  # more than a chunk of ten tokens
+    assert update_bytes(size, few, plain) == 1000 * (4 * kept + 8 * 128) + 10 * 8 * 128 + layer_gradient
+    shared = dataclasses.replace(few, kept=5000, masked=7000)
+    more = 16 * (128 + 64) * 5000 + 8 * 7000  # one layer's copies of keys
+    assert update_bytes(size, shared, plain) == update_bytes(size, few, plain) + more
 
 
-def test_a_bfloat16_body_keeps_less_and_casts_its_weights():
+def test_logits_take_a_chunk_however_many_tokens_are_scored():
+    large = dataclasses.replace(model_size(BASE), vocabulary=100_000)
+    update = Update(with_kl=True, low=False)
+    one, ten = (update_bytes(large, MicroBatchShape(10_000, scored), update) for scored in (1000, 10_000))
+    assert ten - one == 9000 * 12 * 128
+    on_gpu = update_bytes(large, MicroBatchShape(10_000, 1000), dataclasses.replace(update, on_gpu=True))
+    assert on_gpu - one == 4 * 8 * 100_000 * (2**26 // 100_000 - 2**22 // 100_000)
+
+
+def test_layers_that_are_computed_again_keep_their_inputs_and_one_layer():
+    size, batch = model_size(BASE), MicroBatchShape(1000, 1000)
+    kept, again = (update_bytes(size, batch, Update(True, False, recompute=way)) for way in (False, True))
+    layer = 1000 * (24 * 128 + 16 * (128 + 64) + 16 * 384)
+    assert kept - again == 3 * layer - 4 * 1000 * 4 * 128
+    shared = MicroBatchShape(1000, 1000, kept=5000, masked=7000)
+    more = 16 * (128 + 64) * 5000 + 8 * 7000
+    assert update_bytes(size, shared, Update(True, False, recompute=True)) == again + more
+
+
+def test_a_bfloat16_body_keeps_less_and_casts_its_weights_unless_they_are_stored_so():
     size = model_size(BASE)
     kept = 4 * (26 * 128 + 10 * (128 + 64) + 8 * 384)
     casts = 2 * (P - 2 * HEAD)
-    expected = 1000 * (kept + 8 * 128 + 4 * 128 + 12 * 594) + casts
-    assert update_bytes(size, MicroBatchShape(1000, 1000), with_kl=False, low=True) == expected
+    expected = 1000 * (kept + 8 * 128 + 8 * 128 + 16 * 594) + 4 * 594 * 128 + casts
+    batch = MicroBatchShape(1000, 1000)
+    assert update_bytes(size, batch, Update(with_kl=False, low=True)) == expected
+    assert update_bytes(size, batch, Update(with_kl=False, low=True, frozen=True)) == expected - casts
+
+
+def adapted(lora: LoRA) -> int:
+    return model_size(BASE).adapted(lora)
+
+
+def test_a_lora_adapter_has_the_parameters_that_the_trainer_trains():
+    for lora in (LoRA(rank=4), LoRA(rank=2, target=("q_proj", "down_proj"))):
+        trainer = Trainer(BASE, TrainingSettings(adapter=lora), device="cpu")
+        assert adapted(lora) == trainer.num_parameters
+
+
+def test_with_a_lora_adapter_the_base_is_frozen_and_is_the_reference_itself():
+    one = adapted(LoRA(rank=4))
+    of_adapter = allocations(adapter=LoRA(rank=4))
+    assert of_adapter[MEMORY]["the trainer"] == 4 * P + 16 * one
+    assert of_adapter[DISK] == {"published weights": 5 * 4 * one + 4 * P, "resumable states": 3 * 12 * one}
+    on_gpu = allocations(lab_policy("vllm"), ON_GPU, adapter=LoRA(rank=4))
+    assert on_gpu[GPU]["the trainer"] == 2 * P + 16 * one
+    assert on_gpu[MEMORY] == {"a state being saved": 12 * one}
+
+
+def test_moments_of_8_bits_take_a_quarter():
+    assert allocations(optimizer="adamw_8bit")[MEMORY]["the trainer"] == (4 + 4 + 2 + 4) * P
+    assert allocations(optimizer="adamw_8bit")[DISK]["resumable states"] == 3 * 6 * P
+
+
+def test_a_quantised_base_takes_what_its_codes_take():
+    held = [
+        allocations(adapter=LoRA(rank=4), quantized_base=way)[MEMORY]["the trainer"] for way in (None, "int8", "nf4")
+    ]
+    body = P - 2 * HEAD
+    assert held[0] - held[1] == 3 * body
+    assert held[1] - held[2] == body - round(0.5625 * body)
+
+
+def test_each_adapter_has_its_own_weights_gradients_moments_and_places_on_the_server():
+    size, config = find_size("Qwen/Qwen3-0.6B"), FSTConfig(adapter=LoRA(rank=8))
+    one, three = (Workload("m", size, "vllm", {"gpu_memory_utilization": 0.5}, adapters=n) for n in (1, 3))
+    numbers = size.adapted(LoRA(rank=8))
+
+    def made_of(workload, part):
+        needs = plan_for(workload, config, imagined_machine(24 * GIB)).requirements
+        return next(dict(a.made_of) for need in needs for a in need.allocations if a.part == part)
+
+    assert made_of(one, "the trainer") == {
+        "frozen base": 2 * size.parameters,
+        "trained weights": 4 * numbers,
+        "gradients": 4 * numbers,
+        "AdamW's moments": 8 * numbers,
+    }
+    trained = sum(made_of(three, "the trainer").values()) - sum(made_of(one, "the trainer").values())
+    assert trained == 2 * 16 * numbers
+    # twice as many places as adapters, in bfloat16
+    assert made_of(three, "the engine")["weights"] - made_of(one, "the engine")["weights"] == 2 * 2 * 2 * numbers
+    own = dataclasses.replace(one, options={**one.options, "max_loras": 7})
+    assert made_of(own, "the engine")["weights"] == 2 * size.untied + 2 * size.embedding + 7 * 2 * numbers
+
+
+ON_CARDS = [(80, "Qwen/Qwen3-8B"), (24, "Qwen/Qwen3-4B")]
+
+
+@pytest.mark.parametrize(("card", "model"), ON_CARDS, ids=["8B-80", "4B-24"])
+def test_models_that_people_have_fit_on_cards_that_people_have_with_a_lora_adapter(card, model):
+    available, size = imagined_machine(card * GIB), find_size(model)
+    workload = Workload(model, size, "vllm", {"gpu_memory_utilization": 0.3}, 512)
+    full = plan_for(workload, FSTConfig(), available)
+    assert full.faults()[-1].endswith(full.way_out)
+    assert "or train a LoRA adapter, which is expected to fit: adapter='lora'" in full.faults()[-1]
+    lora = FSTConfig(adapter="lora")
+    share = fitting_share(workload, lora, available)
+    assert share * card * GIB <= (card - 0.5) * GIB - 2 * size.parameters
+    plan = plan_for(dataclasses.replace(workload, options={"gpu_memory_utilization": share}), lora, available)
+    assert [*plan.faults(), *plan.doubts()] == []
+    assert plan.choice.startswith("trained: LoRA adapters of ")
+
+
+def test_the_way_out_names_another_share_of_the_card_where_that_is_needed():
+    available = imagined_machine(24 * GIB)
+    workload = Workload("m", find_size("Qwen/Qwen3-4B"), "vllm", {"gpu_memory_utilization": 0.9}, 512)
+    found = plan_for(workload, FSTConfig(), available).way_out
+    share = float(found.removeprefix("adapter='lora', engine_options={'gpu_memory_utilization': ").removesuffix("}"))
+    options = {"gpu_memory_utilization": share}
+    plan = plan_for(dataclasses.replace(workload, options=options), FSTConfig(adapter="lora"), available)
+    assert not plan.faults()
+    assert plan.expected_to_fit
+    tiny = imagined_machine(8 * GIB)
+    assert plan_for(workload, FSTConfig(), tiny).way_out == "", "nothing that would not help is proposed"
+
+
+def test_all_weights_are_taken_where_they_fit():
+    plan = plan_memory(lab_policy(), FSTConfig(), Path("nowhere"), PLENTY)
+    assert (plan.choice, plan.way_out, plan.trained) == ("trained: all weights, which fit", "", P)
+
+
+def test_layers_are_computed_again_only_where_an_update_would_not_fit_otherwise():
+    needed = update(micro_batch_tokens=4096, gradient_checkpointing=False)[1]
+    with_it = update(micro_batch_tokens=4096, gradient_checkpointing=True)[1]
+    assert with_it < 0.6 * needed
+
+    def planned(extra: int, **recipe):
+        config = FSTConfig(micro_batch_tokens=4096, **recipe)
+        return plan_memory(lab_policy(), config, Path("nowhere"), room_for(extra))
+
+    assert not planned(needed).gradient_checkpointing
+    assert planned(needed).needed == ""
+    assert planned(needed - 1).gradient_checkpointing
+    assert planned(needed - 1).needed == (
+        f"an update may take {format_bytes(needed)} otherwise, and {format_bytes(needed - 1)} are left for it"
+    )
+    assert planned(needed - 1).doubts() == []
+    assert not planned(needed - 1, gradient_checkpointing=False).gradient_checkpointing
+    assert with_chosen_micro_batch(FSTConfig(), planned(needed - 1)).gradient_checkpointing is True
+    assert with_chosen_micro_batch(FSTConfig(), planned(needed)).gradient_checkpointing is False
+    assert with_chosen_micro_batch(FSTConfig(gradient_checkpointing=True), None).gradient_checkpointing is True
+
+
+MEASURED = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "gpu_check.json").read_text())
+SHAPES = {"0.5B": "Qwen/Qwen2.5-0.5B-Instruct", "1.7B": "Qwen/Qwen3-1.7B", "8B": "Qwen/Qwen3-8B"}
+ON_A_CARD = [
+    row for part in MEASURED["parts"] for row in part["rows"] if row.get("trainer") == "dspy_fst" and "peak_gib" in row
+]
+
+
+@pytest.mark.parametrize("row", ON_A_CARD, ids=[f"{row['model']}-{row['weights']}" for row in ON_A_CARD])
+def test_the_peaks_of_a_card_are_what_is_computed_to_15_percent(row):
+    size, lora = find_size(SHAPES[row["model"]]), "LoRA" in row["weights"]
+    config = FSTConfig(adapter="lora" if lora else None, kl_coefficient=row["kl"])
+    plan = plan_for(Workload("m", size, "in_process"), config, imagined_machine(80 * GIB))
+    held = next(a.certain for need in plan.requirements for a in need.allocations if a.part == "the trainer")
+    tokens = row["micro_batch_tokens"]
+    update = Update(True, low=True, on_gpu=True, frozen=lora)
+    then = 0 if lora else 2 * size.body  # the reference was float32 all over when these were measured
+    peak = held + then + update_bytes(size, MicroBatchShape(tokens, tokens // 2), update)
+    assert peak / GIB == pytest.approx(row["peak_gib"], rel=0.15)
 
 
 def test_a_reading_of_shared_prompts_counts_each_reply_s_keys():
@@ -263,7 +416,7 @@ def test_the_largest_micro_batch_that_fits_at_most_is_chosen():
 def test_where_none_fits_at_most_the_largest_expected_one_is_chosen_and_the_doubt_is_told():
     long_replies = PolicyLM(BASE, engine="in_process", max_tokens=4096)
     expected = update(long_replies, micro_batch_tokens=512)[0] / (1 - SPARE)
-    plan = plan_memory(long_replies, FSTConfig(), Path("nowhere"), room_for(expected + 1))
+    plan = plan_memory(long_replies, FSTConfig(gradient_checkpointing=False), Path("nowhere"), room_for(expected + 1))
     assert plan.micro_batch_tokens == 512
     assert "an update may take up to" in plan.doubts()[0]
 
@@ -271,7 +424,12 @@ def test_where_none_fits_at_most_the_largest_expected_one_is_chosen_and_the_doub
 def test_a_run_that_goes_on_keeps_the_number_that_it_began_with(tmp_path):
     def recorded(**config):
         (tmp_path / "events.jsonl").write_text(json.dumps({"event": "plan", "config": config}) + "\n")
-        return with_recorded_micro_batch(FSTConfig(), tmp_path).micro_batch_tokens
+        found = with_recorded_micro_batch(FSTConfig(), tmp_path)
+        assert found.gradient_checkpointing == config.get("gradient_checkpointing", "auto")
+        return found.micro_batch_tokens
+
+    assert recorded(micro_batch_tokens=512, gradient_checkpointing=True) == 512
+    assert recorded(gradient_checkpointing=False) == "auto"
 
     assert with_recorded_micro_batch(FSTConfig(), tmp_path / "new").micro_batch_tokens == "auto"
     assert recorded(micro_batch_tokens=512) == 512
@@ -347,7 +505,7 @@ def test_an_imagined_card_has_the_trainer_and_the_engine_on_it_and_two_cards_one
     workload = Workload("m", size, "vllm", {"gpu_memory_utilization": 0.5})
     one, two = (plan_for(workload, FSTConfig(), imagined_machine(24 * GIB, cards)) for cards in (1, 2))
     assert {n.place: {t.part: t.certain for t in n.allocations} for n in one.requirements}[GPU] == {
-        "the trainer": 20 * size.parameters,
+        "the trainer": 20 * size.parameters - 2 * size.body,
         "the engine": 12 * GIB,
     }
     assert {n.place: {t.part for t in n.allocations} for n in two.requirements} == {
@@ -366,7 +524,7 @@ def test_two_cards_do_not_hold_what_the_trainer_s_card_cannot():
         Workload("m", size, "vllm", {"gpu_memory_utilization": 0.9}), FSTConfig(), imagined_machine(80 * GIB, 2)
     )
     (fault,) = plan.faults()
-    assert fault.startswith("GPU memory: training model='m' (8.2B parameters) takes 152.6 GiB for the trainer")
+    assert fault.startswith("GPU memory: training model='m' (8.2B parameters) takes 139.6 GiB for the trainer")
 
 
 def test_a_share_of_the_card_that_cannot_hold_the_served_weights_is_a_fault():
@@ -374,7 +532,8 @@ def test_a_share_of_the_card_that_cannot_hold_the_served_weights_is_a_fault():
     workload = Workload("m", size, "vllm", {"gpu_memory_utilization": 0.05})
     plan = plan_for(workload, FSTConfig(), imagined_machine(96 * GIB))
     assert any("gpu_memory_utilization=0.05 is 4.8 GiB of 96.0 GiB, and vLLM's weights" in f for f in plan.faults())
-    assert vllm_share(size, imagined_machine(96 * GIB)) * 96 * GIB >= least_served(size)
+    share = vllm_share(workload, FSTConfig(), imagined_machine(96 * GIB))
+    assert share * 96 * GIB >= least_served(workload, FSTConfig())
 
 
 def test_a_place_is_too_small_from_one_byte_on_and_doubtful_up_to_the_most():

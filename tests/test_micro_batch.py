@@ -54,6 +54,33 @@ def test_a_run_that_goes_on_with_more_memory_free_keeps_its_micro_batch_and_its_
     policy_of(continued).release()
 
 
+def test_a_run_that_goes_on_computes_layers_again_as_it_began(tmp_path, monkeypatch):
+    """Where an update would not fit otherwise; with more memory free later it stays so, and the bits are the same."""
+    ways: list[object] = []
+    begin = Trainer.__init__
+
+    def noted(self, model, settings, **options):
+        ways.append(settings.gradient_checkpointing)
+        begin(self, model, settings, **options)
+
+    monkeypatch.setattr(Trainer, "__init__", noted)
+    recipe = {**ONE, "micro_batch_tokens": 4096}
+    leave_free(monkeypatch, 140 * 2**20)
+    with pytest.raises(RuntimeError, match="the power went"):
+        compile_relay(tmp_path / "run", listeners=[after_a_step], **recipe)
+    start = next(event for event in read_events(tmp_path / "run") if event["event"] == "plan" and "config" in event)
+    assert start["config"]["gradient_checkpointing"] is True
+    leave_free(monkeypatch, 100 * GIB)
+    continued = compile_relay(tmp_path / "run", **recipe)
+    assert ways == [True, True]
+    roomy = compile_relay(tmp_path / "roomy", **recipe)
+    assert ways == [True, True, False]
+    one, other = weights_of(continued), weights_of(roomy)
+    assert all(one[name].equal(other[name]) for name in one)
+    policy_of(continued).release()
+    policy_of(roomy).release()
+
+
 def test_a_number_of_the_user_s_own_is_taken_as_it_is(tmp_path, monkeypatch, built):
     leave_free(monkeypatch, 100 * GIB)
     policy_of(compile_relay(tmp_path / "run", micro_batch_tokens=100, **{**ONE, "steps_per_cycle": 1})).release()

@@ -19,6 +19,7 @@ from dspy_fst.cli.memory_tables import (
     PlaceNeeds,
     described_room,
     requirements,
+    show_gradient_checkpointing,
     show_micro_batch,
     show_needs,
 )
@@ -89,6 +90,9 @@ class CheckOutcome(TypedDict):
     needs: list[PlaceNeeds] | None
     """None before anything is known of the model."""
     micro_batch_tokens: MicroBatchSize
+    gradient_checkpointing: bool
+    trained: str | None
+    """What is trained, and whether it fits; None before anything is known of the model."""
     imagined: bool
     """Whether the memory is that of a described machine instead of this one."""
     written: str | None
@@ -145,6 +149,7 @@ def _outcome(file: Path, measure: bool, room: "Available | None") -> CheckOutcom
     from dspy_fst.monitoring.progress import without_loading_bars
     from dspy_fst.preflight.score_scale import scale_warnings, scores_of_labels
     from dspy_fst.project.project_file import load_project
+    from dspy_fst.training.request import adapter_count
 
     typer.echo("reading the project", err=True)
     project = load_project(file)
@@ -155,7 +160,7 @@ def _outcome(file: Path, measure: bool, room: "Available | None") -> CheckOutcom
         plan = _plan(config, opened, policy)
         planned = sum(phase["rollouts"] for phase in plan["phases"].values())
         rates = measure_rates(opened, config, planned) if measure else None
-        memory_plan = plan_memory(policy, config, run_dir, room)
+        memory_plan = plan_memory(policy, config, run_dir, room, adapters=adapter_count(config, request.student))
         if rates is not None:
             scores = [*scores_of_labels(opened.optimizer.metric, opened.trainset), *rates["scores"]]
             warnings += scale_warnings(scores, config.perfect_score)
@@ -165,6 +170,8 @@ def _outcome(file: Path, measure: bool, room: "Available | None") -> CheckOutcom
             "plan": plan,
             "needs": requirements(memory_plan),
             "micro_batch_tokens": {"tokens": config.micro_batch_tokens, "chosen": _chooses_micro_batch(project)},
+            "gradient_checkpointing": config.gradient_checkpointing is True,
+            "trained": None if memory_plan is None else memory_plan.choice,
             "imagined": room is not None,
             "written": None if memory_plan is None else memory_plan.writes.words,
             "warnings": [*warnings, *proposer_warnings(project, opened), *rate_warnings(rates)],
@@ -298,6 +305,8 @@ def _show(outcome: CheckOutcome) -> None:
     else:
         show_needs(out, outcome["needs"])
         show_micro_batch(out, outcome["micro_batch_tokens"])
+        show_gradient_checkpointing(out, outcome["gradient_checkpointing"])
+        out.line(outcome["trained"] or "")
         out.line(outcome["written"])
         if outcome["imagined"]:
             out.line(UNTRIED)

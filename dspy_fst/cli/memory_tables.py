@@ -38,6 +38,8 @@ class PlaceNeeds(TypedDict):
     """None where it is not known."""
     parts: dict[str, int]
     """Who needs it -> the certain bytes."""
+    made_of: dict[str, dict[str, int]]
+    """Who needs it -> what for -> the bytes, where that is known."""
 
 
 class MicroBatchSize(TypedDict):
@@ -87,6 +89,7 @@ def requirements(memory_plan: "MemoryPlan | None") -> list[PlaceNeeds] | None:
             "at_most": requirement.at_most,
             "free": None if requirement.free == UNKNOWN else requirement.free,
             "parts": {allocation.part: allocation.certain for allocation in requirement.allocations},
+            "made_of": {allocation.part: dict(allocation.made_of) for allocation in requirement.allocations},
         }
         for requirement in memory_plan.requirements
     ]
@@ -111,6 +114,9 @@ def show_needs(out: Printer, places: Sequence[PlaceNeeds]) -> None:
         parts = ", ".join(f"{format_bytes(size)} {who}" for who, size in need["parts"].items() if size)
         if parts:
             out.line(f"{need['place']}: {parts}")
+        for who, made_of in need["made_of"].items():
+            if made_of:
+                out.line(f"{who}: {', '.join(f'{format_bytes(size)} {what}' for what, size in made_of.items())}")
 
 
 def show_micro_batch(out: Printer, batch: MicroBatchSize) -> None:
@@ -118,6 +124,12 @@ def show_micro_batch(out: Printer, batch: MicroBatchSize) -> None:
     by = "chosen by micro_batch_tokens=auto" if batch["chosen"] else "as the recipe says"
     size = batch["tokens"] if batch["tokens"] == "auto" else f"{batch['tokens']:,}"
     out.line(f"micro-batches of {size} tokens, {by}")
+
+
+def show_gradient_checkpointing(out: Printer, on: bool) -> None:
+    """One sentence, where layers are computed again."""
+    if on:
+        out.line("gradient checkpointing is on: layers are computed again in the backward pass, so that an update fits")
 
 
 def _free(place: PlaceNeeds) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
@@ -16,6 +17,7 @@ from dspy_fst.cli.memory_tables import (
     PlaceNeeds,
     described_room,
     requirements,
+    show_gradient_checkpointing,
     show_micro_batch,
     show_needs,
 )
@@ -26,7 +28,8 @@ from dspy_fst.model_files.hub import known_models, unknown_fault
 
 if TYPE_CHECKING:
     from dspy_fst.config import FSTConfig
-    from dspy_fst.memory import Available, MemoryPlan, ModelSize
+    from dspy_fst.memory import Available, MemoryPlan, ModelSize, Workload
+    from dspy_fst.policy_lm import EngineKind
 
 LONGEST_REPLY = 1024
 """Tokens: the default ``max_tokens`` of a PolicyLM."""
@@ -48,6 +51,8 @@ class SizesOutcome(TypedDict):
     """``"vllm"`` or ``"in_process"``."""
     engine_options: dict[str, float]
     micro_batch_tokens: MicroBatchSize
+    gradient_checkpointing: bool
+    trained: str
     needs: list[PlaceNeeds]
     written: str
     disk_advice: str
@@ -65,6 +70,9 @@ def sizes(
     kl: Annotated[
         bool, typer.Option("--kl/--no-kl", help="With the recipe's KL to the start, or with kl_coefficient=0.")
     ] = True,
+    lora: Annotated[
+        bool, typer.Option("--lora/--all-weights", help="Train a LoRA adapter of rank 16, or all weights.")
+    ] = False,
     micro_batch_tokens: Annotated[
         str, typer.Option(metavar="N", help="Tokens of a micro-batch; auto takes the most that fit.")
     ] = "auto",
@@ -82,7 +90,7 @@ def sizes(
 ) -> None:
     """What training a model needs of GPUs, memory and disk.
 
-    Full weights, the recipe's defaults. `dspy-fst check` reports the same for a project and its recipe.
+    The recipe's defaults, with all weights or a LoRA adapter. `dspy-fst check` reports the same for a project.
     """
     with errors_as_text(debug):
         if table:
@@ -92,14 +100,14 @@ def sizes(
             raise typer.BadParameter("name a model, or ask for --table")
         if fault := unknown_fault(model):  # checked before the imports below, which take seconds
             raise ConfigurationError([fault])
-        outcome = _outcome(model, described_room(gpu, cards), _recipe(kl, micro_batch_tokens), max_tokens)
+        outcome = _outcome(model, described_room(gpu, cards), _recipe(kl, micro_batch_tokens, lora), max_tokens)
         typer.echo(json.dumps(outcome)) if as_json else _show(outcome)
 
 
-def _recipe(kl: bool, tokens: str) -> "FSTConfig":
+def _recipe(kl: bool, tokens: str, lora: bool = False) -> "FSTConfig":
     from dspy_fst.config import make_config
 
-    settings: dict[str, object] = {} if kl else {"kl_coefficient": 0.0}
+    settings: dict[str, object] = {"adapter": "lora" if lora else None} | ({} if kl else {"kl_coefficient": 0.0})
     config, faults = make_config({**settings, "micro_batch_tokens": int(tokens) if tokens.isdigit() else tokens})
     if config is None:
         raise ConfigurationError(faults)
@@ -107,14 +115,14 @@ def _recipe(kl: bool, tokens: str) -> "FSTConfig":
 
 
 def _outcome(model: str, room: "Available | None", config: "FSTConfig", max_tokens: int) -> SizesOutcome:
-    from dspy_fst.memory import Workload, available_now, find_size, plan_for, vllm_share
+    from dspy_fst.memory import available_now, find_size, plan_for
     from dspy_fst.policy_lm import resolve_kind
 
     size = find_size(model)
     where = room or available_now(Path.cwd())
     kind = "vllm" if where.imagined else resolve_kind("auto")
-    options = {"gpu_memory_utilization": vllm_share(size, where)} if kind == "vllm" and where.on_gpu else {}
-    memory_plan = plan_for(Workload(model, size, kind, options, max_tokens), config, where)
+    workload = _workload(model, size, max_tokens, config, where, kind)
+    memory_plan, options = plan_for(workload, config, where), dict(workload.options)
     return {
         "model": model,
         "parameters": size.parameters,
@@ -125,6 +133,8 @@ def _outcome(model: str, room: "Available | None", config: "FSTConfig", max_toke
         "engine": kind,
         "engine_options": options,
         "micro_batch_tokens": {"tokens": memory_plan.micro_batch_tokens, "chosen": memory_plan.chosen},
+        "gradient_checkpointing": memory_plan.gradient_checkpointing,
+        "trained": memory_plan.choice,
         "needs": requirements(memory_plan) or [],
         "written": memory_plan.writes.words,
         "disk_advice": disk_advice(memory_plan),
@@ -132,6 +142,18 @@ def _outcome(model: str, room: "Available | None", config: "FSTConfig", max_toke
         "warnings": memory_plan.warnings(),
         "source": UNTRIED if where.on_gpu else "computed; benchmarks/sizes.py holds it against measured peaks",
     }
+
+
+def _workload(
+    model: str, size: "ModelSize", max_tokens: int, config: "FSTConfig", room: "Available", kind: "EngineKind"
+) -> "Workload":
+    """The model and its engine, which gets the share of a card with which the run fits."""
+    from dspy_fst.memory import Workload, fitting_share
+
+    workload = Workload(model, size, kind, longest_reply=max_tokens)
+    if kind != "vllm" or not room.on_gpu:
+        return workload
+    return replace(workload, options={"gpu_memory_utilization": fitting_share(workload, config, room)})
 
 
 def disk_advice(memory_plan: "MemoryPlan") -> str:
@@ -149,6 +171,8 @@ def _show(outcome: SizesOutcome) -> None:
     show_needs(out, outcome["needs"])
     if outcome["expected_to_fit"]:
         show_micro_batch(out, outcome["micro_batch_tokens"])
+        show_gradient_checkpointing(out, outcome["gradient_checkpointing"])
+    out.line(outcome["trained"])
     options = ", ".join(f"{name}: {value:g}" for name, value in outcome["engine_options"].items())
     out.line(f"engine: {outcome['engine']}{f', engine_options: {{{options}}}' if options else ''}")
     out.line(outcome["written"])
@@ -172,9 +196,13 @@ def _verdict(outcome: SizesOutcome) -> str:
 # ---- the table ---------------------------------------------------------------------------------
 
 
+WAYS = {"all, KL": (True, False), "all, no KL": (False, False), "LoRA, KL": (True, True)}
+"""What is trained -> whether there is a KL, and whether a LoRA adapter is trained."""
+
+
 def size_table() -> str:
     """Markdown: for each well-known model the micro-batch that fits on one card and on two."""
-    head = ["model", "parameters", "KL", "trainer", "vLLM, least", "state in memory", "disk, kept"]
+    head = ["model", "parameters", "trained", "trainer", "vLLM, least", "state in memory", "disk, kept"]
     head += [f"{card} GiB{' x 2' * (cards == 2)}" for card in TABLE_CARDS for cards in (1, 2)]
     lines = [head, ["---"] * len(head), *_rows()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -185,30 +213,31 @@ def _rows() -> Iterator[list[str]]:
 
     for model in known_models():
         size = find_size(model)
-        for kl in (True, False):
-            yield _row(model, size, _recipe(kl, "auto"), kl)
+        for way, (kl, lora) in WAYS.items():
+            yield _row(model, size, _recipe(kl, "auto", lora), way)
 
 
-def _row(model: str, size: "ModelSize", config: "FSTConfig", kl: bool) -> list[str]:
-    from dspy_fst.memory import DISK, MEMORY, Workload, imagined_machine, least_served, plan_for, vllm_share
+def _row(model: str, size: "ModelSize", config: "FSTConfig", way: str) -> list[str]:
+    from dspy_fst.memory import DISK, MEMORY, imagined_machine, least_served, plan_for
 
     memory_plans = []
     for card in TABLE_CARDS:
         for cards in (1, 2):
             room = imagined_machine(card * GIB, cards)
-            options = {"gpu_memory_utilization": vllm_share(size, room)}
-            memory_plans.append(plan_for(Workload(model, size, "vllm", options, LONGEST_REPLY), config, room))
+            workload = _workload(model, size, LONGEST_REPLY, config, room, "vllm")
+            memory_plans.append(plan_for(workload, config, room))
     taken = {
         allocation.part: allocation.certain
         for requirement in memory_plans[0].requirements
         for allocation in requirement.allocations
     }
     kept = {requirement.place: requirement.certain for requirement in memory_plans[0].requirements}
+    amounts = (taken["the trainer"], least_served(workload, config), kept[MEMORY], kept[DISK])
     return [
         model.partition("/")[2],
         f"{size.parameters / 1e9:.2f}B",
-        "on" if kl else "off",
-        *(f"{amount / GIB:.1f}" for amount in (taken["the trainer"], least_served(size), kept[MEMORY], kept[DISK])),
+        way,
+        *(f"{amount / GIB:.1f}" for amount in amounts),
         *map(_fitting, memory_plans),
     ]
 

@@ -1,14 +1,14 @@
 """The formulas of the table in `dspy_fst.memory`: bytes of each part from a model's shape. Pure functions."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dspy_fst.memory.shape import ModelSize
+from dspy_fst.slow.sizes import BLOCK_ROWS, CHUNK_LOGITS, CHUNK_TENSORS, CHUNK_TENSORS_WITHOUT_KL
 
 REPLY = 256
 """Tokens of a typical reply (assumed)."""
-HEAP = 1.3
-"""Main memory of an update divided by the size of its tensors (measured): the C library's heap keeps holes."""
+HEAP = 1.1
+"""Main memory of an update divided by the size of its tensors (measured): small ones lie in a heap with holes."""
 SMALLEST, LARGEST_ON_CPU, LARGEST_ON_GPU = 256, 4096, 16384
 """Bounds of ``micro_batch_tokens="auto"``: a CPU is fastest at about 4,096 (measured), a GPU at more (assumed)."""
 BLOCK_KEYS = 2**14
@@ -54,30 +54,56 @@ def extreme_micro_batches(tokens: int, replies: int) -> tuple[MicroBatchShape, M
     return MicroBatchShape(tokens, tokens), MicroBatchShape.shared(tokens, replies, tokens - replies * reply, reply)
 
 
-def update_bytes(size: ModelSize, batch: MicroBatchShape, *, with_kl: bool, low: bool, teacher: bool = False) -> int:
-    """Peak bytes of one micro-batch, on top of what the trainer always holds.
+@dataclass(frozen=True)
+class Update:
+    """How an update is computed, as far as its memory depends on it."""
 
-    Args:
-        with_kl: Whether the reference model (the starting weights) reads it too.
-        low: Whether the layers compute in bfloat16.
-        teacher: Whether the reference model reads other prompts than the policy.
-    """
-    layers = batch.read * size.layers * _kept_of_token(size, low=low)
-    ends = 8 * batch.read * size.width + 4 * batch.scored * size.width
-    copies = (batch.kept * 16 * (size.queries + size.keys) + batch.masked * 8) // (2 if low else 1)
-    return layers + copies + ends + _casts(size, low=low) + max(_moments(size, batch, with_kl, teacher))
+    with_kl: bool
+    """Whether the reference model (the starting weights) reads the micro-batch too."""
+    low: bool
+    """Whether the layers compute in bfloat16."""
+    on_gpu: bool = False
+    recompute: bool = False
+    """Gradient checkpointing: each layer's inputs alone are kept, and one layer at a time is computed again."""
+    frozen: bool = False
+    """Whether the weights are the frozen base of a LoRA adapter, which is stored in the precision of the body."""
 
 
-def _moments(size: ModelSize, batch: MicroBatchShape, with_kl: bool, teacher: bool) -> Iterator[int]:
-    """Bytes besides what autograd keeps, at each moment that may be the peak."""
-    logits = 4 * batch.scored * size.vocabulary
-    yield logits * ((5 if with_kl else 3) + teacher)  # the loss and its gradient
-    yield logits * 2 + 4 * size.embedding  # the head's gradient
-    yield 4 * batch.read * (size.width + size.inner_width) + (
-        4 * size.embedding if size.tied else 0
-    )  # a layer's gradient
-    if with_kl:
-        yield logits + 4 * batch.read * (4 * size.width + 3 * size.inner_width)  # the reference's forward pass
+def update_bytes(size: ModelSize, batch: MicroBatchShape, update: Update) -> int:
+    """Peak bytes of one micro-batch, on top of what the trainer always holds."""
+    ends = 8 * batch.read * size.width + (12 if update.with_kl else 8) * batch.scored * size.width
+    casts = 2 * size.body if update.low and not update.frozen else 0  # copies of the weights
+    policy = (
+        _layers(size, batch, update) + ends + max(_chunk(size, batch, update), _layer_gradient(size, batch, update))
+    )
+    return casts + max(policy, _reference(size, batch) if update.with_kl else 0)
+
+
+def _layers(size: ModelSize, batch: MicroBatchShape, update: Update) -> int:
+    """What the layers keep for the backward pass, and one layer's copies of the keys of shared beginnings."""
+    layer = batch.read * _kept_of_token(size, low=update.low)
+    copies = (batch.kept * 16 * (size.queries + size.keys) + batch.masked * 8) // (2 if update.low else 1)
+    if not update.recompute:
+        return size.layers * layer + copies
+    return layer + size.layers * 4 * size.width * batch.read + copies
+
+
+def _chunk(size: ModelSize, batch: MicroBatchShape, update: Update) -> int:
+    """The logits of a chunk and what is made of them (`slow.chunked_head`), and a block of the head's gradient."""
+    tokens = min(batch.scored, max(1, CHUNK_LOGITS["cuda" if update.on_gpu else "cpu"] // size.vocabulary))
+    tensors = CHUNK_TENSORS if update.with_kl else CHUNK_TENSORS_WITHOUT_KL
+    return 4 * tensors * tokens * size.vocabulary + 4 * min(size.vocabulary, BLOCK_ROWS) * size.width
+
+
+def _layer_gradient(size: ModelSize, batch: MicroBatchShape, update: Update) -> int:
+    """A layer's gradients on their way; the embedding's, where the head shares its weight."""
+    embedding = 4 * size.embedding if size.tied and not update.frozen else 0
+    return 4 * batch.read * (size.width + size.inner_width) + embedding
+
+
+def _reference(size: ModelSize, batch: MicroBatchShape) -> int:
+    """The reference's own pass, before the policy's."""
+    return 4 * batch.scored * size.width + 4 * batch.read * (4 * size.width + 3 * size.inner_width)
 
 
 def _kept_of_token(size: ModelSize, *, low: bool) -> int:
@@ -86,9 +112,3 @@ def _kept_of_token(size: ModelSize, *, low: bool) -> int:
     if low:
         return 26 * size.width + (10 if size.normed_heads else 4) * heads + 8 * size.inner_width
     return 24 * size.width + (16 if size.normed_heads else 8) * heads + 16 * size.inner_width
-
-
-def _casts(size: ModelSize, *, low: bool) -> int:
-    """Bytes of the bfloat16 copies of the weights; the embedding and the head are not cast."""
-    body = size.parameters - size.embedding * (1 if size.tied else 2)
-    return 2 * max(0, body) if low else 0

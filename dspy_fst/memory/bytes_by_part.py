@@ -7,17 +7,29 @@ from typing import Any
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.formatting.numbers import GIB, format_bytes
-from dspy_fst.memory.arithmetic import HEAP, MicroBatchShape, expected_micro_batch, extreme_micro_batches, update_bytes
+from dspy_fst.memory.arithmetic import (
+    HEAP,
+    MicroBatchShape,
+    Update,
+    expected_micro_batch,
+    extreme_micro_batches,
+    update_bytes,
+)
 from dspy_fst.memory.available import DISK, GPU, MEMORY, SECOND_GPU, Available
 from dspy_fst.memory.shape import ModelSize
 from dspy_fst.policy_lm import EngineKind
 
 TRAINER, ENGINE = "the trainer", "the engine"
+TRAINED, REFERENCE = "trained weights", "the start's weights"
+"""Parts of what the trainer holds."""
+QUANTIZED = {"nf4": 0.5625, "int8": 1.0}
+"""Bytes of a number of a quantised base, codes and scales of 4 bits, codes of 8 bits (`slow.quantized`)."""
 PROCESS = GIB
 """Main memory for Python with torch, transformers and DSPy (measured by `python -m benchmarks.sizes`, rounded up)."""
 
-CACHED_TOKENS = 8 * 4096
-"""Tokens whose keys and values a server should hold: eight texts of 4,096 tokens (assumed). Further texts wait."""
+CACHED_TOKENS, FEWEST_CACHED_TOKENS = 8 * 4096, 2 * 4096
+"""Tokens whose keys and values a server should hold, and on a small card at least: eight texts of 4,096 tokens, or two
+(assumed). Further texts wait."""
 LARGEST_SHARE = 0.95
 """The highest ``gpu_memory_utilization`` that is advised (ours)."""
 VLLM_WORKINGS = 3 * GIB // 2
@@ -73,6 +85,8 @@ class Allocation:
     """Settings that reduce ``certain``."""
     least: int | None = None
     """``certain`` after all of ``cuts``; None means that it stays as it is."""
+    made_of: tuple[tuple[str, int], ...] = ()
+    """Parts of ``certain``, by name; empty where it has none."""
 
     @property
     def with_cuts(self) -> int:
@@ -92,6 +106,8 @@ class Workload:
     """The engine's settings."""
     longest_reply: int = 0
     """In tokens; 0 when it is unknown. A reply longer than a micro-batch is a micro-batch of its own."""
+    adapters: int = 1
+    """How many LoRA adapters are trained, where any is."""
 
 
 def allocations_of(workload: Workload, config: FSTConfig, tokens: int, available: Available) -> list[Allocation]:
@@ -100,8 +116,8 @@ def allocations_of(workload: Workload, config: FSTConfig, tokens: int, available
     return [
         *process,
         *trainer_allocations(workload, config, tokens, on_gpu=available.on_gpu),
-        engine_allocation(workload, available),
-        *disk_allocations(workload.size, config, on_gpu=available.on_gpu),
+        engine_allocation(workload, config, available),
+        *disk_allocations(workload, config, on_gpu=available.on_gpu),
     ]
 
 
@@ -113,39 +129,79 @@ def trainer_allocations(workload: Workload, config: FSTConfig, tokens: int, *, o
     size, place, smaller = workload.size, GPU if on_gpu else MEMORY, "use a smaller model"
     if config.method == "gepa":
         return [Allocation(place, TRAINER, 4 * size.parameters, (smaller,))]
-    kl = with_kl(config)
     expected, at_most = update_range(workload, config, tokens, on_gpu=on_gpu)
+    parts = trainer_parts(workload, config, on_gpu=on_gpu)
+    certain, reference = sum(parts.values()), parts.get(REFERENCE, 0)
     trainer = Allocation(
         place,
         TRAINER,
-        (20 if kl else 16) * size.parameters,
+        certain,
         (smaller,),
         at_most=at_most,
         expected=expected,
         when="an update",
         relief=f"lower micro_batch_tokens={tokens}",
-        cuts=(f"kl_coefficient=0 ({format_bytes(4 * size.parameters)} less)",) if kl else (),
-        least=16 * size.parameters,
+        cuts=(f"kl_coefficient=0 ({format_bytes(reference)} less)",) if reference else (),
+        least=certain - reference,
+        made_of=tuple(parts.items()),
     )
-    return (
-        [trainer, Allocation(MEMORY, "a state being saved", 12 * size.parameters, (smaller,))] if on_gpu else [trainer]
-    )
+    saved = Allocation(MEMORY, "a state being saved", state_bytes(workload, config), (smaller,))
+    return [trainer, saved] if on_gpu else [trainer]
+
+
+def trainer_parts(workload: Workload, config: FSTConfig, *, on_gpu: bool) -> dict[str, int]:
+    """What the trainer holds over a run, in bytes, part by part.
+
+    The frozen base of a LoRA adapter is also the reference of its KL.
+    """
+    size, trained = workload.size, trained_numbers(workload, config)
+    moved = {
+        TRAINED: 4 * trained,
+        "gradients": 4 * trained,
+        "AdamW's moments": moment_bytes(config) * trained,
+    }
+    number = number_bytes(config.precision, on_gpu=on_gpu)
+    if config.adapter is not None:
+        body = QUANTIZED[config.quantized_base] if config.quantized_base else number
+        return {"frozen base": number * (size.parameters - size.body) + round(body * size.body), **moved}
+    reference = 4 * (size.parameters - size.body) + number * size.body
+    return moved | ({REFERENCE: reference} if with_kl(config) else {})
+
+
+def trained_numbers(workload: Workload, config: FSTConfig) -> int:
+    """How many numbers training may change."""
+    size = workload.size
+    return size.parameters if config.adapter is None else workload.adapters * size.adapted(config.adapter)
+
+
+def moment_bytes(config: FSTConfig) -> int:
+    """Bytes of both of AdamW's moments of one number; the scales of 8 bits are a 64th more, and left out."""
+    return 2 if config.optimizer == "adamw_8bit" else 8
+
+
+def state_bytes(workload: Workload, config: FSTConfig) -> int:
+    """Of one resumable state: the trained weights and their moments."""
+    return (4 + moment_bytes(config)) * trained_numbers(workload, config)
 
 
 def update_range(workload: Workload, config: FSTConfig, tokens: int, *, on_gpu: bool) -> tuple[int, int]:
     """Peak of an update on top of what the trainer holds: (expected, at most)."""
-    low = number_bytes(config.precision, on_gpu=on_gpu) == 2
+    update = Update(
+        with_kl(config),
+        low=number_bytes(config.precision, on_gpu=on_gpu) == 2,
+        on_gpu=on_gpu,
+        recompute=config.gradient_checkpointing is True,
+        frozen=config.adapter is not None,
+    )
     heap = 1.0 if on_gpu else HEAP
     alike = config.group_size if config.method == "rl" else config.group_size // config.population_size
 
-    def bytes_of(batch: MicroBatchShape) -> int:
-        return update_bytes(workload.size, batch, with_kl=with_kl(config), teacher=config.distills, low=low)
-
     def peak(*batches: MicroBatchShape) -> int:
-        return round(heap * max(map(bytes_of, batches)))
+        return round(heap * max(update_bytes(workload.size, batch, update) for batch in batches))
 
     longest = max(tokens, workload.longest_reply)
-    return peak(expected_micro_batch(tokens, alike)), peak(*extreme_micro_batches(longest, config.group_size))
+    expected = peak(expected_micro_batch(tokens, alike))
+    return expected, max(expected, peak(*extreme_micro_batches(longest, config.group_size)))
 
 
 def with_kl(config: FSTConfig) -> bool:
@@ -156,24 +212,26 @@ def with_kl(config: FSTConfig) -> bool:
 # ---- the engine --------------------------------------------------------------------------------
 
 
-def engine_allocation(workload: Workload, available: Available) -> Allocation:
+def engine_allocation(workload: Workload, config: FSTConfig, available: Available) -> Allocation:
     """What the engine holds: on the second card where there is one, else on the first."""
     if workload.kind == "vllm":
-        return _vllm_allocation(workload.size, workload.options, available)
+        return _vllm_allocation(workload, config, available)
     return _in_process_allocation(workload.size, workload.options, available)
 
 
-def _vllm_allocation(size: ModelSize, options: Mapping[str, Any], available: Available) -> Allocation:
+def _vllm_allocation(workload: Workload, config: FSTConfig, available: Available) -> Allocation:
     from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
-    settings = VLLMSettings(**options)
+    size, settings = workload.size, VLLMSettings(**workload.options)
     if settings.attach_url is not None and not available.imagined:
         return Allocation(MEMORY, ENGINE, 0)  # an attached server runs already and has its memory
     if available.on_gpu:
         share = settings.gpu_memory_utilization
         place = SECOND_GPU if available.imagined and SECOND_GPU in available.free else GPU
+        whole, weights = int(available.gpu_total * share), served_bytes(workload, config)
         advice = f"lower engine_options={{'gpu_memory_utilization': {share:g}}}"
-        return Allocation(place, ENGINE, int(available.gpu_total * share), cuts=(advice,), least=served_bytes(size))
+        made_of = (("weights", weights), ("keys, values and workings", max(0, whole - weights)))
+        return Allocation(place, ENGINE, whole, cuts=(advice,), least=weights, made_of=made_of)
     weights, cache = number_bytes(settings.dtype, on_gpu=False) * size.untied, settings.cpu_kv_cache_gib
     advice = f"engine_options={{'cpu_kv_cache_gib': 1}} ({cache - 1} GiB less)"
     cuts = (advice,) if cache > 1 else ()
@@ -200,21 +258,28 @@ def _in_process_allocation(size: ModelSize, options: Mapping[str, Any], availabl
     )
 
 
-def served_bytes(size: ModelSize) -> int:
-    """What a vLLM server on a GPU cannot run without: its weights in bfloat16 and the head in float32."""
-    return 2 * size.untied + 2 * size.embedding
+def served_bytes(workload: Workload, config: FSTConfig) -> int:
+    """What a vLLM server on a GPU cannot run without: its weights in bfloat16, the head in float32, and the places of
+    LoRA adapters."""
+    from dspy_fst.engine.vllm.server_settings import VLLMSettings
+
+    size, places = workload.size, 0
+    if config.adapter is not None:  # a new version is loaded beside the calls on the one before
+        places = VLLMSettings(**workload.options).max_loras or 2 * workload.adapters
+        places *= 2 * size.adapted(config.adapter)
+    return 2 * size.untied + 2 * size.embedding + places
 
 
-def least_served(size: ModelSize) -> int:
-    """What a vLLM server on a GPU should have: its weights, `CACHED_TOKENS` keys and values, and `VLLM_WORKINGS`."""
-    return served_bytes(size) + 2 * size.cached * CACHED_TOKENS + VLLM_WORKINGS
+def least_served(workload: Workload, config: FSTConfig, cached: int = CACHED_TOKENS) -> int:
+    """What a vLLM server on a GPU should have: its weights, so many tokens' keys and values, and `VLLM_WORKINGS`."""
+    return served_bytes(workload, config) + 2 * workload.size.cached * cached + VLLM_WORKINGS
 
 
-def vllm_share(size: ModelSize, available: Available) -> float:
+def vllm_share(workload: Workload, config: FSTConfig, available: Available, cached: int = CACHED_TOKENS) -> float:
     """``gpu_memory_utilization``: as little as works on a card shared with the trainer, most of a card of its own."""
     if SECOND_GPU in available.free:
         return 0.9
-    return min(LARGEST_SHARE, math.ceil(20 * least_served(size) / available.gpu_total) / 20)
+    return min(LARGEST_SHARE, math.ceil(20 * least_served(workload, config, cached) / available.gpu_total) / 20)
 
 
 def number_bytes(dtype: str, *, on_gpu: bool) -> int:
@@ -231,32 +296,39 @@ def known_options(settings: type, options: Mapping[str, object]) -> dict[str, ob
 # ---- the disk ----------------------------------------------------------------------------------
 
 
-def disk_allocations(size: ModelSize, config: FSTConfig, *, on_gpu: bool) -> list[Allocation]:
+def disk_allocations(workload: Workload, config: FSTConfig, *, on_gpu: bool) -> list[Allocation]:
     """Weights and states on the disk. A short run makes fewer than it may keep."""
-    writes = writes_of(size, config, on_gpu=on_gpu)
+    writes = writes_of(workload, config, on_gpu=on_gpu)
     # The best of the committed steps is kept beside the best of all until the next state.
     best = 1 if config.checkpoint_every == 1 else 2
     best *= 1 if config.validate_every is None else 2  # the best by reward, and the best by validation
     versions = min(1 + writes.updates, 1 + best + config.keep_weights + 1)
     kept = config.keep_states + 1
     moved = min(writes.states, kept)
+    base = 0 if config.adapter is None else number_bytes(config.precision, on_gpu=on_gpu) * workload.size.untied
     return [
         Allocation(
             DISK,
             "published weights",
-            versions * writes.weights,
+            versions * writes.weights + base,  # all versions of a LoRA adapter share their base
             ("free space there", "name a run_dir on another disk", "lower keep_weights or keep_states"),
         ),
-        Allocation(DISK, "resumable states", moved * writes.state + (4 * size.parameters if moved < kept else 0)),
+        Allocation(
+            DISK,
+            "resumable states",
+            moved * writes.state + (4 * trained_numbers(workload, config) if moved < kept else 0),
+        ),
     ]
 
 
-def writes_of(size: ModelSize, config: FSTConfig, *, on_gpu: bool) -> Writes:
+def writes_of(workload: Workload, config: FSTConfig, *, on_gpu: bool) -> Writes:
     """How much a run writes."""
     cycles = 0 if config.method == "gepa" else config.cycles
+    number = number_bytes(config.precision, on_gpu=on_gpu)
+    whole = number * workload.size.untied
     return Writes(
-        weights=number_bytes(config.precision, on_gpu=on_gpu) * size.untied,
+        weights=whole if config.adapter is None else 4 * trained_numbers(workload, config),
         updates=cycles * config.steps_per_cycle,
-        state=12 * size.parameters,
+        state=state_bytes(workload, config),
         states=cycles * math.ceil(config.steps_per_cycle / config.checkpoint_every),
     )

@@ -16,7 +16,9 @@ from dspy_fst.formatting.numbers import format_bytes
 from dspy_fst.memory.arithmetic import LARGEST_ON_CPU, LARGEST_ON_GPU, SMALLEST
 from dspy_fst.memory.available import DISK, Available, available_now
 from dspy_fst.memory.bytes_by_part import (
+    CACHED_TOKENS,
     ENGINE,
+    FEWEST_CACHED_TOKENS,
     LARGEST_SHARE,
     MUCH_WRITTEN,
     TRAINER,
@@ -26,11 +28,14 @@ from dspy_fst.memory.bytes_by_part import (
     allocations_of,
     known_options,
     served_bytes,
+    trained_numbers,
     update_range,
+    vllm_share,
     writes_of,
 )
 from dspy_fst.memory.shape import ModelSize, find_size, model_size
 from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.recipe.lora_settings import LoRA
 
 SPARE = 0.05
 """Share of the memory left for an update that a chosen micro-batch leaves free for allocators (ours)."""
@@ -110,6 +115,16 @@ class MemoryPlan:
     """Why vLLM's share of the card cannot hold the weights; None when it can."""
     reply_limit: int | None = None
     """Tokens of the longest reply that fits, where replies may be longer than that; None when every reply fits."""
+    gradient_checkpointing: bool = False
+    """Whether layers are computed again in the backward pass: as the recipe says, or because of ``needed``."""
+    needed: str = ""
+    """Why ``"auto"`` turned that on; empty where it did not."""
+    trained: int = 0
+    """How many numbers training may change."""
+    adapter: bool = False
+    """Whether these are LoRA adapters'."""
+    way_out: str = ""
+    """Settings with which a LoRA adapter is expected to fit, where training all weights does not."""
 
     @property
     def parameters(self) -> int:
@@ -118,7 +133,11 @@ class MemoryPlan:
     def faults(self) -> list[str]:
         """A sentence for every place whose certain requirement does not fit."""
         sentences = [fault for requirement in self.requirements if (fault := requirement.fault(self.named))]
-        return [*sentences, *([self.share_fault] if self.share_fault else [])]
+        if self.share_fault:
+            sentences.append(self.share_fault)
+        if sentences and self.way_out:
+            sentences[-1] += f"; or train a LoRA adapter, which is expected to fit: {self.way_out}"
+        return sentences
 
     def doubts(self) -> list[str]:
         """A sentence for every place whose peak may not fit, and for a model whose size is partly a guess."""
@@ -136,6 +155,16 @@ class MemoryPlan:
         if self.writes.total > MUCH_WRITTEN and self.writes.states:
             warnings.append(f"{DISK}: {self.writes.words}; raise checkpoint_every to write fewer states")
         return warnings
+
+    @property
+    def choice(self) -> str:
+        """What is trained, and why; a sentence."""
+        if self.adapter:
+            return f"trained: LoRA adapters of {counted(self.trained)} numbers, as the recipe says"
+        if self.way_out:
+            return f"trained: all weights, which do not fit; a LoRA adapter is expected to: {self.way_out}"
+        fits = "" if self.faults() or not self.expected_to_fit else ", which fit"
+        return f"trained: all weights{fits}"
 
     @property
     def expected_to_fit(self) -> bool:
@@ -157,12 +186,13 @@ def counted(parameters: int) -> str:
 
 
 def plan_memory(
-    policy: PolicyLM, config: FSTConfig, run_dir: Path, available: Available | None = None
+    policy: PolicyLM, config: FSTConfig, run_dir: Path, available: Available | None = None, adapters: int = 1
 ) -> MemoryPlan | None:
     """The memory plan of a run with this model and recipe, whose settings must have been checked before.
 
     Args:
         available: What is free; None inspects this machine.
+        adapters: How many LoRA adapters are trained, where any is.
 
     Returns:
         None when the size of the model is unknown until it is downloaded.
@@ -172,7 +202,7 @@ def plan_memory(
     if size is None:
         return None
     available = available or available_now(run_dir)
-    workload = _workload_of(policy, size, available)
+    workload = replace(_workload_of(policy, size, available), adapters=adapters)
     if policy.handle.engine.weights is not None:  # the student's engine runs, and is stopped before the run's starts
         available = _given_back(workload, config, available)
     return plan_for(workload, config, available)
@@ -180,6 +210,64 @@ def plan_memory(
 
 def plan_for(workload: Workload, config: FSTConfig, available: Available) -> MemoryPlan:
     """The memory plan of this model and recipe on a machine with so much free."""
+    plan = _with_gradient_checkpointing(workload, config, available)
+    if config.adapter is not None or config.method == "gepa" or (not plan.faults() and plan.expected_to_fit):
+        return plan
+    return replace(plan, way_out=_way_out(workload, config, available))
+
+
+def _way_out(workload: Workload, config: FSTConfig, available: Available) -> str:
+    """Settings with which a LoRA adapter is expected to fit; empty where none help."""
+    config = config.model_copy(update={"adapter": LoRA()})
+    shares = (
+        [None] if workload.kind != "vllm" or not available.on_gpu else [None, *_shares(workload, config, available)]
+    )
+    for share in shares:
+        options = workload.options if share is None else {**workload.options, "gpu_memory_utilization": share}
+        plan = _with_gradient_checkpointing(replace(workload, options=options), config, available)
+        if not plan.faults() and plan.expected_to_fit:
+            return "adapter='lora'" + (
+                "" if share is None else f", engine_options={{'gpu_memory_utilization': {share:g}}}"
+            )
+    return ""
+
+
+def fitting_share(workload: Workload, config: FSTConfig, available: Available) -> float:
+    """``gpu_memory_utilization`` with which a run fits: room for `CACHED_TOKENS`, or for fewer on a small card."""
+    shares = _shares(workload, config, available)
+
+    def fits(share: float) -> bool:
+        options = {**workload.options, "gpu_memory_utilization": share}
+        plan = plan_for(replace(workload, options=options), config, available)
+        return not plan.faults() and not plan.doubts()
+
+    return next(filter(fits, shares), shares[-1])
+
+
+def _shares(workload: Workload, config: FSTConfig, available: Available) -> list[float]:
+    """Shares of the card that vLLM works with, the largest first."""
+    cached, shares = CACHED_TOKENS, []
+    while cached >= FEWEST_CACHED_TOKENS:
+        shares.append(vllm_share(workload, config, available, cached))
+        cached //= 2
+    return list(dict.fromkeys(shares))
+
+
+def _with_gradient_checkpointing(workload: Workload, config: FSTConfig, available: Available) -> MemoryPlan:
+    """The plan in which layers are computed again as the recipe says; by ``"auto"``, where an update needs it."""
+    if config.gradient_checkpointing != "auto":
+        return _plan_for(workload, config, available)
+    ways = (config.model_copy(update={"gradient_checkpointing": way}) for way in (False, True))
+    kept, again = (_plan_for(workload, way, available) for way in ways)
+    place, trainer = _allocation_of(TRAINER, kept.requirements)
+    left = place.free - place.certain
+    if not 0 <= left < trainer.at_most:
+        return kept
+    needed = f"an update may take {format_bytes(trainer.at_most)} otherwise, and {format_bytes(left)} are left for it"
+    return replace(again, needed=needed)
+
+
+def _plan_for(workload: Workload, config: FSTConfig, available: Available) -> MemoryPlan:
     auto = config.micro_batch_tokens == "auto"
     tokens = largest_micro_batch(workload, config, available) if auto else int(config.micro_batch_tokens)
     requirements, reply_limit = with_reply_limit(
@@ -188,11 +276,14 @@ def plan_for(workload: Workload, config: FSTConfig, available: Available) -> Mem
     return MemoryPlan(
         workload,
         requirements,
-        writes_of(workload.size, config, on_gpu=available.on_gpu),
+        writes_of(workload, config, on_gpu=available.on_gpu),
         tokens,
         chosen=auto,
-        share_fault=_share_fault(workload, available, requirements),
+        share_fault=_share_fault(workload, config, available, requirements),
         reply_limit=reply_limit,
+        gradient_checkpointing=config.gradient_checkpointing is True,
+        trained=trained_numbers(workload, config),
+        adapter=config.adapter is not None,
     )
 
 
@@ -277,12 +368,14 @@ def _given_back(workload: Workload, config: FSTConfig, available: Available) -> 
     return Available(free, available.gpu_total, available.imagined)
 
 
-def _share_fault(workload: Workload, available: Available, requirements: tuple[Requirement, ...]) -> str | None:
+def _share_fault(
+    workload: Workload, config: FSTConfig, available: Available, requirements: tuple[Requirement, ...]
+) -> str | None:
     """Why vLLM's share of the card cannot hold the weights, so that the server would exit while it boots."""
     if workload.kind != "vllm" or not available.on_gpu or workload.options.get("attach_url"):
         return None
     share = VLLMSettings(**workload.options).gpu_memory_utilization
-    least = served_bytes(workload.size)
+    least = served_bytes(workload, config)
     if least < share * available.gpu_total:
         return None
     place, _ = _allocation_of(ENGINE, requirements)

@@ -1,4 +1,5 @@
-"""``micro_batch_tokens="auto"``: chosen once at a run's start, then read from the run's events."""
+"""``micro_batch_tokens`` and ``gradient_checkpointing`` as ``"auto"``: chosen once at a run's start, then read from its
+events."""
 
 from pathlib import Path
 
@@ -9,23 +10,29 @@ from dspy_fst.run.directory import read_events
 
 
 def with_recorded_micro_batch(config: FSTConfig, run_dir: Path) -> FSTConfig:
-    """The recipe with ``"auto"`` replaced by the number that the run in ``run_dir`` began with, if it has begun.
+    """The recipe with each ``"auto"`` replaced by what the run in ``run_dir`` began with, if it has begun.
 
-    The run's first plan event holds the number. Earlier releases wrote their default there.
+    The run's first plan event holds both. Earlier releases wrote their default number there, and no checkpointing.
     """
     plan = next((event for event in read_events(run_dir) if event.get("event") == "plan" and "config" in event), None)
-    if config.micro_batch_tokens != "auto" or plan is None:
-        return config
-    recorded = (plan["config"] or {}).get("micro_batch_tokens")
-    return _with(config, recorded) if isinstance(recorded, int) and recorded >= 1 else config
+    recorded = (plan or {}).get("config") or {}
+    tokens, again = recorded.get("micro_batch_tokens"), recorded.get("gradient_checkpointing")
+    if config.micro_batch_tokens == "auto" and isinstance(tokens, int) and tokens >= 1:
+        config = _with(config, micro_batch_tokens=tokens)
+    if config.gradient_checkpointing == "auto" and isinstance(again, bool):
+        config = _with(config, gradient_checkpointing=again)
+    return config
 
 
 def with_chosen_micro_batch(config: FSTConfig, plan: MemoryPlan | None) -> FSTConfig:
-    """The recipe with ``"auto"`` replaced by the plan's number, or by a CPU's largest where the model is unknown."""
-    if config.micro_batch_tokens != "auto":
-        return config
-    return _with(config, LARGEST_ON_CPU if plan is None else plan.micro_batch_tokens)
+    """The recipe with each ``"auto"`` replaced by the plan's choice; where the model is unknown, by a CPU's largest
+    number and no checkpointing."""
+    if config.micro_batch_tokens == "auto":
+        config = _with(config, micro_batch_tokens=LARGEST_ON_CPU if plan is None else plan.micro_batch_tokens)
+    if config.gradient_checkpointing == "auto":
+        config = _with(config, gradient_checkpointing=plan is not None and plan.gradient_checkpointing)
+    return config
 
 
-def _with(config: FSTConfig, tokens: int) -> FSTConfig:
-    return config.model_copy(update={"micro_batch_tokens": tokens})
+def _with(config: FSTConfig, **chosen: int) -> FSTConfig:
+    return config.model_copy(update=chosen)

@@ -6,6 +6,8 @@ device, which holds shapes and takes no memory. Both ways give the same numbers.
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from dspy_fst.model_files.architectures import empty_model, kind_faults, largest
 from dspy_fst.model_files.folder import stored_shapes
 from dspy_fst.model_files.hub import known_models, unknown_fault
 from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.recipe.lora_settings import ALL_LINEAR, LoRA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -42,6 +45,8 @@ class ModelSize:
     """Width of a layer's keys, and of its values."""
     normed_heads: bool
     """Whether queries and keys have norms of their own, as in Qwen3."""
+    linear: tuple[tuple[str, int], ...] = ()
+    """Name of a linear layer, e.g. ``q_proj`` -> its inputs and outputs, summed over all layers of this name."""
     assumed: tuple[str, ...] = ()
     """Settings that config.json leaves out, so that transformers' defaults are counted."""
 
@@ -54,6 +59,16 @@ class ModelSize:
     def embedding(self) -> int:
         """Parameters of the embedding, and as many of the head."""
         return self.vocabulary * self.width
+
+    @property
+    def body(self) -> int:
+        """Parameters without the embedding and the head."""
+        return max(0, self.parameters - self.embedding * (1 if self.tied else 2))
+
+    def adapted(self, lora: LoRA) -> int:
+        """Parameters of one LoRA adapter on this model."""
+        named = {name.rpartition(".")[2] for name in lora.target}
+        return lora.rank * sum(width for name, width in self.linear if lora.target == ALL_LINEAR or name in named)
 
     @property
     def tied(self) -> bool:
@@ -163,7 +178,18 @@ def _size(config: "PreTrainedConfig", shapes: Mapping[str, tuple[int, ...]]) -> 
         queries=head_width * heads,
         keys=head_width * (largest(config, "num_key_value_heads") or heads),
         normed_heads=any(".q_norm." in name for name in shapes),
+        linear=_linear(shapes),
     )
+
+
+def _linear(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, int], ...]:
+    """The linear layers that may get a LoRA adapter, by their names; those of other towers are counted, too."""
+    widths: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and len(shape) == 2 and re.search(r"\.\d+\.", name) and ".experts." not in name:
+            widths[layer.rpartition(".")[2]] += sum(shape)
+    return tuple(sorted(widths.items()))
 
 
 def _inner_width(config: "PreTrainedConfig") -> int | None:

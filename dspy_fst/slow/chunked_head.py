@@ -34,13 +34,7 @@ from dspy_fst.slow import losses
 from dspy_fst.slow.batching import MicroBatch
 from dspy_fst.slow.head import Head, add_gradient, add_outer, linear, times_weight
 from dspy_fst.slow.losses import Measured, TokenLoss
-
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**26}
-"""Logits that are computed at once, by type of device: enough tokens for a fast matrix product.
-
-Measured on a CPU, assumed on a GPU."""
-CHUNK_TENSORS = 8
-"""Tensors of that size that exist at once (measured); the memory plan counts them."""
+from dspy_fst.slow.sizes import CHUNK_LOGITS
 
 
 @dataclass(frozen=True)

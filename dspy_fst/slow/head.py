@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dspy_fst.errors import TrainingError
+from dspy_fst.slow.sizes import BLOCK_ROWS
 
 FORM_TOLERANCE = 1e-4
 """Largest relative gap between the measured logits and those of the fitted form; float32 differs by ~1e-6."""
 _TINY, _HUGE = 1e-3, 1e6
 """Probe values. Caps are 15 or more: a cap leaves the first value unchanged and clamps the second one."""
-BLOCK_ROWS = 8192
-"""Rows of a head's weight that are converted to float32 at once."""
 _LOCK = threading.Lock()
 _inside = 0
 _before = "highest"

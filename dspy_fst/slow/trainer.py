@@ -39,6 +39,7 @@ from dspy_fst.slow.checkpoint import (
 )
 from dspy_fst.slow.chunked_head import Readout, learn
 from dspy_fst.slow.head import exact_matmuls
+from dspy_fst.slow.heap import map_large_tensors
 from dspy_fst.slow.losses import NO_UPDATE, Tokens, UpdateMetrics
 from dspy_fst.slow.micro_batch_budget import MicroBatchBudget
 from dspy_fst.slow.model import Policy
@@ -58,8 +59,6 @@ class Trainer:
         adapters: Predictor -> the LoRA adapter of its calls, where ``settings.adapter`` is set and not all share one.
         share_prompts: Whether a prompt that several calls begin with is read once, where the model allows it. Speed
             only.
-        gradient_checkpointing: Whether the backward pass keeps the inputs of each layer alone and computes the rest
-            again. Memory and speed only.
         seed: Seeds torch before the model is built, and a new adapter's numbers; the update itself draws nothing.
 
     Raises:
@@ -77,7 +76,6 @@ class Trainer:
         reference: str | Path | None = None,
         adapters: Mapping[str, str] = NONE,
         share_prompts: bool = True,
-        gradient_checkpointing: bool = False,
         seed: int = 0,
     ):
         self.settings, self._share_prompts = settings, share_prompts
@@ -85,6 +83,8 @@ class Trainer:
             raise TrainingError("; ".join(faults))
         on_cuda = device == "auto" and has_gpu()
         self._device = torch.device("cuda" if on_cuda else "cpu")
+        if not on_cuda:
+            map_large_tensors()
         low = settings.precision == "bfloat16" or (settings.precision == "auto" and on_cuda)
         self._dtype = torch.bfloat16 if low else torch.float32
         self._source = model
@@ -98,7 +98,7 @@ class Trainer:
         self._policy = Policy.load(
             model, dtype=self._dtype, adapter=settings.adapter, names=names, seed=seed, quantized=quantized
         ).to(self._device)
-        if gradient_checkpointing:
+        if settings.gradient_checkpointing is True:  # a run's memory plan decides "auto"
             self._policy.recompute_layers()
         self._names = [name for name, p in self._policy.model.named_parameters() if p.requires_grad]
         self._optimizer = make_adamw(list(self.parameters.values()), settings)

@@ -74,7 +74,10 @@ class TrainingSettings(Settings):
     """Tokens, padding included, of one forward and backward pass (ours; memory and speed only, the gradient is the same
     but for rounding). ``"auto"`` is the largest power of two that fits into the memory that is free at the start, up to
     4096 on a CPU and 16384 on a GPU. A continued run keeps its number."""
-
+    gradient_checkpointing: Literal[True, False, "auto"] = "auto"
+    """Whether the backward pass keeps the inputs of each layer alone and computes the rest again (ours; memory and
+    speed only, the gradient is the same bit for bit). ``"auto"`` turns it on where an update would not fit otherwise.
+    A continued run keeps what was chosen."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the trainer's model body, and type of the published weights: ``"auto"`` is bfloat16 on a GPU and
     float32 on a CPU (ours). The weights that AdamW moves are float32 always. The engine has its own:

@@ -36,6 +36,7 @@ from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.preflight.template_checks import template_warnings
 from dspy_fst.preflight.text_checks import text_faults
 from dspy_fst.preflight.unreachable_parts import part_faults, part_warnings
+from dspy_fst.recipe.lora_settings import adapter_of
 from dspy_fst.rollout.chat_adapters import differing_adapter, identity
 from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.reward import Metric
@@ -49,7 +50,7 @@ from dspy_fst.training.validating import patience_warnings, valset_faults, valse
 from dspy_fst.types import Candidate, Population
 
 NOT_IDENTITY = {
-    *("num_threads", "rollout_timeout_s", "micro_batch_tokens"),
+    *("num_threads", "rollout_timeout_s", "micro_batch_tokens", "gradient_checkpointing"),
     *("checkpoint_every", "keep_states", "keep_weights"),
     *("max_masked_share", "max_skipped_updates", "min_effective_share", "parse_warning_share", "parse_trial"),
     *("sync_tolerance", "max_unmoved_steps", "recorded_samples", "validate_every", "patience", "return_best"),
@@ -194,9 +195,9 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     faults += [fault] if (fault := directory_fault(run_dir, recipe, FSTConfig().model_dump())) else []
     config = with_recorded_micro_batch(config, run_dir)
     warnings: list[str] = []
-    if plan := plan_memory(policy, config, run_dir, room):
+    if plan := plan_memory(policy, config, run_dir, room, adapters=adapter_count(config, student)):
         faults += plan.faults()
-        warnings = plan.warnings()
+        warnings = [*plan.warnings(), *([f"gradient_checkpointing: it is on; {plan.needed}"] if plan.needed else [])]
     config = with_chosen_micro_batch(config, plan)
     if faults:
         raise ConfigurationError(faults)
@@ -227,6 +228,11 @@ def _model_warnings(policy: PolicyLM, config: FSTConfig) -> list[str]:
         *precision_warnings(config.precision, *engine),
         *lora_warnings(policy, config.adapter),
     ]
+
+
+def adapter_count(config: FSTConfig, student: dspy.Module) -> int:
+    """How many LoRA adapters are trained, where any is."""
+    return len({*adapter_of(config.adapters, config.trained or policies_of(student)).values()}) or 1
 
 
 def run_identity(

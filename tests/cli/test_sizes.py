@@ -16,6 +16,8 @@ from tests.cli.conftest import invoke
 
 GIB = 2**30
 SMALL = "Qwen/Qwen3-0.6B"
+BODY = 596_049_920 - 151_936 * 1024
+"""Its parameters without the tied embedding; under a bfloat16 body the start's take two bytes each."""
 
 
 def told(*options):
@@ -39,12 +41,16 @@ def test_a_model_is_told_part_by_part_for_a_card(config_alone):
     assert said["parameters"] == 596_049_920
     assert (said["fits"], said["sure"]) == (True, True)
     needs = {need["place"]: need for need in said["needs"]}
-    assert needs["GPU memory"]["parts"]["the trainer"] == 20 * 596_049_920
+    assert needs["GPU memory"]["parts"]["the trainer"] == 20 * 596_049_920 - 2 * BODY
     assert needs["GPU memory"]["free"] == 24 * GIB - GIB // 2
     assert needs["memory"]["parts"]["a state being saved"] == 12 * 596_049_920
     assert needs["memory"]["free"] is None
     assert needs["GPU memory"]["certain"] < needs["GPU memory"]["expected"] <= needs["GPU memory"]["at_most"]
-    assert said["micro_batch_tokens"] == {"tokens": 512, "chosen": True}
+    assert said["micro_batch_tokens"] == {"tokens": 1024, "chosen": True}
+    trained = needs["GPU memory"]["made_of"]["the trainer"]
+    assert sum(trained.values()) == needs["GPU memory"]["parts"]["the trainer"]
+    assert trained["AdamW's moments"] == 8 * 596_049_920
+    assert (said["trained"], said["gradient_checkpointing"]) == ("trained: all weights, which fit", False)
     assert said["source"].startswith("computed, not measured")
 
 
@@ -61,28 +67,28 @@ def test_two_cards_give_the_engine_one_and_nothing_is_sharded():
     assert two["micro_batch_tokens"]["tokens"] > one["micro_batch_tokens"]["tokens"]
     large = told("Qwen/Qwen3-8B", "--gpu", "80GiB", "--cards", "2")
     assert not large["fits"]
-    assert "152.6 GiB for the trainer" in large["faults"][0]
+    assert "139.6 GiB for the trainer" in large["faults"][0]
 
 
 def test_replies_longer_than_the_micro_batch_make_it_doubtful():
-    said = told(SMALL, "--gpu", "24GiB", "--max-tokens", "4096")
+    said = told(SMALL, "--gpu", "24GiB", "--max-tokens", "32768")
     assert (said["fits"], said["sure"]) == (False, False)
     assert "an update may take up to" in said["warnings"][0]
     limit = said["reply_limit"]
-    advice = f"lower max_tokens=4096: it fits only if replies stay under {limit + 1} tokens"
+    advice = f"lower max_tokens=32768: it fits only if replies stay under {limit + 1} tokens"
     assert advice in said["warnings"][0]
-    text = invoke("sizes", SMALL, "--gpu", "24GiB", "--max-tokens", "4096").stdout
+    text = invoke("sizes", SMALL, "--gpu", "24GiB", "--max-tokens", "32768").stdout
     assert f"It fits only if replies stay under {limit + 1} tokens; lower max_tokens" in text
     assert told(SMALL, "--gpu", "24GiB", "--max-tokens", limit, "--micro-batch-tokens", "16")["sure"]
     assert not told(SMALL, "--gpu", "24GiB", "--max-tokens", limit + 1, "--micro-batch-tokens", "16")["sure"]
 
 
 def test_a_smaller_micro_batch_is_not_advised_against_long_replies():
-    said = told(SMALL, "--gpu", "24GiB", "--max-tokens", "32768", "--micro-batch-tokens", "16")
+    said = told(SMALL, "--gpu", "24GiB", "--max-tokens", "65536", "--micro-batch-tokens", "16")
     assert not said["fits"]
     assert "micro_batch_tokens" not in " ".join(said["warnings"])
-    both = told(SMALL, "--gpu", "24GiB", "--max-tokens", "4096", "--micro-batch-tokens", "1024")["warnings"][0]
-    assert "lower max_tokens=4096 and micro_batch_tokens=1024: it fits only if" in both
+    both = told(SMALL, "--gpu", "24GiB", "--max-tokens", "65536", "--micro-batch-tokens", "32768")["warnings"][0]
+    assert "lower max_tokens=65536 and micro_batch_tokens=32768: it fits only if" in both
 
 
 def test_settings_that_cannot_help_are_not_advised():
@@ -94,7 +100,23 @@ def test_settings_that_cannot_help_are_not_advised():
 def test_without_the_kl_the_frozen_start_is_left_out():
     with_kl, without = (told(SMALL, "--gpu", "24GiB", kl) for kl in ("--kl", "--no-kl"))
     held = [said["needs"][0]["parts"]["the trainer"] for said in (with_kl, without)]
-    assert held[0] - held[1] == 4 * 596_049_920
+    assert held[0] - held[1] == 4 * 596_049_920 - 2 * BODY
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "checkpointed"), [("Qwen/Qwen3-8B", "80GiB", False), ("Qwen/Qwen3-4B", "24GiB", True)]
+)
+def test_a_lora_adapter_fits_where_all_weights_do_not_and_the_bytes_of_each_part_are_told(model, gpu, checkpointed):
+    said = told(model, "--gpu", gpu, "--lora")
+    assert (said["sure"], said["gradient_checkpointing"]) == (True, checkpointed)
+    text = invoke("sizes", model, "--gpu", gpu, "--lora").stdout
+    assert ("gradient checkpointing is on: layers are computed again" in text) == checkpointed
+    for part in ("frozen base", "trained weights", "gradients", "AdamW's moments", "weights, "):
+        assert part in text
+    full = told(model, "--gpu", gpu)
+    assert not full["fits"]
+    assert "a LoRA adapter is expected to: adapter='lora'" in full["trained"]
+    assert "or train a LoRA adapter, which is expected to fit: adapter='lora'" in " ".join(full["faults"])
 
 
 def test_a_given_micro_batch_is_kept_and_a_bad_one_refused():
@@ -205,13 +227,33 @@ def project(tmp_path, config_alone):
 def test_check_tells_the_room_on_an_imagined_card_from_the_config_alone(project):
     said = json.loads(invoke("check", project, "--gpu", "80GiB", "--json").stdout)
     needs = {need["place"]: need for need in said["needs"]}
-    assert needs["GPU memory"]["parts"] == {"the trainer": 20 * 596_049_920, "the engine": int(80 * GIB * 0.3)}
+    assert needs["GPU memory"]["parts"] == {
+        "the trainer": 20 * 596_049_920 - 2 * BODY,
+        "the engine": int(80 * GIB * 0.3),
+    }
     assert said["micro_batch_tokens"]["chosen"]
     rows = {row["name"]: row for row in said["settings"]}
     assert rows["micro_batch_tokens"]["value"] == said["micro_batch_tokens"]["tokens"] >= 4096
     assert "this package has not run on a GPU" in invoke("check", project, "--gpu", "80GiB").stdout
     two = json.loads(invoke("check", project, "--gpu", "80GiB", "--cards", "2", "--json").stdout)
     assert "GPU memory of the second card" in {need["place"] for need in two["needs"]}
+
+
+def test_check_tells_what_is_trained_and_that_layers_are_computed_again_and_why(project):
+    text = invoke("check", project, "--gpu", "24GiB").stdout
+    assert "trained: all weights, which fit" in text
+    assert "gradient checkpointing is on" not in text
+    recipe = yaml.safe_load(project.read_text())
+    recipe["policy"]["max_tokens"] = 4096
+    project.write_text(yaml.safe_dump(recipe))
+    said = json.loads(invoke("check", project, "--gpu", "22GiB", "--json").stdout)
+    assert said["gradient_checkpointing"] is True
+    (why,) = [warning for warning in said["warnings"] if warning.startswith("gradient_checkpointing: it is on")]
+    assert "an update may take " in why
+    assert "gradient checkpointing is on" in invoke("check", project, "--gpu", "22GiB").stdout
+    recipe["recipe"] = {**recipe.get("recipe", {}), "gradient_checkpointing": False}
+    project.write_text(yaml.safe_dump(recipe))
+    assert json.loads(invoke("check", project, "--gpu", "22GiB", "--json").stdout)["gradient_checkpointing"] is False
 
 
 def test_check_says_what_does_not_fit_on_it(project):

@@ -1,5 +1,6 @@
 """The arithmetic of sizes against what was measured; the recipes for GPUs and the README against the arithmetic."""
 
+import dataclasses
 import json
 import re
 
@@ -9,7 +10,7 @@ import yaml
 from benchmarks.sizes import RESULT, TOLERANCE, Case, computed
 from dspy_fst.cli.sizes import LONGEST_REPLY
 from dspy_fst.config import FSTConfig
-from dspy_fst.memory import DISK, Workload, find_size, imagined_machine, plan_for, vllm_share
+from dspy_fst.memory import DISK, Workload, find_size, fitting_share, imagined_machine, plan_for
 from dspy_fst.memory.arithmetic import MicroBatchShape
 from dspy_fst.memory.shape import ModelSize
 from tests.docs.pages import DOCS, ROOT
@@ -20,7 +21,8 @@ MEASURED = json.loads(RESULT.read_text()) if RESULT.is_file() else []
 
 def name_of(row):
     case = row["case"]
-    return f"{case['model']}-{case['precision']}-kl-{case['kl']}-share-{case['share']}"
+    ways = [name for name in ("recompute", "lora") if case.get(name)]
+    return "-".join([case["model"], case["precision"], f"kl-{case['kl']}", f"share-{case['share']}", *ways])
 
 
 def test_one_line_of_each_size_and_kl_was_measured():
@@ -35,37 +37,53 @@ def test_what_is_computed_now_is_what_was_measured_then(row):
 
 
 def recipes():
-    """Project files of the page on GPUs that name a model."""
+    """Project files of the page on GPUs that name a model, and the GiB of the card that each is for."""
     blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "gpus.md").read_text(), re.DOTALL)
-    return [block for block in map(yaml.safe_load, blocks) if "model" in block]
+    found = [(re.search(r"# one card of (\d+) GiB", block), yaml.safe_load(block)) for block in blocks]
+    return [(card and int(card[1]), recipe) for card, recipe in found if "model" in recipe]
 
 
-def test_the_recipes_for_a_card_fit_on_it_by_the_arithmetic():
-    found = recipes()
-    assert found
-    for recipe in found:
-        policy, size = recipe["policy"], find_size(recipe["model"])
-        workload = Workload("it", size, policy["engine"], policy["engine_options"], policy["max_tokens"])
-        plan = plan_for(workload, FSTConfig(**recipe.get("recipe", {})), imagined_machine(24 * GIB))
-        assert [*plan.faults(), *plan.doubts()] == []
-        assert f"micro-batches of {plan.micro_batch_tokens} tokens" in (DOCS / "gpus.md").read_text()
+@pytest.mark.parametrize(("card", "recipe"), recipes(), ids=[f"{recipe['model']}-{card}" for card, recipe in recipes()])
+def test_a_recipe_for_a_card_fits_on_it_by_the_arithmetic(card, recipe):
+    policy, size = recipe["policy"], find_size(recipe["model"])
+    workload = Workload("it", size, policy["engine"], policy["engine_options"], policy["max_tokens"])
+    plan = plan_for(workload, FSTConfig(**recipe.get("recipe", {})), imagined_machine(card * GIB))
+    assert [*plan.faults(), *plan.doubts()] == []
+    held = {a.part: a.certain / GIB for need in plan.requirements for a in need.allocations if "GPU" in need.place}
+    row = [f"{size.parameters / 1e9:.1f}B", f"{card} GiB", "all weights" if not plan.adapter else "LoRA"]
+    row += [f"{held['the trainer']:.1f}", f"{held['the engine']:.1f}", f"{plan.micro_batch_tokens:,}"]
+    row += ["yes" if plan.gradient_checkpointing else "no"]
+    assert f"| {' | '.join(row)} |" in (DOCS / "gpus.md").read_text()
+
+
+def test_the_page_has_a_recipe_for_each_of_these():
+    assert {(card, recipe["model"]) for card, recipe in recipes()} >= {
+        (24, "Qwen/Qwen3-0.6B"),
+        (24, "Qwen/Qwen3-4B"),
+        (80, "Qwen/Qwen3-1.7B"),
+        (80, "Qwen/Qwen3-8B"),
+    }
 
 
 README_SAYS = [
     (24, "Qwen/Qwen2.5-0.5B-Instruct", "0.5B trains on a card of 24 GiB", {}),
     (48, "Qwen/Qwen2.5-1.5B-Instruct", "1.5B on 48", {}),
-    (80, "Qwen/Qwen3-1.7B", "1.7B on 80", {}),
-    (80, "meta-llama/Llama-3.2-3B-Instruct", "(3B with `kl_coefficient=0`)", {"kl_coefficient": 0}),
+    (80, "meta-llama/Llama-3.2-3B-Instruct", "3B on 80", {}),
+    (24, "Qwen/Qwen3-4B", "4B on 24 and 8B on 80", {"adapter": "lora"}),
+    (80, "Qwen/Qwen3-8B", "4B on 24 and 8B on 80", {"adapter": "lora"}),
 ]
 
 
 def fit_on(card, model, **recipe):
-    available, size = imagined_machine(card * GIB), find_size(model)
-    options = {"gpu_memory_utilization": vllm_share(size, available)}
-    return plan_for(Workload(model, size, "vllm", options, LONGEST_REPLY), FSTConfig(**recipe), available)
+    available, config = imagined_machine(card * GIB), FSTConfig(**recipe)
+    workload = Workload(model, find_size(model), "vllm", longest_reply=LONGEST_REPLY)
+    options = {"gpu_memory_utilization": fitting_share(workload, config, available)}
+    return plan_for(dataclasses.replace(workload, options=options), config, available)
 
 
-@pytest.mark.parametrize(("card", "model", "words", "recipe"), README_SAYS, ids=[says[2] for says in README_SAYS])
+@pytest.mark.parametrize(
+    ("card", "model", "words", "recipe"), README_SAYS, ids=[f"{says[1]}-{says[0]}" for says in README_SAYS]
+)
 def test_what_the_readme_says_of_cards_is_what_is_computed(card, model, words, recipe):
     assert words in " ".join((ROOT / "README.md").read_text().split())
     plan = fit_on(card, model, **recipe)
@@ -74,7 +92,7 @@ def test_what_the_readme_says_of_cards_is_what_is_computed(card, model, words, r
 
 def test_the_readme_s_other_figures_are_computed_too():
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "and 8B on none" in readme
+    assert "With all weights 8B fits on none" in readme
     assert fit_on(80, "Qwen/Qwen3-8B").faults()
     disk = next(
         requirement.certain for requirement in fit_on(24, "Qwen/Qwen3-0.6B").requirements if requirement.place == DISK

@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dspy_fst.slow import chunked_head, losses
 from dspy_fst.slow.batching import Scored, micro_batches
-from dspy_fst.slow.chunked_head import CHUNK_TENSORS, Readout, kl_to, learn, logprobs
+from dspy_fst.slow.chunked_head import Readout, kl_to, learn, logprobs
 from dspy_fst.slow.head import Head
 from dspy_fst.slow.losses import Tokens
 from dspy_fst.slow.model import Policy
+from dspy_fst.slow.sizes import CHUNK_TENSORS, CHUNK_TENSORS_WITHOUT_KL
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import SeedKLCall
@@ -225,23 +226,30 @@ def small_chunks(monkeypatch) -> int:
     return rows
 
 
-def test_logits_of_an_update_take_the_same_however_long_a_reply_is(tmp_path, small_chunks):
+@pytest.mark.parametrize(("kl", "tensors"), [(0.1, CHUNK_TENSORS), (0.0, CHUNK_TENSORS_WITHOUT_KL)])
+def test_logits_of_an_update_take_the_same_however_long_a_reply_is(kl, tensors, tmp_path, small_chunks):
     start, reference = (narrow_model(tmp_path / str(seed), seed) for seed in (0, 9))
     settings = TrainingSettings(
-        learning_rate=1e-3, kl_coefficient=0.1, seed_kl_coefficient=0.2, micro_batch_tokens=16, min_effective_share=0.0
+        learning_rate=1e-3,
+        kl_coefficient=kl,
+        seed_kl_coefficient=2 * kl,
+        micro_batch_tokens=16,
+        min_effective_share=0.0,
     )
     most = []
     for reply in (10, 100):  # both replies are longer than the budget allows with others
         trainer = Trainer(start, settings, device="cpu", reference=reference, share_prompts=False)
         batch, calls = long_batch(2, reply)
-        trainer.kl_by_call(calls)
+        if kl:
+            trainer.kl_by_call(calls)
         with Logits(trainer._policy, trainer._reference) as seen:
             trainer.step(batch)
-            trainer.kl_by_call(calls)
+            if kl:
+                trainer.kl_by_call(calls)
             trainer.logprobs(calls)
         assert seen.largest == small_chunks * VOCABULARY
         most.append(seen.most)
-    assert most[0] == most[1] <= CHUNK_TENSORS * small_chunks * VOCABULARY
+    assert most[0] == most[1] == tensors * small_chunks * VOCABULARY
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

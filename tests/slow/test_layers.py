@@ -56,11 +56,10 @@ def test_an_update_whose_layers_are_computed_again_is_the_same_bit_for_bit(tied,
     for again in (False, True):
         trainer = Trainer(
             start,
-            TrainingSettings(**(SETTINGS | WAYS[way])),
+            TrainingSettings(**(SETTINGS | WAYS[way]), gradient_checkpointing=again),
             device="cpu",
             reference=reference,
             share_prompts=way != "alone",
-            gradient_checkpointing=again,
         )
         reports = []
         for _ in range(2):  # an adapter's first gradient is zero in one of its halves
@@ -75,7 +74,7 @@ def test_an_update_whose_layers_are_computed_again_is_the_same_bit_for_bit(tied,
 
 
 def test_each_layer_is_computed_twice_for_a_gradient_and_once_without(start, batch):
-    trainer = Trainer(start, TrainingSettings(**SETTINGS), device="cpu", gradient_checkpointing=True)
+    trainer = Trainer(start, TrainingSettings(**SETTINGS, gradient_checkpointing=True), device="cpu")
     layer, computed = trainer._policy.model.model.layers[1], []
     layer.mlp.register_forward_pre_hook(lambda *_: computed.append(torch.is_grad_enabled()))
     trainer.score([[1, 2, 3, 4]])
