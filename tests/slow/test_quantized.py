@@ -111,10 +111,10 @@ def test_updates_are_those_on_whole_weights_that_hold_the_rounded_numbers(wide, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_layers_and_a_resumed_trainer_keep_their_bits(wide, tmp_path, kind):
-    settings = TrainingSettings(adapter=SMALL, quantized_base=kind, learning_rate=1e-2, min_effective_share=0.0)
+    settings = {"adapter": SMALL, "quantized_base": kind, "learning_rate": 1e-2, "min_effective_share": 0.0}
 
     def start(**options) -> Trainer:
-        return Trainer(wide, settings, device="cpu", **options)
+        return Trainer(wide, TrainingSettings(**settings, **options), device="cpu")
 
     steady, early, late = start(), start(), start(gradient_checkpointing=True)
     for seed in range(2):
