@@ -340,8 +340,8 @@ class UpdateReport:
     kl_under_seed: float | None = None
     """Exact KL(theta || start) in nats per token on ``Batch.seed_kl_calls``; None when that is empty."""
     sequences: int | None = None
-    """Sequences that the model read. Calls share one when each begins with the call before. None when no token was
-    trained."""
+    """Sequences that the model read. Calls share one when each begins with the call before, or when they say the same.
+    None when no token was trained."""
     skipped: str | None = None
     """Why the update was not applied; None when it was, or when there was nothing to train."""
     row_tokens: int | None = None
