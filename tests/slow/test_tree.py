@@ -22,7 +22,7 @@ from tests.slow.makers import VOCABULARY, make_batch, make_row, save_model
 
 BY_NAME = {family.name: family for family in FAMILIES}
 READ_AS_TREES = ("Llama", "Qwen2", "Qwen3-MoE", "Gemma", "GPT-NeoX, Pythia", "GPT-2", "OPT", "OLMo 2", "DeepSeek-V2")
-ONE_BY_ONE = ("Mistral", "Gemma 3 (text)", "Bloom", "Falcon", "GPT-J", "GPT-OSS", "Mamba")
+ONE_BY_ONE = ("Mistral", "Gemma 3 (text)", "Bloom", "Falcon", "GPT-J", "StableLM", "GPT-OSS", "Mamba")
 
 node = st.deferred(lambda: st.tuples(st.integers(1, 12), st.booleans(), st.lists(node, max_size=3)))
 roots = st.lists(node, min_size=1, max_size=3)
