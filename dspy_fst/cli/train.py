@@ -210,7 +210,8 @@ def _adapter(given: str | None) -> object:
     if given is None or given in ("lora", "none"):
         return given
     try:
-        return json.loads(given)
+        read = json.loads(given)
+        return "none" if read is None else read
     except ValueError:
         raise ConfigurationError([f"--adapter {given}: use lora, none, or JSON, e.g. '{{\"rank\": 16}}'"]) from None
 

@@ -58,7 +58,28 @@ def target_faults(model: PreTrainedModel, lora: LoRA) -> list[str]:
         return [f"adapter: a {kind!r} model has no linear layers that a LoRA adapter could go on; train all weights"]
     names = () if lora.target == ALL_LINEAR else lora.target
     ends = sorted({layer.rpartition(".")[2] for layer in layers})
-    return [_fault(model, name, ends) for name in names if not any(_ends(layer, name) for layer in layers)]
+    faults = [_fault(model, name, ends) for name in names if not any(_ends(layer, name) for layer in layers)]
+    chosen = [layer for layer in layers if lora.target == ALL_LINEAR or any(_ends(layer, name) for name in names)]
+    full = max((_full_rank(model, layer) for layer in chosen), default=lora.rank)
+    if lora.rank > full:
+        faults.append(
+            f"adapter: rank={lora.rank} is above {full}, the full rank of this model's largest layer with an adapter; "
+            "use a lower rank, such as 16, or train all weights"
+        )
+    return faults
+
+
+def name_faults(names: Iterable[str]) -> list[str]:
+    """A sentence on names of adapters that torch does not take for a module, one for all."""
+    if taken := sorted({name for name in names if hasattr(nn.ModuleDict(), name)}):
+        return [f"adapters: {', '.join(map(repr, taken))} is a name of torch's own; name the group otherwise"]
+    return []
+
+
+def _full_rank(model: PreTrainedModel, layer: str) -> int:
+    module = model.get_submodule(layer)  # not of its weight's shape, which a quantized layer packs
+    sides = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+    return min(int(side) for side in sides)  # type: ignore[arg-type]  # torch declares modules' attributes as unknown
 
 
 def _ends(layer: str, name: str) -> bool:

@@ -14,7 +14,7 @@ from dspy_fst.outcomes.outcome import CONTEXT
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.template_checks import template_faults
 from dspy_fst.preflight.vllm_start import vllm_faults
-from dspy_fst.recipe.lora_settings import LoRA
+from dspy_fst.recipe.lora_settings import Grouping, LoRA
 from dspy_fst.types import Rollout
 
 if TYPE_CHECKING:
@@ -73,13 +73,14 @@ def _weights_faults(path: Path) -> Iterator[str]:
     yield from folder_faults(path)
 
 
-def lora_faults(policy: PolicyLM, adapter: LoRA) -> list[str]:
-    """Why this LoRA adapter does not fit the model, from its config alone. A model that cannot be read is reported by
+def lora_faults(policy: PolicyLM, adapter: LoRA, grouping: Grouping = "shared") -> list[str]:
+    """Why these LoRA adapters do not fit the model, from its config alone. A model that cannot be read is reported by
     `model_faults`."""
-    from dspy_fst.engine.lora import target_faults
+    from dspy_fst.engine.lora import name_faults, target_faults
 
+    faults = name_faults(grouping if isinstance(grouping, dict) else ())
     model = _without_numbers(policy)
-    return [] if model is None else target_faults(model, adapter)
+    return faults if model is None else [*faults, *target_faults(model, adapter)]
 
 
 def lora_warnings(policy: PolicyLM, adapter: LoRA | None) -> list[str]:

@@ -78,7 +78,7 @@ def adapters_faults(student: object, config: FSTConfig | None) -> list[str]:
     if config is None or not isinstance(student, dspy.Module):
         return []
     if config.adapters == "shared":
-        return _lost_adapters(student, set())
+        return _lost_adapters(student, {})
     trained = list(config.trained or policies_of(student))
     through = adapter_of(config.adapters, trained)
     faults = [
@@ -86,6 +86,11 @@ def adapters_faults(student: object, config: FSTConfig | None) -> list[str]:
         for name in through
         if name not in trained
     ]
+    if left_out := [name for name in trained if name not in through]:
+        faults.append(
+            f"adapters: {', '.join(left_out)} would be trained and is in no group; add it to one, or name the "
+            "predictors to train in trained"
+        )
     names = {id(predictor): name for name, predictor in student.named_predictors()}
     for path, part in student.named_sub_modules(dspy.Module):
         if isinstance(part, dspy.BestOfN | dspy.Refine):
@@ -95,17 +100,18 @@ def adapters_faults(student: object, config: FSTConfig | None) -> list[str]:
                     f"adapters: {type(part).__name__} at {path} asks a module of one LM, and {', '.join(inside)} would "
                     "speak through different LoRA adapters; put them into one group"
                 )
-    return faults + _lost_adapters(student, {*through.values()})
+    return faults + _lost_adapters(student, through)
 
 
-def _lost_adapters(student: dspy.Module, wanted: set[str]) -> list[str]:
-    """A fault if the student's weights have several LoRA adapters, and the run would train others."""
-    held = {name for lm in policies_of(student).values() for name in lm.checkpoint.predictors.values()}
-    if len(held) < 2 or held == wanted:
+def _lost_adapters(student: dspy.Module, wanted: Mapping[str, str]) -> list[str]:
+    """A fault if predictors of the student speak through several LoRA adapters, and would go on through others."""
+    held = {name: adapter for lm in policies_of(student).values() for name, adapter in lm.checkpoint.predictors.items()}
+    if len({*held.values()}) < 2 or held == wanted:
         return []
+    listed = ", ".join(f"{name} through {adapter}" for name, adapter in held.items())
     return [
-        f"adapters: the student speaks through the LoRA adapters {', '.join(sorted(held))}, which cannot be merged "
-        "into one set of weights; go on with the same adapters, rank, alpha and target"
+        f"adapters: the student speaks through several LoRA adapters ({listed}), which cannot be merged into one set "
+        "of weights; go on with the same adapters, rank, alpha and target"
     ]
 
 

@@ -5,6 +5,7 @@ A room declares its settings once, beside the code that reads them (`slow.traini
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from inspect import isclass
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -33,6 +34,8 @@ class Settings(BaseModel):
 
     @classmethod
     def _unknown(cls, place: tuple[int | str, ...]) -> str:
+        if known := _fields_within(cls, place):
+            return no_such_setting(_words(place), known, f"; {place[0]} has {', '.join(known)}")
         return no_such_setting(_words(place), cls.model_fields, ALL_SETTINGS)
 
     @field_validator("*", mode="before")
@@ -42,6 +45,14 @@ class Settings(BaseModel):
         if isinstance(value, bool) and annotation is not bool and value not in get_args(annotation):
             raise ValueError("True and False are no numbers")
         return value
+
+
+def _fields_within(settings: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """The fields of a setting that has fields of its own, as ``adapter`` has; empty for a setting itself."""
+    if len(place) < 2 or (field := settings.model_fields.get(str(place[0]))) is None:
+        return []
+    kinds = (field.annotation, *get_args(field.annotation))
+    return [name for kind in kinds if isclass(kind) and issubclass(kind, BaseModel) for name in kind.model_fields]
 
 
 def sentences(

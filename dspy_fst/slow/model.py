@@ -24,8 +24,8 @@ from dspy_fst.slow.layers import recompute_layers
 from dspy_fst.slow.quantized import Kind, quantize
 from dspy_fst.slow.tree import attend_in_trees, read_tree
 
-START = "start"
-"""Begins the name of the frozen copy of an adapter that goes on: the KL's reference."""
+START = "start:"
+"""Begins the name of the frozen copy of an adapter that goes on: the KL's reference. Adapters have no colon."""
 PROBE_TOLERANCE = 1e-3
 """Largest relative gap between our logits and the model's own on the probe; float32 kernels differ by ~1e-6."""
 
@@ -132,9 +132,8 @@ class Policy(nn.Module):
         return self.started_from.get(name or "") if self.at_start else name
 
     def adapter_norms(self) -> dict[str, float]:
-        """The gradient norm of each LoRA adapter that has a gradient, where there are several."""
-        names = self.adapters if len(self.adapters) > 1 else ()
-        gradients = {name: [p.grad for p in parameters_of(self.model, name).values()] for name in names}
+        """The gradient norm of each LoRA adapter."""
+        gradients = {name: [p.grad for p in parameters_of(self.model, name).values()] for name in self.adapters}
         return {
             name: float(nn.utils.get_total_norm([gradient for gradient in own if gradient is not None]))
             for name, own in gradients.items()
@@ -211,7 +210,7 @@ class Policy(nn.Module):
         if held.keys() != {*names} or not same:
             return False
         self._put_on_as_read(source)
-        self.started_from = {name: f"{START}-{name}" for name in names}
+        self.started_from = {name: f"{START}{name}" for name in names}
         for name, copied in self.started_from.items():
             put_on_as_read(self.model, copied, held[name])
         return True

@@ -1,16 +1,17 @@
 """How weights are trained. Every default says where it comes from; *paper* is arXiv 2605.12484."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from dspy_fst.recipe.declared import Settings
-from dspy_fst.recipe.lora_settings import Grouping, LoRA
+from dspy_fst.recipe.lora_settings import LONGEST, Grouping, LoRA
 
-GROUP = r"[A-Za-z0-9_-]+"
-"""Name of a group of predictors with a LoRA adapter of its own."""
+GROUP = rf"(?!base$)[A-Za-z0-9_][A-Za-z0-9_-]{{0,{LONGEST - 1}}}"
+"""Name of a group of predictors with a LoRA adapter of its own. It names a folder, and the base lies in ``base``."""
 
 
 class TrainingSettings(Settings):
@@ -26,7 +27,8 @@ class TrainingSettings(Settings):
     adapters: Grouping = "shared"
     """Which trained predictors share a LoRA adapter: ``"shared"``, all of them (paper: one set of weights);
     ``"per_predictor"``, none, so that each learns apart on one base in memory; or groups, adapter -> predictors, e.g.
-    ``{"search": ("hops[0].query", "hops[1].query")}`` (ours). Predictors without one speak with the base."""
+    ``{"search": ("hops[0].query", "hops[1].query")}`` (ours). Predictors that are
+    not trained speak with the base, or through the only adapter where there is one."""
     quantized_base: Literal["nf4", "int8"] | None = None
     """How the linear layers below a LoRA adapter are rounded for the whole run (QLoRA): ``"nf4"`` takes 0.56 bytes a
     number, ``"int8"`` about 1 (ours). The rounded numbers are what is trained on, published and exported. None: not."""
@@ -103,14 +105,12 @@ class TrainingSettings(Settings):
     def _groups_of_predictors(cls, value: Any) -> Any:
         if value in ("shared", "per_predictor"):
             return value
-        if not isinstance(value, Mapping) or not value or not all(isinstance(v, list | tuple) for v in value.values()):
+        if not isinstance(value, Mapping) or not value:
             raise ValueError("use 'shared', 'per_predictor', or groups: a name for each adapter and its predictors")
-        if bad := [name for name in value if not re.fullmatch(GROUP, str(name)) or not value[name]]:
-            raise ValueError(f"{bad[0]!r}: a group's name has letters, digits, - and _, and at least one predictor")
-        names = [str(name) for group in value.values() for name in group]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{', '.join(twice)} stands in two groups, and a predictor has one LoRA adapter")
-        return {str(group): tuple(sorted(map(str, members))) for group, members in sorted(value.items())}
+        groups = {str(name): members for name, members in value.items()}
+        if faults := [*_group_faults(groups)]:
+            raise ValueError("; ".join(faults))
+        return {name: tuple(sorted({str(one) for one in members})) for name, members in sorted(groups.items())}
 
     @field_validator("micro_batch_tokens", mode="before")
     @classmethod
@@ -142,3 +142,25 @@ class TrainingSettings(Settings):
                 "weights; set adapter='lora' or LoRA(rank=...)"
             )
         return self
+
+
+def _group_faults(groups: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with groups of predictors by themselves, one clause each."""
+    if bad := [repr(name) for name in groups if not re.fullmatch(GROUP, name)]:
+        yield (
+            f"{', '.join(bad)}: a group's name has 1 to {LONGEST} letters of a to z, digits, - and _, does not begin "
+            "with -, and is not 'base'"
+        )
+    folded = Counter(name.casefold() for name in groups)
+    if alike := [repr(name) for name in groups if folded[name.casefold()] > 1]:
+        yield f"{', '.join(alike)} differ in case alone, and each names a folder"
+    members = {
+        name: list(dict.fromkeys(map(str, given)))
+        for name, given in groups.items()
+        if isinstance(given, list | tuple | set | frozenset)
+    }
+    if wrong := [repr(name) for name in groups if not members.get(name)]:
+        yield f"{', '.join(wrong)}: list at least one predictor of the group"
+    stands = Counter(name for own in members.values() for name in own)
+    if twice := [repr(name) for name, times in stands.items() if times > 1]:
+        yield f"{', '.join(twice)} in more than one group, and a predictor has one LoRA adapter"

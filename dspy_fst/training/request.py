@@ -173,7 +173,7 @@ def _faults_of_arguments(
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
         yield from [*model_faults(policy, hub_s), *engine_faults(policy)] if room is None else shape_faults(policy)
         if config is not None and config.adapter is not None:
-            yield from lora_faults(policy, config.adapter)
+            yield from lora_faults(policy, config.adapter, config.adapters)
 
 
 def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: Available | None) -> Request:

@@ -143,3 +143,10 @@ def test_several_adapters_are_no_whole_weights(start, tmp_path):
             make_trainer(folder, **settings)
     with pytest.raises(TrainingError, match=r"give the folder of dspy_fst.save instead"):
         write_merged(folder, tmp_path)
+
+
+def test_a_single_group_is_updated_and_reported_as_one_of_several(start):
+    trainer = make_trainer(start, adapter=SMALL, warmup_steps=0, adapters={"answer": "for-answer"})
+    update = trainer.step(batch_of(5, predictors=("answer",)))
+    assert update.adapters["for-answer"].rows == update.rows
+    assert update.adapters["for-answer"].grad_norm == pytest.approx(update.grad_norm, rel=1e-5)

@@ -1,0 +1,109 @@
+"""Settings of LoRA adapters that fit no adapter, no predictor or no model are told together, before any work."""
+
+import dspy
+import pytest
+
+from dspy_fst import PolicyLM
+from dspy_fst.errors import ConfigurationError
+from dspy_fst.recipe.lora_settings import LoRA, adapter_of
+from dspy_fst.training.request import Arguments, Proposers, check
+from programs.lab import BASE, build
+from tests.relay import Relay, any_answer
+from tests.test_compile import propose
+
+LORA = {"adapter": "lora"}
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return build(train=8, val=2, test=2).trainset
+
+
+def checked(examples, tmp_path, program=None, **settings):
+    student = program or Relay()
+    student.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=12))
+    given = {"cycles": 1, "steps_per_cycle": 1, "problems_per_step": 4, **settings}
+    given |= {"population_size": 2, "group_size": 4}
+    return check(
+        Arguments(
+            student,
+            examples,
+            any_answer,
+            proposers=Proposers(propose=propose),
+            run_dir=tmp_path / "run",
+            settings=given,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "complaint"),
+    [
+        ({"rank": 100_000}, r"rank=100000 is above \d+, the full rank of this model's largest layer"),
+        ({"rank": 2**70}, "is above"),
+        ({"alpha": 1e308}, "adapter.alpha=1e.308: Input should be less than or equal to 1000000"),
+        ({"rslora": "yes"}, "adapter.rslora='yes': Input should be a valid boolean"),
+        ({"r": 4}, "adapter.r: there is no such setting.*rank, alpha, target, rslora"),
+        ({"target": ["all-linear", "q_proj"]}, "'all-linear' stands for all linear layers; give it alone"),
+    ],
+    ids=["rank", "large rank", "alpha", "rslora", "peft's name", "all-linear and others"],
+)
+def test_an_adapter_that_fits_nothing(examples, tmp_path, adapter, complaint):
+    with pytest.raises(ConfigurationError, match=complaint):
+        checked(examples, tmp_path, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("groups", "complaint"),
+    [
+        ({"base": ["first"], "x": ["last"]}, r"'base': a group's name .* is not 'base'"),
+        ({"-a": ["first", "last"]}, "'-a': a group's name"),
+        ({"a" * 65: ["first", "last"]}, "aaa': a group's name has 1 to 64 letters"),
+        ({"keys": ["first"], "training": ["last"]}, "'keys', 'training' is a name of torch's own"),
+        ({"a": ["first"], "A": ["last"]}, "'a', 'A' differ in case alone"),
+        ({"a": ["first"]}, "last would be trained and is in no group"),
+        ({"a": "first", "b": []}, "'a', 'b': list at least one predictor"),
+        ({"a b": ["first"], "c": ["first"]}, "'a b': a group's name.*; 'first' in more than one group"),
+        ({"a": ["first", "last"], "b": ["nope"]}, "'nope' is no trained predictor; there are first, last"),
+    ],
+    ids=["base", "dash", "long", "torch's", "case", "left out", "members", "two faults", "unknown"],
+)
+def test_groups_that_cannot_be_trained(examples, tmp_path, groups, complaint):
+    with pytest.raises(ConfigurationError, match=complaint):
+        checked(examples, tmp_path, **LORA, adapters=groups)
+
+
+def test_what_means_the_same_is_the_same(examples, tmp_path):
+    assert LoRA(target=["all-linear"]) == LoRA()
+    groups = checked(examples, tmp_path, **LORA, adapters={"a": {"last", "first"}}).config.adapters
+    assert groups == checked(examples, tmp_path, **LORA, adapters={"a": ["first", "last", "first"]}).config.adapters
+    assert groups == {"a": ("first", "last")}
+
+
+def test_several_faults_are_told_at_once(examples, tmp_path):
+    with pytest.raises(ConfigurationError) as caught:
+        checked(examples, tmp_path, adapter={"rank": 500_000, "target": ["q_proj", "nope"]}, adapters={"keys": ["x"]})
+    text = "\n".join(caught.value.faults)
+    for part in ("target='nope'", "rank=500000 is above", "'x' is no trained predictor", "'keys' is a name of torch's"):
+        assert part in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_predictor_s_name_of_any_characters_gives_its_adapter_a_name_of_its_own():
+    names = ["d['a/b']", "d['a b']", "d['a.b']", "d['ü']", "x" * 300, "y.z", "hops[0].query"]
+    given = adapter_of("per_predictor", names)
+    assert len({*given.values()}) == len(names)
+    assert all(len(name) < 100 and not set(name) & set("/. '\"") and name.isascii() for name in given.values())
+    assert (given["y.z"], given["hops[0].query"]) == ("for-y-z", "for-hops[0]-query")
+
+
+def test_predictors_in_a_dict_have_adapters_of_their_own(examples, tmp_path):
+    class Keyed(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps = {"a/b": dspy.Predict("numbers -> answer"), "c d": dspy.Predict("numbers -> answer")}
+
+        def forward(self, numbers):
+            return self.steps["c d"](numbers=self.steps["a/b"](numbers=numbers).answer)
+
+    assert checked(examples, tmp_path, Keyed(), **LORA, adapters="per_predictor").config.adapters == "per_predictor"
