@@ -248,7 +248,7 @@ def test_each_predictor_learns_in_an_adapter_of_its_own(tmp_path):
     lab = build(train=32, val=4, test=4)
     table = two_by_two(relay(), compiled, lab.testset[:2], any_answer, k=1)
     assert all(drift.per_token > 0 for drift in table.drift.values())
-    with pytest.raises(ConfigurationError, match=r"student speaks through the LoRA adapters for-first, for-last"):
+    with pytest.raises(ConfigurationError, match=r"several LoRA adapters \(first through for-first, last"):
         compile_relay(tmp_path / "merged", program=compiled, **{**RATE, **SHORT_RUN})
     further = compile_relay(tmp_path / "further", program=compiled, **{**apart, **SHORT_RUN})
     for name in ("for-first", "for-last"):
