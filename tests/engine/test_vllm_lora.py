@@ -2,23 +2,32 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import dspy
 import pytest
 import torch
 from peft import PeftModel
 
 from dspy_fst.engine.base import AdapterFiles, Checkpoint, Completion, Scorer
+from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.verification import Expected, verify, verify_identity
+from dspy_fst.engine.vllm.client import VLLMClient
 from dspy_fst.engine.vllm.lora_client import LoRAClient
+from dspy_fst.engine.vllm.server import VLLMServer
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import DiskError, EngineError, SyncError
+from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.recipe.lora_settings import LoRA
+from dspy_fst.rollout.call_recorder import SETTING, Recording, tag_predictors
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.training_settings import TrainingSettings
+from dspy_fst.training.publisher import Publishing
 from tests.engine.lora_adapters import alter, digests_of, make_adapter
 from tests.engine.server_state import group_of
 from tests.engine.test_server_process import below, members
@@ -209,6 +218,131 @@ def test_what_a_trainer_publishes_is_proved_by_its_tensors_and_its_numbers(
     proof = verify(engine, expected)
     assert proof.identical
     assert proof.mean_gap < TOLERANCE
+
+
+class Plain(dspy.ChatAdapter):
+    """Asks the question alone, and takes any reply for the answer: the models are random."""
+
+    def format(self, signature, demos, inputs):  # type: ignore[no-untyped-def]
+        return [{"role": "user", "content": inputs["question"]}]
+
+    def parse(self, signature, completion):  # type: ignore[no-untyped-def]
+        return {"answer": completion}
+
+
+class TwoSteps(dspy.Module):  # type: ignore[misc]
+    """Each predictor speaks through its own LoRA adapter on the running server."""
+
+    def __init__(self, engine: Supervisor):
+        super().__init__()
+        self.hops, self.answer = (dspy.Predict("question -> answer") for _ in range(2))
+        for predictor, name in ((self.hops, HOPS), (self.answer, ANSWER)):
+            predictor.lm = PolicyLM("no-model", engine="in_process", max_tokens=400, lora_adapter=name)
+            predictor.lm.handle._engine = engine  # not by its maker: the server is shared, and outlives this handle
+            predictor.lm.handle._reader = ReplyReader.load(Path("nowhere"))  # it neither thinks nor calls tools
+        tag_predictors(self)
+
+    def forward(self, question: str) -> dspy.Prediction:
+        return self.answer(question=self.hops(question=question).answer[:40])
+
+
+def trainer_of(folder: Path) -> Trainer:
+    settings = TrainingSettings(adapter=LoRA(rank=4, alpha=6.0))
+    return Trainer(folder, settings, device="cpu", adapters={"hops": HOPS, "answer": ANSWER})
+
+
+def moved(trainer: Trainer, seed: int) -> Trainer:
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainer.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.05)
+    return trainer
+
+
+def test_every_token_of_a_program_of_two_adapters_is_what_the_trainer_scores(
+    engine: Supervisor, versions: Versions
+) -> None:
+    """Three versions of two adapters are in flight, where one batch may use two adapters (max_loras)."""
+    trainer, program = trainer_of(versions.base.path), TwoSteps(engine)
+    recordings = [Recording(seed) for seed in range(12)]
+    published = {f"step-{step:06d}": step for step in range(80, 83)}
+
+    def run(recording: Recording) -> None:
+        with dspy.context(**{SETTING: recording}, adapter=Plain()):
+            program(question=f"{recording.seed}: tell me more.")
+
+    with ThreadPoolExecutor(12) as pool:
+        runs: list[Future[None]] = []
+        for n, (version, step) in enumerate(published.items(), 1):
+            engine.load(moved(trainer, step).publish(versions.folder / version, version))
+            runs += [pool.submit(run, recording) for recording in recordings[4 * n - 4 : 4 * n]]
+            while engine.server.in_flight < 4 * n and not any(each.done() for each in runs):
+                time.sleep(0.01)
+        names = on_server(engine)
+    assert len({name.partition("@")[2] for name in names}) == 3, "three versions were held at once"
+    for each in runs:
+        each.result()
+    calls = [call for recording in recordings for call in recording.close()]
+    assert len(calls) == 24
+    for version in published:
+        scored = trainer_of(versions.folder / version)
+        own = [call for call in calls if call.weights == version]
+        assert {call.predictor for call in own} >= {"hops"}
+        for call, scores in zip(own, scored.logprobs(own), strict=True):
+            assert list(call.logprobs) == pytest.approx(scores, abs=TOLERANCE)
+    assert {call.weights for call in calls} == published.keys()
+
+
+class Unsupervised:
+    """The server itself: its supervisor would start another one in place of a broken one."""
+
+    def __init__(self, server: VLLMServer):
+        self.server = server
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.server, name)
+
+    def on_recovery(self, *verify: object) -> None:
+        """Nothing: it never recovers."""
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        ("another adapter", r"LoRA adapter hops: the engine's log-probabilities"),
+        ("base", r"LoRA adapter hops: the engine's log-probabilities"),
+        ("the version before", r"the engine uses other weights than were published: hops: "),
+    ],
+    ids=["another", "base", "stale"],
+)
+def test_a_server_that_computes_an_adapter_s_calls_with_something_else_is_named_at_the_next_publish(
+    engine: Supervisor, versions: Versions, monkeypatch: pytest.MonkeyPatch, broken: str, named: str
+) -> None:
+    trainer = moved(trainer_of(versions.base.path), 90)
+    texts = SimpleNamespace(ids=lambda: PROBES, short=lambda publish: [PROBES[0][:16]])
+    handle = SimpleNamespace(engine=Unsupervised(engine.server), checkpoint=None)
+    serving = Publishing(handle, trainer, texts, tolerance=None, tell=lambda sentence: None)  # type: ignore[arg-type]
+    first, second = (f"step-{broken.replace(' ', '-')}-{n}" for n in (1, 2))
+    serving.serve(trainer.publish(versions.folder / first, first))
+    score, load = VLLMClient.score, LoRAClient.load
+
+    def elsewhere(self: VLLMClient, sequences: Sequence[Sequence[int]], model: str | None = None) -> list[list[float]]:
+        if model is not None and model.startswith(HOPS):
+            model = None if broken == "base" else model.replace(HOPS, ANSWER)
+        return score(self, sequences, model)
+
+    def stale(self: LoRAClient, name: str, folder: Path) -> None:
+        load(self, name, versions.folder / first / HOPS if folder.name == HOPS else folder)
+
+    if broken == "the version before":
+        monkeypatch.setattr(LoRAClient, "load", stale)
+    else:
+        monkeypatch.setattr(VLLMClient, "score", elsewhere)
+    published = moved(trainer, 91).publish(versions.folder / second, second)
+    with pytest.raises(SyncError, match=named):
+        serving.serve(published)
+    monkeypatch.undo()
+    serving.serve(published)
 
 
 def test_a_load_whose_answer_was_lost_is_no_failure(engine: Supervisor, versions: Versions) -> None:
