@@ -5,7 +5,7 @@
 A publish is what a step of a run does: the trainer writes the version and scores the texts, the server loads it, its
 tensors are compared with the folder's, and the server scores the texts. Before each publish the trained numbers are
 moved by noise. The first publish starts the server and is not counted. After those that are counted comes one that
-scores all texts, as every 16th does. Each case is a process and a server of its own, in turn.
+scores all texts, as every 64th does. Each case is a process and a server of its own, in turn.
 """
 
 import argparse

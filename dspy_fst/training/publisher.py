@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
 TEXTS, TEXT_TOKENS = 8, 128
 """How many texts are scored, and their longest: a mean over some hundred tokens, and one batch on any engine (ours)."""
-SHORT_TOKENS, FULL_EVERY = 16, 16
+SHORT_TOKENS, FULL_EVERY = 16, 64
 """Length of the one short text between two publishes that score all texts, and from how many publishes one does (ours).
 
-All texts take vLLM on a CPU ten times as long through a LoRA adapter as everything else of its publish."""
+Through a LoRA adapter all texts take vLLM on a CPU twenty times as long as the rest of a publish
+(`benchmarks/results/lora_publish.json`).
+"""
 LAST_RESORT = (
     "The ferry leaves the northern harbour at a quarter past seven and reaches the island about an hour later. Tickets "
     "can be bought on board, but in summer it is wise to reserve a place for a car some days before.",

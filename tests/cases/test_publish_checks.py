@@ -92,7 +92,7 @@ def test_all_texts_are_scored_at_the_start_and_at_every_nth_publish_and_one_shor
         bench.publish()
         scored.append(bench.handle.engine.taken())
     assert scored == [[(name, ids) for name in EVERY] for ids in (ALL, ONE, ONE, ALL, ONE)]
-    assert FULL_EVERY == 16
+    assert FULL_EVERY == 64
 
 
 def test_the_short_text_is_another_one_at_each_publish(bench):
