@@ -188,10 +188,10 @@ def _unparsed_share(report: StepReport) -> float:
 
 def masked_rollouts(history: History) -> Finding | None:
     counts = history.counts(SHORT)
-    masks = OutcomeCounts.of(counts).masked
-    if not masks or masks.total() < MASKED_SHARE * counts["rollouts"]:
+    masks, rollouts = OutcomeCounts.of(counts).masked, counts["rollouts"]
+    if not masks or not rollouts or masks.total() < MASKED_SHARE * rollouts:
         return None
-    share, (reason, _) = masks.total() / counts["rollouts"], masks.most_common(1)[0]
+    share, (reason, _) = masks.total() / rollouts, masks.most_common(1)[0]
     seen = f"{share:.0%} of the rollouts measured nothing, most often because of {reason!r}"
     advice = "Mend the cause: what is left is a biased sample"
     return Finding("masked", history.reports[-SHORT:], seen, advice)

@@ -119,6 +119,10 @@ QUIET = {
 }
 
 
+def test_a_step_that_played_nothing_is_no_share_of_anything():
+    assert told([step(rollouts=0, **{"masked: timeout": 1})]) == []
+
+
 @pytest.mark.parametrize("name", FIRES)
 def test_a_trouble_is_told_at_its_step_with_what_was_seen_and_what_to_do(name):
     parts, (at, seen, advice) = FIRES[name]
