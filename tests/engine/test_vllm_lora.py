@@ -112,7 +112,7 @@ def test_calls_of_many_versions_in_one_batch_are_each_sampled_by_their_own(
             for i in range(8):
                 name, long = (HOPS, ANSWER)[i % 2], ask(f"{i}: tell me more.", max_tokens=500, temperature=0.8)
                 replies.append((name, pool.submit(engine.complete, long, i, adapter=name)))
-            while engine.server.in_flight < 8 * step and not replies[0][1].done():
+            while engine.server.in_flight + sum(reply.done() for _, reply in replies) < 8 * step:
                 time.sleep(0.01)
         names = on_server(engine)
     assert len({name.partition("@")[2] for name in names}) >= 3, "three versions were held at once"
@@ -276,7 +276,7 @@ def test_every_token_of_a_program_of_two_adapters_is_what_the_trainer_scores(
         for n, (version, step) in enumerate(published.items(), 1):
             engine.load(moved(trainer, step).publish(versions.folder / version, version))
             runs += [pool.submit(run, recording) for recording in recordings[4 * n - 4 : 4 * n]]
-            while engine.server.in_flight < 4 * n and not any(each.done() for each in runs):
+            while engine.server.in_flight + sum(each.done() for each in runs) < 4 * n:
                 time.sleep(0.01)
         names = on_server(engine)
     assert len({name.partition("@")[2] for name in names}) == 3, "three versions were held at once"
