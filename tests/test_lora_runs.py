@@ -308,8 +308,8 @@ def test_two_adapters_are_trained_on_a_vllm_server(tmp_path):
     [
         ({"adapters": "per_predictor"}, "adapter=None trains all weights"),
         ({"adapter": "lora", "adapters": "each"}, "use 'shared', 'per_predictor', or groups"),
-        ({"adapter": "lora", "adapters": {"a": ["first"], "b": ["first"]}}, "first stands in two groups"),
-        ({"adapter": "lora", "adapters": {"a.b": ["first"]}}, "a group's name has letters"),
+        ({"adapter": "lora", "adapters": {"a": ["first"], "b": ["first"]}}, "'first' in more than one group"),
+        ({"adapter": "lora", "adapters": {"a.b": ["first"]}}, "a group's name has 1 to 64 letters"),
         ({"adapter": "lora", "adapters": {"a": ["frist"]}}, "'frist' is no trained predictor; there are first, last"),
     ],
     ids=["no adapter", "unknown", "twice", "name", "no predictor"],
