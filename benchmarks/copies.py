@@ -11,8 +11,6 @@ so that nothing but the program's copies takes memory.
 import argparse
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -135,18 +133,14 @@ class _Peak:
 
 def in_a_process(case: tuple[str, int, int], source: Path) -> dict[str, Any]:
     """The figure of a case, by the package in ``source``."""
-    script = Path(__file__).resolve()
-    command = [sys.executable, "-c", f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"]
-    environment = {**os.environ, "PYTHONPATH": str(source), "COPIES_CASE": json.dumps(case)}
-    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    figure: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**figure, "log_lines": len(done.stderr.splitlines())}
+    from benchmarks.in_checkout import measured
+
+    figure, log = measured(__file__, case, source)
+    return {**figure, "log_lines": len(log.splitlines())}
 
 
 def main() -> None:
-    if case := os.environ.get("COPIES_CASE"):
+    if case := os.environ.get("BENCHMARK_CASE"):
         print(json.dumps(measure(*json.loads(case))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

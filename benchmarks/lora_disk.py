@@ -13,8 +13,6 @@ pruned later counts. Each case is a process of its own. Two kinds of cases:
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -111,19 +109,14 @@ def measure(case: Mapping[str, Any]) -> dict[str, float]:
 
 def in_a_process(case: Mapping[str, Any], checkout: Path) -> dict[str, float]:
     """A case by the package in ``checkout``."""
-    script = Path(__file__).resolve()
-    command = [sys.executable, "-c", f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"]
+    from benchmarks.in_checkout import measured
+
     with tempfile.TemporaryDirectory() as place:
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "DISK_CASE": json.dumps({**case, "place": place})}
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+        return measured(__file__, {**case, "place": place}, checkout)[0]
 
 
 def main() -> None:
-    if case := os.environ.get("DISK_CASE"):
+    if case := os.environ.get("BENCHMARK_CASE"):
         print(json.dumps(measure(json.loads(case))))
         return
     from programs import smollm2

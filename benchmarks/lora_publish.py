@@ -13,8 +13,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -151,15 +149,10 @@ def measure_before(source: str, repeats: int, folder: Path) -> dict[str, Any]:
 
 def in_a_process(case: Mapping[str, Any], checkout: Path) -> dict[str, Any]:
     """A case by the package in ``checkout``."""
-    script = Path(__file__).resolve()
-    command = [sys.executable, "-c", f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"]
+    from benchmarks.in_checkout import measured
+
     with tempfile.TemporaryDirectory() as place:
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "PUBLISH_CASE": json.dumps({**case, "place": place})}
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+        return measured(__file__, {**case, "place": place}, checkout)[0]
 
 
 def run_case(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +174,7 @@ def share(rows: Sequence[Mapping[str, float]], of: Sequence[Mapping[str, float]]
 
 
 def main() -> None:
-    if asked_for := os.environ.get("PUBLISH_CASE"):
+    if asked_for := os.environ.get("BENCHMARK_CASE"):
         print(json.dumps(run_case(json.loads(asked_for))))
         return
     from transformers import AutoTokenizer

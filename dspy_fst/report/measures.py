@@ -100,10 +100,9 @@ def predictor_charts(records: Sequence[RunRecord]) -> list[Chart]:
 
 def adapter_charts(record: RunRecord) -> list[Chart]:
     """The LoRA adapters of a run that has several, update by update."""
-    names = sorted({name for step in record.steps for name in step.update.adapters})
 
     def chart(name: str, title: str, note: str, y_label: str, value: Callable[[AdapterReport], float | None]) -> Chart:
-        reports = {adapter: [step.update.adapters.get(adapter) for step in record.steps] for adapter in names}
+        reports = {adapter: [step.update.adapters.get(adapter) for step in record.steps] for adapter in record.adapters}
         return Chart(name, title, note, "update", y_label, _by_name(record, reports, value))
 
     kl_note = "Exact KL to the starting weights on the tokens that were trained through it."
