@@ -1,5 +1,6 @@
 """A run of both halves on its own vLLM server, which answers 500, is killed and is stopped, each in mid-step."""
 
+import json
 import os
 import signal
 
@@ -15,25 +16,31 @@ from tests.engine.test_server_process import below, wait_until_gone
 from tests.relay import relay
 from tests.test_compile import SHORT, assert_trained_together, compile_relay
 
-OUTAGE = """
+TROUBLE = """
+import json
 import os
 
-class Outage:
-    '''Answers 500 to as many chat completions as a file says, then removes it.'''
+class Trouble:
+    '''Lets as many chat completions pass as a file says, then refuses some or sends a process a signal.'''
 
     def __init__(self, app):
-        self._app = app
+        self._app, self._passed, self._refusals = app, 0, 0
 
     async def __call__(self, scope, receive, send):
-        if scope.get("path") != "/v1/chat/completions" or not os.path.exists(os.environ["OUTAGE_FLAG"]):
+        if scope.get("path") != "/v1/chat/completions":
             return await self._app(scope, receive, send)
-        with open(os.environ["OUTAGE_FLAG"]) as file:
-            left = int(file.read()) - 1
-        if left:
-            with open(os.environ["OUTAGE_FLAG"], "w") as file:
-                file.write(str(left))
-        else:
-            os.unlink(os.environ["OUTAGE_FLAG"])
+        if os.path.exists(os.environ["TROUBLE"]):
+            self._passed += 1
+            with open(os.environ["TROUBLE"]) as file:
+                trouble = json.load(file)
+            if self._passed > trouble["passed"]:
+                os.unlink(os.environ["TROUBLE"])
+                self._passed, self._refusals = 0, trouble["refusals"]
+                if trouble["signal"]:
+                    os.kill(trouble["pid"], trouble["signal"])
+        if not self._refusals:
+            return await self._app(scope, receive, send)
+        self._refusals -= 1
         await send({"type": "http.response.start", "status": 500, "headers": []})
         await send({"type": "http.response.body", "body": b'{"error": {"message": "an outage"}}'})
 """
@@ -41,40 +48,41 @@ OPTIONS = {
     "cpu_kv_cache_gib": 1,
     "max_model_len": 256,
     "stall_timeout_s": 20,
-    "extra_args": ("--middleware", "dspy_fst_outage.Outage"),
+    "extra_args": ("--middleware", "dspy_fst_trouble.Trouble"),
 }
 
 
 class Trouble:
-    """Does something to the server once a few rollouts of a step are through and the others are under way."""
+    """Orders the server's trouble as a step's rollouts begin. The server itself counts the calls until it is due.
 
-    def __init__(self, flag):
-        self.flag, self.engine, self.groups = flag, None, set()
+    A listener that counted rollouts could act when all are through: its thread may get no core meanwhile.
+    """
+
+    def __init__(self, file):
+        self.file, self.engine, self.groups = file, None, set()
         self.plan = {1: self.answer_500_a_few_times, 2: self.kill_the_core, 3: self.stop_the_api}
-        self.step, self.played = -1, 0
 
     def __call__(self, event):
-        if event["event"] == "phase":
-            words = event["phase"].split()
-            self.step, self.played = (int(words[1].rstrip(":")) if words[0] == "step" else -1), 0
-        if event["event"] == "rollout":
-            self.played += 1
-            if self.played == 3 and self.step in self.plan:
-                self.groups.add(group_of(self.engine.server))
-                self.plan.pop(self.step)()
+        words = event.get("phase", "").split()
+        if words[:1] == ["step"] and (step := int(words[1].rstrip(":"))) in self.plan:
+            self.groups.add(group_of(self.engine.server))
+            self.plan.pop(step)()
 
     def answer_500_a_few_times(self):
-        self.flag.write_text("3")
+        self.order(refusals=3)
 
     def kill_the_core(self):
-        self.process("EngineCore").send_signal(signal.SIGKILL)
+        self.order("EngineCore", signal.SIGKILL)
 
     def stop_the_api(self):
-        self.process("api_server").send_signal(signal.SIGSTOP)
+        self.order("api_server", signal.SIGSTOP)
 
-    def process(self, name):
-        """The server's process whose command line contains this."""
-        return below(group_of(self.engine.server), name)
+    def order(self, name=None, signal=0, refusals=0):
+        """After a few calls: a signal for the server's process whose command line contains this name, or refusals."""
+        process = below(group_of(self.engine.server), name) if name else None
+        trouble = {"passed": 6, "pid": process and process.pid, "signal": int(signal), "refusals": refusals}
+        self.file.with_suffix(".part").write_text(json.dumps(trouble))
+        self.file.with_suffix(".part").rename(self.file)
 
 
 def program_with(options, trouble):
@@ -95,10 +103,10 @@ def program_with(options, trouble):
 
 @pytest.mark.vllm
 def test_a_run_survives_its_server(tmp_path, monkeypatch):
-    (tmp_path / "dspy_fst_outage.py").write_text(OUTAGE)
+    (tmp_path / "dspy_fst_trouble.py").write_text(TROUBLE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setenv("OUTAGE_FLAG", str(tmp_path / "outage"))
-    trouble = Trouble(tmp_path / "outage")
+    monkeypatch.setenv("TROUBLE", str(tmp_path / "trouble"))
+    trouble = Trouble(tmp_path / "trouble")
 
     student = program_with(OPTIONS, trouble)
     compiled = compile_relay(tmp_path / "run", program=student, listeners=[trouble], num_threads=4)
@@ -108,6 +116,7 @@ def test_a_run_survives_its_server(tmp_path, monkeypatch):
 
     steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
     assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    assert not trouble.plan
     recovered = [{what: n for what, n in step["counts"].items() if what.startswith("engine: ")} for step in steps]
     assert recovered[0] == {}
     assert recovered[1].keys() == {"engine: asked again"}
