@@ -1,5 +1,7 @@
 """Large tensors on a CPU get memory of their own, which goes back to the system as soon as they are freed.
 
+Only where layers are computed again: elsewhere what is kept is far more than what holes cost, and mapping takes time.
+
 In: nothing. Out: glibc's allocator is set for the rest of the process, or left as it is elsewhere.
 """
 

@@ -83,8 +83,6 @@ class Trainer:
             raise TrainingError("; ".join(faults))
         on_cuda = device == "auto" and has_gpu()
         self._device = torch.device("cuda" if on_cuda else "cpu")
-        if not on_cuda:
-            map_large_tensors()
         low = settings.precision == "bfloat16" or (settings.precision == "auto" and on_cuda)
         self._dtype = torch.bfloat16 if low else torch.float32
         self._source = model
@@ -99,6 +97,8 @@ class Trainer:
             model, dtype=self._dtype, adapter=settings.adapter, names=names, seed=seed, quantized=quantized
         ).to(self._device)
         if settings.gradient_checkpointing is True:  # a run's memory plan decides "auto"
+            if not on_cuda:
+                map_large_tensors()
             self._policy.recompute_layers()
         self._names = [name for name, p in self._policy.model.named_parameters() if p.requires_grad]
         self._optimizer = make_adamw(list(self.parameters.values()), settings)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -37,12 +38,14 @@ class Library:
         return 1
 
 
-def test_a_trainer_on_a_cpu_tells_glibc_once(monkeypatch):
+def test_a_trainer_that_computes_layers_again_on_a_cpu_tells_glibc_once(monkeypatch):
     library = Library()
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(heap.sys, "platform", "linux")
+    Trainer(BASE, TrainingSettings(), device="cpu")
+    assert library.told == []
     for _ in range(2):
-        Trainer(BASE, TrainingSettings(), device="cpu")
+        Trainer(BASE, TrainingSettings(gradient_checkpointing=True), device="cpu")
     assert library.told == [(-3, MAPPED_BYTES)]
 
 
@@ -72,7 +75,7 @@ from dspy_fst.slow.heap import map_large_tensors
 def resident():
     return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmRSS")).split()[1])
 
-del_first = torch.ones(2**22)  # 16 MiB; freed, it raises glibc's own threshold
+del_first = torch.ones(6 * 2**20)  # 24 MiB; freed, it raises glibc's own threshold
 del del_first
 before = resident()
 kept = []
@@ -100,3 +103,33 @@ def test_holes_between_tensors_that_stay_go_back_to_the_system():
     kept = 20 * 2**15 * 4 // 2**20
     assert grown("map_large_tensors()") <= kept + 10
     assert grown("") > 200, "glibc gives holes back by itself now: the module may go"
+
+
+PAGES = """
+{imported}
+import torch
+from pathlib import Path
+
+kept = torch.ones(2**24)  # 64 MiB
+line = next(l for l in Path("/proc/self/smaps_rollup").read_text().splitlines() if l.startswith("AnonHugePages"))
+print(int(line.split()[1]) // 1024)
+"""
+SYSTEM = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not SYSTEM.is_file() or "[madvise]" not in SYSTEM.read_text(), reason="the system decides by itself"
+)
+def test_large_tensors_lie_in_huge_pages_from_the_first_on():
+    def huge(imported: str, **settings: str) -> int:
+        environment = {**os.environ, **settings}
+        if not settings:
+            environment.pop("THP_MEM_ALLOC_ENABLE", None)
+        command = [sys.executable, "-c", PAGES.format(imported=imported)]
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        return int(ended.stdout)
+
+    assert huge("import dspy_fst") >= 32, "at least half; the system may be short of huge pages"
+    assert huge("") == 0, "torch takes huge pages by itself now: the setting may go"
+    assert huge("import dspy_fst", THP_MEM_ALLOC_ENABLE="0") == 0
