@@ -43,6 +43,9 @@ class Alternation(Settings):
     """K, candidates (paper, App. D and E)."""
     group_size: int = Field(default=8, ge=2)
     """G, rollouts a problem, G/K for each candidate (paper, second-hand)."""
+    resample_flat: int = Field(default=0, ge=0)
+    """Rounds of a step in which each flat group, whose rollouts all scored alike, is replaced by the group of another
+    problem (paper: 0; DAPO, 2503.14476, goes on until the batch is full). The rollouts of both are paid for."""
 
     anchors: int | None = Field(default=None, ge=1)
     """Size of a cycle's anchor set; None takes the whole lookahead set (paper: 192)."""
@@ -148,6 +151,15 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, Alternation):
         return self
 
     @model_validator(mode="after")
+    def _flat_groups_have_rewards(self) -> Self:
+        if self.resample_flat and self.method == "distill":
+            raise ValueError(
+                f"resample_flat={self.resample_flat} replaces groups whose rewards are all equal, and method='distill' "
+                "learns from no reward; use resample_flat=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _patience_counts_validations(self) -> Self:
         if self.patience is not None and self.validate_every is None:
             raise ValueError(
@@ -180,6 +192,11 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, Alternation):
         """Rollouts of a problem in a step: its group, and those that only hold or distil."""
         group = 0 if self.method == "distill" else self.group_size
         return group + (self.seed_kl_rollouts if self.seed_kl_coefficient > 0 else 0)
+
+    @property
+    def worst_score(self) -> float:
+        """Reward of the worst kind of failure."""
+        return min(self.failure_score, self.format_failure_score)
 
     @property
     def distills(self) -> bool:

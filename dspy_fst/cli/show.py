@@ -108,6 +108,7 @@ def _cycle_reward(record: "RunRecord", cycle: int) -> float | None:
 
 def _print(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) -> None:
     from dspy_fst.cli.printer import Printer
+    from dspy_fst.report.step_options import option_lines
 
     out = Printer()
     out.line(f"{record.name}: {_state(run_dir, record)}")
@@ -118,6 +119,8 @@ def _print(run_dir: Path, record: "RunRecord", steps: Sequence["StepReport"]) ->
     if steps:
         out.heading("Steps" if len(steps) == len(record.steps) else f"Steps, the last {len(steps)} of {_all(record)}")
         out.table(*_steps(steps))
+        for line in option_lines(steps):
+            out.line(line)
         if record.config.get("kl_coefficient") == 0:
             out.line("KL is not measured under kl_coefficient=0, which leaves the reference model out.")
     if record.predictors:

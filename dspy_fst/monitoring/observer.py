@@ -88,7 +88,7 @@ class Observer:
     ):
         self._run, self._program, self._policy, self._config = run, program, policy, config
         self._decode = partial(decoded, tokenizer)
-        self._watch = Watch(self._worst, config.perfect_score, config.parse_warning_share)
+        self._watch = Watch(config.worst_score, config.perfect_score, config.parse_warning_share)
         self._reports: list[StepReport] = []
         self._seen = 0
         self._tried: Event | None = None
@@ -153,12 +153,12 @@ class Observer:
     @property
     def ending(self) -> UpdateSummary:
         """What the updates have changed so far."""
-        return update_summary(self._reports, self._worst, self._config.perfect_score)
+        return update_summary(self._reports, self._config.worst_score, self._config.perfect_score)
 
     @property
     def standstill(self) -> Standstill | None:
         """The newest steps, if none of them moved the weights; else None."""
-        return standstill(self._reports, self._worst, self._config.perfect_score)
+        return standstill(self._reports, self._config.worst_score, self._config.perfect_score)
 
     @property
     def reason_to_stop(self) -> StopReason | None:
@@ -183,7 +183,3 @@ class Observer:
             helped=tried["helped"] if tried else "",
             tried=tried is not None,
         )
-
-    @property
-    def _worst(self) -> float:
-        return min(self._config.failure_score, self._config.format_failure_score)

@@ -18,6 +18,7 @@ from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.report.metric_names import entry_of
 from dspy_fst.report.samples import sample_line
 from dspy_fst.report.standing import Standing, Times
+from dspy_fst.report.step_options import step_words
 from dspy_fst.report.verdict import validation_line
 from dspy_fst.run.directory import Event
 from dspy_fst.run.ending import StopReason
@@ -152,7 +153,7 @@ class ProgressView:
             f"step {report['step']}: reward {number(figures.get('train/reward'))}, "
             f"KL {_small(figures.get('train/kl_to_start'))}, {under_seed}"
             f"entropy {number(figures.get('train/entropy'))}, "
-            f"{counts.get('flat_groups', 0)}/{counts.get('groups', 0)} groups flat, "
+            f"{counts.get('flat_groups', 0)}/{counts.get('groups', 0)} groups flat{step_words(counts)}, "
             f"{counted(report['update']['tokens'], 'token')} trained{_lost(counts)}"
         )
 

@@ -21,6 +21,7 @@ from dspy_fst.report.measures import (
     predictor_charts,
 )
 from dspy_fst.report.run_record import RunRecord
+from dspy_fst.report.step_options import option_charts
 
 try:
     from matplotlib import rc_context
@@ -94,7 +95,13 @@ def save_plots(run_dirs: Sequence[Path], folder: Path, formats: Sequence[str] = 
     """
     records = read_records(run_dirs)
     folder.mkdir(parents=True, exist_ok=True)
-    charts = [*learning_charts(records), *health_charts(records), *lost_charts(records), *predictor_charts(records)]
+    charts = [
+        *learning_charts(records),
+        *health_charts(records),
+        *option_charts(records),
+        *lost_charts(records),
+        *predictor_charts(records),
+    ]
     drawings: dict[str, Callable[[], Figure]] = {chart.name: lambda chart=chart: draw(chart) for chart in charts}  # type: ignore[misc]
     for i, record in enumerate(records, start=1):
         if _scored(record):

@@ -23,6 +23,7 @@ from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.lineage import Node
 from dspy_fst.report.measures import Chart, health_charts, learning_charts, lost_charts, predictor_charts
 from dspy_fst.report.run_record import RunRecord, best
+from dspy_fst.report.step_options import option_charts
 from dspy_fst.report.verdict import validations_table, verdict
 
 try:
@@ -81,7 +82,7 @@ def render(records: Sequence[RunRecord]) -> str:
         title=f"Run {records[0].name}" if len(records) == 1 else f"{len(records)} runs compared",
         runs=runs,
         learning=_drawn(learning_charts(records)),
-        health=_drawn(health_charts(records)),
+        health=_drawn([*health_charts(records), *option_charts(records)]),
         lost=_drawn(lost_charts(records)),
         earned=_drawn(predictor_charts(records)),
         costs=cost_rows(records),

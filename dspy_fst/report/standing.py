@@ -23,7 +23,8 @@ class Standing:
     def add(self, event: Event) -> None:
         """Take in a finished search or step."""
         report, step = event["report"], event["event"] == "step"
-        rollouts = report["counts"].get("rollouts", 0) if step else report["rollouts"]
+        counts = report["counts"]
+        rollouts = counts.get("rollouts", 0) + counts.get("held_rollouts", 0) if step else report["rollouts"]
         self.done.update({"updates" if step else "searches": 1, "train" if step else "search": rollouts})
         self.masked += OutcomeCounts.of(report["counts"]).masked.total()
         self.played = self.played_masked = 0
@@ -50,9 +51,15 @@ class Standing:
         searches, planned = self.budget.get("searches", 0), self.planned - self.budget.get("training_rollouts", 0)
         return {
             "search": planned * max(0, searches - self.done["searches"]) / searches if searches else 0.0,
-            "train": max(0, self.budget.get("training_rollouts", 0) - self.done["train"]),
+            "train": self._left_of_training(),
             "validation": max(0, self.budget.get("validation_rollouts", 0) - self.done["validation"]),
         }
+
+    def _left_of_training(self) -> float:
+        """At most what is planned; at the mean of the steps so far, which need not replace every flat group."""
+        planned, done = self.budget.get("training_rollouts", 0) - self.done["train"], self.done["updates"]
+        updates = self.budget.get("updates", 0) - done
+        return max(0.0, min(planned, updates * self.done["train"] / done) if done else planned)
 
     @property
     def progress(self) -> str:

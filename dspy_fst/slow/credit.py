@@ -101,6 +101,22 @@ def credit(
     )
 
 
+def is_flat(
+    group: Group,
+    *,
+    baseline: Literal["problem", "candidate"] = "problem",
+    trained: Collection[str] | None = None,
+    epsilon: float = EPSILON,
+) -> bool:
+    """Whether `credit` drops a group because its rollouts scored alike: every score that credits a trained call equals
+    those that it is compared with. A group with fewer than two measured rollouts is not flat: it was not measured.
+
+    The arguments are those of `credit`.
+    """
+    parts = [_MeasuredGroup(part, trained) for part in (_by_candidate(group) if baseline == "candidate" else [group])]
+    return any(len(part.rollouts) > 1 for part in parts) and not any(part.is_live(epsilon) for part in parts)
+
+
 def mini_batches(batch: Batch, count: int, draw: random.Random) -> list[Batch]:
     """Cut a batch into mini-batches for as many optimizer steps, e.g. 2 of 4 problems each for 8 problems.
 

@@ -202,9 +202,10 @@ def _plan_in_words(session: Session, budget: Budget, look: FirstLook) -> Iterato
         f"fast: {budget.searches} searches, up to {search} rollouts "
         f"+ {budget.scoring_rollouts} to score carried candidates"
     )
+    most = "up to " if budget.resampled_rollouts else ""
     yield (
-        f"slow: {budget.updates} updates, {budget.training_rollouts} rollouts "
-        f"({config.problems_per_step} problems x {_played(config)}), "
+        f"slow: {budget.updates} updates, {most}{budget.training_rollouts} rollouts "
+        f"({config.problems_per_step} problems x {_played(config)}{_resampled(session.plan)}), "
         f"learning rate {config.learning_rate:g} after {config.warmup_steps} warm-up updates"
     )
     yield (
@@ -213,6 +214,11 @@ def _plan_in_words(session: Session, budget: Budget, look: FirstLook) -> Iterato
         f"{budget.validation_rollouts} validation rollouts outside the budget, "
         f"and {look.spent.rollouts} were made before the start"
     )
+
+
+def _resampled(plan: Plan) -> str:
+    more = plan.replaceable
+    return f"; up to {more} more groups a step in place of flat ones" if more else ""
 
 
 def _played(config: FSTConfig) -> str:

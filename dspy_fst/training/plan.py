@@ -5,7 +5,7 @@ step reports, so a run that goes on decides as an uninterrupted one does.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from dspy_fst.config import FSTConfig
@@ -35,6 +35,9 @@ class Budget:
     scoring_rollouts: int
     """Rollouts that score the carried populations before each search."""
     training_rollouts: int
+    """At most, ``resampled_rollouts`` included."""
+    resampled_rollouts: int
+    """At most so many in place of flat groups (``resample_flat``)."""
     validation_rollouts: int
     """Of the start, in between and of the end, at most; outside of what the run is planned to spend."""
     updates: int
@@ -72,6 +75,12 @@ class Plan:
         epoch, place = divmod(step, self.size // size)
         return self._order(epoch)[place * size : (place + 1) * size]
 
+    def others(self, step: int, taken: Collection[int]) -> list[int]:
+        """The problems that are not ``taken``, in an order of the step: they may replace problems of its batch."""
+        order = list(range(self.size))
+        random.Random(f"{self.config.seed} others {step}{self.origin}").shuffle(order)
+        return [problem for problem in order if problem not in taken]
+
     def lookahead(self, cycle: int) -> list[int]:
         """D_c: the problems of the cycle's steps, without repetition (paper, section 3)."""
         first = cycle * self.config.steps_per_cycle
@@ -91,15 +100,24 @@ class Plan:
         anchors = len(self.anchors(0))
         # The first search starts from one text; later ones from up to K.
         carried = sum(config.population_size if cycle.index else 1 for cycle in searches)
+        resampled = self.updates * self.replaceable * config.group_size
+        training = self.updates * config.problems_per_step * config.rollouts_per_problem
         return Budget(
             searches=len(searches),
             search_rollouts=sum(cycle.search_budget for cycle in searches),
             overshoot_rollouts=anchors * len(searches),
             scoring_rollouts=carried * anchors,
-            training_rollouts=self.updates * config.problems_per_step * config.rollouts_per_problem,
+            training_rollouts=training + resampled,
+            resampled_rollouts=resampled,
             validation_rollouts=validation_size * config.validation_samples * self._validated_candidates(),
             updates=self.updates,
         )
+
+    @property
+    def replaceable(self) -> int:
+        """Groups that a step may sample in place of flat ones: so many rounds, or until every problem was sampled."""
+        size = self.config.problems_per_step
+        return min(self.config.resample_flat * size, self.size - size) if self.config.resample_flat else 0
 
     def validates_after(self, step: int) -> bool:
         """Whether a validation follows this step; that of the run's end comes on top."""

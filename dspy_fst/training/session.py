@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import takewhile
 
 import dspy
@@ -27,13 +28,14 @@ from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.run.validated import Validated, When, best_validated, early_stop, starting_population
-from dspy_fst.slow.credit import credit, mini_batches
+from dspy_fst.slow.credit import credit, is_flat, mini_batches
 from dspy_fst.slow.losses import NO_UPDATE, in_one_report
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.plan import Cycle, Plan, Schedule
 from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, best_versions, recoveries
 from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.request import Proposers
+from dspy_fst.training.resampling import refilled, resampling_counts
 from dspy_fst.training.validating import Validation
 from dspy_fst.types import Batch, Candidate, Group, Population, Problem, Rollout, SeedKLRollout, UpdateReport
 
@@ -151,7 +153,7 @@ class Session:
 
         return evolve(
             population,
-            [Problem(index, self.trainset[index]) for index in self.plan.anchors(cycle.index)],
+            self._examples(self.plan.anchors(cycle.index)),
             self.program,
             play=play,
             feedback=feedback_by(self.rollouter.reward),
@@ -178,28 +180,33 @@ class Session:
     # ---- slow ----------------------------------------------------------------------------------
 
     def sample(self, step: int, population: Population) -> list[Group]:
-        """The groups of a step: G rollouts of each of its problems, split evenly over the population."""
+        """The groups of a step: G rollouts of each of its problems, split evenly over the population.
+
+        With ``resample_flat`` groups of other problems follow them, in place of flat ones.
+        """
         self._begin(f"step {step}: rollouts", quiet=True)
         if self.config.method == "distill":
             return []
-        with self._timed("sampling"):
-            groups = self.rollouter.groups(
-                self._problems(step),
-                population,
-                self.config.group_size,
-                f"step-{step}",
-                on_rollout=self._tell_rollout,
-            )
+        own = self._batches[step]
+        groups = self._groups(step, population, own)
+        if rounds := self.config.resample_flat:
+            others = self.plan.others(step, own)
+            groups = refilled(groups, others, rounds, self._is_flat, partial(self._groups, step, population))
         self._sampled = [rollout for group in groups for rollout in group.rollouts]
         self._require_sound(step, self._sampled)
         return groups
+
+    def _groups(self, step: int, population: Population, problems: Sequence[int]) -> list[Group]:
+        asked, size = self._examples(problems), self.config.group_size
+        with self._timed("sampling"):
+            return self.rollouter.groups(asked, population, size, f"step-{step}", self._tell_rollout)
 
     def sample_seed(self, step: int, population: Population) -> list[SeedKLRollout]:
         """Rollouts of the step's problems under the program's own texts, for the term of ``seed_kl_coefficient``."""
         if self.config.seed_kl_coefficient == 0:
             return []
         seed, samples = self._own_texts(), range(self.config.seed_kl_rollouts)
-        tasks = [Task(problem, seed, sample) for problem in self._problems(step) for sample in samples]
+        tasks = [Task(problem, seed, sample) for problem in self._examples(self._batches[step]) for sample in samples]
         rollouts = self._play(tasks, f"seed-{step}", anew=self.config.distills)
         self._require_sound(step, rollouts)
         if not self.config.distills:
@@ -208,7 +215,7 @@ class Session:
 
     def credit(self, groups: Sequence[Group], seed_rollouts: Sequence[SeedKLRollout]) -> Batch:
         """Which calls the update learns from, and how much (`dspy_fst.slow.credit`)."""
-        return credit(
+        batch = credit(
             groups,
             seed_rollouts=seed_rollouts,
             trained=self.trained,
@@ -216,6 +223,14 @@ class Session:
             normalize=self.config.advantage_normalization,
             seed_kl_alone=self.config.method == "distill",
         )
+        if not self.config.resample_flat:
+            return batch
+        best, worst = self.config.perfect_score, self.config.worst_score
+        counts = resampling_counts(groups, self.config.problems_per_step, self._is_flat, worst, best)
+        return replace(batch, counts=batch.counts + counts)
+
+    def _is_flat(self, group: Group) -> bool:
+        return is_flat(group, trained=self.trained, baseline=self.config.baseline)
 
     def update(self, batch: Batch) -> UpdateReport:
         """One weight update, of ``updates_per_batch`` optimizer steps.
@@ -274,8 +289,8 @@ class Session:
             self._commit(cycle.index, self.run.state.get("searched", -1), step + 1, population)
         self.prune_weights()  # only now is known how good the weights were that sampled this step
 
-    def _problems(self, step: int) -> list[Problem]:
-        return [Problem(index, self.trainset[index]) for index in self._batches[step]]
+    def _examples(self, problems: Sequence[int]) -> list[Problem]:
+        return [Problem(index, self.trainset[index]) for index in problems]
 
     def _play(self, tasks: Sequence[Task], draw: str, *, anew: bool = False) -> list[Rollout]:
         with self._timed("sampling"):

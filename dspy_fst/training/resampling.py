@@ -1,0 +1,98 @@
+"""Flat groups of a step, replaced by groups of other problems: DAPO's dynamic sampling (arXiv 2503.14476, section 3.2).
+
+A group whose rollouts all scored alike gives no gradient, so a batch with many of them is a small batch. DAPO samples
+other problems until the batch is full. Here ``resample_flat`` bounds the rounds, so that the plan can say what a step
+costs at most. Nothing is hidden: the flat groups stay among the step's groups, and with them in its counts, rewards and
+costs. `dspy_fst.slow.credit` drops them as it always does.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.types import Group
+
+EDGE = 0.05
+"""A flat group counts as all right, or all wrong, when its mean reward is so near to the best, or the worst, reward, as
+a share of the range between the two (ours; `run.learning` uses the same for the top)."""
+
+
+def refilled(
+    groups: Sequence[Group],
+    others: Sequence[int],
+    rounds: int,
+    is_flat: Callable[[Group], bool],
+    sample: Callable[[Sequence[int]], list[Group]],
+) -> list[Group]:
+    """The groups of a step, and those that were sampled in place of flat ones.
+
+    In each round every group of the round before that is flat is replaced by the group of one other problem, as long as
+    there are any. A group that was not measured is not replaced: what kept it from being measured would meet the next
+    group too.
+
+    Args:
+        groups: Of the step's own problems.
+        others: Indices of other problems, in the order in which they are taken.
+        rounds: At most so many.
+        is_flat: Whether nothing is learnt from a group because its rollouts scored alike.
+        sample: Makes a group for each index.
+
+    Returns:
+        ``groups``, then the new ones. Flat groups are among both.
+    """
+    made, newest = [*groups], [*groups]
+    for _ in range(rounds):
+        count = sum(map(is_flat, newest))
+        wanted, others = others[:count], others[count:]
+        if not wanted:
+            break
+        newest = sample(wanted)
+        made += newest
+    return made
+
+
+def resampling_counts(
+    groups: Sequence[Group], planned: int, is_flat: Callable[[Group], bool], worst: float, best: float
+) -> Counter[str]:
+    """What became of a step's groups under ``resample_flat``, as counts of its report.
+
+    Example: ``{"resampled_groups": 3, "resampled_rollouts": 24, "dropped: all right": 16, "dropped: all wrong": 8}``.
+
+    Args:
+        groups: As `refilled` returned them.
+        planned: The first so many are of the step's own problems.
+        is_flat: As in `refilled`.
+        worst: Reward of a failed rollout.
+        best: Reward of a perfect one.
+
+    Returns:
+        ``resampled_groups`` and their ``resampled_rollouts``, and under ``dropped: REASON`` the rollouts of all flat
+        groups.
+    """
+    new = groups[planned:]
+    counts = Counter(resampled_groups=len(new), resampled_rollouts=sum(len(group.rollouts) for group in new))
+    for group in filter(is_flat, groups):
+        counts[f"dropped: {_reason(group, worst, best)}"] += len(group.rollouts)
+    return counts
+
+
+def _reason(group: Group, worst: float, best: float) -> str:
+    reward = fmean(rollout.reward for rollout in group.rollouts if rollout.reward is not None)
+    near = EDGE * (best - worst)
+    return "all right" if reward >= best - near else "all wrong" if reward <= worst + near else "all alike"
+
+
+def resampling_warnings(config: FSTConfig, trainset: int) -> list[str]:
+    """A sentence when ``resample_flat`` cannot do anything.
+
+    Args:
+        trainset: Number of its examples.
+    """
+    if not config.resample_flat or config.method == "gepa" or trainset > config.problems_per_step:
+        return []
+    return [
+        f"resample_flat={config.resample_flat}: each batch holds all {trainset} examples of the trainset "
+        f"(problems_per_step={config.problems_per_step}), so no other problem can replace one whose group is flat; add "
+        "examples or lower problems_per_step"
+    ]
