@@ -151,11 +151,12 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, Alternation):
         return self
 
     @model_validator(mode="after")
-    def _flat_groups_have_rewards(self) -> Self:
-        if self.resample_flat and self.method == "distill":
+    def _what_changes_rewards_needs_rewards(self) -> Self:
+        names = ("resample_flat", "overlong_penalty")
+        given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]
+        if given and self.method == "distill":
             raise ValueError(
-                f"resample_flat={self.resample_flat} replaces groups whose rewards are all equal, and method='distill' "
-                "learns from no reward; use resample_flat=0"
+                f"method='distill' learns from no reward, and {' and '.join(given)} would do nothing; leave it out"
             )
         return self
 

@@ -132,6 +132,8 @@ class Call:
     """How the prompt relates to an earlier call of the rollout. ``"first"``: to none. ``"continued"``: it begins with
     that call's prompt and reply as they were sampled. ``"rerendered"``: it holds that reply as other text or other
     ids."""
+    max_tokens: int | None = None
+    """The longest reply that was asked for; None: as far as the context goes."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,8 @@ class Batch:
     """``groups``, ``flat_groups``, ``rollouts``, ``rows``, ``tokens``, and lost rollouts by `Outcome.label`."""
     predictors: Mapping[str, PredictorReport] = field(default_factory=dict)
     """Every predictor that was called or scored, by name."""
+    length_penalty: float | None = None
+    """See StepReport."""
 
 
 @dataclass(frozen=True)
@@ -381,6 +385,9 @@ class StepReport:
     """The version that sampled the step; None in the events of releases that published one a step."""
     published: WeightsVersion | None = None
     """The version after the step: a new one when the update changed the weights."""
+    length_penalty: float | None = None
+    """Mean over the measured rollouts of what was taken off the reward for long replies (``overlong_penalty``), which
+    ``reward`` leaves out; None when the penalty is off."""
 
     @property
     def sampled_by(self) -> WeightsVersion:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -10,9 +11,9 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.report.from_events import record_of
 from dspy_fst.report.step_options import option_charts, option_lines, step_words
 from dspy_fst.run.directory import read_events
-from dspy_fst.slow.credit import credit, is_flat
+from dspy_fst.slow.credit import credit
 from dspy_fst.training.plan import Plan
-from dspy_fst.training.resampling import refilled, resampling_counts, resampling_warnings
+from dspy_fst.training.resampling import is_flat, refilled, resampling_counts, resampling_warnings
 from dspy_fst.types import Candidate, Group
 from tests.relay import any_answer
 from tests.slow.makers import make_call, make_group, make_rollout
@@ -20,6 +21,10 @@ from tests.test_compile import compile_relay, same_weights
 
 RIGHT, WRONG, ALIKE, LIVE = (1.0, 1.0), (0.0, 0.0), (0.5, 0.5), (0.0, 1.0)
 UNMEASURED = (None, 1.0)
+
+
+def flat(group):
+    return is_flat(group, credit)
 
 
 def made(rewards, rounds, others):
@@ -31,7 +36,7 @@ def made(rewards, rounds, others):
         asked.append(list(problems))
         return [groups[problem] for problem in problems]
 
-    return refilled([groups[0], groups[1], groups[2]], others, rounds, is_flat, sample), asked
+    return refilled([groups[0], groups[1], groups[2]], others, rounds, flat, sample), asked
 
 
 REWARDS = {0: RIGHT, 1: LIVE, 2: WRONG, 7: ALIKE, 8: LIVE, 9: UNMEASURED, 5: LIVE}
@@ -60,7 +65,7 @@ def test_the_counts_name_what_was_sampled_and_what_was_dropped():
     groups, _ = made(REWARDS, 2, [7, 8, 9])
     counts = {"resampled_groups": 3, "resampled_rollouts": 6}
     dropped = {"dropped: all right": 2, "dropped: all wrong": 2, "dropped: all alike": 2}
-    assert resampling_counts(groups, 3, is_flat, 0.0, 1.0) == {**counts, **dropped}
+    assert resampling_counts(groups, 3, flat, 0.0, 1.0) == {**counts, **dropped}
     # Of 3 + 3 groups three are flat, two are live and one was not measured; the live ones share the batch.
     batch = credit(groups)
     assert {batch.counts[name] for name in ("flat_groups", "groups")} == {3, 6}
@@ -69,10 +74,10 @@ def test_the_counts_name_what_was_sampled_and_what_was_dropped():
 
 
 @pytest.mark.parametrize(
-    ("baseline", "flat"),
+    ("baseline", "alike"),
     [("problem", False), ("candidate", True)],
 )
-def test_a_group_is_flat_where_credit_drops_it(baseline, flat):
+def test_a_group_is_flat_where_credit_drops_it(baseline, alike):
     """Two candidates of which one always scores: they differ from each other, and each is alike in itself."""
     always = Candidate({"answer": "Another."})
     rollouts = [
@@ -80,12 +85,12 @@ def test_a_group_is_flat_where_credit_drops_it(baseline, flat):
         *[replace(make_rollout(1.0, make_call()), candidate=always) for _ in range(2)],
     ]
     group = Group(0, tuple(rollouts))
-    assert is_flat(group, baseline=baseline) == flat == (not credit([group], baseline=baseline).rows)
+    assert is_flat(group, partial(credit, baseline=baseline)) == alike == (not credit([group], baseline=baseline).rows)
 
 
 @pytest.mark.parametrize("rewards", [UNMEASURED, (None, None)], ids=["one", "none"])
 def test_a_group_that_was_not_measured_is_not_flat(rewards):
-    assert not is_flat(make_group(*rewards))
+    assert not flat(make_group(*rewards))
 
 
 # ---- plan and budget -----------------------------------------------------------------------------
@@ -122,7 +127,7 @@ def test_a_trainset_without_other_problems_is_told_before_work():
 
 def test_what_learns_from_no_reward_has_no_flat_group():
     distill = {"method": "distill", "seed_kl_coefficient": 1.0, "seed_kl_teacher": "population"}
-    with pytest.raises(ConfigurationError, match=r"resample_flat=1 .* method='distill' learns from no reward"):
+    with pytest.raises(ConfigurationError, match=r"method='distill' learns from no reward, and resample_flat=1 would"):
         FSTConfig.checked({**distill, "resample_flat": 1})
 
 
@@ -168,7 +173,7 @@ def test_a_run_samples_other_problems_in_place_of_flat_ones_and_pays_for_them(tm
     paid = sum(step["counts"]["rollouts"] for step in steps)
     assert record.costs.training_rollouts == paid <= budget["training_rollouts"]
     assert "resample_flat: " in option_lines(record.steps)[0]
-    assert step_words(steps[0]["counts"]) == f", {steps[0]['counts']['resampled_groups']} groups resampled"
+    assert step_words(steps[0]) == f", {steps[0]['counts']['resampled_groups']} groups resampled"
     assert [chart.name for chart in option_charts([record])] == ["resampled-groups"]
 
 

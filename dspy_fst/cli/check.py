@@ -253,7 +253,7 @@ def _plan(config: "FSTConfig", opened: "Opened", policy: "PolicyLM") -> PlanFigu
 
     plan = Plan(config, len(opened.trainset))
     budget = plan.budget(len(opened.valset or ()))
-    longest = _longest_rollout(opened.program, policy)
+    longest = _longest_rollout(opened.program)
 
     def phase(rollouts: int, *, searches: int = 0, updates: int = 0) -> Phase:
         tokens = None if longest is None else rollouts * longest
@@ -273,13 +273,12 @@ def _plan(config: "FSTConfig", opened: "Opened", policy: "PolicyLM") -> PlanFigu
     }
 
 
-def _longest_rollout(program: "dspy.Module", policy: "PolicyLM") -> int | None:
+def _longest_rollout(program: "dspy.Module") -> int | None:
     """At most so many sampled tokens in a rollout that calls each trained predictor once; None without a limit."""
-    from dspy_fst.preflight.program_checks import policies_of
+    from dspy_fst.preflight.reply_limits import reply_limits
 
-    configs = {name: predictor.config for name, predictor in program.named_predictors()}
-    limits = [configs[name].get("max_tokens", lm.reply_limit) for name, lm in policies_of(program).items()]
-    return sum(limits) if all(limits) else None
+    limits = reply_limits(program).values()
+    return sum(limit or 0 for limit in limits) if all(limits) else None
 
 
 # ---- shown -------------------------------------------------------------------------------------

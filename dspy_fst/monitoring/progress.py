@@ -153,7 +153,7 @@ class ProgressView:
             f"step {report['step']}: reward {number(figures.get('train/reward'))}, "
             f"KL {_small(figures.get('train/kl_to_start'))}, {under_seed}"
             f"entropy {number(figures.get('train/entropy'))}, "
-            f"{counts.get('flat_groups', 0)}/{counts.get('groups', 0)} groups flat{step_words(counts)}, "
+            f"{counts.get('flat_groups', 0)}/{counts.get('groups', 0)} groups flat{step_words(report)}, "
             f"{counted(report['update']['tokens'], 'token')} trained{_lost(counts)}"
         )
 

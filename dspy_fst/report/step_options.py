@@ -1,31 +1,35 @@
-"""What the options of a step did: `resample_flat`. Empty wherever an option is off. Pure."""
+"""What the options of a step did: `resample_flat`, `overlong_penalty`. Empty wherever an option is off. Pure."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
-from dspy_fst.formatting.numbers import counted
+from dspy_fst.formatting.numbers import counted, number
 from dspy_fst.report.measures import Chart, Measure, Points
 from dspy_fst.report.run_record import RunRecord
+from dspy_fst.run.directory import Event
 from dspy_fst.types import StepReport
 
 DROPPED = "dropped: "
 """Begins the names of counts of rollouts that flat groups held, by reason."""
 
 
-def step_words(counts: Mapping[str, int]) -> str:
+def step_words(report: Event) -> str:
     """What the options did in one step, with a comma before it, e.g. ``", 3 groups resampled"``.
 
     Args:
-        counts: Of the step's report.
+        report: Of the step, as its event has it.
     """
-    resampled = counts.get("resampled_groups", 0)
-    return f", {counted(resampled, 'group')} resampled" if resampled else ""
+    resampled, penalty = report["counts"].get("resampled_groups", 0), report.get("length_penalty")
+    words = [f"{counted(resampled, 'group')} resampled"] if resampled else []
+    words += [f"length penalty {number(penalty)}"] if penalty else []
+    return "".join(f", {each}" for each in words)
 
 
 def option_lines(steps: Sequence[StepReport]) -> list[str]:
     """A sentence for each option that did something in these steps."""
     counts = sum((Counter(step.counts) for step in steps), Counter[str]())
-    return [line for line in (_resampled(counts),) if line]
+    return [line for line in (_resampled(counts), _penalized(steps, counts)) if line]
 
 
 def _resampled(counts: Mapping[str, int]) -> str:
@@ -37,6 +41,16 @@ def _resampled(counts: Mapping[str, int]) -> str:
         f"resample_flat: {counted(counts['resampled_groups'], 'group')} in place of flat ones, of "
         f"{counted(counts['resampled_rollouts'], 'rollout')}. Nothing was learnt from the "
         f"{counted(sum(reasons.values()), 'rollout')} of flat groups{why}."
+    )
+
+
+def _penalized(steps: Sequence[StepReport], counts: Mapping[str, int]) -> str:
+    penalties = [step.length_penalty for step in steps if step.length_penalty is not None]
+    if not penalties:
+        return ""
+    return (
+        f"overlong_penalty: {counted(counts['overlong_rollouts'], 'rollout')} had long replies; on average "
+        f"{number(fmean(penalties))} was taken off the rewards, which are shown without it."
     )
 
 
@@ -67,6 +81,15 @@ OPTIONS = (
         "update",
         "groups",
         {"resampled": _counted("resampled_groups")},
+        span=(0.0, None),
+    ),
+    Measure(
+        "length-penalty",
+        "Penalty for long replies",
+        "Mean of what was taken off a rollout's reward before advantages were computed (overlong_penalty).",
+        "update",
+        "reward",
+        {"penalty": lambda record: ([s.step for s in record.steps], [s.length_penalty for s in record.steps])},
         span=(0.0, None),
     ),
 )

@@ -218,6 +218,7 @@ def _begun(
                 reasoning_tokens=completion.reasoning_tokens,
                 cut_by_context=_cut_by_context(completion, request.config.max_tokens),
                 turn=_turn(completion.prompt_ids, earlier),
+                max_tokens=request.config.max_tokens,
             ),
             request,
         )

@@ -10,7 +10,7 @@ problem's group. The calls of the other predictors are credited with the reward.
 
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -20,6 +20,7 @@ import numpy as np
 
 from dspy_fst.errors import TrainingError
 from dspy_fst.outcomes.outcome import PARSE, OutcomeCounts
+from dspy_fst.slow.length_penalty import Penalty
 from dspy_fst.types import (
     Batch,
     Call,
@@ -44,6 +45,7 @@ def credit(
     trained: Collection[str] | None = None,
     seed_rollouts: Sequence[SeedKLRollout] = (),
     seed_kl_alone: bool = False,
+    penalty: Penalty | None = None,
     epsilon: float = EPSILON,
 ) -> Batch:
     """Turn the groups of one slow step into the rows of one weight update.
@@ -56,6 +58,8 @@ def credit(
     mean and standard deviation are over the rollouts of the group in which the predictor has a score (see
     `own_scores`). When these scores are all equal, the predictor's calls are dropped and the other predictors' calls
     stay.
+
+    With a ``penalty`` each score is first lowered by the largest penalty of the calls in the rollout that it credits.
 
     The weight of a token is ``1 / (problems * tokens of its problem)``: the loss is averaged over the tokens of a
     problem, then over problems (FST, eq. 4). ``problems`` counts those that kept a row. A dropped group is absent from
@@ -72,6 +76,7 @@ def credit(
         trained: Predictors whose calls are trained; None means all.
         seed_rollouts: Rollouts under the program's own texts, whose calls become ``Batch.seed_kl_calls``.
         seed_kl_alone: Train on these calls even if every group has zero variance.
+        penalty: What a call takes off the scores that it is credited with, e.g. `slow.length_penalty.overlong`.
         epsilon: See :data:`EPSILON`.
 
     Returns:
@@ -84,13 +89,15 @@ def credit(
         groups = [part for group in groups for part in _by_candidate(group)]
     sampled = [rollout for group in groups for rollout in group.rollouts]
     weights = _single_version([*sampled, *(seed.rollout for seed in seed_rollouts)])
-    measured = [_MeasuredGroup(group, trained) for group in groups]
+    measured = [_MeasuredGroup(group, trained, penalty) for group in groups]
     stds = _stds([stream for group in measured for stream in group.streams.values() if stream.spread > epsilon])
     credited = [list(group.credited_calls(stds if normalize == "batch" else {}, epsilon)) for group in measured]
     rows = _rows([calls for calls in credited if calls])
     counts = _counts(groups, measured, rows, trained, epsilon)
     seed_kl_calls = _seed_kl_calls(seed_rollouts, trained)
     counts.update(_seed_kl_counts(seed_rollouts, seed_kl_calls, trained))
+    penalties = [each for group in measured for each in group.penalties]
+    counts.update({"overlong_rollouts": sum(each > 0 for each in penalties)} if penalties else {})
     flat = Counter(name for group in measured if len(group.rollouts) > 1 for name in group.zero_advantage(epsilon))
     return Batch(
         rows=rows,
@@ -98,23 +105,8 @@ def credit(
         seed_kl_calls=seed_kl_calls if rows or seed_kl_alone else (),
         counts=counts,
         predictors=predictor_reports(groups, rows, flat),
+        length_penalty=fmean(penalties) if penalties else None,
     )
-
-
-def is_flat(
-    group: Group,
-    *,
-    baseline: Literal["problem", "candidate"] = "problem",
-    trained: Collection[str] | None = None,
-    epsilon: float = EPSILON,
-) -> bool:
-    """Whether `credit` drops a group because its rollouts scored alike: every score that credits a trained call equals
-    those that it is compared with. A group with fewer than two measured rollouts is not flat: it was not measured.
-
-    The arguments are those of `credit`.
-    """
-    parts = [_MeasuredGroup(part, trained) for part in (_by_candidate(group) if baseline == "candidate" else [group])]
-    return any(len(part.rollouts) > 1 for part in parts) and not any(part.is_live(epsilon) for part in parts)
 
 
 def mini_batches(batch: Batch, count: int, draw: random.Random) -> list[Batch]:
@@ -203,17 +195,26 @@ class _ScoreStream:
 class _MeasuredGroup:
     """The measured rollouts of one group, and the scores that their calls are credited with."""
 
-    def __init__(self, group: Group, trained: Collection[str] | None):
+    def __init__(self, group: Group, trained: Collection[str] | None, penalty: Penalty | None):
         self.problem = group.problem
         self.rollouts = [rollout for rollout in group.rollouts if rollout.reward is not None]
         scores: dict[str | None, dict[int, float]] = {None: {i: float(r.reward or 0) for i, r in self._numbered()}}
         scores.update(own_scores(self.rollouts))
-        streams = {name: _ScoreStream.of(group.problem, name, by_rollout) for name, by_rollout in scores.items()}
-        self._calls = [
-            (i, call, streams[call.predictor if i in scores.get(call.predictor, {}) else None])
+        calls = [
+            (i, call, call.predictor if i in scores.get(call.predictor, {}) else None)
             for i, rollout in self._numbered()
             for call in _trained_calls(rollout, trained)
         ]
+        self.penalties: list[float] = []
+        """Of each measured rollout; empty without a penalty."""
+        if penalty is not None:
+            taken: dict[tuple[int, str | None], float] = defaultdict(float)
+            for i, call, name in calls:
+                taken[i, name] = max(taken[i, name], penalty(call))
+            scores = {name: {i: score - taken[i, name] for i, score in of.items()} for name, of in scores.items()}
+            self.penalties = [max((taken[i, name] for name in scores), default=0.0) for i, _ in self._numbered()]
+        streams = {name: _ScoreStream.of(group.problem, name, by_rollout) for name, by_rollout in scores.items()}
+        self._calls = [(i, call, streams[name]) for i, call, name in calls]
         self.streams = {stream.predictor: stream for _, _, stream in self._calls}
         """The score streams that credit at least one trained call; empty in a group without trained calls."""
         self._deciding = self.streams or {None: streams[None]}

@@ -69,6 +69,12 @@ class TrainingSettings(Settings):
     its own candidate alone."""
     advantage_normalization: Literal["group", "batch"] = "group"
     """Whose standard deviation divides the advantages: that of the group (paper, Eq. 3) or of the batch (ScaleRL)."""
+    overlong_penalty: float = Field(default=0.0, ge=0)
+    """Most that is taken off a rollout's reward for a reply that nears ``max_tokens``, before advantages are computed
+    (paper: 0; DAPO, 2503.14476, Eq. 13: 1, where a wrong answer has -1 and a right one 1)."""
+    overlong_share: float = Field(default=0.2, gt=0, le=1)
+    """The last part of ``max_tokens``, over which ``overlong_penalty`` grows from 0 to its full size (ours: DAPO's 4096
+    of 20480 tokens)."""
     updates_per_batch: int = Field(default=1, ge=1)
     """Optimizer steps for each batch of rollouts, each on its own share of the problems (paper: 1; DAPO, 2503.14476,
     takes 16). The importance weights correct for the weights that have moved since the batch was sampled."""

@@ -90,6 +90,7 @@ class Recorder:
             predictors=batch.predictors,
             weights=self.steps[-1].left if self.steps else version_of(0),
             published=published,
+            length_penalty=batch.length_penalty,
         )
         self.steps.append(report)
         self._run.emit("step", report=report)

@@ -32,6 +32,7 @@ from dspy_fst.preflight.library_checks import library_faults
 from dspy_fst.preflight.model_checks import lora_faults, lora_warnings, model_faults
 from dspy_fst.preflight.precision import precision_warnings
 from dspy_fst.preflight.program_checks import adapters_faults, policies_of, program_faults, trained_faults
+from dspy_fst.preflight.reply_limits import limit_faults
 from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.preflight.template_checks import template_warnings
 from dspy_fst.preflight.text_checks import text_faults
@@ -165,6 +166,7 @@ def _faults_of_arguments(
     yield from part_faults(student)
     yield from trained_faults(student, config)
     yield from adapters_faults(student, config)
+    yield from limit_faults(student, config)
     yield from data_faults(given.trainset, given.valset, config)
     yield from valset_faults(config, given.valset)
     yield from input_faults(student, given.trainset, given.valset)

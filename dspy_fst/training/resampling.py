@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.types import Group
+from dspy_fst.types import Batch, Group
 
 EDGE = 0.05
 """A flat group counts as all right, or all wrong, when its mean reward is so near to the best, or the worst, reward, as
@@ -50,6 +50,17 @@ def refilled(
         newest = sample(wanted)
         made += newest
     return made
+
+
+def is_flat(group: Group, credited: Callable[[Sequence[Group]], Batch]) -> bool:
+    """Whether nothing is learnt from a group because its rollouts scored alike. A group with fewer than two measured
+    rollouts is not flat: it was not measured.
+
+    Args:
+        credited: `dspy_fst.slow.credit.credit` with the settings of the run, so that both decide alike.
+    """
+    counts = credited([group]).counts
+    return counts["flat_groups"] > 0 and not counts["live_groups"]
 
 
 def resampling_counts(

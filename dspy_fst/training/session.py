@@ -28,14 +28,15 @@ from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.run.validated import Validated, When, best_validated, early_stop, starting_population
-from dspy_fst.slow.credit import credit, is_flat, mini_batches
+from dspy_fst.slow.credit import credit, mini_batches
+from dspy_fst.slow.length_penalty import penalty_of
 from dspy_fst.slow.losses import NO_UPDATE, in_one_report
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.plan import Cycle, Plan, Schedule
 from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, best_versions, recoveries
 from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.request import Proposers
-from dspy_fst.training.resampling import refilled, resampling_counts
+from dspy_fst.training.resampling import is_flat, refilled, resampling_counts
 from dspy_fst.training.validating import Validation
 from dspy_fst.types import Batch, Candidate, Group, Population, Problem, Rollout, SeedKLRollout, UpdateReport
 
@@ -73,6 +74,7 @@ class Session:
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
         self._batches = [self.plan.problems(step) for step in range(self.plan.updates)]
+        self._penalty = penalty_of(self.config)
         self.recorder = Recorder(self.run)
         self.schedule = Schedule(self.plan, self.config, lambda: self.run.state, self.recorder.steps)
         texts = NaturalTexts(self.program, self.trained, self.trainset, self.trainer.tokenizer)
@@ -215,14 +217,7 @@ class Session:
 
     def credit(self, groups: Sequence[Group], seed_rollouts: Sequence[SeedKLRollout]) -> Batch:
         """Which calls the update learns from, and how much (`dspy_fst.slow.credit`)."""
-        batch = credit(
-            groups,
-            seed_rollouts=seed_rollouts,
-            trained=self.trained,
-            baseline=self.config.baseline,
-            normalize=self.config.advantage_normalization,
-            seed_kl_alone=self.config.method == "distill",
-        )
+        batch = self._credited(groups, seed_rollouts)
         if not self.config.resample_flat:
             return batch
         best, worst = self.config.perfect_score, self.config.worst_score
@@ -230,7 +225,18 @@ class Session:
         return replace(batch, counts=batch.counts + counts)
 
     def _is_flat(self, group: Group) -> bool:
-        return is_flat(group, trained=self.trained, baseline=self.config.baseline)
+        return is_flat(group, self._credited)
+
+    def _credited(self, groups: Sequence[Group], seed_rollouts: Sequence[SeedKLRollout] = ()) -> Batch:
+        return credit(
+            groups,
+            seed_rollouts=seed_rollouts,
+            trained=self.trained,
+            baseline=self.config.baseline,
+            normalize=self.config.advantage_normalization,
+            seed_kl_alone=self.config.method == "distill",
+            penalty=self._penalty,
+        )
 
     def update(self, batch: Batch) -> UpdateReport:
         """One weight update, of ``updates_per_batch`` optimizer steps.
