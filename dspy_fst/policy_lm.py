@@ -7,6 +7,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -15,7 +16,7 @@ from dspy import lm15
 from dspy.clients.engines.base import StreamEvent
 from pydantic import ValidationError
 
-from dspy_fst.engine.base import Checkpoint, Completion, Engine, Through
+from dspy_fst.engine.base import Checkpoint, Completion, Engine, SleepingEngine, Through
 from dspy_fst.engine.chat import Ids, PromptRenderer
 from dspy_fst.engine.lora_handle import AdapterHandle
 from dspy_fst.engine.machine import has_gpu
@@ -264,6 +265,11 @@ class EngineHandle:
     def supports_reasoning(self) -> bool:
         """Read by DSPy's adapters: whether a ``dspy.Reasoning`` field is what the model thinks before it answers."""
         return self.reader.thinks
+
+    def asleep(self) -> AbstractContextManager[None]:
+        """The engine's GPU memory is free in this block, if it sleeps (``sleep_level``); its calls wait."""
+        engine = self.engine
+        return engine.asleep() if isinstance(engine, SleepingEngine) else nullcontext()
 
     def release(self) -> None:
         with self._lock:

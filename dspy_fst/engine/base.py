@@ -221,6 +221,15 @@ class StreamingEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class SleepingEngine(Protocol):
+    """An engine that can give its GPU memory to the trainer for a while."""
+
+    def asleep(self) -> AbstractContextManager[None]:
+        """The engine's memory is free in this block, where it was told to sleep. Calls wait for the block's end."""
+        ...
+
+
 # ---- what no engine is asked ----------------------------------------------------------------------
 
 _SAMPLING = {

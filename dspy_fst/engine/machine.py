@@ -26,6 +26,14 @@ def free_gpu_bytes() -> tuple[int, int] | None:
     return free, total
 
 
+def empty_gpu_cache() -> None:
+    """Give the memory that torch keeps for later tensors of this process back to the card, for other processes."""
+    if has_gpu():
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 def free_second_gpu_bytes() -> int | None:
     """Free bytes of the second CUDA device; None with fewer than two."""
     if not has_gpu():

@@ -54,14 +54,18 @@ class WeightsLock:
                     self._checkers -= 1
 
     @contextmanager
-    def loading(self, timeout_s: float) -> Iterator[None]:
+    def loading(self, timeout_s: float, who: str = "a load") -> Iterator[None]:
         """Change the weights in this block, after the requests in flight and before later ones.
+
+        Args:
+            timeout_s: Longest wait for them.
+            who: Named in the error.
 
         Raises:
             EngineError: requests or another load were still under way after ``timeout_s`` seconds.
         """
         with self._changed:
-            self._wait_for_turn(timeout_s)
+            self._wait_for_turn(timeout_s, who)
             self._loading = True
         try:
             yield
@@ -70,7 +74,7 @@ class WeightsLock:
                 self._loading = False
                 self._changed.notify_all()
 
-    def _wait_for_turn(self, timeout_s: float) -> None:
+    def _wait_for_turn(self, timeout_s: float, who: str) -> None:
         began = time.monotonic()
         self._loaders_waiting += 1
         try:
@@ -81,7 +85,7 @@ class WeightsLock:
         if self._loading or self._samplers:
             holder = "another load" if self._loading else f"{self._samplers} requests in flight"
             raise EngineError(
-                f"a load waited {time.monotonic() - began:.0f} s for {holder} to finish (request_timeout_s)"
+                f"{who} waited {time.monotonic() - began:.0f} s for {holder} to finish (request_timeout_s)"
             )
 
 

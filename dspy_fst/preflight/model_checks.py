@@ -74,11 +74,16 @@ def _weights_faults(path: Path) -> Iterator[str]:
 
 
 def lora_faults(policy: PolicyLM, adapter: LoRA, grouping: Grouping = "shared") -> list[str]:
-    """Why these LoRA adapters do not fit the model, from its config alone. A model that cannot be read is reported by
-    `model_faults`."""
+    """Why these LoRA adapters do not fit the engine's options, or the model, from its config alone. A model that cannot
+    be read is reported by `model_faults`."""
     from dspy_fst.engine.lora import name_faults, target_faults
 
     faults = name_faults(grouping if isinstance(grouping, dict) else ())
+    if policy.handle.options.get("sleep_level") == 2:
+        faults.append(
+            "engine_options: sleep_level=2 drops the base below the LoRA adapters, and an update hands the adapters "
+            "alone over; use sleep_level=1"
+        )
     model = _without_numbers(policy)
     return faults if model is None else [*faults, *target_faults(model, adapter)]
 

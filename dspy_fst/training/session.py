@@ -8,7 +8,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -252,7 +252,9 @@ class Session:
         step = len(self.recorder.steps)
         draw = random.Random(f"{self.config.seed} mini-batches {step}")
         parts = mini_batches(batch, self.config.updates_per_batch, draw)
-        reports = [self._optimizer_step(part, step, place) for place, part in enumerate(parts)]
+        learns = batch.rows or batch.seed_kl_calls
+        with self.policy.handle.asleep() if learns else nullcontext():
+            reports = [self._optimizer_step(part, step, place) for place, part in enumerate(parts)]
         applied = [report for report in reports if report.skipped is None]
         for skipped in [report.skipped for report in reports if report.skipped is not None] if applied else []:
             self.run.emit("warning", step=step, text=f"one of {len(parts)} optimizer steps was skipped: {skipped}")

@@ -623,7 +623,9 @@ def test_a_request_says_for_what_it_waited_in_vain(world, weights):
     with ThreadPoolExecutor(1) as pool:
         load = pool.submit(engine.load, weights("v0"))
         assert loading.wait(10)
-        with pytest.raises(EngineError, match=r"a request waited 0\.3 s for another thread to load or restart vLLM"):
+        with pytest.raises(
+            EngineError, match=r"a request waited 0\.3 s for another thread to load, restart or wake vLLM"
+        ):
             engine.complete(REQUEST, 1)
         go_on.set()
         load.result(10)

@@ -17,6 +17,14 @@ SERVED_NAME = "policy"
 _LAUNCHER = "vllm.entrypoints.launchers.api_server.entry"
 _SERVED_FOLDER = Path(__file__).with_name("served")
 _OVERRIDES = "--hf-overrides"
+HOW_TO_ATTACH = (
+    "Launch it with VLLM_SERVER_DEV_MODE=1, VLLM_API_KEY and a PYTHONPATH with dspy_fst/engine/vllm/served in its "
+    "environment, and with --logprobs-mode processed_logprobs --generation-config vllm "
+    "--middleware dspy_fst_key_guard.KeyGuard --worker-extension-cls dspy_fst_weight_check.WeightCheck "
+    """--hf-overrides '{"head_dtype": "float32"}', on a host that nobody else reaches: """
+    "these endpoints can run any method, and vLLM's own check of the key leaves them open. For LoRA adapters add "
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora, --max-lora-rank and --max-loras, and launch it on their base."
+)
 
 
 def vllm_command(settings: VLLMSettings, model: Path, port: int, loras: LoRANeeds | None = None) -> list[str]:
@@ -44,6 +52,7 @@ def vllm_command(settings: VLLMSettings, model: Path, port: int, loras: LoRANeed
         "--disable-uvicorn-access-log",
         "--no-log-error-stack",  # developer mode would log a stack trace for every refused request
         *(["--enforce-eager"] if eager else []),
+        *([] if settings.sleep_level is None else ["--enable-sleep-mode"]),
         # On a CPU, a seeded request whose prompt is prefilled in chunks crashes vLLM 0.32.
         *([] if on_gpu else ["--no-enable-chunked-prefill"]),
         *([] if loras is None else _lora_flags(settings, loras)),

@@ -130,6 +130,10 @@ class LoRAVersions:
                     self._calls[target.model] -= 1
                 self._unload_idle()
 
+    def distrust_base(self) -> None:
+        """Compare the base again at the next check: the server moved it, to sleep."""
+        self._base_is_sound = False
+
     def held(self, checkpoint: Checkpoint, compare_base: Callable[[], Holding | None]) -> Holding | None:
         """Compare the adapters in use with a version's, and their base until it was found sound; see `Scorer.held`.
 

@@ -15,7 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dspy.lm15 import Request
@@ -26,12 +26,13 @@ from dspy_fst.engine.machine import free_port
 from dspy_fst.engine.replies import UNREAD, ReplyReader, with_stop_tokens
 from dspy_fst.engine.vllm.client import Address, NoAnswerError, VLLMClient
 from dspy_fst.engine.vllm.diagnosis import last_words, obituary
-from dspy_fst.engine.vllm.launch import lora_places, vllm_command, vllm_environment
+from dspy_fst.engine.vllm.launch import HOW_TO_ATTACH, lora_places, vllm_command, vllm_environment
 from dspy_fst.engine.vllm.lora_client import LoRAClient
 from dspy_fst.engine.vllm.lora_files import LoRANeeds
 from dspy_fst.engine.vllm.lora_versions import UNLOADED, LoRAVersions, Target
 from dspy_fst.engine.vllm.process import ServerProcess
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
+from dspy_fst.engine.vllm.sleep_mode import DROPS_WEIGHTS, WeightsDroppedError, fall_asleep, wake_up
 from dspy_fst.engine.weights_lock import WeightsLock
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
@@ -44,15 +45,6 @@ _DEATH_NOTICE_S = 3.0
 """How long to wait, after a connection broke, for the server to end, so that the error can tell why."""
 _WIND_UP_S = 60.0
 """The same wait for a server whose engine has died, which its health check reports. It is killed after this time."""
-
-_HOW_TO_ATTACH = (
-    "Launch it with VLLM_SERVER_DEV_MODE=1, VLLM_API_KEY and a PYTHONPATH with dspy_fst/engine/vllm/served in its "
-    "environment, and with --logprobs-mode processed_logprobs --generation-config vllm "
-    "--middleware dspy_fst_key_guard.KeyGuard --worker-extension-cls dspy_fst_weight_check.WeightCheck "
-    """--hf-overrides '{"head_dtype": "float32"}', on a host that nobody else reaches: """
-    "these endpoints can run any method, and vLLM's own check of the key leaves them open. For LoRA adapters add "
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora, --max-lora-rank and --max-loras, and launch it on their base."
-)
 
 
 class ServerDiedError(NoAnswerError):
@@ -71,6 +63,10 @@ class VLLMServer:
     def __init__(self, settings: VLLMSettings | None = None):
         self.settings = settings or VLLMSettings()
         self._lock = WeightsLock()
+        self._asleep = ExitStack()
+        """Holds the lock while the server sleeps."""
+        self._dropped = False
+        """Whether the weights were dropped in a sleep and not loaded since."""
         self._weights: WeightsVersion | None = None
         self._process: ServerProcess | None = None
         self._client: VLLMClient | None = None
@@ -136,7 +132,25 @@ class VLLMServer:
                 self._start(checkpoint)
             else:
                 self._client.swap_weights(checkpoint.path.resolve())
-            self._weights = checkpoint.version
+            self._weights, self._dropped = checkpoint.version, False
+
+    def sleep(self, level: int) -> None:
+        """Give the GPU memory back, after the calls in flight; later ones wait until `wake`. See `sleep_mode`.
+
+        Raises:
+            EngineError: calls were still in flight after their limit, or the server did not fall asleep in time.
+        """
+        self._asleep.enter_context(self._lock.loading(self.settings.request_timeout_s, "a sleep"))
+        self._dropped = level == DROPS_WEIGHTS
+        with self._explaining_death():
+            fall_asleep(self._require_client(), level)
+
+    def wake(self) -> None:
+        """Take the memory again and let calls in; raises EngineError if the server does not wake in time."""
+        with self._asleep, self._explaining_death():
+            wake_up(self._require_client())
+        if self._loras is not None:
+            self._loras.distrust_base()
 
     def restart_reason(self, checkpoint: Checkpoint) -> str | None:
         """Why the running server cannot go over to these weights without a restart; None if it can, or none runs.
@@ -225,6 +239,8 @@ class VLLMServer:
         """
         lock = self._lock.sampling if sampling else self._lock.checking
         with lock(self.settings.request_timeout_s), self._explaining_death():
+            if self._dropped:
+                raise WeightsDroppedError
             yield self._require_client()
             self._answered_at = time.monotonic()
 
@@ -243,6 +259,7 @@ class VLLMServer:
             process.stop(keep_log=keep_log)
         if client is not None:
             client.close()
+        self._asleep.close()  # calls that wait for it to wake fail now
 
     def _require_client(self) -> VLLMClient:
         if self._client is None or self.weights is None:
@@ -266,7 +283,7 @@ class VLLMServer:
         """The LoRA adapters of a server that was just launched or attached to; none is loaded yet."""
         attached = self.settings.attach_url is not None
         loras = LoRAClient(client)
-        loras.note_names(_HOW_TO_ATTACH, optional=attached)
+        loras.note_names(HOW_TO_ATTACH, optional=attached)
         capacity = None if attached else lora_places(self.settings, needs)[1]
         return LoRAVersions(loras, checkpoint, needs, capacity=capacity, wait_s=self.settings.request_timeout_s)
 
@@ -275,12 +292,12 @@ class VLLMServer:
         client = self._new_client(address)
         try:
             client.find_model()
-            client.require_developer_endpoints(_HOW_TO_ATTACH)
+            client.require_developer_endpoints(HOW_TO_ATTACH)
             if checkpoint.adapters:  # their base is not swapped: the server must have been launched on it
-                LoRAClient(client).require(_HOW_TO_ATTACH)
+                LoRAClient(client).require(HOW_TO_ATTACH)
             else:
                 client.swap_weights(checkpoint.path.resolve())  # also resumes a server that was left paused
-            client.require_processed_logprobs(_HOW_TO_ATTACH)
+            client.require_processed_logprobs(HOW_TO_ATTACH)
         except BaseException:
             client.close()
             raise

@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dspy_fst.engine.machine import is_loopback, port_taken
+from dspy_fst.engine.machine import has_gpu, is_loopback, port_taken
 
 _POSITIVE = (
     *("startup_timeout_s", "request_timeout_s", "load_timeout_s", "stall_timeout_s", "stop_grace_s"),
@@ -13,6 +13,7 @@ _POSITIVE = (
 _OURS = {
     *("--model", "--host", "--port", "--api-key", "--served-model-name"),
     *("--logprobs-mode", "--generation-config", "--disable-log-stats", "--worker-extension-cls"),
+    "--enable-sleep-mode",
     *("--enable-lora", "--max-loras", "--max-lora-rank", "--max-cpu-loras", "--lora-target-modules"),
 }
 _DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
@@ -39,11 +40,15 @@ class VLLMSettings:
     max_loras: int | None = None
     """How many LoRA adapters one batch may use; calls on further ones wait. None: twice as many as a version has. The
     server keeps twice this number in memory, and a load waits until calls on older versions leave it room."""
+    sleep_level: int | None = None
+    """Let the server and the trainer take turns on a card: the server sleeps during each update. 1 moves its weights to
+    main memory and back. 2 drops them and reads them again; not with LoRA adapters. None: both hold their memory all
+    the time. It has not been tried on a card yet."""
     startup_timeout_s: float = 600.0
     request_timeout_s: float = 600.0
     """Longest wait for one reply, and longest wait of a load for the replies in flight."""
     load_timeout_s: float = 600.0
-    """Longest wait until the server has read new weights."""
+    """Longest wait until the server has read new weights, fell asleep or woke up."""
     stall_timeout_s: float = 180.0
     """A server with requests in flight that processes no token for this long is killed and started again."""
     max_restarts: int = 3
@@ -72,11 +77,28 @@ def vllm_faults(settings: VLLMSettings) -> list[str]:
     for name in ("max_model_len", "max_loras"):
         if (limit := getattr(settings, name)) is not None and limit < 1:
             faults.append(f"{name} is {limit}: it must be at least 1")
+    faults += _sleep_faults(settings)
     if settings.attach_url is not None:
         if not settings.attach_url.startswith(("http://", "https://")):
             faults.append(f"attach_url is {settings.attach_url!r}: it must start with http:// or https://")
         return faults
     return faults + _launch_faults(settings)
+
+
+def _sleep_faults(settings: VLLMSettings) -> list[str]:
+    level = settings.sleep_level
+    if level is None:
+        return []
+    if isinstance(level, bool) or level not in (1, 2):
+        return [f"sleep_level is {level!r}: use 1 (weights move to main memory), 2 (they are read again) or None"]
+    if settings.attach_url is not None:
+        return [
+            f"sleep_level is {level}: a server at attach_url is not put to sleep, because others may use it; leave "
+            "sleep_level unset"
+        ]
+    if not has_gpu():
+        return [f"sleep_level is {level}: vLLM sleeps on a GPU only, and torch sees none here; leave sleep_level unset"]
+    return []
 
 
 def _launch_faults(settings: VLLMSettings) -> list[str]:

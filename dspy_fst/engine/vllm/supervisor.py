@@ -8,6 +8,8 @@ The contract of this file:
   loaded and verified.
 - A swap after which other weights are in use is repaired by a restart on the new weights.
 - After ``max_restarts`` every call fails at once.
+- While the trainer has the card to itself (`asleep`), calls wait. Afterwards nobody samples before the weights are
+  verified again, which the next load does, or else the first call.
 - A server that somebody else launched is never restarted; requests to it are only repeated.
 """
 
@@ -16,18 +18,19 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 from dspy.lm15 import Request
 from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after_attempt, wait_exponential, wait_random
 
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
-from dspy_fst.engine.machine import has_gpu
+from dspy_fst.engine.machine import empty_gpu_cache, has_gpu
 from dspy_fst.engine.vllm.client import Address, NoAnswerError
 from dspy_fst.engine.vllm.server import ServerDiedError, VLLMServer, require_checkpoint
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
+from dspy_fst.engine.vllm.sleep_mode import DROPS_WEIGHTS, WeightsDroppedError
 from dspy_fst.engine.vllm.stalls import watch
 from dspy_fst.engine.weights_lock import TimedLock
 from dspy_fst.errors import EngineError, SyncError
@@ -75,8 +78,12 @@ class Supervisor:
         self._restarts = 0
         self._unswappable: tuple[str | None] | None = None
         self._refusal: EngineError | None = None
+        self._slept = False
+        """Whether the server slept since its weights were last verified."""
+        self._broken: EngineError | None = None
+        """Why it did not fall asleep or wake; it was ended, and the next load or call starts another one."""
         limits = ("startup_timeout_s", "load_timeout_s", "request_timeout_s")
-        self._lock = TimedLock("load or restart vLLM", {name: getattr(self.settings, name) for name in limits})
+        self._lock = TimedLock("load, restart or wake vLLM", {name: getattr(self.settings, name) for name in limits})
         self._closing = threading.Event()
         self._counting = threading.Lock()
 
@@ -108,12 +115,16 @@ class Supervisor:
             self._closing.clear()
             self._wanted, self._check = checkpoint, self.verify
             try:
-                change = self._begin if self.server.address is None else self._swap
-                change(checkpoint)
+                if self._broken is not None:
+                    self._relaunch(checkpoint, self._broken)
+                elif self.server.address is None:
+                    self._begin(checkpoint)
+                else:
+                    self._swap(checkpoint)
             except BaseException:
                 self._wanted = None
                 raise
-            self._restarts = 0
+            self._restarts, self._slept, self._broken = 0, False, None
 
     def complete(
         self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None, adapter: str | None = None
@@ -145,6 +156,29 @@ class Supervisor:
     def expect(self, callers: int) -> None:
         """Nothing to do: vLLM batches whatever is in flight."""
 
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """The server's GPU memory is free in this block, if it is told to sleep (``sleep_level``).
+
+        Calls in flight are waited for, and later ones wait until the block ends, however it ends. A server that does
+        not fall asleep or wake in time is ended; the next load or call starts another one.
+
+        Raises:
+            EngineError: another thread loaded or restarted for longer than the limits of that.
+        """
+        if self.settings.sleep_level is None or self._wanted is None:
+            yield
+            return
+        level = self.settings.sleep_level
+        with self._lock.held_by("an update"):
+            try:
+                self._end_unless(lambda: self.server.sleep(level))
+                yield
+            finally:
+                self._slept = True
+                empty_gpu_cache()  # the server needs the memory that the update leaves unused
+                self._end_unless(self.server.wake)
+
     def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
         """Call ``tell`` at each restart, and ``verify`` before anybody samples from a server; None: no check."""
         self.on_event, self.verify = tell, verify
@@ -171,6 +205,7 @@ class Supervisor:
         try:
             self._replace_server()
             self._wanted, self._refusal, self._restarts = None, None, 0
+            self._slept, self._broken = False, None
         finally:
             self._lock.lock.release()
 
@@ -181,6 +216,8 @@ class Supervisor:
             server = self._serving()
             try:
                 return self._retrying(server)(ask, server)
+            except WeightsDroppedError:
+                continue  # it slept since `_serving`, which now loads them again
             except EngineError as error:
                 # If the server was replaced during a request, the request may fail with any error.
                 if server is self.server and not isinstance(error, NoAnswerError):
@@ -189,11 +226,13 @@ class Supervisor:
             self._count("asked again")
 
     def _serving(self) -> VLLMServer:
-        """The current server; waits for a load or restart in another thread."""
+        """The current server, with verified weights; waits for a load, restart or update in another thread."""
         with self._lock.held_by("a request"):
             self._raise_refusal()
             if self._wanted is None:
                 raise EngineError("no weights are served: call load(checkpoint), again if the last one failed")
+            if self._slept:
+                self._verify_again(self._wanted)
             return self.server
 
     def _retrying(self, server: VLLMServer) -> Retrying:
@@ -211,6 +250,31 @@ class Supervisor:
             before_sleep=lambda _: self._count("asked again"),
             reraise=True,
         )
+
+    # ---- after a sleep ---------------------------------------------------------------------------
+
+    def _end_unless(self, acts: Callable[[], None]) -> None:
+        """End a server that does not fall asleep or wake, so that its memory is free in any case."""
+        if self._broken is not None or self._closing.is_set():
+            return
+        try:
+            acts()
+        except EngineError as error:
+            self._broken = error
+            self._replace_server()
+
+    def _verify_again(self, wanted: Checkpoint) -> None:
+        """Have a server that slept, and was not loaded since, serve these weights for certain."""
+        if self._broken is not None:
+            self._relaunch(wanted, self._broken)
+        elif self.settings.sleep_level == DROPS_WEIGHTS:
+            self._swap(wanted)
+        elif self._check is not None:
+            try:
+                self._check(self.server)
+            except EngineError as error:
+                self._relaunch(wanted, error)
+        self._slept, self._broken = False, None
 
     # ---- starting again --------------------------------------------------------------------------
 

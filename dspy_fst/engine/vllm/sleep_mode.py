@@ -1,0 +1,50 @@
+"""vLLM's sleep mode: the server gives its GPU memory back for a while, and takes it again.
+
+Level 1 moves the weights to main memory and back. Level 2 drops them, so they must be loaded again. Keys and values are
+lost at both, and the prefix cache with them. What stays on the card is the server's CUDA context and its graphs.
+
+Read from vLLM 0.32 (`entrypoints/serve/dev/sleep`, `v1/engine/core.py`, `device_allocator/cumem.py`), which refuses
+sleep mode on a CPU. It has not been tried on a card.
+"""
+
+from dspy_fst.engine.vllm.client import QUICK_TIMEOUT_S, VLLMClient
+from dspy_fst.errors import EngineError
+
+KEEPS_WEIGHTS, DROPS_WEIGHTS = 1, 2
+"""Levels of ``/sleep``. Level 0 frees nothing."""
+
+
+class WeightsDroppedError(EngineError):
+    """The server slept without its weights, and they were not loaded since. A call that meets this did not reach it."""
+
+    def __init__(self) -> None:
+        super().__init__("vLLM dropped its weights to sleep, and they were not loaded since: call load(checkpoint)")
+
+
+def fall_asleep(client: VLLMClient, level: int) -> None:
+    """Have a server without requests in flight sleep. The answer comes when its memory is free.
+
+    Raises:
+        EngineError: it does not sleep, or did not answer in time.
+    """
+    # By default vLLM ends requests in flight, and what they had sampled so far would be their reply.
+    client.call("POST", f"/sleep?level={level}&mode=wait", timeout_s=client.load_timeout_s)
+    _require(client, asleep=True)
+
+
+def wake_up(client: VLLMClient) -> None:
+    """Wake a server; one that is awake stays as it is.
+
+    Raises:
+        EngineError: it still sleeps, or did not answer in time.
+    """
+    client.call("POST", "/wake_up", timeout_s=client.load_timeout_s)
+    _require(client, asleep=False)
+
+
+def _require(client: VLLMClient, *, asleep: bool) -> None:
+    if client.call("GET", "/is_sleeping", timeout_s=QUICK_TIMEOUT_S).json()["is_sleeping"] is not asleep:
+        raise EngineError(
+            f"vLLM at {client.address.url} {'did not fall asleep' if asleep else 'still sleeps'}, although it answered "
+            f"that it {'sleeps' if asleep else 'woke up'}"
+        )
