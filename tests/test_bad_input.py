@@ -431,6 +431,22 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("vllm-arguments-text", vllm(extra_args="--seed 1"), "extra_args='--seed 1': Input should be a valid tuple"),
     ("vllm-arguments-clash", vllm(extra_args=["--port", "1"]), "extra_args sets --port: these are set by the engine"),
     ("vllm-url", vllm(attach_url="127.0.0.1:8000"), "attach_url is '127.0.0.1:8000': it must start with http://"),
+    (
+        "vllm-sleep-on-a-cpu",
+        vllm(sleep_level=1),
+        "sleep_level is 1: vLLM sleeps on a GPU only, and torch sees none here",
+    ),
+    (
+        "vllm-sleep-attached",
+        vllm(sleep_level=1, attach_url="http://127.0.0.1:1"),
+        "a server at attach_url is not put to",
+    ),
+    ("vllm-sleep-level", vllm(sleep_level=3), "sleep_level is 3: use 1 (weights move to main memory), 2 (they are"),
+    ("vllm-sleep-bool", vllm(sleep_level=True), "sleep_level=True: Input should be a valid integer"),
+    (
+        {**vllm(sleep_level=2), "adapter": "lora"},
+        "sleep_level=2 drops the base below the LoRA adapters",
+    ),
     # found by playing the first four examples
     ("played-metric-none", {"metric": gives(None)}, "4 of the first 4 examples cannot be measured (metric returned N"),
     ("played-metric-nan", {"metric": gives(NAN)}, "4 of the first 4 examples cannot be measured (metric returned nan)"),
