@@ -443,10 +443,6 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ),
     ("vllm-sleep-level", vllm(sleep_level=3), "sleep_level is 3: use 1 (weights move to main memory), 2 (they are"),
     ("vllm-sleep-bool", vllm(sleep_level=True), "sleep_level=True: Input should be a valid integer"),
-    (
-        {**vllm(sleep_level=2), "adapter": "lora"},
-        "sleep_level=2 drops the base below the LoRA adapters",
-    ),
     # found by playing the first four examples
     ("played-metric-none", {"metric": gives(None)}, "4 of the first 4 examples cannot be measured (metric returned N"),
     ("played-metric-nan", {"metric": gives(NAN)}, "4 of the first 4 examples cannot be measured (metric returned nan)"),
