@@ -47,6 +47,10 @@ class Alternation(Settings):
     """Rounds of a step in which each flat group, whose rollouts all scored alike, is replaced by the group of another
     problem (paper: 0; DAPO, 2503.14476, goes on until the batch is full). The rollouts of both are paid for."""
 
+    retire_solved: float | None = Field(default=None, gt=0, le=1)
+    """Pass rate of a problem's newest group from which on the problem is sampled no more for updates, as a share of the
+    way from ``failure_score`` to ``perfect_score``; None retires none (paper; ScaleRL, 2510.13786: 0.9)."""
+
     anchors: int | None = Field(default=None, ge=1)
     """Size of a cycle's anchor set; None takes the whole lookahead set (paper: 192)."""
     search_passes: float = Field(default=5.0, gt=0)
@@ -152,7 +156,7 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, Alternation):
 
     @model_validator(mode="after")
     def _what_changes_rewards_needs_rewards(self) -> Self:
-        names = ("resample_flat", "overlong_penalty")
+        names = ("resample_flat", "retire_solved", "overlong_penalty")
         given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]
         if given and self.method == "distill":
             raise ValueError(

@@ -385,6 +385,8 @@ class StepReport:
     """The version that sampled the step; None in the events of releases that published one a step."""
     published: WeightsVersion | None = None
     """The version after the step: a new one when the update changed the weights."""
+    group_rewards: tuple[tuple[int, float], ...] = ()
+    """``(problem, mean reward)`` of each group with at least two measured rollouts."""
     length_penalty: float | None = None
     """Mean over the measured rollouts of what was taken off the reward for long replies (``overlong_penalty``), which
     ``reward`` leaves out; None when the penalty is off."""
@@ -403,7 +405,9 @@ class StepReport:
     def from_json(cls, data: Mapping[str, Any]) -> "StepReport":
         """The report that a run's event holds."""
         predictors = {name: PredictorReport(**report) for name, report in data.get("predictors", {}).items()}
-        return cls(**{**data, "update": UpdateReport(**data["update"]), "predictors": predictors})
+        rewards = tuple((problem, reward) for problem, reward in data.get("group_rewards", ()))
+        update = UpdateReport(**data["update"])
+        return cls(**{**data, "update": update, "predictors": predictors, "group_rewards": rewards})
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,17 @@ def greedy_calls(history: History) -> Finding | None:
     return Finding("greedy", [now], seen, "Give those predictors a temperature above 0, or a frozen LM")
 
 
+def taken_back(history: History) -> Finding | None:
+    now = history.reports[-1]
+    if not (count := now.counts.get("taken_back_problems")):
+        return None
+    seen = (
+        f"{now.counts['retired_problems']} problems were solved and retired (retire_solved), too many to fill a batch "
+        f"with others; {count} that were retired longest ago were taken back"
+    )
+    return Finding("retired", [now], seen, "Stop here, give harder problems, or lower problems_per_step")
+
+
 def reward_fell(history: History) -> Finding | None:
     measured = [(report, report.reward) for report in history.reports if report.reward is not None]
     windows = [measured[i : i + WINDOW] for i in range(len(measured) - WINDOW + 1)]
@@ -271,6 +282,7 @@ ROLLOUT_RULES = (
     replies_cut_by_context,
     untrained_rollouts,
     greedy_calls,
+    taken_back,
     reward_fell,
 )
 

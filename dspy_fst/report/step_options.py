@@ -1,4 +1,4 @@
-"""What the options of a step did: `resample_flat`, `overlong_penalty`. Empty wherever an option is off. Pure."""
+"""What a step's options did: `resample_flat`, `retire_solved`, `overlong_penalty`. Empty where they are off. Pure."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,10 @@ def step_words(report: Event) -> str:
     Args:
         report: Of the step, as its event has it.
     """
-    resampled, penalty = report["counts"].get("resampled_groups", 0), report.get("length_penalty")
+    counts, penalty = report["counts"], report.get("length_penalty")
+    resampled, retired = counts.get("resampled_groups", 0), counts.get("retired_problems", 0)
     words = [f"{counted(resampled, 'group')} resampled"] if resampled else []
+    words += [f"{counted(retired, 'problem')} retired"] if retired else []
     words += [f"length penalty {number(penalty)}"] if penalty else []
     return "".join(f", {each}" for each in words)
 
@@ -29,7 +31,7 @@ def step_words(report: Event) -> str:
 def option_lines(steps: Sequence[StepReport]) -> list[str]:
     """A sentence for each option that did something in these steps."""
     counts = sum((Counter(step.counts) for step in steps), Counter[str]())
-    return [line for line in (_resampled(counts), _penalized(steps, counts)) if line]
+    return [line for line in (_resampled(counts), _retired(steps, counts), _penalized(steps, counts)) if line]
 
 
 def _resampled(counts: Mapping[str, int]) -> str:
@@ -41,6 +43,16 @@ def _resampled(counts: Mapping[str, int]) -> str:
         f"resample_flat: {counted(counts['resampled_groups'], 'group')} in place of flat ones, of "
         f"{counted(counts['resampled_rollouts'], 'rollout')}. Nothing was learnt from the "
         f"{counted(sum(reasons.values()), 'rollout')} of flat groups{why}."
+    )
+
+
+def _retired(steps: Sequence[StepReport], counts: Mapping[str, int]) -> str:
+    if "retired_problems" not in counts:
+        return ""
+    back = counts["taken_back_problems"]
+    return (
+        f"retire_solved: {counted(steps[-1].counts.get('retired_problems', 0), 'problem')} retired before step "
+        f"{steps[-1].step}" + (f"; some came back {counted(back, 'time')}, because too few were left." if back else ".")
     )
 
 
@@ -81,6 +93,15 @@ OPTIONS = (
         "update",
         "groups",
         {"resampled": _counted("resampled_groups")},
+        span=(0.0, None),
+    ),
+    Measure(
+        "retired-problems",
+        "Retired problems",
+        "Solved, and sampled no more for updates (retire_solved).",
+        "update",
+        "problems",
+        {"retired": _counted("retired_problems")},
         span=(0.0, None),
     ),
     Measure(

@@ -1,6 +1,6 @@
 """What a run measures, as events and reports: one report a search, one a step, with the seconds of each activity."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from dspy_fst.fast.evolve import Search
 from dspy_fst.fast.reporting import candidates_told, cycle_report
@@ -90,8 +90,17 @@ class Recorder:
             predictors=batch.predictors,
             weights=self.steps[-1].left if self.steps else version_of(0),
             published=published,
+            group_rewards=tuple(_group_rewards(groups)),
             length_penalty=batch.length_penalty,
         )
         self.steps.append(report)
         self._run.emit("step", report=report)
         return report
+
+
+def _group_rewards(groups: Sequence[Group]) -> Iterator[tuple[int, float]]:
+    """Mean reward of each group that was measured."""
+    for group in groups:
+        rewards = [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
+        if len(rewards) > 1:
+            yield group.problem, sum(rewards) / len(rewards)

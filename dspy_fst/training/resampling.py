@@ -13,6 +13,8 @@ from statistics import fmean
 from dspy_fst.config import FSTConfig
 from dspy_fst.types import Batch, Group
 
+Credited = Callable[[Sequence[Group]], Batch]
+"""`dspy_fst.slow.credit.credit` with the settings of a run."""
 EDGE = 0.05
 """A flat group counts as all right, or all wrong, when its mean reward is so near to the best, or the worst, reward, as
 a share of the range between the two (ours; `run.learning` uses the same for the top)."""
@@ -52,12 +54,9 @@ def refilled(
     return made
 
 
-def is_flat(group: Group, credited: Callable[[Sequence[Group]], Batch]) -> bool:
+def is_flat(group: Group, credited: Credited) -> bool:
     """Whether nothing is learnt from a group because its rollouts scored alike. A group with fewer than two measured
     rollouts is not flat: it was not measured.
-
-    Args:
-        credited: `dspy_fst.slow.credit.credit` with the settings of the run, so that both decide alike.
     """
     counts = credited([group]).counts
     return counts["flat_groups"] > 0 and not counts["live_groups"]

@@ -36,7 +36,7 @@ from dspy_fst.training.plan import Cycle, Plan, Schedule
 from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, best_versions, recoveries
 from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.request import Proposers
-from dspy_fst.training.resampling import is_flat, refilled, resampling_counts
+from dspy_fst.training.step_problems import StepProblems, step_problems
 from dspy_fst.training.validating import Validation
 from dspy_fst.types import Batch, Candidate, Group, Population, Problem, Rollout, SeedKLRollout, UpdateReport
 
@@ -68,12 +68,13 @@ class Session:
     """Of the search in progress."""
     _seconds: Counter[str] = field(default_factory=Counter)
     """Activity -> seconds that the search or step in progress spent on it."""
+    _problems: StepProblems = field(init=False)
+    """Of the step in progress."""
     _sampled: Sequence[Rollout] = ()
     """Of the step in progress."""
 
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
-        self._batches = [self.plan.problems(step) for step in range(self.plan.updates)]
         self._penalty = penalty_of(self.config)
         self.recorder = Recorder(self.run)
         self.schedule = Schedule(self.plan, self.config, lambda: self.run.state, self.recorder.steps)
@@ -123,6 +124,7 @@ class Session:
     def steps(self, cycle: Cycle) -> Iterator[int]:
         for step in self.schedule.steps(cycle):
             self.trainer.prepare()  # nothing is loaded inside a step
+            self._problems = step_problems(self.plan, step, self.recorder.steps)
             yield step
 
     def stop(self, reason: StopReason) -> None:
@@ -189,11 +191,9 @@ class Session:
         self._begin(f"step {step}: rollouts", quiet=True)
         if self.config.method == "distill":
             return []
-        own = self._batches[step]
-        groups = self._groups(step, population, own)
-        if rounds := self.config.resample_flat:
-            others = self.plan.others(step, own)
-            groups = refilled(groups, others, rounds, self._is_flat, partial(self._groups, step, population))
+        groups = self._groups(step, population, self._problems.batch)
+        if self.config.resample_flat:
+            groups = self._problems.refilled(groups, self._credited, partial(self._groups, step, population))
         self._sampled = [rollout for group in groups for rollout in group.rollouts]
         self._require_sound(step, self._sampled)
         return groups
@@ -208,7 +208,7 @@ class Session:
         if self.config.seed_kl_coefficient == 0:
             return []
         seed, samples = self._own_texts(), range(self.config.seed_kl_rollouts)
-        tasks = [Task(problem, seed, sample) for problem in self._examples(self._batches[step]) for sample in samples]
+        tasks = [Task(problem, seed, sample) for problem in self._examples(self._problems.batch) for sample in samples]
         rollouts = self._play(tasks, f"seed-{step}", anew=self.config.distills)
         self._require_sound(step, rollouts)
         if not self.config.distills:
@@ -218,14 +218,7 @@ class Session:
     def credit(self, groups: Sequence[Group], seed_rollouts: Sequence[SeedKLRollout]) -> Batch:
         """Which calls the update learns from, and how much (`dspy_fst.slow.credit`)."""
         batch = self._credited(groups, seed_rollouts)
-        if not self.config.resample_flat:
-            return batch
-        best, worst = self.config.perfect_score, self.config.worst_score
-        counts = resampling_counts(groups, self.config.problems_per_step, self._is_flat, worst, best)
-        return replace(batch, counts=batch.counts + counts)
-
-    def _is_flat(self, group: Group) -> bool:
-        return is_flat(group, self._credited)
+        return self._problems.counted(batch, groups, self._credited) if self._problems.has_options else batch
 
     def _credited(self, groups: Sequence[Group], seed_rollouts: Sequence[SeedKLRollout] = ()) -> Batch:
         return credit(

@@ -1,0 +1,61 @@
+"""The problems of one step: the plan's own, or what `retire_solved` and `resample_flat` make of them."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.training.plan import Plan
+from dspy_fst.training.resampling import Credited, is_flat, refilled, resampling_counts
+from dspy_fst.training.retirement import pass_reward, retired_after, without_retired
+from dspy_fst.types import Batch, Group, StepReport
+
+
+@dataclass(frozen=True)
+class StepProblems:
+    """What a step samples, as indices into the trainset."""
+
+    config: FSTConfig
+    batch: Sequence[int]
+    """Its own problems."""
+    others: Sequence[int] = ()
+    """Those that may replace problems whose groups are flat, in the order in which they are taken."""
+    retired: int = 0
+    """How many problems were retired before it, those that it took back included."""
+    taken_back: int = 0
+    has_options: bool = False
+    """Whether an option of the recipe may change what the plan says."""
+
+    def refilled(
+        self, groups: Sequence[Group], credited: Credited, sample: Callable[[Sequence[int]], list[Group]]
+    ) -> list[Group]:
+        """The step's groups, and those in place of flat ones (`resampling.refilled`)."""
+        return refilled(groups, self.others, self.config.resample_flat, partial(is_flat, credited=credited), sample)
+
+    def counted(self, batch: Batch, groups: Sequence[Group], credited: Credited) -> Batch:
+        """The batch of these groups, with counts of what the options did."""
+        counts: Counter[str] = Counter()
+        if self.config.retire_solved is not None:
+            counts.update(retired_problems=self.retired, taken_back_problems=self.taken_back)
+        if self.config.resample_flat:
+            flat, best = partial(is_flat, credited=credited), self.config.perfect_score
+            counts.update(resampling_counts(groups, len(self.batch), flat, self.config.worst_score, best))
+        return replace(batch, counts=Counter({**batch.counts, **counts}))
+
+
+def step_problems(plan: Plan, step: int, reports: Sequence[StepReport]) -> StepProblems:
+    """The problems of a step.
+
+    Args:
+        reports: Of all steps before it.
+    """
+    config, own = plan.config, plan.problems(step)
+    retired: dict[int, int] = {}
+    back: list[int] = []
+    if config.retire_solved is not None:
+        retired = retired_after(reports, pass_reward(config))
+        own, back = without_retired(plan, step, retired)
+    others = plan.others(step, {*own, *retired}) if config.resample_flat else []
+    options = bool(config.resample_flat) or config.retire_solved is not None
+    return StepProblems(config, own, others, len(retired), len(back), options)
