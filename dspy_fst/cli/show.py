@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dspy_fst.cli.printer import Printer
     from dspy_fst.report.lineage import Node
     from dspy_fst.report.run_record import RunRecord
-    from dspy_fst.types import StepReport
+    from dspy_fst.run.phase_reports import StepReport
 
 SHOWN_STEPS = 20
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from dspy_fst.fast.evolve import Search
-from dspy_fst.types import CycleReport
+from dspy_fst.run.phase_reports import CycleReport
 
 OWN_FIELDS = ("reflections", "accepted")
 """Counts of a search that are fields of its report."""

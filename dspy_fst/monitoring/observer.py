@@ -21,7 +21,8 @@ from dspy_fst.rollout.summaries import failed_reply_of, summarize, telling
 from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.learning import Standstill, UpdateSummary, standstill, update_summary
-from dspy_fst.types import Group, Rollout, StepReport
+from dspy_fst.run.phase_reports import StepReport
+from dspy_fst.types import Group, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

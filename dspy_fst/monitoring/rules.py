@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 from dspy_fst.outcomes.outcome import PARSE, OutcomeCounts
 from dspy_fst.run.learning import span
-from dspy_fst.types import StepReport
+from dspy_fst.run.phase_reports import StepReport
 
 # ---- advice for replies that do not parse --------------------------------------------------------
 

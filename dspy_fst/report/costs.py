@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dspy_fst.run.phase_reports import CycleReport, StepReport
 from dspy_fst.run.validated import Validated
-from dspy_fst.types import CycleReport, StepReport
 
 LABELS = {
     "rollouts": "rollouts",

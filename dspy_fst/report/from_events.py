@@ -12,8 +12,9 @@ from dspy_fst.report.run_record import RunningTotal, RunRecord, RunWarning
 from dspy_fst.report.samples import sample_of
 from dspy_fst.run.directory import Event
 from dspy_fst.run.ending import stop_reason_in
+from dspy_fst.run.phase_reports import CycleReport, StepReport
 from dspy_fst.run.validated import validated_in
-from dspy_fst.types import AdapterReport, CycleReport, PredictorReport, StepReport, UpdateReport
+from dspy_fst.types import AdapterReport, PredictorReport, UpdateReport
 
 
 def record_of(

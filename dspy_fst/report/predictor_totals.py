@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dspy_fst.report.lineage import Node
-from dspy_fst.types import PredictorReport, StepReport
+from dspy_fst.run.phase_reports import StepReport
+from dspy_fst.types import PredictorReport
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dspy_fst.report.from_directory import read_record
 from dspy_fst.report.run_record import RunRecord
 from dspy_fst.report.summary import Summary, cycles_table, steps_table, summary_of
 from dspy_fst.run.directory import COMPILED, is_run
+from dspy_fst.run.phase_reports import CycleReport, StepReport
 from dspy_fst.run.validated import Validated
-from dspy_fst.types import CycleReport, StepReport
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dspy_fst.report.predictor_totals import PredictorTotals, predictor_totals
 from dspy_fst.report.samples import SampleRollout
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.learning import UpdateSummary, update_summary
+from dspy_fst.run.phase_reports import CycleReport, StepReport
 from dspy_fst.run.validated import Validated
-from dspy_fst.types import CycleReport, StepReport
 
 State = Literal["finished", "running", "stopped"]
 

@@ -8,7 +8,7 @@ from dspy_fst.formatting.numbers import counted, number
 from dspy_fst.report.measures import Chart, Measure, Points
 from dspy_fst.report.run_record import RunRecord
 from dspy_fst.run.directory import Event
-from dspy_fst.types import StepReport
+from dspy_fst.run.phase_reports import StepReport
 
 DROPPED = "dropped: "
 """Begins the names of counts of rollouts that flat groups held, by reason."""

@@ -9,7 +9,7 @@ from dspy_fst.formatting.numbers import DASH, duration, number
 from dspy_fst.formatting.tables import TextTable
 from dspy_fst.report.run_record import RunRecord, RunWarning
 from dspy_fst.report.verdict import NOT_VALIDATED, validations_table, verdict
-from dspy_fst.types import CycleReport, StepReport
+from dspy_fst.run.phase_reports import CycleReport, StepReport
 
 
 @dataclass(frozen=True)

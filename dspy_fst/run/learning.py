@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Literal
 
 from dspy_fst.outcomes.outcome import PARSE, OutcomeCounts
-from dspy_fst.types import StepReport
+from dspy_fst.run.phase_reports import StepReport
 
 Cause = Literal["solved", "unparsed", "failed", "floor", "alike", "unmeasured", "untrained", "not finite"]
 NOTHING_CHANGED = "no update changed the weights"

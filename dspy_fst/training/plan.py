@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.run.ending import StopReason, complete
+from dspy_fst.run.phase_reports import StepReport
 from dspy_fst.run.state import StateFields
-from dspy_fst.types import StepReport
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from dspy_fst.errors import SyncError
 from dspy_fst.policy_lm import EngineHandle, PolicyLM
 from dspy_fst.rollout.rendering import render, renderer_of
 from dspy_fst.run.directory import RunDirectory
+from dspy_fst.run.phase_reports import StepReport
 from dspy_fst.slow.trainer import Trainer
-from dspy_fst.types import Rollout, StepReport, WeightsVersion, version_of
+from dspy_fst.types import Rollout, WeightsVersion, version_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

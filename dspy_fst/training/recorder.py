@@ -6,13 +6,12 @@ from dspy_fst.fast.evolve import Search
 from dspy_fst.fast.reporting import candidates_told, cycle_report
 from dspy_fst.fast.search_warnings import search_warnings
 from dspy_fst.run.directory import RunDirectory
+from dspy_fst.run.phase_reports import CycleReport, StepReport
 from dspy_fst.training.plan import Cycle
 from dspy_fst.types import (
     Batch,
     Candidate,
-    CycleReport,
     Group,
-    StepReport,
     UpdateReport,
     WeightsVersion,
     version_of,

@@ -8,8 +8,8 @@ and validation keep them: a text that loses what was solved must show.
 from collections.abc import Mapping, Sequence
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.run.phase_reports import StepReport
 from dspy_fst.training.plan import Plan
-from dspy_fst.types import StepReport
 
 ROUNDING = 1e-9
 """Mean rewards that are lower than the threshold by no more than this reach it."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.run.phase_reports import StepReport
 from dspy_fst.training.plan import Plan
 from dspy_fst.training.resampling import Credited, is_flat, refilled, resampling_counts
 from dspy_fst.training.retirement import pass_reward, retired_after, without_retired
-from dspy_fst.types import Batch, Group, StepReport
+from dspy_fst.types import Batch, Group
 
 
 @dataclass(frozen=True)

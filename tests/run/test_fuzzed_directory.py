@@ -16,9 +16,9 @@ from dspy_fst.errors import FSTError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.files import read_json
+from dspy_fst.run.phase_reports import CycleReport, StepReport
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.training_settings import TrainingSettings
-from dspy_fst.types import CycleReport, StepReport
 from programs.lab import BASE, FeedbackProposer
 
 TINY = {

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_fst.monitoring.observer import CALM, Watch
-from dspy_fst.types import PredictorReport, StepReport, UpdateReport
+from dspy_fst.run.phase_reports import StepReport
+from dspy_fst.types import PredictorReport, UpdateReport
 
 HEALTHY_COUNTS = {"groups": 10, "flat_groups": 2, "rollouts": 80, "calls": 80, "no_trained_calls": 0, "greedy_calls": 0}
 HEALTHY_UPDATE = {

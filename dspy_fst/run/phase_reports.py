@@ -1,0 +1,75 @@
+"""What a step and a search leave in a run's events: frozen reports, and how they are read from an event again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dspy_fst.types import PredictorReport, UpdateReport, WeightsVersion, version_of
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One slow step: what was sampled and how the weights were updated."""
+
+    step: int
+    cycle: int
+    reward: float | None
+    """Mean reward of the measured rollouts; None when all were masked."""
+    counts: Mapping[str, int]
+    update: UpdateReport
+    sampled_tokens: int
+    seconds: Mapping[str, float]
+    """Wall time by activity: ``sampling``, ``update``, ``publish``."""
+    predictors: Mapping[str, PredictorReport] = field(default_factory=dict)
+    """By name; see Batch."""
+    weights: WeightsVersion | None = None
+    """The version that sampled the step; None in the events of releases that published one a step."""
+    published: WeightsVersion | None = None
+    """The version after the step: a new one when the update changed the weights."""
+    group_rewards: tuple[tuple[int, float], ...] = ()
+    """``(problem, mean reward)`` of each group with at least two measured rollouts."""
+    length_penalty: float | None = None
+    """Mean over the measured rollouts of what was taken off the reward for long replies (``overlong_penalty``), which
+    ``reward`` leaves out; None when the penalty is off."""
+
+    @property
+    def sampled_by(self) -> WeightsVersion:
+        """``weights``; in an older run's events, the version that the step number names."""
+        return self.weights or version_of(self.step)
+
+    @property
+    def left(self) -> WeightsVersion:
+        """``published``; in an older run's events, the version that the step number names."""
+        return self.published or version_of(self.step + 1)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "StepReport":
+        """The report that a run's event holds."""
+        predictors = {name: PredictorReport(**report) for name, report in data.get("predictors", {}).items()}
+        rewards = tuple((problem, reward) for problem, reward in data.get("group_rewards", ()))
+        update = UpdateReport(**data["update"])
+        return cls(**{**data, "update": update, "predictors": predictors, "group_rewards": rewards})
+
+
+@dataclass(frozen=True)
+class CycleReport:
+    """One fast phase: what the search used and found."""
+
+    cycle: int
+    scores: tuple[float | None, ...]
+    population: tuple[str, ...]
+    """Digests of the members, best first."""
+    rollouts: int
+    """Fresh rollouts, those that scored the carried population included."""
+    reused: int
+    """Evaluations answered from rollouts already made under the same weights."""
+    reflections: int
+    proposals_accepted: int
+    sampled_tokens: int
+    counts: Mapping[str, int]
+    seconds: float
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "CycleReport":
+        """The report that a run's event holds."""
+        return cls(**{**data, "scores": tuple(data["scores"]), "population": tuple(data["population"])})
