@@ -262,9 +262,11 @@ def test_a_quantised_base_takes_what_its_codes_take():
     held = [
         allocations(adapter=LoRA(rank=4), quantized_base=way)[MEMORY]["the trainer"] for way in (None, "int8", "nf4")
     ]
-    body = P - 2 * HEAD
-    assert held[0] - held[1] == 3 * body
-    assert held[1] - held[2] == body - round(0.5625 * body)
+    layer = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 384
+    rounded = 4 * layer
+    assert model_size(BASE).in_linear == rounded
+    assert held[0] - held[1] == 3 * rounded
+    assert held[1] - held[2] == rounded - round(0.5625 * rounded)
 
 
 def test_each_adapter_has_its_own_weights_gradients_moments_and_places_on_the_server():

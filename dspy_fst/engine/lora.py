@@ -77,9 +77,13 @@ def name_faults(names: Iterable[str]) -> list[str]:
 
 
 def _full_rank(model: PreTrainedModel, layer: str) -> int:
-    module = model.get_submodule(layer)  # not of its weight's shape, which a quantized layer packs
-    sides = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
-    return min(int(side) for side in sides)  # type: ignore[arg-type]  # torch declares modules' attributes as unknown
+    return min(sides(model.get_submodule(layer)))
+
+
+def sides(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; not read off its weight's shape, which a quantized layer packs."""
+    inputs, outputs = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+    return int(inputs), int(outputs)  # type: ignore[arg-type]  # torch declares modules' attributes as unknown
 
 
 def _ends(layer: str, name: str) -> bool:

@@ -163,8 +163,9 @@ def trainer_parts(workload: Workload, config: FSTConfig, *, on_gpu: bool) -> dic
     }
     number = number_bytes(config.precision, on_gpu=on_gpu)
     if config.adapter is not None:
-        body = QUANTIZED[config.quantized_base] if config.quantized_base else number
-        return {"frozen base": number * (size.parameters - size.body) + round(body * size.body), **moved}
+        rounded = QUANTIZED[config.quantized_base] if config.quantized_base else number
+        base = number * (size.parameters - size.in_linear) + round(rounded * size.in_linear)
+        return {"frozen base": base, **moved}
     reference = 4 * (size.parameters - size.body) + number * size.body
     return moved | ({REFERENCE: reference} if with_kl(config) else {})
 

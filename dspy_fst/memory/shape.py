@@ -6,7 +6,6 @@ device, which holds shapes and takes no memory. Both ways give the same numbers.
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,7 +21,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.recipe.lora_settings import ALL_LINEAR, LoRA
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 HEAD = "lm_head.weight"
 
@@ -46,7 +45,11 @@ class ModelSize:
     normed_heads: bool
     """Whether queries and keys have norms of their own, as in Qwen3."""
     linear: tuple[tuple[str, int], ...] = ()
-    """Name of a linear layer, e.g. ``q_proj`` -> its inputs and outputs, summed over all layers of this name."""
+    """Name of a linear layer that may get a LoRA adapter, e.g. ``q_proj`` -> its inputs and outputs, summed over all
+    layers of this name."""
+    in_linear: int = 0
+    """Numbers that a quantised base rounds: the weights of the text part's linear layers. Fused experts are no such
+    layers, nor are routers."""
     assumed: tuple[str, ...] = ()
     """Settings that config.json leaves out, so that transformers' defaults are counted."""
 
@@ -135,8 +138,7 @@ def _size_of(config: "PreTrainedConfig", folder: Path) -> ModelSize | None:
     Raises:
         ValueError: a weights file is broken.
     """
-    shapes = stored_shapes(folder)
-    size = _size(config, shapes) if shapes else size_of_config(config)
+    size = _size(config, stored_shapes(folder))
     written = folder / "config.json"
     if size is None or not written.is_file():
         return size
@@ -154,14 +156,20 @@ def shape_faults(policy: PolicyLM) -> list[str]:
 
 def size_of_config(config: "PreTrainedConfig") -> ModelSize | None:
     """The size of the model that a transformers config describes; None when transformers cannot build it."""
+    return _size(config, {})
+
+
+def _size(config: "PreTrainedConfig", stored: Mapping[str, tuple[int, ...]]) -> ModelSize | None:
+    """
+    Args:
+        stored: Shapes in the files of the weights; empty where there are none.
+    """
     try:
         model = empty_model(config)
     except Exception:  # a model's code may raise anything on a foreign config
         return None
-    return _size(config, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
-
-
-def _size(config: "PreTrainedConfig", shapes: Mapping[str, tuple[int, ...]]) -> ModelSize:
+    shapes = stored or {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    linear, in_linear = _linear(model)
     tied = getattr(config.get_text_config(), "tie_word_embeddings", getattr(config, "tie_word_embeddings", False))
     parameters = sum(math.prod(shape) for name, shape in shapes.items() if not (tied and name == HEAD))
     heads = largest(config, "num_attention_heads") or 1
@@ -178,18 +186,24 @@ def _size(config: "PreTrainedConfig", shapes: Mapping[str, tuple[int, ...]]) -> 
         queries=head_width * heads,
         keys=head_width * (largest(config, "num_key_value_heads") or heads),
         normed_heads=any(".q_norm." in name for name in shapes),
-        linear=_linear(shapes),
+        linear=linear,
+        in_linear=in_linear,
     )
 
 
-def _linear(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, int], ...]:
-    """The linear layers that may get a LoRA adapter, by their names; those of other towers are counted, too."""
+def _linear(model: "PreTrainedModel") -> tuple[tuple[tuple[str, int], ...], int]:
+    """What `ModelSize` says as ``linear`` and ``in_linear``."""
+    from torch import nn
+
+    from dspy_fst.engine.lora import linear_layers, sides  # imports peft, which takes a second
+
     widths: Counter[str] = Counter()
-    for name, shape in shapes.items():
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and len(shape) == 2 and re.search(r"\.\d+\.", name) and ".experts." not in name:
-            widths[layer.rpartition(".")[2]] += sum(shape)
-    return tuple(sorted(widths.items()))
+    rounded = 0
+    for name in linear_layers(model):
+        layer = model.get_submodule(name)
+        widths[name.rpartition(".")[2]] += sum(sides(layer))
+        rounded += math.prod(sides(layer)) if isinstance(layer, nn.Linear) else 0
+    return tuple(sorted(widths.items())), rounded
 
 
 def _inner_width(config: "PreTrainedConfig") -> int | None:

@@ -10,8 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.families import FAMILIES
+from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import ConfigurationError, TrainingError
+from dspy_fst.memory import Workload, model_size
+from dspy_fst.memory.bytes_by_part import trainer_parts
 from dspy_fst.preflight.library_checks import library_faults
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.quantized import QuantizedLinear
@@ -143,6 +146,23 @@ def test_routers_and_fused_experts_are_left_alone(tmp_path, kind):
     names = {name for name, module in policy.model.named_modules() if isinstance(module, QuantizedLinear)}
     assert {name.split(".")[-2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert Checkpoint.at("start", folder).path == folder
+
+
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "Granite-MoE", "Qwen2.5-VL"])
+def test_the_plan_rounds_the_numbers_that_are_rounded(tmp_path, family):
+    folder = next(each for each in FAMILIES if each.name == family).save(tmp_path / "model")
+    policy = Policy.load(folder, dtype=torch.float32, adapter=SMALL, quantized="int8")
+    layers = [module for module in policy.model.modules() if isinstance(module, QuantizedLinear)]
+    size = model_size(folder)
+    assert 0 < size.in_linear == sum(layer.in_features * layer.out_features for layer in layers) < size.body
+    planned, unrounded = (
+        trainer_parts(Workload("it", size, "in_process"), FSTConfig(adapter=SMALL, quantized_base=kind), on_gpu=False)[
+            "frozen base"
+        ]
+        for kind in ("int8", None)
+    )
+    assert planned == 4 * size.parameters - 3 * size.in_linear
+    assert unrounded == 4 * size.parameters
 
 
 def test_layers_without_an_adapter_are_rounded_too(wide):
