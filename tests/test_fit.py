@@ -253,6 +253,25 @@ def test_with_a_lora_adapter_the_base_is_frozen_and_is_the_reference_itself():
     assert on_gpu[MEMORY] == {"a state being saved": 12 * one}
 
 
+@pytest.mark.parametrize(
+    ("settings", "adapters", "words"),
+    [
+        ({}, 1, "trained: all weights, which fit"),
+        ({"method": "gepa"}, 1, "trained: no weights, as method='gepa' searches texts alone"),
+        ({"adapter": LoRA(rank=4)}, 1, "trained: a LoRA adapter of 0.0389M numbers, as the recipe's adapter says"),
+        (
+            {"adapter": LoRA(rank=4)},
+            2,
+            "trained: 2 LoRA adapters, together of 0.0778M numbers, as the recipe's adapter says",
+        ),
+    ],
+    ids=["all", "texts", "one", "two"],
+)
+def test_the_plan_says_what_is_trained_and_why(settings, adapters, words):
+    workload = Workload("it", model_size(BASE), "in_process", adapters=adapters)
+    assert plan_for(workload, FSTConfig(**settings), PLENTY).choice == words
+
+
 def test_moments_of_8_bits_take_a_quarter():
     assert allocations(optimizer="adamw_8bit")[MEMORY]["the trainer"] == (4 + 4 + 2 + 4) * P
     assert allocations(optimizer="adamw_8bit")[DISK]["resumable states"] == 3 * 6 * P

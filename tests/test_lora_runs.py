@@ -11,6 +11,7 @@ from dspy_fst import ConfigurationError, FSTConfig, LoRA
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.evaluation.run_reader import RunReader
 from dspy_fst.evaluation.two_by_two_table import two_by_two
+from dspy_fst.memory.does_it_fit import counted
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
 from dspy_fst.saving.export import export
@@ -25,6 +26,7 @@ from tests.test_compile import compile_relay, speaks, told
 ADAPTER = LoRA(rank=4)
 RATE = {"adapter": ADAPTER, "learning_rate": 5e-3, "warmup_steps": 0}
 SHORT_RUN = {"cycles": 1, "steps_per_cycle": 1, "method": "rl"}
+ONE = "adapter_model.safetensors"
 SEQUENCES = [[5, 6, 7, 8, 9], [11, 3, 2, 40, 17, 8]]
 
 
@@ -39,10 +41,16 @@ def served(program) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def heard():
+    """Every event that the run of `run` told, also those that are not kept."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, heard):
     """A run's directory, and the program that it returned, whose engine still serves."""
     run_dir = tmp_path_factory.mktemp("lora") / "run"
-    compiled = compile_relay(run_dir, **RATE)
+    compiled = compile_relay(run_dir, listeners=[heard.append], **RATE)
     yield run_dir, compiled
     policy_of(compiled).release()
 
@@ -64,6 +72,13 @@ def test_texts_and_adapter_are_trained_together(run):
     assert float((scores(moved.folder) - scores(start_of(compiled).folder)).abs().max()) > 1e-3
     assert torch.allclose(scores(start_of(compiled).folder), scores(BASE), atol=1e-6)
     assert torch.allclose(served(compiled), scores(moved.folder), atol=1e-4)
+
+
+def test_the_plan_of_a_run_says_what_is_trained_and_why(run, heard):
+    run_dir, _ = run
+    notes = [event["text"] for event in heard if event["event"] == "note"]
+    numbers = sum(tensor.numel() for tensor in load_file(run_dir / "weights" / "step-000000" / "shared" / ONE).values())
+    assert f"trained: a LoRA adapter of {counted(numbers)} numbers, as the recipe's adapter says" in notes
 
 
 def test_a_step_writes_megabytes_where_whole_weights_are_gigabytes(run):
@@ -107,9 +122,9 @@ def test_a_continued_run_equals_an_uninterrupted_one(run, tmp_path):
 
 def test_another_adapter_does_not_continue_the_directory(run):
     run_dir, _ = run
-    with pytest.raises(ConfigurationError, match=r"lora \(there .*'rank': 4.*, now .*'rank': 8"):
+    with pytest.raises(ConfigurationError, match=r"adapter \(there LoRA\(rank=4, .*\), now LoRA\(rank=8"):
         compile_relay(run_dir, **{**RATE, "adapter": LoRA(rank=8)})
-    with pytest.raises(ConfigurationError, match=r"lora \(there .*'rank': 4.*, now None"):
+    with pytest.raises(ConfigurationError, match=r"adapter \(there LoRA\(rank=4, .*\), now None"):
         compile_relay(run_dir, **{**RATE, "adapter": None})
 
 

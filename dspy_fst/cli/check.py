@@ -12,7 +12,7 @@ import typer
 from dspy_fst.cli.check_rates import SAMPLED, Rates, measure_rates, rate_lines, rate_warnings
 from dspy_fst.cli.common import Debug, Json, errors_as_text
 from dspy_fst.cli.memory_tables import (
-    UNTRIED,
+    COMPUTED,
     Card,
     Cards,
     MicroBatchSize,
@@ -308,7 +308,7 @@ def _show(outcome: CheckOutcome) -> None:
         out.line(outcome["trained"] or "")
         out.line(outcome["written"])
         if outcome["imagined"]:
-            out.line(UNTRIED)
+            out.line(COMPUTED)
     out.heading("Time")
     for line in [TIME_DEPENDS_ON] if outcome["time"] is None else rate_lines(outcome["time"]):
         out.line(line)

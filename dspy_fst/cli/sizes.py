@@ -10,7 +10,7 @@ import typer
 
 from dspy_fst.cli.common import Debug, Json, errors_as_text
 from dspy_fst.cli.memory_tables import (
-    UNTRIED,
+    COMPUTED,
     Card,
     Cards,
     MicroBatchSize,
@@ -140,7 +140,7 @@ def _outcome(model: str, room: "Available | None", config: "FSTConfig", max_toke
         "disk_advice": disk_advice(memory_plan),
         "faults": memory_plan.faults(),
         "warnings": memory_plan.warnings(),
-        "source": UNTRIED if where.on_gpu else "computed; benchmarks/sizes.py holds it against measured peaks",
+        "source": COMPUTED if where.on_gpu else "computed; benchmarks/sizes.py holds it against measured peaks",
     }
 
 

@@ -20,7 +20,7 @@ All sizes are in bytes. Symbols:
 | trainer   | AdamW               | 8 A, with adamw_8bit 2 A    | two moments                                         |
 | trainer   | reference           | 4 P, bfloat16: 2 P and 2 V h | the starting weights, for a KL with full weights |
 | trainer   | a frozen base       | 4 P, bfloat16: 2 P          | under LoRA adapters; it is also their reference     |
-| trainer   | a quantised base    | 0.56 or 1 for a number of its linear layers | nf4 or int8, decoded where used; fused experts are not rounded |
+| trainer   | a quantised base    | 0.56 or 1 for a number of its linear layers | nf4 or int8, decoded where used |
 | trainer   | a state being saved | 4 A and the moments         | copied from the GPU to main memory, if on one |
 | engine    | weights             | 4 P on a CPU, 2 P on a GPU  | float32 or bfloat16; the head untied                |
 | engine    | in process, bfloat16 | 2 V h more                 | the head is in float32                              |
@@ -41,6 +41,8 @@ All sizes are in bytes. Symbols:
 | an update | layers computed again | one layer, and 4 R L h    | gradient checkpointing: the rest is not kept        |
 | an update | casts               | 2 P without the embedding   | bfloat16 copies of trained weights under such a body |
 | sampling  | in process, at most | max_batch_tokens times L k  | keys and values; never at the time of an update     |
+
+A quantised base rounds the text part's linear layers. Fused experts, routers, embedding and head stay as they are.
 
 The rows of the layers are the tensors that autograd keeps for Llama and Qwen3 in transformers 5.19. For other models
 they are an estimate.

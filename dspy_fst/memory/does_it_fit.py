@@ -120,7 +120,7 @@ class MemoryPlan:
     needed: str = ""
     """Why ``"auto"`` turned that on; empty where it did not."""
     trained: int = 0
-    """How many numbers training may change."""
+    """How many numbers training may change; 0 where texts alone are searched."""
     adapter: bool = False
     """Whether these are LoRA adapters'."""
     way_out: str = ""
@@ -159,8 +159,12 @@ class MemoryPlan:
     @property
     def choice(self) -> str:
         """What is trained, and why; a sentence."""
+        if not self.trained:
+            return "trained: no weights, as method='gepa' searches texts alone"
         if self.adapter:
-            return f"trained: LoRA adapters of {counted(self.trained)} numbers, as the recipe says"
+            count = self.workload.adapters
+            adapters = "a LoRA adapter of" if count == 1 else f"{count} LoRA adapters, together of"
+            return f"trained: {adapters} {counted(self.trained)} numbers, as the recipe's adapter says"
         if self.way_out:
             return f"trained: all weights, which do not fit; a LoRA adapter is expected to: {self.way_out}"
         fits = "" if self.faults() or not self.expected_to_fit else ", which fit"
@@ -282,7 +286,7 @@ def _plan_for(workload: Workload, config: FSTConfig, available: Available) -> Me
         share_fault=_share_fault(workload, config, available, requirements),
         reply_limit=reply_limit,
         gradient_checkpointing=config.gradient_checkpointing is True,
-        trained=trained_numbers(workload, config),
+        trained=0 if config.method == "gepa" else trained_numbers(workload, config),
         adapter=config.adapter is not None,
     )
 

@@ -36,6 +36,8 @@ COMPILED = "compiled"
 """The compiled program, saved when compile() ends."""
 RECORDED_SINCE = {"adapter"}
 """Keys that recipes of earlier releases lack. Such a run continues with whatever is in force."""
+NAMED = {"lora": "adapter", "adapter": "chat adapter"}
+"""Key of a recipe on disk -> what a refusal calls it, where that is not the key: the setting ``adapter`` came later."""
 NO_LONGER_IDENTITY = {"sync_tolerance"}
 """Keys that earlier releases recorded as part of a run's identity. Any value may follow them."""
 UNCLAIMED = (LOCK, PROJECT, "recipe.json.new")
@@ -325,7 +327,7 @@ def directory_fault(
     if wanted.get("model_files") is not None and recorded.get("model_files") == wanted.get("model_files"):
         apart |= {"model"}  # the same files in another place
     differing = [
-        f"{key} (there {_in_words(recorded.get(key))}, now {_in_words(wanted.get(key))})"
+        f"{NAMED.get(key, key)} (there {_in_words(recorded.get(key))}, now {_in_words(wanted.get(key))})"
         for key in sorted({*recorded, *wanted} - apart)
         if recorded.get(key) != wanted.get(key)
     ]
@@ -351,7 +353,9 @@ def _more_cycles(path: Path, recorded: Mapping[str, object], wanted: Mapping[str
 
 
 def _in_words(value: object) -> str:
-    """A recipe's value as text: an adapter by its name and settings."""
+    """A recipe's value as text: a chat adapter by its name and settings, a LoRA adapter as it is written in Python."""
+    if isinstance(value, Mapping) and "rank" in value:
+        return f"LoRA({', '.join(f'{name}={setting!r}' for name, setting in value.items())})"
     if not (isinstance(value, Mapping) and isinstance(value.get("name"), str)):
         return repr(value)
     parts = [part for part in value.values() if isinstance(part, Mapping)]

@@ -69,7 +69,7 @@ def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
         session.publish(moved_at(run.state))
         session.prune_weights()  # a kill may have come between a commit and this
         with dspy.context(lm=_configured(policy), adapter=kept_by(request.student) or adapter_in_force()):
-            announce(session, None if run.state else try_first(session))
+            announce(session, None if run.state else try_first(session), request.trained)
             if not run.state:
                 session.commit_start()  # a process that dies in the validation has lost no more than that
             session.validate_start()
@@ -153,11 +153,12 @@ def _origin(student: dspy.Module, policy: PolicyLM) -> str:
 # ---- what is said before anything is spent -------------------------------------------------------
 
 
-def announce(session: Session, look: FirstLook | None) -> None:
+def announce(session: Session, look: FirstLook | None, trained: str) -> None:
     """Say what the run will spend, or how far it is.
 
     Args:
         look: What the first rollouts measured; None for a run that goes on.
+        trained: What is trained, and why; empty where that is not known.
     """
     budget = session.plan.budget(len(session.valset))
     if look is None:
@@ -171,7 +172,7 @@ def announce(session: Session, look: FirstLook | None) -> None:
         before_the_start=look.spent,
         **_subject(session),
     )
-    for line in _plan_in_words(session, budget, look):
+    for line in filter(None, (trained, *_plan_in_words(session, budget, look))):
         session.recorder.note(line)
     if not session.validation:
         session.recorder.note(NO_VALSET)

@@ -105,6 +105,8 @@ class Request:
     """What makes the run this run (`run_identity`)."""
     warnings: tuple[str, ...]
     """What does not stop the run and would go unnoticed."""
+    trained: str
+    """What is trained, and why, in words (`MemoryPlan.choice`); empty where the model's size is not known."""
 
     @property
     def policy(self) -> PolicyLM:
@@ -219,6 +221,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
         run_dir=run_dir,
         identity=recipe,
         warnings=tuple(warnings),
+        trained="" if plan is None else plan.choice,
     )
 
 

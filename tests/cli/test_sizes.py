@@ -133,11 +133,11 @@ def test_this_machine_is_looked_at_when_no_card_is_named():
     assert all(need["free"] > 0 for need in said["needs"])
 
 
-def test_the_text_says_what_is_taken_what_is_written_and_that_no_card_was_tried():
+def test_the_text_says_what_is_taken_what_is_written_and_what_was_measured_on_a_card():
     text = invoke("sizes", "Qwen/Qwen3-8B", "--gpu", "80GiB").stdout
     assert "It does not fit" in text
     assert "written over the run: at most 5141.4 GiB" in text
-    assert "this package has not run on a GPU" in text
+    assert "on one H100 the peaks of four updates, without vLLM, were met to -2 to +5 %" in text
 
 
 @pytest.mark.parametrize("size", ["much", "0GiB", "-1", "24 TiB"])
@@ -234,7 +234,7 @@ def test_check_tells_the_room_on_an_imagined_card_from_the_config_alone(project)
     assert said["micro_batch_tokens"]["chosen"]
     rows = {row["name"]: row for row in said["settings"]}
     assert rows["micro_batch_tokens"]["value"] == said["micro_batch_tokens"]["tokens"] >= 4096
-    assert "this package has not run on a GPU" in invoke("check", project, "--gpu", "80GiB").stdout
+    assert "computed, not measured here" in invoke("check", project, "--gpu", "80GiB").stdout
     two = json.loads(invoke("check", project, "--gpu", "80GiB", "--cards", "2", "--json").stdout)
     assert "GPU memory of the second card" in {need["place"] for need in two["needs"]}
 

@@ -31,6 +31,18 @@ def test_a_run_of_another_recipe_is_refused_with_the_difference(tmp_path):
         RunDirectory(tmp_path / "run", {"seed": 1, "cycles": 3})
 
 
+def test_a_refusal_calls_an_adapter_by_the_name_of_its_setting(tmp_path):
+    chat = {"name": "ChatAdapter", "settings": {"use_native_function_calling": False}}
+    lora = {"rank": 4, "alpha": 32.0}
+    RunDirectory(tmp_path / "run", {"lora": lora, "adapter": chat}).close()
+    with pytest.raises(RunDirectoryError) as refusal:
+        RunDirectory(tmp_path / "run", {"lora": None, "adapter": {"name": "JSONAdapter", "settings": {}}})
+    assert "; adapter (there LoRA(rank=4, alpha=32.0), now None)" in str(refusal.value)
+    assert "chat adapter (there ChatAdapter(use_native_function_calling=False), now JSONAdapter())" in str(
+        refusal.value
+    )
+
+
 def test_a_setting_that_is_no_part_of_a_run_any_more_may_have_had_any_value(tmp_path):
     """`sync_tolerance` meant another gap in earlier releases; what remains of it says nothing of the run."""
     RunDirectory(tmp_path / "run", {"seed": 1, "sync_tolerance": 0.3}).close()
