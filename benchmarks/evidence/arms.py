@@ -56,11 +56,19 @@ SENSITIVITY: dict[str, dict[str, Any]] = {
 }
 """FST with one number changed. Other T keep the number of updates and the rollouts of all searches together."""
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "several_updates": {"updates_per_batch": 4},
+    "resampled": {"resample_flat": 2},
+    "overlong": {"overlong_penalty": 0.5},
+    "retiring": {"retire_solved": 0.9},
+}
+"""FST with one option of a step."""
+
 LORA: dict[str, dict[str, Any]] = {"lora": {"adapter": {"rank": 16, "alpha": 32.0}}}
 """A LoRA adapter is trained in place of all weights. Rank and scaling are the package's defaults. In this narrow model
 (width 128) rank 16 trains 155,648 numbers beside its 939,904; in one of some billions it trains under 1 %."""
 
-ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **LORA}
+ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA}
 
 TUNED = (
     *("fst", "rl", "gepa_then_rl"),
@@ -111,6 +119,10 @@ ABOUT = {
     "own_baselines_slower": "a baseline of each candidate's own, at the learning rate tuned for that",
     "distill": "no reward: what the base says under the population is taught under the seed",
     "fst_and_distill": "FST, and that with a tenth of the weight",
+    "several_updates": "FST with four optimizer steps for each batch",
+    "resampled": "FST that replaces flat groups, twice a step at most (DAPO)",
+    "overlong": "FST that takes up to half a point from rollouts with replies near the limit (DAPO)",
+    "retiring": "FST that leaves out problems with a pass rate of 0.9 (ScaleRL)",
     "lora": "FST that trains a LoRA adapter of rank 16 instead of all weights",
     **dict.fromkeys(SENSITIVITY, "FST with this number changed"),
 }

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.arms import ARMS, LORA, MAIN, RECIPE, SENSITIVITY, VARIANTS, tuned_as
+from benchmarks.evidence.arms import ARMS, LORA, MAIN, OPTIONS, RECIPE, SENSITIVITY, VARIANTS, tuned_as
 from benchmarks.evidence.places import (
     BY_LENGTH,
     CEILING,
@@ -104,6 +104,11 @@ def variants_elsewhere(place: Place, seeds: range) -> Stages:
     return [_each(("fst", "gepa_then_rl", *VARIANTS), (BY_LENGTH,), seeds)]
 
 
+def options(place: Place, seeds: range) -> Stages:
+    """Options of a step, one at a time, on the main world and where problems need different advice."""
+    return [_each(("fst", *OPTIONS), (WORLD, BY_LENGTH), seeds)]
+
+
 def plasticity(place: Place, seeds: range) -> Stages:
     """RL on a second task from each arm's weights, and from the base."""
     first = _each(CARRIED, {world: None for pair in PAIRS for world in pair}, seeds)
@@ -151,7 +156,19 @@ def bases(place: Place, seeds: range) -> Stages:
 
 EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {
     made.__name__: made
-    for made in (main, worlds, variants, variants_elsewhere, plasticity, continual, sensitivity, bases, bound, lora)
+    for made in (
+        main,
+        worlds,
+        variants,
+        variants_elsewhere,
+        options,
+        plasticity,
+        continual,
+        sensitivity,
+        bases,
+        bound,
+        lora,
+    )
 }
 FORMS: dict[str, dict[str, int]] = {"short": {"main": 3}, "long": {**dict.fromkeys(EXPERIMENTS, 3), "main": 5}}
 """Experiments of each form, and over how many seeds each goes."""
