@@ -9,11 +9,13 @@ import pytest
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.report.from_events import record_of
+from dspy_fst.report.standing import Standing
 from dspy_fst.report.step_options import option_charts, option_lines, step_words
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.credit import credit
 from dspy_fst.training.plan import Plan
-from dspy_fst.training.resampling import is_flat, refilled, resampling_counts, resampling_warnings
+from dspy_fst.training.resampling import is_flat, refilled, resampling_counts
+from dspy_fst.training.step_problems import trainset_warnings
 from dspy_fst.types import Candidate, Group
 from tests.relay import any_answer
 from tests.slow.makers import make_call, make_group, make_rollout
@@ -120,9 +122,23 @@ def test_the_budget_counts_every_group_that_may_be_replaced(size, rounds, groups
 
 def test_a_trainset_without_other_problems_is_told_before_work():
     config = FSTConfig(**SMALL, resample_flat=2)
-    assert resampling_warnings(config, 5) == resampling_warnings(FSTConfig(**SMALL), 4) == []
-    (warning,) = resampling_warnings(config, 4)
+    assert trainset_warnings(config, 5) == trainset_warnings(FSTConfig(**SMALL), 4) == []
+    (warning,) = trainset_warnings(config, 4)
     assert warning.startswith("resample_flat=2: each batch holds all 4 examples of the trainset (problems_per_step=4)")
+    (warning,) = trainset_warnings(FSTConfig(**SMALL, resample_flat=2, retire_solved=0.9), 4)
+    assert warning.startswith("resample_flat=2 and retire_solved=0.9: each batch holds all 4 examples")
+    assert trainset_warnings(FSTConfig(**SMALL, resample_flat=2, method="gepa"), 4) == []
+
+
+def test_the_time_that_is_left_follows_what_steps_cost_and_not_the_most_that_they_may():
+    standing = Standing()
+    standing.budget = {"updates": 4, "training_rollouts": 300}
+    assert standing.left()["train"] == 300
+    report = {"counts": {"rollouts": 40, "resampled_groups": 2, "held_rollouts": 10}}
+    standing.add({"event": "step", "report": report})
+    assert (standing.left()["train"], standing.spent) == (3 * 50, 50)
+    standing.budget["training_rollouts"] = 120  # what is planned is the most
+    assert standing.left()["train"] == 70
 
 
 def test_what_learns_from_no_reward_has_no_flat_group():

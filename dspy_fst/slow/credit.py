@@ -52,7 +52,7 @@ def credit(
 
     A rollout's advantage is ``(r - mean) / (std + epsilon)`` over the *measured* rollouts of its group (population
     standard deviation). Masked rollouts enter neither the mean nor the gradient. Groups whose rewards are all equal are
-    dropped and not resampled (FST, section 2, after ScaleRL).
+    dropped (FST, section 2, after ScaleRL).
 
     If the metric scored a call's predictor in the rollout, the call's advantage is computed from those scores instead:
     mean and standard deviation are over the rollouts of the group in which the predictor has a score (see

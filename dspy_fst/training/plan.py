@@ -69,6 +69,7 @@ class Plan:
     def problems(self, step: int) -> list[int]:
         """Problems of a step's batch, all different: a walk through one seeded shuffle of the trainset per epoch.
 
+        ``retire_solved`` and ``resample_flat`` may have the step sample others (`training.step_problems`).
         An epoch ends with its last full batch; whom the remainder leaves out changes with the shuffle.
         """
         size = self.config.problems_per_step
@@ -82,7 +83,7 @@ class Plan:
         return [problem for problem in order if problem not in taken]
 
     def lookahead(self, cycle: int) -> list[int]:
-        """D_c: the problems of the cycle's steps, without repetition (paper, section 3)."""
+        """D_c: the planned problems of the cycle's steps, without repetition (paper, section 3)."""
         first = cycle * self.config.steps_per_cycle
         steps = range(first, first + self.config.steps_per_cycle)
         return list(dict.fromkeys(problem for step in steps for problem in self.problems(step)))

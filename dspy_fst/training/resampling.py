@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from dspy_fst.config import FSTConfig
 from dspy_fst.types import Batch, Group
 
 Credited = Callable[[Sequence[Group]], Batch]
@@ -91,18 +90,3 @@ def _reason(group: Group, worst: float, best: float) -> str:
     reward = fmean(rollout.reward for rollout in group.rollouts if rollout.reward is not None)
     near = EDGE * (best - worst)
     return "all right" if reward >= best - near else "all wrong" if reward <= worst + near else "all alike"
-
-
-def resampling_warnings(config: FSTConfig, trainset: int) -> list[str]:
-    """A sentence when ``resample_flat`` cannot do anything.
-
-    Args:
-        trainset: Number of its examples.
-    """
-    if not config.resample_flat or config.method == "gepa" or trainset > config.problems_per_step:
-        return []
-    return [
-        f"resample_flat={config.resample_flat}: each batch holds all {trainset} examples of the trainset "
-        f"(problems_per_step={config.problems_per_step}), so no other problem can replace one whose group is flat; add "
-        "examples or lower problems_per_step"
-    ]

@@ -60,3 +60,20 @@ def step_problems(plan: Plan, step: int, reports: Sequence[StepReport]) -> StepP
     others = plan.others(step, {*own, *retired}) if config.resample_flat else []
     options = bool(config.resample_flat) or config.retire_solved is not None
     return StepProblems(config, own, others, len(retired), len(back), options)
+
+
+def trainset_warnings(config: FSTConfig, trainset: int) -> list[str]:
+    """A sentence when an option needs other problems than those of a batch, and there are none.
+
+    Args:
+        trainset: Number of its examples.
+    """
+    options = {"resample_flat": config.resample_flat, "retire_solved": config.retire_solved}
+    given = [f"{name}={value:g}" for name, value in options.items() if value]
+    if not given or config.method == "gepa" or trainset > config.problems_per_step:
+        return []
+    return [
+        f"{' and '.join(given)}: each batch holds all {trainset} examples of the trainset (problems_per_step="
+        f"{config.problems_per_step}), so no other problem can take the place of one; add examples or lower "
+        "problems_per_step"
+    ]
