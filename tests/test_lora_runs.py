@@ -211,6 +211,11 @@ def test_an_adapter_and_its_moments_go_on(run, tmp_path):
     policy_of(further).release()
     with pytest.raises(ConfigurationError, match=r"trained the LoRA adapter .*, and this one trains all weights"):
         compile_relay(tmp_path / "other", program=compiled, **few)
+    with pytest.raises(
+        ConfigurationError, match="trained the LoRA adapters shared, and this one trains for-first, for-l"
+    ):
+        compile_relay(tmp_path / "other", program=compiled, **{**RATE, **few}, adapters="per_predictor")
+    assert not (tmp_path / "other").exists()
 
 
 def test_one_predictor_alone_trains_the_adapter(tmp_path):

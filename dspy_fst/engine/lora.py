@@ -33,6 +33,10 @@ _NO_ADAPTER = "__base__"
 """peft's name for the base among ``adapter_names``."""
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Last parts of the names of linear layers that choose experts. An adapted router would change which experts learn."""
+PAST_ADAPTERS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+"""Types of models whose fused kernels read the weight of `out_proj` itself, past an adapter. peft refuses it there."""
+NO_MODULE = "^$"
+"""A pattern of peft's that matches no layer."""
 
 
 # ---- which layers -------------------------------------------------------------------------------
@@ -46,13 +50,13 @@ def target_modules(model: PreTrainedModel, lora: LoRA) -> list[str]:
     """
     if faults := target_faults(model, lora):
         raise TrainingError("; ".join(faults))
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     return [layer for layer in layers if lora.target == ALL_LINEAR or any(_ends(layer, name) for name in lora.target)]
 
 
 def target_faults(model: PreTrainedModel, lora: LoRA) -> list[str]:
     """Why these settings do not fit a model, one sentence for each reason; the model may be on the meta device."""
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     kind = model.config.model_type
     if not layers:
         return [f"adapter: a {kind!r} model has no linear layers that a LoRA adapter could go on; train all weights"]
@@ -102,6 +106,13 @@ def _fault(model: PreTrainedModel, name: str, ends: list[str]) -> str:
     )
 
 
+def adaptable_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of the layers that may get an adapter: `linear_layers`, without those whose adapter would be passed
+    by."""
+    passed_by = {"out_proj"} if model.config.model_type in PAST_ADAPTERS else set()
+    return [name for name in linear_layers(model) if name.rpartition(".")[2] not in passed_by]
+
+
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Full names of the text part's linear layers, adapted or not; the LM head and routers of experts are left out."""
     text, head = text_part(model), model.get_output_embeddings()
@@ -133,20 +144,7 @@ def put_on(model: PreTrainedModel, name: str, lora: LoRA, *, seed: int = 0) -> N
     Raises:
         TrainingError: see `target_modules`; or peft cannot adapt one of the layers.
     """
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it; whole numbers are a habit
-        target_modules=target_modules(model, lora),
-        use_rslora=lora.rslora,
-    )
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a model has an adapter already, or keeps its weights transposed
-            inject_adapter_in_model(config, model, name)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise TrainingError(
-            f"peft cannot put a LoRA adapter on a {model.config.model_type!r} model: {error}"
-        ) from error
+    _inject(model, name, lora)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in parameters_of(model, name).items():
@@ -155,6 +153,41 @@ def put_on(model: PreTrainedModel, name: str, lora: LoRA, *, seed: int = 0) -> N
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
             with torch.no_grad():
                 parameter.copy_(drawn)
+
+
+def peft_fault(empty: PreTrainedModel, lora: LoRA) -> str | None:
+    """Why peft itself refuses the adapter, in a sentence; for settings without `target_faults`.
+
+    Args:
+        empty: The model on the meta device; it holds the adapter afterwards.
+    """
+    try:
+        _inject(empty, "shared", lora, empty=True)
+    except TrainingError as error:
+        return f"adapter: {error}"
+    return None
+
+
+def _inject(model: PreTrainedModel, name: str, lora: LoRA, *, empty: bool = False) -> None:
+    layers = target_modules(model, lora)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it; whole numbers are a habit
+        target_modules=NO_MODULE,
+        use_rslora=lora.rslora,
+    )
+    # peft takes names in a configuration for ends of names, and a shared expert's `gate_proj` for the fused experts'.
+    # The keys of a state name the layers themselves.
+    keys = {f"{layer}.lora_A.weight": torch.empty(0) for layer in layers}
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a model has an adapter already, or keeps its weights transposed
+            inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty, state_dict=keys)
+            config.target_modules = layers
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise TrainingError(
+            f"peft cannot put a LoRA adapter on a {model.config.model_type!r} model: {error}"
+        ) from error
 
 
 def take_off(model: PreTrainedModel, name: str) -> None:
@@ -298,6 +331,17 @@ def read(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise TrainingError(f"no LoRA adapter can be read from {folder}: {briefly(error)}") from error
     return lora, tensors
+
+
+def goes_on(model: PreTrainedModel, folder: Path, wanted: LoRA) -> bool:
+    """Whether a folder's adapter has these settings, and so can go on; the model may be on the meta device.
+
+    Raises:
+        TrainingError: the folder cannot be read, or the settings do not fit the model.
+    """
+    found, _ = read(folder)
+    layers = {*target_modules(model, wanted)}
+    return found == wanted.model_copy(update={"target": found.target}) and {*found.target} == layers
 
 
 def _layers_in(tensors: Iterable[str]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspy_fst.engine.machine import has_gpu
-from dspy_fst.errors import briefly
+from dspy_fst.errors import TrainingError, briefly
 from dspy_fst.model_files.architectures import context_length, empty_model, has_experts, kind_faults, unreadable
 from dspy_fst.model_files.folder import adapter_fault, folder_faults, stored_layer_fault, stored_shapes
 from dspy_fst.model_files.hub import hub_fault, in_cache, means_a_path, read_from
@@ -76,7 +76,7 @@ def _weights_faults(path: Path) -> Iterator[str]:
 def lora_faults(policy: PolicyLM, adapter: LoRA, grouping: Grouping = "shared") -> list[str]:
     """Why these LoRA adapters do not fit the engine's options, or the model, from its config alone. A model that cannot
     be read is reported by `model_faults`."""
-    from dspy_fst.engine.lora import name_faults, target_faults
+    from dspy_fst.engine.lora import name_faults, peft_fault, target_faults
 
     faults = name_faults(grouping if isinstance(grouping, dict) else ())
     if policy.handle.options.get("sleep_level") == 2:
@@ -85,7 +85,34 @@ def lora_faults(policy: PolicyLM, adapter: LoRA, grouping: Grouping = "shared") 
             "alone over; use sleep_level=1"
         )
     model = _without_numbers(policy)
-    return faults if model is None else [*faults, *target_faults(model, adapter)]
+    if model is None:
+        return faults
+    if unfit := target_faults(model, adapter):
+        return [*faults, *unfit]
+    faults += _other_settings(policy, model, adapter)
+    return faults if (fault := peft_fault(model, adapter)) is None else [*faults, fault]
+
+
+def _other_settings(policy: PolicyLM, model: "PreTrainedModel", adapter: LoRA) -> Iterator[str]:
+    """A sentence if the student's LoRA adapters are several, and would not go on because of their settings."""
+    from dspy_fst.engine.lora import goes_on, read
+
+    held = policy.checkpoint.adapters
+    if len(held) < 2:
+        return
+    try:
+        if all(goes_on(model, each.path, adapter) for each in held):
+            return
+        found, _ = read(held[0].path)
+    except TrainingError as error:
+        yield f"model={policy.model!r}: {error}"
+        return
+    scaling = "alpha / sqrt(rank)" if found.rslora else "alpha / rank"
+    yield (
+        f"adapter: the student speaks through several LoRA adapters of rank={found.rank}, alpha={found.alpha:g}, "
+        f"scaling {scaling} and {len(found.target)} layers, which cannot be merged into one set of weights; go on with "
+        "the same rank, alpha, rslora and target"
+    )
 
 
 def lora_warnings(policy: PolicyLM, adapter: LoRA | None) -> list[str]:

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.lora import in_use, merge, parameters_of, put_on, put_on_as_read, read, target_modules, using
+from dspy_fst.engine.lora import goes_on, in_use, merge, parameters_of, put_on, put_on_as_read, using
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.architectures import last_position, load_model_with_info
 from dspy_fst.model_files.folder import folder_faults, layer_fault, wrapped_names
@@ -204,10 +204,7 @@ class Policy(nn.Module):
     def _goes_on(self, source: Checkpoint, wanted: LoRA, names: Sequence[str]) -> bool:
         """Put the adapters of a folder on the model if they are the wanted ones; tell whether they were."""
         held = {adapter.name: adapter.path for adapter in source.adapters}
-        layers = {*target_modules(self.model, wanted)}
-        found = [read(path)[0] for path in held.values()]
-        same = all(one == wanted.model_copy(update={"target": one.target}) and {*one.target} == layers for one in found)
-        if held.keys() != {*names} or not same:
+        if held.keys() != {*names} or not all(goes_on(self.model, path, wanted) for path in held.values()):
             return False
         self._put_on_as_read(source)
         self.started_from = {name: f"{START}{name}" for name in names}

@@ -12,6 +12,8 @@ import dspy
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.program_checks import policies_of
+from dspy_fst.recipe.lora_settings import SHARED, adapter_of
 from dspy_fst.run.directory import COMPILED, is_run
 from dspy_fst.run.files import read_json, to_jsonable
 from dspy_fst.run.state import RunState, moved_at, newest_state, peek_state
@@ -55,13 +57,26 @@ def optimizer_faults(config: FSTConfig, student: dspy.Module, policy: PolicyLM, 
             f"{ASKED}: the run in {before} kept AdamW's moments as optimizer={moments!r} does, and this one uses "
             f"{config.optimizer!r}; set the same optimizer, or leave it out"
         ]
-    trained, wanted = recipe.get("lora"), to_jsonable(config.model_dump()["adapter"])
-    if trained != wanted:
-        return [
-            f"{ASKED}: the run in {before} trained {_in_words(trained)}, and this one trains {_in_words(wanted)}, so "
-            "AdamW's moments belong to other numbers; leave it out, or set the same adapter"
-        ]
-    return []
+    wanted = to_jsonable(config.model_dump()["adapter"])
+    if (trained := recipe.get("lora")) != wanted:
+        before_and_now = f"{_in_words(trained)}, and this one trains {_in_words(wanted)}"
+    elif (others := _other_names(config, student, policy)) is not None:
+        before_and_now = others
+    else:
+        return []
+    return [
+        f"{ASKED}: the run in {before} trained {before_and_now}, so AdamW's moments belong to other numbers; leave it "
+        "out, or set the same adapter and adapters"
+    ]
+
+
+def _other_names(config: FSTConfig, student: dspy.Module, policy: PolicyLM) -> str | None:
+    """The names of the student's LoRA adapters and of those to train, in words; None where they are the same."""
+    held = {adapter.name for adapter in policy.checkpoint.adapters}
+    through = adapter_of(config.adapters, config.trained or policies_of(student))
+    if not held or held == (names := {*through.values()} or {SHARED}):
+        return None
+    return f"the LoRA adapters {', '.join(sorted(held))}, and this one trains {', '.join(sorted(names))}"
 
 
 def _in_words(adapter: object) -> str:

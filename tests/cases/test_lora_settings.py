@@ -8,6 +8,7 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.recipe.lora_settings import LoRA, adapter_of
 from dspy_fst.training.request import Arguments, Proposers, check
 from programs.lab import BASE, build
+from tests.lora_program import two_adapters
 from tests.relay import Relay, any_answer
 from tests.test_compile import propose
 
@@ -21,7 +22,8 @@ def examples():
 
 def checked(examples, tmp_path, program=None, **settings):
     student = program or Relay()
-    student.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=12))
+    if not hasattr(student, "population"):
+        student.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=12))
     given = {"cycles": 1, "steps_per_cycle": 1, "problems_per_step": 4, **settings}
     given |= {"population_size": 2, "group_size": 4}
     return check(
@@ -107,3 +109,20 @@ def test_predictors_in_a_dict_have_adapters_of_their_own(examples, tmp_path):
             return self.steps["c d"](numbers=self.steps["a/b"](numbers=numbers).answer)
 
     assert checked(examples, tmp_path, Keyed(), **LORA, adapters="per_predictor").config.adapters == "per_predictor"
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"rank": 8}, {"rank": 4, "alpha": 8.0}, {"rank": 4, "target": "q_proj"}, {"rank": 4, "rslora": True}],
+    ids=["rank", "alpha", "target", "rslora"],
+)
+def test_several_adapters_do_not_go_on_with_other_settings(examples, tmp_path, adapter):
+    program = two_adapters(tmp_path / "weights")
+    for _, predictor in program.named_predictors():
+        predictor.config["temperature"] = 1.0
+    assert checked(examples, tmp_path, program, adapter=LoRA(rank=4), adapters="per_predictor")
+    with pytest.raises(
+        ConfigurationError, match=r"several LoRA adapters of rank=4, alpha=32, scaling alpha / rank and 28"
+    ):
+        checked(examples, tmp_path, program, adapter=adapter, adapters="per_predictor")
+    assert not (tmp_path / "run").exists()
