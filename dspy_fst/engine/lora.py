@@ -74,10 +74,14 @@ def target_faults(model: PreTrainedModel, lora: LoRA) -> list[str]:
 
 
 def name_faults(names: Iterable[str]) -> list[str]:
-    """A sentence on names of adapters that torch does not take for a module, one for all."""
-    if taken := sorted({name for name in names if hasattr(nn.ModuleDict(), name)}):
-        return [f"adapters: {', '.join(map(repr, taken))} is a name of torch's own; name the group otherwise"]
-    return []
+    """A sentence on names of adapters that torch does not take for a module, one for all; and one on peft's name."""
+    given = {*names}
+    faults = [f"adapters: {_NO_ADAPTER!r} is peft's name for the base; name the group otherwise"] * (
+        _NO_ADAPTER in given
+    )
+    if taken := sorted(name for name in given if hasattr(nn.ModuleDict(), name)):
+        faults.append(f"adapters: {', '.join(map(repr, taken))} is a name of torch's own; name the group otherwise")
+    return faults
 
 
 def _full_rank(model: PreTrainedModel, layer: str) -> int:

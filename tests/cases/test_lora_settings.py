@@ -62,13 +62,14 @@ def test_an_adapter_that_fits_nothing(examples, tmp_path, adapter, complaint):
         ({"-a": ["first", "last"]}, "'-a': a group's name"),
         ({"a" * 65: ["first", "last"]}, "aaa': a group's name has 1 to 64 letters"),
         ({"keys": ["first"], "training": ["last"]}, "'keys', 'training' is a name of torch's own"),
+        ({"__base__": ["first"], "x": ["last"]}, "'__base__' is peft's name for the base; name the group otherwise"),
         ({"a": ["first"], "A": ["last"]}, "'a', 'A' differ in case alone"),
         ({"a": ["first"]}, "last would be trained and is in no group"),
         ({"a": "first", "b": []}, "'a', 'b': list at least one predictor"),
         ({"a b": ["first"], "c": ["first"]}, "'a b': a group's name.*; 'first' in more than one group"),
         ({"a": ["first", "last"], "b": ["nope"]}, "'nope' is no trained predictor; there are first, last"),
     ],
-    ids=["base", "dash", "long", "torch's", "case", "left out", "members", "two faults", "unknown"],
+    ids=["base", "dash", "long", "torch's", "peft's", "case", "left out", "members", "two faults", "unknown"],
 )
 def test_groups_that_cannot_be_trained(examples, tmp_path, groups, complaint):
     with pytest.raises(ConfigurationError, match=complaint):
