@@ -7,12 +7,14 @@ import json
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dspy_fst.cli.memory_tables import requirements
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.formatting.numbers import format_bytes
@@ -574,6 +576,91 @@ def test_two_times_never_come_together():
     assert requirement.at_most == 2 + 7
 
 
+def test_what_is_surely_taken_at_a_time_is_a_fault_from_one_byte_on():
+    awake = Allocation(GPU, "b", 10, at_most=50, expected=50, when="sampling", relief="z", sure=40)
+
+    def said(free):
+        requirement = Requirement(GPU, (Allocation(GPU, "a", 60, at_most=45, when="x"), awake), free)
+        return bool(requirement.fault("m")), bool(requirement.warning("m"))
+
+    assert [said(free) for free in (109, 110, 119, 120)] == [
+        (True, False),
+        (False, True),
+        (False, True),
+        (False, False),
+    ]
+
+
+def in_turns(level, model="Qwen/Qwen3-1.7B", card=48, share=0.3, options=None, **recipe):
+    options = {"gpu_memory_utilization": share, **({} if level is None else {"sleep_level": level}), **(options or {})}
+    workload = Workload("m", find_size(model), "vllm", options, 1024)
+    return plan_for(workload, FSTConfig(**recipe), imagined_machine(card * GIB))
+
+
+def parts(plan, place):
+    need = next(requirement for requirement in plan.requirements if requirement.place == place)
+    return need, {allocation.part: allocation for allocation in need.allocations}
+
+
+def test_a_server_that_sleeps_and_an_update_take_the_larger_of_both_and_not_their_sum():
+    """All numbers by hand: the server has 0.3 of 48 GiB awake and 1.5 GiB asleep, which is assumed."""
+    beside, taking_turns = in_turns(None), in_turns(1)
+    share = int(0.3 * 48 * GIB)
+    (both, held), (turns, by_turns) = parts(beside, GPU), parts(taking_turns, GPU)
+    trainer = held["the trainer"].certain
+    assert trainer == by_turns["the trainer"].certain
+    assert both.certain == both.sure == trainer + share
+    assert turns.certain == trainer + 3 * GIB // 2
+    assert turns.sure == trainer + share
+    update = by_turns["the trainer"].at_most
+    assert turns.at_most == trainer + max(share, 3 * GIB // 2 + update)
+    assert turns.expected <= turns.at_most < both.at_most
+    assert (beside.micro_batch_tokens, taking_turns.micro_batch_tokens) == (256, 2048)
+    assert [*taking_turns.faults(), *taking_turns.doubts()] == []
+    shown = next(need for need in requirements(taking_turns) if need["place"] == GPU)
+    assert shown["made_of"]["the engine"] == {
+        "while it sleeps": 3 * GIB // 2,
+        "more while it samples": share - 3 * GIB // 2,
+    }
+
+
+def test_the_weights_of_a_server_that_sleeps_take_main_memory_at_level_1_alone():
+    size = find_size("Qwen/Qwen3-1.7B")
+    served = 2 * size.untied + 2 * size.embedding
+    one, two, none = (parts(in_turns(level), MEMORY)[1] for level in (1, 2, None))
+    moved = one.pop("the engine's weights while it sleeps")
+    assert (moved.certain, moved.at_most, moved.with_cuts) == (served, served, 0)
+    assert set(one) == set(two) == set(none)
+    lora = parts(in_turns(1, adapter="lora"), MEMORY)[1]["the engine's weights while it sleeps"]
+    assert (lora.cuts, lora.with_cuts) == ((), lora.certain), "level 2 is refused beside LoRA adapters"
+
+
+def test_the_trainer_scores_a_publish_in_the_server_s_turn():
+    """With a LoRA adapter nothing is freed for it; with all weights the gradients are."""
+    lora, full = (parts(in_turns(1, **recipe), GPU)[1]["the engine"] for recipe in ({"adapter": "lora"}, {}))
+    assert full.at_most == full.sure
+    assert GIB < lora.at_most - lora.sure < 2 * GIB
+
+
+def test_a_share_that_the_trainer_leaves_no_room_for_is_a_fault_though_the_server_sleeps():
+    """vLLM takes its share when it starts, and would refuse to."""
+    (fault,) = in_turns(1, share=0.7).faults()
+    assert "takes 29.4 GiB for the trainer and 33.6 GiB for the engine" in fault
+    assert "lower engine_options={'gpu_memory_utilization': 0.7}" in fault
+
+
+def test_where_turns_would_make_it_fit_they_are_named_and_only_there():
+    turns = "; or let vLLM sleep during updates, with which all fits: engine_options={'sleep_level': 1}"
+    (doubt,) = in_turns(None).doubts()
+    assert doubt.endswith(turns)
+    assert in_turns(None, card=80).doubts() == [], "it fits as it is"
+    assert turns not in "".join(in_turns(None, "Qwen/Qwen3-8B", 24).faults()), "it would not fit either"
+    assert turns not in "".join(in_turns(1, "Qwen/Qwen3-8B", 24).faults())
+    attached = in_turns(None, options={"attach_url": "http://127.0.0.1:1"})
+    assert attached.doubts()
+    assert turns not in "".join(attached.doubts())
+
+
 def test_a_fault_says_who_takes_how_much_and_what_to_do():
     available = Available({MEMORY: 2 * GIB, DISK: 16 * 2**20})
     plan = plan_memory(lab_policy("vllm"), FSTConfig(), Path("nowhere"), available)
@@ -607,6 +694,14 @@ def test_what_the_student_s_own_engine_holds_will_be_given_back():
     finally:
         policy.release()
     assert next(requirement.free for requirement in requirements if requirement.place == MEMORY) == 1000 + 4 * P
+
+
+def test_a_server_that_sleeps_gives_its_whole_share_back():
+    policy = lab_policy("vllm", gpu_memory_utilization=0.5, sleep_level=2)
+    policy.handle._engine = SimpleNamespace(weights="base")  # type: ignore[assignment]
+    plan = plan_memory(policy, FSTConfig(), Path("nowhere"), ON_GPU)
+    assert parts(plan, GPU)[0].free == ON_GPU.free[GPU] + 5 * GIB
+    del policy.handle._engine
 
 
 def test_a_run_that_goes_on_has_part_of_what_it_needs_on_disk(tmp_path, monkeypatch):

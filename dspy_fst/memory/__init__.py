@@ -27,6 +27,8 @@ All sizes are in bytes. Symbols:
 | engine    | vLLM on a CPU       | cpu_kv_cache_gib            | keys and values                                     |
 | engine    | vLLM on a GPU       | gpu_memory_utilization      | that share of the whole card holds all of it        |
 | engine    | vLLM, LoRA adapters | 2 A for each of max_loras   | places on the server, part of its least share       |
+| engine    | vLLM, sleep_level   | its share, at its own turn  | beside an update it holds 1.5 GiB (assumed)         |
+| engine    | vLLM, sleep_level 1 | its weights, in main memory | at most twice that: pinned blocks are powers of two |
 | disk      | published weights   | 4 P or 2 P each             | the first, the best, keep_weights, one being written |
 | disk      | published adapters  | 4 A each, and their base once | as many                                           |
 | disk      | resumable states    | 4 A and the moments, the first 4 A | keep_states, one being written               |
@@ -76,8 +78,9 @@ from dspy_fst.memory.available import (
     writable_fault,
 )
 from dspy_fst.memory.bytes_by_part import Allocation, Workload, least_served, vllm_share
-from dspy_fst.memory.does_it_fit import MemoryPlan, Requirement, fitting_share, plan_for, plan_memory
+from dspy_fst.memory.does_it_fit import MemoryPlan, fitting_share, plan_for, plan_memory
 from dspy_fst.memory.micro_batch import with_chosen_micro_batch, with_recorded_micro_batch
+from dspy_fst.memory.requirement import Requirement
 from dspy_fst.memory.shape import ModelSize, find_size, model_size, shape_faults, size_of_config
 
 __all__ = [

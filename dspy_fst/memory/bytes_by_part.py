@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from dspy_fst.config import FSTConfig
@@ -34,7 +34,9 @@ CACHED_TOKENS, FEWEST_CACHED_TOKENS = 8 * 4096, 2 * 4096
 LARGEST_SHARE = 0.95
 """The highest ``gpu_memory_utilization`` that is advised (ours)."""
 VLLM_WORKINGS = 3 * GIB // 2
-"""GPU memory for vLLM's CUDA context, graphs and activations (assumed, not measured)."""
+"""GPU memory for vLLM's CUDA context, graphs and activations, also while it sleeps (assumed, not measured)."""
+PROOF_TOKENS = 8 * 128
+"""Most tokens that the trainer scores after a publish (`training.publisher`)."""
 MUCH_WRITTEN = 2**40
 """Bytes over a run above which a warning is given (ours): a disk that writes 1 GiB/s takes 17 minutes."""
 
@@ -87,12 +89,15 @@ class Allocation:
     least: int | None = None
     """``certain`` after all of ``cuts``; None means that it stays as it is."""
     made_of: tuple[tuple[str, int], ...] = ()
-    """Parts of ``certain``, by name; empty where it has none."""
+    """Parts of ``certain``, by name, or what is taken when; empty where there are none."""
+    sure: int = 0
+    """The part of the peak ``at_most`` that is surely taken."""
 
     @property
     def with_cuts(self) -> int:
-        """``certain`` when every setting in ``cuts`` is changed."""
-        return self.certain if self.least is None else min(self.certain, self.least)
+        """``certain`` and ``sure`` when every setting in ``cuts`` is changed."""
+        taken = self.certain + self.sure
+        return taken if self.least is None else min(taken, self.least)
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ def allocations_of(workload: Workload, config: FSTConfig, tokens: int, available
         *process,
         *trainer_allocations(workload, config, tokens, on_gpu=available.on_gpu),
         engine_allocation(workload, config, available),
+        *sleeping_allocations(workload, config, available),
         *disk_allocations(workload, config, on_gpu=available.on_gpu),
     ]
 
@@ -233,11 +239,62 @@ def _vllm_allocation(workload: Workload, config: FSTConfig, available: Available
         whole, weights = int(available.gpu_total * share), served_bytes(workload, config)
         advice = f"lower engine_options={{'gpu_memory_utilization': {share:g}}}"
         made_of = (("weights", weights), ("keys, values and workings", max(0, whole - weights)))
-        return Allocation(place, ENGINE, whole, cuts=(advice,), least=weights, made_of=made_of)
+        server = Allocation(place, ENGINE, whole, cuts=(advice,), least=weights, made_of=made_of)
+        return server if settings.sleep_level is None else _taking_turns(server, workload, config)
     weights, cache = number_bytes(settings.dtype, on_gpu=False) * size.untied, settings.cpu_kv_cache_gib
     advice = f"engine_options={{'cpu_kv_cache_gib': 1}} ({cache - 1} GiB less)"
     cuts = (advice,) if cache > 1 else ()
     return Allocation(MEMORY, ENGINE, weights + cache * GIB, cuts=cuts, least=weights + GIB)
+
+
+def _taking_turns(server: Allocation, workload: Workload, config: FSTConfig) -> Allocation:
+    """A server that sleeps during updates. Its turn ends with a publish, in which the trainer scores some texts.
+
+    An update's gradients are gone by then.
+    """
+    low = number_bytes(config.precision, on_gpu=True) == 2
+    update = Update(with_kl=False, low=low, on_gpu=True, recompute=True, frozen=config.adapter is not None)
+    scoring = update_bytes(workload.size, MicroBatchShape(PROOF_TOKENS, PROOF_TOKENS), update)
+    asleep = min(server.certain, VLLM_WORKINGS)
+    turn = server.certain - asleep
+    peak = turn + max(0, scoring - 4 * trained_numbers(workload, config))
+    return replace(
+        server,
+        certain=asleep,
+        sure=turn,
+        at_most=peak,
+        expected=peak,
+        when="sampling",
+        relief="; ".join(server.cuts),
+        made_of=(("while it sleeps", asleep), ("more while it samples", turn)),
+    )
+
+
+def sleeping_allocations(workload: Workload, config: FSTConfig, available: Available) -> list[Allocation]:
+    """Main memory that a server's weights are moved to while it sleeps at level 1; it stays pinned in between.
+
+    PyTorch may round each pinned block up to a power of two (2.13, `CachingHostAllocator.h`).
+    """
+    if workload.kind != "vllm" or workload.options.get("sleep_level") != 1 or not available.on_gpu:
+        return []
+    weights = served_bytes(workload, config)
+    level_2 = f"engine_options={{'sleep_level': 2}} ({format_bytes(weights)} less)"
+    cuts = (level_2,) if config.adapter is None else ()
+    smaller = "use a smaller model"
+    relief = level_2 if cuts else smaller
+    return [
+        Allocation(
+            MEMORY,
+            "the engine's weights while it sleeps",
+            weights,
+            (smaller,),
+            at_most=weights,
+            when="a sleep",
+            relief=relief,
+            cuts=cuts,
+            least=0 if cuts else None,
+        )
+    ]
 
 
 def _in_process_allocation(size: ModelSize, options: Mapping[str, Any], available: Available) -> Allocation:

@@ -14,7 +14,7 @@ from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.formatting.numbers import format_bytes
 from dspy_fst.memory.arithmetic import LARGEST_ON_CPU, LARGEST_ON_GPU, SMALLEST
-from dspy_fst.memory.available import DISK, Available, available_now
+from dspy_fst.memory.available import DISK, GPU, Available, available_now
 from dspy_fst.memory.bytes_by_part import (
     CACHED_TOKENS,
     ENGINE,
@@ -33,71 +33,14 @@ from dspy_fst.memory.bytes_by_part import (
     vllm_share,
     writes_of,
 )
+from dspy_fst.memory.requirement import Requirement
 from dspy_fst.memory.shape import ModelSize, find_size, model_size
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.recipe.lora_settings import LoRA
 
 SPARE = 0.05
 """Share of the memory left for an update that a chosen micro-batch leaves free for allocators (ours)."""
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """All allocations in one place, and what is free there, in bytes."""
-
-    place: str
-    allocations: tuple[Allocation, ...]
-    free: int
-
-    @property
-    def certain(self) -> int:
-        return sum(allocation.certain for allocation in self.allocations)
-
-    @property
-    def at_most(self) -> int:
-        """``certain`` and the largest peak."""
-        return self.certain + self._peak.at_most
-
-    @property
-    def expected(self) -> int:
-        """``certain`` and the largest peak for typical texts."""
-        return self.certain + max(allocation.expected for allocation in self.allocations)
-
-    @property
-    def _peak(self) -> Allocation:
-        return max(self.allocations, key=lambda allocation: allocation.at_most)
-
-    def fault(self, model: str) -> str | None:
-        """A sentence when the certain part does not fit."""
-        if self.certain <= self.free:
-            return None
-        shares = " and ".join(
-            f"{format_bytes(allocation.certain)} for {allocation.part}"
-            for allocation in self.allocations
-            if allocation.certain
-        )
-        advice = ", ".join(
-            dict.fromkeys(advice for allocation in self.allocations for advice in self._advice(allocation))
-        )
-        return f"{self.place}: training {model} takes {shares}, and {format_bytes(self.free)} are free; {advice}"
-
-    @property
-    def with_cuts(self) -> int:
-        """``certain`` when every setting that reduces it is changed."""
-        return sum(allocation.with_cuts for allocation in self.allocations)
-
-    def _advice(self, allocation: Allocation) -> tuple[str, ...]:
-        """Settings are named only when all of them together make the run fit."""
-        return (*allocation.advice, *(allocation.cuts if self.with_cuts <= self.free else ()))
-
-    def warning(self, model: str) -> str | None:
-        """A sentence when the peak may not fit."""
-        if not self.certain <= self.free < self.at_most:
-            return None
-        return (
-            f"{self.place}: with {model} {self._peak.when} may take up to {format_bytes(self.at_most)} in all, and "
-            f"{format_bytes(self.free)} are free; if that proves too little, {self._peak.relief}"
-        )
+TURNS = "; or let vLLM sleep during updates, with which all fits: engine_options={'sleep_level': 1}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +68,8 @@ class MemoryPlan:
     """Whether these are LoRA adapters'."""
     way_out: str = ""
     """Settings with which a LoRA adapter is expected to fit, where training all weights does not."""
+    turns_help: bool = False
+    """Whether all fits if vLLM sleeps during updates, where it does not or may not otherwise."""
 
     @property
     def parameters(self) -> int:
@@ -135,6 +80,8 @@ class MemoryPlan:
         sentences = [fault for requirement in self.requirements if (fault := requirement.fault(self.named))]
         if self.share_fault:
             sentences.append(self.share_fault)
+        if sentences and self.turns_help:
+            sentences[0] += TURNS
         if sentences and self.way_out:
             sentences[-1] += f"; or train a LoRA adapter, which is expected to fit: {self.way_out}"
         return sentences
@@ -142,6 +89,8 @@ class MemoryPlan:
     def doubts(self) -> list[str]:
         """A sentence for every place whose peak may not fit, and for a model whose size is partly a guess."""
         sentences = [warning for requirement in self.requirements if (warning := requirement.warning(self.named))]
+        if sentences and self.turns_help:
+            sentences[0] += TURNS
         if assumed := self.workload.size.assumed:
             sentences.append(
                 f"{self.named}: its config.json does not set {', '.join(assumed)}, so transformers' defaults are "
@@ -215,9 +164,22 @@ def plan_memory(
 def plan_for(workload: Workload, config: FSTConfig, available: Available) -> MemoryPlan:
     """The memory plan of this model and recipe on a machine with so much free."""
     plan = _with_gradient_checkpointing(workload, config, available)
+    plan = replace(plan, turns_help=_turns_help(plan, workload, config, available))
     if config.adapter is not None or config.method == "gepa" or (not plan.faults() and plan.expected_to_fit):
         return plan
     return replace(plan, way_out=_way_out(workload, config, available))
+
+
+def _turns_help(plan: MemoryPlan, workload: Workload, config: FSTConfig, available: Available) -> bool:
+    """See `MemoryPlan.turns_help`. A server that was launched elsewhere, or has a card of its own, takes no turns."""
+    fits = not plan.faults() and not plan.doubts()
+    place, _ = _allocation_of(ENGINE, plan.requirements)
+    alone = workload.kind != "vllm" or place.place != GPU or workload.options.get("attach_url") is not None
+    if fits or alone or config.method == "gepa" or workload.options.get("sleep_level") is not None:
+        return False
+    options = {**workload.options, "sleep_level": 1}
+    by_turns = _with_gradient_checkpointing(replace(workload, options=options), config, available)
+    return not by_turns.faults() and not by_turns.doubts()
 
 
 def _way_out(workload: Workload, config: FSTConfig, available: Available) -> str:
@@ -368,7 +330,8 @@ def _given_back(workload: Workload, config: FSTConfig, available: Available) -> 
     engine = next(
         allocation for allocation in allocations_of(workload, config, SMALLEST, available) if allocation.part == ENGINE
     )
-    free = {place: free + engine.certain * (place == engine.place) for place, free in available.free.items()}
+    held = engine.certain + engine.sure
+    free = {place: free + held * (place == engine.place) for place, free in available.free.items()}
     return Available(free, available.gpu_total, available.imagined)
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from benchmarks.sizes import RESULT, TOLERANCE, Case, computed
-from dspy_fst.cli.sizes import LONGEST_REPLY
+from dspy_fst.cli.sizes import LONGEST_REPLY, _fitting
 from dspy_fst.config import FSTConfig
 from dspy_fst.memory import DISK, Workload, find_size, fitting_share, imagined_machine, plan_for
 from dspy_fst.memory.arithmetic import MicroBatchShape
@@ -36,11 +36,14 @@ def test_what_is_computed_now_is_what_was_measured_then(row):
     assert now == pytest.approx(row["peak"], rel=TOLERANCE)
 
 
-def recipes():
+def recipes(*, by_turns=False):
     """Project files of the page on GPUs that name a model, and the GiB of the card that each is for."""
     blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "gpus.md").read_text(), re.DOTALL)
     found = [(re.search(r"# one card of (\d+) GiB", block), yaml.safe_load(block)) for block in blocks]
-    return [(card and int(card[1]), recipe) for card, recipe in found if "model" in recipe]
+    named = [(card and int(card[1]), recipe) for card, recipe in found if "model" in recipe]
+    return [
+        (card, recipe) for card, recipe in named if ("sleep_level" in recipe["policy"]["engine_options"]) is by_turns
+    ]
 
 
 @pytest.mark.parametrize(("card", "recipe"), recipes(), ids=[f"{recipe['model']}-{card}" for card, recipe in recipes()])
@@ -53,6 +56,28 @@ def test_a_recipe_for_a_card_fits_on_it_by_the_arithmetic(card, recipe):
     row = [f"{size.parameters / 1e9:.1f}B", f"{card} GiB", "all weights" if not plan.adapter else "LoRA"]
     row += [f"{held['the trainer']:.1f}", f"{held['the engine']:.1f}", f"{plan.micro_batch_tokens:,}"]
     row += ["yes" if plan.gradient_checkpointing else "no"]
+    assert f"| {' | '.join(row)} |" in (DOCS / "gpus.md").read_text()
+
+
+def plan_of(card, recipe, **options):
+    policy, size = recipe["policy"], find_size(recipe["model"])
+    workload = Workload("it", size, "vllm", {**policy["engine_options"], **options}, policy["max_tokens"])
+    return plan_for(workload, FSTConfig(**recipe.get("recipe", {})), imagined_machine(card * GIB))
+
+
+@pytest.mark.parametrize(
+    ("card", "recipe"),
+    recipes(by_turns=True),
+    ids=[f"{recipe['model']}-{card}" for card, recipe in recipes(by_turns=True)],
+)
+def test_a_recipe_by_turns_fits_by_the_arithmetic_and_is_in_the_table(card, recipe):
+    plan, beside = plan_of(card, recipe), plan_of(card, recipe, sleep_level=None)
+    assert [*plan.faults(), *plan.doubts()] == []
+    held = {allocation.part: allocation for need in plan.requirements for allocation in need.allocations}
+    engine, moved = held["the engine"], held["the engine's weights while it sleeps"]
+    sizes = (held["the trainer"].certain, engine.certain + engine.sure, engine.certain, moved.certain)
+    row = [f"{plan.parameters / 1e9:.1f}B", f"{card} GiB", "LoRA" if plan.adapter else "all weights"]
+    row += [*(f"{size / GIB:.1f}" for size in sizes), f"{plan.micro_batch_tokens:,}", _fitting(beside)]
     assert f"| {' | '.join(row)} |" in (DOCS / "gpus.md").read_text()
 
 
