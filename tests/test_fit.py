@@ -328,7 +328,7 @@ def test_models_that_people_have_fit_on_cards_that_people_have_with_a_lora_adapt
     assert share * card * GIB <= (card - 0.5) * GIB - 2 * size.parameters
     plan = plan_for(dataclasses.replace(workload, options={"gpu_memory_utilization": share}), lora, available)
     assert [*plan.faults(), *plan.doubts()] == []
-    assert plan.choice.startswith("trained: LoRA adapters of ")
+    assert plan.choice.startswith("trained: a LoRA adapter of ")
 
 
 def test_the_way_out_names_another_share_of_the_card_where_that_is_needed():
