@@ -193,8 +193,6 @@ def _size(config: "PreTrainedConfig", stored: Mapping[str, tuple[int, ...]]) -> 
 
 def _linear(model: "PreTrainedModel") -> tuple[tuple[tuple[str, int], ...], int]:
     """What `ModelSize` says as ``linear`` and ``in_linear``."""
-    from torch import nn
-
     from dspy_fst.engine.lora import linear_layers, sides  # imports peft, which takes a second
 
     widths: Counter[str] = Counter()
@@ -202,7 +200,7 @@ def _linear(model: "PreTrainedModel") -> tuple[tuple[tuple[str, int], ...], int]
     for name in linear_layers(model):
         layer = model.get_submodule(name)
         widths[name.rpartition(".")[2]] += sum(sides(layer))
-        rounded += math.prod(sides(layer)) if isinstance(layer, nn.Linear) else 0
+        rounded += math.prod(sides(layer)) if hasattr(layer, "in_features") else 0  # a Conv1D is not rounded
     return tuple(sorted(widths.items())), rounded
 
 
