@@ -315,8 +315,15 @@ class AdapterReport:
     grad_norm: float
     """Of its own parameters, before clipping. The clip is by the norm of all adapters together."""
     kl_to_start: float | None
-    """As in `UpdateReport`, on its own tokens; None when the KL term was off."""
+    """As in `UpdateReport`, on its own tokens; None when the KL term was off, and for seed-KL calls alone."""
     entropy: float
+    kl_under_seed: float | None = None
+    """As in `UpdateReport`, on its own seed-KL calls; None when it had none."""
+
+    @property
+    def distance(self) -> float | None:
+        """The KL to the start that was measured: of what it learnt from, else of its seed-KL calls (distillation)."""
+        return self.kl_under_seed if self.kl_to_start is None else self.kl_to_start
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ def _adapters(record: "RunRecord") -> tuple[Sequence[str], list[list[str]]]:
         reports = [step.update.adapters[name] for step in record.steps if name in step.update.adapters]
         learnt, tokens = sum(report.rows for report in reports), sum(report.tokens for report in reports)
         grad = sum(report.grad_norm for report in reports) / len(reports)
-        rows.append([name, f"{learnt:,}", f"{tokens:,}", number(grad), number(reports[-1].kl_to_start)])
+        rows.append([name, f"{learnt:,}", f"{tokens:,}", number(grad), number(reports[-1].distance)])
     return ("adapter", "learnt", "tokens", "mean grad", "last KL"), rows
 
 

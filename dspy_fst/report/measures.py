@@ -107,7 +107,7 @@ def adapter_charts(record: RunRecord) -> list[Chart]:
 
     kl_note = "Exact KL to the starting weights on the tokens that were trained through it."
     return [
-        chart("adapter-kl", "Distance of each LoRA adapter", kl_note, "KL, nats a token", lambda of: of.kl_to_start),
+        chart("adapter-kl", "Distance of each LoRA adapter", kl_note, "KL, nats a token", lambda of: of.distance),
         chart("adapter-norm", "Gradient norm of each", "Before clipping.", "gradient norm", lambda of: of.grad_norm),
     ]
 

@@ -196,17 +196,19 @@ class UpdateMetrics:
         self._tokens_read += micro.tokens_read
         self._share = self._share + tokens.weights.sum()
 
-    def add_seed_kl(self, measured: Measured, kl: Tensor, calls: int) -> None:
+    def add_seed_kl(self, measured: Measured, kl: Tensor, micro: MicroBatch) -> None:
         """Add one micro-batch of seed-KL calls.
 
         Args:
             kl: Its share of their mean KL to the starting weights.
-            calls: Number of its calls.
         """
+        if micro.adapter is not None:
+            own = self._adapters.setdefault(micro.adapter, UpdateMetrics(self._device))
+            own.add_seed_kl(measured, kl, replace(micro, adapter=None))
         self.loss = self.loss + measured.loss
         self._seed_entropy = self._seed_entropy + measured.entropy.sum()
         self._seed_tokens += len(measured.entropy)
-        self._seed_calls += calls
+        self._seed_calls += len(micro.members)
         self._seed_kl = kl if self._seed_kl is None else self._seed_kl + kl
 
     @property
@@ -222,6 +224,10 @@ class UpdateMetrics:
         Args:
             adapter_norms: Gradient norm of each LoRA adapter, where the policy has several.
         """
+        adapters = {
+            name: own._of_adapter(adapter_norms[name], self._seed_tokens)
+            for name, own in sorted(self._adapters.items())
+        }
         if not self._tokens:  # the batch held seed-KL calls only
             return replace(
                 NO_UPDATE,
@@ -233,6 +239,7 @@ class UpdateMetrics:
                 learning_rate=learning_rate,
                 tokens=self._seed_tokens,
                 rows=self._seed_calls,
+                adapters=adapters,
                 optimizer_steps=1,
             )
         return UpdateReport(
@@ -251,16 +258,32 @@ class UpdateMetrics:
             sequences=self._sequences,
             row_tokens=self._row_tokens,
             tokens_read=self._tokens_read,
-            adapters={name: own._of_adapter(adapter_norms[name]) for name, own in sorted(self._adapters.items())},
+            adapters=adapters,
         )
 
-    def _of_adapter(self, grad_norm: float) -> AdapterReport:
+    def _of_adapter(self, grad_norm: float, seed_tokens: int) -> AdapterReport:
+        """What these sums, of one adapter's calls, say of it.
+
+        Args:
+            seed_tokens: Of all adapters' seed-KL calls, over which their mean KL is taken.
+        """
+        under_seed = None if self._seed_kl is None else float(self._seed_kl) * seed_tokens / self._seed_tokens
+        if not self._tokens:
+            return AdapterReport(
+                rows=self._seed_calls,
+                tokens=self._seed_tokens,
+                grad_norm=grad_norm,
+                kl_to_start=None,
+                entropy=float(self._seed_entropy) / self._seed_tokens,
+                kl_under_seed=under_seed,
+            )
         return AdapterReport(
             rows=self._rows,
             tokens=self._tokens,
             grad_norm=grad_norm,
             kl_to_start=None if self._kl is None else float(self._kl / self._share),
             entropy=float(self._entropy) / self._tokens,
+            kl_under_seed=under_seed,
         )
 
 
@@ -309,10 +332,15 @@ def in_one_report(reports: Sequence[UpdateReport]) -> UpdateReport:
 def _of_all(reports: Sequence[AdapterReport]) -> AdapterReport:
     tokens = sum(report.tokens for report in reports)
     kl = [report.tokens * report.kl_to_start for report in reports if report.kl_to_start is not None]
+    held = [report for report in reports if report.kl_under_seed is not None]
+    held_tokens = sum(report.tokens for report in held)
     return AdapterReport(
         rows=sum(report.rows for report in reports),
         tokens=tokens,
         grad_norm=sum(report.tokens * report.grad_norm for report in reports) / tokens,
         kl_to_start=sum(kl) / tokens if len(kl) == len(reports) else None,
         entropy=sum(report.tokens * report.entropy for report in reports) / tokens,
+        kl_under_seed=sum(report.tokens * (report.kl_under_seed or 0.0) for report in held) / held_tokens
+        if held
+        else None,
     )

@@ -224,7 +224,7 @@ class Trainer:
             start = self._start(micro, other)
             measured = learn(self._policy.readout(micro), micro, loss, start)
             assert measured.kl is not None
-            metrics.add_seed_kl(measured, measured.kl.sum() / tokens, calls=len(micro.members))
+            metrics.add_seed_kl(measured, measured.kl.sum() / tokens, micro)
 
     def _checked_norm(self, metrics: UpdateMetrics, on_policy: bool) -> Tensor:
         """The gradient's norm; a gradient that must not be applied is dropped."""

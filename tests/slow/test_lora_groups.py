@@ -11,7 +11,8 @@ from dspy_fst.errors import TrainingError
 from dspy_fst.recipe.lora_settings import LoRA, adapter_of
 from dspy_fst.slow.checkpoint import write_merged
 from dspy_fst.slow.credit import credit
-from dspy_fst.types import Batch, Group
+from dspy_fst.slow.losses import in_one_report
+from dspy_fst.types import Batch, Group, SeedKLCall
 from tests.slow.makers import make_call, make_rollout
 from tests.slow.test_lora import flat
 from tests.slow.test_trainer import assert_close, draw_call, make_trainer, recorded_gradients
@@ -87,6 +88,28 @@ def test_an_update_tells_what_each_adapter_learnt_from(start):
         assert report.entropy > 0
     assert sum(report.rows for report in update.adapters.values()) == update.rows
     assert update.grad_norm**2 == pytest.approx(sum(each.grad_norm**2 for each in update.adapters.values()), rel=1e-5)
+
+
+def test_a_distillation_tells_of_each_adapter_what_it_tells_of_all(start):
+    """Rows, KL and entropy against the update of each predictor's calls alone, which is a whole update."""
+    calls = [make_call([4, 5, 6], [1, 2], predictor=name) for name in ("query", "answer", "query")]
+    held = [SeedKLCall(call, (3, *call.prompt_ids)) for call in calls]
+    settings = {"kl_coefficient": 0.0, "seed_kl_coefficient": 1.0}
+
+    def distilled(chosen):
+        return trained(start, **settings).step(Batch((), "step-000000", seed_kl_calls=tuple(chosen)))
+
+    update = distilled(held)
+    assert update.adapters.keys() == {"for-answer", "for-query"}
+    for predictor, name in BOTH.items():
+        alone = distilled(each for each in held if each.call.predictor == predictor)
+        report = update.adapters[name]
+        assert (report.rows, report.tokens, report.kl_to_start) == (alone.rows, alone.tokens, None)
+        assert report.distance == report.kl_under_seed == pytest.approx(alone.kl_under_seed, rel=1e-5)
+        assert report.entropy == pytest.approx(alone.entropy, rel=1e-5)
+    assert update.grad_norm**2 == pytest.approx(sum(each.grad_norm**2 for each in update.adapters.values()), rel=1e-5)
+    twice = in_one_report([update, update]).adapters["for-query"]
+    assert (twice.rows, twice.kl_under_seed) == (4, pytest.approx(update.adapters["for-query"].kl_under_seed))
 
 
 def test_an_update_tells_nothing_of_an_adapter_without_calls_or_of_a_single_one(start):
