@@ -156,7 +156,7 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, Alternation):
 
     @model_validator(mode="after")
     def _what_changes_rewards_needs_rewards(self) -> Self:
-        names = ("resample_flat", "retire_solved", "overlong_penalty")
+        names = ("resample_flat", "retire_solved", "overlong_penalty", "reuse_rollouts")
         given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]
         if given and self.method == "distill":
             raise ValueError(

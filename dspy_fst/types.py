@@ -172,6 +172,8 @@ class Rollout:
     """The program's ``dspy.Prediction``; None when the program ended in an exception."""
     trace: tuple[Any, ...] = ()
     """DSPy's trace: ``(predictor, inputs, prediction)`` for every module call."""
+    reused: bool = False
+    """Whether it is a member of a step's group that the search before the step has made (``reuse_rollouts``)."""
     asked: tuple[Any, ...] = ()
     """The calls from which `rollout.rendering` can render prompts again; empty unless the rollout was made for that
     (``anew`` of `Rollouter.rollout`)."""

@@ -68,7 +68,10 @@ LORA: dict[str, dict[str, Any]] = {"lora": {"adapter": {"rank": 16, "alpha": 32.
 """A LoRA adapter is trained in place of all weights. Rank and scaling are the package's defaults. In this narrow model
 (width 128) rank 16 trains 155,648 numbers beside its 939,904; in one of some billions it trains under 1 %."""
 
-ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA}
+REUSE: dict[str, dict[str, Any]] = {"reusing": {"reuse_rollouts": True}}
+"""FST that pays once for a rollout of both phases. Beside FST: ``grid short --arm fst --arm reusing``."""
+
+ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA, **REUSE}
 
 TUNED = (
     *("fst", "rl", "gepa_then_rl"),
@@ -124,5 +127,6 @@ ABOUT = {
     "overlong": "FST that takes up to half a point from rollouts with replies near the limit (DAPO)",
     "retiring": "FST that leaves out problems with a pass rate of 0.9 (ScaleRL)",
     "lora": "FST that trains a LoRA adapter of rank 16 instead of all weights",
+    "reusing": "FST whose updates reuse the rollouts that scored the population",
     **dict.fromkeys(SENSITIVITY, "FST with this number changed"),
 }

@@ -334,6 +334,10 @@ def _show_plan(out: Printer, plan: PlanFigures) -> None:
             for name, p in plan["phases"].items()
         ],
     )
+    if reused := plan["budget"]["reused_rollouts"]:
+        out.line(
+            f"Of the rollouts of updates up to {reused:,} are those of the searches (reuse_rollouts): not paid again."
+        )
     out.line(
         "Tokens: each trained predictor called once a rollout, each reply as long as max_tokens allows; a program that "
         "calls one more often samples more. A run first plays a few rollouts to see that all works."

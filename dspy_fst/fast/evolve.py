@@ -105,7 +105,7 @@ def evolve(
         RunDirectoryError: the journal is of another search, or cannot be written.
     """
     journal, meter = journal or NoJournal(), CostMeter(reflection_lm)
-    bank = RolloutBank(play, program, journal)
+    bank = RolloutBank(play, program, journal, calls=settings.reuse_rollouts)
     reflection = Reflection(
         feedback, propose, code_proposer, reflection_lm, seed, settings.reflection_tokens, settings.protected
     )

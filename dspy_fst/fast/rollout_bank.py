@@ -8,8 +8,6 @@ import dspy
 from dspy_fst.errors import MeasurementError
 from dspy_fst.fast.journal_protocol import SearchJournal, operation_key
 from dspy_fst.outcomes.outcome import OutcomeCounts
-from dspy_fst.rollout.call_recorder import tag_predictors
-from dspy_fst.rollout.components import with_texts
 from dspy_fst.rollout.jsonable import rollouts_from_json, rollouts_to_json
 from dspy_fst.types import Candidate, Problem, Rollout
 
@@ -29,10 +27,11 @@ class RolloutBank:
         play: Makes rollouts.
         program: The program whose predictors the traces of recalled rollouts refer to.
         journal: Records what was made.
+        calls: Whether the record holds the calls of the rollouts as well, for whoever trains on them.
     """
 
-    def __init__(self, play: Play, program: dspy.Module, journal: SearchJournal):
-        self._play, self._program, self._journal = play, program, journal
+    def __init__(self, play: Play, program: dspy.Module, journal: SearchJournal, *, calls: bool = False):
+        self._play, self._program, self._journal, self._calls = play, program, journal, calls
         self._masked_in_a_row = 0
         self._banked: dict[tuple[str, int], Rollout] = {}
         self._tries: Counter[tuple[str, int]] = Counter()
@@ -68,16 +67,14 @@ class RolloutBank:
         if recalled is not None and recalled["rollouts"] is not None:
             self.sampled_tokens += recalled["tokens"]
             candidates = [candidate for _, candidate in wanted]
-            # A source that does not bind gives no program, and its rollouts have no trace that refers to one.
-            traced = [c for c, rollout in zip(candidates, recalled["rollouts"], strict=True) if rollout["trace"]]
-            programs = self._tagged_programs(traced)
-            return rollouts_from_json(recalled["rollouts"], candidates, lambda candidate: programs[candidate.digest])
+            return rollouts_from_json(recalled["rollouts"], candidates, self._program)
         rollouts = self._play(wanted)
         self._refuse_outage(rollouts)
         tokens = sum(rollout.tokens for rollout in rollouts)
         self.sampled_tokens += tokens
         if recalled is None:
-            self._journal.record("rollouts", key, {"rollouts": rollouts_to_json(rollouts), "tokens": tokens})
+            kept = rollouts_to_json(rollouts, calls=self._calls)
+            self._journal.record("rollouts", key, {"rollouts": kept, "tokens": tokens})
         return rollouts
 
     def _refuse_outage(self, rollouts: Sequence[Rollout]) -> None:
@@ -93,10 +90,3 @@ class RolloutBank:
                 f"the last {self._masked_in_a_row} rollouts of the search measured nothing "
                 f"({', '.join(sorted(masked))}); mend the cause and compile again with the same run_dir to go on"
             )
-
-    def _tagged_programs(self, candidates: Sequence[Candidate]) -> dict[str, dspy.Module]:
-        """Digest -> the program under a candidate, its predictors tagged with their names."""
-        programs = {candidate.digest: with_texts(self._program, candidate) for candidate in candidates}
-        for program in programs.values():
-            tag_predictors(program)
-        return programs

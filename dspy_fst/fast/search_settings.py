@@ -27,6 +27,10 @@ class SearchSettings(Settings):
     at its end (ours)."""
     reflection_tokens: int = Field(default=4000, ge=100)
     """Budget of what a reflection is shown of one rollout, in tokens estimated at four characters each (ours)."""
+    reuse_rollouts: bool = Field(default=False, strict=True)
+    """Whether the rollouts that scored the new population's members in a search are members of the groups of the step
+    after it, whose weights and texts sampled them: one for each member and anchor among the step's problems, and the
+    step takes anchors first (ours; future work of the paper)."""
     perfect_score: float = 1.0
     """Reward from which on a rollout counts as solved and is not reflected on (DSPy's GEPA)."""
 

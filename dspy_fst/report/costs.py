@@ -72,6 +72,12 @@ class Costs:
         return value
 
 
+def step_rollouts(counts: Mapping[str, int]) -> int:
+    """Rollouts that a step paid for, by its counts: those under the program's own texts included (``held_rollouts``),
+    those that its search had made left out (``reused``)."""
+    return counts.get("rollouts", 0) + counts.get("held_rollouts", 0) - counts.get("reused", 0)
+
+
 def costs_of(
     cycles: Sequence[CycleReport], steps: Sequence[StepReport], validations: Sequence[Validated], elapsed_s: float
 ) -> Costs:
@@ -84,7 +90,7 @@ def costs_of(
     return Costs(
         search_rollouts=sum(cycle.rollouts for cycle in cycles),
         reused=sum(cycle.reused for cycle in cycles),
-        training_rollouts=sum(step.counts.get("rollouts", 0) + step.counts.get("held_rollouts", 0) for step in steps),
+        training_rollouts=sum(step_rollouts(step.counts) for step in steps),
         reflections=sum(cycle.reflections for cycle in cycles),
         reflections_failed=sum(cycle.counts.get("reflections_failed", 0) for cycle in cycles),
         accepted=sum(cycle.proposals_accepted for cycle in cycles),

@@ -6,6 +6,7 @@ not measured are None. Fields that an earlier release did not write are None, to
 
 from collections.abc import Iterator, Sequence
 
+from dspy_fst.report.costs import step_rollouts
 from dspy_fst.report.evaluated import as_written, evaluated_of, evaluations_in, two_by_two_of
 from dspy_fst.report.lineage import lineage_of, members, with_texts
 from dspy_fst.report.run_record import RunningTotal, RunRecord, RunWarning
@@ -89,7 +90,7 @@ def _running_totals(events: Sequence[Event]) -> Iterator[RunningTotal]:
     for event in events:
         kind, report = event.get("event"), event.get("report", {})
         if kind in ("cycle", "step"):
-            rollouts += report["rollouts"] if kind == "cycle" else report["counts"].get("rollouts", 0)
+            rollouts += report["rollouts"] if kind == "cycle" else step_rollouts(report["counts"])
             tokens += report["sampled_tokens"]
         if kind == "step":
             yield RunningTotal(rollouts, tokens)

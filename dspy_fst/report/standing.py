@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 from dspy_fst.formatting.numbers import counted, duration
 from dspy_fst.outcomes.outcome import OutcomeCounts
+from dspy_fst.report.costs import step_rollouts
 from dspy_fst.run.directory import Event
 
 
@@ -23,8 +24,7 @@ class Standing:
     def add(self, event: Event) -> None:
         """Take in a finished search or step."""
         report, step = event["report"], event["event"] == "step"
-        counts = report["counts"]
-        rollouts = counts.get("rollouts", 0) + counts.get("held_rollouts", 0) if step else report["rollouts"]
+        rollouts = step_rollouts(report["counts"]) if step else report["rollouts"]
         self.done.update({"updates" if step else "searches": 1, "train" if step else "search": rollouts})
         self.masked += OutcomeCounts.of(report["counts"]).masked.total()
         self.played = self.played_masked = 0

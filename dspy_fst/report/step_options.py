@@ -1,4 +1,7 @@
-"""What a step's options did: `resample_flat`, `retire_solved`, `overlong_penalty`. Empty where they are off. Pure."""
+"""What a step's options did: `reuse_rollouts`, `resample_flat`, `retire_solved`, `overlong_penalty`. Pure.
+
+Nothing is said and drawn of those that are off.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +15,8 @@ from dspy_fst.run.phase_reports import StepReport
 
 DROPPED = "dropped: "
 """Begins the names of counts of rollouts that flat groups held, by reason."""
+LEFT_OUT = "not reused: "
+"""Begins the names of counts of a search's rollouts that a step sampled again, by reason."""
 
 
 def step_words(report: Event) -> str:
@@ -22,7 +27,8 @@ def step_words(report: Event) -> str:
     """
     counts, penalty = report["counts"], report.get("length_penalty")
     resampled, retired = counts.get("resampled_groups", 0), counts.get("retired_problems", 0)
-    words = [f"{counted(resampled, 'group')} resampled"] if resampled else []
+    words = [f"{counted(counts['reused'], 'rollout')} of the search reused"] if counts.get("reused") else []
+    words += [f"{counted(resampled, 'group')} resampled"] if resampled else []
     words += [f"{counted(retired, 'problem')} retired"] if retired else []
     words += [f"length penalty {number(penalty)}"] if penalty else []
     return "".join(f", {each}" for each in words)
@@ -31,7 +37,19 @@ def step_words(report: Event) -> str:
 def option_lines(steps: Sequence[StepReport]) -> list[str]:
     """A sentence for each option that did something in these steps."""
     counts = sum((Counter(step.counts) for step in steps), Counter[str]())
-    return [line for line in (_resampled(counts), _retired(steps, counts), _penalized(steps, counts)) if line]
+    lines = (_reused(counts), _resampled(counts), _retired(steps, counts), _penalized(steps, counts))
+    return [line for line in lines if line]
+
+
+def _reused(counts: Mapping[str, int]) -> str:
+    left_out = {name.removeprefix(LEFT_OUT): count for name, count in counts.items() if name.startswith(LEFT_OUT)}
+    if not counts["reused"] and not left_out:
+        return ""
+    why = f"; left out: {', '.join(f'{reason} {count:,}' for reason, count in left_out.items())}" if left_out else ""
+    return (
+        f"reuse_rollouts: {counts['reused']:,} of the {counted(counts['rollouts'], 'rollout')} of groups were those of "
+        f"a search, and paid for there{why}."
+    )
 
 
 def _resampled(counts: Mapping[str, int]) -> str:
@@ -86,6 +104,15 @@ def _counted(name: str) -> Callable[[RunRecord], Points]:
 
 
 OPTIONS = (
+    Measure(
+        "reused-rollouts",
+        "Rollouts of a search in groups",
+        "Sampled by the search before the step, under the same weights and texts (reuse_rollouts).",
+        "update",
+        "rollouts",
+        {"reused": _counted("reused")},
+        span=(0.0, None),
+    ),
     Measure(
         "resampled-groups",
         "Groups in place of flat ones",

@@ -1,14 +1,21 @@
-"""Rollouts as JSON and back, for a journal. A rollout comes back exactly as it was, or is not written at all."""
+"""Rollouts as JSON and back. A rollout comes back exactly as it was, or is not written at all.
 
-from collections.abc import Callable, Mapping, Sequence
+A journal needs what a search asks of a rollout. What trains on it needs its calls too, with the exact ids and
+log-probabilities.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.outcomes.outcome import Outcome
+from dspy_fst.rollout.call_recorder import tag_predictors
+from dspy_fst.rollout.components import with_texts
 from dspy_fst.rollout.parse_failures import failed_reply, form_of
-from dspy_fst.types import PREDICTOR_TAG, Candidate, Rollout
+from dspy_fst.types import PREDICTOR_TAG, Call, Candidate, Rollout
 
 NATIVE = (str, int, float, bool, type(None))
 """Types whose values JSON gives back as they were; so are lists, and dicts with text keys, of these."""
@@ -18,15 +25,35 @@ class _OpaqueError(Exception):
     """A value that JSON would not give back as it was."""
 
 
-def rollouts_to_json(rollouts: Sequence[Rollout]) -> list[dict[str, object]] | None:
-    """The rollouts without their calls; None if one holds a value that JSON cannot give back.
+def rollouts_to_json(rollouts: Sequence[Rollout], *, calls: bool = False) -> list[dict[str, object]] | None:
+    """The rollouts; None if one holds a value that JSON cannot give back.
 
     Typed objects in a prediction (pydantic models, images, histories) are such values.
+
+    Args:
+        calls: Keep their calls, with what is credited to them.
     """
     try:
-        return [_rollout(rollout) for rollout in rollouts]
+        return [{**_rollout(rollout), **(_sampled(rollout) if calls else {})} for rollout in rollouts]
     except _OpaqueError:
         return None
+
+
+def trainable_to_json(rollout: Rollout) -> dict[str, object]:
+    """All of a rollout that an update learns from; prediction and trace as well, where JSON can give them back."""
+    try:
+        shown = _rollout(rollout)
+    except _OpaqueError:
+        shown = _rollout(replace(rollout, prediction=None, trace=()))
+    return {**shown, **_sampled(rollout)}
+
+
+def _sampled(rollout: Rollout) -> dict[str, object]:
+    return {
+        "calls": [asdict(call) for call in rollout.calls],
+        "failed_in": rollout.failed_in,
+        "predictor_scores": dict(rollout.predictor_scores),
+    }
 
 
 def _rollout(rollout: Rollout) -> dict[str, object]:
@@ -68,28 +95,51 @@ def _native(value: object) -> object:
 
 
 def rollouts_from_json(
-    data: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate], speaking: Callable[[Candidate], dspy.Module]
+    data: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate], program: dspy.Module
 ) -> list[Rollout]:
-    """The rollouts again, without calls.
+    """The rollouts again, with calls where they were kept.
 
     Args:
-        data: What `rollouts_to_json` gave.
+        data: What `rollouts_to_json` or `trainable_to_json` gave.
         candidates: The candidate of each rollout.
-        speaking: Returns the program under a candidate, its predictors tagged. Traces refer to these predictors, and to
-            None in the place of one that was made during the run.
+        program: Traces refer to the predictors of this program under a rollout's candidate, tagged with their names,
+            and to None in the place of one that was made during the run.
     """
-    rollouts = []
-    for item, candidate in zip(data, candidates, strict=True):
-        predictors = dict(speaking(candidate).named_predictors()) if item["trace"] else {}
-        trace = tuple(
-            (predictors.get(entry["predictor"]), entry["inputs"], _predicted(entry["output"]))
-            for entry in item["trace"]
-        )
-        outcome, prediction = Outcome.of_fields(item), _predicted(item["prediction"])
-        rollouts.append(
-            Rollout(item["problem"], candidate, (), item["reward"], outcome, prediction=prediction, trace=trace)
-        )
-    return rollouts
+    pairs = list(zip(data, candidates, strict=True))
+    # A source that does not bind gives no program, and its rollouts have no trace that refers to one.
+    programs = _tagged_programs(program, [candidate for item, candidate in pairs if item["trace"]])
+    return [_again(item, candidate, programs) for item, candidate in pairs]
+
+
+def _again(item: Mapping[str, Any], candidate: Candidate, programs: Mapping[str, dspy.Module]) -> Rollout:
+    predictors = dict(programs[candidate.digest].named_predictors()) if item["trace"] else {}
+    trace = tuple(
+        (predictors.get(entry["predictor"]), entry["inputs"], _predicted(entry["output"])) for entry in item["trace"]
+    )
+    return Rollout(
+        item["problem"],
+        candidate,
+        tuple(_call(call) for call in item.get("calls", ())),
+        item["reward"],
+        Outcome.of_fields(item),
+        failed_in=item.get("failed_in"),
+        predictor_scores=item.get("predictor_scores", {}),
+        prediction=_predicted(item["prediction"]),
+        trace=trace,
+    )
+
+
+def _call(data: Mapping[str, Any]) -> Call:
+    lists = ("prompt_ids", "completion_ids", "logprobs")
+    return Call(**{**data, **{name: tuple(data[name]) for name in lists}})
+
+
+def _tagged_programs(program: dspy.Module, candidates: Sequence[Candidate]) -> dict[str, dspy.Module]:
+    """Digest -> the program under a candidate, its predictors tagged with their names."""
+    programs = {candidate.digest: with_texts(program, candidate) for candidate in candidates}
+    for each in programs.values():
+        tag_predictors(each)
+    return programs
 
 
 def _predicted(data: Mapping[str, Any] | None) -> "dspy.Prediction | FailedPrediction | None":

@@ -70,6 +70,7 @@ class Rollouter:
         group_size: int,
         draw: str,
         on_rollout: Callable[[Rollout], None] = lambda rollout: None,
+        known: Sequence[Rollout] = (),
     ) -> list[Group]:
         """G rollouts for each problem: exactly G/K under each of the K members.
 
@@ -79,6 +80,8 @@ class Rollouter:
             group_size: G, a multiple of K.
             draw: Name of the random draw, e.g. ``"step-12"``. The same name gives the same seeds.
             on_rollout: Called with each rollout as it ends.
+            known: Rollouts under the same weights. Each takes the place of the first one of its problem and candidate;
+                the others have the seeds that they would have without it.
         """
         each = group_size // len(population.members)
         tasks = [
@@ -87,7 +90,9 @@ class Rollouter:
             for position, member in enumerate(population.members)
             for repeat in range(each)
         ]
-        rollouts = self.rollout(tasks, draw, on_rollout)
+        places = _places(known, tasks)
+        fresh = iter(self.rollout([task for i, task in enumerate(tasks) if i not in places], draw, on_rollout))
+        rollouts = [places[i] if i in places else next(fresh) for i in range(len(tasks))]
         size = each * len(population.members)
         return [Group(problem.index, tuple(rollouts[i * size : (i + 1) * size])) for i, problem in enumerate(problems)]
 
@@ -183,6 +188,13 @@ class Rollouter:
         judge.forget()
         asked = tuple(call for listener in call_listeners for call in listener.asked)
         return judgement.rollout(task.problem, task.candidate, calls, whole_trace, asked)
+
+
+def _places(known: Sequence[Rollout], tasks: Sequence[Task]) -> dict[int, Rollout]:
+    """Index of a task -> the known rollout that takes its place."""
+    waiting = {(rollout.problem, rollout.candidate.digest): rollout for rollout in known}
+    keys = [(task.problem.index, task.candidate.digest) for task in tasks] if waiting else []
+    return {i: waiting.pop(key) for i, key in enumerate(keys) if key in waiting}
 
 
 @contextmanager

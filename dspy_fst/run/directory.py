@@ -5,7 +5,7 @@ events.jsonl      one line an event, appended
 search.jsonl      the search in progress: its rollouts and reflections so far (see run/search_journal.py)
 populations/      cycle-000.json ...
 weights/          step-000000/ ... (Hugging Face folders); LoRA adapters, whose base is base/
-states/           000007/ ...: state.json, trainer/; a run resumes from the newest
+states/           000007/ ...: state.json, trainer/; a run resumes from the newest; reusable.json after a search
 skipped/          batches whose update was not finite, for inspection
 compiled/         the program that compile() returned, for dspy_fst.load and the commands
 """
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.files import population_to_json, read_json, remove, to_jsonable, write_json, writing
 from dspy_fst.run.search_journal import Journal
-from dspy_fst.run.state import StateFields, commit_state, newest_state, prune_states
+from dspy_fst.run.state import Documents, Save, StateFields, commit_state, newest_state, prune_states
 from dspy_fst.types import Population, WeightsVersion
 
 LOCK = ".lock"
@@ -157,8 +157,12 @@ class RunDirectory:
 
     # ---- the resumable state -------------------------------------------------------------------
 
-    def commit(self, save_trainer: Callable[[Path], None] | None, **fields: object) -> None:
-        """Add a state with the trainer, these fields and the current length of the events.
+    def document(self, name: str) -> Any:
+        """A document of the newest state; None where it has none of this name."""
+        return read_json(self._state.path / name) if self._state and name in self._state.files else None
+
+    def commit(self, save_trainer: Save | None, documents: Documents | None = None, **fields: object) -> None:
+        """Add a state with the trainer, these documents and fields, and the current length of the events.
 
         Args:
             save_trainer: Writes the trainer's part into a new folder; None when the trainer has not moved since
@@ -171,8 +175,9 @@ class RunDirectory:
             "events_sha256": self._log_hash.hexdigest(),
         }
         self._finished = None
+        folder, documents = self.path / "states", self._clean(to_jsonable(documents or {}))
         with writing(self.path):
-            self._state = commit_state(self.path / "states", state, save_trainer, self._state, keep=self._keep_states)
+            self._state = commit_state(folder, state, save_trainer, self._state, documents, keep=self._keep_states)
 
     def abandon(self) -> None:
         """Remove everything if nothing was committed yet, so that a corrected recipe can use the directory."""

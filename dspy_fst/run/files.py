@@ -76,11 +76,11 @@ def _errno_in(message: str) -> int | None:
     return int(digits) if digits.isdigit() else None
 
 
-def write_json(path: Path, data: object, *, finite: bool = True) -> None:
+def write_json(path: Path, data: object, *, finite: bool = True, indent: int | None = 2) -> None:
     """Replace a document: a reader finds the old one or the new one, never a part."""
     partial = path.with_name(path.name + ".new")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(to_jsonable(data, finite=finite), file, indent=2, allow_nan=not finite)
+        json.dump(to_jsonable(data, finite=finite), file, indent=indent, allow_nan=not finite)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

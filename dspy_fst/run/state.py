@@ -2,6 +2,7 @@
 
 states/000007/state.json    the fields, a checksum of every other file and of itself
 states/000007/trainer/...   weights, optimizer, schedule and generators
+states/000007/NAME.json     a document that only what comes next needs (see `dspy_fst.training.reuse`)
 
 A state appears by one rename, so a kill leaves either the previous state or the new one.
 """
@@ -19,6 +20,12 @@ from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.files import FileFacts, PopulationJson, file_facts, flush, read_json, remove, sha256_of, write_json
 
 FORMAT = 2
+TRAINER = "trainer"
+"""Folder of a state that the trainer writes."""
+Save = Callable[[Path], None]
+"""Writes the new folder that it is given."""
+Documents = Mapping[str, object]
+"""Name of a file in a state's folder -> its JSON."""
 
 
 class AnotherFormatError(RunDirectoryError):
@@ -65,8 +72,9 @@ class RunState:
 def commit_state(
     folder: Path,
     fields: StateFields,
-    save_trainer: Callable[[Path], None] | None,
+    save_trainer: Save | None,
     last: RunState | None,
+    documents: Documents | None = None,
     *,
     keep: int,
 ) -> RunState:
@@ -74,19 +82,22 @@ def commit_state(
 
     Args:
         save_trainer: Writes the new folder that it is given. None shares the files of ``last``, which never change.
+        documents: Files of this state alone: the next one does not have them.
     """
     number = int(last.path.name) + 1 if last else 0
     scratch = folder / f".{number:06d}.new"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    if save_trainer is not None or last is None:
-        if save_trainer is not None:
-            save_trainer(scratch / "trainer")
-        files: Mapping[str, FileFacts] = {name: file_facts(scratch / name) for name in _files_in(scratch)}
-    else:
-        files = last.files
+    files: dict[str, FileFacts] = {}
+    if save_trainer is not None:
+        save_trainer(scratch / TRAINER)
+    elif last is not None:
+        files = {name: facts for name, facts in last.files.items() if name.startswith(f"{TRAINER}/")}
         for name in files:
             share(last.path / name, scratch / name)
+    for name, content in (documents or {}).items():
+        write_json(scratch / name, content, indent=None)
+    files |= {name: file_facts(scratch / name) for name in _files_in(scratch) if name not in files}
     document: _StateDocument = {"format": FORMAT, "fields": fields, "files": files}
     write_json(scratch / "state.json", {**document, "sha256": _checksum(document)})
     path = folder / f"{number:06d}"

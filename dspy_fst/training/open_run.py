@@ -203,10 +203,10 @@ def _plan_in_words(session: Session, budget: Budget, look: FirstLook) -> Iterato
         f"fast: {budget.searches} searches, up to {search} rollouts "
         f"+ {budget.scoring_rollouts} to score carried candidates"
     )
-    most = "up to " if budget.resampled_rollouts else ""
+    most = "up to " if budget.resampled_rollouts or budget.reused_rollouts else ""
     yield (
         f"slow: {budget.updates} updates, {most}{budget.training_rollouts} rollouts "
-        f"({config.problems_per_step} problems x {_played(config)}{_resampled(session.plan)}), "
+        f"({config.problems_per_step} problems x {_played(config)}{_resampled(session.plan)}{_reused(budget)}), "
         f"learning rate {config.learning_rate:g} after {config.warmup_steps} warm-up updates"
     )
     yield (
@@ -220,6 +220,11 @@ def _plan_in_words(session: Session, budget: Budget, look: FirstLook) -> Iterato
 def _resampled(plan: Plan) -> str:
     more = plan.replaceable
     return f"; up to {more} more groups a step in place of flat ones" if more else ""
+
+
+def _reused(budget: Budget) -> str:
+    count = budget.reused_rollouts
+    return f"; up to {count} of them are those of the searches, and are not paid for again" if count else ""
 
 
 def _played(config: FSTConfig) -> str:

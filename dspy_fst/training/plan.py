@@ -35,7 +35,9 @@ class Budget:
     scoring_rollouts: int
     """Rollouts that score the carried populations before each search."""
     training_rollouts: int
-    """At most, ``resampled_rollouts`` included."""
+    """At most, ``resampled_rollouts`` and ``reused_rollouts`` included."""
+    reused_rollouts: int
+    """At most so many of them are those of a search (``reuse_rollouts``), which are paid for there."""
     resampled_rollouts: int
     """At most so many in place of flat groups (``resample_flat``)."""
     validation_rollouts: int
@@ -54,6 +56,7 @@ class Plan:
     def __init__(self, config: FSTConfig, size: int, origin: str = ""):
         self.config, self.size, self.origin = config, size, origin
         self._orders: dict[int, list[int]] = {}
+        self._arranged: dict[int, list[list[int]]] = {}
         self.cycles = _schedule(config, self.search_budget(0))
 
     @property
@@ -69,9 +72,39 @@ class Plan:
     def problems(self, step: int) -> list[int]:
         """Problems of a step's batch, all different: a walk through one seeded shuffle of the trainset per epoch.
 
+        With ``reuse_rollouts`` the step after a search has anchors first (`_anchors_first`).
         ``retire_solved`` and ``resample_flat`` may have the step sample others (`training.step_problems`).
         An epoch ends with its last full batch; whom the remainder leaves out changes with the shuffle.
         """
+        cycle, place = divmod(step, self.config.steps_per_cycle)
+        if not self._reuses(cycle):
+            return self._walk(step)
+        if cycle not in self._arranged:
+            self._arranged[cycle] = self._anchors_first(cycle)
+        return self._arranged[cycle][place]
+
+    def _reuses(self, cycle: int) -> bool:
+        """Whether a step of this cycle may take over rollouts of the cycle's search."""
+        planned = self.cycles[cycle] if cycle < len(self.cycles) else None
+        return self.config.reuse_rollouts and planned is not None and bool(planned.search_budget and planned.steps)
+
+    def _anchors_first(self, cycle: int) -> list[list[int]]:
+        """The batches of a cycle's steps, with as many anchors in the first one as it can hold.
+
+        Problems change places only within the epoch of the first step. So an epoch shows each of its problems once, and
+        the same ones as without the exchange. Where all problems of the cycle are anchors, none changes its place.
+        """
+        size = self.config.problems_per_step
+        steps = self.cycles[cycle].steps
+        epoch = [step for step in steps if step // (self.size // size) == steps[0] // (self.size // size)]
+        planned, anchors = [problem for step in epoch for problem in self._walk(step)], {*self.anchors(cycle)}
+        first = [problem for problem in planned if problem in anchors][:size]
+        order = [*first, *(problem for problem in planned if problem not in first)]
+        exchanged = [order[i : i + size] for i in range(0, len(order), size)]
+        return exchanged + [self._walk(step) for step in steps[len(epoch) :]]
+
+    def _walk(self, step: int) -> list[int]:
+        """The problems of a step's batch as the epoch's shuffle has them."""
         size = self.config.problems_per_step
         epoch, place = divmod(step, self.size // size)
         return self._order(epoch)[place * size : (place + 1) * size]
@@ -86,7 +119,7 @@ class Plan:
         """D_c: the planned problems of the cycle's steps, without repetition (paper, section 3)."""
         first = cycle * self.config.steps_per_cycle
         steps = range(first, first + self.config.steps_per_cycle)
-        return list(dict.fromkeys(problem for step in steps for problem in self.problems(step)))
+        return list(dict.fromkeys(problem for step in steps for problem in self._walk(step)))
 
     def anchors(self, cycle: int) -> list[int]:
         """A_c: the part of D_c that scores candidates and feeds reflections."""
@@ -109,10 +142,16 @@ class Plan:
             overshoot_rollouts=anchors * len(searches),
             scoring_rollouts=carried * anchors,
             training_rollouts=training + resampled,
+            reused_rollouts=self._reusable() * config.population_size,
             resampled_rollouts=resampled,
             validation_rollouts=validation_size * config.validation_samples * self._validated_candidates(),
             updates=self.updates,
         )
+
+    def _reusable(self) -> int:
+        """Anchors among the problems of all steps that come after a search."""
+        first = [(cycle.index, cycle.steps[0]) for cycle in self.cycles if self._reuses(cycle.index)]
+        return sum(len({*self.problems(step)} & {*self.anchors(cycle)}) for cycle, step in first)
 
     @property
     def replaceable(self) -> int:

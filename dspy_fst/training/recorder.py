@@ -84,7 +84,7 @@ class Recorder:
             reward=sum(rewards) / len(rewards) if rewards else None,
             counts={**batch.counts, **recovered},
             update=update,
-            sampled_tokens=sum(rollout.tokens for rollout in rollouts) + batch.counts["held_tokens"],
+            sampled_tokens=sum(each.tokens for each in rollouts if not each.reused) + batch.counts["held_tokens"],
             seconds=seconds,
             predictors=batch.predictors,
             weights=self.steps[-1].left if self.steps else version_of(0),

@@ -9,9 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
 
 import dspy
 
@@ -27,15 +26,18 @@ from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason
 from dspy_fst.run.search_journal import Journal
+from dspy_fst.run.state import Documents
 from dspy_fst.run.validated import Validated, When, best_validated, early_stop, starting_population
 from dspy_fst.slow.credit import credit, mini_batches
 from dspy_fst.slow.length_penalty import penalty_of
-from dspy_fst.slow.losses import NO_UPDATE, in_one_report
+from dspy_fst.slow.losses import in_one_report
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.plan import Cycle, Plan, Schedule
 from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, best_versions, recoveries
 from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.request import Proposers
+from dspy_fst.training.reuse import Reuse
+from dspy_fst.training.skipped import skipped_update
 from dspy_fst.training.step_problems import StepProblems, step_problems
 from dspy_fst.training.validating import Validation
 from dspy_fst.types import Batch, Candidate, Group, Population, Problem, Rollout, SeedKLRollout, UpdateReport
@@ -64,6 +66,8 @@ class Session:
     schedule: Schedule = field(init=False)
     publisher: Publisher = field(init=False)
     observer: Observer = field(init=False)
+    _reuse: Reuse | None = None
+    """None unless ``reuse_rollouts`` is set."""
     _journal: Journal | None = None
     """Of the search in progress."""
     _seconds: Counter[str] = field(default_factory=Counter)
@@ -76,6 +80,8 @@ class Session:
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
         self._penalty = penalty_of(self.config)
+        judged_by = self.rollouter.reward.identity
+        self._reuse = Reuse(self.run, self.program, judged_by) if self.config.reuse_rollouts else None
         self.recorder = Recorder(self.run)
         self.schedule = Schedule(self.plan, self.config, lambda: self.run.state, self.recorder.steps)
         texts = NaturalTexts(self.program, self.trained, self.trainset, self.trainer.tokenizer)
@@ -177,7 +183,11 @@ class Session:
         self.population = search.population
         self.recorder.search_done(cycle, search, recoveries(self.policy), self._seconds["sampling"])
         self.observer.see_search(cycle.index, search.played)
-        self._commit(cycle.index, cycle.index, self.run.state.get("step", 0), search.population)
+        step = self.run.state.get("step", 0)
+        reuse = self._reuse if step in cycle.steps else None
+        problems = step_problems(self.plan, step, self.recorder.steps).batch if reuse else ()
+        documents = reuse.handed_over(search, step, problems) if reuse else {}
+        self._commit(cycle.index, cycle.index, step, search.population, documents)
         if self._journal is not None:
             self._journal.remove()
 
@@ -200,8 +210,9 @@ class Session:
 
     def _groups(self, step: int, population: Population, problems: Sequence[int]) -> list[Group]:
         asked, size = self._examples(problems), self.config.group_size
+        known = self._reuse.known(step, population, self.policy.checkpoint.version) if self._reuse else ()
         with self._timed("sampling"):
-            return self.rollouter.groups(asked, population, size, f"step-{step}", self._tell_rollout)
+            return self.rollouter.groups(asked, population, size, f"step-{step}", self._tell_rollout, known)
 
     def sample_seed(self, step: int, population: Population) -> list[SeedKLRollout]:
         """Rollouts of the step's problems under the program's own texts, for the term of ``seed_kl_coefficient``."""
@@ -218,6 +229,7 @@ class Session:
     def credit(self, groups: Sequence[Group], seed_rollouts: Sequence[SeedKLRollout]) -> Batch:
         """Which calls the update learns from, and how much (`dspy_fst.slow.credit`)."""
         batch = self._credited(groups, seed_rollouts)
+        batch = self._reuse.counted(batch, groups) if self._reuse else batch
         return self._problems.counted(batch, groups, self._credited) if self._problems.has_options else batch
 
     def _credited(self, groups: Sequence[Group], seed_rollouts: Sequence[SeedKLRollout] = ()) -> Batch:
@@ -258,7 +270,8 @@ class Session:
             with self._timed("update"):
                 return self.trainer.step(batch)
         except NotFiniteError as error:
-            return self._skipped(batch, error, f"step-{step:06d}" + (f"-{place + 1}" if place else ""))
+            name = f"step-{step:06d}" + (f"-{place + 1}" if place else "")
+            return skipped_update(self.run, self.recorder.steps, self.config.max_skipped_updates, batch, error, name)
 
     def publish(self, step: int) -> None:
         """Hand the weights that the ``step``-th update moved last to the engine and prove that it serves them.
@@ -307,6 +320,7 @@ class Session:
             MeasurementError: more than ``max_masked_share`` of the rollouts were not measured.
         """
         self._require_fresh(f"step {step}", rollouts)
+        rollouts = [rollout for rollout in rollouts if not rollout.reused]  # those were measured by the search
         masked = Counter(rollout.mask for rollout in rollouts if rollout.mask is not None)
         if masked.total() > (limit := self.config.max_masked_share) * len(rollouts):
             reasons = ", ".join(f"{reason}: {count}" for reason, count in masked.most_common())
@@ -325,16 +339,6 @@ class Session:
                 "nothing was learnt from them"
             )
 
-    def _skipped(self, batch: Batch, error: NotFiniteError, name: str) -> UpdateReport:
-        path = self.run.save_skipped(name, batch)
-        in_a_row = sum(1 for _ in takewhile(lambda report: report.update.skipped, reversed(self.recorder.steps)))
-        if in_a_row >= self.config.max_skipped_updates:
-            raise NotFiniteError(
-                f"{error}. {in_a_row} updates before this one were skipped for such a cause, so the run "
-                f"stops (max_skipped_updates); the batch is in {path}"
-            ) from error
-        return replace(NO_UPDATE, skipped=f"{error}; the batch is in {path.relative_to(self.run.path)}")
-
     # ---- what is kept ---------------------------------------------------------------------------
 
     def prune_weights(self) -> None:
@@ -347,12 +351,14 @@ class Session:
         """Keep the state before the first search."""
         self._commit(0, -1, 0, self.population)
 
-    def _commit(self, cycle: int, searched: int, step: int, population: Population) -> None:
+    def _commit(
+        self, cycle: int, searched: int, step: int, population: Population, documents: Documents | None = None
+    ) -> None:
         """Commit a state to go on from: the cycle in progress, the last one searched, steps made and the population."""
         save_trainer = self.trainer.save_state if self.publisher.unsaved else None
         place = {"cycle": cycle, "searched": searched, "step": step, "population": population}
         judge = self.rollouter.reward.identity
-        self.run.commit(save_trainer, judged_by=judge, moved_at=self.publisher.moved_at, **place)
+        self.run.commit(save_trainer, documents, judged_by=judge, moved_at=self.publisher.moved_at, **place)
         self.publisher.unsaved = False
 
     # ---- validation, outside of the budget -------------------------------------------------------

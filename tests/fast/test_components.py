@@ -22,7 +22,7 @@ from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.training.opening import starting_population
 from dspy_fst.training.request import _left_out
-from dspy_fst.types import Candidate, Population, Problem
+from dspy_fst.types import PREDICTOR_TAG, Candidate, Population, Problem
 from tests.fakes import fields, scripted_policy
 
 PROBLEMS = [Problem(i, dspy.Example(question=f"q{i}", answer="LOUD").with_inputs("question")) for i in range(4)]
@@ -362,8 +362,8 @@ def test_calls_inside_a_source_come_back_from_a_journal_in_their_places():
     assert len(rollout.trace) == 2
     tag_predictors(program)
     data = json.loads(json.dumps(rollouts_to_json([rollout])))
-    (again,) = rollouts_from_json(data, [rollout.candidate], lambda candidate: program)
-    assert [predictor for predictor, _, _ in again.trace] == [program.say, None]
+    (again,) = rollouts_from_json(data, [rollout.candidate], program)
+    assert [getattr(predictor, PREDICTOR_TAG, None) for predictor, _, _ in again.trace] == ["say", None]
     assert [entry[1:] for entry in again.trace] == [entry[1:] for entry in rollout.trace]
 
 
