@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.throughput import larger_model
 from dspy_fst.config import FSTConfig
 from dspy_fst.memory import DISK, MEMORY, Available, Workload, model_size, plan_for
-from dspy_fst.memory.arithmetic import HEAP, HEAP_RECOMPUTED, MicroBatchShape, Update, update_bytes
+from dspy_fst.memory.arithmetic import HEAP, MicroBatchShape, Update, update_bytes
 from dspy_fst.memory.bytes_by_part import TRAINED
 from dspy_fst.memory.shape import ModelSize
 from dspy_fst.recipe.lora_settings import LoRA
@@ -169,7 +169,7 @@ def computed(size: ModelSize, case: Case, batch: MicroBatchShape) -> int:
         if allocation.part == "the trainer"
     )
     update = Update(case.kl, case.precision == "bfloat16", recompute=case.recompute, frozen=case.lora)
-    return held + round((HEAP_RECOMPUTED if case.recompute else HEAP) * update_bytes(size, batch, update))
+    return held + round(HEAP * update_bytes(size, batch, update))
 
 
 def measured_table(results: Sequence[dict[str, Any]]) -> str:

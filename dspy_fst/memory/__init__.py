@@ -51,8 +51,7 @@ they are an estimate.
 
 An update has two figures. *Expected*: half of the tokens are scored, and G/K replies of 256 tokens share a prompt.
 *At most*: the worse of two extremes, either every token scored, or almost none scored and G replies to each prompt.
-On a CPU both are multiplied by a measured factor: the C library's heap loses memory in holes between small tensors.
-It is 1.3, and 1.1 where layers are computed again.
+On a CPU both are multiplied by `HEAP` (measured): the C library's heap loses memory in holes between small tensors.
 ``gradient_checkpointing="auto"`` is on where the *at most* figure does not fit without it.
 
 Each update that moves the weights writes 4 P or 2 P, with LoRA adapters 4 A, and each resumable state

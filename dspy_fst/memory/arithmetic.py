@@ -7,9 +7,8 @@ from dspy_fst.slow.sizes import BLOCK_ROWS, CHUNK_LOGITS, CHUNK_TENSORS, CHUNK_T
 
 REPLY = 256
 """Tokens of a typical reply (assumed)."""
-HEAP, HEAP_RECOMPUTED = 1.3, 1.1
-"""Main memory of an update divided by the size of its tensors (measured): small ones lie in a heap with holes. Where
-layers are computed again, large tensors are mapped by themselves (`dspy_fst.slow.heap`)."""
+HEAP = 1.3
+"""Main memory of an update divided by the size of its tensors (measured): small ones lie in a heap with holes."""
 SMALLEST, LARGEST_ON_CPU, LARGEST_ON_GPU = 256, 4096, 16384
 """Bounds of ``micro_batch_tokens="auto"``: a CPU is fastest at about 4,096 (measured), a GPU at more (assumed)."""
 BLOCK_KEYS = 2**14

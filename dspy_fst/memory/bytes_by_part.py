@@ -9,7 +9,6 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.formatting.numbers import GIB, format_bytes
 from dspy_fst.memory.arithmetic import (
     HEAP,
-    HEAP_RECOMPUTED,
     MicroBatchShape,
     Update,
     expected_micro_batch,
@@ -201,7 +200,7 @@ def update_range(workload: Workload, config: FSTConfig, tokens: int, *, on_gpu: 
         recompute=config.gradient_checkpointing is True,
         frozen=config.adapter is not None,
     )
-    heap = 1.0 if on_gpu else HEAP_RECOMPUTED if update.recompute else HEAP
+    heap = 1.0 if on_gpu else HEAP
     alike = config.group_size if config.method == "rl" else config.group_size // config.population_size
 
     def peak(*batches: MicroBatchShape) -> int:
