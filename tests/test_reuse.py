@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.report.from_events import record_of
+from dspy_fst.report.run_record import RunRecord
 from dspy_fst.report.step_options import option_charts, option_lines, step_words
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.jsonable import rollouts_from_json, rollouts_to_json, trainable_to_json
@@ -185,6 +187,16 @@ def test_a_rollout_that_was_masked_and_made_again_is_the_second_one(tmp_path):
     known, batch = handed_on(tmp_path, search_of(played(0, A, None, mask="timeout"), played(0, A, 1.0)))
     assert [rollout.reward for rollout in known] == [1.0]
     assert batch.counts == {"rollouts": 8, "reused": 1}
+
+
+def test_a_failure_of_a_reused_rollout_is_one_failure_of_the_run(tmp_path):
+    """The search counted it, and the step's own rules need it too: of its 3 failures one was the search's."""
+    failed = replace(played(0, A, 0.0), outcome=Outcome("failed", "parse"))
+    _, batch = handed_on(tmp_path, search_of(failed, played(1, A, 1.0)))
+    assert batch.counts == {"rollouts": 8, "reused": 2, "reused failed: parse": 1}
+    steps = [SimpleNamespace(counts={**batch.counts, "failed: parse": 3})]
+    record = replace(RunRecord("run", "running"), cycles=[SimpleNamespace(counts={"failed: parse": 2})], steps=steps)
+    assert record.lost == {"failed: parse": 2 + 2}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ Kind = Literal["scored", "failed", "masked"]
 PARSE, CONTEXT = "parse", "context"
 """Reasons of a failure that other rooms ask about: a reply that does not parse, a prompt that overflows the context."""
 SEPARATOR = ": "
+REUSED = "reused "
+"""Begins the labels of a step's rollouts that its search made, and counted too."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,21 @@ class OutcomeCounts:
         """The outcomes of these rollouts: masked ones first, as events have them."""
         lost = [outcome for outcome in outcomes if outcome.kind != "scored"]
         return cls(Counter(outcome.label for outcome in sorted(lost, key=lambda outcome: outcome.kind == "failed")))
+
+    @classmethod
+    def made_for(cls, counts: Mapping[str, int]) -> "OutcomeCounts":
+        """As `of`, without the outcomes of reused rollouts.
+
+        >>> OutcomeCounts.made_for({"failed: parse": 3, "reused failed: parse": 2}).labels
+        Counter({'failed: parse': 1})
+        """
+        labels = cls.of(counts).labels
+        return cls(labels - Counter({label: counts.get(f"{REUSED}{label}", 0) for label in labels}))
+
+    @property
+    def as_reused(self) -> dict[str, int]:
+        """The counts that `made_for` leaves out."""
+        return {f"{REUSED}{label}": count for label, count in self.labels.items()}
 
     def items(self) -> Iterator[tuple[Outcome, int]]:
         """(outcome, rollouts), in order."""

@@ -127,7 +127,7 @@ class RunRecord:
     def lost(self) -> Counter[str]:
         """Rollouts that were masked or failed, by reason, the most frequent first."""
         reports: list[CycleReport | StepReport] = [*self.cycles, *self.steps]
-        counts = sum((OutcomeCounts.of(report.counts).labels for report in reports), Counter[str]())
+        counts = sum((OutcomeCounts.made_for(report.counts).labels for report in reports), Counter[str]())
         return Counter(dict(counts.most_common()))
 
     @cached_property

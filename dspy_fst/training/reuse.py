@@ -18,6 +18,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.fast.evolve import Search
+from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.report.step_options import LEFT_OUT
 from dspy_fst.rollout.jsonable import rollouts_from_json, trainable_to_json
 from dspy_fst.run.directory import RunDirectory
@@ -88,8 +89,10 @@ class Reuse:
 
     def counted(self, batch: Batch, groups: Sequence[Group]) -> Batch:
         """The batch of a step's groups, with counts of what was reused in them and of what was not."""
-        reused = sum(rollout.reused for group in groups for rollout in group.rollouts)
-        counts = {REUSED: reused, **{f"{LEFT_OUT}{reason}": count for reason, count in self.left_out.items()}}
+        reused = [rollout for group in groups for rollout in group.rollouts if rollout.reused]
+        outcomes = OutcomeCounts.over(rollout.outcome for rollout in reused).as_reused
+        left_out = {f"{LEFT_OUT}{reason}": count for reason, count in self.left_out.items()}
+        counts = {REUSED: len(reused), **outcomes, **left_out}
         return replace(batch, counts=Counter({**batch.counts, **{name: n for name, n in counts.items() if n}}))
 
 
