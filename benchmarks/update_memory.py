@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             checkout = options.before.resolve() if side == "before" else ROOT
             found[side] = {"rows": options.rows, **_in_process(side, checkout, smollm2.folder(), options)}
             RESULT.write_text(json.dumps(found, indent=2) + "\n")
-            print(_told(found), flush=True)
+            print(told(found), flush=True)
 
 
 def _in_process(side: str, checkout: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _in_process(side: str, checkout: Path, folder: Path, options: argparse.Names
     return dict(json.loads(ended.stdout.splitlines()[-1]))
 
 
-def _told(found: dict[str, Any]) -> str:
+def told(found: dict[str, Any]) -> str:
     """A line for each side: peak, seconds, and both over those of the commit before and of trl."""
     head = [
         "side",
