@@ -35,8 +35,8 @@ __all__ = [
     "save",
 ]
 
-# Torch reads it at its first allocation. Large tensors on a CPU are mapped by themselves (`slow.heap`); in pages of
-# 2 MiB that costs a seventh less of an update's time.
+# Torch reads it at its first allocation, so it is set before. Then its CPU tensors of 2 MiB and more lie in huge pages,
+# as far as the system has some, and fresh memory for them costs less time. What the user set stands.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {

@@ -312,15 +312,19 @@ class AdapterReport:
     """What one of several LoRA adapters learnt from in one weight update, before it moved."""
 
     rows: int
-    """Calls that it was trained on."""
+    """Calls that it was trained on. As in the update's ``rows``, seed-KL calls count where the batch held no others."""
     tokens: int
+    """Of those calls; the adapters' sum to the update's ``tokens``."""
     grad_norm: float
     """Of its own parameters, before clipping. The clip is by the norm of all adapters together."""
     kl_to_start: float | None
     """As in `UpdateReport`, on its own tokens; None when the KL term was off, and for seed-KL calls alone."""
     entropy: float
+    """On its own tokens, or those of its seed-KL calls where it had no others."""
     kl_under_seed: float | None = None
     """As in `UpdateReport`, on its own seed-KL calls; None when it had none."""
+    seed_tokens: int = 0
+    """Of its seed-KL calls."""
 
     @property
     def distance(self) -> float | None:
@@ -368,6 +372,8 @@ class UpdateReport:
     """By LoRA adapter, where there are several: those that some row was read with."""
     optimizer_steps: int = 1
     """How often the weights moved: once for each mini-batch (``updates_per_batch``)."""
+    seed_tokens: int = 0
+    """Tokens of ``Batch.seed_kl_calls``; 0 in runs of older versions, too."""
 
     @property
     def moved(self) -> bool:

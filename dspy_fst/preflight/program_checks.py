@@ -78,7 +78,7 @@ def adapters_faults(student: object, config: FSTConfig | None) -> list[str]:
     if config is None or not isinstance(student, dspy.Module):
         return []
     if config.adapters == "shared":
-        return _lost_adapters(student, {})
+        return _lost_adapters(student, config, {})
     trained = list(config.trained or policies_of(student))
     through = adapter_of(config.adapters, trained)
     faults = [
@@ -100,18 +100,30 @@ def adapters_faults(student: object, config: FSTConfig | None) -> list[str]:
                     f"adapters: {type(part).__name__} at {path} asks a module of one LM, and {', '.join(inside)} would "
                     "speak through different LoRA adapters; put them into one group"
                 )
-    return faults + _lost_adapters(student, through)
+    return faults + _lost_adapters(student, config, through)
 
 
-def _lost_adapters(student: dspy.Module, wanted: Mapping[str, str]) -> list[str]:
-    """A fault if predictors of the student speak through several LoRA adapters, and would go on through others."""
+def _lost_adapters(student: dspy.Module, config: FSTConfig, wanted: Mapping[str, str]) -> list[str]:
+    """A fault if predictors of the student speak through several LoRA adapters, and would go on through others.
+
+    It is about who speaks through which. That their rank, alpha, rslora or target is another one is a fault of its own
+    (`model_checks.lora_faults`), so each mistake has one message.
+    """
     held = {name: adapter for lm in policies_of(student).values() for name, adapter in lm.checkpoint.predictors.items()}
     if len({*held.values()}) < 2 or held == wanted:
         return []
     listed = ", ".join(f"{name} through {adapter}" for name, adapter in held.items())
+    grouping: str | dict[str, list[str]] = "per_predictor"
+    if adapter_of("per_predictor", held) != held:
+        grouping = {adapter: [n for n in held if held[n] == adapter] for adapter in dict.fromkeys(held.values())}
+    settings = [f"adapters={grouping!r}"]
+    if {*(config.trained or policies_of(student))} != {*held}:
+        settings.insert(0, f"trained={[*held]}")
+    if config.adapter is None:
+        settings.insert(0, "adapter=LoRA(...) as it was trained")
     return [
         f"adapters: the student speaks through several LoRA adapters ({listed}), which cannot be merged into one set "
-        "of weights; go on with the same adapters, rank, alpha and target"
+        f"of weights; go on with the same: set {' and '.join(settings)}"
     ]
 
 

@@ -224,10 +224,7 @@ class UpdateMetrics:
         Args:
             adapter_norms: Gradient norm of each LoRA adapter, where the policy has several.
         """
-        adapters = {
-            name: own._of_adapter(adapter_norms[name], self._seed_tokens)
-            for name, own in sorted(self._adapters.items())
-        }
+        adapters = {name: own._of_adapter(adapter_norms[name], self) for name, own in sorted(self._adapters.items())}
         if not self._tokens:  # the batch held seed-KL calls only
             return replace(
                 NO_UPDATE,
@@ -239,6 +236,7 @@ class UpdateMetrics:
                 learning_rate=learning_rate,
                 tokens=self._seed_tokens,
                 rows=self._seed_calls,
+                seed_tokens=self._seed_tokens,
                 adapters=adapters,
                 optimizer_steps=1,
             )
@@ -258,32 +256,29 @@ class UpdateMetrics:
             sequences=self._sequences,
             row_tokens=self._row_tokens,
             tokens_read=self._tokens_read,
+            seed_tokens=self._seed_tokens,
             adapters=adapters,
         )
 
-    def _of_adapter(self, grad_norm: float, seed_tokens: int) -> AdapterReport:
+    def _of_adapter(self, grad_norm: float, whole: "UpdateMetrics") -> AdapterReport:
         """What these sums, of one adapter's calls, say of it.
 
         Args:
-            seed_tokens: Of all adapters' seed-KL calls, over which their mean KL is taken.
+            whole: The sums of all adapters. Their mean KL is taken over all seed-KL calls, and where the batch held
+                learnt calls, its rows and tokens count those alone: the adapters' sum to them.
         """
-        under_seed = None if self._seed_kl is None else float(self._seed_kl) * seed_tokens / self._seed_tokens
-        if not self._tokens:
-            return AdapterReport(
-                rows=self._seed_calls,
-                tokens=self._seed_tokens,
-                grad_norm=grad_norm,
-                kl_to_start=None,
-                entropy=float(self._seed_entropy) / self._seed_tokens,
-                kl_under_seed=under_seed,
-            )
+        seed_only = not whole._tokens
+        learnt = self._tokens > 0
+        entropy = self._entropy / self._tokens if learnt else self._seed_entropy / self._seed_tokens
+        under_seed = self._seed_kl
         return AdapterReport(
-            rows=self._rows,
-            tokens=self._tokens,
+            rows=self._seed_calls if seed_only else self._rows,
+            tokens=self._seed_tokens if seed_only else self._tokens,
             grad_norm=grad_norm,
             kl_to_start=None if self._kl is None else float(self._kl / self._share),
-            entropy=float(self._entropy) / self._tokens,
-            kl_under_seed=under_seed,
+            entropy=float(entropy),
+            kl_under_seed=None if under_seed is None else float(under_seed) * whole._seed_tokens / self._seed_tokens,
+            seed_tokens=self._seed_tokens,
         )
 
 
@@ -300,26 +295,22 @@ def in_one_report(reports: Sequence[UpdateReport]) -> UpdateReport:
     def mean(name: str) -> float:
         return sum(report.tokens * getattr(report, name) for report in reports) / tokens
 
-    def known_mean(name: str) -> float | None:
-        known = [report for report in reports if getattr(report, name) is not None]
-        weight = sum(report.tokens for report in known)
-        return sum(report.tokens * getattr(report, name) for report in known) / weight if known else None
-
     names = {name: None for report in reports for name in report.adapters}
     return replace(
         reports[0],
         loss=mean("loss"),
         grad_norm=mean("grad_norm"),
-        kl_to_start=known_mean("kl_to_start"),
+        kl_to_start=_mean([(report.kl_to_start, report.tokens) for report in reports]),
         entropy=mean("entropy"),
         capped_share=mean("capped_share"),
         learning_rate=reports[-1].learning_rate,
         tokens=tokens,
         rows=sum(report.rows for report in reports),
-        kl_under_seed=known_mean("kl_under_seed"),
+        kl_under_seed=_mean([(report.kl_under_seed, report.seed_tokens) for report in reports]),
         sequences=sum(report.sequences or 0 for report in reports),
         row_tokens=sum(report.row_tokens or 0 for report in reports),
         tokens_read=sum(report.tokens_read or 0 for report in reports),
+        seed_tokens=sum(report.seed_tokens for report in reports),
         halved_to=next((report.halved_to for report in reversed(reports) if report.halved_to), None),
         adapters={
             name: _of_all([report.adapters[name] for report in reports if name in report.adapters])
@@ -330,17 +321,24 @@ def in_one_report(reports: Sequence[UpdateReport]) -> UpdateReport:
 
 
 def _of_all(reports: Sequence[AdapterReport]) -> AdapterReport:
-    tokens = sum(report.tokens for report in reports)
-    kl = [report.tokens * report.kl_to_start for report in reports if report.kl_to_start is not None]
-    held = [report for report in reports if report.kl_under_seed is not None]
-    held_tokens = sum(report.tokens for report in held)
+    """The steps of one adapter. A step may have read it with seed-KL calls alone: that has no learnt tokens."""
+
+    def mean(name: str, of: Sequence[AdapterReport]) -> float:
+        read = [report.tokens or report.seed_tokens for report in of]
+        return sum(n * getattr(report, name) for n, report in zip(read, of, strict=True)) / sum(read)
+
     return AdapterReport(
         rows=sum(report.rows for report in reports),
-        tokens=tokens,
-        grad_norm=sum(report.tokens * report.grad_norm for report in reports) / tokens,
-        kl_to_start=sum(kl) / tokens if len(kl) == len(reports) else None,
-        entropy=sum(report.tokens * report.entropy for report in reports) / tokens,
-        kl_under_seed=sum(report.tokens * (report.kl_under_seed or 0.0) for report in held) / held_tokens
-        if held
-        else None,
+        tokens=sum(report.tokens for report in reports),
+        grad_norm=mean("grad_norm", reports),
+        kl_to_start=_mean([(report.kl_to_start, report.tokens) for report in reports]),
+        entropy=mean("entropy", [report for report in reports if report.tokens] or reports),
+        kl_under_seed=_mean([(report.kl_under_seed, report.seed_tokens) for report in reports]),
+        seed_tokens=sum(report.seed_tokens for report in reports),
     )
+
+
+def _mean(measured: Sequence[tuple[float | None, int]]) -> float | None:
+    """The mean of what was measured, by tokens; None where nothing was."""
+    known = [(value, tokens) for value, tokens in measured if value is not None]
+    return sum(value * tokens for value, tokens in known) / sum(tokens for _, tokens in known) if known else None

@@ -1,5 +1,7 @@
 """Settings of LoRA adapters that fit no adapter, no predictor or no model are told together, before any work."""
 
+import re
+
 import dspy
 import pytest
 
@@ -8,6 +10,7 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.recipe.lora_settings import LoRA, adapter_of
 from dspy_fst.training.request import Arguments, Proposers, check
 from programs.lab import BASE, build
+from tests import lora_program
 from tests.lora_program import two_adapters
 from tests.relay import Relay, any_answer
 from tests.test_compile import propose
@@ -118,12 +121,54 @@ def test_predictors_in_a_dict_have_adapters_of_their_own(examples, tmp_path):
     ids=["rank", "alpha", "target", "rslora"],
 )
 def test_several_adapters_do_not_go_on_with_other_settings(examples, tmp_path, adapter):
-    program = two_adapters(tmp_path / "weights")
-    for _, predictor in program.named_predictors():
-        predictor.config["temperature"] = 1.0
+    program = drawn(two_adapters(tmp_path / "weights"))
     assert checked(examples, tmp_path, program, adapter=LoRA(rank=4), adapters="per_predictor")
     with pytest.raises(
         ConfigurationError, match=r"several LoRA adapters of rank=4, alpha=32, scaling alpha / rank and 28"
     ):
         checked(examples, tmp_path, program, adapter=adapter, adapters="per_predictor")
     assert not (tmp_path / "run").exists()
+
+
+def drawn(program):
+    for _, predictor in program.named_predictors():
+        predictor.config["temperature"] = 1.0
+    return program
+
+
+RANK = {"adapter": LoRA(rank=4)}
+APART = {"adapters": "per_predictor"}
+GROUPS = {"adapters": {"one": ("first",), "two": ("last",)}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says", "remedy"),
+    [
+        (RANK, "adapters: .*; go on with the same: set adapters='per_predictor'", APART),
+        ({**RANK, **GROUPS}, "adapters: .*; go on with the same: set adapters='per_predictor'", APART),
+        (
+            {**RANK, **APART, "trained": ("first",)},
+            "adapters: .*: set trained=.'first', 'last'. and adapters='per_predictor'",
+            {"trained": ["first", "last"]},
+        ),
+        ({}, r"adapters: .*: set adapter=LoRA\(...\) as it was trained and adapters='per_predictor'", RANK | APART),
+        ({"adapter": LoRA(rank=8), **APART}, "adapter: .*go on with the same rank, alpha, rslora and target", RANK),
+    ],
+    ids=["shared", "other groups", "one alone", "all weights", "rank"],
+)
+def test_one_mistake_about_several_adapters_is_one_fault_and_its_remedy_helps(
+    examples, tmp_path, settings, says, remedy
+):
+    program = drawn(two_adapters(tmp_path / "weights"))
+    with pytest.raises(ConfigurationError) as refused:
+        checked(examples, tmp_path, program, **settings, continue_optimizer=True)
+    (fault,) = refused.value.faults
+    assert re.fullmatch(says, fault)
+    assert checked(examples, tmp_path, program, **{**settings, **remedy})
+
+
+def test_adapters_that_have_names_of_groups_are_told_as_groups(examples, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora_program, "OF", {"first": "one", "last": "two"})
+    program = drawn(two_adapters(tmp_path / "weights"))
+    with pytest.raises(ConfigurationError, match=r"set adapters=\{'one': \['first'\], 'two': \['last'\]\}$"):
+        checked(examples, tmp_path, program, **RANK)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import dspy
 import httpx
 import pytest
 from dspy import lm15
@@ -9,7 +10,7 @@ from dspy import lm15
 import dspy_fst
 from dspy_fst import ConfigurationError
 from dspy_fst.engine.base import AdapterFiles, Checkpoint
-from dspy_fst.policy_lm import policy_of
+from dspy_fst.policy_lm import EngineHandle, policy_of
 from dspy_fst.serve.app import create_app
 from dspy_fst.serve.serving_settings import CHAT, MODELS, ServeSettings
 from tests.fakes import fields
@@ -67,6 +68,27 @@ def test_in_process_every_predictor_and_every_model_has_its_own_adapter(tmp_path
         wait_until(lambda: httpx.get(f"{url}/ready").status_code == 200, "the engine is ready")
         check(url, AUTH, program)
     policy_of(program).release()
+
+
+@pytest.mark.parametrize("around", [dspy.BestOfN, dspy.Refine])
+def test_best_of_n_around_one_predictor_asks_through_its_adapter(tmp_path, monkeypatch, around):
+    """DSPy 3.4.1 copies the one LM of what it wraps for each try. A whole program of two has no such LM."""
+    program, asked = two_adapters(tmp_path / "weights"), []
+
+    def complete(self, request, adapter=None):
+        asked.append(adapter)
+        return lm15.Response(None, "m", lm15.Message.assistant(fields(answer="1 2")), "stop", lm15.Usage())
+
+    monkeypatch.setattr(EngineHandle, "complete", complete)
+    for predictor, own in ((program.first, "for-first"), (program.last, "for-last")):
+        rewards = iter((0.0, 1.0))
+        best = around(predictor, N=2, reward_fn=lambda inputs, pred, rewards=rewards: next(rewards), threshold=1.0)
+        assert best(numbers="4 7 1 9").answer == "1 2"
+        assert asked == [own, own]
+        asked.clear()
+    whole = around(program, N=2, reward_fn=lambda inputs, pred: 1.0, threshold=1.0)
+    with pytest.raises(ValueError, match="Multiple LMs are being used in the module"):
+        whole(numbers="4 7 1 9")
 
 
 @pytest.fixture

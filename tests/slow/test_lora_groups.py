@@ -112,6 +112,21 @@ def test_a_distillation_tells_of_each_adapter_what_it_tells_of_all(start):
     assert (twice.rows, twice.kl_under_seed) == (4, pytest.approx(update.adapters["for-query"].kl_under_seed))
 
 
+def test_an_adapter_with_seed_kl_calls_alone_has_no_learnt_tokens_beside_one_that_has(start):
+    batch = batch_of(7)
+    call = make_call([4, 5, 6], [1, 2], predictor="query")
+    rows = tuple(row for row in batch.rows if row.predictor == "answer")
+    seed_calls = (SeedKLCall(call, (3, *call.prompt_ids)),)
+    trainer = trained(start, kl_coefficient=0.1, seed_kl_coefficient=1.0)
+    update = trainer.step(dataclasses.replace(batch, rows=rows, seed_kl_calls=seed_calls))
+    query, answer = update.adapters["for-query"], update.adapters["for-answer"]
+    assert (query.rows, query.tokens, query.seed_tokens) == (0, 0, 3)
+    assert query.kl_to_start is None
+    assert query.distance == pytest.approx(update.kl_under_seed)
+    assert (answer.rows, answer.tokens, answer.seed_tokens) == (update.rows, update.tokens, 0)
+    assert update.seed_tokens == 3
+
+
 def test_an_update_tells_nothing_of_an_adapter_without_calls_or_of_a_single_one(start):
     update = trained(start).step(batch_of(5, predictors=("answer",)))
     assert update.adapters.keys() == {"for-answer"}

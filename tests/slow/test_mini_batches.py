@@ -115,6 +115,24 @@ def test_one_report_of_all_steps():
     assert in_one_report([unmeasured, unmeasured]).kl_to_start is None
 
 
+def test_one_report_of_steps_of_which_one_read_an_adapter_with_seed_kl_calls_alone():
+    """A step of 100 learnt and 10 seed-KL tokens, then one of 50 seed-KL tokens alone (with another's learnt ones)."""
+    learnt = AdapterReport(4, 100, 1.0, 0.1, 0.5, kl_under_seed=0.6, seed_tokens=10)
+    seed_only = AdapterReport(0, 0, 4.0, None, 2.0, kl_under_seed=0.3, seed_tokens=50)
+    other = AdapterReport(2, 30, 1.0, 0.2, 0.5)
+    first = replace(MEASURED, tokens=100, kl_under_seed=0.6, seed_tokens=10, adapters={"ask": learnt})
+    second = replace(MEASURED, tokens=30, kl_under_seed=0.3, seed_tokens=50, adapters={"ask": seed_only, "say": other})
+    update = in_one_report([first, second])
+    ask = update.adapters["ask"]
+    assert (ask.rows, ask.tokens, ask.seed_tokens) == (4, 100, 60)
+    assert ask.distance == ask.kl_to_start == pytest.approx(0.1)
+    assert ask.kl_under_seed == update.kl_under_seed == pytest.approx((0.6 * 10 + 0.3 * 50) / 60)
+    assert ask.entropy == 0.5, "of learnt tokens, where there are some"
+    assert ask.grad_norm == pytest.approx((1.0 * 100 + 4.0 * 50) / 150)
+    assert sum(each.tokens for each in update.adapters.values()) == update.tokens == 130
+    assert update.seed_tokens == 60
+
+
 DISTILL = {"method": "distill", "seed_kl_coefficient": 1.0, "seed_kl_teacher": "population"}
 
 
