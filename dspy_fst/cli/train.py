@@ -40,6 +40,10 @@ Track = Annotated[
 Samples = Annotated[bool, typer.Option("--samples", help="Show one sampled reply after each step.")]
 
 
+OF_LORA_ADAPTERS = ("adapter", "adapters", "quantized_base")
+"""Settings that mean nothing where all weights are trained; ``--adapter none`` replaces them all."""
+
+
 class Member(TypedDict):
     """A candidate of the final population."""
 
@@ -84,7 +88,8 @@ def run(
         str | None,
         typer.Option(
             metavar="LORA",
-            help="Train a LoRA adapter: 'lora', or its settings as JSON, e.g. '{\"rank\": 16}'; 'none': all weights.",
+            help="Train a LoRA adapter: 'lora', or its settings as JSON, e.g. '{\"rank\": 16}'; 'none': all weights, "
+            "without the file's adapters and quantized_base.",
         ),
     ] = None,
     track: Track = None,
@@ -232,7 +237,9 @@ def _changed(
     if given := {name: value for name, value in recipe.items() if value is not None}:
         replaced = {"auto"} if "cycles" in given else set()
         kept = project.recipe.model_dump(exclude_unset=True, exclude=replaced) if project.recipe else {}
-        given |= {"adapter": None} if given.get("adapter") == "none" else {}
+        if given.get("adapter") == "none":
+            given["adapter"] = None
+            kept = {name: value for name, value in kept.items() if name not in OF_LORA_ADAPTERS}
         if faults := make_config({name: value for name, value in given.items() if name == "adapter"})[1]:
             raise ConfigurationError([f"--{fault}" for fault in faults])
         changes["recipe"] = Recipe.model_validate({**kept, **given})

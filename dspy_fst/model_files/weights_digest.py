@@ -15,14 +15,14 @@ PIECE = 2**24
 """Bytes that are read at once."""
 
 
-def weights_digest(folder: Path) -> str:
+def weights_digest(folder: Path | str) -> str:
     """SHA-256 over the sorted digests of a folder's different tensors; each is over type, shape and bytes.
 
     Raises:
         ValueError: there are no safetensors files, or one is damaged.
     """
     try:
-        tensors = {digest for path in weight_files(folder) for digest in _tensors_in(path)}
+        tensors = {digest for path in weight_files(Path(folder)) for digest in _tensors_in(path)}
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: its safetensors files cannot be read: {error}") from error
     if not tensors:

@@ -50,7 +50,12 @@ def _head(facts: Facts, adapters: Sequence[Exported], base: Base) -> str:
 
 def _base(base: Base, rounded: str | None) -> str:
     where = f"`{base.name}`" if base.on_hub else f"the folder `{Path(base.name).name}` of the machine of the training"
-    note = f" Its linear layers were rounded to {rounded} before the training: use these numbers." if rounded else ""
+    note = (
+        f" Its linear layers were rounded to {rounded} before the training, so a model of the same name on a hub has "
+        "other numbers. The rounded ones are a whole model, the folder `weights/base` of the run. Compare the checksum."
+        if rounded
+        else ""
+    )
     return (
         f"The base is {where}.{note} SHA-256 of its numbers, whatever their files and names, in the precision of the "
         f"training: `{base.digest}` (`dspy_fst.model_files.weights_digest`)."

@@ -42,3 +42,13 @@ def test_the_flag_replaces_the_recipe_s_adapter_and_the_run_goes_on_without_it(f
 def test_what_is_no_adapter_is_refused(folder, given, complaint):
     assert complaint in invoke("run", folder, "--adapter", given, code=2).stderr
     assert not (folder / "run" / "events.jsonl").exists()
+
+
+def test_none_trains_all_weights_whatever_the_file_says_of_adapters(folder):
+    project = folder / "project.yaml"
+    recipe = {"adapter": {"rank": 2}, "adapters": "per_predictor", "quantized_base": "nf4"}
+    given = yaml.safe_load(project.read_text())
+    project.write_text(yaml.safe_dump({**given, "recipe": {**given["recipe"], **recipe}}))
+    invoke("run", folder, "--adapter", "none")
+    kept = yaml.safe_load((folder / "run" / "project.yaml").read_text())["recipe"]
+    assert not {name for name in recipe if kept.get(name) is not None}
