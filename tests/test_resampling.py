@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,9 +14,9 @@ from dspy_fst.report.standing import Standing
 from dspy_fst.report.step_options import option_charts, option_lines, step_words
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.credit import credit
-from dspy_fst.training.plan import Plan
+from dspy_fst.training.plan import Plan, is_stuck
 from dspy_fst.training.resampling import is_flat, refilled, resampling_counts
-from dspy_fst.training.step_problems import trainset_warnings
+from dspy_fst.training.step_problems import StepProblems, trainset_warnings
 from dspy_fst.types import Candidate, Group
 from tests.relay import any_answer
 from tests.slow.makers import make_call, make_group, make_rollout
@@ -93,6 +94,31 @@ def test_a_group_is_flat_where_credit_drops_it(baseline, alike):
 @pytest.mark.parametrize("rewards", [UNMEASURED, (None, None)], ids=["one", "none"])
 def test_a_group_that_was_not_measured_is_not_flat(rewards):
     assert not flat(make_group(*rewards))
+
+
+@pytest.mark.parametrize(
+    ("own", "new", "stuck"),
+    [
+        ([WRONG, WRONG], [LIVE, LIVE], True),  # of all four groups only half are flat, and their mean is 0.25
+        ([WRONG, WRONG], [RIGHT, RIGHT, RIGHT], True),  # the others' rewards are not the step's own
+        ([WRONG, LIVE], [WRONG, WRONG], False),
+        ([RIGHT, RIGHT], [WRONG, WRONG, WRONG], False),
+        ([UNMEASURED, WRONG], [RIGHT], False),
+    ],
+    ids=["live", "solved", "others-flat", "own-solved", "unmeasured"],
+)
+def test_a_step_is_stuck_by_its_own_groups(own, new, stuck):
+    groups = [make_group(*rewards, problem=problem) for problem, rewards in enumerate([*own, *new])]
+    problems = StepProblems(FSTConfig(resample_flat=1), range(len(own)))
+    counts = problems.counted(credit(groups), groups, credit).counts
+    means = [
+        (g.problem, sum(r.reward for r in g.rollouts) / 2)
+        for g in groups
+        if all(r.reward is not None for r in g.rollouts)
+    ]
+    every = [reward for _, reward in means]
+    report = SimpleNamespace(counts=counts, reward=sum(every) / len(every), group_rewards=tuple(means))
+    assert is_stuck(report, 0.75, 1.0) == stuck
 
 
 # ---- plan and budget -----------------------------------------------------------------------------

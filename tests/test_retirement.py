@@ -8,7 +8,7 @@ import pytest
 from dspy_fst import FSTOptimizer
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.monitoring.rules import History, taken_back
+from dspy_fst.monitoring.rules import History, reward_fell, taken_back
 from dspy_fst.report.from_events import record_of
 from dspy_fst.report.step_options import option_charts, option_lines, step_words
 from dspy_fst.run.directory import read_events
@@ -155,6 +155,33 @@ def test_the_warning_names_what_was_taken_back():
         "were retired longest ago were taken back. Stop here, give harder problems, or lower problems_per_step"
     )
     assert taken_back(History([SimpleNamespace(step=4, counts={"retired_problems": 30})], 0.0, 1.0, 0.1)) is None
+
+
+@pytest.mark.parametrize(("counts", "told"), [({}, True), ({"retired_problems": 0}, False)], ids=["off", "on"])
+def test_a_reward_that_falls_as_solved_problems_leave_is_no_warning(counts, told):
+    rewards = [0.9] * 5 + [0.1] * 5
+    reports = [SimpleNamespace(step=step, reward=reward, counts=counts) for step, reward in enumerate(rewards)]
+    assert bool(reward_fell(History(reports, 0.0, 1.0, 0.1))) == told
+
+
+def test_what_another_metric_called_solved_is_sampled_again(tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def kill(event):
+        if event["event"] == "step" and event["report"]["step"] == 2:
+            raise KilledError
+
+    settings = {**RL, "steps_per_cycle": 4, "retire_solved": 0.75}
+    with pytest.raises(KilledError):
+        compile_relay(
+            tmp_path, metric=lambda gold, pred, trace=None: 1.0, listeners=[kill], max_unmoved_steps=None, **settings
+        )
+    assert reports(tmp_path)[-1]["counts"]["retired_problems"] == 12
+    compile_relay(tmp_path, metric=SolvedFrom(*range(5)), max_unmoved_steps=None, **settings)
+    steps = reports(tmp_path)
+    assert len({step["judged_by"] for step in steps}) == 2
+    assert [step["counts"]["retired_problems"] for step in steps] == [0, 6, 0, len(solved_in(steps[2], 0.75))]
 
 
 def test_a_killed_run_retires_the_same_problems(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dspy_fst import FSTOptimizer
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.outcomes.outcome import Outcome
@@ -23,11 +24,15 @@ from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import RunDirectory, read_events
 from dspy_fst.training.plan import Plan
-from dspy_fst.training.reuse import DOCUMENT, Reuse, reuse_warnings
+from dspy_fst.training.reuse import DOCUMENT, Reuse
+from dspy_fst.training.step_problems import step_problems
+from dspy_fst.training.without_effect import settings_without_effect
 from dspy_fst.types import Batch, Candidate, Group, Population, Problem
+from programs.lab import build
 from tests.fakes import fields, scripted_policy
+from tests.relay import relay
 from tests.slow.makers import make_call, make_rollout
-from tests.test_compile import compile_relay, same_weights, told
+from tests.test_compile import SHORT, compile_relay, propose, same_weights, told
 
 # ---- which problems a step has -------------------------------------------------------------------
 
@@ -64,6 +69,31 @@ def test_the_step_after_a_search_has_anchors_first_and_an_epoch_shows_what_it_sh
             assert plan.problems(first) == plain.problems(first)
 
 
+def test_an_anchor_takes_the_place_of_a_retired_problem_where_its_rollouts_are_known():
+    recipe = {"cycles": 2, "steps_per_cycle": 3, "problems_per_step": 4, "anchors": 8}
+    recipe |= {"population_size": 2, "group_size": 4}
+    plan = Plan(FSTConfig(**recipe, reuse_rollouts=True, retire_solved=0.9), 40)
+    own, anchors = plan.problems(0), {*plan.anchors(0)}
+    gone = [SimpleNamespace(step=0, group_rewards=[(problem, 1.0) for problem in own[:3]])]
+    batch = {*step_problems(plan, 0, gone).batch}
+    assert len(batch) == 4
+    assert batch <= anchors - {*own[:3]}
+    assert not {*step_problems(plan, 1, gone).batch} - {*plan.problems(1)}
+    assert plan.budget(0).reused_rollouts == 2 * 4 * 2
+
+
+def test_the_document_is_read_once_a_cycle_and_only_for_the_groups_of_the_step_s_own_problems(tmp_path, monkeypatch):
+    read = []
+    document = RunDirectory.document
+    monkeypatch.setattr(RunDirectory, "document", lambda run, name: read.append(name) or document(run, name))
+    recipe = {"reuse_rollouts": True, "resample_flat": 2, "checkpoint_every": 2, "cycles": 1}
+    compile_relay(tmp_path / "run", metric=lambda gold, pred, trace=None: 0.5, max_unmoved_steps=None, **recipe)
+    steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
+    assert len(steps) == 2
+    assert steps[0]["counts"]["resampled_groups"] > 0
+    assert read.count(DOCUMENT) == 1
+
+
 def test_the_plan_says_what_a_step_may_take_over():
     recipe = {"cycles": 3, "problems_per_step": 8, "anchors": 5, "population_size": 2, "group_size": 4}
     off, on = (Plan(FSTConfig(**recipe, reuse_rollouts=on), 200).budget(0) for on in (False, True))
@@ -74,9 +104,22 @@ def test_the_plan_says_what_a_step_may_take_over():
 @pytest.mark.parametrize(("method", "words"), [("rl", 1), ("gepa", 1), ("rl_then_gepa", 1), ("fst", 0)])
 def test_where_no_step_follows_a_search_it_is_said_before_work(method, words):
     config = FSTConfig(method=method, reuse_rollouts=True)
-    assert len(reuse_warnings(config)) == words
+    assert len(settings_without_effect(config)) == words
     assert Plan(config, 400).budget(0).reused_rollouts == (8 * 32 * 4 if method == "fst" else 0)
-    assert reuse_warnings(FSTConfig(method=method)) == []
+    assert settings_without_effect(FSTConfig(method=method)) == []
+
+
+def test_options_of_updates_are_warned_of_where_no_update_is_made_and_a_share_without_its_penalty():
+    options = {"resample_flat": 2, "retire_solved": 0.9, "overlong_penalty": 1.0}
+    (warning,) = settings_without_effect(FSTConfig(method="gepa", **options))
+    assert warning.startswith(
+        "resample_flat=2 and retire_solved=0.9 and overlong_penalty=1 do nothing under method='gepa'"
+    )
+    (warning,) = settings_without_effect(FSTConfig(method="gepa", retire_solved=0.9))
+    assert warning.startswith("retire_solved=0.9 does nothing under method='gepa'")
+    (warning,) = settings_without_effect(FSTConfig(overlong_share=0.5))
+    assert warning.startswith("overlong_share=0.5 does nothing at overlong_penalty=0")
+    assert settings_without_effect(FSTConfig(method="rl", **options, overlong_share=0.5)) == []
 
 
 def test_a_step_without_groups_takes_nothing_over():
@@ -162,11 +205,11 @@ def search_of(*rollouts, members=(A, B)):
 def handed_on(tmp_path, search, metric="one", **asked):
     """What step 6 takes over from this search, through the disk."""
     run = RunDirectory(tmp_path / "run", {"a": 1})
-    documents = Reuse(run, Asks(), "one").handed_over(search, 6, {0, 1})
+    documents = Reuse(run, Asks(), "one", {6, 7}).handed_over(search, 6, {0, 1})
     run.commit(lambda folder: folder.mkdir(), documents, step=6)
     run.close()
     again = RunDirectory(tmp_path / "run", {"a": 1})
-    reuse = Reuse(again, Asks(), metric)
+    reuse = Reuse(again, Asks(), metric, {6, 7})
     asked = {"step": 6, "population": search.population, "weights": "step-000000", **asked}
     known = reuse.known(**asked)
     again.close()
@@ -312,3 +355,22 @@ def test_killed_before_and_after_the_search_was_committed_it_ends_as_if_nobody_h
     assert same_weights(compiled, resumed)
     assert compiled.population == resumed.population
     assert [told(e) for e in read_events(folder)] == [told(e) for e in read_events(tmp_path / "run")]
+
+
+def test_a_search_that_another_metric_judged_is_made_anew(tmp_path):
+    """Killed in its last act: without this its rewards of 0 came back as those of the metric that gives 1."""
+    settings = {**SHORT, "cycles": 1, "steps_per_cycle": 1, "reuse_rollouts": True, "max_unmoved_steps": None}
+
+    def compiled(metric, *listeners):
+        optimizer = FSTOptimizer(metric=metric, propose=propose, run_dir=tmp_path, listeners=[*listeners], **settings)
+        optimizer.compile(relay(), trainset=build(train=32, val=1, test=1).trainset)
+
+    with pytest.raises(KilledError):
+        compiled(lambda gold, pred, trace=None: 0.0, killer(lambda event: event["event"] == "cycle"))
+    compiled(lambda gold, pred, trace=None: min(1.0, 1.0))
+    events = read_events(tmp_path)
+    (step,) = [event["report"] for event in events if event["event"] == "step"]
+    assert step["counts"]["reused"] > 0
+    assert {reward for _, reward in step["group_rewards"]} == {1.0}
+    told = [event["text"] for event in events if event["event"] == "warning"]
+    assert any("its search begins anew, because another metric judged the" in text for text in told)

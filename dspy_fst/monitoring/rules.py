@@ -252,6 +252,8 @@ def taken_back(history: History) -> Finding | None:
 
 
 def reward_fell(history: History) -> Finding | None:
+    if "retired_problems" in history.reports[-1].counts:  # retire_solved: the batches lose their solved problems
+        return None
     measured = [(report, report.reward) for report in history.reports if report.reward is not None]
     windows = [measured[i : i + WINDOW] for i in range(len(measured) - WINDOW + 1)]
     means = [fmean(reward for _, reward in window) for window in windows]

@@ -214,8 +214,8 @@ class RunDirectory:
 
     # ---- the search in progress -----------------------------------------------------------------
 
-    def open_search(self, cycle: int) -> Journal:
-        """The journal of this cycle's search, with the entries that a killed run made.
+    def open_search(self, cycle: int, conditions: Mapping[str, object] | None = None) -> Journal:
+        """The journal of this cycle's search, with the entries that a killed run made under the same conditions.
 
         Raises:
             RunDirectoryError: the journal is damaged.
@@ -223,7 +223,7 @@ class RunDirectory:
         # The hash of the events belongs to this run alone, so a journal copied from another run is not accepted.
         head = {"cycle": cycle, "after": self.state.get("events_sha256")}
         with writing(self.path):
-            return Journal(self.path / "search.jsonl", head, self._clean)
+            return Journal(self.path / "search.jsonl", head, self._clean, conditions)
 
     # ---- populations, weights, skipped batches -------------------------------------------------
 

@@ -31,6 +31,8 @@ class StepReport:
     length_penalty: float | None = None
     """Mean over the measured rollouts of what was taken off the reward for long replies (``overlong_penalty``), which
     ``reward`` leaves out; None when the penalty is off."""
+    judged_by: str | None = None
+    """Identity of the metric that gave the rewards; None in the events of releases that recorded none."""
 
     @property
     def sampled_by(self) -> WeightsVersion:

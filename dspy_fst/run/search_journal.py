@@ -23,21 +23,32 @@ class Journal:
     Args:
         head: Identifies the search; the journal of another search is replaced.
         clean: Removes secrets from an entry.
+        conditions: What the entries depend on besides; a journal under others is replaced too, and its entries counted.
 
     Raises:
         RunDirectoryError: a line other than the last is damaged.
     """
 
-    def __init__(self, path: Path, head: Mapping[str, object], clean: Callable[[object], object] = lambda value: value):
+    def __init__(
+        self,
+        path: Path,
+        head: Mapping[str, object],
+        clean: Callable[[object], object] = lambda value: value,
+        conditions: Mapping[str, object] | None = None,
+    ):
         self._path, self._clean = path, clean
         records, whole = _read(path)
+        first, wanted = (records[0] if records else {}), {"head": {**head, **(conditions or {})}}
+        self.replaced = 0
+        """Entries of this very search that were made under other conditions, and will be made again."""
         self._ahead: deque[dict[str, object]] = deque()
-        if records and records[0] == {"head": dict(head)}:
+        if first == wanted:
             self._ahead.extend(records[1:])
             os.truncate(path, whole)
         else:
+            self.replaced = len(records) - 1 if _names(first.get("head"), head) else 0
             path.unlink(missing_ok=True)
-            self._write({"head": dict(head)})
+            self._write(wanted)
         self.replayed = len(self._ahead)
 
     def next_is(self, kind: str, key: str) -> bool:
@@ -78,6 +89,10 @@ class Journal:
             file.write(f"{zlib.crc32(body.encode()):08x} {body}\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _names(found: object, head: Mapping[str, object]) -> bool:
+    return isinstance(found, Mapping) and all(found.get(key) == value for key, value in head.items())
 
 
 def _read(path: Path) -> tuple[list[dict[str, object]], int]:

@@ -7,6 +7,7 @@ step reports, so a run that goes on decides as an uninterrupted one does.
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.run.ending import StopReason, complete
@@ -83,6 +84,16 @@ class Plan:
             self._arranged[cycle] = self._anchors_first(cycle)
         return self._arranged[cycle][place]
 
+    @property
+    def first_steps(self) -> dict[int, int]:
+        """Steps that may take over rollouts of the search just before them, and their cycles (``reuse_rollouts``)."""
+        return {cycle.steps[0]: cycle.index for cycle in self.cycles if self._reuses(cycle.index)}
+
+    def reusable(self, step: int) -> set[int]:
+        """Problems whose rollouts a step may take over: the anchors of the search just before it, if there is one."""
+        cycle = self.first_steps.get(step)
+        return set() if cycle is None else {*self.anchors(cycle)}
+
     def _reuses(self, cycle: int) -> bool:
         """Whether a step of this cycle may take over rollouts of the cycle's search."""
         planned = self.cycles[cycle] if cycle < len(self.cycles) else None
@@ -149,9 +160,10 @@ class Plan:
         )
 
     def _reusable(self) -> int:
-        """Anchors among the problems of all steps that come after a search."""
-        first = [(cycle.index, cycle.steps[0]) for cycle in self.cycles if self._reuses(cycle.index)]
-        return sum(len({*self.problems(step)} & {*self.anchors(cycle)}) for cycle, step in first)
+        """Anchors among the problems of all steps that come after a search, at most."""
+        if self.config.retire_solved is not None:  # another anchor may take the place of any problem
+            return sum(min(self.config.problems_per_step, len(self.reusable(step))) for step in self.first_steps)
+        return sum(len({*self.problems(step)} & self.reusable(step)) for step in self.first_steps)
 
     @property
     def replaceable(self) -> int:
@@ -275,7 +287,15 @@ class Schedule:
 
 
 def is_stuck(report: StepReport, flat_share: float, perfect_score: float) -> bool:
-    """Whether ``flat_share`` of the step's groups have zero variance while the mean reward is below half of perfect."""
-    flat = report.counts.get("flat_groups", 0) / max(1, report.counts.get("groups", 0))
-    solved = report.reward is not None and report.reward >= perfect_score / 2
-    return flat >= flat_share and not solved
+    """Whether ``flat_share`` of the step's groups have zero variance while the mean reward is below half of perfect.
+
+    Only the groups of the step's own problems count. With ``resample_flat`` groups of others follow a stuck step's flat
+    ones, and would make their share smaller.
+    """
+    counts, reward = report.counts, report.reward
+    flat = counts.get("own_flat_groups", counts.get("flat_groups", 0))
+    groups = counts.get("groups", 0) - counts.get("resampled_groups", 0)
+    if (own := counts.get("own_measured_groups")) is not None:
+        rewards = [each for _, each in report.group_rewards[:own]]
+        reward = fmean(rewards) if rewards else None
+    return flat / max(1, groups) >= flat_share and not (reward is not None and reward >= perfect_score / 2)

@@ -7,6 +7,7 @@ from dspy_fst.fast.reporting import candidates_told, cycle_report
 from dspy_fst.fast.search_warnings import search_warnings
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.phase_reports import CycleReport, StepReport
+from dspy_fst.run.search_journal import Journal
 from dspy_fst.training.plan import Cycle
 from dspy_fst.types import (
     Batch,
@@ -23,15 +24,21 @@ class Recorder:
 
     Args:
         run: Where events are kept; the reports of its earlier processes are taken up.
+        judged_by: Identity of the metric.
     """
 
-    def __init__(self, run: RunDirectory):
-        self._run = run
+    def __init__(self, run: RunDirectory, judged_by: str):
+        self._run, self._judged_by = run, judged_by
         events = run.events()
         self.cycles = [CycleReport.from_json(e["report"]) for e in events if e["event"] == "cycle"]
         """Reports of the searches so far."""
         self.steps = [StepReport.from_json(e["report"]) for e in events if e["event"] == "step"]
         """Reports of the steps so far."""
+
+    @property
+    def comparable(self) -> list[StepReport]:
+        """Reports of the steps that this metric judged, and those of releases that recorded no metric."""
+        return [report for report in self.steps if report.judged_by in (None, self._judged_by)]
 
     def note(self, text: str) -> None:
         """A sentence for whoever watches; it is not kept."""
@@ -43,6 +50,17 @@ class Recorder:
 
     def candidate(self, candidate: Candidate, score: float) -> None:
         self._run.tell({"event": "candidate", "texts": candidate.texts, "score": score})
+
+    def search_begins(self, cycle: Cycle, journal: Journal) -> None:
+        """Say what of the search a killed process has already done."""
+        if repeated := journal.replayed:
+            self.note(f"cycle {cycle.index}: {repeated} acts of its search were already paid for")
+        if journal.replaced:
+            text = (
+                f"cycle {cycle.index}: its search begins anew, because another metric judged the {journal.replaced} "
+                "acts that were paid for, and a step may take over its rollouts (reuse_rollouts)"
+            )
+            self._run.emit("warning", step=self._run.state.get("step", 0), text=text)
 
     def search_done(self, cycle: Cycle, search: Search, recovered: Mapping[str, int], sampling_s: float) -> None:
         """Keep what the fast phase found.
@@ -91,6 +109,7 @@ class Recorder:
             published=published,
             group_rewards=tuple(_group_rewards(groups)),
             length_penalty=batch.length_penalty,
+            judged_by=self._judged_by,
         )
         self.steps.append(report)
         self._run.emit("step", report=report)

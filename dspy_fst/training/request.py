@@ -47,9 +47,9 @@ from dspy_fst.saving.program_state import without_lms
 from dspy_fst.training.continuing import optimizer_faults
 from dspy_fst.training.fingerprints import files_fingerprint, fingerprint, program_fingerprint
 from dspy_fst.training.opening import new_run_dir
-from dspy_fst.training.reuse import reuse_warnings
 from dspy_fst.training.step_problems import trainset_warnings
 from dspy_fst.training.validating import patience_warnings, valset_faults, valset_warnings
+from dspy_fst.training.without_effect import settings_without_effect
 from dspy_fst.types import Candidate, Population
 
 NOT_IDENTITY = {
@@ -207,7 +207,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     config = with_chosen_micro_batch(config, plan)
     if faults:
         raise ConfigurationError(faults)
-    warnings += [*trainset_warnings(config, len(given.trainset)), *reuse_warnings(config)]
+    warnings += [*trainset_warnings(config, len(given.trainset)), *settings_without_effect(config)]
     warnings += [*patience_warnings(config), *valset_warnings(given.valset), *differing_adapter(student)]
     warnings += _model_warnings(policy, config) if room is None else []
     warnings += part_warnings(student)

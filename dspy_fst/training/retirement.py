@@ -27,7 +27,7 @@ def retired_after(reports: Sequence[StepReport], threshold: float) -> dict[int, 
     The newest group of a problem decides. One that was taken back and is solved no longer stays in the batches.
 
     Args:
-        reports: All steps so far.
+        reports: The steps so far that the run's metric judged: what another one called solved may be unsolved.
         threshold: See `pass_reward`.
     """
     retired: dict[int, int] = {}
@@ -43,14 +43,15 @@ def without_retired(plan: Plan, step: int, retired: Mapping[int, int]) -> tuple[
     """The problems of a step's batch, and those of them that were taken back.
 
     A retired problem of the plan's batch is replaced by one that is not retired, in the step's own order
-    (`Plan.others`). Where too few are left, those that were retired longest ago are taken back: a smaller batch would
-    be noisier, and none would end the run without a word.
+    (`Plan.others`), anchors first where the step may take over their rollouts. Where too few are left, those that were
+    retired longest ago are taken back: a smaller batch would be noisier, and none would end the run without a word.
 
     Args:
         retired: As `retired_after` returned it.
     """
     planned = plan.problems(step)
     kept = [problem for problem in planned if problem not in retired]
-    new = plan.others(step, {*planned, *retired})[: len(planned) - len(kept)]
+    others, anchors = plan.others(step, {*planned, *retired}), plan.reusable(step)
+    new = sorted(others, key=lambda problem: problem not in anchors)[: len(planned) - len(kept)]
     back = [*retired][: len(planned) - len(kept) - len(new)]
     return [*kept, *new, *back], back

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 
 import dspy
 
-from dspy_fst.config import FSTConfig
 from dspy_fst.fast.evolve import Search
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.report.step_options import LEFT_OUT
@@ -39,13 +38,21 @@ class Reuse:
         run: Holds the document.
         program: The program whose predictors the rollouts' traces refer to.
         judged_by: Identity of the metric.
+        first_steps: Steps that may come right after a search: only there the document is read (`Plan.first_steps`).
     """
 
     run: RunDirectory
     program: dspy.Module
     judged_by: str
+    first_steps: Collection[int]
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason -> rollouts of the search that the newest step sampled again."""
+
+    @property
+    def conditions(self) -> dict[str, object]:
+        """What the journal of a search must agree with. Another metric's rewards must not be handed over as this
+        one's, so a killed search goes on under the same metric only, and begins anew under another."""
+        return {"judged_by": self.judged_by}
 
     def handed_over(self, search: Search, step: int, problems: Collection[int]) -> Documents:
         """The document of the state that the search commits.
@@ -74,8 +81,8 @@ class Reuse:
             weights: The version that the step samples with. Rollouts with calls of another version are left out, and
                 so are all that another metric scored.
         """
-        document = self.run.document(DOCUMENT)
         self.left_out = Counter()
+        document = self.run.document(DOCUMENT) if step in self.first_steps else None
         if document is None or document["step"] != step:
             return []
         members = {member.digest: member for member in population.members}
@@ -94,13 +101,3 @@ class Reuse:
         left_out = {f"{LEFT_OUT}{reason}": count for reason, count in self.left_out.items()}
         counts = {REUSED: len(reused), **outcomes, **left_out}
         return replace(batch, counts=Counter({**batch.counts, **{name: n for name, n in counts.items() if n}}))
-
-
-def reuse_warnings(config: FSTConfig) -> list[str]:
-    """A sentence when ``reuse_rollouts`` cannot do anything."""
-    if not config.reuse_rollouts or config.method not in ("rl", "gepa", "rl_then_gepa"):
-        return []
-    return [
-        f"reuse_rollouts=True does nothing under method={config.method!r}: it takes rollouts of a search into the "
-        "groups of the step after it, and here no step comes after a search. Leave it out, or use method='fst'"
-    ]

@@ -80,9 +80,9 @@ class Session:
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
         self._penalty = penalty_of(self.config)
-        judged_by = self.rollouter.reward.identity
-        self._reuse = Reuse(self.run, self.program, judged_by) if self.config.reuse_rollouts else None
-        self.recorder = Recorder(self.run)
+        plan, reuses, judged_by = self.plan, self.config.reuse_rollouts, self.rollouter.reward.identity
+        self._reuse = Reuse(self.run, self.program, judged_by, plan.first_steps) if reuses else None
+        self.recorder = Recorder(self.run, judged_by)
         self.schedule = Schedule(self.plan, self.config, lambda: self.run.state, self.recorder.steps)
         texts = NaturalTexts(self.program, self.trained, self.trainset, self.trainer.tokenizer)
         tolerance, tell = self.config.sync_tolerance, self.recorder.recovery
@@ -130,7 +130,7 @@ class Session:
     def steps(self, cycle: Cycle) -> Iterator[int]:
         for step in self.schedule.steps(cycle):
             self.trainer.prepare()  # nothing is loaded inside a step
-            self._problems = step_problems(self.plan, step, self.recorder.steps)
+            self._problems = step_problems(self.plan, step, self.recorder.comparable)
             yield step
 
     def stop(self, reason: StopReason) -> None:
@@ -154,9 +154,8 @@ class Session:
             ReflectionError, MeasurementError, RunDirectoryError: as `evolve` has it.
         """
         self._begin(f"cycle {cycle.index}: evolving instructions")
-        self._journal = self.run.open_search(cycle.index)
-        if repeated := self._journal.replayed:
-            self.recorder.note(f"cycle {cycle.index}: {repeated} acts of its search were already paid for")
+        self._journal = self.run.open_search(cycle.index, self._reuse.conditions if self._reuse else {})
+        self.recorder.search_begins(cycle, self._journal)
 
         def play(wanted: Sequence[tuple[Problem, Candidate]]) -> list[Rollout]:
             return self._play([Task(problem, candidate) for problem, candidate in wanted], f"search-{cycle.index}")
@@ -185,7 +184,7 @@ class Session:
         self.observer.see_search(cycle.index, search.played)
         step = self.run.state.get("step", 0)
         reuse = self._reuse if step in cycle.steps else None
-        problems = step_problems(self.plan, step, self.recorder.steps).batch if reuse else ()
+        problems = step_problems(self.plan, step, self.recorder.comparable).batch if reuse else ()
         documents = reuse.handed_over(search, step, problems) if reuse else {}
         self._commit(cycle.index, cycle.index, step, search.population, documents)
         if self._journal is not None:
@@ -201,16 +200,18 @@ class Session:
         self._begin(f"step {step}: rollouts", quiet=True)
         if self.config.method == "distill":
             return []
-        groups = self._groups(step, population, self._problems.batch)
+        known = self._reuse.known(step, population, self.policy.checkpoint.version) if self._reuse else ()
+        groups = self._groups(step, population, self._problems.batch, known)
         if self.config.resample_flat:
             groups = self._problems.refilled(groups, self._credited, partial(self._groups, step, population))
         self._sampled = [rollout for group in groups for rollout in group.rollouts]
         self._require_sound(step, self._sampled)
         return groups
 
-    def _groups(self, step: int, population: Population, problems: Sequence[int]) -> list[Group]:
+    def _groups(
+        self, step: int, population: Population, problems: Sequence[int], known: Sequence[Rollout] = ()
+    ) -> list[Group]:
         asked, size = self._examples(problems), self.config.group_size
-        known = self._reuse.known(step, population, self.policy.checkpoint.version) if self._reuse else ()
         with self._timed("sampling"):
             return self.rollouter.groups(asked, population, size, f"step-{step}", self._tell_rollout, known)
 

@@ -42,6 +42,9 @@ class StepProblems:
         if self.config.resample_flat:
             flat, best = partial(is_flat, credited=credited), self.config.perfect_score
             counts.update(resampling_counts(groups, len(self.batch), flat, self.config.worst_score, best))
+            own = groups[: len(self.batch)]  # `plan.is_stuck` judges these alone
+            measured = sum(sum(rollout.reward is not None for rollout in group.rollouts) > 1 for group in own)
+            counts.update(own_flat_groups=credited(own).counts["flat_groups"], own_measured_groups=measured)
         return replace(batch, counts=Counter({**batch.counts, **counts}))
 
 
@@ -49,7 +52,7 @@ def step_problems(plan: Plan, step: int, reports: Sequence[StepReport]) -> StepP
     """The problems of a step.
 
     Args:
-        reports: Of all steps before it.
+        reports: Of the steps before it that the run's metric judged.
     """
     config, own = plan.config, plan.problems(step)
     retired: dict[int, int] = {}

@@ -35,6 +35,24 @@ def written(tmp_path, *acts):
     return tmp_path / "search.jsonl"
 
 
+def test_a_search_under_other_conditions_begins_anew_and_says_how_much_was_lost(tmp_path):
+    kept = journal(tmp_path, conditions={"judged_by": "one"})
+    kept.record("rollouts", "a", 1)
+    same = journal(tmp_path, conditions={"judged_by": "one"})
+    assert (same.replayed, same.replaced) == (1, 0)
+    other = journal(tmp_path, conditions={"judged_by": "two"})
+    assert (other.replayed, other.replaced) == (0, 1)
+    other.record("rollouts", "a", 2)
+    another_search = journal(tmp_path, {"cycle": 1}, conditions={"judged_by": "two"})
+    assert (another_search.replayed, another_search.replaced) == (0, 0)
+
+
+def test_a_journal_without_conditions_is_what_it_was(tmp_path):
+    path = written(tmp_path, ("rollouts", "a", 1))
+    assert path.read_text().splitlines()[0].endswith(' {"head": {"cycle": 0}}')
+    assert journal(tmp_path, conditions={}).replayed == 1
+
+
 def damage(path, line, change):
     """Rewrite one line of a file."""
     lines = path.read_bytes().splitlines(keepends=True)
