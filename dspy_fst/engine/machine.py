@@ -1,9 +1,12 @@
 """What this process runs on: CUDA devices, as torch sees them, how many processes, and ports for a server."""
 
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
 
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables in which torchrun, accelerate launch and the MPI launchers say how many processes they started."""
@@ -27,11 +30,17 @@ def free_gpu_bytes() -> tuple[int, int] | None:
 
 
 def empty_gpu_cache() -> None:
-    """Give the memory that torch keeps for later tensors of this process back to the card, for other processes."""
+    """Give the memory that torch keeps for later tensors of this process back to the card, for other processes.
+
+    A failure is logged alone: CUDA's errors come again at every later call, and this one would cover the first.
+    """
     if has_gpu():
         import torch
 
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            logger.warning("torch did not give back the GPU memory that it leaves unused: %s", error)
 
 
 def free_second_gpu_bytes() -> int | None:

@@ -6,13 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import dspy
 import pytest
+import torch
 from dspy.lm15 import Config, Message, Request
 
+from dspy_fst.engine import machine
 from dspy_fst.engine.base import Checkpoint, Scorer
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.engine.verification import verify_tensors
@@ -21,6 +23,7 @@ from dspy_fst.engine.vllm import server_settings
 from dspy_fst.engine.vllm import supervisor as supervisor_module
 from dspy_fst.engine.vllm.launch import vllm_command
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
+from dspy_fst.engine.vllm.sleep_mode import UnverifiedWeightsError
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import EngineError
 from dspy_fst.policy_lm import PolicyLM
@@ -274,21 +277,23 @@ def test_calls_in_flight_end_first_and_calls_that_come_meanwhile_wait_until_it_w
         while not any("chat" in path for path in card.paths):
             time.sleep(0.01)
         with engine.asleep():
-            assert early.done()
+            assert early.result(10) == "first"  # the server replied before it slept; its thread may be held up
             late = pool.submit(said, engine, 2)
             time.sleep(0.3)
             assert not late.done()
-        assert (early.result(30), late.result(30)) == ("first", "first")
+        assert late.result(30) == "first"
     slept = [(in_flight, path) for _, path, _, in_flight, _ in card.asked if path.startswith("/sleep")]
     assert [in_flight for in_flight, _ in slept] == [0]
     assert not [path for _, path, asleep, *_ in card.asked if asleep and "chat" in path]
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_a_call_that_has_the_server_already_samples_no_dropped_weights(card, closing, level):
+@pytest.mark.parametrize(("level", "spoilt"), [(1, None), (1, "spoil"), (1, "wake_up"), (2, None)])
+def test_a_call_that_has_the_server_already_samples_no_unverified_weights(card, closing, level, spoilt):
     """The thread was held up between asking for the server and sending its request."""
     engine = closing(card.engine(level))
     card.publish(engine, "first")
+    if spoilt is not None:
+        card.spoil(spoilt, "500")
     serving, held_up = engine._serving, threading.Event()
 
     def slowly():
@@ -310,7 +315,28 @@ def test_a_call_that_has_the_server_already_samples_no_dropped_weights(card, clo
             time.sleep(0.2)
             assert not answer.done()
         assert answer.result(30) == "first"
-    assert DROPPED not in [weights for _, path, _, _, weights in card.asked if path == "/v1/chat/completions"]
+    calls = [(process, weights) for process, path, _, _, weights in card.asked if path == "/v1/chat/completions"]
+    assert calls == [(card.asked[-1][0], "first")], "by the server that was verified last, and once"
+    assert card.checked == ["first"] * (3 if spoilt == "spoil" else 2)
+    assert engine.take_counts() == ({"restarts": 1} if spoilt else {})
+
+
+def test_a_call_that_has_the_server_already_waits_until_a_publish_after_the_sleep_is_verified(card, closing):
+    engine = closing(card.engine(2))
+    card.publish(engine, "first")
+    server, second = engine.server, card.weights("second")
+    met: list[BaseException | None] = []
+
+    def verify(scorer: Scorer) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            met.append(pool.submit(server.complete, REQUEST, 0).exception(30))
+        verify_tensors(scorer, second)
+
+    during(engine)
+    engine.on_recovery(card.told.append, verify)
+    engine.load(second)
+    assert [type(error) for error in met] == [UnverifiedWeightsError]
+    assert server.complete(REQUEST, 0).response.text == said(engine) == "second"
 
 
 def test_a_call_that_waits_longer_than_its_limits_is_told_so(card, closing):
@@ -334,6 +360,28 @@ def test_it_wakes_however_the_block_ends(card, closing, error):
     with pytest.raises(error), engine.asleep():
         raise error
     assert card.paths[-1] == "/wake_up"
+    assert said(engine) == "first"
+    assert engine.take_counts() == {}
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("of the update")])
+def test_it_wakes_although_torch_cannot_give_its_memory_back(card, closing, error, monkeypatch, caplog):
+
+    def fail() -> None:
+        raise RuntimeError("of CUDA")
+
+    def update() -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    engine = closing(card.engine(1))
+    card.publish(engine, "first")
+    with nullcontext() if error is None else pytest.raises(RuntimeError, match="of the update"):
+        during(engine, update)
+    assert card.paths[-1] == "/wake_up"
+    assert "did not give back the GPU memory that it leaves unused: of CUDA" in caplog.text
     assert said(engine) == "first"
     assert engine.take_counts() == {}
 

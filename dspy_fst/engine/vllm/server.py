@@ -32,7 +32,7 @@ from dspy_fst.engine.vllm.lora_files import LoRANeeds
 from dspy_fst.engine.vllm.lora_versions import UNLOADED, LoRAVersions, Target
 from dspy_fst.engine.vllm.process import ServerProcess
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
-from dspy_fst.engine.vllm.sleep_mode import DROPS_WEIGHTS, WeightsDroppedError, fall_asleep, wake_up
+from dspy_fst.engine.vllm.sleep_mode import Doubt, fall_asleep, wake_up
 from dspy_fst.engine.weights_lock import WeightsLock
 from dspy_fst.errors import EngineError
 from dspy_fst.types import WeightsVersion
@@ -65,8 +65,8 @@ class VLLMServer:
         self._lock = WeightsLock()
         self._asleep = ExitStack()
         """Holds the lock while the server sleeps."""
-        self._dropped = False
-        """Whether the weights were dropped in a sleep and not loaded since."""
+        self.doubt = Doubt()
+        """Arises in a sleep. Who put the server to sleep settles it; `load` alone does not."""
         self._weights: WeightsVersion | None = None
         self._process: ServerProcess | None = None
         self._client: VLLMClient | None = None
@@ -132,7 +132,7 @@ class VLLMServer:
                 self._start(checkpoint)
             else:
                 self._client.swap_weights(checkpoint.path.resolve())
-            self._weights, self._dropped = checkpoint.version, False
+            self._weights = checkpoint.version
 
     def sleep(self, level: int) -> None:
         """Give the GPU memory back, after the calls in flight; later ones wait until `wake`. See `sleep_mode`.
@@ -141,12 +141,12 @@ class VLLMServer:
             EngineError: calls were still in flight after their limit, or the server did not fall asleep in time.
         """
         self._asleep.enter_context(self._lock.loading(self.settings.request_timeout_s, "a sleep"))
-        self._dropped = level == DROPS_WEIGHTS
+        self.doubt.arise()
         with self._explaining_death():
             fall_asleep(self._require_client(), level)
 
     def wake(self) -> None:
-        """Take the memory again and let calls in; raises EngineError if the server does not wake in time."""
+        """Take the memory again; calls get in once `doubt` is settled. EngineError: it does not wake in time."""
         with self._asleep, self._explaining_death():
             wake_up(self._require_client())
         if self._loras is not None:
@@ -197,6 +197,7 @@ class VLLMServer:
         So it is by default, which an attached server may have.
         """
         with self._lock.loading(self.settings.request_timeout_s), self._explaining_death():
+            self.doubt.refuse()
             client = self._require_client()
             with self._target(adapter) as target:
                 return [client.score([sequence], target.model)[0] for sequence in sequences]
@@ -239,8 +240,7 @@ class VLLMServer:
         """
         lock = self._lock.sampling if sampling else self._lock.checking
         with lock(self.settings.request_timeout_s), self._explaining_death():
-            if self._dropped:
-                raise WeightsDroppedError
+            self.doubt.refuse()
             yield self._require_client()
             self._answered_at = time.monotonic()
 

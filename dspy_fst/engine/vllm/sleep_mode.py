@@ -7,6 +7,10 @@ Read from vLLM 0.32 (`entrypoints/serve/dev/sleep`, `v1/engine/core.py`, `device
 sleep mode on a CPU. It has not been tried on a card.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from dspy_fst.engine.vllm.client import QUICK_TIMEOUT_S, VLLMClient
 from dspy_fst.errors import EngineError
 
@@ -14,11 +18,40 @@ KEEPS_WEIGHTS, DROPS_WEIGHTS = 1, 2
 """Levels of ``/sleep``. Level 0 frees nothing."""
 
 
-class WeightsDroppedError(EngineError):
-    """The server slept without its weights, and they were not loaded since. A call that meets this did not reach it."""
+class UnverifiedWeightsError(EngineError):
+    """The server slept, and its weights were not verified since. A call that meets this did not reach it."""
 
     def __init__(self) -> None:
-        super().__init__("vLLM dropped its weights to sleep, and they were not loaded since: call load(checkpoint)")
+        super().__init__("vLLM slept, and its weights were not verified since: ask again, or call load(checkpoint)")
+
+
+class Doubt:
+    """Whether a server's weights may be wrong, as it slept. Until they are verified only the verifying thread gets in.
+
+    Calls that took the server before it slept wait at its lock, and would otherwise be the first ones after it.
+    """
+
+    def __init__(self) -> None:
+        self._open = False
+        self._verifier: int | None = None
+
+    def arise(self) -> None:
+        self._open = True
+
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """Let this thread in, to load and verify the weights; all threads, once the block ends without an error."""
+        self._verifier = threading.get_ident()
+        try:
+            yield
+            self._open = False
+        finally:
+            self._verifier = None
+
+    def refuse(self) -> None:
+        """Raises UnverifiedWeightsError unless the weights are verified, or this thread does that now."""
+        if self._open and self._verifier != threading.get_ident():
+            raise UnverifiedWeightsError
 
 
 def fall_asleep(client: VLLMClient, level: int) -> None:

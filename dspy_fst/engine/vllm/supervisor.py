@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import TypeVar
 
 from dspy.lm15 import Request
@@ -30,7 +30,7 @@ from dspy_fst.engine.machine import empty_gpu_cache, has_gpu
 from dspy_fst.engine.vllm.client import Address, NoAnswerError
 from dspy_fst.engine.vllm.server import ServerDiedError, VLLMServer, require_checkpoint
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
-from dspy_fst.engine.vllm.sleep_mode import DROPS_WEIGHTS, WeightsDroppedError
+from dspy_fst.engine.vllm.sleep_mode import DROPS_WEIGHTS, UnverifiedWeightsError
 from dspy_fst.engine.vllm.stalls import watch
 from dspy_fst.engine.weights_lock import TimedLock
 from dspy_fst.errors import EngineError, SyncError
@@ -66,10 +66,9 @@ class Supervisor:
         self.on_event: Callable[[str], None] = logger.warning
         """Called with one sentence per restart, which includes the reason, in the thread that restarts."""
         self.counts: Counter[str] = Counter()
-        """Events since the last ``take_counts``: ``"restarts"``, ``"asked again"``, ``"swaps failed"``,
-        ``"swaps refused"`` (other weights were in use afterwards), ``"restarts for experts"`` (not a failure: new
-        weights of experts cannot be swapped), ``"restarts for another base"`` (nor this: the server was started for
-        another base, or for other LoRA adapters)."""
+        """Events since the last ``take_counts``: ``"restarts"``, ``"asked again"``, ``"swaps failed"``, and ``"swaps
+        refused"`` (other weights were in use afterwards). No failures: ``"restarts for experts"`` (their new weights
+        cannot be swapped), ``"restarts for another base"`` (it was started for another one, or other LoRA adapters)."""
         self.server = make(self.settings)
         """The current server. A restart replaces the object, so its identity tells whether a restart has happened."""
         self._make = make
@@ -110,7 +109,7 @@ class Supervisor:
                 refused, nothing is sampled until a load succeeds.
         """
         require_checkpoint(checkpoint)
-        with self._lock.held_by("a load"):
+        with self._lock.held_by("a load"), self._settling():
             self._raise_refusal()
             self._closing.clear()
             self._wanted, self._check = checkpoint, self.verify
@@ -124,7 +123,7 @@ class Supervisor:
             except BaseException:
                 self._wanted = None
                 raise
-            self._restarts, self._slept, self._broken = 0, False, None
+            self._restarts = 0
 
     def complete(
         self, request: Request, seed: int, prompt_ids: tuple[int, ...] | None = None, adapter: str | None = None
@@ -166,18 +165,19 @@ class Supervisor:
         Raises:
             EngineError: another thread loaded or restarted for longer than the limits of that.
         """
-        if self.settings.sleep_level is None or self._wanted is None:
+        if (level := self.settings.sleep_level) is None or self._wanted is None:
             yield
             return
-        level = self.settings.sleep_level
         with self._lock.held_by("an update"):
             try:
                 self._end_unless(lambda: self.server.sleep(level))
                 yield
             finally:
                 self._slept = True
-                empty_gpu_cache()  # the server needs the memory that the update leaves unused
-                self._end_unless(self.server.wake)
+                try:
+                    empty_gpu_cache()  # the server needs the memory that the update leaves unused
+                finally:
+                    self._end_unless(self.server.wake)
 
     def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
         """Call ``tell`` at each restart, and ``verify`` before anybody samples from a server; None: no check."""
@@ -216,8 +216,8 @@ class Supervisor:
             server = self._serving()
             try:
                 return self._retrying(server)(ask, server)
-            except WeightsDroppedError:
-                continue  # it slept since `_serving`, which now loads them again
+            except UnverifiedWeightsError:
+                continue  # it slept since `_serving`, which now waits until they are verified, or does that
             except EngineError as error:
                 # If the server was replaced during a request, the request may fail with any error.
                 if server is self.server and not isinstance(error, NoAnswerError):
@@ -237,13 +237,11 @@ class Supervisor:
 
     def _retrying(self, server: VLLMServer) -> Retrying:
         """Repeats a request to a live server."""
-
-        def is_worth_repeating(error: BaseException) -> bool:
-            gone = isinstance(error, ServerDiedError) or server is not self.server
-            return isinstance(error, NoAnswerError) and not gone
-
+        lost, died = NoAnswerError, ServerDiedError
         return Retrying(
-            retry=retry_if_exception(is_worth_repeating),
+            retry=retry_if_exception(
+                lambda error: isinstance(error, lost) and not isinstance(error, died) and server is self.server
+            ),
             stop=stop_after_attempt(ATTEMPTS),
             wait=wait_exponential(FIRST_WAIT_S, max=LONGEST_WAIT_S) + wait_random(0, JITTER_S),
             sleep=sleep_using_event(self._closing),
@@ -265,15 +263,22 @@ class Supervisor:
 
     def _verify_again(self, wanted: Checkpoint) -> None:
         """Have a server that slept, and was not loaded since, serve these weights for certain."""
-        if self._broken is not None:
-            self._relaunch(wanted, self._broken)
-        elif self.settings.sleep_level == DROPS_WEIGHTS:
-            self._swap(wanted)
-        elif self._check is not None:
-            try:
-                self._check(self.server)
-            except EngineError as error:
-                self._relaunch(wanted, error)
+        with self._settling():
+            if self._broken is not None:
+                self._relaunch(wanted, self._broken)
+            elif self.settings.sleep_level == DROPS_WEIGHTS:
+                self._swap(wanted)
+            elif self._check is not None:
+                try:
+                    self._check(self.server)
+                except EngineError as error:
+                    self._relaunch(wanted, error)
+
+    @contextmanager
+    def _settling(self) -> Iterator[None]:
+        """Let this thread alone use a server that slept, and all threads once the block ends without an error."""
+        with self.server.doubt.settling() if self._slept else nullcontext():
+            yield
         self._slept, self._broken = False, None
 
     # ---- starting again --------------------------------------------------------------------------
