@@ -91,11 +91,12 @@ class Allocation:
     """Parts of ``certain``, by name, or what is taken when; empty where there are none."""
     sure: int = 0
     """The part of the peak ``at_most`` that is surely taken."""
+    given_back: int = 0
+    """The part of ``certain`` that is free at the peak of another part."""
 
-    @property
-    def with_cuts(self) -> int:
-        """``certain`` and ``sure`` when every setting in ``cuts`` is changed."""
-        taken = self.certain + self.sure
+    def with_cuts(self, peak: int) -> int:
+        """``certain`` and this part of the peak when every setting in ``cuts`` is changed."""
+        taken = self.certain + peak
         return taken if self.least is None else min(taken, self.least)
 
 
@@ -150,6 +151,7 @@ def trainer_allocations(workload: Workload, config: FSTConfig, tokens: int, *, o
         cuts=(f"kl_coefficient=0 ({format_bytes(reference)} less)",) if reference else (),
         least=certain - reference,
         made_of=tuple(parts.items()),
+        given_back=parts["gradients"] if on_gpu and takes_turns(workload) else 0,
     )
     saved = Allocation(MEMORY, "a state being saved", state_bytes(workload, config), (smaller,))
     return [trainer, saved] if on_gpu else [trainer]
@@ -247,16 +249,13 @@ def _vllm_allocation(workload: Workload, config: FSTConfig, available: Available
 
 
 def _taking_turns(server: Allocation, workload: Workload, config: FSTConfig) -> Allocation:
-    """A server that sleeps during updates. Its turn ends with a publish, in which the trainer scores some texts.
-
-    An update's gradients are gone by then.
-    """
+    """A server that sleeps during updates. Its turn ends with a publish, in which the trainer scores some texts."""
     low = number_bytes(config.precision, on_gpu=True) == 2
     update = Update(with_kl=False, low=low, on_gpu=True, recompute=True, frozen=config.adapter is not None)
     scoring = update_bytes(workload.size, MicroBatchShape(PROOF_TOKENS, PROOF_TOKENS), update)
     asleep = min(server.certain, VLLM_WORKINGS)
     turn = server.certain - asleep
-    peak = turn + max(0, scoring - 4 * trained_numbers(workload, config))
+    peak = turn + scoring
     return replace(
         server,
         certain=asleep,
@@ -267,6 +266,11 @@ def _taking_turns(server: Allocation, workload: Workload, config: FSTConfig) -> 
         relief="; ".join(server.cuts),
         made_of=(("while it sleeps", asleep), ("more while it samples", turn)),
     )
+
+
+def takes_turns(workload: Workload) -> bool:
+    """Whether the server sleeps during updates. An update's gradients are freed, and given back, before it wakes."""
+    return workload.kind == "vllm" and workload.options.get("sleep_level") is not None
 
 
 def sleeping_allocations(workload: Workload, config: FSTConfig, available: Available) -> list[Allocation]:

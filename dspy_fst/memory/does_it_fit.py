@@ -120,6 +120,12 @@ class MemoryPlan:
         return f"trained: all weights{fits}"
 
     @property
+    def surely_fits(self) -> bool:
+        """Whether every place suffices for the longest texts, too, as far as the model's size is known."""
+        told = [requirement.warning(self.named) for requirement in self.requirements]
+        return not self.faults() and not any(told)
+
+    @property
     def expected_to_fit(self) -> bool:
         """Whether every place suffices for typical texts; `reply_limit` says which replies are too long."""
         return all(requirement.expected <= requirement.free for requirement in self.requirements)
@@ -172,14 +178,12 @@ def plan_for(workload: Workload, config: FSTConfig, available: Available) -> Mem
 
 def _turns_help(plan: MemoryPlan, workload: Workload, config: FSTConfig, available: Available) -> bool:
     """See `MemoryPlan.turns_help`. A server that was launched elsewhere, or has a card of its own, takes no turns."""
-    fits = not plan.faults() and not plan.doubts()
     place, _ = _allocation_of(ENGINE, plan.requirements)
     alone = workload.kind != "vllm" or place.place != GPU or workload.options.get("attach_url") is not None
-    if fits or alone or config.method == "gepa" or workload.options.get("sleep_level") is not None:
+    if plan.surely_fits or alone or config.method == "gepa" or workload.options.get("sleep_level") is not None:
         return False
     options = {**workload.options, "sleep_level": 1}
-    by_turns = _with_gradient_checkpointing(replace(workload, options=options), config, available)
-    return not by_turns.faults() and not by_turns.doubts()
+    return _with_gradient_checkpointing(replace(workload, options=options), config, available).surely_fits
 
 
 def _way_out(workload: Workload, config: FSTConfig, available: Available) -> str:
@@ -204,8 +208,7 @@ def fitting_share(workload: Workload, config: FSTConfig, available: Available) -
 
     def fits(share: float) -> bool:
         options = {**workload.options, "gpu_memory_utilization": share}
-        plan = plan_for(replace(workload, options=options), config, available)
-        return not plan.faults() and not plan.doubts()
+        return plan_for(replace(workload, options=options), config, available).surely_fits
 
     return next(filter(fits, shares), shares[-1])
 
@@ -345,8 +348,8 @@ def _share_fault(
     least = served_bytes(workload, config)
     if least < share * available.gpu_total:
         return None
-    place, _ = _allocation_of(ENGINE, requirements)
-    others = sum(allocation.with_cuts for allocation in place.allocations if allocation.part != ENGINE)
+    place, engine = _allocation_of(ENGINE, requirements)
+    others = sum(other.with_cuts(other.sure) - other.given_back for other in place.allocations if other is not engine)
     helps = least < LARGEST_SHARE * available.gpu_total and others + least <= place.free
     advice = "raise it" if helps else "use a smaller model, or a larger card"
     return (
