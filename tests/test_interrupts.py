@@ -29,7 +29,7 @@ compile_small(Path(sys.argv[1]), steps_per_cycle=2, progress=True)
 """
 SHORT = {"steps_per_cycle": 2}
 STATUS = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
-WAIT_S = 120
+WAIT_S = 240
 
 
 @pytest.fixture(scope="module")

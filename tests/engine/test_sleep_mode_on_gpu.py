@@ -16,7 +16,6 @@ from tests.engine.test_vllm_lora import HOPS, Versions
 from tests.engine.tiny_qwen import make_model, save, small
 
 pytestmark = [
-    pytest.mark.gpu,
     pytest.mark.vllm,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: sleep mode is untried"),

@@ -389,7 +389,7 @@ def test_a_system_text_that_the_template_has_no_role_for_is_sent_in_the_first_us
     assert "<|system|>" not in text
 
 
-@pytest.mark.parametrize("page", ["dspy_fst/engine/vllm/server.py", "dspy_fst/training/publisher.py", "docs/gpus.md"])
+@pytest.mark.parametrize("page", ["dspy_fst/engine/vllm/launch.py", "dspy_fst/training/publisher.py", "docs/gpus.md"])
 def test_the_folder_that_an_attached_server_must_have_on_its_path_holds_what_it_loads(page: str) -> None:
     root = Path(__file__).parents[2]
     folders = re.findall(r"dspy_fst/[a-z/]*served", (root / page).read_text(encoding="utf-8"))
