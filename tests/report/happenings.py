@@ -6,6 +6,7 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.types import Candidate
 
 UPDATE: dict[str, Any] = {
+    "seed_tokens": 0,
     "loss": -0.1,
     "grad_norm": 0.5,
     "kl_to_start": 0.0,
