@@ -221,6 +221,11 @@ class Group:
         if len(versions := {call.weights for rollout in self.rollouts for call in rollout.calls}) > 1:
             raise TrainingError(f"group of problem {self.problem} mixes weight versions {sorted(versions)}")
 
+    @property
+    def rewards(self) -> list[float]:
+        """Of the rollouts that were measured, in order."""
+        return [rollout.reward for rollout in self.rollouts if rollout.reward is not None]
+
 
 @dataclass(frozen=True)
 class Row:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.engine.vllm.server_settings import KEEPS_WEIGHTS, VLLMSettings
 from dspy_fst.formatting.numbers import GIB, format_bytes
 from dspy_fst.memory.arithmetic import (
     HEAP,
@@ -229,8 +230,6 @@ def engine_allocation(workload: Workload, config: FSTConfig, available: Availabl
 
 
 def _vllm_allocation(workload: Workload, config: FSTConfig, available: Available) -> Allocation:
-    from dspy_fst.engine.vllm.server_settings import VLLMSettings
-
     size, settings = workload.size, VLLMSettings(**workload.options)
     if settings.attach_url is not None and not available.imagined:
         return Allocation(MEMORY, ENGINE, 0)  # an attached server runs already and has its memory
@@ -278,7 +277,7 @@ def sleeping_allocations(workload: Workload, config: FSTConfig, available: Avail
 
     PyTorch may round each pinned block up to a power of two (2.13, `CachingHostAllocator.h`).
     """
-    if workload.kind != "vllm" or workload.options.get("sleep_level") != 1 or not available.on_gpu:
+    if workload.kind != "vllm" or workload.options.get("sleep_level") != KEEPS_WEIGHTS or not available.on_gpu:
         return []
     weights = served_bytes(workload, config)
     level_2 = f"engine_options={{'sleep_level': 2}} ({format_bytes(weights)} less)"
@@ -323,8 +322,6 @@ def _in_process_allocation(size: ModelSize, options: Mapping[str, Any], availabl
 def served_bytes(workload: Workload, config: FSTConfig) -> int:
     """What a vLLM server on a GPU cannot run without: its weights in bfloat16, the head in float32, and the places of
     LoRA adapters."""
-    from dspy_fst.engine.vllm.server_settings import VLLMSettings
-
     size, places = workload.size, 0
     if config.adapter is not None:  # a new version is loaded beside the calls on the one before
         places = VLLMSettings(**workload.options).max_loras or 2 * workload.adapters

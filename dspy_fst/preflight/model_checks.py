@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspy_fst.engine.machine import has_gpu
+from dspy_fst.engine.vllm.server_settings import DROPS_WEIGHTS
 from dspy_fst.errors import TrainingError, briefly
 from dspy_fst.model_files.architectures import context_length, empty_model, has_experts, kind_faults, unreadable
 from dspy_fst.model_files.folder import adapter_fault, folder_faults, stored_layer_fault, stored_shapes
@@ -79,7 +80,7 @@ def lora_faults(policy: PolicyLM, adapter: LoRA, grouping: Grouping = "shared") 
     from dspy_fst.engine.lora import name_faults, peft_fault, target_faults
 
     faults = name_faults(grouping if isinstance(grouping, dict) else ())
-    if policy.handle.options.get("sleep_level") == 2:
+    if policy.handle.options.get("sleep_level") == DROPS_WEIGHTS:
         faults.append(
             "engine_options: sleep_level=2 drops the base below the LoRA adapters, and an update hands the adapters "
             "alone over; use sleep_level=1"

@@ -41,8 +41,12 @@ def option_lines(steps: Sequence[StepReport]) -> list[str]:
     return [line for line in lines if line]
 
 
+def _by_reason(counts: Mapping[str, int], prefix: str) -> dict[str, int]:
+    return {name.removeprefix(prefix): count for name, count in counts.items() if name.startswith(prefix)}
+
+
 def _reused(counts: Mapping[str, int]) -> str:
-    left_out = {name.removeprefix(LEFT_OUT): count for name, count in counts.items() if name.startswith(LEFT_OUT)}
+    left_out = _by_reason(counts, LEFT_OUT)
     if not counts["reused"] and not left_out:
         return ""
     why = f"; left out: {', '.join(f'{reason} {count:,}' for reason, count in left_out.items())}" if left_out else ""
@@ -55,7 +59,7 @@ def _reused(counts: Mapping[str, int]) -> str:
 def _resampled(counts: Mapping[str, int]) -> str:
     if "resampled_groups" not in counts:
         return ""
-    reasons = {name.removeprefix(DROPPED): count for name, count in counts.items() if name.startswith(DROPPED)}
+    reasons = _by_reason(counts, DROPPED)
     why = f" ({', '.join(f'{reason}: {count:,}' for reason, count in sorted(reasons.items()))})" if reasons else ""
     return (
         f"resample_flat: {counted(counts['resampled_groups'], 'group')} in place of flat ones, of "

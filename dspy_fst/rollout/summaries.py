@@ -57,7 +57,7 @@ def _by_what_they_say(groups: Sequence[Group], draw: str) -> Iterator[Rollout]:
 
 
 def _spread(group: Group) -> float:
-    rewards = [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
+    rewards = group.rewards
     return max(rewards) - min(rewards) if rewards else -1.0
 
 

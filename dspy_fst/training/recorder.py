@@ -95,7 +95,7 @@ class Recorder:
             seconds: Of each activity.
         """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+        rewards = [reward for group in groups for reward in group.rewards]
         report = StepReport(
             step=step,
             cycle=cycle.index,
@@ -119,6 +119,5 @@ class Recorder:
 def _group_rewards(groups: Sequence[Group]) -> Iterator[tuple[int, float]]:
     """Mean reward of each group that was measured."""
     for group in groups:
-        rewards = [rollout.reward for rollout in group.rollouts if rollout.reward is not None]
-        if len(rewards) > 1:
+        if len(rewards := group.rewards) > 1:
             yield group.problem, sum(rewards) / len(rewards)

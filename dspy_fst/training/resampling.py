@@ -10,13 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from dspy_fst.run.learning import AT_THE_TOP
 from dspy_fst.types import Batch, Group
 
 Credited = Callable[[Sequence[Group]], Batch]
 """`dspy_fst.slow.credit.credit` with the settings of a run."""
-EDGE = 0.05
-"""A flat group counts as all right, or all wrong, when its mean reward is so near to the best, or the worst, reward, as
-a share of the range between the two (ours; `run.learning` uses the same for the top)."""
 
 
 def refilled(
@@ -87,6 +85,6 @@ def resampling_counts(
 
 
 def _reason(group: Group, worst: float, best: float) -> str:
-    reward = fmean(rollout.reward for rollout in group.rollouts if rollout.reward is not None)
-    near = EDGE * (best - worst)
+    reward, near = fmean(group.rewards), AT_THE_TOP * (best - worst)
+    # The worst reward is as near as the best one may be (ours).
     return "all right" if reward >= best - near else "all wrong" if reward <= worst + near else "all alike"

@@ -43,7 +43,7 @@ class StepProblems:
             flat, best = partial(is_flat, credited=credited), self.config.perfect_score
             counts.update(resampling_counts(groups, len(self.batch), flat, self.config.worst_score, best))
             own = groups[: len(self.batch)]  # `plan.is_stuck` judges these alone
-            measured = sum(sum(rollout.reward is not None for rollout in group.rollouts) > 1 for group in own)
+            measured = sum(len(group.rewards) > 1 for group in own)  # as `StepReport.group_rewards` has them
             counts.update(own_flat_groups=credited(own).counts["flat_groups"], own_measured_groups=measured)
         return replace(batch, counts=Counter({**batch.counts, **counts}))
 

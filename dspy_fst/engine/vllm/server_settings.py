@@ -16,6 +16,8 @@ _OURS = {
     "--enable-sleep-mode",
     *("--enable-lora", "--max-loras", "--max-lora-rank", "--max-cpu-loras", "--lora-target-modules"),
 }
+KEEPS_WEIGHTS, DROPS_WEIGHTS = 1, 2
+"""Levels of vLLM's sleep (``sleep_level``). Its level 0 frees nothing."""
 _DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 
 
@@ -89,7 +91,7 @@ def _sleep_faults(settings: VLLMSettings) -> list[str]:
     level = settings.sleep_level
     if level is None:
         return []
-    if isinstance(level, bool) or level not in (1, 2):
+    if isinstance(level, bool) or level not in (KEEPS_WEIGHTS, DROPS_WEIGHTS):
         return [f"sleep_level is {level!r}: use 1 (weights move to main memory), 2 (they are read again) or None"]
     if settings.attach_url is not None:
         return [

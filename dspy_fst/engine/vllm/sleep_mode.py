@@ -14,9 +14,6 @@ from contextlib import contextmanager
 from dspy_fst.engine.vllm.client import QUICK_TIMEOUT_S, VLLMClient
 from dspy_fst.errors import EngineError
 
-KEEPS_WEIGHTS, DROPS_WEIGHTS = 1, 2
-"""Levels of ``/sleep``. Level 0 frees nothing."""
-
 
 class UnverifiedWeightsError(EngineError):
     """The server slept, and its weights were not verified since. A call that meets this did not reach it."""
