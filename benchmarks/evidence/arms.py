@@ -61,6 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "resampled": {"resample_flat": 2},
     "overlong": {"overlong_penalty": 0.5},
     "retiring": {"retire_solved": 0.9},
+    "reusing": {"reuse_rollouts": True},
 }
 """FST with one option of a step."""
 
@@ -68,10 +69,7 @@ LORA: dict[str, dict[str, Any]] = {"lora": {"adapter": {"rank": 16, "alpha": 32.
 """A LoRA adapter is trained in place of all weights. Rank and scaling are the package's defaults. In this narrow model
 (width 128) rank 16 trains 155,648 numbers beside its 939,904; in one of some billions it trains under 1 %."""
 
-REUSE: dict[str, dict[str, Any]] = {"reusing": {"reuse_rollouts": True}}
-"""FST that pays once for a rollout of both phases. Beside FST: ``grid short --arm fst --arm reusing``."""
-
-ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA, **REUSE}
+ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA}
 
 TUNED = (
     *("fst", "rl", "gepa_then_rl"),
