@@ -10,6 +10,7 @@ python -m benchmarks.sync
 python -m benchmarks.copies --before A_CHECKOUT_OF_845e963
 python -m benchmarks.real_model
 python -m benchmarks.update_memory --before A_CHECKOUT_OF_845e963
+python -m benchmarks.update_speed --before A_CHECKOUT_OF_845e963
 python -m benchmarks.readme && make pages
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 from benchmarks.gpu_check.tables import published
 from benchmarks.real_model.tables import TABLES as OF_REAL_MODEL
 from benchmarks.update_memory import told as update_memory
+from benchmarks.update_speed import told as update_speed
 
 RESULTS = Path(__file__).parent / "results"
 README, BENCHMARKS = (Path(__file__).parent.parent / name for name in ("README.md", "BENCHMARKS.md"))
@@ -169,6 +171,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "sync": sync,
     "copies": copies,
     "update_memory": update_memory,
+    "update_speed": update_speed,
 }
 
 

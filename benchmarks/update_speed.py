@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 found[shape]["runs"][side].append(run)
                 print(shape, side, run, file=sys.stderr, flush=True)
             RESULT.write_text(json.dumps(found, indent=1) + "\n")
-        print(told(shape, found[shape]))
+    print(told(found))
 
 
 def _in_process(side: str, shape: str, checkout: Path, problems: int) -> dict[str, Any]:
@@ -218,16 +218,26 @@ def _in_process(side: str, shape: str, checkout: Path, problems: int) -> dict[st
     return dict(json.loads(ended.stdout.splitlines()[-1]))
 
 
-def told(shape: str, found: dict[str, Any]) -> str:
-    """A line: seconds of each side, the others' over ours with their spread, and the targets."""
-    runs, parts = found["runs"], []
-    ours = [run["seconds"] for run in runs["ours"]]
-    for side in ("before", "trl"):
-        if ratios := [run["seconds"] / own for run, own in zip(runs[side], ours, strict=False)]:
-            target = TARGETS[shape].get(side)
-            wanted = f", target {target:g}" if target else ""
-            parts.append(f"{side}/ours {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}{wanted})")
-    return f"{shape}: ours {median(ours):.2f} s, {', '.join(parts)}; read {runs['ours'][0]['read']:.3f} of the rows"
+def told(found: dict[str, Any]) -> str:
+    """A line for each shape: seconds of ours, the others' over ours with their spread, and what is aimed at."""
+    head = ["model", "system + problem + reply", "ours", "before / ours", "trl / ours", "tokens read / tokens in rows"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for name in filter(found.__contains__, SHAPES):
+        shape, runs = SHAPES[name], found[name]["runs"]
+        seconds = [run["seconds"] for run in runs["ours"]]
+        cells = [shape.model, f"{shape.system} + {shape.problem} + {shape.reply}", f"{median(seconds):.3g} s"]
+        cells += [_over(runs, side, TARGETS[name].get(side)) for side in ("before", "trl")]
+        lines.append(f"| {' | '.join([*cells, format(runs['ours'][0]['read'], '.3f')])} |")
+    return "\n".join(lines)
+
+
+def _over(runs: dict[str, Any], side: str, target: float | None) -> str:
+    """Median and spread of a side's seconds over ours in the same repeat."""
+    ratios = [run["seconds"] / own["seconds"] for run, own in zip(runs[side], runs["ours"], strict=False)]
+    if not ratios:
+        return ""
+    aim = f"; aim {target:g}" if target else ""
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}{aim})"
 
 
 if __name__ == "__main__":
