@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.trl_side import TrlSide
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.engine.base import Engine
 from dspy_fst.engine.generation import Pending, generate
@@ -152,69 +153,9 @@ def update(repeats: int) -> list[float]:
     """trl's GRPOTrainer step over ours, on the same rows; each does its loss, KL term, gradient and AdamW step."""
     batch, _ = a_batch()
     trainer = Trainer(BASE, TrainingSettings(learning_rate=1e-6))
-    theirs = trl_step(batch)
-    return ratio(theirs, lambda: trainer.step(batch), repeats)
-
-
-def trl_step(batch: Batch) -> Callable[[], Any]:
-    """One optimizer step of trl on these rows: generation and rewards are skipped, they are given."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    rows = batch.rows
-    trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=GRPOConfig(
-            output_dir=tempfile.mkdtemp(),
-            loss_type="cispo",
-            epsilon_high=4.0,
-            beta=0.001,
-            learning_rate=1e-6,
-            per_device_train_batch_size=len(rows),
-            num_generations=len(rows),
-            use_cpu=not torch.cuda.is_available(),
-            report_to=[],
-            gradient_checkpointing=False,
-            bf16=False,
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": ["x"] * len(rows)}),
-        processing_class=tokenizer,
-    )
-    trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # what Trainer.train() would set
-    inputs = trl_inputs(rows, tokenizer.pad_token_id or 0)
-
-    def step() -> None:
-        with torch.no_grad():  # what trl does for every batch before its loss when beta > 0
-            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-            keep = inputs["completion_ids"].shape[1]
-            reference, *_ = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, mask, keep)
-        loss = trainer.compute_loss(trainer.model, {**inputs, "ref_per_token_logps": reference})
-        trainer.accelerator.backward(loss)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-
-    trainer.model.train()
-    return step
-
-
-def trl_inputs(rows: Sequence[Any], pad: int) -> dict[str, Any]:
-    """The rows as trl pads them: prompts on the left, completions on the right, to the longest of all."""
-    prompts, replies = [list(row.prompt_ids) for row in rows], [list(row.completion_ids) for row in rows]
-    wide, long = max(map(len, prompts)), max(map(len, replies))
-    return {
-        "prompt_ids": torch.tensor([[pad] * (wide - len(p)) + p for p in prompts]),
-        "prompt_mask": torch.tensor([[0] * (wide - len(p)) + [1] * len(p) for p in prompts]),
-        "completion_ids": torch.tensor([r + [pad] * (long - len(r)) for r in replies]),
-        "completion_mask": torch.tensor([[1] * len(r) + [0] * (long - len(r)) for r in replies]),
-        "old_per_token_logps": torch.tensor([[*row.logprobs, *[0.0] * (long - len(row.logprobs))] for row in rows]),
-        "advantages": torch.tensor([row.advantage for row in rows]),
-        "num_items_in_batch": torch.tensor(sum(map(len, replies))),
-    }
+    side = TrlSide(BASE, trainer.settings.kl_coefficient, len(batch.rows))
+    parts = side.inputs(batch.rows, len(batch.rows))
+    return ratio(lambda: side.update(parts), lambda: trainer.step(batch), repeats)
 
 
 # ---- 3. publishing ------------------------------------------------------------------------------

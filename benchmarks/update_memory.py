@@ -10,22 +10,20 @@ comes first. All gradients are compared by their norm.
 
 import argparse
 import gc
-import importlib
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from benchmarks import update_sides
+from benchmarks.update_sides import BUDGET, ROOT, random_ids, rows_of
+from dspy_fst.run.files import write_json
+from dspy_fst.types import Row
+
 RESULT = ROOT / "benchmarks" / "results" / "update_memory.json"
-ROWS, PROMPT, REPLY, BUDGET, KL = 32, 200, 100, 4096, 0.001
+ROWS, PROMPT, REPLY = 32, 200, 100
 SIDES: dict[str, dict[str, Any]] = {
     "before": {},
     "full": {"gradient_checkpointing": False},
@@ -37,138 +35,31 @@ SIDES: dict[str, dict[str, Any]] = {
 """Side -> settings of its trainer. LoRA has rank 16."""
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Random texts: neither memory nor time depends on what they say."""
+def rows(count: int, prompt: int, reply: int) -> list[Row]:
+    """Rows without a common prompt."""
+    import torch
 
-    prompts: list[list[int]]
-    replies: list[list[int]]
-
-    @classmethod
-    def draw(cls, rows: int, prompt: int, reply: int) -> "Texts":
-        import torch
-
-        draws = torch.Generator().manual_seed(0)
-        ids = torch.randint(5, 40_000, (rows, prompt + reply), generator=draws).tolist()
-        return cls([row[:prompt] for row in ids], [row[prompt:] for row in ids])
+    ids = random_ids(count, prompt + reply, 40_000, torch.Generator().manual_seed(0))
+    return rows_of([row[:prompt] for row in ids], [row[prompt:] for row in ids])
 
 
-# ---- in a process of its own --------------------------------------------------------------------
-
-
-def measure(side: str, folder: Path, rows: int, repeats: int) -> dict[str, Any]:
-    """Peaks in bytes, seconds and the gradient's norm of some updates."""
-    load = _trl if side == "trl" else _ours
-    step, loaded = load(side, folder)
-    step(Texts.draw(2, 4, 4))
-    texts, norm = Texts.draw(rows, PROMPT, REPLY), 0.0
+def measure(side: str, folder: str, count: int, repeats: int) -> dict[str, Any]:
+    """Peaks in bytes above the loaded weights, seconds and the gradient's norm of some updates."""
+    path, at_once = Path(folder), BUDGET // (PROMPT + REPLY)
+    update, loaded = update_sides.trl(path, at_once) if side == "trl" else update_sides.ours(path, **SIDES[side])
+    update(rows(2, 4, 4))
+    batch, norm = rows(count, PROMPT, REPLY), 0.0
     found: dict[str, list[float]] = {"peaks": [], "seconds": [], "processor_seconds": []}
     for _ in range(repeats):
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
         started, worked = time.perf_counter(), time.process_time()
-        norm = step(texts)
+        report = update(batch)
+        norm = float(getattr(report, "grad_norm", report))
         found["seconds"].append(time.perf_counter() - started)
         found["processor_seconds"].append(time.process_time() - worked)
         found["peaks"].append(_status("VmHWM") - loaded)
     return {**found, "grad_norm": norm}
-
-
-def _ours(side: str, folder: Path) -> tuple[Callable[[Texts], float], int]:
-    """An update by the `dspy_fst` on the path, which may be another commit's; and what the loaded weights take."""
-    from dspy_fst.slow.trainer import Trainer
-    from dspy_fst.types import Batch, Row
-
-    try:
-        settings = importlib.import_module("dspy_fst.slow.training_settings").TrainingSettings
-    except ImportError:  # an older commit's
-        settings = importlib.import_module("dspy_fst.slow.settings").TrainerSettings
-
-    trainer = Trainer(
-        folder,
-        settings(
-            learning_rate=1e-9, kl_coefficient=KL, micro_batch_tokens=BUDGET, min_effective_share=0.0, **SIDES[side]
-        ),
-        device="cpu",
-    )
-    gc.collect()
-    loaded = _status("VmRSS")
-
-    def step(texts: Texts) -> float:
-        weight = 1 / sum(map(len, texts.replies))
-        rows = [
-            Row(tuple(p), tuple(r), (-10.0,) * len(r), (-1.0) ** i, weight, 1.0, "answer", i)
-            for i, (p, r) in enumerate(zip(texts.prompts, texts.replies, strict=True))
-        ]
-        return float(trainer.step(Batch(tuple(rows), "step-000000")).grad_norm)
-
-    return step, loaded
-
-
-def _trl(_: str, folder: Path) -> tuple[Callable[[Texts], float], int]:
-    """An update by trl.GRPOTrainer with its CISPO loss; generation and rewards are left out."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    loaded = _status("VmRSS")
-    together = BUDGET // (PROMPT + REPLY)
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=GRPOConfig(
-            output_dir=tempfile.mkdtemp(),
-            loss_type="cispo",
-            epsilon_high=4.0,
-            beta=KL,
-            learning_rate=1e-9,
-            per_device_train_batch_size=together,
-            num_generations=together,
-            use_cpu=True,
-            report_to=[],
-            gradient_checkpointing=False,
-            bf16=False,
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": ["x"] * together}),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-    )
-    trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # what Trainer.train() would set
-    trainer.model.train()
-
-    def step(texts: Texts) -> float:
-        for start in range(0, len(texts.prompts), together):
-            inputs = _trl_inputs(texts, slice(start, start + together))
-            with torch.no_grad():  # what trl does for every batch before its loss when beta > 0
-                ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-                keep = inputs["completion_ids"].shape[1]
-                found = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, torch.ones_like(ids), keep)
-            loss = trainer.compute_loss(trainer.model, {**inputs, "ref_per_token_logps": found[0]})
-            trainer.accelerator.backward(loss)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        return float(norm)
-
-    return step, loaded
-
-
-def _trl_inputs(texts: Texts, part: slice) -> dict[str, Any]:
-    import torch
-
-    prompts, replies = torch.tensor(texts.prompts[part]), torch.tensor(texts.replies[part])
-    return {
-        "prompt_ids": prompts,
-        "prompt_mask": torch.ones_like(prompts),
-        "completion_ids": replies,
-        "completion_mask": torch.ones_like(replies),
-        "old_per_token_logps": torch.full(replies.shape, -10.0),
-        "advantages": torch.tensor([(-1.0) ** i for i in range(len(replies))]),
-        "num_items_in_batch": torch.tensor(sum(map(len, texts.replies))),
-    }
 
 
 def _status(name: str) -> int:
@@ -176,40 +67,28 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-# ---- the command --------------------------------------------------------------------------------
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
+    if case := update_sides.case():
+        print(json.dumps(measure(*case)))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="a checkout of another commit")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
-    parser.add_argument("--measure", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.measure:
-        print(json.dumps(measure(options.measure[0], Path(options.measure[1]), options.rows, options.repeats)))
-        return
-    sys.path.insert(0, str(ROOT))
     from programs import smollm2
 
+    folder = str(smollm2.folder())
     found = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     for side in options.sides:
         if side != "before" or options.before:
-            checkout = options.before.resolve() if side == "before" else ROOT
-            found[side] = {"rows": options.rows, **_in_process(side, checkout, smollm2.folder(), options)}
-            RESULT.write_text(json.dumps(found, indent=2) + "\n")
+            checkout = options.before if side == "before" else ROOT
+            case = (side, folder, options.rows, options.repeats)
+            figures = update_sides.in_process("benchmarks.update_memory", case, checkout)
+            found[side] = {"rows": options.rows, **figures}
+            write_json(RESULT, found)
             print(told(found), flush=True)
-
-
-def _in_process(side: str, checkout: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    size = ["--rows", str(options.rows), "--repeats", str(options.repeats)]
-    command = [sys.executable, __file__, "--measure", side, str(folder), *size]
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}  # a script's own folder holds no dspy_fst
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=7200, env=environment, cwd="/")
-    if ended.returncode:
-        sys.exit(f"{side}: {ended.stderr[-2000:]}")
-    return dict(json.loads(ended.stdout.splitlines()[-1]))
 
 
 def told(found: dict[str, Any]) -> str:

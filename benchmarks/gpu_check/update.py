@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.gpu_check.child import attempt, free, row, wait_for_turn
 from benchmarks.gpu_check.models import config_of, parameters_of, random_model
-from benchmarks.gpu_check.trl_side import trl_step
+from benchmarks.trl_side import TrlSide
 from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.trainer import Trainer
@@ -212,6 +212,15 @@ def report(case: Case, side: str, measured: Measured, batch: Batch, card: str) -
     )
 
 
+def trl_step(case: Case, budget: int, folder: Path, batch: Batch) -> Callable[[], Any]:
+    """One update of trl on the batch's rows, which have one length, so that padding takes nothing."""
+    lora = (RANK, int(ALPHA)) if case.adapter else None
+    side = TrlSide(folder, case.kl, len(batch.rows), lora=lora, bf16=True)
+    length = len(batch.rows[0].prompt_ids) + len(batch.rows[0].completion_ids)
+    parts = side.inputs(batch.rows, max(1, budget // length))
+    return lambda: side.update(parts)
+
+
 SIDES = ("dspy_fst", "trl")
 
 
@@ -226,7 +235,7 @@ def run(shape: str, folder: Path, card: str, card_bytes: float, sides: Sequence[
             return our_step(case, budget, folder, calls)
 
         def theirs(budget: int, case: Case = case) -> Callable[[], Any]:
-            return trl_step(batch.rows, folder, case.kl, budget, (RANK, int(ALPHA)) if case.adapter else None)
+            return trl_step(case, budget, folder, batch)
 
         for side, make in zip(SIDES, (ours, theirs), strict=True):
             if side not in sides:
