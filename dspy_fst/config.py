@@ -155,6 +155,17 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, Alternation):
         return self
 
     @model_validator(mode="after")
+    def _proposals_at_once_have_minibatches(self) -> Self:
+        most = max(1, self.anchor_count // self.reflection_minibatch)
+        if self.proposals_at_once > most:
+            raise ValueError(
+                f"proposals_at_once={self.proposals_at_once} needs as many minibatches of reflection_minibatch="
+                f"{self.reflection_minibatch} problems, and a search has {self.anchor_count} anchors; use "
+                f"proposals_at_once={most}, or more anchors"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _what_changes_rewards_needs_rewards(self) -> Self:
         names = ("resample_flat", "retire_solved", "overlong_penalty", "reuse_rollouts")
         given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]

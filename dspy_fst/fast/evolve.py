@@ -18,6 +18,7 @@ import dspy
 import gepa
 from gepa.core.callbacks import GEPACallback, ValsetEvaluatedEvent
 from gepa.core.result import GEPAResult
+from gepa.proposer.reflective_mutation.reflection_lm import ReflectionLM
 from gepa.utils.stop_condition import StopperProtocol
 
 from dspy_fst.errors import MeasurementError, ReflectionError
@@ -25,9 +26,10 @@ from dspy_fst.fast.gepa_adapter import BankedAdapter, Feedback, Propose, Propose
 from dspy_fst.fast.journal_protocol import NoJournal, SearchJournal
 from dspy_fst.fast.pareto import mean, top_k
 from dspy_fst.fast.reflection_cost import CostMeter
+from dspy_fst.fast.reflections import Reflections
 from dspy_fst.fast.rollout_bank import Play, RolloutBank
 from dspy_fst.fast.search_settings import SearchSettings
-from dspy_fst.fast.seeding import BetterWhereMeasured, Row, SeededPolicy, write_seeded_state
+from dspy_fst.fast.seeding import BetterWhereMeasured, Row, SeededPolicy, SeveralAtOnce, write_seeded_state
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.components import binds
 from dspy_fst.run.files import writing
@@ -134,6 +136,10 @@ class _Searching:
     """Fresh rollouts, beyond those that score the seeds."""
     seed: int
 
+    @property
+    def reflections(self) -> Reflections:
+        return self.adapter.reflections
+
     def score_seeds(self) -> list[Row]:
         """Each seed's score on each anchor.
 
@@ -157,6 +163,7 @@ class _Searching:
             ReflectionError: every reflection failed.
             RunDirectoryError: what stopped the adapter.
         """
+        tasks = SeveralAtOnce(self._proposals_at_once())
         with tempfile.TemporaryDirectory() as folder, writing(Path(folder)):
             write_seeded_state(Path(folder), self.seeds, seed_scores)
             result = gepa.optimize(
@@ -168,9 +175,11 @@ class _Searching:
                 perfect_score=self.settings.perfect_score,
                 module_selector=self.settings.components,
                 cache_evaluation=False,  # the bank answers; gepa's cache would never ask again for a masked rollout
+                sampling_strategy=tasks,
+                reflection_strategy=cast(ReflectionLM, self.reflections),
                 acceptance_criterion=BetterWhereMeasured(),
                 val_evaluation_policy=SeededPolicy(),
-                stop_callbacks=self._stops(),
+                stop_callbacks=self._stops(tasks),
                 track_best_outputs=False,
                 use_cloudpickle=True,
                 run_dir=folder,
@@ -181,28 +190,45 @@ class _Searching:
         self._refuse_failed_search()
         return result
 
-    def _stops(self) -> list[StopperProtocol]:
+    @property
+    def _most_proposals(self) -> int:
+        """A proposal costs at least a minibatch, unless the bank answers it. Then only this limit ends the search."""
+        return self.budget // self.settings.reflection_minibatch
+
+    def _proposals_at_once(self) -> Callable[[int], int]:
+        """(proposals so far) -> how many more at once: none that could not be paid for, and none on the same
+        minibatch."""
+        minibatch, spent_on_seeds = self.settings.reflection_minibatch, len(self.bank.fresh)
+
+        def wanted(so_far: int) -> int:
+            left = self.budget - (len(self.bank.fresh) - spent_on_seeds)
+            return min(
+                self.settings.proposals_at_once,
+                math.ceil(left / minibatch),
+                self._most_proposals - so_far,
+                len(self.anchors) // minibatch,
+            )
+
+        return wanted
+
+    def _stops(self, tasks: SeveralAtOnce) -> list[StopperProtocol]:
         """When the search ends; gepa asks before each iteration."""
         spent_on_seeds = len(self.bank.fresh)
-        # An iteration costs at least a minibatch, unless the bank answers it. Then only this limit ends the search.
-        iterations = self.budget // self.settings.reflection_minibatch
         return [
             lambda gepa_state: len(self.bank.fresh) - spent_on_seeds >= self.budget,
-            lambda gepa_state: gepa_state.i + 1 >= iterations,
-            lambda gepa_state: (
-                self.adapter.all_reflections_failed and self.adapter.counts["reflections_failed"] >= GIVE_UP
-            ),
-            lambda gepa_state: self.adapter.stopped_by is not None,
+            lambda gepa_state: tasks.drawn >= self._most_proposals,
+            lambda gepa_state: self.reflections.all_failed and self.reflections.counts["reflections_failed"] >= GIVE_UP,
+            lambda gepa_state: self.reflections.stopped_by is not None,
         ]
 
     def _refuse_failed_search(self) -> None:
-        if self.adapter.stopped_by is not None:
-            raise self.adapter.stopped_by
-        if self.adapter.all_reflections_failed:
+        if self.reflections.stopped_by is not None:
+            raise self.reflections.stopped_by
+        if self.reflections.all_failed:
             raise ReflectionError(
-                f"all {self.adapter.counts['reflections_failed']} reflections failed, the last with "
-                f"{self.adapter.last_failure}; mend the reflection LM or the proposer and compile again with the same "
-                "run_dir to go on"
+                f"all {self.reflections.counts['reflections_failed']} reflections failed, the last with "
+                f"{self.reflections.last_failure}; mend the reflection LM or the proposer and compile again with the "
+                "same run_dir to go on"
             )
 
     def search_of(self, result: GEPAResult, dollars: float | None) -> Search:
@@ -229,8 +255,8 @@ class _Searching:
             rollouts=len(self.bank.fresh),
             sampled_tokens=self.bank.sampled_tokens,
             reused=self.bank.reused,
-            counts=self.adapter.counts + counts + lost,
-            warned=tuple(self.adapter.warned),
+            counts=self.reflections.counts + counts + lost,
+            warned=tuple(sorted(self.reflections.warned)),
             dollars=dollars,
             played=tuple(self.bank.fresh),
         )

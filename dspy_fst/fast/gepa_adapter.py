@@ -1,9 +1,7 @@
-"""DSPy 3.4's GEPA adapter over our own rollouts. Only this module and `seeding` use the internals of gepa."""
+"""DSPy 3.4's GEPA adapter over our own rollouts. Only it, `reflections` and `seeding` use the internals of gepa."""
 
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypedDict
@@ -14,20 +12,16 @@ from dspy.teleprompt.gepa.gepa_utils import DspyAdapter
 from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 from gepa.core.adapter import EvaluationBatch
 
-from dspy_fst.errors import RunDirectoryError
-from dspy_fst.fast.journal_protocol import SearchJournal, operation_key
-from dspy_fst.fast.latex_repair import acceptable_texts
-from dspy_fst.fast.proposer_warnings import collected_warnings
+from dspy_fst.fast.journal_protocol import SearchJournal
+from dspy_fst.fast.reflections import Reflections, ReflectiveDataset, Texts
 from dspy_fst.fast.reflective_dataset import Record, asked_for, bounded
 from dspy_fst.fast.rollout_bank import RolloutBank
 from dspy_fst.fast.seeding import UNMEASURED
-from dspy_fst.rollout.components import is_tool, lost_lines, predictor_of, with_texts
+from dspy_fst.rollout.components import is_tool, predictor_of, with_texts
 from dspy_fst.rollout.parse_failures import Entry
 from dspy_fst.rollout.reward import Feedback
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Problem, Rollout
 
-Texts = dict[str, str]
-"""Component -> text."""
 """(example, prediction, trace, predictor name, predictor trace) -> what the metric says of that predictor."""
 Propose = Callable[..., Texts]
 """gepa's ProposalFn: (candidate, reflective_dataset, components_to_update) -> {component: new text}."""
@@ -40,18 +34,6 @@ how each run went.
 Write a better description: what the tool or argument is for, when to use it and when not, what to give it and what \
 comes back. Keep to what the examples show and the current description says; the tool itself does not change."""
 """Instructions to the reflection LM for a tool's description, in place of DSPy's for instructions (ours)."""
-ReflectiveDataset = dict[str, list[Record]]
-"""Component -> what a reflection is shown of the runs in which it had a part."""
-
-
-class ReflectionResult(TypedDict, total=False):
-    """What one reflection gave, as the journal keeps it: ``texts`` or ``failed``, and ``warned``."""
-
-    texts: Texts
-    failed: str
-    """The exception, as text."""
-    warned: list[str]
-    """What the proposer warned of."""
 
 
 @dataclass(frozen=True)
@@ -122,24 +104,19 @@ class BankedAdapter(DspyAdapter):
             warn_on_score_mismatch=False,
             rng=random.Random(reflection.seed),
         )
-        self._bank, self._reflection, self._journal = bank, reflection, journal
+        self._bank, self._reflection = bank, reflection
         self._describe = (
             InstructionProposer(base_instructions=DESCRIBE_TOOL) if reflection.instruction_proposer is None else None
         )
         self._run_trace: list[Entry] = []
-        self._reflective_sets = 0
-        self.counts: Counter[str] = Counter()
-        self.last_failure = ""
-        """The exception of the newest reflection that failed."""
-        self.warned: dict[str, None] = {}
-        """What the proposer warned of, each text once."""
-        self.stopped_by: RunDirectoryError | None = None
-        """What the journal raised. gepa logs whatever a reflection raises and goes on, so it is kept here."""
-
-    @property
-    def all_reflections_failed(self) -> bool:
-        """Whether reflections failed and none succeeded."""
-        return bool(self.counts["reflections_failed"]) and not self.counts["reflections"]
+        self.reflections = Reflections(
+            self._proposed,
+            journal,
+            reflection.protected,
+            self._flex_paths,
+            # Warnings are collected from the user's proposer only: those of a reflection LM are its library's.
+            collects_warnings=reflection.instruction_proposer is not None,
+        )
 
     def evaluate(  # type: ignore[override]  # of problems, where DSPy has their examples
         self,
@@ -174,72 +151,14 @@ class BankedAdapter(DspyAdapter):
 
     # ---- proposing -------------------------------------------------------------------------------
 
-    def propose_new_texts(  # type: ignore[override]  # an attribute in gepa, a method in DSPy
-        self, candidate: Texts, reflective_dataset: ReflectiveDataset, components_to_update: list[str]
-    ) -> Texts:
-        """One reflection. gepa logs what it raises and goes on, so failures are kept here and counted."""
-        if self.stopped_by is not None:
-            raise self.stopped_by
-        try:
-            result = self._reflect_or_recall(candidate, reflective_dataset, components_to_update)
-        except RunDirectoryError as error:
-            self.stopped_by = error
-            raise
-        self.warned |= dict.fromkeys(result.get("warned", ()))
-        if "failed" in result:
-            self.counts["reflections_failed"] += 1
-            self.last_failure = result["failed"]
-            raise RuntimeError(result["failed"])
-        self.counts["reflections"] += 1
-        texts = acceptable_texts(result["texts"], candidate, self._flex_paths, self.counts)
-        return {name: self._with_protected(name, text) for name, text in texts.items()}
-
-    def _with_protected(self, component: str, text: str) -> str:
-        """The text, with the protected lines that it lost appended."""
-        lost = lost_lines(text, self._reflection.protected.get(component, ()))
-        self.counts["lines_restored"] += len(lost)
-        return "\n".join([text, *lost])
-
-    def _reflect_or_recall(
-        self, candidate: Texts, reflective_dataset: ReflectiveDataset, components_to_update: list[str]
-    ) -> ReflectionResult:
-        """Reflect, or recall what a reflection gave in an interrupted search."""
-        key = self._reflection_key(candidate, components_to_update)
-        result: ReflectionResult | None = self._journal.recall("reflection", key)
-        if result is None:
-            components = [name for name in components_to_update if name in reflective_dataset]
-            result = self._reflect(candidate, reflective_dataset, components)
-            result = self._journal.record("reflection", key, result)
-        return result
-
-    def _reflection_key(self, candidate: Mapping[str, str], components_to_update: list[str]) -> str:
-        """Holds the number of the reflective set: an empty set is followed by no reflection, and leaves no record."""
-        return operation_key([self._reflective_sets, sorted(candidate.items()), components_to_update])
-
-    def _reflect(
-        self, candidate: Texts, reflective_dataset: ReflectiveDataset, components: list[str]
-    ) -> ReflectionResult:
-        # Warnings are collected from the user's proposer only: those of a reflection LM are its library's.
-        collecting: AbstractContextManager[list[str]] = (
-            collected_warnings() if self._describe is None else nullcontext([])
-        )
-        result: ReflectionResult
-        with collecting as warned:
-            try:
-                texts = self._proposed(candidate, reflective_dataset, components)
-                if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
-                    raise TypeError(f"the proposer gave no text for {', '.join(map(str, wrong))}")
-                result = {"texts": texts}
-            except Exception as error:
-                result = {"failed": repr(error)}
-        return {**result, "warned": warned}
+    propose_new_texts = None  # type: ignore[assignment]  # gepa asks `reflections` instead, for all jobs at once
 
     def _proposed(self, candidate: Texts, reflective_dataset: ReflectiveDataset, components: list[str]) -> Texts:
         """The texts of DSPy's proposers. A tool's description is asked for in other words than an instruction."""
         tools = [name for name in components if is_tool(name)] if self._describe is not None else []
         others = [name for name in components if name not in tools]
         records = {name: [dict(record) for record in shown] for name, shown in reflective_dataset.items()}
-        texts = dict(super().propose_new_texts(candidate, records, others))
+        texts = dict(DspyAdapter.propose_new_texts(self, candidate, records, others))
         if tools and self._describe is not None:
             with dspy.context(lm=self.reflection_lm or dspy.settings.lm):
                 texts |= self._describe(candidate, reflective_dataset, tools)
@@ -261,13 +180,15 @@ class BankedAdapter(DspyAdapter):
         Raises:
             LookupError: no component had a part in any run of the minibatch.
         """
-        self._reflective_sets += 1
-        if self._journal.next_is("reflection", self._reflection_key(candidate, components_to_update)):
-            return {name: [] for name in components_to_update}  # the reflection's result is on record
-        self.rng = random.Random(f"{self._reflection.seed} reflection {self._reflective_sets}")
+        key = self.reflections.next_key(candidate, components_to_update)
+        if self.reflections.is_on_record(key):
+            self.reflections.expect(key)
+            return {name: [] for name in components_to_update}
+        self.rng = random.Random(f"{self._reflection.seed} reflection {self.reflections.sets}")
         records = {name: self._records(candidate, eval_batch, name) for name in components_to_update}
         if not any(records.values()):
             raise LookupError(f"no call of {components_to_update} in the minibatch, so there is nothing to reflect on")
+        self.reflections.expect(key)
         return {name: of_component for name, of_component in records.items() if of_component}
 
     def _records(self, candidate: Texts, eval_batch: EvaluationBatch, component: str) -> list[Record]:

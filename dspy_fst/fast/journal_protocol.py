@@ -11,8 +11,8 @@ class SearchJournal(Protocol):
     An operation is named by its kind (``"rollouts"``, ``"reflection"``) and a key (see `operation_key`).
     """
 
-    def next_is(self, kind: str, key: str) -> bool:
-        """Whether the next operation on record is this one."""
+    def ahead(self, kind: str, key: str) -> list[Any]:
+        """Results of this operation among the next ones on record, as far as all of those are of its kind."""
 
     def recall(self, kind: str, key: str) -> Any:
         """The recorded result of the next operation; None when there is none."""
@@ -27,8 +27,8 @@ class SearchJournal(Protocol):
 class NoJournal:
     """Records nothing."""
 
-    def next_is(self, kind: str, key: str) -> bool:
-        return False
+    def ahead(self, kind: str, key: str) -> list[Any]:
+        return []
 
     def recall(self, kind: str, key: str) -> Any:
         return None

@@ -11,26 +11,29 @@ from contextlib import contextmanager
 
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
-    """A block whose plain warnings (UserWarning) are collected instead of shown, each text once.
+    """A block whose plain warnings (UserWarning) are collected instead of shown, each text once; of its threads too.
 
     Warnings of other categories, and those that installed libraries give, are shown after the block.
 
     Yields:
-        A list that is empty inside the block and holds the texts after it.
+        The texts so far.
     """
-    collected: dict[str, None] = {}
-    passed_on: list[warnings.WarningMessage] = []
+    passed_on: list[tuple[Warning | str, type[Warning], str, int]] = []
     texts: list[str] = []
+
+    def take(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+    ) -> None:
+        if category is not UserWarning or "site-packages" in filename:
+            passed_on.append((message, category, filename, lineno))
+        elif str(message) not in texts:
+            texts.append(str(message))
+
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = take
             yield texts
     finally:
-        for warning in caught:
-            if warning.category is UserWarning and "site-packages" not in warning.filename:
-                collected[str(warning.message)] = None
-            else:
-                passed_on.append(warning)
-        texts += collected
-        for warning in passed_on:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        for message, category, filename, lineno in passed_on:
+            warnings.warn_explicit(str(message), category, filename, lineno)

@@ -17,6 +17,9 @@ class SearchSettings(Settings):
 
     reflection_minibatch: int = Field(default=3, ge=1)
     """Problems shown to a reflection (GEPA, section 4.3)."""
+    proposals_at_once: int = Field(default=1, ge=1)
+    """Proposals that a search makes from the same pool at a time, their reflections in flight together (GEPA: 1). Each
+    is shown another minibatch."""
     components: Literal["round_robin", "all"] = "round_robin"
     """Whether a proposal changes one text of the program or all (GEPA's default)."""
     tool_descriptions: Literal["fixed", "evolved"] = "fixed"

@@ -7,13 +7,18 @@ compares only problems that both sides measured.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+from gepa.core.data_loader import DataLoader
 from gepa.core.state import GEPAState, ValsetEvaluation
 from gepa.proposer.base import CandidateProposal
+from gepa.proposer.reflective_mutation.base import CandidateSelector
+from gepa.strategies.batch_sampler import BatchSampler
 from gepa.strategies.eval_policy import FullEvaluationPolicy
+from gepa.strategies.proposal_sampling import ProposalTask
 
 from dspy_fst.types import Candidate
 
@@ -47,6 +52,38 @@ class BetterWhereMeasured:
 
     def reject_reason(self, proposal: CandidateProposal[int], state: GEPAState) -> str:
         return "not better on the problems that both measured, skipping"
+
+
+class SeveralAtOnce:
+    """gepa's sampling strategy: several parents from the pool as it stands, each with the next minibatch.
+
+    gepa's own strategy for several takes the minibatches by the number of the iteration, so that iterations in a row
+    share all but one of them.
+
+    Args:
+        wanted: How many proposals the next iteration makes at most, from the number of those before.
+    """
+
+    def __init__(self, wanted: Callable[[int], int]):
+        self._wanted = wanted
+        self.drawn = 0
+        """Proposals so far."""
+
+    def sample_tasks(
+        self,
+        state: GEPAState,
+        candidate_selector: CandidateSelector,
+        batch_sampler: BatchSampler[int, Any],
+        trainset: DataLoader[int, Any],
+    ) -> list[ProposalTask[int, Any]]:
+        tasks = []
+        for _ in range(max(1, self._wanted(self.drawn))):
+            parent = candidate_selector.select_candidate_idx(state)
+            place = cast(GEPAState, SimpleNamespace(i=self.drawn))  # all that gepa's sampler reads of a state
+            ids = batch_sampler.next_minibatch_ids(trainset, place)
+            tasks.append(ProposalTask(parent, state.program_candidates[parent], ids, trainset.fetch(ids)))
+            self.drawn += 1
+        return tasks
 
 
 def write_seeded_state(run_dir: Path, candidates: Sequence[Candidate], scores: Sequence[Row]) -> None:

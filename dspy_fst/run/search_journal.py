@@ -10,6 +10,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,10 @@ class Journal:
             self._write(wanted)
         self.replayed = len(self._ahead)
 
-    def next_is(self, kind: str, key: str) -> bool:
-        """Whether the next entry is of this operation."""
-        return bool(self._ahead) and (self._ahead[0]["kind"], self._ahead[0]["key"]) == (kind, key)
+    def ahead(self, kind: str, key: str) -> list[Any]:
+        """Results of this operation among the next entries, as far as all of those are of its kind."""
+        of_kind = takewhile(lambda record: record["kind"] == kind, self._ahead)
+        return [record["gave"] for record in of_kind if record["key"] == key]
 
     def recall(self, kind: str, key: str) -> object:
         """The recorded result of the next operation; None when the journal ends before it.

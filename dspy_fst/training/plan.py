@@ -32,7 +32,7 @@ class Budget:
     search_rollouts: int
     """Fresh rollouts of the searches."""
     overshoot_rollouts: int
-    """At most so many on top: the last accepted candidate of a search may add one pass over its anchors."""
+    """At most so many on top: each candidate that a search accepts last may add one pass over its anchors."""
     scoring_rollouts: int
     """Rollouts that score the carried populations before each search."""
     training_rollouts: int
@@ -150,7 +150,7 @@ class Plan:
         return Budget(
             searches=len(searches),
             search_rollouts=sum(cycle.search_budget for cycle in searches),
-            overshoot_rollouts=anchors * len(searches),
+            overshoot_rollouts=anchors * config.proposals_at_once * len(searches),
             scoring_rollouts=carried * anchors,
             training_rollouts=training + resampled,
             reused_rollouts=self._reusable() * config.population_size,

@@ -8,7 +8,7 @@ OF_UPDATES = ("resample_flat", "retire_solved", "overlong_penalty")
 
 def settings_without_effect(config: FSTConfig) -> list[str]:
     """A sentence for each kind of setting that was given and can do nothing."""
-    return [*_of_updates(config), *_of_searches(config), *_of_the_penalty(config)]
+    return [*_of_updates(config), *_of_searches(config), *_of_proposals(config), *_of_the_penalty(config)]
 
 
 def _of_updates(config: FSTConfig) -> list[str]:
@@ -28,6 +28,15 @@ def _of_searches(config: FSTConfig) -> list[str]:
     return [
         f"reuse_rollouts=True does nothing under method={config.method!r}: it takes rollouts of a search into the "
         "groups of the step after it, and here no step comes after a search. Leave it out, or use method='fst'"
+    ]
+
+
+def _of_proposals(config: FSTConfig) -> list[str]:
+    if config.proposals_at_once == 1 or config.method != "rl":
+        return []
+    return [
+        f"proposals_at_once={config.proposals_at_once} does nothing under method='rl', which never searches. Leave it "
+        "out, or use method='fst'"
     ]
 
 

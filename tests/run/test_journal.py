@@ -70,11 +70,11 @@ def test_acts_are_given_back_in_order_and_then_no_more(tmp_path):
     again = journal(tmp_path)
     assert again.replayed == 2
     asked = [("rollouts", "a"), ("rollouts", "b"), ("reflection", "a")]
-    assert [again.next_is(*act) for act in asked] == [True, False, False]
+    assert [again.ahead(*act) for act in asked] == [[{"tokens": 3}], [], []]
     assert again.recall("rollouts", "a") == {"tokens": 3}
     assert again.recall("reflection", "b") == {"texts": {"x": "ü"}}
     assert again.recall("rollouts", "c") is None
-    assert not again.next_is("rollouts", "c")
+    assert again.ahead("rollouts", "c") == []
 
 
 def test_what_is_recorded_after_a_replay_follows_it(tmp_path):
