@@ -17,6 +17,7 @@ from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.training.plan import Plan
+from dspy_fst.training.without_effect import settings_without_effect
 from dspy_fst.types import Candidate, Population
 from tests.fast.test_evolve import ANCHORS, Searcher
 from tests.run.test_journal import Counting, KilledError, Killing, PureSearcher
@@ -148,6 +149,13 @@ def test_more_proposals_than_minibatches_are_refused_with_what_would_do():
     with pytest.raises(ConfigurationError, match=r"a search has 12 anchors; use proposals_at_once=3, or more anchors"):
         FSTConfig.checked({"anchors": 12, "reflection_minibatch": 4, "proposals_at_once": 4})
     FSTConfig.checked({"anchors": 12, "reflection_minibatch": 4, "proposals_at_once": 3})
+
+
+def test_a_run_that_never_searches_is_told_that_the_setting_does_nothing():
+    several = {"proposals_at_once": 4}
+    [warning] = settings_without_effect(FSTConfig(method="rl", **several))
+    assert warning.startswith("proposals_at_once=4 does nothing under method='rl'")
+    assert settings_without_effect(FSTConfig(**several)) == settings_without_effect(FSTConfig(method="rl")) == []
 
 
 @pytest.mark.parametrize("keep_last", [True, False], ids=["after-it-is-kept", "before-it-is-kept"])
