@@ -10,6 +10,8 @@ export TOKENIZERS_PARALLELISM ?= false
 
 # Tests run in two processes: one thread each takes a tenth less of the cores than two.
 test every-test test-fast: OMP_NUM_THREADS = 1
+# Bytecode is kept, whatever the shell says: two workers and every child process would compile all files anew.
+test every-test test-fast: export PYTHONDONTWRITEBYTECODE =
 TESTS := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Models of billions of parameters are read and probed on the CPU before they go to the GPU.
 gpu-check: OMP_NUM_THREADS = 8

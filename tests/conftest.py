@@ -2,15 +2,25 @@
 
 import gc
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import httpx
+import psutil
 import pytest
 import transformers
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
+
+if TYPE_CHECKING:
+    from tests.serve.command import Server
+
+# A quarter of the processor time of importing and rewriting all tests: next to nothing of it is garbage.
+gc.disable()
 
 # Deadlines measure the machine's other work; a random example that fails once must fail again.
 settings.register_profile("tests", deadline=None, derandomize=True)
@@ -20,6 +30,21 @@ transformers.logging.disable_progress_bar()
 # DSPy, not imported yet, keeps replies of LMs in the home folder: those of an earlier test run would be taken.
 CACHE = tempfile.TemporaryDirectory(prefix="dspy-cache-")
 os.environ["DSPY_CACHEDIR"] = CACHE.name
+
+
+def in_memory() -> Path | None:
+    """A file system in memory with room for what tests write; tests/real writes gigabytes, to the disk.
+
+    On a disk a small run waits for its 155 fsyncs, which takes half as long as what it computes.
+    """
+    shared, gib = Path("/dev/shm"), 2**30
+    if not shared.is_dir() or shutil.disk_usage(shared).free < 8 * gib:
+        return None
+    return shared if psutil.virtual_memory().available > 8 * gib else None
+
+
+if (folder := in_memory()) is not None:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(folder))  # pytest's name for where tmp_path lies
 # Without a network litellm asks three times for its newest prices while it is imported, in every process.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
@@ -33,7 +58,8 @@ SERVED_LIMIT_S = 1800
 TESTS = Path(__file__).parent
 COMPILE_A_LOT = {
     *("test_cli.py", "test_compile.py", "test_evidence.py", "test_lora_runs.py", "test_micro_batch.py"),
-    *("test_nothing_silent.py", "test_one_world.py", "test_start_and_end.py"),
+    *("test_nothing_silent.py", "test_one_world.py", "test_resampling.py", "test_retirement.py", "test_reuse.py"),
+    "test_start_and_end.py",
     *("run/test_ending.py", "run/test_journal.py"),
     *("cases/test_adapters.py", "cases/test_architectures.py", "cases/test_architectures_compile.py"),
     *("cases/test_before_start.py", "cases/test_copies.py", "cases/test_lms_and_saving.py", "cases/test_outside.py"),
@@ -44,6 +70,8 @@ COMPILE_A_LOT = {
     *("programs/test_compiles.py", "programs/test_lab.py", "programs/test_tiny.py"),
 }
 """Files whose tests, or what they share, train models: two thirds of the time of a sixth of all tests."""
+END_WHAT_IS_SHARED = {TESTS / "serve/test_clients.py"}
+"""Files that end a server which others ask before them."""
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -90,6 +118,7 @@ def restore_dspy(values: dict[str, object]) -> None:
 
 def pytest_collection_finish() -> None:
     """What imports made stays. Each full collection of garbage would walk through it, for half a second of a core."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
@@ -109,11 +138,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.timeout(SERVED_LIMIT_S))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in served, item.path not in slow))
+    items.sort(key=lambda item: (item.path not in served, item.path not in slow, item.path in END_WHAT_IS_SHARED))
+
+
+@pytest.fixture(scope="session")
+def lab_on_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
+    """`dspy-fst serve` of the laboratory's program, on a vLLM server to which engines may attach.
+
+    Whoever loads other weights there loads those of `programs.lab.BASE` at the end.
+    """
+    from tests.serve.command import saved_lab, serving
+
+    out = saved_lab(tmp_path_factory.mktemp("lab") / "out")
+    with serving(out, "--program", "programs.lab.project:program", "--engine", "vllm") as command:
+        command.wait_for(lambda: bool(command.url), "it listens")
+        assert httpx.get(f"{command.url}/health", timeout=60).json() == {"alive": True}
+        command.wait_for(command.ready, "vLLM serves weights", limit_s=500)
+        yield command
 
 
 SHARED = {
     **{f"tests/engine/test_{name}.py": "a vLLM server" for name in ("replies", "vllm_server", "weight_check")},
+    **dict.fromkeys(("tests/engine/test_contract.py", "tests/serve/test_clients.py"), "the laboratory on vLLM"),
     **{
         f"tests/cli/test_{name}.py": "a finished run"
         for name in ("eval", "export", "export_lora", "more_cycles", "runs", "show", "trust")

@@ -19,25 +19,24 @@ OF = {"first": "for-first", "last": "for-last"}
 """Predictor -> its LoRA adapter."""
 
 
-def version(weights: Path) -> Path:
+def version(weights: Path, name: str) -> Path:
     """Such a version's folder, as a run writes it."""
     shutil.copytree(BASE, weights / INSIDE)
-    folder = weights / "step-000003"
-    for seed, name in enumerate(OF.values(), start=1):
-        adapter(folder, name, seed, LoRA(rank=4))
+    folder = weights / name
+    for seed, adapter_name in enumerate(OF.values(), start=1):
+        adapter(folder, adapter_name, seed, LoRA(rank=4))
     (folder / INDEX).write_text(json.dumps(index_of(BESIDE, list(OF.values()), OF)))
     return folder
 
 
-def two_adapters(weights: Path, engine: str = "in_process") -> dspy.Module:
+def two_adapters(weights: Path, engine: str = "in_process", name: str = "step-000003") -> dspy.Module:
     """The compiled program, of two candidates. Greedy: a question has one answer."""
     program = Relay()
     options = {"linger_s": 0.0} if engine == "in_process" else {}
-    policy = PolicyLM(
-        version(weights), engine=engine, max_tokens=12, temperature=0.0, version="step-000003", engine_options=options
-    )
-    for name, predictor in program.named_predictors():
-        predictor.lm = policy.on(policy.handle, OF[name])
+    weights = version(weights, name)
+    policy = PolicyLM(weights, engine=engine, max_tokens=12, temperature=0.0, version=name, engine_options=options)
+    for predictor_name, predictor in program.named_predictors():
+        predictor.lm = policy.on(policy.handle, OF[predictor_name])
     names = read_texts(program).texts
     members = tuple(Candidate(dict.fromkeys(names, text)) for text in ("Reverse the list.", "Sort the list."))
     best = with_texts(program, members[0])

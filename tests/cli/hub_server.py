@@ -30,7 +30,7 @@ class Hub(ThreadingHTTPServer):
         """(status, words) for a commit."""
         self.objects: dict[str, bytes] = {}
         """What came by git-lfs, by SHA-256."""
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -49,6 +49,7 @@ class Hub(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet: a body of its own waits 40 ms for the headers' acknowledgement
     server: Hub
 
     def log_message(self, *arguments: Any) -> None:

@@ -39,7 +39,7 @@ def server(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[V
 @pytest.fixture
 def canned() -> Iterator[Canned]:
     server = Canned()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.stall.set()

@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct as the tests here use it. One process runs them all: two of them at once would need 16 GB."""
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.timeout(1800))
+
+
+@pytest.fixture(scope="session")
+def on_disk() -> Iterator[Path]:
+    """For gigabytes: where other tests write may be in memory."""
+    with tempfile.TemporaryDirectory(prefix="dspy-fst-real-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

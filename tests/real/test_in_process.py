@@ -48,8 +48,9 @@ def test_a_request_without_a_system_text_gets_the_template_s_own_and_one_with_it
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("real")
+def comparison(on_disk):
+    folder = on_disk / "compared"
+    folder.mkdir()
     yield Comparison(folder, settings={**SMALL, "precision": "float32"}, subject=MOODS_RUN)
     shutil.rmtree(folder)  # gigabytes
 

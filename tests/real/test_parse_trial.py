@@ -16,9 +16,9 @@ TRIED = 12
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def told(on_disk):
     """The note of a start under ChatAdapter; behind it the smallest run there is."""
-    run_dir = tmp_path_factory.mktemp("trial") / "run"
+    run_dir = on_disk / "tried"
     task = moods.build(test=0)
     task.program.set_lm(
         PolicyLM(smollm2.folder(), engine="in_process", max_tokens=24, engine_options=OPTIONS["in_process"])

@@ -21,8 +21,8 @@ def trainer():
 
 
 @pytest.fixture(scope="module")
-def published(trainer, tmp_path_factory):
-    return trainer.publish(tmp_path_factory.mktemp("published") / "v0", "v0")
+def published(trainer, on_disk):
+    return trainer.publish(on_disk / "v0", "v0")
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,16 @@ def test_both_engines_are_given_the_same_prompt_ids(served, in_process):
         assert there.calls[0].prompt_ids == here.calls[0].prompt_ids, (adapter, demos)
 
 
-def test_a_run_in_bfloat16_that_is_killed_goes_on_without_gap_or_double(served, tmp_path):
+def test_a_run_in_bfloat16_that_is_killed_goes_on_without_gap_or_double(served, on_disk):
     address = served.handle.engine.address
     settings = {
         **SMALL,
         "precision": "bfloat16",
         "options": {"attach_url": address.url, "api_key": address.api_key},
     }
-    killed = Killer(tmp_path, "vllm", settings, MOODS_RUN).killed("run", DEATH)
+    folder = on_disk / "killed"
+    folder.mkdir()
+    killed = Killer(folder, "vllm", settings, MOODS_RUN).killed("run", DEATH)
     try:
         assert (killed.deaths, killed.resumed_from) == ([str(DEATH)], [RESUMED_FROM])
         assert gaps(killed.run_dir) == []
@@ -77,4 +79,4 @@ def test_a_run_in_bfloat16_that_is_killed_goes_on_without_gap_or_double(served, 
         assert reports[0]["reward"] > 0
         assert all(report["update"]["effective_sample_share"] > 0.95 for report in reports if report["update"]["rows"])
     finally:
-        shutil.rmtree(tmp_path)  # gigabytes
+        shutil.rmtree(folder)  # gigabytes

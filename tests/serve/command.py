@@ -6,12 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import dspy
 import httpx
+import psutil
 
 import dspy_fst
 from dspy_fst.rollout.components import read_texts, with_texts
@@ -81,6 +82,16 @@ class Server:
         """Sum of the figures at /metrics that begin so."""
         lines = httpx.get(f"{self.url}/metrics", headers=self.auth, timeout=30).text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(start))
+
+    @property
+    def vllm(self) -> dict[str, str]:
+        """How an engine attaches to the vLLM server that the command started."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                command, key = process.cmdline(), process.environ().get("VLLM_API_KEY")
+                if key and "--port" in command:
+                    return {"attach_url": f"http://127.0.0.1:{command[command.index('--port') + 1]}", "api_key": key}
+        raise AssertionError(f"there is none: {self.said}")
 
     def end(self) -> int:
         """Its exit code, once it has ended."""

@@ -44,6 +44,8 @@ class FakeVLLM:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # Headers and body go in one packet: a body of its own waits 40 ms for the headers' acknowledgement.
+            wbufsize = -1
 
             def log_message(self, *arguments: Any) -> None:
                 pass
@@ -81,6 +83,7 @@ class FakeVLLM:
                 self.send_header("Content-Type", "text/event-stream")
                 self.send_header("Connection", "close")
                 self.end_headers()
+                self.wfile.flush()
                 try:
                     for sent, chunk in enumerate(fake.chunks(body)):
                         if sent == fake.break_after:
@@ -88,13 +91,15 @@ class FakeVLLM:
                             return
                         fake.wait(sent)
                         self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+                        self.wfile.flush()
                     self.wfile.write(b"data: [DONE]\n\n")
+                    self.wfile.flush()
                 except OSError:
                     fake.cut.set()
                 self.close_connection = True
 
         self._server = _Listener(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return Address(f"http://127.0.0.1:{self._server.server_port}", UPSTREAM_KEY, through_proxy=False)
 
     @property
