@@ -27,3 +27,29 @@ def test_nothing_heavy_is_imported_for(code):
     done = subprocess.run([sys.executable, "-c", tell], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+UNADAPTED = """
+import sys, tempfile
+from pathlib import Path
+from dspy_fst import PolicyLM
+from dspy_fst.run.paired import difference
+from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
+from programs.lab import BASE
+trainer = Trainer(BASE, TrainingSettings(), device="cpu")
+engine = PolicyLM(BASE, engine="in_process").handle.engine
+with tempfile.TemporaryDirectory() as folder:
+    engine.load(trainer.publish(Path(folder) / "v", "v"))
+engine.close()
+print("interval", *difference([0.0, 0.5, 0.25], [1.0, 0.75, 0.25]).words.split())
+print(*[name for name in ("peft", "bitsandbytes", "scipy.stats") if name in sys.modules])
+"""
+
+
+def test_weights_without_an_adapter_and_intervals_need_neither_peft_nor_scipy_s_statistics():
+    done = subprocess.run([sys.executable, "-c", UNADAPTED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    interval, *imported = done.stdout.splitlines()
+    assert interval == "interval 95% interval -0.876 to 1.709, 3 problems"
+    assert imported == [""]

@@ -6,15 +6,14 @@ and the weight of such a layer becomes ``NAME.base_layer.weight``. Read from pef
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +24,9 @@ from dspy_fst.errors import TrainingError, briefly, meant
 from dspy_fst.model_files.architectures import has_experts, text_part
 from dspy_fst.model_files.lora_folder import CONFIG, TENSORS
 from dspy_fst.recipe.lora_settings import ALL_LINEAR, LoRA
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 PREFIX = "base_model.model."
 """What peft puts before the names of modules in its files."""
@@ -125,7 +127,9 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if id(module) in inside and module is not head and isinstance(module, nn.Linear | Conv1D | LoraLayer)
+        if id(module) in inside
+        and module is not head
+        and (isinstance(module, nn.Linear | Conv1D) or _is_adapted(module))
         if not name.endswith(BASE_LAYER) and ".lora_" not in name and name.rpartition(".")[2] not in routers
     ]
 
@@ -133,9 +137,16 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 # ---- on the model -------------------------------------------------------------------------------
 
 
-def layers_of(model: nn.Module, name: str) -> dict[str, LoraLayer]:
+def _is_adapted(module: nn.Module) -> "TypeGuard[LoraLayer]":
+    """Whether a module is a layer of peft's. There is none before peft was imported, which takes seconds: runs without
+    an adapter do without it."""
+    kind = getattr(sys.modules.get("peft.tuners.lora"), "LoraLayer", None)
+    return kind is not None and isinstance(module, kind)
+
+
+def layers_of(model: nn.Module, name: str) -> "dict[str, LoraLayer]":
     """Module -> its layer, for every layer that has the adapter of this name."""
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = {path: module for path, module in model.named_modules() if _is_adapted(module)}
     return {path: layer for path, layer in layers.items() if name in layer.lora_A}
 
 
@@ -173,6 +184,8 @@ def peft_fault(empty: PreTrainedModel, lora: LoRA) -> str | None:
 
 
 def _inject(model: PreTrainedModel, name: str, lora: LoRA, *, empty: bool = False) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
     layers = target_modules(model, lora)
     config = LoraConfig(
         r=lora.rank,
@@ -217,7 +230,7 @@ def using(model: nn.Module, name: str | None) -> Iterator[None]:
 
     peft's own switch also changes which parameters get gradients, so its two fields are set here.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in model.modules() if _is_adapted(module)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = [] if name is None else [name], name is None
@@ -236,7 +249,7 @@ def using_by_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         model: One that `takes_rows`.
         names: Of each row; it is read at every forward, and may be changed in place between two of them.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in model.modules() if _is_adapted(module)]
 
     def give_names(
         _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
@@ -258,6 +271,8 @@ def takes_rows(model: PreTrainedModel) -> bool:
 
     Some models hand a layer the tokens of all rows at once, e.g. those that go to one expert.
     """
+    from peft.tuners.lora import Linear as LoraLinear
+
     rows, tokens, shapes = 2, 3, list[torch.Size]()
     hooks = [
         layer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
@@ -271,13 +286,13 @@ def takes_rows(model: PreTrainedModel) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
-    plain = all(type(module) is LoraLinear for module in model.modules() if isinstance(module, LoraLayer))
+    plain = all(type(module) is LoraLinear for module in model.modules() if _is_adapted(module))
     return plain and all(len(shape) == 3 and shape[:2] == (rows, tokens) for shape in shapes)
 
 
 def in_use(model: nn.Module) -> str | None:
     """The adapter that the model computes with now (see `using`); None: its base alone."""
-    layer = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
+    layer = next((module for module in model.modules() if _is_adapted(module)), None)
     return None if layer is None or layer._disable_adapters else next(iter(layer._active_adapter), None)
 
 
@@ -296,6 +311,8 @@ def write(model: PreTrainedModel, name: str, folder: Path) -> dict[str, Tensor]:
         What was written: `parameters_of` on the CPU, in float32.
     """
     tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in parameters_of(model, name).items()}
+    from peft import LoraConfig
+
     config = model.peft_config[name]
     assert isinstance(config, LoraConfig)
     settings = {

@@ -31,6 +31,8 @@ from dspy_fst.training.result import start_of
 from dspy_fst.types import Candidate, Problem, Rollout
 
 RESAMPLES, COVERAGE = 10_000, 0.95
+BLOCK = 2**20
+"""Problems that are drawn at once, over resamples: some 8 MiB of indices."""
 INTERVAL = f"{COVERAGE:.0%} percentile bootstrap over problems, {RESAMPLES:,} resamples"
 """Definition of an interval: how much a figure depends on which problems were drawn, for the weights of one run."""
 EVALUATIONS = "evaluations.jsonl"
@@ -99,7 +101,10 @@ def _intervals(figures: Sequence[Sequence[float]], seed: int) -> list[Interval |
     if len(values) < 2:
         return [None] * len(figures)
     draw = np.random.default_rng([*hashlib.sha256(f"{seed} bootstrap".encode()).digest()])
-    means = [values[draw.integers(len(values), size=len(values))].mean(axis=0) for _ in range(RESAMPLES)]
+    at_once = max(1, BLOCK // len(values))
+    sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
+    drawn = (draw.integers(len(values), size=(size, len(values))) for size in sizes)
+    means = np.concatenate([values[indices].mean(axis=1) for indices in drawn])
     tail = (1 - COVERAGE) / 2
     return [(float(low), float(high)) for low, high in np.quantile(means, [tail, 1 - tail], axis=0).T]
 

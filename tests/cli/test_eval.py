@@ -1,5 +1,6 @@
 """`dspy-fst eval`: scores of any cycle's population and weights, with intervals, kept where the report finds them."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -10,6 +11,7 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from dspy_fst.errors import MeasurementError
+from dspy_fst.evaluation import two_by_two_table
 from dspy_fst.evaluation.two_by_two_table import estimate, keep
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.report.from_directory import read_records
@@ -57,6 +59,16 @@ def test_the_interval_is_the_bootstrap_s_over_problems_and_the_same_for_a_seed()
     # Close to the normal interval over 32 problems; over 64 rollouts it would be narrower by a third.
     normal = made.mean_at_k + np.array([-1.96, 1.96]) * made.standard_error
     assert np.allclose(made.mean_interval, normal, atol=0.15 * made.standard_error)
+
+
+def test_the_bootstrap_draws_one_resample_after_the_other_however_many_are_drawn_at_once(monkeypatch):
+    values, seed = np.random.default_rng(1).random((5, 2)), [*hashlib.sha256(b"7 bootstrap").digest()]
+    draw = np.random.default_rng(seed)
+    means = [values[draw.integers(5, size=5)].mean(axis=0) for _ in range(10_000)]
+    wanted = [(float(low), float(high)) for low, high in np.quantile(means, [0.025, 0.975], axis=0).T]
+    for block in (2**20, 5 * 999, 1):
+        monkeypatch.setattr(two_by_two_table, "BLOCK", block)
+        assert two_by_two_table._intervals(values.T, 7) == wanted
 
 
 def test_best_at_k_has_its_own_interval():
