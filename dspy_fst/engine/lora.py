@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from safetensors import SafetensorError
@@ -249,7 +249,7 @@ def using_by_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         model: One that `takes_rows`.
         names: Of each row; it is read at every forward, and may be changed in place between two of them.
     """
-    layers: list[nn.Module] = [module for module in model.modules() if _is_adapted(module)]
+    layers = cast("list[nn.Module]", [module for module in model.modules() if _is_adapted(module)])
 
     def give_names(
         _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
