@@ -27,10 +27,6 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 transformers.logging.disable_progress_bar()
 
-# DSPy, not imported yet, keeps replies of LMs in the home folder: those of an earlier test run would be taken.
-CACHE = tempfile.TemporaryDirectory(prefix="dspy-cache-")
-os.environ["DSPY_CACHEDIR"] = CACHE.name
-
 
 def in_memory() -> Path | None:
     """A file system in memory with room for what tests write; tests/real writes gigabytes, to the disk.
@@ -45,6 +41,10 @@ def in_memory() -> Path | None:
 
 if (folder := in_memory()) is not None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(folder))  # pytest's name for where tmp_path lies
+# DSPy, not imported yet, keeps replies of LMs in the home folder: those of an earlier test run would be taken.
+# It opens 16 databases there in each process that imports it, which takes half a second on a busy disk.
+CACHE = tempfile.TemporaryDirectory(prefix="dspy-cache-", dir=folder)
+os.environ["DSPY_CACHEDIR"] = CACHE.name
 # Without a network litellm asks three times for its newest prices while it is imported, in every process.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
