@@ -1,61 +1,49 @@
-"""Samples replies to a batch of calls with a transformers model. Every row has its own seed.
+"""Samples replies to calls with a transformers model, side by side. Every row has its own seed.
 
-Calls are cut into batches within a token budget, and identical prompts are read once. The engine
-(`dspy_fst.engine.in_process`) decides which calls wait for one batch; this file knows neither threads nor requests.
+What prompts have in common at their beginning is read once, at any depth. Rows end and others join between two tokens.
+The engine (`dspy_fst.engine.in_process`) decides which calls may join; this file knows neither threads nor requests.
 
 The model decodes prompt by prompt and then token by token, in the fastest way that is right for it. Most models read
-prompts of different lengths side by side, padded on the left, and cache keys and values. Recurrent layers (Mamba, gated
-delta nets, short convolutions) would carry padding through their state, so those models read one length at a time. A
-model with a cache of another kind rereads the whole text for every token: slow, but right.
+prompts as a tree (`dspy_fst.engine.tree`) and cache keys and values. Some read prompts of different lengths side by
+side, padded on the left. Recurrent layers (Mamba, gated delta nets, short convolutions) would carry padding through
+their state, so those models read one length at a time. A model with a cache of another kind rereads the whole text for
+every token: slow, but right.
 """
 
 import inspect
+import math
 import threading
 import time
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Self, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dspy_fst.errors import EngineError
+from dspy_fst.engine.decoding import Decoding, DecodingChoice, Start, UncachedDecoding
+from dspy_fst.engine.tree import Ids, keys_of_rows, whole_tree
 from dspy_fst.model_files.architectures import last_position
 from dspy_fst.types import WeightsVersion
 
 # ---- how a model decodes -------------------------------------------------------------------------
 
 
-TOLERANCE, STATE_TOLERANCE = 1e-3, 5e-5
-"""Largest relative gap between a way of decoding and the plain forward, in float32, where kernels differ by 1e-6.
+@dataclass
+class PromptTokens:
+    """Tokens of prompts, since the model was given."""
 
-A fault in cached keys and values shows at the size of the logits. Recurrent layers may always be off by a little:
-Zamba 2 and Nemotron-H bound the time step when they read a text, but not when they read a token (1e-4; 1e-2 nats).
-"""
-Ids = tuple[int, ...]
-
-
-class Decoding(Protocol):
-    """Rows of text that grow by one token at a time."""
-
-    logits: Tensor
-    """Logits of each row's next token, shape (rows, vocabulary), float32."""
-
-    @abstractmethod
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order; a row may be taken several times."""
-
-    @abstractmethod
-    def append(self, tokens: Tensor) -> None:
-        """Read one more token in each row; ``tokens`` has shape (rows,)."""
+    in_calls: int = 0
+    """Of all calls, each by itself."""
+    read: int = 0
+    """Those that the model read, padding included."""
 
 
-class BatchDecoder:
+class BatchDecoder(DecodingChoice):
     """A model and the way in which it decodes a batch, chosen by a probe when the model is given.
 
     Args:
@@ -63,106 +51,88 @@ class BatchDecoder:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
         self._parameters = set(inspect.signature(model.forward).parameters)
         self._cache_parameter = "past_key_values" if "past_key_values" in self._parameters else "cache_params"
+        self.chooses_logits = "logits_to_keep" in self._parameters
+        """Whether the model can compute the logits of some positions alone."""
         self._last_position = last_position(model.config)
-        self.keeps_cache = self._cache_parameter in self._parameters and self._has_plain_cache()
-        """Whether keys and values (or states) are kept between tokens."""
-        self.equal_lengths_only = False
-        """Whether the prompts of a batch must have one length."""
         self.adapters: list[str | None] = []
         """The LoRA adapter of each row that is read next; who has a batch of several reads it (`lora.using_by_row`)."""
-        if self.keeps_cache:
-            self._choose()
+        self.prompt_tokens = PromptTokens()
+        super().__init__(model, takes_cache=self._cache_parameter in self._parameters)
+        self.prompt_tokens = PromptTokens()  # without the probe's
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
 
-    def prefill(self, prompts: Sequence[Ids]) -> Decoding:
-        """Read prompts; they must have one length if `equal_lengths_only`."""
-        return _CachedDecoding(self, prompts) if self.keeps_cache else _UncachedDecoding(self, prompts)
+    def prefill(self, starts: Sequence[Start]) -> Decoding:
+        unique = list(dict.fromkeys(starts))
+        parts = [unique]
+        if self.reads_trees:  # one row of the model holds many texts, and a row has one adapter
+            unique.sort(key=lambda start: start[1] or "")
+            adapters = dict.fromkeys(adapter for _, adapter in unique)
+            parts = [[start for start in unique if start[1] == adapter] for adapter in adapters]
+        batch, *others = [self._read(part) for part in parts]
+        for other in others:
+            batch.join(other)
+        row_of = {start: row for row, start in enumerate(unique)}
+        batch.select(torch.tensor([row_of[start] for start in starts], device=self.device))
+        self.prompt_tokens.in_calls += sum(len(prompt) for prompt, _ in starts)
+        return batch
 
-    def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: DynamicCache | None) -> Tensor:
-        """Logits, shape (rows, kept positions, vocabulary): of the last position with a cache, else of all."""
-        options: dict[str, object] = {"attention_mask": mask}
+    def plain_logits(self, ids: Tensor) -> Tensor:
+        return self.forward(ids, None, None, None)
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: DynamicCache | None,
+        kept: Tensor | int = 1,
+        **tree: object,
+    ) -> Tensor:
+        """Logits, shape (rows, kept positions, vocabulary).
+
+        Args:
+            kept: How many last positions, or the indices of those whose logits are needed. All logits are given without
+                a cache, and by models that cannot choose.
+            tree: How the tokens of a row continue each other, where they are a tree.
+        """
+        options: dict[str, object] = {"attention_mask": mask, **tree}
         if positions is not None and "position_ids" in self._parameters:
             options["position_ids"] = positions.clamp(min=0, max=self._last_position)
         if cache is not None:
             options[self._cache_parameter] = cache
-            options |= {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
+            options |= {"logits_to_keep": kept} if self.chooses_logits else {}
         logits: Tensor = self.model(input_ids=ids, use_cache=cache is not None, **options).logits
         return logits
 
-    def _has_plain_cache(self) -> bool:
-        try:
-            layers = DynamicCache(config=self.model.config).layers
-        except Exception:  # the config describes layers that transformers has no cache for
-            return False
-        return all(hasattr(layer, "reorder_cache") for layer in layers)
-
-    @torch.no_grad()
-    def _choose(self) -> None:
-        """Choose the first way of decoding whose logits are those of plain forwards.
-
-        In bfloat16 rounding alone is as large as some faults, so there the kinds of layers decide.
-        """
-        layers = DynamicCache(config=self.model.config).layers
-        self.equal_lengths_only = not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-        if self.model.dtype != torch.float32 or (not self.equal_lengths_only and self._agrees()):
-            return
-        self.equal_lengths_only = True
-        self.keeps_cache = self._agrees()
-        self.equal_lengths_only = self.keeps_cache
-
-    def _agrees(self) -> bool:
-        """Whether decoding two short texts gives the logits of plain forwards."""
-        size = cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
-        texts = [(3, 1, 4, 1, 5, 9, 2, 6), (2, 7, 1, 8, 2, 8, 1, 8) if self.equal_lengths_only else (2, 7, 1, 8, 2)]
-        try:
-            gap = self._gap([tuple(token % size for token in text) for text in texts])
-        except Exception:  # a model's own code may refuse such a batch in any way
-            return False
-        return gap <= (STATE_TOLERANCE if self.equal_lengths_only else TOLERANCE)
-
-    def _gap(self, texts: list[Ids]) -> float:
-        """Largest gap of the last three tokens' logits, relative to their size.
-
-        The rows change places and one of them is doubled, as it happens in a batch.
-        """
-        decoding = self.prefill([text[:-2] for text in texts])
-        rows = torch.tensor([1, 0, 1], device=self.device)
-        decoding.select(rows)
-        selected = [texts[row] for row in rows.tolist()]
-        steps = [decoding.logits]
-        for place in (-2, -1):
-            decoding.append(torch.tensor([text[place] for text in selected], device=self.device))
-            steps.append(decoding.logits)
-        gaps = []
-        for row, text in enumerate(selected):
-            plain = self.forward(torch.tensor([text], device=self.device), None, None, None)[0, -3:].float()
-            decoded = torch.stack([logits[row] for logits in steps])
-            gaps.append(float((decoded - plain).abs().max() / plain.abs().max().clamp(min=1e-6)))
-        return max(gaps)
+    def _read(self, starts: Sequence[Start]) -> Decoding:
+        prompts = [prompt for prompt, _ in starts]
+        self.adapters[:] = [starts[0][1]] if self.reads_trees else [adapter for _, adapter in starts]
+        if self.keeps_cache:
+            return _CachedDecoding(self, prompts)
+        self.prompt_tokens.read += len(prompts) * max(map(len, prompts))
+        return UncachedDecoding(self, prompts)
 
 
 class _CachedDecoding:
-    """Prompts padded on the left; keys and values (or states) are kept."""
+    """Keys and values (or states) are kept, those of shorter texts behind padding on the left."""
 
     logits: Tensor
 
     def __init__(self, decoder: BatchDecoder, prompts: Sequence[Ids]):
-        width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # padded on the left, so that the next token is last in every row
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        self._decoder, self._mask = decoder, mask.to(decoder.device)
+        self._decoder = decoder
         self._cache = DynamicCache(config=decoder.model.config)
-        self._read(ids.to(decoder.device), self._mask.cumsum(-1) - 1)
+        if decoder.reads_trees:
+            self._read_as_tree(prompts)
+            return
+        ids, self._mask = _padded_left(prompts, decoder.device)
+        decoder.prompt_tokens.read += ids.numel()
+        self._read(ids, self._mask.cumsum(-1) - 1)
 
     def select(self, rows: Tensor) -> None:
         # Not batch_select_indices: recurrent layers lack it, or it leaves their states as they are.
@@ -174,36 +144,45 @@ class _CachedDecoding:
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
         self._read(tokens[:, None], positions)
 
+    def join(self, other: Self) -> None:
+        unused = int(self._mask.argmax(-1).min())  # columns that only padding is left in
+        self._mask = self._mask[:, unused:]
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
+        width = max(self._mask.shape[1], other._mask.shape[1])
+
+        def both(one: Tensor, two: Tensor, axes: int) -> Tensor:
+            below = (0, 0) * axes
+            return torch.cat([pad(part, (*below, width - part.shape[-1 - axes], 0)) for part in (one, two)])
+
+        for layer, more in zip(self._cache.layers, other._cache.layers, strict=True):
+            layer.keys, layer.values = both(layer.keys, more.keys, 1), both(layer.values, more.values, 1)
+        self._mask = both(self._mask, other._mask, 0)
+        self.logits = torch.cat([self.logits, other.logits])
+
     def _read(self, ids: Tensor, positions: Tensor) -> None:
         mask = None if self._decoder.equal_lengths_only else self._mask
         self.logits = self._decoder.forward(ids, mask, positions, self._cache)[:, -1].float()
 
+    def _read_as_tree(self, prompts: Sequence[Ids]) -> None:
+        decoder = self._decoder
+        _, ids, places, tree = whole_tree(prompts)
+        last = torch.tensor([where[-1] for where in places], device=decoder.device)
+        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=decoder.device)  # a mask of 4 axes is taken as it is
+        tree = tree.to(decoder.device)
+        logits = decoder.forward(ids.to(decoder.device), unused, tree.positions, self._cache, last, tree=tree)[0]
+        self.logits = (logits if decoder.chooses_logits else logits[last]).float()
+        columns, self._mask = _padded_left(places, decoder.device)
+        keys_of_rows(self._cache, columns)
+        decoder.prompt_tokens.read += ids.numel()
 
-class _UncachedDecoding:
-    """Nothing is kept: texts are padded on the right, where no real token looks, and read whole for every token."""
 
-    logits: Tensor
-
-    def __init__(self, decoder: BatchDecoder, prompts: Sequence[Ids]):
-        self._decoder = decoder
-        self._rows = [list(prompt) for prompt in prompts]
-        self._read()
-
-    def select(self, rows: Tensor) -> None:
-        self._rows = [list(self._rows[row]) for row in rows.tolist()]
-        self.logits = self.logits[rows]
-
-    def append(self, tokens: Tensor) -> None:
-        for row, token in zip(self._rows, tokens.tolist(), strict=True):
-            row.append(token)
-        self._read()
-
-    def _read(self) -> None:
-        width, device = max(map(len, self._rows)), self._decoder.device
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in self._rows], device=device)
-        last = torch.tensor([len(row) - 1 for row in self._rows], device=device)
-        logits = self._decoder.forward(ids, None, None, None)
-        self.logits = logits[torch.arange(len(self._rows), device=device), last].float()
+def _padded_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of equal length, so that the next token is last in each; and their mask, 0 where they were padded."""
+    width = max(map(len, rows))
+    filled = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return filled, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
 
 
 # ---- calls and their batches ---------------------------------------------------------------------
@@ -240,99 +219,157 @@ class Pending:
         self.reply.add_done_callback(lambda _: self.begun.set())
 
     @property
+    def longest(self) -> int:
+        """Tokens of its prompt and its longest reply."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
     def order(self) -> tuple[int, tuple[int, ...], str, int]:
         """Sort key, so that batches do not depend on the order of arrival."""
         return (len(self.prompt), self.prompt, self.adapter or "", self.seed)
 
 
-def cut(calls: Sequence[Pending], budget: int, *, mixed: bool = False) -> list[list[Pending]]:
-    """Sort calls and cut them into batches, with rows x (longest prompt + completion) within the budget.
-
-    A call that exceeds the budget is a batch by itself.
-
-    Args:
-        mixed: Whether a batch may hold calls of several LoRA adapters and of the base.
-    """
-    batches: list[list[Pending]] = []
-    width = 0
-    for call in sorted(calls, key=lambda call: ("" if mixed else call.adapter or "", call.order)):
-        width = max(width, len(call.prompt) + call.max_tokens)
-        fits = batches and width * (len(batches[-1]) + 1) <= budget
-        if fits and (mixed or batches[-1][0].adapter == call.adapter):
-            batches[-1].append(call)
-        else:
-            batches.append([call])
-            width = len(call.prompt) + call.max_tokens
-    return batches
-
-
-@torch.no_grad()
-def generate(
-    decoder: BatchDecoder, eos: frozenset[int], calls: Sequence[Pending], overdue: Callable[[], bool] = lambda: False
-) -> list[Reply]:
-    """Sample a reply to every call: ids, their log-probabilities at the call's temperature, and the finish reason.
-
-    Identical prompts (the G/K rollouts of one candidate on one problem) are read once. Finished rows are removed from
-    the batch once they are half of it.
+class Batch:
+    """Calls that are sampled side by side. Some end and others join between two tokens.
 
     Args:
         decoder: The model.
         eos: Ids of the tokens that end a reply.
-        calls: The batch.
-        overdue: Called before each token; the batch is given up when it returns True.
-
-    Raises:
-        EngineError: the batch was given up.
     """
-    replies = [Reply() for _ in calls]
-    widths = {len(call.prompt) for call in calls} if decoder.equal_lengths_only else {0}
-    for width in sorted(widths):
-        rows = [row for row, call in enumerate(calls) if width in (0, len(call.prompt))]
-        _fill([replies[row] for row in rows], decoder, eos, [calls[row] for row in rows], overdue)
-    return replies
 
+    def __init__(self, decoder: BatchDecoder, eos: frozenset[int]):
+        self._decoder, self._eos = decoder, eos
+        self._rows: list[_Row] = []
+        """Those of the decoding; a row that has ended is removed later."""
+        self._decoding: Decoding | None = None
+        self.steps = 0
+        """Tokens since calls joined."""
+        self.ended = 0
+        """Replies that ended since then."""
 
-def _fill(
-    replies: list[Reply], decoder: BatchDecoder, eos: frozenset[int], calls: list[Pending], overdue: Callable[[], bool]
-) -> None:
-    starts = list(dict.fromkeys((call.prompt, call.adapter) for call in calls))
-    row_of = {start: row for row, start in enumerate(starts)}
-    device = decoder.device
-    decoder.adapters[:] = [adapter for _, adapter in starts]
-    batch = decoder.prefill([prompt for prompt, _ in starts])
-    batch.select(torch.tensor([row_of[call.prompt, call.adapter] for call in calls], device=device))
-    decoder.adapters[:] = [call.adapter for call in calls]
-    draws = [np.random.default_rng(call.seed).random(call.max_tokens) for call in calls]
-    temperatures = torch.tensor([call.temperature for call in calls], device=device)
-    live = list(range(len(calls)))  # live[i] is the index of the call in row i of the batch
-    while True:
-        if overdue():
-            raise EngineError("the batch was given up: it ran for longer than timeout_s")
-        step = [min(len(replies[call].ids), len(draws[call]) - 1) for call in live]
-        uniform = torch.tensor([draws[call][n] for call, n in zip(live, step, strict=True)], dtype=torch.float64)
-        tokens, logprobs = sample(batch.logits, temperatures[live], uniform.to(device))
-        for call, token, logprob in zip(live, tokens.tolist(), logprobs.tolist(), strict=True):
-            _append(replies[call], token, logprob, eos, calls[call].max_tokens)
-        rows = [row for row, call in enumerate(live) if not replies[call].finish_reason]
-        if not rows:
+    @property
+    def calls(self) -> list[Pending]:
+        """Those without a whole reply."""
+        return [row.call for row in self._rows if not row.reply.finish_reason]
+
+    def room_for(self, waiting: Sequence[Pending], budget: float, *, mixed: bool) -> int:
+        """How many of the first waiting calls may join, with rows x (longest prompt + completion) within the budget.
+
+        A call that exceeds the budget is sampled by itself.
+
+        Args:
+            mixed: Whether a batch may hold calls of several LoRA adapters and of the base.
+        """
+        calls = self.calls
+        if calls and not self._decoder.joins:
+            return 0
+        first = [*calls, *waiting][:1]
+        count, width = 0, max((call.longest for call in calls), default=0)
+        for call in waiting:
+            width = max(width, call.longest)
+            alike = mixed or call.adapter == first[0].adapter
+            level = not self._decoder.equal_lengths_only or len(call.prompt) == len(first[0].prompt)
+            fits = width * (len(calls) + count + 1) <= budget or not (calls or count)
+            if not (alike and level and fits):
+                break
+            count += 1
+        return count
+
+    @torch.no_grad()
+    def admit(self, joining: Sequence[Pending]) -> None:
+        """Read the prompts of calls that join. What they have in common at their beginning is read once."""
+        self.steps = self.ended = 0
+        if not joining:
             return
-        if 2 * len(rows) <= len(live):
-            kept = torch.tensor(rows, device=device)
-            batch.select(kept)
-            tokens, live = tokens[kept], [live[row] for row in rows]
-            decoder.adapters[:] = [calls[call].adapter for call in live]
-        batch.append(tokens)
+        self._keep([row for row, one in enumerate(self._rows) if not one.reply.finish_reason])
+        new = self._decoder.prefill([(call.prompt, call.adapter) for call in joining])
+        if self._decoding is None:
+            self._decoding = new
+        else:
+            self._decoding.join(new)
+        self._rows += [_Row.of(call) for call in joining]
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Pending, Reply]]:
+        """Sample a token of every reply; the calls whose replies it ended, and these."""
+        assert self._decoding is not None, "somebody has joined"
+        device = self._decoder.device
+        uniform = torch.tensor([row.draw for row in self._rows], dtype=torch.float64, device=device)
+        temperatures = torch.tensor([row.call.temperature for row in self._rows], device=device)
+        tokens, logprobs = sample(self._decoding.logits, temperatures, uniform)
+        before = self._rows
+        ended = [
+            row
+            for row, token, logprob in zip(before, tokens.tolist(), logprobs.tolist(), strict=True)
+            if not row.reply.finish_reason and row.append(token, logprob, self._eos)
+        ]
+        self.steps, self.ended = self.steps + 1, self.ended + len(ended)
+        live = [index for index, row in enumerate(before) if not row.reply.finish_reason]
+        if 2 * len(live) <= len(before):
+            self._keep(live)
+            tokens = tokens[live]
+        if live:
+            self._decoder.adapters[:] = [row.call.adapter for row in self._rows]
+            self._decoding.append(tokens)
+        return [(row.call, row.reply) for row in ended]
+
+    def drop(self, calls: Sequence[Pending]) -> None:
+        """Give up some calls between two tokens."""
+        given_up = {id(call) for call in calls}
+        self._keep([index for index, row in enumerate(self._rows) if id(row.call) not in given_up])
+
+    def _keep(self, rows: list[int]) -> None:
+        if len(rows) < len(self._rows):
+            self._rows = [self._rows[row] for row in rows]
+            if self._decoding is not None and rows:
+                self._decoding.select(torch.tensor(rows, device=self._decoder.device))
+        if not rows:
+            self._decoding = None
 
 
-def _append(reply: Reply, token: int, logprob: float, eos: frozenset[int], max_tokens: int) -> None:
-    if reply.finish_reason:
-        return  # the reply is finished, and its row has not been removed yet
-    reply.ids.append(token)
-    reply.logprobs.append(logprob)
-    if token in eos:
-        reply.finish_reason = "stop"
-    elif len(reply.ids) == max_tokens:
-        reply.finish_reason = "length"
+@dataclass
+class _Row:
+    """A call and what was sampled for it."""
+
+    call: Pending
+    draws: list[float]
+    """One number in [0, 1) for each token."""
+    reply: Reply = field(default_factory=Reply)
+
+    @classmethod
+    def of(cls, call: Pending) -> "_Row":
+        return cls(call, np.random.default_rng(call.seed).random(call.max_tokens).tolist())
+
+    @property
+    def draw(self) -> float:
+        """The next token's number; any for a row that has ended and was not removed yet."""
+        return self.draws[min(len(self.reply.ids), len(self.draws) - 1)]
+
+    def append(self, token: int, logprob: float, eos: frozenset[int]) -> bool:
+        """Whether the reply ends with this token."""
+        reply = self.reply
+        reply.ids.append(token)
+        reply.logprobs.append(logprob)
+        if token in eos:
+            reply.finish_reason = "stop"
+        elif len(reply.ids) == self.call.max_tokens:
+            reply.finish_reason = "length"
+        return bool(reply.finish_reason)
+
+
+def generate(decoder: BatchDecoder, eos: frozenset[int], calls: Sequence[Pending]) -> list[Reply]:
+    """Sample a reply to every call, all at once if the model can: ids, log-probabilities at the call's temperature, and
+    the finish reason.
+    """
+    waiting = sorted(calls, key=lambda call: call.order)
+    replies: dict[int, Reply] = {}
+    batch = Batch(decoder, eos)
+    while waiting or batch.calls:
+        count = batch.room_for(waiting, math.inf, mixed=True)
+        batch.admit(waiting[:count])
+        del waiting[:count]
+        replies |= {id(call): reply for call, reply in batch.step()}
+    return [replies[id(call)] for call in calls]
 
 
 def sample(

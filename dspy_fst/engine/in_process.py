@@ -1,67 +1,57 @@
 """The in-process engine: transformers in this process, with concurrent calls batched together.
 
 Batches are deterministic for programs that make one LM call at a time, so a resumed run can equal an uninterrupted one:
-a batch runs when every caller in flight waits for it (not after a fixed time), its rows are sorted, and each row is
+a batch begins when every caller in flight waits for it (not after a fixed time), its rows are sorted, and each row is
 sampled from its own seeded generator. A caller that makes no call for ``linger_s`` seconds is not waited for.
+
+Replies are handed out as they end, and calls join those that are still sampled, at tokens that are counted and not
+timed: calls that found no room when the batch began, once a quarter of its rows has ended; later calls, once in
+`JOIN_AFTER` tokens, when every caller waits again.
 """
 
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from dspy import lm15
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoTokenizer
 
 from dspy_fst.engine.base import QUEUEING, Checkpoint, Completion, Holding, Scorer
-from dspy_fst.engine.chat import PromptRenderer, text_response
-from dspy_fst.engine.generation import BatchDecoder, Pending, Reply, cut, generate
-from dspy_fst.engine.holding import compare, compare_adapters, head_in_float32
-from dspy_fst.engine.lora import put_on_as_read, take_off, takes_rows, using, using_by_row
-from dspy_fst.engine.machine import has_gpu
+from dspy_fst.engine.chat import text_response
+from dspy_fst.engine.generation import Batch, Pending, PromptTokens, Reply
+from dspy_fst.engine.loaded_model import LoadedModel
+from dspy_fst.engine.lora import using, using_by_row
 from dspy_fst.engine.options import InProcessSettings
-from dspy_fst.engine.replies import ReplyReader, with_logprobs
+from dspy_fst.engine.replies import with_logprobs
 from dspy_fst.errors import EngineError, TrainingError
-from dspy_fst.model_files.architectures import context_length, load_model_with_info
-from dspy_fst.model_files.folder import folder_faults, layer_fault
 from dspy_fst.types import WeightsVersion
 
 UNLIMITED_REPLY = 1024
 """Longest reply, in tokens, of a model without a context limit (Mamba, Bloom) if the call sets none; as in PolicyLM."""
 
-SCORED_AT_ONCE = 64
-"""Number of tokens whose logits are normalised at once (ours): 39 MiB with a vocabulary of 150k."""
+JOIN_AFTER = 64
+"""Tokens after which later calls may join a batch (ours). Its rows stand still until every caller waits, e.g. for a
+tool. That is little beside the time of so many tokens, and much beside that of a few."""
 
 
-class InProcessEngine:
+class InProcessEngine(LoadedModel):
     """Engine over ``transformers``; see `dspy_fst.engine.base.Engine` for the contract."""
 
     def __init__(self, settings: InProcessSettings | None = None):
-        self.settings = settings or InProcessSettings()
-        self._version: WeightsVersion | None = None
-        self._checkpoint: Checkpoint | None = None
-        """What the model holds; unlike ``_version`` it may not have been verified."""
-        self._base_compared: Path | None = None
-        """The base whose tensors were compared since it was read."""
-        self._model: Any = None
-        self._decoder: Any = None
-        self._mixes = False
-        """Whether one batch may hold calls of several LoRA adapters and of the base."""
-        self._context: int | None = None
-        self._tokenizer: Any = None
-        self._reader: ReplyReader | None = None
-        self._renderer: PromptRenderer | None = None
+        super().__init__(settings or InProcessSettings())
         self._lock = threading.Condition()
         self._model_lock = threading.Lock()
         self._pending: list[Pending] = []
         self._callers = 0
+        self._sampled = 0
+        """Calls whose replies are being sampled."""
+        self._away = 0
+        """Callers that a batch last waited for in vain."""
+        self._others = 0
+        """Threads that wait for the model between two batches."""
         self._worker: threading.Thread | None = None
         self._closed = False
         self._moved_at = 0.0
@@ -80,13 +70,20 @@ class InProcessEngine:
     def expect(self, callers: int) -> None:
         """Set how many rollouts are in flight; a batch waits for that many calls."""
         with self._lock:
+            self._away = min(self._away, callers)
             self._callers = callers
             self._wake()
 
+    @property
+    def prompt_tokens(self) -> PromptTokens:
+        """Tokens of prompts since the model was read: those of the calls, and those that the model read."""
+        return PromptTokens() if self._decoder is None else replace(self._decoder.prompt_tokens)
+
     def load(self, checkpoint: Checkpoint) -> None:
-        with self._model_lock:
+        with self._between_batches():
             try:
                 self._take(checkpoint)
+                self._start_worker()
             except (OSError, ValueError, RuntimeError, TrainingError) as error:
                 raise EngineError(
                     f"weights {checkpoint.version} at {checkpoint.folder} do not load: {error}"
@@ -100,20 +97,8 @@ class InProcessEngine:
             raise
 
     def held(self, checkpoint: Checkpoint) -> Holding:
-        with self._model_lock:
-            if self._model is None:
-                raise EngineError("the in-process engine has no weights yet: load a checkpoint first")
-            try:
-                adapters = compare_adapters(self._model, checkpoint.adapters)
-                if checkpoint.adapters and self._base_compared == checkpoint.path:
-                    return adapters
-                base = compare(self._model, checkpoint.path)
-            except (OSError, SafetensorError) as error:
-                raise EngineError(
-                    f"weights {checkpoint.version} at {checkpoint.folder} cannot be read: {error}"
-                ) from error
-            self._base_compared = None if base.wrong else checkpoint.path
-            return Holding({**base.digests, **adapters.digests}, {**base.wrong, **adapters.wrong}, base.dtype)
+        with self._between_batches():
+            return self._compare(checkpoint)
 
     def complete(
         self, request: lm15.Request, seed: int, prompt_ids: tuple[int, ...] | None = None, adapter: str | None = None
@@ -147,18 +132,8 @@ class InProcessEngine:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
-        with self._model_lock, self._using(self._through(adapter)):
+        with self._between_batches(), self._using(self._through(adapter)):
             return [self._token_logprobs(sequence) for sequence in sequences]
-
-    def _token_logprobs(self, sequence: Sequence[int]) -> list[float]:
-        """Scores one sequence, in parts: the logits of all its tokens may need too much memory at once."""
-        if len(sequence) < 2:
-            return []
-        ids = torch.tensor([[*sequence]], device=self._model.device)
-        logits = self._model(input_ids=ids).logits[0, :-1]
-        parts = zip(logits.split(SCORED_AT_ONCE), ids[0, 1:].split(SCORED_AT_ONCE), strict=True)
-        chosen = [part.float().log_softmax(-1).gather(-1, wanted[:, None])[:, 0] for part, wanted in parts]
-        return torch.cat(chosen).tolist()
 
     def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
         """Verify the weights that are loaded next. This engine never recovers: it fails with its process."""
@@ -173,8 +148,7 @@ class InProcessEngine:
             self._lock.notify_all()
         if self._worker is not None:
             self._worker.join(timeout=self.settings.timeout_s)
-        self._model = self._decoder = self._tokenizer = self._reader = self._renderer = self._version = None
-        self._checkpoint = self._base_compared = None
+        self._let_go()
 
     def _reply_to(self, call: Pending) -> Reply:
         """Wait for the batch of a call to begin, then for at most ``timeout_s`` for its reply.
@@ -204,58 +178,6 @@ class InProcessEngine:
         return max(self._moved_at, call.arrived_at) + limit_s
 
     # ---- one batch at a time -------------------------------------------------------------------
-
-    def _start(self, checkpoint: Checkpoint) -> None:
-        device = self.settings.device or ("cuda" if has_gpu() else "cpu")
-        dtype = self.settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
-        if faults := list(folder_faults(checkpoint.path)):
-            raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} are not served: {'; '.join(faults)}")
-        self._reader = ReplyReader.of(self._tokenizer, checkpoint.path)
-        self._renderer = PromptRenderer(self._tokenizer, self._reader.traits)
-        self._read(checkpoint, device, dtype)
-        self._closed = False
-        if self._worker is None or not self._worker.is_alive():
-            self._worker = threading.Thread(target=self._serve, name="in-process-engine", daemon=True)
-            self._worker.start()
-
-    def _take(self, checkpoint: Checkpoint) -> None:
-        """Hold the weights of a checkpoint. A base that is held already is not read again for other adapters on it."""
-        if self._model is None:
-            self._start(checkpoint)
-        elif not (checkpoint.adapters and self._checkpoint and self._checkpoint.path == checkpoint.path):
-            self._replace_weights(checkpoint)
-        self._version = None  # an error from here on may leave a part of the new weights in the model
-        former = self._checkpoint.adapters if self._checkpoint else ()
-        for name in {adapter.name for adapter in former} - {adapter.name for adapter in checkpoint.adapters}:
-            take_off(self._model, name)
-        for adapter in checkpoint.adapters:
-            put_on_as_read(self._model, adapter.name, adapter.path)
-        self._mixes = len(checkpoint.adapters) > 1 and takes_rows(self._model)
-        self._checkpoint = checkpoint
-
-    def _replace_weights(self, checkpoint: Checkpoint) -> None:
-        """Replace the served whole weights, or the base, by others of the same model."""
-        stored = load_file(checkpoint.path / "model.safetensors")
-        self._version = self._base_compared = None
-        if stored.keys() == self._model.state_dict().keys():
-            self._model.load_state_dict(stored)
-            return
-        # The tensors have other names or shapes on disk (experts, for example), or adapters are on the model.
-        del stored
-        device, dtype = self._model.device, self._model.dtype
-        self._model = self._decoder = self._checkpoint = None  # frees memory for the new model
-        self._read(checkpoint, str(device), dtype)
-
-    def _read(self, checkpoint: Checkpoint, device: str, dtype: str | torch.dtype) -> None:
-        model, info = load_model_with_info(checkpoint.path, dtype=dtype)
-        if fault := layer_fault(info):
-            raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} are not served: {fault}")
-        served: nn.Module = model  # transformers decorates its own `to`, and its type is lost there
-        self._model = served.to(device).eval()
-        head_in_float32(self._model, checkpoint.path)
-        self._decoder = BatchDecoder(self._model)
-        self._context = context_length(self._model.config)
 
     def _using(self, adapter: str | None) -> AbstractContextManager[None]:
         """A block in which the model computes with this LoRA adapter, or as its base does."""
@@ -295,62 +217,127 @@ class InProcessEngine:
             self._reader.check(request)
         return self._renderer.ids(request)
 
+    @contextmanager
+    def _between_batches(self) -> Iterator[None]:
+        """A block in which nothing is sampled. Calls that are sampled are finished first, and no more join them."""
+        with self._lock:
+            self._others += 1
+        try:
+            with self._model_lock:
+                yield
+        finally:
+            with self._lock:
+                self._others -= 1
+                self._lock.notify_all()
+
+    def _start_worker(self) -> None:
+        self._closed = False
+        if self._worker is None or not self._worker.is_alive():
+            self._worker = threading.Thread(target=self._serve, name="in-process-engine", daemon=True)
+            self._worker.start()
+
     def _serve(self) -> None:
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._pending or self._closed)
-                self._gather()
-                calls, self._pending = self._pending, []
-                if self._closed:
-                    self._refuse(calls)
-                    return
-            for batch in cut(calls, self.settings.max_batch_tokens, mixed=self._mixes):
-                self._answer(batch)
+                self._lock.wait_for(lambda: (self._pending and not self._others) or self._closed)
+                waiting = self._gather()
+            if self._closed:
+                self._refuse(waiting)
+                return
+            with self._model_lock:
+                self._sample(waiting)
 
     def _wake(self) -> None:
         """Wake the worker if it has something to do. Waking it for every call would cost more than the calls."""
-        if len(self._pending) == 1 or len(self._pending) >= self._callers:
+        if len(self._pending) == 1 or self._missing() <= 0:
             self._lock.notify_all()
 
-    def _gather(self) -> None:
-        """Wait until every caller in flight has made a call, or no new call came for ``linger_s``."""
-        seen = 0
-        while seen < len(self._pending) < self._callers and not self._closed:
+    def _missing(self) -> int:
+        """Callers in flight that neither wait nor are sampled."""
+        return self._callers - self._sampled - len(self._pending)
+
+    def _gather(self) -> list[Pending]:
+        """Take the calls that wait, sorted, when every caller in flight has made one, or none came for ``linger_s``.
+
+        Rows that are sampled do not stand still a second time for callers that were waited for in vain.
+        """
+        seen, missing_before = -1, self._away if self._sampled else 0
+        while seen < len(self._pending) and self._missing() > missing_before and not self._closed:
             seen, self._moved_at = len(self._pending), time.monotonic()
-            self._lock.wait_for(self._complete, timeout=self.settings.linger_s)
+            self._lock.wait_for(lambda: self._closed or self._missing() <= 0, timeout=self.settings.linger_s)
+        self._away = max(self._missing(), 0)
+        calls, self._pending = self._pending, []
+        return sorted(calls, key=lambda call: ("" if self._mixes else call.adapter or "", call.order))
 
-    def _complete(self) -> bool:
-        return self._closed or len(self._pending) >= self._callers
+    def _sample(self, waiting: list[Pending]) -> None:
+        """Sample replies to these calls, and to those that join them."""
+        batch = Batch(self._decoder, self._eos())
+        while waiting or batch.calls:
+            if not batch.calls and (self._closed or self._others):
+                with self._lock:
+                    self._pending = [*waiting, *self._pending]
+                return
+            count = batch.room_for(waiting, self.settings.max_batch_tokens, mixed=self._mixes)
+            joining, waiting = waiting[:count], waiting[count:]
+            self._answer(batch, joining, waiting)
+            if batch.calls and not waiting:
+                with self._lock:
+                    waiting = self._gather()
 
-    def _answer(self, batch: list[Pending]) -> None:
-        if self._closed:
-            self._refuse(batch)
-            return
+    def _answer(self, batch: Batch, joining: list[Pending], waiting: list[Pending]) -> None:
+        """Sample until more calls may join, and hand out the replies that end."""
+        calls = [*batch.calls, *joining]
+        self._begin(joining, len(calls))
         try:
-            with self._model_lock, self._using_those_of(batch):
-                began_at = self._begin(batch)
-                replies = generate(
-                    self._decoder,
-                    self._eos(),
-                    batch,
-                    lambda: time.monotonic() - began_at > self.settings.timeout_s,
-                )
-                for reply in replies:
-                    reply.weights = self._version or ""
+            with self._using_those_of(calls):
+                batch.admit(joining)
+                while calls and not self._may_join(batch, waiting):
+                    for call, reply in batch.step():
+                        reply.weights = self._version or ""
+                        self._hand_out(call, reply)
+                    self._give_up_late(batch)
+                    calls = batch.calls
         except Exception as error:  # every caller waits for an answer, whatever went wrong
-            for call in batch:
-                call.reply.set_exception(EngineError(f"the in-process engine failed: {error!r}"))
-            return
-        for call, reply in zip(batch, replies, strict=True):
-            call.reply.set_result(reply)
+            batch.drop(calls)
+            for call in calls:
+                self._hand_out(call, EngineError(f"the in-process engine failed: {error!r}"))
 
-    def _begin(self, batch: list[Pending]) -> float:
-        """Start the time limit of a batch's callers."""
+    def _may_join(self, batch: Batch, waiting: list[Pending]) -> bool:
+        """Whether the model has come to a token at which calls may join: with callers in flight time has no part in it.
+
+        What waits for the model comes first, so that nothing joins then.
+        """
+        if not batch.steps or not self._decoder.joins or self._others or self._closed:
+            return False
+        if not waiting and not self._callers:
+            return bool(self._pending)
+        return 4 * batch.ended >= len(batch.calls) and (bool(waiting) or batch.steps >= JOIN_AFTER)
+
+    def _give_up_late(self, batch: Batch) -> None:
+        """Drop the calls that have been sampled for longer than ``timeout_s``."""
+        began_before = time.monotonic() - self.settings.timeout_s
+        late = [call for call in batch.calls if call.began_at < began_before]
+        if late:
+            batch.drop(late)
+        for call in late:
+            self._hand_out(call, EngineError("the call was given up: it was sampled for longer than timeout_s"))
+
+    def _hand_out(self, call: Pending, answer: Reply | EngineError) -> None:
+        with self._lock:
+            self._sampled -= 1
+        if isinstance(answer, EngineError):
+            call.reply.set_exception(answer)
+        else:
+            call.reply.set_result(answer)
+
+    def _begin(self, calls: list[Pending], sampled: int) -> None:
+        """Start the time limit of calls that join."""
+        with self._lock:
+            self._sampled = sampled
         self._moved_at = now = time.monotonic()
-        for call in batch:
+        for call in calls:
             call.began_at = now
             call.begun.set()
-        return now
 
     def _refuse(self, calls: list[Pending]) -> None:
         for call in calls:

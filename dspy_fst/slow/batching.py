@@ -12,8 +12,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from dspy_fst.engine.tree import Ids, Tree, padded, trees
 from dspy_fst.errors import NotFiniteError, TrainingError
-from dspy_fst.slow.tree import Ids, Tree, padded, trees
 from dspy_fst.types import Call, Row
 
 NONE: Mapping[str, str] = MappingProxyType({})

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.lora import goes_on, in_use, merge, parameters_of, put_on, put_on_as_read, using
+from dspy_fst.engine.tree import attend_in_trees, read_tree
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.architectures import last_position, load_model_with_info
 from dspy_fst.model_files.folder import folder_faults, layer_fault, wrapped_names
@@ -22,7 +23,6 @@ from dspy_fst.slow.chunked_head import Readout
 from dspy_fst.slow.head import Head, decoder_of
 from dspy_fst.slow.layers import recompute_layers
 from dspy_fst.slow.quantized import Kind, quantize
-from dspy_fst.slow.tree import attend_in_trees, read_tree
 
 START = "start:"
 """Begins the name of the frozen copy of an adapter that goes on: the KL's reference. Adapters have no colon."""

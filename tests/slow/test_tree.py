@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.families import FAMILIES
+from dspy_fst.engine import tree
 from dspy_fst.memory import arithmetic
 from dspy_fst.report.metric_names import entry_of
 from dspy_fst.run.phase_reports import StepReport
-from dspy_fst.slow import tree
 from dspy_fst.slow.batching import Scored, micro_batches
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.trainer import Trainer

@@ -5,7 +5,8 @@ by itself, so a token that many texts share is computed once. Attention takes pl
 texts of similar length are its queries, and their whole texts its keys. These are copied out of the row, and copied
 again when the gradient is computed, so that no layer keeps copies.
 
-In: texts, i.e. tuples of token ids. Out: rows of ids with their `Tree`, and an attention function for transformers.
+In: texts, i.e. tuples of token ids. Out: rows of ids with their `Tree`, and an attention function for transformers. The
+trainer reads its micro-batches so, the in-process engine the prompts of a batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -104,6 +105,21 @@ def trees(texts: Sequence[Ids], budget: int) -> Iterator[InTree]:
     shared = _shared_lengths(texts)
     for part in _cut(texts, shared, budget):
         yield _in_tree(texts, shared, part)
+
+
+def whole_tree(texts: Sequence[Ids]) -> InTree:
+    """All texts as one tree. They may come in any order, and some of them may be equal or the beginnings of others."""
+    leaves: list[Ids] = []
+    leaf_of: dict[int, int] = {}
+    # Whatever begins with a text precedes it in this order, without a gap.
+    for index in sorted(range(len(texts)), key=texts.__getitem__, reverse=True):
+        if not leaves or leaves[-1][: len(texts[index])] != texts[index]:
+            leaves.append(texts[index])
+        leaf_of[index] = len(leaves)
+    leaves.reverse()
+    found = _in_tree(leaves, _shared_lengths(leaves), range(len(leaves)))
+    places = [found.places[-leaf_of[index]][: len(text)] for index, text in enumerate(texts)]
+    return found._replace(texts=range(len(texts)), places=places)
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -238,6 +254,20 @@ def read_tree(decoder: nn.Module, ids: Tensor, tree: Tree) -> Tensor:
     read = decoder(input_ids=ids, position_ids=tree.positions, attention_mask=unused, use_cache=False, tree=tree)
     hidden: Tensor = read.last_hidden_state
     return hidden
+
+
+def keys_of_rows(cache: DynamicCache, places: Tensor) -> None:
+    """Give each text a row of its own in the cache of a tree.
+
+    Args:
+        cache: Of plain layers, after a tree was read with it.
+        places: Shape (rows, width): where each row's tokens stand in the tree.
+    """
+    for layer in cache.layers:
+        layer.keys, layer.values = (
+            states[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1)
+            for states in (layer.keys, layer.values)
+        )
 
 
 def _attention(
