@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.lora_publish import move
-from dspy_fst.engine.generation import Pending, Reply, cut, generate
+from dspy_fst.engine.generation import Pending, Reply, generate
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.recipe.lora_settings import LoRA
@@ -43,7 +43,8 @@ def calls(prompt_tokens: int, vocabulary: int) -> list[Pending]:
 def sampled(engine: InProcessEngine, waiting: list[Pending], *, mixed: bool) -> tuple[float, dict[int, Reply]]:
     """Seconds of the CPU, and the replies by seed. No token ends a reply, so all have one length."""
     began, replies = time.process_time(), dict[int, Reply]()
-    for batch in cut(waiting, 1_000_000, mixed=mixed):
+    batches = [waiting] if mixed else [[call for call in waiting if call.adapter == adapter] for adapter in ADAPTERS]
+    for batch in batches:
         with engine._using_those_of(batch):
             made = generate(engine._decoder, frozenset(), batch)
         replies |= {call.seed: reply for call, reply in zip(batch, made, strict=True)}

@@ -107,7 +107,10 @@ class DecodingChoice(ABC):
     def _agrees(self, tolerance: float) -> bool:
         """Whether decoding a few short texts gives the logits of plain forwards."""
         size = cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
-        texts = [(3, 1, 4, 1, 5, 9, 2, 6), (2, 7, 1, 8, 2, 8, 1, 8) if self.equal_lengths_only else (2, 7, 1, 8, 2)]
+        texts: list[Ids] = [
+            (3, 1, 4, 1, 5, 9, 2, 6),
+            (2, 7, 1, 8, 2, 8, 1, 8) if self.equal_lengths_only else (2, 7, 1, 8, 2),
+        ]
         if self.reads_trees:
             texts += [(3, 1, 4, 1, 5, 8, 9, 7), (3, 1, 4, 1, 8, 2)]
         try:

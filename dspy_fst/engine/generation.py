@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from dspy_fst.engine.decoding import Decoding, DecodingChoice, Start, UncachedDecoding
-from dspy_fst.engine.tree import Ids, keys_of_rows, whole_tree
+from dspy_fst.engine.tree import Ids, change_states, keys_of_rows, whole_tree
 from dspy_fst.model_files.architectures import last_position
 from dspy_fst.types import WeightsVersion
 
@@ -146,18 +146,14 @@ class _CachedDecoding:
 
     def join(self, other: Self) -> None:
         unused = int(self._mask.argmax(-1).min())  # columns that only padding is left in
-        self._mask = self._mask[:, unused:]
-        for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
-        width = max(self._mask.shape[1], other._mask.shape[1])
+        width = max(self._mask.shape[1] - unused, other._mask.shape[1])
 
-        def both(one: Tensor, two: Tensor, axes: int) -> Tensor:
-            below = (0, 0) * axes
-            return torch.cat([pad(part, (*below, width - part.shape[-1 - axes], 0)) for part in (one, two)])
+        def both(one: Tensor, two: Tensor, axes: int = 1) -> Tensor:
+            one = one.narrow(-1 - axes, unused, one.shape[-1 - axes] - unused)
+            return torch.cat([pad(part, (*(0, 0) * axes, width - part.shape[-1 - axes], 0)) for part in (one, two)])
 
-        for layer, more in zip(self._cache.layers, other._cache.layers, strict=True):
-            layer.keys, layer.values = both(layer.keys, more.keys, 1), both(layer.values, more.values, 1)
-        self._mask = both(self._mask, other._mask, 0)
+        change_states(self._cache, both, other._cache)
+        self._mask = both(self._mask, other._mask, axes=0)
         self.logits = torch.cat([self.logits, other.logits])
 
     def _read(self, ids: Tensor, positions: Tensor) -> None:

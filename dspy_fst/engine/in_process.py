@@ -249,7 +249,7 @@ class InProcessEngine(LoadedModel):
 
     def _wake(self) -> None:
         """Wake the worker if it has something to do. Waking it for every call would cost more than the calls."""
-        if len(self._pending) == 1 or self._missing() <= 0:
+        if len(self._pending) == 1 or self._missing() <= self._away:
             self._lock.notify_all()
 
     def _missing(self) -> int:
@@ -261,10 +261,10 @@ class InProcessEngine(LoadedModel):
 
         Rows that are sampled do not stand still a second time for callers that were waited for in vain.
         """
-        seen, missing_before = -1, self._away if self._sampled else 0
-        while seen < len(self._pending) and self._missing() > missing_before and not self._closed:
+        seen, away = -1, self._away if self._sampled else 0
+        while seen < len(self._pending) and self._missing() > away and not self._closed:
             seen, self._moved_at = len(self._pending), time.monotonic()
-            self._lock.wait_for(lambda: self._closed or self._missing() <= 0, timeout=self.settings.linger_s)
+            self._lock.wait_for(lambda: self._closed or self._missing() <= away, timeout=self.settings.linger_s)
         self._away = max(self._missing(), 0)
         calls, self._pending = self._pending, []
         return sorted(calls, key=lambda call: ("" if self._mixes else call.adapter or "", call.order))
@@ -277,7 +277,7 @@ class InProcessEngine(LoadedModel):
                 with self._lock:
                     self._pending = [*waiting, *self._pending]
                 return
-            count = batch.room_for(waiting, self.settings.max_batch_tokens, mixed=self._mixes)
+            count = self._room(batch, waiting)
             joining, waiting = waiting[:count], waiting[count:]
             self._answer(batch, joining, waiting)
             if batch.calls and not waiting:
@@ -302,6 +302,9 @@ class InProcessEngine(LoadedModel):
             for call in calls:
                 self._hand_out(call, EngineError(f"the in-process engine failed: {error!r}"))
 
+    def _room(self, batch: Batch, waiting: list[Pending]) -> int:
+        return batch.room_for(waiting, self.settings.max_batch_tokens, mixed=self._mixes)
+
     def _may_join(self, batch: Batch, waiting: list[Pending]) -> bool:
         """Whether the model has come to a token at which calls may join: with callers in flight time has no part in it.
 
@@ -311,7 +314,9 @@ class InProcessEngine(LoadedModel):
             return False
         if not waiting and not self._callers:
             return bool(self._pending)
-        return 4 * batch.ended >= len(batch.calls) and (bool(waiting) or batch.steps >= JOIN_AFTER)
+        if 4 * batch.ended < len(batch.calls):
+            return False
+        return batch.steps >= JOIN_AFTER if not waiting else self._room(batch, waiting) > 0
 
     def _give_up_late(self, batch: Batch) -> None:
         """Drop the calls that have been sampled for longer than ``timeout_s``."""

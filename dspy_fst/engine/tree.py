@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -263,11 +263,30 @@ def keys_of_rows(cache: DynamicCache, places: Tensor) -> None:
         cache: Of plain layers, after a tree was read with it.
         places: Shape (rows, width): where each row's tokens stand in the tree.
     """
-    for layer in cache.layers:
-        layer.keys, layer.values = (
-            states[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1)
-            for states in (layer.keys, layer.values)
-        )
+
+    def of_rows(states: Tensor) -> Tensor:
+        return states[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1)
+
+    change_states(cache, of_rows)
+
+
+class _States(Protocol):
+    """A layer of a cache that keeps every token; both have the shape (rows, heads, tokens, size)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def change_states(cache: DynamicCache, change: Callable[..., Tensor], *others: DynamicCache) -> None:
+    """Put what ``change`` makes of the keys, and of the values, in their place.
+
+    Args:
+        cache: Of plain layers, as ``others``.
+        change: Called with those of ``cache``, then with those of each other cache.
+    """
+    for of_layer in zip(*(cast(list[_States], one.layers) for one in (cache, *others)), strict=True):
+        of_layer[0].keys = change(*(layer.keys for layer in of_layer))
+        of_layer[0].values = change(*(layer.values for layer in of_layer))
 
 
 def _attention(

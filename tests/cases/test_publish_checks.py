@@ -136,7 +136,7 @@ def test_a_kernel_that_reads_old_numbers_is_named_though_every_tensor_is_right(b
 
 def test_an_engine_that_kept_the_old_adapter_is_named_by_its_tensors(bench, monkeypatch):
     bench.publish()
-    monkeypatch.setattr("dspy_fst.engine.in_process.put_on_as_read", lambda *read: None)
+    monkeypatch.setattr("dspy_fst.engine.loaded_model.put_on_as_read", lambda *read: None)
     with pytest.raises(SyncError, match=f"other weights than were published: {HOPS}: .*lora_A"):
         bench.publish()
 

@@ -9,8 +9,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from dspy_fst.engine import in_process, lora
+from dspy_fst.engine import loaded_model, lora
 from dspy_fst.engine.base import AdapterFiles, Checkpoint
+from dspy_fst.engine.generation import Batch
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.verification import verify_identity
@@ -73,8 +74,8 @@ def at(version: str, *adapters: AdapterFiles) -> Checkpoint:
 
 def test_a_version_is_served_with_its_adapter_and_the_base_is_read_once(engine, folders, monkeypatch):
     reads = []
-    whole = in_process.load_model_with_info
-    monkeypatch.setattr(in_process, "load_model_with_info", lambda *a, **k: reads.append(a) or whole(*a, **k))
+    whole = loaded_model.load_model_with_info
+    monkeypatch.setattr(loaded_model, "load_model_with_info", lambda *a, **k: reads.append(a) or whole(*a, **k))
     for version in ("one", "two", "one"):
         checkpoint = at(version, folders[version])
         engine.load(checkpoint)
@@ -112,9 +113,9 @@ THROUGH = ["hops", "answer", None] * 4
 
 def replies_of(engine, checkpoint, monkeypatch):
     """Replies to the same few prompts through both adapters and the base, of many lengths; and the batches' sizes."""
-    sizes, plain = [], in_process.generate
+    sizes, plain = [], Batch.admit
     monkeypatch.setattr(
-        in_process, "generate", lambda *a: sizes.append(len({call.adapter for call in a[2]})) or plain(*a)
+        Batch, "admit", lambda batch, joining: sizes.append(len({c.adapter for c in joining})) or plain(batch, joining)
     )
     engine.load(checkpoint)
     engine.expect(len(THROUGH))
@@ -132,7 +133,7 @@ def test_calls_of_two_adapters_and_of_the_base_are_one_batch_with_the_tokens_of_
     together, sizes = replies_of(engine, checkpoint, monkeypatch)
     assert sizes == [3]
     with monkeypatch.context() as patch:
-        patch.setattr(in_process, "takes_rows", lambda model: False)
+        patch.setattr(loaded_model, "takes_rows", lambda model: False)
         apart, sizes = replies_of(engine, checkpoint, patch)
     assert sizes == [1, 1, 1]
     assert len({len(reply.completion_ids) for reply in together}) >= 4, "rows left the batch before others"

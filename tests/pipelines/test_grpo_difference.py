@@ -9,7 +9,7 @@ import pytest
 from dspy.teleprompt import grpo
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
-from dspy_fst.engine import in_process
+from dspy_fst.engine.generation import Batch
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
@@ -47,15 +47,15 @@ def played():
     engine = policy.handle.ready()
     problems = [Problem(i, example) for i, example in enumerate(build(train=PROBLEMS, val=1, test=1).trainset)]
     rollouter = Rollouter(program, Reward(short), RolloutSettings(), engine.expect)
-    sampled, generate = {}, in_process.generate
+    sampled, step = {}, Batch.step
 
-    def watched(*given):
-        replies = generate(*given)
-        sampled.update({tuple(reply.logprobs): tuple(reply.ids) for reply in replies})
-        return replies
+    def watched(batch):
+        ended = step(batch)
+        sampled.update({tuple(reply.logprobs): tuple(reply.ids) for _, reply in ended})
+        return ended
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(in_process, "generate", watched)
+        patch.setattr(Batch, "step", watched)
         groups = rollouter.groups(problems, Population.of_seed(read_texts(program), 1), GROUP, "step-0")
     policy.release()
     return Played(groups, problems, sampled)

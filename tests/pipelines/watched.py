@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dspy_fst import FSTOptimizer, PolicyLM
-from dspy_fst.engine import in_process
+from dspy_fst.engine import generation
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.outcomes.outcome import OutcomeCounts
@@ -151,7 +151,7 @@ def run_watched(
 @contextmanager
 def _watching() -> Iterator[Watched]:
     watched = Watched()
-    play, step, generate, complete = Rollouter.rollout, Trainer.step, in_process.generate, Supervisor.complete
+    play, step, sample, complete = Rollouter.rollout, Trainer.step, generation.Batch.step, Supervisor.complete
 
     def watched_play(self: Rollouter, tasks: Any, draw: str, *rest: Any, **options: Any) -> list[Rollout]:
         rollouts = play(self, tasks, draw, *rest, **options)
@@ -162,10 +162,10 @@ def _watching() -> Iterator[Watched]:
         watched.batches.append(batch)
         return step(self, batch)
 
-    def watched_generate(model: Any, eos: Any, calls: Any, *rest: Any) -> Any:
-        replies = generate(model, eos, calls, *rest)
-        watched.sampled += [(c.prompt, tuple(r.ids), tuple(r.logprobs)) for c, r in zip(calls, replies, strict=True)]
-        return replies
+    def watched_sample(batch: generation.Batch) -> Any:
+        ended = sample(batch)
+        watched.sampled += [(call.prompt, tuple(reply.ids), tuple(reply.logprobs)) for call, reply in ended]
+        return ended
 
     def watched_complete(self: Supervisor, request: Any, seed: int) -> Completion:
         reply = complete(self, request, seed)
@@ -176,5 +176,5 @@ def _watching() -> Iterator[Watched]:
         patch.setattr(Supervisor, "complete", watched_complete)
         patch.setattr(Rollouter, "rollout", watched_play)
         patch.setattr(Trainer, "step", watched_step)
-        patch.setattr(in_process, "generate", watched_generate)
+        patch.setattr(generation.Batch, "step", watched_sample)
         yield watched

@@ -5,8 +5,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspy_fst.slow.batching import Scored, chains, micro_batches
 from dspy_fst.engine.tree import BLOCK_KEYS, KEYS_PER_TOKEN
+from dspy_fst.slow.batching import Scored, chains, micro_batches
 
 shapes = st.lists(
     st.tuples(st.integers(1, 3), st.integers(0, 40), st.integers(0, 3), st.integers(1, 30), st.integers(1, 5)),
