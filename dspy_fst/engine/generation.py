@@ -225,7 +225,7 @@ class Pending:
         return (len(self.prompt), self.prompt, self.adapter or "", self.seed)
 
 
-class Batch:
+class SideBySide:
     """Calls that are sampled side by side. Some end and others join between two tokens.
 
     Args:
@@ -359,7 +359,7 @@ def generate(decoder: BatchDecoder, eos: frozenset[int], calls: Sequence[Pending
     """
     waiting = sorted(calls, key=lambda call: call.order)
     replies: dict[int, Reply] = {}
-    batch = Batch(decoder, eos)
+    batch = SideBySide(decoder, eos)
     while waiting or batch.calls:
         count = batch.room_for(waiting, math.inf, mixed=True)
         batch.admit(waiting[:count])

@@ -21,7 +21,7 @@ from dspy import lm15
 
 from dspy_fst.engine.base import QUEUEING, Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.chat import text_response
-from dspy_fst.engine.generation import Batch, Pending, PromptTokens, Reply
+from dspy_fst.engine.generation import Pending, PromptTokens, Reply, SideBySide
 from dspy_fst.engine.loaded_model import LoadedModel
 from dspy_fst.engine.lora import using, using_by_row
 from dspy_fst.engine.options import InProcessSettings
@@ -271,7 +271,7 @@ class InProcessEngine(LoadedModel):
 
     def _sample(self, waiting: list[Pending]) -> None:
         """Sample replies to these calls, and to those that join them."""
-        batch = Batch(self._decoder, self._eos())
+        batch = SideBySide(self._decoder, self._eos())
         while waiting or batch.calls:
             if not batch.calls and (self._closed or self._others):
                 with self._lock:
@@ -284,7 +284,7 @@ class InProcessEngine(LoadedModel):
                 with self._lock:
                     waiting = self._gather()
 
-    def _answer(self, batch: Batch, joining: list[Pending], waiting: list[Pending]) -> None:
+    def _answer(self, batch: SideBySide, joining: list[Pending], waiting: list[Pending]) -> None:
         """Sample until more calls may join, and hand out the replies that end."""
         calls = [*batch.calls, *joining]
         self._begin(joining, len(calls))
@@ -302,10 +302,10 @@ class InProcessEngine(LoadedModel):
             for call in calls:
                 self._hand_out(call, EngineError(f"the in-process engine failed: {error!r}"))
 
-    def _room(self, batch: Batch, waiting: list[Pending]) -> int:
+    def _room(self, batch: SideBySide, waiting: list[Pending]) -> int:
         return batch.room_for(waiting, self.settings.max_batch_tokens, mixed=self._mixes)
 
-    def _may_join(self, batch: Batch, waiting: list[Pending]) -> bool:
+    def _may_join(self, batch: SideBySide, waiting: list[Pending]) -> bool:
         """Whether the model has come to a token at which calls may join: with callers in flight time has no part in it.
 
         What waits for the model comes first, so that nothing joins then.
@@ -318,7 +318,7 @@ class InProcessEngine(LoadedModel):
             return False
         return batch.steps >= JOIN_AFTER if not waiting else self._room(batch, waiting) > 0
 
-    def _give_up_late(self, batch: Batch) -> None:
+    def _give_up_late(self, batch: SideBySide) -> None:
         """Drop the calls that have been sampled for longer than ``timeout_s``."""
         began_before = time.monotonic() - self.settings.timeout_s
         late = [call for call in batch.calls if call.began_at < began_before]

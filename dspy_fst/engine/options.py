@@ -26,12 +26,12 @@ class InProcessSettings:
     """``"float32"`` or ``"bfloat16"``; None is float32 on CPU, bfloat16 on CUDA. The LM head and sampling are in
     float32."""
     max_batch_tokens: int = 65_536
-    """Most prompt plus completion tokens that are sampled at once, padding included. More calls wait until others end."""
+    """Most prompt plus completion tokens that are sampled at once, padding included; more calls wait until some end."""
     linger_s: float = 2.0
     """Seconds without a new call after which a batch runs although some caller in flight has made no call. If callers
     take longer on a busy machine, batches differ between runs, and so do the last bits of their results."""
     timeout_s: float = 600.0
-    """Seconds that a reply may be sampled before its caller gets an EngineError. The wait for earlier calls is excluded."""
+    """Seconds that a reply may be sampled before its caller gets an EngineError. The wait for a place is excluded."""
 
 
 Settings = TypeVar("Settings")

@@ -11,7 +11,7 @@ import torch
 from benchmarks.families import FAMILIES
 from dspy_fst.engine import in_process
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.generation import Batch, BatchDecoder, Pending, generate
+from dspy_fst.engine.generation import BatchDecoder, Pending, SideBySide, generate
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.engine.options import InProcessSettings
 from programs.lab import BASE
@@ -75,7 +75,11 @@ def test_what_prompts_have_in_common_is_read_once_with_the_replies_of_prompts_th
 @pytest.mark.parametrize("name", [*AS_TREES, *JOINING])
 def test_calls_that_join_others_between_two_tokens_have_the_replies_that_they_have_alone(name):
     decoder, eos = decoder_of(name), frozenset({7})
-    waiting, replies, batch = sorted(calls(), key=lambda call: -call.max_tokens), {}, Batch(decoder, frozenset({7}))
+    waiting, replies, batch = (
+        sorted(calls(), key=lambda call: -call.max_tokens),
+        {},
+        SideBySide(decoder, frozenset({7})),
+    )
     while waiting or batch.calls:
         batch.admit(waiting[:2])  # prompts longer and shorter than those of the rows that have begun
         waiting = waiting[2:]
@@ -86,7 +90,7 @@ def test_calls_that_join_others_between_two_tokens_have_the_replies_that_they_ha
 
 @pytest.mark.parametrize("name", IN_WAVES)
 def test_nothing_joins_rows_that_have_begun_where_the_cache_does_not_allow_it(name):
-    batch, (first, *others) = Batch(decoder_of(name), frozenset()), calls()
+    batch, (first, *others) = SideBySide(decoder_of(name), frozenset()), calls()
     assert batch.room_for([first], 10_000, mixed=False) == 1
     batch.admit([first])
     batch.step()
@@ -94,7 +98,7 @@ def test_nothing_joins_rows_that_have_begun_where_the_cache_does_not_allow_it(na
 
 
 def test_a_text_of_another_adapter_joins_only_where_a_batch_may_hold_several():
-    batch, own = Batch(decoder_of("Llama"), frozenset()), calls()
+    batch, own = SideBySide(decoder_of("Llama"), frozenset()), calls()
     batch.admit(own[:1])
     other = Pending(own[1].prompt, 4, 1.0, 1, "other")
     assert batch.room_for([other], 10_000, mixed=False) == 0
@@ -102,7 +106,7 @@ def test_a_text_of_another_adapter_joins_only_where_a_batch_may_hold_several():
 
 
 def test_a_call_joins_when_a_reply_ended_only_if_it_fits_the_budget():
-    batch = Batch(decoder_of("Llama"), frozenset())
+    batch = SideBySide(decoder_of("Llama"), frozenset())
     short, long, other = (Pending(tuple(range(3, 13)), tokens, 1.0, tokens) for tokens in (2, 8, 4))
     assert batch.room_for([short, long, other], 40, mixed=False) == 2
     batch.admit([short, long])
@@ -119,14 +123,14 @@ def engine(monkeypatch):
     """Replies end at their limits alone. ``engine.joined``: (tokens since others joined, seeds) of each admission."""
     engine = InProcessEngine(InProcessSettings(device="cpu", dtype="float32", linger_s=5.0))
     engine.load(Checkpoint("base", BASE))
-    engine.joined, admit = [], Batch.admit
+    engine.joined, admit = [], SideBySide.admit
 
     def watched(batch, joining):
         if joining:
             engine.joined.append((batch.steps, [call.seed for call in joining]))
         admit(batch, joining)
 
-    monkeypatch.setattr(Batch, "admit", watched)
+    monkeypatch.setattr(SideBySide, "admit", watched)
     monkeypatch.setattr(engine, "_eos", frozenset)
     yield engine
     engine.close()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausal
 
 from dspy_fst.engine import loaded_model, lora
 from dspy_fst.engine.base import AdapterFiles, Checkpoint
-from dspy_fst.engine.generation import Batch
+from dspy_fst.engine.generation import SideBySide
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.verification import verify_identity
@@ -113,9 +113,11 @@ THROUGH = ["hops", "answer", None] * 4
 
 def replies_of(engine, checkpoint, monkeypatch):
     """Replies to the same few prompts through both adapters and the base, of many lengths; and the batches' sizes."""
-    sizes, plain = [], Batch.admit
+    sizes, plain = [], SideBySide.admit
     monkeypatch.setattr(
-        Batch, "admit", lambda batch, joining: sizes.append(len({c.adapter for c in joining})) or plain(batch, joining)
+        SideBySide,
+        "admit",
+        lambda batch, joining: sizes.append(len({c.adapter for c in joining})) or plain(batch, joining),
     )
     engine.load(checkpoint)
     engine.expect(len(THROUGH))

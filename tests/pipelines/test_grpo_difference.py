@@ -9,7 +9,7 @@ import pytest
 from dspy.teleprompt import grpo
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
-from dspy_fst.engine.generation import Batch
+from dspy_fst.engine.generation import SideBySide
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
@@ -47,7 +47,7 @@ def played():
     engine = policy.handle.ready()
     problems = [Problem(i, example) for i, example in enumerate(build(train=PROBLEMS, val=1, test=1).trainset)]
     rollouter = Rollouter(program, Reward(short), RolloutSettings(), engine.expect)
-    sampled, step = {}, Batch.step
+    sampled, step = {}, SideBySide.step
 
     def watched(batch):
         ended = step(batch)
@@ -55,7 +55,7 @@ def played():
         return ended
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batch, "step", watched)
+        patch.setattr(SideBySide, "step", watched)
         groups = rollouter.groups(problems, Population.of_seed(read_texts(program), 1), GROUP, "step-0")
     policy.release()
     return Played(groups, problems, sampled)

@@ -151,7 +151,7 @@ def run_watched(
 @contextmanager
 def _watching() -> Iterator[Watched]:
     watched = Watched()
-    play, step, sample, complete = Rollouter.rollout, Trainer.step, generation.Batch.step, Supervisor.complete
+    play, step, sample, complete = Rollouter.rollout, Trainer.step, generation.SideBySide.step, Supervisor.complete
 
     def watched_play(self: Rollouter, tasks: Any, draw: str, *rest: Any, **options: Any) -> list[Rollout]:
         rollouts = play(self, tasks, draw, *rest, **options)
@@ -162,7 +162,7 @@ def _watching() -> Iterator[Watched]:
         watched.batches.append(batch)
         return step(self, batch)
 
-    def watched_sample(batch: generation.Batch) -> Any:
+    def watched_sample(batch: generation.SideBySide) -> Any:
         ended = sample(batch)
         watched.sampled += [(call.prompt, tuple(reply.ids), tuple(reply.logprobs)) for call, reply in ended]
         return ended
@@ -176,5 +176,5 @@ def _watching() -> Iterator[Watched]:
         patch.setattr(Supervisor, "complete", watched_complete)
         patch.setattr(Rollouter, "rollout", watched_play)
         patch.setattr(Trainer, "step", watched_step)
-        patch.setattr(generation.Batch, "step", watched_sample)
+        patch.setattr(generation.SideBySide, "step", watched_sample)
         yield watched
