@@ -287,10 +287,10 @@ def watch(passages: Passages, paid: Paid, proposer: Callable[..., dict[str, str]
         paid.note("act", [draw, *((t.problem.index, t.candidate.digest, t.sample) for t in tasks)])
         return play(self, tasks, draw, *rest, **options)
 
-    def watched_play_one(self: Rollouter, task: Task, copier: Any, recording: Any, anew: bool) -> Any:
-        paid.note("rollout", recording.seed)
+    def watched_play_one(self: Rollouter, *arguments: Any) -> Any:
+        paid.note("rollout", arguments[2].seed)
         with passages.at(f"{phase} rollout"):
-            return play_one(self, task, copier, recording, anew)
+            return play_one(self, *arguments)
 
     def propose(
         candidate: dict[str, str], reflective_dataset: Mapping[str, Any], components_to_update: list[str]
@@ -301,7 +301,8 @@ def watch(passages: Passages, paid: Paid, proposer: Callable[..., dict[str, str]
         with passages.at("reflection"):
             return proposer(candidate, reflective_dataset, components_to_update)
 
-    Rollouter.rollout, Rollouter._rollout_one = watched_play, watched_play_one  # type: ignore[method-assign]
+    Rollouter.rollout = watched_play  # type: ignore[method-assign]
+    Rollouter._rollout_one = watched_play_one  # type: ignore[method-assign, assignment]
     Trainer.step = _passing(passages, "update", Trainer.step)  # type: ignore[method-assign]
     InProcessEngine.load = _passing(passages, "load", InProcessEngine.load)  # type: ignore[method-assign]
     VLLMServer.load = _passing(passages, "load", VLLMServer.load)  # type: ignore[method-assign]

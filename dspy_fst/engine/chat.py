@@ -137,9 +137,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _rendered(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], *, prompted: bool = True
-) -> str | None:
+def _rendered(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> str | None:
     """The rendered conversation; None if the template refuses it."""
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -267,6 +265,20 @@ def text_response(
 
 
 Ids = tuple[int, ...]
+KEPT = 1024
+"""How many rendered prompts a renderer keeps (ours): more than the different prompts of one step."""
+
+
+def plain_texts(request: lm15.Request) -> tuple[object, ...] | None:
+    """All that the prompt of a request depends on, if it is texts alone; None if there is more, such as tools."""
+    config, system = request.config, request.system
+    if request.tools or config.reasoning is not None or config.stop or config.extensions:
+        return None
+    texts = tuple((m.role, *[p.text for p in m.parts if isinstance(p, lm15.TextPart)]) for m in request.messages)
+    whole = all(len(shown) == 1 + len(m.parts) for shown, m in zip(texts, request.messages, strict=True))
+    if not whole or not isinstance(system, str | None):
+        return None
+    return (system, *texts)
 
 
 class PromptRenderer:
@@ -275,6 +287,8 @@ class PromptRenderer:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", traits: TemplateTraits):
         self._tokenizer, self._traits = tokenizer, traits
         self._lock = threading.Lock()  # fast tokenizers refuse concurrent use
+        self._known: dict[object, Ids] = {}
+        """The last `KEPT` prompts of plain texts; a group's rollouts all ask for the same one."""
 
     def ids(self, request: lm15.Request) -> Ids:
         """The prompt's ids, as the template renders them.
@@ -288,11 +302,19 @@ class PromptRenderer:
                 "messages; choose the instruct model, or set tokenizer.chat_template and save it into the model's "
                 "folder"
             )
+        refuse_reshaped_sampling(request)
+        if (key := plain_texts(request)) is not None and (known := self._known.get(key)) is not None:
+            return known
         request = fitted(request, self._traits)
         messages, options = chat_messages(request), chat_options(request)
         try:
             with self._lock:
-                return tuple(rendered_ids(self._tokenizer, messages, add_generation_prompt=True, **options))
+                if key is not None and (known := self._known.get(key)) is not None:  # another thread was first
+                    return known
+                ids = tuple(rendered_ids(self._tokenizer, messages, add_generation_prompt=True, **options))
+                if key is not None:
+                    self._keep(key, ids)
+                return ids
         except TemplateError as error:  # e.g. user and assistant must alternate
             raise lm15.UnsupportedFeatureError(f"the chat template refuses the messages: {error}") from error
 
@@ -315,6 +337,11 @@ class PromptRenderer:
             return None  # the engine raises the same error when it renders the request
         with self._lock:
             return continued(rendered, earlier, self._text)
+
+    def _keep(self, key: object, ids: Ids) -> None:
+        while len(self._known) >= KEPT:
+            del self._known[next(iter(self._known))]
+        self._known[key] = ids
 
     def _text(self, ids: Sequence[int]) -> str:
         return decoded(self._tokenizer, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

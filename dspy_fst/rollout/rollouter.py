@@ -6,13 +6,16 @@ the time was over, or the metric is broken. Both are counted. `dspy_fst.rollout.
 """
 
 import contextvars
+import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import dspy
+from dspy.utils.callback import BaseCallback
 
 from dspy_fst.errors import is_signal
 from dspy_fst.outcomes.outcome import Outcome
@@ -118,11 +121,13 @@ class Rollouter:
         candidates = {task.candidate.digest: task.candidate for task in tasks}
         copiers = {digest: self._copier(candidate) for digest, candidate in candidates.items()}
         recordings = [Recording(self._seed(task, draw)) for task in tasks]
+        formatted = None if anew else FormattedOnce()
 
         def job(index: int) -> Callable[[], Rollout]:
             task = tasks[index]
             context = contextvars.copy_context()  # the caller's dspy.context applies in the worker threads
-            return lambda: context.run(self._rollout_one, task, copiers[task.candidate.digest], recordings[index], anew)
+            copier = copiers[task.candidate.digest]
+            return lambda: context.run(self._rollout_one, task, copier, recordings[index], formatted)
 
         def timed_out(index: int) -> Rollout:
             task, calls = tasks[index], recordings[index].close()
@@ -157,7 +162,11 @@ class Rollouter:
         return int.from_bytes(hashlib.sha256(entropy.encode()).digest()[:8], "big")
 
     def _rollout_one(
-        self, task: Task, copier: Copier[dspy.Module] | UnboundError, recording: Recording, anew: bool
+        self,
+        task: Task,
+        copier: Copier[dspy.Module] | UnboundError,
+        recording: Recording,
+        formatted: "FormattedOnce | None",
     ) -> Rollout:
         if isinstance(copier, UnboundError):
             outcome = Outcome("failed", "unbound source", f"The source could not be read: {copier}")
@@ -165,15 +174,16 @@ class Rollouter:
         program = copier.copy(lean=True)
         trace: list[Entry] = []
         parse_failures, outages = ParseFailures(trace), Outages()
-        call_listeners = [CallListener()] if anew else []
+        call_listeners = [CallListener()] if formatted is None else []
         judge = Judge(
             recording, parse_failures, outages, self.settings.failure_score, self.settings.format_failure_score
         )
         settings = {
             SETTING: recording,
-            "callbacks": [*dspy.settings.callbacks, parse_failures, outages, *call_listeners],
+            "callbacks": [*dspy.settings.callbacks, Listeners(parse_failures, outages, *call_listeners)],
             "trace": trace,
             "disable_history": True,
+            **({} if formatted is None else formatted.settings()),
         }
         try:
             with dspy.context(**settings):
@@ -188,6 +198,87 @@ class Rollouter:
         judge.forget()
         asked = tuple(call for listener in call_listeners for call in listener.asked)
         return judgement.rollout(task.problem, task.candidate, calls, whole_trace, asked)
+
+
+class Listeners(BaseCallback):
+    """Several callbacks as one: DSPy's search for a callback's method takes longer than these methods do."""
+
+    def __init__(self, *callbacks: BaseCallback):
+        self._callbacks = callbacks
+
+    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        for callback in self._callbacks:
+            callback.on_lm_start(call_id, instance, inputs)
+
+    def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        for callback in self._callbacks:
+            callback.on_lm_end(call_id, outputs, exception)
+
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        for callback in self._callbacks:
+            callback.on_module_start(call_id, instance, inputs)
+
+    def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        for callback in self._callbacks:
+            callback.on_module_end(call_id, outputs, exception)
+
+    def on_tool_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        for callback in self._callbacks:
+            callback.on_tool_end(call_id, outputs, exception)
+
+
+PLAIN = (str, int, float, bool, type(None))
+"""Types of values of which an equal ``repr`` means an equal prompt."""
+
+
+class FormattedOnce:
+    """Lets DSPy's own adapters write a prompt once for the rollouts of a batch that have the same one.
+
+    A group's rollouts under one candidate begin with the same prompt, and to write it costs DSPy as much as the rest of
+    a call. The adapter in force, if it is one of `ADAPTERS`, is replaced by a copy of the same class.
+    """
+
+    ADAPTERS = (dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter)
+    """DSPy's adapters whose prompts depend on signature, demos and inputs alone."""
+    MOST = 512
+    """Prompts that are kept (ours); the oldest goes first."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, list[dict[str, str]]] = {}
+
+    def settings(self) -> dict[str, object]:
+        """The settings of DSPy's context under which prompts are written once; none where somebody listens to that."""
+        adapter = dspy.settings.adapter or dspy.ChatAdapter()  # as dspy.Predict does at each call
+        if type(adapter) not in self.ADAPTERS or dspy.settings.callbacks or adapter.callbacks:
+            return {}
+        replaced, written = copy.copy(adapter), adapter.format
+
+        def format(
+            signature: type[dspy.Signature], demos: list[dict[str, Any]], inputs: dict[str, Any]
+        ) -> list[dict[str, Any]]:
+            key = _prompt_key(signature, demos, inputs)
+            if (known := self._known.get(key)) is None:
+                known = written(signature, demos, inputs)
+                if key is None or not all(type(message["content"]) is str for message in known):
+                    return known
+                while len(self._known) >= self.MOST:
+                    self._known.pop(next(iter(self._known)), None)
+                self._known[key] = known
+            return [dict(message) for message in known]
+
+        setattr(replaced, "format", format)  # noqa: B010 (mypy refuses a plain assignment)
+        return {"adapter": replaced}
+
+
+def _prompt_key(
+    signature: type[dspy.Signature], demos: Sequence[Mapping[str, object]], inputs: Mapping[str, object]
+) -> object:
+    """Equal for calls whose prompts are equal; None where that cannot be told from the values."""
+    demo_items = [list(demo.items()) for demo in demos]
+    values = [*inputs.values(), *(value for items in demo_items for _, value in items)]
+    if not all(type(value) in PLAIN for value in values):
+        return None
+    return signature, repr(demo_items), repr(list(inputs.items()))
 
 
 def _places(known: Sequence[Rollout], tasks: Sequence[Task]) -> dict[int, Rollout]:
