@@ -32,8 +32,9 @@ from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.errors import FSTError
 from dspy_fst.model_files.architectures import load_model
 from dspy_fst.preflight.model_checks import model_faults
-from dspy_fst.slow import losses
 from dspy_fst.slow.batching import Scored, micro_batches
+from dspy_fst.slow.losses import cispo
+from dspy_fst.slow.losses.loss import Band, Tokens
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.training_settings import TrainingSettings
@@ -187,7 +188,8 @@ def _policy_gradient(policy: Policy, *, share: bool) -> dict[str, Tensor]:
             [ADVANTAGES[m] for m, n in zip(micro.members, micro.tokens, strict=True) for _ in range(n)]
         )
         weights = torch.full_like(chosen, 1 / sum(text.tokens for text in TEXTS))
-        losses.cispo(chosen, torch.full_like(chosen, BEHAVIOUR), advantages, weights, CAP).backward()
+        tokens = Tokens(torch.full_like(chosen, BEHAVIOUR), advantages, weights)
+        cispo.value(chosen, tokens, Band(0.0, CAP)).backward()
     found = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
     policy.model.zero_grad()
     return found

@@ -169,6 +169,7 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, Alternation):
     def _what_changes_rewards_needs_rewards(self) -> Self:
         names = ("resample_flat", "retire_solved", "overlong_penalty", "reuse_rollouts")
         given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name)]
+        given += [f"loss={self.loss!r}"] if self.loss != "cispo" else []
         if given and self.method == "distill":
             raise ValueError(
                 f"method='distill' learns from no reward, and {' and '.join(given)} would do nothing; leave it out"

@@ -241,10 +241,19 @@ class Row:
     """Behaviour log-probabilities, one per completion id."""
     advantage: float
     token_weight: float
-    """Share of each of this row's tokens in the loss; sums to 1 over a batch (prompt-level mean)."""
+    """Factor of each of this row's tokens in the loss, as the loss averages (`slow.losses`)."""
     temperature: float = 1.0
     predictor: str = ""
     problem: int = -1
+    rollout: int = -1
+    """Index of its rollout among the measured ones of its group."""
+    candidate: str = ""
+    """Digest of the candidate whose rollouts alone it was compared with (``baseline="candidate"``); else empty."""
+
+    @property
+    def compared(self) -> tuple[int, str]:
+        """Names the group of rollouts whose scores it was credited from."""
+        return self.problem, self.candidate
 
 
 @dataclass(frozen=True)
@@ -347,8 +356,9 @@ class UpdateReport:
     """Exact KL(theta || start) in nats, weighted as the loss weighs tokens; 0 when no token was trained, None
     when the KL term was off and nothing was measured."""
     entropy: float
-    capped_share: float
-    """Share of tokens whose importance weight reached the cap."""
+    capped_share: float | None
+    """Share of tokens whose importance weight the loss clipped: under ``loss="cispo"`` it reached the cap, under a loss
+    with a ``clip`` the token had no gradient. None under a loss without importance weights."""
     mean_log_ratio: float
     """Mean of log pi_theta - log pi_behaviour on the sampled tokens: trainer-sampler mismatch, 0 is exact."""
     max_log_ratio: float

@@ -89,7 +89,7 @@ def _layers(size: ModelSize, batch: MicroBatchShape, update: Update) -> int:
 
 
 def _chunk(size: ModelSize, batch: MicroBatchShape, update: Update) -> int:
-    """The logits of a chunk and what is made of them (`slow.chunked_head`), and a block of the head's gradient."""
+    """The logits of a chunk and what is made of them (`slow.head`), and a block of the head's gradient."""
     tokens = min(batch.scored, max(1, CHUNK_LOGITS["cuda" if update.on_gpu else "cpu"] // size.vocabulary))
     tensors = CHUNK_TENSORS if update.with_kl else CHUNK_TENSORS_WITHOUT_KL
     return 4 * tensors * tokens * size.vocabulary + 4 * min(size.vocabulary, BLOCK_ROWS) * size.width

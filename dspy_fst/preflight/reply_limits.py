@@ -1,4 +1,6 @@
-"""How long a reply of each predictor may get, and whether a penalty for long replies can be measured against it."""
+"""How long a reply of each predictor may get, for the settings that measure against it."""
+
+from collections.abc import Collection, Iterator
 
 import dspy
 
@@ -12,14 +14,21 @@ def reply_limits(program: dspy.Module) -> dict[str, int | None]:
     return {name: configs[name].get("max_tokens", lm.reply_limit) for name, lm in policies_of(program).items()}
 
 
-def limit_faults(student: object, config: FSTConfig | None) -> list[str]:
-    """A fault for ``overlong_penalty`` on predictors whose replies have no limit."""
-    if config is None or not config.overlong_penalty or not isinstance(student, dspy.Module):
-        return []
-    limits = reply_limits(student)
-    if not (unlimited := [name for name in config.trained or limits if name in limits and limits[name] is None]):
-        return []
-    return [
-        f"overlong_penalty={config.overlong_penalty:g}: replies are measured against max_tokens, and those of "
-        f"{', '.join(unlimited)} have none; set PolicyLM(max_tokens=...)"
-    ]
+def longest_reply(program: dspy.Module, trained: Collection[str] | None) -> int:
+    """The largest ``max_tokens`` of the trained predictors (None: of all); 1 where none of them has any."""
+    limits = reply_limits(program)
+    return max((limits.get(name) or 1 for name in trained or limits), default=1)
+
+
+def limit_faults(student: object, config: FSTConfig | None) -> Iterator[str]:
+    """A fault for each setting that needs ``max_tokens``, on trained predictors whose replies have no limit."""
+    if config is None or not isinstance(student, dspy.Module):
+        return
+    needed = config.overlong_penalty or config.loss == "dr_grpo"
+    limits = reply_limits(student) if needed else {}
+    unlimited = [name for name in config.trained or limits if name in limits and limits[name] is None]
+    without = f"and those of {', '.join(unlimited)} have none; set PolicyLM(max_tokens=...)"
+    if unlimited and config.overlong_penalty:
+        yield f"overlong_penalty={config.overlong_penalty:g}: replies are measured against max_tokens, {without}"
+    if unlimited and config.loss == "dr_grpo":
+        yield f"loss='dr_grpo': the tokens of a rollout are summed and divided by max_tokens, {without}"

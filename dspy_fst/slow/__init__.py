@@ -1,4 +1,4 @@
-"""The slow step: weights move and texts do not. Groups are credited, and one CISPO update trains on the batch.
+"""The slow step: weights move and texts do not. Groups are credited, and an update trains on the batch.
 
 In: groups of rollouts. Out: a batch, new weights, and what the update measured. Nothing is sampled here.
 """

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dspy_fst.engine.tree import Ids, Tree, padded, trees
 from dspy_fst.errors import NotFiniteError, TrainingError
+from dspy_fst.slow.losses.loss import Tokens
 from dspy_fst.types import Call, Row
 
 NONE: Mapping[str, str] = MappingProxyType({})
@@ -55,6 +56,27 @@ def completions(calls: Sequence[Call] | Sequence[Row], adapters: Mapping[str, st
         )
         for call in calls
     ]
+
+
+def tokens_of(rows: Sequence[Row], device: torch.device) -> Tokens:
+    """The values of rows, repeated for their N completion tokens."""
+    lengths = torch.tensor([len(row.completion_ids) for row in rows])
+    advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float32).repeat_interleave(lengths)
+    weights = torch.tensor([row.token_weight for row in rows], dtype=torch.float32).repeat_interleave(lengths)
+    behaviour = torch.tensor([logprob for row in rows for logprob in row.logprobs], dtype=torch.float32)
+    return Tokens(behaviour.to(device), advantages.to(device), weights.to(device))
+
+
+def with_reply_log_ratios(tokens: Tokens, logprobs: Tensor, lengths: Sequence[int]) -> Tokens:
+    """The same tokens with the mean log-ratio of their reply.
+
+    Args:
+        logprobs: log pi_theta of the tokens, shape (N,), without a gradient.
+        lengths: Tokens of each reply; they sum to N.
+    """
+    means = [part.mean() for part in (logprobs - tokens.behaviour).split(list(lengths))]
+    repeats = torch.tensor(lengths, device=logprobs.device)
+    return replace(tokens, reply_log_ratios=torch.stack(means).repeat_interleave(repeats))
 
 
 def check_recorded(rows: Sequence[Row]) -> None:

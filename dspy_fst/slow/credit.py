@@ -8,11 +8,11 @@ A metric may also score a predictor by itself. The calls of that predictor are t
 problem's group. The calls of the other predictors are credited with the reward.
 """
 
-import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Literal
 
@@ -21,6 +21,9 @@ import numpy as np
 from dspy_fst.errors import TrainingError
 from dspy_fst.outcomes.outcome import PARSE, OutcomeCounts
 from dspy_fst.slow.length_penalty import Penalty
+from dspy_fst.slow.losses.cispo import CISPO
+from dspy_fst.slow.losses.loss import Advantage, Loss
+from dspy_fst.slow.seed_kl import seed_kl_calls, seed_kl_counts
 from dspy_fst.types import (
     Batch,
     Call,
@@ -28,7 +31,6 @@ from dspy_fst.types import (
     PredictorReport,
     Rollout,
     Row,
-    SeedKLCall,
     SeedKLRollout,
     WeightsVersion,
 )
@@ -40,6 +42,7 @@ EPSILON = 1e-6
 def credit(
     groups: Sequence[Group],
     *,
+    loss: Loss = CISPO,
     baseline: Literal["problem", "candidate"] = "problem",
     normalize: Literal["group", "batch"] = "group",
     trained: Collection[str] | None = None,
@@ -51,8 +54,8 @@ def credit(
     """Turn the groups of one slow step into the rows of one weight update.
 
     A rollout's advantage is ``(r - mean) / (std + epsilon)`` over the *measured* rollouts of its group (population
-    standard deviation). Masked rollouts enter neither the mean nor the gradient. Groups whose rewards are all equal are
-    dropped (FST, section 2, after ScaleRL).
+    standard deviation), or what the loss has instead (see `slow.losses.loss.Advantage`). Masked rollouts enter neither
+    the mean nor the gradient. Groups whose rewards are all equal are dropped (FST, section 2, after ScaleRL).
 
     If the metric scored a call's predictor in the rollout, the call's advantage is computed from those scores instead:
     mean and standard deviation are over the rollouts of the group in which the predictor has a score (see
@@ -61,13 +64,12 @@ def credit(
 
     With a ``penalty`` each score is first lowered by the largest penalty of the calls in the rollout that it credits.
 
-    The weight of a token is ``1 / (problems * tokens of its problem)``: the loss is averaged over the tokens of a
-    problem, then over problems (FST, eq. 4). ``problems`` counts those that kept a row. A dropped group is absent from
-    that mean rather than a zero in it, so the weights of a non-empty batch sum to 1, and the step size does not shrink
-    as groups go flat.
+    The loss gives each token its weight (``Loss.token_weights``), from the rows that were kept: a dropped group is
+    absent from the mean rather than a zero in it.
 
     Args:
         groups: One group per problem; all their calls were sampled by one weight version.
+        loss: How scores become advantages, and how tokens are averaged.
         baseline: ``"problem"`` compares a rollout with all of its group (FST, eq. 3); ``"candidate"`` only with the
             rollouts of its own candidate, as if these were a group of their own.
         normalize: ``"group"`` divides by the group's standard deviation (FST, eq. 3). ``"batch"`` divides by the
@@ -85,38 +87,44 @@ def credit(
     Raises:
         TrainingError: the calls come from several weight versions, or a reward is not a finite number.
     """
-    if baseline == "candidate":
+    alone = baseline == "candidate"
+    if alone:
         groups = [part for group in groups for part in _by_candidate(group)]
     sampled = [rollout for group in groups for rollout in group.rollouts]
     weights = _single_version([*sampled, *(seed.rollout for seed in seed_rollouts)])
     measured = [_MeasuredGroup(group, trained, penalty) for group in groups]
     stds = _stds([stream for group in measured for stream in group.streams.values() if stream.spread > epsilon])
-    credited = [list(group.credited_calls(stds if normalize == "batch" else {}, epsilon)) for group in measured]
-    rows = _rows([calls for calls in credited if calls])
+    stds = stds if normalize == "batch" else {}
+    found = [row for group in measured for row in group.rows(loss.advantage, stds, epsilon, alone)]
+    rows = tuple(_weighted(found, loss))
     counts = _counts(groups, measured, rows, trained, epsilon)
-    seed_kl_calls = _seed_kl_calls(seed_rollouts, trained)
-    counts.update(_seed_kl_counts(seed_rollouts, seed_kl_calls, trained))
+    if loss.advantage == "best":
+        counts["rejected_calls"] = sum(group.credited(epsilon) for group in measured) - len(rows)
+    is_trained = partial(_is_trained, trained=trained)
+    held = seed_kl_calls(seed_rollouts, is_trained) if seed_rollouts else ()
+    counts.update(seed_kl_counts(seed_rollouts, held, is_trained) if seed_rollouts else {})
     penalties = [each for group in measured for each in group.penalties]
     counts.update({"overlong_rollouts": sum(each > 0 for each in penalties)} if penalties else {})
     flat = Counter(name for group in measured if len(group.rollouts) > 1 for name in group.zero_advantage(epsilon))
     return Batch(
         rows=rows,
         weights=weights,
-        seed_kl_calls=seed_kl_calls if rows or seed_kl_alone else (),
+        seed_kl_calls=held if rows or seed_kl_alone else (),
         counts=counts,
         predictors=predictor_reports(groups, rows, flat),
         length_penalty=fmean(penalties) if penalties else None,
     )
 
 
-def mini_batches(batch: Batch, count: int, draw: random.Random) -> list[Batch]:
+def mini_batches(batch: Batch, count: int, draw: random.Random, loss: Loss = CISPO) -> list[Batch]:
     """Cut a batch into mini-batches for as many optimizer steps, e.g. 2 of 4 problems each for 8 problems.
 
     A problem's rows stay together, because its rollouts were compared with each other. Each mini-batch is a batch like
-    any other: its token weights sum to 1. There are fewer than ``count`` where fewer problems kept a row.
+    any other, with token weights of its own. There are fewer than ``count`` where fewer problems kept a row.
 
     Args:
         draw: Shuffles the problems.
+        loss: As in `credit`.
     """
     problems = list(dict.fromkeys(row.problem for row in batch.rows))
     count = min(count, len(problems))
@@ -126,34 +134,15 @@ def mini_batches(batch: Batch, count: int, draw: random.Random) -> list[Batch]:
     parts = []
     for place in range(count):
         own = {*problems[place::count]}
-        rows = [row for row in batch.rows if row.problem in own]
-        share = math.fsum(row.token_weight * len(row.completion_ids) for row in rows)
-        rows = [replace(row, token_weight=row.token_weight / share) for row in rows]
+        rows = _weighted([row for row in batch.rows if row.problem in own], loss)
         parts.append(replace(batch, rows=tuple(rows), seed_kl_calls=batch.seed_kl_calls[place::count]))
     return parts
 
 
-def _seed_kl_calls(seed_rollouts: Sequence[SeedKLRollout], trained: Collection[str] | None) -> tuple[SeedKLCall, ...]:
-    return tuple(
-        SeedKLCall(call, prompt)
-        for seed in seed_rollouts
-        for call, prompt in zip(seed.rollout.calls, seed.start_prompts, strict=True)
-        if prompt is not None and _is_trained(call, trained)
-    )
-
-
-def _seed_kl_counts(
-    seed_rollouts: Sequence[SeedKLRollout], kept: Sequence[SeedKLCall], trained: Collection[str] | None
-) -> dict[str, int]:
-    if not seed_rollouts:
-        return {}
-    calls = sum(len(_trained_calls(seed.rollout, trained)) for seed in seed_rollouts)
-    return {
-        "held_rollouts": len(seed_rollouts),
-        "held_calls": len(kept),
-        "held_calls_unread": calls - len(kept),
-        "held_tokens": sum(seed.rollout.tokens for seed in seed_rollouts),
-    }
+def _weighted(rows: Sequence[Row], loss: Loss) -> list[Row]:
+    """The rows of one batch, with the weights of their tokens."""
+    weights = loss.token_weights(rows)
+    return [replace(row, token_weight=weight) for row, weight in zip(rows, weights, strict=True)]
 
 
 def _by_candidate(group: Group) -> list[Group]:
@@ -190,6 +179,24 @@ class _ScoreStream:
             return cls(predictor, 0.0, 0.0, {})
         centred = dict(zip(scores, (values - values.mean()).tolist(), strict=True))
         return cls(predictor, float(np.ptp(values)), float(values.std()), centred)
+
+    def advantage(self, rollout: int, rule: Advantage, std: float, epsilon: float) -> float | None:
+        """Of one rollout; None: it is left out.
+
+        Args:
+            std: Divides a standardized advantage.
+            epsilon: Scores that differ by no more are equal.
+        """
+        centred = self.centred[rollout]
+        match rule:
+            case "standardized":
+                return centred / std
+            case "centred":
+                return centred
+            case "leave_one_out":
+                return centred * len(self.centred) / (len(self.centred) - 1)
+            case "best":
+                return 1.0 if centred >= max(self.centred.values()) - epsilon else None
 
 
 class _MeasuredGroup:
@@ -231,16 +238,33 @@ class _MeasuredGroup:
         live = {call.predictor for _, call, stream in self._calls if stream.spread > epsilon}
         return {call.predictor for _, call, _ in self._calls} - live
 
-    def credited_calls(self, stds: Mapping[str | None, float], epsilon: float) -> Iterator[tuple[int, Call, float]]:
-        """``(problem, call, advantage)`` for every call that is trained.
+    def credited(self, epsilon: float) -> int:
+        """Number of calls whose scores differ."""
+        return sum(stream.spread > epsilon for _, _, stream in self._calls)
+
+    def rows(self, rule: Advantage, stds: Mapping[str | None, float], epsilon: float, alone: bool) -> Iterator[Row]:
+        """The calls that are trained, their tokens without a weight so far.
 
         Args:
             stds: Predictor of a score stream -> the standard deviation to divide by. A stream that is not named is
                 divided by its own.
+            alone: Whether all its rollouts are of one candidate that is compared with itself.
         """
         for i, call, stream in self._calls:
-            if stream.spread > epsilon:
-                yield self.problem, call, stream.centred[i] / (stds.get(stream.predictor, stream.std) + epsilon)
+            std = stds.get(stream.predictor, stream.std) + epsilon
+            if stream.spread > epsilon and (advantage := stream.advantage(i, rule, std, epsilon)) is not None:
+                yield Row(
+                    prompt_ids=call.prompt_ids,
+                    completion_ids=call.completion_ids,
+                    logprobs=call.logprobs,
+                    advantage=advantage,
+                    token_weight=0.0,
+                    temperature=call.temperature,
+                    predictor=call.predictor,
+                    problem=self.problem,
+                    rollout=i,
+                    candidate=self.rollouts[i].candidate.digest if alone else "",
+                )
 
 
 def _stds(live: Sequence[_ScoreStream]) -> dict[str | None, float]:
@@ -250,27 +274,6 @@ def _stds(live: Sequence[_ScoreStream]) -> dict[str | None, float]:
         name: float(np.std([c for stream in live if stream.predictor == name for c in stream.centred.values()]))
         for name in names
     }
-
-
-def _rows(credited: Sequence[Sequence[tuple[int, Call, float]]]) -> tuple[Row, ...]:
-    """The rows of a batch, from the credited calls of each problem that has some."""
-    rows = []
-    for calls in credited:
-        tokens = sum(len(call.completion_ids) for _, call, _ in calls)
-        for problem, call, advantage in calls:
-            rows.append(
-                Row(
-                    prompt_ids=call.prompt_ids,
-                    completion_ids=call.completion_ids,
-                    logprobs=call.logprobs,
-                    advantage=advantage,
-                    token_weight=1 / (len(credited) * tokens),
-                    temperature=call.temperature,
-                    predictor=call.predictor,
-                    problem=problem,
-                )
-            )
-    return tuple(rows)
 
 
 def _trained_calls(rollout: Rollout, trained: Collection[str] | None) -> list[Call]:

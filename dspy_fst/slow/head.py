@@ -1,7 +1,32 @@
-"""From a model's last hidden states to its logits, in float32: a linear LM head, with constant scales and a cap."""
+"""From a model's last hidden states to its logits, in float32, and to what an update needs of each token.
+
+The head is a linear LM head, with constant scales and a cap. Log-probability, KL and entropy of each token and the
+gradient of their loss are computed without N x V logits at once: the logits of N tokens over a vocabulary of V would be
+the largest tensors of an update. They are computed for a few tokens at a time, used for everything that is needed of
+them, and dropped. What remains is one number a token, and the gradient at the hidden states.
+
+For one token let z be its logits (see `Head`), T its temperature, y the token that was sampled, and
+
+    l = log softmax(z / T)        p = exp(l)        m = the same of the start's logits.
+
+Its log-probability is l_y, its KL to the start ``sum p (l - m)``, its entropy ``-sum p l``. The loss is a sum over
+tokens of a function of l_y and KL, so a chunk's share is known as soon as its logits are. Let a and b be the
+derivatives of the loss by l_y and by KL (CISPO's importance weight carries no gradient, so its a is ``-token weight *
+importance weight * advantage``), and e_y the unit vector of y. Then
+
+    dL/dz = [ a (e_y - p) + b p (l - m - KL) ] / T.
+
+Autograd computes this for a chunk, through a head's scale and cap too: dL/do, where o = W h + c is the output of the
+linear head. The rest is linear in it, and summed over chunks in float32:
+
+    dL/dh = W' dL/do        dL/dW = sum dL/do h'        dL/dc = sum dL/do
+
+Then dL/dh of all tokens goes back through the layers, once. Each operation is the one that autograd would apply to
+all logits at once, so a micro-batch of a single chunk has the same gradient bit for bit.
+"""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,12 +36,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dspy_fst.errors import TrainingError
-from dspy_fst.slow.sizes import BLOCK_ROWS
+from dspy_fst.slow.batching import MicroBatch
+from dspy_fst.slow.sizes import BLOCK_ROWS, CHUNK_LOGITS
 
 FORM_TOLERANCE = 1e-4
 """Largest relative gap between the measured logits and those of the fitted form; float32 differs by ~1e-6."""
 _TINY, _HUGE = 1e-3, 1e6
 """Probe values. Caps are 15 or more: a cap leaves the first value unchanged and clamps the second one."""
+TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
+"""Log-probabilities and KL of the tokens in a slice of a micro-batch, shapes (n,) -> their share of the loss, a scalar.
+
+It must be a sum over tokens. The KL is None where there is no reference."""
 _LOCK = threading.Lock()
 _inside = 0
 _before = "highest"
@@ -190,3 +220,145 @@ def exact_matmuls() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 torch.set_float32_matmul_precision(_before)
+
+
+# ---- a chunk of tokens at a time -----------------------------------------------------------------
+
+
+def kl_divergence(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    """Exact KL(theta || reference) at every position, in nats.
+
+    The paper gives the coefficient of its KL term (App. D) but not its form. The sum over the whole vocabulary has no
+    sampling noise, cannot be negative, and has the gradient of the KL itself. Of the one-sample estimators, k1 has an
+    expected gradient of zero, and k3 has the gradient of the reverse KL.
+
+    Args:
+        log_probs: log pi_theta over the vocabulary, shape (N, V), normalised.
+        reference_log_probs: Those of the starting weights, same shape.
+
+    Returns:
+        Shape (N,).
+    """
+    return (log_probs.exp() * (log_probs - reference_log_probs)).sum(-1)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Shannon entropy in nats of normalised log-probabilities, shape (N, V) -> (N,)."""
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A model's head, and the last hidden states that predict the N scored tokens of a micro-batch."""
+
+    head: Head
+    linear: nn.Linear
+    hidden: Tensor
+    """Shape (N, d)."""
+
+    def log_probs(self, micro: MicroBatch, part: slice) -> Tensor:
+        """Log-probabilities over the vocabulary of some tokens at their temperatures, shape (n, V), float32."""
+        return self.normalised(self.output(part), micro, part)
+
+    def output(self, part: slice) -> Tensor:
+        """Output of the linear head for some tokens, shape (n, V)."""
+        return linear(self.head.scaled(self.hidden[part]), self.linear)
+
+    def normalised(self, output: Tensor, micro: MicroBatch, part: slice) -> Tensor:
+        """Log-probabilities, from the output of the linear head."""
+        return torch.log_softmax(self.head.bounded(output) / micro.temperatures[part, None], dim=-1)
+
+    def backward(self, gradient: Tensor, part: slice) -> Tensor:
+        """Add the gradients of weight and bias to theirs.
+
+        Args:
+            gradient: dL/do of some tokens, shape (n, V).
+
+        Returns:
+            dL/dh, shape (n, d), float32.
+        """
+        weight, bias = self.linear.weight, self.linear.bias
+        if weight.requires_grad:
+            add_outer(weight, gradient, self.head.scaled(self.hidden[part]))
+        if bias is not None and bias.requires_grad:
+            add_gradient(bias, gradient.sum(0))
+        return times_weight(gradient, weight).mul_(self.head.before)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a micro-batch while its gradient was computed. No tensor carries a gradient."""
+
+    loss: Tensor
+    """A scalar."""
+    logprobs: Tensor
+    """Of the sampled tokens, shape (N,)."""
+    entropy: Tensor
+    """In nats, shape (N,)."""
+    kl: Tensor | None
+    """To the start in nats, shape (N,); None without a reference."""
+
+
+@torch.no_grad()
+def logprobs(policy: Readout, micro: MicroBatch) -> Tensor:
+    """Log-probability of every scored token, shape (N,)."""
+    return torch.cat([_chosen(policy.log_probs(micro, part), micro, part) for part in _parts(policy)])
+
+
+@torch.no_grad()
+def kl_to(reference: Readout, policy: Readout, micro: MicroBatch) -> Tensor:
+    """Exact KL(policy || reference) in nats at every scored token, shape (N,)."""
+    return torch.cat(
+        [kl_divergence(policy.log_probs(micro, part), reference.log_probs(micro, part)) for part in _parts(policy)]
+    )
+
+
+@torch.no_grad()
+def learn(policy: Readout, micro: MicroBatch, loss: TokenLoss, reference: Readout | None = None) -> Measured:
+    """Add the gradient of the loss to every parameter that was used to compute the hidden states, and to the head's.
+
+    Args:
+        policy: Its hidden states carry the graph that the gradient goes back through.
+        reference: Of the start, whose KL the loss may use. Nothing of it gets a gradient.
+    """
+    at_hidden = torch.empty_like(policy.hidden)
+    chunks = [_learn_chunk(policy, micro, part, loss, reference, at_hidden) for part in _parts(policy)]
+    if policy.hidden.requires_grad:
+        policy.hidden.backward(at_hidden)
+    value, chosen, spread, kl = zip(*chunks, strict=True)
+    return Measured(
+        torch.stack(value).sum(), torch.cat(chosen), torch.cat(spread), None if reference is None else torch.cat(kl)
+    )
+
+
+def _learn_chunk(
+    policy: Readout,
+    micro: MicroBatch,
+    part: slice,
+    loss: TokenLoss,
+    reference: Readout | None,
+    at_hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log-probabilities, entropies and KL of some tokens; their gradient at the hidden states is written."""
+    other = None if reference is None else reference.log_probs(micro, part)
+    output = policy.output(part).requires_grad_()
+    with torch.enable_grad():
+        own = policy.normalised(output, micro, part)
+        chosen = _chosen(own, micro, part)
+        kl = None if other is None else kl_divergence(own, other)
+        value = loss(chosen, kl, part)
+    spread = entropy(own)
+    (gradient,) = torch.autograd.grad(value, output)
+    at_hidden[part] = policy.backward(gradient, part)
+    return value.detach(), chosen.detach(), spread, spread if kl is None else kl.detach()
+
+
+def _chosen(log_probs: Tensor, micro: MicroBatch, part: slice) -> Tensor:
+    """Those of the sampled tokens, shape (n,)."""
+    return log_probs.gather(-1, micro.targets[part, None])[:, 0]
+
+
+def _parts(policy: Readout) -> Iterator[slice]:
+    """The scored tokens, a chunk at a time."""
+    size = max(1, CHUNK_LOGITS[policy.hidden.device.type] // policy.linear.out_features)
+    return (slice(start, start + size) for start in range(0, len(policy.hidden), size))

@@ -19,8 +19,7 @@ from dspy_fst.model_files.architectures import last_position, load_model_with_in
 from dspy_fst.model_files.folder import folder_faults, layer_fault, wrapped_names
 from dspy_fst.recipe.lora_settings import SHARED, LoRA
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
-from dspy_fst.slow.chunked_head import Readout
-from dspy_fst.slow.head import Head, decoder_of
+from dspy_fst.slow.head import Head, Readout, decoder_of
 from dspy_fst.slow.layers import recompute_layers
 from dspy_fst.slow.quantized import Kind, quantize
 
@@ -163,7 +162,7 @@ class Policy(nn.Module):
             return self.head(self._linear, hidden)
 
     def readout(self, batch: MicroBatch) -> Readout:
-        """The same without the logits: what :mod:`dspy_fst.slow.chunked_head` reads them from, a chunk at a time."""
+        """The same without the logits: what :mod:`dspy_fst.slow.head` reads them from, a chunk at a time."""
         return Readout(self.head, self._linear, self.hidden(batch))
 
     def hidden(self, batch: MicroBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""The trainer: one CISPO update per call of `Trainer.step`, on exactly the tokens that were sampled.
+"""The trainer: one weight update per call of `Trainer.step`, on exactly the tokens that were sampled.
 
 The caller owns the loop and may do anything between two steps. Texts never change here.
 """
@@ -17,7 +17,7 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.machine import has_gpu, launch_faults
 from dspy_fst.errors import TrainingError
 from dspy_fst.recipe.lora_settings import SHARED
-from dspy_fst.slow import chunked_head, losses
+from dspy_fst.slow import head
 from dspy_fst.slow.adamw import make_adamw, restore_moments
 from dspy_fst.slow.batching import (
     NONE,
@@ -27,6 +27,8 @@ from dspy_fst.slow.batching import (
     check_scorable,
     completions,
     micro_batches,
+    tokens_of,
+    with_reply_log_ratios,
 )
 from dspy_fst.slow.checkpoint import (
     CheckpointWriter,
@@ -37,13 +39,13 @@ from dspy_fst.slow.checkpoint import (
     stored_shapes,
     write_state,
 )
-from dspy_fst.slow.chunked_head import Readout, learn
-from dspy_fst.slow.head import exact_matmuls
+from dspy_fst.slow.head import Readout, exact_matmuls, learn
 from dspy_fst.slow.heap import map_large_tensors
-from dspy_fst.slow.losses import NO_UPDATE, Tokens, UpdateMetrics
+from dspy_fst.slow.losses.by_name import band_of, loss_of
 from dspy_fst.slow.micro_batch_budget import MicroBatchBudget
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.training_settings import TrainingSettings
+from dspy_fst.slow.update_metrics import NO_UPDATE, UpdateMetrics
 from dspy_fst.types import Batch, Call, Row, SeedKLCall, UpdateReport, WeightsVersion
 
 
@@ -79,6 +81,7 @@ class Trainer:
         seed: int = 0,
     ):
         self.settings, self._share_prompts = settings, share_prompts
+        self._loss, self._band = loss_of(settings), band_of(settings)
         if faults := launch_faults():
             raise TrainingError("; ".join(faults))
         on_cuda = device == "auto" and has_gpu()
@@ -183,19 +186,23 @@ class Trainer:
     def _learn(self, micro: MicroBatch, rows: Sequence[Row], metrics: UpdateMetrics) -> None:
         """Add the gradient of this micro-batch's share of the loss.
 
-        The shares sum to the loss: token weights sum to 1 over the batch.
+        The shares sum to the loss: the tokens' weights are those of the whole batch. No reply is cut in two.
         """
-        tokens = Tokens.of([rows[member] for member in micro.members], self._device)
-        cap, coefficient = self.settings.importance_cap, self.settings.kl_coefficient
+        tokens = tokens_of([rows[member] for member in micro.members], self._device)
+        coefficient = self.settings.kl_coefficient
+        start = self._start(micro) if coefficient > 0 else None  # before the policy's activations take their memory
+        readout = self._policy.readout(micro)
+        if self._loss.reads_replies:
+            tokens = with_reply_log_ratios(tokens, head.logprobs(readout, micro), micro.tokens)
 
         def loss(logprobs: Tensor, kl: Tensor | None, part: slice) -> Tensor:
             own = tokens[part]
-            value = losses.cispo(logprobs, own.behaviour, own.advantages, own.weights, cap)
+            value = self._loss.value(logprobs, own, self._band)
             return value if kl is None else value + coefficient * (own.weights * kl).sum()
 
-        start = self._start(micro) if coefficient > 0 else None
-        measured = learn(self._policy.readout(micro), micro, loss, start)
-        metrics.add(measured, tokens, cap, micro)
+        measured = learn(readout, micro, loss, start)
+        clipped = None if self._loss.clipped is None else self._loss.clipped(measured.logprobs, tokens, self._band)
+        metrics.add(measured, tokens, clipped, micro)
 
     def _learn_seed_kl(self, calls: Sequence[SeedKLCall], metrics: UpdateMetrics) -> None:
         """Add the gradient of KL(theta || start), averaged over the tokens of the seed-KL calls.
@@ -267,10 +274,10 @@ class Trainer:
         return self._per_token(completions(calls, self._adapters), self._kl)
 
     def _logprobs(self, micro: MicroBatch) -> Tensor:
-        return chunked_head.logprobs(self._policy.readout(micro), micro)
+        return head.logprobs(self._policy.readout(micro), micro)
 
     def _kl(self, micro: MicroBatch) -> Tensor:
-        return chunked_head.kl_to(self._start(micro), self._policy.readout(micro), micro)
+        return head.kl_to(self._start(micro), self._policy.readout(micro), micro)
 
     @torch.no_grad()
     def _start(self, micro: MicroBatch, other: Sequence[Scored] | None = None) -> Readout:

@@ -12,6 +12,8 @@ from dspy_fst.recipe.lora_settings import LONGEST, Grouping, LoRA
 
 GROUP = rf"(?!base$)[A-Za-z0-9_][A-Za-z0-9_-]{{0,{LONGEST - 1}}}"
 """Name of a group of predictors with a LoRA adapter of its own. It names a folder, and the base lies in ``base``."""
+CLIPPED = ("grpo", "dapo", "dr_grpo", "gspo")
+"""Values of ``loss`` under which an importance weight outside a band takes a token's gradient."""
 
 
 class TrainingSettings(Settings):
@@ -50,8 +52,15 @@ class TrainingSettings(Settings):
     continue_optimizer: bool = Field(default=False, strict=True)
     """Whether a run that continues from a compiled program takes over AdamW's moments and number of updates from that
     program's run, so that the warm-up is not repeated (ours; off: both start anew)."""
+    loss: Literal["cispo", "grpo", "dapo", "dr_grpo", "gspo", "rloo", "rft"] = "cispo"
+    """What an update minimises (paper, section 3: CISPO). The name decides how tokens are clipped, how a score becomes
+    an advantage, and how tokens are averaged; docs/losses.md compares them. ``"rft"`` is rejection-sampling
+    fine-tuning: supervised learning on the best rollouts of each problem."""
     importance_cap: float = Field(default=4.0, gt=0)
     """CISPO's cap on the importance weight itself, not 1 + a clip (paper, App. D; ScaleRL finds 4, 5, 8 alike)."""
+    clip: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]] | None = None
+    """How far below and above 1 an importance weight may be under a clipped loss, e.g. ``(0.2, 0.28)``. None: grpo and
+    dr_grpo take 0.2 and 0.2, dapo 0.2 and 0.28, gspo 3e-4 and 4e-4 (ours: those of their papers)."""
     kl_coefficient: float = Field(default=0.001, ge=0)
     """Weight of KL(theta || start) (paper, App. D; its form is unstated, ours is exact over the vocabulary)."""
     seed_kl_coefficient: float = Field(default=0.0, ge=0)
@@ -68,7 +77,8 @@ class TrainingSettings(Settings):
     """Whose mean reward is the baseline of a rollout: that of its problem under all candidates (paper, Eq. 3), or under
     its own candidate alone."""
     advantage_normalization: Literal["group", "batch"] = "group"
-    """Whose standard deviation divides the advantages: that of the group (paper, Eq. 3) or of the batch (ScaleRL)."""
+    """Whose standard deviation divides the advantages: that of the group (paper, Eq. 3) or of the batch (ScaleRL).
+    dr_grpo, rloo and rft divide by none."""
     overlong_penalty: float = Field(default=0.0, ge=0)
     """Most that is taken off a rollout's reward for a reply that nears ``max_tokens``, before advantages are computed
     (paper: 0; DAPO, 2503.14476, Eq. 13: 1, where a wrong answer has -1 and a right one 1)."""
@@ -130,6 +140,16 @@ class TrainingSettings(Settings):
     @classmethod
     def _order_and_repetition_mean_nothing(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if names is None else tuple(sorted(set(names)))
+
+    @model_validator(mode="after")
+    def _a_clip_has_a_loss_that_clips(self) -> Self:
+        if self.clip is None or self.loss in CLIPPED:
+            return self
+        instead = "importance_cap bounds its importance weights" if self.loss == "cispo" else "it clips nothing"
+        raise ValueError(
+            f"clip={self.clip} does nothing under loss={self.loss!r}: {instead}. Leave it out, or set a loss with a "
+            f"clip: {', '.join(CLIPPED)}"
+        )
 
     @model_validator(mode="after")
     def _a_quantized_base_is_below_an_adapter(self) -> Self:

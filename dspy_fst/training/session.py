@@ -20,6 +20,7 @@ from dspy_fst.fast.evolve import Search, evolve
 from dspy_fst.fast.search_settings import own_texts
 from dspy_fst.monitoring.observer import Observer
 from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.reply_limits import longest_reply
 from dspy_fst.rollout.rendering import seed_kl_rollouts
 from dspy_fst.rollout.reward import feedback_by
 from dspy_fst.rollout.rollouter import Rollouter, Task
@@ -30,8 +31,9 @@ from dspy_fst.run.state import Documents
 from dspy_fst.run.validated import Validated, When, best_validated, early_stop, starting_population
 from dspy_fst.slow.credit import credit, mini_batches
 from dspy_fst.slow.length_penalty import penalty_of
-from dspy_fst.slow.losses import in_one_report
+from dspy_fst.slow.losses.by_name import loss_of
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.update_metrics import in_one_report
 from dspy_fst.training.plan import Cycle, Plan, Schedule
 from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, best_versions, recoveries
 from dspy_fst.training.recorder import Recorder
@@ -80,6 +82,7 @@ class Session:
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
         self._penalty = penalty_of(self.config)
+        self._loss = loss_of(self.config, longest_reply(self.program, self.trained))
         plan, reuses, judged_by = self.plan, self.config.reuse_rollouts, self.rollouter.reward.identity
         self._reuse = Reuse(self.run, self.program, judged_by, plan.first_steps) if reuses else None
         self.recorder = Recorder(self.run, judged_by)
@@ -236,6 +239,7 @@ class Session:
     def _credited(self, groups: Sequence[Group], seed_rollouts: Sequence[SeedKLRollout] = ()) -> Batch:
         return credit(
             groups,
+            loss=self._loss,
             seed_rollouts=seed_rollouts,
             trained=self.trained,
             baseline=self.config.baseline,
@@ -257,7 +261,7 @@ class Session:
         self.phase("weight update", quiet=True)
         step = len(self.recorder.steps)
         draw = random.Random(f"{self.config.seed} mini-batches {step}")
-        parts = mini_batches(batch, self.config.updates_per_batch, draw)
+        parts = mini_batches(batch, self.config.updates_per_batch, draw, self._loss)
         learns = batch.rows or batch.seed_kl_calls
         with self.policy.handle.asleep() if learns else nullcontext():
             reports = [self._optimizer_step(part, step, place) for place, part in enumerate(parts)]

@@ -7,7 +7,7 @@ from itertools import takewhile
 from dspy_fst.errors import NotFiniteError
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.phase_reports import StepReport
-from dspy_fst.slow.losses import NO_UPDATE
+from dspy_fst.slow.update_metrics import NO_UPDATE
 from dspy_fst.types import Batch, UpdateReport
 
 

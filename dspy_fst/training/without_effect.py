@@ -1,5 +1,7 @@
 """Settings that can do nothing in a run, as sentences that warn of them before work."""
 
+from collections.abc import Iterator
+
 from dspy_fst.config import FSTConfig
 
 OF_UPDATES = ("resample_flat", "retire_solved", "overlong_penalty")
@@ -8,7 +10,8 @@ OF_UPDATES = ("resample_flat", "retire_solved", "overlong_penalty")
 
 def settings_without_effect(config: FSTConfig) -> list[str]:
     """A sentence for each kind of setting that was given and can do nothing."""
-    return [*_of_updates(config), *_of_searches(config), *_of_proposals(config), *_of_the_penalty(config)]
+    of = (_of_updates, _of_searches, _of_proposals, _of_the_penalty, _of_the_loss)
+    return [sentence for kind in of for sentence in kind(config)]
 
 
 def _of_updates(config: FSTConfig) -> list[str]:
@@ -48,3 +51,31 @@ def _of_the_penalty(config: FSTConfig) -> list[str]:
         f"overlong_share={share:g} does nothing at overlong_penalty=0: it says over which part of max_tokens the "
         "penalty grows. Leave it out, or set overlong_penalty, e.g. to 1.0"
     ]
+
+
+def _of_the_loss(config: FSTConfig) -> Iterator[str]:
+    loss, default = config.loss, FSTConfig.model_fields["importance_cap"].default
+    if config.method == "gepa":
+        if loss != "cispo":
+            yield (
+                f"loss={loss!r} does nothing under method='gepa', which makes no weight updates. Leave it out, or use "
+                "a method with updates, e.g. method='fst'"
+            )
+        return
+    if loss != "cispo" and config.importance_cap != default:
+        instead = "leave it out" if loss in ("rloo", "rft") else "set clip"
+        yield (
+            f"importance_cap={config.importance_cap:g} does nothing under loss={loss!r}: it caps CISPO's importance "
+            f"weights. Use loss='cispo', or {instead}"
+        )
+    if loss in ("dr_grpo", "rloo", "rft") and config.advantage_normalization != "group":
+        yield (
+            f"advantage_normalization={config.advantage_normalization!r} does nothing under loss={loss!r}, which "
+            "divides by no standard deviation. Leave it out, or use loss='grpo'"
+        )
+    if loss == "rloo" and config.updates_per_batch > 1:
+        yield (
+            f"loss='rloo' has no importance weights: with updates_per_batch={config.updates_per_batch} only the first "
+            "optimizer step of a batch learns from rollouts of its own weights, as this loss supposes. Use "
+            "updates_per_batch=1, or loss='dr_grpo'"
+        )

@@ -14,8 +14,9 @@ from torch import Tensor
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.fast import pareto
 from dspy_fst.run.directory import read_events
-from dspy_fst.slow import losses
 from dspy_fst.slow.credit import credit
+from dspy_fst.slow.losses import cispo
+from dspy_fst.slow.losses.loss import Band, Tokens
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Call, Candidate, Group, Rollout
@@ -97,7 +98,7 @@ def test_the_capped_loss_and_its_gradient_are_those_of_the_package() -> None:
     behaviour, advantages, weights = -torch.rand(200), torch.randn(200), torch.rand(200)
     mine, theirs = ((behaviour + torch.linspace(-3, 3, 200)).requires_grad_() for _ in range(2))
     ours = loop.cispo(mine, behaviour, advantages, weights)
-    package = losses.cispo(theirs, behaviour, advantages, weights, loop.CAP)
+    package = cispo.value(theirs, Tokens(behaviour, advantages, weights), Band(0.0, loop.CAP))
     (gradient,), (expected,) = torch.autograd.grad(ours, mine), torch.autograd.grad(package, theirs)
     assert ours.item() == pytest.approx(package.item(), abs=1e-6)
     assert gradient.tolist() == pytest.approx(expected.tolist(), abs=1e-6)

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dspy_fst.slow import chunked_head, losses
-from dspy_fst.slow.batching import Scored, micro_batches
-from dspy_fst.slow.chunked_head import Readout, kl_to, learn, logprobs
-from dspy_fst.slow.head import Head
-from dspy_fst.slow.losses import Tokens
+from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
+from dspy_fst.slow.head import Head, Measured, Readout, kl_to, learn, logprobs
+from dspy_fst.slow.losses import cispo
+from dspy_fst.slow.losses.loss import Band, Tokens
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.sizes import CHUNK_TENSORS, CHUNK_TENSORS_WITHOUT_KL
+from dspy_fst.slow.sizes import CHUNK_LOGITS, CHUNK_TENSORS, CHUNK_TENSORS_WITHOUT_KL
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import SeedKLCall
@@ -39,13 +38,13 @@ class Case:
 
     policy: Readout
     reference: Readout
-    micro: chunked_head.MicroBatch
+    micro: MicroBatch
     tokens: Tokens
     coefficient: float
 
     def loss(self, logprobs: Tensor, kl: Tensor | None, part: slice) -> Tensor:
         own = self.tokens[part]
-        value = losses.cispo(logprobs, own.behaviour, own.advantages, own.weights, CAP)
+        value = cispo.value(logprobs, own, Band(0.0, CAP))
         return value if kl is None else value + self.coefficient * (own.weights * kl).sum()
 
     @property
@@ -81,7 +80,7 @@ def whole_log_probs(readout: Readout, micro) -> Tensor:
     return torch.log_softmax(logits / micro.temperatures[:, None], -1)
 
 
-def learn_whole(case: Case) -> losses.Measured:
+def learn_whole(case: Case) -> Measured:
     """All logits at once, and autograd."""
     own = whole_log_probs(case.policy, case.micro)
     chosen = own.gather(-1, case.micro.targets[:, None])[:, 0]
@@ -93,7 +92,7 @@ def learn_whole(case: Case) -> losses.Measured:
         kl = (own.exp() * (own - other)).sum(-1)
         loss = loss + case.coefficient * (case.tokens.weights * kl).sum()
     loss.backward()
-    return losses.Measured(loss, chosen, -(own.exp() * own).sum(-1), kl)
+    return Measured(loss, chosen, -(own.exp() * own).sum(-1), kl)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 7, 1000])
@@ -102,7 +101,7 @@ def learn_whole(case: Case) -> losses.Measured:
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_in_chunks_measures_and_learns_what_a_whole_one_does(name, bias, kl, rows, monkeypatch):
     case, twin = (make_case(HEADS[name], bias=bias, kl=kl) for _ in range(2))
-    monkeypatch.setitem(chunked_head.CHUNK_LOGITS, "cpu", rows * WORDS + WORDS // 2)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", rows * WORDS + WORDS // 2)
     assert rows == 1 or len(case.micro.targets) % rows
     ours, wanted = learn(case.policy, case.micro, case.loss, case.start), learn_whole(twin)
     for name, right in vars(wanted).items():
@@ -159,7 +158,7 @@ def test_a_weight_in_bfloat16_is_used_as_its_float32_value_block_by_block(block,
 
 def test_scores_and_the_kl_are_those_of_whole_log_probabilities(monkeypatch):
     case = make_case(HEADS["all"], bias=True)
-    monkeypatch.setitem(chunked_head.CHUNK_LOGITS, "cpu", 3 * WORDS)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 3 * WORDS)
     own, other = (whole_log_probs(readout, case.micro) for readout in (case.policy, case.reference))
     chosen = own.gather(-1, case.micro.targets[:, None])[:, 0]
     assert torch.allclose(logprobs(case.policy, case.micro), chosen, atol=1e-6)
@@ -222,7 +221,7 @@ def narrow_model(path, seed: int):
 @pytest.fixture
 def small_chunks(monkeypatch) -> int:
     rows = 3
-    monkeypatch.setitem(chunked_head.CHUNK_LOGITS, "cpu", rows * VOCABULARY)
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", rows * VOCABULARY)
     return rows
 
 
@@ -266,7 +265,7 @@ def test_chunks_change_no_gradient_of_an_update(tied, start, tied_start, tmp_pat
     batch, _ = long_batch(6, 11)
     found = []
     for rows in (1, 4, 1000):
-        monkeypatch.setitem(chunked_head.CHUNK_LOGITS, "cpu", rows * VOCABULARY)
+        monkeypatch.setitem(CHUNK_LOGITS, "cpu", rows * VOCABULARY)
         trainer = Trainer(tied_start if tied else start, settings, device="cpu", reference=reference)
         with recorded_gradients(trainer) as gradients:
             report = trainer.step(batch)

@@ -12,8 +12,8 @@ from benchmarks.families import FAMILIES
 from dspy_fst.errors import TrainingError
 from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.slow.batching import completions, micro_batches
-from dspy_fst.slow.chunked_head import learn
 from dspy_fst.slow.credit import credit
+from dspy_fst.slow.head import learn
 from dspy_fst.slow.layers import recompute_layers
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.trainer import Trainer

@@ -11,7 +11,7 @@ from dspy_fst.errors import TrainingError
 from dspy_fst.recipe.lora_settings import LoRA, adapter_of
 from dspy_fst.slow.checkpoint import write_merged
 from dspy_fst.slow.credit import credit
-from dspy_fst.slow.losses import in_one_report
+from dspy_fst.slow.update_metrics import in_one_report
 from dspy_fst.types import Batch, Group, SeedKLCall
 from tests.slow.makers import make_call, make_rollout
 from tests.slow.test_lora import flat

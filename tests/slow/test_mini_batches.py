@@ -9,7 +9,7 @@ import pytest
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.slow.credit import credit, mini_batches
-from dspy_fst.slow.losses import NO_UPDATE, in_one_report
+from dspy_fst.slow.update_metrics import NO_UPDATE, in_one_report
 from dspy_fst.types import AdapterReport, Group, SeedKLCall
 from tests.slow.makers import VOCABULARY, make_call, make_group, make_rollout
 from tests.slow.test_trainer import assert_close, hand_gradient, make_trainer, recorded_gradients

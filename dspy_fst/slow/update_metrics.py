@@ -1,10 +1,7 @@
-"""The loss of the slow step, and what an update measures of it. One entry of a tensor is one completion token.
+"""What an update measures: KL, entropy, clipped tokens, effective sample share. One entry of a tensor is one token."""
 
-Shapes: N is the number of completion tokens of all rows, in one flat axis; V is the size of the vocabulary.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -12,7 +9,9 @@ from torch import Tensor
 
 from dspy_fst.errors import MismatchError, NotFiniteError
 from dspy_fst.slow.batching import MicroBatch
-from dspy_fst.types import AdapterReport, Row, UpdateReport
+from dspy_fst.slow.head import Measured
+from dspy_fst.slow.losses.loss import Tokens
+from dspy_fst.types import AdapterReport, UpdateReport
 
 NO_UPDATE = UpdateReport(
     loss=0.0,
@@ -29,98 +28,6 @@ NO_UPDATE = UpdateReport(
     optimizer_steps=0,
 )
 """The report of an empty batch: nothing was measured, and the weights did not move."""
-TokenLoss = Callable[[Tensor, Tensor | None, slice], Tensor]
-"""Log-probabilities and KL of the tokens in a slice of a micro-batch, shapes (n,) -> their share of the loss, a scalar.
-
-It must be a sum over tokens. The KL is None where there is no reference."""
-
-
-def importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, cap: float) -> Tensor:
-    """``min(pi_theta / pi_behaviour, cap)`` per token, shape (N,), without a gradient.
-
-    ``cap`` bounds the weight itself, and there is no lower bound. (Other libraries write the same number as
-    ``epsilon_high``, ``1 + clip`` or a pair of bounds.)
-    """
-    return torch.exp(logprobs.detach() - behaviour_logprobs).clamp(max=cap)
-
-
-def cispo(
-    logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, token_weights: Tensor, cap: float
-) -> Tensor:
-    """CISPO (MiniMax-M1, 2506.13585): ``-sum(token_weight * sg(min(rho, cap)) * A * log pi_theta)``.
-
-    The importance weight is truncated, not the update: unlike PPO's clip, every token keeps its gradient.
-
-    Args:
-        logprobs: log pi_theta of the sampled tokens, shape (N,); carries the gradient.
-        behaviour_logprobs: Log-probabilities of these tokens when they were sampled, shape (N,).
-        advantages: Advantage of the rollout that each token belongs to, shape (N,).
-        token_weights: Shape (N,); they sum to 1 over a batch, so the losses of its micro-batches add up.
-        cap: Upper bound of the importance weight.
-
-    Returns:
-        The summed loss, a scalar.
-    """
-    weights = importance_weights(logprobs, behaviour_logprobs, cap)
-    return -(token_weights * weights * advantages * logprobs).sum()
-
-
-def kl_divergence(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """Exact KL(theta || reference) at every position, in nats.
-
-    The paper gives the coefficient of its KL term (App. D) but not its form. The sum over the whole vocabulary has no
-    sampling noise, cannot be negative, and has the gradient of the KL itself. Of the one-sample estimators, k1 has an
-    expected gradient of zero, and k3 has the gradient of the reverse KL.
-
-    Args:
-        log_probs: log pi_theta over the vocabulary, shape (N, V), normalised.
-        reference_log_probs: Those of the starting weights, same shape.
-
-    Returns:
-        Shape (N,).
-    """
-    return (log_probs.exp() * (log_probs - reference_log_probs)).sum(-1)
-
-
-def entropy(log_probs: Tensor) -> Tensor:
-    """Shannon entropy in nats of normalised log-probabilities, shape (N, V) -> (N,)."""
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The values of a micro-batch's rows, repeated for their N completion tokens; every tensor has shape (N,)."""
-
-    behaviour: Tensor
-    """Log-probabilities with which the tokens were sampled."""
-    advantages: Tensor
-    weights: Tensor
-    """Shares in the loss; they sum to 1 over the batch."""
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> "Tokens":
-        lengths = torch.tensor([len(row.completion_ids) for row in rows])
-        advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float32).repeat_interleave(lengths)
-        weights = torch.tensor([row.token_weight for row in rows], dtype=torch.float32).repeat_interleave(lengths)
-        behaviour = torch.tensor([logprob for row in rows for logprob in row.logprobs], dtype=torch.float32)
-        return cls(behaviour.to(device), advantages.to(device), weights.to(device))
-
-    def __getitem__(self, part: slice) -> "Tokens":
-        return Tokens(self.behaviour[part], self.advantages[part], self.weights[part])
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of a micro-batch while its gradient was computed. No tensor carries a gradient."""
-
-    loss: Tensor
-    """A scalar."""
-    logprobs: Tensor
-    """Of the sampled tokens, shape (N,)."""
-    entropy: Tensor
-    """In nats, shape (N,)."""
-    kl: Tensor | None
-    """To the start in nats, shape (N,); None without a reference."""
 
 
 class UpdateMetrics:
@@ -131,7 +38,8 @@ class UpdateMetrics:
 
     def __init__(self, device: torch.device):
         zero = torch.zeros((), device=device)
-        self.loss = self._entropy = self._seed_entropy = self._capped = self._ratio = self._largest = zero
+        self.loss = self._entropy = self._seed_entropy = self._ratio = self._largest = zero
+        self._capped: Tensor | None = None
         self._weight = self._weight_squared = zero.double()
         self._share = zero
         self._kl: Tensor | None = None
@@ -167,23 +75,24 @@ class UpdateMetrics:
                 "from this batch"
             )
 
-    def add(self, measured: Measured, tokens: Tokens, cap: float, micro: MicroBatch) -> None:
+    def add(self, measured: Measured, tokens: Tokens, clipped: Tensor | None, micro: MicroBatch) -> None:
         """Add one micro-batch.
 
         Args:
             tokens: Values of its N tokens.
-            cap: Largest importance weight.
+            clipped: Those whose importance weight the loss clipped, shape (N,); None: it has none.
         """
         if micro.adapter is not None:
             own = self._adapters.setdefault(micro.adapter, UpdateMetrics(self._device))
-            own.add(measured, tokens, cap, replace(micro, adapter=None))
+            own.add(measured, tokens, clipped, replace(micro, adapter=None))
         self.loss = self.loss + measured.loss
         if measured.kl is not None:
             kl = (tokens.weights * measured.kl).sum()
             self._kl = kl if self._kl is None else self._kl + kl
         log_ratios = measured.logprobs - tokens.behaviour
         self._entropy = self._entropy + measured.entropy.sum()
-        self._capped = self._capped + (log_ratios.exp() >= cap).sum()
+        if clipped is not None:
+            self._capped = clipped.sum() if self._capped is None else self._capped + clipped.sum()
         self._ratio = self._ratio + log_ratios.sum()
         self._largest = torch.maximum(self._largest, log_ratios.abs().max())
         weights = log_ratios.double().exp()
@@ -243,10 +152,10 @@ class UpdateMetrics:
         return UpdateReport(
             loss=float(self.loss),
             grad_norm=float(grad_norm),
-            kl_to_start=None if self._kl is None else float(self._kl),
+            kl_to_start=None if self._kl is None else float(self._kl / self._share),
             kl_under_seed=None if self._seed_kl is None else float(self._seed_kl),
             entropy=float(self._entropy) / self._tokens,
-            capped_share=float(self._capped) / self._tokens,
+            capped_share=None if self._capped is None else float(self._capped) / self._tokens,
             mean_log_ratio=float(self._ratio) / self._tokens,
             max_log_ratio=float(self._largest),
             effective_sample_share=self.effective_sample_share,
@@ -302,7 +211,7 @@ def in_one_report(reports: Sequence[UpdateReport]) -> UpdateReport:
         grad_norm=mean("grad_norm"),
         kl_to_start=_mean([(report.kl_to_start, report.tokens) for report in reports]),
         entropy=mean("entropy"),
-        capped_share=mean("capped_share"),
+        capped_share=_mean([(report.capped_share, report.tokens) for report in reports]),
         learning_rate=reports[-1].learning_rate,
         tokens=tokens,
         rows=sum(report.rows for report in reports),
