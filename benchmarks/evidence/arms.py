@@ -69,7 +69,18 @@ LORA: dict[str, dict[str, Any]] = {"lora": {"adapter": {"rank": 16, "alpha": 32.
 """A LoRA adapter is trained in place of all weights. Rank and scaling are the package's defaults. In this narrow model
 (width 128) rank 16 trains 155,648 numbers beside its 939,904; in one of some billions it trains under 1 %."""
 
-ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA}
+LOSSES: dict[str, dict[str, Any]] = {
+    "grpo": {"loss": "grpo"},
+    "dapo": {"loss": "dapo"},
+    "dr_grpo": {"loss": "dr_grpo"},
+    "gspo": {"loss": "gspo"},
+    "rloo": {"loss": "rloo"},
+    "rft": {"loss": "rft"},
+}
+"""FST with another loss than CISPO, all else alike. With one update a batch the clips hardly act, so what differs is
+the advantage and the mean over tokens."""
+
+ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA, **LOSSES}
 
 TUNED = (
     *("fst", "rl", "gepa_then_rl"),
@@ -126,5 +137,11 @@ ABOUT = {
     "retiring": "FST that leaves out problems with a pass rate of 0.9 (ScaleRL)",
     "lora": "FST that trains a LoRA adapter of rank 16 instead of all weights",
     "reusing": "FST whose updates reuse the rollouts that scored the population",
+    "grpo": "FST with GRPO's loss: each rollout weighs the same",
+    "dapo": "FST with DAPO's loss: each token weighs the same",
+    "dr_grpo": "FST with Dr. GRPO's loss: no division by a length or a standard deviation",
+    "gspo": "FST with GSPO's loss: importance weights of whole replies",
+    "rloo": "FST with RLOO: REINFORCE against the mean of the other rollouts",
+    "rft": "FST that learns from the best rollouts of each problem alone (rejection sampling)",
     **dict.fromkeys(SENSITIVITY, "FST with this number changed"),
 }

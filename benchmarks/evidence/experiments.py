@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.arms import ARMS, LORA, MAIN, OPTIONS, RECIPE, SENSITIVITY, VARIANTS, tuned_as
+from benchmarks.evidence.arms import ARMS, LORA, LOSSES, MAIN, OPTIONS, RECIPE, SENSITIVITY, VARIANTS, tuned_as
 from benchmarks.evidence.places import (
     BY_LENGTH,
     CEILING,
@@ -109,6 +109,11 @@ def options(place: Place, seeds: range) -> Stages:
     return [_each(("fst", *OPTIONS), (WORLD, BY_LENGTH), seeds)]
 
 
+def losses(place: Place, seeds: range) -> Stages:
+    """Each loss in the place of CISPO, on the main world and where problems need different advice."""
+    return [_each(("fst", *LOSSES), (WORLD, BY_LENGTH), seeds)]
+
+
 def plasticity(place: Place, seeds: range) -> Stages:
     """RL on a second task from each arm's weights, and from the base."""
     first = _each(CARRIED, {world: None for pair in PAIRS for world in pair}, seeds)
@@ -162,6 +167,7 @@ EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {
         variants,
         variants_elsewhere,
         options,
+        losses,
         plasticity,
         continual,
         sensitivity,

@@ -92,6 +92,9 @@ def run(
             "without the file's adapters and quantized_base.",
         ),
     ] = None,
+    loss: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Loss of the weight updates, e.g. grpo, instead of the recipe's.")
+    ] = None,
     track: Track = None,
     samples: Samples = False,
     trust_code: TrustCode = False,
@@ -108,7 +111,8 @@ def run(
         from dspy_fst.run.directory import PROJECT
 
         project = _with_samples(_with_trackers(load_project(file), track), samples)
-        project = _changed(project, continue_from, new_run_dir, {"cycles": cycles, "adapter": _adapter(adapter)})
+        changes = {"cycles": cycles, "adapter": _adapter(adapter), "loss": loss}
+        project = _changed(project, continue_from, new_run_dir, changes)
         run_dir = project.run_path
         if (
             (run_dir / PROJECT).is_file()
@@ -240,7 +244,7 @@ def _changed(
         if given.get("adapter") == "none":
             given["adapter"] = None
             kept = {name: value for name, value in kept.items() if name not in OF_LORA_ADAPTERS}
-        if faults := make_config({name: value for name, value in given.items() if name == "adapter"})[1]:
+        if faults := make_config({name: value for name, value in given.items() if name in ("adapter", "loss")})[1]:
             raise ConfigurationError([f"--{fault}" for fault in faults])
         changes["recipe"] = Recipe.model_validate({**kept, **given})
     return project.model_copy(update=changes)

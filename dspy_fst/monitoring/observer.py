@@ -38,10 +38,20 @@ class Watch:
         worst: Reward of a failed rollout.
         best: Reward of a perfect rollout.
         parse_share: ``FSTConfig.parse_warning_share``.
+        loss: ``FSTConfig.loss``.
+        fresh: Whether every optimizer step learns from rollouts of its own weights (``updates_per_batch=1``).
     """
 
-    def __init__(self, worst: float = 0.0, best: float = 1.0, parse_share: float = 0.1):
+    def __init__(
+        self,
+        worst: float = 0.0,
+        best: float = 1.0,
+        parse_share: float = 0.1,
+        loss: str = "cispo",
+        fresh: bool = True,
+    ):
         self._worst, self._best, self._parse_share = worst, best, parse_share
+        self._loss, self._fresh = loss, fresh
         self._reports: list[StepReport] = []
         self._last_seen: dict[str, int] = {}
 
@@ -55,7 +65,8 @@ class Watch:
         """
         self._reports.append(report)
         now = len(self._reports)
-        history = History(self._reports, self._worst, self._best, self._parse_share, form or Form(), reply)
+        scores = (self._worst, self._best, self._parse_share)
+        history = History(self._reports, *scores, form or Form(), reply, self._loss, self._fresh)
         warnings = []
         for finding in filter(None, (rule(history) for rule in (*ROLLOUT_RULES, *UPDATE_RULES))):
             if finding.kind not in self._last_seen or now - self._last_seen[finding.kind] > CALM:
@@ -89,7 +100,8 @@ class Observer:
     ):
         self._run, self._program, self._policy, self._config = run, program, policy, config
         self._decode = partial(decoded, tokenizer)
-        self._watch = Watch(config.worst_score, config.perfect_score, config.parse_warning_share)
+        fresh = config.updates_per_batch == 1
+        self._watch = Watch(config.worst_score, config.perfect_score, config.parse_warning_share, config.loss, fresh)
         self._reports: list[StepReport] = []
         self._seen = 0
         self._tried: Event | None = None

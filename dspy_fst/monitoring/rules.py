@@ -97,6 +97,9 @@ class History:
     """The form of the program's prompts now."""
     reply: str = ""
     """A failed reply of the newest step and why it failed; empty when no reply failed."""
+    loss: str = "cispo"
+    fresh: bool = True
+    """Whether every optimizer step learns from rollouts of its own weights."""
 
     @property
     def reply_clause(self) -> str:
@@ -353,10 +356,16 @@ def capped_tokens(history: History) -> Finding | None:
     known = history.updates("capped_share")[-SHORT:]
     if not known or (share := fmean(value for _, value in known)) < CAPPED_SHARE:
         return None
-    seen = f"the importance weight of {share:.1%} of the tokens reached its cap"
-    advice = (
-        "Find out why the engine disagrees with the trainer (precision, stale weights) before raising importance_cap"
+    if history.loss != "cispo" and not history.fresh:  # then a clip is there to act
+        return None
+    cause = "Find out why the engine disagrees with the trainer (precision, stale weights) before"
+    seen, advice = (
+        f"the importance weight of {share:.1%} of the tokens reached its cap",
+        f"{cause} raising importance_cap",
     )
+    if history.loss != "cispo":
+        seen = f"{share:.1%} of the tokens had no gradient: their importance weight left the clip of {history.loss}"
+        advice = f"{cause} widening clip"
     return Finding("capped", [report for report, _ in known], seen, advice)
 
 

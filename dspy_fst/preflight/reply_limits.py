@@ -1,6 +1,6 @@
 """How long a reply of each predictor may get, for the settings that measure against it."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import dspy
 
@@ -20,15 +20,14 @@ def longest_reply(program: dspy.Module, trained: Collection[str] | None) -> int:
     return max((limits.get(name) or 1 for name in trained or limits), default=1)
 
 
-def limit_faults(student: object, config: FSTConfig | None) -> Iterator[str]:
+def limit_faults(student: object, config: FSTConfig | None) -> list[str]:
     """A fault for each setting that needs ``max_tokens``, on trained predictors whose replies have no limit."""
     if config is None or not isinstance(student, dspy.Module):
-        return
-    needed = config.overlong_penalty or config.loss == "dr_grpo"
-    limits = reply_limits(student) if needed else {}
-    unlimited = [name for name in config.trained or limits if name in limits and limits[name] is None]
-    without = f"and those of {', '.join(unlimited)} have none; set PolicyLM(max_tokens=...)"
-    if unlimited and config.overlong_penalty:
-        yield f"overlong_penalty={config.overlong_penalty:g}: replies are measured against max_tokens, {without}"
-    if unlimited and config.loss == "dr_grpo":
-        yield f"loss='dr_grpo': the tokens of a rollout are summed and divided by max_tokens, {without}"
+        return []
+    needing = [f"overlong_penalty={config.overlong_penalty:g}"] if config.overlong_penalty else []
+    needing += ["loss='dr_grpo'"] if config.loss == "dr_grpo" else []
+    limits = reply_limits(student) if needing else {}
+    if not (unlimited := [name for name in config.trained or limits if name in limits and limits[name] is None]):
+        return []
+    without = f"those of {', '.join(unlimited)} have none; set PolicyLM(max_tokens=...)"
+    return [f"{setting}: replies are measured against max_tokens, and {without}" for setting in needing]

@@ -1,4 +1,4 @@
-"""What a step's options did: `reuse_rollouts`, `resample_flat`, `retire_solved`, `overlong_penalty`. Pure.
+"""What a step's options did: `reuse_rollouts`, `resample_flat`, `retire_solved`, `overlong_penalty`, `loss`. Pure.
 
 Nothing is said and drawn of those that are off.
 """
@@ -37,7 +37,7 @@ def step_words(report: Event) -> str:
 def option_lines(steps: Sequence[StepReport]) -> list[str]:
     """A sentence for each option that did something in these steps."""
     counts = sum((Counter(step.counts) for step in steps), Counter[str]())
-    lines = (_reused(counts), _resampled(counts), _retired(steps, counts), _penalized(steps, counts))
+    lines = (_reused(counts), _resampled(counts), _retired(steps, counts), _penalized(steps, counts), _rejected(counts))
     return [line for line in lines if line]
 
 
@@ -85,6 +85,15 @@ def _penalized(steps: Sequence[StepReport], counts: Mapping[str, int]) -> str:
     return (
         f"overlong_penalty: {counted(counts['overlong_rollouts'], 'rollout')} had long replies; on average "
         f"{number(fmean(penalties))} was taken off the rewards, which are shown without it."
+    )
+
+
+def _rejected(counts: Mapping[str, int]) -> str:
+    if "rejected_calls" not in counts:
+        return ""
+    return (
+        f"loss='rft': {counted(counts['rows'], 'call')} of the best rollouts of a problem were learnt from, and "
+        f"{counted(counts['rejected_calls'], 'call')} of its others were not."
     )
 
 

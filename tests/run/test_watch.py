@@ -120,6 +120,16 @@ QUIET = {
 }
 
 
+def test_tokens_that_a_clip_takes_the_gradient_from_are_told_of_where_the_weights_had_not_moved():
+    clipped = history((1, {"capped_share": 0.02}))
+    ((_, warning),) = told(clipped, loss="gspo")
+    assert "2.0% of the tokens had no gradient: their importance weight left the clip of gspo" in warning
+    assert warning.endswith("before widening clip")
+    assert told(clipped, loss="gspo", fresh=False) == []
+    assert len(told(clipped, fresh=False)) == 1  # CISPO's cap is too far off to be reached by one batch's steps
+    assert told(history((1, {"capped_share": None})), loss="rloo") == []
+
+
 def test_a_step_that_played_nothing_is_no_share_of_anything():
     assert told([step(rollouts=0, **{"masked: timeout": 1})]) == []
 
