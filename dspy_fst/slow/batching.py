@@ -67,6 +67,12 @@ def tokens_of(rows: Sequence[Row], device: torch.device) -> Tokens:
     return Tokens(behaviour.to(device), advantages.to(device), weights.to(device))
 
 
+def part_of(tokens: Tokens, part: slice) -> Tokens:
+    """Some of the tokens."""
+    of_replies = None if tokens.reply_log_ratios is None else tokens.reply_log_ratios[part]
+    return Tokens(tokens.behaviour[part], tokens.advantages[part], tokens.weights[part], of_replies)
+
+
 def with_reply_log_ratios(tokens: Tokens, logprobs: Tensor, lengths: Sequence[int]) -> Tokens:
     """The same tokens with the mean log-ratio of their reply.
 

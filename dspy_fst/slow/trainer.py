@@ -27,6 +27,7 @@ from dspy_fst.slow.batching import (
     check_scorable,
     completions,
     micro_batches,
+    part_of,
     tokens_of,
     with_reply_log_ratios,
 )
@@ -196,7 +197,7 @@ class Trainer:
             tokens = with_reply_log_ratios(tokens, head.logprobs(readout, micro), micro.tokens)
 
         def loss(logprobs: Tensor, kl: Tensor | None, part: slice) -> Tensor:
-            own = tokens[part]
+            own = part_of(tokens, part)
             value = self._loss.value(logprobs, own, self._band)
             return value if kl is None else value + coefficient * (own.weights * kl).sum()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
+from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches, part_of
 from dspy_fst.slow.head import Head, Measured, Readout, kl_to, learn, logprobs
 from dspy_fst.slow.losses import cispo
 from dspy_fst.slow.losses.loss import Band, Tokens
@@ -43,7 +43,7 @@ class Case:
     coefficient: float
 
     def loss(self, logprobs: Tensor, kl: Tensor | None, part: slice) -> Tensor:
-        own = self.tokens[part]
+        own = part_of(self.tokens, part)
         value = cispo.value(logprobs, own, Band(0.0, CAP))
         return value if kl is None else value + self.coefficient * (own.weights * kl).sum()
 

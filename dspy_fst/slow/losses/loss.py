@@ -40,10 +40,6 @@ class Tokens:
     """Mean of ``log pi_theta - log pi_behaviour`` over the reply of each token, without a gradient; for a loss that
     reads whole replies."""
 
-    def __getitem__(self, part: slice) -> "Tokens":
-        of_replies = None if self.reply_log_ratios is None else self.reply_log_ratios[part]
-        return Tokens(self.behaviour[part], self.advantages[part], self.weights[part], of_replies)
-
 
 @dataclass(frozen=True)
 class Loss:
