@@ -89,14 +89,12 @@ class Trainer:
         self._device = torch.device("cuda" if on_cuda else "cpu")
         low = settings.precision == "bfloat16" or (settings.precision == "auto" and on_cuda)
         self._dtype = torch.bfloat16 if low else torch.float32
-        self._source = model
-        self._reference_path = reference
+        self._source, self._reference_path = model, reference
         torch.manual_seed(seed)
         self._files = Checkpoint.at("start", Path(model)).path
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._files, trust_remote_code=False)
         self._adapters = adapters
-        names = tuple(dict.fromkeys(adapters.values())) or (SHARED,)
-        quantized = settings.quantized_base
+        names, quantized = tuple(dict.fromkeys(adapters.values())) or (SHARED,), settings.quantized_base
         self._policy = Policy.load(
             model, dtype=self._dtype, adapter=settings.adapter, names=names, seed=seed, quantized=quantized
         ).to(self._device)

@@ -18,6 +18,6 @@ def test_the_reading_order_goes_from_the_loop_to_the_gradient_and_names_no_file_
     way = PAGE.partition("## One rollout")[2].partition("\n## ")[0]
     files = [name for line in way.splitlines() if line.startswith("| `") for name in PATH.findall(line.split("|")[1])]
     order = ["optimizer.py", "rollout/rollouter.py", "policy_lm.py", "rollout/reward.py", "slow/credit.py"]
-    order += ["slow/trainer.py", "slow/losses.py", "engine/verification.py"]
+    order += ["slow/trainer.py", "slow/losses/cispo.py", "engine/verification.py"]
     assert [files.index(name) for name in order] == sorted(files.index(name) for name in order)
     assert len(files) == len(set(files))
