@@ -81,10 +81,9 @@ class Session:
 
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
-        self._penalty = penalty_of(self.config)
-        self._loss = loss_of(self.config, longest_reply(self.program, self.trained))
-        plan, reuses, judged_by = self.plan, self.config.reuse_rollouts, self.rollouter.reward.identity
-        self._reuse = Reuse(self.run, self.program, judged_by, plan.first_steps) if reuses else None
+        config, plan, judged_by = self.config, self.plan, self.rollouter.reward.identity
+        self._penalty, self._loss = penalty_of(config), loss_of(config, longest_reply(self.program, self.trained))
+        self._reuse = Reuse(self.run, self.program, judged_by, plan.first_steps) if config.reuse_rollouts else None
         self.recorder = Recorder(self.run, judged_by)
         self.schedule = Schedule(self.plan, self.config, lambda: self.run.state, self.recorder.steps)
         texts = NaturalTexts(self.program, self.trained, self.trainset, self.trainer.tokenizer)
@@ -262,8 +261,7 @@ class Session:
         step = len(self.recorder.steps)
         draw = random.Random(f"{self.config.seed} mini-batches {step}")
         parts = mini_batches(batch, self.config.updates_per_batch, draw, self._loss)
-        learns = batch.rows or batch.seed_kl_calls
-        with self.policy.handle.asleep() if learns else nullcontext():
+        with self.policy.handle.asleep() if batch.rows or batch.seed_kl_calls else nullcontext():
             reports = [self._optimizer_step(part, step, place) for place, part in enumerate(parts)]
         applied = [report for report in reports if report.skipped is None]
         for skipped in [report.skipped for report in reports if report.skipped is not None] if applied else []:
