@@ -75,7 +75,26 @@ class Alternation(Settings):
         return self
 
 
-class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, Alternation):
+class WarmStart(Settings):
+    """Supervised training before the first search; ``compile(teacher=program)`` has one, too."""
+
+    warm_start: Literal["labels"] | None = None
+    """What a run learns before its first search, for a model that hardly ever parses or solves anything. ``"labels"``:
+    the labels of the trainset, written as replies of the predictors whose outputs they are. None: nothing (paper)."""
+    warm_start_examples: int | None = Field(default=256, ge=1)
+    """Examples of the trainset that a warm start learns from, the first ones; a teacher plays each once. None: all
+    (ours)."""
+    warm_start_epochs: int = Field(default=3, ge=1)
+    """Passes of a warm start over its replies (ours: transformers' default)."""
+    warm_start_learning_rate: float | None = Field(default=None, gt=0)
+    """AdamW's peak learning rate in a warm start, from which it falls to 0. None is 2e-5 for all weights, as in trl,
+    and ten times that for a LoRA adapter (ours)."""
+    warm_start_score: float = Field(default=0.9, gt=0, le=1)
+    """Least reward of a teacher's rollout that is learnt from, as a share of the way from ``failure_score`` to
+    ``perfect_score`` (ours)."""
+
+
+class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, WarmStart, Alternation):
     """Settings of Fast-Slow Training. Frozen; unknown names are refused."""
 
     # Pydantic lists the fields of the last base first, then of the one before it, and these at the end.
@@ -214,6 +233,11 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, Alternation):
     def worst_score(self) -> float:
         """Reward of the worst kind of failure."""
         return min(self.failure_score, self.format_failure_score)
+
+    @property
+    def teaching_score(self) -> float:
+        """Least reward of a teacher's rollout that a warm start learns from."""
+        return self.failure_score + self.warm_start_score * (self.perfect_score - self.failure_score)
 
     @property
     def distills(self) -> bool:

@@ -112,7 +112,8 @@ class FSTOptimizer(Teleprompter):
             student: Its trained predictors speak with one PolicyLM. A compiled program goes on from its
                 weights and population.
             trainset: Problems of both phases.
-            teacher: Refused: nothing here learns from a teacher program.
+            teacher: A program of the student's form. Before the first search the student's weights learn, supervised,
+                from the traces of its rollouts that score well (`warm_start_score`). It may speak with any LM.
             valset: Measures the student before the start and the final population, and chooses the best of it, or the
                 best state of the run (``return_best``). Without it nothing is compared, and the anchors' scores choose.
 

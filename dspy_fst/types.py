@@ -36,6 +36,10 @@ def version_of(step: int) -> WeightsVersion:
     return f"step-{step:06d}"
 
 
+WARM_START: WeightsVersion = "step-000000-warm"
+"""Name of the weights that a warm start leaves; it sorts between those of no and of one update."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """The fast weights: one text per component of the program (GEPA's candidate).

@@ -263,7 +263,16 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("track-stats-none", {"track_stats": None}, "track_stats=None: use True or False"),
     ("listener-alone", {"listeners": print}, "pass a list of functions that take one event"),
     ("listener-number", {"listeners": [5]}, "listeners=[5]: pass a list of functions that take one event"),
-    ("teacher", {"teacher": dspy.Predict("a -> b")}, "teacher: nothing is learnt from a teacher program"),
+    ("teacher", {"teacher": dspy.Predict("a -> b")}, "teacher: none of its predictors (self) has the name"),
+    ("teacher-number", {"teacher": 5}, "teacher: int is not a dspy.Module; pass one program"),
+    ("warm-start-word", {"warm_start": "teacher"}, "warm_start='teacher': Input should be 'labels'"),
+    ("warm-start-score-zero", {"warm_start_score": 0}, "warm_start_score=0: Input should be greater than 0"),
+    ("warm-start-none-learns", {"warm_start": "labels", "method": "gepa"}, "method='gepa' never changes the weights"),
+    (
+        "warm-start-no-labels",
+        {"warm_start": "labels", "trainset": [dspy.Example(numbers=str(i)).with_inputs("numbers") for i in range(64)]},
+        "warm_start='labels': no example of the trainset holds all inputs and outputs of a trained predictor",
+    ),
     # the run directory
     ("run-dir-number", {"run_dir": 5}, "run_dir=5: name a directory"),
     ("run-dir-empty", {"run_dir": ""}, "run_dir='': name a directory"),

@@ -87,6 +87,8 @@ class CheckOutcome(TypedDict):
     project: dict[str, object]
     settings: list[SettingRow]
     plan: PlanFigures
+    warm_start: str | None
+    """What the run learns before its first search; None: nothing."""
     needs: list[PlaceNeeds] | None
     """None before anything is known of the model."""
     micro_batch_tokens: MicroBatchSize
@@ -168,6 +170,7 @@ def _outcome(file: Path, measure: bool, room: "Available | None") -> CheckOutcom
             "project": _project(project, opened, policy, run_dir),
             "settings": _settings(config, project),
             "plan": plan,
+            "warm_start": request.warm_start,
             "needs": requirements(memory_plan),
             "micro_batch_tokens": {"tokens": config.micro_batch_tokens, "chosen": _chooses_micro_batch(project)},
             "gradient_checkpointing": config.gradient_checkpointing is True,
@@ -188,7 +191,7 @@ def _checked(file: Path, project: "Project", opened: "Opened", room: "Available 
     from dspy_fst.training.request import check as checked
 
     try:
-        return checked(opened.optimizer.arguments(opened.program, opened.trainset, opened.valset), room)
+        return checked(opened.optimizer.arguments(opened.program, opened.trainset, opened.valset, opened.teacher), room)
     except ConfigurationError as error:
         if nobody_proposes(project):
             error.add_note(
@@ -298,6 +301,8 @@ def _show(outcome: CheckOutcome) -> None:
         words=5,
     )
     _show_plan(out, outcome["plan"])
+    if outcome["warm_start"]:
+        out.line(outcome["warm_start"])
     out.heading("Room")
     if outcome["needs"] is None or outcome["written"] is None:
         out.line("not known before the model is on this machine")

@@ -284,10 +284,10 @@ def _print_population(out: "Printer", record: "RunRecord") -> None:
 
 def _costs(record: "RunRecord") -> list[tuple[str, str]]:
     from dspy_fst.formatting.numbers import duration
-    from dspy_fst.report.costs import LABELS, PARTS
+    from dspy_fst.report.costs import PARTS, labels_of
 
     costs = record.costs
-    rows = [(f"{'  ' * (name in PARTS)}{label}", f"{costs.count(name):,}") for name, label in LABELS.items()]
+    rows = [(f"{'  ' * (name in PARTS)}{label}", f"{costs.count(name):,}") for name, label in labels_of(costs).items()]
     return rows + [(f"time: {activity}", duration(seconds, 1)) for activity, seconds in costs.seconds.items()]
 
 

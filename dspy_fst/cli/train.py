@@ -295,7 +295,9 @@ def _train(project: "Project", as_json: bool, *, going_on_in: Path | None = None
                 "Read them there (in states/, populations/ and search.jsonl); if you trust them: --trust-code. "
                 "`dspy-fst run` of your own project file goes on without asking"
             )
-        compiled = opened.optimizer.compile(opened.program, trainset=opened.trainset, valset=opened.valset)
+        compiled = opened.optimizer.compile(
+            opened.program, trainset=opened.trainset, valset=opened.valset, teacher=opened.teacher
+        )
         policy_of(compiled).release()
     if not (run_dir / COMPILED).is_dir():
         raise RunDirectoryError(

@@ -14,7 +14,7 @@ from dspy_fst.run.directory import VERSION
 from dspy_fst.run.files import population_from_json, read_json
 from dspy_fst.run.validated import ranked_by
 from dspy_fst.saving.manifest import read_document
-from dspy_fst.types import Candidate, Population, WeightsVersion, version_of
+from dspy_fst.types import WARM_START, Candidate, Population, WeightsVersion, version_of
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ class RunReader:
     def version_after(self, steps: int) -> WeightsVersion:
         """Name of the weights after so many steps. A step that changed no weights keeps the name."""
         done = [report for report in self.record.steps if report.step < steps]
-        return max(done, key=lambda report: report.step).left if done else version_of(0)
+        if done:
+            return max(done, key=lambda report: report.step).left
+        return WARM_START if WARM_START in self.kept else version_of(0)
 
     def checkpoint(self, version: WeightsVersion) -> Checkpoint:
         """The weights of this name.

@@ -17,6 +17,9 @@ COOL = 0.5
 """Up to this temperature a lower one is not advised (ours; the parse trial uses this temperature)."""
 
 
+WARM_START = "a warm start (warm_start='labels', or teacher=program)"
+
+
 @dataclass(frozen=True)
 class Form:
     """The form of a program's prompts now, and what is known of other forms."""
@@ -42,7 +45,8 @@ def form_advice(form: Form) -> str:
     >>> form_advice(Form())[:75]
     'Raise max_tokens if they are cut off; else try dspy.configure(adapter=dspy.'
     >>> form_advice(Form("JSONAdapter", demos=True, temperature=0.3))
-    'Raise max_tokens if they are cut off; else try simpler output fields, or a stronger instruct model'
+    "Raise max_tokens if they are cut off; else try simpler output fields, a warm start (warm_start='labels', or \
+teacher=program), or a stronger instruct model"
     """
     first = "Raise max_tokens if they are cut off; else try "
     if form.helped:
@@ -52,7 +56,7 @@ def form_advice(form: Form) -> str:
         ways += ["dspy.configure(adapter=dspy.JSONAdapter())"] if form.adapter != "JSONAdapter" else []
         ways += ["two demos"] if not form.demos else []
         ways += ["a lower temperature"] if form.temperature is None or form.temperature > COOL else []
-    return first + ", ".join([*ways, "simpler output fields", "or a stronger instruct model"])
+    return first + ", ".join([*ways, "simpler output fields", WARM_START, "or a stronger instruct model"])
 
 
 # ---- what rules read and return ------------------------------------------------------------------

@@ -6,6 +6,14 @@ from importlib.util import find_spec
 from dspy_fst.slow.training_settings import TrainingSettings
 
 QUANTIZED = "pip install 'dspy-fst[quantized]'"
+WARM_START = "pip install 'dspy-fst[warm-start]'"
+
+
+def warm_start_fault() -> str | None:
+    """A sentence if the library of a warm start is missing."""
+    if find_spec("trl") is not None:
+        return None
+    return f"a warm start needs trl, which is not installed: {WARM_START}"
 
 
 def library_faults(config: TrainingSettings) -> Iterator[str]:

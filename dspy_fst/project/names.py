@@ -160,16 +160,20 @@ def imported(references: Mapping[str, str], faults: Faults) -> Objects:
     return objects
 
 
-def made_program(text: str, objects: Objects, faults: Faults) -> "dspy.Module | None":
-    """The imported program, or the result of the imported function; None after a fault."""
+def made_program(text: str, objects: Objects, faults: Faults, setting: str = "program") -> "dspy.Module | None":
+    """The imported program, or the result of the imported function; None after a fault.
+
+    Args:
+        setting: That names it.
+    """
     import dspy
 
     before = len(faults.sentences)
-    program = made("program", text, objects, dspy.Module, faults)
+    program = made(setting, text, objects, dspy.Module, faults)
     if isinstance(program, dspy.Module):
         return program
-    if "program" in objects and len(faults.sentences) == before:
-        faults.add(f"program: {text} gives {type(program).__name__}, not a dspy.Module")
+    if setting in objects and len(faults.sentences) == before:
+        faults.add(f"{setting}: {text} gives {type(program).__name__}, not a dspy.Module")
     return None
 
 

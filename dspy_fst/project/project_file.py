@@ -6,6 +6,7 @@
     model: Qwen/Qwen3-0.6B             # for the predictors that hold no LM yet
     reflection_lm: openai/gpt-5        # or  propose: my_program:propose
     run_dir: runs/mine
+    teacher: my_program:teacher        # a program that a warm start learns from; may be left out
     continue_from: runs/before         # a run whose program and weights this one goes on from; may be left out
     track: tensorboard                 # or a list; may be left out
     recipe: {auto: medium}             # fields of FSTConfig, or auto
@@ -80,6 +81,8 @@ class Project(Part):
     """A proposer that needs no LM, see FSTOptimizer."""
     code_proposer: Reference | None = None
     """A proposer of sources for dspy.Flex modules, see FSTOptimizer."""
+    teacher: Reference | None = None
+    """A program whose good traces are learnt before the first search, as ``compile(teacher=...)`` has it."""
     run_dir: str
     continue_from: str | None = None
     """The directory of a finished run, or a saved program. This run starts from its texts, population and weights, not
@@ -128,6 +131,7 @@ class Project(Part):
         with self.importable():
             objects = imported(self._references(), faults)
             program = self._program(objects, faults, trust_code)
+            teacher = self._teacher(program, objects, faults)
             trainset = self._examples("trainset", objects, faults)
             valset = self._examples("valset", objects, faults)
             reflection_lm = self._reflection_lm(faults)
@@ -144,7 +148,7 @@ class Project(Part):
             show_samples=self.show_samples,
             **(self.recipe.model_dump(exclude_unset=True) if self.recipe else {}),
         )
-        return Opened(program, optimizer, trainset, valset)
+        return Opened(program, optimizer, trainset, valset, teacher)
 
     def kept_settings(self) -> dict[str, object]:
         """The settings that `keep` writes."""
@@ -172,7 +176,7 @@ class Project(Part):
 
     def _references(self) -> dict[str, str]:
         """Setting -> the ``module:attribute`` that it holds."""
-        named = ("program", "metric", "propose", "code_proposer", "trainset", "valset")
+        named = ("program", "metric", "teacher", "propose", "code_proposer", "trainset", "valset")
         texts = {setting: getattr(self, setting) for setting in named}
         return {setting: text for setting, text in texts.items() if text is not None and not is_file(text)}
 
@@ -191,6 +195,19 @@ class Project(Part):
             if predictor.lm is None:
                 predictor.lm = policy
         return program
+
+    def _teacher(self, program: "dspy.Module | None", objects: Objects, faults: "Faults") -> "dspy.Module | None":
+        """A copy of the teacher; its predictors without an LM speak with the program's model."""
+        from dspy_fst.preflight.program_checks import policies_of
+        from dspy_fst.rollout.copying import copied
+
+        made = made_program(self.teacher, objects, faults, "teacher") if self.teacher else None
+        if made is None or program is None:
+            return None
+        teacher, policy = copied(made), next(iter(policies_of(program).values()), None)
+        for _, predictor in teacher.named_predictors():
+            predictor.lm = predictor.lm or policy
+        return teacher
 
     def _continued(
         self, before: Path, program: "dspy.Module", faults: "Faults", trust_code: bool
@@ -272,6 +289,7 @@ class Opened:
     optimizer: "FSTOptimizer"
     trainset: "list[dspy.Example]"
     valset: "list[dspy.Example] | None"
+    teacher: "dspy.Module | None" = None
 
 
 Kind = TypeVar("Kind", bound=Project)

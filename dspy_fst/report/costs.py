@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dspy_fst.run.phase_reports import CycleReport, StepReport
+from dspy_fst.run.phase_reports import CycleReport, StepReport, WarmStartReport
 from dspy_fst.run.validated import Validated
 
 LABELS = {
@@ -24,7 +24,13 @@ LABELS = {
     "trained_tokens": "trained tokens",
     "updates": "weight updates",
     "skipped": "updates skipped",
+    "teacher_rollouts": "rollouts of a warm start's teacher, outside the budget",
+    "teacher_tokens": "sampled tokens of a warm start's teacher, outside the budget",
+    "warm_tokens": "trained tokens of a warm start",
+    "warm_updates": "weight updates of a warm start",
 }
+OF_A_WARM_START = ("teacher_rollouts", "teacher_tokens", "warm_tokens", "warm_updates")
+"""Counts that are listed only where a run had a warm start."""
 """Name of a count in `Costs` -> its label, in the order in which costs are listed."""
 PARTS = ("search_rollouts", "training_rollouts", "search_tokens", "training_tokens")
 """Counts that are part of another count above them in the list."""
@@ -55,6 +61,12 @@ class Costs:
     updates: int
     """Updates that moved the weights."""
     skipped: int
+    teacher_rollouts: int
+    teacher_tokens: int
+    warm_tokens: int
+    """Reply tokens that a warm start learnt from; ``trained_tokens`` leaves them out, as ``updates`` leaves out its
+    updates."""
+    warm_updates: int
     seconds: Mapping[str, float]
     """Wall time by activity. The sum is the time from the first event to the last."""
 
@@ -72,6 +84,12 @@ class Costs:
         return value
 
 
+def labels_of(*runs: Costs) -> dict[str, str]:
+    """The counts that are listed for these runs, with their labels."""
+    warm = any(costs.warm_updates for costs in runs)
+    return {name: label for name, label in LABELS.items() if warm or name not in OF_A_WARM_START}
+
+
 def step_rollouts(counts: Mapping[str, int]) -> int:
     """Rollouts that a step paid for, by its counts: those under the program's own texts included (``held_rollouts``),
     those that its search had made left out (``reused``)."""
@@ -79,11 +97,16 @@ def step_rollouts(counts: Mapping[str, int]) -> int:
 
 
 def costs_of(
-    cycles: Sequence[CycleReport], steps: Sequence[StepReport], validations: Sequence[Validated], elapsed_s: float
+    cycles: Sequence[CycleReport],
+    steps: Sequence[StepReport],
+    validations: Sequence[Validated],
+    elapsed_s: float,
+    warm: WarmStartReport | None = None,
 ) -> Costs:
     """The sums over a run's reports.
 
     Args:
+        warm: Of the warm start, where there was one.
         elapsed_s: Seconds from the first event to the last.
     """
     trained = [step.update for step in steps if step.update.tokens]
@@ -101,12 +124,20 @@ def costs_of(
         validation_tokens=sum(state.sampled_tokens for state in validations),
         updates=len(trained),
         skipped=sum(step.update.skipped is not None for step in steps),
-        seconds=_seconds(cycles, steps, validations, elapsed_s),
+        teacher_rollouts=warm.teacher_rollouts if warm else 0,
+        teacher_tokens=warm.teacher_tokens if warm else 0,
+        warm_tokens=warm.tokens if warm else 0,
+        warm_updates=warm.updates if warm else 0,
+        seconds=_seconds(cycles, steps, validations, elapsed_s, warm),
     )
 
 
 def _seconds(
-    cycles: Sequence[CycleReport], steps: Sequence[StepReport], validations: Sequence[Validated], elapsed_s: float
+    cycles: Sequence[CycleReport],
+    steps: Sequence[StepReport],
+    validations: Sequence[Validated],
+    elapsed_s: float,
+    warm: WarmStartReport | None,
 ) -> dict[str, float]:
     spent = Counter({"sampling for searches": sum(cycle.seconds or 0.0 for cycle in cycles)})
     for step in steps:
@@ -114,5 +145,7 @@ def _seconds(
             spent[ACTIVITIES.get(activity, activity)] += seconds or 0.0  # type: ignore[assignment]
     if validations:
         spent["validation"] = math.fsum(state.seconds for state in validations)  # type: ignore[assignment]
+    if warm:
+        spent["warm start"] = warm.seconds  # type: ignore[assignment]
     rest = max(0.0, elapsed_s - math.fsum(spent.values()))
     return {**spent, "everything else (reflections, saving, pauses)": rest}

@@ -13,7 +13,7 @@ from dspy_fst.report.run_record import RunningTotal, RunRecord, RunWarning
 from dspy_fst.report.samples import sample_of
 from dspy_fst.run.directory import Event
 from dspy_fst.run.ending import stop_reason_in
-from dspy_fst.run.phase_reports import CycleReport, StepReport
+from dspy_fst.run.phase_reports import CycleReport, StepReport, WarmStartReport
 from dspy_fst.run.validated import validated_in
 from dspy_fst.types import AdapterReport, PredictorReport, UpdateReport
 
@@ -42,6 +42,7 @@ def record_of(
         config=plan.get("config") or {},
         budget=plan.get("budget") or {},
         warnings=tuple(_warnings(events)),
+        warm_start=next((as_written(WarmStartReport, e["report"]) for e in _of_kind(events, "warm_start")), None),
         cycles=cycles,
         steps=tuple(_step(event["report"]) for event in _of_kind(events, "step")),
         spent=tuple(_running_totals(events)),

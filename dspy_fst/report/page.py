@@ -17,7 +17,7 @@ from dspy_fst.formatting.numbers import DASH, counted, duration, interval, numbe
 from dspy_fst.formatting.tables import TextTable
 from dspy_fst.report import NEEDS_EXTRA
 from dspy_fst.report.charts import chart_svg, lineage_svg
-from dspy_fst.report.costs import LABELS, PARTS
+from dspy_fst.report.costs import PARTS, labels_of
 from dspy_fst.report.diff import word_diff
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.lineage import Node
@@ -213,7 +213,7 @@ def cost_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """What was spent: a label, and the value of each run. Labels of parts begin with a small letter."""
     rows = [
         (label if name in PARTS else label.capitalize(), [count(record.costs.count(name)) for record in records])
-        for name, label in LABELS.items()
+        for name, label in labels_of(*(record.costs for record in records)).items()
     ]
     activities = dict.fromkeys(activity for record in records for activity in record.costs.seconds)
     rows += [

@@ -17,7 +17,7 @@ from dspy_fst.report.predictor_totals import PredictorTotals, predictor_totals
 from dspy_fst.report.samples import SampleRollout
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.learning import UpdateSummary, update_summary
-from dspy_fst.run.phase_reports import CycleReport, StepReport
+from dspy_fst.run.phase_reports import CycleReport, StepReport, WarmStartReport
 from dspy_fst.run.validated import Validated
 
 State = Literal["finished", "running", "stopped"]
@@ -56,6 +56,7 @@ class RunRecord:
     budget: Mapping[str, int] = field(default_factory=dict)
     """What the plan may spend at most, e.g. ``{"updates": 48, "training_rollouts": 12288}``."""
     warnings: tuple[RunWarning, ...] = ()
+    warm_start: WarmStartReport | None = None
     cycles: tuple[CycleReport, ...] = ()
     steps: tuple[StepReport, ...] = ()
     spent: tuple[RunningTotal, ...] = ()
@@ -143,7 +144,7 @@ class RunRecord:
     @cached_property
     def costs(self) -> Costs:
         elapsed_s = (self.last or 0.0) - (self.started or 0.0)
-        return costs_of(self.cycles, self.steps, self.validations, elapsed_s)
+        return costs_of(self.cycles, self.steps, self.validations, elapsed_s, self.warm_start)
 
 
 def best(scores: Sequence[float | None]) -> float | None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from dspy_fst.formatting.numbers import DASH, duration, number
+from dspy_fst.formatting.numbers import DASH, counted, duration, number
 from dspy_fst.formatting.tables import TextTable
 from dspy_fst.report.run_record import RunRecord, RunWarning
 from dspy_fst.report.verdict import NOT_VALIDATED, validations_table, verdict
-from dspy_fst.run.phase_reports import CycleReport, StepReport
+from dspy_fst.run.phase_reports import CycleReport, StepReport, WarmStartReport
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,28 @@ def _facts(record: RunRecord) -> Sequence[tuple[str, str]]:
         f"{costs.tokens:,} sampled tokens, {costs.reflections:,} reflections"
     )
     outside = f"{costs.validation_rollouts:,} rollouts, {costs.validation_tokens:,} sampled tokens, outside the budget"
+    warm = [("warm start", warm_start_words(record.warm_start))] if record.warm_start else []
     return [
         ("ended", record.ended.text if record.ended else DASH),
+        *warm,
         ("start and end", verdict(record)),
         ("updates", record.ending.words),
         ("spent", spent),
         ("validation", outside if record.validations else NOT_VALIDATED),
         ("time", duration((record.last or 0.0) - (record.started or 0.0))),
     ]
+
+
+def warm_start_words(warm: WarmStartReport) -> str:
+    """What a warm start learnt, in a line."""
+    taught = ", ".join(f"{name} {count:,}" for name, count in warm.pairs.items())
+    teacher = f"{counted(warm.teacher_rollouts, 'rollout')} of the teacher, " if warm.teacher_rollouts else ""
+    left_out = ", ".join(f"{reason}: {count:,}" for reason, count in warm.left_out.items())
+    return (
+        f"from {warm.source}: {teacher}{sum(warm.pairs.values()):,} replies ({taught}), "
+        f"{counted(warm.updates, 'update')}, {warm.tokens:,} trained tokens, loss {number(warm.first_loss)} to "
+        f"{number(warm.last_loss)}" + (f"; left out: {left_out}" if left_out else "")
+    )
 
 
 def population_table(record: RunRecord) -> TextTable:

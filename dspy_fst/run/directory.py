@@ -27,7 +27,7 @@ from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.files import population_to_json, read_json, remove, to_jsonable, write_json, writing
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.run.state import Documents, Save, StateFields, commit_state, newest_state, prune_states
-from dspy_fst.types import Population, WeightsVersion
+from dspy_fst.types import WARM_START, Population, WeightsVersion
 
 LOCK = ".lock"
 PROJECT = "project.yaml"
@@ -42,7 +42,7 @@ NO_LONGER_IDENTITY = {"sync_tolerance"}
 """Keys that earlier releases recorded as part of a run's identity. Any value may follow them."""
 UNCLAIMED = (LOCK, PROJECT, "recipe.json.new")
 """Files that may be in a directory before a run begins there; a kill at the start leaves the last one."""
-VERSION, HALF_WRITTEN = re.compile(r"step-\d+"), re.compile(r"\.(step-\d+|base\.)")
+VERSION, HALF_WRITTEN = re.compile(r"step-\d+(-warm)?"), re.compile(r"\.(step-\d+|base\.)")
 """Names in weights/ that belong to the run; everything else there is left alone."""
 OURS = ("recipe.json", "events.jsonl", "search.jsonl", "populations", "weights", "states", "skipped")
 Event: TypeAlias = Mapping[str, Any]
@@ -256,10 +256,10 @@ class RunDirectory:
                     remove(path)
 
     def prune_weights(self, keep: int, best: Collection[WeightsVersion] = ()) -> None:
-        """Remove all but the first, the best and the ``keep`` newest versions."""
+        """Remove all but the first, those of a warm start, the best and the ``keep`` newest versions."""
         versions = sorted(path for path in (self.path / "weights").iterdir() if VERSION.fullmatch(path.name))
         for path in versions[1:-keep]:
-            if path.name not in best:
+            if path.name not in {*best, WARM_START}:
                 remove(path.rename(path.with_name(f".{path.name}.old")))  # gone at once, or not at all
 
 

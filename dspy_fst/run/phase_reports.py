@@ -8,6 +8,30 @@ from dspy_fst.types import PredictorReport, UpdateReport, WeightsVersion, versio
 
 
 @dataclass(frozen=True)
+class WarmStartReport:
+    """The supervised training before the first search."""
+
+    source: str
+    """``"labels"`` or ``"teacher"``."""
+    examples: int
+    """Of the trainset, from which replies could come."""
+    pairs: Mapping[str, int]
+    """Predictor -> the replies that it was taught."""
+    left_out: Mapping[str, int]
+    """Reason -> calls, or rollouts of the teacher, that nothing was learnt from."""
+    teacher_rollouts: int
+    teacher_tokens: int
+    """Sampled by a teacher that speaks with a PolicyLM; other LMs do not tell."""
+    tokens: int
+    """Reply tokens learnt from, counted in each pass."""
+    updates: int
+    first_loss: float
+    """In nats a reply token, of the first optimizer step."""
+    last_loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StepReport:
     """One slow step: what was sampled and how the weights were updated."""
 

@@ -18,6 +18,7 @@ from typing import TypedDict
 
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.files import FileFacts, PopulationJson, file_facts, flush, read_json, remove, sha256_of, write_json
+from dspy_fst.types import WARM_START, WeightsVersion, version_of
 
 FORMAT = 2
 TRAINER = "trainer"
@@ -43,6 +44,8 @@ class StateFields(TypedDict, total=False):
     """Updates that were made."""
     moved_at: int
     """Number of steps after which the weights changed last."""
+    warm_start: bool
+    """Whether the run has made its warm start; left out where it has none, or has it still before it."""
     population: PopulationJson
     judged_by: str
     """Identity of the metric."""
@@ -146,6 +149,23 @@ def peek_state(folder: Path) -> RunState | None:
 def moved_at(fields: StateFields) -> int:
     """Number of steps after which a state's weights changed last. Older releases published after every step."""
     return fields.get("moved_at", fields.get("step", 0))
+
+
+def start_version(fields: StateFields) -> WeightsVersion:
+    """The weights before the first update: those of the warm start, once it was made."""
+    return WARM_START if fields.get("warm_start") else version_of(0)
+
+
+def version_in(fields: StateFields) -> WeightsVersion:
+    """The weights of a state."""
+    moved = moved_at(fields)
+    return version_of(moved) if moved else start_version(fields)
+
+
+def to_publish_from(fields: StateFields) -> WeightsVersion:
+    """The first version that a run which goes on from this state writes. A warm start's is never written again."""
+    moved = moved_at(fields)
+    return version_of(moved or int(bool(fields.get("warm_start"))))
 
 
 def _verified(path: Path, other: Path | None, contents: bool) -> RunState:

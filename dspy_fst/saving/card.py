@@ -10,7 +10,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.formatting.numbers import interval, number, plain, share, with_error
-from dspy_fst.report.costs import LABELS
+from dspy_fst.report.costs import labels_of
 from dspy_fst.report.evaluated import Evaluated, Score, TwoByTwo
 from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.report.verdict import validations_table, verdict
@@ -260,7 +260,7 @@ def _recipe(record: RunRecord) -> Iterator[str]:
 
 
 def _spent(record: RunRecord) -> list[tuple[str, str]]:
-    spent = {label: record.costs.count(name) for name, label in LABELS.items()}
+    spent = {label: record.costs.count(name) for name, label in labels_of(record.costs).items()}
     spent["seconds from the first event to the last"] = round(sum(record.costs.seconds.values()))
     return [(name, f"{value:,}") for name, value in spent.items()]
 

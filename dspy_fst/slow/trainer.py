@@ -114,6 +114,10 @@ class Trainer:
         return self._tokenizer
 
     @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name; tied ones appear once."""
         named = dict(self._policy.model.named_parameters())

@@ -16,8 +16,8 @@ from dspy_fst.preflight.program_checks import policies_of
 from dspy_fst.recipe.lora_settings import SHARED, adapter_of
 from dspy_fst.run.directory import COMPILED, is_run
 from dspy_fst.run.files import read_json, to_jsonable
-from dspy_fst.run.state import RunState, moved_at, newest_state, peek_state
-from dspy_fst.types import Population, version_of
+from dspy_fst.run.state import RunState, newest_state, peek_state, version_in
+from dspy_fst.types import Population
 
 if TYPE_CHECKING:
     from dspy_fst.slow.trainer import Trainer  # imports torch, which a refusal does not need
@@ -46,7 +46,7 @@ def optimizer_faults(config: FSTConfig, student: dspy.Module, policy: PolicyLM, 
             f"{ASKED}: the student's weights lie in {policy.checkpoint.folder}, and an optimizer's state is only kept "
             f"in a run's directory; load the program from RUN_DIR/{COMPILED}, or leave it out"
         ]
-    if (found := version_of(moved_at(state.fields))) != policy.checkpoint.version:
+    if (found := version_in(state.fields)) != policy.checkpoint.version:
         return [
             f"{ASKED}: the student speaks with the weights {policy.checkpoint.version}, and the state in {before} is "
             f"of {found}: its optimizer saw later updates; leave it out"

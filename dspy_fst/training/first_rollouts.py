@@ -41,10 +41,15 @@ class FirstLook:
     spent: Spent
     calls_per_rollout: float
     tokens_per_rollout: float
+    parsed: float | None
+    """Share of the replies that parsed; None where none was read."""
 
 
-def try_first(session: Session) -> FirstLook:
+def try_first(session: Session, *, warm: bool = False) -> FirstLook:
     """Play and judge them.
+
+    Args:
+        warm: Whether a warm start follows: then no other form of prompt is tried, as it is what teaches this one.
 
     Raises:
         ConfigurationError: with every fault that showed.
@@ -67,7 +72,7 @@ def try_first(session: Session) -> FirstLook:
         session.run.emit("note", text=f"warning: {told}")
     failed = [_all_failed(train)] if all(rollout.failure for rollout in train) else []
     share = parse_share(train)
-    tried = try_forms(session, share) if share is not None and share < HARDLY else None
+    tried = try_forms(session, share) if share is not None and share < HARDLY and not warm else None
     if failed or tried:  # one fault, one warning
         session.run.emit("note", text=f"warning: {'; '.join([*failed, *([tried.told()] if tried else [])])}")
     calls = [len(rollout.calls) for rollout in train]
@@ -76,6 +81,7 @@ def try_first(session: Session) -> FirstLook:
         Spent(len(everything), sum(rollout.tokens for rollout in everything)),
         calls_per_rollout=sum(calls) / len(calls),
         tokens_per_rollout=sum(rollout.tokens for rollout in train) / len(train),
+        parsed=share,
     )
 
 

@@ -1,9 +1,10 @@
 """From a checked request to an open session: print the plan, start what the run needs, and let go of it at the end."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import dspy
 
@@ -17,7 +18,7 @@ from dspy_fst.rollout.chat_adapters import adapter_in_force, kept_by
 from dspy_fst.run.directory import Listener, RunDirectory
 from dspy_fst.run.ending import emit_halted
 from dspy_fst.run.interrupts import interruption_named
-from dspy_fst.run.state import moved_at
+from dspy_fst.run.state import moved_at, to_publish_from
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.continuing import take_over
 from dspy_fst.training.fingerprints import fingerprint
@@ -28,7 +29,8 @@ from dspy_fst.training.publisher import recoveries
 from dspy_fst.training.request import Request
 from dspy_fst.training.session import Session
 from dspy_fst.training.validating import CHANGED, NO_VALSET, Validation
-from dspy_fst.types import Population, version_of
+from dspy_fst.training.warm_start import is_due, told_after, warm_start
+from dspy_fst.types import WARM_START, Population
 
 logger = logging.getLogger(__name__)
 Listeners = Sequence[Listener]
@@ -69,10 +71,16 @@ def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
         session.publish(moved_at(run.state))
         session.prune_weights()  # a kill may have come between a commit and this
         with dspy.context(lm=_configured(policy), adapter=kept_by(request.student) or adapter_in_force()):
-            announce(session, None if run.state else try_first(session), request.trained)
+            look = None if run.state else try_first(session, warm=request.warm_start is not None)
+            announce(session, look, request.trained, request.warm_start)
             if not run.state:
                 session.commit_start()  # a process that dies in the validation has lost no more than that
             session.validate_start()
+            if is_due(session, request.teacher):
+                warm_start(session, request.teacher, _lora_adapters(request), original)
+                policy.handle.engine.on_recovery(logger.warning, None)  # it holds the trainer
+                del session
+                session = _warm_started(request, run, policy, None if look is None else look.parsed)
             yield session
         # The compiled program lives on: its restarts are no business of this run, and must not hold its trainer.
         policy.handle.engine.on_recovery(logger.warning, None)
@@ -86,6 +94,21 @@ def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
                 run.abandon()
         raise
     run.close()
+
+
+def _warm_started(request: Request, run: RunDirectory, policy: PolicyLM, parsed: float | None) -> Session:
+    """The session that goes on from the weights of the warm start, as one of a later process would."""
+    session = _assemble(request, run, policy)
+    session.publish(0)
+    told_after(session, parsed)
+    session.commit_start()
+    return session
+
+
+def _lora_adapters(request: Request) -> dict[str, str]:
+    """Trained predictor -> its LoRA adapter; empty where all share what is trained."""
+    config = request.config
+    return adapter_of(config.adapters, config.trained or policies_of(request.student))
 
 
 def _tell_stopped(run: RunDirectory, error: BaseException) -> None:
@@ -115,9 +138,9 @@ def _what_is_saved(run: RunDirectory) -> str:
 def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
     """Load the trainer, at the committed state when there is one, and put the session together."""
     config, student = request.config, request.student
-    adapters = adapter_of(config.adapters, config.trained or policies_of(student))
-    trainer = Trainer(policy.checkpoint.folder, config, adapters=adapters, seed=config.seed)
-    run.drop_weights_from(version_of(moved_at(run.state)))
+    adapters = _lora_adapters(request)
+    trainer = _trainer(request, run, request.policy.checkpoint.folder, adapters)
+    run.drop_weights_from(to_publish_from(run.state))
     if run.state:
         trainer.load_state(run.trainer_state)
     program = trainable_copy(student, policy, adapters)
@@ -127,7 +150,7 @@ def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
     samples = config.validation_samples
     return Session(
         config=config,
-        plan=Plan(config, len(request.trainset), origin=_origin(student, policy)),
+        plan=Plan(config, len(request.trainset), origin=_origin(student, request.policy)),
         trainset=request.trainset,
         valset=request.valset,
         program=program,
@@ -142,6 +165,18 @@ def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
     )
 
 
+def _trainer(request: Request, run: RunDirectory, model: Path, adapters: Mapping[str, str]) -> Trainer:
+    """The trainer at the start of the run's own training, whose KL's reference that is.
+
+    After a warm start the reference is what that left. LoRA adapters are read from there, as the trainer keeps a frozen
+    copy of what it read. All weights are not: published in bfloat16 they are rounded, and a tied head is untied.
+    """
+    config, warm = request.config, run.weights_path(WARM_START) if run.state.get("warm_start") else None
+    if config.adapter is not None:
+        return Trainer(warm or model, config, adapters=adapters, seed=config.seed)
+    return Trainer(model, config, reference=warm, adapters=adapters, seed=config.seed)
+
+
 def _origin(student: dspy.Module, policy: PolicyLM) -> str:
     """What a continued training starts from; empty at the base, whose shuffles are the seed's alone."""
     carried = getattr(student, "population", None)
@@ -153,12 +188,13 @@ def _origin(student: dspy.Module, policy: PolicyLM) -> str:
 # ---- what is said before anything is spent -------------------------------------------------------
 
 
-def announce(session: Session, look: FirstLook | None, trained: str) -> None:
+def announce(session: Session, look: FirstLook | None, trained: str, warm: str | None = None) -> None:
     """Say what the run will spend, or how far it is.
 
     Args:
         look: What the first rollouts measured; None for a run that goes on.
         trained: What is trained, and why; empty where that is not known.
+        warm: What the warm start will be.
     """
     budget = session.plan.budget(len(session.valset))
     if look is None:
@@ -172,7 +208,7 @@ def announce(session: Session, look: FirstLook | None, trained: str) -> None:
         before_the_start=look.spent,
         **_subject(session),
     )
-    for line in filter(None, (trained, *_plan_in_words(session, budget, look))):
+    for line in filter(None, (trained, warm, *_plan_in_words(session, budget, look))):
         session.recorder.note(line)
     if not session.validation:
         session.recorder.note(NO_VALSET)

@@ -15,6 +15,7 @@ from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from dspy_fst.config import FSTConfig
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.warm_start_checks import lacking
 from dspy_fst.rollout.call_recorder import is_recorded
 from dspy_fst.rollout.chat_adapters import adapter_in_force, code_of, describe, keep, kept_by
 from dspy_fst.rollout.components import in_python, with_texts
@@ -138,6 +139,8 @@ class Trial:
     by the share of replies that parsed."""
     have_demos: bool = False
     """Whether a predictor shows examples already."""
+    labels_teach: bool = False
+    """Whether an example holds all inputs and outputs of a predictor, so that a warm start can learn from it."""
 
     @property
     def rollouts(self) -> tuple[Rollout, ...]:
@@ -162,10 +165,16 @@ class Trial:
         if not self.shown_to:
             lines.append(f"  demos were not tried: {HAVE_DEMOS if self.have_demos else NO_DEMOS}")
         if (best := self.best) is None:
-            return "\n".join([*lines, self._nothing_helps])
+            return "\n".join([*lines, self._nothing_helps, self._warm_start])
         code = [f"  {line}" for line in self.code(best.setup)]
         where = "before compile() or where a project's module makes the program"
-        return "\n".join([*lines, f"For the first of them write, {where}:", *code])
+        return "\n".join([*lines, f"For the first of them write, {where}:", *code, self._warm_start])
+
+    @property
+    def _warm_start(self) -> str:
+        """The other way: not another form, but weights that know this one."""
+        way = "set warm_start='labels'" if self.labels_teach else "give compile() a teacher=program that speaks it"
+        return f"To teach the model this form before the first search instead, {way}"
 
     @property
     def _heading(self) -> str:
@@ -293,7 +302,8 @@ def trial(session: "Subject", before: float, reward_before: float | None = None)
             attempts.append(attempt(Setup(best.setup.adapter, best.setup.demos, COOLER)))
     names = tuple(name for name, _ in speaking)
     have = any(predictor.demos for _, predictor in speaking)
-    return Trial(before, tuple(attempts), current, kept is not None, names, shown_to, reward_before, have)
+    teach = any(not lacking(p.signature, example.toDict()) for _, p in speaking for example in session.trainset)
+    return Trial(before, tuple(attempts), current, kept is not None, names, shown_to, reward_before, have, teach)
 
 
 def _forms(current: dspy.Adapter, *, demos: bool) -> Iterator[Setup]:

@@ -15,8 +15,9 @@ from dspy_fst.policy_lm import EngineHandle, PolicyLM
 from dspy_fst.rollout.rendering import render, renderer_of
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.phase_reports import StepReport
+from dspy_fst.run.state import StateFields, start_version
 from dspy_fst.slow.trainer import Trainer
-from dspy_fst.types import Rollout, WeightsVersion, version_of
+from dspy_fst.types import WARM_START, Rollout, WeightsVersion, version_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -231,6 +232,7 @@ class Publisher:
 
     def __init__(self, run: RunDirectory, trainer: Trainer, serving: Publishing, keep: int):
         self._run, self._trainer, self._serving, self._keep = run, trainer, serving, keep
+        self._start = start_version(run.state)
         self.moved_at = 0
         """Steps after which the weights moved last."""
         self.unsaved = True
@@ -239,7 +241,17 @@ class Publisher:
     @property
     def moved_to(self) -> WeightsVersion:
         """The version of the weights as they are now."""
-        return version_of(self.moved_at)
+        return version_of(self.moved_at) if self.moved_at else self._start
+
+    def warm_started(self) -> None:
+        """The trainer holds the weights of the warm start now, and so will the next state."""
+        self._start, self.unsaved = WARM_START, True
+
+    @property
+    def facts(self) -> StateFields:
+        """What a state says of the weights."""
+        warm: StateFields = {"warm_start": True} if self._start == WARM_START else {}
+        return {"moved_at": self.moved_at, **warm}
 
     def publish(self, step: int, sampled: Iterable[Rollout] = ()) -> None:
         """Hand the weights that the ``step``-th update moved last to the engine and prove that it serves them.
@@ -252,10 +264,14 @@ class Publisher:
             SyncError, DiskError, EngineError: as `Publishing.serve` has it.
         """
         self.see_texts(sampled)
-        version = version_of(step)
         self.moved_at, self.unsaved = step, True
+        version = self.moved_to
+        path = self._run.weights_path(version)
+        if version == WARM_START:  # lies there: the trainer's reference is read from it
+            self._serving.serve(Checkpoint.at(version, path))
+            return
         with self._run.writing():
-            checkpoint = self._trainer.publish(self._run.weights_path(version), version)
+            checkpoint = self._trainer.publish(path, version)
         self._serving.serve(checkpoint)
 
     def serve_again(self, version: WeightsVersion) -> None:

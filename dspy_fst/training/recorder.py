@@ -8,6 +8,7 @@ from dspy_fst.fast.search_warnings import search_warnings
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.phase_reports import CycleReport, StepReport
 from dspy_fst.run.search_journal import Journal
+from dspy_fst.run.state import start_version
 from dspy_fst.training.plan import Cycle
 from dspy_fst.types import (
     Batch,
@@ -15,7 +16,6 @@ from dspy_fst.types import (
     Group,
     UpdateReport,
     WeightsVersion,
-    version_of,
 )
 
 
@@ -105,7 +105,7 @@ class Recorder:
             sampled_tokens=sum(each.tokens for each in rollouts if not each.reused) + batch.counts["held_tokens"],
             seconds=seconds,
             predictors=batch.predictors,
-            weights=self.steps[-1].left if self.steps else version_of(0),
+            weights=self.steps[-1].left if self.steps else start_version(self._run.state),
             published=published,
             group_rewards=tuple(_group_rewards(groups)),
             length_penalty=batch.length_penalty,

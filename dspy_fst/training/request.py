@@ -37,6 +37,7 @@ from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.preflight.template_checks import template_warnings
 from dspy_fst.preflight.text_checks import text_faults
 from dspy_fst.preflight.unreachable_parts import part_faults, part_warnings
+from dspy_fst.preflight.warm_start_checks import warm_start_faults, warm_start_warnings, warm_start_words
 from dspy_fst.recipe.lora_settings import adapter_of
 from dspy_fst.rollout.chat_adapters import differing_adapter, identity
 from dspy_fst.rollout.components import carried_by
@@ -83,6 +84,7 @@ class Arguments:
     metric: Metric
     valset: Sequence[dspy.Example] | None = None
     teacher: object = None
+    """A program whose traces a warm start learns from."""
     proposers: Proposers = field(default_factory=Proposers)
     run_dir: str | Path | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -97,6 +99,7 @@ class Request:
     trainset: Sequence[dspy.Example]
     valset: Sequence[dspy.Example]
     """Empty where none was given."""
+    teacher: dspy.Module | None
     metric: Metric
     proposers: Proposers
     config: FSTConfig
@@ -108,6 +111,8 @@ class Request:
     """What does not stop the run and would go unnoticed."""
     trained: str
     """What is trained, and why, in words (`MemoryPlan.choice`); empty where the model's size is not known."""
+    warm_start: str | None
+    """What the run learns before its first search, in words; None: nothing."""
 
     @property
     def policy(self) -> PolicyLM:
@@ -161,14 +166,13 @@ def _faults_of_arguments(
 ) -> Iterator[str]:
     """What is wrong with each argument by itself."""
     student, proposers = given.student, given.proposers
-    if given.teacher is not None:
-        yield "teacher: nothing is learnt from a teacher program here; leave it out"
     yield from launch_faults()
     yield from library_faults(config) if config is not None and room is None else ()
     yield from program_faults(student)
     yield from part_faults(student)
     yield from trained_faults(student, config)
     yield from adapters_faults(student, config)
+    yield from warm_start_faults(config, student, given.trainset, given.teacher)
     yield from limit_faults(student, config)
     yield from data_faults(given.trainset, given.valset, config)
     yield from valset_faults(config, given.valset)
@@ -197,7 +201,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
         for place in redactor.places(without_lms(student).dump_state())
     ]
     faults += optimizer_faults(config, student, policy, run_dir)
-    recipe = redactor.clean(run_identity(config, student, given.trainset, policy))
+    recipe = redactor.clean(run_identity(config, student, given.trainset, policy, given.teacher))
     faults += [fault] if (fault := directory_fault(run_dir, recipe, FSTConfig().model_dump())) else []
     config = with_recorded_micro_batch(config, run_dir)
     warnings: list[str] = []
@@ -210,12 +214,13 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     warnings += [*trainset_warnings(config, len(given.trainset)), *settings_without_effect(config)]
     warnings += [*patience_warnings(config), *valset_warnings(given.valset), *differing_adapter(student)]
     warnings += _model_warnings(policy, config) if room is None else []
-    warnings += part_warnings(student)
+    warnings += [*part_warnings(student), *warm_start_warnings(config, student, given.trainset, given.teacher)]
     warnings += _left_out(student, own_texts(student, config))
     return Request(
         student=student,
         trainset=given.trainset,
         valset=given.valset or (),
+        teacher=given.teacher if isinstance(given.teacher, dspy.Module) else None,
         metric=given.metric,
         proposers=given.proposers,
         config=config,
@@ -223,6 +228,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
         identity=recipe,
         warnings=tuple(warnings),
         trained="" if plan is None else plan.choice,
+        warm_start=warm_start_words(config, given.trainset, given.teacher),
     )
 
 
@@ -244,11 +250,16 @@ def adapter_count(config: FSTConfig, student: dspy.Module) -> int:
 
 
 def run_identity(
-    config: FSTConfig, student: dspy.Module, trainset: Sequence[dspy.Example], policy: PolicyLM
+    config: FSTConfig,
+    student: dspy.Module,
+    trainset: Sequence[dspy.Example],
+    policy: PolicyLM,
+    teacher: object = None,
 ) -> dict[str, object]:
-    """What makes a run this run: the recipe, the program, the problems and the model."""
+    """What makes a run this run: the recipe, the program, the problems, the model, and a teacher where there is one."""
     carried = getattr(student, "population", None)
     return {
+        **({"teacher": program_fingerprint(teacher)} if isinstance(teacher, dspy.Module) else {}),
         **{key: value for key, value in config.model_dump().items() if key not in NOT_IDENTITY},
         # Not under the name of the setting, which is the chat adapter's in recipes.
         "lora": config.adapter.model_dump() if config.adapter else None,

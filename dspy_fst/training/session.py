@@ -350,9 +350,9 @@ class Session:
         best = best_versions(self.recorder.steps, committed) | best_validated(self.validation.states, committed)
         self.publisher.prune(best)
 
-    def commit_start(self) -> None:
+    def commit_start(self, documents: Documents | None = None) -> None:
         """Keep the state before the first search."""
-        self._commit(0, -1, 0, self.population)
+        self._commit(0, -1, 0, self.population, documents)
 
     def _commit(
         self, cycle: int, searched: int, step: int, population: Population, documents: Documents | None = None
@@ -361,7 +361,7 @@ class Session:
         save_trainer = self.trainer.save_state if self.publisher.unsaved else None
         place = {"cycle": cycle, "searched": searched, "step": step, "population": population}
         judge = self.rollouter.reward.identity
-        self.run.commit(save_trainer, documents, judged_by=judge, moved_at=self.publisher.moved_at, **place)
+        self.run.commit(save_trainer, documents, judged_by=judge, **self.publisher.facts, **place)
         self.publisher.unsaved = False
 
     # ---- validation, outside of the budget -------------------------------------------------------

@@ -61,7 +61,7 @@ class Validation:
 
     def start_is_due(self, state: StateFields) -> bool:
         """Whether a run that stands at this committed state has its start still before it, and it was not measured."""
-        stands_there = not state.get("step") and state.get("searched", -1) < 0
+        stands_there = not (state.get("step") or state.get("warm_start")) and state.get("searched", -1) < 0
         return bool(self) and stands_there and not any(measured.when == "start" for measured in self.states)
 
     def measure(

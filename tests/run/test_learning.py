@@ -90,7 +90,7 @@ def test_what_helped_when_it_was_tried_is_advised_instead_of_the_list():
     assert "what did best when it was tried on this model: JSONAdapter, 2 demos (75% parsed)" in text
     assert "dspy.configure" not in text
     nothing = parse_warning(Form(tried=True))
-    assert "else try simpler output fields, or a stronger instruct model" in nothing
+    assert "else try simpler output fields, a warm start (warm_start='labels', or teacher=program), or a" in nothing
 
 
 def test_a_fault_of_the_form_is_not_told_as_wrong_answers_too():

@@ -1,0 +1,232 @@
+"""The warm start: what a run learns from labels or from a teacher before its first search, once.
+
+It is for a model that hardly ever parses or solves anything: rewards that are all alike teach nothing. The weights that
+it leaves are those that the run's own training starts from, and the reference of its KL. The start's validation comes
+before it, so that the report compares with the student as it was handed in.
+
+What a teacher said is kept in the state before anything is learnt, so a killed run does not ask it again. The rest is
+made again, with the same result: the pairs' order and the arithmetic are fixed by the run's seed.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import dspy
+from dspy.teleprompt.bootstrap_trace import FailedPrediction
+
+from dspy_fst.errors import TrainingError
+from dspy_fst.fast.search_settings import own_texts
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.program_checks import policies_of
+from dspy_fst.preflight.warm_start_checks import lacking, learnt_from
+from dspy_fst.rollout.components import with_texts
+from dspy_fst.rollout.copying import copied
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.written_replies import ReplyWriter
+from dspy_fst.run.phase_reports import WarmStartReport
+from dspy_fst.slow.supervised import Pair, Supervision, fine_tune
+from dspy_fst.training.first_rollouts import COUNT
+from dspy_fst.training.opening import trainable_copy
+from dspy_fst.training.parse_trial import parse_share
+from dspy_fst.training.session import Session
+from dspy_fst.types import PREDICTOR_TAG, WARM_START, Problem, Rollout
+
+TAUGHT = "taught.json"
+"""Document of a state: what a teacher said, in the policy's ids."""
+UNKNOWN, UNRENDERED, UNWRITTEN = "fields not in the example", "prompt not rendered", "not a reply of the chat adapter"
+LONG, CUT, LOW = "longer than the context", "longer than max_tokens", "scored too low"
+
+
+@dataclass
+class Taught:
+    """What is to be learnt, and what was left out."""
+
+    source: str
+    examples: int
+    pairs: list[Pair] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    rollouts: int = 0
+    """Of a teacher."""
+    tokens: int = 0
+    """Sampled by a teacher."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Taught":
+        pairs = [Pair(p["predictor"], tuple(p["prompt_ids"]), tuple(p["reply_ids"])) for p in data["pairs"]]
+        return cls(**{**data, "pairs": pairs, "left_out": Counter(data["left_out"])})
+
+
+def is_due(session: Session, teacher: dspy.Module | None) -> bool:
+    """Whether the run has a warm start, and has it still before it."""
+    asked = teacher is not None or session.config.warm_start is not None
+    state = session.run.state
+    return asked and not (state.get("warm_start") or state.get("step") or state.get("searched", -1) >= 0)
+
+
+def warm_start(session: Session, teacher: dspy.Module | None, adapters: Mapping[str, str], original: PolicyLM) -> None:
+    """Learn, write the weights, and commit them. The session is over then: the run goes on with a new one.
+
+    Args:
+        teacher: Whose traces are learnt from; None: the labels.
+        adapters: Predictor -> its LoRA adapter, as the trainer has it.
+        original: The student's LM, which the run's engine stands in for.
+
+    Raises:
+        TrainingError: nothing was found to learn from, or supervised training failed.
+    """
+    began, config, run = time.monotonic(), session.config, session.run
+    taught = _taught(session, teacher, original)
+    if not taught.pairs:
+        raise TrainingError(_nothing(taught, config.teaching_score))
+    session.phase(f"warm start: learning {len(taught.pairs)} replies")
+    how = Supervision(config.warm_start_epochs, config.warm_start_learning_rate, config.seed)
+    with session.policy.handle.asleep():
+        learnt = fine_tune(session.trainer, taught.pairs, how, adapters)
+    path = run.weights_path(WARM_START)
+    with run.writing():
+        session.trainer.publish(path, WARM_START)
+    report = WarmStartReport(
+        source=taught.source,
+        examples=taught.examples,
+        pairs=Counter(pair.predictor for pair in taught.pairs),
+        left_out=taught.left_out,
+        teacher_rollouts=taught.rollouts,
+        teacher_tokens=taught.tokens,
+        tokens=learnt.tokens,
+        updates=learnt.updates,
+        first_loss=learnt.first_loss,
+        last_loss=learnt.last_loss,
+        seconds=time.monotonic() - began,
+    )
+    run.emit("warm_start", report=report)
+    session.publisher.warm_started()
+    session.commit_start()
+
+
+def told_after(session: Session, before: float | None) -> None:
+    """Say how many of the first replies parse now, and warn where hardly any does.
+
+    Args:
+        before: The share before the warm start; None where another process measured it.
+    """
+    first = range(min(COUNT, len(session.trainset)))
+    tasks = [Task(Problem(index, session.trainset[index]), session.population.best) for index in first]
+    rollouts = session.rollouter.rollout(tasks, "after the warm start")
+    share = parse_share(rollouts)
+    if share is None:
+        return
+    earlier = "" if before is None else f", before it {before:.0%}"
+    spent = {"rollouts": len(rollouts), "sampled_tokens": sum(rollout.tokens for rollout in rollouts)}
+    told = f"after the warm start {share:.0%} of the replies to the first {len(tasks)} examples parse{earlier}"
+    session.run.emit("note", text=told if share > (before or 0.0) or share == 1 else f"warning: {told}", spent=spent)
+
+
+def _taught(session: Session, teacher: dspy.Module | None, original: PolicyLM) -> Taught:
+    if teacher is None:
+        return _by_labels(session)
+    if (kept := session.run.document(TAUGHT)) is not None:
+        session.recorder.note("warm start: the teacher's traces are kept from before")
+        return Taught.from_json(kept)
+    taught = _by_teacher(session, teacher, original)
+    session.commit_start({TAUGHT: asdict(taught)})
+    return taught
+
+
+def _nothing(taught: Taught, least: float) -> str:
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in taught.left_out.most_common()) or "no call was made"
+    advice = (
+        "the labels must be outputs that the chat adapter can write"
+        if taught.source == "labels"
+        else f"give a better teacher, or lower warm_start_score, at which {least:g} is the least reward"
+    )
+    return f"warm start: nothing to learn from {taught.examples} examples by {taught.source} ({reasons}); {advice}"
+
+
+# ---- labels and traces as pairs of ids -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Said:
+    """A call of a predictor whose outputs are known."""
+
+    predictor: str
+    fields: Mapping[str, object]
+    """Inputs and outputs."""
+
+
+def _by_labels(session: Session) -> Taught:
+    examples = learnt_from(session.config, session.trainset)
+    taught = Taught("labels", len(examples))
+    names = sorted(session.trained)
+    _write(session, taught, ([_Said(name, example.toDict()) for name in names] for example in examples))
+    return taught
+
+
+def _by_teacher(session: Session, teacher: dspy.Module, original: PolicyLM) -> Taught:
+    """The calls of the teacher's rollouts that score well. Its inputs and outputs are taken, and never its ids."""
+    config, examples = session.config, learnt_from(session.config, session.trainset)
+    session.phase(f"warm start: {len(examples)} rollouts of the teacher")
+    policies = policies_of(teacher).values()
+    shared = any(policy.handle is original.handle for policy in policies)
+    program = trainable_copy(teacher, session.policy) if shared else copied(teacher)
+    reward = Reward(session.rollouter.reward.metric, frozenset(n for n, _ in program.named_predictors()), examples)
+    texts = own_texts(program, config)
+    tasks = [Task(Problem(index, example), texts) for index, example in enumerate(examples)]
+    try:
+        rollouts = Rollouter(program, reward, config, seed=config.seed).rollout(tasks, "teacher")
+    finally:
+        for policy in policies if not shared else ():
+            policy.release()  # its memory is needed for training
+    taught = Taught("teacher", len(examples), rollouts=len(rollouts), tokens=sum(r.tokens for r in rollouts))
+    _write(session, taught, (_good_calls(rollout, config.teaching_score, taught.left_out) for rollout in rollouts))
+    return taught
+
+
+def _good_calls(rollout: Rollout, least: float, left_out: Counter[str]) -> list[_Said]:
+    if rollout.reward is None or rollout.failure or rollout.reward < least:
+        left_out[rollout.mask or rollout.failure or LOW] += 1
+        return []
+    return [
+        _Said(name, {**inputs, **said})
+        for predictor, inputs, said in rollout.trace
+        if (name := getattr(predictor, PREDICTOR_TAG, None)) and not isinstance(said, FailedPrediction)
+    ]
+
+
+def _write(session: Session, taught: Taught, calls: Iterable[Sequence[_Said]]) -> None:
+    """Add these calls, one sequence for each example, as pairs; members of the population take turns."""
+    writer = ReplyWriter(session.trainer.tokenizer, session.policy.checkpoint.path)
+    members = [dict(with_texts(session.program, m).named_predictors()) for m in session.population.unique()]
+    limits = {name: policy.reply_limit for name, policy in policies_of(session.program).items()}
+    last = session.trainer.policy.last_position
+    for turn, said in enumerate(calls):
+        predictors = members[turn % len(members)]
+        for call in said:
+            if call.predictor not in session.trained:
+                continue
+            found = _pair(writer, predictors[call.predictor], call, last, limits.get(call.predictor))
+            if isinstance(found, Pair):
+                taught.pairs.append(found)
+            else:
+                taught.left_out[found] += 1
+
+
+def _pair(writer: ReplyWriter, predictor: dspy.Predict, call: _Said, last: int | None, limit: int | None) -> Pair | str:
+    """The pair of a call, or why there is none."""
+    signature = predictor.signature
+    if lacking(signature, call.fields):
+        return UNKNOWN
+    prompt = writer.prompt(predictor, {name: call.fields[name] for name in signature.input_fields})
+    reply = writer.reply(predictor, call.fields)
+    if prompt is None or reply is None:
+        return UNRENDERED if prompt is None else UNWRITTEN
+    if limit is not None and len(reply) > limit:
+        return CUT
+    if last is not None and len(prompt) + len(reply) > last + 1:
+        return LONG
+    return Pair(call.predictor, prompt, reply)
