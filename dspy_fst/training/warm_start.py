@@ -55,6 +55,9 @@ class Taught:
     tokens: int = 0
     """Sampled by a teacher."""
 
+    def as_json(self) -> dict[str, object]:
+        return {**vars(self), "pairs": list(map(asdict, self.pairs)), "left_out": dict(self.left_out)}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Taught":
         pairs = [Pair(p["predictor"], tuple(p["prompt_ids"]), tuple(p["reply_ids"])) for p in data["pairs"]]
@@ -93,8 +96,8 @@ def warm_start(session: Session, teacher: dspy.Module | None, adapters: Mapping[
     report = WarmStartReport(
         source=taught.source,
         examples=taught.examples,
-        pairs=Counter(pair.predictor for pair in taught.pairs),
-        left_out=taught.left_out,
+        pairs=dict(Counter(pair.predictor for pair in taught.pairs)),
+        left_out=dict(taught.left_out),
         teacher_rollouts=taught.rollouts,
         teacher_tokens=taught.tokens,
         tokens=learnt.tokens,
@@ -133,7 +136,7 @@ def _taught(session: Session, teacher: dspy.Module | None, original: PolicyLM) -
         session.recorder.note("warm start: the teacher's traces are kept from before")
         return Taught.from_json(kept)
     taught = _by_teacher(session, teacher, original)
-    session.commit_start({TAUGHT: asdict(taught)})
+    session.commit_start({TAUGHT: taught.as_json()})
     return taught
 
 

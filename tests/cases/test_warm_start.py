@@ -1,7 +1,6 @@
 """What a warm start teaches: the prompt that the engine reads, a reply that parses; and what is left out, and why."""
 
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import dspy
@@ -104,7 +103,7 @@ def teacher_of(right):
     def speak(messages, seed):
         said = messages[-1]["content"]
         if "plan" in said.split("Respond with")[-1]:
-            return fields(plan="turn it round")
+            return fields(plan="2 1")
         number = next(i for i in range(4) if f"{i} 2 3 4" in said)
         return fields(answer=f"4 3 2 {number}" if number in right else "no")
 
@@ -154,7 +153,7 @@ def test_a_teacher_of_another_form_or_beside_labels_is_refused(policy):
 def test_what_a_teacher_said_survives_the_state_s_json(policy):
     with dspy.context(adapter=dspy.ChatAdapter()):
         taught = _by_labels(session_of(policy))
-    assert Taught.from_json(json.loads(json.dumps(asdict(taught)))) == taught
+    assert Taught.from_json(json.loads(json.dumps(taught.as_json()))) == taught
 
 
 def test_its_weights_lie_between_those_of_no_and_of_one_update_and_stay(tmp_path):
