@@ -1,26 +1,27 @@
-"""A warm start: what a run learns from labels before its first search; killed in it, the run ends bit for bit alike."""
+"""A warm start in a run: what it brings and costs; and a run that dies in it, which ends bit for bit alike."""
 
-import dspy
 import pytest
 
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.from_directory import read_record
+from dspy_fst.report.summary import summary_of
 from dspy_fst.run.directory import read_events
+from dspy_fst.training.result import start_of
+from dspy_fst.types import WARM_START
 from programs.lab import BASE, build
 from tests.test_compile import propose, same_weights
 
 WARM = {
+    "method": "rl",
     "cycles": 1,
     "steps_per_cycle": 1,
     "problems_per_step": 4,
     "population_size": 1,
     "group_size": 4,
-    "anchors": 2,
-    "search_rollouts": 2,
     "warm_start": "labels",
-    "warm_start_examples": 64,
-    "warm_start_epochs": 6,
+    "warm_start_examples": 32,
+    "warm_start_epochs": 2,
     "warm_start_learning_rate": 2e-3,
     "learning_rate": 1e-4,
     "progress": False,
@@ -31,20 +32,16 @@ class Killed(BaseException):
     """The process dies here."""
 
 
-def compiled_in(run_dir, listeners=(), **changes):
-    """A run whose model has never seen this form of reply."""
-    lab = build("reverse", train=64, val=8, test=4)
-    lab.program.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=24, engine_options={"linger_s": 60.0}))
-    optimizer = FSTOptimizer(
-        metric=lab.metric, propose=propose, run_dir=run_dir, listeners=listeners, **{**WARM, **changes}
-    )
-    with dspy.context(adapter=dspy.XMLAdapter()):
-        return optimizer.compile(lab.program, trainset=lab.trainset, valset=lab.valset)
+def compiled_in(run_dir, listeners=()):
+    lab = build("reverse", train=32, val=16, test=4)
+    lab.program.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=16, engine_options={"linger_s": 60.0}))
+    optimizer = FSTOptimizer(metric=lab.metric, propose=propose, run_dir=run_dir, listeners=listeners, **WARM)
+    return optimizer.compile(lab.program, trainset=lab.trainset, valset=lab.valset)
 
 
 def dies_at(words):
     def listener(event):
-        if str(event.get("phase") or event.get("text") or "").startswith(words):
+        if str(event.get("phase") or event.get("text") or "").removeprefix("warning: ").startswith(words):
             raise Killed
 
     return listener
@@ -58,11 +55,22 @@ def whole(tmp_path_factory):
     policy_of(program).release()
 
 
-def test_replies_that_never_parsed_parse_after_it_and_earn_rewards(whole):
-    path, _ = whole
-    record = read_record(path)
+def test_labels_raise_the_reward_over_the_start_and_are_counted(whole):
+    path, program = whole
+    record = read_record(path, "warm")
     start, end = record.validations[0], record.validations[-1]
-    print(start.score, end.score, record.warm_start, [e["text"] for e in read_events(path) if "text" in e])
+    assert (start.weights, record.steps[0].sampled_by) == ("step-000000", WARM_START)
+    assert end.score >= start.score + 0.25
+    warm, costs = record.warm_start, record.costs
+    assert (warm.source, warm.examples, warm.pairs, warm.left_out) == ("labels", 32, {"solve": 32}, {})
+    assert (costs.warm_updates, costs.teacher_rollouts) == (8, 0)
+    assert costs.warm_tokens == warm.tokens > 2 * 32 * 4
+    assert costs.updates <= 1  # its updates are not the run's
+    assert warm.last_loss < warm.first_loss
+    assert "from labels: 32 replies (solve 32), 8 updates" in str(summary_of(record))
+    assert start_of(program).version == "step-000000"  # the base of a 2x2 table is the student's own
+    told = [event["text"] for event in read_events(path) if event["event"] == "note"]
+    assert any("after the warm start 100% of the replies to the first 4 examples parse" in text for text in told)
 
 
 def test_a_run_that_dies_in_its_warm_start_ends_alike(whole, tmp_path):
@@ -71,4 +79,6 @@ def test_a_run_that_dies_in_its_warm_start_ends_alike(whole, tmp_path):
             compiled_in(tmp_path / "run", [dies_at(words)])
     program = compiled_in(tmp_path / "run")
     assert same_weights(program, whole[1])
+    kinds = [event["event"] for event in read_events(tmp_path / "run")]
+    assert kinds.count("warm_start") == 1
     policy_of(program).release()

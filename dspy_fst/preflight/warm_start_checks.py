@@ -102,7 +102,7 @@ def _teachable(student: dspy.Module, config: FSTConfig, trainset: Sequence[objec
 
 
 def _why_none(student: dspy.Module, config: FSTConfig, trainset: Sequence[object]) -> str:
-    first = next((each.toDict() for each in trainset if isinstance(each, dspy.Example)), {})
+    first: dict[str, object] = next((each.toDict() for each in trainset if isinstance(each, dspy.Example)), {})
     predictors = taught_predictors(student, config)
     needs = "; ".join(f"{name!r} lacks {', '.join(lacking(p.signature, first))}" for name, p in predictors.items())
     return (
@@ -118,16 +118,13 @@ def _teacher_faults(
     if not isinstance(teacher, dspy.Module):
         yield f"teacher: {type(teacher).__name__} is not a dspy.Module; pass one program"
         return
-    held = dict(teacher.named_predictors())
-    if without := [name for name, predictor in held.items() if (predictor.lm or dspy.settings.lm) is None]:
-        yield f"teacher: {', '.join(without)} has no LM; call teacher.set_lm(...)"
-    own = taught_predictors(student, config)
-    common = {
-        name for name, p in own.items() if name in held and not lacking(p.signature, dict(held[name].signature.fields))
-    }
-    if not common:
+    held, own = dict(teacher.named_predictors()), taught_predictors(student, config)
+    if not any(n in held and not lacking(p.signature, dict(held[n].signature.fields)) for n, p in own.items()):
         yield (
             f"teacher: none of its predictors ({', '.join(held) or 'none'}) has the name, inputs and outputs of a "
             f"trained predictor ({', '.join(own)}); make it of the student's class"
         )
+        return
+    if without := [name for name, predictor in held.items() if (predictor.lm or dspy.settings.lm) is None]:
+        yield f"teacher: {', '.join(without)} has no LM; call teacher.set_lm(...)"
     yield from (fault.replace("trainset", "teacher", 1) for fault in input_faults(teacher, trainset, None))

@@ -71,16 +71,11 @@ def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
         session.publish(moved_at(run.state))
         session.prune_weights()  # a kill may have come between a commit and this
         with dspy.context(lm=_configured(policy), adapter=kept_by(request.student) or adapter_in_force()):
-            look = None if run.state else try_first(session, warm=request.warm_start is not None)
-            announce(session, look, request.trained, request.warm_start)
-            if not run.state:
-                session.commit_start()  # a process that dies in the validation has lost no more than that
-            session.validate_start()
+            parsed = _begin(session, request)
             if is_due(session, request.teacher):
                 warm_start(session, request.teacher, _lora_adapters(request), original)
-                policy.handle.engine.on_recovery(logger.warning, None)  # it holds the trainer
-                del session
-                session = _warm_started(request, run, policy, None if look is None else look.parsed)
+                del session  # and the trainer with it
+                session = _warm_started(request, run, policy, parsed)
             yield session
         # The compiled program lives on: its restarts are no business of this run, and must not hold its trainer.
         policy.handle.engine.on_recovery(logger.warning, None)
@@ -94,6 +89,21 @@ def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
                 run.abandon()
         raise
     run.close()
+
+
+def _begin(session: Session, request: Request) -> float | None:
+    """Look at the first rollouts, announce the run, and measure its start, as far as that is still due.
+
+    Returns:
+        Share of the first replies that parsed; None for a run that goes on.
+    """
+    fresh = not session.run.state
+    look = try_first(session, warm=request.warm_start is not None) if fresh else None
+    announce(session, look, request.trained, request.warm_start)
+    if fresh:
+        session.commit_start()  # a process that dies in the validation has lost no more than that
+    session.validate_start()
+    return None if look is None else look.parsed
 
 
 def _warm_started(request: Request, run: RunDirectory, policy: PolicyLM, parsed: float | None) -> Session:

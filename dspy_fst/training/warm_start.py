@@ -109,6 +109,7 @@ def warm_start(session: Session, teacher: dspy.Module | None, adapters: Mapping[
     run.emit("warm_start", report=report)
     session.publisher.warm_started()
     session.commit_start()
+    session.policy.handle.engine.on_recovery(session.recorder.recovery, None)  # the last proof holds the trainer
 
 
 def told_after(session: Session, before: float | None) -> None:
