@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from dspy_fst.config import Alternation, FSTConfig, make_config
+from dspy_fst.config import Alternation, FSTConfig, WarmStart, make_config
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.recipe.declared import Settings, no_such_setting, sentences
@@ -130,7 +130,7 @@ def test_a_setting_is_declared_once_beside_its_user_and_the_recipe_inherits_it(r
 
 def test_settings_are_listed_in_the_order_of_a_cycle():
     names = list(FSTConfig.model_fields)
-    parts = [Alternation, SearchSettings, TrainingSettings, RolloutSettings]
+    parts = [Alternation, WarmStart, SearchSettings, TrainingSettings, RolloutSettings]
     assert names[: sum(len(part.model_fields) for part in parts)] == [n for part in parts for n in part.model_fields]
     assert names[0] == "method"
     assert names[-1] == "seed"

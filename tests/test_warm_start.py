@@ -1,8 +1,10 @@
 """A warm start in a run: what it brings and costs; and a run that dies in it, which ends bit for bit alike."""
 
 import pytest
+from safetensors.torch import load_file
 
 from dspy_fst import FSTOptimizer, PolicyLM
+from dspy_fst.engine.base import Checkpoint
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.from_directory import read_record
 from dspy_fst.report.summary import summary_of
@@ -10,6 +12,7 @@ from dspy_fst.run.directory import read_events
 from dspy_fst.training.result import start_of
 from dspy_fst.types import WARM_START
 from programs.lab import BASE, build
+from tests.relay import any_answer, relay
 from tests.test_compile import propose, same_weights
 
 WARM = {
@@ -67,6 +70,7 @@ def test_labels_raise_the_reward_over_the_start_and_are_counted(whole):
     assert costs.warm_tokens == warm.tokens > 2 * 32 * 4
     assert costs.updates <= 1  # its updates are not the run's
     assert warm.last_loss < warm.first_loss
+    assert record.steps[0].update.kl_to_start < 1e-4  # of what the warm start left, and not of the student
     assert "from labels: 32 replies (solve 32), 8 updates" in str(summary_of(record))
     assert start_of(program).version == "step-000000"  # the base of a 2x2 table is the student's own
     told = [event["text"] for event in read_events(path) if event["event"] == "note"]
@@ -81,4 +85,30 @@ def test_a_run_that_dies_in_its_warm_start_ends_alike(whole, tmp_path):
     assert same_weights(program, whole[1])
     kinds = [event["event"] for event in read_events(tmp_path / "run")]
     assert kinds.count("warm_start") == 1
+    policy_of(program).release()
+
+
+def test_each_lora_adapter_learns_its_own_predictor_s_replies_and_is_its_kl_s_reference(tmp_path):
+    lab = build("reverse", train=32, val=4, test=4)
+    optimizer = FSTOptimizer(
+        metric=any_answer,
+        propose=propose,
+        run_dir=tmp_path / "run",
+        adapter="lora",
+        adapters="per_predictor",
+        **{**WARM, "warm_start_examples": 8, "steps_per_cycle": 1},
+    )
+    program = optimizer.compile(relay(), trainset=lab.trainset)
+    record = read_record(tmp_path / "run", "lora")
+    assert record.warm_start.pairs == {"first": 8, "last": 8}
+    assert record.warm_start.updates == 2 * 2  # each adapter's pairs are a batch of their own
+    update = record.steps[0].update
+    assert update.tokens
+    assert update.kl_to_start < 1e-4
+    assert policy_of(program).checkpoint.predictors.keys() == {"first", "last"}
+    weights = tmp_path / "run" / "weights"
+    warm, start = (Checkpoint.at(v, weights / v).adapters for v in (WARM_START, "step-000000"))
+    for one, other in zip(warm, start, strict=True):
+        learnt, drawn = (load_file(adapter.path / "adapter_model.safetensors") for adapter in (one, other))
+        assert any(not learnt[key].equal(drawn[key]) for key in learnt)
     policy_of(program).release()

@@ -155,7 +155,7 @@ def _nothing(taught: Taught, least: float) -> str:
 
 
 @dataclass(frozen=True)
-class _Said:
+class _KnownCall:
     """A call of a predictor whose outputs are known."""
 
     predictor: str
@@ -167,7 +167,7 @@ def _by_labels(session: Session) -> Taught:
     examples = learnt_from(session.config, session.trainset)
     taught = Taught("labels", len(examples))
     names = sorted(session.trained)
-    _write(session, taught, ([_Said(name, example.toDict()) for name in names] for example in examples))
+    _write(session, taught, ([_KnownCall(name, example.toDict()) for name in names] for example in examples))
     return taught
 
 
@@ -191,18 +191,18 @@ def _by_teacher(session: Session, teacher: dspy.Module, original: PolicyLM) -> T
     return taught
 
 
-def _good_calls(rollout: Rollout, least: float, left_out: Counter[str]) -> list[_Said]:
+def _good_calls(rollout: Rollout, least: float, left_out: Counter[str]) -> list[_KnownCall]:
     if rollout.reward is None or rollout.failure or rollout.reward < least:
         left_out[rollout.mask or rollout.failure or LOW] += 1
         return []
     return [
-        _Said(name, {**inputs, **said})
+        _KnownCall(name, {**inputs, **said})
         for predictor, inputs, said in rollout.trace
         if (name := getattr(predictor, PREDICTOR_TAG, None)) and not isinstance(said, FailedPrediction)
     ]
 
 
-def _write(session: Session, taught: Taught, calls: Iterable[Sequence[_Said]]) -> None:
+def _write(session: Session, taught: Taught, calls: Iterable[Sequence[_KnownCall]]) -> None:
     """Add these calls, one sequence for each example, as pairs; members of the population take turns."""
     writer = ReplyWriter(session.trainer.tokenizer, session.policy.checkpoint.path)
     members = [dict(with_texts(session.program, m).named_predictors()) for m in session.population.unique()]
@@ -220,7 +220,9 @@ def _write(session: Session, taught: Taught, calls: Iterable[Sequence[_Said]]) -
                 taught.left_out[found] += 1
 
 
-def _pair(writer: ReplyWriter, predictor: dspy.Predict, call: _Said, last: int | None, limit: int | None) -> Pair | str:
+def _pair(
+    writer: ReplyWriter, predictor: dspy.Predict, call: _KnownCall, last: int | None, limit: int | None
+) -> Pair | str:
     """The pair of a call, or why there is none."""
     signature = predictor.signature
     if lacking(signature, call.fields):
