@@ -17,9 +17,6 @@ COOL = 0.5
 """Up to this temperature a lower one is not advised (ours; the parse trial uses this temperature)."""
 
 
-WARM_START = "a warm start (warm_start='labels', or teacher=program)"
-
-
 @dataclass(frozen=True)
 class Form:
     """The form of a program's prompts now, and what is known of other forms."""
@@ -56,7 +53,8 @@ teacher=program), or a stronger instruct model"
         ways += ["dspy.configure(adapter=dspy.JSONAdapter())"] if form.adapter != "JSONAdapter" else []
         ways += ["two demos"] if not form.demos else []
         ways += ["a lower temperature"] if form.temperature is None or form.temperature > COOL else []
-    return first + ", ".join([*ways, "simpler output fields", WARM_START, "or a stronger instruct model"])
+    warm = "a warm start (warm_start='labels', or teacher=program)"
+    return first + ", ".join([*ways, "simpler output fields", warm, "or a stronger instruct model"])
 
 
 # ---- what rules read and return ------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Trainer:
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._files, trust_remote_code=False)
         self._adapters = adapters
         names, quantized = tuple(dict.fromkeys(adapters.values())) or (SHARED,), settings.quantized_base
-        self._policy = Policy.load(
+        self.policy = self._policy = Policy.load(
             model, dtype=self._dtype, adapter=settings.adapter, names=names, seed=seed, quantized=quantized
         ).to(self._device)
         if settings.gradient_checkpointing is True:  # a run's memory plan decides "auto"
@@ -112,10 +112,6 @@ class Trainer:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
-
-    @property
-    def policy(self) -> Policy:
-        return self._policy
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
