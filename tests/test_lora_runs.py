@@ -301,28 +301,6 @@ def test_a_killed_run_with_two_adapters_equals_an_uninterrupted_one(tmp_path):
         policy_of(program).release()
 
 
-@pytest.mark.vllm
-def test_two_adapters_are_trained_on_a_vllm_server(tmp_path):
-    apart = {**RATE, "cycles": 1, "steps_per_cycle": 3, "adapters": "per_predictor"}
-    compiled = compile_relay(tmp_path / "run", engine="vllm", **apart)
-    try:
-        steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
-        assert len(steps) == 3
-        for step in steps:  # every token was sampled through the adapter under which the trainer scores it
-            assert step["update"]["max_log_ratio"] < 1e-4
-            assert min(step["predictors"][name]["rows"] for name in ("first", "last")) > 0
-        assert speaks(compiled)
-        checkpoint, engine = policy_of(compiled).checkpoint, policy_of(compiled).handle.ready()
-        trainer = Trainer(
-            checkpoint.folder, TrainingSettings(adapter=ADAPTER), device="cpu", adapters=checkpoint.predictors
-        )
-        for name in ("for-first", "for-last"):
-            for ours, its in zip(trainer.score(SEQUENCES, name), engine.score(SEQUENCES, name), strict=True):
-                assert its == pytest.approx(ours, abs=1e-4)
-    finally:
-        policy_of(compiled).release()
-
-
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [

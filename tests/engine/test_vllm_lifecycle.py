@@ -1,8 +1,5 @@
 """How a real server starts, fails and dies; each test has a server of its own, one after the other."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from dspy_fst.engine.verification import verify_identity
 from dspy_fst.engine.vllm.server import VLLMServer
 from dspy_fst.errors import EngineError, SyncError
 from tests.engine.server_state import answers, group_of
-from tests.engine.test_server_process import below, members, wait_until_gone
+from tests.engine.test_server_process import below, members
 from tests.engine.test_vllm_server import PROBES, TOLERANCE, ask, largest_gap
 from tests.engine.tiny_qwen import make_model, save, small
 
@@ -72,34 +69,3 @@ def test_a_model_that_cannot_be_served_is_reported_at_once(tmp_path: Path) -> No
     assert time.monotonic() - began < engine.settings.startup_timeout_s / 2
     assert group_of(engine) is None
     assert engine.weights is None
-
-
-OWNER = """
-import sys
-from pathlib import Path
-from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.verification import verify_identity
-from dspy_fst.engine.vllm.server import VLLMServer
-from dspy_fst.engine.vllm.server_settings import VLLMSettings
-VLLMServer(VLLMSettings(cpu_kv_cache_gib=1, log_path=Path(sys.argv[2]))).load(Checkpoint("v", Path(sys.argv[1])))
-"""
-
-
-@pytest.mark.vllm
-def test_sigkill_of_the_owner_takes_vllm_and_its_engine_core_along(
-    tmp_path: Path,
-) -> None:
-    checkpoint = save(make_model(0), tmp_path, "step-000001")
-    command = [sys.executable, "-c", OWNER, str(checkpoint.path), str(tmp_path / "log")]
-    owner = subprocess.Popen(command)
-    try:
-        core, deadline = None, time.monotonic() + 600
-        while core is None and owner.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-            core = below(owner.pid, "EngineCore")
-        assert core is not None, (tmp_path / "log").read_text()
-        group = os.getpgid(core.pid)
-    finally:
-        owner.kill()
-        owner.wait()
-    assert wait_until_gone(group, seconds=60) == []
