@@ -22,7 +22,7 @@ RL = {
 
 
 def steps_of(run_dir):
-    return [event for event in read_events(run_dir) if event["event"] == "step"]
+    return [event["report"] for event in read_events(run_dir) if event["event"] == "step"]
 
 
 @pytest.mark.slow

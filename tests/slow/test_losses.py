@@ -179,6 +179,11 @@ def test_each_candidate_s_rollouts_are_averaged_by_themselves_where_they_are_com
     assert by_row(name, [Group(0, tuple(mixed))], baseline="candidate") == by_row(name, apart)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_flat_groups_alone_make_a_batch_without_a_row(name):
+    assert credit([make_group(1.0, 1.0)], loss=loss_of(TrainingSettings(loss=name), longest_reply=8)).rows == ()
+
+
 def test_what_rejection_sampling_leaves_out_is_counted_and_equals_of_the_best_stay():
     loss = loss_of(TrainingSettings(loss="rft"))
     batch = credit([make_group(0.5, 1.0, 1.0, None, 0.0), make_group(0.0, 0.0, problem=1)], loss=loss)

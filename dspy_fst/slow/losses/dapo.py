@@ -21,7 +21,7 @@ CLIP = (0.2, 0.28)
 def token_weights(rows: Sequence[Row]) -> list[float]:
     """``1 / tokens of the batch``."""
     tokens = sum(len(row.completion_ids) for row in rows)
-    return [1 / tokens] * len(rows)
+    return [1 / tokens for _ in rows]
 
 
 DAPO = Loss(value, token_weights, "standardized", clipped, CLIP)
