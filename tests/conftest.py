@@ -59,7 +59,7 @@ TESTS = Path(__file__).parent
 COMPILE_A_LOT = {
     *("test_cli.py", "test_compile.py", "test_evidence.py", "test_lora_runs.py", "test_micro_batch.py"),
     *("test_nothing_silent.py", "test_one_world.py", "test_resampling.py", "test_retirement.py", "test_reuse.py"),
-    "test_start_and_end.py",
+    *("test_start_and_end.py", "test_warm_start.py"),
     *("run/test_ending.py", "run/test_journal.py"),
     *("cases/test_adapters.py", "cases/test_architectures.py", "cases/test_architectures_compile.py"),
     *("cases/test_before_start.py", "cases/test_copies.py", "cases/test_lms_and_saving.py", "cases/test_outside.py"),
