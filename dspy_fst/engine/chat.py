@@ -303,7 +303,10 @@ class PromptRenderer:
                 "folder"
             )
         refuse_reshaped_sampling(request)
-        if (key := plain_texts(request)) is not None and (known := self._known.get(key)) is not None:
+        key = (
+            None if "strftime_now" in str(self._tokenizer.chat_template) else plain_texts(request)
+        )  # it tells the date
+        if key is not None and (known := self._known.get(key)) is not None:
             return known
         request = fitted(request, self._traits)
         messages, options = chat_messages(request), chat_options(request)

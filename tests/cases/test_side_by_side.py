@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks.families import FAMILIES
-from dspy_fst.engine import in_process
+from dspy_fst.engine import chat, in_process
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.generation import BatchDecoder, Pending, SideBySide, generate
 from dspy_fst.engine.in_process import InProcessEngine
@@ -242,3 +243,22 @@ def test_new_weights_do_not_wait_for_calls_that_would_join_for_ever(engine):
             done.result()
     assert versions[0] == "base"
     assert set(versions[loaded + 3 :]) == {"next"}, "three replies may have been handed out before and told after"
+
+
+# ---- prompts that are asked again ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """A renderer of the laboratory's tokenizer; ``times`` counts what its template rendered."""
+    times, render = [], chat.rendered_ids
+    monkeypatch.setattr(chat, "rendered_ids", lambda *given, **more: times.append(0) or render(*given, **more))
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    return chat.PromptRenderer(tokenizer, chat.PLAIN), tokenizer, times
+
+
+def test_a_prompt_whose_template_tells_the_date_is_rendered_each_time(rendered):
+    renderer, tokenizer, times = rendered
+    tokenizer.chat_template = "{% set day = strftime_now('%d') %}" + tokenizer.chat_template
+    assert renderer.ids(request_of("1 2 3")) == renderer.ids(request_of("1 2 3"))
+    assert len(times) == 2
