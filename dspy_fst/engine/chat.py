@@ -276,9 +276,7 @@ def plain_texts(request: lm15.Request) -> tuple[object, ...] | None:
         return None
     texts = tuple((m.role, *[p.text for p in m.parts if isinstance(p, lm15.TextPart)]) for m in request.messages)
     whole = all(len(shown) == 1 + len(m.parts) for shown, m in zip(texts, request.messages, strict=True))
-    if not whole or not isinstance(system, str | None):
-        return None
-    return (system, *texts)
+    return (system, *texts) if whole and isinstance(system, str | None) else None
 
 
 class PromptRenderer:
@@ -303,9 +301,8 @@ class PromptRenderer:
                 "folder"
             )
         refuse_reshaped_sampling(request)
-        key = (
-            None if "strftime_now" in str(self._tokenizer.chat_template) else plain_texts(request)
-        )  # it tells the date
+        dated = "strftime_now" in str(self._tokenizer.chat_template)  # its prompts change with the day
+        key = None if dated else plain_texts(request)
         if key is not None and (known := self._known.get(key)) is not None:
             return known
         request = fitted(request, self._traits)
