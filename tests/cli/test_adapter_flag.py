@@ -44,6 +44,12 @@ def test_what_is_no_adapter_is_refused(folder, given, complaint):
     assert not (folder / "run" / "events.jsonl").exists()
 
 
+def test_the_flag_of_a_loss_replaces_the_recipe_s_and_an_unknown_one_is_refused(folder):
+    assert "--loss='ppo': Input should be 'cispo', 'grpo'" in invoke("run", folder, "--loss", "ppo", code=2).stderr
+    invoke("run", folder, "--loss", "rloo")
+    assert yaml.safe_load((folder / "run" / "project.yaml").read_text())["recipe"]["loss"] == "rloo"
+
+
 def test_none_trains_all_weights_whatever_the_file_says_of_adapters(folder):
     project = folder / "project.yaml"
     recipe = {"adapter": {"rank": 2}, "adapters": "per_predictor", "quantized_base": "nf4"}
