@@ -1,6 +1,7 @@
 """What the package costs beside the work itself: ratios, measured side by side in one process.
 
     python -m benchmarks.throughput --repeats 5
+    python -m benchmarks.throughput --only rollouts   # these alone, in some minutes; the other ratios are kept
 
 1. program rollouts/s over the engine's own batch on the same prompts (both engines);
 2. one CISPO update's tokens/s over ``trl.GRPOTrainer(loss_type="cispo")`` on the same rows and model;
@@ -18,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,6 +50,7 @@ from dspy_fst.types import Batch, Group, Population, Problem
 from programs.lab import BASE, FeedbackProposer, build
 
 PROBLEMS, GROUP, MAX_TOKENS = 32, 8, 16
+PARTS = ("rollouts", "update", "publish", "overhead")
 RESULT = Path(__file__).parent / "results" / "throughput.json"
 
 
@@ -252,30 +254,37 @@ def one_run(seed: int) -> tuple[float, float, float]:
 # ---- the table ----------------------------------------------------------------------------------
 
 
+def measured(parts: Sequence[str], engines: Sequence[str], repeats: int) -> Iterator[tuple[str, str, list[float]]]:
+    """Each ratio of these parts: its name, its aim and its values."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"1M": BASE, "25M": larger_model(Path(folder) / "larger")}
+        sized = [*itertools.product(models.items(), engines)]
+        for (size, model), engine in sized if "rollouts" in parts else ():
+            name = f"program rollouts/s over the engine's own batch, {engine}, {size}"
+            yield name, ">= 0.9", rollouts(engine, repeats, model)
+        if "update" in parts:
+            yield "CISPO update, tokens/s over trl's", ">= 2", update(repeats)
+        for (size, model), engine in sized if "publish" in parts else ():
+            name = f"publish + verify over writing the bytes, {engine}, {size}"
+            yield name, "<= 3", publish(engine, repeats, model)
+    if "overhead" in parts:
+        for inside, shares in overhead(min(3, repeats)).items():
+            yield f"share of wall time outside {inside}", "<= 0.05", shares
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--skip-vllm", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     engines = ["in_process"] if options.skip_vllm else ["in_process", "vllm"]
-    rows: dict[str, dict[str, Any]] = {}
-
-    def measure(name: str, aim: str, values: list[float]) -> None:
+    kept = options.only != PARTS and options.out.exists()
+    rows: dict[str, dict[str, Any]] = json.loads(options.out.read_text()) if kept else {}
+    for name, aim, values in measured(options.only, engines, options.repeats):
         rows[name] = {"aim": aim, "median": statistics.median(values), "values": values}
         Console(stderr=True).print(f"{name}: {statistics.median(values):.3g}")
-
-    with tempfile.TemporaryDirectory() as folder:
-        models = {"1M": BASE, "25M": larger_model(Path(folder) / "larger")}
-        for (size, model), engine in itertools.product(models.items(), engines):
-            name = f"program rollouts/s over the engine's own batch, {engine}, {size}"
-            measure(name, ">= 0.9", rollouts(engine, options.repeats, model))
-        measure("CISPO update, tokens/s over trl's", ">= 2", update(options.repeats))
-        for (size, model), engine in itertools.product(models.items(), engines):
-            name = f"publish + verify over writing the bytes, {engine}, {size}"
-            measure(name, "<= 3", publish(engine, options.repeats, model))
-    for inside, shares in overhead(min(3, options.repeats)).items():
-        measure(f"share of wall time outside {inside}", "<= 0.05", shares)
     table = Table(title="ratios, measured side by side")
     for column in ("what", "aim", "median", "spread"):
         table.add_column(column)

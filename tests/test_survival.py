@@ -21,13 +21,14 @@ import json
 import os
 
 class Trouble:
-    '''Lets as many chat completions pass as a file says, then refuses some or sends a process a signal.'''
+    '''Lets as many requests for replies pass as a file says, then refuses some or sends a process a signal.'''
 
     def __init__(self, app):
         self._app, self._passed, self._refusals = app, 0, 0
 
     async def __call__(self, scope, receive, send):
-        if scope.get("path") != "/v1/chat/completions":
+        asks = scope.get("path") in ("/v1/chat/completions", "/dspy_fst/rows") and scope["method"] == "POST"
+        if not asks:
             return await self._app(scope, receive, send)
         if os.path.exists(os.environ["TROUBLE"]):
             self._passed += 1
@@ -78,9 +79,9 @@ class Trouble:
         self.order("api_server", signal.SIGSTOP)
 
     def order(self, name=None, signal=0, refusals=0):
-        """After a few calls: a signal for the server's process whose command line contains this name, or refusals."""
+        """After a few requests, of up to four calls each: a signal for the process with this name, or refusals."""
         process = below(group_of(self.engine.server), name) if name else None
-        trouble = {"passed": 6, "pid": process and process.pid, "signal": int(signal), "refusals": refusals}
+        trouble = {"passed": 2, "pid": process and process.pid, "signal": int(signal), "refusals": refusals}
         self.file.with_suffix(".part").write_text(json.dumps(trouble))
         self.file.with_suffix(".part").rename(self.file)
 

@@ -14,7 +14,7 @@ from dspy_fst.engine.vllm.reply_stream import sse_chunks
 from dspy_fst.errors import EngineError
 
 if TYPE_CHECKING:
-    from dspy_fst.engine.vllm.client import Address
+    from dspy_fst.engine.vllm.address import Address
 
 CONNECT_TIMEOUT_S = 10.0
 _PROBE = ((0, 1),)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from dspy_fst.engine.vllm.client import Address
+from dspy_fst.engine.vllm.address import Address
 from tests.fakes import ScriptedEngine, Speak
 
 UPSTREAM_KEY = "the-key-of-the-server-behind"

@@ -6,7 +6,7 @@ a proxy) and vLLM's developer endpoints (0.32).
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -25,14 +25,15 @@ from dspy.lm15 import (
 from dspy.lm15 import TimeoutError as RequestTimeoutError
 
 from dspy_fst.engine.base import Completion, Holding
-from dspy_fst.engine.chat import text_response
-from dspy_fst.engine.replies import with_logprobs
+from dspy_fst.engine.vllm.address import Address
 from dspy_fst.engine.vllm.reply_stream import read_stream, sse_chunks
+from dspy_fst.engine.vllm.rows import PATH, RowSender, read_row, row_of
 from dspy_fst.engine.vllm.wire import (
-    FINISHED,
     RESHAPING,
     WorkerAnswer,
+    asked_after,
     pinned,
+    read_after,
     read_completion,
     read_holding,
     read_scores,
@@ -55,17 +56,6 @@ _CONTROL = {"/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter
 _TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where a server listens, and its key."""
-
-    url: str
-    """Without ``/v1``, e.g. ``"http://127.0.0.1:8000"``."""
-    api_key: str | None = field(repr=False)
-    through_proxy: bool
-    """Whether the environment's HTTP proxy is used; False for a server that was launched here."""
-
-
 class VLLMClient:
     """One server's HTTP interface, with pooled connections; thread-safe.
 
@@ -81,6 +71,8 @@ class VLLMClient:
         self.load_timeout_s = load_timeout_s
         self._model: str | None = None
         self._cannot_compare = False
+        self.rows: RowSender | None = None
+        """Where the server takes many rows in one request; see `find_rows`."""
         self._http = httpx.Client(
             base_url=address.url,
             headers={"Authorization": f"Bearer {address.api_key}"} if address.api_key else {},
@@ -125,6 +117,11 @@ class VLLMClient:
             self._model = str(models[0]["id"])
         return self._model
 
+    def find_rows(self) -> None:
+        """Send requests together from now on, if the server has our middleware for that."""
+        if self.send("GET", PATH, timeout_s=QUICK_TIMEOUT_S).is_success:
+            self.rows = RowSender(self.address, timeout_s=self._request_timeout_s)
+
     def sample(
         self,
         request: Request,
@@ -147,6 +144,10 @@ class VLLMClient:
             dspy.lm15.LM15Error: the server refuses the request itself.
         """
         name = model or self.find_model()
+        if self.rows is not None and prompt_ids is not None and (row := row_of(request, seed, prompt_ids, name)):
+            reply = self.rows.reply_to(row)
+            if reply is not None:
+                return read_row(row, reply, weights)
         routed = pinned(request, model=f"vllm:{name}", seed=seed)
         keep = request.config.logprobs is not None
         if prompt_ids is not None:
@@ -196,38 +197,12 @@ class VLLMClient:
         The chat endpoint takes messages, but no ids. /v1/completions takes ids, samples from the same distribution and
         returns the same fields.
         """
-        config = request.config
-        body = {
-            **(config.extensions or {}),
-            "model": request.model,
-            "prompt": list(prompt_ids),
-            "max_tokens": config.max_tokens,
-            "temperature": config.temperature,
-            "top_p": config.top_p,
-            "seed": config.seed,
-            "logprobs": config.logprobs,
-        }
+        body = asked_after(prompt_ids, request)
         reply = self.send("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s)
         if reply.is_client_error:
             return None
         require_success(reply, f"POST {self.address.url}/v1/completions")
-        choice = reply.json()["choices"][0]
-        scored = choice.get("logprobs") or {}
-        ids, logprobs = choice.get("token_ids") or (), scored.get("token_logprobs") or ()
-        if choice.get("finish_reason") not in FINISHED:
-            raise NoAnswerError(
-                f"vLLM broke off a reply ({choice.get('finish_reason')!r}); its tokens are not a sample"
-            )
-        if len(ids) != len(logprobs) or choice.get("prompt_token_ids") != list(prompt_ids):
-            raise EngineError(
-                "vLLM sampled after other ids than it was given, or returned ids without log-probabilities"
-            )
-        reason = choice["finish_reason"]
-        response = text_response(request.model, choice["text"], reason, len(prompt_ids), len(ids))
-        completion = Completion(response, tuple(prompt_ids), tuple(ids), tuple(logprobs), reason, weights)
-        if not keep_logprobs:
-            return completion
-        return with_logprobs(completion, scored["tokens"], scored["top_logprobs"] if config.logprobs else ())
+        return read_after(prompt_ids, reply.json()["choices"][0], request, weights, keep_logprobs=keep_logprobs)
 
     def tokens_processed(self, timeout_s: float) -> str:
         """vLLM's counters of prompt and sampled tokens, which change at every step; empty if it keeps none."""
@@ -353,6 +328,8 @@ class VLLMClient:
 
     def close(self) -> None:
         """Close every connection. May be called twice."""
+        if self.rows is not None:
+            self.rows.close()
         self._http.close()
         self._router.close()
 

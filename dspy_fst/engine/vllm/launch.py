@@ -20,7 +20,8 @@ _OVERRIDES = "--hf-overrides"
 HOW_TO_ATTACH = (
     "Launch it with VLLM_SERVER_DEV_MODE=1, VLLM_API_KEY and a PYTHONPATH with dspy_fst/engine/vllm/served in its "
     "environment, and with --logprobs-mode processed_logprobs --generation-config vllm "
-    "--middleware dspy_fst_key_guard.KeyGuard --worker-extension-cls dspy_fst_weight_check.WeightCheck "
+    "--middleware dspy_fst_rows.Rows --middleware dspy_fst_key_guard.KeyGuard "
+    "--worker-extension-cls dspy_fst_weight_check.WeightCheck "
     """--hf-overrides '{"head_dtype": "float32"}', on a host that nobody else reaches: """
     "these endpoints can run any method, and vLLM's own check of the key leaves them open. For LoRA adapters add "
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora, --max-lora-rank and --max-loras, and launch it on their base."
@@ -47,7 +48,7 @@ def vllm_command(settings: VLLMSettings, model: Path, port: int, loras: LoRANeed
         *("--dtype", dtype, "--gpu-memory-utilization", str(settings.gpu_memory_utilization), *length),
         *("--logprobs-mode", "processed_logprobs"),  # those of the distribution sampled from, temperature included
         *("--generation-config", "vllm"),  # ignores the sampling defaults of the model
-        *("--middleware", "dspy_fst_key_guard.KeyGuard"),
+        *("--middleware", "dspy_fst_rows.Rows", "--middleware", "dspy_fst_key_guard.KeyGuard"),  # the last is outermost
         *("--worker-extension-cls", "dspy_fst_weight_check.WeightCheck"),
         "--disable-uvicorn-access-log",
         "--no-log-error-stack",  # developer mode would log a stack trace for every refused request

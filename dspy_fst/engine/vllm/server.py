@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from dspy.lm15 import Request
@@ -24,17 +25,19 @@ from dspy_fst.engine.base import Checkpoint, Completion, Holding
 from dspy_fst.engine.chat import fitted
 from dspy_fst.engine.machine import free_port
 from dspy_fst.engine.replies import UNREAD, ReplyReader, with_stop_tokens
-from dspy_fst.engine.vllm.client import Address, NoAnswerError, VLLMClient
+from dspy_fst.engine.vllm.address import Address
+from dspy_fst.engine.vllm.client import VLLMClient
 from dspy_fst.engine.vllm.diagnosis import last_words, obituary
 from dspy_fst.engine.vllm.launch import HOW_TO_ATTACH, lora_places, vllm_command, vllm_environment
 from dspy_fst.engine.vllm.lora_client import LoRAClient
 from dspy_fst.engine.vllm.lora_files import LoRANeeds
 from dspy_fst.engine.vllm.lora_versions import UNLOADED, LoRAVersions, Target
 from dspy_fst.engine.vllm.process import ServerProcess
+from dspy_fst.engine.vllm.prompts import Prompts
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.sleep_mode import Doubt, fall_asleep, wake_up
 from dspy_fst.engine.weights_lock import WeightsLock
-from dspy_fst.errors import EngineError
+from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
 
 logger = logging.getLogger(__name__)
@@ -72,7 +75,7 @@ class VLLMServer:
         self._client: VLLMClient | None = None
         self._loras: LoRAVersions | None = None
         """The LoRA adapters; None: the server was started for whole weights, or not at all."""
-        self._reader = UNREAD
+        self._reader, self._prompts = UNREAD, Prompts(UNREAD)
         self._killed_because: str | None = None
         self._answered_at = 0.0
         self._tokens_processed = ""
@@ -169,7 +172,8 @@ class VLLMServer:
     ) -> Completion:
         """Sample one reply from the untruncated distribution; see ``Engine.complete``."""
         with self._asking(request, adapter) as (client, target, sent):
-            completion = client.sample(sent, seed, target.version, prompt_ids, target.model)
+            ask = partial(client.sample, sent, seed, target.version, model=target.model)
+            completion = ask(prompt_ids) if prompt_ids else self._prompts.asked(request, ask)
         return self._reader.read(completion, request)
 
     def stream(self, request: Request, seed: int, adapter: str | None = None) -> Generator[str, None, Completion]:
@@ -270,11 +274,11 @@ class VLLMServer:
         if faults := vllm_faults(self.settings):
             raise EngineError("cannot start vLLM: " + "; ".join(faults))
         needs = LoRANeeds.of(checkpoint.adapters) if checkpoint.adapters else None
-        if self.settings.attach_url is None:
-            self._client = self._launch(checkpoint, needs)
-        else:
-            self._client = self._attach(self.settings.attach_url, checkpoint)
+        url = self.settings.attach_url
+        self._client = self._launch(checkpoint, needs) if url is None else self._attach(url, checkpoint)
+        self._client.find_rows()
         self._reader = ReplyReader.load(checkpoint.path)
+        self._prompts = Prompts(self._reader)
         if needs is not None:
             self._loras = self._versions(self._client, checkpoint, needs)
             self._loras.load(checkpoint)
@@ -328,11 +332,8 @@ class VLLMServer:
         return client
 
     def _new_client(self, address: Address) -> VLLMClient:
-        return VLLMClient(
-            address,
-            request_timeout_s=self.settings.request_timeout_s,
-            load_timeout_s=self.settings.load_timeout_s,
-        )
+        limits = self.settings
+        return VLLMClient(address, request_timeout_s=limits.request_timeout_s, load_timeout_s=limits.load_timeout_s)
 
     def _wait_until_ready(self, process: ServerProcess, client: VLLMClient) -> None:
         logger.info("starting vLLM at %s; its output goes to %s", client.address.url, process.log_path)
@@ -389,11 +390,10 @@ def _answers(client: VLLMClient) -> bool:
 
 def require_checkpoint(checkpoint: Checkpoint) -> None:
     """Raises EngineError unless the folder holds a config and weights, and its LoRA adapters can be served."""
+    where = f"checkpoint {checkpoint.version}: {checkpoint.path}"
     if not (checkpoint.path / "config.json").is_file():
-        raise EngineError(
-            f"checkpoint {checkpoint.version}: {checkpoint.path} is no Hugging Face folder (no config.json)"
-        )
+        raise EngineError(f"{where} is no Hugging Face folder (no config.json)")
     if not any(checkpoint.path.glob("*.safetensors")):
-        raise EngineError(f"checkpoint {checkpoint.version}: {checkpoint.path} holds no *.safetensors file")
+        raise EngineError(f"{where} holds no *.safetensors file")
     if checkpoint.adapters:
         LoRANeeds.of(checkpoint.adapters)

@@ -27,13 +27,13 @@ from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after
 
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.machine import empty_gpu_cache, has_gpu
-from dspy_fst.engine.vllm.client import Address, NoAnswerError
+from dspy_fst.engine.vllm.address import Address
 from dspy_fst.engine.vllm.server import ServerDiedError, VLLMServer, require_checkpoint
 from dspy_fst.engine.vllm.server_settings import DROPS_WEIGHTS, VLLMSettings
 from dspy_fst.engine.vllm.sleep_mode import UnverifiedWeightsError
 from dspy_fst.engine.vllm.stalls import watch
 from dspy_fst.engine.weights_lock import TimedLock
-from dspy_fst.errors import EngineError, SyncError
+from dspy_fst.errors import EngineError, NoAnswerError, SyncError
 from dspy_fst.model_files.architectures import folder_restart_reason
 from dspy_fst.types import WeightsVersion
 

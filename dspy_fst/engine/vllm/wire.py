@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import httpx
 from dspy.lm15 import Request, Response, ToolChoice, UnsupportedFeatureError
 
 from dspy_fst.engine.base import Completion, Holding, refuse_reshaped_sampling
+from dspy_fst.engine.chat import text_response
+from dspy_fst.engine.replies import with_logprobs
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
 
@@ -107,6 +109,70 @@ def read_completion(response: Response, weights: WeightsVersion, *, keep_logprob
         finish_reason=finish_reason,
         weights=weights,
     )
+
+
+def asked_after(prompt_ids: Sequence[int], request: Request) -> dict[str, object]:
+    """The body for /v1/completions that asks for one reply to exactly these prompt ids; the request is `pinned`."""
+    config = request.config
+    return {
+        **(config.extensions or {}),
+        "model": request.model,
+        "prompt": list(prompt_ids),
+        "max_tokens": config.max_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "seed": config.seed,
+        "logprobs": config.logprobs,
+    }
+
+
+class ServedText(TypedDict, total=False):
+    """One choice of a /v1/completions reply to `asked_after`, as far as it is read here."""
+
+    text: str
+    token_ids: list[int] | None
+    prompt_token_ids: list[int] | None
+    finish_reason: str | None
+    logprobs: dict[str, list[Any]] | None
+
+
+def read_after(
+    prompt_ids: Sequence[int], choice: ServedText, request: Request, weights: WeightsVersion, *, keep_logprobs: bool
+) -> Completion:
+    """The reply to `asked_after`; see `read_completion`."""
+    scored = choice.get("logprobs") or {}
+    ids, logprobs = choice.get("token_ids") or (), scored.get("token_logprobs") or ()
+    completion = exact(
+        request.model, prompt_ids, ids, logprobs, choice.get("text") or "", choice.get("finish_reason"), weights
+    )
+    if choice.get("prompt_token_ids") != list(prompt_ids):
+        raise EngineError("vLLM sampled after other ids than it was given")
+    if not keep_logprobs:
+        return completion
+    return with_logprobs(completion, scored["tokens"], scored["top_logprobs"] if request.config.logprobs else ())
+
+
+def exact(
+    model: str,
+    prompt_ids: Sequence[int],
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+    text: str,
+    finish_reason: str | None,
+    weights: WeightsVersion,
+) -> Completion:
+    """A reply of plain text with its tokens.
+
+    Raises:
+        NoAnswerError: the server cut the reply off.
+        EngineError: there is not one log-probability for each id.
+    """
+    if finish_reason is None or finish_reason not in FINISHED:
+        raise NoAnswerError(f"vLLM broke off a reply ({finish_reason!r}); its tokens are not a sample")
+    if len(ids) != len(logprobs):
+        raise EngineError(f"vLLM returned {len(ids)} sampled ids but {len(logprobs)} log-probabilities")
+    response = text_response(model, text, finish_reason, len(prompt_ids), len(ids))
+    return Completion(response, tuple(prompt_ids), tuple(ids), tuple(logprobs), finish_reason, weights)
 
 
 def read_scores(choice: ScoredPrompt, sequence: Sequence[int]) -> list[float]:

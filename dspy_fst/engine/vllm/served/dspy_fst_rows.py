@@ -1,0 +1,148 @@
+"""ASGI middleware that vLLM loads: samples many replies in one request, each after its own prompt and seed.
+
+vLLM's own endpoints cannot: of ``n`` replies to one prompt, number i has the request's seed plus i, and all prompts of
+one request have the same seed. A run's rollouts have a seed each, so that a reply does not depend on its neighbours.
+
+``POST /dspy_fst/rows`` with ``{"prompts": [[id, ...]], "rows": [{"prompt": 0, "model": "policy", "seed": 7,
+"temperature": 1.0, "max_tokens": 16, "stop_token_ids": [2]}]}`` answers one line of JSON for each row, as soon as its
+reply has ended: ``{"row": 0, "ids": [...], "logprobs": [...], "text": "...", "finish_reason": "stop"}``. A row that
+vLLM refuses is answered ``{"row": 0, "refused": "why"}``, and one that it fails on ``{"row": 0, "failed": "why"}``.
+
+Written for vLLM 0.32. This folder is on the server's PYTHONPATH, so its file names must not shadow other modules.
+"""
+
+import asyncio
+import itertools
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PATH = "/dspy_fst/rows"
+LEAST_LOGPROB = -9999.0
+"""JSON has no infinity; vLLM's own endpoints write this number, too."""
+_numbers = itertools.count()
+
+
+class Rows:
+    """Answers `PATH`, and passes on every other request. ``GET`` tells that it is there."""
+
+    def __init__(self, app: App):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != PATH:
+            await self._app(scope, receive, send)
+        elif scope["method"] == "GET":
+            await _begin(send)
+            await send({"type": "http.response.body", "body": b"{}"})
+        else:
+            await _answer(scope["app"].state, receive, send)
+
+
+async def _answer(state: Any, receive: Receive, send: Send) -> None:
+    asked = json.loads(await _body(receive))
+    ended: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    sampling = [
+        asyncio.create_task(_sample(state, number, row, asked["prompts"][row["prompt"]], ended))
+        for number, row in enumerate(asked["rows"])
+    ]
+    telling = asyncio.create_task(_tell(ended, len(sampling), send))
+    gone = asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait([telling, gone], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (*sampling, telling, gone):  # a caller that is gone leaves nothing behind that is sampled on
+            task.cancel()
+
+
+async def _tell(ended: "asyncio.Queue[dict[str, Any]]", rows: int, send: Send) -> None:
+    """Send each row as it ends; those that end at one step of the model go together."""
+    await _begin(send)
+    while rows:
+        lines = [await ended.get()]
+        while not ended.empty():
+            lines.append(ended.get_nowait())
+        rows -= len(lines)
+        body = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+        await send({"type": "http.response.body", "body": body, "more_body": bool(rows)})
+
+
+async def _sample(
+    state: Any, number: int, row: dict[str, Any], prompt: list[int], ended: "asyncio.Queue[dict[str, Any]]"
+) -> None:
+    """Put the reply to one row into the queue, or the reason why there is none."""
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        reply = await _reply(state, row, prompt)
+    except (ValueError, TypeError, KeyError, VLLMClientError) as error:
+        reply = {"refused": f"{error}"}
+    except Exception as error:  # such as EngineDeadError: whoever asked must hear of it in any case
+        reply = {"failed": f"{type(error).__name__}: {error}"}
+    ended.put_nowait({"row": number, **reply})
+
+
+async def _reply(state: Any, row: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
+    from vllm.inputs.engine import tokens_input
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    engine = state.engine_client
+    context, longest = engine.model_config.max_model_len, row["max_tokens"]
+    room = context - len(prompt)
+    if not prompt or room < 1 or (longest is not None and longest > context):
+        return {"refused": f"a prompt of {len(prompt)} tokens and a reply of {longest}, in a context of {context}"}
+    params = SamplingParams(
+        temperature=row["temperature"],
+        seed=row["seed"],
+        max_tokens=room if longest is None else min(longest, room),
+        stop_token_ids=row["stop_token_ids"],
+        logprobs=0,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
+    name, adapter = f"rows-{next(_numbers)}", _adapter(state, row["model"])
+    outputs = [output async for output in engine.generate(tokens_input(prompt), params, name, lora_request=adapter)]
+    output = outputs[-1].outputs[0]
+    logprobs = [max(output.logprobs.logprobs[at], LEAST_LOGPROB) for at in output.logprobs.start_indices]
+    return {
+        "ids": list(output.token_ids),
+        "logprobs": logprobs,
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+    }
+
+
+def _adapter(state: Any, model: str) -> Any:
+    """The LoRA adapter of this name; None for the model itself.
+
+    Raises:
+        KeyError: neither is served under this name.
+    """
+    models = state.openai_serving_models
+    return None if models.is_base_model(model) else models.lora_requests[model]
+
+
+async def _body(receive: Receive) -> bytes:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body
+
+
+async def _gone(receive: Receive) -> None:
+    """Return once the caller has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _begin(send: Send) -> None:
+    headers = [(b"content-type", b"application/x-ndjson")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
