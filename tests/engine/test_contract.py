@@ -1,4 +1,4 @@
-"""What every engine promises, asked of both: in process, and a real vLLM server."""
+"""What every engine promises, asked of both: in process, and a real vLLM server, which gets its weights back."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,12 +32,15 @@ SEQUENCES = [[2, 30, 31, 32, 33], [5, 6, 7, 8, 9, 10, 11]]
 @pytest.fixture(scope="module", params=["in_process", pytest.param("vllm", marks=pytest.mark.vllm)])
 def policy(request, tmp_path_factory):
     """A PolicyLM whose engine serves a published copy of the base model."""
-    policy = PolicyLM(BASE, engine=request.param, max_tokens=12)
+    options = request.getfixturevalue("lab_on_vllm").vllm if request.param == "vllm" else {}
+    policy = PolicyLM(BASE, engine=request.param, max_tokens=12, engine_options=options)
     trainer = Trainer(BASE, TrainingSettings(learning_rate=1e-4))
     engine = policy.handle.engine
     assert engine.weights is None
     engine.load(trainer.publish(tmp_path_factory.mktemp("base") / "v0", "v0"))
     yield policy
+    if request.param == "vllm":
+        engine.load(Checkpoint("base", BASE))
     engine.close()
     engine.close()
 
@@ -221,10 +224,8 @@ def examples(kind, count):
 
 def test_a_run_that_falls_returns_its_best_weights_and_the_engine_serves_them(policy, tmp_path):
     """Last of the module: the server of the tests before gets the weights of a run that attaches to it."""
-    kind, options, metric = policy.handle.resolved_kind, {"linger_s": 60.0}, Falling()
-    if kind == "vllm":
-        address = policy.handle.engine.address
-        options = {"attach_url": address.url, "api_key": address.api_key}
+    kind, metric = policy.handle.resolved_kind, Falling()
+    options = policy.handle.options if kind == "vllm" else {"linger_s": 60.0}
     program = Relay()
     program.set_lm(PolicyLM(BASE, engine=kind, max_tokens=12, temperature=1.5, engine_options=options))
     recipe = {"cycles": 1, "steps_per_cycle": 2, "problems_per_step": 4, "group_size": 4, "anchors": 2}

@@ -1,6 +1,6 @@
 """openai's, LiteLLM's and DSPy's own clients over real HTTP: single, multi-turn, streaming, errors, on both engines.
 
-One vLLM server is started for this file; its last test ends it.
+The vLLM server is the laboratory's that tests/engine/test_contract.py asks, too; the last test here ends it.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from dspy_fst.serve.app import create_app
 from dspy_fst.serve.serving_settings import CHAT, ServeSettings
 from programs.lab import BASE
 from tests.engine.test_server_process import ended
-from tests.serve.command import NUMBERS, Server, compiled_lab, saved_lab, serving
+from tests.serve.command import NUMBERS, Server, compiled_lab
 from tests.serve.makers import KEY, PATH, events, served, wait_until
 
 CONTEXT = 1024
@@ -52,21 +52,17 @@ class Reached:
 
 
 @pytest.fixture(scope="module", params=["in_process", pytest.param("vllm", marks=pytest.mark.vllm)])
-def server(request, tmp_path_factory):
+def server(request):
     if request.param == "in_process":
         app = create_app(compiled_lab(), ServeSettings(api_key=KEY))
         with served(app) as url:
             wait_until(lambda: httpx.get(f"{url}/ready", timeout=60).status_code == 200, "weights are served", 120)
             yield Reached(url, KEY)
         return
-    out = saved_lab(tmp_path_factory.mktemp("lab") / "out")
-    with serving(out, "--program", "programs.lab.project:program", "--engine", "vllm") as command:
-        command.wait_for(lambda: bool(command.url), "it listens")
-        assert httpx.get(f"{command.url}/health", timeout=60).json() == {"alive": True}
-        command.wait_for(command.ready, "vLLM serves weights", limit_s=500)
-        behind = psutil.Process(command.process.pid).children(recursive=True)
-        assert behind
-        yield Reached(command.url, command.key, command, behind)
+    command = request.getfixturevalue("lab_on_vllm")
+    behind = psutil.Process(command.process.pid).children(recursive=True)
+    assert behind
+    yield Reached(command.url, command.key, command, behind)
 
 
 # ---- openai ---------------------------------------------------------------------------------------
