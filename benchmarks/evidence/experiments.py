@@ -105,8 +105,8 @@ def variants_elsewhere(place: Place, seeds: range) -> Stages:
 
 
 def options(place: Place, seeds: range) -> Stages:
-    """Options of a step, one at a time, on the main world and where problems need different advice."""
-    return [_each(("fst", *OPTIONS), (WORLD, BY_LENGTH), seeds)]
+    """Options of a step, one at a time, on the main world."""
+    return [_each(("fst", *OPTIONS), (WORLD,), seeds)]
 
 
 def losses(place: Place, seeds: range) -> Stages:
