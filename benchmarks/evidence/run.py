@@ -25,6 +25,7 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.evaluation.run_reader import RunReader
 from dspy_fst.evaluation.two_by_two_table import drift_of
 from dspy_fst.policy_lm import policy_of
+from dspy_fst.report.costs import step_rollouts
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
@@ -198,7 +199,7 @@ class Measurer:
         last = step == len(self.trained)
         cycles = [c for c in self.past.record.cycles if last or c.cycle <= self.trained[step].cycle]
         return {
-            "training rollouts": sum(s.counts["rollouts"] + s.counts.get("held_rollouts", 0) for s in done),
+            "training rollouts": sum(step_rollouts(s.counts) for s in done),
             "search rollouts": sum(cycle.rollouts for cycle in cycles),
             "reflections": sum(cycle.reflections for cycle in cycles),
             "tokens sampled": sum(step.sampled_tokens for step in done) + sum(c.sampled_tokens for c in cycles),

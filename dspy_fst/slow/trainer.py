@@ -144,11 +144,15 @@ class Trainer:
     @torch.inference_mode(False)  # a caller may be in torch.no_grad() or torch.inference_mode()
     @torch.enable_grad()
     @exact_matmuls()
-    def step(self, batch: Batch) -> UpdateReport:
+    def step(self, batch: Batch, *, moved: bool = False) -> UpdateReport:
         """Make one optimizer step over all rows and seed-KL calls of the batch; an empty batch makes none.
 
         When memory runs out, the micro-batches are halved and the update is made again from the start.
         After any of these errors the weights are as before.
+
+        Args:
+            moved: Whether earlier mini-batches of the same rollouts moved the weights since these rows were sampled.
+                Then the rows are off-policy as they should be, and ``min_effective_share`` does not stop them.
 
         Raises:
             NotFiniteError: the loss, the gradient or a recorded log-probability is not finite.
@@ -162,7 +166,7 @@ class Trainer:
         tokens = self._budget.tokens
         while (metrics := self._gradient(batch, sequences)) is None:
             self._budget.halve(batch, self._updates + 1)
-        grad_norm = self._checked_norm(metrics, on_policy=bool(batch.rows))
+        grad_norm = self._checked_norm(metrics, on_policy=bool(batch.rows) and not moved)
         report = metrics.report(grad_norm, self._next_rate(), self._policy.adapter_norms())
         self._apply(report)
         return report if self._budget.tokens == tokens else replace(report, halved_to=self._budget.tokens)

@@ -262,16 +262,17 @@ class Session:
         draw = random.Random(f"{self.config.seed} mini-batches {step}")
         parts = mini_batches(batch, self.config.updates_per_batch, draw, self._loss)
         with self.policy.handle.asleep() if batch.rows or batch.seed_kl_calls else nullcontext():
-            reports = [self._optimizer_step(part, step, place) for place, part in enumerate(parts)]
+            before = self.trainer.updates
+            reports = [self._optimizer_step(part, step, place, before) for place, part in enumerate(parts)]
         applied = [report for report in reports if report.skipped is None]
         for skipped in [report.skipped for report in reports if report.skipped is not None] if applied else []:
             self.run.emit("warning", step=step, text=f"one of {len(parts)} optimizer steps was skipped: {skipped}")
         return in_one_report(applied or reports[:1])
 
-    def _optimizer_step(self, batch: Batch, step: int, place: int) -> UpdateReport:
+    def _optimizer_step(self, batch: Batch, step: int, place: int, before: int) -> UpdateReport:
         try:
             with self._timed("update"):
-                return self.trainer.step(batch)
+                return self.trainer.step(batch, moved=self.trainer.updates > before)
         except NotFiniteError as error:
             name = f"step-{step:06d}" + (f"-{place + 1}" if place else "")
             return skipped_update(self.run, self.recorder.steps, self.config.max_skipped_updates, batch, error, name)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.errors import ConfigurationError
+from dspy_fst.errors import ConfigurationError, MismatchError
 from dspy_fst.slow.credit import credit, mini_batches
 from dspy_fst.slow.update_metrics import NO_UPDATE, in_one_report
 from dspy_fst.types import AdapterReport, Group, SeedKLCall
@@ -84,6 +84,25 @@ def test_the_second_step_weighs_tokens_by_how_far_the_first_moved_the_policy(sta
     wanted, loss = hand_gradient(left, start, own, trainer.settings)
     assert_close(gradients, wanted)
     assert report.loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_weights_that_a_batch_s_own_steps_moved_are_no_mismatch_with_its_sampler(start):
+    """A first step moves the policy far. Its rollouts are then off-policy by right, in the same batch alone."""
+    draw = random.Random(5)
+    calls = [make_call([draw.randrange(VOCABULARY) for _ in range(3)], [problem, 2, 3]) for problem in range(4)]
+    calls += [make_call([draw.randrange(VOCABULARY) for _ in range(3)], call.prompt_ids) for call in calls]
+    trainer = make_trainer(start, learning_rate=0.5, warmup_steps=0, min_effective_share=0.9)
+    sampled = [replace(call, logprobs=tuple(trainer.logprobs([call])[0])) for call in calls]
+    groups = [
+        Group(at, tuple(make_rollout(r, call, problem=at) for r, call in enumerate((sampled[at], sampled[at + 4]))))
+        for at in range(4)
+    ]
+    first, second = mini_batches(credit(groups), 2, random.Random(0))
+    assert trainer.step(first).effective_sample_share == pytest.approx(1.0)
+    with pytest.raises(MismatchError, match="effective sample share"):
+        trainer.step(second)
+    assert trainer.updates == 1
+    assert trainer.step(second, moved=True).effective_sample_share < 0.9
 
 
 MEASURED = replace(
