@@ -73,7 +73,8 @@ class FSTOptimizer(Teleprompter):
             listeners: Functions that are told every event of the run.
             show_samples: Show one sampled reply after each step, of at most 200 characters, in the view or the lines.
             track: Experiment trackers by accelerate's names, e.g. ``"tensorboard"`` or ``["wandb", "mlflow"]``, or
-                trackers made with settings of their own. A continued run may name others.
+                trackers made with settings of their own. A continued run may name others. mlflow, wandb and trackio
+                also get the report and a model card when the run is finished.
             **recipe: Any other field of FSTConfig, e.g. ``cycles=4, learning_rate=1e-5``.
 
         Raises:
@@ -143,6 +144,7 @@ class FSTOptimizer(Teleprompter):
             # torch and transformers take seconds to import: an argument that is refused does not wait for them.
             from dspy_fst.training.open_run import open_run
             from dspy_fst.training.result import compiled_program, keep_compiled
+            from dspy_fst.training.run_documents import documents_of
 
             run = stack.enter_context(open_run(request, (*self.listeners, *told)))
             if view:
@@ -152,6 +154,7 @@ class FSTOptimizer(Teleprompter):
             if view is None:
                 log_ending(run.schedule.end, run.observer.ending.words)
             keep_compiled(compiled, run)
+            tracking.keep(lambda: documents_of(run.run.path))
             return compiled
 
     def arguments(

@@ -67,7 +67,14 @@ def _row(folder: Path, run: "Listed") -> list[str]:
     if run.state == "unreadable":
         return [name, _state(run), *[DASH] * (len(COLUMNS) - 2)]
     spent = [f"{run.rollouts:,}", f"{run.tokens:,}", number(run.hours, 2)]
-    return [name, _state(run), run.recipe, *scores, *spent, number(run.dollars, 2)]
+    return [
+        name,
+        _state(run),
+        run.recipe,
+        *scores,
+        *spent,
+        ("at least " if run.dollars is not None and run.unpriced else "") + number(run.dollars, 2),
+    ]
 
 
 def _state(run: "Listed") -> str:

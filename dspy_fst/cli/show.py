@@ -284,10 +284,12 @@ def _print_population(out: "Printer", record: "RunRecord") -> None:
 
 def _costs(record: "RunRecord") -> list[tuple[str, str]]:
     from dspy_fst.formatting.numbers import duration
-    from dspy_fst.report.costs import PARTS, labels_of
+    from dspy_fst.report.costs import PARTS, REFLECTION_LM, labels_of
 
     costs = record.costs
     rows = [(f"{'  ' * (name in PARTS)}{label}", f"{costs.count(name):,}") for name, label in labels_of(costs).items()]
+    if costs.reflection_lm.calls:
+        rows.append((REFLECTION_LM, costs.reflection_lm.words))
     return rows + [(f"time: {activity}", duration(seconds, 1)) for activity, seconds in costs.seconds.items()]
 
 

@@ -25,7 +25,6 @@ from dspy_fst.errors import MeasurementError, ReflectionError
 from dspy_fst.fast.gepa_adapter import BankedAdapter, Feedback, Propose, ProposeCode, Reflection
 from dspy_fst.fast.journal_protocol import NoJournal, SearchJournal
 from dspy_fst.fast.pareto import mean, top_k
-from dspy_fst.fast.reflection_cost import CostMeter
 from dspy_fst.fast.reflections import Reflections
 from dspy_fst.fast.rollout_bank import Play, RolloutBank
 from dspy_fst.fast.search_settings import SearchSettings
@@ -56,11 +55,12 @@ class Search:
     reused: int
     counts: Counter[str]
     """``reflections``, ``reflections_failed``, ``lines_restored``, ``texts_mended``, ``texts_refused``, ``accepted``,
-    ``unmeasured`` (anchors of candidates without a score), and failed and masked rollouts by `Outcome.label`."""
+    ``unmeasured`` (anchors of candidates without a score), what the reflection LM's calls cost
+    (`dspy_fst.fast.reflection_cost.COUNTS`), and failed and masked rollouts by `Outcome.label`."""
     warned: tuple[str, ...] = ()
     """What the proposer warned of, e.g. feedback that it could not read."""
     dollars: float | None = None
-    """What the reflection LM cost in this process, as far as its price is known."""
+    """What the reflection LM cost, as far as its prices are known; None: no call had a known one."""
     played: tuple[Rollout, ...] = field(default=(), compare=False)
     """The fresh rollouts, in order. Equality leaves them out: those that a journal gave back have no trace."""
 
@@ -106,7 +106,7 @@ def evolve(
         MeasurementError: nothing is measured any more.
         RunDirectoryError: the journal is of another search, or cannot be written.
     """
-    journal, meter = journal or NoJournal(), CostMeter(reflection_lm)
+    journal = journal or NoJournal()
     bank = RolloutBank(play, program, journal, calls=settings.reuse_rollouts)
     reflection = Reflection(
         feedback, propose, code_proposer, reflection_lm, seed, settings.reflection_tokens, settings.protected
@@ -116,7 +116,7 @@ def evolve(
     seed_scores = searching.score_seeds()
     with _removed_if_all_failed(journal):
         result = searching.optimize(seed_scores, on_candidate)
-    return searching.search_of(result, meter.dollars)
+    return searching.search_of(result)
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class _Searching:
                 "same run_dir to go on"
             )
 
-    def search_of(self, result: GEPAResult, dollars: float | None) -> Search:
+    def search_of(self, result: GEPAResult) -> Search:
         """The search's outcome; candidates without a measured anchor are left out."""
         everything = [Candidate(dict(texts)) for texts in result.candidates]
         scores = [tuple(row.get(anchor) for anchor in range(len(self.anchors))) for row in result.val_subscores]
@@ -257,7 +257,7 @@ class _Searching:
             reused=self.bank.reused,
             counts=self.reflections.counts + counts + lost,
             warned=tuple(sorted(self.reflections.warned)),
-            dollars=dollars,
+            dollars=self.reflections.dollars,
             played=tuple(self.bank.fresh),
         )
 

@@ -13,6 +13,7 @@ from dspy.teleprompt.gepa.instruction_proposal import InstructionProposer
 from gepa.core.adapter import EvaluationBatch
 
 from dspy_fst.fast.journal_protocol import SearchJournal
+from dspy_fst.fast.reflection_cost import CostMeter
 from dspy_fst.fast.reflections import Reflections, ReflectiveDataset, Texts
 from dspy_fst.fast.reflective_dataset import Record, asked_for, bounded
 from dspy_fst.fast.rollout_bank import RolloutBank
@@ -114,6 +115,7 @@ class BankedAdapter(DspyAdapter):
             journal,
             reflection.protected,
             self._flex_paths,
+            CostMeter(reflection.lm),
             # Warnings are collected from the user's proposer only: those of a reflection LM are its library's.
             collects_warnings=reflection.instruction_proposer is not None,
         )

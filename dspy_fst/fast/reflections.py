@@ -17,6 +17,7 @@ from gepa.proposer.reflective_mutation.reflection_lm import ReflectionProposal
 from dspy_fst.fast.journal_protocol import SearchJournal, operation_key
 from dspy_fst.fast.latex_repair import acceptable_texts
 from dspy_fst.fast.proposer_warnings import collected_warnings
+from dspy_fst.fast.reflection_cost import COUNTS, DOLLARS, CostMeter
 from dspy_fst.fast.reflective_dataset import Record
 from dspy_fst.rollout.components import lost_lines
 from dspy_fst.rollout.worker_pool import run_all
@@ -34,13 +35,16 @@ LM has time limits and retries of its own below that (ours)."""
 
 
 class ReflectionResult(TypedDict, total=False):
-    """What one reflection gave, as the journal keeps it: ``texts`` or ``failed``, and ``warned``."""
+    """What one reflection gave, as the journal keeps it: ``texts`` or ``failed``, ``warned`` and ``spent``."""
 
     texts: Texts
     failed: str
     """The exception, as text."""
     warned: list[str]
     """What the proposer has warned of so far in this round of reflections."""
+    spent: dict[str, float]
+    """What the reflection LM's calls cost since the result before it in this round, see `CostMeter`. Absent where it
+    was not called, and in the journals of older releases."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Reflections:
             gepa hands over several jobs.
         protected: Component -> lines of its text that every proposal keeps.
         flex_paths: Components that are sources of dspy.Flex modules.
+        meter: Of the reflection LM.
         collects_warnings: Whether warnings are the proposer's own, and so the run's.
     """
 
@@ -70,16 +75,19 @@ class Reflections:
         journal: SearchJournal,
         protected: Mapping[str, Sequence[str]],
         flex_paths: Collection[str],
+        meter: CostMeter,
         *,
         collects_warnings: bool,
     ):
-        self._propose, self._journal = propose, journal
+        self._propose, self._journal, self._meter = propose, journal, meter
         self._protected, self._flex_paths, self._collects_warnings = protected, flex_paths, collects_warnings
         self._expected: list[str] = []
         """Keys of the reflective sets that gepa has been given since it last asked for reflections."""
         self.sets = 0
         """Reflective sets so far, empty ones included."""
         self.counts: Counter[str] = Counter()
+        self.dollars: float | None = None
+        """What the reflection LM cost, as far as its prices are known; None: no call had a known one."""
         self.last_failure = ""
         """The exception of the newest reflection that failed."""
         self.warned: dict[str, None] = {}
@@ -164,17 +172,26 @@ class Reflections:
             self.warned |= dict.fromkeys(result.get("warned", ()))
             self.counts["reflections_failed" if "failed" in result else "reflections"] += 1
             self.last_failure = result.get("failed", self.last_failure)
+            self._count(result.get("spent", {}))
         return results
+
+    def _count(self, spent: Mapping[str, float]) -> None:
+        self.counts.update({name: int(amount) for name, amount in spent.items() if name in COUNTS})
+        if DOLLARS in spent:
+            self.dollars = (self.dollars or 0.0) + spent[DOLLARS]
 
     def _asked(self, jobs: Sequence[_Job]) -> list[ReflectionResult]:
         """Ask for all of them together; each result is recorded once those before it are."""
         results: list[ReflectionResult] = []
         ahead: dict[int, ReflectionResult] = {}
+        self._meter.take()  # of calls that were no reflections: a metric may ask the same LM
 
         def take(answer: tuple[int, ReflectionResult]) -> None:
             ahead.update([answer])
             while (place := len(results)) in ahead:
                 given: ReflectionResult = {**ahead.pop(place), "warned": list(warned)}
+                if spent := self._meter.take():
+                    given["spent"] = spent
                 results.append(self._journal.record("reflection", jobs[place].key, given))
 
         collecting: AbstractContextManager[list[str]] = (

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
+from dspy_fst.errors import briefly
+from dspy_fst.monitoring.tracker_services import RunEnd, service_of
 from dspy_fst.report.metric_names import Entry, entry_of
 from dspy_fst.run.directory import Event
 from dspy_fst.run.files import read_json, write_json
@@ -33,28 +35,8 @@ Setting: TypeAlias = bool | int | float | str
 """A hyperparameter as every tracker takes it."""
 Track: TypeAlias = "str | GeneralTracker"
 """A name that accelerate knows, or a tracker object with its own settings."""
-
-
-@dataclass(frozen=True)
-class _Service:
-    """How a tracker names a run and continues one. Read from the documentation of each library."""
-
-    named: str | None
-    """The argument for the name of a run; None when there is none."""
-    identity: Callable[[Any], object]
-    """Gives the identity of the run that the tracker made."""
-    continued: Callable[[str], dict[str, str]]
-    """Identity -> the arguments that continue that run."""
-
-
-_SERVICES = {
-    "wandb": _Service("name", lambda run: run.id, lambda identity: {"id": identity, "resume": "allow"}),
-    "trackio": _Service("name", lambda run: run.name, lambda identity: {"name": identity, "resume": "allow"}),
-    "mlflow": _Service("run_name", lambda run: run.info.run_id, lambda identity: {"run_id": identity}),
-    "comet_ml": _Service(None, lambda run: run.get_key(), lambda identity: {"experiment_key": identity}),
-    "aim": _Service(None, lambda run: run.hash, lambda identity: {"run_hash": identity}),
-}
-"""tensorboard continues by its folder. clearml, dvclive and swanlab begin a new run when ours is continued."""
+Documents: TypeAlias = tuple[Sequence[Path], Sequence[str]]
+"""Files about a run, and a sentence for each that could not be made."""
 
 
 def trackers_of(track: object) -> tuple[list[Track], list[str]]:
@@ -114,12 +96,36 @@ class Tracking:
         self._workers = [_Worker(tracker, run_dir, settings) for tracker in self._trackers]
         for event in events:
             self(event)
+        end: RunEnd = "failed"
         try:
             yield
+            end = "finished"
+        except (KeyboardInterrupt, SystemExit):
+            end = "stopped"
+            raise
         finally:
             with suppress(Exception):  # a terminal that is gone must not hide why the run ended
-                self._finish()
+                self._finish(end)
             self._workers = []
+
+    def keep(self, make: Callable[[], Documents]) -> None:
+        """Give files about the run to the trackers that take files. Nothing is made where none does.
+
+        Args:
+            make: Called once, in this thread. What it raises is told, and stops nothing.
+        """
+        takers = [worker for worker in self._workers if worker.takes_files]
+        if not takers:
+            return
+        try:
+            files, troubles = make()
+        except Exception as error:
+            files, troubles = (), [f"nothing about the run could be written for its trackers ({briefly(error)})"]
+        for trouble in troubles:
+            self._tell(f"warning: {trouble}")
+        for worker in takers:
+            for path in files:
+                worker.keep(path)
 
     def __call__(self, event: Event) -> None:
         """Take one event of the run. Outside of the block nothing is logged."""
@@ -137,9 +143,9 @@ class Tracking:
             while worker.troubles:
                 self._tell(worker.troubles.pop(0))
 
-    def _finish(self) -> None:
+    def _finish(self, end: RunEnd) -> None:
         for worker in self._workers:
-            worker.end()
+            worker.end(end)
         until = time.monotonic() + FINISH_S
         for worker in self._workers:
             worker.wait(until)
@@ -190,18 +196,26 @@ class _Worker:
         self.name = _name(tracker)
         self.troubles: list[str] = []
         self._tracker, self._run_dir, self._settings = tracker, run_dir, settings
+        self._service = service_of(tracker)
         self._ledger = _Ledger(run_dir / FOLDER / (re.sub(r"[^\w.-]", "_", self.name) + ".json"))
         self._reported: set[str] = set()
         self._lost = 0
-        self._todo: queue.SimpleQueue[tuple[Entry, int] | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[tuple[Entry, int] | Path | RunEnd] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
         self._thread.start()
 
     def take(self, entry: Entry, step: int) -> None:
         self._todo.put((entry, step))
 
-    def end(self) -> None:
-        self._todo.put(None)
+    @property
+    def takes_files(self) -> bool:
+        return self._service.keep is not None
+
+    def keep(self, path: Path) -> None:
+        self._todo.put(path)
+
+    def end(self, end: RunEnd) -> None:
+        self._todo.put(end)
 
     def wait(self, until: float) -> None:
         self._thread.join(max(0.0, until - time.monotonic()))
@@ -215,27 +229,36 @@ class _Worker:
         tracker = None
         with self._surviving("could not be started"):
             self._ledger = _Ledger.read(self._ledger.path)
+        with self._surviving(*self._not_started()):
             tracker = self._start()
-        while (item := self._todo.get()) is not None:
-            entry, step = item
-            if not self._ledger.holds(entry):
-                self._log(tracker, entry, step)
+        while not isinstance(item := self._todo.get(), str):
+            self._take(tracker, item)
         if tracker is not None:
             with self._surviving("did not finish well"):
-                tracker.finish()
+                self._service.finish(tracker, item)
         if self._lost:
             with self._surviving("left no count of what it lost"):
                 self._ledger.write()
             self.troubles.append(f"warning: tracker {self.name!r} lost {self._lost} of the run's entries")
 
+    def _not_started(self) -> tuple[str, str]:
+        """What is told when the tracker cannot be started, and what helps."""
+        if self._ledger.identity is None:
+            return "could not be started", ""
+        remedy = f"; where its run is gone, remove {self._ledger.path}, and the next start begins a new one"
+        return f"could not go on in its run {self._ledger.identity}", remedy
+
     def _start(self) -> "GeneralTracker":
+        from accelerate import PartialState
+
+        PartialState()  # without it accelerate's trackers for wandb and trackio raise once they have begun a run
         tracker = self._create(self._tracker) if isinstance(self._tracker, str) else self._tracker
         tracker.start()
-        if self._tracker in _SERVICES:
-            self._ledger.identity = str(_SERVICES[self.name].identity(tracker.tracker))
+        if self._service.identity is not None:
+            self._ledger.identity = str(self._service.identity(tracker.tracker))
         configured, self._ledger.configured = self._ledger.configured, True
         self._ledger.write()
-        if not configured:
+        if not configured or self._service.forgets:
             with self._surviving("did not take the recipe"):
                 tracker.store_init_configuration(dict(self._settings))
         return tracker
@@ -243,15 +266,24 @@ class _Worker:
     def _create(self, name: str) -> "GeneralTracker":
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        kind, service, identity = LOGGER_TYPE_TO_CLASS[name], _SERVICES.get(name), self._ledger.identity
+        kind, service, identity = LOGGER_TYPE_TO_CLASS[name], self._service, self._ledger.identity
         options: dict[str, str] = {}
-        if service and identity:
+        if identity:
             options = service.continued(identity)
-        elif service and service.named:
+        elif service.named:
             options = {service.named: self._run_dir.name}
         if kind.requires_logging_directory:
             return kind(name, str(self._run_dir / FOLDER), **options)
         return kind(PROJECT, **options)
+
+    def _take(self, tracker: "GeneralTracker | None", item: tuple[Entry, int] | Path) -> None:
+        if not isinstance(item, Path):
+            entry, step = item
+            if not self._ledger.holds(entry):
+                self._log(tracker, entry, step)
+        elif tracker is not None and self._service.keep is not None:
+            with self._surviving(f"did not take {item.name}"):
+                self._service.keep(tracker, item)
 
     def _log(self, tracker: "GeneralTracker | None", entry: Entry, step: int) -> None:
         logged = False
@@ -268,12 +300,12 @@ class _Worker:
             )  # a tracker that never started gets its entries when the run is continued
 
     @contextmanager
-    def _surviving(self, what: str) -> Iterator[None]:
+    def _surviving(self, what: str, remedy: str = "") -> Iterator[None]:
         """A block that calls the tracker. Each kind of failure is reported once and does not stop the run."""
         try:
             yield
         except (Exception, SystemExit) as error:
             if what not in self._reported:
                 words = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                self.troubles.append(f"warning: tracker {self.name!r} {what} ({words}); the run goes on")
+                self.troubles.append(f"warning: tracker {self.name!r} {what} ({words}); the run goes on{remedy}")
                 self._reported.add(what)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dspy_fst.formatting.numbers import counted
 from dspy_fst.run.phase_reports import CycleReport, StepReport, WarmStartReport
 from dspy_fst.run.validated import Validated
 
@@ -39,6 +40,38 @@ ACTIVITIES = {"sampling": "sampling for updates", "update": "weight updates", "p
 
 
 @dataclass(frozen=True)
+class ReflectionLM:
+    """What the calls of the reflection LM cost, failed reflections included. Replies from a cache cost nothing."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    without_usage: int = 0
+    """Calls whose provider reported no tokens."""
+    unpriced: int = 0
+    """Calls whose price nobody knows."""
+    dollars: float | None = None
+    """Of the other calls; None without any. An unknown price is never 0."""
+
+    @property
+    def words(self) -> str:
+        """E.g. ``"12 calls, 34,567 tokens read and 890 written, 0.0123 dollars"``; what is not known is said."""
+        least = "at least " if self.without_usage else ""
+        tokens = f"{least}{self.input_tokens:,} tokens read and {self.output_tokens:,} written"
+        if self.without_usage >= self.calls:
+            tokens = "tokens not reported"
+        money = "price unknown"
+        if self.dollars is not None:
+            rest = f" (the price of {self.unpriced:,} is unknown)" if self.unpriced else ""
+            money = f"{'at least ' if rest else ''}{self.dollars:.4g} dollars{rest}"
+        return f"{counted(self.calls, 'call')}, {tokens}, {money}"
+
+
+REFLECTION_LM = "the reflection LM"
+"""Label of `ReflectionLM.words`, below those of the counts."""
+
+
+@dataclass(frozen=True)
 class Costs:
     """What a run spent in all, as far as its events go. Validation is counted apart."""
 
@@ -69,6 +102,7 @@ class Costs:
     warm_updates: int
     seconds: Mapping[str, float]
     """Wall time by activity. The sum is the time from the first event to the last."""
+    reflection_lm: ReflectionLM = ReflectionLM()
 
     @property
     def rollouts(self) -> int:
@@ -102,12 +136,14 @@ def costs_of(
     validations: Sequence[Validated],
     elapsed_s: float,
     warm: WarmStartReport | None = None,
+    dollars: float | None = None,
 ) -> Costs:
     """The sums over a run's reports.
 
     Args:
         warm: Of the warm start, where there was one.
         elapsed_s: Seconds from the first event to the last.
+        dollars: What is known to have been paid for reflections.
     """
     trained = [step.update for step in steps if step.update.tokens]
     return Costs(
@@ -129,6 +165,21 @@ def costs_of(
         warm_tokens=warm.tokens if warm else 0,
         warm_updates=warm.updates if warm else 0,
         seconds=_seconds(cycles, steps, validations, elapsed_s, warm),
+        reflection_lm=_reflection_lm(cycles, dollars),
+    )
+
+
+def _reflection_lm(cycles: Sequence[CycleReport], dollars: float | None) -> ReflectionLM:
+    def total(name: str) -> int:
+        return sum(cycle.counts.get(name, 0) for cycle in cycles)
+
+    return ReflectionLM(
+        calls=total("reflection_calls"),
+        input_tokens=total("reflection_input_tokens"),
+        output_tokens=total("reflection_output_tokens"),
+        without_usage=total("reflection_calls_without_usage"),
+        unpriced=total("reflection_calls_unpriced"),
+        dollars=dollars,
     )
 
 

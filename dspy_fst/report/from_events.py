@@ -30,6 +30,7 @@ def record_of(
     plan: Event = next(reversed(_of_kind(events, "plan")), {})
     done: Event = next(reversed(_of_kind(events, "done")), {})
     times = [event["time"] for event in events if event.get("time") is not None]
+    paid = [event["dollars"] for event in _of_kind(events, "cycle") if event.get("dollars") is not None]
     cycles = tuple(_cycle(event["report"]) for event in _of_kind(events, "cycle"))
     evaluated = list(evaluations_in(evaluations))
     nodes, validations = lineage_of(_of_kind(events, "cycle"), done), validated_in(events)
@@ -57,6 +58,7 @@ def record_of(
         ended=stop_reason_in(events),
         two_by_two=next((table for data in reversed(evaluated) if (table := two_by_two_of(data))), None),
         evaluations=tuple(evaluation for data in evaluated if (evaluation := evaluated_of(data))),
+        reflection_dollars=sum(paid) if paid else None,
     )
 
 

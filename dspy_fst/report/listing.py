@@ -51,7 +51,9 @@ class Listed:
     hours: float = 0.0
     """From the first event to the last, pauses included."""
     dollars: float | None = None
-    """Cost of the reflection LM as far as its provider reported it; None where it reported nothing."""
+    """Cost of the reflection LM's calls with a known price; None without any."""
+    unpriced: int = 0
+    """Calls of the reflection LM without a known price."""
     last: float | None = None
     """Time of the last event, in seconds since 1970."""
 
@@ -108,7 +110,6 @@ def _run(path: Path, record: RunRecord, events: Sequence[Event]) -> Listed:
     early = record.ended is not None and record.ended.early
     why = record.ended.text if record.ended and early else halt_reason_in(events)
     measured, start, end = _scores(record)
-    money = [event["dollars"] for event in events if event.get("dollars") is not None]
     return Listed(
         path=path,
         state=record.state,
@@ -125,7 +126,8 @@ def _run(path: Path, record: RunRecord, events: Sequence[Event]) -> Listed:
         rollouts=record.costs.rollouts,
         tokens=record.costs.tokens,
         hours=((record.last or 0.0) - (record.started or 0.0)) / 3600,
-        dollars=sum(money) if money else None,
+        dollars=record.costs.reflection_lm.dollars,
+        unpriced=record.costs.reflection_lm.unpriced,
         last=record.last,
     )
 

@@ -37,7 +37,7 @@ def entry_of(event: Event) -> Entry | None:
             return Entry("train", event["report"]["step"], _numbers("train", _step_fields(event["report"])))
         case "cycle":
             report = event["report"]
-            fields = {**report, "best_score": best(report["scores"])}
+            fields = {**report, "best_score": best(report["scores"]), "dollars": event.get("dollars")}
             return Entry("search", report["cycle"], _numbers("search", fields))
         case "validation":
             report = event["report"]

@@ -17,7 +17,7 @@ from dspy_fst.formatting.numbers import DASH, counted, duration, interval, numbe
 from dspy_fst.formatting.tables import TextTable
 from dspy_fst.report import NEEDS_EXTRA
 from dspy_fst.report.charts import chart_svg, lineage_svg
-from dspy_fst.report.costs import PARTS, labels_of
+from dspy_fst.report.costs import PARTS, REFLECTION_LM, labels_of
 from dspy_fst.report.diff import word_diff
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.lineage import Node
@@ -215,6 +215,9 @@ def cost_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         (label if name in PARTS else label.capitalize(), [count(record.costs.count(name)) for record in records])
         for name, label in labels_of(*(record.costs for record in records)).items()
     ]
+    if any(record.costs.reflection_lm.calls for record in records):
+        asked = [record.costs.reflection_lm for record in records]
+        rows.append((REFLECTION_LM.capitalize(), [lm.words if lm.calls else DASH for lm in asked]))
     activities = dict.fromkeys(activity for record in records for activity in record.costs.seconds)
     rows += [
         (f"Time: {activity}", [duration(record.costs.seconds.get(activity, 0.0), 1) for record in records])

@@ -76,6 +76,8 @@ class RunRecord:
     """Why the run ended; None while it goes on, after a kill, and for a run of an older release."""
     two_by_two: TwoByTwo[Score] | None = None
     evaluations: tuple[Evaluated, ...] = ()
+    reflection_dollars: float | None = None
+    """What is known to have been paid for reflections; None where no price is known."""
 
     @cached_property
     def by_digest(self) -> Mapping[str, Node]:
@@ -144,7 +146,7 @@ class RunRecord:
     @cached_property
     def costs(self) -> Costs:
         elapsed_s = (self.last or 0.0) - (self.started or 0.0)
-        return costs_of(self.cycles, self.steps, self.validations, elapsed_s, self.warm_start)
+        return costs_of(self.cycles, self.steps, self.validations, elapsed_s, self.warm_start, self.reflection_dollars)
 
 
 def best(scores: Sequence[float | None]) -> float | None:

@@ -10,7 +10,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.formatting.numbers import interval, number, plain, share, with_error
-from dspy_fst.report.costs import labels_of
+from dspy_fst.report.costs import REFLECTION_LM, labels_of
 from dspy_fst.report.evaluated import Evaluated, Score, TwoByTwo
 from dspy_fst.report.run_record import RunRecord, best
 from dspy_fst.report.verdict import validations_table, verdict
@@ -25,6 +25,10 @@ MERGED = (
     "round away."
 )
 EVALUATION = ("split", "problems", "candidate", "weights", "cycle", "seed", "k", "mean@k", "95% interval")
+ELSEWHERE = (
+    "The weights are in the run's directory, on the machine of the run. `dspy-fst export RUN_DIR FOLDER` writes them, "
+    "these instructions and a card that says how to use them."
+)
 TRAINED = "trained together by Fast-Slow Training ([arXiv 2605.12484](https://arxiv.org/abs/2605.12484)) with dspy_fst"
 TAGS = ("dspy", "dspy-fst", "fast-slow-training", "gepa", "reinforcement-learning")
 
@@ -63,6 +67,11 @@ class Facts:
 def model_card(facts: Facts) -> str:
     """Markdown with YAML front matter."""
     return joined([front_matter(facts), _head(facts), _use(facts), *story(facts)])
+
+
+def run_card(facts: Facts) -> str:
+    """The card of a run, for a place where its weights do not lie beside it."""
+    return joined([front_matter(facts), _head(facts), ELSEWHERE, *story(facts)])
 
 
 def story(facts: Facts) -> Iterator[str]:
@@ -262,7 +271,11 @@ def _recipe(record: RunRecord) -> Iterator[str]:
 def _spent(record: RunRecord) -> list[tuple[str, str]]:
     spent = {label: record.costs.count(name) for name, label in labels_of(record.costs).items()}
     spent["seconds from the first event to the last"] = round(sum(record.costs.seconds.values()))
-    return [(name, f"{value:,}") for name, value in spent.items()]
+    asked = record.costs.reflection_lm
+    return [
+        *((name, f"{value:,}") for name, value in spent.items()),
+        *([(REFLECTION_LM, asked.words)] * bool(asked.calls)),
+    ]
 
 
 def _population(facts: Facts) -> str:

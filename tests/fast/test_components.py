@@ -1,7 +1,6 @@
 """Texts beside instructions: sources of dspy.Flex modules and tools' descriptions, as components of a candidate."""
 
 import json
-from types import SimpleNamespace
 
 import dspy
 import pytest
@@ -10,7 +9,6 @@ from dspy.primitives.local_interpreter import LocalInterpreter
 
 from dspy_fst.errors import EngineError
 from dspy_fst.fast.evolve import evolve
-from dspy_fst.fast.reflection_cost import CostMeter
 from dspy_fst.fast.rollout_bank import OUTAGE
 from dspy_fst.fast.search_settings import SearchSettings, own_texts
 from dspy_fst.rollout.call_recorder import tag_predictors
@@ -262,23 +260,6 @@ def test_a_reflection_lm_is_asked_for_a_tool_s_description_in_words_of_its_own()
     assert any(c.texts["agent.tools['search'].desc"] == "Finds what matters." for c in search.candidates)
     asked = {entry["messages"][0]["content"].count("I gave an agent a tool") for entry in told.history}
     assert asked == {0, 1}
-
-
-def test_what_the_reflections_of_a_search_cost_is_known_where_the_price_is():
-    class Priced(dspy.utils.DummyLM):
-        def update_history(self, entry):
-            super().update_history({**entry, "cost": 0.25})
-
-    answers = [{"new_instruction": "Finds what matters."}] * 30
-    priced, free = (kind(answers, adapter=dspy.JSONAdapter()) for kind in (Priced, dspy.utils.DummyLM))
-    priced("asked before the search")
-    search = evolved(Agent(), tools=True, reflection_lm=priced)
-    assert search.counts["reflections"] > 0
-    assert search.money == {"dollars": 0.25 * (len(priced.history) - 1)}
-    assert evolved(Agent(), tools=True, reflection_lm=free).money == {}
-    meter = CostMeter(priced)
-    priced.update_history({**priced.history[0], "uuid": "new", "response": SimpleNamespace(cache_hit=True)})
-    assert meter.dollars is None, "an answer of the cache costs nothing"
 
 
 def test_a_source_evolves_and_the_proposer_is_told_what_dspy_tells_it():

@@ -1,4 +1,7 @@
-"""A run's numbers in trackers: the same names everywhere, nothing twice, and no tracker stops a run."""
+"""A run's numbers in trackers: the same names everywhere, nothing twice, and no tracker stops a run.
+
+In a run, and with the libraries themselves: `tests/report/test_real_trackers.py`.
+"""
 
 import json
 import shutil
@@ -7,7 +10,6 @@ from dataclasses import fields
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from dspy_fst import ConfigurationError, FSTOptimizer
@@ -15,14 +17,11 @@ from dspy_fst.cli import app
 from dspy_fst.cli.train import _with_trackers
 from dspy_fst.monitoring import tracking
 from dspy_fst.monitoring.tracking import Tracking, hyperparameters, trackers_of
-from dspy_fst.policy_lm import policy_of
 from dspy_fst.project.project_file import load_project
 from dspy_fst.report.metric_names import entry_of
-from dspy_fst.run.directory import read_events
 from dspy_fst.types import UpdateReport
 from tests.report.happenings import cycle, plan, step, whole_run
 from tests.test_cli import project_file
-from tests.test_compile import compile_relay
 
 
 class FakeTracker(GeneralTracker):
@@ -217,51 +216,7 @@ def test_a_tracker_that_is_named_twice_is_one():
     assert trackers_of(["tensorboard", "tensorboard"]) == (["tensorboard"], [])
 
 
-# ---- in a run ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def killed_and_continued(tmp_path_factory):
-    """A run killed between two commits, so that its first step is made twice; the second time with a joiner."""
-    run_dir = tmp_path_factory.mktemp("runs") / "mine"
-
-    def kill(event):
-        if event["event"] == "step" and event["report"]["step"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        compile_relay(run_dir, checkpoint_every=2, track="tensorboard", listeners=[kill])
-    joiner = FakeTracker(fail_steps=(2,))
-    notes = []
-    compiled = compile_relay(run_dir, checkpoint_every=2, track=["tensorboard", joiner], listeners=[notes.append])
-    policy_of(compiled).release()
-    return run_dir, joiner, [event["text"] for event in notes if event["event"] == "note"]
-
-
-@pytest.mark.slow
-def test_tensorboard_holds_every_step_of_a_continued_run_once(killed_and_continued):
-    run_dir, _, _ = killed_and_continued
-    board = EventAccumulator(str(run_dir / "tracking" / "tensorboard")).Reload()
-    rewards = {
-        event["report"]["step"]: event["report"]["reward"] for event in read_events(run_dir) if event["event"] == "step"
-    }
-    points = board.Scalars("train/reward")
-    assert [point.step for point in points] == [0, 1, 2, 3]
-    assert [point.value for point in points] == pytest.approx([rewards[step] for step in range(4)])
-    assert [point.step for point in board.Scalars("search/best_score")] == [0, 2]
-    assert [point.step for point in board.Scalars("validation/best_score")] == [0, 4]  # the start and the end
-    assert len([*(run_dir / "tracking" / "tensorboard").glob("*/hparams.yml")]) == 1
-
-
-@pytest.mark.slow
-def test_another_tracker_may_join_and_fail_and_the_run_ends_well(killed_and_continued):
-    run_dir, joiner, notes = killed_and_continued
-    assert read_events(run_dir)[-1]["event"] == "done"
-    assert joiner.steps("train/tokens") == [0, 1, 3]
-    assert joiner.settings[0]["checkpoint_every"] == 2
-    assert joiner.settings[0]["program"] == "Relay"
-    assert notes.count("warning: tracker 'fake' failed (ConnectionError: no route to host); the run goes on") == 1
-    assert "warning: tracker 'fake' lost 1 of the run's entries" in notes
+# ---- named ----------------------------------------------------------------------------------------
 
 
 def test_the_project_file_and_the_flag_name_trackers(tmp_path, monkeypatch):
