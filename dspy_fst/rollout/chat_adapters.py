@@ -19,6 +19,7 @@ from dspy.adapters.baml_adapter import BAMLAdapter
 from pydantic import BaseModel, ConfigDict, StrictBool
 
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.rollout.dspy_release import default_adapter
 from dspy_fst.run.secrets import is_secret
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,8 @@ class SavedAdapter(BaseModel):
 
 
 def adapter_in_force() -> dspy.Adapter:
-    """The adapter that DSPy's settings hold now, or a new ChatAdapter, DSPy's default."""
-    return dspy.settings.adapter or dspy.ChatAdapter()
+    """The adapter that DSPy's settings hold now, or a new one of DSPy's default kind."""
+    return dspy.settings.adapter or default_adapter()
 
 
 def describe(adapter: dspy.Adapter) -> SavedAdapter:

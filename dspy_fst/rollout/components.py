@@ -14,17 +14,20 @@ search]`` in their place, so each text is in one component only.
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, cast
 
 import dspy
 from dspy.primitives.code_interpreter import CodeInterpreterError
 
 from dspy_fst.errors import FSTError
 from dspy_fst.rollout.copying import copied
+from dspy_fst.rollout.dspy_release import agents, tells_its_tools
 from dspy_fst.rollout.program_graph import Speaker
 from dspy_fst.types import Candidate, Population
 
-Agent: TypeAlias = dspy.ReAct | dspy.ReActV2
+if TYPE_CHECKING:
+    from dspy_fst.rollout.dspy_release import Agent
+
 FINISHERS = ("finish", "submit")
 """Tools that DSPy's agents add themselves."""
 _TOOL = re.compile(r"(?P<host>.*)tools\['(?P<tool>[^']*)'\]\.(desc|args\['(?P<argument>[^']*)'\])")
@@ -104,7 +107,7 @@ def set_tools(program: dspy.Module, candidate: Candidate) -> dict[str, dict[str,
             }
             described = tool.model_copy(update={"desc": new.get(_part(host, tool), tool.desc), "args": args})
             agent.tools = {**_tools(agent), key: described}
-            if isinstance(agent, dspy.ReAct):
+            if tells_its_tools(agent):
                 descriptions.setdefault(name, {})[_place_of(tool)] = str(described)
     return descriptions
 
@@ -157,26 +160,26 @@ def _bind(name: str, flex: dspy.Flex, source: str) -> None:
         raise UnboundError(f"{name}: {error!r}") from error
 
 
-def _agents(program: dspy.Module) -> Iterator[tuple[str, Agent]]:
+def _agents(program: dspy.Module) -> Iterator[tuple[str, "Agent"]]:
     """(name of the predictor that chooses the tools, its agent)."""
-    kinds = (dspy.ReAct, dspy.ReActV2)
-    agents = {id(agent.react): agent for _, agent in program.named_sub_modules() if isinstance(agent, kinds)}
+    kinds = agents()
+    found = {id(agent.react): agent for _, agent in program.named_sub_modules() if isinstance(agent, kinds)}
     for name, predictor in program.named_predictors():
-        if id(predictor) in agents:
-            yield name, agents[id(predictor)]
+        if id(predictor) in found:
+            yield name, cast("Agent", found[id(predictor)])
 
 
-def _tools(agent: Agent) -> dict[str | None, dspy.Tool]:
+def _tools(agent: "Agent") -> dict[str | None, dspy.Tool]:
     """The agent's tools by name. Its annotation in DSPy also has the list that the constructor takes."""
     assert isinstance(agent.tools, dict)
     return agent.tools
 
 
-def _shown_tools(agent: Agent) -> list[dspy.Tool]:
+def _shown_tools(agent: "Agent") -> list[dspy.Tool]:
     """The agent's tools whose descriptions are in its prompts."""
     instruction = agent.react.signature.instructions
     tools = [tool for tool in _tools(agent).values() if tool.name not in FINISHERS]
-    return [tool for tool in tools if isinstance(agent, dspy.ReActV2) or str(tool) in instruction]
+    return [tool for tool in tools if not tells_its_tools(agent) or str(tool) in instruction]
 
 
 def _tool_texts(host: str, tool: dspy.Tool) -> dict[str, str]:

@@ -16,6 +16,7 @@ from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError
 
 from dspy_fst.rollout.call_recorder import is_recorded, no_second_call
+from dspy_fst.rollout.dspy_release import default_adapter, in_words
 from dspy_fst.rollout.outages import leaves_a_hole
 from dspy_fst.types import PREDICTOR_TAG
 
@@ -47,10 +48,9 @@ def form_asked_for(predictor: dspy.Predict) -> str:
 
     To be called in the call's own context: a program may set an adapter for a single call.
     """
-    adapter = dspy.settings.adapter or dspy.ChatAdapter()
+    adapter = dspy.settings.adapter or default_adapter()
     try:
-        messages = adapter.format(predictor.signature, [], {})
-        return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return in_words(adapter.format(predictor.signature, [], {}))
     except Exception as error:  # a user's adapter may need its inputs; the failed parse counts all the same
         logger.debug("%s shows no form without inputs: %r", type(adapter).__name__, error)
         return ""
