@@ -22,6 +22,7 @@ from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.call_recorder import SETTING, Recording, parallel_calls_once, tag_predictors
 from dspy_fst.rollout.components import UnboundError, with_texts
 from dspy_fst.rollout.copying import Copier
+from dspy_fst.rollout.dspy_release import default_adapter
 from dspy_fst.rollout.outages import Outages
 from dspy_fst.rollout.outcome_rules import Blame, Judge
 from dspy_fst.rollout.parse_failures import Entry, ParseFailures
@@ -248,7 +249,7 @@ class FormattedOnce:
 
     def settings(self) -> dict[str, object]:
         """The settings of DSPy's context under which prompts are written once; none where somebody listens to that."""
-        adapter = dspy.settings.adapter or dspy.ChatAdapter()  # as dspy.Predict does at each call
+        adapter = dspy.settings.adapter or default_adapter()  # as dspy.Predict does at each call
         if type(adapter) not in self.ADAPTERS or dspy.settings.callbacks or adapter.callbacks:
             return {}
         replaced, written = copy.copy(adapter), adapter.format
@@ -259,7 +260,9 @@ class FormattedOnce:
             key = _prompt_key(signature, demos, inputs)
             if (known := self._known.get(key)) is None:
                 known = written(signature, demos, inputs)
-                if key is None or not all(type(message["content"]) is str for message in known):
+                if key is None or not all(
+                    isinstance(message, dict) and type(message["content"]) is str for message in known
+                ):
                     return known
                 while len(self._known) >= self.MOST:
                     self._known.pop(next(iter(self._known)), None)
