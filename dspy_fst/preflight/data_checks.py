@@ -7,7 +7,7 @@ from typing import TypeGuard, get_args
 import dspy
 
 from dspy_fst.config import FSTConfig
-from dspy_fst.rollout.dspy_release import agents
+from dspy_fst.rollout.dspy_release import AGENTS
 
 
 def data_faults(trainset: object, valset: object, config: FSTConfig | None) -> list[str]:
@@ -69,7 +69,7 @@ def _call_of(student: dspy.Module) -> Callable[[dict[str, object]], str | None]:
 
 def _required_fields(student: dspy.Module) -> list[str]:
     """Required input fields of DSPy's own modules, which accept anything and only log what is missing."""
-    if type(student) not in (dspy.Predict, dspy.ChainOfThought, *agents()):
+    if type(student) not in (dspy.Predict, dspy.ChainOfThought, *AGENTS):
         return []
     signature = student.predict.signature if isinstance(student, dspy.ChainOfThought) else student.signature
     return [

@@ -21,7 +21,7 @@ from dspy.primitives.code_interpreter import CodeInterpreterError
 
 from dspy_fst.errors import FSTError
 from dspy_fst.rollout.copying import copied
-from dspy_fst.rollout.dspy_release import agents, tells_its_tools
+from dspy_fst.rollout.dspy_release import AGENTS, tells_its_tools
 from dspy_fst.rollout.program_graph import Speaker
 from dspy_fst.types import Candidate, Population
 
@@ -162,8 +162,7 @@ def _bind(name: str, flex: dspy.Flex, source: str) -> None:
 
 def _agents(program: dspy.Module) -> Iterator[tuple[str, "Agent"]]:
     """(name of the predictor that chooses the tools, its agent)."""
-    kinds = agents()
-    found = {id(agent.react): agent for _, agent in program.named_sub_modules() if isinstance(agent, kinds)}
+    found = {id(agent.react): agent for _, agent in program.named_sub_modules() if isinstance(agent, AGENTS)}
     for name, predictor in program.named_predictors():
         if id(predictor) in found:
             yield name, cast("Agent", found[id(predictor)])

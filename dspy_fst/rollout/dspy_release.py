@@ -33,6 +33,10 @@ def agents() -> tuple[type[dspy.Module], ...]:
     return tuple(dict.fromkeys(kind for kind in found if kind is not None))
 
 
+AGENTS = agents()
+"""Those of the installed release."""
+
+
 def tells_its_tools(agent: object) -> bool:
     """Whether this agent copies its tools' descriptions into its instruction, as ReAct of 3.4 does when it is made.
 
