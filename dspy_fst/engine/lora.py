@@ -6,12 +6,11 @@ and the weight of such a layer becomes ``NAME.base_layer.weight``. Read from pef
 
 import json
 import math
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
@@ -20,133 +19,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dspy_fst.errors import TrainingError, briefly, meant
-from dspy_fst.model_files.architectures import has_experts, text_part
+from dspy_fst.engine.lora_layers import BASE_LAYER, NO_ADAPTER, is_adapted, target_modules
+from dspy_fst.errors import TrainingError, briefly
 from dspy_fst.model_files.lora_folder import CONFIG, TENSORS
-from dspy_fst.recipe.lora_settings import ALL_LINEAR, LoRA
+from dspy_fst.recipe.lora_settings import LoRA
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 PREFIX = "base_model.model."
 """What peft puts before the names of modules in its files."""
-BASE_LAYER = ".base_layer"
-_NO_ADAPTER = "__base__"
-"""peft's name for the base among ``adapter_names``."""
-ROUTERS = {"gate", "router", "shared_expert_gate"}
-"""Last parts of the names of linear layers that choose experts. An adapted router would change which experts learn."""
-PAST_ADAPTERS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
-"""Types of models whose fused kernels read the weight of `out_proj` itself, past an adapter. peft refuses it there."""
 NO_MODULE = "^$"
 """A pattern of peft's that matches no layer."""
-
-
-# ---- which layers -------------------------------------------------------------------------------
-
-
-def target_modules(model: PreTrainedModel, lora: LoRA) -> list[str]:
-    """Full names of the layers that get an adapter, in the model's order.
-
-    Raises:
-        TrainingError: see `target_faults`.
-    """
-    if faults := target_faults(model, lora):
-        raise TrainingError("; ".join(faults))
-    layers = adaptable_layers(model)
-    return [layer for layer in layers if lora.target == ALL_LINEAR or any(_ends(layer, name) for name in lora.target)]
-
-
-def target_faults(model: PreTrainedModel, lora: LoRA) -> list[str]:
-    """Why these settings do not fit a model, one sentence for each reason; the model may be on the meta device."""
-    layers = adaptable_layers(model)
-    kind = model.config.model_type
-    if not layers:
-        return [f"adapter: a {kind!r} model has no linear layers that a LoRA adapter could go on; train all weights"]
-    names = () if lora.target == ALL_LINEAR else lora.target
-    ends = sorted({layer.rpartition(".")[2] for layer in layers})
-    faults = [_fault(model, name, ends) for name in names if not any(_ends(layer, name) for layer in layers)]
-    chosen = [layer for layer in layers if lora.target == ALL_LINEAR or any(_ends(layer, name) for name in names)]
-    full = max((_full_rank(model, layer) for layer in chosen), default=lora.rank)
-    if lora.rank > full:
-        faults.append(
-            f"adapter: rank={lora.rank} is above {full}, the full rank of this model's largest layer with an adapter; "
-            "use a lower rank, such as 16, or train all weights"
-        )
-    return faults
-
-
-def name_faults(names: Iterable[str]) -> list[str]:
-    """A sentence on names of adapters that torch does not take for a module, one for all; and one on peft's name."""
-    given = {*names}
-    faults = [f"adapters: {_NO_ADAPTER!r} is peft's name for the base; name the group otherwise"] * (
-        _NO_ADAPTER in given
-    )
-    if taken := sorted(name for name in given if hasattr(nn.ModuleDict(), name)):
-        faults.append(f"adapters: {', '.join(map(repr, taken))} is a name of torch's own; name the group otherwise")
-    return faults
-
-
-def _full_rank(model: PreTrainedModel, layer: str) -> int:
-    return min(sides(model.get_submodule(layer)))
-
-
-def sides(layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer; not read off its weight's shape, which a quantized layer packs."""
-    inputs, outputs = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-    return int(inputs), int(outputs)  # type: ignore[arg-type]  # torch declares modules' attributes as unknown
-
-
-def _ends(layer: str, name: str) -> bool:
-    return layer == name or layer.endswith(f".{name}")
-
-
-def _fault(model: PreTrainedModel, name: str, ends: list[str]) -> str:
-    head = model.get_output_embeddings()
-    if any(module is head and _ends(full, name) for full, module in model.named_modules()):
-        tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-        why = "it shares its weight with the embedding" if tied else "the trainer computes the head by itself"
-        return f"adapter: target={name!r} is the LM head, which gets no LoRA adapter ({why}); leave it out"
-    return (
-        f"adapter: target={name!r}: a {model.config.model_type!r} model has no linear layer of this name"
-        f"{meant(name, ends) or ''}; it has {', '.join(ends)}"
-    )
-
-
-def adaptable_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of the layers that may get an adapter: `linear_layers`, without those whose adapter would be passed
-    by."""
-    passed_by = {"out_proj"} if model.config.model_type in PAST_ADAPTERS else set()
-    return [name for name in linear_layers(model) if name.rpartition(".")[2] not in passed_by]
-
-
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of the text part's linear layers, adapted or not; the LM head and routers of experts are left out."""
-    text, head = text_part(model), model.get_output_embeddings()
-    inside = {id(module) for module in text.modules()}
-    routers = ROUTERS if has_experts(model.config) else set()
-    return [
-        name
-        for name, module in model.named_modules()
-        if id(module) in inside
-        and module is not head
-        and (isinstance(module, nn.Linear | Conv1D) or _is_adapted(module))
-        if not name.endswith(BASE_LAYER) and ".lora_" not in name and name.rpartition(".")[2] not in routers
-    ]
 
 
 # ---- on the model -------------------------------------------------------------------------------
 
 
-def _is_adapted(module: nn.Module) -> "TypeGuard[LoraLayer]":
-    """Whether a module is a layer of peft's. There is none before peft was imported, which takes seconds: runs without
-    an adapter do without it."""
-    kind = getattr(sys.modules.get("peft.tuners.lora"), "LoraLayer", None)
-    return kind is not None and isinstance(module, kind)
-
-
 def layers_of(model: nn.Module, name: str) -> "dict[str, LoraLayer]":
     """Module -> its layer, for every layer that has the adapter of this name."""
-    layers = {path: module for path, module in model.named_modules() if _is_adapted(module)}
+    layers = {path: module for path, module in model.named_modules() if is_adapted(module)}
     return {path: layer for path, layer in layers.items() if name in layer.lora_A}
 
 
@@ -230,7 +122,7 @@ def using(model: nn.Module, name: str | None) -> Iterator[None]:
 
     peft's own switch also changes which parameters get gradients, so its two fields are set here.
     """
-    layers = [module for module in model.modules() if _is_adapted(module)]
+    layers = [module for module in model.modules() if is_adapted(module)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = [] if name is None else [name], name is None
@@ -249,12 +141,12 @@ def using_by_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         model: One that `takes_rows`.
         names: Of each row; it is read at every forward, and may be changed in place between two of them.
     """
-    layers = cast("list[nn.Module]", [module for module in model.modules() if _is_adapted(module)])
+    layers = cast("list[nn.Module]", [module for module in model.modules() if is_adapted(module)])
 
     def give_names(
         _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
     ) -> tuple[tuple[Tensor, ...], dict[str, object]]:
-        return args, {**kwargs, "adapter_names": [name or _NO_ADAPTER for name in names]}
+        return args, {**kwargs, "adapter_names": [name or NO_ADAPTER for name in names]}
 
     hooks = [layer.register_forward_pre_hook(give_names, with_kwargs=True) for layer in layers]
     with using(model, next((name for name in names if name), "")):
@@ -286,13 +178,13 @@ def takes_rows(model: PreTrainedModel) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
-    plain = all(type(module) is LoraLinear for module in model.modules() if _is_adapted(module))
+    plain = all(type(module) is LoraLinear for module in model.modules() if is_adapted(module))
     return plain and all(len(shape) == 3 and shape[:2] == (rows, tokens) for shape in shapes)
 
 
 def in_use(model: nn.Module) -> str | None:
     """The adapter that the model computes with now (see `using`); None: its base alone."""
-    layer = next((module for module in model.modules() if _is_adapted(module)), None)
+    layer = next((module for module in model.modules() if is_adapted(module)), None)
     return None if layer is None or layer._disable_adapters else next(iter(layer._active_adapter), None)
 
 

@@ -193,7 +193,7 @@ def _size(config: "PreTrainedConfig", stored: Mapping[str, tuple[int, ...]]) -> 
 
 def _linear(model: "PreTrainedModel") -> tuple[tuple[tuple[str, int], ...], int]:
     """What `ModelSize` says as ``linear`` and ``in_linear``."""
-    from dspy_fst.engine.lora import linear_layers, sides  # imports peft, which takes a second
+    from dspy_fst.engine.lora_layers import linear_layers, sides  # imports peft, which takes a second
 
     widths: Counter[str] = Counter()
     rounded = 0

@@ -77,7 +77,8 @@ def _weights_faults(path: Path) -> Iterator[str]:
 def lora_faults(policy: PolicyLM, adapter: LoRA, grouping: Grouping = "shared") -> list[str]:
     """Why these LoRA adapters do not fit the engine's options, or the model, from its config alone. A model that cannot
     be read is reported by `model_faults`."""
-    from dspy_fst.engine.lora import name_faults, peft_fault, target_faults
+    from dspy_fst.engine.lora import peft_fault
+    from dspy_fst.engine.lora_layers import name_faults, target_faults
 
     faults = name_faults(grouping if isinstance(grouping, dict) else ())
     if policy.handle.options.get("sleep_level") == DROPS_WEIGHTS:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dspy_fst.engine.lora import linear_layers
+from dspy_fst.engine.lora_layers import linear_layers
 from dspy_fst.errors import TrainingError
 
 Kind = Literal["nf4", "int8"]

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.families import FAMILIES
-from dspy_fst.engine import lora
-from dspy_fst.engine.lora import adaptable_layers, layers_of, peft_fault, put_on, target_faults, target_modules
+from dspy_fst.engine.lora import layers_of, peft_fault, put_on
+from dspy_fst.engine.lora_layers import adaptable_layers, target_faults, target_modules
 from dspy_fst.errors import ConfigurationError, TrainingError
 from dspy_fst.model_files.architectures import empty_model
 from dspy_fst.recipe.lora_settings import LoRA
@@ -52,7 +52,7 @@ def test_what_peft_refuses_is_told_before_any_work(examples, tmp_path, monkeypat
     def refuse(*_, **__):
         raise ValueError("not on such a layer")
 
-    monkeypatch.setattr(lora, "inject_adapter_in_model", refuse)
+    monkeypatch.setattr("peft.inject_adapter_in_model", refuse)
     with pytest.raises(
         ConfigurationError, match=r"adapter: peft cannot put .* on a 'qwen3' model: not on such a layer"
     ):
