@@ -358,8 +358,9 @@ def known_options(settings: type, options: Mapping[str, object]) -> dict[str, ob
 def disk_allocations(workload: Workload, config: FSTConfig, *, on_gpu: bool) -> list[Allocation]:
     """Weights and states on the disk. A short run makes fewer than it may keep."""
     writes = writes_of(workload, config, on_gpu=on_gpu)
-    # The best of the committed steps is kept beside the best of all until the next state.
-    best = 1 if config.checkpoint_every == 1 else 2
+    # The best of the committed steps is kept beside the best of all until the next state. With a state after each step
+    # they differ only if the newest step is the best, whose weights are the second newest.
+    best = 1 if config.checkpoint_every == 1 and config.keep_weights > 1 else 2
     best *= 1 if config.validate_every is None else 2  # the best by reward, and the best by validation
     versions = min(1 + writes.updates, 1 + best + config.keep_weights + 1)
     kept = config.keep_states + 1

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ from filelock import FileLock, Timeout
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.files import population_to_json, read_json, remove, to_jsonable, write_json, writing
 from dspy_fst.run.search_journal import Journal
-from dspy_fst.run.state import Documents, Save, StateFields, commit_state, newest_state, prune_states
+from dspy_fst.run.state import Documents, Save, StateFields, newest_state, prune_states
+from dspy_fst.run.state_writer import StateWriter
 from dspy_fst.types import WARM_START, Population, WeightsVersion
 
 LOCK = ".lock"
@@ -80,7 +82,7 @@ class RunDirectory:
         clean: Callable[[object], Any] = lambda value: value,
         defaults: Mapping[str, object] | None = None,
     ):
-        self.path, self.listeners, self._keep_states, self._clean = path, listeners, keep_states, clean
+        self.path, self.listeners, self._clean = path, listeners, clean
         self._finished: float | None = None
         if fault := directory_fault(path, recipe, defaults):
             raise RunDirectoryError(fault)
@@ -89,7 +91,7 @@ class RunDirectory:
             self._lock = FileLock(path / LOCK)
             self._take()
         try:
-            self._state = newest_state(path / "states")
+            self._states = StateWriter(path, newest_state(path / "states"), keep_states)
             self._log_hash = self._checked_log()
             with writing(path):
                 write_json(path / "recipe.json", clean(to_jsonable(recipe)))  # first: it makes the directory a run's
@@ -103,18 +105,15 @@ class RunDirectory:
 
     @property
     def state(self) -> StateFields:
-        """Fields of the last commit: ``cycle``, ``searched``, ``step``, ``moved_at``, ``population``.
-
-        Empty before the first commit.
-        """
-        return self._state.fields if self._state else {}
+        """Fields of the last commit, which is waited for, and which may raise a `DiskError`; empty before the first."""
+        return newest.fields if (newest := self._states.newest) else {}
 
     @property
     def trainer_state(self) -> Path:
         """The trainer's folder in the committed state."""
-        if self._state is None:
+        if (newest := self._states.newest) is None:
             raise RunDirectoryError(f"{self.path}: nothing was committed yet")
-        return self._state.path / "trainer"
+        return newest.path / "trainer"
 
     @property
     def finished(self) -> dict[str, float]:
@@ -159,14 +158,17 @@ class RunDirectory:
 
     def document(self, name: str) -> Any:
         """A document of the newest state; None where it has none of this name."""
-        return read_json(self._state.path / name) if self._state and name in self._state.files else None
+        return read_json(newest.path / name) if (newest := self._states.newest) and name in newest.files else None
 
-    def commit(self, save_trainer: Save | None, documents: Documents | None = None, **fields: object) -> None:
+    def commit(
+        self, save_trainer: Save | None, documents: Documents | None = None, *, wait: bool = True, **fields: object
+    ) -> threading.Event:
         """Add a state with the trainer, these documents and fields, and the current length of the events.
 
         Args:
             save_trainer: Writes the trainer's part into a new folder; None when the trainer has not moved since
                 the last commit, whose files are then shared.
+            wait: Until it is on the disk; else see `StateWriter.write` for what is returned, and for errors of before.
         """
         log = self.path / "events.jsonl"
         state: StateFields = {
@@ -175,9 +177,10 @@ class RunDirectory:
             "events_sha256": self._log_hash.hexdigest(),
         }
         self._finished = None
-        folder, documents = self.path / "states", self._clean(to_jsonable(documents or {}))
-        with writing(self.path):
-            self._state = commit_state(folder, state, save_trainer, self._state, documents, keep=self._keep_states)
+        written = self._states.write(state, save_trainer, self._clean(to_jsonable(documents or {})))
+        if wait:
+            _ = self._states.newest
+        return written
 
     def abandon(self) -> None:
         """Remove everything if nothing was committed yet, so that a corrected recipe can use the directory."""
@@ -191,6 +194,7 @@ class RunDirectory:
     def close(self) -> None:
         """Let others open the directory. A search journal that a kill left is removed: an ended run has no search."""
         try:
+            _ = self._states.newest
             remove(self.path / "search.jsonl")
         finally:
             self._lock.release()

@@ -27,6 +27,7 @@ Save = Callable[[Path], None]
 """Writes the new folder that it is given."""
 Documents = Mapping[str, object]
 """Name of a file in a state's folder -> its JSON."""
+NONE: Documents = {}
 
 
 class AnotherFormatError(RunDirectoryError):

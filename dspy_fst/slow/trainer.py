@@ -5,7 +5,7 @@ The caller owns the loop and may do anything between two steps. Texts never chan
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -354,13 +354,13 @@ class Trainer:
         return CheckpointWriter(self._policy.model, self._tokenizer, self._dtype, self._files)
 
     def save_state(self, directory: Path) -> None:
-        """Write weights, AdamW's moments, the number of updates and torch's generators as the new folder ``directory``.
+        """Write weights, AdamW's moments, the number of updates and torch's generators; see `write_state`."""
+        self.state_writer()(directory)
 
-        Raises:
-            TrainingError: ``directory`` exists.
-        """
+    def state_writer(self) -> Callable[[Path], None]:
+        """:meth:`save_state` for another thread. Nothing may change before it has returned."""
         tensors = state_tensors(self.parameters, self._optimizer, self._device)
-        write_state(Path(directory), tensors, {"updates": self._updates, **self._budget.facts})
+        return partial(write_state, tensors=tensors, facts={"updates": self._updates, **self._budget.facts})
 
     @torch.inference_mode(False)
     def load_state(self, directory: Path) -> None:

@@ -10,6 +10,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.options import portable_options
+from dspy_fst.errors import DiskError
 from dspy_fst.fast.search_settings import own_texts
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.program_checks import policies_of
@@ -81,6 +82,7 @@ def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
         policy.handle.engine.on_recovery(logger.warning, None)
     except BaseException as error:
         try:
+            _let_writing_end(run, error)
             _tell_stopped(run, error)
         finally:  # a second Ctrl-C may come while the first is told
             try:
@@ -119,6 +121,14 @@ def _lora_adapters(request: Request) -> dict[str, str]:
     """Trained predictor -> its LoRA adapter; empty where all share what is trained."""
     config = request.config
     return adapter_of(config.adapters, config.trained or policies_of(request.student))
+
+
+def _let_writing_end(run: RunDirectory, error: BaseException) -> None:
+    """Wait for the state that is being written when something stopped the run; its own failure is noted there."""
+    try:
+        _ = run.state
+    except DiskError as lost:
+        error.add_note(f"The newest state was not written either: {lost}")
 
 
 def _tell_stopped(run: RunDirectory, error: BaseException) -> None:

@@ -1,5 +1,6 @@
 """Handing the trainer's weights to the engine, and the proof that it serves them before anybody samples."""
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -15,7 +16,8 @@ from dspy_fst.policy_lm import EngineHandle, PolicyLM
 from dspy_fst.rollout.rendering import render, renderer_of
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.phase_reports import StepReport
-from dspy_fst.run.state import StateFields, start_version
+from dspy_fst.run.state import Documents, StateFields, start_version
+from dspy_fst.run.validated import Validated, best_validated
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.types import WARM_START, Rollout, WeightsVersion, version_of
 
@@ -237,6 +239,9 @@ class Publisher:
         """Steps after which the weights moved last."""
         self.unsaved = True
         """Whether the trainer changed since the last committed state."""
+        self.written = threading.Event()
+        """Set when the newest state is written; the weights must not change before."""
+        self.written.set()
 
     @property
     def moved_to(self) -> WeightsVersion:
@@ -274,6 +279,12 @@ class Publisher:
             checkpoint = self._trainer.publish(path, version)
         self._serving.serve(checkpoint)
 
+    def commit(self, documents: Documents | None, *, wait: bool, **place: object) -> None:
+        """Commit a state with the trainer's weights, documents and place in the run; see `RunDirectory.commit`."""
+        save_trainer = self._trainer.state_writer() if self.unsaved else None
+        self.written = self._run.commit(save_trainer, documents, wait=wait, **self.facts, **place)
+        self.unsaved = False
+
     def serve_again(self, version: WeightsVersion) -> None:
         """Serve kept weights of an earlier step."""
         self._serving.serve_again(Checkpoint.at(version, self._run.weights_path(version)))
@@ -282,10 +293,12 @@ class Publisher:
         """Verify later publishes on these prompts and replies, unless some were seen before."""
         self._serving.texts.see(rollouts)
 
-    def prune(self, best: Iterable[WeightsVersion]) -> None:
+    def prune(self, steps: Sequence[StepReport], validated: Sequence[Validated]) -> None:
         """Remove weights that are neither the first, nor among the best, nor among the newest."""
+        committed = self._run.state.get("step", 0)
+        best = best_versions(steps, committed) | best_validated(validated, committed)
         with self._run.writing():
-            self._run.prune_weights(self._keep, set(best))
+            self._run.prune_weights(self._keep, best)
 
 
 def recoveries(policy: PolicyLM) -> dict[str, int]:

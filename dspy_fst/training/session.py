@@ -27,15 +27,16 @@ from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason
 from dspy_fst.run.search_journal import Journal
-from dspy_fst.run.state import Documents
-from dspy_fst.run.validated import Validated, When, best_validated, early_stop, starting_population
+from dspy_fst.run.state import NONE, Documents
+from dspy_fst.run.state_writer import STATE_S
+from dspy_fst.run.validated import Validated, When, early_stop, starting_population
 from dspy_fst.slow.credit import credit, mini_batches
 from dspy_fst.slow.length_penalty import penalty_of
 from dspy_fst.slow.losses.by_name import loss_of
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.update_metrics import in_one_report
 from dspy_fst.training.plan import Cycle, Plan, Schedule
-from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, best_versions, recoveries
+from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, recoveries
 from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.request import Proposers
 from dspy_fst.training.reuse import Reuse
@@ -146,6 +147,7 @@ class Session:
     def tell_end(self) -> None:
         """Say why the run is over; after the end's validation (see `dspy_fst.run.ending`)."""
         self.run.emit(EVENT, reason=self.schedule.end.as_event)
+        self.prune_weights()  # the last state is on the disk now
 
     # ---- fast ----------------------------------------------------------------------------------
 
@@ -221,7 +223,7 @@ class Session:
         """Rollouts of the step's problems under the program's own texts, for the term of ``seed_kl_coefficient``."""
         if self.config.seed_kl_coefficient == 0:
             return []
-        seed, samples = self._own_texts(), range(self.config.seed_kl_rollouts)
+        seed, samples = own_texts(self.program, self.config), range(self.config.seed_kl_rollouts)
         tasks = [Task(problem, seed, sample) for problem in self._examples(self._problems.batch) for sample in samples]
         rollouts = self._play(tasks, f"seed-{step}", anew=self.config.distills)
         self._require_sound(step, rollouts)
@@ -261,6 +263,8 @@ class Session:
         step = len(self.recorder.steps)
         draw = random.Random(f"{self.config.seed} mini-batches {step}")
         parts = mini_batches(batch, self.config.updates_per_batch, draw, self._loss)
+        if not self.publisher.written.wait(STATE_S):
+            raise TrainingError(f"step {step}: the state before it is not on the disk after {STATE_S:g} s")
         with self.policy.handle.asleep() if batch.rows or batch.seed_kl_calls else nullcontext():
             before = self.trainer.updates
             reports = [self._optimizer_step(part, step, place, before) for place, part in enumerate(parts)]
@@ -296,16 +300,15 @@ class Session:
         population: Population,
     ) -> None:
         """Keep what the slow step measured, and where one is due the state to go on from."""
-        published = self.publisher.moved_to
-        recovered, seconds = recoveries(self.policy), dict(self._seconds)
+        published, recovered, seconds = self.publisher.moved_to, recoveries(self.policy), dict(self._seconds)
         report = self.recorder.step_done(step, cycle, groups, batch, update, recovered, published, seconds)
         self.observer.see(report, groups)
         if self.validation and self.plan.validates_after(step):
             self._measure("between", population, population.unique())
         self._stop_if_nothing_is_gained()
-        if self.schedule.state_is_due(step, cycle):
-            self._commit(cycle.index, self.run.state.get("searched", -1), step + 1, population)
         self.prune_weights()  # only now is known how good the weights were that sampled this step
+        if self.schedule.state_is_due(step, cycle):  # written while the next step is sampled
+            self._commit(cycle.index, self.run.state.get("searched", -1), step + 1, population, wait=False)
 
     def _examples(self, problems: Sequence[int]) -> list[Problem]:
         return [Problem(index, self.trainset[index]) for index in problems]
@@ -313,9 +316,6 @@ class Session:
     def _play(self, tasks: Sequence[Task], draw: str, *, anew: bool = False) -> list[Rollout]:
         with self._timed("sampling"):
             return self.rollouter.rollout(tasks, draw, self._tell_rollout, anew=anew)
-
-    def _own_texts(self) -> Candidate:
-        return own_texts(self.program, self.config)
 
     def _require_sound(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """
@@ -347,30 +347,32 @@ class Session:
 
     def prune_weights(self) -> None:
         """Remove what is neither the first, nor the best, nor among the newest weights."""
-        committed = self.run.state.get("step", 0)
-        best = best_versions(self.recorder.steps, committed) | best_validated(self.validation.states, committed)
-        self.publisher.prune(best)
+        self.publisher.prune(self.recorder.steps, self.validation.states)
 
     def commit_start(self, documents: Documents | None = None) -> None:
         """Keep the state before the first search."""
         self._commit(0, -1, 0, self.population, documents)
 
     def _commit(
-        self, cycle: int, searched: int, step: int, population: Population, documents: Documents | None = None
+        self,
+        cycle: int,
+        searched: int,
+        step: int,
+        population: Population,
+        files: Documents = NONE,
+        *,
+        wait: bool = True,
     ) -> None:
         """Commit a state to go on from: the cycle in progress, the last one searched, steps made and the population."""
-        save_trainer = self.trainer.save_state if self.publisher.unsaved else None
         place = {"cycle": cycle, "searched": searched, "step": step, "population": population}
-        judge = self.rollouter.reward.identity
-        self.run.commit(save_trainer, documents, judged_by=judge, **self.publisher.facts, **place)
-        self.publisher.unsaved = False
+        self.publisher.commit(files, wait=wait, judged_by=self.rollouter.reward.identity, **place)
 
     # ---- validation, outside of the budget -------------------------------------------------------
 
     def validate_start(self) -> None:
         """Measure the student as it was handed in, its own texts under its own weights, where that is still due."""
         if self.validation.start_is_due(self.run.state):
-            own = self._own_texts()
+            own = own_texts(self.program, self.config)
             self._measure("start", starting_population(own, self.population), [own])
             self.commit_start()
 
