@@ -354,14 +354,7 @@ class Session:
         self._commit(0, -1, 0, self.population, documents)
 
     def _commit(
-        self,
-        cycle: int,
-        searched: int,
-        step: int,
-        population: Population,
-        files: Documents = NONE,
-        *,
-        wait: bool = True,
+        self, cycle: int, searched: int, step: int, population: Population, files: Documents = NONE, wait: bool = True
     ) -> None:
         """Commit a state to go on from: the cycle in progress, the last one searched, steps made and the population."""
         place = {"cycle": cycle, "searched": searched, "step": step, "population": population}
