@@ -82,7 +82,6 @@ def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
         policy.handle.engine.on_recovery(logger.warning, None)
     except BaseException as error:
         try:
-            _let_writing_end(run, error)
             _tell_stopped(run, error)
         finally:  # a second Ctrl-C may come while the first is told
             try:
@@ -133,6 +132,7 @@ def _let_writing_end(run: RunDirectory, error: BaseException) -> None:
 
 def _tell_stopped(run: RunDirectory, error: BaseException) -> None:
     """Say what stopped the run, and what of it is saved."""
+    _let_writing_end(run, error)
     if name := interruption_named(error):
         text = f"{name}: stopping; {_what_is_saved(run)}"
         if isinstance(error, KeyboardInterrupt):

@@ -349,7 +349,7 @@ class Session:
         """Remove what is neither the first, nor the best, nor among the newest weights."""
         self.publisher.prune(self.recorder.steps, self.validation.states)
 
-    def commit_start(self, documents: Documents | None = None) -> None:
+    def commit_start(self, documents: Documents = NONE) -> None:
         """Keep the state before the first search."""
         self._commit(0, -1, 0, self.population, documents)
 
