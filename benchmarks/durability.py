@@ -310,9 +310,9 @@ def watch(passages: Passages, paid: Paid, proposer: Callable[..., dict[str, str]
 
 
 def _passing(passages: Passages, place: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         with passages.at(place):
-            return method(*arguments)
+            return method(*arguments, **named)
 
     return call
 
