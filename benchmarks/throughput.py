@@ -214,10 +214,10 @@ def one_run(seed: int) -> tuple[float, float, float]:
     busy = [0.0]
 
     def clocked(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             started = time.perf_counter()
             try:
-                return method(*arguments)
+                return method(*arguments, **named)
             finally:
                 busy[0] += time.perf_counter() - started
 

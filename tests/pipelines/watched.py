@@ -158,9 +158,9 @@ def _watching() -> Iterator[Watched]:
         watched.rollouts += [(draw, rollout) for rollout in rollouts]
         return rollouts
 
-    def watched_step(self: Trainer, batch: Batch) -> Any:
+    def watched_step(self: Trainer, batch: Batch, **options: Any) -> Any:
         watched.batches.append(batch)
-        return step(self, batch)
+        return step(self, batch, **options)
 
     def watched_sample(batch: generation.SideBySide) -> Any:
         ended = sample(batch)
