@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dspy_fst.model_files.reach import why_silent
-from dspy_fst.rollout.dspy_release import litellm_if_installed
 
 if TYPE_CHECKING:
     import dspy
@@ -54,6 +53,8 @@ def _missing_keys(name: str, lm: "dspy.LM") -> Sequence[str]:
     if lm.kwargs.get("api_key") or lm.kwargs.get("api_base"):
         return ()
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else litellm downloads a price list
+    from dspy_fst.rollout.dspy_release import litellm_if_installed  # imports dspy
+
     litellm = litellm_if_installed()
     if litellm is None:
         return ()

@@ -6,11 +6,12 @@ and the weight of such a layer becomes ``NAME.base_layer.weight``. Read from pef
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dspy_fst.engine.lora_layers import BASE_LAYER, NO_ADAPTER, is_adapted, target_modules
+from dspy_fst.engine.lora_layers import BASE_LAYER, NO_ADAPTER, target_modules
 from dspy_fst.errors import TrainingError, briefly
 from dspy_fst.model_files.lora_folder import CONFIG, TENSORS
 from dspy_fst.recipe.lora_settings import LoRA
@@ -36,9 +37,16 @@ NO_MODULE = "^$"
 # ---- on the model -------------------------------------------------------------------------------
 
 
+def _is_adapted(module: nn.Module) -> "TypeGuard[LoraLayer]":
+    """Whether a module is a layer of peft's. There is none before peft was imported, which takes seconds: runs without
+    an adapter do without it."""
+    kind = getattr(sys.modules.get("peft.tuners.lora"), "LoraLayer", None)
+    return kind is not None and isinstance(module, kind)
+
+
 def layers_of(model: nn.Module, name: str) -> "dict[str, LoraLayer]":
     """Module -> its layer, for every layer that has the adapter of this name."""
-    layers = {path: module for path, module in model.named_modules() if is_adapted(module)}
+    layers = {path: module for path, module in model.named_modules() if _is_adapted(module)}
     return {path: layer for path, layer in layers.items() if name in layer.lora_A}
 
 
@@ -122,7 +130,7 @@ def using(model: nn.Module, name: str | None) -> Iterator[None]:
 
     peft's own switch also changes which parameters get gradients, so its two fields are set here.
     """
-    layers = [module for module in model.modules() if is_adapted(module)]
+    layers = [module for module in model.modules() if _is_adapted(module)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = [] if name is None else [name], name is None
@@ -141,7 +149,7 @@ def using_by_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         model: One that `takes_rows`.
         names: Of each row; it is read at every forward, and may be changed in place between two of them.
     """
-    layers = cast("list[nn.Module]", [module for module in model.modules() if is_adapted(module)])
+    layers = cast("list[nn.Module]", [module for module in model.modules() if _is_adapted(module)])
 
     def give_names(
         _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
@@ -178,13 +186,13 @@ def takes_rows(model: PreTrainedModel) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
-    plain = all(type(module) is LoraLinear for module in model.modules() if is_adapted(module))
+    plain = all(type(module) is LoraLinear for module in model.modules() if _is_adapted(module))
     return plain and all(len(shape) == 3 and shape[:2] == (rows, tokens) for shape in shapes)
 
 
 def in_use(model: nn.Module) -> str | None:
     """The adapter that the model computes with now (see `using`); None: its base alone."""
-    layer = next((module for module in model.modules() if is_adapted(module)), None)
+    layer = next((module for module in model.modules() if _is_adapted(module)), None)
     return None if layer is None or layer._disable_adapters else next(iter(layer._active_adapter), None)
 
 

@@ -1,8 +1,7 @@
 """Which layers of a model may get a LoRA adapter, which ones a recipe asks for, and why its settings do not fit."""
 
-import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,7 +12,7 @@ from dspy_fst.model_files.architectures import has_experts, text_part
 from dspy_fst.recipe.lora_settings import ALL_LINEAR, LoRA
 
 if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
+    pass
 
 BASE_LAYER = ".base_layer"
 NO_ADAPTER = "__base__"
@@ -107,13 +106,6 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if id(module) in inside
         and module is not head
-        and (isinstance(module, nn.Linear | Conv1D) or is_adapted(module))
+        and (isinstance(module, nn.Linear | Conv1D) or hasattr(module, "base_layer"))  # the latter is peft's
         if not name.endswith(BASE_LAYER) and ".lora_" not in name and name.rpartition(".")[2] not in routers
     ]
-
-
-def is_adapted(module: nn.Module) -> "TypeGuard[LoraLayer]":
-    """Whether a module is a layer of peft's. There is none before peft was imported, which takes seconds: runs without
-    an adapter do without it."""
-    kind = getattr(sys.modules.get("peft.tuners.lora"), "LoraLayer", None)
-    return kind is not None and isinstance(module, kind)

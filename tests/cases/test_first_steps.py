@@ -19,7 +19,7 @@ def test_misspelt_settings_are_told_by_the_constructor_all_at_once_with_the_name
     with pytest.raises(ConfigurationError) as caught:
         FSTOptimizer(metric=metric, learning_rte=1e-5, steps_per_cyle=2, rn_dir="runs/x", colour=1, progress="yes")
     assert caught.value.faults == (
-        "learning_rte: there is no such setting; did you mean 'learning_rate'?",
+        "learning_rte: there is no such setting; did you mean 'learning_rate' or 'warm_start_learning_rate'?",
         "steps_per_cyle: there is no such setting; did you mean 'steps_per_cycle'?",
         "rn_dir: there is no such setting; did you mean 'run_dir'?",
         "colour: there is no such setting; see dspy_fst.FSTConfig for all of them",

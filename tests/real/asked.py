@@ -19,4 +19,5 @@ SMALL = {"population_size": 1}
 """A group then has one prompt, which is read once: half the time of an update."""
 DEATH = Moment("step rollout", 12, "after")
 """In the second step, whose eight rollouts are the ninth to the sixteenth."""
-RESUMED_FROM = "1 searches, 1 updates"
+RESUMED_FROM = {"1 searches, 1 updates", "1 searches, 0 updates"}
+"""The first step's state is written while the second step is sampled, so it is on the disk at the death or is not."""
