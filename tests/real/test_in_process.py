@@ -62,7 +62,8 @@ def comparison(on_disk):
 def test_a_run_in_float32_that_is_killed_and_continued_equals_an_undisturbed_one(comparison):
     killed = comparison.killed("killed", DEATH)
     assert killed.deaths == [str(DEATH)]
-    assert len(killed.resumed_from) == 1 and {*killed.resumed_from} <= RESUMED_FROM
+    assert len(killed.resumed_from) == 1
+    assert {*killed.resumed_from} <= RESUMED_FROM
     assert gaps(killed.run_dir) == []
     assert comparison.differing(outcome(killed.run_dir)) == []
     assert step_reports(killed.run_dir)[0]["reward"] > 0

@@ -74,7 +74,8 @@ def test_a_run_in_bfloat16_that_is_killed_goes_on_without_gap_or_double(served, 
     killed = Killer(folder, "vllm", settings, MOODS_RUN).killed("run", DEATH)
     try:
         assert killed.deaths == [str(DEATH)]
-        assert len(killed.resumed_from) == 1 and {*killed.resumed_from} <= RESUMED_FROM
+        assert len(killed.resumed_from) == 1
+        assert {*killed.resumed_from} <= RESUMED_FROM
         assert gaps(killed.run_dir) == []
         reports = step_reports(killed.run_dir)
         assert reports[0]["reward"] > 0
