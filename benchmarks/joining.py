@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from dspy import lm15
 
+from dspy_fst.engine import in_process
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.generation import SideBySide
 from dspy_fst.engine.in_process import InProcessEngine
@@ -75,8 +76,8 @@ def main() -> None:
             drawn = np.random.default_rng(0).exponential(mean, CALLS)
             lengths = [min(LONGEST, 1 + int(length)) for length in drawn]
             for way, joins in (("waves", False), ("joining", True)):
-                engine._decoder.joins = joins
-                found[f"{name}, {way}"] = sampled(engine, lengths)
+                with mock.patch.object(in_process, "JOIN_ON", {"cpu"} if joins else set()):
+                    found[f"{name}, {way}"] = sampled(engine, lengths)
     engine.close()
     options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(options.out.read_text(encoding="utf-8"))

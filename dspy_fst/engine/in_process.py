@@ -4,8 +4,8 @@ Batches are deterministic for programs that make one LM call at a time, so a res
 a batch begins when every caller in flight waits for it (not after a fixed time), its rows are sorted, and each row is
 sampled from its own seeded generator. A caller that makes no call for ``linger_s`` seconds is not waited for.
 
-Replies are handed out as they end, and calls join those that are still sampled, at tokens that are counted and not
-timed: calls that found no room when the batch began, once a quarter of its rows has ended; later calls, once in
+Replies are handed out as they end. On a GPU calls join those that are still sampled, at tokens that are counted and
+not timed: calls that found no room when the batch began, once a quarter of its rows has ended; later calls, once in
 `JOIN_AFTER` tokens, when every caller waits again.
 """
 
@@ -35,6 +35,9 @@ UNLIMITED_REPLY = 1024
 JOIN_AFTER = 64
 """Tokens after which later calls may join a batch (ours). Its rows stand still until every caller waits, e.g. for a
 tool. That is little beside the time of so many tokens, and much beside that of a few."""
+JOIN_ON = frozenset({"cuda"})
+"""Devices on which calls join those of callers in flight. On a CPU each row costs its width, and joining took 2.2 times
+the processor time of waves (`benchmarks.joining`)."""
 
 
 class InProcessEngine(LoadedModel):
@@ -314,6 +317,8 @@ class InProcessEngine(LoadedModel):
             return False
         if not waiting and not self._callers:
             return bool(self._pending)
+        if self._decoder.device.type not in JOIN_ON:
+            return False
         if 4 * batch.ended < len(batch.calls):
             return False
         return batch.steps >= JOIN_AFTER if not waiting else self._room(batch, waiting) > 0

@@ -131,6 +131,7 @@ def engine(monkeypatch):
             engine.joined.append((batch.steps, [call.seed for call in joining]))
         admit(batch, joining)
 
+    monkeypatch.setattr(in_process, "JOIN_ON", {"cpu"})
     monkeypatch.setattr(SideBySide, "admit", watched)
     monkeypatch.setattr(engine, "_eos", frozenset)
     yield engine
@@ -167,6 +168,22 @@ def test_calls_beyond_the_budget_join_as_replies_end_at_the_same_tokens_whoever_
     joined = found[0][1]
     assert len(joined) > 1
     assert all(0 < steps < 40 for steps, _ in joined[1:]), "they joined rows that had begun"
+
+
+def test_on_a_cpu_calls_of_callers_in_flight_wait_for_the_batch_as_joining_takes_longer_there(engine, monkeypatch):
+    monkeypatch.setattr(in_process, "JOIN_ON", frozenset({"cuda"}))
+    engine.settings = InProcessSettings(device="cpu", max_batch_tokens=240, linger_s=5.0)
+    beside, admit = [], SideBySide.admit
+
+    def watched(batch, joining):
+        beside.append(len(batch.calls))
+        admit(batch, joining)
+
+    monkeypatch.setattr(SideBySide, "admit", watched)
+    replies, _ = asked(engine, [3, 40, 4, 40, 5, 6, 30, 7], [0.0] * 8)
+    assert [len(reply.completion_ids) for reply in replies] == [3, 40, 4, 40, 5, 6, 30, 7]
+    assert len(beside) > 1
+    assert set(beside) == {0}, "each admission began a batch"
 
 
 def rollouts(engine, draw):
