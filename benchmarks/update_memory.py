@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import update_sides
+from benchmarks.in_checkout import asked_case, measured_by
 from benchmarks.update_sides import BUDGET, ROOT, random_ids, rows_of
 from dspy_fst.run.files import write_json
 from dspy_fst.types import Row
@@ -68,7 +69,7 @@ def _status(name: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    if case := update_sides.case():
+    if case := asked_case():
         print(json.dumps(measure(*case)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if side != "before" or options.before:
             checkout = options.before if side == "before" else ROOT
             case = (side, folder, options.rows, options.repeats)
-            figures = update_sides.in_process("benchmarks.update_memory", case, checkout)
+            figures = measured_by("benchmarks.update_memory", case, checkout)
             found[side] = {"rows": options.rows, **figures}
             write_json(RESULT, found)
             print(told(found), flush=True)

@@ -1,16 +1,11 @@
 """The sides of an update's measurement, each in a process of its own: ours, another commit's, and trl's.
 
-A benchmark starts itself again by `in_process` for one side. There the `dspy_fst` of the side's checkout is imported,
-while `benchmarks` stays this one.
+A benchmark starts itself again by `in_checkout.measured_by` for one side. There the `dspy_fst` of the side's checkout
+is imported, while `benchmarks` stays this one.
 """
 
 import gc
 import importlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +17,6 @@ from dspy_fst.types import Batch, Row
 
 ROOT = Path(__file__).parent.parent
 KL, BUDGET = 0.001, 4096
-CASE = "BENCHMARK_CASE"
-"""Environment variable with what a process measures, as JSON."""
 
 
 class Side(NamedTuple):
@@ -70,30 +63,3 @@ def trl(folder: Path, at_once: int) -> Side:
 
     side = TrlSide(folder, KL, at_once)
     return Side(lambda rows: side.update(side.inputs(rows, at_once)), side.loaded)
-
-
-def case() -> Any:
-    """What this process measures; None where it is not one of a side."""
-    return json.loads(os.environ[CASE]) if CASE in os.environ else None
-
-
-def in_process(module: str, given: object, checkout: Path) -> dict[str, Any]:
-    """The figures that a module of `benchmarks` prints as its last line for a case, with one thread.
-
-    Args:
-        module: Its name; run as a script it must ask `case` first.
-        given: The case; JSON can hold it.
-        checkout: Whose `dspy_fst` it measures.
-
-    Raises:
-        SystemExit: the process failed; the message is the end of its stderr.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        (Path(place) / "dspy_fst").symlink_to(checkout.resolve() / "dspy_fst")
-        path = os.pathsep.join([place, str(ROOT.resolve())])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", CASE: json.dumps(given)}
-        command = [sys.executable, "-m", module]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=7200, env=environment, cwd=place)
-    if ended.returncode:
-        sys.exit(f"{given}: {ended.stderr[-2000:]}")
-    return dict(json.loads(ended.stdout.splitlines()[-1]))

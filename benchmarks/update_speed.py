@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import update_sides
+from benchmarks.in_checkout import asked_case, measured_by
 from benchmarks.update_sides import BUDGET, ROOT, random_ids, rows_of
 from dspy_fst.run.files import write_json
 from dspy_fst.types import Row
@@ -81,7 +82,7 @@ def measure(side: str, name: str, folder: str, problems: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    if case := update_sides.case():
+    if case := asked_case():
         print(json.dumps(measure(*case)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for side in SIDES if options.before else ("ours", "trl"):
                 checkout = options.before if side == "before" else ROOT
                 case = (side, shape, str(_folder(SHAPES[shape].model)), options.problems)
-                run = update_sides.in_process("benchmarks.update_speed", case, checkout)
+                run = measured_by("benchmarks.update_speed", case, checkout)
                 found[shape]["runs"][side].append(run)
                 print(shape, side, run, file=sys.stderr, flush=True)
             write_json(RESULT, found)

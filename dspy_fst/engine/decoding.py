@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dspy_fst.engine.tree import Ids, attend_in_trees
+from dspy_fst.engine.tree import Ids, attend_in_trees, padded
 
 TOLERANCE, STATE_TOLERANCE = 1e-3, 5e-5
 """Largest relative gap between a way of decoding and the plain forward, in float32, where kernels differ by 1e-6.
@@ -164,8 +164,7 @@ class UncachedDecoding:
         self.logits = torch.cat([self.logits, other.logits])
 
     def _read(self) -> None:
-        width, device = max(map(len, self._rows)), self._decoder.model.device
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in self._rows], device=device)
+        device = self._decoder.model.device
         last = torch.tensor([len(row) - 1 for row in self._rows], device=device)
-        logits = self._decoder.plain_logits(ids)
+        logits = self._decoder.plain_logits(padded(self._rows).to(device))
         self.logits = logits[torch.arange(len(self._rows), device=device), last].float()

@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from dspy_fst.engine.decoding import Decoding, DecodingChoice, Start, UncachedDecoding
-from dspy_fst.engine.tree import Ids, change_states, keys_of_rows, whole_tree
+from dspy_fst.engine.tree import Ids, change_states, keys_of_rows, no_mask, whole_tree
 from dspy_fst.model_files.architectures import last_position
 from dspy_fst.types import WeightsVersion
 
@@ -164,9 +164,8 @@ class _CachedDecoding:
         decoder = self._decoder
         _, ids, places, tree = whole_tree(prompts)
         last = torch.tensor([where[-1] for where in places], device=decoder.device)
-        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=decoder.device)  # a mask of 4 axes is taken as it is
-        tree = tree.to(decoder.device)
-        logits = decoder.forward(ids.to(decoder.device), unused, tree.positions, self._cache, last, tree=tree)[0]
+        ids, mask, tree = ids.to(decoder.device), no_mask(decoder.device), tree.to(decoder.device)
+        logits = decoder.forward(ids, mask, tree.positions, self._cache, last, tree=tree)[0]
         self.logits = (logits if decoder.chooses_logits else logits[last]).float()
         columns, self._mask = _padded_left(places, decoder.device)
         keys_of_rows(self._cache, columns)

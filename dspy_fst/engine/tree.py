@@ -248,10 +248,15 @@ def attend_in_trees(model: PreTrainedModel) -> bool:
     return True
 
 
+def no_mask(device: torch.device) -> Tensor:
+    """A mask for transformers where attention goes by a tree: it builds none, as one of 4 axes is taken as it is."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
 def read_tree(decoder: nn.Module, ids: Tensor, tree: Tree) -> Tensor:
     """The decoder's last hidden states, shape (1, T, d)."""
-    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # a mask of 4 axes is taken as it is
-    read = decoder(input_ids=ids, position_ids=tree.positions, attention_mask=unused, use_cache=False, tree=tree)
+    mask = no_mask(ids.device)
+    read = decoder(input_ids=ids, position_ids=tree.positions, attention_mask=mask, use_cache=False, tree=tree)
     hidden: Tensor = read.last_hidden_state
     return hidden
 

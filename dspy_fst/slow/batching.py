@@ -15,7 +15,7 @@ from torch import Tensor
 from dspy_fst.engine.tree import Ids, Tree, padded, trees
 from dspy_fst.errors import NotFiniteError, TrainingError
 from dspy_fst.slow.losses.loss import Tokens
-from dspy_fst.types import Call, Row
+from dspy_fst.types import Call, Row, SeedKLCall
 
 NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -55,6 +55,14 @@ def completions(calls: Sequence[Call] | Sequence[Row], adapters: Mapping[str, st
             adapters.get(call.predictor),
         )
         for call in calls
+    ]
+
+
+def read_by_start(policy_reads: Sequence[Scored], calls: Sequence[SeedKLCall]) -> list[Scored]:
+    """The sequences of seed-KL calls as the start reads them: the same completions, after prompts of its own."""
+    return [
+        replace(sequence, ids=(*c.start_prompt_ids, *c.call.completion_ids), start=len(c.start_prompt_ids))
+        for sequence, c in zip(policy_reads, calls, strict=True)
     ]
 
 

@@ -28,6 +28,7 @@ from dspy_fst.slow.batching import (
     completions,
     micro_batches,
     part_of,
+    read_by_start,
     tokens_of,
     with_reply_log_ratios,
 )
@@ -217,12 +218,7 @@ class Trainer:
         if not calls or coefficient == 0:
             return
         policy_reads = self._checked(completions([seed_call.call for seed_call in calls], self._adapters))
-        start_reads = self._checked(
-            [
-                replace(sequence, ids=(*c.start_prompt_ids, *c.call.completion_ids), start=len(c.start_prompt_ids))
-                for sequence, c in zip(policy_reads, calls, strict=True)
-            ]
-        )
+        start_reads = self._checked(read_by_start(policy_reads, calls))
         tokens = sum(sequence.tokens for sequence in policy_reads)
 
         def loss(_: Tensor, kl: Tensor | None, part: slice) -> Tensor:

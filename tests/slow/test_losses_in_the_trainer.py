@@ -13,7 +13,7 @@ from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.types import Batch, Group, Rollout
 from tests.slow.makers import VOCABULARY, make_call, make_rollout, make_tokenizer
 from tests.slow.test_losses import NAMES
-from tests.slow.test_trainer import assert_close, loop_of, make_trainer, recorded_gradients
+from tests.slow.test_trainer import as_sampled_by, assert_close, loop_of, make_trainer, recorded_gradients
 
 LONGEST = 8
 LENGTHS = ((2, 7, 3), (5, 1, 6))
@@ -136,18 +136,7 @@ def test_value_gradient_and_clipped_tokens_are_those_of_trl_s_loss_of_that_name(
 @pytest.mark.slow
 def test_rloo_has_the_gradient_of_trl_s_trainer_on_fresh_rollouts(start, groups, tmp_path):
     """trl's ratio is 1 there, and so is its gradient's."""
-    trainer = make_trainer(start)
-    fresh = [
-        Group(
-            g.problem,
-            tuple(
-                replace(r, calls=tuple(replace(c, logprobs=tuple(trainer.logprobs([c])[0])) for c in r.calls))
-                for r in g.rollouts
-            ),
-        )
-        for g in groups
-    ]
-    batch = batch_of("rloo", fresh)
+    batch = batch_of("rloo", as_sampled_by(make_trainer(start), groups))
     inputs = padded(batch.rows)
     inputs["old_logps"] = (inputs["old_per_token_logps"] * inputs["completion_mask"]).sum(1)
     wanted, _ = gradients_of(trl_trainer("RLOO", start, tmp_path, len(batch.rows)), inputs)

@@ -12,7 +12,7 @@ from dspy_fst.slow.credit import credit, mini_batches
 from dspy_fst.slow.update_metrics import NO_UPDATE, in_one_report
 from dspy_fst.types import AdapterReport, Group, SeedKLCall
 from tests.slow.makers import VOCABULARY, make_call, make_group, make_rollout
-from tests.slow.test_trainer import assert_close, hand_gradient, make_trainer, recorded_gradients
+from tests.slow.test_trainer import as_sampled_by, assert_close, hand_gradient, make_trainer, recorded_gradients
 
 GROUPS = [make_group(0.0, 1.0, problem=problem, tokens=2 + problem) for problem in range(5)]
 
@@ -54,26 +54,21 @@ def test_calls_that_hold_the_policy_at_its_start_are_shared_out_too():
     assert {call for part in parts for call in part.seed_kl_calls} == set(held)
 
 
-def test_the_second_step_weighs_tokens_by_how_far_the_first_moved_the_policy(start, tmp_path):
-    """Against a gradient that is written out in float64 from the definition, on the weights that the first one left."""
+def drawn_groups():
+    """Four problems with two rollouts of three random tokens each."""
     draw = random.Random(5)
 
     def group(problem):
         calls = [make_call([draw.randrange(VOCABULARY) for _ in range(3)], [problem, 2, 3]) for _ in range(2)]
         return Group(problem, tuple(make_rollout(r, call, problem=problem) for r, call in enumerate(calls)))
 
+    return [group(problem) for problem in range(4)]
+
+
+def test_the_second_step_weighs_tokens_by_how_far_the_first_moved_the_policy(start, tmp_path):
+    """Against a gradient that is written out in float64 from the definition, on the weights that the first one left."""
     trainer = make_trainer(start, learning_rate=0.02, warmup_steps=0)
-    drawn = [group(problem) for problem in range(4)]
-    groups = [
-        Group(
-            of.problem,
-            tuple(
-                replace(r, calls=tuple(replace(c, logprobs=tuple(trainer.logprobs([c])[0])) for c in r.calls))
-                for r in of.rollouts
-            ),
-        )
-        for of in drawn
-    ]
+    groups = as_sampled_by(trainer, drawn_groups())
     first, second = mini_batches(credit(groups), 2, random.Random(0))
     assert trainer.step(first).max_log_ratio < 1e-5  # sampled by these very weights
     left = trainer.publish(tmp_path / "step-000001", "step-000001").path
@@ -88,15 +83,8 @@ def test_the_second_step_weighs_tokens_by_how_far_the_first_moved_the_policy(sta
 
 def test_weights_that_a_batch_s_own_steps_moved_are_no_mismatch_with_its_sampler(start):
     """A first step moves the policy far. Its rollouts are then off-policy by right, in the same batch alone."""
-    draw = random.Random(5)
-    calls = [make_call([draw.randrange(VOCABULARY) for _ in range(3)], [problem, 2, 3]) for problem in range(4)]
-    calls += [make_call([draw.randrange(VOCABULARY) for _ in range(3)], call.prompt_ids) for call in calls]
     trainer = make_trainer(start, learning_rate=0.5, warmup_steps=0, min_effective_share=0.9)
-    sampled = [replace(call, logprobs=tuple(trainer.logprobs([call])[0])) for call in calls]
-    groups = [
-        Group(at, tuple(make_rollout(r, call, problem=at) for r, call in enumerate((sampled[at], sampled[at + 4]))))
-        for at in range(4)
-    ]
+    groups = as_sampled_by(trainer, drawn_groups())
     first, second = mini_batches(credit(groups), 2, random.Random(0))
     assert trainer.step(first).effective_sample_share == pytest.approx(1.0)
     with pytest.raises(MismatchError, match="effective sample share"):

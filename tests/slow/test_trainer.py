@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -16,7 +16,7 @@ from dspy_fst.slow.credit import credit
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.training_settings import TrainingSettings
-from dspy_fst.types import Batch, Group, SeedKLCall
+from dspy_fst.types import Batch, Group, Rollout, SeedKLCall
 from tests.slow.makers import VOCABULARY, make_batch, make_call, make_rollout, make_row, save_model
 
 SETTINGS = TrainingSettings(
@@ -27,6 +27,16 @@ SETTINGS = TrainingSettings(
 def make_trainer(start, reference=None, share_prompts=True, adapters=NONE, **changes) -> Trainer:
     settings = TrainingSettings(**(SETTINGS.model_dump() | changes))
     return Trainer(start, settings, device="cpu", reference=reference, adapters=adapters, share_prompts=share_prompts)
+
+
+def as_sampled_by(trainer: Trainer, groups: Sequence[Group]) -> list[Group]:
+    """The groups with the log-probabilities that the trainer's weights give their calls: fresh rollouts of them."""
+
+    def sampled(rollout: Rollout) -> Rollout:
+        calls = (dataclasses.replace(call, logprobs=tuple(trainer.logprobs([call])[0])) for call in rollout.calls)
+        return dataclasses.replace(rollout, calls=tuple(calls))
+
+    return [Group(group.problem, tuple(map(sampled, group.rollouts))) for group in groups]
 
 
 def draw_call(draw: random.Random, predictor: str = "answer"):

@@ -87,9 +87,7 @@ def read_completion(response: Response, weights: WeightsVersion, *, keep_logprob
     choice = (data.get("choices") or [{}])[0]
     prompt_ids, completion_ids = data.get("prompt_token_ids"), choice.get("token_ids")
     # lm15 reads every finish reason that it does not know, such as "abort", as a complete reply.
-    finish_reason = choice.get("finish_reason")
-    if finish_reason is None or finish_reason not in FINISHED:
-        raise NoAnswerError(f"vLLM broke off a reply ({finish_reason!r}); its tokens are not a sample")
+    finish_reason = _whole(choice.get("finish_reason"))
     if not prompt_ids or completion_ids is None:
         raise EngineError(
             "vLLM returned no token ids: the server ignores return_token_ids. It must be vLLM 0.32 or newer"
@@ -167,12 +165,18 @@ def exact(
         NoAnswerError: the server cut the reply off.
         EngineError: there is not one log-probability for each id.
     """
-    if finish_reason is None or finish_reason not in FINISHED:
-        raise NoAnswerError(f"vLLM broke off a reply ({finish_reason!r}); its tokens are not a sample")
+    reason = _whole(finish_reason)
     if len(ids) != len(logprobs):
         raise EngineError(f"vLLM returned {len(ids)} sampled ids but {len(logprobs)} log-probabilities")
-    response = text_response(model, text, finish_reason, len(prompt_ids), len(ids))
-    return Completion(response, tuple(prompt_ids), tuple(ids), tuple(logprobs), finish_reason, weights)
+    response = text_response(model, text, reason, len(prompt_ids), len(ids))
+    return Completion(response, tuple(prompt_ids), tuple(ids), tuple(logprobs), reason, weights)
+
+
+def _whole(finish_reason: str | None) -> str:
+    """The finish reason of a reply that the server did not cut off."""
+    if finish_reason is None or finish_reason not in FINISHED:
+        raise NoAnswerError(f"vLLM broke off a reply ({finish_reason!r}); its tokens are not a sample")
+    return finish_reason
 
 
 def read_scores(choice: ScoredPrompt, sequence: Sequence[int]) -> list[float]:
