@@ -3,6 +3,7 @@
 A candidate's components, named as DSPy 3.4's GEPA names them:
 
     qa.predict                             a predictor's instruction
+    qa.predict.demos[*]                    the predictor's demos, a line of JSON for each (ours)
     steps                                  the source of a dspy.Flex; predictors inside it are not named
     agent.tools['search'].desc             the description of a tool
     agent.tools['search'].args['query']    the description of a tool's argument
@@ -10,13 +11,20 @@ A candidate's components, named as DSPy 3.4's GEPA names them:
 Descriptions of tools are components only on request: by default DSPy's GEPA does not change them. dspy.ReAct copies
 them into its instruction when it is made. If they evolve, the candidate's instruction has ``[the description of
 search]`` in their place, so each text is in one component only.
+
+Demos are components on request, too: ``read_texts(program, demos=True)``. The text holds all of the predictor's demos
+in their order, also those that the user set; it is empty if there are none. A demo may name the problem that it was
+made of (`marked`). Rollouts of that problem do not show it (`hide_demos`), because it holds the problem's answer.
 """
 
+import hashlib
+import json
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import dspy
+from dspy.predict.predict import serialize_object
 from dspy.primitives.code_interpreter import CodeInterpreterError
 
 from dspy_fst.errors import FSTError
@@ -32,17 +40,28 @@ FINISHERS = ("finish", "submit")
 """Tools that DSPy's agents add themselves."""
 _TOOL = re.compile(r"(?P<host>.*)tools\['(?P<tool>[^']*)'\]\.(desc|args\['(?P<argument>[^']*)'\])")
 
+_DEMOS = ".demos[*]"
+"""What follows the predictor's name in the name of its demos' component. No predictor can have such a name."""
+MADE_OF = "_fst_problem"
+"""Key in a demo: the mark of the problem that it was made of (`problem_mark`). Adapters show no field of this name."""
+Demo: TypeAlias = Mapping[str, Any]
+"""Field -> value: inputs and outputs of one call."""
+
 
 class UnboundError(FSTError):
     """A candidate's source for a dspy.Flex cannot be used. The message says why."""
 
 
-def read_texts(program: dspy.Module, *, tools: bool = False) -> Candidate:
+def read_texts(program: dspy.Module, *, tools: bool = False, demos: bool = False) -> Candidate:
     """The program's own texts as a candidate.
 
     Args:
         program: The program.
         tools: Whether descriptions of tools and of their arguments are components, too.
+        demos: Whether the predictors' demos are components, too.
+
+    Raises:
+        TypeError: a demo holds a value that cannot be written as JSON.
     """
     texts = {name: predictor.signature.instructions for name, predictor in program.named_predictors()}
     texts |= {name: flex.module_src for name, flex in flexes(program).items()}
@@ -50,12 +69,14 @@ def read_texts(program: dspy.Module, *, tools: bool = False) -> Candidate:
         for tool in _shown_tools(agent):
             texts |= _tool_texts(name.removesuffix("react"), tool)
             texts[name] = texts[name].replace(str(tool), _place_of(tool))
+    for name, predictor in program.named_predictors() if demos else ():
+        texts[demos_of(name)] = written_demos(predictor.demos)
     return Candidate(texts)
 
 
 def texts_like(candidate: Candidate, program: dspy.Module) -> Candidate:
-    """The program's own texts. Tools are components if they are in the candidate."""
-    return read_texts(program, tools=any(map(is_tool, candidate.texts)))
+    """The program's own texts. Tools and demos are components if they are in the candidate."""
+    return read_texts(program, tools=any(map(is_tool, candidate.texts)), demos=any(map(is_demos, candidate.texts)))
 
 
 def with_texts(program: dspy.Module, candidate: Candidate) -> dspy.Module:
@@ -76,6 +97,8 @@ def with_texts(program: dspy.Module, candidate: Candidate) -> dspy.Module:
                 kept = place in instruction
                 instruction = instruction.replace(place, description) if kept else f"{instruction}\n{description}"
             predictor.signature = predictor.signature.with_instructions(instruction)
+        if demos_of(name) in candidate.texts:
+            predictor.demos = _demos_again(candidate.texts[demos_of(name)], predictor.demos)
     return copy
 
 
@@ -127,10 +150,19 @@ def is_tool(component: str) -> bool:
     return _TOOL.fullmatch(component) is not None
 
 
+def is_demos(component: str) -> bool:
+    """Whether a component is the demos of a predictor."""
+    return component.endswith(_DEMOS)
+
+
 def predictor_of(component: str) -> str:
-    """The predictor whose calls show how well a component works. For a tool, it is the one that chooses the tools."""
+    """The predictor whose calls show how well a component works. For a tool, it is the one that chooses the tools.
+
+    >>> predictor_of("qa.predict.demos[*]")
+    'qa.predict'
+    """
     tool = _TOOL.fullmatch(component)
-    return f"{tool['host']}react" if tool else component
+    return f"{tool['host']}react" if tool else component.removesuffix(_DEMOS)
 
 
 def carried_by(program: dspy.Module, seed: Candidate) -> tuple[Candidate, ...]:
@@ -146,11 +178,92 @@ def carried_by(program: dspy.Module, seed: Candidate) -> tuple[Candidate, ...]:
 
 
 def _with_components(seed: Candidate, member: Candidate, program: dspy.Module) -> Candidate:
-    """The member with tools as in the seed; the member itself if other components differ, too."""
+    """The member with tools and demos as in the seed; the member itself if other components differ, too, or if it
+    would lose demos that the program does not show."""
     differing = seed.texts.keys() ^ member.texts.keys()
-    if not differing or not all(map(is_tool, differing)):
+    if not differing or not all(is_tool(name) or is_demos(name) for name in differing):
+        return member
+    own = texts_like(member, program).texts
+    if any(is_demos(name) and member.texts[name] != own.get(name) for name in member.texts.keys() - seed.texts.keys()):
         return member
     return texts_like(seed, with_texts(program, member))
+
+
+# ---- demos ---------------------------------------------------------------------------------------
+
+
+def demos_of(predictor: str) -> str:
+    """The component that holds a predictor's demos.
+
+    >>> demos_of("qa.predict")
+    'qa.predict.demos[*]'
+    """
+    return f"{predictor}{_DEMOS}"
+
+
+def written_demos(demos: Iterable[Demo | dspy.Example]) -> str:
+    """Demos as a component's text, a line for each.
+
+    Raises:
+        TypeError: a demo holds a value that cannot be written as JSON.
+
+    >>> written_demos([dspy.Example(question="6 * 7", answer=42)])
+    '{"question": "6 * 7", "answer": 42}'
+    """
+    return "\n".join(json.dumps(serialize_object(dict(demo.items())), ensure_ascii=False) for demo in demos)
+
+
+def demos_in(text: str) -> list[dict[str, Any]]:
+    """The demos of a component's text.
+
+    Raises:
+        ValueError: a line is not a JSON object.
+    """
+    demos = [json.loads(line) for line in text.split("\n") if line]
+    if not all(isinstance(demo, dict) for demo in demos):
+        raise ValueError("each line of a demos' component is a JSON object with the fields of one demo")
+    return demos
+
+
+def problem_mark(example: dspy.Example) -> str:
+    """Twelve hex digits that identify a problem by its inputs; problems with equal inputs have the same mark.
+
+    Raises:
+        TypeError: an input cannot be written as JSON.
+    """
+    inputs = json.dumps(serialize_object(dict(example.inputs().items())), sort_keys=True)
+    return hashlib.sha256(inputs.encode()).hexdigest()[:12]
+
+
+def marked(demo: Demo, example: dspy.Example) -> dict[str, Any]:
+    """The demo, marked as made of this problem."""
+    return {**demo, MADE_OF: problem_mark(example)}
+
+
+def demo_marks(program: dspy.Module) -> frozenset[str]:
+    """The marks of all problems that some predictor's demos were made of."""
+    demos = (demo for _, predictor in program.named_predictors() for demo in predictor.demos)
+    return frozenset(demo[MADE_OF] for demo in demos if MADE_OF in demo)
+
+
+def hide_demos(program: dspy.Module, example: dspy.Example, marks: Collection[str]) -> None:
+    """Take the demos that were made of this very problem out of a program, before it runs on the problem.
+
+    Args:
+        program: A copy that no other rollout uses.
+        example: The problem.
+        marks: The program's `demo_marks`.
+    """
+    if not marks or (mark := problem_mark(example)) not in marks:
+        return
+    for _, predictor in program.named_predictors():
+        predictor.demos = [demo for demo in predictor.demos if demo.get(MADE_OF) != mark]
+
+
+def _demos_again(text: str, known: Sequence[Demo | dspy.Example]) -> list[Demo | dspy.Example]:
+    """The text's demos. One that the predictor holds already is that very object, whose values need not be JSON's."""
+    held = {written_demos([demo]): demo for demo in known} if text else {}
+    return [held.get(written_demos([demo]), demo) for demo in demos_in(text)]
 
 
 def _bind(name: str, flex: dspy.Flex, source: str) -> None:

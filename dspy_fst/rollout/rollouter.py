@@ -20,7 +20,7 @@ from dspy.utils.callback import BaseCallback
 from dspy_fst.errors import is_signal
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.call_recorder import SETTING, Recording, parallel_calls_once, tag_predictors
-from dspy_fst.rollout.components import UnboundError, with_texts
+from dspy_fst.rollout.components import UnboundError, demo_marks, hide_demos, with_texts
 from dspy_fst.rollout.copying import Copier
 from dspy_fst.rollout.outages import Outages
 from dspy_fst.rollout.outcome_rules import Blame, Judge
@@ -39,6 +39,15 @@ class Task:
     problem: Problem
     candidate: Candidate
     sample: int = 0
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """The program under one candidate."""
+
+    copier: Copier[dspy.Module]
+    demo_marks: frozenset[str]
+    """Of the problems that its demos were made of."""
 
 
 class Rollouter:
@@ -119,15 +128,15 @@ class Rollouter:
                 recorded in ``Rollout.asked``, with its predictor, inputs and adapter.
         """
         candidates = {task.candidate.digest: task.candidate for task in tasks}
-        copiers = {digest: self._copier(candidate) for digest, candidate in candidates.items()}
+        programs = {digest: self._bound(candidate) for digest, candidate in candidates.items()}
         recordings = [Recording(self._seed(task, draw)) for task in tasks]
         formatted = None if anew else FormattedOnce()
 
         def job(index: int) -> Callable[[], Rollout]:
             task = tasks[index]
             context = contextvars.copy_context()  # the caller's dspy.context applies in the worker threads
-            copier = copiers[task.candidate.digest]
-            return lambda: context.run(self._rollout_one, task, copier, recordings[index], formatted)
+            program = programs[task.candidate.digest]
+            return lambda: context.run(self._rollout_one, task, program, recordings[index], formatted)
 
         def timed_out(index: int) -> Rollout:
             task, calls = tasks[index], recordings[index].close()
@@ -148,14 +157,14 @@ class Rollouter:
             for recording in recordings:
                 recording.close()
 
-    def _copier(self, candidate: Candidate) -> Copier[dspy.Module] | UnboundError:
-        """Copies the program under a candidate, with tagged predictors; the error if there is no such program."""
+    def _bound(self, candidate: Candidate) -> "_Bound | UnboundError":
+        """The program under a candidate, with tagged predictors; the error if there is no such program."""
         try:
             program = with_texts(self.program, candidate)
         except UnboundError as error:
             return error
         tag_predictors(program)
-        return Copier(program)
+        return _Bound(Copier(program), demo_marks(program))
 
     def _seed(self, task: Task, draw: str) -> int:
         entropy = repr((self.seed, draw, task.problem.index, task.candidate.digest, task.sample))
@@ -164,14 +173,15 @@ class Rollouter:
     def _rollout_one(
         self,
         task: Task,
-        copier: Copier[dspy.Module] | UnboundError,
+        bound: "_Bound | UnboundError",
         recording: Recording,
         formatted: "FormattedOnce | None",
     ) -> Rollout:
-        if isinstance(copier, UnboundError):
-            outcome = Outcome("failed", "unbound source", f"The source could not be read: {copier}")
+        if isinstance(bound, UnboundError):
+            outcome = Outcome("failed", "unbound source", f"The source could not be read: {bound}")
             return Rollout(task.problem.index, task.candidate, (), self.settings.failure_score, outcome)
-        program = copier.copy(lean=True)
+        program = bound.copier.copy(lean=True)
+        hide_demos(program, task.problem.example, bound.demo_marks)
         trace: list[Entry] = []
         parse_failures, outages = ParseFailures(trace), Outages()
         call_listeners = [CallListener()] if formatted is None else []

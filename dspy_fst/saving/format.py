@@ -11,7 +11,7 @@ from dspy_fst.engine.options import PolicyState, Positive
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.recipe.declared import sentences
 from dspy_fst.rollout.chat_adapters import SavedAdapter
-from dspy_fst.rollout.components import flexes, speakers, texts_like
+from dspy_fst.rollout.components import demos_in, flexes, is_demos, speakers, texts_like
 from dspy_fst.run.directory import COMPILED, is_run
 from dspy_fst.run.ending import why_no_program
 from dspy_fst.run.files import population_from_json
@@ -145,6 +145,7 @@ def read_saved(
     differing |= {*saved.predictors, *saved.frozen} - speakers(program).keys()
     if differing:
         raise RunDirectoryError(f"{folder} was saved from another program; predictors that differ: {sorted(differing)}")
+    _refuse_unreadable_demos(folder, listed)
     if len(listed.scores) != len(listed.members):
         raise RunDirectoryError(f"{folder / POPULATION}: there must be a score, or null, for each member")
     state = read_state(folder / PROGRAM, read_document(folder / PROGRAM), program)
@@ -153,6 +154,14 @@ def read_saved(
         refuse_code(folder, program, [states, *listed.members])
     population = population_from_json({"members": listed.members, "scores": listed.scores, "parents": listed.parents})
     return saved, population, state
+
+
+def _refuse_unreadable_demos(folder: Path, listed: SavedPopulation) -> None:
+    for name, text in {item for texts in listed.members for item in texts.items() if is_demos(item[0])}:
+        try:
+            demos_in(text)
+        except ValueError as error:
+            raise RunDirectoryError(f"{folder / POPULATION}: {name}: {error}; save the program again") from error
 
 
 def _parse(document: type[M], path: Path) -> M:

@@ -22,7 +22,7 @@ from dspy_fst.fast.search_settings import own_texts
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.program_checks import policies_of
 from dspy_fst.preflight.warm_start_checks import lacking, learnt_from
-from dspy_fst.rollout.components import with_texts
+from dspy_fst.rollout.components import demo_marks, hide_demos, with_texts
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import Rollouter, Task
@@ -205,11 +205,15 @@ def _good_calls(rollout: Rollout, least: float, left_out: Counter[str]) -> list[
 def _write(session: Session, taught: Taught, calls: Iterable[Sequence[_KnownCall]]) -> None:
     """Add these calls, one sequence for each example, as pairs; members of the population take turns."""
     writer = ReplyWriter(session.trainer.tokenizer, session.policy.checkpoint.path)
-    members = [dict(with_texts(session.program, m).named_predictors()) for m in session.population.unique()]
+    members = [with_texts(session.program, member) for member in session.population.unique()]
+    marks = list(map(demo_marks, members))
+    examples = learnt_from(session.config, session.trainset)
     limits = {name: policy.reply_limit for name, policy in policies_of(session.program).items()}
     last = session.trainer.policy.last_position
-    for turn, said in enumerate(calls):
-        predictors = members[turn % len(members)]
+    for turn, (example, said) in enumerate(zip(examples, calls, strict=True)):
+        shown = copied(members[turn % len(members)])
+        hide_demos(shown, example, marks[turn % len(members)])
+        predictors = dict(shown.named_predictors())
         for call in said:
             if call.predictor not in session.trained:
                 continue
