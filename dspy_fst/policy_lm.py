@@ -1,6 +1,5 @@
 """PolicyLM: the language model that is trained, as an ordinary dspy.LM."""
 
-import asyncio
 import importlib.util
 import inspect
 import secrets
@@ -8,6 +7,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -17,6 +17,7 @@ from dspy.clients.engines.base import StreamEvent
 from pydantic import ValidationError
 
 from dspy_fst.engine.base import Checkpoint, Completion, Engine, SleepingEngine, Through
+from dspy_fst.engine.call_threads import CALLS
 from dspy_fst.engine.chat import Ids, PromptRenderer
 from dspy_fst.engine.lora_handle import AdapterHandle
 from dspy_fst.engine.machine import has_gpu
@@ -317,13 +318,13 @@ class EngineHandle:
 
 
 class AsyncHandle:
-    """The same engine for ``acall``: the wait happens in a worker thread."""
+    """The same engine for ``acall``: each call waits in a thread of ours, so the loop and its own threads stay free."""
 
     def __init__(self, handle: EngineHandle | AdapterHandle):
         self._handle = handle
 
     async def complete(self, request: lm15.Request) -> lm15.Response:
-        return await asyncio.to_thread(self._handle.complete, request)
+        return await CALLS.run(partial(self._handle.complete, request))
 
     def stream(self, request: lm15.Request) -> AsyncIterator[StreamEvent]:
         """See `EngineHandle.stream`."""

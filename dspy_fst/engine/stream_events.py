@@ -3,17 +3,18 @@
 The order of events is that of DSPy 3.4 (clients/engines/base.py): one start event, deltas, one end event.
 """
 
-import asyncio
 import re
 from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Unpack
 
 from dspy import lm15
 from dspy.clients.engines.base import StreamEvent
 
 from dspy_fst.engine.base import Completion, Engine, StreamingEngine, Through
+from dspy_fst.engine.call_threads import CALLS
 from dspy_fst.engine.chat import Ids
 from dspy_fst.engine.replies import ReplyReader
 
@@ -91,7 +92,7 @@ def _in_words(event: StreamEvent) -> Iterator[StreamEvent]:
 async def events_in_thread(source: Iterator[StreamEvent]) -> AsyncIterator[StreamEvent]:
     """The same events for ``acall``; a worker thread waits for each."""
     try:
-        while (event := await asyncio.to_thread(next, source, None)) is not None:
+        while (event := await CALLS.run(partial(next, source, None))) is not None:
             yield event
     finally:
         if isinstance(source, Generator):

@@ -3,11 +3,7 @@
 Two runs share nothing but the engine, so answers cannot mix.
 """
 
-import asyncio
-import contextvars
 import logging
-import queue
-import threading
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -16,6 +12,7 @@ from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError,
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
+from dspy_fst.engine.call_threads import Threads
 from dspy_fst.errors import EngineError
 from dspy_fst.rollout.call_recorder import SETTING, Recording
 from dspy_fst.rollout.copying import Copier
@@ -29,67 +26,15 @@ _SHOWN = 500
 """Characters of an error that the log shows."""
 
 
-class _Threads:
-    """Daemon threads that are reused. A job never waits for a free thread.
-
-    Not an executor: it joins its threads when the interpreter exits, so a program that hangs would prevent the exit.
-    Not a new thread for each job: the event loop would wait for each start, behind all threads that compute.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._idle = 0
-
-    def start(self, job: Callable[[], None]) -> None:
-        with self._lock:
-            self._idle -= 1
-            short = self._idle < 0
-            self._idle = max(self._idle, 0)
-        self._jobs.put(job)
-        if short:
-            threading.Thread(target=self._work, name="dspy-fst-serve", daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            self._jobs.get()()
-            with self._lock:
-                self._idle += 1
-
-
-_threads = _Threads()
+_threads = Threads("dspy-fst-serve")  # requests are limited by `admission`, so none waits for a thread
 
 
 async def in_thread(work: Callable[[], T], ticket: Ticket | None = None) -> T:
     """Run a function in a thread and wait for it. The ticket's slot stays taken until the function has ended."""
-    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def ended(result: T | None, error: BaseException | None) -> None:
-        if ticket is not None:
-            ticket.let_go()
-        if future.done():
-            return  # the request was abandoned
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = context.run(work)
-        except BaseException as raised:
-            error = raised
-        try:
-            loop.call_soon_threadsafe(ended, result, error)
-        except RuntimeError:
-            logger.warning("a request was still at work when the server ended")  # the loop is closed
-
-    if ticket is not None:
-        ticket.hold()
-    _threads.start(run)
-    return await future
+    if ticket is None:
+        return await _threads.run(work)
+    ticket.hold()
+    return await _threads.run(work, ticket.let_go)
 
 
 def run_program(
