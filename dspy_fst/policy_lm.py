@@ -1,35 +1,38 @@
 """PolicyLM: the language model that is trained, as an ordinary dspy.LM."""
 
-import importlib.util
 import inspect
+import logging
 import secrets
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import dspy
 from dspy import lm15
 from dspy.clients.engines.base import StreamEvent
+from dspy.clients.provider import Provider, TrainingJob
+from dspy.clients.utils_finetune import TrainDataFormat
 from pydantic import ValidationError
 
-from dspy_fst.engine.base import Checkpoint, Completion, Engine, SleepingEngine, Through
-from dspy_fst.engine.call_threads import CALLS
+from dspy_fst.engine.async_handle import AsyncHandle
+from dspy_fst.engine.base import Checkpoint, Completion, Engine, Scorer, SleepingEngine, Through
 from dspy_fst.engine.chat import Ids, PromptRenderer
 from dspy_fst.engine.lora_handle import AdapterHandle
-from dspy_fst.engine.machine import has_gpu
-from dspy_fst.engine.options import InProcessSettings, PolicyState, make_settings, portable_options, unknown_arguments
+from dspy_fst.engine.making import EngineKind, downloaded, engine_maker, resolve_kind
+from dspy_fst.engine.options import PolicyState, portable_options, unknown_arguments
 from dspy_fst.engine.replies import ReplyReader
-from dspy_fst.engine.stream_events import events, events_in_thread, pieces
-from dspy_fst.errors import ConfigurationError
+from dspy_fst.engine.stream_events import events, pieces
+from dspy_fst.engine.verification import verify_tensors
+from dspy_fst.errors import ConfigurationError, imported
 from dspy_fst.model_files.folder import adapter_fault
 from dspy_fst.recipe.declared import sentences
 from dspy_fst.rollout.call_recorder import RECORDED, complete_recorded, no_second_call, stream_recorded
 
-EngineKind = Literal["auto", "vllm", "in_process"]
+logger = logging.getLogger(__name__)
 BASE_VERSION = "base"
 """Version of weights that nobody has trained yet."""
 
@@ -165,9 +168,45 @@ class PolicyLM(dspy.LM):
         copy.handle, copy.lora_adapter = handle, lora_adapter
         return copy
 
+    def move_to(self, handle: "EngineHandle") -> None:
+        """Speak through another engine from now on, in place. Copies that were made before stay with theirs."""
+        moved = self.on(handle)
+        moved.history = self.history
+        vars(self).update(vars(moved))
+        self.model = str(handle.checkpoint.folder)
+
     def release(self) -> None:
         """Stop the engine and free its memory; the next call starts it again."""
         self.handle.release()
+
+    # ---- what DSPy's weight optimizers ask: see `dspy_fst.provider` ----
+
+    def infer_provider(self) -> Provider:
+        """What trains this LM where DSPy asks for it (`dspy.BootstrapFinetune`, GRPO)."""
+        # By name: it stands above everything that trains, and those import this module.
+        provider: Provider = imported("dspy_fst.provider.policy_provider").PolicyProvider()
+        return provider
+
+    def finetune(
+        self,
+        train_data: list[dict[str, Any]],
+        train_data_format: TrainDataFormat | None,
+        train_kwargs: dict[str, Any] | None = None,
+    ) -> TrainingJob:
+        """Start a supervised job from the weights as they are now; its result is another LM, and this one stays.
+
+        Raises:
+            ConfigurationError: data or settings are refused, all faults together; nothing was started.
+        """
+        self.finetuning_model = str(self.handle.local_folder)  # `model` may name what the training began with
+        return super().finetune(train_data, train_data_format, train_kwargs)
+
+    def copy(self, **changes: Any) -> "PolicyLM":
+        """A copy. With another ``model`` it has an engine of its own that serves that model, else this LM's engine."""
+        copied: PolicyLM = super().copy(**changes)
+        if (model := changes.get("model")) is None or str(model) == self.model:
+            return copied
+        return copied.on(EngineHandle(str(model), self.handle.kind, self.handle.options, BASE_VERSION))
 
     def dump_state(self) -> dict[str, object]:
         """State for DSPy's save: no keys, addresses or whatever else belongs to the machine (see `engine.options`)."""
@@ -222,6 +261,9 @@ class EngineHandle:
         # A folder is meant where it lies now, also after the working directory changed; else it is a hub name.
         self.checkpoint = Checkpoint.at(version, path.resolve() if path.is_dir() else path)
         self.resolved_kind = resolve_kind(kind)
+        self.heard: Callable[[lm15.Request, Completion], None] | None = None
+        """Is told every reply that is sampled here, in the thread that asked."""
+        self._prove: Callable[[Scorer], object] | None = None
         self._make = engine_maker(self.resolved_kind, options)
         self._engine: Engine | None = None
         self._reader: ReplyReader | None = None
@@ -243,18 +285,36 @@ class EngineHandle:
         with self._lock:
             engine = self.engine
             if engine.weights is None:
-                checkpoint = _downloaded(self.checkpoint)
+                checkpoint = downloaded(self.checkpoint)
                 if fault := adapter_fault(checkpoint.path):
                     raise ConfigurationError([f"model={str(self.checkpoint.folder)!r}: {fault}"])
+                prove = self._prove or partial(verify_tensors, checkpoint=checkpoint)
+                engine.on_recovery(logger.warning, prove if checkpoint.digests else None)
                 engine.load(checkpoint)
             return engine
+
+    def prove_by(self, checkpoint: Checkpoint, prove: Callable[[Scorer], object]) -> None:
+        """Serve these weights, verified at the next load and after each recovery; an engine that runs serves them.
+
+        Args:
+            prove: Raises where an engine serves other weights.
+        """
+        with self._lock:
+            self.checkpoint, self._prove = checkpoint, prove
+            if self._engine is not None:
+                self._engine.on_recovery(logger.warning, self._prove)
+
+    @property
+    def local_folder(self) -> Path:
+        """The folder of its weights on this machine; a hub name is fetched."""
+        return downloaded(self.checkpoint).folder
 
     @property
     def reader(self) -> ReplyReader:
         """How this model writes thoughts and tool calls."""
         with self._lock:
             if self._reader is None:
-                self._reader = ReplyReader.load(_downloaded(self.checkpoint).path)
+                self._reader = ReplyReader.load(downloaded(self.checkpoint).path)
             return self._reader
 
     @property
@@ -285,9 +345,13 @@ class EngineHandle:
 
     def complete(self, request: lm15.Request, **through: Unpack[Through]) -> lm15.Response:
         # The engine is asked for last: a late call of a rollout that was given up must not start one.
-        return complete_recorded(
-            lambda *call: self.ready().complete(*call, **through), request, _free_seed, continued=self._continued
-        )
+        def sample(asked: lm15.Request, *call: Any) -> Completion:
+            completion = self.ready().complete(asked, *call, **through)
+            if self.heard is not None:
+                self.heard(asked, completion)
+            return completion
+
+        return complete_recorded(sample, request, _free_seed, continued=self._continued)
 
     def _continued(self, request: lm15.Request, said: Sequence[Ids]) -> Ids | None:
         """The prompt of a conversation that goes on, from the ids that were sampled; see `PromptRenderer.continued`."""
@@ -317,26 +381,6 @@ class EngineHandle:
         return (EngineHandle, (path, self.kind, self.options, version))
 
 
-class AsyncHandle:
-    """The same engine for ``acall``: each call waits in a thread of ours, so the loop and its own threads stay free."""
-
-    def __init__(self, handle: EngineHandle | AdapterHandle):
-        self._handle = handle
-
-    async def complete(self, request: lm15.Request) -> lm15.Response:
-        return await CALLS.run(partial(self._handle.complete, request))
-
-    def stream(self, request: lm15.Request) -> AsyncIterator[StreamEvent]:
-        """See `EngineHandle.stream`."""
-        return events_in_thread(self._handle.stream(request))
-
-    async def aclose(self) -> None:
-        """See `EngineHandle.close`."""
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "AsyncHandle":
-        return self
-
-
 def _close_beside(engine: Engine) -> None:
     """Stop an engine whose LM nobody holds any more; in a thread, as the collector may run in one of the engine's."""
     threading.Thread(target=engine.close, name="engine-end", daemon=True).start()
@@ -344,43 +388,3 @@ def _close_beside(engine: Engine) -> None:
 
 def _free_seed() -> int:
     return secrets.randbits(31)
-
-
-def _downloaded(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as a folder on this machine; a hub name is fetched."""
-    if checkpoint.path.is_dir():
-        return checkpoint
-    from huggingface_hub import snapshot_download
-
-    return Checkpoint(checkpoint.version, Path(snapshot_download(str(checkpoint.path))))
-
-
-def resolve_kind(kind: EngineKind) -> EngineKind:
-    """What ``"auto"`` stands for on this machine."""
-    if kind != "auto":
-        return kind
-    return "vllm" if importlib.util.find_spec("vllm") and has_gpu() else "in_process"
-
-
-def engine_maker(kind: EngineKind, options: Mapping[str, object]) -> Callable[[], Engine]:
-    """A function that makes the engine; faults in its options are found now.
-
-    Raises:
-        ConfigurationError: the engine is unknown or does not take an option.
-    """
-    if kind == "vllm":
-        from dspy_fst.engine.vllm.server_settings import VLLMSettings
-        from dspy_fst.engine.vllm.supervisor import Supervisor
-
-        served = make_settings(VLLMSettings, options, kind)
-        return lambda: Supervisor(served)
-    if kind == "in_process":
-        settings = make_settings(InProcessSettings, options, kind)
-
-        def in_process() -> Engine:
-            from dspy_fst.engine.in_process import InProcessEngine  # imports torch and transformers
-
-            return InProcessEngine(settings)
-
-        return in_process
-    raise ConfigurationError([f"engine={kind!r} is unknown; use 'auto', 'vllm' or 'in_process'"])

@@ -60,6 +60,7 @@ COMPILE_A_LOT = {
     *("test_cli.py", "test_compile.py", "test_evidence.py", "test_lora_runs.py", "test_micro_batch.py"),
     *("test_nothing_silent.py", "test_one_world.py", "test_resampling.py", "test_retirement.py", "test_reuse.py"),
     *("test_start_and_end.py", "test_warm_start.py"),
+    *("provider/test_fine_tuning.py", "provider/test_grpo.py", "provider/test_together.py"),
     *("run/test_ending.py", "run/test_journal.py"),
     *("cases/test_adapters.py", "cases/test_architectures.py", "cases/test_architectures_compile.py"),
     *("cases/test_before_start.py", "cases/test_copies.py", "cases/test_lms_and_saving.py", "cases/test_outside.py"),
@@ -159,7 +160,10 @@ def lab_on_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
 
 SHARED = {
     **{f"tests/engine/test_{name}.py": "a vLLM server" for name in ("replies", "vllm_server", "weight_check")},
-    **dict.fromkeys(("tests/engine/test_contract.py", "tests/serve/test_clients.py"), "the laboratory on vLLM"),
+    **{
+        f"tests/{name}.py": "the laboratory on vLLM"
+        for name in ("engine/test_contract", "provider/test_together", "serve/test_clients")
+    },
     **{
         f"tests/cli/test_{name}.py": "a finished run"
         for name in ("eval", "export", "export_lora", "more_cycles", "runs", "show", "trust")

@@ -24,7 +24,7 @@ LAYERS = [
     ["monitoring", "preflight"],
     ["memory", "saving"],
     ["training"],
-    ["evaluation", "optimizer"],
+    ["evaluation", "optimizer", "provider"],
     ["project"],
     ["serve", "templates"],
     ["cli"],

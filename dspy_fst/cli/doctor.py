@@ -187,7 +187,7 @@ def _engine() -> Iterator[Diagnosis]:
     try:
         import torch
 
-        from dspy_fst.policy_lm import resolve_kind
+        from dspy_fst.engine.making import resolve_kind
     except Exception as error:  # a broken installation may raise anything
         words = f"{type(error).__name__}: {' '.join(str(error).split())}"
         yield Diagnosis("import", words, "wrong", REINSTALL)

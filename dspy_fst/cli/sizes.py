@@ -28,8 +28,8 @@ from dspy_fst.model_files.hub import known_models, unknown_fault
 
 if TYPE_CHECKING:
     from dspy_fst.config import FSTConfig
+    from dspy_fst.engine.making import EngineKind
     from dspy_fst.memory import Available, MemoryPlan, ModelSize, Workload
-    from dspy_fst.policy_lm import EngineKind
 
 LONGEST_REPLY = 1024
 """Tokens: the default ``max_tokens`` of a PolicyLM."""
@@ -115,8 +115,8 @@ def _recipe(kl: bool, tokens: str, lora: bool = False) -> "FSTConfig":
 
 
 def _outcome(model: str, room: "Available | None", config: "FSTConfig", max_tokens: int) -> SizesOutcome:
+    from dspy_fst.engine.making import resolve_kind
     from dspy_fst.memory import available_now, find_size, plan_for
-    from dspy_fst.policy_lm import resolve_kind
 
     size = find_size(model)
     where = room or available_now(Path.cwd())

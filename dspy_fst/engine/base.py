@@ -192,7 +192,7 @@ class Engine(Scorer, Protocol):
         """Tell how many rollouts are in flight, so that an engine which batches knows for whom to wait."""
         ...
 
-    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
+    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], object] | None) -> None:
         """Have each recovery from a failure told as a sentence, and the engine verified before it samples.
 
         ``verify`` belongs to the weights that are loaded next: it runs at their load, and after each recovery on them.

@@ -59,7 +59,7 @@ class InProcessEngine(LoadedModel):
         self._closed = False
         self._moved_at = 0.0
         """``time.monotonic()`` at which the queue last moved: a call was gathered, or a batch began."""
-        self._verify: Callable[[Scorer], None] | None = None
+        self._verify: Callable[[Scorer], object] | None = None
 
     @property
     def weights(self) -> WeightsVersion | None:
@@ -138,7 +138,7 @@ class InProcessEngine(LoadedModel):
         with self._between_batches(), self._using(self._through(adapter)):
             return [self._token_logprobs(sequence) for sequence in sequences]
 
-    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
+    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], object] | None) -> None:
         """Verify the weights that are loaded next. This engine never recovers: it fails with its process."""
         self._verify = verify
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.engine.making import EngineKind
 from dspy_fst.engine.vllm.server_settings import KEEPS_WEIGHTS, VLLMSettings
 from dspy_fst.formatting.numbers import GIB, format_bytes
 from dspy_fst.memory.arithmetic import (
@@ -18,7 +19,6 @@ from dspy_fst.memory.arithmetic import (
 )
 from dspy_fst.memory.available import DISK, GPU, MEMORY, SECOND_GPU, Available
 from dspy_fst.memory.shape import ModelSize
-from dspy_fst.policy_lm import EngineKind
 
 TRAINER, ENGINE = "the trainer", "the engine"
 TRAINED, REFERENCE = "trained weights", "the start's weights"

@@ -11,8 +11,9 @@ from typing import get_args
 import dspy
 
 from dspy_fst.engine.base import temperature_fault
+from dspy_fst.engine.making import EngineKind
 from dspy_fst.engine.options import unknown_arguments
-from dspy_fst.policy_lm import EngineKind, PolicyLM
+from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.unreachable_parts import asked_policies
 
 _TAKEN = [name for name in inspect.signature(PolicyLM).parameters if name != "unknown"]

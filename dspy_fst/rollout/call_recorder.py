@@ -203,27 +203,32 @@ def _begun(
     seed = recording.next_seed(predictor, request)
     if isinstance(recording, Apart):
         return seed, None, lambda completion: None
-    earlier, temperature = recording.continued_by(request), request.config.temperature
+    earlier = recording.continued_by(request)
 
     def record(completion: Completion) -> None:
-        recording.add(
-            Call(
-                predictor=predictor,
-                prompt_ids=completion.prompt_ids,
-                completion_ids=completion.completion_ids,
-                logprobs=completion.logprobs,
-                finish_reason=completion.finish_reason,
-                weights=completion.weights,
-                temperature=1.0 if temperature is None else temperature,
-                reasoning_tokens=completion.reasoning_tokens,
-                cut_by_context=_cut_by_context(completion, request.config.max_tokens),
-                turn=_turn(completion.prompt_ids, earlier),
-                max_tokens=request.config.max_tokens,
-            ),
-            request,
-        )
+        recording.add(call_of(predictor, request, completion, _turn(completion.prompt_ids, earlier)), request)
 
     return seed, continued(request, [ids for _, ids in earlier]) if earlier else None, record
+
+
+def call_of(
+    predictor: str, request: lm15.Request, completion: Completion, turn: Literal["first", "continued", "rerendered"]
+) -> Call:
+    """The record of one reply."""
+    config = request.config
+    return Call(
+        predictor=predictor,
+        prompt_ids=completion.prompt_ids,
+        completion_ids=completion.completion_ids,
+        logprobs=completion.logprobs,
+        finish_reason=completion.finish_reason,
+        weights=completion.weights,
+        temperature=1.0 if config.temperature is None else config.temperature,
+        reasoning_tokens=completion.reasoning_tokens,
+        cut_by_context=_cut_by_context(completion, config.max_tokens),
+        turn=turn,
+        max_tokens=config.max_tokens,
+    )
 
 
 def _turn(prompt_ids: Ids, earlier: Sequence[tuple[int, Ids]]) -> Literal["first", "continued", "rerendered"]:

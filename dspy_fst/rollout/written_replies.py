@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dspy
+from dspy import lm15
 
 from dspy_fst.engine.chat import Ids, PromptRenderer, rendered_ids
 from dspy_fst.engine.replies import stop_ids
@@ -42,10 +43,18 @@ class ReplyWriter:
         """The ids of a reply with these outputs and of the token that ends it; None if the adapter cannot write it, or
         does not read it back."""
         text = reply_text(predictor.signature, outputs)
-        if text is None:
+        return None if text is None else self.said(text)
+
+    def asked(self, request: lm15.Request) -> Ids | None:
+        """The ids that the policy reads of a request; None if the chat template refuses it."""
+        try:
+            return self._renderer.ids(request)
+        except lm15.LM15Error:
             return None
-        encode = self._tokenizer.encode
-        return (*encode(text, add_special_tokens=False), *self._end)
+
+    def said(self, text: str) -> Ids:
+        """The ids of a reply with this text and of the token that ends it; templates strip a turn."""
+        return (*self._tokenizer.encode(text.rstrip(), add_special_tokens=False), *self._end)
 
 
 def reply_text(signature: type[dspy.Signature], outputs: Mapping[str, object]) -> str | None:

@@ -21,9 +21,10 @@ from typing import Any
 import dspy
 
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.making import resolve_kind
 from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.model_files.lora_folder import INDEX, INSIDE, index_of
-from dspy_fst.policy_lm import PolicyLM, policy_of, resolve_kind
+from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.preflight.sampling_settings import sampling_faults
 from dspy_fst.report.results import attach, results_beside
 from dspy_fst.rollout.chat_adapters import describe, keep, kept_by, make_adapter

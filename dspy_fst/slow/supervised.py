@@ -11,7 +11,7 @@ import importlib
 import math
 import random
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -96,7 +96,11 @@ def library_fault() -> str | None:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fine_tune(
-    trainer: "Trainer", pairs: Sequence[Pair], how: Supervision, adapters: Mapping[str, str] | None = None
+    trainer: "Trainer",
+    pairs: Sequence[Pair],
+    how: Supervision,
+    adapters: Mapping[str, str] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Learnt:
     """Move the trainer's weights towards these replies; `Trainer.publish` writes them then.
 
@@ -108,9 +112,11 @@ def fine_tune(
         pairs: What to learn, at least one.
         how: Passes, rate and seed.
         adapters: Predictor -> its LoRA adapter, as the trainer has it; None: all share what is trained.
+        stopped: Is asked after each optimizer step whether to stop there.
 
     Raises:
-        TrainingError: trl is missing, a pair is too long for the model, memory runs out, or a loss is not finite.
+        TrainingError: it was stopped, trl is missing, a pair is too long for the model, memory runs out, or a loss is
+            not finite.
     """
     if fault := library_fault():
         raise TrainingError(fault)
@@ -122,14 +128,14 @@ def fine_tune(
     with _own_generators(), _own_config(policy.model):
         for adapter, own in by_adapter.items():
             with using(policy.model, adapter):
-                losses += _run(trainer, own, how)
+                losses += _run(trainer, own, how, stopped)
     policy.model.eval()
     gc.collect()  # transformers' Trainer holds AdamW's moments in a cycle
     tokens = how.epochs * sum(len(pair.reply_ids) for pair in pairs)
     return Learnt(len(pairs), tokens, len(losses), losses[0], losses[-1])
 
 
-def _run(trainer: "Trainer", pairs: Sequence[Pair], how: Supervision) -> list[float]:
+def _run(trainer: "Trainer", pairs: Sequence[Pair], how: Supervision, stopped: Callable[[], bool]) -> list[float]:
     """Train the adapter in use, or all weights; the loss of each optimizer step."""
     # trl imports most of transformers and datasets, which no other run needs. By name, as it ships no types.
     datasets, trl, transformers = map(importlib.import_module, ("datasets", "trl", "transformers"))
@@ -145,19 +151,30 @@ def _run(trainer: "Trainer", pairs: Sequence[Pair], how: Supervision) -> list[fl
                 processing_class=copy.deepcopy(trainer.tokenizer),  # it is given a token for padding
             )
             sft.remove_callback(transformers.PrinterCallback)
+            sft.add_callback(_stopper(transformers, stopped))
             sft.train()
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                "memory ran out in the warm start's supervised training; lower micro_batch_tokens or train a LoRA "
-                "adapter"
+                "memory ran out in supervised training; lower micro_batch_tokens or train a LoRA adapter"
             ) from error
+    if stopped():
+        raise TrainingError("supervised training was cancelled; the weights that it began with stand")
     losses = [entry["loss"] for entry in sft.state.log_history if "loss" in entry]
     if not losses or not all(map(math.isfinite, losses)):
         raise TrainingError(
             f"the loss of supervised training is not finite ({losses[-1:]} after {len(losses)} updates); lower its "
-            "learning rate (warm_start_learning_rate)"
+            "learning rate (warm_start_learning_rate in a run, learning_rate in train_kwargs)"
         )
     return losses
+
+
+def _stopper(transformers: Any, stopped: Callable[[], bool]) -> Any:
+    """A callback of transformers' Trainer that ends it after the optimizer step in which it was stopped."""
+
+    def on_step_end(self: object, args: object, state: object, control: Any, **kwargs: object) -> None:
+        control.should_training_stop = control.should_training_stop or stopped()
+
+    return type("Stopper", (transformers.TrainerCallback,), {"on_step_end": on_step_end})()
 
 
 def _arguments(trl: Any, trainer: "Trainer", pairs: Sequence[Pair], how: Supervision, scratch: str) -> Any:

@@ -59,7 +59,7 @@ class Supervisor:
 
     def __init__(self, settings: VLLMSettings | None = None, make: Callable[[VLLMSettings], VLLMServer] = VLLMServer):
         self.settings = settings or VLLMSettings()
-        self.verify: Callable[[Scorer], None] | None = None
+        self.verify: Callable[[Scorer], object] | None = None
         """Called with a server before anybody samples from it; raises an error if the server's weights are wrong.
 
         It applies to weights that are loaded after it was set, and runs in the thread that loads or restarts."""
@@ -73,7 +73,7 @@ class Supervisor:
         """The current server. A restart replaces the object, so its identity tells whether a restart has happened."""
         self._make = make
         self._wanted: Checkpoint | None = None
-        self._check: Callable[[Scorer], None] | None = None
+        self._check: Callable[[Scorer], object] | None = None
         self._restarts = 0
         self._unswappable: tuple[str | None] | None = None
         self._refusal: EngineError | None = None
@@ -179,7 +179,7 @@ class Supervisor:
                 finally:
                     self._end_unless(self.server.wake)
 
-    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], None] | None) -> None:
+    def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], object] | None) -> None:
         """Call ``tell`` at each restart, and ``verify`` before anybody samples from a server; None: no check."""
         self.on_event, self.verify = tell, verify
         if verify is None:
@@ -364,7 +364,7 @@ class Supervisor:
         if self.settings.attach_url is None:
             watch(self.server, self.settings.stall_timeout_s)
 
-    def _refuse_unsound(self, check: Callable[[Scorer], None]) -> None:
+    def _refuse_unsound(self, check: Callable[[Scorer], object]) -> None:
         try:
             check(self.server)
         except NoAnswerError:
