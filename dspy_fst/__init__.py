@@ -16,6 +16,7 @@ from dspy_fst.errors import imported
 if TYPE_CHECKING:
     from dspy_fst.config import FSTConfig
     from dspy_fst.errors import ConfigurationError, FSTError, NothingLearnedError
+    from dspy_fst.fast.teleprompter_search import TeleprompterSearch
     from dspy_fst.optimizer import FSTOptimizer
     from dspy_fst.policy_lm import PolicyLM
     from dspy_fst.recipe.lora_settings import LoRA
@@ -30,6 +31,7 @@ __all__ = [
     "LoRA",
     "NothingLearnedError",
     "PolicyLM",
+    "TeleprompterSearch",
     "load",
     "reconfigured",
     "save",
@@ -46,6 +48,7 @@ _HOMES = {
     "FSTOptimizer": "optimizer",
     "LoRA": "recipe.lora_settings",
     "PolicyLM": "policy_lm",
+    "TeleprompterSearch": "fast.teleprompter_search",
     "reconfigured": "saving.reconfigure",
 }
 """Public name -> the module that defines it."""

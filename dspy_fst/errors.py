@@ -46,6 +46,10 @@ class ReflectionError(FSTError):
     """Every attempt to propose a text failed, so nothing was searched. The run can be continued."""
 
 
+class FastOptimizerError(FSTError):
+    """Another optimizer than GEPA failed within a search. The run can be continued."""
+
+
 class TrainingError(FSTError):
     """The slow step cannot go on: non-finite loss, mixed weight versions, a model it cannot train."""
 

@@ -21,6 +21,8 @@ from dspy_fst.training.request import Arguments, Proposers, check
 from dspy_fst.types import Population
 
 if TYPE_CHECKING:
+    from dspy_fst.fast.fast_optimizer import FastOptimizer
+    from dspy_fst.fast.teleprompter_search import Maker
     from dspy_fst.training.open_run import Listeners
     from dspy_fst.training.session import Session
 
@@ -39,6 +41,7 @@ class FSTOptimizer(Teleprompter):
         reflection_lm: dspy.LM | None = None,
         propose: Callable[..., dict[str, str]] | None = None,
         code_proposer: Callable[..., dict[str, str]] | None = None,
+        fast: "FastOptimizer | Teleprompter | Maker | None" = None,
         run_dir: str | Path | None = None,
         auto: Literal["light", "medium", "heavy"] | None = None,
         num_threads: int | None = None,
@@ -63,6 +66,9 @@ class FSTOptimizer(Teleprompter):
             code_proposer: A proposer of sources for the program's dspy.Flex modules: DSPy's ``(candidate,
                 reflective_dataset, components_to_update, task_descriptions, context_blurbs) -> {component: source}``.
                 Without it ``reflection_lm`` writes them.
+            fast: Searches for texts and demos in GEPA's place: a DSPy optimizer or its class, e.g. ``dspy.SIMBA``; with
+                arguments of its ``compile`` ``TeleprompterSearch(dspy.MIPROv2, auto=None, num_trials=12)``; or a
+                `dspy_fst.fast.fast_optimizer.FastOptimizer`.
             run_dir: Where the run is kept; the same directory and recipe continue a run. None makes a new
                 directory under ``runs/``.
             auto: DSPy's budgets: ``"light"``, ``"medium"`` or ``"heavy"`` instead of ``cycles``: 2, 8 or 34.
@@ -89,7 +95,7 @@ class FSTOptimizer(Teleprompter):
         if faults := [*unknown_settings(recipe, [name for name in own if name != "recipe"]), *faults]:
             raise ConfigurationError(faults)
         self.metric, self.reflection_lm, self.propose = metric, reflection_lm, propose
-        self.code_proposer = code_proposer
+        self.code_proposer, self.fast = code_proposer, fast
         self.run_dir, self.track_stats, self.progress = run_dir, track_stats, progress
         self.show_samples = show_samples
         self.listeners = tuple(listeners)
@@ -171,7 +177,7 @@ class FSTOptimizer(Teleprompter):
             metric=self.metric,
             valset=valset,
             teacher=teacher,
-            proposers=Proposers(self.reflection_lm, self.propose, self.code_proposer),
+            proposers=Proposers(self.reflection_lm, self.propose, self.code_proposer, self.fast),
             run_dir=self.run_dir,
             settings=self.recipe,
         )

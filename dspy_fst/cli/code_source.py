@@ -35,6 +35,7 @@ ReflectionLM = Annotated[
     str | None, typer.Option("--reflection-lm", metavar="NAME", help="Who proposes, where no project file names it.")
 ]
 Propose = Annotated[str | None, typer.Option(metavar=REFERENCE, help="A proposer that needs no LM.")]
+Fast = Annotated[str | None, typer.Option(metavar=REFERENCE, help="The optimizer that searches in GEPA's place.")]
 ProjectFile = Annotated[
     Path | None, typer.Option("--project", metavar="FILE", help="The project file; a run may have its own.")
 ]
@@ -47,6 +48,7 @@ WHAT = {
     "valset": f"--valset {EXAMPLES}",
     "inputs": "--input FIELD, what the program is given of a .jsonl file's examples",
     "propose": f"--reflection-lm NAME or --propose {REFERENCE}, who proposes texts",
+    "fast": f"--fast {REFERENCE}, the optimizer that searches in GEPA's place",
 }
 """Setting -> its flag and what the flag means, for the message about missing settings."""
 

@@ -32,6 +32,7 @@ EXTRAS = {
     "tracking": "TensorBoard's files of a run",
     "quantized": "a base in 4 bits (quantized_base: nf4), moments of 8 bits (optimizer: adamw_8bit)",
     "warm-start": "supervised training before the first search (warm_start, teacher)",
+    "mipro": "dspy.MIPROv2 in the place of GEPA (fast)",
     "benchmarks": "load tests of the server, and trl to measure against",
     "programs": "the example programs' data and graders",
 }

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def nobody_proposes(project: "Project") -> bool:
     """Whether the project searches and names neither a reflection LM nor a function."""
     method = project.recipe.method if project.recipe else "fst"
-    return project.reflection_lm is None and project.propose is None and method != "rl"
+    return project.reflection_lm is None and project.propose is None and project.fast is None and method != "rl"
 
 
 def proposer_warnings(project: "Project", opened: "Opened") -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 import typer
 
 from dspy_fst.cli.code_source import (
+    Fast,
     Inputs,
     Metric,
     Program,
@@ -133,6 +134,7 @@ def resume(
     inputs: Inputs = None,
     reflection_lm: ReflectionLM = None,
     propose: Propose = None,
+    fast: Fast = None,
     track: Track = None,
     samples: Samples = False,
     trust_code: TrustCode = False,
@@ -154,7 +156,7 @@ def resume(
         if project is None and _shown_when_finished(run_dir, as_json):
             return
         flags = {"program": program, "metric": metric, "trainset": trainset, "valset": valset, "inputs": inputs}
-        flags |= {"reflection_lm": reflection_lm, "propose": propose}
+        flags |= {"reflection_lm": reflection_lm, "propose": propose, "fast": fast}
         recorded = Recorded(run_dir, run_dir)
         chosen = project_for(recorded, project, flags, recorded.wanted_to_train, to_train=True)
         # The directory may have been moved since the run began, so the path given now counts.

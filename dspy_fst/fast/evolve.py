@@ -61,6 +61,8 @@ class Search:
     """What the proposer warned of, e.g. feedback that it could not read."""
     dollars: float | None = None
     """What the reflection LM cost, as far as its prices are known; None: no call had a known one."""
+    optimizer: str = "GEPA"
+    """Who searched."""
     played: tuple[Rollout, ...] = field(default=(), compare=False)
     """The fresh rollouts, in order. Equality leaves them out: those that a journal gave back have no trace."""
 
@@ -113,7 +115,7 @@ def evolve(
     )
     adapter = BankedAdapter(program, bank, reflection, journal)
     searching = _Searching(program, bank, adapter, population.unique(), anchors, settings, size, budget, seed)
-    seed_scores = searching.score_seeds()
+    seed_scores = score_seeds(bank, searching.seeds, anchors)
     with _removed_if_all_failed(journal):
         result = searching.optimize(seed_scores, on_candidate)
     return searching.search_of(result)
@@ -139,22 +141,6 @@ class _Searching:
     @property
     def reflections(self) -> Reflections:
         return self.adapter.reflections
-
-    def score_seeds(self) -> list[Row]:
-        """Each seed's score on each anchor.
-
-        Raises:
-            MeasurementError: no anchor was measured under any seed, so there is nothing to start from.
-        """
-        rollouts = self.bank.get([(problem, seed) for seed in self.seeds for problem in self.anchors])
-        rewards = [rollout.reward for rollout in rollouts]
-        if all(reward is None for reward in rewards):
-            reasons = ", ".join(sorted(OutcomeCounts.over(rollout.outcome for rollout in rollouts).masked))
-            raise MeasurementError(
-                f"none of the {len(rollouts)} rollouts that a search starts from measured anything ({reasons}); mend "
-                "the cause and compile again with the same run_dir to go on"
-            )
-        return [rewards[i : i + len(self.anchors)] for i in range(0, len(rewards), len(self.anchors))]
 
     def optimize(self, seed_scores: Sequence[Row], on_candidate: Callable[[Candidate, float], None]) -> GEPAResult:
         """gepa's search from the scored seeds.
@@ -249,9 +235,9 @@ class _Searching:
         )
         lost = OutcomeCounts.over(rollout.outcome for rollout in self.bank.fresh).labels
         return Search(
-            population=self._population(measured, parents),
+            population=complementary(self.program, measured, self.size, parents),
             candidates=tuple(candidate for candidate, _ in measured),
-            scores=tuple(_filled(row) for _, row in measured),
+            scores=tuple(filled(row) for _, row in measured),
             rollouts=len(self.bank.fresh),
             sampled_tokens=self.bank.sampled_tokens,
             reused=self.bank.reused,
@@ -261,17 +247,38 @@ class _Searching:
             played=tuple(self.bank.fresh),
         )
 
-    def _population(
-        self, measured: Sequence[tuple[Candidate, Row]], parents: Mapping[str, tuple[str, ...]]
-    ) -> Population:
-        """The K candidates that a program can be made of and that complement each other best."""
-        bound = [(candidate, row) for candidate, row in measured if binds(self.program, candidate)]
-        chosen = [bound[i] for i in top_k([row for _, row in bound], self.size)]
-        return Population(
-            members=tuple(candidate for candidate, _ in chosen),
-            scores=tuple(mean(row) for _, row in chosen),
-            parents={candidate.digest: parents[candidate.digest] for candidate, _ in measured},
+
+def score_seeds(bank: RolloutBank, seeds: Sequence[Candidate], anchors: Sequence[Problem]) -> list[Row]:
+    """Each carried candidate's score on each anchor.
+
+    Raises:
+        MeasurementError: no anchor was measured under any of them, so there is nothing to start from.
+    """
+    rollouts = bank.get([(problem, seed) for seed in seeds for problem in anchors])
+    rewards = [rollout.reward for rollout in rollouts]
+    if all(reward is None for reward in rewards):
+        reasons = ", ".join(sorted(OutcomeCounts.over(rollout.outcome for rollout in rollouts).masked))
+        raise MeasurementError(
+            f"none of the {len(rollouts)} rollouts that a search starts from measured anything ({reasons}); mend "
+            "the cause and compile again with the same run_dir to go on"
         )
+    return [rewards[i : i + len(anchors)] for i in range(0, len(rewards), len(anchors))]
+
+
+def complementary(
+    program: dspy.Module,
+    measured: Sequence[tuple[Candidate, Row]],
+    size: int,
+    parents: Mapping[str, tuple[str, ...]],
+) -> Population:
+    """The K candidates that a program can be made of and that complement each other best."""
+    bound = [(candidate, row) for candidate, row in measured if binds(program, candidate)]
+    chosen = [bound[i] for i in top_k([row for _, row in bound], size)]
+    return Population(
+        members=tuple(candidate for candidate, _ in chosen),
+        scores=tuple(mean(row) for _, row in chosen),
+        parents={candidate.digest: parents[candidate.digest] for candidate, _ in measured},
+    )
 
 
 @contextmanager
@@ -284,7 +291,7 @@ def _removed_if_all_failed(journal: SearchJournal) -> Iterator[None]:
         raise
 
 
-def _filled(row: Row) -> tuple[float, ...]:
+def filled(row: Row) -> tuple[float, ...]:
     """The row with its own mean where nothing was measured."""
     return tuple(mean(row) if score is None else score for score in row)
 

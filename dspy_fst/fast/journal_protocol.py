@@ -17,6 +17,10 @@ class SearchJournal(Protocol):
     def recall(self, kind: str, key: str) -> Any:
         """The recorded result of the next operation; None when there is none."""
 
+    def take_all(self, kind: str) -> dict[str, Any]:
+        """Take all recorded results of this kind off the record, by key, for a search whose operations have no fixed
+        order. Where a key was recorded twice, the last result counts."""
+
     def record(self, kind: str, key: str, gave: Any) -> Any:
         """Record an operation's result, and return it as it is recorded."""
 
@@ -32,6 +36,9 @@ class NoJournal:
 
     def recall(self, kind: str, key: str) -> Any:
         return None
+
+    def take_all(self, kind: str) -> dict[str, Any]:
+        return {}
 
     def record(self, kind: str, key: str, gave: Any) -> Any:
         return gave

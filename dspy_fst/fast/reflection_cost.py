@@ -27,7 +27,7 @@ class CostMeter:
     the LM's history meanwhile (``max_history_size``), are not seen.
     """
 
-    def __init__(self, lm: dspy.LM | None):
+    def __init__(self, lm: dspy.BaseLM | None):
         self._lm = lm
         self._seen: set[object] = set()
         self.take()
@@ -47,6 +47,16 @@ class CostMeter:
 
     def _history(self) -> Sequence[Mapping[str, object]]:
         return list(getattr(self._lm, "history", None) or ())
+
+
+def counted_in(counts: Counter[str], dollars: float | None, spent: Mapping[str, float]) -> float | None:
+    """Add what was spent to the counts.
+
+    Returns:
+        The dollars so far, None as long as no call had a known price.
+    """
+    counts.update({name: int(amount) for name, amount in spent.items() if name in COUNTS})
+    return (dollars or 0.0) + spent[DOLLARS] if DOLLARS in spent else dollars
 
 
 def _of_call(entry: Mapping[str, object]) -> dict[str, float]:

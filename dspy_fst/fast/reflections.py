@@ -17,7 +17,7 @@ from gepa.proposer.reflective_mutation.reflection_lm import ReflectionProposal
 from dspy_fst.fast.journal_protocol import SearchJournal, operation_key
 from dspy_fst.fast.latex_repair import acceptable_texts
 from dspy_fst.fast.proposer_warnings import collected_warnings
-from dspy_fst.fast.reflection_cost import COUNTS, DOLLARS, CostMeter
+from dspy_fst.fast.reflection_cost import CostMeter, counted_in
 from dspy_fst.fast.reflective_dataset import Record
 from dspy_fst.rollout.components import lost_lines
 from dspy_fst.rollout.worker_pool import run_all
@@ -172,13 +172,8 @@ class Reflections:
             self.warned |= dict.fromkeys(result.get("warned", ()))
             self.counts["reflections_failed" if "failed" in result else "reflections"] += 1
             self.last_failure = result.get("failed", self.last_failure)
-            self._count(result.get("spent", {}))
+            self.dollars = counted_in(self.counts, self.dollars, result.get("spent", {}))
         return results
-
-    def _count(self, spent: Mapping[str, float]) -> None:
-        self.counts.update({name: int(amount) for name, amount in spent.items() if name in COUNTS})
-        if DOLLARS in spent:
-            self.dollars = (self.dollars or 0.0) + spent[DOLLARS]
 
     def _asked(self, jobs: Sequence[_Job]) -> list[ReflectionResult]:
         """Ask for all of them together; each result is recorded once those before it are."""

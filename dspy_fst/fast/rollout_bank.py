@@ -11,9 +11,13 @@ from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.jsonable import rollouts_from_json, rollouts_to_json
 from dspy_fst.types import Candidate, Problem, Rollout
 
-Wanted = Sequence[tuple[Problem, Candidate]]
+Wish = tuple[Problem, Candidate] | tuple[Problem, Candidate, int]
+"""A rollout that is wanted. The third is its number among equal ones, 0 where it is left out."""
+Wanted = Sequence[Wish]
 Play = Callable[[Wanted], list[Rollout]]
-"""Makes one rollout for each (problem, candidate), all under the current weights."""
+"""Makes one rollout for each wish, all under the current weights."""
+Key = tuple[str, int, int]
+"""Digest of the candidate, index of the problem, number among equal ones."""
 OUTAGE = 12
 """A search stops when so many rollouts in a row, counted in whole batches, measured nothing (ours)."""
 TRIES = 2
@@ -21,7 +25,7 @@ TRIES = 2
 
 
 class RolloutBank:
-    """Rollouts of one cycle by (candidate, problem). None is made twice under the same weights.
+    """Rollouts of one cycle by (candidate, problem, number). None is made twice under the same weights.
 
     Args:
         play: Makes rollouts.
@@ -33,8 +37,8 @@ class RolloutBank:
     def __init__(self, play: Play, program: dspy.Module, journal: SearchJournal, *, calls: bool = False):
         self._play, self._program, self._journal, self._calls = play, program, journal, calls
         self._masked_in_a_row = 0
-        self._banked: dict[tuple[str, int], Rollout] = {}
-        self._tries: Counter[tuple[str, int]] = Counter()
+        self._banked: dict[Key, Rollout] = {}
+        self._tries: Counter[Key] = Counter()
         self.fresh: list[Rollout] = []
         """Rollouts made for this bank, in order."""
         self.reused = 0
@@ -42,12 +46,12 @@ class RolloutBank:
         self.sampled_tokens = 0
 
     def get(self, wanted: Wanted) -> list[Rollout]:
-        """One rollout for each (problem, candidate), in order.
+        """One rollout for each wish, in order.
 
         Raises:
             MeasurementError: nothing is measured any more.
         """
-        missing = {(c.digest, p.index): (p, c) for p, c in wanted if (c.digest, p.index) not in self._banked}
+        missing = {key_of(wish): wish for wish in wanted if key_of(wish) not in self._banked}
         new = dict(zip(missing, self._play_or_recall(list(missing.values())), strict=True)) if missing else {}
         self.fresh += new.values()
         self.reused += len(wanted) - len(missing)
@@ -55,27 +59,38 @@ class RolloutBank:
         self._tries.update(new.keys())
         # A masked rollout measured nothing. It is made again when asked for again, up to TRIES times.
         self._banked |= {key: r for key, r in new.items() if r.mask is None or self._tries[key] >= TRIES}
-        return [known[candidate.digest, problem.index] for problem, candidate in wanted]
+        return [known[key_of(wish)] for wish in wanted]
+
+    def lacks(self, wanted: Wanted) -> list[Wish]:
+        """The wishes that would cost a rollout, each once."""
+        return list({key_of(wish): wish for wish in wanted if key_of(wish) not in self._banked}.values())
 
     def _play_or_recall(self, wanted: Wanted) -> list[Rollout]:
         """Make the rollouts, or recall those that an interrupted search made.
 
         Rollouts that JSON cannot hold are made again, in the same batch and with the same seeds.
         """
-        key = operation_key([(problem.index, candidate.digest) for problem, candidate in wanted])
+        key = operation_key([(problem.index, candidate.digest) for problem, candidate, *_ in wanted])
         recalled = self._journal.recall("rollouts", key)
         if recalled is not None and recalled["rollouts"] is not None:
             self.sampled_tokens += recalled["tokens"]
-            candidates = [candidate for _, candidate in wanted]
+            candidates = [candidate for _, candidate, *_ in wanted]
             return rollouts_from_json(recalled["rollouts"], candidates, self._program)
+        rollouts = self._made(wanted)
+        if recalled is None:
+            self._record(key, rollouts)
+        return rollouts
+
+    def _made(self, wanted: Wanted) -> list[Rollout]:
         rollouts = self._play(wanted)
         self._refuse_outage(rollouts)
-        tokens = sum(rollout.tokens for rollout in rollouts)
-        self.sampled_tokens += tokens
-        if recalled is None:
-            kept = rollouts_to_json(rollouts, calls=self._calls)
-            self._journal.record("rollouts", key, {"rollouts": kept, "tokens": tokens})
+        self.sampled_tokens += sum(rollout.tokens for rollout in rollouts)
         return rollouts
+
+    def _record(self, key: str, rollouts: Sequence[Rollout]) -> None:
+        kept = rollouts_to_json(rollouts, calls=self._calls)
+        tokens = sum(rollout.tokens for rollout in rollouts)
+        self._journal.record("rollouts", key, {"rollouts": kept, "tokens": tokens})
 
     def _refuse_outage(self, rollouts: Sequence[Rollout]) -> None:
         """Stop when nothing is measured any more: to GEPA every new candidate would look worthless.
@@ -90,3 +105,50 @@ class RolloutBank:
                 f"the last {self._masked_in_a_row} rollouts of the search measured nothing "
                 f"({', '.join(sorted(masked))}); mend the cause and compile again with the same run_dir to go on"
             )
+
+
+class UnorderedBank(RolloutBank):
+    """A bank for searches whose rollouts come in an order that differs from process to process.
+
+    Each rollout is recorded by itself, and recalled wherever the repeated search asks for it. Its seed does not depend
+    on the order either.
+    """
+
+    def __init__(self, play: Play, program: dspy.Module, journal: SearchJournal, *, calls: bool = False):
+        super().__init__(play, program, journal, calls=calls)
+        self._recorded = journal.take_all("rollouts")
+
+    def _play_or_recall(self, wanted: Wanted) -> list[Rollout]:
+        found = {key_of(wish): self._recalled(wish) for wish in wanted}
+        due = [wish for wish in wanted if found[key_of(wish)] is None]
+        for wish, rollout in zip(due, self._made(due) if due else (), strict=True):
+            found[key_of(wish)] = rollout
+            self._record(_recorded_as(wish, self._tries[key_of(wish)]), [rollout])
+        return [rollout for rollout in found.values() if rollout is not None]
+
+    def _recalled(self, wish: Wish) -> Rollout | None:
+        """The rollout as a killed process recorded it; None if it must be made, also where JSON could not hold it."""
+        recorded = self._recorded.pop(_recorded_as(wish, self._tries[key_of(wish)]), None)
+        if recorded is None or recorded["rollouts"] is None:
+            return None
+        self.sampled_tokens += recorded["tokens"]
+        return rollouts_from_json(recorded["rollouts"], [wish[1]], self._program)[0]
+
+    def known(self, candidate: Candidate, problems: Sequence[Problem]) -> list[float | None]:
+        """The candidate's reward on each problem, as far as it is measured."""
+        found = (self._banked.get(key_of((problem, candidate))) for problem in problems)
+        return [None if rollout is None else rollout.reward for rollout in found]
+
+    def left_over(self) -> tuple[int, int]:
+        """Rollouts and their tokens that a killed process made and that this one did not ask for."""
+        return len(self._recorded), sum(recorded["tokens"] for recorded in self._recorded.values())
+
+
+def key_of(wish: Wish) -> Key:
+    """What identifies the rollout of a wish."""
+    problem, candidate, *number = wish
+    return candidate.digest, problem.index, number[0] if number else 0
+
+
+def _recorded_as(wish: Wish, tries: int) -> str:
+    return operation_key([*key_of(wish), tries])

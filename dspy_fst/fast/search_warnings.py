@@ -3,16 +3,21 @@
 from collections.abc import Mapping, Sequence
 
 
-def search_warnings(counts: Mapping[str, int], cycle: int, warned: Sequence[str] = ()) -> list[str]:
+def search_warnings(
+    counts: Mapping[str, int], cycle: int, warned: Sequence[str] = (), optimizer: str = "GEPA"
+) -> list[str]:
     """One sentence for each thing that a search left undone or changed.
 
     Args:
         counts: See ``Search.counts``.
         cycle: Number of the cycle; every sentence begins with it.
         warned: See ``Search.warned``.
+        optimizer: See ``Search.optimizer``.
     """
     sentences = [f"the proposer says: {text}" for text in warned]
-    if not counts.get("reflections", 0) + counts.get("reflections_failed", 0):
+    if optimizer != "GEPA":
+        sentences += _of_another(counts, optimizer)
+    elif not counts.get("reflections", 0) + counts.get("reflections_failed", 0):
         sentences.append(
             "nothing was reflected on, so no instruction changed: every rollout was perfect, or no call of a predictor "
             "was traced"
@@ -32,3 +37,20 @@ def search_warnings(counts: Mapping[str, int], cycle: int, warned: Sequence[str]
             "count neither for nor against a candidate"
         )
     return [f"cycle {cycle}: {sentence}" for sentence in sentences]
+
+
+def _of_another(counts: Mapping[str, int], optimizer: str) -> list[str]:
+    """What another optimizer than GEPA left undone."""
+    sentences = []
+    if counts.get("searches_cut"):
+        sentences.append(
+            f"{optimizer} was stopped before its end, because its rollouts were spent; raise search_rollouts, or give "
+            "it fewer candidates or trials"
+        )
+    if tried := counts.get("partly_measured", 0):
+        sentences.append(
+            f"{tried} programs that {optimizer} tried were measured on some of the anchors alone, and are no candidates"
+        )
+    if not counts.get("accepted", 0):
+        sentences.append(f"{optimizer} found no other texts that could be measured on all anchors, so none changed")
+    return sentences

@@ -26,10 +26,13 @@ def argument_faults(run_dir: object, listeners: object, **switches: object) -> l
     return faults
 
 
-def search_faults(config: FSTConfig | None, metric: object, reflection_lm: object, propose: object) -> list[str]:
-    """Faults of the metric, the reflection LM and the proposer."""
+def search_faults(
+    config: FSTConfig | None, metric: object, reflection_lm: object, propose: object, fast: object = None
+) -> list[str]:
+    """Faults of the metric, the reflection LM and the proposer. Another optimizer than GEPA may need none of the two
+    (`dspy_fst.preflight.fast_checks`)."""
     faults = [fault] if (fault := _metric_fault(metric)) else []
-    searches = config is None or config.method != "rl"
+    searches = (config is None or config.method != "rl") and fast is None
     if searches and reflection_lm is None and propose is None:
         faults.append(
             "reflection_lm: GEPA needs an LM that proposes instructions; pass reflection_lm=dspy.LM(...), a strong and "

@@ -10,14 +10,18 @@ from dspy_fst.preflight.argument_checks import PROPOSER, proposer_fault
 from dspy_fst.rollout.components import carried_by, flexes, is_tool, lost_lines, read_texts
 
 
-def text_faults(config: FSTConfig | None, student: object, reflection_lm: object, code_proposer: object) -> list[str]:
-    """Faults of other evolving texts than instructions, and of protected lines."""
+def text_faults(config: FSTConfig | None, student: object, searcher: object, code_proposer: object) -> list[str]:
+    """Faults of other evolving texts than instructions, and of protected lines.
+
+    Args:
+        searcher: The reflection LM, which also writes sources; or an optimizer in GEPA's place, which leaves them.
+    """
     if not isinstance(student, dspy.Module):
         return []
     sources = sorted(flexes(student))
     faults = [] if config is None else [*_tool_faults(config, student), *_protection_faults(config, student)]
     searches = config is None or config.method != "rl"
-    if searches and sources and reflection_lm is None and code_proposer is None:
+    if searches and sources and searcher is None and code_proposer is None:
         faults.append(
             f"code_proposer: the program's dspy.Flex modules ({', '.join(sources)}) evolve as source code; pass "
             "reflection_lm=dspy.LM(...) or code_proposer=..."

@@ -81,6 +81,8 @@ class Project(Part):
     """A proposer that needs no LM, see FSTOptimizer."""
     code_proposer: Reference | None = None
     """A proposer of sources for dspy.Flex modules, see FSTOptimizer."""
+    fast: Reference | None = None
+    """A DSPy optimizer, its class or a `TeleprompterSearch` that searches in GEPA's place, see FSTOptimizer."""
     teacher: Reference | None = None
     """A program whose good traces are learnt before the first search, as ``compile(teacher=...)`` has it."""
     run_dir: str
@@ -142,6 +144,7 @@ class Project(Part):
             reflection_lm=reflection_lm,
             propose=objects.get("propose"),
             code_proposer=objects.get("code_proposer"),
+            fast=objects.get("fast"),
             run_dir=self.run_path,
             listeners=listeners,
             track=self.track or (),
@@ -176,7 +179,7 @@ class Project(Part):
 
     def _references(self) -> dict[str, str]:
         """Setting -> the ``module:attribute`` that it holds."""
-        named = ("program", "metric", "teacher", "propose", "code_proposer", "trainset", "valset")
+        named = ("program", "metric", "teacher", "propose", "code_proposer", "fast", "trainset", "valset")
         texts = {setting: getattr(self, setting) for setting in named}
         return {setting: text for setting, text in texts.items() if text is not None and not is_file(text)}
 

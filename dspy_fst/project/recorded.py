@@ -175,7 +175,8 @@ class Recorded:
     def wanted_to_train(self) -> list[str]:
         """Settings that the user must name so that the run can continue."""
         valset = ["valset"] if _mapping(self.plan.get("examples")).get("valset") else []
-        propose = [] if self.recipe.get("method") == "rl" else ["propose"]
+        searcher = "fast" if self.recipe.get("fast") else "propose"
+        propose = [] if self.recipe.get("method") == "rl" else [searcher]
         return ["program", "metric", "trainset", *valset, *propose]
 
 

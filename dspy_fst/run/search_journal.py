@@ -74,6 +74,12 @@ class Journal:
             )
         return record["gave"]
 
+    def take_all(self, kind: str) -> dict[str, Any]:
+        """All recorded results of this kind by key, whatever their order; they are no longer ahead."""
+        taken = {str(record["key"]): record["gave"] for record in self._ahead if record["kind"] == kind}
+        self._ahead = deque(record for record in self._ahead if record["kind"] != kind)
+        return taken
+
     def record(self, kind: str, key: str, gave: object) -> Any:
         """Keep the result of an operation, and return it as it is kept: without secrets."""
         gave = self._clean(gave)

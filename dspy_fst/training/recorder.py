@@ -74,7 +74,7 @@ class Recorder:
         self._run.save_population(cycle.index, search.population)
         told = {"candidates": candidates_told(search), "parents": search.population.parents, **search.money}
         self._run.emit("cycle", report=report, **told)
-        for text in search_warnings(search.counts, cycle.index, search.warned):
+        for text in search_warnings(search.counts, cycle.index, search.warned, search.optimizer):
             self._run.emit("warning", step=self._run.state.get("step", 0), text=text)
 
     def step_done(

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import dspy
+from dspy.teleprompt import Teleprompter
 
 from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
 from dspy_fst.engine.machine import launch_faults
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.fast.fast_optimizer import FastOptimizer
 from dspy_fst.fast.gepa_adapter import Propose, ProposeCode
 from dspy_fst.fast.search_settings import own_texts
+from dspy_fst.fast.teleprompter_search import Maker
 from dspy_fst.memory import (
     Available,
     plan_memory,
@@ -28,6 +31,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.argument_checks import search_faults
 from dspy_fst.preflight.data_checks import data_faults, input_faults
 from dspy_fst.preflight.engine_checks import engine_faults
+from dspy_fst.preflight.fast_checks import fast_faults, fast_identity, fast_warnings
 from dspy_fst.preflight.library_checks import library_faults
 from dspy_fst.preflight.model_checks import lora_faults, lora_warnings, model_faults
 from dspy_fst.preflight.precision import precision_warnings
@@ -73,6 +77,8 @@ class Proposers:
     """A proposer that needs no LM."""
     code_proposer: ProposeCode | None = None
     """A proposer of sources for dspy.Flex modules."""
+    fast: "FastOptimizer | Teleprompter | Maker | None" = None
+    """Searches in GEPA's place; None: GEPA searches."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +183,9 @@ def _faults_of_arguments(
     yield from data_faults(given.trainset, given.valset, config)
     yield from valset_faults(config, given.valset)
     yield from input_faults(student, given.trainset, given.valset)
-    yield from search_faults(config, given.metric, proposers.reflection_lm, proposers.propose)
-    yield from text_faults(config, student, proposers.reflection_lm, proposers.code_proposer)
+    yield from search_faults(config, given.metric, proposers.reflection_lm, proposers.propose, proposers.fast)
+    yield from text_faults(config, student, proposers.reflection_lm or proposers.fast, proposers.code_proposer)
+    yield from fast_faults(config, proposers.fast, proposers.reflection_lm, proposers.propose, proposers.code_proposer)
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
         yield from [*model_faults(policy, hub_s), *engine_faults(policy)] if room is None else shape_faults(policy)
@@ -201,7 +208,8 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
         for place in redactor.places(without_lms(student).dump_state())
     ]
     faults += optimizer_faults(config, student, policy, run_dir)
-    recipe = redactor.clean(run_identity(config, student, given.trainset, policy, given.teacher))
+    identity = run_identity(config, student, given.trainset, policy, given.teacher)
+    recipe = redactor.clean({**identity, **fast_identity(given.proposers.fast)})
     faults += [fault] if (fault := directory_fault(run_dir, recipe, FSTConfig().model_dump())) else []
     config = with_recorded_micro_batch(config, run_dir)
     warnings: list[str] = []
@@ -215,7 +223,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     warnings += [*patience_warnings(config), *valset_warnings(given.valset), *differing_adapter(student)]
     warnings += _model_warnings(policy, config) if room is None else []
     warnings += [*part_warnings(student), *warm_start_warnings(config, student, given.trainset, given.teacher)]
-    warnings += _left_out(student, own_texts(student, config))
+    warnings += [*_left_out(student, own_texts(student, config)), *fast_warnings(config, given.proposers.fast)]
     return Request(
         student=student,
         trainset=given.trainset,

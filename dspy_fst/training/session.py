@@ -16,8 +16,10 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
-from dspy_fst.fast.evolve import Search, evolve
+from dspy_fst.fast.evolve import Search
+from dspy_fst.fast.rollout_bank import Wanted
 from dspy_fst.fast.search_settings import own_texts
+from dspy_fst.fast.seated_search import searcher
 from dspy_fst.monitoring.observer import Observer
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.reply_limits import longest_reply
@@ -155,16 +157,16 @@ class Session:
         """Evolve the population's texts on the cycle's anchors, under the current weights.
 
         Raises:
-            ReflectionError, MeasurementError, RunDirectoryError: as `evolve` has it.
+            ReflectionError, MeasurementError, RunDirectoryError: as `evolve` has it, FastOptimizerError in its place.
         """
         self._begin(f"cycle {cycle.index}: evolving instructions")
         self._journal = self.run.open_search(cycle.index, self._reuse.conditions if self._reuse else {})
         self.recorder.search_begins(cycle, self._journal)
 
-        def play(wanted: Sequence[tuple[Problem, Candidate]]) -> list[Rollout]:
-            return self._play([Task(problem, candidate) for problem, candidate in wanted], f"search-{cycle.index}")
+        def play(wanted: Wanted) -> list[Rollout]:
+            return self._play([Task(*wish) for wish in wanted], f"search-{cycle.index}")
 
-        return evolve(
+        return searcher(self.proposers.fast, self.config.num_threads)(
             population,
             self._examples(self.plan.anchors(cycle.index)),
             self.program,

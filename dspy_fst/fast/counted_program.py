@@ -1,0 +1,207 @@
+"""A program whose calls are rollouts of a search, and the metric that gives their rewards.
+
+DSPy's optimizers know two things: a program to call, and a metric. Both are replaced. A call reads the program's own
+instructions and demos, and the rollout is made as every rollout of the run is: under the current weights, with seeds of
+its own, its failures told apart, and recorded. So the optimizer compares what training would sample.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import new_class
+from typing import Any
+
+import dspy
+from dspy.teleprompt.bootstrap_trace import FailedPrediction
+
+from dspy_fst.fast.requested_rollouts import RequestedRollouts
+from dspy_fst.rollout.components import (
+    MADE_OF,
+    demos_in,
+    is_demos,
+    lost_lines,
+    marked,
+    problem_mark,
+    texts_like,
+    with_texts,
+    written_demos,
+)
+from dspy_fst.types import PREDICTOR_TAG, Candidate, Problem, Rollout
+
+
+class UnmeasuredRunError(Exception):
+    """The rollout measured nothing. DSPy's optimizers give a call that raises the score 0."""
+
+
+class Judged(dspy.Prediction):
+    """A reward, with the metric's feedback. It is true where the rollout is good enough for a demo.
+
+    DSPy takes any score but 0 for a success, and makes a demo of it.
+    """
+
+    def __init__(self, score: float, feedback: str, *, solved: bool):
+        super().__init__(score=score, feedback=feedback)
+        self._solved = solved
+
+    def __bool__(self) -> bool:
+        return self._solved
+
+
+class CountedRuns:
+    """Answers the calls of a counted program, and scores what they returned.
+
+    Args:
+        program: The run's program under its own texts.
+        problems: The anchors, no two with the same inputs.
+        seed: The components of a candidate.
+        protected: Component -> lines of its text that every candidate keeps.
+        requested: Makes the rollouts.
+        perfect_score: Reward from which on a rollout counts as solved.
+    """
+
+    def __init__(
+        self,
+        program: dspy.Module,
+        problems: Sequence[Problem],
+        seed: Candidate,
+        protected: Mapping[str, Sequence[str]],
+        requested: RequestedRollouts,
+        perfect_score: float,
+    ):
+        self._problems, self._seed, self._protected = problems, seed, protected
+        self._requested, self._perfect_score = requested, perfect_score
+        self._kind = self._counted(type(program))
+        self._program = program
+        self._returned: dict[tuple[int, int], tuple[object, Rollout]] = {}
+        """(problem, id of a prediction) -> the prediction and its rollout. Holding it keeps the id its own."""
+        self.counts: Counter[str] = Counter()
+        """``lines_restored``."""
+        self._restored: set[str] = set()
+        self._own_demos = {line for name in filter(is_demos, seed.texts) for line in seed.texts[name].split("\n")}
+
+    def under(self, candidate: Candidate) -> dspy.Module:
+        """The program under a candidate; its calls, and those of its copies, are rollouts."""
+        program = with_texts(self._program, candidate)
+        program.__class__ = self._kind
+        program._compiled = False  # dspy.BootstrapFewShot refuses a compiled student
+        program.set_lm(program.predictors()[0].lm)  # dspy.SIMBA wants one LM; no call of this program reaches it
+        return program
+
+    def candidate_of(self, program: dspy.Module) -> Candidate:
+        """What the search may change of a program, with the protected lines that it lost."""
+        texts = dict(texts_like(self._seed, program).texts)
+        for name in filter(is_demos, texts):
+            texts[name] = written_demos(map(self._marked, demos_in(texts[name])))
+        lost = {name: lost_lines(texts.get(name, ""), lines) for name, lines in self._protected.items()}
+        candidate = Candidate({name: "\n".join([text, *lost.get(name, ())]) for name, text in texts.items()})
+        if candidate.digest not in self._restored:
+            self._restored.add(candidate.digest)
+            self.counts["lines_restored"] += sum(map(len, lost.values()))
+        return candidate
+
+    def _marked(self, demo: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The demo with the mark of its problem, which a labeled one lacks; the user's own demos have none."""
+        if MADE_OF in demo or written_demos([demo]) in self._own_demos:
+            return demo
+        for problem in self._problems:
+            if _same_inputs(_inputs(problem), {name: demo.get(name) for name in _inputs(problem)}):
+                return marked(demo, problem.example)
+        return demo
+
+    def metric(self, example: dspy.Example, prediction: object, trace: object = None, *_: object) -> Judged:
+        """DSPy's metric: the reward of the rollout that returned this prediction.
+
+        Raises:
+            UnmeasuredRunError: no rollout on this example did.
+        """
+        problem = self._problem(dict(example.inputs()))
+        found = self._returned.get((problem.index, id(prediction)))
+        if found is None or (rollout := found[1]).reward is None:
+            raise UnmeasuredRunError("the program returned no such prediction on this example")
+        return Judged(rollout.reward, rollout.feedback, solved=rollout.reward >= self._perfect_score)
+
+    def _counted(self, kind: type[dspy.Module]) -> type[dspy.Module]:
+        """The program's class, with calls that are rollouts. Its name and module stay: optimizers show its source."""
+        runs = self
+
+        def call(self: dspy.Module, **inputs: Any) -> Any:
+            return runs._run(self, inputs)
+
+        async def acall(self: dspy.Module, **inputs: Any) -> Any:
+            return await asyncio.to_thread(runs._run, self, inputs)
+
+        same = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        return new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(same, __call__=call, acall=acall))
+
+    def _run(self, program: dspy.Module, inputs: Mapping[str, object]) -> object:
+        problem = self._problem(inputs)
+        rollout = self._requested.request((problem, self.candidate_of(program), _number(program)))
+        if rollout.reward is None:
+            raise UnmeasuredRunError(f"the rollout measured nothing: {rollout.mask}")
+        _trace(program, rollout, problem.example if any(map(is_demos, self._seed.texts)) else None)
+        prediction = dspy.Prediction() if rollout.prediction is None else rollout.prediction
+        self._returned[problem.index, id(prediction)] = (prediction, rollout)
+        return prediction
+
+    def _problem(self, inputs: Mapping[str, object]) -> Problem:
+        """The anchor with these inputs.
+
+        Raises:
+            UnmeasuredRunError: it is none.
+        """
+        for problem in self._problems:
+            if _same_inputs(_inputs(problem), inputs):
+                return problem
+        raise UnmeasuredRunError("the program was called on inputs of no anchor; only anchors' rollouts are scored")
+
+
+def different(problems: Sequence[Problem]) -> list[Problem]:
+    """The first problem of those with the same inputs: calls tell problems apart by their inputs."""
+    found: list[Problem] = []
+    for problem in problems:
+        if not any(_same_inputs(_inputs(other), _inputs(problem)) for other in found):
+            found.append(problem)
+    return found
+
+
+def _inputs(problem: Problem) -> dict[str, object]:
+    return dict(problem.example.inputs())
+
+
+def _same_inputs(some: Mapping[str, object], others: Mapping[str, object]) -> bool:
+    return some.keys() == others.keys() and all(_same(some[name], value) for name, value in others.items())
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two inputs are the same value. Arrays have no truth value, and are compared by what they show."""
+    if one is other:
+        return True
+    try:
+        return bool(one == other)
+    except Exception:
+        return repr(one) == repr(other)
+
+
+def _number(program: dspy.Module) -> int:
+    """Which of equal rollouts is meant. To DSPy an LM with another ``rollout_id`` gives another reply to a prompt."""
+    lms = [*(predictor.lm for predictor in program.predictors()), dspy.settings.lm]
+    ids = (getattr(lm, "kwargs", {}).get("rollout_id") for lm in lms)
+    return next((number for number in ids if isinstance(number, int)), 0)
+
+
+def _trace(program: dspy.Module, rollout: Rollout, demos_of: dspy.Example | None) -> None:
+    """Add the rollout's trace to the one in force, as if the program's own predictors had been called.
+
+    Args:
+        demos_of: The problem, where demos evolve. DSPy makes demos of a trace's inputs and outputs, so the inputs name
+            it.
+    """
+    trace = dspy.settings.trace
+    if trace is None:
+        return
+    own = dict(program.named_predictors())
+    mark = {} if demos_of is None else {MADE_OF: problem_mark(demos_of)}
+    for predictor, inputs, output in rollout.trace:
+        tag = getattr(predictor, PREDICTOR_TAG, None)
+        if tag in own and not isinstance(output, FailedPrediction):
+            trace.append((own[tag], {**inputs, **mark}, output))

@@ -1,0 +1,191 @@
+"""One fast phase with another optimizer than GEPA: texts and demos move, weights do not.
+
+The carried population is scored on the anchors. The optimizer starts from its best member, and its calls of the program
+are rollouts within the budget. What it returned, and what it tried, is measured on all anchors as far as the budget
+goes. The next population is the K complementary candidates of these and of the carried ones, as after GEPA.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import dspy
+
+from dspy_fst.errors import FastOptimizerError
+from dspy_fst.fast.asked_lms import AskedLMs
+from dspy_fst.fast.counted_program import CountedRuns, different
+from dspy_fst.fast.evolve import Search, complementary, evolve, filled, score_seeds
+from dspy_fst.fast.fast_optimizer import FastOptimizer, Seat
+from dspy_fst.fast.journal_protocol import NoJournal, SearchJournal
+from dspy_fst.fast.pareto import mean
+from dspy_fst.fast.requested_rollouts import RequestedRollouts
+from dspy_fst.fast.rollout_bank import Play, UnorderedBank
+from dspy_fst.fast.search_settings import SearchSettings
+from dspy_fst.fast.seeding import Row
+from dspy_fst.fast.teleprompter_search import seated
+from dspy_fst.outcomes.outcome import OutcomeCounts
+from dspy_fst.types import Candidate, Population, Problem
+
+HELD_BACK = 4
+"""One part in so many of a search's budget is held back from the optimizer (ours), and one pass over the anchors at
+least: it measures the best of what was tried on all anchors."""
+CALLED_OFF = 1_000_000
+"""``max_errors`` of DSPy's evaluations: a rollout that measured nothing does not end them, as the bank knows when
+nothing is measured any more."""
+
+
+def searcher(fast: object, num_threads: int) -> Callable[..., Search]:
+    """The search of a run: `evolve`, or `seated_search` with what the user put into GEPA's place."""
+    return evolve if fast is None else partial(seated_search, seated(fast), num_threads)
+
+
+def seated_search(
+    optimizer: FastOptimizer,
+    num_threads: int,
+    population: Population,
+    anchors: Sequence[Problem],
+    program: dspy.Module,
+    *,
+    play: Play,
+    settings: SearchSettings,
+    size: int,
+    budget: int,
+    seed: int = 0,
+    reflection_lm: dspy.LM | None = None,
+    on_candidate: Callable[[Candidate, float], None] = lambda candidate, score: None,
+    journal: SearchJournal | None = None,
+    **of_gepa: object,
+) -> Search:
+    """Let another optimizer than GEPA search. What is not named here is as in `dspy_fst.fast.evolve.evolve`.
+
+    Args:
+        optimizer: Searches.
+        num_threads: Rollouts in flight.
+        of_gepa: What `evolve` takes besides; nobody asks for it here.
+
+    Raises:
+        FastOptimizerError: the optimizer failed.
+        MeasurementError: nothing is measured any more.
+        RunDirectoryError: the journal cannot be written.
+    """
+    journal = journal or NoJournal()
+    bank = UnorderedBank(play, program, journal, calls=settings.reuse_rollouts)
+    seeds, anchors = population.unique(), different(anchors)
+    measured = list(zip(seeds, score_seeds(bank, seeds, anchors), strict=True))
+    best_first = [candidate for candidate, _ in sorted(measured, key=lambda each: -mean(each[1]))]
+    for_optimizer = budget - min(max(budget // HELD_BACK, len(anchors)), budget // 2)
+    requested = RequestedRollouts(bank, for_optimizer, num_threads)
+    runs = CountedRuns(program, anchors, best_first[0], settings.protected, requested, settings.perfect_score)
+    incumbents = tuple(map(runs.under, best_first))
+    examples = [problem.example for problem in anchors]
+    seat = Seat(
+        incumbents[0],
+        incumbents,
+        examples,
+        runs.metric,
+        for_optimizer,
+        seed,
+        num_threads,
+        getattr(settings, "max_bootstrapped_demos", 0),
+        getattr(settings, "max_labeled_demos", 0),
+        reflection_lm,
+    )
+    asked = AskedLMs(journal)
+    found = _found(optimizer, seat, requested, asked)
+    start = max((row for _, row in measured), key=mean)
+    tried = [*map(runs.candidate_of, found), *_by_gain(requested.seen.values(), bank, anchors, start)]
+    carried = {seed.digest for seed in seeds}
+    new = list({each.digest: each for each in tried if each.digest not in carried}.values())
+    measuring = _Measuring(bank, anchors, requested.left + budget - for_optimizer)
+    for candidate in new[: len(found) + 2 * size]:
+        if (row := measuring.row(candidate)) is not None:
+            measured.append((candidate, row))
+            on_candidate(candidate, mean(row))
+    accepted = len(measured) - len(seeds)
+    counts = Counter(accepted=accepted, partly_measured=len(new) - accepted, searches_cut=int(requested.cut))
+    parents = {each.digest: () if each.digest in carried else (best_first[0].digest,) for each, _ in measured}
+    search = _search_of(bank, measured, complementary(program, measured, size, parents), runs.counts + counts, asked)
+    return replace(search, optimizer=optimizer.name)
+
+
+def _found(
+    optimizer: FastOptimizer, seat: Seat, requested: RequestedRollouts, asked: AskedLMs
+) -> Sequence[dspy.Module]:
+    """The programs that the optimizer returned; none if the budget ended it.
+
+    Raises:
+        FastOptimizerError: it failed.
+    """
+    found: list[dspy.Module] = []
+    lm = seat.reflection_lm or dspy.settings.lm
+
+    def search() -> None:
+        listeners = [*dspy.settings.callbacks, asked]
+        with dspy.context(lm=lm, trace=[], num_threads=seat.num_threads, max_errors=CALLED_OFF, callbacks=listeners):
+            found.extend(optimizer.search(seat))
+
+    error = requested.serve(search, after=asked.record)
+    asked.record()
+    if error is not None:
+        raise FastOptimizerError(
+            f"fast: {optimizer.name} failed with {type(error).__name__}: {error}. Its rollouts are kept; mend the "
+            "cause and compile again with the same run_dir to go on"
+        ) from error
+    return found
+
+
+def _by_gain(
+    tried: Iterable[Candidate], bank: UnorderedBank, anchors: Sequence[Problem], start: Row
+) -> list[Candidate]:
+    """Candidates in the order of what they gained over the best carried one, summed over the anchors that both
+    measured: a candidate that was tried on few anchors has gained little."""
+
+    def gain(candidate: Candidate) -> float:
+        known = bank.known(candidate, anchors)
+        return sum(new - old for new, old in zip(known, start, strict=True) if new is not None and old is not None)
+
+    return sorted(tried, key=gain, reverse=True)
+
+
+@dataclass
+class _Measuring:
+    """Measures candidates on all anchors, as long as the budget lasts."""
+
+    bank: UnorderedBank
+    anchors: Sequence[Problem]
+    left: int
+
+    def row(self, candidate: Candidate) -> Row | None:
+        """The candidate's score on each anchor; None if that would cost more than is left, or measured nothing."""
+        wanted = [(problem, candidate) for problem in self.anchors]
+        before = len(self.bank.fresh)
+        if len(self.bank.lacks(wanted)) > self.left:
+            return None
+        row = [rollout.reward for rollout in self.bank.get(wanted)]
+        self.left -= len(self.bank.fresh) - before
+        return row if any(reward is not None for reward in row) else None
+
+
+def _search_of(
+    bank: UnorderedBank,
+    measured: Sequence[tuple[Candidate, Row]],
+    population: Population,
+    counts: Counter[str],
+    asked: AskedLMs,
+) -> Search:
+    """The search's outcome, with what a killed process paid for and this one did not need."""
+    unused, unused_tokens = bank.left_over()
+    lost = OutcomeCounts.over(rollout.outcome for rollout in bank.fresh).labels
+    unmeasured = sum(score is None for _, row in measured for score in row)
+    return Search(
+        population=population,
+        candidates=tuple(candidate for candidate, _ in measured),
+        scores=tuple(filled(row) for _, row in measured),
+        rollouts=len(bank.fresh) + unused,
+        sampled_tokens=bank.sampled_tokens + unused_tokens,
+        reused=bank.reused,
+        counts=counts + Counter(unmeasured=unmeasured, rollouts_unused=unused) + asked.counts + lost,
+        dollars=asked.dollars,
+        played=tuple(bank.fresh),
+    )

@@ -1,0 +1,175 @@
+"""DSPy's optimizers in the fast seat. Only this module knows what dspy 3.4 calls their arguments.
+
+Every teleprompter that returns a program fits: it is given the anchors as trainset and valset, the seat's metric in
+place of its own, and the run's reflection LM where it has no LM of its own for prompts.
+"""
+
+import copy
+import functools
+import inspect
+import io
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO
+
+import dspy
+from dspy.teleprompt import Teleprompter
+
+from dspy_fst.fast.fast_optimizer import FastOptimizer, Seat
+from dspy_fst.rollout.call_recorder import is_recorded
+
+Maker = Callable[..., Teleprompter]
+"""A teleprompter's class, or another function that makes one: ``metric`` and what else of the seat it takes by name are
+given to it."""
+DEMOS = ("max_bootstrapped_demos", "max_labeled_demos", "max_demos", "k")
+"""What dspy's optimizers call the most demos of a predictor."""
+
+
+class TeleprompterSearch:
+    """A DSPy optimizer as a `FastOptimizer`.
+
+    >>> import dspy
+    >>> TeleprompterSearch(dspy.COPRO, breadth=4, eval_kwargs={}).name
+    'COPRO'
+
+    Args:
+        teleprompter: The optimizer, or its class; a class is made with ``metric`` and the LMs that it takes.
+        arguments: Further arguments of its ``compile``, e.g. MIPROv2's ``num_trials``. For a class also those of the
+            class itself.
+    """
+
+    def __init__(self, teleprompter: Teleprompter | Maker, **arguments: Any):
+        self.teleprompter, self.arguments = teleprompter, arguments
+
+    @property
+    def name(self) -> str:
+        """The optimizer's class, or the function that makes it."""
+        made = self.teleprompter
+        while isinstance(made, functools.partial):
+            made = made.func
+        return str(getattr(made, "__name__", type(made).__name__))
+
+    @property
+    def all_settings(self) -> dict[str, object]:
+        """What it was given, by name."""
+        return {**settled(self.teleprompter), **self.arguments}
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The same as far as a record can hold it: another search has other settings."""
+        plain = (str, int, float, bool, type(None))
+        return {name: value for name, value in sorted(self.all_settings.items()) if isinstance(value, plain)}
+
+    @property
+    def max_demos(self) -> dict[str, int]:
+        """The limits of demos that it was given and that are not 0. A class without takes the run's."""
+        given = self.all_settings
+        return {name: most for name in DEMOS if isinstance(most := given.get(name), int) and most}
+
+    @property
+    def compile_arguments(self) -> set[str] | None:
+        """What its ``compile`` takes; None for a function, of which that is not known before it is called."""
+        made = self.teleprompter
+        while isinstance(made, functools.partial):
+            made = made.func
+        compiles = getattr(made, "compile", None)
+        return None if compiles is None else {*inspect.signature(compiles).parameters}
+
+    def search(self, seat: Seat) -> list[dspy.Module]:
+        """The compiled program, then the candidates that the optimizer kept beside it, best first."""
+        with muted():
+            teleprompter = self._teleprompter(seat)
+            compiled: dspy.Module = teleprompter.compile(seat.program, **self._arguments(teleprompter, seat))
+        kept = getattr(compiled, "candidate_programs", None) or ()
+        programs = [each["program"] if isinstance(each, Mapping) else each[-1] for each in kept]
+        return [compiled, *(program for program in programs if isinstance(program, type(seat.program)))]
+
+    def _arguments(self, teleprompter: Teleprompter, seat: Seat) -> dict[str, Any]:
+        """Of its ``compile``."""
+        taken = inspect.signature(teleprompter.compile).parameters
+        arguments = {name: value for name, value in self.arguments.items() if name in taken}
+        given = {"trainset": seat.examples, "valset": seat.examples, "seed": seat.seed}
+        arguments |= {name: value for name, value in given.items() if name in taken}
+        if "eval_kwargs" in taken:  # of COPRO, whose evaluations else run with DSPy's own number of threads
+            arguments["eval_kwargs"] = {"num_threads": seat.num_threads, **(arguments.get("eval_kwargs") or {})}
+        return arguments
+
+    def _teleprompter(self, seat: Seat) -> Teleprompter:
+        """One for this search: the user's own is left as it is."""
+        task_lm = seat.program.predictors()[0].lm
+        if isinstance(self.teleprompter, Teleprompter):
+            made = copy.copy(self.teleprompter)
+        else:
+            known = {"metric": seat.metric, "task_model": task_lm, "prompt_model": seat.reflection_lm}
+            known |= {"num_threads": seat.num_threads, "seed": seat.seed}
+            known |= {"max_bootstrapped_demos": seat.max_bootstrapped_demos}
+            known |= {"max_labeled_demos": seat.max_labeled_demos}
+            known |= {"max_demos": seat.max_bootstrapped_demos + seat.max_labeled_demos}
+            taken, fixed = inspect.signature(self.teleprompter).parameters, settled(self.teleprompter)
+            ours = {name: value for name, value in known.items() if name in taken and name not in fixed}
+            made = self.teleprompter(**{**ours, **{n: v for n, v in self.arguments.items() if n in taken}})
+        for name, value in {"metric": seat.metric, "task_model": task_lm}.items():
+            if hasattr(made, name):
+                setattr(made, name, value)
+        if has_prompt_model(made) and seat.reflection_lm is not None and not own_prompt_model(made):
+            setattr(made, "prompt_model", seat.reflection_lm)  # noqa: B010 (mypy knows no such attribute)
+        if getattr(made, "num_threads", 0) is None:
+            setattr(made, "num_threads", seat.num_threads)  # noqa: B010
+        return made
+
+
+def seated(fast: Any) -> FastOptimizer:
+    """Whatever a user put into the seat, as a `FastOptimizer`."""
+    return fast if isinstance(fast, FastOptimizer) else TeleprompterSearch(fast)
+
+
+def has_prompt_model(teleprompter: object) -> bool:
+    """Whether an optimizer, or the class of one, asks an LM for texts."""
+    if isinstance(teleprompter, Teleprompter):
+        return hasattr(teleprompter, "prompt_model")
+    return callable(teleprompter) and "prompt_model" in inspect.signature(teleprompter).parameters
+
+
+def own_prompt_model(teleprompter: object) -> object:
+    """The frozen LM that it was given for that, else None. One that fell back on a configured PolicyLM has none."""
+    lm = getattr(teleprompter, "prompt_model", None) or settled(teleprompter).get("prompt_model")
+    return None if is_recorded(lm) else lm
+
+
+def settled(teleprompter: object) -> dict[str, object]:
+    """The arguments that are settled: an optimizer's attributes, a partial function's keywords."""
+    if isinstance(teleprompter, Teleprompter):
+        return dict(vars(teleprompter))
+    return dict(teleprompter.keywords) if isinstance(teleprompter, functools.partial) else {}
+
+
+class _Muted(io.TextIOBase):
+    """A stream that drops what one thread writes and hands on the rest."""
+
+    def __init__(self, stream: TextIO, thread: int):
+        self._stream, self._thread = stream, thread
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Drop what this thread prints, bars of progress included, and DSPy's log below warnings."""
+    log, thread = logging.getLogger("dspy"), threading.get_ident()
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with redirect_stdout(_Muted(sys.stdout, thread)), redirect_stderr(_Muted(sys.stderr, thread)):
+            yield
+    finally:
+        log.setLevel(level)

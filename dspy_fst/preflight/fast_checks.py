@@ -1,0 +1,152 @@
+"""What a user put into GEPA's place: an optimizer that cannot search there, or that would fail after the start."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+
+from dspy.teleprompt import Teleprompter
+
+from dspy_fst.config import FSTConfig
+from dspy_fst.errors import meant
+from dspy_fst.fast.fast_optimizer import FastOptimizer
+from dspy_fst.fast.teleprompter_search import TeleprompterSearch, has_prompt_model, own_prompt_model, seated
+
+MIPRO = "pip install 'dspy-fst[mipro]'"
+EXAMPLES = "e.g. fast=dspy.SIMBA, or fast=TeleprompterSearch(dspy.MIPROv2, auto=None, num_candidates=6, num_trials=12)"
+REFUSED = {
+    "GEPA": "GEPA searches by default: leave fast out, and give its options to FSTOptimizer itself",
+    "FSTOptimizer": "it trains weights too; in a sequence of optimizers use dspy.BetterTogether(fst=FSTOptimizer(...))",
+    "BetterTogether": "it trains weights too; give it this optimizer: dspy.BetterTogether(fst=FSTOptimizer(...))",
+    "BootstrapFinetune": "it trains weights; to train them, supervised, before the first search use "
+    "warm_start='labels' or compile(teacher=program)",
+    "GRPO": "it trains weights; the losses of this package are chosen with loss='grpo', 'dapo', 'gspo' and others",
+    "Ensemble": "it joins programs into one of another form, whose texts cannot be trained together; the population of "
+    "a compiled program holds several candidates",
+    "KNNFewShot": "its program looks demos up at each call, so it is no candidate of fixed texts; use "
+    "dspy.BootstrapFewShotWithRandomSearch",
+    "AvatarOptimizer": "it is made for dspy.predict.avatar alone; evolve an agent's texts with GEPA, and its tools' "
+    "with tool_descriptions='evolved'",
+}
+"""Class of DSPy's -> why it cannot search in GEPA's place, and what to use."""
+NEEDS_OPTUNA = ("MIPROv2", "BootstrapFewShotWithOptuna")
+GIVEN = ("trainset", "valset", "seed", "metric")
+OF_GEPA = ("reflection_minibatch", "proposals_at_once", "components", "reflection_tokens", "tool_descriptions")
+"""Settings that only GEPA reads."""
+
+
+def fast_faults(
+    config: FSTConfig | None, fast: object, reflection_lm: object, propose: object, code_proposer: object
+) -> Iterator[str]:
+    """Faults of the optimizer in GEPA's place, and of what is given beside it."""
+    if fast is None:
+        return
+    for name, given in {"propose": propose, "code_proposer": code_proposer}.items():
+        if given is not None:
+            yield f"{name}: only GEPA asks it, and fast={_name(fast)} searches in GEPA's place; leave one of them out"
+    if isinstance(fast, FastOptimizer) and not isinstance(fast, TeleprompterSearch):
+        return
+    search = fast if isinstance(fast, TeleprompterSearch) else TeleprompterSearch(fast)  # type: ignore[arg-type]
+    if not isinstance(search.teleprompter, Teleprompter) and not callable(search.teleprompter):
+        yield f"fast={search.teleprompter!r}: pass a DSPy optimizer or its class, {EXAMPLES}; None searches with GEPA"
+        return
+    yield from _of_teleprompter(search, config, reflection_lm)
+
+
+def fast_identity(fast: object) -> dict[str, object]:
+    """What a run records of the optimizer in GEPA's place; nothing for GEPA."""
+    if fast is None:
+        return {}
+    search = seated(fast)
+    return {"fast": [search.name, search.settings if isinstance(search, TeleprompterSearch) else {}]}
+
+
+def fast_warnings(config: FSTConfig, fast: object) -> list[str]:
+    """A sentence for settings that do nothing because GEPA does not search."""
+    fields = FSTConfig.model_fields
+    given = [f"{n}={getattr(config, n)!r}" for n in OF_GEPA if getattr(config, n) != fields[n].default]
+    if fast is None or not given:
+        return []
+    does, them = ("does", "it") if len(given) == 1 else ("do", "them")
+    return [
+        f"{' and '.join(given)} {does} nothing: GEPA reads {them}, and fast={_name(fast)} searches. Leave {them} out"
+    ]
+
+
+def _of_teleprompter(search: TeleprompterSearch, config: FSTConfig | None, reflection_lm: object) -> Iterator[str]:
+    name, made = search.name, search.teleprompter
+    if name in REFUSED:
+        yield f"fast={name}: {REFUSED[name]}"
+        return
+    if name in NEEDS_OPTUNA and find_spec("optuna") is None:
+        yield f"fast={name}: it needs optuna, which is not installed: {MIPRO}"
+    if has_prompt_model(made) and own_prompt_model(made) is None and reflection_lm is None:
+        yield (
+            f"fast={name}: it asks an LM for texts and has no frozen one; pass reflection_lm=dspy.LM(...), or give it "
+            "a prompt_model"
+        )
+    yield from _unknown_arguments(search)
+    settings = search.all_settings
+    if settings.get("teacher_settings") or settings.get("teacher") is not None:
+        yield (
+            f"fast={name}: it has a teacher, and demos come from the policy's own rollouts here; leave teacher and "
+            "teacher_settings out. A teacher's traces teach the weights: FSTOptimizer.compile(teacher=program)"
+        )
+    if config is not None:
+        yield from _too_large(name, settings, config)
+        if (demos := search.max_demos) and not getattr(config, "demos_evolve", False):
+            given = ", ".join(f"{name}={most}" for name, most in demos.items())
+            none = ", ".join(f"{name}=0" for name in demos)
+            yield (
+                f"fast={name}: its demos ({given}) would be lost, as this run's candidates hold none; give it {none}"
+            )
+    if name == "MIPROv2":
+        yield from _trials(settings)
+
+
+def _unknown_arguments(search: TeleprompterSearch) -> Iterator[str]:
+    made = search.teleprompter
+    taken = search.compile_arguments
+    if taken is None:
+        return
+    if not isinstance(made, Teleprompter):
+        taken |= {*inspect.signature(made).parameters}
+    known = sorted(taken - {*GIVEN, "self", "student"})
+    for argument in search.arguments:
+        if argument in GIVEN:
+            yield f"fast: TeleprompterSearch({search.name}, {argument}=...): the search gives it; leave it out"
+        elif argument not in taken:
+            otherwise = meant(argument, known) or f"; it takes {', '.join(known)}"
+            yield f"fast: {search.name} takes no argument {argument}{otherwise}"
+
+
+def _too_large(name: str, settings: Mapping[str, object], config: FSTConfig) -> Iterator[str]:
+    """Batches of the optimizer that are larger than the anchors: DSPy refuses them, after the start of the run."""
+    size = settings.get("bsize")
+    if isinstance(size, int) and size > config.anchor_count:
+        yield (
+            f"fast={name}: bsize={size} is more than the {config.anchor_count} anchors of a search; use "
+            f"bsize={config.anchor_count} or fewer, or more anchors"
+        )
+    size = settings.get("minibatch_size", 35)
+    by_itself = name == "MIPROv2" and settings.get("auto", "light") is None and settings.get("minibatch", True)
+    if by_itself and isinstance(size, int) and size > config.anchor_count:
+        yield (
+            f"fast={name}: minibatch_size={size} is more than the {config.anchor_count} anchors of a search; use "
+            f"TeleprompterSearch({name}, ..., minibatch=False), or minibatch_size={config.anchor_count} or fewer"
+        )
+
+
+def _trials(settings: Mapping[str, object]) -> Iterator[str]:
+    """MIPROv2's own rule of which of its numbers go together."""
+    auto, numbers = settings.get("auto", "light"), (settings.get("num_candidates"), settings.get("num_trials"))
+    if auto is None and None in numbers:
+        yield (
+            "fast=MIPROv2: with auto=None it needs num_candidates and num_trials: "
+            "TeleprompterSearch(dspy.MIPROv2, auto=None, num_candidates=6, num_trials=12)"
+        )
+    if auto is not None and numbers != (None, None):
+        yield f"fast=MIPROv2: auto={auto!r} sets num_candidates and num_trials; leave them out, or give auto=None"
+
+
+def _name(fast: object) -> str:
+    return seated(fast).name

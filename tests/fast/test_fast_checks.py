@@ -1,0 +1,97 @@
+"""What cannot search in GEPA's place is refused before work, with what to use instead."""
+
+import functools
+import sys
+
+import dspy
+import pytest
+
+from dspy_fst import FSTConfig, FSTOptimizer, TeleprompterSearch
+from dspy_fst.preflight.fast_checks import REFUSED, fast_faults, fast_identity, fast_warnings
+from tests.fakes import scripted_policy
+from tests.fast.seats import metric, speak, writer
+
+LM, _ = writer()
+SMALL = FSTConfig(anchors=24)
+
+
+def copro(**arguments):
+    return TeleprompterSearch(dspy.COPRO, **arguments)
+
+
+def mipro(**arguments):
+    return TeleprompterSearch(dspy.MIPROv2, **arguments)
+
+
+def with_policy_as_prompt_model():
+    policy, _ = scripted_policy(speak)
+    with dspy.context(lm=policy):
+        return dspy.SIMBA(metric=metric, bsize=8, max_demos=0)
+
+
+@pytest.mark.parametrize(
+    ("fast", "beside", "told"),
+    [
+        (3, {}, "fast=3: pass a DSPy optimizer or its class"),
+        (dspy.COPRO, {"lm": None}, "fast=COPRO: it asks an LM for texts and has no frozen one; pass reflection_lm"),
+        (with_policy_as_prompt_model(), {"lm": None}, "fast=SIMBA: it asks an LM for texts and has no frozen one"),
+        (dspy.COPRO, {"propose": metric}, "propose: only GEPA asks it, and fast=COPRO searches in GEPA's place"),
+        (dspy.COPRO, {"code_proposer": metric}, "code_proposer: only GEPA asks it"),
+        (copro(bredth=4), {}, "fast: COPRO takes no argument bredth"),
+        (copro(trainset=[]), {}, "fast: TeleprompterSearch(COPRO, trainset=...): the search gives it"),
+        (dspy.SIMBA(metric=metric), {}, "fast=SIMBA: bsize=32 is more than the 24 anchors of a search; use bsize=24"),
+        (mipro(auto=None, num_candidates=4), {}, "with auto=None it needs num_candidates and num_trials"),
+        (mipro(num_trials=4), {}, "fast=MIPROv2: auto='light' sets num_candidates and num_trials; leave them out"),
+        (mipro(auto=None, num_candidates=4, num_trials=4), {}, "minibatch_size=35 is more than the 24 anchors"),
+        (
+            mipro(teacher_settings={"lm": LM}),
+            {},
+            "fast=MIPROv2: it has a teacher, and demos come",
+        ),
+        (functools.partial(dspy.MIPROv2, auto=None), {}, "with auto=None it needs num_candidates and num_trials"),
+        (dspy.SIMBA(metric=metric, bsize=8), {}, "fast=SIMBA: its demos (max_demos=4) would be lost"),
+        (FSTOptimizer(metric=metric, reflection_lm=LM), {}, "fast=FSTOptimizer: it trains weights too"),
+        *((getattr(dspy, name), {}, f"fast={name}: ") for name in REFUSED if hasattr(dspy, name)),
+    ],
+)
+def test_it_is_refused(fast, beside, told):
+    given = {"lm": LM, "propose": None, "code_proposer": None, **beside}
+    faults = [*fast_faults(SMALL, fast, given["lm"], given["propose"], given["code_proposer"])]
+    assert [told in fault for fault in faults].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    "fast",
+    [
+        None,
+        dspy.COPRO,
+        copro(breadth=4, eval_kwargs={"display_table": 0}),
+        dspy.COPRO(metric=metric, prompt_model=LM),
+        dspy.SIMBA(metric=metric, bsize=24, max_demos=0),
+        mipro(auto=None, num_candidates=4, num_trials=4, minibatch=False),
+        mipro(auto=None, num_candidates=4, num_trials=4, minibatch_size=12),
+        functools.partial(dspy.SIMBA, bsize=8),
+        lambda metric, prompt_model: dspy.COPRO(metric=metric, prompt_model=prompt_model),
+    ],
+)
+def test_it_may_search(fast):
+    assert [*fast_faults(SMALL, fast, LM, None, None)] == []
+
+
+def test_an_optimizer_whose_library_is_missing_is_refused_with_the_install_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    [fault] = fast_faults(FSTConfig(), dspy.MIPROv2, LM, None, None)
+    assert fault == "fast=MIPROv2: it needs optuna, which is not installed: pip install 'dspy-fst[mipro]'"
+
+
+def test_what_only_gepa_reads_is_told():
+    config = FSTConfig(components="all", reflection_minibatch=4)
+    assert fast_warnings(config, None) == []
+    [warning] = fast_warnings(config, dspy.COPRO)
+    assert "reflection_minibatch=4 and components='all' do nothing: GEPA reads them, and fast=COPRO searches" in warning
+
+
+def test_a_run_records_what_searches_and_its_numbers():
+    assert fast_identity(None) == {}
+    assert fast_identity(copro(breadth=4)) == {"fast": ["COPRO", {"breadth": 4}]}
+    assert fast_identity(dspy.COPRO(metric=metric, breadth=4)) != fast_identity(dspy.COPRO(metric=metric, breadth=5))

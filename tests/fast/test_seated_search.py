@@ -1,0 +1,243 @@
+"""DSPy's own optimizers in GEPA's place: each is really run, and every rollout that it causes is the run's."""
+
+from dataclasses import replace
+
+import dspy
+import pytest
+
+from dspy_fst.errors import FastOptimizerError, MeasurementError
+from dspy_fst.fast.teleprompter_search import TeleprompterSearch
+from dspy_fst.outcomes.outcome import Outcome
+from dspy_fst.rollout.components import read_texts
+from dspy_fst.run.search_journal import Journal
+from dspy_fst.types import Candidate, Population, Problem
+from tests.fast.seats import ANCHORS, SKILLS, Seated
+
+
+def unused(*_):
+    raise AssertionError("the seat's metric stands in for this one")
+
+
+ZERO_SHOT = {"max_bootstrapped_demos": 0, "max_labeled_demos": 0}
+OPTIMIZERS = {
+    "COPRO": TeleprompterSearch(dspy.COPRO, breadth=4, depth=2),
+    "MIPROv2": TeleprompterSearch(
+        dspy.MIPROv2, auto=None, num_candidates=4, num_trials=6, minibatch=False, **ZERO_SHOT
+    ),
+    "SIMBA": TeleprompterSearch(dspy.SIMBA(metric=unused, bsize=6, num_candidates=3, max_steps=3, max_demos=0)),
+}
+
+
+class Scripted:
+    """A fast optimizer that tries these instructions, one after the other, each on the first ``on`` examples."""
+
+    name = "Scripted"
+
+    def __init__(self, *texts, on=12, returns=True):
+        self.texts, self.on, self.returns, self.scores = texts, on, returns, []
+
+    def search(self, seat):
+        programs = []
+        for text in self.texts:
+            program = seat.program.deepcopy()
+            program.answer.signature = program.answer.signature.with_instructions(text)
+            for example in seat.examples[: self.on]:
+                self.scores.append(float(seat.metric(example, program(**example.inputs()))))
+            programs.append(program)
+        return programs[::-1] if self.returns else []
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_improves_the_population_within_its_budget(name):
+    seated = Seated()
+    search = seated.search(OPTIMIZERS[name], budget=300)
+    assert search.optimizer == name
+    assert search.population.scores[0] > 0.5 > search.scores[0][0]
+    assert search.rollouts == len(seated.made) == len(set(seated.made)) <= 300 + len(ANCHORS)
+    assert search.counts["reflection_input_tokens"] == 10 * seated.writer.asked > 0
+    assert not search.counts["searches_cut"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_leaves_the_program_the_user_s_optimizer_and_dspy_s_settings_as_they_were(name):
+    seated, optimizer = Seated(), OPTIMIZERS[name].teleprompter
+    before = dict(vars(optimizer)), read_texts(seated.program), dict(dspy.settings.config)
+    seated.search(OPTIMIZERS[name])
+    assert (dict(vars(optimizer)), read_texts(seated.program), dict(dspy.settings.config)) == before
+    assert type(seated.program).__call__ is dspy.Module.__call__
+
+
+def test_the_same_seed_searches_the_same_and_another_one_otherwise():
+    found = [Seated().search(OPTIMIZERS["SIMBA"], seed=seed) for seed in (1, 1, 2)]
+    assert found[0].candidates == found[1].candidates
+    assert found[0].scores == found[1].scores
+    assert found[0].candidates != found[2].candidates
+
+
+def test_a_search_ends_at_its_budget_and_measures_the_best_of_what_it_tried():
+    seated = Seated()
+    endless = TeleprompterSearch(dspy.SIMBA(metric=unused, bsize=6, num_candidates=3, max_steps=500, max_demos=0))
+    search = seated.search(endless, budget=80)
+    assert search.counts["searches_cut"] == 1
+    assert search.rollouts == len(seated.made) <= 80 + len(ANCHORS)
+    assert search.population.scores[0] > 0.5
+    assert all(len(row) == len(ANCHORS) for row in search.scores)
+
+
+def test_what_was_tried_on_a_few_anchors_is_a_candidate_only_if_it_can_be_measured_on_all():
+    even_first = sorted(ANCHORS, key=lambda problem: problem.index % 2)
+    optimizer = Scripted("Nothing.", "Nil.", "The even ones.", on=6, returns=False)
+    search = Seated().search(optimizer, budget=30, anchors=even_first)
+    texts = [candidate.texts["answer"] for candidate in search.candidates]
+    assert texts[:2] == ["Answer.", "The even ones."]
+    assert len(texts) == 3
+    assert search.counts["partly_measured"] == 1
+
+
+def test_what_an_optimizer_tried_and_did_not_return_is_considered():
+    search = Seated().search(Scripted("The even ones.", "The odd ones.", returns=False))
+    assert {candidate.texts["answer"] for candidate in search.candidates} == {
+        "Answer.",
+        "The even ones.",
+        "The odd ones.",
+    }
+
+
+def test_the_carried_population_stays_where_nothing_is_better():
+    carried = tuple(Candidate({"answer": f"The {skill} ones."}) for skill in SKILLS)
+    search = Seated().search(Scripted("Worse."), population=Population(carried, (None, None)))
+    assert {member.digest for member in search.population.members} == {each.digest for each in carried}
+    assert search.population.parents[search.candidates[2].digest] == (search.population.best.digest,)
+
+
+def test_the_optimizer_starts_from_the_best_of_the_population():
+    class Looks(Scripted):
+        def search(self, seat):
+            self.shown = [program.answer.signature.instructions for program in seat.incumbents]
+            assert seat.program is seat.incumbents[0]
+            return []
+
+    looks = Looks()
+    texts = ("Nothing.", "The even ones.", "The even and the odd ones.")
+    Seated().search(looks, population=Population(tuple(Candidate({"answer": t}) for t in texts), (None,) * 3))
+    assert looks.shown == [*reversed(texts)]
+
+
+def test_a_killed_search_goes_on_without_paying_twice(tmp_path):
+    whole, journal = Seated().search(OPTIMIZERS["SIMBA"]), tmp_path / "journal"
+    killed = Seated()
+    make = killed.play
+
+    def play(wanted):
+        if len(killed.made) > 60:
+            raise KeyboardInterrupt
+        return make(wanted)
+
+    killed.play = play
+    with pytest.raises(KeyboardInterrupt):
+        killed.search(OPTIMIZERS["SIMBA"], journal=Journal(journal, {"cycle": 0}))
+    resumed = Seated()
+    search = resumed.search(OPTIMIZERS["SIMBA"], journal=Journal(journal, {"cycle": 0}))
+    assert search.candidates == whole.candidates
+    assert search.rollouts == whole.rollouts == len(killed.made) + len(resumed.made)
+    assert not {*killed.made} & {*resumed.made}
+
+
+def test_rollouts_that_the_repeated_search_does_not_ask_for_are_counted_all_the_same(tmp_path):
+    first = Seated()
+    first.search(Scripted("The even ones."), journal=Journal(tmp_path / "journal", {"cycle": 0}))
+    again = Seated()
+    search = again.search(Scripted("The odd ones."), journal=Journal(tmp_path / "journal", {"cycle": 0}))
+    assert search.counts["rollouts_unused"] == len(ANCHORS)
+    assert search.rollouts == len(first.made) + len(again.made) == 3 * len(ANCHORS)
+
+
+def test_what_a_killed_search_paid_for_prompts_is_counted(tmp_path):
+    seated, again = Seated(), Seated()
+    seated.search(OPTIMIZERS["COPRO"], journal=Journal(tmp_path / "journal", {"cycle": 0}))
+    search = again.search(OPTIMIZERS["COPRO"], journal=Journal(tmp_path / "journal", {"cycle": 0}))
+    assert search.counts["reflection_input_tokens"] == 10 * (seated.writer.asked + again.writer.asked)
+
+
+def test_an_optimizer_that_fails_is_named_with_its_error():
+    class Fails(Scripted):
+        def search(self, seat):
+            raise LookupError("no such tip")
+
+    with pytest.raises(FastOptimizerError, match=r"fast: Scripted failed with LookupError: no such tip.*run_dir"):
+        Seated().search(Fails())
+
+
+def test_a_search_stops_when_nothing_is_measured_any_more():
+    seated = Seated()
+    make = seated.play
+
+    def play(wanted):
+        rollouts = make(wanted)
+        if len(seated.made) <= len(ANCHORS):
+            return rollouts
+        return [replace(rollout, reward=None, outcome=Outcome("masked", "timeout")) for rollout in rollouts]
+
+    seated.play = play
+    with pytest.raises(MeasurementError, match="timeout"):
+        seated.search(OPTIMIZERS["COPRO"])
+
+
+def test_a_rollout_that_measured_nothing_is_no_zero_among_the_candidate_s_scores():
+    seated = Seated()
+    make = seated.play
+
+    def play(wanted):
+        return [
+            replace(rollout, reward=None, outcome=Outcome("masked", "timeout")) if rollout.problem == 3 else rollout
+            for rollout in make(wanted)
+        ]
+
+    seated.play = play
+    search = seated.search(OPTIMIZERS["COPRO"])
+    assert search.counts["unmeasured"] == len(search.candidates) > 1
+    assert search.population.scores[0] > 0.5
+
+
+def test_another_rollout_id_is_another_sample_and_the_same_one_is_not_paid_for_again():
+    class Samples(Scripted):
+        def search(self, seat):
+            example, lm = seat.examples[0], seat.program.answer.lm
+            for number in (0, 1, 2, 2):
+                program = seat.program.deepcopy()
+                program.set_lm(lm.copy(rollout_id=number, temperature=1.0))
+                program(**example.inputs())
+            return []
+
+    seated = Seated()
+    seated.search(Samples())
+    assert [number for _, problem, number in seated.made if problem == 0] == [0, 1, 2]
+
+
+def test_protected_lines_come_back_before_a_text_is_tried():
+    search = Seated().search(Scripted("The even ones."), protected={"answer": ("Answer.",)})
+    assert search.candidates[1].texts["answer"] == "The even ones.\nAnswer."
+    assert search.counts["lines_restored"] == 1
+
+
+def test_a_reward_is_a_success_only_where_it_is_perfect():
+    def half(gold, pred, trace=None):
+        return 0.5
+
+    seen = []
+
+    class Judges(Scripted):
+        def search(self, seat):
+            example = seat.examples[0]
+            seen.append(seat.metric(example, seat.program(**example.inputs())))
+            return []
+
+    Seated(metric=half).search(Judges())
+    assert float(seen[0]) == 0.5
+    assert not seen[0]
+
+
+def test_problems_with_the_same_inputs_are_one_anchor():
+    twins = [*ANCHORS, Problem(99, dspy.Example(question="0", answer="no").with_inputs("question"))]
+    search = Seated().search(Scripted("The even ones."), anchors=twins)
+    assert len(search.scores[0]) == len(ANCHORS)
