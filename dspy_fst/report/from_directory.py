@@ -10,7 +10,7 @@ from dspy_fst.report.run_record import RunRecord
 from dspy_fst.run.directory import LOCK, Event, read_events
 
 
-def read_records(run_dirs: Sequence[Path]) -> list[RunRecord]:
+def read_records(run_dirs: Sequence[str | Path]) -> list[RunRecord]:
     """The records of these runs, under names that tell them apart.
 
     Raises:
@@ -18,7 +18,8 @@ def read_records(run_dirs: Sequence[Path]) -> list[RunRecord]:
     """
     if not run_dirs:
         raise ValueError("run_dirs is empty; name the directory of at least one run")
-    return [read_record(path, name) for path, name in zip(run_dirs, _names(run_dirs), strict=True)]
+    paths = [Path(run_dir) for run_dir in run_dirs]
+    return [read_record(path, name) for path, name in zip(paths, _names(paths), strict=True)]
 
 
 def read_record(path: Path, name: str, events: Sequence[Event] | None = None) -> RunRecord:

@@ -42,7 +42,7 @@ METHODS = {
 }
 
 
-def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
+def build_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the page of a run, or of several compared, to the file ``out``.
 
     The runs may have just started, go on, or have been killed. The same events give the same page.
@@ -51,7 +51,7 @@ def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
         ConfigurationError: ``out`` is a folder, or cannot be written.
         RunDirectoryError: a folder is not the directory of a run.
     """
-    html = render(read_records(run_dirs))
+    html, out = render(read_records(run_dirs)), Path(out)
     new = out.parent / f"{out.name}.new"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
