@@ -90,7 +90,7 @@ def test_the_notebook_from_pip_installs_trains_and_serves(bare, on_disk, monkeyp
     found = subprocess.run(installed, cwd=on_disk, capture_output=True, text=True, check=True, timeout=60).stdout
     assert Path(found.strip()).is_relative_to(on_disk / "venv")
     printed = _printed(notebook)
-    assert "step 1: mean reward" in printed
+    assert "step 0: mean reward" in printed
     assert "'outputs': {'mood': " in printed
     assert (on_disk / "moods_report.html").is_file()
     assert (on_disk / "moods_compiled").is_dir()
