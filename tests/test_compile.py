@@ -68,6 +68,8 @@ def test_a_two_module_program_and_its_model_are_trained_together(tmp_path):
     compiled = compile_relay(tmp_path / "run", program=student)
     assert read_texts(student) == before
     assert_trained_together(student, compiled, tmp_path / "run")
+    steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
+    assert all(0 < step["prompt_tokens_read"] < step["prompt_tokens"] for step in steps)
     assert [entry["score"] for entry in compiled.candidate_programs] == sorted(
         (entry["score"] for entry in compiled.candidate_programs), reverse=True
     )

@@ -122,6 +122,20 @@ class Holding:
     has been compared since the engine read it, and nothing was written to it since."""
 
 
+@dataclass
+class PromptTokens:
+    """Tokens of prompts.
+
+    >>> PromptTokens(in_calls=900, read=300)  # eight calls, and what their prompts have in common was read once
+    PromptTokens(in_calls=900, read=300)
+    """
+
+    in_calls: int = 0
+    """Of all calls, each by itself."""
+    read: int = 0
+    """Those that the model read, padding included."""
+
+
 class Through(TypedDict, total=False):
     """What a call says of its LoRA adapter; nothing, where it means none or the only one."""
 
@@ -227,6 +241,15 @@ class SleepingEngine(Protocol):
 
     def asleep(self) -> AbstractContextManager[None]:
         """The engine's memory is free in this block, where it was told to sleep. Calls wait for the block's end."""
+        ...
+
+
+@runtime_checkable
+class CountingEngine(Protocol):
+    """An engine that counts the tokens of prompts, and those that its model read."""
+
+    def count_prompts(self) -> Callable[[], PromptTokens]:
+        """A function that returns those of the calls from now until it is called, or until weights are loaded."""
         ...
 
 

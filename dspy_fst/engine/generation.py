@@ -25,22 +25,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from dspy_fst.engine.base import PromptTokens
 from dspy_fst.engine.decoding import Decoding, DecodingChoice, Start, UncachedDecoding
 from dspy_fst.engine.tree import Ids, change_states, keys_of_rows, no_mask, whole_tree
 from dspy_fst.model_files.architectures import last_position
 from dspy_fst.types import WeightsVersion
 
 # ---- how a model decodes -------------------------------------------------------------------------
-
-
-@dataclass
-class PromptTokens:
-    """Tokens of prompts, since the model was given."""
-
-    in_calls: int = 0
-    """Of all calls, each by itself."""
-    read: int = 0
-    """Those that the model read, padding included."""
 
 
 class BatchDecoder(DecodingChoice):

@@ -19,9 +19,9 @@ from dataclasses import replace
 import torch
 from dspy import lm15
 
-from dspy_fst.engine.base import QUEUEING, Checkpoint, Completion, Holding, Scorer
+from dspy_fst.engine.base import QUEUEING, Checkpoint, Completion, Holding, PromptTokens, Scorer
 from dspy_fst.engine.chat import text_response
-from dspy_fst.engine.generation import Pending, PromptTokens, Reply, SideBySide
+from dspy_fst.engine.generation import Pending, Reply, SideBySide
 from dspy_fst.engine.loaded_model import LoadedModel
 from dspy_fst.engine.lora import using, using_by_row
 from dspy_fst.engine.options import InProcessSettings
@@ -77,10 +77,10 @@ class InProcessEngine(LoadedModel):
             self._callers = callers
             self._wake()
 
-    @property
-    def prompt_tokens(self) -> PromptTokens:
-        """Tokens of prompts since the model was read: those of the calls, and those that the model read."""
-        return PromptTokens() if self._decoder is None else replace(self._decoder.prompt_tokens)
+    def count_prompts(self) -> Callable[[], PromptTokens]:
+        counted = PromptTokens() if self._decoder is None else self._decoder.prompt_tokens  # new weights count anew
+        before = replace(counted)
+        return lambda: PromptTokens(counted.in_calls - before.in_calls, counted.read - before.read)
 
     def load(self, checkpoint: Checkpoint) -> None:
         with self._between_batches():

@@ -57,6 +57,12 @@ class StepReport:
     ``reward`` leaves out; None when the penalty is off."""
     judged_by: str | None = None
     """Identity of the metric that gave the rewards; None in the events of releases that recorded none."""
+    prompt_tokens: int | None = None
+    """Tokens of the prompts of all calls of the step's rollouts, as the engine in process counted them; None with
+    another engine, and in the events of older releases."""
+    prompt_tokens_read: int | None = None
+    """Those that the model read, padding included: what the prompts of a batch have in common at their beginning is
+    read once. None where ``prompt_tokens`` is."""
 
     @property
     def sampled_by(self) -> WeightsVersion:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import dspy
 
-from dspy_fst.engine.base import Checkpoint, Scorer
+from dspy_fst.engine.base import Checkpoint, CountingEngine, PromptTokens, Scorer
 from dspy_fst.engine.verification import Expected, verify_scores, verify_tensors
 from dspy_fst.errors import SyncError
 from dspy_fst.policy_lm import EngineHandle, PolicyLM
@@ -304,6 +304,12 @@ class Publisher:
 def recoveries(policy: PolicyLM) -> dict[str, int]:
     """Failures of the engine that were survived since this was last asked, by kind."""
     return {f"engine: {what}": count for what, count in policy.handle.engine.take_counts().items()}
+
+
+def counted_prompts(policy: PolicyLM) -> Callable[[], PromptTokens | None]:
+    """A function that returns the prompts sampled for from now on; None where the engine does not count them."""
+    engine = policy.handle.engine
+    return engine.count_prompts() if isinstance(engine, CountingEngine) else lambda: None
 
 
 def best_versions(reports: Sequence[StepReport], committed: int) -> set[WeightsVersion]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from dspy_fst.engine.base import PromptTokens
 from dspy_fst.fast.evolve import Search
 from dspy_fst.fast.reporting import candidates_told, cycle_report
 from dspy_fst.fast.search_warnings import search_warnings
@@ -87,12 +88,14 @@ class Recorder:
         recovered: Mapping[str, int],
         published: WeightsVersion,
         seconds: Mapping[str, float],
+        prompts: PromptTokens | None,
     ) -> StepReport:
         """Keep what the slow step measured.
 
         Args:
             published: The weights that the step leaves.
             seconds: Of each activity.
+            prompts: Those of its rollouts; None where the engine does not count them.
         """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         rewards = [reward for group in groups for reward in group.rewards]
@@ -110,6 +113,8 @@ class Recorder:
             group_rewards=tuple(_group_rewards(groups)),
             length_penalty=batch.length_penalty,
             judged_by=self._judged_by,
+            prompt_tokens=prompts.in_calls if prompts else None,
+            prompt_tokens_read=prompts.read if prompts else None,
         )
         self.steps.append(report)
         self._run.emit("step", report=report)

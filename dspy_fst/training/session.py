@@ -38,7 +38,7 @@ from dspy_fst.slow.losses.by_name import loss_of
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.update_metrics import in_one_report
 from dspy_fst.training.plan import Cycle, Plan, Schedule
-from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, recoveries
+from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, counted_prompts, recoveries
 from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.request import Proposers
 from dspy_fst.training.reuse import Reuse
@@ -78,9 +78,8 @@ class Session:
     _seconds: Counter[str] = field(default_factory=Counter)
     """Activity -> seconds that the search or step in progress spent on it."""
     _problems: StepProblems = field(init=False)
-    """Of the step in progress."""
     _sampled: Sequence[Rollout] = ()
-    """Of the step in progress."""
+    """Both of the step in progress."""
 
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
@@ -112,8 +111,9 @@ class Session:
             listener(event)
 
     def _begin(self, phase: str, *, quiet: bool = False) -> None:
-        """A search or a step begins: its seconds are counted from here."""
+        """A search or a step begins: its seconds and prompts are counted from here."""
         self._seconds.clear()
+        self._prompts = counted_prompts(self.policy)
         self.phase(phase, quiet=quiet)
 
     @contextmanager
@@ -303,7 +303,9 @@ class Session:
     ) -> None:
         """Keep what the slow step measured, and where one is due the state to go on from."""
         published, recovered, seconds = self.publisher.moved_to, recoveries(self.policy), dict(self._seconds)
-        report = self.recorder.step_done(step, cycle, groups, batch, update, recovered, published, seconds)
+        report = self.recorder.step_done(
+            step, cycle, groups, batch, update, recovered, published, seconds, self._prompts()
+        )
         self.observer.see(report, groups)
         if self.validation and self.plan.validates_after(step):
             self._measure("between", population, population.unique())

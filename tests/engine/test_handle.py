@@ -4,6 +4,8 @@ import gc
 import threading
 
 from dspy_fst import PolicyLM
+from dspy_fst.engine.base import PromptTokens
+from dspy_fst.training.publisher import counted_prompts
 from programs.lab import BASE
 
 WAIT_S = 20
@@ -27,3 +29,16 @@ def test_an_engine_ends_with_the_last_lm_that_held_it():
     gc.collect()
     worker.join(WAIT_S)
     assert not worker.is_alive()
+
+
+def test_prompts_are_counted_from_when_that_was_asked_for():
+    policy = PolicyLM(BASE, engine="in_process", max_tokens=2)
+    policy("hello")
+    count = counted_prompts(policy)
+    assert count() == PromptTokens(0, 0)
+    policy("hello")
+    one = count()
+    assert one.in_calls == one.read > 0
+    policy("hello")
+    assert count() == PromptTokens(2 * one.in_calls, 2 * one.read)
+    policy.release()

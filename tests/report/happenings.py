@@ -86,6 +86,8 @@ def step(
         "counts": COUNTS | (lost or {}),
         "update": UPDATE | update,
         "sampled_tokens": 160,
+        "prompt_tokens": 640,
+        "prompt_tokens_read": 200,
         "seconds": {"sampling": 3.0, "update": 1.0, "publish": 0.5},
     }
     return {"event": "step", "report": report | ({} if predictors is None else {"predictors": predictors})}

@@ -79,6 +79,7 @@ def test_the_names_are_those_of_the_events():
     assert values["train/kl_to_start"] == 0.0
     assert values["train/flat_groups"] == 1
     assert values["train/sampled_tokens"] == 160
+    assert (values["train/prompt_tokens"], values["train/prompt_tokens_read"]) == (640, 200)
     assert values["train/seconds/publish"] == 0.5
     assert values["train/masked/timeout"] == 3
     assert values["train/failed/no_such_tool"] == 1
