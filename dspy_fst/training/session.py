@@ -111,9 +111,8 @@ class Session:
             listener(event)
 
     def _begin(self, phase: str, *, quiet: bool = False) -> None:
-        """A search or a step begins: its seconds and prompts are counted from here."""
+        """A search or a step begins: its seconds are counted from here."""
         self._seconds.clear()
-        self._prompts = counted_prompts(self.policy)
         self.phase(phase, quiet=quiet)
 
     @contextmanager
@@ -136,6 +135,7 @@ class Session:
         for step in self.schedule.steps(cycle):
             self.trainer.prepare()  # nothing is loaded inside a step
             self._problems = step_problems(self.plan, step, self.recorder.comparable)
+            self._prompts = counted_prompts(self.policy)
             yield step
 
     def stop(self, reason: StopReason) -> None:
