@@ -294,7 +294,7 @@ class EngineHandle:
             return engine
 
     def prove_by(self, checkpoint: Checkpoint, prove: Callable[[Scorer], object]) -> None:
-        """Serve these weights, verified at the next load and after each recovery; an engine that runs serves them.
+        """These weights are served, verified when they are loaded next. An engine that runs serves them already.
 
         Args:
             prove: Raises where an engine serves other weights.
@@ -302,6 +302,7 @@ class EngineHandle:
         with self._lock:
             self.checkpoint, self._prove = checkpoint, prove
             if self._engine is not None:
+                self._engine.on_recovery(logger.warning, None)  # the last proof may hold a trainer
                 self._engine.on_recovery(logger.warning, self._prove)
 
     @property

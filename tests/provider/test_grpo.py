@@ -1,6 +1,8 @@
 """DSPy's GRPO on a PolicyLM: it trains on what was sampled, and what it hands over otherwise is left out or refused."""
 
+import gc
 import logging
+import weakref
 
 import dspy
 import pytest
@@ -45,7 +47,7 @@ class Watched:
     """Everything that an LM sampled, and every row that a trainer learnt from."""
 
     def __init__(self, monkeypatch):
-        self.sampled, self.rows, self.per_step = [], [], []
+        self.sampled, self.rows, self.per_step, self.trainer = [], [], [], None
         hear, step = SampledCalls.hear, Trainer.step
 
         def heard(calls, request, completion):
@@ -53,6 +55,7 @@ class Watched:
             hear(calls, request, completion)
 
         def stepped(trainer, batch, **options):
+            self.trainer = weakref.ref(trainer)
             self.rows += [(row.prompt_ids, row.completion_ids, row.logprobs) for row in batch.rows]
             self.per_step.append(batch.counts)
             return step(trainer, batch, **options)
@@ -66,12 +69,14 @@ def test_every_row_is_a_reply_as_it_was_sampled_and_the_lm_learns(tmp_path, monk
     lab = lab_with(lm)
     earlier = lab.program.deepcopy()  # as BetterTogether keeps its candidates
     compiled = optimizer(tmp_path, steps=6, metric=is_near).compile(lab.program, trainset=lab.trainset)
+    gc.collect()
     assert watched.rows
     assert {*watched.rows} <= {*watched.sampled}
     assert [counts["groups"] for counts in watched.per_step] == [4] * 6  # each once, and none of the step before
     assert {counts["rollouts"] for counts in watched.per_step} == {16}
     told = read_json(tmp_path / "grpo-000001" / "job.json")
     assert (told["status"], told["rows"], told["found"], told["steps"]) == ("succeeded", 96, 96, 6)
+    assert watched.trainer() is None  # its memory is free
     assert compiled.solve.lm is lm
     assert lm.checkpoint.version == f"grpo-000001-step-{told['updates']:06d}"
     assert lm.model == str(lm.checkpoint.folder)

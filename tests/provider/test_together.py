@@ -95,7 +95,9 @@ def test_both_train_on_a_server_and_it_serves_what_they_learnt(lab_on_vllm, tmp_
         assert trained.checkpoint.version == "grpo-000001-step-000002"
         assert trained.handle.engine.weights == trained.checkpoint.version
         verify_tensors(trained.handle.engine, trained.checkpoint)
+        held = trained.handle.engine._check
+        assert held is None  # it would hold the trainer
     finally:
-        policy_of(lab.program).handle.engine.load(Checkpoint("base", BASE))
         policy_of(lab.program).release()
+        assert lm.handle.ready().weights == "base"  # as others expect of the server
         lm.release()
