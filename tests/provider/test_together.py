@@ -43,8 +43,12 @@ def fine_tuner(folder):
     return dspy.BootstrapFinetune(metric=any_reply, num_threads=16, train_kwargs=how)
 
 
-def test_fst_goes_on_from_what_bootstrap_finetune_has_learnt_and_every_candidate_keeps_its_weights(tmp_path):
-    lm = policy(engine_options={"linger_s": 60.0})
+@pytest.mark.parametrize("engine", ["in_process", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_fst_goes_on_from_what_bootstrap_finetune_has_learnt_and_every_candidate_keeps_its_weights(
+    engine, request, tmp_path
+):
+    options = request.getfixturevalue("lab_on_vllm").vllm if engine == "vllm" else {"linger_s": 60.0}
+    lm = policy(engine=engine, engine_options=options)
     lab = lab_with(lm, train=16, val=4)
     fst = FSTOptimizer(metric=lab.metric, propose=propose, run_dir=tmp_path / "fst", **FST)
     together = dspy.BetterTogether(metric=any_reply, w=fine_tuner(tmp_path / "jobs"), fst=fst)
@@ -68,6 +72,8 @@ def test_fst_goes_on_from_what_bootstrap_finetune_has_learnt_and_every_candidate
     assert tried["w -> fst"].checkpoint.folder.parent == start.parent
     for each in tried.values():
         each.release()
+    assert lm.handle.ready().weights == "base"  # as others expect of the server
+    lm.release()
 
 
 @pytest.mark.vllm
