@@ -1,6 +1,11 @@
 """What is compared. An arm is a change of one recipe; whatever it does not name is the same for all."""
 
+from collections.abc import Callable
 from typing import Any
+
+import dspy
+
+from dspy_fst import TeleprompterSearch
 
 RECIPE: dict[str, Any] = {
     "cycles": 4,
@@ -80,7 +85,18 @@ LOSSES: dict[str, dict[str, Any]] = {
 """FST with another loss than CISPO, all else alike. With one update a batch the clips hardly act, so what differs is
 the advantage and the mean over tokens."""
 
-ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA, **LOSSES}
+FAST: dict[str, Callable[[], TeleprompterSearch]] = {
+    "copro": lambda: TeleprompterSearch(dspy.COPRO, breadth=3, depth=2),
+    "mipro": lambda: TeleprompterSearch(
+        dspy.MIPROv2, auto=None, num_candidates=6, num_trials=10, minibatch=False, max_bootstrapped_demos=0,
+        max_labeled_demos=0,
+    ),
+    "simba": lambda: TeleprompterSearch(dspy.SIMBA, bsize=8, num_candidates=3, max_steps=2, max_demos=0),
+}  # fmt: skip
+"""FST with another optimizer in GEPA's place, at the same rollouts: their sizes are such that each comes to its end
+within the budget of one search. They ask `programs.lab.prompt_lm`, which reads as much as GEPA's proposer does."""
+
+ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA, **LOSSES, **{name: {} for name in FAST}}
 
 TUNED = (
     *("fst", "rl", "gepa_then_rl"),
@@ -142,6 +158,9 @@ ABOUT = {
     "dr_grpo": "FST with Dr. GRPO's loss: no division by a length or a standard deviation",
     "gspo": "FST with GSPO's loss: importance weights of whole replies",
     "rloo": "FST with RLOO: REINFORCE against the mean of the other rollouts",
+    "copro": "FST whose searches are COPRO's",
+    "mipro": "FST whose searches are MIPROv2's, without demos",
+    "simba": "FST whose searches are SIMBA's, without demos",
     "rft": "FST that learns from the best rollouts of each problem alone (rejection sampling)",
     **dict.fromkeys(SENSITIVITY, "FST with this number changed"),
 }

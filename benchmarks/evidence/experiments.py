@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.arms import ARMS, LORA, LOSSES, MAIN, OPTIONS, RECIPE, SENSITIVITY, VARIANTS, tuned_as
+from benchmarks.evidence.arms import ARMS, FAST, LORA, LOSSES, MAIN, OPTIONS, RECIPE, SENSITIVITY, VARIANTS, tuned_as
 from benchmarks.evidence.places import (
     BY_LENGTH,
     CEILING,
@@ -114,6 +114,11 @@ def losses(place: Place, seeds: range) -> Stages:
     return [_each(("fst", *LOSSES), (WORLD, BY_LENGTH), seeds)]
 
 
+def fast_seat(place: Place, seeds: range) -> Stages:
+    """Another optimizer in GEPA's place, at equal rollouts, on the main world and where problems need other advice."""
+    return [_each(("fst", *FAST), (WORLD, BY_LENGTH), seeds)]
+
+
 def plasticity(place: Place, seeds: range) -> Stages:
     """RL on a second task from each arm's weights, and from the base."""
     first = _each(CARRIED, {world: None for pair in PAIRS for world in pair}, seeds)
@@ -168,6 +173,7 @@ EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {
         variants_elsewhere,
         options,
         losses,
+        fast_seat,
         plasticity,
         continual,
         sensitivity,

@@ -18,7 +18,7 @@ from typing import Any
 
 import transformers
 
-from benchmarks.evidence.arms import ARMS, RECIPE
+from benchmarks.evidence.arms import ARMS, FAST, RECIPE
 from benchmarks.evidence.marks import base_mark, world_mark
 from dspy_fst import FSTOptimizer, PolicyLM, load, save
 from dspy_fst.engine.base import Checkpoint
@@ -36,6 +36,7 @@ from dspy_fst.types import Candidate, Problem, Rollout, version_of
 from programs.lab import BASE, FeedbackProposer, build
 from programs.lab.measure import load as load_model
 from programs.lab.pretrain import one_thread, told_accuracy
+from programs.lab.prompt_lm import prompt_lm
 
 INTERVAL = 3
 PROBLEMS, SAMPLES = 96, 2
@@ -99,7 +100,7 @@ def make(run: Run, out: Path) -> None:
         student.set_lm(PolicyLM(run.weights, engine="in_process", max_tokens=16))
     optimizer = FSTOptimizer(
         metric=lab.metric,
-        propose=FeedbackProposer(seed=run.seed),
+        **_proposer(run),
         run_dir=out / "run",
         seed=run.seed,
         keep_weights=KEEP_ALL,
@@ -124,6 +125,13 @@ def make(run: Run, out: Path) -> None:
     write_json(out / "result.json", result)
     shutil.rmtree(out / "run" / "weights")
     shutil.rmtree(out / "run" / "states")
+
+
+def _proposer(run: Run) -> dict[str, Any]:
+    """Who searches, and who proposes texts. They are no part of the recipe, which is recorded as plain settings."""
+    if run.arm in FAST:
+        return {"fast": FAST[run.arm](), "reflection_lm": prompt_lm(run.seed)}
+    return {"propose": FeedbackProposer(seed=run.seed)}
 
 
 class Measurer:

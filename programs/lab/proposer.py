@@ -57,7 +57,7 @@ class FeedbackProposer:
         read = rng.sample(list(records), min(self.reads, len(records)))
         self._tell_unread(read)
         chain = guess_rule(read, rng)
-        news = [rng.choice(REMARKS)] if chain is None else [_state(chain, rng)]
+        news = [rng.choice(REMARKS)] if chain is None else [in_words(chain, rng)]
         if rng.random() < self.rewrite:
             kept = [rng.choice(OPENERS)] if rng.random() < 0.5 else []
         else:
@@ -120,6 +120,7 @@ def _sentences(text: str) -> list[str]:
     return [sentence for sentence in re.split(r"(?<=\.)\s+", text.strip()) if sentence]
 
 
-def _state(chain: Chain, rng: random.Random) -> str:
+def in_words(chain: Chain, rng: random.Random) -> str:
+    """The rule as an instruction, in one of several wordings. Not all of them are ones that the base model has met."""
     wordings = [rng.choice((*BY_NAME[name].wordings, BY_NAME[name].unheard)) for name in chain]
     return say(tuple(wordings), rng)
