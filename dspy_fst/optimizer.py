@@ -11,10 +11,12 @@ from dspy.teleprompt import Teleprompter
 
 from dspy_fst.config import unknown_settings
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.fast.evolve import GEPAOptions
 from dspy_fst.model_files.reach import IN_A_RUN_S
 from dspy_fst.monitoring.progress import ProgressView, log_ending
 from dspy_fst.monitoring.tracking import Track, Tracking, trackers_of
 from dspy_fst.preflight.argument_checks import argument_faults
+from dspy_fst.preflight.gepa_names import gepa_faults, gepa_kwargs_faults, selector_fault
 from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.interrupts import ctrl_c_as_sentence, signals_raise
 from dspy_fst.training.request import Arguments, Proposers, check
@@ -41,6 +43,9 @@ class FSTOptimizer(Teleprompter):
         reflection_lm: dspy.LM | None = None,
         propose: Callable[..., dict[str, str]] | None = None,
         code_proposer: Callable[..., dict[str, str]] | None = None,
+        instruction_proposer: Callable[..., dict[str, str]] | None = None,
+        component_selector: Callable[..., list[str]] | None = None,
+        gepa_kwargs: Mapping[str, Any] | None = None,
         fast: "FastOptimizer | Teleprompter | Maker | None" = None,
         run_dir: str | Path | None = None,
         auto: Literal["light", "medium", "heavy"] | None = None,
@@ -66,6 +71,11 @@ class FSTOptimizer(Teleprompter):
             code_proposer: A proposer of sources for the program's dspy.Flex modules: DSPy's ``(candidate,
                 reflective_dataset, components_to_update, task_descriptions, context_blurbs) -> {component: source}``.
                 Without it ``reflection_lm`` writes them.
+            instruction_proposer: dspy.GEPA's: as ``propose``, but ``reflection_lm`` may be given beside it, as the LM
+                of its context, e.g. for ``dspy.teleprompt.gepa.InstructionProposer(skills=...)``.
+            component_selector: dspy.GEPA's: a function that chooses the texts which a proposal changes. The built-in
+                ones are the setting ``components``.
+            gepa_kwargs: Of gepa.optimize: ``callbacks`` and ``stop_callbacks``, as lists.
             fast: Searches for texts and demos in GEPA's place: a DSPy optimizer or its class, e.g. ``dspy.SIMBA``; with
                 arguments of its ``compile`` ``TeleprompterSearch(dspy.MIPROv2, auto=None, num_trials=12)``; or a
                 `dspy_fst.fast.fast_optimizer.FastOptimizer`.
@@ -92,10 +102,18 @@ class FSTOptimizer(Teleprompter):
         switches = {"track_stats": track_stats, "progress": progress, "show_samples": show_samples}
         faults += argument_faults(run_dir, listeners, **switches)
         own = inspect.signature(FSTOptimizer).parameters
-        if faults := [*unknown_settings(recipe, [name for name in own if name != "recipe"]), *faults]:
+        of_gepa = gepa_faults(recipe)
+        unknown = [name for name in recipe if name not in of_gepa]
+        faults = [*of_gepa.values(), *gepa_kwargs_faults(gepa_kwargs), *faults]
+        faults += [fault] if (fault := selector_fault(component_selector)) else []
+        if propose is not None and instruction_proposer is not None:
+            faults.append("propose and instruction_proposer are both given, and are the same thing; remove one of them")
+        if faults := [*unknown_settings(unknown, [name for name in own if name != "recipe"]), *faults]:
             raise ConfigurationError(faults)
         self.metric, self.reflection_lm, self.propose = metric, reflection_lm, propose
         self.code_proposer, self.fast = code_proposer, fast
+        self.instruction_proposer = instruction_proposer
+        self.component_selector, self.gepa_kwargs = component_selector, dict(gepa_kwargs or {})
         self.run_dir, self.track_stats, self.progress = run_dir, track_stats, progress
         self.show_samples = show_samples
         self.listeners = tuple(listeners)
@@ -177,10 +195,19 @@ class FSTOptimizer(Teleprompter):
             metric=self.metric,
             valset=valset,
             teacher=teacher,
-            proposers=Proposers(self.reflection_lm, self.propose, self.code_proposer, self.fast),
+            proposers=self._proposers(),
             run_dir=self.run_dir,
             settings=self.recipe,
         )
+
+    def _proposers(self) -> Proposers:
+        options = GEPAOptions(
+            self.component_selector,
+            tuple(self.gepa_kwargs.get("callbacks", ())),
+            tuple(self.gepa_kwargs.get("stop_callbacks", ())),
+        )
+        proposer = self.propose or self.instruction_proposer
+        return Proposers(self.reflection_lm, proposer, self.code_proposer, self.fast, options, self.propose is not None)
 
 
 def alternate(run: "Session") -> Population:

@@ -18,6 +18,7 @@ import dspy
 import gepa
 from gepa.core.callbacks import GEPACallback, ValsetEvaluatedEvent
 from gepa.core.result import GEPAResult
+from gepa.proposer.reflective_mutation.base import ReflectionComponentSelector
 from gepa.proposer.reflective_mutation.reflection_lm import ReflectionLM
 from gepa.utils.stop_condition import StopperProtocol
 
@@ -37,6 +38,18 @@ from dspy_fst.types import Candidate, Population, Problem, Rollout
 logger = logging.getLogger(__name__)
 GIVE_UP = 6
 """A search ends after so many failed reflections when none succeeded (ours; gepa tries each twice)."""
+
+
+@dataclass(frozen=True)
+class GEPAOptions:
+    """What a user hands to gepa itself: objects, where the settings are plain values."""
+
+    component_selector: ReflectionComponentSelector | None = None
+    """Which texts a proposal changes; None: as ``components`` says."""
+    callbacks: tuple[GEPACallback, ...] = ()
+    """gepa's callbacks. A search that goes on after a kill tells them its first part again."""
+    stop_callbacks: tuple[StopperProtocol, ...] = ()
+    """gepa's further reasons to end a search."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,7 @@ def evolve(
     reflection_lm: dspy.LM | None = None,
     on_candidate: Callable[[Candidate, float], None] = lambda candidate, score: None,
     journal: SearchJournal | None = None,
+    options: GEPAOptions | None = None,
 ) -> Search:
     """Evolve the population's texts on the anchors.
 
@@ -102,6 +116,7 @@ def evolve(
         code_proposer: Proposes new sources for dspy.Flex modules; else ``reflection_lm`` does.
         on_candidate: Called with each accepted candidate and its mean anchor score.
         journal: Records paid operations; a search that is repeated with it pays only for the rest.
+        options: What the user hands to gepa.
 
     Raises:
         ReflectionError: every reflection failed.
@@ -114,7 +129,9 @@ def evolve(
         feedback, propose, code_proposer, reflection_lm, seed, settings.reflection_tokens, settings.protected
     )
     adapter = BankedAdapter(program, bank, reflection, journal)
-    searching = _Searching(program, bank, adapter, population.unique(), anchors, settings, size, budget, seed)
+    searching = _Searching(
+        program, bank, adapter, population.unique(), anchors, settings, size, budget, seed, options or GEPAOptions()
+    )
     seed_scores = score_seeds(bank, searching.seeds, anchors)
     with _removed_if_all_failed(journal):
         result = searching.optimize(seed_scores, on_candidate)
@@ -137,6 +154,7 @@ class _Searching:
     budget: int
     """Fresh rollouts, beyond those that score the seeds."""
     seed: int
+    options: GEPAOptions
 
     @property
     def reflections(self) -> Reflections:
@@ -159,7 +177,7 @@ class _Searching:
                 adapter=self.adapter,
                 reflection_minibatch_size=self.settings.reflection_minibatch,
                 perfect_score=self.settings.perfect_score,
-                module_selector=self.settings.components,
+                module_selector=self.options.component_selector or self.settings.components,
                 cache_evaluation=False,  # the bank answers; gepa's cache would never ask again for a masked rollout
                 sampling_strategy=tasks,
                 reflection_strategy=cast(ReflectionLM, self.reflections),
@@ -169,7 +187,7 @@ class _Searching:
                 track_best_outputs=False,
                 use_cloudpickle=True,
                 run_dir=folder,
-                callbacks=[cast(GEPACallback, _Watch(on_candidate))],  # each of its methods is optional
+                callbacks=[cast(GEPACallback, _Watch(on_candidate)), *self.options.callbacks],  # methods are optional
                 logger=_Log(),
                 seed=self.seed,
             )
@@ -205,6 +223,7 @@ class _Searching:
             lambda gepa_state: tasks.drawn >= self._most_proposals,
             lambda gepa_state: self.reflections.all_failed and self.reflections.counts["reflections_failed"] >= GIVE_UP,
             lambda gepa_state: self.reflections.stopped_by is not None,
+            *self.options.stop_callbacks,
         ]
 
     def _refuse_failed_search(self) -> None:

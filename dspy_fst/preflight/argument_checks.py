@@ -27,10 +27,20 @@ def argument_faults(run_dir: object, listeners: object, **switches: object) -> l
 
 
 def search_faults(
-    config: FSTConfig | None, metric: object, reflection_lm: object, propose: object, fast: object = None
+    config: FSTConfig | None,
+    metric: object,
+    reflection_lm: object,
+    propose: object,
+    fast: object = None,
+    *,
+    exclusive: bool = True,
 ) -> list[str]:
     """Faults of the metric, the reflection LM and the proposer. Another optimizer than GEPA may need none of the two
-    (`dspy_fst.preflight.fast_checks`)."""
+    (`dspy_fst.preflight.fast_checks`).
+
+    Args:
+        exclusive: Whether a proposer and a reflection LM exclude each other.
+    """
     faults = [fault] if (fault := _metric_fault(metric)) else []
     searches = (config is None or config.method != "rl") and fast is None
     if searches and reflection_lm is None and propose is None:
@@ -38,7 +48,7 @@ def search_faults(
             "reflection_lm: GEPA needs an LM that proposes instructions; pass reflection_lm=dspy.LM(...), a strong and "
             "frozen one; or propose=..., a function that proposes without an LM; or method='rl', which searches nothing"
         )
-    if reflection_lm is not None and propose is not None:
+    if reflection_lm is not None and propose is not None and exclusive:
         faults.append("propose and reflection_lm are both given: only propose would be asked; remove one of them")
     if propose is not None and (fault := proposer_fault(propose)):
         faults.append(fault)

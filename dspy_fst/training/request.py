@@ -13,6 +13,7 @@ from dspy.teleprompt import Teleprompter
 from dspy_fst.config import AUTO_CYCLES, FSTConfig, make_config
 from dspy_fst.engine.machine import launch_faults
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.fast.evolve import GEPAOptions
 from dspy_fst.fast.fast_optimizer import FastOptimizer
 from dspy_fst.fast.gepa_adapter import Propose, ProposeCode
 from dspy_fst.fast.search_settings import own_texts
@@ -79,6 +80,15 @@ class Proposers:
     """A proposer of sources for dspy.Flex modules."""
     fast: "FastOptimizer | Teleprompter | Maker | None" = None
     """Searches in GEPA's place; None: GEPA searches."""
+    gepa: GEPAOptions = field(default_factory=GEPAOptions)
+    alone: bool = True
+    """Whether the proposer needs no reflection LM beside it (``propose``), or may ask it (``instruction_proposer``)."""
+
+    @property
+    def of_search(self) -> dict[str, object]:
+        """The arguments of a search."""
+        given = {"propose": self.propose, "code_proposer": self.code_proposer, "reflection_lm": self.reflection_lm}
+        return {**given, "options": self.gepa}
 
 
 @dataclass(frozen=True)
@@ -183,7 +193,9 @@ def _faults_of_arguments(
     yield from data_faults(given.trainset, given.valset, config)
     yield from valset_faults(config, given.valset)
     yield from input_faults(student, given.trainset, given.valset)
-    yield from search_faults(config, given.metric, proposers.reflection_lm, proposers.propose, proposers.fast)
+    beside = proposers.alone or proposers.propose is None
+    lm = proposers.reflection_lm
+    yield from search_faults(config, given.metric, lm, proposers.propose, proposers.fast, exclusive=beside)
     yield from text_faults(config, student, proposers.reflection_lm or proposers.fast, proposers.code_proposer)
     yield from fast_faults(config, proposers.fast, proposers.reflection_lm, proposers.propose, proposers.code_proposer)
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}

@@ -176,11 +176,9 @@ class Session:
             size=self.config.population_size,
             budget=cycle.search_budget,
             seed=random.Random(f"{self.config.seed} search {cycle.index}").getrandbits(31),
-            propose=self.proposers.propose,
-            code_proposer=self.proposers.code_proposer,
-            reflection_lm=self.proposers.reflection_lm,
             on_candidate=self.recorder.candidate,
             journal=self._journal,
+            **self.proposers.of_search,
         )
 
     def commit_search(self, cycle: Cycle, search: Search) -> None:

@@ -93,17 +93,19 @@ class Seated:
         self.batches.append(list(wanted))
         return self.rollouter.rollout([Task(*wish) for wish in wanted], "search-0")
 
-    def search(self, fast, population=None, journal=None, size=2, budget=200, seed=3, anchors=ANCHORS, **settings):
+    def search(self, fast, population=None, journal=None, size=2, budget=200, seed=3, anchors=ANCHORS, **given):
+        of_gepa = {name: given.pop(name) for name in ("options", "propose", "feedback") if name in given}
         population = population or Population.of_seed(read_texts(self.program), 2)
         return searcher(fast, THREADS)(
             population,
             anchors,
             self.program,
             play=self.play,
-            settings=SearchSettings(**settings),
+            settings=SearchSettings(**given),
             size=size,
             budget=budget,
             seed=seed,
             reflection_lm=self.lm,
             journal=journal,
+            **of_gepa,
         )
