@@ -21,6 +21,13 @@ SKILLS = ("even", "odd")
 THREADS = 4
 
 
+class WithDemos(SearchSettings):
+    """Of a run whose candidates hold demos."""
+
+    max_bootstrapped_demos: int = 2
+    max_labeled_demos: int = 1
+
+
 class Asks(dspy.Module):
     def __init__(self):
         super().__init__()
@@ -95,13 +102,14 @@ class Seated:
 
     def search(self, fast, population=None, journal=None, size=2, budget=200, seed=3, anchors=ANCHORS, **given):
         of_gepa = {name: given.pop(name) for name in ("options", "propose", "feedback") if name in given}
-        population = population or Population.of_seed(read_texts(self.program), 2)
+        demos = given.pop("demos", False)
+        population = population or Population.of_seed(read_texts(self.program, demos=demos), 2)
         return searcher(fast, THREADS)(
             population,
             anchors,
             self.program,
             play=self.play,
-            settings=SearchSettings(**given),
+            settings=(WithDemos if demos else SearchSettings)(**given),
             size=size,
             budget=budget,
             seed=seed,

@@ -8,7 +8,7 @@ import pytest
 from dspy_fst.errors import FastOptimizerError, MeasurementError
 from dspy_fst.fast.teleprompter_search import TeleprompterSearch
 from dspy_fst.outcomes.outcome import Outcome
-from dspy_fst.rollout.components import read_texts
+from dspy_fst.rollout.components import MADE_OF, demos_in, problem_mark, read_texts
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.types import Candidate, Population, Problem
 from tests.fast.seats import ANCHORS, SKILLS, Seated
@@ -241,3 +241,14 @@ def test_problems_with_the_same_inputs_are_one_anchor():
     twins = [*ANCHORS, Problem(99, dspy.Example(question="0", answer="no").with_inputs("question"))]
     search = Seated().search(Scripted("The even ones."), anchors=twins)
     assert len(search.scores[0]) == len(ANCHORS)
+
+
+def test_demos_are_kept_with_the_mark_of_their_problem_where_candidates_hold_any():
+    optimizer = TeleprompterSearch(dspy.BootstrapFewShotWithRandomSearch, num_candidate_programs=2)
+    search = Seated().search(optimizer, demos=True)
+    demos = [demo for each in search.candidates for demo in demos_in(each.texts["answer.demos[*]"])]
+    marks = {problem.example.question: problem_mark(problem.example) for problem in ANCHORS}
+    assert {demo.get("augmented", False) for demo in demos} == {True, False}
+    assert all(demo[MADE_OF] == marks[demo["question"]] for demo in demos)
+    assert all(demo["answer"] == "yes" for demo in demos)
+    assert search.rollouts <= 200 + len(ANCHORS)
