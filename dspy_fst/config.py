@@ -216,6 +216,11 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, WarmStart, Al
                 "seed_kl_teacher='population' does nothing at seed_kl_coefficient=0; set it to 0.1 or so, or leave the "
                 "teacher out"
             )
+        if self.seed_kl_teacher == "population" and self.demos_evolve:
+            raise ValueError(
+                "seed_kl_teacher='population' distils instructions only, and max_bootstrapped_demos or "
+                "max_labeled_demos lets demos change too; leave the demos out, or use seed_kl_teacher='seed'"
+            )
         if self.seed_kl_teacher == "population" and self.tool_descriptions == "evolved":
             raise ValueError(
                 "seed_kl_teacher='population' distils instructions only, and tool_descriptions='evolved' lets other "

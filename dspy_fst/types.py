@@ -17,6 +17,7 @@ from typing import Any, Literal
 import dspy
 
 from dspy_fst.errors import TrainingError
+from dspy_fst.formatting.demo_texts import readable
 from dspy_fst.formatting.tables import TextTable
 from dspy_fst.outcomes.outcome import Outcome
 
@@ -96,7 +97,7 @@ class Population:
                 member.digest,
                 "not scored" if (score := score_of[member.digest]) is None else f"{score:.3f}",
                 str(copies[member.digest]),
-                "\n".join(f"{name}: {text}" for name, text in member.texts.items()),
+                "\n".join(f"{name}: {readable(name, text)}" for name, text in member.texts.items()),
             ]
             for member in self.unique()
         ]

@@ -96,7 +96,13 @@ FAST: dict[str, Callable[[], TeleprompterSearch]] = {
 """FST with another optimizer in GEPA's place, at the same rollouts: their sizes are such that each comes to its end
 within the budget of one search. They ask `programs.lab.prompt_lm`, which reads as much as GEPA's proposer does."""
 
-ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA, **LOSSES, **{name: {} for name in FAST}}
+DEMOS: dict[str, dict[str, Any]] = {
+    "demos": {"max_bootstrapped_demos": 4, "max_demo_tokens": 300},
+    "labeled_demos": {"max_labeled_demos": 4, "max_demo_tokens": 300},
+}
+"""FST whose candidates hold demos beside the instruction, at the same rollouts."""
+
+ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA, **LOSSES, **DEMOS, **{name: {} for name in FAST}}
 
 TUNED = (
     *("fst", "rl", "gepa_then_rl"),
@@ -162,5 +168,7 @@ ABOUT = {
     "mipro": "FST whose searches are MIPROv2's, without demos",
     "simba": "FST whose searches are SIMBA's, without demos",
     "rft": "FST that learns from the best rollouts of each problem alone (rejection sampling)",
+    "demos": "FST whose candidates hold bootstrapped demos, too",
+    "labeled_demos": "FST whose candidates hold demos from the labels, too",
     **dict.fromkeys(SENSITIVITY, "FST with this number changed"),
 }

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.arms import ARMS, FAST, LORA, LOSSES, MAIN, OPTIONS, RECIPE, SENSITIVITY, VARIANTS, tuned_as
+from benchmarks.evidence.arms import ARMS, DEMOS, FAST, LORA, LOSSES, MAIN, OPTIONS, RECIPE, SENSITIVITY, VARIANTS, tuned_as
 from benchmarks.evidence.places import (
     BY_LENGTH,
     CEILING,
@@ -119,6 +119,11 @@ def fast_seat(place: Place, seeds: range) -> Stages:
     return [_each(("fst", *FAST), (WORLD, BY_LENGTH), seeds)]
 
 
+def demos(place: Place, seeds: range) -> Stages:
+    """Candidates with demos beside those of an instruction alone, on the main world."""
+    return [_each(("fst", *DEMOS), (WORLD,), seeds)]
+
+
 def plasticity(place: Place, seeds: range) -> Stages:
     """RL on a second task from each arm's weights, and from the base."""
     first = _each(CARRIED, {world: None for pair in PAIRS for world in pair}, seeds)
@@ -174,6 +179,7 @@ EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {
         options,
         losses,
         fast_seat,
+        demos,
         plasticity,
         continual,
         sensitivity,

@@ -26,7 +26,7 @@ from dspy_fst.evaluation.run_reader import RunReader
 from dspy_fst.evaluation.two_by_two_table import drift_of
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.report.costs import step_rollouts
-from dspy_fst.rollout.components import read_texts
+from dspy_fst.rollout.components import texts_like
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
@@ -92,7 +92,6 @@ def make(run: Run, out: Path) -> None:
     transformers.logging.disable_progress_bar()
     made_at, marks = commit(), run.marks()
     lab = build(run.world, seed=run.seed, test=PROBLEMS)
-    seed = read_texts(lab.program)
     if run.carry:
         student = load(Path(run.base) / "final", lab.program)
     else:
@@ -110,7 +109,9 @@ def make(run: Run, out: Path) -> None:
     compiled = optimizer.compile(student, trainset=lab.trainset, valset=lab.valset)
     policy = policy_of(compiled)
     rollouter = Rollouter(compiled, Reward(lab.metric), RolloutSettings(), policy.handle.engine.expect, seed=run.seed)
-    measurer = Measurer(RunReader.of(out / "run"), rollouter, policy, (seed, read_texts(compiled)), lab.testset)
+    like = compiled.population.best
+    texts = texts_like(like, lab.program), texts_like(like, compiled)
+    measurer = Measurer(RunReader.of(out / "run"), rollouter, policy, texts, lab.testset)
     steps = measurer.steps(run.interval)
     under_seed = measurer.steps(run.seed_interval)
     lines = [measurer.line(step, ("seed", "evolved") if step in under_seed else ("evolved",)) for step in steps]
@@ -121,7 +122,7 @@ def make(run: Run, out: Path) -> None:
     policy.release()
     entropy = [[s.step, s.update.entropy] for s in measurer.past.record.steps if s.update.tokens]
     result = {**asdict(run), "recipe": run.recipe, "commit": made_at, "marks": marks, "lines": lines, "cells": cells}
-    result |= {"other instructions": others, "entropy": entropy, "instruction": dict(read_texts(compiled).texts)}
+    result |= {"other instructions": others, "entropy": entropy, "instruction": dict(measurer.compiled.texts)}
     write_json(out / "result.json", result)
     shutil.rmtree(out / "run" / "weights")
     shutil.rmtree(out / "run" / "states")

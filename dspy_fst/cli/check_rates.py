@@ -77,7 +77,7 @@ def measure_rates(opened: "Opened", config: "FSTConfig", planned_rollouts: int) 
         helps = remedies(rollouts, rollouter, opened.trainset, policy, config)
     finally:
         policy.release()
-    if faults := [*context_faults(policy, rollouts), *_unmeasured(rollouts)]:
+    if faults := [*context_faults(policy, rollouts, config.demo_tokens), *_unmeasured(rollouts)]:
         raise ConfigurationError(faults)
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     return {

@@ -268,6 +268,7 @@ def _adapters(record: "RunRecord") -> tuple[Sequence[str], list[list[str]]]:
 
 
 def _print_population(out: "Printer", record: "RunRecord") -> None:
+    from dspy_fst.formatting.demo_texts import readable
     from dspy_fst.formatting.numbers import number
 
     members = _members(record)
@@ -279,7 +280,7 @@ def _print_population(out: "Printer", record: "RunRecord") -> None:
         score = f"score {number(node.last_score)}, validation {number(node.validation)}"
         out.line(f"{node.digest} x{copies}: {score}, {born}")
         for name, text in node.texts.items():
-            out.line(f"  {name}: " + text.replace("\n", "\n    "))
+            out.line(f"  {name}: " + readable(name, text).replace("\n", "\n    "))
 
 
 def _costs(record: "RunRecord") -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from gepa.proposer.reflective_mutation.reflection_lm import ReflectionLM
 from gepa.utils.stop_condition import StopperProtocol
 
 from dspy_fst.errors import MeasurementError, ReflectionError
+from dspy_fst.fast.demos import DemoDraws, DemoSource, DemosTakeTurns
 from dspy_fst.fast.gepa_adapter import BankedAdapter, Feedback, Propose, ProposeCode, Reflection
 from dspy_fst.fast.journal_protocol import NoJournal, SearchJournal
 from dspy_fst.fast.pareto import mean, top_k
@@ -68,6 +69,7 @@ class Search:
     reused: int
     counts: Counter[str]
     """``reflections``, ``reflections_failed``, ``lines_restored``, ``texts_mended``, ``texts_refused``, ``accepted``,
+    ``demo_proposals``, ``demos_cut``, ``demos_not_written`` (calls with a value that JSON cannot hold),
     ``unmeasured`` (anchors of candidates without a score), what the reflection LM's calls cost
     (`dspy_fst.fast.reflection_cost.COUNTS`), and failed and masked rollouts by `Outcome.label`."""
     warned: tuple[str, ...] = ()
@@ -98,6 +100,7 @@ def evolve(
     seed: int = 0,
     propose: Propose | None = None,
     code_proposer: ProposeCode | None = None,
+    demo_source: DemoSource | None = None,
     reflection_lm: dspy.LM | None = None,
     on_candidate: Callable[[Candidate, float], None] = lambda candidate, score: None,
     journal: SearchJournal | None = None,
@@ -113,6 +116,7 @@ def evolve(
         budget: Fresh rollouts of the search; scoring the carried population comes on top (paper, App. D).
         seed: Of gepa's draws.
         propose: Proposes new texts without a reflection LM; else ``reflection_lm`` reflects.
+        demo_source: Labels, and the tokenizer, where demos evolve.
         code_proposer: Proposes new sources for dspy.Flex modules; else ``reflection_lm`` does.
         on_candidate: Called with each accepted candidate and its mean anchor score.
         journal: Records paid operations; a search that is repeated with it pays only for the rest.
@@ -125,12 +129,12 @@ def evolve(
     """
     journal = journal or NoJournal()
     bank = RolloutBank(play, program, journal, calls=settings.reuse_rollouts)
-    reflection = Reflection(
-        feedback, propose, code_proposer, reflection_lm, seed, settings.reflection_tokens, settings.protected
-    )
+    draws = DemoDraws(program, anchors, bank.fresh, settings, demo_source or DemoSource(), seed)
+    kept, tokens = settings.protected, settings.reflection_tokens
+    reflection = Reflection(feedback, propose, code_proposer, reflection_lm, seed, tokens, kept, draws.drawn)
     adapter = BankedAdapter(program, bank, reflection, journal)
     searching = _Searching(
-        program, bank, adapter, population.unique(), anchors, settings, size, budget, seed, options or GEPAOptions()
+        program, bank, adapter, draws, population.unique(), anchors, settings, size, budget, seed, options or GEPAOptions()
     )
     seed_scores = score_seeds(bank, searching.seeds, anchors)
     with _removed_if_all_failed(journal):
@@ -145,6 +149,7 @@ class _Searching:
     program: dspy.Module
     bank: RolloutBank
     adapter: BankedAdapter
+    draws: DemoDraws
     seeds: Sequence[Candidate]
     """The carried population, without repetition."""
     anchors: Sequence[Problem]
@@ -177,7 +182,7 @@ class _Searching:
                 adapter=self.adapter,
                 reflection_minibatch_size=self.settings.reflection_minibatch,
                 perfect_score=self.settings.perfect_score,
-                module_selector=self.options.component_selector or self.settings.components,
+                module_selector=self._selector,
                 cache_evaluation=False,  # the bank answers; gepa's cache would never ask again for a masked rollout
                 sampling_strategy=tasks,
                 reflection_strategy=cast(ReflectionLM, self.reflections),
@@ -193,6 +198,12 @@ class _Searching:
             )
         self._refuse_failed_search()
         return result
+
+    @property
+    def _selector(self) -> ReflectionComponentSelector | str:
+        """Which components the next proposal changes."""
+        select = self.options.component_selector or self.settings.components
+        return DemosTakeTurns(select, self.draws) if self.settings.demos_evolve else select
 
     @property
     def _most_proposals(self) -> int:
@@ -260,7 +271,7 @@ class _Searching:
             rollouts=len(self.bank.fresh),
             sampled_tokens=self.bank.sampled_tokens,
             reused=self.bank.reused,
-            counts=self.reflections.counts + counts + lost,
+            counts=self.reflections.counts + self.draws.counts + counts + lost,
             warned=tuple(sorted(self.reflections.warned)),
             dollars=self.reflections.dollars,
             played=tuple(self.bank.fresh),

@@ -14,10 +14,11 @@ from gepa.core.adapter import EvaluationBatch
 
 from dspy_fst.fast.journal_protocol import SearchJournal
 from dspy_fst.fast.reflection_cost import CostMeter
-from dspy_fst.fast.reflections import Reflections, ReflectiveDataset, Texts
+from dspy_fst.fast.reflections import DrawDemos, Reflections, ReflectiveDataset, Texts
 from dspy_fst.fast.reflective_dataset import Record, asked_for, bounded
 from dspy_fst.fast.rollout_bank import RolloutBank
 from dspy_fst.fast.seeding import UNMEASURED
+from dspy_fst.formatting.demo_texts import is_demos
 from dspy_fst.rollout.components import is_tool, predictor_of, with_texts
 from dspy_fst.rollout.parse_failures import Entry
 from dspy_fst.rollout.reward import Feedback
@@ -55,6 +56,8 @@ class Reflection:
     """Estimated tokens of one run that a reflection is shown at most."""
     protected: Mapping[str, Sequence[str]]
     """Component -> lines of its text that every proposal keeps."""
+    draw_demos: DrawDemos
+    """Proposes demos."""
 
 
 class Trajectory(TypedDict):
@@ -114,6 +117,7 @@ class BankedAdapter(DspyAdapter):
             self._proposed,
             journal,
             reflection.protected,
+            reflection.draw_demos,
             self._flex_paths,
             CostMeter(reflection.lm),
             # Warnings are collected from the user's proposer only: those of a reflection LM are its library's.
@@ -179,19 +183,24 @@ class BankedAdapter(DspyAdapter):
 
         DSPy tells predictors apart by signature, and would mix up two that share one.
 
+        A proposal of demos is shown none: it is a draw.
+
         Raises:
             LookupError: no component had a part in any run of the minibatch.
         """
         key = self.reflections.next_key(candidate, components_to_update)
-        if self.reflections.is_on_record(key):
+        demos: ReflectiveDataset = {name: [] for name in components_to_update if is_demos(name)}
+        if len(demos) == len(components_to_update) or self.reflections.is_on_record(key):
             self.reflections.expect(key)
             return {name: [] for name in components_to_update}
         self.rng = random.Random(f"{self._reflection.seed} reflection {self.reflections.sets}")
-        records = {name: self._records(candidate, eval_batch, name) for name in components_to_update}
+        records = {
+            name: self._records(candidate, eval_batch, name) for name in components_to_update if name not in demos
+        }
         if not any(records.values()):
             raise LookupError(f"no call of {components_to_update} in the minibatch, so there is nothing to reflect on")
         self.reflections.expect(key)
-        return {name: of_component for name, of_component in records.items() if of_component}
+        return {name: of_component for name, of_component in records.items() if of_component} | demos
 
     def _records(self, candidate: Texts, eval_batch: EvaluationBatch, component: str) -> list[Record]:
         """The records of each run in which the component had a part."""

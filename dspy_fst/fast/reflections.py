@@ -19,6 +19,7 @@ from dspy_fst.fast.latex_repair import acceptable_texts
 from dspy_fst.fast.proposer_warnings import collected_warnings
 from dspy_fst.fast.reflection_cost import CostMeter, counted_in
 from dspy_fst.fast.reflective_dataset import Record
+from dspy_fst.formatting.demo_texts import is_demos
 from dspy_fst.rollout.components import lost_lines
 from dspy_fst.rollout.worker_pool import run_all
 
@@ -26,6 +27,8 @@ Texts = dict[str, str]
 """Component -> text."""
 ReflectiveDataset = dict[str, list[Record]]
 """Component -> what a reflection is shown of the runs in which it had a part."""
+DrawDemos = Callable[[str, str, str], str | None]
+"""(component, its text, the reflection's key) -> other demos; None: no others."""
 Proposer = Callable[[Texts, ReflectiveDataset, list[str]], Texts]
 TRIES = 2
 """How often a reflection is asked for before it counts as lost (gepa's number)."""
@@ -56,6 +59,11 @@ class _Job:
     dataset: ReflectiveDataset
     components: list[str]
 
+    @property
+    def reflected(self) -> list[str]:
+        """The components that a reflection is asked for."""
+        return [name for name in self.components if name in self.dataset and not is_demos(name)]
+
 
 class Reflections:
     """Asks for reflections, each once, and again for those that failed.
@@ -64,6 +72,7 @@ class Reflections:
         propose: New texts from (candidate, reflective dataset, components); called by several threads at once where
             gepa hands over several jobs.
         protected: Component -> lines of its text that every proposal keeps.
+        draw_demos: Proposes demos, which no reflection is asked for.
         flex_paths: Components that are sources of dspy.Flex modules.
         meter: Of the reflection LM.
         collects_warnings: Whether warnings are the proposer's own, and so the run's.
@@ -74,12 +83,14 @@ class Reflections:
         propose: Proposer,
         journal: SearchJournal,
         protected: Mapping[str, Sequence[str]],
+        draw_demos: DrawDemos,
         flex_paths: Collection[str],
         meter: CostMeter,
         *,
         collects_warnings: bool,
     ):
         self._propose, self._journal, self._meter = propose, journal, meter
+        self._draw_demos = draw_demos
         self._protected, self._flex_paths, self._collects_warnings = protected, flex_paths, collects_warnings
         self._expected: list[str] = []
         """Keys of the reflective sets that gepa has been given since it last asked for reflections."""
@@ -144,14 +155,23 @@ class Reflections:
         """Key -> texts, of the jobs that gave any."""
         results: dict[str, ReflectionResult] = {}
         for _ in range(TRIES):
-            due = [job for job in jobs if "texts" not in results.get(job.key, {})]
+            due = [job for job in jobs if job.reflected and "texts" not in results.get(job.key, {})]
             results |= {job.key: result for job, result in zip(due, self._one_try(due), strict=True)}
         found = {}
         for job in jobs:
-            if "texts" in (result := results[job.key]):
-                texts = acceptable_texts(result["texts"], job.candidate, self._flex_paths, self.counts)
+            if "texts" in (result := results.get(job.key, {"texts": {}})):
+                written = {name: text for name, text in result["texts"].items() if not is_demos(name)}
+                texts = acceptable_texts(written, job.candidate, self._flex_paths, self.counts)
                 found[job.key] = {name: self._with_protected(name, text) for name, text in texts.items()}
+                found[job.key] |= self._drawn(job)
         return found
+
+    def _drawn(self, job: _Job) -> Texts:
+        """New demos, where the job's components hold some."""
+        drawn = {
+            name: self._draw_demos(name, job.candidate[name], job.key) for name in job.components if is_demos(name)
+        }
+        return {name: text for name, text in drawn.items() if text is not None}
 
     def _with_protected(self, component: str, text: str) -> str:
         """The text, with the protected lines that it lost appended."""
@@ -215,8 +235,8 @@ class Reflections:
 
     def _reflected(self, job: _Job) -> ReflectionResult:
         try:
-            components = [name for name in job.components if name in job.dataset]
-            texts = self._propose(job.candidate, job.dataset, components)
+            dataset = {name: records for name, records in job.dataset.items() if not is_demos(name)}
+            texts = self._propose(job.candidate, dataset, job.reflected)
             if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
                 raise TypeError(f"the proposer gave no text for {', '.join(map(str, wrong))}")
             return {"texts": texts}

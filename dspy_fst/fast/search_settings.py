@@ -25,6 +25,18 @@ class SearchSettings(Settings):
     tool_descriptions: Literal["fixed", "evolved"] = "fixed"
     """Whether the descriptions of a dspy.ReAct's tools and of their arguments evolve too (ours; DSPy 3.4's GEPA leaves
     them alone)."""
+    max_bootstrapped_demos: int = Field(default=0, ge=0)
+    """Demos of one predictor that a search makes of its own rollouts, at most; 0: none (ours; DSPy's BootstrapFewShot:
+    4). A candidate then holds demos beside its instructions, and both evolve in turns."""
+    max_labeled_demos: int = Field(default=0, ge=0)
+    """Demos of one predictor that a search takes from the labels of the trainset, at most; 0: none (ours; DSPy's
+    LabeledFewShot: 16)."""
+    metric_threshold: float | None = Field(default=None, allow_inf_nan=False)
+    """Reward from which on a rollout gives bootstrapped demos; None: ``perfect_score`` (ours; DSPy takes any that its
+    metric calls true)."""
+    max_demo_tokens: int = Field(default=1000, ge=1)
+    """Tokens that the demos of one predictor may add to its prompt, those that the user set left out. A proposal that
+    is longer loses whole demos (ours)."""
     protected: dict[str, tuple[str, ...]] = Field(default={})
     """Component -> lines of the program's own text that every proposal keeps. A proposal that lost a line gets it back
     at its end (ours)."""
@@ -37,9 +49,24 @@ class SearchSettings(Settings):
     perfect_score: float = 1.0
     """Reward from which on a rollout counts as solved and is not reflected on (DSPy's GEPA)."""
 
+    @property
+    def demos_evolve(self) -> bool:
+        """Whether a candidate holds demos."""
+        return self.max_bootstrapped_demos + self.max_labeled_demos > 0
+
+    @property
+    def demo_tokens(self) -> int:
+        """Tokens that a search may add to a prompt by demos."""
+        return self.max_demo_tokens if self.demos_evolve else 0
+
+    @property
+    def demo_score(self) -> float:
+        """Least reward of a rollout that gives demos."""
+        return self.perfect_score if self.metric_threshold is None else self.metric_threshold
+
 
 def own_texts(program: "dspy.Module", settings: SearchSettings) -> "Candidate":
     """The program's own texts, as far as a search may change them: the candidate that a run starts from."""
     from dspy_fst.rollout.components import read_texts  # imports DSPy, which the settings do without
 
-    return read_texts(program, tools=settings.tool_descriptions == "evolved")
+    return read_texts(program, tools=settings.tool_descriptions == "evolved", demos=settings.demos_evolve)

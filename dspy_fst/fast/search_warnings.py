@@ -17,7 +17,7 @@ def search_warnings(
     sentences = [f"the proposer says: {text}" for text in warned]
     if optimizer != "GEPA":
         sentences += _of_another(counts, optimizer)
-    elif not counts.get("reflections", 0) + counts.get("reflections_failed", 0):
+    elif not sum(counts.get(name, 0) for name in ("reflections", "reflections_failed", "demo_proposals")):
         sentences.append(
             "nothing was reflected on, so no instruction changed: every rollout was perfect, or no call of a predictor "
             "was traced"
@@ -31,6 +31,8 @@ def search_warnings(
         sentences.append(
             f"{repaired} proposed texts held LaTeX that JSON had spoilt (\\frac as a form feed) and were mended"
         )
+    if lost := counts.get("demos_not_written", 0):
+        sentences.append(f"{lost} calls held a value that JSON cannot hold, and gave no demo")
     if unmeasured := counts.get("unmeasured", 0):
         sentences.append(
             f"{unmeasured} scores of candidates on anchors are missing, because their rollouts measured nothing; they "

@@ -150,8 +150,12 @@ def _context_limit(policy: PolicyLM, config: "PreTrainedConfig") -> int | None:
     return context_length(config)
 
 
-def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout]) -> list[str]:
-    """A sentence when the prompts of the first examples leave no room for ``max_tokens`` in the model's context."""
+def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout], demo_tokens: int = 0) -> list[str]:
+    """A sentence when the prompts of the first examples leave no room for ``max_tokens`` in the model's context.
+
+    Args:
+        demo_tokens: What the demos that a search adds may take of the context; 0: it adds none.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(policy.checkpoint.path, trust_remote_code=False)
@@ -159,6 +163,12 @@ def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout]) -> list[str]:
     reply = policy.reply_limit or 0
     longest = max((len(call.prompt_ids) for rollout in rollouts for call in rollout.calls), default=0)
     overflow = any(rollout.failure == CONTEXT for rollout in rollouts)
+    if limit is not None and demo_tokens and not overflow and longest + reply <= limit < longest + reply + demo_tokens:
+        return [
+            f"max_demo_tokens={demo_tokens}: a prompt of the first examples has {longest} tokens, and with a reply of "
+            f"max_tokens={reply} and such demos it does not fit the context of {limit}; use max_demo_tokens="
+            f"{limit - longest - reply} or fewer, or raise max_model_len"
+        ]
     if limit is None or not (overflow or longest + reply > limit):
         return []
     shown = f"over {limit}" if overflow else str(longest)

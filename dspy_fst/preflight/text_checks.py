@@ -6,6 +6,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.fast.search_settings import own_texts
+from dspy_fst.formatting.demo_texts import is_demos
 from dspy_fst.preflight.argument_checks import PROPOSER, proposer_fault
 from dspy_fst.rollout.components import carried_by, flexes, is_tool, lost_lines, read_texts
 
@@ -47,8 +48,9 @@ def _protection_faults(config: FSTConfig, student: dspy.Module) -> Iterator[str]
     seed = own_texts(student, config)
     starts = [seed, *carried_by(student, seed)]
     for name, lines in config.protected.items():
-        if name not in seed.texts or name in flexes(student):
-            texts = ", ".join(repr(text) for text in seed.texts if text not in flexes(student))
+        fixed = {*flexes(student), *filter(is_demos, seed.texts)}  # demos that the user set stay without being named
+        if name not in seed.texts or name in fixed:
+            texts = ", ".join(repr(text) for text in seed.texts if text not in fixed)
             yield f"protected: {name!r} is no instruction of the program; it has {texts}"
             continue
         missing = [lost for start in starts for lost in lost_lines(start.texts.get(name, ""), lines)]

@@ -17,6 +17,8 @@ LABELS = {
     "reused": "evaluations answered without a rollout",
     "reflections": "reflections",
     "reflections_failed": "reflections that failed",
+    "demo_proposals": "proposals of demos",
+    "demos_cut": "demos cut from proposals, as too long",
     "accepted": "proposals accepted",
     "tokens": "sampled tokens",
     "search_tokens": "sampled tokens of searches",
@@ -30,9 +32,11 @@ LABELS = {
     "warm_tokens": "trained tokens of a warm start",
     "warm_updates": "weight updates of a warm start",
 }
+"""Name of a count in `Costs` -> its label, in the order in which costs are listed."""
+OF_DEMOS = ("demo_proposals", "demos_cut")
+"""Counts that are listed only where demos evolved."""
 OF_A_WARM_START = ("teacher_rollouts", "teacher_tokens", "warm_tokens", "warm_updates")
 """Counts that are listed only where a run had a warm start."""
-"""Name of a count in `Costs` -> its label, in the order in which costs are listed."""
 PARTS = ("search_rollouts", "training_rollouts", "search_tokens", "training_tokens")
 """Counts that are part of another count above them in the list."""
 ACTIVITIES = {"sampling": "sampling for updates", "update": "weight updates", "publish": "publishing weights"}
@@ -82,6 +86,10 @@ class Costs:
     training_rollouts: int
     reflections: int
     reflections_failed: int
+    demo_proposals: int
+    """Draws of demos, which no reflection LM is asked for."""
+    demos_cut: int
+    """Demos that a draw lost to ``max_demo_tokens``."""
     accepted: int
     search_tokens: int
     training_tokens: int
@@ -121,7 +129,9 @@ class Costs:
 def labels_of(*runs: Costs) -> dict[str, str]:
     """The counts that are listed for these runs, with their labels."""
     warm = any(costs.warm_updates for costs in runs)
-    return {name: label for name, label in LABELS.items() if warm or name not in OF_A_WARM_START}
+    demos = any(costs.demo_proposals + costs.demos_cut for costs in runs)
+    hidden = (*(() if warm else OF_A_WARM_START), *(() if demos else OF_DEMOS))
+    return {name: label for name, label in LABELS.items() if name not in hidden}
 
 
 def step_rollouts(counts: Mapping[str, int]) -> int:
@@ -151,6 +161,8 @@ def costs_of(
         reused=sum(cycle.reused for cycle in cycles),
         training_rollouts=sum(step_rollouts(step.counts) for step in steps),
         reflections=sum(cycle.reflections for cycle in cycles),
+        demo_proposals=sum(cycle.counts.get("demo_proposals", 0) for cycle in cycles),
+        demos_cut=sum(cycle.counts.get("demos_cut", 0) for cycle in cycles),
         reflections_failed=sum(cycle.counts.get("reflections_failed", 0) for cycle in cycles),
         accepted=sum(cycle.proposals_accepted for cycle in cycles),
         search_tokens=sum(cycle.sampled_tokens for cycle in cycles),

@@ -1,10 +1,12 @@
-"""What changed between two texts, word by word."""
+"""What changed between two texts: word by word, and between demos whole demos."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Literal
+
+from dspy_fst.formatting.demo_texts import is_demos, readable
 
 Span = tuple[int, int, int, int]
 """Start and end in the words of the old text, then start and end in the words of the new text."""
@@ -27,6 +29,16 @@ class Piece:
     @property
     def space(self) -> str:
         return self.text[len(self.words) :]
+
+
+def text_diff(component: str, before: str, after: str) -> list[Piece]:
+    """What changed of a component: in demos whole demos, in any other text words."""
+    if not is_demos(component):
+        return word_diff(before, after)
+    old, new = (readable(component, text).split("\n") for text in (before, after))
+    kept = set(old) & set(new)
+    lines = [Piece("same" if line in kept else "new", f"{line}\n") for line in new]
+    return [*(Piece("gone", f"{line}\n") for line in old if line not in kept), *lines]
 
 
 def word_diff(before: str, after: str) -> list[Piece]:

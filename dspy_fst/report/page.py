@@ -13,12 +13,13 @@ from pathlib import Path
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
+from dspy_fst.formatting.demo_texts import readable
 from dspy_fst.formatting.numbers import DASH, counted, duration, interval, number, plain, share, signed, with_error
 from dspy_fst.formatting.tables import TextTable
 from dspy_fst.report import NEEDS_EXTRA
 from dspy_fst.report.charts import chart_svg, lineage_svg
 from dspy_fst.report.costs import PARTS, REFLECTION_LM, labels_of
-from dspy_fst.report.diff import word_diff
+from dspy_fst.report.diff import text_diff
 from dspy_fst.report.from_directory import read_records
 from dspy_fst.report.lineage import Node
 from dspy_fst.report.measures import Chart, health_charts, learning_charts, lost_charts, predictor_charts
@@ -74,7 +75,7 @@ def render(records: Sequence[RunRecord]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "signed": signed, "count": count, "setting": setting, "plain": plain}
-    environment.globals |= {"word_diff": word_diff, "dash": DASH, "counted": counted}
+    environment.globals |= {"text_diff": text_diff, "readable": readable, "dash": DASH, "counted": counted}
     environment.globals |= {"interval": interval, "share": share, "with_error": with_error, "change": change}
     style, script = (_asset(environment, name) for name in ("style.css", "script.js"))
     runs = [Run(f"run-{i}", record) for i, record in enumerate(records, start=1)]

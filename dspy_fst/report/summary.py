@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from dspy_fst.formatting.demo_texts import readable
 from dspy_fst.formatting.numbers import DASH, counted, duration, number
 from dspy_fst.formatting.tables import TextTable
 from dspy_fst.report.run_record import RunRecord, RunWarning
@@ -100,7 +101,7 @@ def population_table(record: RunRecord) -> TextTable:
     for digest in dict.fromkeys(record.population):
         node = record.by_digest[digest]
         score = node.last_score if node.validation is None else node.validation
-        texts = "\n".join(f"{name}: {text}" for name, text in node.texts.items())
+        texts = "\n".join(f"{name}: {readable(name, text)}" for name, text in node.texts.items())
         rows.append([digest, number(score), str(record.population.count(digest)), texts])
     columns = ("candidate", "score", "copies", "texts")
     return TextTable("Population, best first", columns, rows, last_is_words=True)

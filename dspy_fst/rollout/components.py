@@ -28,6 +28,7 @@ from dspy.predict.predict import serialize_object
 from dspy.primitives.code_interpreter import CodeInterpreterError
 
 from dspy_fst.errors import FSTError
+from dspy_fst.formatting.demo_texts import MADE_OF, SUFFIX, is_demos
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.dspy_release import AGENTS, tells_its_tools
 from dspy_fst.rollout.program_graph import Speaker
@@ -40,10 +41,6 @@ FINISHERS = ("finish", "submit")
 """Tools that DSPy's agents add themselves."""
 _TOOL = re.compile(r"(?P<host>.*)tools\['(?P<tool>[^']*)'\]\.(desc|args\['(?P<argument>[^']*)'\])")
 
-_DEMOS = ".demos[*]"
-"""What follows the predictor's name in the name of its demos' component. No predictor can have such a name."""
-MADE_OF = "_fst_problem"
-"""Key in a demo: the mark of the problem that it was made of (`problem_mark`). Adapters show no field of this name."""
 Demo: TypeAlias = Mapping[str, Any]
 """Field -> value: inputs and outputs of one call."""
 
@@ -150,11 +147,6 @@ def is_tool(component: str) -> bool:
     return _TOOL.fullmatch(component) is not None
 
 
-def is_demos(component: str) -> bool:
-    """Whether a component is the demos of a predictor."""
-    return component.endswith(_DEMOS)
-
-
 def predictor_of(component: str) -> str:
     """The predictor whose calls show how well a component works. For a tool, it is the one that chooses the tools.
 
@@ -162,7 +154,7 @@ def predictor_of(component: str) -> str:
     'qa.predict'
     """
     tool = _TOOL.fullmatch(component)
-    return f"{tool['host']}react" if tool else component.removesuffix(_DEMOS)
+    return f"{tool['host']}react" if tool else component.removesuffix(SUFFIX)
 
 
 def carried_by(program: dspy.Module, seed: Candidate) -> tuple[Candidate, ...]:
@@ -198,7 +190,7 @@ def demos_of(predictor: str) -> str:
     >>> demos_of("qa.predict")
     'qa.predict.demos[*]'
     """
-    return f"{predictor}{_DEMOS}"
+    return f"{predictor}{SUFFIX}"
 
 
 def written_demos(demos: Iterable[Demo | dspy.Example]) -> str:

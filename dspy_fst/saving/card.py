@@ -9,6 +9,7 @@ from pathlib import Path
 import dspy
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.formatting.demo_texts import readable
 from dspy_fst.formatting.numbers import interval, number, plain, share, with_error
 from dspy_fst.report.costs import REFLECTION_LM, labels_of
 from dspy_fst.report.evaluated import Evaluated, Score, TwoByTwo
@@ -287,7 +288,7 @@ def _population(facts: Facts) -> str:
     parts = ["## Instructions\n\nThe population, best first; `program.json` holds the first."]
     for member in population.unique():
         parts.append(f"### `{member.digest}`, {kind} {number(score_of[member.digest])}")
-        parts += [f"`{name}`:\n\n{_fenced(text)}" for name, text in member.texts.items()]
+        parts += [f"`{name}`:\n\n{_fenced(readable(name, text))}" for name, text in member.texts.items()]
     return "\n\n".join(parts)
 
 

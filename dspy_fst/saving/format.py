@@ -9,9 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dspy_fst.engine.options import PolicyState, Positive
 from dspy_fst.errors import RunDirectoryError
+from dspy_fst.formatting.demo_texts import is_demos
 from dspy_fst.recipe.declared import sentences
 from dspy_fst.rollout.chat_adapters import SavedAdapter
-from dspy_fst.rollout.components import demos_in, flexes, is_demos, speakers, texts_like
+from dspy_fst.rollout.components import demos_in, flexes, speakers, texts_like
 from dspy_fst.run.directory import COMPILED, is_run
 from dspy_fst.run.ending import why_no_program
 from dspy_fst.run.files import population_from_json

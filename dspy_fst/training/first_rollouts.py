@@ -56,7 +56,9 @@ def try_first(session: Session, *, warm: bool = False) -> FirstLook:
     """
     train, val = _played(session)
     session.publisher.see_texts(train)
-    faults = context_faults(session.policy, [*train, *val]) + _teaching_faults(session, train)
+    faults = context_faults(session.policy, [*train, *val], session.config.demo_tokens) + _teaching_faults(
+        session, train
+    )
     faults += _unmeasured(train, f"the first {len(train)} examples")
     faults += _unmeasured(val, f"the {len(val)} examples of the valset that were tried")
     if faults:

@@ -31,6 +31,7 @@ from dspy_fst.model_files.reach import ANSWER_S
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.argument_checks import search_faults
 from dspy_fst.preflight.data_checks import data_faults, input_faults
+from dspy_fst.preflight.demo_checks import demo_faults, demo_warnings
 from dspy_fst.preflight.engine_checks import engine_faults
 from dspy_fst.preflight.fast_checks import fast_faults, fast_identity, fast_warnings
 from dspy_fst.preflight.library_checks import library_faults
@@ -189,6 +190,7 @@ def _faults_of_arguments(
     yield from trained_faults(student, config)
     yield from adapters_faults(student, config)
     yield from warm_start_faults(config, student, given.trainset, given.teacher)
+    yield from demo_faults(config, student, given.trainset)
     yield from limit_faults(student, config)
     yield from data_faults(given.trainset, given.valset, config)
     yield from valset_faults(config, given.valset)
@@ -235,6 +237,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     warnings += [*patience_warnings(config), *valset_warnings(given.valset), *differing_adapter(student)]
     warnings += _model_warnings(policy, config) if room is None else []
     warnings += [*part_warnings(student), *warm_start_warnings(config, student, given.trainset, given.teacher)]
+    warnings += demo_warnings(config, student, given.trainset)
     warnings += [*_left_out(student, own_texts(student, config)), *fast_warnings(config, given.proposers.fast)]
     return Request(
         student=student,

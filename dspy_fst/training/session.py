@@ -16,6 +16,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
+from dspy_fst.fast.demos import DemoSource
 from dspy_fst.fast.evolve import Search
 from dspy_fst.fast.rollout_bank import Wanted
 from dspy_fst.fast.search_settings import own_texts
@@ -176,6 +177,7 @@ class Session:
             size=self.config.population_size,
             budget=cycle.search_budget,
             seed=random.Random(f"{self.config.seed} search {cycle.index}").getrandbits(31),
+            demo_source=DemoSource(self.trainset, self.trainer.tokenizer),
             on_candidate=self.recorder.candidate,
             journal=self._journal,
             **self.proposers.of_search,

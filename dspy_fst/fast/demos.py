@@ -1,0 +1,240 @@
+"""Demos as texts that a search changes: where they come from, and the draws that add, swap and drop them.
+
+Bootstrapped demos are calls of rollouts that scored well in this search, under any candidate (DSPy's BootstrapFewShot
+takes them from a teacher's). Labeled demos are examples of the trainset (DSPy's LabeledFewShot). No reflection LM is
+asked, and none can change a demo: a proposal is a draw whose seed is the search's and the reflection's key, so a
+continued search draws the same. Demos without a mark of their problem are the user's; they stay, and stay first.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import dspy
+from dspy.teleprompt.bootstrap_trace import FailedPrediction
+from gepa.core.state import GEPAState
+from gepa.proposer.reflective_mutation.base import ReflectionComponentSelector
+from gepa.strategies.component_selector import (
+    AllReflectionComponentSelector,
+    RoundRobinReflectionComponentSelector,
+)
+
+from dspy_fst.fast.reflective_dataset import CHARACTERS
+from dspy_fst.fast.search_settings import SearchSettings
+from dspy_fst.formatting.demo_texts import AUGMENTED, MADE_OF, is_demos
+from dspy_fst.rollout.chat_adapters import adapter_in_force
+from dspy_fst.rollout.components import demos_in, marked, predictor_of, written_demos
+from dspy_fst.rollout.dspy_release import in_words
+from dspy_fst.types import PREDICTOR_TAG, Problem, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BOOTSTRAPPED, LABELED = "bootstrapped", "labeled"
+
+
+@dataclass(frozen=True)
+class DemoSource:
+    """What a search needs for demos beside its own rollouts."""
+
+    trainset: Sequence[dspy.Example] = ()
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    """The policy's; None: tokens are estimated."""
+
+    def count_tokens(self, text: str) -> int:
+        if self.tokenizer is None:
+            return -(-len(text) // CHARACTERS)
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def labeled_demo(signature: type[dspy.Signature], example: dspy.Example) -> dict[str, Any] | None:
+    """The fields that an example holds of a predictor; None unless it holds every input and an output.
+
+    An output that is missing, such as a chain of thought, is shown by DSPy's adapters as not supplied.
+
+    >>> labeled_demo(dspy.Signature("question -> reasoning, answer"), dspy.Example(question="6 * 7", answer="42"))
+    {'question': '6 * 7', 'answer': '42'}
+    """
+    known = {name: example[name] for name in signature.fields if name in example and example[name] is not None}
+    holds_inputs = all(name in known for name in signature.input_fields)
+    return known if holds_inputs and any(name in known for name in signature.output_fields) else None
+
+
+class DemoDraws:
+    """Draws new demos for a predictor.
+
+    Args:
+        program: Names the predictors and their fields.
+        problems: Those that the search's rollouts are of.
+        scored: The search's rollouts so far; the list grows.
+        settings: How many demos, and of how many tokens.
+        seed: Of the search.
+    """
+
+    def __init__(
+        self,
+        program: dspy.Module,
+        problems: Sequence[Problem],
+        scored: Sequence[Rollout],
+        settings: SearchSettings,
+        source: DemoSource,
+        seed: int,
+    ):
+        self._settings, self._seed, self._count_tokens = settings, seed, source.count_tokens
+        self._signatures = {name: predictor.signature for name, predictor in program.named_predictors()}
+        self._examples = {problem.index: problem.example for problem in problems}
+        self._scored, self._read = scored, 0
+        self._most = {BOOTSTRAPPED: settings.max_bootstrapped_demos, LABELED: settings.max_labeled_demos}
+        self._pools: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        """(predictor, kind) -> demo's text -> demo."""
+        self.counts: Counter[str] = Counter()
+        for example in source.trainset if settings.max_labeled_demos else ():
+            for name, signature in self._signatures.items():
+                if (demo := labeled_demo(signature, example)) is not None:
+                    self._add(name, LABELED, demo, example)
+
+    def can_change(self, component: str, text: str) -> bool:
+        """Whether there is another demo to show, or one to drop."""
+        return bool(self._moves(predictor_of(component), demos_in(text)))
+
+    def drawn(self, component: str, text: str, key: str) -> str | None:
+        """Other demos in the place of these; None if the draw leaves them as they are.
+
+        Args:
+            text: The demos' component in the candidate that the proposal starts from.
+            key: Names the draw.
+        """
+        rng = random.Random(f"{self._seed} demos {key} {component}")
+        name, demos = predictor_of(component), demos_in(text)
+        moves = self._moves(name, demos)
+        changed = self._within_budget(name, _moved(rng, demos, moves)) if moves else demos
+        new = written_demos(changed)
+        if new == text:
+            return None
+        self.counts["demo_proposals"] += 1
+        return new
+
+    # ---- the pools -------------------------------------------------------------------------------
+
+    def _unused(self, predictor: str, kind: str, demos: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Demos of this kind that are made of other problems than those shown."""
+        self._take_in_rollouts()
+        shown = {demo.get(MADE_OF) for demo in demos}
+        return [demo for demo in self._pools.get((predictor, kind), {}).values() if demo[MADE_OF] not in shown]
+
+    def _take_in_rollouts(self) -> None:
+        """Make demos of the rollouts that scored well since the last time."""
+        if not self._settings.max_bootstrapped_demos:
+            return
+        for rollout in self._scored[self._read :]:
+            if rollout.reward is None or rollout.failure or rollout.reward < self._settings.demo_score:
+                continue
+            for name, demo in _calls(rollout, self._signatures):
+                self._add(name, BOOTSTRAPPED, {AUGMENTED: True, **demo}, self._examples[rollout.problem])
+        self._read = len(self._scored)
+
+    def _add(self, predictor: str, kind: str, demo: dict[str, Any], example: dspy.Example) -> None:
+        try:
+            text = written_demos([marked(demo, example)])
+        except TypeError:  # the value of a call; those of examples were checked before the run
+            self.counts["demos_not_written"] += 1
+            return
+        self._pools.setdefault((predictor, kind), {}).setdefault(text, demos_in(text)[0])
+
+    # ---- the draw --------------------------------------------------------------------------------
+
+    def _moves(self, predictor: str, demos: Sequence[Mapping[str, Any]]) -> "list[_Move]":
+        """What can be done to these demos."""
+        moves: list[_Move] = []
+        own = [place for place, demo in enumerate(demos) if MADE_OF in demo]
+        for kind, most in self._most.items():
+            places = [place for place in own if _kind(demos[place]) == kind]
+            unused = self._unused(predictor, kind, demos)
+            if room := min(most - len(places), len(unused)) if most > len(places) else 0:
+                moves.append(_Move("add", (), tuple(unused), room))
+            if places and unused:
+                moves.append(_Move("swap", tuple(places), tuple(unused)))
+        return [*moves, _Move("drop", tuple(own))] if own else moves
+
+    def _within_budget(self, predictor: str, demos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The demos without the last of those that evolve, as far as these are longer than ``max_demo_tokens``."""
+        tokens = [self._tokens(predictor, demo) if MADE_OF in demo else 0 for demo in demos]
+        kept = demos
+        while sum(tokens) > self._settings.max_demo_tokens:
+            last = max(place for place, count in enumerate(tokens) if count)
+            kept = [demo for place, demo in enumerate(kept) if place != last]
+            del tokens[last]
+            self.counts["demos_cut"] += 1
+        return kept
+
+    def _tokens(self, predictor: str, demo: dict[str, Any]) -> int:
+        """What a demo adds to a prompt: the messages that the adapter in force writes for it."""
+        try:
+            text = in_words(adapter_in_force().format_demos(self._signatures[predictor], [demo]))
+        except Exception:  # an adapter may be any code
+            text = written_demos([demo])
+        return max(1, self._count_tokens(text))
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One kind of change that is possible."""
+
+    name: str
+    """``"add"``, ``"swap"`` or ``"drop"``."""
+    places: tuple[int, ...] = ()
+    """Of the demos that it may take out."""
+    unused: tuple[dict[str, Any], ...] = ()
+    """Demos that it may put in."""
+    room: int = 1
+    """How many it may add."""
+
+
+def _moved(rng: random.Random, demos: Sequence[dict[str, Any]], moves: "Sequence[_Move]") -> list[dict[str, Any]]:
+    """The demos after one move. Each possible one is equally likely; so is each number of demos to add."""
+    move = rng.choice(moves)
+    if move.name == "add":
+        return [*demos, *rng.sample(move.unused, rng.randint(1, move.room))]
+    place = rng.choice(move.places)
+    put_in = [rng.choice(move.unused)] if move.name == "swap" else []
+    return [*demos[:place], *put_in, *demos[place + 1 :]]
+
+
+def _kind(demo: Mapping[str, Any]) -> str:
+    return BOOTSTRAPPED if demo.get(AUGMENTED) else LABELED
+
+
+def _calls(rollout: Rollout, signatures: Mapping[str, type[dspy.Signature]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(predictor, inputs and outputs) of a rollout's calls. A call that lacks a field gives no demo."""
+    for predictor, inputs, said in rollout.trace:
+        name: str | None = getattr(predictor, PREDICTOR_TAG, None)
+        if name is None or name not in signatures or isinstance(said, FailedPrediction):
+            continue
+        known = {**inputs, **dict(said.items())}
+        if all(known.get(field) is not None for field in signatures[name].fields):
+            yield name, {field: known[field] for field in signatures[name].fields}
+
+
+class DemosTakeTurns(ReflectionComponentSelector):
+    """gepa's choice of the components to change, without demos of which there are no others."""
+
+    def __init__(self, components: str, draws: DemoDraws):
+        kinds = {"all": AllReflectionComponentSelector, "round_robin": RoundRobinReflectionComponentSelector}
+        self._select, self._draws = kinds[components](), draws
+
+    def __call__(
+        self,
+        state: GEPAState,
+        trajectories: list[Any],
+        subsample_scores: list[float],
+        candidate_idx: int,
+        candidate: dict[str, str],
+    ) -> list[str]:
+        for _ in candidate:
+            names = self._select(state, trajectories, subsample_scores, candidate_idx, candidate)
+            able = [name for name in names if not is_demos(name) or self._draws.can_change(name, candidate[name])]
+            if able:
+                return able
+        return names
