@@ -25,7 +25,7 @@ from dspy_fst.fast.reflective_dataset import CHARACTERS
 from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.formatting.demo_texts import AUGMENTED, MADE_OF, is_demos
 from dspy_fst.rollout.chat_adapters import adapter_in_force
-from dspy_fst.rollout.components import demos_in, marked, predictor_of, written_demos
+from dspy_fst.rollout.components import Demo, demos_in, marked, predictor_of, written_demos
 from dspy_fst.rollout.dspy_release import in_words
 from dspy_fst.types import PREDICTOR_TAG, Problem, Rollout
 
@@ -49,7 +49,7 @@ class DemoSource:
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
 
-def labeled_demo(signature: type[dspy.Signature], example: dspy.Example) -> dict[str, Any] | None:
+def labeled_demo(signature: type[dspy.Signature], example: dspy.Example) -> Demo | None:
     """The fields that an example holds of a predictor; None unless it holds every input and an output.
 
     An output that is missing, such as a chain of thought, is shown by DSPy's adapters as not supplied.
@@ -87,7 +87,7 @@ class DemoDraws:
         self._examples = {problem.index: problem.example for problem in problems}
         self._scored, self._read = scored, 0
         self._most = {BOOTSTRAPPED: settings.max_bootstrapped_demos, LABELED: settings.max_labeled_demos}
-        self._pools: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        self._pools: dict[tuple[str, str], dict[str, Demo]] = {}
         """(predictor, kind) -> demo's text -> demo."""
         self.counts: Counter[str] = Counter()
         for example in source.trainset if settings.max_labeled_demos else ():
@@ -118,7 +118,7 @@ class DemoDraws:
 
     # ---- the pools -------------------------------------------------------------------------------
 
-    def _unused(self, predictor: str, kind: str, demos: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def _unused(self, predictor: str, kind: str, demos: Sequence[Demo]) -> list[Demo]:
         """Demos of this kind that are made of other problems than those shown."""
         self._take_in_rollouts()
         shown = {demo.get(MADE_OF) for demo in demos}
@@ -135,7 +135,7 @@ class DemoDraws:
                 self._add(name, BOOTSTRAPPED, {AUGMENTED: True, **demo}, self._examples[rollout.problem])
         self._read = len(self._scored)
 
-    def _add(self, predictor: str, kind: str, demo: dict[str, Any], example: dspy.Example) -> None:
+    def _add(self, predictor: str, kind: str, demo: Demo, example: dspy.Example) -> None:
         try:
             text = written_demos([marked(demo, example)])
         except TypeError:  # the value of a call; those of examples were checked before the run
@@ -145,7 +145,7 @@ class DemoDraws:
 
     # ---- the draw --------------------------------------------------------------------------------
 
-    def _moves(self, predictor: str, demos: Sequence[Mapping[str, Any]]) -> "list[_Move]":
+    def _moves(self, predictor: str, demos: Sequence[Demo]) -> "list[_Move]":
         """What can be done to these demos."""
         moves: list[_Move] = []
         own = [place for place, demo in enumerate(demos) if MADE_OF in demo]
@@ -158,7 +158,7 @@ class DemoDraws:
                 moves.append(_Move("swap", tuple(places), tuple(unused)))
         return [*moves, _Move("drop", tuple(own))] if own else moves
 
-    def _within_budget(self, predictor: str, demos: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _within_budget(self, predictor: str, demos: list[Demo]) -> list[Demo]:
         """The demos without the last of those that evolve, as far as these are longer than ``max_demo_tokens``."""
         tokens = [self._tokens(predictor, demo) if MADE_OF in demo else 0 for demo in demos]
         kept = demos
@@ -169,10 +169,10 @@ class DemoDraws:
             self.counts["demos_cut"] += 1
         return kept
 
-    def _tokens(self, predictor: str, demo: dict[str, Any]) -> int:
+    def _tokens(self, predictor: str, demo: Demo) -> int:
         """What a demo adds to a prompt: the messages that the adapter in force writes for it."""
         try:
-            text = in_words(adapter_in_force().format_demos(self._signatures[predictor], [demo]))
+            text = in_words(adapter_in_force().format_demos(self._signatures[predictor], [dict(demo)]))
         except Exception:  # an adapter may be any code
             text = written_demos([demo])
         return max(1, self._count_tokens(text))
@@ -186,13 +186,13 @@ class _Move:
     """``"add"``, ``"swap"`` or ``"drop"``."""
     places: tuple[int, ...] = ()
     """Of the demos that it may take out."""
-    unused: tuple[dict[str, Any], ...] = ()
+    unused: tuple[Demo, ...] = ()
     """Demos that it may put in."""
     room: int = 1
     """How many it may add."""
 
 
-def _moved(rng: random.Random, demos: Sequence[dict[str, Any]], moves: "Sequence[_Move]") -> list[dict[str, Any]]:
+def _moved(rng: random.Random, demos: Sequence[Demo], moves: "Sequence[_Move]") -> list[Demo]:
     """The demos after one move. Each possible one is equally likely; so is each number of demos to add."""
     move = rng.choice(moves)
     if move.name == "add":
@@ -202,11 +202,11 @@ def _moved(rng: random.Random, demos: Sequence[dict[str, Any]], moves: "Sequence
     return [*demos[:place], *put_in, *demos[place + 1 :]]
 
 
-def _kind(demo: Mapping[str, Any]) -> str:
+def _kind(demo: Demo) -> str:
     return BOOTSTRAPPED if demo.get(AUGMENTED) else LABELED
 
 
-def _calls(rollout: Rollout, signatures: Mapping[str, type[dspy.Signature]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _calls(rollout: Rollout, signatures: Mapping[str, type[dspy.Signature]]) -> Iterator[tuple[str, Demo]]:
     """(predictor, inputs and outputs) of a rollout's calls. A call that lacks a field gives no demo."""
     for predictor, inputs, said in rollout.trace:
         name: str | None = getattr(predictor, PREDICTOR_TAG, None)

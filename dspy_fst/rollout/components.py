@@ -205,7 +205,7 @@ def written_demos(demos: Iterable[Demo | dspy.Example]) -> str:
     return "\n".join(json.dumps(serialize_object(dict(demo.items())), ensure_ascii=False) for demo in demos)
 
 
-def demos_in(text: str) -> list[dict[str, Any]]:
+def demos_in(text: str) -> list[Demo]:
     """The demos of a component's text.
 
     Raises:
@@ -227,7 +227,7 @@ def problem_mark(example: dspy.Example) -> str:
     return hashlib.sha256(inputs.encode()).hexdigest()[:12]
 
 
-def marked(demo: Demo, example: dspy.Example) -> dict[str, Any]:
+def marked(demo: Demo, example: dspy.Example) -> Demo:
     """The demo, marked as made of this problem."""
     return {**demo, MADE_OF: problem_mark(example)}
 
