@@ -5,7 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.arms import ARMS, DEMOS, FAST, LORA, LOSSES, MAIN, OPTIONS, RECIPE, SENSITIVITY, VARIANTS, tuned_as
+from benchmarks.evidence.arms import (
+    ARMS,
+    DEMOS,
+    FAST,
+    LORA,
+    LOSSES,
+    MAIN,
+    OPTIONS,
+    RECIPE,
+    SENSITIVITY,
+    VARIANTS,
+    tuned_as,
+)
 from benchmarks.evidence.places import (
     BY_LENGTH,
     CEILING,

@@ -220,9 +220,10 @@ def _calls(rollout: Rollout, signatures: Mapping[str, type[dspy.Signature]]) -> 
 class DemosTakeTurns(ReflectionComponentSelector):
     """gepa's choice of the components to change, without demos of which there are no others."""
 
-    def __init__(self, components: str, draws: DemoDraws):
+    def __init__(self, components: ReflectionComponentSelector | str, draws: DemoDraws):
         kinds = {"all": AllReflectionComponentSelector, "round_robin": RoundRobinReflectionComponentSelector}
-        self._select, self._draws = kinds[components](), draws
+        self._select = kinds[components]() if isinstance(components, str) else components
+        self._draws = draws
 
     def __call__(
         self,

@@ -134,7 +134,17 @@ def evolve(
     reflection = Reflection(feedback, propose, code_proposer, reflection_lm, seed, tokens, kept, draws.drawn)
     adapter = BankedAdapter(program, bank, reflection, journal)
     searching = _Searching(
-        program, bank, adapter, draws, population.unique(), anchors, settings, size, budget, seed, options or GEPAOptions()
+        program,
+        bank,
+        adapter,
+        draws,
+        population.unique(),
+        anchors,
+        settings,
+        size,
+        budget,
+        seed,
+        options or GEPAOptions(),
     )
     seed_scores = score_seeds(bank, searching.seeds, anchors)
     with _removed_if_all_failed(journal):
