@@ -92,6 +92,7 @@ FAST: dict[str, Callable[[], TeleprompterSearch]] = {
         max_labeled_demos=0,
     ),
     "simba": lambda: TeleprompterSearch(dspy.SIMBA, bsize=8, num_candidates=3, max_steps=2, max_demos=0),
+    "random_search": lambda: TeleprompterSearch(dspy.BootstrapFewShotWithRandomSearch, num_candidate_programs=3),
 }  # fmt: skip
 """FST with another optimizer in GEPA's place, at the same rollouts: their sizes are such that each comes to its end
 within the budget of one search. They ask `programs.lab.prompt_lm`, which reads as much as GEPA's proposer does."""
@@ -102,7 +103,13 @@ DEMOS: dict[str, dict[str, Any]] = {
 }
 """FST whose candidates hold demos beside the instruction, at the same rollouts."""
 
-ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA, **LOSSES, **DEMOS, **{name: {} for name in FAST}}
+SEATED: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(FAST, {}),
+    "random_search": {"max_bootstrapped_demos": 4, "max_labeled_demos": 4, "max_demo_tokens": 300},
+}
+"""Settings of the run beside such an optimizer."""
+
+ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA, **LOSSES, **DEMOS, **SEATED}
 
 TUNED = (
     *("fst", "rl", "gepa_then_rl"),
@@ -167,6 +174,7 @@ ABOUT = {
     "copro": "FST whose searches are COPRO's",
     "mipro": "FST whose searches are MIPROv2's, without demos",
     "simba": "FST whose searches are SIMBA's, without demos",
+    "random_search": "FST whose searches are BootstrapFewShotWithRandomSearch's: demos, and no new instruction",
     "rft": "FST that learns from the best rollouts of each problem alone (rejection sampling)",
     "demos": "FST whose candidates hold bootstrapped demos, too",
     "labeled_demos": "FST whose candidates hold demos from the labels, too",

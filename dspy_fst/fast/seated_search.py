@@ -87,8 +87,8 @@ def seated_search(
         for_optimizer,
         seed,
         num_threads,
-        getattr(settings, "max_bootstrapped_demos", 0),
-        getattr(settings, "max_labeled_demos", 0),
+        settings.max_bootstrapped_demos,
+        settings.max_labeled_demos,
         reflection_lm,
     )
     asked = AskedLMs(journal)

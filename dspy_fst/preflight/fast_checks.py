@@ -93,11 +93,12 @@ def _of_teleprompter(search: TeleprompterSearch, config: FSTConfig | None, refle
         )
     if config is not None:
         yield from _too_large(name, settings, config)
-        if (demos := search.max_demos) and not getattr(config, "demos_evolve", False):
+        if (demos := search.max_demos) and not config.demos_evolve:
             given = ", ".join(f"{name}={most}" for name, most in demos.items())
             none = ", ".join(f"{name}=0" for name in demos)
             yield (
-                f"fast={name}: its demos ({given}) would be lost, as this run's candidates hold none; give it {none}"
+                f"fast={name}: its demos ({given}) would be lost, as this run's candidates hold none; let them "
+                f"(max_bootstrapped_demos, max_labeled_demos of FSTOptimizer), or give it {none}"
             )
     if name == "MIPROv2":
         yield from _trials(settings)

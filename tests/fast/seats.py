@@ -21,11 +21,8 @@ SKILLS = ("even", "odd")
 THREADS = 4
 
 
-class WithDemos(SearchSettings):
-    """Of a run whose candidates hold demos."""
-
-    max_bootstrapped_demos: int = 2
-    max_labeled_demos: int = 1
+DEMOS = {"max_bootstrapped_demos": 2, "max_labeled_demos": 1}
+"""Of a run whose candidates hold demos."""
 
 
 class Asks(dspy.Module):
@@ -109,7 +106,7 @@ class Seated:
             anchors,
             self.program,
             play=self.play,
-            settings=(WithDemos if demos else SearchSettings)(**given),
+            settings=SearchSettings(**given, **(DEMOS if demos else {})),
             size=size,
             budget=budget,
             seed=seed,
