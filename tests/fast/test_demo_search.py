@@ -181,9 +181,9 @@ def tagged() -> dspy.Predict:
     return predictor
 
 
-def walked(draws: DemoDraws, steps: int = 60) -> list[list[dict[str, Any]]]:
+def walked(draws: DemoDraws, steps: int = 60, text: str = "") -> list[list[dict[str, Any]]]:
     """The demos after each draw of a walk."""
-    text, found = "", []
+    found = []
     for step in range(steps):
         new = draws.drawn(SAY, text, f"key {step}")
         text = text if new is None else new
@@ -201,6 +201,15 @@ def test_each_kind_keeps_to_its_number_and_no_problem_is_shown_twice() -> None:
     lengths = [len(demos) for demos in walk]
     changes = {b - a for a, b in itertools.pairwise(lengths)}
     assert {-1, 0, 1} <= changes  # dropped, swapped, added
+
+
+def test_no_draw_takes_out_or_cuts_a_demo_of_the_user() -> None:
+    rollouts = [scored(problem, 1.0, tagged()) for problem in ANCHORS[:6]]
+    draws = draws_of(rollouts, max_bootstrapped_demos=3, max_demo_tokens=60)
+    walk = walked(draws, text=written_demos([OWN, OWN]))
+    assert all(demos[:2] == [dict(OWN)] * 2 for demos in walk)
+    assert len({len(demos) for demos in walk}) > 1
+    assert draws.counts["demos_cut"] > 0
 
 
 def test_only_rollouts_from_the_threshold_on_give_demos() -> None:
