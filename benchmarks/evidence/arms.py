@@ -104,7 +104,7 @@ DEMOS: dict[str, dict[str, Any]] = {
 """FST whose candidates hold demos beside the instruction, at the same rollouts."""
 
 SEATED: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(FAST, {}),
+    **{name: {} for name in FAST},
     "random_search": {"max_bootstrapped_demos": 4, "max_labeled_demos": 4, "max_demo_tokens": 300},
 }
 """Settings of the run beside such an optimizer."""
