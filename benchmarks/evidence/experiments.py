@@ -122,13 +122,13 @@ def options(place: Place, seeds: range) -> Stages:
 
 
 def losses(place: Place, seeds: range) -> Stages:
-    """Each loss in the place of CISPO, on the main world and where problems need different advice."""
-    return [_each(("fst", *LOSSES), (WORLD, BY_LENGTH), seeds)]
+    """Each loss in the place of CISPO, on the main world."""
+    return [_each(("fst", *LOSSES), (WORLD,), seeds)]
 
 
 def fast_seat(place: Place, seeds: range) -> Stages:
-    """Another optimizer in GEPA's place, at equal rollouts, on the main world and where problems need other advice."""
-    return [_each(("fst", *FAST), (WORLD, BY_LENGTH), seeds)]
+    """Another optimizer in GEPA's place, at equal rollouts, on the main world."""
+    return [_each(("fst", *FAST), (WORLD,), seeds)]
 
 
 def demos(place: Place, seeds: range) -> Stages:
