@@ -8,7 +8,7 @@ continued search draws the same. Demos without a mark of their problem are the u
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,27 @@ def labeled_demo(signature: type[dspy.Signature], example: dspy.Example) -> Demo
     return known if holds_inputs and any(name in known for name in signature.output_fields) else None
 
 
+def within_budget(
+    demos: Sequence[Demo], signature: type[dspy.Signature], count_tokens: Callable[[str], int], most: int
+) -> list[Demo]:
+    """The demos without the last of those that evolve, as far as these are longer than ``most`` tokens."""
+    kept = list(demos)
+    tokens = [tokens_of_demo(demo, signature, count_tokens) if MADE_OF in demo else 0 for demo in demos]
+    while sum(tokens) > most:
+        last = max(place for place, count in enumerate(tokens) if count)
+        del kept[last], tokens[last]
+    return kept
+
+
+def tokens_of_demo(demo: Demo, signature: type[dspy.Signature], count_tokens: Callable[[str], int]) -> int:
+    """What a demo adds to a prompt: the messages that the adapter in force writes for it."""
+    try:
+        text = in_words(adapter_in_force().format_demos(signature, [dict(demo)]))
+    except Exception:  # an adapter may be any code
+        text = written_demos([demo])
+    return max(1, count_tokens(text))
+
+
 class DemoDraws:
     """Draws new demos for a predictor.
 
@@ -109,8 +130,10 @@ class DemoDraws:
         rng = random.Random(f"{self._seed} demos {key} {component}")
         name, demos = predictor_of(component), demos_in(text)
         moves = self._moves(name, demos)
-        changed = self._within_budget(name, _moved(rng, demos, moves)) if moves else demos
-        new = written_demos(changed)
+        changed = _moved(rng, demos, moves) if moves else demos
+        kept = within_budget(changed, self._signatures[name], self._count_tokens, self._settings.max_demo_tokens)
+        self.counts["demos_cut"] += len(changed) - len(kept)
+        new = written_demos(kept)
         if new == text:
             return None
         self.counts["demo_proposals"] += 1
@@ -157,26 +180,6 @@ class DemoDraws:
             if places and unused:
                 moves.append(_Move("swap", tuple(places), tuple(unused)))
         return [*moves, _Move("drop", tuple(own))] if own else moves
-
-    def _within_budget(self, predictor: str, demos: list[Demo]) -> list[Demo]:
-        """The demos without the last of those that evolve, as far as these are longer than ``max_demo_tokens``."""
-        tokens = [self._tokens(predictor, demo) if MADE_OF in demo else 0 for demo in demos]
-        kept = demos
-        while sum(tokens) > self._settings.max_demo_tokens:
-            last = max(place for place, count in enumerate(tokens) if count)
-            kept = [demo for place, demo in enumerate(kept) if place != last]
-            del tokens[last]
-            self.counts["demos_cut"] += 1
-        return kept
-
-    def _tokens(self, predictor: str, demo: Demo) -> int:
-        """What a demo adds to a prompt: the messages that the adapter in force writes for it."""
-        try:
-            text = in_words(adapter_in_force().format_demos(self._signatures[predictor], [dict(demo)]))
-        except Exception:  # an adapter may be any code
-            text = written_demos([demo])
-        return max(1, self._count_tokens(text))
-
 
 @dataclass(frozen=True)
 class _Move:

@@ -6,7 +6,7 @@ from typing import Any
 import dspy
 import pytest
 
-from dspy_fst.fast.demos import AUGMENTED, DemoDraws, DemoSource
+from dspy_fst.fast.demos import AUGMENTED, DemoDraws, DemoSource, tokens_of_demo
 from dspy_fst.fast.evolve import Search, evolve
 from dspy_fst.fast.journal_protocol import SearchJournal
 from dspy_fst.fast.search_settings import SearchSettings, own_texts
@@ -226,7 +226,7 @@ def test_demos_are_cut_whole_to_the_budget_of_tokens_and_counted() -> None:
     rollouts = [scored(problem, 1.0, tagged()) for problem in ANCHORS]
     one = draws_of(rollouts, max_bootstrapped_demos=6)
     demo = demos_in(one.drawn(SAY, "", "a") or "")[0]
-    tokens = one._tokens("say", demo)
+    tokens = tokens_of_demo(demo, Says().say.signature, DemoSource().count_tokens)
     draws = draws_of(rollouts, max_bootstrapped_demos=6, max_demo_tokens=2 * tokens + tokens // 2)
     walk = walked(draws)
     assert max(map(len, walk)) == 2
