@@ -131,7 +131,8 @@ def _over(runs: dict[str, Any], side: str, target: float | None) -> str:
     if not ratios:
         return ""
     aim = f"; aim {target:g}" if target else ""
-    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}{aim})"
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else "one repeat"
+    return f"{median(ratios):.2f} ({spread}{aim})"
 
 
 if __name__ == "__main__":

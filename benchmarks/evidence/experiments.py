@@ -121,19 +121,14 @@ def options(place: Place, seeds: range) -> Stages:
     return [_each(("fst", *OPTIONS), (WORLD,), seeds)]
 
 
-def losses(place: Place, seeds: range) -> Stages:
-    """Each loss in the place of CISPO, on the main world."""
-    return [_each(("fst", *LOSSES), (WORLD,), seeds)]
-
-
-def fast_seat(place: Place, seeds: range) -> Stages:
-    """Another optimizer in GEPA's place, at equal rollouts, on the main world."""
-    return [_each(("fst", *FAST), (WORLD,), seeds)]
+def seats(place: Place, seeds: range) -> Stages:
+    """Another optimizer in GEPA's place, or another loss in CISPO's, on the main world."""
+    return [compared(("fst", *FAST, *LOSSES), seeds)]
 
 
 def demos(place: Place, seeds: range) -> Stages:
     """Candidates with demos beside those of an instruction alone, on the main world."""
-    return [_each(("fst", *DEMOS), (WORLD,), seeds)]
+    return [compared(("fst", *DEMOS), seeds)]
 
 
 def plasticity(place: Place, seeds: range) -> Stages:
@@ -189,8 +184,7 @@ EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {
         variants,
         variants_elsewhere,
         options,
-        losses,
-        fast_seat,
+        seats,
         demos,
         plasticity,
         continual,
