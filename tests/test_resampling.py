@@ -91,6 +91,10 @@ def test_a_group_is_flat_where_credit_drops_it(baseline, alike):
     assert is_flat(group, partial(credit, baseline=baseline)) == alike == (not credit([group], baseline=baseline).rows)
 
 
+def of_another(rollout):
+    return replace(rollout, candidate=Candidate({"answer": "Another."}))
+
+
 @pytest.mark.parametrize("rewards", [UNMEASURED, (None, None)], ids=["one", "none"])
 def test_a_group_that_was_not_measured_is_not_flat(rewards):
     assert not flat(make_group(*rewards))
@@ -107,12 +111,16 @@ def test_a_group_that_was_not_measured_is_not_flat(rewards):
     ],
     ids=["live", "solved", "others-flat", "own-solved", "unmeasured"],
 )
-def test_a_step_is_stuck_by_its_own_groups(own, new, stuck):
+@pytest.mark.parametrize("apart", [False, True], ids=["pooled", "candidates-apart"])
+def test_a_step_is_stuck_by_its_own_groups(own, new, stuck, apart):
     groups = [make_group(*rewards, problem=problem) for problem, rewards in enumerate([*own, *new])]
     problems = StepProblems(FSTConfig(resample_flat=1), range(len(own)))
-    counts = problems.counted(credit(groups), groups, credit).counts
+    if apart:  # each rollout is compared with those of its own candidate: a group is then several
+        groups = [replace(group, rollouts=(*group.rollouts, *map(of_another, group.rollouts))) for group in groups]
+    credited = partial(credit, baseline="candidate" if apart else "problem")
+    counts = problems.counted(credited(groups), groups, credited).counts
     means = [
-        (g.problem, sum(r.reward for r in g.rollouts) / 2)
+        (g.problem, sum(r.reward for r in g.rollouts) / len(g.rollouts))
         for g in groups
         if all(r.reward is not None for r in g.rollouts)
     ]

@@ -117,6 +117,8 @@ def test_options_of_updates_are_warned_of_where_no_update_is_made_and_a_share_wi
     )
     (warning,) = settings_without_effect(FSTConfig(method="gepa", retire_solved=0.9))
     assert warning.startswith("retire_solved=0.9 does nothing under method='gepa'")
+    (warning,) = settings_without_effect(FSTConfig(method="gepa", updates_per_batch=4))
+    assert warning.startswith("updates_per_batch=4 does nothing under method='gepa'")
     (warning,) = settings_without_effect(FSTConfig(overlong_share=0.5))
     assert warning.startswith("overlong_share=0.5 does nothing at overlong_penalty=0")
     assert settings_without_effect(FSTConfig(method="rl", **options, overlong_share=0.5)) == []
@@ -199,7 +201,7 @@ def played(problem, of, reward, version="step-000000", mask=None):
 
 
 def search_of(*rollouts, members=(A, B)):
-    return SimpleNamespace(played=rollouts, population=Population(members, (None,) * len(members)))
+    return SimpleNamespace(scoring=rollouts, population=Population(members, (None,) * len(members)))
 
 
 def handed_on(tmp_path, search, metric="one", **asked):

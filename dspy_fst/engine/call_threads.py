@@ -54,7 +54,9 @@ class Threads:
             when_over()
             if future.done():
                 return  # nobody waits any more
-            if error is not None:
+            if isinstance(error, StopIteration):  # a future takes none (PEP 479)
+                future.set_exception(RuntimeError(f"the call raised StopIteration: {error}"))
+            elif error is not None:
                 future.set_exception(error)
             else:
                 future.set_result(result)  # type: ignore[arg-type]

@@ -181,6 +181,7 @@ class DemoDraws:
                 moves.append(_Move("swap", tuple(places), tuple(unused)))
         return [*moves, _Move("drop", tuple(own))] if own else moves
 
+
 @dataclass(frozen=True)
 class _Move:
     """One kind of change that is possible."""

@@ -80,6 +80,8 @@ class Search:
     """Who searched."""
     played: tuple[Rollout, ...] = field(default=(), compare=False)
     """The fresh rollouts, in order. Equality leaves them out: those that a journal gave back have no trace."""
+    scoring: tuple[Rollout, ...] = field(default=(), compare=False)
+    """Of these the ones that score a candidate; an optimizer may take further samples."""
 
     @property
     def money(self) -> dict[str, float]:
@@ -285,6 +287,7 @@ class _Searching:
             warned=tuple(sorted(self.reflections.warned)),
             dollars=self.reflections.dollars,
             played=tuple(self.bank.fresh),
+            scoring=tuple(self.bank.scoring),
         )
 
 

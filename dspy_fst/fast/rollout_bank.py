@@ -41,6 +41,8 @@ class RolloutBank:
         self._tries: Counter[Key] = Counter()
         self.fresh: list[Rollout] = []
         """Rollouts made for this bank, in order."""
+        self.scoring: list[Rollout] = []
+        """Of these the ones that score a candidate: number 0 of each candidate and problem."""
         self.reused = 0
         """Requests that were answered without a new rollout."""
         self.sampled_tokens = 0
@@ -54,6 +56,7 @@ class RolloutBank:
         missing = {key_of(wish): wish for wish in wanted if key_of(wish) not in self._banked}
         new = dict(zip(missing, self._play_or_recall(list(missing.values())), strict=True)) if missing else {}
         self.fresh += new.values()
+        self.scoring += (rollout for (*_, number), rollout in new.items() if number == 0)
         self.reused += len(wanted) - len(missing)
         known = self._banked | new
         self._tries.update(new.keys())

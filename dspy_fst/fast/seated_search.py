@@ -188,4 +188,5 @@ def _search_of(
         counts=counts + Counter(unmeasured=unmeasured, rollouts_unused=unused) + asked.counts + lost,
         dollars=asked.dollars,
         played=tuple(bank.fresh),
+        scoring=tuple(bank.scoring),
     )

@@ -197,12 +197,18 @@ def written_demos(demos: Iterable[Demo | dspy.Example]) -> str:
     """Demos as a component's text, a line for each.
 
     Raises:
-        TypeError: a demo holds a value that cannot be written as JSON.
+        TypeError: a demo holds a value that cannot be written as JSON, or a lone surrogate, which no tokenizer reads.
 
     >>> written_demos([dspy.Example(question="6 * 7", answer=42)])
     '{"question": "6 * 7", "answer": 42}'
     """
-    return "\n".join(json.dumps(serialize_object(dict(demo.items())), ensure_ascii=False) for demo in demos)
+    lines = (json.dumps(serialize_object(dict(demo.items())), ensure_ascii=False) for demo in demos)
+    text = "\n".join(lines)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TypeError(f"a demo holds text that is no Unicode: {error}") from error
+    return text
 
 
 def demos_in(text: str) -> list[Demo]:
@@ -234,8 +240,14 @@ def marked(demo: Demo, example: dspy.Example) -> Demo:
 
 def demo_marks(program: dspy.Module) -> frozenset[str]:
     """The marks of all problems that some predictor's demos were made of."""
-    demos = (demo for _, predictor in program.named_predictors() for demo in predictor.demos)
+    demos = (demo for predictor in _all_predictors(program) for demo in predictor.demos)
     return frozenset(demo[MADE_OF] for demo in demos if MADE_OF in demo)
+
+
+def _all_predictors(program: dspy.Module) -> Iterator[dspy.Predict]:
+    """Those of frozen parts too: a compiled program that is a part of another one still holds its demos."""
+    modules = (module for _, module in program.named_sub_modules(skip_compiled=False))
+    return (module for module in modules if isinstance(module, dspy.Predict))
 
 
 def hide_demos(program: dspy.Module, example: dspy.Example, marks: Collection[str]) -> None:
@@ -248,7 +260,7 @@ def hide_demos(program: dspy.Module, example: dspy.Example, marks: Collection[st
     """
     if not marks or (mark := problem_mark(example)) not in marks:
         return
-    for _, predictor in program.named_predictors():
+    for predictor in _all_predictors(program):
         predictor.demos = [demo for demo in predictor.demos if demo.get(MADE_OF) != mark]
 
 

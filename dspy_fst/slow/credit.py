@@ -160,14 +160,22 @@ class _ScoreStream:
     predictor: str | None
     """The scored predictor; None: the rewards."""
     spread: float
-    """Largest score less the smallest. The spread decides whether the scores are flat, because rounding of the mean
-    can give equal scores a standard deviation above zero."""
+    """Largest score less the smallest, before any penalty. The spread decides whether the scores are flat, because
+    rounding of the mean can give equal scores a standard deviation above zero. A penalty decides nothing here: divided
+    by its own deviation alone, the smallest one would push as hard as a wrong answer does."""
     std: float
     centred: Mapping[int, float]
     """Index of a rollout in the group -> its score less the mean."""
 
     @classmethod
-    def of(cls, problem: int, predictor: str | None, scores: Mapping[int, float]) -> "_ScoreStream":
+    def of(
+        cls, problem: int, predictor: str | None, scores: Mapping[int, float], taken: Mapping[int, float]
+    ) -> "_ScoreStream":
+        """The stream of these scores.
+
+        Args:
+            taken: Penalty of each rollout.
+        """
         values = np.array(list(scores.values()), dtype=np.float64)
         if not np.isfinite(values).all():
             whose = "rewards" if predictor is None else f"scores of {predictor!r}"
@@ -177,8 +185,9 @@ class _ScoreStream:
             )
         if not len(values):
             return cls(predictor, 0.0, 0.0, {})
-        centred = dict(zip(scores, (values - values.mean()).tolist(), strict=True))
-        return cls(predictor, float(np.ptp(values)), float(values.std()), centred)
+        shaped = values - np.array([taken.get(i, 0.0) for i in scores])
+        centred = dict(zip(scores, (shaped - shaped.mean()).tolist(), strict=True))
+        return cls(predictor, float(np.ptp(values)), float(shaped.std()), centred)
 
     def advantage(self, rollout: int, rule: Advantage, std: float, epsilon: float) -> float | None:
         """Of one rollout; None: it is left out.
@@ -212,15 +221,14 @@ class _MeasuredGroup:
             for i, rollout in self._numbered()
             for call in _trained_calls(rollout, trained)
         ]
+        taken: dict[str | None, dict[int, float]] = {name: defaultdict(float) for name in scores}
         self.penalties: list[float] = []
         """Of each measured rollout; empty without a penalty."""
         if penalty is not None:
-            taken: dict[tuple[int, str | None], float] = defaultdict(float)
             for i, call, name in calls:
-                taken[i, name] = max(taken[i, name], penalty(call))
-            scores = {name: {i: score - taken[i, name] for i, score in of.items()} for name, of in scores.items()}
-            self.penalties = [max((taken[i, name] for name in scores), default=0.0) for i, _ in self._numbered()]
-        streams = {name: _ScoreStream.of(group.problem, name, by_rollout) for name, by_rollout in scores.items()}
+                taken[name][i] = max(taken[name][i], penalty(call))
+            self.penalties = [max(of[i] for of in taken.values()) for i, _ in self._numbered()]
+        streams = {name: _ScoreStream.of(group.problem, name, of, taken[name]) for name, of in scores.items()}
         self._calls = [(i, call, streams[name]) for i, call, name in calls]
         self.streams = {stream.predictor: stream for _, _, stream in self._calls}
         """The score streams that credit at least one trained call; empty in a group without trained calls."""

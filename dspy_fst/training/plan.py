@@ -294,7 +294,7 @@ def is_stuck(report: StepReport, flat_share: float, perfect_score: float) -> boo
     """
     counts, reward = report.counts, report.reward
     flat = counts.get("own_flat_groups", counts.get("flat_groups", 0))
-    groups = counts.get("groups", 0) - counts.get("resampled_groups", 0)
+    groups = counts.get("own_groups", counts.get("groups", 0) - counts.get("resampled_groups", 0))
     if (own := counts.get("own_measured_groups")) is not None:
         rewards = [each for _, each in report.group_rewards[:own]]
         reward = fmean(rewards) if rewards else None

@@ -65,7 +65,7 @@ class Reuse:
         members = {member.digest for member in search.population.members}
         made = {  # of a masked rollout that was made again, the second one
             (rollout.candidate.digest, rollout.problem): rollout
-            for rollout in search.played
+            for rollout in search.scoring
             if rollout.candidate.digest in members and rollout.problem in problems
         }
         measured = [(digest, rollout) for (digest, _), rollout in made.items() if rollout.mask is None]

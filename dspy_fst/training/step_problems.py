@@ -44,7 +44,9 @@ class StepProblems:
             counts.update(resampling_counts(groups, len(self.batch), flat, self.config.worst_score, best))
             own = groups[: len(self.batch)]  # `plan.is_stuck` judges these alone
             measured = sum(len(group.rewards) > 1 for group in own)  # as `StepReport.group_rewards` has them
-            counts.update(own_flat_groups=credited(own).counts["flat_groups"], own_measured_groups=measured)
+            judged = credited(own).counts  # parts of a group under baseline="candidate"
+            counts.update(own_groups=judged["groups"], own_flat_groups=judged["flat_groups"])
+            counts.update(own_measured_groups=measured)
         return replace(batch, counts=Counter({**batch.counts, **counts}))
 
 

@@ -16,12 +16,13 @@ def settings_without_effect(config: FSTConfig) -> list[str]:
 
 def _of_updates(config: FSTConfig) -> list[str]:
     given = [f"{name}={getattr(config, name):g}" for name in OF_UPDATES if getattr(config, name)]
+    given += [f"updates_per_batch={config.updates_per_batch}"] if config.updates_per_batch > 1 else []
     if config.method != "gepa" or not given:
         return []
     does = "does" if len(given) == 1 else "do"
     return [
-        f"{' and '.join(given)} {does} nothing under method='gepa': it changes the groups or rewards of weight "
-        "updates, and here none are made. Leave it out, or use a method with updates, e.g. method='fst'"
+        f"{' and '.join(given)} {does} nothing under method='gepa': weight updates are what it changes, "
+        "and here none are made. Leave it out, or use a method with updates, e.g. method='fst'"
     ]
 
 

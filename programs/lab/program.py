@@ -25,6 +25,9 @@ class Solve(dspy.Module):
     def forward(self, numbers: str) -> dspy.Prediction:
         return self.solve(numbers=numbers)
 
+    async def aforward(self, numbers: str) -> dspy.Prediction:
+        return await self.solve.acall(numbers=numbers)
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -113,6 +113,11 @@ def test_a_caller_who_waits_no_longer_leaves_the_others_their_replies():
     assert left.cancelled()
 
 
+def test_a_call_that_raises_stop_iteration_does_not_leave_its_caller_waiting():
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        asyncio.run(asyncio.wait_for(Threads("test").run(lambda: next(iter(()))), timeout=20))
+
+
 def test_threads_are_reused_and_no_more_run_than_were_allowed():
     pool, running, most, names = Threads("few", 3), [], [], set()
     lock = threading.Lock()

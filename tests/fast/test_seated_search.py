@@ -203,15 +203,18 @@ def test_another_rollout_id_is_another_sample_and_the_same_one_is_not_paid_for_a
     class Samples(Scripted):
         def search(self, seat):
             example, lm = seat.examples[0], seat.program.answer.lm
-            for number in (0, 1, 2, 2):
+            for number in (2, 0, 1, 2):
                 program = seat.program.deepcopy()
                 program.set_lm(lm.copy(rollout_id=number, temperature=1.0))
                 program(**example.inputs())
             return []
 
     seated = Seated()
-    seated.search(Samples())
-    assert [number for _, problem, number in seated.made if problem == 0] == [0, 1, 2]
+    search = seated.search(Samples())
+    assert sorted(number for _, problem, number in seated.made if problem == 0) == [0, 1, 2]
+    # What scored is handed over to the step after the search, and no other sample.
+    assert len([rollout for rollout in search.played if rollout.problem == 0]) == 3
+    assert len([rollout for rollout in search.scoring if rollout.problem == 0]) == 1
 
 
 def test_protected_lines_come_back_before_a_text_is_tried():

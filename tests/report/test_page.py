@@ -235,6 +235,15 @@ def test_the_page_is_one_file_that_is_replaced_whole(tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["run.html"]
 
 
+def test_demos_are_listed_as_people_read_them_wherever_a_candidate_is_shown():
+    event = cycle(0, {SEED: 0.5}, {}, [SEED])
+    demo = '{"question": "Which town?", "answer": "Ulm", "augmented": true, "_fst_problem": "0123456789ab"}'
+    event["candidates"][0]["texts"]["solve.demos[*]"] = demo
+    html = render([record_of([event], name="demos")])
+    assert html.count("Ulm") == 2  # in the lineage, and in the population
+    assert "_fst_problem" not in html
+
+
 def test_a_model_s_broken_letters_do_not_break_the_page(tmp_path):
     events = [cycle(0, {"half \ud800 a letter": 0.5}, {}, ["half \ud800 a letter"])]
     out = build_report([written(tmp_path / "run", events)], tmp_path / "run.html")

@@ -65,7 +65,8 @@ def shown_for(problem: Problem, program: dspy.Module, candidate: Candidate) -> l
         return fields(answer="a")
 
     policy, engine = scripted_policy(speak)
-    program.set_lm(policy)
+    for _, predictor in program.named_sub_modules(dspy.Predict):  # of frozen parts, too
+        predictor.lm = policy
     rollouter = Rollouter(program, Reward(lambda gold, pred: 1.0), RolloutSettings(num_threads=1), engine.expect)
     rollouter.rollout([Task(problem, candidate)], "test")
     told = [message["content"] for message in asked[0] if message["role"] == "user"][:-1]
@@ -124,6 +125,27 @@ def test_nor_where_the_program_itself_holds_it_and_nobody_evolves_demos() -> Non
     program = with_texts(Says(), Candidate({SAY: written_demos([of(PROBLEMS[0])])}))
     assert shown_for(PROBLEMS[0], program, read_texts(program)) == []
     assert shown_for(PROBLEMS[1], program, read_texts(program)) == ["q0"]
+
+
+def test_nor_where_a_frozen_part_of_the_program_holds_it() -> None:
+    class Outer(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = with_texts(Says(), Candidate({SAY: written_demos([of(PROBLEMS[0]), of(PROBLEMS[1])])}))
+            self.inner._compiled = True
+
+        def forward(self, question: str) -> dspy.Prediction:
+            return self.inner(question=question)
+
+    outer = Outer()
+    assert shown_for(PROBLEMS[0], outer, read_texts(outer)) == ["q1"]
+    assert shown_for(PROBLEMS[2], outer, read_texts(outer)) == ["q0", "q1"]
+    assert len(outer.inner.say.demos) == 2
+
+
+def test_text_that_no_tokenizer_reads_is_no_demo() -> None:
+    with pytest.raises(TypeError, match="no Unicode"):
+        written_demos([{"question": "\ud83d", "answer": "a"}])
 
 
 def test_a_problem_is_known_by_its_inputs_alone() -> None:

@@ -1,6 +1,7 @@
 """The penalty for replies near ``max_tokens`` (`overlong_penalty`), on numbers that one can check by hand."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -12,7 +13,10 @@ from dspy_fst.report.step_options import option_charts, option_lines, step_words
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.credit import credit
 from dspy_fst.slow.length_penalty import overlong, penalty_of
+from dspy_fst.slow.losses.cispo import CISPO
+from dspy_fst.slow.losses.rft import RFT
 from dspy_fst.slow.training_settings import TrainingSettings
+from dspy_fst.training.resampling import is_flat
 from dspy_fst.types import Group
 from tests.relay import relay
 from tests.slow.makers import make_call, make_group, make_rollout
@@ -54,12 +58,17 @@ def test_it_is_taken_off_before_the_advantages_and_told_apart():
     assert "overlong_rollouts" not in plain.counts
 
 
-def test_rollouts_that_scored_alike_differ_by_their_length():
-    group = Group(0, (make_rollout(1.0, reply(90)), make_rollout(1.0, reply(60))))
-    assert credit([group]).rows == ()
-    batch = credit([group], penalty=PENALTY)
-    assert [row.advantage for row in batch.rows] == pytest.approx([-1.0, 1.0], abs=1e-4)
-    assert batch.counts["flat_groups"] == 0
+@pytest.mark.parametrize("reward", [0.0, 1.0], ids=["all-wrong", "all-right"])
+@pytest.mark.parametrize("loss", [CISPO, RFT], ids=["cispo", "rft"])
+def test_rollouts_that_scored_alike_are_flat_whatever_their_length(reward, loss):
+    """Else any penalty, however small, divided by its own deviation, pushes as hard as a wrong answer; the shortest of
+    wrong answers would be the best; and a stuck step would pass for a lively one."""
+    group = Group(0, (make_rollout(reward, reply(90)), make_rollout(reward, reply(60))))
+    batch = credit([group], penalty=PENALTY, loss=loss)
+    assert batch.rows == ()
+    assert batch.counts["flat_groups"] == 1
+    assert batch.length_penalty == pytest.approx(0.25)
+    assert is_flat(group, partial(credit, penalty=PENALTY))
 
 
 def test_a_rollout_of_several_calls_pays_for_the_longest_by_its_own_limit():
@@ -76,19 +85,19 @@ def test_calls_that_are_not_trained_and_masked_rollouts_pay_nothing():
 
 
 def test_a_predictor_s_own_score_pays_for_its_own_calls_alone():
-    """Own scores 1 and 1 less 0.5 and 0; the rewards 1 and 0 credit the other predictor, whose replies are short."""
+    """Own scores 1 and 0.8 less 0.5 and 0; the rewards 1 and 0 credit the other predictor, whose replies are short."""
 
-    def rollout(reward, tokens):
+    def rollout(reward, own, tokens):
         calls = (reply(tokens, predictor="query"), reply(10))
-        return replace(make_rollout(reward, *calls), predictor_scores={"query": 1.0})
+        return replace(make_rollout(reward, *calls), predictor_scores={"query": own})
 
-    batch = credit([Group(0, (rollout(1.0, 90), rollout(0.0, 60)))], penalty=PENALTY)
+    batch = credit([Group(0, (rollout(1.0, 1.0, 90), rollout(0.0, 0.8, 60)))], penalty=PENALTY)
     advantages = {(row.predictor, len(row.completion_ids)): row.advantage for row in batch.rows}
     assert advantages["query", 90] == pytest.approx(-1.0, abs=1e-4)
     assert advantages["query", 60] == pytest.approx(1.0, abs=1e-4)
     assert sorted(row.advantage for row in batch.rows if row.predictor == "answer") == pytest.approx([-1, 1], abs=1e-4)
     assert next(row.advantage for row in batch.rows if row.predictor == "answer") > 0  # the reward paid nothing
-    assert batch.predictors["query"].score == 1.0  # as the metric gave it
+    assert batch.predictors["query"].score == pytest.approx(0.9)  # as the metric gave it
 
 
 def test_without_a_penalty_nothing_is_computed():
