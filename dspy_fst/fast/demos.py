@@ -9,7 +9,7 @@ continued search draws the same. Demos without a mark of their problem are the u
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -108,8 +108,8 @@ class DemoDraws:
         self._examples = {problem.index: problem.example for problem in problems}
         self._scored, self._read = scored, 0
         self._most = {BOOTSTRAPPED: settings.max_bootstrapped_demos, LABELED: settings.max_labeled_demos}
-        self._pools: dict[tuple[str, str], dict[str, Demo]] = {}
-        """(predictor, kind) -> demo's text -> demo."""
+        self._pools: dict[tuple[str, str], dict[str, _Sized]] = {}
+        """(predictor, kind) -> demo's text -> demo. Those that are too long are in it too, so each is counted once."""
         self.counts: Counter[str] = Counter()
         for example in source.trainset if settings.max_labeled_demos else ():
             for name, signature in self._signatures.items():
@@ -117,11 +117,11 @@ class DemoDraws:
                     self._add(name, LABELED, demo, example)
 
     def can_change(self, component: str, text: str) -> bool:
-        """Whether there is another demo to show, or one to drop."""
+        """Whether there is a demo to drop, or another one to show that fits ``max_demo_tokens``."""
         return bool(self._moves(predictor_of(component), demos_in(text)))
 
     def drawn(self, component: str, text: str, key: str) -> str | None:
-        """Other demos in the place of these; None if the draw leaves them as they are.
+        """Other demos in the place of these; None if nothing can change.
 
         Args:
             text: The demos' component in the candidate that the proposal starts from.
@@ -130,22 +130,18 @@ class DemoDraws:
         rng = random.Random(f"{self._seed} demos {key} {component}")
         name, demos = predictor_of(component), demos_in(text)
         moves = self._moves(name, demos)
-        changed = _moved(rng, demos, moves) if moves else demos
-        kept = within_budget(changed, self._signatures[name], self._count_tokens, self._settings.max_demo_tokens)
-        self.counts["demos_cut"] += len(changed) - len(kept)
-        new = written_demos(kept)
-        if new == text:
+        if not moves:
             return None
         self.counts["demo_proposals"] += 1
-        return new
+        return written_demos(_moved(rng, demos, moves))
 
     # ---- the pools -------------------------------------------------------------------------------
 
-    def _unused(self, predictor: str, kind: str, demos: Sequence[Demo]) -> list[Demo]:
+    def _unused(self, predictor: str, kind: str, demos: Sequence[Demo]) -> "list[_Sized]":
         """Demos of this kind that are made of other problems than those shown."""
         self._take_in_rollouts()
         shown = {demo.get(MADE_OF) for demo in demos}
-        return [demo for demo in self._pools.get((predictor, kind), {}).values() if demo[MADE_OF] not in shown]
+        return [each for each in self._pools.get((predictor, kind), {}).values() if each.demo[MADE_OF] not in shown]
 
     def _take_in_rollouts(self) -> None:
         """Make demos of the rollouts that scored well since the last time."""
@@ -164,22 +160,41 @@ class DemoDraws:
         except TypeError:  # the value of a call; those of examples were checked before the run
             self.counts["demos_not_written"] += 1
             return
-        self._pools.setdefault((predictor, kind), {}).setdefault(text, demos_in(text)[0])
+        pool = self._pools.setdefault((predictor, kind), {})
+        if text not in pool:
+            (written,) = demos_in(text)
+            pool[text] = _Sized(written, self._tokens(predictor, written))
+            if pool[text].tokens > self._settings.max_demo_tokens:
+                self.counts["demos_cut"] += 1
 
     # ---- the draw --------------------------------------------------------------------------------
 
+    def _tokens(self, predictor: str, demo: Demo) -> int:
+        return tokens_of_demo(demo, self._signatures[predictor], self._count_tokens)
+
     def _moves(self, predictor: str, demos: Sequence[Demo]) -> "list[_Move]":
-        """What can be done to these demos."""
+        """What can be done to these demos within ``max_demo_tokens``."""
         moves: list[_Move] = []
-        own = [place for place, demo in enumerate(demos) if MADE_OF in demo]
+        own = {place: self._tokens(predictor, demo) for place, demo in enumerate(demos) if MADE_OF in demo}
+        left = self._settings.max_demo_tokens - sum(own.values())
         for kind, most in self._most.items():
             places = [place for place in own if _kind(demos[place]) == kind]
             unused = self._unused(predictor, kind, demos)
-            if room := min(most - len(places), len(unused)) if most > len(places) else 0:
-                moves.append(_Move("add", (), tuple(unused), room))
-            if places and unused:
-                moves.append(_Move("swap", tuple(places), tuple(unused)))
-        return [*moves, _Move("drop", tuple(own))] if own else moves
+            if (room := most - len(places)) > 0 and (fitting := _fitting(unused, left)):
+                moves.append(_Move("add", unused=fitting, room=room, left=left))
+            swaps = {place: fitting for place in places if (fitting := _fitting(unused, left + own[place]))}
+            if swaps:
+                moves.append(_Move("swap", swaps))
+        return [*moves, _Move("drop", dict.fromkeys(own, ()))] if own else moves
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """A demo, and the tokens that it adds to a prompt."""
+
+    demo: Demo
+    tokens: int
+
 
 
 @dataclass(frozen=True)
@@ -188,22 +203,39 @@ class _Move:
 
     name: str
     """``"add"``, ``"swap"`` or ``"drop"``."""
-    places: tuple[int, ...] = ()
-    """Of the demos that it may take out."""
-    unused: tuple[Demo, ...] = ()
-    """Demos that it may put in."""
+    places: Mapping[int, tuple[_Sized, ...]] = field(default_factory=dict)
+    """Place of a demo that it may take out -> those that it may put there."""
+    unused: tuple[_Sized, ...] = ()
+    """Demos that it may add, each of which fits."""
     room: int = 1
-    """How many it may add."""
+    """How many it may add, at most."""
+    left: int = 0
+    """How many tokens it may add, at most."""
 
 
-def _moved(rng: random.Random, demos: Sequence[Demo], moves: "Sequence[_Move]") -> list[Demo]:
-    """The demos after one move. Each possible one is equally likely; so is each number of demos to add."""
+def _fitting(unused: Sequence[_Sized], tokens: int) -> tuple[_Sized, ...]:
+    return tuple(each for each in unused if each.tokens <= tokens)
+
+
+def _moved(rng: random.Random, demos: Sequence[Demo], moves: Sequence[_Move]) -> list[Demo]:
+    """The demos after one move. Each possible one is equally likely."""
     move = rng.choice(moves)
     if move.name == "add":
-        return [*demos, *rng.sample(move.unused, rng.randint(1, move.room))]
-    place = rng.choice(move.places)
-    put_in = [rng.choice(move.unused)] if move.name == "swap" else []
+        return [*demos, *_added(rng, move)]
+    place = rng.choice(list(move.places))
+    put_in = [rng.choice(move.places[place]).demo] if move.name == "swap" else []
     return [*demos[:place], *put_in, *demos[place + 1 :]]
+
+
+def _added(rng: random.Random, move: _Move) -> list[Demo]:
+    """At least one demo. Each number is equally likely; fewer are added where they do not fit together."""
+    number, left = rng.randint(1, min(move.room, len(move.unused))), move.left
+    added: list[Demo] = []
+    for each in rng.sample(move.unused, len(move.unused)):
+        if len(added) < number and each.tokens <= left:
+            added.append(each.demo)
+            left -= each.tokens
+    return added
 
 
 def _kind(demo: Demo) -> str:

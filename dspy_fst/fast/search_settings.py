@@ -35,8 +35,8 @@ class SearchSettings(Settings):
     """Reward from which on a rollout gives bootstrapped demos; None: ``perfect_score`` (ours; DSPy takes any that its
     metric calls true)."""
     max_demo_tokens: int = Field(default=1000, ge=1)
-    """Tokens that the demos of one predictor may add to its prompt, those that the user set left out. A proposal that
-    is longer loses whole demos (ours)."""
+    """Tokens that the demos of one predictor may add to its prompt, those that the user set left out (ours). A demo is
+    shown whole or not at all."""
     protected: dict[str, tuple[str, ...]] = Field(default={})
     """Component -> lines of the program's own text that every proposal keeps. A proposal that lost a line gets it back
     at its end (ours)."""

@@ -18,7 +18,7 @@ LABELS = {
     "reflections": "reflections",
     "reflections_failed": "reflections that failed",
     "demo_proposals": "proposals of demos",
-    "demos_cut": "demos cut from proposals, as too long",
+    "demos_cut": "demos left out, as too long",
     "accepted": "proposals accepted",
     "tokens": "sampled tokens",
     "search_tokens": "sampled tokens of searches",
@@ -89,7 +89,7 @@ class Costs:
     demo_proposals: int
     """Draws of demos, which no reflection LM is asked for."""
     demos_cut: int
-    """Demos that a draw lost to ``max_demo_tokens``."""
+    """Demos that were left out because of ``max_demo_tokens``."""
     accepted: int
     search_tokens: int
     training_tokens: int

@@ -6,7 +6,7 @@ from typing import Any
 import dspy
 import pytest
 
-from dspy_fst.fast.demos import AUGMENTED, DemoDraws, DemoSource, tokens_of_demo
+from dspy_fst.fast.demos import AUGMENTED, DemoDraws, DemoSource
 from dspy_fst.fast.evolve import Search, evolve
 from dspy_fst.fast.journal_protocol import SearchJournal
 from dspy_fst.fast.search_settings import SearchSettings, own_texts
@@ -203,13 +203,13 @@ def test_each_kind_keeps_to_its_number_and_no_problem_is_shown_twice() -> None:
     assert {-1, 0, 1} <= changes  # dropped, swapped, added
 
 
-def test_no_draw_takes_out_or_cuts_a_demo_of_the_user() -> None:
+def test_no_draw_takes_out_a_demo_of_the_user() -> None:
     rollouts = [scored(problem, 1.0, tagged()) for problem in ANCHORS[:6]]
     draws = draws_of(rollouts, max_bootstrapped_demos=3, max_demo_tokens=60)
     walk = walked(draws, text=written_demos([OWN, OWN]))
     assert all(demos[:2] == [dict(OWN)] * 2 for demos in walk)
     assert len({len(demos) for demos in walk}) > 1
-    assert draws.counts["demos_cut"] > 0
+    assert max(map(len, walk)) < 2 + 3  # the budget leaves no room for three
 
 
 def test_only_rollouts_from_the_threshold_on_give_demos() -> None:
@@ -222,19 +222,38 @@ def _questions(walk: list[list[dict[str, Any]]]) -> set[str]:
     return {demo["question"] for demos in walk for demo in demos}
 
 
-def test_demos_are_cut_whole_to_the_budget_of_tokens_and_counted() -> None:
-    rollouts = [scored(problem, 1.0, tagged()) for problem in ANCHORS]
-    one = draws_of(rollouts, max_bootstrapped_demos=6)
-    demo = demos_in(one.drawn(SAY, "", "a") or "")[0]
-    tokens = tokens_of_demo(demo, Says().say.signature, DemoSource().count_tokens)
-    draws = draws_of(rollouts, max_bootstrapped_demos=6, max_demo_tokens=2 * tokens + tokens // 2)
-    walk = walked(draws)
-    assert max(map(len, walk)) == 2
-    assert draws.counts["demos_cut"] > 0
-    none = draws_of(rollouts, max_bootstrapped_demos=6, max_demo_tokens=tokens // 2)
-    assert none.drawn(SAY, "", "a") is None
-    assert none.counts["demos_cut"] > 0
-    assert not none.counts["demo_proposals"]
+def test_demos_are_drawn_within_the_budget_of_tokens() -> None:
+    """Every second demo is long."""
+    rollouts = [scored(problem, 1.0, tagged(), "yes" * (1 + problem.index % 2 * 100)) for problem in ANCHORS]
+    measure = draws_of([], max_bootstrapped_demos=6)
+    short, long = (measure._tokens("say", {"question": "1", "answer": "yes" * times}) for times in (1, 101))
+    assert long > 2 * short
+    draws = draws_of(rollouts, max_bootstrapped_demos=6, max_demo_tokens=long + short + short // 2)
+    walk = walked(draws, steps=200)
+    totals = [sum(draws._tokens("say", demo) for demo in demos) for demos in walk]
+    assert max(totals) <= long + short + short // 2
+    assert {len(demo["answer"]) for demos in walk for demo in demos} == {3, 303}
+    assert max(map(len, walk)) > 2  # short ones alone
+    assert draws.counts["demo_proposals"] == 200  # each draw changes something
+    assert not draws.counts["demos_cut"]
+
+
+def test_demos_above_the_budget_are_counted_once_and_never_drawn() -> None:
+    rollouts = [scored(problem, 1.0, tagged()) for problem in ANCHORS[:5]]
+    draws = draws_of(rollouts, max_bootstrapped_demos=6, max_labeled_demos=6, max_demo_tokens=1)
+    for key in ("a", "b"):
+        assert not draws.can_change(SAY, "")
+        assert draws.drawn(SAY, "", key) is None
+    assert draws.counts == {"demos_cut": 5 + len(TRAINSET)}
+    shown = draws_of(rollouts, max_bootstrapped_demos=6).drawn(SAY, "", "a") or ""
+    assert draws.can_change(SAY, shown)  # one that is shown can be dropped
+    assert len(demos_in(draws.drawn(SAY, shown, "a") or "")) == len(demos_in(shown)) - 1
+
+
+def test_demos_that_cannot_fit_take_no_turn() -> None:
+    without, search = Searcher().search(), Searcher().search(max_bootstrapped_demos=3, max_demo_tokens=1)
+    assert search.counts["demos_cut"] > 0
+    assert search.counts["reflections"] == without.counts["reflections"] > 10
 
 
 def test_a_call_that_json_cannot_hold_gives_no_demo_and_is_counted() -> None:
