@@ -5,6 +5,7 @@ when it is first called, and they are verified then.
 """
 
 import gc
+import shutil
 import threading
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from dspy_fst.provider.chat_data import chat_faults, format_fault, pairs_of
 from dspy_fst.provider.job_folder import JobFolder
 from dspy_fst.provider.job_settings import FineTuneSettings
 from dspy_fst.rollout.written_replies import ReplyWriter
-from dspy_fst.slow.supervised import Pair, Supervision, fine_tune
+from dspy_fst.slow.supervised import CANCELLED, Pair, Supervision, fine_tune
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.publisher import TEXT_TOKENS, TEXTS
 
@@ -66,7 +67,10 @@ class FineTuningJob(TrainingJob):
             thread.daemon = True  # Ctrl-C ends the process, and not after the training only
 
     def cancel(self) -> bool:
-        """Stop after the optimizer step in progress. The result is then the error that says so, and no weights."""
+        """Stop before any work, after the optimizer step in progress, or once the weights are written and read.
+
+        The result is then the error that says so, and no weights are left.
+        """
         self._stop.set()
         return not self.done()
 
@@ -78,7 +82,16 @@ class FineTuningJob(TrainingJob):
         return self._status
 
     def begin(self) -> None:
+        self.require_wanted()
         self._status = TrainingStatus.running
+
+    def require_wanted(self) -> None:
+        """
+        Raises:
+            TrainingError: the job was cancelled.
+        """
+        if self.cancelling:
+            raise TrainingError(CANCELLED)
 
     def set_result(self, result: Any) -> None:
         """DSPy gives the LM of the new weights, or an exception."""
@@ -125,12 +138,18 @@ def _finetuned(job: FineTuningJob, model: str) -> str:
     job.doing = f"learning {len(pairs)} replies"
     how = Supervision(settings.epochs, settings.rate, settings.seed)
     learnt = fine_tune(trainer, pairs, how, stopped=lambda: job.cancelling)
-    job.doing = f"writing {folder.path}"
-    checkpoint = trainer.publish(folder.path / "weights", folder.name)
-    del trainer
-    gc.collect()
-    job.doing = "reading the new weights"
-    job.expected = _expected(checkpoint, settings, pairs)
+    job.require_wanted()
+    job.doing, weights = f"writing {folder.path}", folder.path / "weights"
+    try:
+        checkpoint = trainer.publish(weights, folder.name)
+        del trainer
+        gc.collect()
+        job.doing = "reading the new weights"
+        job.expected = _expected(checkpoint, settings, pairs)
+        job.require_wanted()
+    except BaseException:
+        shutil.rmtree(weights, ignore_errors=True)
+        raise
     folder.tell({"from": model, "left_out": left_out, **asdict(learnt)})
     return str(checkpoint.folder)
 

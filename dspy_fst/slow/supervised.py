@@ -39,6 +39,8 @@ IGNORED = -100
 """Label of a token that is not learnt (transformers)."""
 MISSING = "supervised training needs trl, which is not installed: pip install 'dspy-fst[warm-start]'"
 
+CANCELLED = "supervised training was cancelled; the weights that it began with stand"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -158,7 +160,7 @@ def _run(trainer: "Trainer", pairs: Sequence[Pair], how: Supervision, stopped: C
                 "memory ran out in supervised training; lower micro_batch_tokens or train a LoRA adapter"
             ) from error
     if stopped():
-        raise TrainingError("supervised training was cancelled; the weights that it began with stand")
+        raise TrainingError(CANCELLED)
     losses = [entry["loss"] for entry in sft.state.log_history if "loss" in entry]
     if not losses or not all(map(math.isfinite, losses)):
         raise TrainingError(

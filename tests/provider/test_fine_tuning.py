@@ -1,5 +1,6 @@
 """`lm.finetune` of a PolicyLM: what it learns, what it serves, what it refuses, and how a job ends that fails."""
 
+import queue
 import shutil
 import threading
 import time
@@ -163,6 +164,42 @@ def test_a_job_is_cancelled_after_the_update_in_progress(tmp_path):
     assert not (tmp_path / "sft-000001" / "weights").exists()
     job.thread.join(LIMIT_S)
     assert not job.thread.is_alive()
+
+
+def test_a_job_that_is_cancelled_while_it_waits_for_another_loads_no_weights(tmp_path, monkeypatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr(fine_tuning, "Trainer", loaded)
+    with fine_tuning.ONE_AT_A_TIME:
+        job = policy().finetune([ROW], CHAT, {"folder": tmp_path})
+        assert job.cancel()
+    ended = job.result(LIMIT_S)
+    assert isinstance(ended, TrainingError)
+    assert "ended while waiting for another job: supervised training was cancelled" in str(ended)
+    assert job.status() == TrainingStatus.cancelled
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("last", "doing"), [("fine_tune", "learning 1 replies"), ("_expected", "reading the new weights")]
+)
+def test_a_job_that_is_cancelled_after_its_last_update_leaves_no_weights(tmp_path, monkeypatch, last, doing):
+    real, jobs = getattr(fine_tuning, last), queue.Queue()
+
+    def then_cancelled(*args, **kwargs):
+        done = real(*args, **kwargs)
+        jobs.get(timeout=LIMIT_S).cancel()
+        return done
+
+    monkeypatch.setattr(fine_tuning, last, then_cancelled)
+    job = policy().finetune([ROW], CHAT, {"folder": tmp_path, "epochs": 1})
+    jobs.put(job)
+    ended = job.result(LIMIT_S)
+    assert isinstance(ended, TrainingError)
+    assert f"ended while {doing}: supervised training was cancelled" in str(ended)
+    assert job.status() == TrainingStatus.cancelled
+    assert [*(tmp_path / "sft-000001").iterdir()] == []
 
 
 def test_an_engine_is_launched_and_killed_as_often_as_one_likes():
