@@ -3,10 +3,12 @@
     python -m benchmarks.dspy_optimizers --run-dir runs/dspy-optimizers            # three seeds, in process
     python -m benchmarks.dspy_optimizers --run-dir runs/served --engine vllm --seeds 0
 
-All arms but the first spend the same rollouts; BootstrapFinetune alone has one round. `w -> fst` is
-`dspy.BetterTogether`: BootstrapFinetune learns the good ones of one rollout of each problem, and FSTOptimizer goes on
-from there with as many updates fewer. Accuracy is measured on held-out problems before and after, and counts as no
-rollout. The figures go to benchmarks/results/dspy_optimizers.json.
+GRPO, FST alone and BetterTogether learn from the same number of rollouts; BootstrapFinetune alone has one round.
+`w -> fst` is `dspy.BetterTogether`: BootstrapFinetune learns the good ones of one rollout of each problem, and
+FSTOptimizer goes on from there with as many updates fewer. BetterTogether spends more than the others: it runs the
+student and the program after each of its two steps on a valset of 32, and FSTOptimizer measures on that valset too.
+These rollouts are in its count. Accuracy is measured on held-out problems before and after, and counts as no rollout.
+The figures go to benchmarks/results/dspy_optimizers.json; a trial with --steps only prints them.
 """
 
 import argparse
@@ -46,6 +48,8 @@ class Setting:
     lm: PolicyLM
     seed: int
     folder: Path
+    updates: int = STEPS
+    """Of FST alone; the other arms make as many more or fewer as their rollouts allow."""
 
     def score(self, gold: Any, pred: Any, trace: Any = None) -> float:
         """The metric as DSPy's own optimizers read it."""
@@ -82,8 +86,9 @@ class Setting:
         )
 
     def spent_by_fst(self) -> dict[str, int]:
+        """Validation included, which only BetterTogether asks for."""
         costs = read_record(self.folder / "fst", "fst").costs
-        return {"rollouts": costs.count("rollouts"), "updates": costs.updates}
+        return {"rollouts": costs.rollouts + costs.validation_rollouts, "updates": costs.updates}
 
 
 def bootstrap_finetune(at: Setting) -> tuple[dspy.Module, dict[str, int]]:
@@ -92,7 +97,7 @@ def bootstrap_finetune(at: Setting) -> tuple[dspy.Module, dict[str, int]]:
 
 
 def grpo(at: Setting) -> tuple[dspy.Module, dict[str, int]]:
-    steps = STEPS + SEARCH // (PROBLEMS * GROUP)
+    steps = at.updates + SEARCH // (PROBLEMS * GROUP)
     optimizer = GRPO(
         metric=at.score,
         adapter=dspy.ChatAdapter(),
@@ -111,13 +116,13 @@ def grpo(at: Setting) -> tuple[dspy.Module, dict[str, int]]:
 
 
 def fst_alone(at: Setting) -> tuple[dspy.Module, dict[str, int]]:
-    compiled = at.fst(STEPS).compile(at.lab.program, trainset=at.lab.trainset)
+    compiled = at.fst(at.updates).compile(at.lab.program, trainset=at.lab.trainset)
     return compiled, at.spent_by_fst()
 
 
 def better_together(at: Setting) -> tuple[dspy.Module, dict[str, int]]:
     """Its last program, as every other arm's; BetterTogether returns the one that its valset likes best."""
-    together = dspy.BetterTogether(metric=at.score, w=at.bootstrap(), fst=at.fst(STEPS - TRADED))
+    together = dspy.BetterTogether(metric=at.score, w=at.bootstrap(), fst=at.fst(at.updates - TRADED))
     compiled = together.compile(
         at.lab.program, trainset=at.lab.trainset, valset=at.lab.valset, strategy="w -> fst", num_threads=THREADS
     )
@@ -126,7 +131,9 @@ def better_together(at: Setting) -> tuple[dspy.Module, dict[str, int]]:
     last = next(tried for tried in compiled.candidate_programs if tried["strategy"] == "w -> fst")
     spent = at.spent_by_fst()
     learnt = read_json(at.folder / "w" / "sft-000001" / "job.json")["updates"]
-    return last["program"], {"rollouts": spent["rollouts"] + TRAIN, "updates": spent["updates"] + learnt}
+    evaluated = len(compiled.candidate_programs) * len(at.lab.valset)
+    rollouts = spent["rollouts"] + TRAIN + evaluated
+    return last["program"], {"rollouts": rollouts, "updates": spent["updates"] + learnt}
 
 
 ARMS: dict[str, Callable[[Setting], tuple[dspy.Module, dict[str, int]]]] = {
@@ -143,16 +150,17 @@ def main() -> None:
     parser.add_argument("--engine", choices=("in_process", "vllm"), default="in_process")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--steps", type=int, default=None, help="updates of FST alone; fewer for a trial")
+    parser.add_argument("--steps", type=int, help=f"updates of FST alone, for a trial without results ({STEPS})")
     options = parser.parse_args()
-    if options.steps is not None:
-        globals()["STEPS"] = options.steps
+    if options.steps is not None and options.steps <= TRADED:
+        parser.error(f"--steps {options.steps}: BetterTogether makes {TRADED} updates fewer; use {TRADED + 1} or more")
     dspy.disable_logging()
     results = read_json(RESULTS) or {}
     for seed in options.seeds:
         for name in options.arms:
             results.setdefault(options.engine, {}).setdefault(name, {})[str(seed)] = arm(options, name, seed)
-            write_json(RESULTS, results)
+            if options.steps is None:
+                write_json(RESULTS, results)
 
 
 def arm(options: argparse.Namespace, name: str, seed: int) -> dict[str, object]:
@@ -161,7 +169,8 @@ def arm(options: argparse.Namespace, name: str, seed: int) -> dict[str, object]:
     lab = build(WORLD, seed, train=TRAIN, val=VAL, test=TEST)
     lm = PolicyLM(BASE, engine=engine, max_tokens=16)
     lab.program.set_lm(lm)
-    at = Setting(lab, lm, seed, options.run_dir / f"{name.split(',')[0].replace(' ', '-')}-{seed}")
+    folder = options.run_dir / f"{name.split(',')[0].replace(' ', '-')}-{seed}"
+    at = Setting(lab, lm, seed, folder, STEPS if options.steps is None else options.steps)
     before, began = at.accuracy(lab.program), time.monotonic()
     compiled, spent = ARMS[name](at)
     seconds = time.monotonic() - began
