@@ -9,11 +9,11 @@ QUANTIZED = "pip install 'dspy-fst[quantized]'"
 WARM_START = "pip install 'dspy-fst[warm-start]'"
 
 
-def warm_start_fault() -> str | None:
-    """A sentence if the library of a warm start is missing."""
+def trl_fault() -> str | None:
+    """A sentence if the library of supervised training is missing: of a warm start, and of `LM.finetune`."""
     if find_spec("trl") is not None:
         return None
-    return f"a warm start needs trl, which is not installed: {WARM_START}"
+    return f"supervised training needs trl, which is not installed: {WARM_START}"
 
 
 def library_faults(config: TrainingSettings) -> Iterator[str]:

@@ -6,7 +6,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.preflight.data_checks import input_faults
-from dspy_fst.preflight.library_checks import warm_start_fault
+from dspy_fst.preflight.library_checks import trl_fault
 from dspy_fst.preflight.program_checks import policies_of
 
 OTHERWISE = "pass teacher=program to compile(), or leave warm_start out"
@@ -41,7 +41,7 @@ def warm_start_faults(config: FSTConfig | None, student: object, trainset: objec
             f"{asked}: continue_optimizer=True takes over AdamW's moments, which belong to the weights before the warm "
             "start; leave one of the two out"
         )
-    if fault := warm_start_fault():
+    if fault := trl_fault():
         yield f"{asked}: {fault}"
     if not isinstance(student, dspy.Module) or not isinstance(trainset, Sequence):
         return

@@ -21,7 +21,7 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.verification import Expected, verify
 from dspy_fst.errors import ConfigurationError, TrainingError, briefly
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.preflight.library_checks import warm_start_fault
+from dspy_fst.preflight.library_checks import trl_fault
 from dspy_fst.provider.chat_data import chat_faults, format_fault, pairs_of
 from dspy_fst.provider.job_folder import JobFolder
 from dspy_fst.provider.job_settings import FineTuneSettings
@@ -50,9 +50,7 @@ class FineTuningJob(TrainingJob):
         train_kwargs: dict[str, Any] | None = None,
     ):
         super().__init__(thread, model, train_data, train_data_format, train_kwargs)
-        faults = [
-            fault for fault in (format_fault(train_data_format, TrainDataFormat.CHAT), warm_start_fault()) if fault
-        ]
+        faults = [fault for fault in (format_fault(train_data_format, TrainDataFormat.CHAT), trl_fault()) if fault]
         faults += chat_faults(train_data) + several_adapters_fault(model)
         settings = FineTuneSettings.of(train_kwargs, faults)
         if settings is None or faults:
