@@ -7,7 +7,7 @@ measures on the valset, and `Observer` warns. A `Session` holds them, with the p
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +15,7 @@ from functools import partial
 import dspy
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.engine.base import PromptTokens
 from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
 from dspy_fst.fast.demos import DemoSource
 from dspy_fst.fast.evolve import Search
@@ -39,7 +40,7 @@ from dspy_fst.slow.losses.by_name import loss_of
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.update_metrics import in_one_report
 from dspy_fst.training.plan import Cycle, Plan, Schedule
-from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, counted_prompts, recoveries
+from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, counted_prompts, recoveries, require_fresh
 from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.request import Proposers
 from dspy_fst.training.reuse import Reuse
@@ -79,8 +80,10 @@ class Session:
     _seconds: Counter[str] = field(default_factory=Counter)
     """Activity -> seconds that the search or step in progress spent on it."""
     _problems: StepProblems = field(init=False)
+    """Of the step in progress, as are the next two."""
     _sampled: Sequence[Rollout] = ()
-    """Both of the step in progress."""
+    _prompts: Callable[[], PromptTokens | None] = field(init=False)
+    """Counts the prompts that were sampled for since the step began; None where the engine does not count them."""
 
     def __post_init__(self) -> None:
         """Take up the reports of a run that goes on."""
@@ -327,7 +330,7 @@ class Session:
             TrainingError: calls were sampled by other weights than the published ones.
             MeasurementError: more than ``max_masked_share`` of the rollouts were not measured.
         """
-        self._require_fresh(f"step {step}", rollouts)
+        require_fresh(f"step {step}", rollouts, self.policy.checkpoint.version)
         rollouts = [rollout for rollout in rollouts if not rollout.reused]  # those were measured by the search
         masked = Counter(rollout.mask for rollout in rollouts if rollout.mask is not None)
         if masked.total() > (limit := self.config.max_masked_share) * len(rollouts):
@@ -336,15 +339,6 @@ class Session:
                 f"step {step}: {masked.total()} of {len(rollouts)} rollouts measured nothing ({reasons}), more than "
                 f"max_masked_share={limit:g}. Nothing was learnt from them; mend the cause and compile again with "
                 f"run_dir={str(self.run.path)!r} to go on"
-            )
-
-    def _require_fresh(self, where: str, rollouts: Sequence[Rollout]) -> None:
-        published = self.policy.checkpoint.version
-        sampled_by = {call.weights for rollout in rollouts for call in rollout.calls}
-        if stale := sorted(sampled_by - {published}):
-            raise TrainingError(
-                f"{where}: calls were sampled by weights {stale} and not by {published}, which were published for it; "
-                "nothing was learnt from them"
             )
 
     # ---- what is kept ---------------------------------------------------------------------------
@@ -386,7 +380,7 @@ class Session:
         def play(tasks: Sequence[Task], draw: str) -> list[Rollout]:
             self.phase(f"validating: {len(tasks)} rollouts")
             rollouts = self.rollouter.rollout(tasks, draw)
-            self._require_fresh("validation", rollouts)
+            require_fresh("validation", rollouts, self.policy.checkpoint.version)
             return rollouts
 
         return self.validation.measure(
