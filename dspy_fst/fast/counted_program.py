@@ -7,20 +7,23 @@ its own, its failures told apart, and recorded. So the optimizer compares what t
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import new_class
 from typing import Any
 
 import dspy
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
+from dspy_fst.fast.demos import within_budget
 from dspy_fst.fast.requested_rollouts import RequestedRollouts
+from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.rollout.components import (
     MADE_OF,
     demos_in,
     is_demos,
     lost_lines,
     marked,
+    predictor_of,
     problem_mark,
     texts_like,
     with_texts,
@@ -34,7 +37,8 @@ class UnmeasuredRunError(Exception):
 
 
 class Judged(dspy.Prediction):
-    """A reward, with the metric's feedback. It is true where the rollout is good enough for a demo.
+    """A reward, with the metric's feedback. It is true where the rollout is good enough for a demo
+    (``metric_threshold``).
 
     DSPy takes any score but 0 for a success, and makes a demo of it.
     """
@@ -54,9 +58,9 @@ class CountedRuns:
         program: The run's program under its own texts.
         problems: The anchors, no two with the same inputs.
         seed: The components of a candidate.
-        protected: Component -> lines of its text that every candidate keeps.
+        settings: Lines that every candidate keeps, tokens of its demos, and the reward that gives demos.
         requested: Makes the rollouts.
-        perfect_score: Reward from which on a rollout counts as solved.
+        count_tokens: Of a text, by the policy's tokenizer.
     """
 
     def __init__(
@@ -64,19 +68,21 @@ class CountedRuns:
         program: dspy.Module,
         problems: Sequence[Problem],
         seed: Candidate,
-        protected: Mapping[str, Sequence[str]],
+        settings: SearchSettings,
         requested: RequestedRollouts,
-        perfect_score: float,
+        count_tokens: Callable[[str], int],
     ):
-        self._problems, self._seed, self._protected = problems, seed, protected
-        self._requested, self._perfect_score = requested, perfect_score
+        self._problems, self._seed, self._settings = problems, seed, settings
+        self._requested, self._count_tokens = requested, count_tokens
         self._kind = self._counted(type(program))
         self._program = program
+        self._signatures = {name: predictor.signature for name, predictor in program.named_predictors()}
         self._returned: dict[tuple[int, int], tuple[object, Rollout]] = {}
         """(problem, id of a prediction) -> the prediction and its rollout. Holding it keeps the id its own."""
         self.counts: Counter[str] = Counter()
-        """``lines_restored``."""
-        self._restored: set[str] = set()
+        """``lines_restored``, ``demos_cut``."""
+        self._read: set[str] = set()
+        """Digests of the texts that were counted."""
         self._own_demos = {line for name in filter(is_demos, seed.texts) for line in seed.texts[name].split("\n")}
 
     def under(self, candidate: Candidate) -> dspy.Module:
@@ -88,16 +94,21 @@ class CountedRuns:
         return program
 
     def candidate_of(self, program: dspy.Module) -> Candidate:
-        """What the search may change of a program, with the protected lines that it lost."""
-        texts = dict(texts_like(self._seed, program).texts)
+        """What the search may change of a program: with the protected lines that it lost, without demos that are too
+        long."""
+        own = texts_like(self._seed, program)
+        texts = dict(own.texts)
+        cut = 0
         for name in filter(is_demos, texts):
-            texts[name] = written_demos(map(self._marked, demos_in(texts[name])))
-        lost = {name: lost_lines(texts.get(name, ""), lines) for name, lines in self._protected.items()}
-        candidate = Candidate({name: "\n".join([text, *lost.get(name, ())]) for name, text in texts.items()})
-        if candidate.digest not in self._restored:
-            self._restored.add(candidate.digest)
-            self.counts["lines_restored"] += sum(map(len, lost.values()))
-        return candidate
+            demos = [self._marked(demo) for demo in demos_in(texts[name])]
+            signature = self._signatures[predictor_of(name)]
+            kept = within_budget(demos, signature, self._count_tokens, self._settings.max_demo_tokens)
+            texts[name], cut = written_demos(kept), cut + len(demos) - len(kept)
+        lost = {name: lost_lines(texts.get(name, ""), lines) for name, lines in self._settings.protected.items()}
+        if own.digest not in self._read:
+            self._read.add(own.digest)
+            self.counts.update(lines_restored=sum(map(len, lost.values())), demos_cut=cut)
+        return Candidate({name: "\n".join([text, *lost.get(name, ())]) for name, text in texts.items()})
 
     def _marked(self, demo: Mapping[str, Any]) -> Mapping[str, Any]:
         """The demo with the mark of its problem, which a labeled one lacks; the user's own demos have none."""
@@ -118,7 +129,7 @@ class CountedRuns:
         found = self._returned.get((problem.index, id(prediction)))
         if found is None or (rollout := found[1]).reward is None:
             raise UnmeasuredRunError("the program returned no such prediction on this example")
-        return Judged(rollout.reward, rollout.feedback, solved=rollout.reward >= self._perfect_score)
+        return Judged(rollout.reward, rollout.feedback, solved=rollout.reward >= self._settings.demo_score)
 
     def _counted(self, kind: type[dspy.Module]) -> type[dspy.Module]:
         """The program's class, with calls that are rollouts. Its name and module stay: optimizers show its source."""

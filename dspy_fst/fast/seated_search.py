@@ -7,7 +7,7 @@ goes. The next population is the K complementary candidates of these and of the 
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import dspy
@@ -15,6 +15,7 @@ import dspy
 from dspy_fst.errors import FastOptimizerError
 from dspy_fst.fast.asked_lms import AskedLMs
 from dspy_fst.fast.counted_program import CountedRuns, different
+from dspy_fst.fast.demos import DemoSource
 from dspy_fst.fast.evolve import Search, complementary, evolve, filled, score_seeds
 from dspy_fst.fast.fast_optimizer import FastOptimizer, Seat
 from dspy_fst.fast.journal_protocol import NoJournal, SearchJournal
@@ -30,6 +31,9 @@ from dspy_fst.types import Candidate, Population, Problem
 HELD_BACK = 4
 """One part in so many of a search's budget is held back from the optimizer (ours), and one pass over the anchors at
 least: it measures the best of what was tried on all anchors."""
+COMPLETED = 2
+"""For each member of the population, so many of the programs that were only tried are measured on the anchors that they
+lack (ours). One that lacks none costs nothing, and is always taken."""
 CALLED_OFF = 1_000_000
 """``max_errors`` of DSPy's evaluations: a rollout that measured nothing does not end them, as the bank knows when
 nothing is measured any more."""
@@ -52,6 +56,7 @@ def seated_search(
     size: int,
     budget: int,
     seed: int = 0,
+    demo_source: DemoSource | None = None,
     reflection_lm: dspy.LM | None = None,
     on_candidate: Callable[[Candidate, float], None] = lambda candidate, score: None,
     journal: SearchJournal | None = None,
@@ -76,7 +81,8 @@ def seated_search(
     best_first = [candidate for candidate, _ in sorted(measured, key=lambda each: -mean(each[1]))]
     for_optimizer = budget - min(max(budget // HELD_BACK, len(anchors)), budget // 2)
     requested = RequestedRollouts(bank, for_optimizer, num_threads)
-    runs = CountedRuns(program, anchors, best_first[0], settings.protected, requested, settings.perfect_score)
+    count_tokens = (demo_source or DemoSource()).count_tokens
+    runs = CountedRuns(program, anchors, best_first[0], settings, requested, count_tokens)
     incumbents = tuple(map(runs.under, best_first))
     examples = [problem.example for problem in anchors]
     seat = Seat(
@@ -97,13 +103,12 @@ def seated_search(
     tried = [*map(runs.candidate_of, found), *_by_gain(requested.seen.values(), bank, anchors, start)]
     carried = {seed.digest for seed in seeds}
     new = list({each.digest: each for each in tried if each.digest not in carried}.values())
-    measuring = _Measuring(bank, anchors, requested.left + budget - for_optimizer)
-    for candidate in new[: len(found) + 2 * size]:
+    measuring = _Measuring(bank, anchors, requested.left + budget - for_optimizer, len(found) + COMPLETED * size)
+    for candidate in new:
         if (row := measuring.row(candidate)) is not None:
             measured.append((candidate, row))
             on_candidate(candidate, mean(row))
-    accepted = len(measured) - len(seeds)
-    counts = Counter(accepted=accepted, partly_measured=len(new) - accepted, searches_cut=int(requested.cut))
+    counts = Counter(accepted=len(measured) - len(seeds), searches_cut=int(requested.cut)) + measuring.counts
     parents = {each.digest: () if each.digest in carried else (best_first[0].digest,) for each, _ in measured}
     search = _search_of(bank, measured, complementary(program, measured, size, parents), runs.counts + counts, asked)
     return replace(search, optimizer=optimizer.name)
@@ -155,16 +160,28 @@ class _Measuring:
     bank: UnorderedBank
     anchors: Sequence[Problem]
     left: int
+    """Rollouts that may be made."""
+    to_complete: int
+    """Candidates that rollouts may be made for."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """``partly_measured`` (candidates with anchors that they lack), ``unmeasured`` (scores of those that measured
+    nothing at all)."""
 
     def row(self, candidate: Candidate) -> Row | None:
-        """The candidate's score on each anchor; None if that would cost more than is left, or measured nothing."""
+        """The candidate's score on each anchor; None if it lacks more than may be made, or measured nothing."""
         wanted = [(problem, candidate) for problem in self.anchors]
+        if lacking := len(self.bank.lacks(wanted)):
+            if lacking > self.left or not self.to_complete:
+                self.counts["partly_measured"] += 1
+                return None
+            self.to_complete -= 1
         before = len(self.bank.fresh)
-        if len(self.bank.lacks(wanted)) > self.left:
-            return None
         row = [rollout.reward for rollout in self.bank.get(wanted)]
         self.left -= len(self.bank.fresh) - before
-        return row if any(reward is not None for reward in row) else None
+        if all(reward is None for reward in row):
+            self.counts["unmeasured"] += len(row)
+            return None
+        return row
 
 
 def _search_of(

@@ -24,8 +24,14 @@ from dspy_fst.rollout.call_recorder import is_recorded
 Maker = Callable[..., Teleprompter]
 """A teleprompter's class, or another function that makes one: ``metric`` and what else of the seat it takes by name are
 given to it."""
-DEMOS = ("max_bootstrapped_demos", "max_labeled_demos", "max_demos", "k")
-"""What dspy's optimizers call the most demos of a predictor."""
+DEMOS = {
+    "max_bootstrapped_demos": "max_bootstrapped_demos",
+    "max_demos": "max_bootstrapped_demos",
+    "max_labeled_demos": "max_labeled_demos",
+    "k": "max_labeled_demos",
+}
+"""What dspy's optimizers call the most demos of a predictor (``max_demos`` is SIMBA's, ``k`` LabeledFewShot's) -> the
+run's limit of such demos."""
 
 
 class TeleprompterSearch:
@@ -67,6 +73,7 @@ class TeleprompterSearch:
     def max_demos(self) -> dict[str, int]:
         """The limits of demos that it was given and that are not 0. A class without takes the run's."""
         given = self.all_settings
+        given.setdefault("max_bootstrapped_demos", given.get("max_num_samples"))  # an attribute of what draws sets
         return {name: most for name in DEMOS if isinstance(most := given.get(name), int) and most}
 
     @property
@@ -107,7 +114,9 @@ class TeleprompterSearch:
             known |= {"num_threads": seat.num_threads, "seed": seat.seed}
             known |= {"max_bootstrapped_demos": seat.max_bootstrapped_demos}
             known |= {"max_labeled_demos": seat.max_labeled_demos}
-            known |= {"max_demos": seat.max_bootstrapped_demos + seat.max_labeled_demos}
+            known |= {"max_demos": seat.max_bootstrapped_demos}
+            if self.name == "LabeledFewShot":
+                known["k"] = seat.max_labeled_demos
             taken, fixed = inspect.signature(self.teleprompter).parameters, settled(self.teleprompter)
             ours = {name: value for name, value in known.items() if name in taken and name not in fixed}
             made = self.teleprompter(**{**ours, **{n: v for n, v in self.arguments.items() if n in taken}})

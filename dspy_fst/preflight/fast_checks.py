@@ -9,7 +9,7 @@ from dspy.teleprompt import Teleprompter
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import meant
 from dspy_fst.fast.fast_optimizer import FastOptimizer
-from dspy_fst.fast.teleprompter_search import TeleprompterSearch, has_prompt_model, own_prompt_model, seated
+from dspy_fst.fast.teleprompter_search import DEMOS, TeleprompterSearch, has_prompt_model, own_prompt_model, seated
 
 MIPRO = "pip install 'dspy-fst[mipro]'"
 EXAMPLES = "e.g. fast=dspy.SIMBA, or fast=TeleprompterSearch(dspy.MIPROv2, auto=None, num_candidates=6, num_trials=12)"
@@ -93,13 +93,7 @@ def _of_teleprompter(search: TeleprompterSearch, config: FSTConfig | None, refle
         )
     if config is not None:
         yield from _too_large(name, settings, config)
-        if (demos := search.max_demos) and not config.demos_evolve:
-            given = ", ".join(f"{name}={most}" for name, most in demos.items())
-            none = ", ".join(f"{name}=0" for name in demos)
-            yield (
-                f"fast={name}: its demos ({given}) would be lost, as this run's candidates hold none; let them "
-                f"(max_bootstrapped_demos, max_labeled_demos of FSTOptimizer), or give it {none}"
-            )
+        yield from _too_many_demos(search, config)
     if name == "MIPROv2":
         yield from _trials(settings)
 
@@ -118,6 +112,25 @@ def _unknown_arguments(search: TeleprompterSearch) -> Iterator[str]:
         elif argument not in taken:
             otherwise = meant(argument, known) or f"; it takes {', '.join(known)}"
             yield f"fast: {search.name} takes no argument {argument}{otherwise}"
+
+
+def _too_many_demos(search: TeleprompterSearch, config: FSTConfig) -> Iterator[str]:
+    """Demos beyond those that the run's candidates may hold."""
+    demos = search.max_demos
+    if demos and not config.demos_evolve:
+        given = ", ".join(f"{name}={most}" for name, most in demos.items())
+        none = ", ".join(f"{name}=0" for name in demos)
+        yield (
+            f"fast={search.name}: its demos ({given}) would be lost, as this run's candidates hold none; let them "
+            f"(max_bootstrapped_demos, max_labeled_demos of FSTOptimizer), or give it {none}"
+        )
+        return
+    for name, most in demos.items():
+        if most > (allowed := getattr(config, DEMOS[name])):
+            yield (
+                f"fast={search.name}: {name}={most} is more than this run's {DEMOS[name]}={allowed}; give it "
+                f"{name}={allowed}, or FSTOptimizer {DEMOS[name]}={most}"
+            )
 
 
 def _too_large(name: str, settings: Mapping[str, object], config: FSTConfig) -> Iterator[str]:

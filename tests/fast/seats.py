@@ -106,7 +106,7 @@ class Seated:
             anchors,
             self.program,
             play=self.play,
-            settings=SearchSettings(**given, **(DEMOS if demos else {})),
+            settings=SearchSettings(**(DEMOS if demos else {}), **given),
             size=size,
             budget=budget,
             seed=seed,

@@ -78,6 +78,34 @@ def test_it_may_search(fast):
     assert [*fast_faults(SMALL, fast, LM, None, None)] == []
 
 
+HOLDS_DEMOS = FSTConfig(anchors=24, max_bootstrapped_demos=2, max_labeled_demos=1)
+
+
+@pytest.mark.parametrize(
+    ("fast", "told"),
+    [
+        (dspy.SIMBA(metric=metric, bsize=8), ["max_demos=4 is more than this run's max_bootstrapped_demos=2"]),
+        (
+            dspy.BootstrapFewShotWithRandomSearch(metric=metric),
+            [
+                "max_bootstrapped_demos=4 is more than this run's max_bootstrapped_demos=2; give it "
+                "max_bootstrapped_demos=2, or FSTOptimizer max_bootstrapped_demos=4",
+                "max_labeled_demos=16 is more than this run's max_labeled_demos=1",
+            ],
+        ),
+        (TeleprompterSearch(dspy.BootstrapFewShot, max_labeled_demos=3), ["max_labeled_demos=3 is more than"]),
+        (dspy.LabeledFewShot(), ["k=16 is more than this run's max_labeled_demos=1; give it k=1"]),
+        (dspy.SIMBA(metric=metric, bsize=8, max_demos=2), []),
+        (dspy.BootstrapFewShotWithRandomSearch, []),
+        (dspy.LabeledFewShot, []),
+    ],
+)
+def test_more_demos_than_the_run_s_candidates_may_hold_are_refused(fast, told):
+    faults = [*fast_faults(HOLDS_DEMOS, fast, LM, None, None)]
+    assert len(faults) == len(told)
+    assert all(part in fault for part, fault in zip(told, faults, strict=True)), faults
+
+
 def test_an_optimizer_whose_library_is_missing_is_refused_with_the_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     [fault] = fast_faults(FSTConfig(), dspy.MIPROv2, LM, None, None)

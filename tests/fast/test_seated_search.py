@@ -6,12 +6,13 @@ import dspy
 import pytest
 
 from dspy_fst.errors import FastOptimizerError, MeasurementError
+from dspy_fst.fast.demos import DemoSource, tokens_of_demo
 from dspy_fst.fast.teleprompter_search import TeleprompterSearch
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import MADE_OF, demos_in, problem_mark, read_texts
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.types import Candidate, Population, Problem
-from tests.fast.seats import ANCHORS, SKILLS, Seated
+from tests.fast.seats import ANCHORS, SKILLS, Asks, Seated
 
 
 def unused(*_):
@@ -92,6 +93,23 @@ def test_what_was_tried_on_a_few_anchors_is_a_candidate_only_if_it_can_be_measur
     assert texts[:2] == ["Answer.", "The even ones."]
     assert len(texts) == 3
     assert search.counts["partly_measured"] == 1
+
+
+def test_every_text_that_was_tried_on_all_anchors_is_a_candidate():
+    texts = [f"Text {number}." for number in range(10)]
+    search = Seated().search(Scripted(*texts, returns=False), budget=300, size=2)
+    assert {candidate.texts["answer"] for candidate in search.candidates} == {"Answer.", *texts}
+    assert search.counts["accepted"] == 10
+    assert "partly_measured" not in search.counts
+    assert search.rollouts == 11 * len(ANCHORS)
+
+
+def test_few_of_the_texts_that_were_tried_on_some_anchors_are_measured_on_the_others():
+    texts = [f"Text {number}." for number in range(10)]
+    search = Seated().search(Scripted(*texts, on=6, returns=False), budget=300, size=2)
+    assert search.counts["accepted"] == 4
+    assert search.counts["partly_measured"] == 6
+    assert search.rollouts == 5 * len(ANCHORS) + 6 * 6
 
 
 def test_what_an_optimizer_tried_and_did_not_return_is_considered():
@@ -223,7 +241,8 @@ def test_protected_lines_come_back_before_a_text_is_tried():
     assert search.counts["lines_restored"] == 1
 
 
-def test_a_reward_is_a_success_only_where_it_is_perfect():
+@pytest.mark.parametrize(("settings", "solved"), [({}, False), ({"metric_threshold": 0.5}, True)])
+def test_a_reward_is_a_success_only_from_the_threshold_of_demos_on(settings, solved):
     def half(gold, pred, trace=None):
         return 0.5
 
@@ -235,9 +254,9 @@ def test_a_reward_is_a_success_only_where_it_is_perfect():
             seen.append(seat.metric(example, seat.program(**example.inputs())))
             return []
 
-    Seated(metric=half).search(Judges())
+    Seated(metric=half).search(Judges(), **settings)
     assert float(seen[0]) == 0.5
-    assert not seen[0]
+    assert bool(seen[0]) is solved
 
 
 def test_problems_with_the_same_inputs_are_one_anchor():
@@ -255,3 +274,35 @@ def test_demos_are_kept_with_the_mark_of_their_problem_where_candidates_hold_any
     assert all(demo[MADE_OF] == marks[demo["question"]] for demo in demos)
     assert all(demo["answer"] == "yes" for demo in demos)
     assert search.rollouts <= 200 + len(ANCHORS)
+
+
+class Shows(Scripted):
+    """Returns the program with the labels of these anchors as demos."""
+
+    def search(self, seat):
+        program = seat.program.deepcopy()
+        program.answer.demos = [*program.answer.demos, *seat.examples[: self.on]]
+        for example in seat.examples:
+            program(**example.inputs())
+        return [program]
+
+
+def test_demos_are_cut_to_the_run_s_tokens_before_they_are_tried():
+    [one] = [
+        demos_in(each.texts["answer.demos[*]"])
+        for each in Seated().search(Shows(on=1), demos=True).candidates
+        if each.texts["answer.demos[*]"]
+    ]
+    tokens = tokens_of_demo(one[0], Asks().answer.signature, DemoSource().count_tokens)
+    search = Seated().search(Shows(on=5), demos=True, max_demo_tokens=3 * tokens + tokens // 2)
+    assert [demo["question"] for demo in demos_in(search.candidates[1].texts["answer.demos[*]"])] == ["0", "1", "2"]
+    assert search.counts["demos_cut"] == 2
+    assert search.rollouts == 2 * len(ANCHORS)
+
+
+def test_demos_of_the_user_are_not_cut():
+    program = Asks()
+    program.answer.demos = [dspy.Example(question="What is long? " * 50, answer="This.")]
+    search = Seated(program).search(Shows(on=1), demos=True, max_demo_tokens=1)
+    assert len(search.candidates) == 1  # the label is cut, and the user's demo stays
+    assert search.counts["demos_cut"] == 1
