@@ -72,7 +72,11 @@ class CountedRuns:
         requested: RequestedRollouts,
         count_tokens: Callable[[str], int],
     ):
-        self._problems, self._seed, self._settings = problems, seed, settings
+        self._seed, self._settings = seed, settings
+        marks = [(problem_mark(problem.example), problem) for problem in problems]
+        self._by_mark = {mark: problem for mark, problem in marks if mark is not None}
+        self._unmarked = [problem for mark, problem in marks if mark is None]
+        self._input_names = {tuple(problem.example.inputs().keys()): None for problem in problems}
         self._requested, self._count_tokens = requested, count_tokens
         self._kind = self._counted(type(program))
         self._program = program
@@ -114,8 +118,8 @@ class CountedRuns:
         """The demo with the mark of its problem, which a labeled one lacks; the user's own demos have none."""
         if MADE_OF in demo or written_demos([demo]) in self._own_demos:
             return demo
-        for problem in self._problems:
-            if _same_inputs(_inputs(problem), {name: demo.get(name) for name in _inputs(problem)}):
+        for names in self._input_names:
+            if (problem := self._anchor({name: demo.get(name) for name in names})) is not None:
                 return marked(demo, problem.example)
         return demo
 
@@ -160,37 +164,28 @@ class CountedRuns:
         Raises:
             UnmeasuredRunError: it is none.
         """
-        for problem in self._problems:
-            if _same_inputs(_inputs(problem), inputs):
-                return problem
-        raise UnmeasuredRunError("the program was called on inputs of no anchor; only anchors' rollouts are scored")
+        if (problem := self._anchor(inputs)) is None:
+            raise UnmeasuredRunError("the program was called on inputs of no anchor; only anchors' rollouts are scored")
+        return problem
+
+    def _anchor(self, inputs: Mapping[str, object]) -> Problem | None:
+        """The anchor with these inputs. One whose inputs JSON cannot hold is known by the very objects."""
+        if (mark := problem_mark(dspy.Example(dict(inputs)).with_inputs(*inputs))) is not None:
+            return self._by_mark.get(mark)
+        return next((problem for problem in self._unmarked if _are_inputs_of(problem, inputs)), None)
 
 
 def different(problems: Sequence[Problem]) -> list[Problem]:
     """The first problem of those with the same inputs: calls tell problems apart by their inputs."""
-    found: list[Problem] = []
+    found: dict[str | int, Problem] = {}
     for problem in problems:
-        if not any(_same_inputs(_inputs(other), _inputs(problem)) for other in found):
-            found.append(problem)
-    return found
+        found.setdefault(problem_mark(problem.example) or problem.index, problem)
+    return list(found.values())
 
 
-def _inputs(problem: Problem) -> dict[str, object]:
-    return dict(problem.example.inputs())
-
-
-def _same_inputs(some: Mapping[str, object], others: Mapping[str, object]) -> bool:
-    return some.keys() == others.keys() and all(_same(some[name], value) for name, value in others.items())
-
-
-def _same(one: object, other: object) -> bool:
-    """Whether two inputs are the same value. Arrays have no truth value, and are compared by what they show."""
-    if one is other:
-        return True
-    try:
-        return bool(one == other)
-    except Exception:
-        return repr(one) == repr(other)
+def _are_inputs_of(problem: Problem, inputs: Mapping[str, object]) -> bool:
+    own = dict(problem.example.inputs())
+    return own.keys() == inputs.keys() and all(own[name] is value for name, value in inputs.items())
 
 
 def _number(program: dspy.Module) -> int:
@@ -211,7 +206,7 @@ def _trace(program: dspy.Module, rollout: Rollout, demos_of: dspy.Example | None
     if trace is None:
         return
     own = dict(program.named_predictors())
-    mark = {} if demos_of is None else {MADE_OF: problem_mark(demos_of)}
+    mark = {} if demos_of is None else marked({}, demos_of)
     for predictor, inputs, output in rollout.trace:
         tag = getattr(predictor, PREDICTOR_TAG, None)
         if tag in own and not isinstance(output, FailedPrediction):

@@ -53,6 +53,11 @@ def _of_another(counts: Mapping[str, int], optimizer: str) -> list[str]:
         sentences.append(
             f"{tried} programs that {optimizer} tried were measured on some of the anchors alone, and are no candidates"
         )
+    if repeated := counts.get("anchors_repeated", 0):
+        sentences.append(
+            f"{repeated} anchors were left out, because they have the inputs of another one: {optimizer}'s calls tell "
+            "anchors apart by their inputs alone"
+        )
     if not counts.get("accepted", 0):
         sentences.append(f"{optimizer} found no other texts that could be measured on all anchors, so none changed")
     return sentences

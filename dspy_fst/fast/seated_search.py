@@ -24,13 +24,13 @@ from dspy_fst.fast.requested_rollouts import RequestedRollouts
 from dspy_fst.fast.rollout_bank import Play, UnorderedBank
 from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.fast.seeding import Row
-from dspy_fst.fast.teleprompter_search import seated
+from dspy_fst.fast.teleprompter_search import quiet_streams, seated
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.types import Candidate, Population, Problem
 
 HELD_BACK = 4
-"""One part in so many of a search's budget is held back from the optimizer (ours), and one pass over the anchors at
-least: it measures the best of what was tried on all anchors."""
+"""One part in so many of a search's budget is held back from the optimizer (ours); a pass over the anchors if that is
+more, but never more than half. It measures the best of what was tried on all anchors."""
 COMPLETED = 2
 """For each member of the population, so many of the programs that were only tried are measured on the anchors that they
 lack (ours). One that lacks none costs nothing, and is always taken."""
@@ -76,7 +76,7 @@ def seated_search(
     """
     journal = journal or NoJournal()
     bank = UnorderedBank(play, program, journal, calls=settings.reuse_rollouts)
-    seeds, anchors = population.unique(), different(anchors)
+    seeds, given, anchors = population.unique(), len(anchors), different(anchors)
     measured = list(zip(seeds, score_seeds(bank, seeds, anchors), strict=True))
     best_first = [candidate for candidate, _ in sorted(measured, key=lambda each: -mean(each[1]))]
     for_optimizer = budget - min(max(budget // HELD_BACK, len(anchors)), budget // 2)
@@ -109,6 +109,7 @@ def seated_search(
             measured.append((candidate, row))
             on_candidate(candidate, mean(row))
     counts = Counter(accepted=len(measured) - len(seeds), searches_cut=int(requested.cut)) + measuring.counts
+    counts["anchors_repeated"] = given - len(anchors)
     parents = {each.digest: () if each.digest in carried else (best_first[0].digest,) for each, _ in measured}
     search = _search_of(bank, measured, complementary(program, measured, size, parents), runs.counts + counts, asked)
     return replace(search, optimizer=optimizer.name)
@@ -130,7 +131,8 @@ def _found(
         with dspy.context(lm=lm, trace=[], num_threads=seat.num_threads, max_errors=CALLED_OFF, callbacks=listeners):
             found.extend(optimizer.search(seat))
 
-    error = requested.serve(search, after=asked.record)
+    with quiet_streams():
+        error = requested.serve(search, after=asked.record)
     asked.record()
     if error is not None:
         raise FastOptimizerError(

@@ -8,12 +8,12 @@ import copy
 import functools
 import inspect
 import io
-import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any, TextIO
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TextIO, cast
 
 import dspy
 from dspy.teleprompt import Teleprompter
@@ -87,7 +87,7 @@ class TeleprompterSearch:
 
     def search(self, seat: Seat) -> list[dspy.Module]:
         """The compiled program, then the candidates that the optimizer kept beside it, best first."""
-        with muted():
+        with quiet():
             teleprompter = self._teleprompter(seat)
             compiled: dspy.Module = teleprompter.compile(seat.program, **self._arguments(teleprompter, seat))
         kept = getattr(compiled, "candidate_programs", None) or ()
@@ -109,6 +109,7 @@ class TeleprompterSearch:
         task_lm = seat.program.predictors()[0].lm
         if isinstance(self.teleprompter, Teleprompter):
             made = copy.copy(self.teleprompter)
+            vars(made).update({name: _own(value) for name, value in vars(made).items()})
         else:
             known = {"metric": seat.metric, "task_model": task_lm, "prompt_model": seat.reflection_lm}
             known |= {"num_threads": seat.num_threads, "seed": seat.seed}
@@ -155,14 +156,40 @@ def settled(teleprompter: object) -> dict[str, object]:
     return dict(teleprompter.keywords) if isinstance(teleprompter, functools.partial) else {}
 
 
-class _Muted(io.TextIOBase):
-    """A stream that drops what one thread writes and hands on the rest."""
+def _own(value: Any) -> Any:
+    """Another dict, list or set with the same values, at any depth. All else, such as locks and LMs, is shared."""
+    if not isinstance(value, (dict, list, set)):
+        return value
+    new = copy.copy(value)
+    if isinstance(value, dict):
+        new.update({key: _own(each) for key, each in value.items()})
+    elif isinstance(value, list):
+        new[:] = map(_own, value)
+    return new
 
-    def __init__(self, stream: TextIO, thread: int):
-        self._stream, self._thread = stream, thread
+
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+"""Whether a thread's output is dropped. Unlike a thread's number it is never that of another thread."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what this thread prints, bars of progress and DSPy's log included, where `quiet_streams` are in place."""
+    token = _QUIET.set(True)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+
+
+class _QuietStream(io.TextIOBase):
+    """A stream that drops what quiet threads write and hands on the rest."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
 
     def write(self, text: str) -> int:
-        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+        return len(text) if _QUIET.get() else self._stream.write(text)
 
     def flush(self) -> None:
         self._stream.flush()
@@ -171,14 +198,33 @@ class _Muted(io.TextIOBase):
         return getattr(self._stream, name)
 
 
-@contextmanager
-def muted() -> Iterator[None]:
-    """Drop what this thread prints, bars of progress included, and DSPy's log below warnings."""
-    log, thread = logging.getLogger("dspy"), threading.get_ident()
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        with redirect_stdout(_Muted(sys.stdout, thread)), redirect_stderr(_Muted(sys.stderr, thread)):
+class _QuietStreams:
+    """Replaces stdout and stderr from the first of overlapping searches to the last. Each restoring by itself, they
+    would put back one another's."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._replaced: dict[str, tuple[TextIO, TextIO]] = {}
+        """Name -> (stream before, ours)."""
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """For the thread that waits for a search: the optimizer's own may be left behind, and would restore nothing."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                for name in ("stdout", "stderr"):
+                    before: TextIO = getattr(sys, name)
+                    self._replaced[name] = before, cast(TextIO, _QuietStream(before))
+                    setattr(sys, name, self._replaced[name][1])
+        try:
             yield
-    finally:
-        log.setLevel(level)
+        finally:
+            with self._lock:
+                self._users -= 1
+                for name, (before, ours) in self._replaced.items() if not self._users else ():
+                    if getattr(sys, name) is ours:
+                        setattr(sys, name, before)
+
+
+quiet_streams = _QuietStreams()

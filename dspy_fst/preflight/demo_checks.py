@@ -6,7 +6,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.fast.demos import labeled_demo
-from dspy_fst.rollout.components import problem_mark, written_demos
+from dspy_fst.rollout.components import marked, problem_mark, written_demos
 
 
 def demo_faults(config: FSTConfig | None, student: object, trainset: object) -> Iterator[str]:
@@ -68,7 +68,7 @@ def _unwritable_demos(student: dspy.Module) -> Iterator[str]:
 def _unwritable_examples(config: FSTConfig, trainset: Sequence[dspy.Example]) -> Iterator[str]:
     for index, example in enumerate(trainset):
         try:
-            problem_mark(example)
+            marked({}, example)
             if config.max_labeled_demos:
                 written_demos([example])
         except TypeError as error:

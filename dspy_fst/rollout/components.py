@@ -223,19 +223,29 @@ def demos_in(text: str) -> list[Demo]:
     return demos
 
 
-def problem_mark(example: dspy.Example) -> str:
+def problem_mark(example: dspy.Example) -> str | None:
     """Twelve hex digits that identify a problem by its inputs; problems with equal inputs have the same mark.
 
-    Raises:
-        TypeError: an input cannot be written as JSON.
+    None where JSON cannot hold the inputs: such a problem has no mark, and no demo is made of it.
     """
+    try:
+        return _written_mark(example)
+    except (TypeError, ValueError):  # no value of JSON's; one that holds itself
+        return None
+
+
+def _written_mark(example: dspy.Example) -> str:
     inputs = json.dumps(serialize_object(dict(example.inputs().items())), sort_keys=True)
     return hashlib.sha256(inputs.encode()).hexdigest()[:12]
 
 
 def marked(demo: Demo, example: dspy.Example) -> Demo:
-    """The demo, marked as made of this problem."""
-    return {**demo, MADE_OF: problem_mark(example)}
+    """The demo, marked as made of this problem.
+
+    Raises:
+        TypeError: JSON cannot hold an input of the problem.
+    """
+    return {**demo, MADE_OF: _written_mark(example)}
 
 
 def demo_marks(program: dspy.Module) -> frozenset[str]:

@@ -1,12 +1,22 @@
 """DSPy's own optimizers in GEPA's place: each is really run, and every rollout that it causes is the run's."""
 
+import copy
+import itertools
+import logging
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import dspy
 import pytest
+from dspy.teleprompt import Teleprompter
 
 from dspy_fst.errors import FastOptimizerError, MeasurementError
+from dspy_fst.fast import requested_rollouts
+from dspy_fst.fast.counted_program import different
 from dspy_fst.fast.demos import DemoSource, tokens_of_demo
+from dspy_fst.fast.search_warnings import search_warnings
 from dspy_fst.fast.teleprompter_search import TeleprompterSearch
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import MADE_OF, demos_in, problem_mark, read_texts
@@ -59,13 +69,35 @@ def test_an_optimizer_improves_the_population_within_its_budget(name):
     assert not search.counts["searches_cut"]
 
 
+def state(optimizer):
+    """A copy of all that an optimizer holds, however deep, in writing; LMs stay the same objects."""
+    plain = {name: value for name, value in vars(optimizer).items() if not isinstance(value, dspy.LM)}
+    lms = {name: id(value) for name, value in vars(optimizer).items() if isinstance(value, dspy.LM)}
+    return copy.deepcopy({name: value for name, value in plain.items() if not callable(value)}), lms
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_leaves_the_program_the_user_s_optimizer_and_dspy_s_settings_as_they_were(name):
     seated, optimizer = Seated(), OPTIMIZERS[name].teleprompter
-    before = dict(vars(optimizer)), read_texts(seated.program), dict(dspy.settings.config)
+    held = isinstance(optimizer, Teleprompter)
+    before = held and state(optimizer), read_texts(seated.program), dict(dspy.settings.config)
     seated.search(OPTIMIZERS[name])
-    assert (dict(vars(optimizer)), read_texts(seated.program), dict(dspy.settings.config)) == before
+    assert (held and state(optimizer), read_texts(seated.program), dict(dspy.settings.config)) == before
     assert type(seated.program).__call__ is dspy.Module.__call__
+
+
+def test_nested_state_of_the_user_s_optimizer_is_not_the_search_s():
+    class Keeps(Teleprompter):
+        def __init__(self, metric=None):
+            self.seen = {"texts": []}
+
+        def compile(self, student, *, trainset):
+            self.seen["texts"].append(student.answer.signature.instructions)
+            return student
+
+    keeps = Keeps()
+    Seated().search(TeleprompterSearch(keeps))
+    assert keeps.seen == {"texts": []}
 
 
 def test_the_same_seed_searches_the_same_and_another_one_otherwise():
@@ -263,6 +295,93 @@ def test_problems_with_the_same_inputs_are_one_anchor():
     twins = [*ANCHORS, Problem(99, dspy.Example(question="0", answer="no").with_inputs("question"))]
     search = Seated().search(Scripted("The even ones."), anchors=twins)
     assert len(search.scores[0]) == len(ANCHORS)
+    assert search.counts["anchors_repeated"] == 1
+    assert "1 anchors were left out" in search_warnings(search.counts, 0, optimizer="Scripted")[0]
+
+
+class Long:
+    """An input that JSON cannot hold, that has no truth value compared, and that shows a part of itself alone."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __eq__(self, other):
+        raise ValueError("the truth value of an array is ambiguous")
+
+    def __repr__(self):
+        return "[0 ... 0]"
+
+    def __str__(self):
+        return str(self.number)
+
+    def __hash__(self):
+        return id(self)
+
+
+def test_anchors_that_json_cannot_hold_stay_apart():
+    problems = [Problem(i, dspy.Example(question=Long(i), answer="yes").with_inputs("question")) for i in range(12)]
+    assert different(problems) == problems
+    scripted = Scripted("The even ones.")
+    search = Seated(metric=lambda gold, pred, trace=None: gold.question.number / 12).search(scripted, anchors=problems)
+    assert search.scores[1] == tuple(i / 12 for i in range(12))
+    assert scripted.scores == [i / 12 for i in range(12)]
+    assert "anchors_repeated" not in +search.counts
+
+
+def test_the_first_of_equal_problems_stays_in_its_place():
+    first, second = ANCHORS[:2]
+    assert different([first, second, replace(first, index=7)]) == [first, second]
+
+
+class Noisy(Teleprompter):
+    """Prints and logs while it tries texts, and goes on after the budget is spent until it is let go."""
+
+    def __init__(self, metric=None, started=None, go=None):
+        self.started, self.go = started or threading.Event(), go or threading.Event()
+
+    def compile(self, student, *, trainset):
+        self.started.set()
+        print("noise")
+        logging.getLogger("dspy").info("noise")
+        try:
+            for number in itertools.count():
+                program = student.deepcopy()
+                program.answer.signature = program.answer.signature.with_instructions(f"Text {number}.")
+                program(**trainset[0].inputs())
+        finally:
+            self.go.wait(30)
+
+
+def streams():
+    return sys.stdout, sys.stderr, logging.getLogger("dspy").level
+
+
+def test_a_search_that_was_given_up_on_leaves_the_streams_and_the_log_as_they_were(monkeypatch, capsys):
+    monkeypatch.setattr(requested_rollouts, "UNWIND_S", 0.1)
+    monkeypatch.setattr(requested_rollouts, "LET_GO_S", 0.1)
+    before, noisy = streams(), Noisy()
+    search = Seated().search(TeleprompterSearch(noisy), budget=20)
+    assert search.counts["searches_cut"] == 1
+    assert streams() == before
+    noisy.go.set()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_overlapping_searches_leave_the_streams_and_the_log_as_they_were(capsys):
+    before = streams()
+    first, second = Noisy(), Noisy()
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(Seated().search, TeleprompterSearch(first), budget=20)
+        assert first.started.wait(30)
+        two = pool.submit(Seated().search, TeleprompterSearch(second), budget=20)
+        assert second.started.wait(30)
+        print("heard")
+        first.go.set()
+        one.result()
+        second.go.set()
+        two.result()
+    assert streams() == before
+    assert capsys.readouterr() == ("heard\n", "")
 
 
 def test_demos_are_kept_with_the_mark_of_their_problem_where_candidates_hold_any():

@@ -1,5 +1,6 @@
 """Demos as a component of a candidate: read out, written in, and hidden from the problem that they were made of."""
 
+import datetime
 from typing import Any
 
 import dspy
@@ -12,8 +13,10 @@ from dspy_fst.rollout.components import (
     Demo,
     carried_by,
     carry,
+    demo_marks,
     demos_in,
     demos_of,
+    hide_demos,
     is_demos,
     marked,
     problem_mark,
@@ -152,8 +155,16 @@ def test_a_problem_is_known_by_its_inputs_alone() -> None:
     example = PROBLEMS[0].example
     assert problem_mark(example) == problem_mark(example.copy(answer="another"))
     assert problem_mark(example) != problem_mark(PROBLEMS[1].example)
+
+
+def test_a_problem_that_json_cannot_hold_has_no_mark_and_shows_all_demos() -> None:
+    example = dspy.Example(question=datetime.date(2026, 1, 1)).with_inputs("question")
+    program = with_texts(Says(), Candidate({SAY: written_demos([of(PROBLEMS[0])])}))
+    assert problem_mark(example) is None
+    hide_demos(program, example, demo_marks(program))
+    assert len(program.say.demos) == 1
     with pytest.raises(TypeError, match="JSON"):
-        problem_mark(dspy.Example(question=object()).with_inputs("question"))
+        marked({}, example)
 
 
 def test_lines_that_are_no_demos_are_refused() -> None:
