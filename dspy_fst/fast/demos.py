@@ -198,6 +198,7 @@ class _Sized:
 
 
 
+
 @dataclass(frozen=True)
 class _Move:
     """One kind of change that is possible."""

@@ -26,6 +26,7 @@ from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.fast.seeding import Row
 from dspy_fst.fast.teleprompter_search import quiet_streams, seated
 from dspy_fst.outcomes.outcome import OutcomeCounts
+from dspy_fst.rollout.components import is_tool, texts_like
 from dspy_fst.types import Candidate, Population, Problem
 
 HELD_BACK = 4
@@ -70,7 +71,7 @@ def seated_search(
         of_gepa: What `evolve` takes besides; nobody asks for it here.
 
     Raises:
-        FastOptimizerError: the optimizer failed.
+        FastOptimizerError: the optimizer failed, or returned something else than programs like the run's.
         MeasurementError: nothing is measured any more.
         RunDirectoryError: the journal cannot be written.
     """
@@ -98,7 +99,7 @@ def seated_search(
         reflection_lm,
     )
     asked = AskedLMs(journal)
-    found = _found(optimizer, seat, requested, asked)
+    found = _same_form(optimizer.name, _returned(optimizer, seat, requested, asked), best_first[0])
     start = max((row for _, row in measured), key=mean)
     tried = [*map(runs.candidate_of, found), *_by_gain(requested.seen.values(), bank, anchors, start)]
     carried = {seed.digest for seed in seeds}
@@ -115,21 +116,19 @@ def seated_search(
     return replace(search, optimizer=optimizer.name)
 
 
-def _found(
-    optimizer: FastOptimizer, seat: Seat, requested: RequestedRollouts, asked: AskedLMs
-) -> Sequence[dspy.Module]:
-    """The programs that the optimizer returned; none if the budget ended it.
+def _returned(optimizer: FastOptimizer, seat: Seat, requested: RequestedRollouts, asked: AskedLMs) -> object:
+    """What the optimizer returned, of whatever form; an empty list if the budget ended it.
 
     Raises:
         FastOptimizerError: it failed.
     """
-    found: list[dspy.Module] = []
+    returned: list[object] = []
     lm = seat.reflection_lm or dspy.settings.lm
 
     def search() -> None:
         listeners = [*dspy.settings.callbacks, asked]
         with dspy.context(lm=lm, trace=[], num_threads=seat.num_threads, max_errors=CALLED_OFF, callbacks=listeners):
-            found.extend(optimizer.search(seat))
+            returned.append(optimizer.search(seat))
 
     with quiet_streams():
         error = requested.serve(search, after=asked.record)
@@ -139,7 +138,33 @@ def _found(
             f"fast: {optimizer.name} failed with {type(error).__name__}: {error}. Its rollouts are kept; mend the "
             "cause and compile again with the same run_dir to go on"
         ) from error
-    return found
+    return returned[0] if returned else []
+
+
+def _same_form(name: str, returned: object, seed: Candidate) -> list[dspy.Module]:
+    """The returned programs. A program of another form would be scored as the run's own, which has no such texts.
+
+    Raises:
+        FastOptimizerError: they are no programs, or not of the seed's components.
+    """
+    again = "Return copies of seat.program with other instructions or demos; its rollouts are kept"
+    if isinstance(returned, dspy.Module) or not isinstance(returned, Iterable):
+        raise FastOptimizerError(f"fast: {name} returned {type(returned).__name__}, no list of programs. {again}")
+    programs = list(returned)
+    for program in programs:
+        if not isinstance(program, dspy.Module):
+            raise FastOptimizerError(f"fast: {name} returned {type(program).__name__} as a program. {again}")
+        # An instruction that no longer names a tool takes the tool's description with it.
+        own, others = (
+            sorted(part for part in texts if not is_tool(part))
+            for texts in (seed.texts, texts_like(seed, program).texts)
+        )
+        if own != others:
+            raise FastOptimizerError(
+                f"fast: {name} returned a program with the texts {', '.join(others) or 'of nothing'}, and the run's "
+                f"has {', '.join(own)}. {again}"
+            )
+    return programs
 
 
 def _by_gain(

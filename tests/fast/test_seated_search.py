@@ -218,6 +218,43 @@ def test_an_optimizer_that_fails_is_named_with_its_error():
         Seated().search(Fails())
 
 
+class Other(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.think = dspy.Predict("question -> answer")
+
+
+class Returns(Scripted):
+    def search(self, seat):
+        return self.texts[0]
+
+
+class Compiles(dspy.teleprompt.Teleprompter):
+    def __init__(self, returned):
+        super().__init__()
+        self.returned = returned
+
+    def compile(self, student, *, trainset, **_):
+        return self.returned
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [
+        (Returns([Other()]), "fast: Returns returned a program with the texts think, and the run's has answer"),
+        (Returns([None]), "fast: Returns returned NoneType as a program"),
+        (Returns(None), "fast: Returns returned NoneType, no list of programs"),
+        (Returns(Asks()), "fast: Returns returned Asks, no list of programs"),
+        (Compiles(Other()), "fast: Compiles returned a program with the texts think, and the run's has answer"),
+        (Compiles(None), "fast: Compiles returned NoneType as a program"),
+    ],
+)
+def test_an_optimizer_that_returns_no_programs_like_the_run_s_is_told_so(optimizer, told):
+    optimizer.name = type(optimizer).__name__
+    with pytest.raises(FastOptimizerError, match=told):
+        Seated().search(optimizer, anchors=ANCHORS[:3])
+
+
 def test_a_search_stops_when_nothing_is_measured_any_more():
     seated = Seated()
     make = seated.play
