@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
+import dspy
 from dspy.teleprompt import Teleprompter
 
 from dspy_fst.config import FSTConfig
@@ -35,11 +36,24 @@ OF_GEPA = ("reflection_minibatch", "proposals_at_once", "components", "reflectio
 
 
 def fast_faults(
-    config: FSTConfig | None, fast: object, reflection_lm: object, propose: object, code_proposer: object
+    config: FSTConfig | None,
+    fast: object,
+    reflection_lm: object,
+    propose: object,
+    code_proposer: object,
+    student: object = None,
 ) -> Iterator[str]:
     """Faults of the optimizer in GEPA's place, and of what is given beside it."""
     if fast is None:
         return
+    if isinstance(fast, type) and hasattr(fast, "search") and not issubclass(fast, Teleprompter):
+        yield f"fast={fast.__name__}: it is a class, and a search needs an object of it: fast={fast.__name__}(...)"
+        return
+    if isinstance(student, dspy.Module) and not student.predictors():
+        yield (
+            f"fast={_name(fast)}: the program has no predictor outside dspy.Flex, and only GEPA changes the source of "
+            "a dspy.Flex; leave fast out"
+        )
     for name, given in {"propose": propose, "code_proposer": code_proposer}.items():
         if given is not None:
             yield f"{name}: only GEPA asks it, and fast={_name(fast)} searches in GEPA's place; leave one of them out"

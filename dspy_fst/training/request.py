@@ -199,7 +199,7 @@ def _faults_of_arguments(
     lm = proposers.reflection_lm
     yield from search_faults(config, given.metric, lm, proposers.propose, proposers.fast, exclusive=beside)
     yield from text_faults(config, student, proposers.reflection_lm or proposers.fast, proposers.code_proposer)
-    yield from fast_faults(config, proposers.fast, proposers.reflection_lm, proposers.propose, proposers.code_proposer)
+    yield from fast_faults(config, proposers.fast, lm, proposers.propose, proposers.code_proposer, student)
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
         yield from [*model_faults(policy, hub_s), *engine_faults(policy)] if room is None else shape_faults(policy)

@@ -10,7 +10,7 @@ from dspy.teleprompt.grpo import GRPO
 from dspy_fst import FSTConfig, FSTOptimizer, TeleprompterSearch
 from dspy_fst.preflight.fast_checks import REFUSED, fast_faults, fast_identity, fast_warnings
 from tests.fakes import scripted_policy
-from tests.fast.seats import metric, speak, writer
+from tests.fast.seats import Asks, metric, speak, writer
 
 LM, _ = writer()
 SMALL = FSTConfig(anchors=24)
@@ -22,6 +22,27 @@ def copro(**arguments):
 
 def mipro(**arguments):
     return TeleprompterSearch(dspy.MIPROv2, **arguments)
+
+
+class Mine:
+    name = "Mine"
+
+    def search(self, seat):
+        return []
+
+
+class Unnamed(Mine):
+    """Its name is known once it is made."""
+
+    @property
+    def name(self):
+        return "Unnamed"
+
+
+class OnlyFlex(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.steps = dspy.Flex("question -> answer")
 
 
 def with_policy_as_prompt_model():
@@ -51,14 +72,19 @@ def with_policy_as_prompt_model():
         ),
         (functools.partial(dspy.MIPROv2, auto=None), {}, "with auto=None it needs num_candidates and num_trials"),
         (dspy.SIMBA(metric=metric, bsize=8), {}, "fast=SIMBA: its demos (max_demos=4) would be lost"),
+        (Mine, {}, "fast=Mine: it is a class, and a search needs an object of it: fast=Mine(...)"),
+        (Unnamed, {}, "fast=Unnamed: it is a class"),
+        (TeleprompterSearch, {}, "fast=TeleprompterSearch: it is a class"),
+        (Mine(), {"student": OnlyFlex()}, "fast=Mine: the program has no predictor outside dspy.Flex"),
+        (dspy.COPRO, {"student": OnlyFlex()}, "fast=COPRO: the program has no predictor outside dspy.Flex"),
         (FSTOptimizer(metric=metric, reflection_lm=LM), {}, "fast=FSTOptimizer: it trains weights too"),
         (GRPO, {}, "fast=GRPO: it trains weights"),
         *((getattr(dspy, name), {}, f"fast={name}: ") for name in REFUSED if name not in ("GRPO", "FSTOptimizer")),
     ],
 )
 def test_it_is_refused(fast, beside, told):
-    given = {"lm": LM, "propose": None, "code_proposer": None, **beside}
-    faults = [*fast_faults(SMALL, fast, given["lm"], given["propose"], given["code_proposer"])]
+    given = {"lm": LM, "propose": None, "code_proposer": None, "student": Asks(), **beside}
+    faults = [*fast_faults(SMALL, fast, *(given[name] for name in ("lm", "propose", "code_proposer", "student")))]
     assert len(faults) == 1, faults
     assert told in faults[0]
 
