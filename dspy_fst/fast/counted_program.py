@@ -12,6 +12,7 @@ from types import new_class
 from typing import Any
 
 import dspy
+from dspy import lm15
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.fast.demos import within_budget
@@ -34,6 +35,26 @@ from dspy_fst.types import PREDICTOR_TAG, Candidate, Problem, Rollout
 
 class UnmeasuredRunError(Exception):
     """The rollout measured nothing. DSPy's optimizers give a call that raises the score 0."""
+
+
+class PartCalledError(Exception):
+    """An optimizer called a part of the program, or its ``forward``."""
+
+
+class _Refusing:
+    """The engine of a counted program, whose own calls do not reach it. The policy's replies to others would
+    be neither counted nor recorded."""
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        raise PartCalledError(
+            "a predictor, another part of the program or its forward() was called; call the program itself, as only "
+            "that is a rollout of the run"
+        )
+
+
+class _AsyncRefusing:
+    async def complete(self, request: lm15.Request) -> lm15.Response:
+        return _Refusing().complete(request)
 
 
 class Judged(dspy.Prediction):
@@ -94,7 +115,8 @@ class CountedRuns:
         program = with_texts(self._program, candidate)
         program.__class__ = self._kind
         program._compiled = False  # dspy.BootstrapFewShot refuses a compiled student
-        program.set_lm(program.predictors()[0].lm)  # dspy.SIMBA wants one LM; no call of this program reaches it
+        lm = program.predictors()[0].lm  # its settings tell samples apart (`_number`)
+        program.set_lm(lm.copy(engine=_Refusing(), async_engine=_AsyncRefusing()))  # dspy.SIMBA wants one LM
         return program
 
     def candidate_of(self, program: dspy.Module) -> Candidate:

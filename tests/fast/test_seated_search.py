@@ -1,5 +1,6 @@
 """DSPy's own optimizers in GEPA's place: each is really run, and every rollout that it causes is the run's."""
 
+import asyncio
 import copy
 import itertools
 import logging
@@ -216,6 +217,31 @@ def test_an_optimizer_that_fails_is_named_with_its_error():
 
     with pytest.raises(FastOptimizerError, match=r"fast: Scripted failed with LookupError: no such tip.*run_dir"):
         Seated().search(Fails())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda program: program.answer(question="0"),
+        lambda program: program.forward(question="0"),
+        lambda program: asyncio.run(program.answer.acall(question="0")),
+    ],
+    ids=["part", "forward", "acall"],
+)
+def test_a_call_of_a_part_of_the_program_is_refused_and_never_asks_the_policy(call):
+    class CallsPart(Scripted):
+        def search(self, seat):
+            call(seat.program)
+
+    asked = []
+
+    def counted(messages, seed):
+        asked.append(messages)
+        return fields(answer="yes")
+
+    with pytest.raises(FastOptimizerError, match="call the program itself"):
+        Seated(speak=counted).search(CallsPart(), anchors=ANCHORS[:3])
+    assert len(asked) == 3
 
 
 class Other(dspy.Module):
