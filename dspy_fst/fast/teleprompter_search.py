@@ -149,6 +149,13 @@ def own_prompt_model(teleprompter: object) -> object:
     return None if is_recorded(lm) else lm
 
 
+def lms_of(fast: Any) -> list[dspy.BaseLM]:
+    """The LMs that whatever sits in the seat was given: their keys must not be written anywhere."""
+    optimizer = seated(fast)
+    held = optimizer.all_settings if isinstance(optimizer, TeleprompterSearch) else getattr(fast, "__dict__", {})
+    return [value for value in held.values() if isinstance(value, dspy.BaseLM)]
+
+
 def settled(teleprompter: object) -> dict[str, object]:
     """The arguments that are settled: an optimizer's attributes, a partial function's keywords."""
     if isinstance(teleprompter, Teleprompter):

@@ -56,12 +56,13 @@ class Redactor:
         self._pattern = re.compile("|".join((*values, *_SHAPES)))
 
     @classmethod
-    def of(cls, program: "dspy.Module", reflection_lm: object = None) -> "Redactor":
-        """A redactor that knows the secrets of the program's LMs, of the reflection LM and of the environment."""
+    def of(cls, program: "dspy.Module", *lms: object) -> "Redactor":
+        """A redactor that knows the secrets of the program's LMs, of these and of the environment."""
         import dspy
 
         environment = _named_secrets(dict(os.environ))
-        settings = [*_settings_of_program(program), *_settings_of_lm(reflection_lm), *_settings_of_lm(dspy.settings.lm)]
+        others = (setting for lm in (*lms, dspy.settings.lm) for setting in _settings_of_lm(lm))
+        settings = [*_settings_of_program(program), *others]
         return cls([*environment, *(secret for setting in settings for secret in _named_secrets(setting))])
 
     def clean(self, value: object) -> Any:

@@ -17,7 +17,7 @@ from dspy_fst.fast.evolve import GEPAOptions
 from dspy_fst.fast.fast_optimizer import FastOptimizer
 from dspy_fst.fast.gepa_adapter import Propose, ProposeCode
 from dspy_fst.fast.search_settings import own_texts
-from dspy_fst.fast.teleprompter_search import Maker
+from dspy_fst.fast.teleprompter_search import Maker, lms_of
 from dspy_fst.memory import (
     Available,
     plan_memory,
@@ -91,6 +91,11 @@ class Proposers:
         given = {"propose": self.propose, "code_proposer": self.code_proposer, "reflection_lm": self.reflection_lm}
         return {**given, "options": self.gepa}
 
+    @property
+    def lms(self) -> list[object]:
+        """The reflection LM, and those that an optimizer in GEPA's place holds."""
+        return [self.reflection_lm, *lms_of(self.fast)]
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -138,8 +143,8 @@ class Request:
 
     @property
     def redactor(self) -> Redactor:
-        """Hides the secrets of the program's LMs and of the reflection LM."""
-        return Redactor.of(self.student, self.proposers.reflection_lm)
+        """Hides the secrets of the program's LMs and of those that propose."""
+        return Redactor.of(self.student, *self.proposers.lms)
 
 
 def check(given: Arguments, room: Available | None = None, hub_s: float = ANSWER_S) -> Request:
@@ -216,7 +221,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     """
     student = given.student
     policy = next(iter(policies_of(student).values()))
-    redactor = Redactor.of(student, given.proposers.reflection_lm)
+    redactor = Redactor.of(student, *given.proposers.lms)
     faults = [
         f"student: {place} holds a secret (an API key, or an environment variable's value); remove it"
         for place in redactor.places(without_lms(student).dump_state())

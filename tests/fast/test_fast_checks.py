@@ -9,6 +9,8 @@ from dspy.teleprompt.grpo import GRPO
 
 from dspy_fst import FSTConfig, FSTOptimizer, TeleprompterSearch
 from dspy_fst.preflight.fast_checks import REFUSED, fast_faults, fast_identity, fast_warnings
+from dspy_fst.run.secrets import Redactor
+from dspy_fst.training.request import Proposers
 from tests.fakes import scripted_policy
 from tests.fast.seats import Asks, metric, speak, writer
 
@@ -152,3 +154,29 @@ def test_a_run_records_what_searches_and_its_numbers():
     assert fast_identity(None) == {}
     assert fast_identity(copro(breadth=4)) == {"fast": ["COPRO", {"breadth": 4}]}
     assert fast_identity(dspy.COPRO(metric=metric, breadth=4)) != fast_identity(dspy.COPRO(metric=metric, breadth=5))
+
+
+KEYED = dspy.LM("openai/gpt-5", api_key="not-shaped-like-a-key-7")
+
+
+class HoldsLM(Mine):
+    def __init__(self):
+        self.writer = KEYED
+
+
+@pytest.mark.parametrize(
+    "fast",
+    [
+        dspy.COPRO(metric=metric, prompt_model=KEYED),
+        TeleprompterSearch(dspy.COPRO(metric=metric, prompt_model=KEYED)),
+        copro(prompt_model=KEYED),
+        functools.partial(dspy.COPRO, prompt_model=KEYED),
+        HoldsLM(),
+    ],
+    ids=["made", "wrapped", "argument", "partial", "own"],
+)
+def test_the_secrets_of_an_optimizer_s_own_lms_are_hidden(fast):
+    student = Asks()
+    student.set_lm(scripted_policy(speak)[0])
+    redactor = Redactor.of(student, *Proposers(fast=fast).lms)
+    assert redactor.clean("401: not-shaped-like-a-key-7") == "401: ***"

@@ -23,6 +23,7 @@ from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import MADE_OF, demos_in, problem_mark, read_texts
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.types import Candidate, Population, Problem
+from tests.fakes import fields
 from tests.fast.seats import ANCHORS, SKILLS, Asks, Seated
 
 
