@@ -196,9 +196,6 @@ class _Sized:
     tokens: int
 
 
-
-
-
 @dataclass(frozen=True)
 class _Move:
     """One kind of change that is possible."""

@@ -165,14 +165,15 @@ def settled(teleprompter: object) -> dict[str, object]:
 
 def _own(value: Any) -> Any:
     """Another dict, list or set with the same values, at any depth. All else, such as locks and LMs, is shared."""
-    if not isinstance(value, (dict, list, set)):
-        return value
-    new = copy.copy(value)
     if isinstance(value, dict):
-        new.update({key: _own(each) for key, each in value.items()})
-    elif isinstance(value, list):
-        new[:] = map(_own, value)
-    return new
+        mapping = copy.copy(value)
+        mapping.update({key: _own(each) for key, each in value.items()})
+        return mapping
+    if isinstance(value, list):
+        sequence = copy.copy(value)
+        sequence[:] = map(_own, value)
+        return sequence
+    return copy.copy(value) if isinstance(value, set) else value
 
 
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)

@@ -15,7 +15,7 @@ from tests.fakes import scripted_policy
 from tests.fast.seats import Asks, metric, speak, writer
 
 LM, _ = writer()
-SMALL = FSTConfig(anchors=24)
+SMALL, LARGE = FSTConfig(anchors=24), FSTConfig(anchors=64)
 
 
 def copro(**arguments):
@@ -63,8 +63,16 @@ def with_policy_as_prompt_model():
         (dspy.COPRO, {"code_proposer": metric}, "code_proposer: only GEPA asks it"),
         (copro(bredth=4), {}, "fast: COPRO takes no argument bredth"),
         (copro(trainset=[]), {}, "fast: TeleprompterSearch(COPRO, trainset=...): the search gives it"),
-        (dspy.SIMBA(metric=metric), {}, "fast=SIMBA: bsize=32 is more than the 24 anchors of a search; use bsize=24"),
-        (mipro(auto=None, num_candidates=4), {}, "with auto=None it needs num_candidates and num_trials"),
+        (
+            dspy.SIMBA(metric=metric, max_demos=0),
+            {},
+            "fast=SIMBA: bsize=32 is more than the 24 anchors of a search; use bsize=24",
+        ),
+        (
+            mipro(auto=None, num_candidates=4, minibatch=False),
+            {},
+            "with auto=None it needs num_candidates and num_trials",
+        ),
         (mipro(num_trials=4), {}, "fast=MIPROv2: auto='light' sets num_candidates and num_trials; leave them out"),
         (mipro(auto=None, num_candidates=4, num_trials=4), {}, "minibatch_size=35 is more than the 24 anchors"),
         (
@@ -72,7 +80,11 @@ def with_policy_as_prompt_model():
             {},
             "fast=MIPROv2: it has a teacher, and demos come",
         ),
-        (functools.partial(dspy.MIPROv2, auto=None), {}, "with auto=None it needs num_candidates and num_trials"),
+        (
+            functools.partial(dspy.MIPROv2, auto=None),
+            {"config": LARGE},
+            "with auto=None it needs num_candidates and num_trials",
+        ),
         (dspy.SIMBA(metric=metric, bsize=8), {}, "fast=SIMBA: its demos (max_demos=4) would be lost"),
         (Mine, {}, "fast=Mine: it is a class, and a search needs an object of it: fast=Mine(...)"),
         (Unnamed, {}, "fast=Unnamed: it is a class"),
@@ -85,8 +97,10 @@ def with_policy_as_prompt_model():
     ],
 )
 def test_it_is_refused(fast, beside, told):
-    given = {"lm": LM, "propose": None, "code_proposer": None, "student": Asks(), **beside}
-    faults = [*fast_faults(SMALL, fast, *(given[name] for name in ("lm", "propose", "code_proposer", "student")))]
+    given = {"lm": LM, "propose": None, "code_proposer": None, "student": Asks(), "config": SMALL, **beside}
+    faults = [
+        *fast_faults(given["config"], fast, *(given[name] for name in ("lm", "propose", "code_proposer", "student")))
+    ]
     assert len(faults) == 1, faults
     assert told in faults[0]
 

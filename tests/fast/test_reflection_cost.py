@@ -130,6 +130,10 @@ def test_the_price_of_a_cached_answer_of_dspy_s_own_engine_is_not_counted_again(
     }, "a price that is known to be 0"
 
 
+def draws_none(*_):
+    raise AssertionError("no demos are wanted here")
+
+
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_each_call_counts_once_in_reflections_that_fail_too_and_with_several_in_flight(server, at_once):
     def breaks(candidate, dataset, components):
@@ -138,7 +142,7 @@ def test_each_call_counts_once_in_reflections_that_fail_too_and_with_several_in_
 
     lm = asked(server, engine="litellm")
     kept = Kept()
-    reflections = Reflections(breaks, kept, {}, (), CostMeter(lm), collects_warnings=False)
+    reflections = Reflections(breaks, kept, {}, draws_none, (), CostMeter(lm), collects_warnings=False)
     lm("a judge of the metric asks the same LM")
     jobs = [({"last": str(number)}, {"last": []}, ["last"]) for number in range(at_once)]
     for candidate, _, components in jobs:
