@@ -9,7 +9,7 @@ import contextvars
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 
-from dspy_fst.errors import is_signal
+from dspy_fst.errors import TrainingError, is_signal
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.call_recorder import SETTING, Recording, parallel_calls_once, tag_predictors
 from dspy_fst.rollout.components import UnboundError, demo_marks, hide_demos, with_texts
@@ -29,7 +29,7 @@ from dspy_fst.rollout.rendering import CallListener
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.worker_pool import run_all
-from dspy_fst.types import Candidate, Group, Population, Problem, Rollout
+from dspy_fst.types import Candidate, Group, Population, Problem, Rollout, WeightsVersion
 
 
 @dataclass(frozen=True)
@@ -291,6 +291,19 @@ def _prompt_key(
     if not all(type(value) in PLAIN for value in values):
         return None
     return signature, repr(demo_items), repr(list(inputs.items()))
+
+
+def require_fresh(where: str, rollouts: Iterable[Rollout], published: WeightsVersion) -> None:
+    """
+    Raises:
+        TrainingError: calls were sampled by other weights than the published ones.
+    """
+    sampled_by = {call.weights for rollout in rollouts for call in rollout.calls}
+    if stale := sorted(sampled_by - {published}):
+        raise TrainingError(
+            f"{where}: calls were sampled by weights {stale} and not by {published}, which were published for it; "
+            "nothing was learnt from them"
+        )
 
 
 def _places(known: Sequence[Rollout], tasks: Sequence[Task]) -> dict[int, Rollout]:

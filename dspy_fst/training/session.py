@@ -27,7 +27,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.reply_limits import longest_reply
 from dspy_fst.rollout.rendering import seed_kl_rollouts
 from dspy_fst.rollout.reward import feedback_by
-from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter, Task, require_fresh
 from dspy_fst.run.directory import Event, RunDirectory
 from dspy_fst.run.ending import EVENT, StopReason
 from dspy_fst.run.search_journal import Journal
