@@ -11,7 +11,7 @@ import dspy
 
 from dspy_fst.engine.base import Checkpoint, CountingEngine, PromptTokens, Scorer
 from dspy_fst.engine.verification import Expected, verify_scores, verify_tensors
-from dspy_fst.errors import SyncError, TrainingError
+from dspy_fst.errors import SyncError
 from dspy_fst.policy_lm import EngineHandle, PolicyLM
 from dspy_fst.rollout.rendering import render, renderer_of
 from dspy_fst.run.directory import RunDirectory
@@ -304,19 +304,6 @@ class Publisher:
 def recoveries(policy: PolicyLM) -> dict[str, int]:
     """Failures of the engine that were survived since this was last asked, by kind."""
     return {f"engine: {what}": count for what, count in policy.handle.engine.take_counts().items()}
-
-
-def require_fresh(where: str, rollouts: Iterable[Rollout], published: WeightsVersion) -> None:
-    """
-    Raises:
-        TrainingError: calls were sampled by other weights than the published ones.
-    """
-    sampled_by = {call.weights for rollout in rollouts for call in rollout.calls}
-    if stale := sorted(sampled_by - {published}):
-        raise TrainingError(
-            f"{where}: calls were sampled by weights {stale} and not by {published}, which were published for it; "
-            "nothing was learnt from them"
-        )
 
 
 def counted_prompts(policy: PolicyLM) -> Callable[[], PromptTokens | None]:

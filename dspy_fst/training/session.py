@@ -40,7 +40,7 @@ from dspy_fst.slow.losses.by_name import loss_of
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.update_metrics import in_one_report
 from dspy_fst.training.plan import Cycle, Plan, Schedule
-from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, counted_prompts, recoveries, require_fresh
+from dspy_fst.training.publisher import NaturalTexts, Publisher, Publishing, counted_prompts, recoveries
 from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.request import Proposers
 from dspy_fst.training.reuse import Reuse
