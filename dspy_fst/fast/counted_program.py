@@ -105,7 +105,8 @@ class CountedRuns:
         self._returned: dict[tuple[int, int], tuple[object, Rollout]] = {}
         """(problem, id of a prediction) -> the prediction and its rollout. Holding it keeps the id its own."""
         self.counts: Counter[str] = Counter()
-        """``lines_restored``, ``demos_cut``."""
+        """``lines_restored``, ``demos_cut``, ``demos_not_written``."""
+        self._not_written: set[str] = set()
         self._read: set[str] = set()
         """Digests of the texts that were counted."""
         self._own_demos = {line for name in filter(is_demos, seed.texts) for line in seed.texts[name].split("\n")}
@@ -122,7 +123,7 @@ class CountedRuns:
     def candidate_of(self, program: dspy.Module) -> Candidate:
         """What the search may change of a program: with the protected lines that it lost, without demos that are too
         long."""
-        own = texts_like(self._seed, program)
+        own = self._own_texts(program)
         texts = dict(own.texts)
         cut = 0
         for name in filter(is_demos, texts):
@@ -135,6 +136,27 @@ class CountedRuns:
             self._read.add(own.digest)
             self.counts.update(lines_restored=sum(map(len, lost.values())), demos_cut=cut)
         return Candidate({name: "\n".join([text, *lost.get(name, ())]) for name, text in texts.items()})
+
+    def _own_texts(self, program: dspy.Module) -> Candidate:
+        """The program's texts, without demos that JSON cannot hold."""
+        without = Candidate({name: text for name, text in self._seed.texts.items() if not is_demos(name)})
+        predictors = dict(program.named_predictors())
+        demos = {
+            name: written_demos(filter(self._is_writable, predictors[predictor_of(name)].demos))
+            for name in filter(is_demos, self._seed.texts)
+            if predictor_of(name) in predictors
+        }
+        return Candidate({**texts_like(without, program).texts, **demos})
+
+    def _is_writable(self, demo: Mapping[str, Any] | dspy.Example) -> bool:
+        """Whether JSON can hold a demo. Values of calls between predictors need not be JSON's, e.g. a set."""
+        try:
+            written_demos([demo])
+        except TypeError:
+            self._not_written.add(repr(sorted(demo.items(), key=lambda item: str(item[0]))))
+            self.counts["demos_not_written"] = len(self._not_written)
+            return False
+        return True
 
     def _marked(self, demo: Mapping[str, Any]) -> Mapping[str, Any]:
         """The demo with the mark of its problem, which a labeled one lacks; the user's own demos have none."""
@@ -175,7 +197,8 @@ class CountedRuns:
         rollout = self._requested.request((problem, self.candidate_of(program), _number(program)))
         if rollout.reward is None:
             raise UnmeasuredRunError(f"the rollout measured nothing: {rollout.mask}")
-        _trace(program, rollout, problem.example if any(map(is_demos, self._seed.texts)) else None)
+        demos_of = problem.example if any(map(is_demos, self._seed.texts)) else None
+        _trace(program, rollout, demos_of, self._is_writable)
         prediction = dspy.Prediction() if rollout.prediction is None else rollout.prediction
         self._returned[problem.index, id(prediction)] = (prediction, rollout)
         return prediction
@@ -217,12 +240,18 @@ def _number(program: dspy.Module) -> int:
     return next((number for number in ids if isinstance(number, int)), 0)
 
 
-def _trace(program: dspy.Module, rollout: Rollout, demos_of: dspy.Example | None) -> None:
+def _trace(
+    program: dspy.Module,
+    rollout: Rollout,
+    demos_of: dspy.Example | None,
+    is_writable: Callable[[Mapping[str, Any]], bool],
+) -> None:
     """Add the rollout's trace to the one in force, as if the program's own predictors had been called.
 
     Args:
         demos_of: The problem, where demos evolve. DSPy makes demos of a trace's inputs and outputs, so the inputs name
             it.
+        is_writable: Whether JSON can hold a demo. A call that gives none is left out where demos evolve.
     """
     trace = dspy.settings.trace
     if trace is None:
@@ -231,5 +260,7 @@ def _trace(program: dspy.Module, rollout: Rollout, demos_of: dspy.Example | None
     mark = {} if demos_of is None else marked({}, demos_of)
     for predictor, inputs, output in rollout.trace:
         tag = getattr(predictor, PREDICTOR_TAG, None)
-        if tag in own and not isinstance(output, FailedPrediction):
+        if tag not in own or isinstance(output, FailedPrediction):
+            continue
+        if demos_of is None or is_writable({**inputs, **dict(output.items())}):
             trace.append((own[tag], {**inputs, **mark}, output))

@@ -26,7 +26,7 @@ from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.fast.seeding import Row
 from dspy_fst.fast.teleprompter_search import quiet_streams, seated
 from dspy_fst.outcomes.outcome import OutcomeCounts
-from dspy_fst.rollout.components import is_tool, texts_like
+from dspy_fst.rollout.components import is_demos, is_tool, read_texts
 from dspy_fst.types import Candidate, Population, Problem
 
 HELD_BACK = 4
@@ -154,11 +154,9 @@ def _same_form(name: str, returned: object, seed: Candidate) -> list[dspy.Module
     for program in programs:
         if not isinstance(program, dspy.Module):
             raise FastOptimizerError(f"fast: {name} returned {type(program).__name__} as a program. {again}")
-        # An instruction that no longer names a tool takes the tool's description with it.
-        own, others = (
-            sorted(part for part in texts if not is_tool(part))
-            for texts in (seed.texts, texts_like(seed, program).texts)
-        )
+        # Tools and demos are parts of predictors; an instruction that no longer names a tool takes it along.
+        own = sorted(part for part in seed.texts if not is_tool(part) and not is_demos(part))
+        others = sorted(read_texts(program).texts)
         if own != others:
             raise FastOptimizerError(
                 f"fast: {name} returned a program with the texts {', '.join(others) or 'of nothing'}, and the run's "

@@ -489,3 +489,42 @@ def test_demos_of_the_user_are_not_cut():
     search = Seated(program).search(Shows(on=1), demos=True, max_demo_tokens=1)
     assert len(search.candidates) == 1  # the label is cut, and the user's demo stays
     assert search.counts["demos_cut"] == 1
+
+
+class ChecksWords(dspy.Module):
+    """Between its predictors goes a value that JSON cannot hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.answer = dspy.Predict(dspy.Signature("question -> answer", "Answer."))
+        checks = {"words": (set[str], dspy.InputField()), "answer": (str, dspy.OutputField())}
+        self.check = dspy.Predict(dspy.Signature(checks, "Check."))
+
+    def forward(self, question):
+        return self.check(words={self.answer(question=question).answer})
+
+
+class ShowsWords(Scripted):
+    """Writes such a demo itself."""
+
+    def search(self, seat):
+        program = seat.program.deepcopy()
+        program.check.demos = [dspy.Example(words={"yes"}, answer="yes")]
+        program(**seat.examples[0].inputs())
+        return [program]
+
+
+def always_yes(messages, seed):
+    return fields(answer="yes")
+
+
+def test_a_call_that_json_cannot_hold_gives_no_demo_and_is_counted():
+    bootstrap = TeleprompterSearch(dspy.BootstrapFewShot, max_bootstrapped_demos=2, max_labeled_demos=0)
+    search = Seated(ChecksWords(), always_yes).search(bootstrap, demos=True, anchors=ANCHORS[:4])
+    texts = search.candidates[1].texts
+    assert len(demos_in(texts["answer.demos[*]"])) == 2
+    assert texts["check.demos[*]"] == ""
+    assert search.counts["demos_not_written"] == 1  # each run's second predictor was called with the same words
+    search = Seated(ChecksWords(), always_yes).search(ShowsWords(), demos=True, anchors=ANCHORS[:4])
+    assert search.counts["demos_not_written"] == 1
+    assert len(search.candidates) == 1
