@@ -109,7 +109,11 @@ class CountedRuns:
         self._not_written: set[str] = set()
         self._read: set[str] = set()
         """Digests of the texts that were counted."""
-        self._own_demos = {line for name in filter(is_demos, seed.texts) for line in seed.texts[name].split("\n")}
+        self._users = {
+            name: [demo for demo in demos_in(seed.texts[name]) if MADE_OF not in demo]
+            for name in filter(is_demos, seed.texts)
+        }
+        """Component -> the user's own demos."""
 
     def under(self, candidate: Candidate) -> dspy.Module:
         """The program under a candidate; its calls, and those of its copies, are rollouts."""
@@ -121,13 +125,15 @@ class CountedRuns:
         return program
 
     def candidate_of(self, program: dspy.Module) -> Candidate:
-        """What the search may change of a program: with the protected lines that it lost, without demos that are too
-        long."""
+        """What the search may change of a program: with the user's demos and the protected lines that it lost, without
+        demos that are too long."""
         own = self._own_texts(program)
         texts = dict(own.texts)
         cut = 0
         for name in filter(is_demos, texts):
-            demos = [self._marked(demo) for demo in demos_in(texts[name])]
+            users = self._users[name]
+            others = (demo for demo in demos_in(texts[name]) if demo not in users)
+            demos = [*users, *map(self._marked, others)]
             signature = self._signatures[predictor_of(name)]
             kept = within_budget(demos, signature, self._count_tokens, self._settings.max_demo_tokens)
             texts[name], cut = written_demos(kept), cut + len(demos) - len(kept)
@@ -159,8 +165,8 @@ class CountedRuns:
         return True
 
     def _marked(self, demo: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The demo with the mark of its problem, which a labeled one lacks; the user's own demos have none."""
-        if MADE_OF in demo or written_demos([demo]) in self._own_demos:
+        """The demo with the mark of its problem, which a labeled one lacks."""
+        if MADE_OF in demo:
             return demo
         for names in self._input_names:
             if (problem := self._anchor({name: demo.get(name) for name in names})) is not None:

@@ -528,3 +528,15 @@ def test_a_call_that_json_cannot_hold_gives_no_demo_and_is_counted():
     search = Seated(ChecksWords(), always_yes).search(ShowsWords(), demos=True, anchors=ANCHORS[:4])
     assert search.counts["demos_not_written"] == 1
     assert len(search.candidates) == 1
+
+
+def test_the_user_s_own_demos_come_back_first_once_and_without_a_mark():
+    program = Asks()
+    own = [{"question": "100", "answer": "maybe"}, {"question": "1", "answer": "yes"}]
+    program.answer.demos = [dspy.Example(**demo) for demo in own]
+    optimizer = TeleprompterSearch(dspy.BootstrapFewShotWithRandomSearch, num_candidate_programs=2)
+    search = Seated(program).search(optimizer, demos=True)
+    shown = [demos_in(each.texts["answer.demos[*]"]) for each in search.candidates]
+    assert all(demos[:2] == own for demos in shown)
+    assert all(MADE_OF in demo for demos in shown for demo in demos[2:])
+    assert max(map(len, shown)) > 2
