@@ -6,6 +6,7 @@ its own, its failures told apart, and recorded. So the optimizer compares what t
 """
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import new_class
@@ -16,11 +17,13 @@ from dspy import lm15
 from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.fast.demos import within_budget
+from dspy_fst.fast.latex_repair import acceptable_texts
 from dspy_fst.fast.requested_rollouts import RequestedRollouts
 from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.rollout.components import (
     MADE_OF,
     demos_in,
+    flexes,
     is_demos,
     lost_lines,
     marked,
@@ -105,7 +108,11 @@ class CountedRuns:
         self._returned: dict[tuple[int, int], tuple[object, Rollout]] = {}
         """(problem, id of a prediction) -> the prediction and its rollout. Holding it keeps the id its own."""
         self.counts: Counter[str] = Counter()
-        """``lines_restored``, ``demos_cut``, ``demos_not_written``."""
+        """``lines_restored``, ``demos_cut``, ``demos_not_written``, ``texts_mended``, ``texts_refused``."""
+        self._sources = flexes(program).keys()
+        self._accepted: dict[tuple[str, str], str] = {}
+        """(component, text that an optimizer wrote) -> text that is tried. Incumbents' texts stay as they are."""
+        self._lock = threading.Lock()
         self._not_written: set[str] = set()
         self._read: set[str] = set()
         """Digests of the texts that were counted."""
@@ -117,6 +124,7 @@ class CountedRuns:
 
     def under(self, candidate: Candidate) -> dspy.Module:
         """The program under a candidate; its calls, and those of its copies, are rollouts."""
+        self._accepted |= {each: each[1] for each in candidate.texts.items()}
         program = with_texts(self._program, candidate)
         program.__class__ = self._kind
         program._compiled = False  # dspy.BootstrapFewShot refuses a compiled student
@@ -144,15 +152,24 @@ class CountedRuns:
         return Candidate({name: "\n".join([text, *lost.get(name, ())]) for name, text in texts.items()})
 
     def _own_texts(self, program: dspy.Module) -> Candidate:
-        """The program's texts, without demos that JSON cannot hold."""
+        """The program's texts, without demos that JSON cannot hold, and with acceptable instructions."""
         without = Candidate({name: text for name, text in self._seed.texts.items() if not is_demos(name)})
+        texts = {name: self._acceptable(name, text) for name, text in texts_like(without, program).texts.items()}
         predictors = dict(program.named_predictors())
         demos = {
             name: written_demos(filter(self._is_writable, predictors[predictor_of(name)].demos))
             for name in filter(is_demos, self._seed.texts)
             if predictor_of(name) in predictors
         }
-        return Candidate({**texts_like(without, program).texts, **demos})
+        return Candidate({**texts, **demos})
+
+    def _acceptable(self, name: str, text: str) -> str:
+        """The text as GEPA's path takes it from a reflection; the seed's in place of one that is refused."""
+        with self._lock:
+            if (name, text) not in self._accepted:
+                taken = acceptable_texts({name: text}, self._seed.texts, self._sources, self.counts)
+                self._accepted[name, text] = taken.get(name, self._seed.texts.get(name, ""))
+            return self._accepted[name, text]
 
     def _is_writable(self, demo: Mapping[str, Any] | dspy.Example) -> bool:
         """Whether JSON can hold a demo. Values of calls between predictors need not be JSON's, e.g. a set."""

@@ -530,6 +530,13 @@ def test_a_call_that_json_cannot_hold_gives_no_demo_and_is_counted():
     assert len(search.candidates) == 1
 
 
+def test_texts_that_json_has_spoilt_are_mended_or_refused_as_gepa_s():
+    search = Seated().search(Scripted("Use \frac{1}{2} for even ones.", "Use \x00."), anchors=ANCHORS[:4])
+    assert [each.texts["answer"] for each in search.candidates] == ["Answer.", "Use \\frac{1}{2} for even ones."]
+    assert search.counts["texts_mended"] == search.counts["texts_refused"] == 1
+    assert search.rollouts == 8
+
+
 def test_the_user_s_own_demos_come_back_first_once_and_without_a_mark():
     program = Asks()
     own = [{"question": "100", "answer": "maybe"}, {"question": "1", "answer": "yes"}]
