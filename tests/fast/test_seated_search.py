@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import dspy
+import pydantic
 import pytest
 from dspy.teleprompt import Teleprompter
 
@@ -547,3 +548,33 @@ def test_the_user_s_own_demos_come_back_first_once_and_without_a_mark():
     assert all(demos[:2] == own for demos in shown)
     assert all(MADE_OF in demo for demos in shown for demo in demos[2:])
     assert max(map(len, shown)) > 2
+
+
+class Pair(pydantic.BaseModel):
+    one: int
+
+
+INPUTS = {"tuple": lambda i: (i, i), "list": lambda i: [i, i], "model": lambda i: Pair(one=i)}
+
+
+@pytest.mark.parametrize("made", INPUTS.values(), ids=INPUTS)
+def test_no_rollout_is_shown_a_label_of_its_own_problem_whatever_its_inputs_are(made):
+    asks = {"question": (type(made(0)), dspy.InputField()), "answer": (str, dspy.OutputField())}
+
+    class AsksOf(dspy.Module):
+        def __init__(self):
+            super().__init__()
+            self.answer = dspy.Predict(dspy.Signature(asks))
+
+        def forward(self, question):
+            return self.answer(question=question)
+
+    def asked(messages, seed):
+        shown.append(sum(message["role"] == "user" for message in messages) - 1)
+        return fields(answer="yes")
+
+    shown = []
+    anchors = [Problem(i, dspy.Example(question=made(i), answer="yes").with_inputs("question")) for i in range(6)]
+    search = Seated(AsksOf(), asked).search(TeleprompterSearch(dspy.LabeledFewShot, k=3), demos=True, anchors=anchors)
+    assert len(demos_in(search.candidates[1].texts["answer.demos[*]"])) == 3
+    assert sorted(shown) == [0] * 6 + [2] * 3 + [3] * 3
