@@ -384,8 +384,7 @@ class UpdateReport:
     row_tokens: int | None = None
     """Tokens of the rows, prompts and completions. None when no token was trained, and in runs of older versions."""
     tokens_read: int | None = None
-    """Tokens that the model read for them, padding included: what rows have in common at their beginning is read once
-    in a micro-batch. None where ``row_tokens`` is."""
+    """Tokens read for them, with padding; a common beginning is read once a micro-batch. None as ``row_tokens``."""
     halved_to: int | None = None
     """Tokens of a micro-batch with which the update was made after memory had run out; None when it had not."""
     adapters: Mapping[str, AdapterReport] = field(default_factory=dict)

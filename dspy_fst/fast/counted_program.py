@@ -14,7 +14,6 @@ from typing import Any
 
 import dspy
 from dspy import lm15
-from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.fast.demos import within_budget
 from dspy_fst.fast.latex_repair import acceptable_texts
@@ -33,7 +32,9 @@ from dspy_fst.rollout.components import (
     with_texts,
     written_demos,
 )
-from dspy_fst.types import PREDICTOR_TAG, Candidate, Problem, Rollout
+from dspy_fst.rollout.parse_failures import parsed_calls
+from dspy_fst.rollout.rollouter import Task
+from dspy_fst.types import Candidate, Problem, Rollout
 
 
 class UnmeasuredRunError(Exception):
@@ -217,7 +218,7 @@ class CountedRuns:
 
     def _run(self, program: dspy.Module, inputs: Mapping[str, object]) -> object:
         problem = self._problem(inputs)
-        rollout = self._requested.request((problem, self.candidate_of(program), _number(program)))
+        rollout = self._requested.request(Task(problem, self.candidate_of(program), _number(program)))
         if rollout.reward is None:
             raise UnmeasuredRunError(f"the rollout measured nothing: {rollout.mask}")
         demos_of = problem.example if any(map(is_demos, self._seed.texts)) else None
@@ -281,9 +282,6 @@ def _trace(
         return
     own = dict(program.named_predictors())
     mark = {} if demos_of is None else marked({}, demos_of)
-    for predictor, inputs, output in rollout.trace:
-        tag = getattr(predictor, PREDICTOR_TAG, None)
-        if tag not in own or isinstance(output, FailedPrediction):
-            continue
-        if demos_of is None or is_writable({**inputs, **dict(output.items())}):
-            trace.append((own[tag], {**inputs, **mark}, output))
+    for name, inputs, output in parsed_calls(rollout):
+        if name in own and (demos_of is None or is_writable({**inputs, **dict(output.items())})):
+            trace.append((own[name], {**inputs, **mark}, output))

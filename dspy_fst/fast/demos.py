@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import dspy
-from dspy.teleprompt.bootstrap_trace import FailedPrediction
 from gepa.core.state import GEPAState
 from gepa.proposer.reflective_mutation.base import ReflectionComponentSelector
 from gepa.strategies.component_selector import (
@@ -27,7 +26,8 @@ from dspy_fst.formatting.demo_texts import AUGMENTED, MADE_OF, is_demos
 from dspy_fst.rollout.chat_adapters import adapter_in_force
 from dspy_fst.rollout.components import Demo, demos_in, marked, predictor_of, written_demos
 from dspy_fst.rollout.dspy_release import in_words
-from dspy_fst.types import PREDICTOR_TAG, Problem, Rollout
+from dspy_fst.rollout.parse_failures import parsed_calls
+from dspy_fst.types import Problem, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -243,12 +243,9 @@ def _kind(demo: Demo) -> str:
 
 def _calls(rollout: Rollout, signatures: Mapping[str, type[dspy.Signature]]) -> Iterator[tuple[str, Demo]]:
     """(predictor, inputs and outputs) of a rollout's calls. A call that lacks a field gives no demo."""
-    for predictor, inputs, said in rollout.trace:
-        name: str | None = getattr(predictor, PREDICTOR_TAG, None)
-        if name is None or name not in signatures or isinstance(said, FailedPrediction):
-            continue
+    for name, inputs, said in parsed_calls(rollout):
         known = {**inputs, **dict(said.items())}
-        if all(known.get(field) is not None for field in signatures[name].fields):
+        if name in signatures and all(known.get(field) is not None for field in signatures[name].fields):
             yield name, {field: known[field] for field in signatures[name].fields}
 
 

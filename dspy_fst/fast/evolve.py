@@ -33,6 +33,7 @@ from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.fast.seeding import BetterWhereMeasured, Row, SeededPolicy, SeveralAtOnce, write_seeded_state
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.components import binds
+from dspy_fst.rollout.rollouter import Task
 from dspy_fst.run.files import writing
 from dspy_fst.types import Candidate, Population, Problem, Rollout
 
@@ -275,20 +276,41 @@ class _Searching:
         counts = Counter(
             accepted=len(everything) - len(self.seeds), unmeasured=sum(score is None for row in scores for score in row)
         )
-        lost = OutcomeCounts.over(rollout.outcome for rollout in self.bank.fresh).labels
-        return Search(
-            population=complementary(self.program, measured, self.size, parents),
-            candidates=tuple(candidate for candidate, _ in measured),
-            scores=tuple(filled(row) for _, row in measured),
-            rollouts=len(self.bank.fresh),
-            sampled_tokens=self.bank.sampled_tokens,
-            reused=self.bank.reused,
-            counts=self.reflections.counts + self.draws.counts + counts + lost,
+        return outcome_of(
+            self.bank,
+            measured,
+            complementary(self.program, measured, self.size, parents),
+            self.reflections.counts + self.draws.counts + counts,
             warned=tuple(sorted(self.reflections.warned)),
             dollars=self.reflections.dollars,
-            played=tuple(self.bank.fresh),
-            scoring=tuple(self.bank.scoring),
         )
+
+
+def outcome_of(
+    bank: RolloutBank,
+    measured: Sequence[tuple[Candidate, Row]],
+    population: Population,
+    counts: Counter[str],
+    *,
+    dollars: float | None,
+    warned: tuple[str, ...] = (),
+    optimizer: str = "GEPA",
+) -> Search:
+    """A search's outcome, of the rollouts that its bank holds. The arguments are as in `Search`."""
+    return Search(
+        population=population,
+        candidates=tuple(candidate for candidate, _ in measured),
+        scores=tuple(_filled(row) for _, row in measured),
+        rollouts=len(bank.fresh),
+        sampled_tokens=bank.sampled_tokens,
+        reused=bank.reused,
+        counts=counts + OutcomeCounts.over(rollout.outcome for rollout in bank.fresh).labels,
+        warned=warned,
+        dollars=dollars,
+        optimizer=optimizer,
+        played=tuple(bank.fresh),
+        scoring=tuple(bank.scoring),
+    )
 
 
 def score_seeds(bank: RolloutBank, seeds: Sequence[Candidate], anchors: Sequence[Problem]) -> list[Row]:
@@ -297,7 +319,7 @@ def score_seeds(bank: RolloutBank, seeds: Sequence[Candidate], anchors: Sequence
     Raises:
         MeasurementError: no anchor was measured under any of them, so there is nothing to start from.
     """
-    rollouts = bank.get([(problem, seed) for seed in seeds for problem in anchors])
+    rollouts = bank.get([Task(problem, seed) for seed in seeds for problem in anchors])
     rewards = [rollout.reward for rollout in rollouts]
     if all(reward is None for reward in rewards):
         reasons = ", ".join(sorted(OutcomeCounts.over(rollout.outcome for rollout in rollouts).masked))
@@ -334,7 +356,7 @@ def _removed_if_all_failed(journal: SearchJournal) -> Iterator[None]:
         raise
 
 
-def filled(row: Row) -> tuple[float, ...]:
+def _filled(row: Row) -> tuple[float, ...]:
     """The row with its own mean where nothing was measured."""
     return tuple(mean(row) if score is None else score for score in row)
 

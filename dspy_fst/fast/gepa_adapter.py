@@ -22,6 +22,7 @@ from dspy_fst.formatting.demo_texts import is_demos
 from dspy_fst.rollout.components import is_tool, predictor_of, with_texts
 from dspy_fst.rollout.parse_failures import Entry
 from dspy_fst.rollout.reward import Feedback
+from dspy_fst.rollout.rollouter import Task
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Problem, Rollout
 
 """(example, prediction, trace, predictor name, predictor trace) -> what the metric says of that predictor."""
@@ -137,7 +138,7 @@ class BankedAdapter(DspyAdapter):
         self, items: Sequence[tuple[Mapping[str, str], Sequence[Problem]]], *, capture_traces: bool = True
     ) -> list[EvaluationBatch]:
         before = len(self._bank.fresh)
-        wanted = [(problem, Candidate(dict(candidate))) for candidate, batch in items for problem in batch]
+        wanted = [Task(problem, Candidate(dict(candidate))) for candidate, batch in items for problem in batch]
         rollouts = iter(self._bank.get(wanted))
         fresh = len(self._bank.fresh) - before
         batches = []

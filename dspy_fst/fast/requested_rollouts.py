@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
 
-from dspy_fst.fast.rollout_bank import UnorderedBank, Wish, key_of
+from dspy_fst.fast.rollout_bank import UnorderedBank, key_of
+from dspy_fst.rollout.rollouter import Task
 from dspy_fst.types import Candidate, Rollout
 
 GATHER_S = 0.005
 """Seconds that a batch waits for one more request (ours): an evaluation's threads ask a moment apart."""
 UNWIND_S = 60.0
 """Seconds that an optimizer has to return when its budget is spent (ours); its later calls are refused."""
-
 LET_GO_S = 5.0
 """Seconds that are waited for its thread to end (ours)."""
 
@@ -29,7 +29,7 @@ class SearchOver(BaseException):
 
 @dataclass
 class _Request:
-    wish: Wish
+    task: Task
     answered: threading.Event = field(default_factory=threading.Event)
     rollout: Rollout | None = None
 
@@ -62,7 +62,7 @@ class RequestedRollouts:
         """Fresh rollouts that may still be made."""
         return self._budget - (len(self._bank.fresh) - self._before)
 
-    def request(self, wish: Wish) -> Rollout:
+    def request(self, task: Task) -> Rollout:
         """One rollout; waits until it is made. Called in the optimizer's threads.
 
         Raises:
@@ -70,7 +70,7 @@ class RequestedRollouts:
         """
         if self._over.is_set():
             raise SearchOver
-        request = _Request(wish)
+        request = _Request(task)
         self._requests.put(request)
         while not request.answered.wait(1.0):
             if self._over.is_set():  # it came while the last batch was taken
@@ -132,12 +132,12 @@ class RequestedRollouts:
 
     def _make(self, requests: Sequence[_Request]) -> None:
         """Answer requests, in an order that does not depend on time; without a rollout where the budget is spent."""
-        in_order = sorted(requests, key=lambda request: key_of(request.wish))
+        in_order = sorted(requests, key=lambda request: key_of(request.task))
         beyond = {
-            key_of(wish) for wish in self._bank.lacks([request.wish for request in in_order])[max(0, self.left) :]
+            key_of(task) for task in self._bank.lacks([request.task for request in in_order])[max(0, self.left) :]
         }
-        made = [request for request in in_order if key_of(request.wish) not in beyond]
-        for request, rollout in zip(made, self._bank.get([request.wish for request in made]), strict=True):
+        made = [request for request in in_order if key_of(request.task) not in beyond]
+        for request, rollout in zip(made, self._bank.get([request.task for request in made]), strict=True):
             request.rollout = rollout
             self.seen.setdefault(rollout.candidate.digest, rollout.candidate)
         if len(made) < len(requests):

@@ -9,13 +9,11 @@ from dspy_fst.errors import MeasurementError
 from dspy_fst.fast.journal_protocol import SearchJournal, operation_key
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.jsonable import rollouts_from_json, rollouts_to_json
+from dspy_fst.rollout.rollouter import Task
 from dspy_fst.types import Candidate, Problem, Rollout
 
-Wish = tuple[Problem, Candidate] | tuple[Problem, Candidate, int]
-"""A rollout that is wanted. The third is its number among equal ones, 0 where it is left out."""
-Wanted = Sequence[Wish]
-Play = Callable[[Wanted], list[Rollout]]
-"""Makes one rollout for each wish, all under the current weights."""
+Play = Callable[[Sequence[Task]], list[Rollout]]
+"""Makes one rollout for each task, all under the current weights."""
 Key = tuple[str, int, int]
 """Digest of the candidate, index of the problem, number among equal ones."""
 OUTAGE = 12
@@ -47,13 +45,13 @@ class RolloutBank:
         """Requests that were answered without a new rollout."""
         self.sampled_tokens = 0
 
-    def get(self, wanted: Wanted) -> list[Rollout]:
-        """One rollout for each wish, in order.
+    def get(self, wanted: Sequence[Task]) -> list[Rollout]:
+        """One rollout for each task, in order.
 
         Raises:
             MeasurementError: nothing is measured any more.
         """
-        missing = {key_of(wish): wish for wish in wanted if key_of(wish) not in self._banked}
+        missing = {key_of(task): task for task in wanted if key_of(task) not in self._banked}
         new = dict(zip(missing, self._play_or_recall(list(missing.values())), strict=True)) if missing else {}
         self.fresh += new.values()
         self.scoring += (rollout for (*_, number), rollout in new.items() if number == 0)
@@ -62,29 +60,29 @@ class RolloutBank:
         self._tries.update(new.keys())
         # A masked rollout measured nothing. It is made again when asked for again, up to TRIES times.
         self._banked |= {key: r for key, r in new.items() if r.mask is None or self._tries[key] >= TRIES}
-        return [known[key_of(wish)] for wish in wanted]
+        return [known[key_of(task)] for task in wanted]
 
-    def lacks(self, wanted: Wanted) -> list[Wish]:
-        """The wishes that would cost a rollout, each once."""
-        return list({key_of(wish): wish for wish in wanted if key_of(wish) not in self._banked}.values())
+    def lacks(self, wanted: Sequence[Task]) -> list[Task]:
+        """The tasks that would cost a rollout, each once."""
+        return list({key_of(task): task for task in wanted if key_of(task) not in self._banked}.values())
 
-    def _play_or_recall(self, wanted: Wanted) -> list[Rollout]:
+    def _play_or_recall(self, wanted: Sequence[Task]) -> list[Rollout]:
         """Make the rollouts, or recall those that an interrupted search made.
 
         Rollouts that JSON cannot hold are made again, in the same batch and with the same seeds.
         """
-        key = operation_key([(problem.index, candidate.digest) for problem, candidate, *_ in wanted])
+        key = operation_key([(task.problem.index, task.candidate.digest) for task in wanted])
         recalled = self._journal.recall("rollouts", key)
         if recalled is not None and recalled["rollouts"] is not None:
             self.sampled_tokens += recalled["tokens"]
-            candidates = [candidate for _, candidate, *_ in wanted]
+            candidates = [task.candidate for task in wanted]
             return rollouts_from_json(recalled["rollouts"], candidates, self._program)
         rollouts = self._made(wanted)
         if recalled is None:
             self._record(key, rollouts)
         return rollouts
 
-    def _made(self, wanted: Wanted) -> list[Rollout]:
+    def _made(self, wanted: Sequence[Task]) -> list[Rollout]:
         rollouts = self._play(wanted)
         self._refuse_outage(rollouts)
         self.sampled_tokens += sum(rollout.tokens for rollout in rollouts)
@@ -121,25 +119,25 @@ class UnorderedBank(RolloutBank):
         super().__init__(play, program, journal, calls=calls)
         self._recorded = journal.take_all("rollouts")
 
-    def _play_or_recall(self, wanted: Wanted) -> list[Rollout]:
-        found = {key_of(wish): self._recalled(wish) for wish in wanted}
-        due = [wish for wish in wanted if found[key_of(wish)] is None]
-        for wish, rollout in zip(due, self._made(due) if due else (), strict=True):
-            found[key_of(wish)] = rollout
-            self._record(_recorded_as(wish, self._tries[key_of(wish)]), [rollout])
+    def _play_or_recall(self, wanted: Sequence[Task]) -> list[Rollout]:
+        found = {key_of(task): self._recalled(task) for task in wanted}
+        due = [task for task in wanted if found[key_of(task)] is None]
+        for task, rollout in zip(due, self._made(due) if due else (), strict=True):
+            found[key_of(task)] = rollout
+            self._record(_recorded_as(task, self._tries[key_of(task)]), [rollout])
         return [rollout for rollout in found.values() if rollout is not None]
 
-    def _recalled(self, wish: Wish) -> Rollout | None:
+    def _recalled(self, task: Task) -> Rollout | None:
         """The rollout as a killed process recorded it; None if it must be made, also where JSON could not hold it."""
-        recorded = self._recorded.pop(_recorded_as(wish, self._tries[key_of(wish)]), None)
+        recorded = self._recorded.pop(_recorded_as(task, self._tries[key_of(task)]), None)
         if recorded is None or recorded["rollouts"] is None:
             return None
         self.sampled_tokens += recorded["tokens"]
-        return rollouts_from_json(recorded["rollouts"], [wish[1]], self._program)[0]
+        return rollouts_from_json(recorded["rollouts"], [task.candidate], self._program)[0]
 
     def known(self, candidate: Candidate, problems: Sequence[Problem]) -> list[float | None]:
         """The candidate's reward on each problem, as far as it is measured."""
-        found = (self._banked.get(key_of((problem, candidate))) for problem in problems)
+        found = (self._banked.get(key_of(Task(problem, candidate))) for problem in problems)
         return [None if rollout is None else rollout.reward for rollout in found]
 
     def left_over(self) -> tuple[int, int]:
@@ -147,11 +145,10 @@ class UnorderedBank(RolloutBank):
         return len(self._recorded), sum(recorded["tokens"] for recorded in self._recorded.values())
 
 
-def key_of(wish: Wish) -> Key:
-    """What identifies the rollout of a wish."""
-    problem, candidate, *number = wish
-    return candidate.digest, problem.index, number[0] if number else 0
+def key_of(task: Task) -> Key:
+    """What identifies the rollout of a task."""
+    return task.candidate.digest, task.problem.index, task.sample
 
 
-def _recorded_as(wish: Wish, tries: int) -> str:
-    return operation_key([*key_of(wish), tries])
+def _recorded_as(task: Task, tries: int) -> str:
+    return operation_key([*key_of(task), tries])

@@ -16,7 +16,7 @@ from dspy_fst.errors import FastOptimizerError
 from dspy_fst.fast.asked_lms import AskedLMs
 from dspy_fst.fast.counted_program import CountedRuns, different
 from dspy_fst.fast.demos import DemoSource
-from dspy_fst.fast.evolve import Search, complementary, evolve, filled, score_seeds
+from dspy_fst.fast.evolve import Search, complementary, evolve, outcome_of, score_seeds
 from dspy_fst.fast.fast_optimizer import FastOptimizer, Seat
 from dspy_fst.fast.journal_protocol import NoJournal, SearchJournal
 from dspy_fst.fast.pareto import mean
@@ -25,8 +25,8 @@ from dspy_fst.fast.rollout_bank import Play, UnorderedBank
 from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.fast.seeding import Row
 from dspy_fst.fast.teleprompter_search import quiet_streams, seated
-from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.rollout.components import is_demos, is_tool, read_texts
+from dspy_fst.rollout.rollouter import Task
 from dspy_fst.types import Candidate, Population, Problem
 
 HELD_BACK = 4
@@ -112,8 +112,8 @@ def seated_search(
     counts = Counter(accepted=len(measured) - len(seeds), searches_cut=int(requested.cut)) + measuring.counts
     counts["anchors_repeated"] = given - len(anchors)
     parents = {each.digest: () if each.digest in carried else (best_first[0].digest,) for each, _ in measured}
-    search = _search_of(bank, measured, complementary(program, measured, size, parents), runs.counts + counts, asked)
-    return replace(search, optimizer=optimizer.name)
+    chosen = complementary(program, measured, size, parents)
+    return _outcome(bank, measured, chosen, runs.counts + counts, asked, optimizer.name)
 
 
 def _returned(optimizer: FastOptimizer, seat: Seat, requested: RequestedRollouts, asked: AskedLMs) -> object:
@@ -194,7 +194,7 @@ class _Measuring:
 
     def row(self, candidate: Candidate) -> Row | None:
         """The candidate's score on each anchor; None if it lacks more than may be made, or measured nothing."""
-        wanted = [(problem, candidate) for problem in self.anchors]
+        wanted = [Task(problem, candidate) for problem in self.anchors]
         if lacking := len(self.bank.lacks(wanted)):
             if lacking > self.left or not self.to_complete:
                 self.counts["partly_measured"] += 1
@@ -209,26 +209,17 @@ class _Measuring:
         return row
 
 
-def _search_of(
+def _outcome(
     bank: UnorderedBank,
     measured: Sequence[tuple[Candidate, Row]],
     population: Population,
     counts: Counter[str],
     asked: AskedLMs,
+    optimizer: str,
 ) -> Search:
     """The search's outcome, with what a killed process paid for and this one did not need."""
     unused, unused_tokens = bank.left_over()
-    lost = OutcomeCounts.over(rollout.outcome for rollout in bank.fresh).labels
     unmeasured = sum(score is None for _, row in measured for score in row)
-    return Search(
-        population=population,
-        candidates=tuple(candidate for candidate, _ in measured),
-        scores=tuple(filled(row) for _, row in measured),
-        rollouts=len(bank.fresh) + unused,
-        sampled_tokens=bank.sampled_tokens + unused_tokens,
-        reused=bank.reused,
-        counts=counts + Counter(unmeasured=unmeasured, rollouts_unused=unused) + asked.counts + lost,
-        dollars=asked.dollars,
-        played=tuple(bank.fresh),
-        scoring=tuple(bank.scoring),
-    )
+    counts = counts + Counter(unmeasured=unmeasured, rollouts_unused=unused) + asked.counts
+    search = outcome_of(bank, measured, population, counts, dollars=asked.dollars, optimizer=optimizer)
+    return replace(search, rollouts=search.rollouts + unused, sampled_tokens=search.sampled_tokens + unused_tokens)

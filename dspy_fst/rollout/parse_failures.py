@@ -6,7 +6,7 @@ The feedback on such a reply names the field whose value its type does not allow
 import enum
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dspy
@@ -18,7 +18,7 @@ from dspy.utils.exceptions import AdapterParseError
 from dspy_fst.rollout.call_recorder import is_recorded, no_second_call
 from dspy_fst.rollout.dspy_release import default_adapter, in_words
 from dspy_fst.rollout.outages import leaves_a_hole
-from dspy_fst.types import PREDICTOR_TAG
+from dspy_fst.types import PREDICTOR_TAG, Rollout
 
 logger = logging.getLogger(__name__)
 Entry = tuple[dspy.Predict, dict[str, Any], "dspy.Prediction | FailedPrediction"]
@@ -29,6 +29,15 @@ WRONG_VALUE = "The reply could not be parsed: field "
 """How the feedback on such a reply begins. A warning shows this line."""
 LONGEST = 100
 """Characters of a value that are shown (ours)."""
+
+
+def parsed_calls(rollout: Rollout) -> Iterator[tuple[str, dict[str, Any], dspy.Prediction]]:
+    """(predictor, inputs, prediction) of each reply that parsed. A predictor that was made during the run, e.g. in a
+    dspy.Flex, has no name, so its calls are left out."""
+    for predictor, inputs, said in rollout.trace:
+        name: str | None = getattr(predictor, PREDICTOR_TAG, None)
+        if name is not None and not isinstance(said, FailedPrediction):
+            yield name, inputs, said
 
 
 def failed_reply(text: str, form: str, format_reward: float | None = None) -> FailedPrediction:

@@ -19,7 +19,6 @@ from dspy_fst.engine.base import PromptTokens
 from dspy_fst.errors import MeasurementError, NotFiniteError, TrainingError
 from dspy_fst.fast.demos import DemoSource
 from dspy_fst.fast.evolve import Search
-from dspy_fst.fast.rollout_bank import Wanted
 from dspy_fst.fast.search_settings import own_texts
 from dspy_fst.fast.seated_search import searcher
 from dspy_fst.monitoring.observer import Observer
@@ -167,14 +166,11 @@ class Session:
         self._journal = self.run.open_search(cycle.index, self._reuse.conditions if self._reuse else {})
         self.recorder.search_begins(cycle, self._journal)
 
-        def play(wanted: Wanted) -> list[Rollout]:
-            return self._play([Task(*wish) for wish in wanted], f"search-{cycle.index}")
-
         return searcher(self.proposers.fast, self.config.num_threads)(
             population,
             self._examples(self.plan.anchors(cycle.index)),
             self.program,
-            play=play,
+            play=partial(self._play, draw=f"search-{cycle.index}"),
             feedback=feedback_by(self.rollouter.reward),
             settings=self.config,
             size=self.config.population_size,

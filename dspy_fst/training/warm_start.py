@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import dspy
-from dspy.teleprompt.bootstrap_trace import FailedPrediction
 
 from dspy_fst.errors import TrainingError
 from dspy_fst.fast.search_settings import own_texts
@@ -24,6 +23,7 @@ from dspy_fst.preflight.program_checks import policies_of
 from dspy_fst.preflight.warm_start_checks import lacking, learnt_from
 from dspy_fst.rollout.components import demo_marks, hide_demos, with_texts
 from dspy_fst.rollout.copying import copied
+from dspy_fst.rollout.parse_failures import parsed_calls
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.rollout.written_replies import ReplyWriter
@@ -33,7 +33,7 @@ from dspy_fst.training.first_rollouts import COUNT
 from dspy_fst.training.opening import trainable_copy
 from dspy_fst.training.parse_trial import parse_share
 from dspy_fst.training.session import Session
-from dspy_fst.types import PREDICTOR_TAG, WARM_START, Problem, Rollout
+from dspy_fst.types import WARM_START, Problem, Rollout
 
 TAUGHT = "taught.json"
 """Document of a state: what a teacher said, in the policy's ids."""
@@ -195,11 +195,7 @@ def _good_calls(rollout: Rollout, least: float, left_out: Counter[str]) -> list[
     if rollout.reward is None or rollout.failure or rollout.reward < least:
         left_out[rollout.mask or rollout.failure or LOW] += 1
         return []
-    return [
-        _KnownCall(name, {**inputs, **said})
-        for predictor, inputs, said in rollout.trace
-        if (name := getattr(predictor, PREDICTOR_TAG, None)) and not isinstance(said, FailedPrediction)
-    ]
+    return [_KnownCall(name, {**inputs, **said}) for name, inputs, said in parsed_calls(rollout)]
 
 
 def _write(session: Session, taught: Taught, calls: Iterable[Sequence[_KnownCall]]) -> None:

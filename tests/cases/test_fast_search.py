@@ -13,7 +13,7 @@ from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
-from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter
 from dspy_fst.types import Population, Problem, Rollout
 from tests.fakes import fields, scripted_policy
 
@@ -47,9 +47,10 @@ def search(
     asked = []
 
     def play(wanted):
-        played = rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search")
+        played = rollouter.rollout(wanted, "search")
         given = []
-        for (problem, candidate), rollout in zip(wanted, played, strict=True):
+        for task, rollout in zip(wanted, played, strict=True):
+            problem, candidate = task.problem, task.candidate
             nth = asked.count((problem.index, candidate.digest))
             asked.append((problem.index, candidate.digest))
             lost = masked(problem.index, candidate.texts["solve"], nth)

@@ -12,7 +12,7 @@ from dspy_fst.fast.seated_search import searcher
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
-from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter
 from dspy_fst.types import Population, Problem
 from tests.fakes import fields, scripted_policy
 
@@ -91,11 +91,11 @@ class Seated:
     @property
     def made(self):
         """(candidate, problem, number) of every rollout."""
-        return [(wish[1].digest, wish[0].index, *(wish[2:] or (0,))) for batch in self.batches for wish in batch]
+        return [(task.candidate.digest, task.problem.index, task.sample) for batch in self.batches for task in batch]
 
     def play(self, wanted):
         self.batches.append(list(wanted))
-        return self.rollouter.rollout([Task(*wish) for wish in wanted], "search-0")
+        return self.rollouter.rollout(wanted, "search-0")
 
     def search(self, fast, population=None, journal=None, size=2, budget=200, seed=3, anchors=ANCHORS, **given):
         of_gepa = {name: given.pop(name) for name in ("options", "propose", "feedback") if name in given}

@@ -105,7 +105,7 @@ def evolved(program, *, tools=False, propose=None, budget=30, speak=plain, **arg
         Population.of_seed(read_texts(program, tools=tools), 2),
         PROBLEMS,
         program,
-        play=lambda wanted: rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search"),
+        play=lambda wanted: rollouter.rollout(wanted, "search"),
         feedback=lambda e, p, t, n, pt: Reward(loud)(e, p, t, n, pt).feedback,
         propose=propose,
         settings=SearchSettings(reflection_minibatch=2, **arguments.pop("settings", {})),
@@ -130,7 +130,7 @@ def test_a_search_that_met_a_source_that_does_not_bind_is_taken_up_again(tmp_pat
         batches.append(wanted)
         if len(batches) == dies_at:
             raise KeyboardInterrupt
-        return rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search")
+        return rollouter.rollout(wanted, "search")
 
     def search():
         return evolve(
@@ -152,7 +152,7 @@ def test_a_search_that_met_a_source_that_does_not_bind_is_taken_up_again(tmp_pat
     dies_at = 3
     with pytest.raises(KeyboardInterrupt):
         search()
-    assert any("def (" in candidate.texts["last"] for batch in batches for _, candidate in batch)
+    assert any("def (" in task.candidate.texts["last"] for batch in batches for task in batch)
     dies_at, paid = 0, len(batches)
     assert search().counts["failed: unbound source"] > 0
     assert len(batches) > paid
@@ -384,7 +384,7 @@ def test_a_broken_source_never_gets_into_a_population_although_failing_scores_be
         Population.of_seed(read_texts(program), 2),
         PROBLEMS,
         program,
-        play=lambda wanted: rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search"),
+        play=lambda wanted: rollouter.rollout(wanted, "search"),
         feedback=lambda *given: "",
         propose=lambda candidate, reflective_dataset, components_to_update: {},
         code_proposer=lambda **given: dict.fromkeys(given["components_to_update"], "def ("),

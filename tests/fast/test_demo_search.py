@@ -14,7 +14,7 @@ from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.components import MADE_OF, demos_in, demos_of, is_demos, problem_mark, written_demos
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
-from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.rollout.rollouter import Rollouter
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.types import PREDICTOR_TAG, Candidate, Population, Problem, Rollout
 from tests.fakes import fields, scripted_policy
@@ -65,8 +65,8 @@ class Searcher:
         self.proposed: list[str] = []
 
     def play(self, wanted: Any) -> list[Rollout]:
-        self.asked += [(candidate.digest, problem.index) for problem, candidate in wanted]
-        return self.rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search")
+        self.asked += [(task.candidate.digest, task.problem.index) for task in wanted]
+        return self.rollouter.rollout(wanted, "search")
 
     def propose(
         self, candidate: dict[str, str], reflective_dataset: dict[str, Any], components_to_update: list[str]

@@ -69,8 +69,8 @@ class Searcher:
         self.feedback = lambda e, p, t, n, pt: Reward(metric)(e, p, t, n, pt).feedback
 
     def play(self, wanted):
-        self.asked += [(candidate.digest, problem.index) for problem, candidate in wanted]
-        return self.rollouter.rollout([Task(problem, candidate) for problem, candidate in wanted], "search")
+        self.asked += [(task.candidate.digest, task.problem.index) for task in wanted]
+        return self.rollouter.rollout(wanted, "search")
 
     def by_turns(self, candidate, reflective_dataset, components_to_update):
         self.seen.append(reflective_dataset)
@@ -181,7 +181,7 @@ def test_a_reflection_that_fails_now_and_then_is_counted():
 
 def test_an_outage_on_all_anchors_is_no_result():
     searcher = Searcher()
-    searcher.play = lambda wanted: [lost(p, c, "lm: EngineError") for p, c in wanted]
+    searcher.play = lambda wanted: [lost(task.problem, task.candidate, "lm: EngineError") for task in wanted]
     with pytest.raises(MeasurementError, match="lm: EngineError"):
         searcher.evolve()
 
@@ -190,9 +190,11 @@ def test_a_masked_rollout_is_tried_again_when_asked_for_again():
     masks = iter(["timeout", None])
 
     def play(wanted):
-        return [lost(p, c, mask) if (mask := next(masks)) else Rollout(p.index, c, (), 1.0) for p, c in wanted]
+        (task,), mask = wanted, next(masks)
+        problem, candidate = task.problem, task.candidate
+        return [lost(problem, candidate, mask) if mask else Rollout(problem.index, candidate, (), 1.0)]
 
-    bank, wanted = RolloutBank(play, Two(), NoJournal()), [(ANCHORS[0], Candidate({"a": "b"}))]
+    bank, wanted = RolloutBank(play, Two(), NoJournal()), [Task(ANCHORS[0], Candidate({"a": "b"}))]
     assert [bank.get(wanted)[0].reward for _ in range(3)] == [None, 1.0, 1.0]
     assert (len(bank.fresh), bank.reused) == (2, 1)
 
@@ -264,7 +266,7 @@ def test_an_outage_in_the_middle_of_a_search_stops_it_and_only_the_lost_batch_is
         def played(wanted):
             if next(batches) < lives:
                 return play(wanted)
-            return [lost(p, c, "lm: EngineError") for p, c in wanted]
+            return [lost(task.problem, task.candidate, "lm: EngineError") for task in wanted]
 
         searcher.play = played
         return searcher

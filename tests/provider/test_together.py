@@ -11,21 +11,9 @@ from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.files import read_json
 from programs.lab import BASE
 from tests.provider.lessons import lab_with, policy
-from tests.test_compile import propose
+from tests.test_compile import SHORT, propose
 
-FST = {
-    "cycles": 1,
-    "steps_per_cycle": 1,
-    "problems_per_step": 4,
-    "population_size": 2,
-    "group_size": 4,
-    "anchors": 4,
-    "search_rollouts": 9,
-    "learning_rate": 5e-4,
-    "warmup_steps": 0,
-    "parse_trial": 0,
-    "progress": False,
-}
+FST = {**SHORT, "cycles": 1, "steps_per_cycle": 1, "problems_per_step": 4, "warmup_steps": 0, "parse_trial": 0}
 
 
 def any_reply(gold, pred, trace=None):
