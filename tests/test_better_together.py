@@ -9,7 +9,7 @@ from programs.lab import BASE, FeedbackProposer, build
 SMALL = {
     "cycles": 1,
     "steps_per_cycle": 2,
-    "problems_per_step": 6,
+    "problems_per_step": 12,  # of fewer all groups of a step may be flat, and it moves nothing
     "population_size": 2,
     "group_size": 4,
     "anchors": 6,
