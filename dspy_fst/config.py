@@ -180,7 +180,7 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, WarmStart, Al
             raise ValueError(
                 f"proposals_at_once={self.proposals_at_once} needs as many minibatches of reflection_minibatch="
                 f"{self.reflection_minibatch} problems, and a search has {self.anchor_count} anchors; use "
-                f"proposals_at_once={most}, or more anchors"
+                f"proposals_at_once={most}, or {self.more_anchors()}"
             )
         return self
 
@@ -256,7 +256,20 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, WarmStart, Al
 
     @property
     def anchor_count(self) -> int:
+        """Anchors of a search, at most; a small trainset has fewer."""
         return min(self.anchors or self.lookahead, self.lookahead)
+
+    def more_anchors(self, available: int | None = None) -> str:
+        """What gives a search more anchors, in words.
+
+        Args:
+            available: Those that it has, where the trainset is known.
+        """
+        if available is not None and available < self.anchor_count:
+            return "more examples in the trainset"
+        if self.anchor_count < self.lookahead:
+            return f"more anchors (at most {self.lookahead})"
+        return "more problems_per_step or steps_per_cycle, which make the anchors of a search"
 
 
 def source_of(setting: str) -> str:

@@ -211,6 +211,7 @@ class Flexible(dspy.Module):
 
 UNLABELLED = [dspy.Example(numbers=example.numbers, answer=example.answer) for example in LAB.trainset]
 RENAMED = [dspy.Example(digits=example.numbers).with_inputs("digits") for example in LAB.trainset]
+SIXTEEN = {"trainset": LAB.trainset[:16], "problems_per_step": 8}
 WITH_DEMOS = [dspy.Example(demos="", **example).with_inputs("demos", "numbers") for example in LAB.trainset]
 REPEATED = [example.copy() for example in LAB.trainset[:3] * 20]
 ONE_RENAMED = [*LAB.trainset[:7], RENAMED[7], *LAB.trainset[8:]]
@@ -237,6 +238,16 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("group-uneven", {"group_size": 6}, "group_size=6 is not a multiple of population_size=4"),
     ("group-nan", {"group_size": NAN}, "group_size=nan: Input should be a finite number"),
     ("anchors-negative", {"anchors": -3}, "anchors=-3: Input should be greater than or equal to 1"),
+    (
+        "fast-batch-above-a-small-trainset",
+        {"fast": dspy.SIMBA, "propose": None, "reflection_lm": dspy.LM("openai/gpt-5"), **SIXTEEN},
+        "bsize=32 is more than the 16 anchors of a search",
+    ),
+    (
+        "demos-above-a-small-trainset",
+        {"max_bootstrapped_demos": 16, **SIXTEEN},
+        "are of 16 anchors, and a rollout shows no demo of its own problem; use at most 15, or more examples",
+    ),
     ("passes-infinite", {"search_passes": INF}, "search_passes=inf: Input should be a finite number"),
     ("perfect-score-nan", {"perfect_score": NAN}, "perfect_score=nan: Input should be a finite number"),
     ("learning-rate-text", {"learning_rate": "fast"}, "learning_rate='fast': Input should be a valid number"),

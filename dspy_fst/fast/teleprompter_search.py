@@ -53,9 +53,7 @@ class TeleprompterSearch:
     @property
     def name(self) -> str:
         """The optimizer's class, or the function that makes it."""
-        made = self.teleprompter
-        while isinstance(made, functools.partial):
-            made = made.func
+        made = unwrapped(self.teleprompter)
         return str(getattr(made, "__name__", type(made).__name__))
 
     @property
@@ -70,19 +68,9 @@ class TeleprompterSearch:
         return {name: value for name, value in sorted(self.all_settings.items()) if isinstance(value, plain)}
 
     @property
-    def max_demos(self) -> dict[str, int]:
-        """The limits of demos that it was given and that are not 0. A class without takes the run's."""
-        given = self.all_settings
-        given.setdefault("max_bootstrapped_demos", given.get("max_num_samples"))  # an attribute of what draws sets
-        return {name: most for name in DEMOS if isinstance(most := given.get(name), int) and most}
-
-    @property
     def compile_arguments(self) -> set[str] | None:
         """What its ``compile`` takes; None for a function, of which that is not known before it is called."""
-        made = self.teleprompter
-        while isinstance(made, functools.partial):
-            made = made.func
-        compiles = getattr(made, "compile", None)
+        compiles = getattr(unwrapped(self.teleprompter), "compile", None)
         return None if compiles is None else {*inspect.signature(compiles).parameters}
 
     def search(self, seat: Seat) -> list[dspy.Module]:
@@ -104,23 +92,30 @@ class TeleprompterSearch:
             arguments["eval_kwargs"] = {"num_threads": seat.num_threads, **(arguments.get("eval_kwargs") or {})}
         return arguments
 
+    def made(self, known: Mapping[str, object]) -> Teleprompter:
+        """One of its own: a copy of the user's, or made with what it takes of ``known`` and was not given.
+
+        Args:
+            known: ``metric``, ``task_model``, ``prompt_model``, ``num_threads``, ``seed``, and the run's limits of
+                demos under their names in `DEMOS`.
+        """
+        if isinstance(self.teleprompter, Teleprompter):
+            copied = copy.copy(self.teleprompter)
+            vars(copied).update({name: _own(value) for name, value in vars(copied).items()})
+            return copied
+        taken, fixed = taken_by(self.teleprompter), settled(self.teleprompter)
+        if self.name != "LabeledFewShot":  # elsewhere a k is no number of demos
+            taken -= {"k"}
+        ours = {name: value for name, value in known.items() if name in taken and name not in fixed}
+        return self.teleprompter(**{**ours, **{n: v for n, v in self.arguments.items() if n in taken}})
+
     def _teleprompter(self, seat: Seat) -> Teleprompter:
         """One for this search: the user's own is left as it is."""
         task_lm = seat.program.predictors()[0].lm
-        if isinstance(self.teleprompter, Teleprompter):
-            made = copy.copy(self.teleprompter)
-            vars(made).update({name: _own(value) for name, value in vars(made).items()})
-        else:
-            known = {"metric": seat.metric, "task_model": task_lm, "prompt_model": seat.reflection_lm}
-            known |= {"num_threads": seat.num_threads, "seed": seat.seed}
-            known |= {"max_bootstrapped_demos": seat.max_bootstrapped_demos}
-            known |= {"max_labeled_demos": seat.max_labeled_demos}
-            known |= {"max_demos": seat.max_bootstrapped_demos}
-            if self.name == "LabeledFewShot":
-                known["k"] = seat.max_labeled_demos
-            taken, fixed = inspect.signature(self.teleprompter).parameters, settled(self.teleprompter)
-            ours = {name: value for name, value in known.items() if name in taken and name not in fixed}
-            made = self.teleprompter(**{**ours, **{n: v for n, v in self.arguments.items() if n in taken}})
+        known = {"metric": seat.metric, "task_model": task_lm, "prompt_model": seat.reflection_lm}
+        known |= {"num_threads": seat.num_threads, "seed": seat.seed}
+        with quiet():
+            made = self.made(known | run_limits(seat.max_bootstrapped_demos, seat.max_labeled_demos))
         for name, value in {"metric": seat.metric, "task_model": task_lm}.items():
             if hasattr(made, name):
                 setattr(made, name, value)
@@ -129,6 +124,38 @@ class TeleprompterSearch:
         if getattr(made, "num_threads", 0) is None:
             setattr(made, "num_threads", seat.num_threads)  # noqa: B010
         return made
+
+
+def run_limits(bootstrapped: int, labeled: int) -> dict[str, int]:
+    """A run's limits of demos, under the names that dspy's optimizers have for them."""
+    limits = {"max_bootstrapped_demos": bootstrapped, "max_labeled_demos": labeled}
+    return {name: limits[limit] for name, limit in DEMOS.items()}
+
+
+def demo_limits(settings: Mapping[str, object]) -> dict[str, int]:
+    """What an optimizer has as its most demos of a predictor, by its own name of it.
+
+    >>> demo_limits({"max_num_samples": 4, "max_labeled_demos": 16, "seed": 0})
+    {'max_bootstrapped_demos': 4, 'max_labeled_demos': 16}
+    """
+    own = {"max_bootstrapped_demos": settings.get("max_num_samples"), **settings}  # an attribute of what draws sets
+    return {name: most for name in DEMOS if isinstance(most := own.get(name), int)}
+
+
+def taken_by(maker: Maker) -> set[str]:
+    """The arguments that a function takes by name, or a class and those that it hands its arguments on to."""
+    parameters = inspect.signature(maker).parameters
+    taken, kind = {*parameters}, unwrapped(maker)
+    if isinstance(kind, type) and any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        taken |= {name for base in kind.__mro__[1:-1] for name in inspect.signature(base).parameters}
+    return taken
+
+
+def unwrapped(maker: object) -> object:
+    """What a partial function calls in the end; anything else as it is."""
+    while isinstance(maker, functools.partial):
+        maker = maker.func
+    return maker
 
 
 def seated(fast: Any) -> FastOptimizer:

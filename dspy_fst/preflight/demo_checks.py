@@ -9,8 +9,14 @@ from dspy_fst.fast.demos import labeled_demo
 from dspy_fst.rollout.components import marked, problem_mark, written_demos
 
 
-def demo_faults(config: FSTConfig | None, student: object, trainset: object) -> Iterator[str]:
-    """Why no demos could be made of these examples for this program."""
+def demo_faults(
+    config: FSTConfig | None, student: object, trainset: object, anchors: int | None = None
+) -> Iterator[str]:
+    """Why no demos could be made of these examples for this program.
+
+    Args:
+        anchors: Of the search with the fewest; None: as many as the settings say.
+    """
     if config is None or not config.demos_evolve or not isinstance(student, dspy.Module):
         return
     yield from _unwritable_demos(student)
@@ -19,11 +25,11 @@ def demo_faults(config: FSTConfig | None, student: object, trainset: object) -> 
     if any(example._input_keys is None for example in trainset):
         return
     yield from _unwritable_examples(config, trainset)
-    if config.max_bootstrapped_demos >= config.anchor_count:
+    of = config.anchor_count if anchors is None else anchors
+    if config.max_bootstrapped_demos >= of:
         yield (
-            f"max_bootstrapped_demos={config.max_bootstrapped_demos}: a search's own rollouts are of "
-            f"{config.anchor_count} anchors, and a rollout shows no demo of its own problem; use at most "
-            f"{config.anchor_count - 1}, or more anchors"
+            f"max_bootstrapped_demos={config.max_bootstrapped_demos}: a search's own rollouts are of {of} anchors, and "
+            f"a rollout shows no demo of its own problem; use at most {of - 1}, or {config.more_anchors(anchors)}"
         )
     if config.max_labeled_demos:
         yield from _too_few_labels(config, student, trainset)

@@ -1,6 +1,5 @@
 """What a user put into GEPA's place: an optimizer that cannot search there, or that would fail after the start."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
@@ -10,7 +9,20 @@ from dspy.teleprompt import Teleprompter
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import meant
 from dspy_fst.fast.fast_optimizer import FastOptimizer
-from dspy_fst.fast.teleprompter_search import DEMOS, TeleprompterSearch, has_prompt_model, own_prompt_model, seated
+from dspy_fst.fast.teleprompter_search import (
+    DEMOS,
+    TeleprompterSearch,
+    demo_limits,
+    has_prompt_model,
+    own_prompt_model,
+    quiet,
+    quiet_streams,
+    run_limits,
+    seated,
+    settled,
+    taken_by,
+    unwrapped,
+)
 
 MIPRO = "pip install 'dspy-fst[mipro]'"
 EXAMPLES = "e.g. fast=dspy.SIMBA, or fast=TeleprompterSearch(dspy.MIPROv2, auto=None, num_candidates=6, num_trials=12)"
@@ -30,6 +42,8 @@ REFUSED = {
 }
 """Class of DSPy's -> why it cannot search in GEPA's place, and what to use."""
 NEEDS_OPTUNA = ("MIPROv2", "BootstrapFewShotWithOptuna")
+ONLY_DEMOS = ("BootstrapFewShot", "BootstrapFewShotWithRandomSearch", "BootstrapFewShotWithOptuna", "LabeledFewShot")
+"""Classes of DSPy's that write no instructions."""
 GIVEN = ("trainset", "valset", "seed", "metric")
 OF_GEPA = ("reflection_minibatch", "proposals_at_once", "components", "reflection_tokens", "tool_descriptions")
 """Settings that only GEPA reads."""
@@ -42,8 +56,13 @@ def fast_faults(
     propose: object,
     code_proposer: object,
     student: object = None,
+    anchors: int | None = None,
 ) -> Iterator[str]:
-    """Faults of the optimizer in GEPA's place, and of what is given beside it."""
+    """Faults of the optimizer in GEPA's place, and of what is given beside it.
+
+    Args:
+        anchors: With different inputs, of the search with the fewest; None: as many as the settings say.
+    """
     if fast is None:
         return
     if isinstance(fast, type) and hasattr(fast, "search") and not issubclass(fast, Teleprompter):
@@ -63,7 +82,7 @@ def fast_faults(
     if not isinstance(search.teleprompter, Teleprompter) and not callable(search.teleprompter):
         yield f"fast={search.teleprompter!r}: pass a DSPy optimizer or its class, {EXAMPLES}; None searches with GEPA"
         return
-    yield from _of_teleprompter(search, config, reflection_lm)
+    yield from _of_teleprompter(search, config, reflection_lm, student, anchors)
 
 
 def fast_identity(fast: object) -> dict[str, object]:
@@ -75,18 +94,71 @@ def fast_identity(fast: object) -> dict[str, object]:
 
 
 def fast_warnings(config: FSTConfig, fast: object) -> list[str]:
-    """A sentence for settings that do nothing because GEPA does not search."""
+    """Settings that do nothing because GEPA does not search, and demos that nobody asks for."""
+    if fast is None:
+        return []
+    return [*_of_gepa(config, fast), *_without_demos(config, fast)]
+
+
+def _of_gepa(config: FSTConfig, fast: object) -> Iterator[str]:
     fields = FSTConfig.model_fields
     given = [f"{n}={getattr(config, n)!r}" for n in OF_GEPA if getattr(config, n) != fields[n].default]
-    if fast is None or not given:
-        return []
-    does, them = ("does", "it") if len(given) == 1 else ("do", "them")
-    return [
-        f"{' and '.join(given)} {does} nothing: GEPA reads {them}, and fast={_name(fast)} searches. Leave {them} out"
-    ]
+    if given:
+        does, them = ("does", "it") if len(given) == 1 else ("do", "them")
+        yield (
+            f"{' and '.join(given)} {does} nothing: GEPA reads {them}, and fast={_name(fast)} searches. "
+            f"Leave {them} out"
+        )
 
 
-def _of_teleprompter(search: TeleprompterSearch, config: FSTConfig | None, reflection_lm: object) -> Iterator[str]:
+def _without_demos(config: FSTConfig, fast: object) -> Iterator[str]:
+    """An optimizer that could choose demos too, and was not told how many."""
+    search = seated(fast)
+    if (
+        config.demos_evolve
+        or not isinstance(search, TeleprompterSearch)
+        or isinstance(search.teleprompter, Teleprompter)
+    ):
+        return
+    limits = {*DEMOS} - {"k"} & taken_by(search.teleprompter)
+    if limits and not demo_limits(search.all_settings):
+        yield (
+            f"fast={search.name} writes instructions alone, as this run's candidates hold no demos; set "
+            "max_bootstrapped_demos=4 if it shall choose demos too"
+        )
+
+
+def _of_teleprompter(
+    search: TeleprompterSearch, config: FSTConfig | None, reflection_lm: object, student: object, anchors: int | None
+) -> Iterator[str]:
+    name = search.name
+    faults = [*_before_it_is_made(search, reflection_lm)]
+    yield from faults
+    if faults or config is None:
+        return
+    try:
+        made = _made(search, config, reflection_lm, student)
+    except Exception as error:  # of DSPy's class, or of the user's function
+        yield f"fast={name}: it cannot be made ({type(error).__name__}: {error}); mend its arguments"
+        return
+    settings = {**settled(made), **search.arguments}
+    if not isinstance(unwrapped(search.teleprompter), type):  # what a function makes is known only now
+        name = type(made).__name__
+        if name in REFUSED:
+            yield f"fast={name}: {REFUSED[name]}"
+            return
+    if settings.get("teacher_settings") or settings.get("teacher") is not None:
+        yield (
+            f"fast={name}: it has a teacher, and demos come from the policy's own rollouts here; leave teacher and "
+            "teacher_settings out. A teacher's traces teach the weights: FSTOptimizer.compile(teacher=program)"
+        )
+    yield from _too_large(name, settings, config, anchors)
+    yield from _demos(name, demo_limits(settings), config)
+    if name == "MIPROv2":
+        yield from _trials(settings)
+
+
+def _before_it_is_made(search: TeleprompterSearch, reflection_lm: object) -> Iterator[str]:
     name, made = search.name, search.teleprompter
     if name in REFUSED:
         yield f"fast={name}: {REFUSED[name]}"
@@ -98,18 +170,18 @@ def _of_teleprompter(search: TeleprompterSearch, config: FSTConfig | None, refle
             f"fast={name}: it asks an LM for texts and has no frozen one; pass reflection_lm=dspy.LM(...), or give it "
             "a prompt_model"
         )
+    if name == "InferRules" and reflection_lm is None:
+        yield f"fast={name}: it asks an LM for rules; pass reflection_lm=dspy.LM(...)"
     yield from _unknown_arguments(search)
-    settings = search.all_settings
-    if settings.get("teacher_settings") or settings.get("teacher") is not None:
-        yield (
-            f"fast={name}: it has a teacher, and demos come from the policy's own rollouts here; leave teacher and "
-            "teacher_settings out. A teacher's traces teach the weights: FSTOptimizer.compile(teacher=program)"
-        )
-    if config is not None:
-        yield from _too_large(name, settings, config)
-        yield from _too_many_demos(search, config)
-    if name == "MIPROv2":
-        yield from _trials(settings)
+
+
+def _made(search: TeleprompterSearch, config: FSTConfig, reflection_lm: object, student: object) -> Teleprompter:
+    """The optimizer as a search makes it. Nothing is asked or measured."""
+    predictors = student.predictors() if isinstance(student, dspy.Module) else []
+    known = {"metric": lambda *_: 0.0, "prompt_model": reflection_lm, "num_threads": 1, "seed": 0}
+    known["task_model"] = (predictors[0].lm if predictors else None) or object()  # MIPROv2 is not made without
+    with quiet_streams(), quiet():
+        return search.made(known | run_limits(config.max_bootstrapped_demos, config.max_labeled_demos))
 
 
 def _unknown_arguments(search: TeleprompterSearch) -> Iterator[str]:
@@ -118,7 +190,7 @@ def _unknown_arguments(search: TeleprompterSearch) -> Iterator[str]:
     if taken is None:
         return
     if not isinstance(made, Teleprompter):
-        taken |= {*inspect.signature(made).parameters}
+        taken |= taken_by(made)
     known = sorted(taken - {*GIVEN, "self", "student"})
     for argument in search.arguments:
         if argument in GIVEN:
@@ -128,39 +200,48 @@ def _unknown_arguments(search: TeleprompterSearch) -> Iterator[str]:
             yield f"fast: {search.name} takes no argument {argument}{otherwise}"
 
 
-def _too_many_demos(search: TeleprompterSearch, config: FSTConfig) -> Iterator[str]:
-    """Demos beyond those that the run's candidates may hold."""
-    demos = search.max_demos
-    if demos and not config.demos_evolve:
-        given = ", ".join(f"{name}={most}" for name, most in demos.items())
-        none = ", ".join(f"{name}=0" for name in demos)
+def _demos(name: str, most: Mapping[str, int], config: FSTConfig) -> Iterator[str]:
+    """Demos beyond those that the run's candidates may hold, and none where demos are all that is searched for.
+
+    Args:
+        most: The optimizer's own name of a limit -> the limit.
+    """
+    only, of_run = name in ONLY_DEMOS, " or ".join(f"{limit}=4" for limit in dict.fromkeys(map(DEMOS.get, most)))
+    if only and not any(most.values()):
         yield (
-            f"fast={search.name}: its demos ({given}) would be lost, as this run's candidates hold none; let them "
-            f"(max_bootstrapped_demos, max_labeled_demos of FSTOptimizer), or give it {none}"
+            f"fast={name}: it changes nothing but demos, and may show none; set {of_run} in FSTOptimizer and no such 0 "
+            "in it, or search for instructions, e.g. with fast=dspy.SIMBA, or with GEPA, the default"
         )
-        return
-    for name, most in demos.items():
-        if most > (allowed := getattr(config, DEMOS[name])):
-            yield (
-                f"fast={search.name}: {name}={most} is more than this run's {DEMOS[name]}={allowed}; give it "
-                f"{name}={allowed}, or FSTOptimizer {DEMOS[name]}={most}"
-            )
-
-
-def _too_large(name: str, settings: Mapping[str, object], config: FSTConfig) -> Iterator[str]:
-    """Batches of the optimizer that are larger than the anchors: DSPy refuses them, after the start of the run."""
-    size = settings.get("bsize")
-    if isinstance(size, int) and size > config.anchor_count:
+    elif any(most.values()) and not config.demos_evolve:
+        given = ", ".join(f"{limit}={number}" for limit, number in most.items() if number)
+        instead = "" if only else ", or give it " + ", ".join(f"{limit}=0" for limit, number in most.items() if number)
         yield (
-            f"fast={name}: bsize={size} is more than the {config.anchor_count} anchors of a search; use "
-            f"bsize={config.anchor_count} or fewer, or more anchors"
+            f"fast={name}: its demos ({given}) would be lost, as this run's candidates hold none; let them: set "
+            f"{of_run} in FSTOptimizer{instead}"
+        )
+    else:
+        for limit, number in most.items():
+            if number > (allowed := getattr(config, DEMOS[limit])):
+                yield (
+                    f"fast={name}: {limit}={number} is more than this run's {DEMOS[limit]}={allowed}; give it "
+                    f"{limit}={allowed}, or FSTOptimizer {DEMOS[limit]}={number}"
+                )
+
+
+def _too_large(name: str, settings: Mapping[str, object], config: FSTConfig, anchors: int | None) -> Iterator[str]:
+    """Batches of the optimizer that are larger than the anchors: DSPy refuses them, after the start of the run."""
+    most, size = config.anchor_count if anchors is None else anchors, settings.get("bsize")
+    if isinstance(size, int) and size > most:
+        yield (
+            f"fast={name}: bsize={size} is more than the {most} anchors of a search; give it bsize={most} or fewer, "
+            f"e.g. TeleprompterSearch(dspy.{name}, bsize={most}), or use {config.more_anchors(anchors)}"
         )
     size = settings.get("minibatch_size", 35)
     by_itself = name == "MIPROv2" and settings.get("auto", "light") is None and settings.get("minibatch", True)
-    if by_itself and isinstance(size, int) and size > config.anchor_count:
+    if by_itself and isinstance(size, int) and size > most:
         yield (
-            f"fast={name}: minibatch_size={size} is more than the {config.anchor_count} anchors of a search; use "
-            f"TeleprompterSearch({name}, ..., minibatch=False), or minibatch_size={config.anchor_count} or fewer"
+            f"fast={name}: minibatch_size={size} is more than the {most} anchors of a search; use "
+            f"TeleprompterSearch(dspy.{name}, ..., minibatch=False), or minibatch_size={most} or fewer"
         )
 
 

@@ -21,6 +21,7 @@ from dspy_fst.run.ending import emit_halted
 from dspy_fst.run.interrupts import interruption_named
 from dspy_fst.run.state import moved_at, to_publish_from
 from dspy_fst.slow.trainer import Trainer
+from dspy_fst.training.anchors import origin_of
 from dspy_fst.training.continuing import take_over
 from dspy_fst.training.fingerprints import fingerprint
 from dspy_fst.training.first_rollouts import FirstLook, try_first
@@ -31,7 +32,7 @@ from dspy_fst.training.request import Request
 from dspy_fst.training.session import Session
 from dspy_fst.training.validating import CHANGED, NO_VALSET, Validation
 from dspy_fst.training.warm_start import is_due, told_after, warm_start
-from dspy_fst.types import WARM_START, Population
+from dspy_fst.types import WARM_START
 
 logger = logging.getLogger(__name__)
 Listeners = Sequence[Listener]
@@ -170,7 +171,7 @@ def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
     samples = config.validation_samples
     return Session(
         config=config,
-        plan=Plan(config, len(request.trainset), origin=_origin(student, request.policy)),
+        plan=Plan(config, len(request.trainset), origin=origin_of(student, request.policy)),
         trainset=request.trainset,
         valset=request.valset,
         program=program,
@@ -195,14 +196,6 @@ def _trainer(request: Request, run: RunDirectory, model: Path, adapters: Mapping
     if config.adapter is not None:
         return Trainer(warm or model, config, adapters=adapters, seed=config.seed)
     return Trainer(model, config, reference=warm, adapters=adapters, seed=config.seed)
-
-
-def _origin(student: dspy.Module, policy: PolicyLM) -> str:
-    """What a continued training starts from; empty at the base, whose shuffles are the seed's alone."""
-    carried = getattr(student, "population", None)
-    if not isinstance(carried, Population):
-        return ""
-    return fingerprint([policy.checkpoint.version, [member.digest for member in carried.members]])
 
 
 # ---- what is said before anything is spent -------------------------------------------------------

@@ -6,6 +6,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import dspy
 from dspy.teleprompt import Teleprompter
@@ -51,6 +52,7 @@ from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.directory import directory_fault
 from dspy_fst.run.secrets import Redactor
 from dspy_fst.saving.program_state import without_lms
+from dspy_fst.training.anchors import anchor_warnings, fewest_anchors, origin_of
 from dspy_fst.training.continuing import optimizer_faults
 from dspy_fst.training.fingerprints import files_fingerprint, fingerprint, program_fingerprint
 from dspy_fst.training.opening import new_run_dir
@@ -195,7 +197,8 @@ def _faults_of_arguments(
     yield from trained_faults(student, config)
     yield from adapters_faults(student, config)
     yield from warm_start_faults(config, student, given.trainset, given.teacher)
-    yield from demo_faults(config, student, given.trainset)
+    anchors = _anchors(config, student, given.trainset)
+    yield from demo_faults(config, student, given.trainset, anchors)
     yield from limit_faults(student, config)
     yield from data_faults(given.trainset, given.valset, config)
     yield from valset_faults(config, given.valset)
@@ -204,12 +207,23 @@ def _faults_of_arguments(
     lm = proposers.reflection_lm
     yield from search_faults(config, given.metric, lm, proposers.propose, proposers.fast, exclusive=beside)
     yield from text_faults(config, student, proposers.reflection_lm or proposers.fast, proposers.code_proposer)
-    yield from fast_faults(config, proposers.fast, lm, proposers.propose, proposers.code_proposer, student)
+    if proposers.fast is not None:
+        anchors = _anchors(config, student, given.trainset, by_inputs=True)
+        yield from fast_faults(config, proposers.fast, lm, proposers.propose, proposers.code_proposer, student, anchors)
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
         yield from [*model_faults(policy, hub_s), *engine_faults(policy)] if room is None else shape_faults(policy)
         if config is not None and config.adapter is not None:
             yield from lora_faults(policy, config.adapter, config.adapters)
+
+
+def _anchors(config: FSTConfig | None, student: object, trainset: object, *, by_inputs: bool = False) -> int | None:
+    """Anchors of the search with the fewest; None where what is wrong with the arguments leaves that open."""
+    if config is None or not isinstance(student, dspy.Module) or data_faults(trainset, None, config):
+        return None
+    policies = [*policies_of(student).values()]
+    origin = origin_of(student, policies[0]) if policies else ""
+    return fewest_anchors(config, cast(Sequence[dspy.Example], trainset), origin, by_inputs=by_inputs)
 
 
 def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: Available | None) -> Request:
@@ -239,6 +253,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     if faults:
         raise ConfigurationError(faults)
     warnings += [*trainset_warnings(config, len(given.trainset)), *settings_without_effect(config)]
+    warnings += anchor_warnings(config, fewest_anchors(config, given.trainset, origin_of(student, policy)))
     warnings += [*patience_warnings(config), *valset_warnings(given.valset), *differing_adapter(student)]
     warnings += _model_warnings(policy, config) if room is None else []
     warnings += [*part_warnings(student), *warm_start_warnings(config, student, given.trainset, given.teacher)]

@@ -66,7 +66,7 @@ def with_policy_as_prompt_model():
         (
             dspy.SIMBA(metric=metric, max_demos=0),
             {},
-            "fast=SIMBA: bsize=32 is more than the 24 anchors of a search; use bsize=24",
+            "fast=SIMBA: bsize=32 is more than the 24 anchors of a search; give it bsize=24",
         ),
         (
             mipro(auto=None, num_candidates=4, minibatch=False),
@@ -86,6 +86,24 @@ def with_policy_as_prompt_model():
             "with auto=None it needs num_candidates and num_trials",
         ),
         (dspy.SIMBA(metric=metric, bsize=8), {}, "fast=SIMBA: its demos (max_demos=4) would be lost"),
+        (dspy.SIMBA, {}, "fast=SIMBA: bsize=32 is more than the 24 anchors of a search; give it bsize=24 or fewer"),
+        (dspy.SIMBA, {"config": LARGE, "anchors": 8}, "bsize=8), or use more examples in the trainset"),
+        (functools.partial(dspy.SIMBA, bsize=25), {}, "fast=SIMBA: bsize=25 is more than the 24 anchors"),
+        (copro(breadth=1), {}, "fast=COPRO: it cannot be made (ValueError: Breadth must be greater than 1); mend its"),
+        (lambda metric: dspy.COPRO(metric=metric, breadth=1), {}, "Breadth must be greater than 1"),
+        (lambda: dspy.Ensemble(), {}, "fast=Ensemble: it joins programs into one of another form"),
+        (dspy.InferRules, {"lm": None}, "fast=InferRules: it asks an LM for rules; pass reflection_lm"),
+        *(
+            (only, {}, "it changes nothing but demos, and may show none; set max_bootstrapped_demos=4 or max_labeled")
+            for only in (dspy.BootstrapFewShot, dspy.BootstrapFewShotWithRandomSearch)
+        ),
+        (dspy.LabeledFewShot, {}, "may show none; set max_labeled_demos=4 in FSTOptimizer"),
+        (
+            lambda metric: dspy.BootstrapFewShot(metric=metric, max_labeled_demos=0),
+            {},
+            "fast=BootstrapFewShot: its demos (max_bootstrapped_demos=4) would be lost, as this run's candidates hold "
+            "none; let them: set max_bootstrapped_demos=4 or max_labeled_demos=4 in FSTOptimizer",
+        ),
         (Mine, {}, "fast=Mine: it is a class, and a search needs an object of it: fast=Mine(...)"),
         (Unnamed, {}, "fast=Unnamed: it is a class"),
         (TeleprompterSearch, {}, "fast=TeleprompterSearch: it is a class"),
@@ -99,7 +117,11 @@ def with_policy_as_prompt_model():
 def test_it_is_refused(fast, beside, told):
     given = {"lm": LM, "propose": None, "code_proposer": None, "student": Asks(), "config": SMALL, **beside}
     faults = [
-        *fast_faults(given["config"], fast, *(given[name] for name in ("lm", "propose", "code_proposer", "student")))
+        *fast_faults(
+            given["config"],
+            fast,
+            *(given.get(name) for name in ("lm", "propose", "code_proposer", "student", "anchors")),
+        )
     ]
     assert len(faults) == 1, faults
     assert told in faults[0]
@@ -116,6 +138,7 @@ def test_it_is_refused(fast, beside, told):
         mipro(auto=None, num_candidates=4, num_trials=4, minibatch=False),
         mipro(auto=None, num_candidates=4, num_trials=4, minibatch_size=12),
         functools.partial(dspy.SIMBA, bsize=8),
+        TeleprompterSearch(dspy.InferRules, num_rules=2, max_bootstrapped_demos=0),
         lambda metric, prompt_model: dspy.COPRO(metric=metric, prompt_model=prompt_model),
     ],
 )
@@ -140,6 +163,11 @@ HOLDS_DEMOS = FSTConfig(anchors=24, max_bootstrapped_demos=2, max_labeled_demos=
         ),
         (TeleprompterSearch(dspy.BootstrapFewShot, max_labeled_demos=3), ["max_labeled_demos=3 is more than"]),
         (dspy.LabeledFewShot(), ["k=16 is more than this run's max_labeled_demos=1; give it k=1"]),
+        (
+            dspy.BootstrapFewShot(max_bootstrapped_demos=0, max_labeled_demos=0),
+            ["may show none; set max_bootstrapped_demos=4 or max_labeled_demos=4 in FSTOptimizer and no such 0 in it"],
+        ),
+        (TeleprompterSearch(dspy.InferRules, max_labeled_demos=2), ["max_labeled_demos=2 is more than"]),
         (dspy.SIMBA(metric=metric, bsize=8, max_demos=2), []),
         (dspy.BootstrapFewShotWithRandomSearch, []),
         (dspy.LabeledFewShot, []),
@@ -162,6 +190,25 @@ def test_what_only_gepa_reads_is_told():
     assert fast_warnings(config, None) == []
     [warning] = fast_warnings(config, dspy.COPRO)
     assert "reflection_minibatch=4 and components='all' do nothing: GEPA reads them, and fast=COPRO searches" in warning
+
+
+@pytest.mark.parametrize(
+    ("fast", "told"),
+    [
+        (dspy.SIMBA, True),
+        (mipro(auto="light"), True),
+        (mipro(max_bootstrapped_demos=0, max_labeled_demos=0), False),
+        (functools.partial(dspy.SIMBA, max_demos=0), False),
+        (dspy.SIMBA(metric=metric, max_demos=0), False),
+        (dspy.COPRO, False),
+        (Mine(), False),
+    ],
+)
+def test_an_optimizer_that_could_choose_demos_and_may_not_is_told(fast, told):
+    assert fast_warnings(HOLDS_DEMOS, fast) == []
+    warnings = fast_warnings(SMALL, fast)
+    assert len(warnings) == told
+    assert all("writes instructions alone, as this run's candidates hold no demos; set max_bo" in w for w in warnings)
 
 
 def test_a_run_records_what_searches_and_its_numbers():
