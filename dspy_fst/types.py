@@ -135,8 +135,7 @@ class Call:
     """Whether the context was full before the reply had ``max_tokens`` tokens."""
     turn: Literal["first", "continued", "rerendered"] = "first"
     """How the prompt relates to an earlier call of the rollout. ``"first"``: to none. ``"continued"``: it begins with
-    that call's prompt and reply as they were sampled. ``"rerendered"``: it holds that reply as other text or other
-    ids."""
+    that call's prompt and reply as sampled. ``"rerendered"``: it holds that reply as other text or other ids."""
     max_tokens: int | None = None
     """The longest reply that was asked for; None: as far as the context goes."""
 
@@ -180,8 +179,7 @@ class Rollout:
     reused: bool = False
     """Whether it is a member of a step's group that the search before the step has made (``reuse_rollouts``)."""
     asked: tuple[Any, ...] = ()
-    """The calls from which `rollout.rendering` can render prompts again; empty unless the rollout was made for that
-    (``anew`` of `Rollouter.rollout`)."""
+    """Calls that `rollout.rendering` can render again; empty unless ``anew`` of `Rollouter.rollout` asked for them."""
 
     def __post_init__(self) -> None:
         if (self.reward is None) != (self.outcome.kind == "masked"):
@@ -291,8 +289,7 @@ class SeedKLCall:
     call: Call
     """Sampled under the program's own texts."""
     start_prompt_ids: tuple[int, ...]
-    """The prompt that the starting weights read before the same completion: the call's own, or the one that other texts
-    render (``seed_kl_teacher``)."""
+    """What the starting weights read before that completion: its own prompt or other texts' (``seed_kl_teacher``)."""
 
 
 @dataclass(frozen=True)
@@ -391,6 +388,9 @@ class UpdateReport:
     """By LoRA adapter, where there are several: those that some row was read with."""
     optimizer_steps: int = 1
     """How often the weights moved: once for each mini-batch (``updates_per_batch``)."""
+    later_log_ratio: float | None = None
+    """Largest absolute log-ratio of a token in the optimizer steps after the first, whose weights had moved since the
+    batch was sampled; None for one optimizer step."""
     seed_tokens: int = 0
     """Tokens of ``Batch.seed_kl_calls``; 0 in runs of older versions, too."""
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from dspy_fst.report.from_events import record_of
+from dspy_fst.report.step_options import option_charts, option_lines, step_words
 from dspy_fst.run import state, state_writer
 from dspy_fst.run.directory import read_events
 from dspy_fst.slow.trainer import Trainer
@@ -138,8 +139,8 @@ def steps_of(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("together") / "whole"
-    return compiled(folder), folder
+    folder, told = tmp_path_factory.mktemp("together") / "whole", []
+    return compiled(folder, told.append), folder, [event["text"] for event in told if event["event"] == "note"]
 
 
 def test_every_option_does_something_and_nothing_is_counted_twice(whole):
@@ -155,6 +156,23 @@ def test_every_option_does_something_and_nothing_is_counted_twice(whole):
         assert len({problem for problem, _ in step["group_rewards"]}) == counts["groups"]
     record = record_of(read_events(whole[1]))
     assert record.costs.training_rollouts == sum(s["counts"]["rollouts"] for s in steps) - total["reused"]
+
+
+def test_the_plan_names_the_optimizer_steps_and_a_step_what_they_measured(whole):
+    (plan,) = [text for text in whole[2] if text.startswith("slow: ")]
+    assert plan.startswith("slow: 6 updates of up to 3 optimizer steps each, up to ")
+    assert "after 10 warm-up optimizer steps" in plan
+    (step, *_), record = steps_of(whole[1]), record_of(read_events(whole[1]))
+    moved = step["update"]["later_log_ratio"]
+    assert moved > 10 * step["update"]["max_log_ratio"]
+    assert step_words(step).endswith(f", 3 optimizer steps (0.0% of tokens clipped, log-ratio up to {moved:.2g})")
+    (line,) = [line for line in option_lines(record.steps) if line.startswith("updates_per_batch: ")]
+    most = max(each.update.later_log_ratio for each in record.steps)
+    assert line == (
+        "updates_per_batch: 18 optimizer steps in 6 updates; 0.0% of their tokens were clipped; after the first of a "
+        f"batch log-ratios were up to {most:.2g}."
+    )
+    assert "later-log-ratio" in [chart.name for chart in option_charts([record])]
 
 
 @pytest.mark.slow

@@ -79,6 +79,8 @@ class PlanFigures(TypedDict):
     tokens_per_rollout: int | None
     budget: dict[str, int]
     """The fields of `dspy_fst.training.plan.Budget`."""
+    optimizer_steps: int
+    """Of each update, at most (``updates_per_batch``)."""
 
 
 class CheckOutcome(TypedDict):
@@ -273,6 +275,7 @@ def _plan(config: "FSTConfig", opened: "Opened", policy: "PolicyLM") -> PlanFigu
         "anchors": len(plan.anchors(0)),
         "tokens_per_rollout": longest,
         "budget": asdict(budget),
+        "optimizer_steps": config.updates_per_batch,
     }
 
 
@@ -343,6 +346,8 @@ def _show_plan(out: Printer, plan: PlanFigures) -> None:
         out.line(
             f"Of the rollouts of updates up to {reused:,} are those of the searches (reuse_rollouts): not paid again."
         )
+    if (taken := plan["optimizer_steps"]) > 1:
+        out.line(f"An update takes up to {taken} optimizer steps, each on its own share of the problems.")
     out.line(
         "Tokens: each trained predictor called once a rollout, each reply as long as max_tokens allows; a program that "
         "calls one more often samples more. A run first plays a few rollouts to see that all works."

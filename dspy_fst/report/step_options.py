@@ -1,4 +1,4 @@
-"""What a step's options did: `reuse_rollouts`, `resample_flat`, `retire_solved`, `overlong_penalty`, `loss`. Pure.
+"""What a step's options did, e.g. `resample_flat` or `updates_per_batch`. Pure.
 
 Nothing is said and drawn of those that are off.
 """
@@ -6,6 +6,7 @@ Nothing is said and drawn of those that are off.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from dspy_fst.formatting.numbers import counted, number
 from dspy_fst.report.measures import Chart, Measure, Points
@@ -31,14 +32,32 @@ def step_words(report: Event) -> str:
     words += [f"{counted(resampled, 'group')} resampled"] if resampled else []
     words += [f"{counted(retired, 'problem')} retired"] if retired else []
     words += [f"length penalty {number(penalty)}"] if penalty else []
+    words += _optimizer_steps(report["update"])
     return "".join(f", {each}" for each in words)
 
 
 def option_lines(steps: Sequence[StepReport]) -> list[str]:
     """A sentence for each option that did something in these steps."""
     counts = sum((Counter(step.counts) for step in steps), Counter[str]())
-    lines = (_reused(counts), _resampled(counts), _retired(steps, counts), _penalized(steps, counts), _rejected(counts))
+    lines = (
+        _reused(counts),
+        _resampled(counts),
+        _retired(steps, counts),
+        _penalized(steps, counts),
+        _several(steps),
+        _rejected(counts),
+    )
     return [line for line in lines if line]
+
+
+def _optimizer_steps(update: Mapping[str, Any]) -> list[str]:
+    """E.g. ``["3 optimizer steps (0.2% of tokens clipped, log-ratio up to 0.031)"]``; empty for one."""
+    taken, clipped, ratio = (update.get(name) for name in ("optimizer_steps", "capped_share", "later_log_ratio"))
+    if not taken or taken == 1:
+        return []
+    figures = [] if clipped is None else [f"{clipped:.1%} of tokens clipped"]
+    figures += [] if ratio is None else [f"log-ratio up to {ratio:.2g}"]
+    return [f"{taken} optimizer steps" + (f" ({', '.join(figures)})" if figures else "")]
 
 
 def _by_reason(counts: Mapping[str, int], prefix: str) -> dict[str, int]:
@@ -86,6 +105,19 @@ def _penalized(steps: Sequence[StepReport], counts: Mapping[str, int]) -> str:
         f"overlong_penalty: {counted(counts['overlong_rollouts'], 'rollout')} had long replies; on average "
         f"{number(fmean(penalties))} was taken off the rewards, which are shown without it."
     )
+
+
+def _several(steps: Sequence[StepReport]) -> str:
+    several = [step.update for step in steps if step.update.optimizer_steps > 1]
+    if not several:
+        return ""
+    clipped = [update.capped_share * update.tokens for update in several if update.capped_share is not None]
+    ratios = [update.later_log_ratio for update in several if update.later_log_ratio is not None]
+    share = sum(clipped) / sum(update.tokens for update in several)
+    figures = f"; {share:.1%} of their tokens were clipped" if clipped else ""
+    figures += f"; after the first of a batch log-ratios were up to {max(ratios):.2g}" if ratios else ""
+    taken = sum(update.optimizer_steps for update in several)
+    return f"updates_per_batch: {taken:,} optimizer steps in {counted(len(several), 'update')}{figures}."
 
 
 def _rejected(counts: Mapping[str, int]) -> str:
@@ -151,6 +183,15 @@ OPTIONS = (
         "update",
         "reward",
         {"penalty": lambda record: ([s.step for s in record.steps], [s.length_penalty for s in record.steps])},
+        span=(0.0, None),
+    ),
+    Measure(
+        "later-log-ratio",
+        "Log-ratio after a batch's first optimizer step",
+        "Largest of a token: how far the weights moved from those that sampled the batch (updates_per_batch).",
+        "update",
+        "nats a token",
+        {"largest": lambda record: ([s.step for s in record.steps], [s.update.later_log_ratio for s in record.steps])},
         span=(0.0, None),
     ),
 )

@@ -195,7 +195,8 @@ def in_one_report(reports: Sequence[UpdateReport]) -> UpdateReport:
     """What the optimizer steps of one batch measured, as one report.
 
     Means are over the tokens of all mini-batches. The measures of the sampler against the trainer (log-ratios and
-    effective sample share) are the first one's: the weights that sampled the batch had not moved yet.
+    effective sample share) are the first one's: the weights that sampled the batch had not moved yet. How far they
+    moved is ``later_log_ratio``.
     """
     if len(reports) == 1:
         return reports[0]
@@ -226,6 +227,7 @@ def in_one_report(reports: Sequence[UpdateReport]) -> UpdateReport:
             for name in sorted(names)
         },
         optimizer_steps=sum(report.optimizer_steps for report in reports),
+        later_log_ratio=max(report.max_log_ratio for report in reports[1:]),
     )
 
 

@@ -226,7 +226,8 @@ def announce(session: Session, look: FirstLook | None, trained: str, warm: str |
     if not session.validation:
         session.recorder.note(NO_VALSET)
     if 0 < (updates := budget.updates * session.config.updates_per_batch) <= session.config.warmup_steps:
-        note = f"warning: the {updates} updates all lie in the warm-up; lower warmup_steps or raise cycles"
+        steps = _optimizer_steps(session.config)
+        note = f"warning: the {updates} {steps} all lie in the warm-up; lower warmup_steps or raise cycles"
         session.run.emit("note", text=note)
 
 
@@ -253,10 +254,11 @@ def _plan_in_words(session: Session, budget: Budget, look: FirstLook) -> Iterato
         f"+ {budget.scoring_rollouts} to score carried candidates"
     )
     most = "up to " if budget.resampled_rollouts or budget.reused_rollouts else ""
+    several = f" of up to {n} optimizer steps each" if (n := config.updates_per_batch) > 1 else ""
     yield (
-        f"slow: {budget.updates} updates, {most}{budget.training_rollouts} rollouts "
+        f"slow: {budget.updates} updates{several}, {most}{budget.training_rollouts} rollouts "
         f"({config.problems_per_step} problems x {_played(config)}{_resampled(session.plan)}{_reused(budget)}), "
-        f"learning rate {config.learning_rate:g} after {config.warmup_steps} warm-up updates"
+        f"learning rate {config.learning_rate:g} after {config.warmup_steps} warm-up {_optimizer_steps(config)}"
     )
     yield (
         f"in all at most {rollouts} rollouts and about {rollouts * tokens:,.0f} sampled tokens "
@@ -264,6 +266,11 @@ def _plan_in_words(session: Session, budget: Budget, look: FirstLook) -> Iterato
         f"{budget.validation_rollouts} validation rollouts outside the budget, "
         f"and {look.spent.rollouts} were made before the start"
     )
+
+
+def _optimizer_steps(config: FSTConfig) -> str:
+    """What the warm-up counts."""
+    return "updates" if config.updates_per_batch == 1 else "optimizer steps"
 
 
 def _resampled(plan: Plan) -> str:

@@ -2,12 +2,13 @@
 
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError, MismatchError
+from dspy_fst.report.step_options import step_words
 from dspy_fst.slow.credit import credit, mini_batches
 from dspy_fst.slow.update_metrics import NO_UPDATE, in_one_report
 from dspy_fst.types import AdapterReport, Group, SeedKLCall
@@ -115,11 +116,27 @@ def test_one_report_of_all_steps():
         MEASURED,
         **{"loss": 1.25, "grad_norm": 2.5, "kl_to_start": 0.75, "entropy": 1.5, "capped_share": 0.125},
         **{"learning_rate": 0.2, "tokens": 40, "rows": 6, "sequences": 4, "halved_to": 64, "optimizer_steps": 2},
-        **{"row_tokens": 180, "tokens_read": 100},
+        **{"row_tokens": 180, "tokens_read": 100, "later_log_ratio": 0.9},
         adapters={"ask": AdapterReport(4, 40, 2.0, 0.5, 1.0), "say": AdapterReport(1, 10, 2.0, None, 0.5)},
     )
     unmeasured = replace(MEASURED, kl_to_start=None)
     assert in_one_report([unmeasured, unmeasured]).kl_to_start is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ", 2 optimizer steps (12.5% of tokens clipped, log-ratio up to 0.9)"),
+        ({"capped_share": None}, ", 2 optimizer steps (log-ratio up to 0.9)"),
+        ({"capped_share": None, "later_log_ratio": None}, ", 2 optimizer steps"),
+        ({"optimizer_steps": 1}, ""),
+        ({"optimizer_steps": 0}, ""),
+    ],
+    ids=["all", "no-weights", "older", "one", "none"],
+)
+def test_a_step_s_line_tells_of_several_steps_alone(changes, words):
+    update = asdict(replace(in_one_report([MEASURED, LATER]), **changes))
+    assert step_words({"counts": {}, "update": update}) == words
 
 
 def test_one_report_of_steps_of_which_one_read_an_adapter_with_seed_kl_calls_alone():
