@@ -1,11 +1,17 @@
 """How long a reply of each predictor may get, for the settings that measure against it."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 
 import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.preflight.program_checks import policies_of
+
+ROUNDING = 1e-9
+"""Shares whose tokens are fewer than one by no more than this are of one token."""
+DIGITS = 10_000
+"""A share that is proposed has four decimals, rounded up."""
 
 
 def reply_limits(program: dspy.Module) -> dict[str, int | None]:
@@ -27,7 +33,22 @@ def limit_faults(student: object, config: FSTConfig | None) -> list[str]:
     needing = [f"overlong_penalty={config.overlong_penalty:g}"] if config.overlong_penalty else []
     needing += ["loss='dr_grpo'"] if config.loss == "dr_grpo" else []
     limits = reply_limits(student) if needing else {}
-    if not (unlimited := [name for name in config.trained or limits if name in limits and limits[name] is None]):
+    limits = {name: limits[name] for name in config.trained or limits if name in limits}
+    faults = _share_faults(limits, config.overlong_share) if config.overlong_penalty else []
+    if unlimited := [name for name, limit in limits.items() if limit is None]:
+        without = f"those of {', '.join(unlimited)} have none; set PolicyLM(max_tokens=...)"
+        faults += [f"{setting}: replies are measured against max_tokens, and {without}" for setting in needing]
+    return faults
+
+
+def _share_faults(limits: Mapping[str, int | None], share: float) -> list[str]:
+    """A fault when the penalty grows over less than one token, so that only replies of ``max_tokens`` would meet it."""
+    short = {name: limit for name, limit in limits.items() if limit is not None and share * limit < 1 - ROUNDING}
+    if not short:
         return []
-    without = f"those of {', '.join(unlimited)} have none; set PolicyLM(max_tokens=...)"
-    return [f"{setting}: replies are measured against max_tokens, and {without}" for setting in needing]
+    least = math.ceil(DIGITS / min(short.values())) / DIGITS
+    replies = ", ".join(f"{name} (max_tokens={limit})" for name, limit in short.items())
+    return [
+        f"overlong_share={share:g}: overlong_penalty grows over that part of max_tokens, and it is less than one token "
+        f"of the replies of {replies}; use {least:g} or more, e.g. 0.2, or raise max_tokens"
+    ]

@@ -122,6 +122,28 @@ def test_replies_without_a_limit_and_a_method_without_rewards_are_refused():
         FSTConfig.checked({**distill, "overlong_penalty": 0.5, "resample_flat": 1})
 
 
+@pytest.mark.parametrize(
+    ("share", "trained", "refused"),
+    [
+        (0.02, None, "first (max_tokens=49), last (max_tokens=12); use 0.0834 or more"),
+        (0.05, None, "of last (max_tokens=12); use 0.0834 or more"),
+        (0.02, ("first",), "of first (max_tokens=49); use 0.0205 or more"),
+        (1 / 49, ("first",), None),  # one token but for rounding: 1 / 49 * 49 is less than 1
+        (0.05, ("first",), None),
+        (0.0834, None, None),
+    ],
+    ids=["both", "one", "trained", "one-token", "untrained", "enough"],
+)
+def test_a_penalty_that_grows_over_less_than_a_token_is_refused(share, trained, refused):
+    """Silent, it would meet replies of max_tokens alone, and say that it grows."""
+    program = relay()
+    program.first.lm = program.first.lm.copy(max_tokens=49)
+    faults = limit_faults(program, FSTConfig(overlong_penalty=0.5, overlong_share=share, trained=trained))
+    assert len(faults) == bool(refused)
+    assert (refused or "") in "".join(faults)
+    assert limit_faults(program, FSTConfig(overlong_share=share, trained=trained)) == []
+
+
 def test_a_run_learns_from_it_and_neither_search_nor_validation_nor_reward_sees_it(tmp_path):
     small = {"cycles": 1, "steps_per_cycle": 1, "problems_per_step": 4}
     plain = compile_relay(tmp_path / "plain", **small)
