@@ -260,7 +260,7 @@ def test_the_laboratory_s_proposer_improves_the_anchors_score(tmp_path):
     )
     compiled = optimizer.compile(lab.program, trainset=lab.trainset)
     cycle = compiled.detailed_results.cycles[0]
-    assert cycle.reused > 0
+    assert cycle.repeats > 0
     assert cycle.scores[0] > 0.25
 
 

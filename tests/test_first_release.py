@@ -9,6 +9,7 @@ import pytest
 
 import dspy_fst
 from dspy_fst.policy_lm import policy_of
+from dspy_fst.report.from_events import record_of
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.run.directory import read_events
 from dspy_fst.saving.export import export
@@ -57,6 +58,7 @@ def test_a_run_that_died_is_continued_to_its_end(there):
 def test_a_run_that_died_is_shown_as_it_is(there):
     shown = invoke("show", "run").stdout
     assert "stopped at step 1; 1 of 2 steps are done" in shown
+    assert record_of(read_events(there / "run")).costs.repeats == 8 + 10  # that release called them reused
 
 
 def test_a_saved_program_is_loaded_answers_and_is_exported(there):

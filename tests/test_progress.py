@@ -57,7 +57,7 @@ def test_without_a_terminal_each_event_is_one_plain_line():
     assert "\x1b" not in text
     assert all(line.startswith("[demo] ") for line in text.splitlines())
     assert "slow: 4 updates" in text
-    assert "cycle 0: best candidate 0.500 on the anchors, 20 rollouts (3 reused), 1 reflection, 2 accepted" in text
+    assert "cycle 0: best candidate 0.500 on the anchors, 20 rollouts and 3 repeats, 1 reflection, 2 accepted" in text
     assert "step 0: reward 0.250, KL –, entropy 0.300, 1/4 groups flat, 90 tokens" in text  # noqa: RUF001
     assert "masked: timeout x8" in text
     assert len(text.splitlines()) == 4

@@ -1,5 +1,6 @@
 """Problems that are solved leave the batches (`retire_solved`): which, when, and what happens when too few are left."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import dspy
@@ -11,12 +12,16 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.monitoring.rules import History, reward_fell, taken_back
 from dspy_fst.report.from_events import record_of
 from dspy_fst.report.step_options import option_charts, option_lines, step_words
-from dspy_fst.run.directory import read_events
-from dspy_fst.training.plan import Plan
+from dspy_fst.run.directory import RunDirectory, read_events
+from dspy_fst.slow.update_metrics import NO_UPDATE
+from dspy_fst.training.plan import Cycle, Plan
+from dspy_fst.training.recorder import Recorder
 from dspy_fst.training.retirement import pass_reward, retired_after, without_retired
 from dspy_fst.training.step_problems import step_problems
+from dspy_fst.types import Batch, Group
 from programs.lab import build
 from tests.relay import any_answer, relay
+from tests.slow.makers import make_group
 from tests.test_compile import SHORT, compile_relay, propose, same_weights
 from tests.test_resampling import RL, HalfFlat, reports
 
@@ -87,6 +92,22 @@ def test_nothing_is_retired_without_the_setting_and_the_others_are_not_retired_e
     assert {*chosen.batch, *chosen.others} == {*range(12)} - {3, 2, 5}
     assert not {*chosen.batch} & {*chosen.others}
     assert [both.anchors(cycle) for cycle in range(2)] == [plan.anchors(cycle) for cycle in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("fresh", "of_the_search", "retired"),
+    [([1, 1], [1, 1], True), ([1, 1], [1, 0], False), ([1, 0], [1, 1], False), ([], [1, 1], True)],
+    ids=["all-right", "one-of-the-search-wrong", "one-fresh-wrong", "all-of-the-search"],
+)
+def test_rollouts_of_the_search_count_towards_the_pass_rate(tmp_path, fresh, of_the_search, retired):
+    """They are samples of the same weights and texts. A few rollouts of an unsolved one are all right more often."""
+    reused = [replace(rollout, reused=True) for rollout in make_group(*map(float, of_the_search)).rollouts]
+    group = Group(0, (*make_group(*map(float, fresh)).rollouts, *reused))
+    run = RunDirectory(tmp_path / "run", {})
+    recorder = Recorder(run, "metric")
+    recorder.step_done(0, Cycle(0, 9, range(1)), [group], Batch((), ""), NO_UPDATE, {}, "step-000000", {}, None)
+    run.close()
+    assert ([*retired_after(recorder.comparable, 0.9)] == [0]) == retired
 
 
 @pytest.mark.parametrize("share", [0.0, 1.1, -0.5], ids=str)

@@ -333,7 +333,8 @@ def test_the_step_after_a_search_samples_what_the_search_has_not(whole):
 def test_what_was_reused_is_told(whole):
     record = record_of(read_events(whole[1]))
     (step, *_) = record.steps
-    assert step_words({"counts": step.counts}) == f", {step.counts['reused']} rollouts of the search reused"
+    words = step_words({"counts": step.counts, "update": {}})
+    assert words == f", {step.counts['reused']} rollouts of the search reused"
     count = sum(step.counts.get("reused", 0) for step in record.steps)
     assert option_lines(record.steps) == [
         f"reuse_rollouts: {count} of the 96 rollouts of groups were those of a search, and paid for there."

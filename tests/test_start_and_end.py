@@ -130,7 +130,7 @@ def test_the_start_is_measured_before_the_first_search_on_the_terms_of_all(stopp
 def test_what_was_just_measured_is_not_played_again_at_the_end(stopped):
     *_, between, end = validations(stopped[0])
     assert between["counts"]["rollouts"] == 5 * len(between["candidates"])
-    assert end["counts"] == {"rollouts": 0, "reused": 5 * len(end["candidates"])}
+    assert end["counts"] == {"rollouts": 0, "repeats": 5 * len(end["candidates"])}
 
 
 def test_validation_is_counted_outside_of_what_the_run_spends(stopped):

@@ -189,12 +189,12 @@ def _state(run_dir: Path, record: "RunRecord") -> str:
 def _cycles(record: "RunRecord") -> tuple[Sequence[str], list[list[str]]]:
     from dspy_fst.formatting.numbers import number
 
-    columns = ("cycle", "rollouts", "reused", "reflections", "accepted", "carried", "found", "population", "reward")
+    columns = ("cycle", "rollouts", "repeats", "reflections", "accepted", "carried", "found", "population", "reward")
     rows = [
         [
             str(cycle.cycle),
             f"{cycle.rollouts:,}",
-            f"{cycle.reused:,}",
+            f"{cycle.repeats:,}",
             str(cycle.reflections),
             str(cycle.proposals_accepted),
             number(carried),

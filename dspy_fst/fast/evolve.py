@@ -67,7 +67,7 @@ class Search:
     rollouts: int
     """Fresh runs of the program."""
     sampled_tokens: int
-    reused: int
+    repeats: int
     counts: Counter[str]
     """``reflections``, ``reflections_failed``, ``lines_restored``, ``texts_mended``, ``texts_refused``, ``accepted``,
     ``demo_proposals``, ``demos_cut``, ``demos_not_written`` (calls with a value that JSON cannot hold),
@@ -303,7 +303,7 @@ def outcome_of(
         scores=tuple(_filled(row) for _, row in measured),
         rollouts=len(bank.fresh),
         sampled_tokens=bank.sampled_tokens,
-        reused=bank.reused,
+        repeats=bank.repeats,
         counts=counts + OutcomeCounts.over(rollout.outcome for rollout in bank.fresh).labels,
         warned=warned,
         dollars=dollars,

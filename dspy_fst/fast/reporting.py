@@ -20,7 +20,7 @@ def cycle_report(cycle: int, search: Search, recoveries: Mapping[str, int], seco
         scores=search.population.scores,
         population=tuple(member.digest for member in search.population.members),
         rollouts=search.rollouts,
-        reused=search.reused,
+        repeats=search.repeats,
         reflections=search.counts["reflections"],
         proposals_accepted=search.counts["accepted"],
         sampled_tokens=search.sampled_tokens,

@@ -41,7 +41,7 @@ class RolloutBank:
         """Rollouts made for this bank, in order."""
         self.scoring: list[Rollout] = []
         """Of these the ones that score a candidate: number 0 of each candidate and problem."""
-        self.reused = 0
+        self.repeats = 0
         """Requests that were answered without a new rollout."""
         self.sampled_tokens = 0
 
@@ -55,7 +55,7 @@ class RolloutBank:
         new = dict(zip(missing, self._play_or_recall(list(missing.values())), strict=True)) if missing else {}
         self.fresh += new.values()
         self.scoring += (rollout for (*_, number), rollout in new.items() if number == 0)
-        self.reused += len(wanted) - len(missing)
+        self.repeats += len(wanted) - len(missing)
         known = self._banked | new
         self._tries.update(new.keys())
         # A masked rollout measured nothing. It is made again when asked for again, up to TRIES times.

@@ -137,7 +137,7 @@ class ProgressView:
         best = entry_of(event).values.get("search/best_score")  # type: ignore[union-attr]
         self._say(
             f"cycle {report['cycle']}: best candidate {number(best)} on the anchors, "
-            f"{counted(report['rollouts'], 'rollout')} ({report['reused']} reused), "
+            f"{counted(report['rollouts'], 'rollout')} and {counted(report['repeats'], 'repeat')}, "
             f"{counted(report['reflections'], 'reflection')}, {report['proposals_accepted']} accepted",
             keep=True,
         )

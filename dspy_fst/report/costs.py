@@ -14,7 +14,7 @@ LABELS = {
     "search_rollouts": "rollouts of searches",
     "training_rollouts": "rollouts of training",
     "validation_rollouts": "rollouts of validation, outside the budget",
-    "reused": "evaluations answered without a rollout",
+    "repeats": "repeated evaluations, answered without a rollout",
     "reflections": "reflections",
     "reflections_failed": "reflections that failed",
     "demo_proposals": "proposals of demos",
@@ -81,7 +81,7 @@ class Costs:
 
     search_rollouts: int
     """Scoring the carried population included."""
-    reused: int
+    repeats: int
     """Evaluations of the searches that were answered from earlier rollouts."""
     training_rollouts: int
     reflections: int
@@ -93,9 +93,10 @@ class Costs:
     accepted: int
     search_tokens: int
     training_tokens: int
-    """Sampled for the weight updates."""
+    """Sampled for the weight updates. Rollouts that a search made are in ``search_tokens`` (``reuse_rollouts``)."""
     trained_tokens: int
-    """Of the training tokens, those that the updates learnt from."""
+    """Those that the updates learnt from, in the searches' rollouts too. So with ``reuse_rollouts`` they may be more
+    than ``training_tokens``."""
     validation_rollouts: int
     """Outside of the budget, as are the tokens of validation; ``rollouts`` and ``tokens`` leave both out."""
     validation_tokens: int
@@ -158,7 +159,7 @@ def costs_of(
     trained = [step.update for step in steps if step.update.tokens]
     return Costs(
         search_rollouts=sum(cycle.rollouts for cycle in cycles),
-        reused=sum(cycle.reused for cycle in cycles),
+        repeats=sum(cycle.repeats for cycle in cycles),
         training_rollouts=sum(step_rollouts(step.counts) for step in steps),
         reflections=sum(cycle.reflections for cycle in cycles),
         demo_proposals=sum(cycle.counts.get("demo_proposals", 0) for cycle in cycles),

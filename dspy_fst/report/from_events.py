@@ -13,7 +13,7 @@ from dspy_fst.report.run_record import RunningTotal, RunRecord, RunWarning
 from dspy_fst.report.samples import sample_of
 from dspy_fst.run.directory import Event
 from dspy_fst.run.ending import stop_reason_in
-from dspy_fst.run.phase_reports import CycleReport, StepReport, WarmStartReport
+from dspy_fst.run.phase_reports import CycleReport, StepReport, WarmStartReport, renamed
 from dspy_fst.run.validated import validated_in
 from dspy_fst.types import AdapterReport, PredictorReport, UpdateReport
 
@@ -67,6 +67,7 @@ def _of_kind(events: Sequence[Event], kind: str) -> list[Event]:
 
 
 def _cycle(report: Event) -> CycleReport:
+    report = renamed(report)
     return as_written(CycleReport, report, scores=tuple(report["scores"]), population=tuple(report["population"]))
 
 

@@ -27,7 +27,7 @@ class CompiledResults:
     """Candidate digest -> mean validation score of the state that was returned; empty without a valset. A candidate of
     which no rollout was measured has none."""
     validation_counts: Mapping[str, int] = field(default_factory=dict)
-    """``rollouts``, ``reused``, and the `Outcome.label` of failed and masked rollouts, of the last validation."""
+    """``rollouts``, ``repeats``, and the `Outcome.label` of failed and masked rollouts, of the last validation."""
     ending: str = ""
     """What the updates came to, e.g. ``"6 of 6 updates changed the weights"``."""
     validations: tuple[Validated, ...] = ()

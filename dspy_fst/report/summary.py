@@ -109,11 +109,11 @@ def population_table(record: RunRecord) -> TextTable:
 
 def cycles_table(cycles: Sequence[CycleReport]) -> TextTable:
     """What each search spent and found."""
-    columns = ("cycle", "rollouts", "reused", "reflections", "accepted", "best score", "sampled tokens")
+    columns = ("cycle", "rollouts", "repeats", "reflections", "accepted", "best score", "sampled tokens")
     rows = [
         [
             str(cycle.cycle),
-            *(f"{count:,}" for count in (cycle.rollouts, cycle.reused, cycle.reflections, cycle.proposals_accepted)),
+            *(f"{count:,}" for count in (cycle.rollouts, cycle.repeats, cycle.reflections, cycle.proposals_accepted)),
             number(max((score for score in cycle.scores if score is not None), default=None)),
             f"{cycle.sampled_tokens:,}",
         ]

@@ -42,6 +42,7 @@ class StepReport:
     counts: Mapping[str, int]
     update: UpdateReport
     sampled_tokens: int
+    """Of the rollouts that the step made; those of its search are in the search's report (``reuse_rollouts``)."""
     seconds: Mapping[str, float]
     """Wall time by activity: ``sampling``, ``update``, ``publish``."""
     predictors: Mapping[str, PredictorReport] = field(default_factory=dict)
@@ -93,8 +94,8 @@ class CycleReport:
     """Digests of the members, best first."""
     rollouts: int
     """Fresh rollouts, those that scored the carried population included."""
-    reused: int
-    """Evaluations answered from rollouts already made under the same weights."""
+    repeats: int
+    """Evaluations asked for again, and answered from rollouts already made under the same weights."""
     reflections: int
     proposals_accepted: int
     sampled_tokens: int
@@ -104,4 +105,10 @@ class CycleReport:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "CycleReport":
         """The report that a run's event holds."""
+        data = renamed(data)
         return cls(**{**data, "scores": tuple(data["scores"]), "population": tuple(data["population"])})
+
+
+def renamed(cycle: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of a search under today's names: older runs called repeats ``reused``."""
+    return {"repeats" if name == "reused" else name: value for name, value in cycle.items()}

@@ -50,7 +50,7 @@ class Validated:
     terms: Mapping[str, object]
     """What must be equal for a comparison: the problems, the rollouts of each, the metric."""
     counts: Mapping[str, int]
-    """``rollouts`` (fresh ones), ``reused`` (measured before under the same weights), ``engine: <what>``, and
+    """``rollouts`` (fresh ones), ``repeats`` (measured before under the same weights), ``engine: <what>``, and
     failed and masked rollouts by `Outcome.label`."""
     sampled_tokens: int
     seconds: float

@@ -85,9 +85,9 @@ class Validation:
         fresh = [candidate for candidate in candidates if candidate.digest not in known]
         rollouts = self._played(fresh, play)
         rewards = known | {candidate.digest: self._rewards(candidate, rollouts) for candidate in fresh}
-        reused = Counter(reused=(len(candidates) - len(fresh)) * len(self._valset) * self._samples)
+        repeats = Counter(repeats=(len(candidates) - len(fresh)) * len(self._valset) * self._samples)
         lost = OutcomeCounts.over(rollout.outcome for rollout in rollouts).labels
-        counts = Counter(rollouts=len(rollouts)) + reused + lost + Counter(self._take_counts())
+        counts = Counter(rollouts=len(rollouts)) + repeats + lost + Counter(self._take_counts())
         state = Validated(
             index=self._made,
             when=when,

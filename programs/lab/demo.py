@@ -92,7 +92,7 @@ def spent(run_dir: Path) -> dict[str, int]:
     steps = [event["report"] for event in events if event["event"] == "step"]
     return {
         "fast: rollouts": sum(cycle["rollouts"] for cycle in cycles),
-        "fast: reused evaluations": sum(cycle["reused"] for cycle in cycles),
+        "fast: repeats": sum(cycle["repeats"] for cycle in cycles),
         "fast: reflections": sum(cycle["reflections"] for cycle in cycles),
         "slow: rollouts": sum(step["counts"].get("rollouts", 0) for step in steps),
         "slow: weight updates": sum(step["update"]["rows"] > 0 for step in steps),

@@ -49,7 +49,7 @@ def test_a_running_a_killed_and_an_empty_run_are_told_apart(tmp_path):
 def test_cycles_and_steps_show_what_was_measured_and_a_dash_for_what_was_not(tmp_path):
     text = invoke("show", written(tmp_path / "run", whole_run())).stdout
     cycles, steps = text.split("Steps")[0], text.split("Steps")[1]
-    #                         cycle rollouts reused reflections accepted carried found  population      reward
+    #                         cycle rollouts repeats reflections accepted carried found  population      reward
     assert cells(cycles, "1") == ["1", "20", "3", "5", "2", "0.625", "0.750", "0.750", "0.625", "0.750"]
     assert cells(steps, "1")[3:6] == ["–", "–", "–"]  # noqa: RUF001
     assert cells(steps, "2")[2:4] == ["–", "0.010"]  # noqa: RUF001

@@ -104,7 +104,7 @@ def test_no_rollout_is_made_twice_and_every_one_is_counted():
     searcher = Searcher()
     search = searcher.evolve()
     assert len(searcher.asked) == len(set(searcher.asked)) == search.rollouts
-    assert search.reused > 0
+    assert search.repeats > 0
 
 
 def test_the_whole_population_is_carried_and_scored_once():
@@ -196,7 +196,7 @@ def test_a_masked_rollout_is_tried_again_when_asked_for_again():
 
     bank, wanted = RolloutBank(play, Two(), NoJournal()), [Task(ANCHORS[0], Candidate({"a": "b"}))]
     assert [bank.get(wanted)[0].reward for _ in range(3)] == [None, 1.0, 1.0]
-    assert (len(bank.fresh), bank.reused) == (2, 1)
+    assert (len(bank.fresh), bank.repeats) == (2, 1)
 
 
 def test_predictors_that_share_a_signature_reflect_on_their_own_calls():

@@ -22,6 +22,7 @@ UPDATE: dict[str, Any] = {
     "row_tokens": 900,
     "tokens_read": 300,
     "optimizer_steps": 1,
+    "later_log_ratio": None,
     "skipped": None,
 }
 COUNTS = {"groups": 4, "live_groups": 3, "flat_groups": 1, "unmeasured_groups": 0, "rollouts": 32}
@@ -50,7 +51,7 @@ def cycle(
         "scores": [scores[said] for said in population],
         "population": [digest(said) for said in population],
         "rollouts": 20,
-        "reused": 3,
+        "repeats": 3,
         "reflections": 5,
         "proposals_accepted": 2,
         "sampled_tokens": 100,

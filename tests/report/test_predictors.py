@@ -27,7 +27,7 @@ def searched(number, scores, parents):
     digests = {said: Candidate(texts(*said)).digest for said in scores}
     population = [digests[max(scores, key=scores.__getitem__)]]
     report = {
-        **{"cycle": number, "scores": [max(scores.values())], "population": population, "rollouts": 20, "reused": 3},
+        **{"cycle": number, "scores": [max(scores.values())], "population": population, "rollouts": 20, "repeats": 3},
         **{"reflections": 5, "proposals_accepted": 2, "sampled_tokens": 100, "counts": {}, "seconds": 2.0},
     }
     candidates = [{"digest": digests[said], "texts": texts(*said), "score": score} for said, score in scores.items()]
