@@ -1,5 +1,6 @@
 """Demos in a run: what a whole compile() leaves, shows and counts; and what is told before work."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +8,21 @@ import dspy
 import pytest
 
 import dspy_fst
-from dspy_fst import FSTOptimizer, PolicyLM
+from dspy_fst import ConfigurationError, FSTOptimizer, PolicyLM
 from dspy_fst.config import FSTConfig, make_config
 from dspy_fst.fast.search_settings import own_texts
 from dspy_fst.formatting.demo_texts import readable
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.preflight.demo_checks import demo_faults, demo_warnings
-from dspy_fst.preflight.model_checks import context_faults
+from dspy_fst.preflight.model_checks import context_faults, with_demo_tokens
 from dspy_fst.report.diff import Piece, text_diff
 from dspy_fst.report.from_directory import read_record
-from dspy_fst.report.page import render
+from dspy_fst.report.page import cost_rows, render
 from dspy_fst.report.summary import summary_of
 from dspy_fst.rollout.components import carry, demos_in, demos_of, marked, read_texts, written_demos
+from dspy_fst.run.files import to_jsonable
+from dspy_fst.training.request import Arguments, Proposers, check
 from dspy_fst.types import Call, Candidate, Population, Rollout
 from programs.lab import BASE, build
 from tests.test_compile import propose
@@ -79,6 +82,7 @@ def test_show_and_the_page_tell_demos_as_whole_lines_and_their_cost(
     told = str(summary_of(record))
     page = render([record])
     assert "Proposals of demos" in page
+    assert ("proposals accepted for other demos", [str(record.costs.demos_accepted)]) in cost_rows([record])
     assert "bootstrapped: numbers=" in page
     assert "_fst_problem" not in page + told
 
@@ -166,6 +170,42 @@ def test_demos_that_leave_no_room_in_the_context_are_refused() -> None:
     (told,) = context_faults(policy, [rollout], 401)
     assert "max_demo_tokens=401: a prompt of the first examples has 600 tokens" in told
     assert "use max_demo_tokens=400 or fewer" in told
+
+
+@pytest.mark.parametrize(
+    ("room", "tokens"),
+    [({}, 250), ({"max_model_len": 424}, 100), ({"max_model_len": 25}, 1), ({"max_model_len": 9000}, 1000)],
+)
+def test_by_default_demos_take_a_share_of_the_context(room: dict[str, int], tokens: int) -> None:
+    policy = PolicyLM(BASE, engine="vllm" if room else "in_process", max_tokens=24, engine_options=room)
+    assert with_demo_tokens(FSTConfig(max_labeled_demos=1), policy).demo_tokens == tokens
+    assert with_demo_tokens(FSTConfig(max_labeled_demos=1, max_demo_tokens=7), policy).demo_tokens == 7
+    assert with_demo_tokens(FSTConfig(), policy) == FSTConfig()
+
+
+def test_a_run_of_an_earlier_release_goes_on_with_its_number(tmp_path: Path) -> None:
+    """It recorded 1000 tokens also where no demos evolved."""
+    path = tmp_path / "run"
+    lab = build("reverse", train=16, val=4, test=4)
+    lab.program.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=16))
+
+    def recipe(**settings: Any) -> dict[str, Any]:
+        given = Arguments(
+            lab.program, lab.trainset, lab.metric, proposers=Proposers(propose=propose), run_dir=path,
+            settings={"problems_per_step": 8, **settings},
+        )  # fmt: skip
+        return dict(check(given).identity)
+
+    path.mkdir()
+    (path / "recipe.json").write_text(json.dumps(to_jsonable({**recipe(), "max_demo_tokens": 1000})))
+    assert "max_demo_tokens" not in recipe()
+    (path / "recipe.json").unlink()
+    recorded = recipe(max_labeled_demos=2)
+    assert recorded["max_demo_tokens"] == (1024 - 16) // 4
+    (path / "recipe.json").write_text(json.dumps(to_jsonable(recorded)))
+    assert recipe(max_labeled_demos=2) == recorded
+    with pytest.raises(ConfigurationError, match=r"max_demo_tokens .there 252, now 300\.?"):
+        recipe(max_labeled_demos=2, max_demo_tokens=300)
 
 
 # ---- for readers -----------------------------------------------------------------------------------

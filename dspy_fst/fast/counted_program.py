@@ -9,13 +9,14 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import new_class
 from typing import Any
 
 import dspy
 from dspy import lm15
 
-from dspy_fst.fast.demos import within_budget
+from dspy_fst.fast.demos import DemoSource, within_budget
 from dspy_fst.fast.latex_repair import acceptable_texts
 from dspy_fst.fast.requested_rollouts import RequestedRollouts
 from dspy_fst.fast.search_settings import SearchSettings
@@ -85,7 +86,7 @@ class CountedRuns:
         seed: The components of a candidate.
         settings: Lines that every candidate keeps, tokens of its demos, and the reward that gives demos.
         requested: Makes the rollouts.
-        count_tokens: Of a text, by the policy's tokenizer.
+        source: Counts the tokens of demos.
     """
 
     def __init__(
@@ -95,26 +96,29 @@ class CountedRuns:
         seed: Candidate,
         settings: SearchSettings,
         requested: RequestedRollouts,
-        count_tokens: Callable[[str], int],
+        source: DemoSource,
     ):
         self._seed, self._settings = seed, settings
         marks = [(problem_mark(problem.example), problem) for problem in problems]
         self._by_mark = {mark: problem for mark, problem in marks if mark is not None}
         self._unmarked = [problem for mark, problem in marks if mark is None]
         self._input_names = {tuple(problem.example.inputs().keys()): None for problem in problems}
-        self._requested, self._count_tokens = requested, count_tokens
+        self._requested, self._source = requested, source
         self._kind = self._counted(type(program))
         self._program = program
         self._signatures = {name: predictor.signature for name, predictor in program.named_predictors()}
         self._returned: dict[tuple[int, int], tuple[object, Rollout]] = {}
         """(problem, id of a prediction) -> the prediction and its rollout. Holding it keeps the id its own."""
         self.counts: Counter[str] = Counter()
-        """``lines_restored``, ``demos_cut``, ``demos_not_written``, ``texts_mended``, ``texts_refused``."""
+        """``lines_restored``, ``demos_cut``, ``demos_not_written``, ``demos_lost`` (where candidates hold none),
+        ``texts_mended``, ``texts_refused``."""
         self._sources = flexes(program).keys()
         self._accepted: dict[tuple[str, str], str] = {}
         """(component, text that an optimizer wrote) -> text that is tried. Incumbents' texts stay as they are."""
         self._lock = threading.Lock()
         self._not_written: set[str] = set()
+        self._lost: set[str] = set()
+        self._own_demos = {_told(demo) for predictor in program.predictors() for demo in predictor.demos}
         self._read: set[str] = set()
         """Digests of the texts that were counted."""
         self._users = {
@@ -143,8 +147,9 @@ class CountedRuns:
             users = self._users[name]
             others = (demo for demo in demos_in(texts[name]) if demo not in users)
             demos = [*users, *map(self._marked, others)]
-            signature = self._signatures[predictor_of(name)]
-            kept = within_budget(demos, signature, self._count_tokens, self._settings.max_demo_tokens)
+            predictor = predictor_of(name)
+            tokens_of = partial(self._source.tokens, predictor, self._signatures[predictor])
+            kept = within_budget(demos, tokens_of, self._settings.demo_tokens)
             texts[name], cut = written_demos(kept), cut + len(demos) - len(kept)
         lost = {name: lost_lines(texts.get(name, ""), lines) for name, lines in self._settings.protected.items()}
         if own.digest not in self._read:
@@ -157,6 +162,9 @@ class CountedRuns:
         without = Candidate({name: text for name, text in self._seed.texts.items() if not is_demos(name)})
         texts = {name: self._acceptable(name, text) for name, text in texts_like(without, program).texts.items()}
         predictors = dict(program.named_predictors())
+        if not any(map(is_demos, self._seed.texts)):
+            self._lost |= {_told(demo) for each in predictors.values() for demo in each.demos} - self._own_demos
+            self.counts["demos_lost"] = len(self._lost)
         demos = {
             name: written_demos(filter(self._is_writable, predictors[predictor_of(name)].demos))
             for name in filter(is_demos, self._seed.texts)
@@ -177,7 +185,7 @@ class CountedRuns:
         try:
             written_demos([demo])
         except TypeError:
-            self._not_written.add(repr(sorted(demo.items(), key=lambda item: str(item[0]))))
+            self._not_written.add(_told(demo))
             self.counts["demos_not_written"] = len(self._not_written)
             return False
         return True
@@ -250,6 +258,10 @@ def different(problems: Sequence[Problem]) -> list[Problem]:
     for problem in problems:
         found.setdefault(problem_mark(problem.example) or problem.index, problem)
     return list(found.values())
+
+
+def _told(demo: Mapping[str, Any] | dspy.Example) -> str:
+    return repr(sorted(demo.items(), key=lambda item: str(item[0])))
 
 
 def _are_inputs_of(problem: Problem, inputs: Mapping[str, object]) -> bool:

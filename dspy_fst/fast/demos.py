@@ -27,7 +27,7 @@ from dspy_fst.rollout.chat_adapters import adapter_in_force
 from dspy_fst.rollout.components import Demo, demos_in, marked, predictor_of, written_demos
 from dspy_fst.rollout.dspy_release import in_words
 from dspy_fst.rollout.parse_failures import parsed_calls
-from dspy_fst.types import Problem, Rollout
+from dspy_fst.types import Candidate, Problem, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,11 +37,20 @@ BOOTSTRAPPED, LABELED = "bootstrapped", "labeled"
 
 @dataclass(frozen=True)
 class DemoSource:
-    """What a search needs for demos beside its own rollouts."""
+    """What searches need for demos beside their own rollouts. A run has one, which counts each demo's tokens once."""
 
     trainset: Sequence[dspy.Example] = ()
     tokenizer: "PreTrainedTokenizerBase | None" = None
     """The policy's; None: tokens are estimated."""
+    _counted: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(predictor, demo's text) -> tokens. A run's signatures and adapter stay the same."""
+
+    def tokens(self, predictor: str, signature: type[dspy.Signature], demo: Demo) -> int:
+        """What a demo adds to a prompt of the predictor."""
+        key = predictor, written_demos([demo])
+        if (counted := self._counted.get(key)) is None:
+            counted = self._counted[key] = tokens_of_demo(demo, signature, self.count_tokens)
+        return counted
 
     def count_tokens(self, text: str) -> int:
         if self.tokenizer is None:
@@ -62,16 +71,19 @@ def labeled_demo(signature: type[dspy.Signature], example: dspy.Example) -> Demo
     return known if holds_inputs and any(name in known for name in signature.output_fields) else None
 
 
-def within_budget(
-    demos: Sequence[Demo], signature: type[dspy.Signature], count_tokens: Callable[[str], int], most: int
-) -> list[Demo]:
+def within_budget(demos: Sequence[Demo], tokens_of: Callable[[Demo], int], most: int) -> list[Demo]:
     """The demos without the last of those that evolve, as far as these are longer than ``most`` tokens."""
     kept = list(demos)
-    tokens = [tokens_of_demo(demo, signature, count_tokens) if MADE_OF in demo else 0 for demo in demos]
+    tokens = [tokens_of(demo) if MADE_OF in demo else 0 for demo in demos]
     while sum(tokens) > most:
         last = max(place for place, count in enumerate(tokens) if count)
         del kept[last], tokens[last]
     return kept
+
+
+def demos_differ(one: Candidate, other: Candidate) -> bool:
+    """Whether a predictor shows other demos."""
+    return any(is_demos(name) and text != other.texts.get(name) for name, text in one.texts.items())
 
 
 def tokens_of_demo(demo: Demo, signature: type[dspy.Signature], count_tokens: Callable[[str], int]) -> int:
@@ -103,7 +115,7 @@ class DemoDraws:
         source: DemoSource,
         seed: int,
     ):
-        self._settings, self._seed, self._count_tokens = settings, seed, source.count_tokens
+        self._settings, self._seed, self._source = settings, seed, source
         self._signatures = {name: predictor.signature for name, predictor in program.named_predictors()}
         self._examples = {problem.index: problem.example for problem in problems}
         self._scored, self._read = scored, 0
@@ -164,19 +176,19 @@ class DemoDraws:
         if text not in pool:
             (written,) = demos_in(text)
             pool[text] = _Sized(written, self._tokens(predictor, written))
-            if pool[text].tokens > self._settings.max_demo_tokens:
+            if pool[text].tokens > self._settings.demo_tokens:
                 self.counts["demos_cut"] += 1
 
     # ---- the draw --------------------------------------------------------------------------------
 
     def _tokens(self, predictor: str, demo: Demo) -> int:
-        return tokens_of_demo(demo, self._signatures[predictor], self._count_tokens)
+        return self._source.tokens(predictor, self._signatures[predictor], demo)
 
     def _moves(self, predictor: str, demos: Sequence[Demo]) -> "list[_Move]":
         """What can be done to these demos within ``max_demo_tokens``."""
         moves: list[_Move] = []
         own = {place: self._tokens(predictor, demo) for place, demo in enumerate(demos) if MADE_OF in demo}
-        left = self._settings.max_demo_tokens - sum(own.values())
+        left = self._settings.demo_tokens - sum(own.values())
         for kind, most in self._most.items():
             places = [place for place in own if _kind(demos[place]) == kind]
             unused = self._unused(predictor, kind, demos)
@@ -227,11 +239,13 @@ def _moved(rng: random.Random, demos: Sequence[Demo], moves: Sequence[_Move]) ->
 
 
 def _added(rng: random.Random, move: _Move) -> list[Demo]:
-    """At least one demo. Each number is equally likely; fewer are added where they do not fit together."""
-    number, left = rng.randint(1, min(move.room, len(move.unused))), move.left
+    """At least one demo, and one of a problem. Each number is equally likely; fewer are added where they do not fit
+    together."""
+    number, left = rng.randint(1, min(move.room, len({each.demo[MADE_OF] for each in move.unused}))), move.left
     added: list[Demo] = []
     for each in rng.sample(move.unused, len(move.unused)):
-        if len(added) < number and each.tokens <= left:
+        new = all(each.demo[MADE_OF] != demo[MADE_OF] for demo in added)
+        if len(added) < number and new and each.tokens <= left:
             added.append(each.demo)
             left -= each.tokens
     return added

@@ -23,7 +23,7 @@ from gepa.proposer.reflective_mutation.reflection_lm import ReflectionLM
 from gepa.utils.stop_condition import StopperProtocol
 
 from dspy_fst.errors import MeasurementError, ReflectionError
-from dspy_fst.fast.demos import DemoDraws, DemoSource, DemosTakeTurns
+from dspy_fst.fast.demos import DemoDraws, DemoSource, DemosTakeTurns, demos_differ
 from dspy_fst.fast.gepa_adapter import BankedAdapter, Feedback, Propose, ProposeCode, Reflection
 from dspy_fst.fast.journal_protocol import NoJournal, SearchJournal
 from dspy_fst.fast.pareto import mean, top_k
@@ -70,9 +70,10 @@ class Search:
     repeats: int
     counts: Counter[str]
     """``reflections``, ``reflections_failed``, ``lines_restored``, ``texts_mended``, ``texts_refused``, ``accepted``,
-    ``demo_proposals``, ``demos_cut``, ``demos_not_written`` (calls with a value that JSON cannot hold),
-    ``unmeasured`` (anchors of candidates without a score), what the reflection LM's calls cost
-    (`dspy_fst.fast.reflection_cost.COUNTS`), and failed and masked rollouts by `Outcome.label`."""
+    ``demos_accepted`` (of these, candidates whose demos are not their parent's), ``demo_proposals``, ``demos_cut``,
+    ``demos_not_written`` (calls with a value that JSON cannot hold), ``unmeasured`` (anchors of candidates without a
+    score), what the reflection LM's calls cost (`dspy_fst.fast.reflection_cost.COUNTS`), and failed and masked rollouts
+    by `Outcome.label`."""
     warned: tuple[str, ...] = ()
     """What the proposer warned of, e.g. feedback that it could not read."""
     dollars: float | None = None
@@ -273,8 +274,14 @@ class _Searching:
             for candidate, row in zip(everything, scores, strict=True)
             if any(score is not None for score in row)
         ]
+        by_digest = {candidate.digest: candidate for candidate in everything}
         counts = Counter(
-            accepted=len(everything) - len(self.seeds), unmeasured=sum(score is None for row in scores for score in row)
+            accepted=len(everything) - len(self.seeds),
+            demos_accepted=sum(
+                any(demos_differ(new, by_digest[parent]) for parent in parents[new.digest])
+                for new in everything[len(self.seeds) :]
+            ),
+            unmeasured=sum(score is None for row in scores for score in row),
         )
         return outcome_of(
             self.bank,

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from dspy_fst.types import Candidate
 
 
+MOST_DEMO_TOKENS = 1000
+"""``max_demo_tokens`` by default, where the context has four times as many to spare (ours)."""
+
+
 class SearchSettings(Settings):
     """Which texts GEPA evolves, and from what it reflects."""
 
@@ -34,9 +38,9 @@ class SearchSettings(Settings):
     metric_threshold: float | None = Field(default=None, allow_inf_nan=False)
     """Reward from which on a rollout gives bootstrapped demos; None: ``perfect_score`` (ours; DSPy takes any that its
     metric calls true)."""
-    max_demo_tokens: int = Field(default=1000, ge=1)
-    """Tokens that the demos of one predictor may add to its prompt, those that the user set left out (ours). A demo is
-    shown whole or not at all."""
+    max_demo_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that the demos of one predictor may add to its prompt, those that the user set left out. None: a quarter
+    of the context that ``max_tokens`` leaves, and at most 1000 (ours). A demo is shown whole or not at all."""
     protected: dict[str, tuple[str, ...]] = Field(default={})
     """Component -> lines of the program's own text that every proposal keeps. A proposal that lost a line gets it back
     at its end (ours)."""
@@ -56,8 +60,9 @@ class SearchSettings(Settings):
 
     @property
     def demo_tokens(self) -> int:
-        """Tokens that a search may add to a prompt by demos."""
-        return self.max_demo_tokens if self.demos_evolve else 0
+        """Tokens that a search may add to a prompt by demos; 0 where none evolve. A run knows the model's context and
+        has replaced a None (`preflight.model_checks.with_demo_tokens`)."""
+        return (self.max_demo_tokens or MOST_DEMO_TOKENS) if self.demos_evolve else 0
 
     @property
     def demo_score(self) -> float:

@@ -58,6 +58,11 @@ def _of_another(counts: Mapping[str, int], optimizer: str) -> list[str]:
             f"{repeated} anchors were left out, because they have the inputs of another one: {optimizer}'s calls tell "
             "anchors apart by their inputs alone"
         )
+    if lost := counts.get("demos_lost", 0):
+        sentences.append(
+            f"{lost} demos that {optimizer} put into programs were left out, as this run's candidates hold none; set "
+            "max_bootstrapped_demos or max_labeled_demos"
+        )
     if not counts.get("accepted", 0):
         sentences.append(f"{optimizer} found no other texts that could be measured on all anchors, so none changed")
     return sentences

@@ -15,7 +15,7 @@ import dspy
 from dspy_fst.errors import FastOptimizerError
 from dspy_fst.fast.asked_lms import AskedLMs
 from dspy_fst.fast.counted_program import CountedRuns, different
-from dspy_fst.fast.demos import DemoSource
+from dspy_fst.fast.demos import DemoSource, demos_differ
 from dspy_fst.fast.evolve import Search, complementary, evolve, outcome_of, score_seeds
 from dspy_fst.fast.fast_optimizer import FastOptimizer, Seat
 from dspy_fst.fast.journal_protocol import NoJournal, SearchJournal
@@ -82,8 +82,7 @@ def seated_search(
     best_first = [candidate for candidate, _ in sorted(measured, key=lambda each: -mean(each[1]))]
     for_optimizer = budget - min(max(budget // HELD_BACK, len(anchors)), budget // 2)
     requested = RequestedRollouts(bank, for_optimizer, num_threads)
-    count_tokens = (demo_source or DemoSource()).count_tokens
-    runs = CountedRuns(program, anchors, best_first[0], settings, requested, count_tokens)
+    runs = CountedRuns(program, anchors, best_first[0], settings, requested, demo_source or DemoSource())
     incumbents = tuple(map(runs.under, best_first))
     examples = [problem.example for problem in anchors]
     seat = Seat(
@@ -111,6 +110,7 @@ def seated_search(
             on_candidate(candidate, mean(row))
     counts = Counter(accepted=len(measured) - len(seeds), searches_cut=int(requested.cut)) + measuring.counts
     counts["anchors_repeated"] = given - len(anchors)
+    counts["demos_accepted"] = sum(demos_differ(each, best_first[0]) for each, _ in measured[len(seeds) :])
     parents = {each.digest: () if each.digest in carried else (best_first[0].digest,) for each, _ in measured}
     chosen = complementary(program, measured, size, parents)
     return _outcome(bank, measured, chosen, runs.counts + counts, asked, optimizer.name)

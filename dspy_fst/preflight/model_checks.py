@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dspy_fst.config import FSTConfig
 from dspy_fst.engine.machine import has_gpu
 from dspy_fst.engine.vllm.server_settings import DROPS_WEIGHTS
 from dspy_fst.errors import TrainingError, briefly
+from dspy_fst.fast.search_settings import MOST_DEMO_TOKENS
 from dspy_fst.model_files.architectures import context_length, empty_model, has_experts, kind_faults, unreadable
 from dspy_fst.model_files.folder import adapter_fault, folder_faults, stored_layer_fault, stored_shapes
 from dspy_fst.model_files.hub import hub_fault, in_cache, means_a_path, read_from
@@ -20,6 +22,10 @@ from dspy_fst.types import Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+CONTEXT_PART = 4
+"""Demos take one part in so many of the context, unless the user says how many tokens (ours)."""
 
 
 def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
@@ -130,16 +136,26 @@ def lora_warnings(policy: PolicyLM, adapter: LoRA | None) -> list[str]:
 
 def _without_numbers(policy: PolicyLM) -> "PreTrainedModel | None":
     """The policy's model on the meta device; None where its config cannot be read, or transformers cannot build it."""
+    config = _config_of(policy)
+    try:
+        return None if config is None else empty_model(config)
+    except Exception:  # a model's own code may break in any way
+        return None
+
+
+def _config_of(policy: PolicyLM) -> "PreTrainedConfig | None":
+    """The model's config; None where it cannot be read: `model_faults` has told so, or the model is imagined."""
     from transformers import AutoConfig
 
     path = policy.checkpoint.path
     if not path.is_dir() and in_cache(str(path)) == "not":
-        return None  # `model_faults` has told so, or the model is imagined
+        return None
     files = path if path.is_dir() else read_from(str(path))
     try:
-        return empty_model(AutoConfig.from_pretrained(files, trust_remote_code=False))
-    except Exception:  # foreign files and a model's own code may break in any way
+        config: PreTrainedConfig = AutoConfig.from_pretrained(files, trust_remote_code=False)
+    except Exception:  # foreign files may break in any way
         return None
+    return config
 
 
 def _context_limit(policy: PolicyLM, config: "PreTrainedConfig") -> int | None:
@@ -148,6 +164,16 @@ def _context_limit(policy: PolicyLM, config: "PreTrainedConfig") -> int | None:
     if isinstance(limit, int) and limit > 0:
         return limit
     return context_length(config)
+
+
+def with_demo_tokens(config: FSTConfig, policy: PolicyLM) -> FSTConfig:
+    """The recipe with the number that ``max_demo_tokens=None`` means for this model, where demos evolve."""
+    if config.max_demo_tokens is not None or not config.demos_evolve:
+        return config
+    files = _config_of(policy)
+    limit = None if files is None else _context_limit(policy, files)
+    fitting = MOST_DEMO_TOKENS if limit is None else max(1, (limit - (policy.reply_limit or 0)) // CONTEXT_PART)
+    return config.model_copy(update={"max_demo_tokens": min(MOST_DEMO_TOKENS, fitting)})
 
 
 def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout], demo_tokens: int = 0) -> list[str]:

@@ -20,6 +20,7 @@ LABELS = {
     "demo_proposals": "proposals of demos",
     "demos_cut": "demos left out, as too long",
     "accepted": "proposals accepted",
+    "demos_accepted": "proposals accepted for other demos",
     "tokens": "sampled tokens",
     "search_tokens": "sampled tokens of searches",
     "training_tokens": "sampled tokens of training",
@@ -33,11 +34,11 @@ LABELS = {
     "warm_updates": "weight updates of a warm start",
 }
 """Name of a count in `Costs` -> its label, in the order in which costs are listed."""
-OF_DEMOS = ("demo_proposals", "demos_cut")
+OF_DEMOS = ("demo_proposals", "demos_cut", "demos_accepted")
 """Counts that are listed only where demos evolved."""
 OF_A_WARM_START = ("teacher_rollouts", "teacher_tokens", "warm_tokens", "warm_updates")
 """Counts that are listed only where a run had a warm start."""
-PARTS = ("search_rollouts", "training_rollouts", "search_tokens", "training_tokens")
+PARTS = ("search_rollouts", "training_rollouts", "search_tokens", "training_tokens", "demos_accepted")
 """Counts that are part of another count above them in the list."""
 ACTIVITIES = {"sampling": "sampling for updates", "update": "weight updates", "publish": "publishing weights"}
 """Activity of a step report's ``seconds`` -> its label."""
@@ -91,6 +92,8 @@ class Costs:
     demos_cut: int
     """Demos that were left out because of ``max_demo_tokens``."""
     accepted: int
+    demos_accepted: int
+    """Of these, candidates whose demos are not their parent's; the others changed instructions alone."""
     search_tokens: int
     training_tokens: int
     """Sampled for the weight updates. Rollouts that a search made are in ``search_tokens`` (``reuse_rollouts``)."""
@@ -130,7 +133,7 @@ class Costs:
 def labels_of(*runs: Costs) -> dict[str, str]:
     """The counts that are listed for these runs, with their labels."""
     warm = any(costs.warm_updates for costs in runs)
-    demos = any(costs.demo_proposals + costs.demos_cut for costs in runs)
+    demos = any(costs.demo_proposals + costs.demos_cut + costs.demos_accepted for costs in runs)
     hidden = (*(() if warm else OF_A_WARM_START), *(() if demos else OF_DEMOS))
     return {name: label for name, label in LABELS.items() if name not in hidden}
 
@@ -166,6 +169,7 @@ def costs_of(
         demos_cut=sum(cycle.counts.get("demos_cut", 0) for cycle in cycles),
         reflections_failed=sum(cycle.counts.get("reflections_failed", 0) for cycle in cycles),
         accepted=sum(cycle.proposals_accepted for cycle in cycles),
+        demos_accepted=sum(cycle.counts.get("demos_accepted", 0) for cycle in cycles),
         search_tokens=sum(cycle.sampled_tokens for cycle in cycles),
         training_tokens=sum(step.sampled_tokens for step in steps),
         trained_tokens=sum(update.tokens for update in trained),

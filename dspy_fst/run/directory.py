@@ -42,6 +42,8 @@ NAMED = {"lora": "adapter", "adapter": "chat adapter"}
 """Key of a recipe on disk -> what a refusal calls it, where that is not the key: the setting ``adapter`` came later."""
 NO_LONGER_IDENTITY = {"sync_tolerance"}
 """Keys that earlier releases recorded as part of a run's identity. Any value may follow them."""
+WHERE_DEMOS_EVOLVE = {"max_demo_tokens"}
+"""Keys that are part of a run's identity only where its demos evolve. Earlier releases recorded them always."""
 UNCLAIMED = (LOCK, PROJECT, "recipe.json.new")
 """Files that may be in a directory before a run begins there; a kill at the start leaves the last one."""
 VERSION, HALF_WRITTEN = re.compile(r"step-\d+(-warm)?"), re.compile(r"\.(step-\d+|base\.)")
@@ -331,7 +333,7 @@ def directory_fault(
         return f"run_dir={str(path)!r} is not empty and holds no readable recipe.json; name a new directory"
     wanted = to_jsonable(recipe)
     known = to_jsonable(defaults or {})
-    apart = (RECORDED_SINCE - recorded.keys()) | NO_LONGER_IDENTITY
+    apart = (RECORDED_SINCE - recorded.keys()) | NO_LONGER_IDENTITY | (WHERE_DEMOS_EVOLVE - wanted.keys())
     recorded = {**{key: known[key] for key in wanted if key in known}, **recorded}  # an older release had fewer
     if wanted.get("model_files") is not None and recorded.get("model_files") == wanted.get("model_files"):
         apart |= {"model"}  # the same files in another place

@@ -36,7 +36,7 @@ from dspy_fst.preflight.demo_checks import demo_faults, demo_warnings
 from dspy_fst.preflight.engine_checks import engine_faults
 from dspy_fst.preflight.fast_checks import fast_faults, fast_identity, fast_warnings
 from dspy_fst.preflight.library_checks import library_faults
-from dspy_fst.preflight.model_checks import lora_faults, lora_warnings, model_faults
+from dspy_fst.preflight.model_checks import lora_faults, lora_warnings, model_faults, with_demo_tokens
 from dspy_fst.preflight.precision import precision_warnings
 from dspy_fst.preflight.program_checks import adapters_faults, policies_of, program_faults, trained_faults
 from dspy_fst.preflight.reply_limits import limit_faults
@@ -49,7 +49,7 @@ from dspy_fst.recipe.lora_settings import adapter_of
 from dspy_fst.rollout.chat_adapters import differing_adapter, identity
 from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.reward import Metric
-from dspy_fst.run.directory import directory_fault
+from dspy_fst.run.directory import WHERE_DEMOS_EVOLVE, directory_fault
 from dspy_fst.run.secrets import Redactor
 from dspy_fst.saving.program_state import without_lms
 from dspy_fst.training.anchors import anchor_warnings, fewest_anchors, origin_of
@@ -241,6 +241,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
         for place in redactor.places(without_lms(student).dump_state())
     ]
     faults += optimizer_faults(config, student, policy, run_dir)
+    config = with_demo_tokens(config, policy)
     identity = run_identity(config, student, given.trainset, policy, given.teacher)
     recipe = redactor.clean({**identity, **fast_identity(given.proposers.fast)})
     faults += [fault] if (fault := directory_fault(run_dir, recipe, FSTConfig().model_dump())) else []
@@ -301,9 +302,10 @@ def run_identity(
 ) -> dict[str, object]:
     """What makes a run this run: the recipe, the program, the problems, the model, and a teacher where there is one."""
     carried = getattr(student, "population", None)
+    left_out = NOT_IDENTITY if config.demos_evolve else NOT_IDENTITY | WHERE_DEMOS_EVOLVE
     return {
         **({"teacher": program_fingerprint(teacher)} if isinstance(teacher, dspy.Module) else {}),
-        **{key: value for key, value in config.model_dump().items() if key not in NOT_IDENTITY},
+        **{key: value for key, value in config.model_dump().items() if key not in left_out},
         # Not under the name of the setting, which is the chat adapter's in recipes.
         "lora": config.adapter.model_dump() if config.adapter else None,
         "model": str(policy.checkpoint.folder),

@@ -74,6 +74,7 @@ class Session:
     observer: Observer = field(init=False)
     _reuse: Reuse | None = None
     """None unless ``reuse_rollouts`` is set."""
+    _demo_source: DemoSource = field(init=False)
     _journal: Journal | None = None
     """Of the search in progress."""
     _seconds: Counter[str] = field(default_factory=Counter)
@@ -89,6 +90,7 @@ class Session:
         config, plan, judged_by = self.config, self.plan, self.rollouter.reward.identity
         self._penalty, self._loss = penalty_of(config), loss_of(config, longest_reply(self.program, self.trained))
         self._reuse = Reuse(self.run, self.program, judged_by, plan.first_steps) if config.reuse_rollouts else None
+        self._demo_source = DemoSource(self.trainset, self.trainer.tokenizer)
         self.recorder = Recorder(self.run, judged_by)
         self.schedule = Schedule(self.plan, self.config, lambda: self.run.state, self.recorder.steps)
         texts = NaturalTexts(self.program, self.trained, self.trainset, self.trainer.tokenizer)
@@ -176,7 +178,7 @@ class Session:
             size=self.config.population_size,
             budget=cycle.search_budget,
             seed=random.Random(f"{self.config.seed} search {cycle.index}").getrandbits(31),
-            demo_source=DemoSource(self.trainset, self.trainer.tokenizer),
+            demo_source=self._demo_source,
             on_candidate=self.recorder.candidate,
             journal=self._journal,
             **self.proposers.of_search,

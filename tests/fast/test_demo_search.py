@@ -9,8 +9,10 @@ import pytest
 from dspy_fst.fast.demos import AUGMENTED, DemoDraws, DemoSource
 from dspy_fst.fast.evolve import Search, evolve
 from dspy_fst.fast.journal_protocol import SearchJournal
+from dspy_fst.fast.reporting import cycle_report
 from dspy_fst.fast.search_settings import SearchSettings, own_texts
 from dspy_fst.outcomes.outcome import Outcome
+from dspy_fst.report.costs import costs_of
 from dspy_fst.rollout.components import MADE_OF, demos_in, demos_of, is_demos, problem_mark, written_demos
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
@@ -103,6 +105,8 @@ def test_a_search_finds_the_demos_that_help(bootstrapped: tuple[Searcher, Search
     assert search.scores[0] == tuple(float(i in LUCKY) for i in range(12))
     assert search.population.scores[0] == 1.0
     assert search.counts["demo_proposals"] > 1
+    # No other instruction helps.
+    assert search.counts["demos_accepted"] == search.counts["accepted"] > 0
     parities = {int(demo["question"]) % 2 for demo in demos_in(search.population.best.texts[SAY])[1:]}
     assert parities == {0, 1}
 
@@ -203,6 +207,31 @@ def test_each_kind_keeps_to_its_number_and_no_problem_is_shown_twice() -> None:
     assert {-1, 0, 1} <= changes  # dropped, swapped, added
 
 
+def test_one_draw_adds_no_two_demos_of_a_problem() -> None:
+    """Each problem was answered right in two ways."""
+    rollouts = [scored(problem, 1.0, tagged(), answer) for problem in ANCHORS[:3] for answer in ("yes", "yes, indeed")]
+    draws = draws_of(rollouts, max_bootstrapped_demos=6)
+    drawn = [demos_in(draws.drawn(SAY, "", f"key {i}") or "") for i in range(60)]
+    assert {len(demos) for demos in drawn} == {1, 2, 3}
+    assert all(len({demo[MADE_OF] for demo in demos}) == len(demos) for demos in drawn)
+
+
+def test_the_tokens_of_a_demo_are_counted_once_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+    count_tokens = DemoSource.count_tokens
+
+    def watched(self: DemoSource, text: str) -> int:
+        counted.append(text)
+        return count_tokens(self, text)
+
+    monkeypatch.setattr(DemoSource, "count_tokens", watched)
+    source, rollouts = DemoSource(TRAINSET), [scored(problem, 1.0, tagged()) for problem in ANCHORS]
+    settings = SearchSettings(max_bootstrapped_demos=3, max_labeled_demos=3)
+    walks = [walked(DemoDraws(Says(), ANCHORS, rollouts, settings, source, seed=0)) for _ in range(2)]
+    assert walks[0] == walks[1]
+    assert len(counted) == len(TRAINSET) + len(ANCHORS)
+
+
 def test_no_draw_takes_out_a_demo_of_the_user() -> None:
     rollouts = [scored(problem, 1.0, tagged()) for problem in ANCHORS[:6]]
     draws = draws_of(rollouts, max_bootstrapped_demos=3, max_demo_tokens=60)
@@ -268,3 +297,9 @@ def test_a_draw_is_named_by_seed_key_and_component_alone() -> None:
     second = draws_of(rollouts, max_bootstrapped_demos=6)
     second.drawn(SAY, "", "another")
     assert first.drawn(SAY, "", "key") == second.drawn(SAY, "", "key")
+
+
+def test_proposals_accepted_for_other_demos_are_counted_in_a_run_s_costs(bootstrapped: tuple[Searcher, Search]) -> None:
+    _, search = bootstrapped
+    costs = costs_of([cycle_report(0, search, {}, 1.0)], [], [], 1.0)
+    assert costs.demos_accepted == search.counts["demos_accepted"] > 0

@@ -481,7 +481,18 @@ def test_demos_are_cut_to_the_run_s_tokens_before_they_are_tried():
     search = Seated().search(Shows(on=5), demos=True, max_demo_tokens=3 * tokens + tokens // 2)
     assert [demo["question"] for demo in demos_in(search.candidates[1].texts["answer.demos[*]"])] == ["0", "1", "2"]
     assert search.counts["demos_cut"] == 2
+    assert search.counts["demos_accepted"] == search.counts["accepted"] == 1
     assert search.rollouts == 2 * len(ANCHORS)
+
+
+def test_demos_that_no_candidate_can_hold_are_told():
+    program = Asks()
+    program.answer.demos = [dspy.Example(question="7", answer="yes")]
+    search = Seated(program).search(Shows(on=2))
+    assert search.counts["demos_lost"] == 2  # the user's own is not lost
+    [told] = [told for told in search_warnings(search.counts, 0, optimizer="Shows") if "demos" in told]
+    assert told.startswith("cycle 0: 2 demos that Shows put into programs were left out")
+    assert not search.counts["demos_accepted"]
 
 
 def test_demos_of_the_user_are_not_cut():
