@@ -253,13 +253,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     config = with_chosen_micro_batch(config, plan)
     if faults:
         raise ConfigurationError(faults)
-    warnings += [*trainset_warnings(config, len(given.trainset)), *settings_without_effect(config)]
-    warnings += anchor_warnings(config, fewest_anchors(config, given.trainset, origin_of(student, policy)))
-    warnings += [*patience_warnings(config), *valset_warnings(given.valset), *differing_adapter(student)]
-    warnings += _model_warnings(policy, config) if room is None else []
-    warnings += [*part_warnings(student), *warm_start_warnings(config, student, given.trainset, given.teacher)]
-    warnings += demo_warnings(config, student, given.trainset)
-    warnings += [*_left_out(student, own_texts(student, config)), *fast_warnings(config, given.proposers.fast)]
+    warnings += _warnings(given, config, room)
     return Request(
         student=student,
         trainset=given.trainset,
@@ -274,6 +268,20 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
         trained="" if plan is None else plan.choice,
         warm_start=warm_start_words(config, given.trainset, given.teacher),
     )
+
+
+def _warnings(given: Arguments, config: FSTConfig, room: Available | None) -> list[str]:
+    """What does not stop the run and would go unnoticed, but for memory."""
+    student = given.student
+    policy = next(iter(policies_of(student).values()))
+    warnings = [*trainset_warnings(config, len(given.trainset)), *settings_without_effect(config)]
+    warnings += anchor_warnings(config, fewest_anchors(config, given.trainset, origin_of(student, policy)))
+    warnings += [*patience_warnings(config), *valset_warnings(given.valset), *differing_adapter(student)]
+    warnings += _model_warnings(policy, config) if room is None else []
+    warnings += [*part_warnings(student), *warm_start_warnings(config, student, given.trainset, given.teacher)]
+    warnings += demo_warnings(config, student, given.trainset)
+    warnings += [*_left_out(student, own_texts(student, config)), *fast_warnings(config, given.proposers.fast)]
+    return warnings
 
 
 def _model_warnings(policy: PolicyLM, config: FSTConfig) -> list[str]:
