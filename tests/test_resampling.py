@@ -164,6 +164,32 @@ def test_a_trainset_without_other_problems_is_told_before_work():
     assert trainset_warnings(FSTConfig(**SMALL, resample_flat=2, method="gepa"), 4) == []
 
 
+@pytest.mark.parametrize(
+    ("size", "options", "told"),
+    [
+        (24, {}, True),
+        (27, {}, True),
+        (23, {}, False),  # five batches an epoch, so the sixth step begins a second one
+        (24, {"resample_flat": 1}, False),
+        (24, {"method": "gepa"}, False),
+        (24, {"retire_solved": None}, False),
+    ],
+    ids=["once", "remainder", "twice", "resampled", "gepa", "off"],
+)
+def test_a_plan_that_meets_no_problem_twice_retires_none_and_that_is_told(size, options, told):
+    config = FSTConfig(**{**SMALL, "retire_solved": 0.9, **options})
+    warnings = trainset_warnings(config, size)
+    assert len(warnings) == told
+    for warning in warnings:
+        assert warning.startswith(
+            f"retire_solved=0.9 does nothing in this plan: its 6 steps meet none of the {size} ex"
+        )
+    plan = Plan(config, size)
+    met = [problem for step in range(plan.updates) for problem in plan.problems(step)]
+    if told:
+        assert len(met) == len({*met})
+
+
 def test_the_time_that_is_left_follows_what_steps_cost_and_not_the_most_that_they_may():
     standing = Standing()
     standing.budget = {"updates": 4, "training_rollouts": 300}

@@ -51,11 +51,11 @@ def option_lines(steps: Sequence[StepReport]) -> list[str]:
 
 
 def _optimizer_steps(update: Mapping[str, Any]) -> list[str]:
-    """E.g. ``["3 optimizer steps (0.2% of tokens clipped, log-ratio up to 0.031)"]``; empty for one."""
-    taken, clipped, ratio = (update.get(name) for name in ("optimizer_steps", "capped_share", "later_log_ratio"))
+    """E.g. ``["3 optimizer steps (0.2% of tokens capped, log-ratio up to 0.031)"]``; empty for one."""
+    taken, capped, ratio = (update.get(name) for name in ("optimizer_steps", "capped_share", "later_log_ratio"))
     if not taken or taken == 1:
         return []
-    figures = [] if clipped is None else [f"{clipped:.1%} of tokens clipped"]
+    figures = [] if capped is None else [f"{capped:.1%} of tokens capped"]
     figures += [] if ratio is None else [f"log-ratio up to {ratio:.2g}"]
     return [f"{taken} optimizer steps" + (f" ({', '.join(figures)})" if figures else "")]
 
@@ -111,10 +111,10 @@ def _several(steps: Sequence[StepReport]) -> str:
     several = [step.update for step in steps if step.update.optimizer_steps > 1]
     if not several:
         return ""
-    clipped = [update.capped_share * update.tokens for update in several if update.capped_share is not None]
+    capped = [update.capped_share * update.tokens for update in several if update.capped_share is not None]
     ratios = [update.later_log_ratio for update in several if update.later_log_ratio is not None]
-    share = sum(clipped) / sum(update.tokens for update in several)
-    figures = f"; {share:.1%} of their tokens were clipped" if clipped else ""
+    share = sum(capped) / sum(update.tokens for update in several)
+    figures = f"; {share:.1%} of their tokens were capped" if capped else ""
     figures += f"; after the first of a batch log-ratios were up to {max(ratios):.2g}" if ratios else ""
     taken = sum(update.optimizer_steps for update in several)
     return f"updates_per_batch: {taken:,} optimizer steps in {counted(len(several), 'update')}{figures}."
@@ -136,6 +136,12 @@ def option_charts(records: Sequence[RunRecord]) -> list[Chart]:
     """A chart for each option that some run has on."""
     charts = [measure.chart(records) for measure in OPTIONS]
     return [chart for chart in charts if any(series.y for series in chart.series)]
+
+
+def _taken(record: RunRecord) -> Points:
+    """Optimizer steps of each update, where some update took several."""
+    steps = record.steps if any(step.update.optimizer_steps > 1 for step in record.steps) else ()
+    return [step.step for step in steps], [step.update.optimizer_steps for step in steps]
 
 
 def _counted(name: str) -> Callable[[RunRecord], Points]:
@@ -183,6 +189,15 @@ OPTIONS = (
         "update",
         "reward",
         {"penalty": lambda record: ([s.step for s in record.steps], [s.length_penalty for s in record.steps])},
+        span=(0.0, None),
+    ),
+    Measure(
+        "optimizer-steps",
+        "Optimizer steps of an update",
+        "At most one for each problem whose group is live (updates_per_batch).",
+        "update",
+        "optimizer steps",
+        {"steps": _taken},
         span=(0.0, None),
     ),
     Measure(

@@ -280,7 +280,7 @@ def _resampled(plan: Plan) -> str:
 
 def _reused(budget: Budget) -> str:
     count = budget.reused_rollouts
-    return f"; up to {count} of them are those of the searches, and are not paid for again" if count else ""
+    return f"; up to {count} of the rollouts are those of the searches, and are not paid for again" if count else ""
 
 
 def _played(config: FSTConfig) -> str:

@@ -68,17 +68,36 @@ def step_problems(plan: Plan, step: int, reports: Sequence[StepReport]) -> StepP
 
 
 def trainset_warnings(config: FSTConfig, trainset: int) -> list[str]:
-    """A sentence when an option needs other problems than those of a batch, and there are none.
+    """A sentence when an option needs other problems than those of a batch, and there are none; and one when no problem
+    is met twice, so that none can be left out.
 
     Args:
         trainset: Number of its examples.
     """
+    if config.method == "gepa":
+        return []
+    return _without_others(config, trainset) or _without_a_second_pass(config, trainset)
+
+
+def _without_others(config: FSTConfig, trainset: int) -> list[str]:
     options = {"resample_flat": config.resample_flat, "retire_solved": config.retire_solved}
     given = [f"{name}={value:g}" for name, value in options.items() if value]
-    if not given or config.method == "gepa" or trainset > config.problems_per_step:
+    if not given or trainset > config.problems_per_step:
         return []
     return [
         f"{' and '.join(given)}: each batch holds all {trainset} examples of the trainset (problems_per_step="
         f"{config.problems_per_step}), so no other problem can take the place of one; add examples or lower "
         "problems_per_step"
+    ]
+
+
+def _without_a_second_pass(config: FSTConfig, trainset: int) -> list[str]:
+    updates = Plan(config, trainset).updates
+    # Groups in place of flat ones may be of any problem, also of one that an earlier step has solved.
+    if config.retire_solved is None or config.resample_flat or updates > trainset // config.problems_per_step:
+        return []
+    return [
+        f"retire_solved={config.retire_solved:g} does nothing in this plan: its {updates} steps meet none of the "
+        f"{trainset} examples twice. Leave it out, or plan more cycles: it acts from the second pass over the trainset "
+        "on"
     ]

@@ -126,7 +126,7 @@ def test_one_report_of_all_steps():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, ", 2 optimizer steps (12.5% of tokens clipped, log-ratio up to 0.9)"),
+        ({}, ", 2 optimizer steps (12.5% of tokens capped, log-ratio up to 0.9)"),
         ({"capped_share": None}, ", 2 optimizer steps (log-ratio up to 0.9)"),
         ({"capped_share": None, "later_log_ratio": None}, ", 2 optimizer steps"),
         ({"optimizer_steps": 1}, ""),
