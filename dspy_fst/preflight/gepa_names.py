@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 
 _NO_TRACKER = "name the tracker, track='wandb' or track='mlflow', and make it with settings of its own where it has any"
+_ITSELF = "give it to FSTOptimizer itself"
+_OF_THE_RUN = "leave it out: a search has the run's program, policy and anchors"
 INSTEAD = {
     "max_metric_calls": "use search_rollouts=..., the fresh rollouts of each search",
     "max_full_evals": "use search_passes=..., passes over the anchors of each search",
@@ -34,11 +36,24 @@ OTHER_KWARGS = {
     "acceptance_criterion": "leave it out: a proposal is accepted where it is better on what both measured",
     "use_cloudpickle": "leave it out: no state of gepa is kept",
     "max_reflection_cost": "use search_rollouts=...; what reflections cost is in the run's costs",
-    "use_mlflow": _NO_TRACKER,
-    "mlflow_tracking_uri": _NO_TRACKER,
-    "mlflow_experiment_name": _NO_TRACKER,
+    **dict.fromkeys(("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_attach_existing"), _NO_TRACKER),
+    **dict.fromkeys(("wandb_attach_existing", "tracking_key_prefix"), _NO_TRACKER),
+    **dict.fromkeys(("seed", "perfect_score", "reflection_lm", "run_dir"), _ITSELF),
+    **dict.fromkeys(("seed_candidate", "trainset", "valset", "adapter", "task_lm", "evaluator"), _OF_THE_RUN),
+    "module_selector": "use component_selector=..., or components=...",
+    "frontier_type": "leave it out: the frontier is over single anchors",
+    "selection_strategy": "leave it out: parents are drawn from the Pareto frontier",
+    "reflection_prompt_template": "use instruction_proposer=InstructionProposer(base_instructions=...), DSPy's",
+    "custom_candidate_proposer": "use propose=..., or instruction_proposer=...",
+    "reflection_strategy": "use propose=..., or instruction_proposer=...",
+    "reflection_lm_kwargs": "set them on the LM, reflection_lm=dspy.LM(..., ...)",
+    "merge_val_overlap_floor": "leave it out: nothing is merged",
+    "raise_on_exception": "leave it out: what fails ends the search, and the same run_dir goes on from it",
+    "cache_evaluation": "leave it out: a candidate has one rollout on each anchor",
+    "display_progress_bar": "use progress=True",
+    "logger": "leave it out: what gepa says is logged at debug level",
 }
-"""Other options of ``gepa.optimize`` that users of dspy.GEPA set -> what to use."""
+"""Other options of ``gepa.optimize`` -> what to use."""
 
 
 def gepa_faults(names: Iterable[str]) -> dict[str, str]:
@@ -52,8 +67,9 @@ def gepa_kwargs_faults(given: object) -> list[str]:
         return []
     if not isinstance(given, Mapping):
         return [f"gepa_kwargs={given!r}: pass a dict with {' and '.join(KWARGS)}"]
+    instead = {**INSTEAD, **OTHER_KWARGS}
     faults = [
-        f"gepa_kwargs: {name} is not taken; {OTHER_KWARGS.get(name, 'it may hold callbacks and stop_callbacks')}"
+        f"gepa_kwargs: {name} is not taken; {instead.get(name, 'it may hold callbacks and stop_callbacks')}"
         for name in given
         if name not in KWARGS
     ]

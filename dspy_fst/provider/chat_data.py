@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 SHOWN = 3
 """Rows with a fault that an error names."""
 UNRENDERED, LONG = "prompt not rendered", "longer than the context"
+REMEDIES = {
+    UNRENDERED: "the model's chat template refuses these turns; use a chat adapter that writes others, or a model "
+    "whose template takes them",
+    LONG: "shorten prompts and replies, or use a model with a longer context",
+}
+"""Why a row is left out -> what to do."""
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -23,7 +29,10 @@ def format_fault(given: object, wanted: TrainDataFormat) -> str | None:
     if given == wanted:
         return None
     if wanted == TrainDataFormat.GRPO_CHAT:
-        return f"train_data_format={given!r}: a job of reinforcement takes {wanted.value!r}, groups of scored replies"
+        return (
+            f"train_data_format={given!r}: lm.reinforce() takes {wanted.value!r}, groups of scored replies; use "
+            "that, or lm.finetune() for 'chat'"
+        )
     if given == TrainDataFormat.GRPO_CHAT:
         return "train_data_format='grpo_chat': scored groups are for lm.reinforce(); lm.finetune() takes 'chat'"
     return (

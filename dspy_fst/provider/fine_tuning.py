@@ -7,6 +7,7 @@ when it is first called, and they are verified then.
 import gc
 import shutil
 import threading
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +23,7 @@ from dspy_fst.engine.verification import Expected, verify
 from dspy_fst.errors import ConfigurationError, TrainingError, briefly
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.library_checks import trl_fault
-from dspy_fst.provider.chat_data import chat_faults, format_fault, pairs_of
+from dspy_fst.provider.chat_data import REMEDIES, chat_faults, format_fault, pairs_of
 from dspy_fst.provider.job_folder import JobFolder
 from dspy_fst.provider.job_settings import FineTuneSettings
 from dspy_fst.rollout.written_replies import ReplyWriter
@@ -132,7 +133,7 @@ def _finetuned(job: FineTuningJob, model: str) -> str:
     writer = ReplyWriter(trainer.tokenizer, Checkpoint.at("start", Path(model)).path)
     pairs, left_out = pairs_of(job.train_data or [], writer, trainer.policy.last_position)
     if not pairs:
-        raise TrainingError(f"none of {left_out.total()} rows can be learnt ({dict(left_out)})")
+        raise TrainingError(f"none of {left_out.total()} rows can be learnt ({_remedies(left_out)})")
     job.doing = f"learning {len(pairs)} replies"
     how = Supervision(settings.epochs, settings.rate, settings.seed)
     learnt = fine_tune(trainer, pairs, how, stopped=lambda: job.cancelling)
@@ -150,6 +151,10 @@ def _finetuned(job: FineTuningJob, model: str) -> str:
         raise
     folder.tell({"from": model, "left_out": left_out, **asdict(learnt)})
     return str(checkpoint.folder)
+
+
+def _remedies(left_out: Counter[str]) -> str:
+    return "; ".join(f"{count} {reason}: {REMEDIES[reason]}" for reason, count in left_out.items())
 
 
 def _expected(checkpoint: Checkpoint, settings: FineTuneSettings, pairs: list[Pair]) -> Expected:

@@ -218,7 +218,7 @@ class ReinforcementJob(ReinforceJob):
 
     def _run(self) -> "_Running":
         if self._running is None:
-            raise TrainingError(f"the job is {self._status.value}")
+            raise TrainingError(f"the job is {self._status.value}; call initialize() first")
         return self._running
 
     def _end(self, status: TrainingStatus) -> None:

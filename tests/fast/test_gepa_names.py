@@ -3,12 +3,13 @@
 import inspect
 
 import dspy
+import gepa
 import pytest
 
 from dspy_fst import ConfigurationError, FSTConfig, FSTOptimizer
 from dspy_fst.fast.evolve import GEPAOptions
 from dspy_fst.preflight.argument_checks import search_faults
-from dspy_fst.preflight.gepa_names import INSTEAD
+from dspy_fst.preflight.gepa_names import INSTEAD, KWARGS, gepa_kwargs_faults
 from tests.fast.seats import Seated, metric, writer
 
 TAKEN = {*inspect.signature(FSTOptimizer).parameters, *FSTConfig.model_fields}
@@ -17,6 +18,13 @@ TAKEN = {*inspect.signature(FSTOptimizer).parameters, *FSTConfig.model_fields}
 @pytest.mark.parametrize("name", list(inspect.signature(dspy.GEPA).parameters))
 def test_every_option_of_dspy_s_gepa_is_taken_or_refused_by_name(name):
     assert (name in TAKEN) != (name in INSTEAD)
+
+
+@pytest.mark.parametrize("name", list(inspect.signature(gepa.optimize).parameters))
+def test_every_option_of_gepa_is_taken_or_refused_with_what_to_use(name):
+    faults = gepa_kwargs_faults({name: []})
+    assert (faults == []) == (name in KWARGS)
+    assert not any("it may hold" in fault for fault in faults)
 
 
 def test_what_is_refused_is_told_at_once_with_what_to_use():

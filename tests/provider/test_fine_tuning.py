@@ -214,3 +214,9 @@ def test_an_engine_is_launched_and_killed_as_often_as_one_likes():
     other = lm.copy(model="elsewhere")
     assert (other.model, str(other.checkpoint.folder)) == ("elsewhere", "elsewhere")
     assert lm.checkpoint.folder == BASE
+
+
+def test_rows_that_are_all_left_out_are_told_with_what_to_do(tmp_path):
+    long = {"messages": [{"role": "user", "content": "2 1 " * 2000}, ROW["messages"][1]]}
+    told = str(policy().finetune([long], CHAT, {"folder": tmp_path}).result(LIMIT_S))
+    assert "none of 1 rows can be learnt (1 longer than the context: shorten prompts and replies" in told
