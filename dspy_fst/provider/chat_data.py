@@ -91,26 +91,26 @@ def request_of(messages: Messages) -> lm15.Request:
 
 
 def pairs_of(
-    rows: Sequence[Mapping[str, Any]], writer: "ReplyWriter", last_position: int | None
+    rows: Sequence[Mapping[str, Any]], writer: "ReplyWriter", context: int | None
 ) -> tuple[list[Pair], Counter[str]]:
     """What is learnt of these rows, in ids; and how many were left out, by reason.
 
     Args:
-        last_position: Highest position that the model reads; None: no limit.
+        context: Tokens of the longest prompt and reply that an engine would serve; None: no limit.
     """
     left_out: Counter[str] = Counter()
-    return [*_pairs(rows, writer, last_position, left_out)], left_out
+    return [*_pairs(rows, writer, context, left_out)], left_out
 
 
 def _pairs(
-    rows: Sequence[Mapping[str, Any]], writer: "ReplyWriter", last: int | None, left_out: Counter[str]
+    rows: Sequence[Mapping[str, Any]], writer: "ReplyWriter", context: int | None, left_out: Counter[str]
 ) -> Iterator[Pair]:
     for row in rows:
         *asked, said = row["messages"]
         prompt, reply = writer.asked(request_of(asked)), writer.said(said["content"])
         if prompt is None:
             left_out[UNRENDERED] += 1
-        elif last is not None and len(prompt) + len(reply) > last + 1:
+        elif context is not None and len(prompt) + len(reply) > context:
             left_out[LONG] += 1
         else:
             yield Pair("", prompt, reply)

@@ -131,7 +131,7 @@ def _finetuned(job: FineTuningJob, model: str) -> str:
     job.doing = "loading the weights"
     trainer = Trainer(model, settings, seed=settings.seed)
     writer = ReplyWriter(trainer.tokenizer, Checkpoint.at("start", Path(model)).path)
-    pairs, left_out = pairs_of(job.train_data or [], writer, trainer.policy.last_position)
+    pairs, left_out = pairs_of(job.train_data or [], writer, trainer.policy.context)
     if not pairs:
         raise TrainingError(f"none of {left_out.total()} rows can be learnt ({_remedies(left_out)})")
     job.doing = f"learning {len(pairs)} replies"

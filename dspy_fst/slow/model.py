@@ -15,7 +15,7 @@ from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.lora import goes_on, in_use, merge, parameters_of, put_on, put_on_as_read, using
 from dspy_fst.engine.tree import attend_in_trees, read_tree
 from dspy_fst.errors import TrainingError
-from dspy_fst.model_files.architectures import last_position, load_model_with_info
+from dspy_fst.model_files.architectures import context_length, last_position, load_model_with_info
 from dspy_fst.model_files.folder import folder_faults, layer_fault, wrapped_names
 from dspy_fst.recipe.lora_settings import SHARED, LoRA
 from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
@@ -58,6 +58,8 @@ class Policy(nn.Module):
         """From the last hidden states to the logits; :meth:`load` measures it."""
         self.last_position = last_position(model.config)
         """Highest position of a text, see `architectures.last_position`; None: no limit."""
+        self.context = context_length(model.config)
+        """Tokens of the longest prompt plus reply that an engine serves; None: no limit."""
         self.adapters: tuple[str, ...] = ()
         """Names of its LoRA adapters. A micro-batch goes through its own, or through the only one."""
         self.started_from: dict[str, str] = {}

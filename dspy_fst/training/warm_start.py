@@ -205,7 +205,7 @@ def _write(session: Session, taught: Taught, calls: Iterable[Sequence[_KnownCall
     marks = list(map(demo_marks, members))
     examples = learnt_from(session.config, session.trainset)
     limits = {name: policy.reply_limit for name, policy in policies_of(session.program).items()}
-    last = session.trainer.policy.last_position
+    context = session.trainer.policy.context
     for turn, (example, said) in enumerate(zip(examples, calls, strict=True)):
         shown = copied(members[turn % len(members)])
         hide_demos(shown, example, marks[turn % len(members)])
@@ -213,7 +213,7 @@ def _write(session: Session, taught: Taught, calls: Iterable[Sequence[_KnownCall
         for call in said:
             if call.predictor not in session.trained:
                 continue
-            found = _pair(writer, predictors[call.predictor], call, last, limits.get(call.predictor))
+            found = _pair(writer, predictors[call.predictor], call, context, limits.get(call.predictor))
             if isinstance(found, Pair):
                 taught.pairs.append(found)
             else:
@@ -221,7 +221,7 @@ def _write(session: Session, taught: Taught, calls: Iterable[Sequence[_KnownCall
 
 
 def _pair(
-    writer: ReplyWriter, predictor: dspy.Predict, call: _KnownCall, last: int | None, limit: int | None
+    writer: ReplyWriter, predictor: dspy.Predict, call: _KnownCall, context: int | None, limit: int | None
 ) -> Pair | str:
     """The pair of a call, or why there is none."""
     signature = predictor.signature
@@ -233,6 +233,6 @@ def _pair(
         return UNRENDERED if prompt is None else UNWRITTEN
     if limit is not None and len(reply) > limit:
         return CUT
-    if last is not None and len(prompt) + len(reply) > last + 1:
+    if context is not None and len(prompt) + len(reply) > context:
         return LONG
     return Pair(call.predictor, prompt, reply)
