@@ -27,6 +27,10 @@ def default_adapter() -> dspy.Adapter:
     return dspy.ChatAdapter()
 
 
+DEFAULT_ADAPTER = default_adapter()
+"""That of the installed release. Who changes an adapter makes a new one."""
+
+
 def agents() -> tuple[type[dspy.Module], ...]:
     """DSPy's agents: ReAct and ReActV2 in 3.4, one of them in 3.5."""
     found = (getattr(dspy, name, None) for name in ("ReAct", "ReActV2"))

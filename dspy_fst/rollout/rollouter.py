@@ -22,6 +22,7 @@ from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.call_recorder import SETTING, Recording, parallel_calls_once, tag_predictors
 from dspy_fst.rollout.components import UnboundError, demo_marks, hide_demos, with_texts
 from dspy_fst.rollout.copying import Copier
+from dspy_fst.rollout.dspy_release import DEFAULT_ADAPTER
 from dspy_fst.rollout.outages import Outages
 from dspy_fst.rollout.outcome_rules import Blame, Judge
 from dspy_fst.rollout.parse_failures import Entry, ParseFailures
@@ -258,7 +259,7 @@ class FormattedOnce:
 
     def settings(self) -> dict[str, object]:
         """The settings of DSPy's context under which prompts are written once; none where somebody listens to that."""
-        adapter = dspy.settings.adapter or dspy.ChatAdapter()  # as dspy.Predict does at each call
+        adapter = dspy.settings.adapter or DEFAULT_ADAPTER  # as dspy.Predict does at each call
         if type(adapter) not in self.ADAPTERS or dspy.settings.callbacks or adapter.callbacks:
             return {}
         replaced, written = copy.copy(adapter), adapter.format
