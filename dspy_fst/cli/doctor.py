@@ -156,13 +156,11 @@ def _extra(extra: str, brings: str, needed: list[Requirement]) -> Diagnosis:
     about, install = f"extra {extra}", f"{brings}; in the clone: pip install '.[{extra}]'"
     installed = {requirement.name: _version(requirement.name) for requirement in needed}
     shown = ", ".join(f"{name} {number or 'not installed'}" for name, number in installed.items())
+    other = [r for r in needed if (number := installed[r.name]) and not _within(r, number)]
+    shown += f"; needed {', '.join(map(_plain, other))}" if other else ""
     if not all(installed.values()):
         return Diagnosis(about, shown, "missing", install)
-    other = [r for r in needed if not _within(r, installed[r.name] or "")]
-    if other:
-        wanted = ", ".join(map(_plain, other))
-        return Diagnosis(about, f"{shown}; needed {wanted}", "warning", install)
-    return Diagnosis(about, shown)
+    return Diagnosis(about, shown, "warning", install) if other else Diagnosis(about, shown)
 
 
 def _within(requirement: Requirement, installed: str) -> bool:

@@ -67,6 +67,10 @@ def test_an_extra_that_is_not_there_says_what_it_brings_and_breaks_nothing(monke
     assert "pages and charts; in the clone: pip install '.[report]'" in told["extra report"]["advice"]
     assert told["extra serve"]["state"] == "warning"
     assert re.search(r"needed uvicorn\S*>=0.32", told["extra serve"]["found"])
+    versions(monkeypatch, fastapi="0.200.0", uvicorn=None)  # also where another of its packages is not there
+    told = findings()
+    assert told["extra serve"]["state"] == "missing"
+    assert re.search(r"needed fastapi\S*<0.137", told["extra serve"]["found"])
 
 
 def test_an_old_python_is_wrong(monkeypatch):
