@@ -209,8 +209,8 @@ def _demos(name: str, most: Mapping[str, int], config: FSTConfig) -> Iterator[st
     only, of_run = name in ONLY_DEMOS, " or ".join(f"{limit}=4" for limit in dict.fromkeys(map(DEMOS.get, most)))
     if only and not any(most.values()):
         yield (
-            f"fast={name}: it changes nothing but demos, and may show none; set {of_run} in FSTOptimizer and no such 0 "
-            "in it, or search for instructions, e.g. with fast=dspy.SIMBA, or with GEPA, the default"
+            f"fast={name}: it changes nothing but demos, and may show none; set {of_run} in FSTOptimizer, and give "
+            f"{name} no 0, or search for instructions, e.g. with fast=dspy.SIMBA, or with GEPA, the default"
         )
     elif any(most.values()) and not config.demos_evolve:
         given = ", ".join(f"{limit}={number}" for limit, number in most.items() if number)
