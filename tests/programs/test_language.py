@@ -1,0 +1,161 @@
+"""The three tasks in English: what their sets share, what their metrics pay for, and what feedback gives away."""
+
+import re
+from typing import Any
+
+import dspy
+import pytest
+from dspy.utils import DummyLM
+
+from dspy_fst.rollout.reward import metric_fault
+from programs.common import Task
+from programs.language import EXPERT, TASKS, almanac, desk, slips
+from programs.language.feedback import LONGEST, FeedbackProposer, sentences, told
+
+INPUT = {"desk": "message", "slips": "note", "almanac": "question"}
+GOLD = {
+    "desk": lambda gold: {"desk": gold.desk},
+    "slips": lambda gold: {"who": gold.who, "count": gold["count"], "day": gold.day},
+    "almanac": lambda gold: {"answer": gold.answer, "query": gold.query, "found": [gold.query]},
+}
+every = pytest.mark.parametrize("name", TASKS)
+
+
+def sets(task: Task) -> list[list[dspy.Example]]:
+    return [task.trainset, task.valset, task.testset]
+
+
+def spoken(name: str, examples: list[dspy.Example]) -> set[str]:
+    """The sentences of a set."""
+    return {text for example in examples for text in re.split(r"(?<=[.?])\s+", example[INPUT[name]])}
+
+
+@every
+def test_sets_are_large_enough_and_share_no_sentence(name: str) -> None:
+    task = TASKS[name]()
+    assert [len(one) for one in sets(task)] == [64, 32, 96]
+    train, val, test = (spoken(name, one) for one in sets(task))
+    assert not train & val
+    assert not (train | val) & test
+    shown = {str(demo[INPUT[name]]) for p in task.program.predictors() for demo in p.demos}
+    assert not shown & (train | val | test)
+
+
+@every
+def test_problems_follow_the_seed_alone(name: str) -> None:
+    first, again, other = (TASKS[name](8, 4, 4, seed=seed) for seed in (3, 3, 4))
+    assert sets(first) == sets(again)
+    assert first.trainset != other.trainset
+
+
+@every
+def test_a_right_answer_scores_one_and_nothing_scores_zero(name: str) -> None:
+    task = TASKS[name](16, 4, 4)
+    assert metric_fault(task.metric) is None
+    for gold in task.trainset:
+        right = task.metric(gold, dspy.Prediction(**GOLD[name](gold)))
+        assert (right.score, right.feedback) == (1.0, "Correct.")
+        nothing = task.metric(gold, dspy.Prediction())
+        assert nothing.score == 0.0
+        assert nothing.feedback.startswith("Wrong.")
+
+
+@every
+def test_feedback_shows_what_was_wrong_and_no_sentence_of_the_rules(name: str) -> None:
+    task = TASKS[name](64, 4, 4)
+    rules = [rule for text in EXPERT[name].values() for rule in re.split(r"[.:]\s*", text) if rule]
+    for gold in task.trainset:
+        for predictor in EXPERT[name]:
+            feedback = task.metric(gold, dspy.Prediction(), None, predictor).feedback
+            assert sentences(feedback), "the stand-in proposer reads it"
+            assert not [rule for rule in rules if rule in feedback]
+
+
+@every
+def test_the_rules_are_in_no_text_that_a_program_starts_with(name: str) -> None:
+    program = TASKS[name](2, 2, 2).program
+    assert {predictor: p.signature.instructions for predictor, p in program.named_predictors()}.keys() == EXPERT[
+        name
+    ].keys()
+    for predictor, p in program.named_predictors():
+        assert EXPERT[name][predictor] != p.signature.instructions
+        assert len(p.signature.instructions.split()) < 9
+
+
+def test_the_groom_gets_what_a_rule_sends_there_and_what_is_about_horses() -> None:
+    for gold in desk.build().trainset:
+        assert (gold.mattered in desk.CUES) == any(cue in gold.message for cue in desk.CUES)
+        assert gold.desk == desk.GROOM or gold.mattered not in desk.CUES
+        assert gold.mattered in gold.message
+
+
+def test_more_messages_than_the_sentences_last_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="9000 messages: the sentences do not last"):
+        desk.build(train=9000, val=0, test=0)
+
+
+def test_a_slip_pays_for_each_field() -> None:
+    gold = slips.build(2, 2, 2).trainset[0]
+    right = {"who": gold.who, "count": gold["count"], "day": gold.day}
+    verdict = slips.metric(gold, dspy.Prediction(**{**right, "who": f"Anna {gold.who}"}))
+    assert verdict.score == pytest.approx(2 / 3)
+    assert verdict.feedback == f"Wrong. who: expected '{gold.who}', got 'Anna {gold.who}'."
+
+
+def test_a_note_has_one_reading_under_the_shops_rules() -> None:
+    for gold in slips.build().trainset:
+        days = [word for word in re.findall(r"\w+", gold.note) if word in slips.DAYS]
+        numbers = re.findall(r"\d+", gold.note)
+        assert (days[-1], numbers[-1]) == (gold.day, str(gold["count"]))
+        assert len(set(days)) == len(numbers) == 2
+        assert re.search(rf"[A-Z]\w+ {gold.who}\b", gold.note)
+
+
+def test_the_towns_own_word_finds_the_note_and_the_strangers_does_not() -> None:
+    task = almanac.build()
+    search = task.program.retriever.search  # type: ignore[attr-defined]
+    titles: dict[str, list[bool]] = {"own": [], "plain": []}
+    for gold in task.trainset:
+        assert next(note["title"] for note in search(gold.query, almanac.KEPT)) == gold.query
+        everyday = gold.place.split()[0]
+        found = gold.query in [note["title"] for note in search(gold.place, almanac.KEPT)]
+        titles["plain" if almanac.HOUSES[everyday].lower() == everyday else "own"].append(found)
+    assert all(titles["plain"])
+    assert sum(titles["own"]) / len(titles["own"]) < 0.5
+
+
+def test_a_note_holds_the_answer_and_the_program_reads_it() -> None:
+    task = almanac.build(4, 2, 2)
+    texts = {note["title"]: note["text"] for note in almanac.corpus()}
+    gold = task.trainset[0]
+    assert len(texts) == 96
+    assert gold.answer in texts[gold.query]
+    with dspy.context(lm=DummyLM([{"query": gold.query}, {"answer": gold.answer}])):
+        assert task.metric(gold, task.program(question=gold.question)).score == 1.0
+
+
+def test_each_predictor_of_the_almanac_is_told_its_own_part() -> None:
+    gold = almanac.build(2, 2, 2).trainset[0]
+    wrong: Any = dspy.Prediction(answer=gold.answer, query="it's here", found=[])
+    assert almanac.metric(gold, wrong, pred_name="ask").feedback == (
+        f"Wrong. query: expected '{gold.query}', got 'its here'; the words that mattered: '{gold.place}'."
+    )
+    assert almanac.metric(gold, wrong, pred_name="read").feedback == "Correct."
+    assert almanac.metric(gold, wrong).score == 0.5
+
+
+def test_the_stand_in_proposer_says_what_feedback_showed_and_keeps_the_text_short() -> None:
+    propose, text = FeedbackProposer(), "Say it."
+    faults = [told("desk", "office", f"g{i}", f"w{i}") for i in range(9)]
+    for _ in range(9):
+        records = {"route": [{"Feedback": f"Wrong. {fault}"} for fault in faults]}
+        assert propose({"route": text}, records, ["route"]) == propose({"route": text}, records, ["route"])
+        text = propose({"route": text}, records, ["route"])["route"]
+    said = text.split(". ")
+    assert said[0] == "Say it"
+    assert len(said) == LONGEST
+    assert all(re.match(r"When it says w\d, the desk is office", sentence) for sentence in said[1:])
+
+
+def test_where_feedback_says_nothing_the_text_stays() -> None:
+    assert FeedbackProposer()({"fill": "Fill."}, {"fill": [{"Feedback": "Correct."}]}, ["fill"]) == {"fill": "Fill."}
