@@ -48,7 +48,7 @@ def policy():
     policy.release()
 
 
-def session_of(policy, trainset=EXAMPLES, config=CONFIG, last_position=1000):
+def session_of(policy, trainset=EXAMPLES, config=CONFIG, context=1000):
     """As much of a run as a warm start reads before it learns."""
     program = Steps(policy)
     return SimpleNamespace(
@@ -60,7 +60,7 @@ def session_of(policy, trainset=EXAMPLES, config=CONFIG, last_position=1000):
         population=Population.of_seed(own_texts(program, config), 2),
         rollouter=SimpleNamespace(reward=Reward(metric)),
         trainer=SimpleNamespace(
-            tokenizer=AutoTokenizer.from_pretrained(BASE), policy=SimpleNamespace(last_position=last_position)
+            tokenizer=AutoTokenizer.from_pretrained(BASE), policy=SimpleNamespace(context=context)
         ),
         phase=lambda words: None,
     )
@@ -87,7 +87,7 @@ def test_what_cannot_be_taught_is_counted_by_its_reason(policy):
     odd = dspy.Example(numbers="9", answer="9 " * 30).with_inputs("numbers")
     with dspy.context(adapter=dspy.ChatAdapter()):
         assert _by_labels(session_of(policy, [odd])).left_out == {UNKNOWN: 1, CUT: 1}
-        assert _by_labels(session_of(policy, last_position=20)).left_out == {UNKNOWN: 4, LONG: 4}
+        assert _by_labels(session_of(policy, context=21)).left_out == {UNKNOWN: 4, LONG: 4}
 
     class Mute(dspy.ChatAdapter):
         def parse(self, signature, completion):
