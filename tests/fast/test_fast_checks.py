@@ -165,7 +165,7 @@ HOLDS_DEMOS = FSTConfig(anchors=24, max_bootstrapped_demos=2, max_labeled_demos=
         (dspy.LabeledFewShot(), ["k=16 is more than this run's max_labeled_demos=1; give it k=1"]),
         (
             dspy.BootstrapFewShot(max_bootstrapped_demos=0, max_labeled_demos=0),
-            ["may show none; set max_bootstrapped_demos=4 or max_labeled_demos=4 in FSTOptimizer, and give BootstrapFewShot no 0"],
+            ["set max_bootstrapped_demos=4 or max_labeled_demos=4 in FSTOptimizer, and give BootstrapFewShot no 0"],
         ),
         (TeleprompterSearch(dspy.InferRules, max_labeled_demos=2), ["max_labeled_demos=2 is more than"]),
         (dspy.SIMBA(metric=metric, bsize=8, max_demos=2), []),
