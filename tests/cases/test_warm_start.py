@@ -59,9 +59,7 @@ def session_of(policy, trainset=EXAMPLES, config=CONFIG, context=1000):
         trained=frozenset({"plan", "solve"}),
         population=Population.of_seed(own_texts(program, config), 2),
         rollouter=SimpleNamespace(reward=Reward(metric)),
-        trainer=SimpleNamespace(
-            tokenizer=AutoTokenizer.from_pretrained(BASE), policy=SimpleNamespace(context=context)
-        ),
+        trainer=SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(BASE), policy=SimpleNamespace(context=context)),
         phase=lambda words: None,
     )
 
