@@ -12,6 +12,7 @@ from dspy_fst.config import FSTConfig
 from dspy_fst.engine.options import portable_options
 from dspy_fst.errors import DiskError
 from dspy_fst.fast.search_settings import own_texts
+from dspy_fst.formatting.numbers import counted
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.program_checks import policies_of
 from dspy_fst.recipe.lora_settings import adapter_of
@@ -250,13 +251,13 @@ def _plan_in_words(session: Session, budget: Budget, look: FirstLook) -> Iterato
     rollouts = search + budget.scoring_rollouts + budget.training_rollouts
     yield f"run directory {session.run.path}"
     yield (
-        f"fast: {budget.searches} searches, up to {search} rollouts "
+        f"fast: {counted(budget.searches, 'search')}, up to {search} rollouts "
         f"+ {budget.scoring_rollouts} to score carried candidates"
     )
     most = "up to " if budget.resampled_rollouts or budget.reused_rollouts else ""
     several = f" of up to {n} optimizer steps each" if (n := config.updates_per_batch) > 1 else ""
     yield (
-        f"slow: {budget.updates} updates{several}, {most}{budget.training_rollouts} rollouts "
+        f"slow: {counted(budget.updates, 'update')}{several}, {most}{budget.training_rollouts} rollouts "
         f"({config.problems_per_step} problems x {_played(config)}{_resampled(session.plan)}{_reused(budget)}), "
         f"learning rate {config.learning_rate:g} after {config.warmup_steps} warm-up {_optimizer_steps(config)}"
     )
