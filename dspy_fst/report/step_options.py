@@ -6,7 +6,6 @@ Nothing is said and drawn of those that are off.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from dspy_fst.formatting.numbers import counted, number
 from dspy_fst.report.measures import Chart, Measure, Points
@@ -32,7 +31,7 @@ def step_words(report: Event) -> str:
     words += [f"{counted(resampled, 'group')} resampled"] if resampled else []
     words += [f"{counted(retired, 'problem')} retired"] if retired else []
     words += [f"length penalty {number(penalty)}"] if penalty else []
-    words += _optimizer_steps(report["update"])
+    words += _optimizer_steps(report)
     return "".join(f", {each}" for each in words)
 
 
@@ -50,9 +49,11 @@ def option_lines(steps: Sequence[StepReport]) -> list[str]:
     return [line for line in lines if line]
 
 
-def _optimizer_steps(update: Mapping[str, Any]) -> list[str]:
+def _optimizer_steps(report: Event) -> list[str]:
     """E.g. ``["3 optimizer steps (0.2% of tokens capped, log-ratio up to 0.031)"]``; empty for one."""
-    taken, capped, ratio = (update.get(name) for name in ("optimizer_steps", "capped_share", "later_log_ratio"))
+    taken, capped, ratio = (
+        report["update"].get(name) for name in ("optimizer_steps", "capped_share", "later_log_ratio")
+    )
     if not taken or taken == 1:
         return []
     figures = [] if capped is None else [f"{capped:.1%} of tokens capped"]

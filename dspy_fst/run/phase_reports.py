@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from dspy_fst.types import PredictorReport, UpdateReport, WeightsVersion, version_of
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,6 @@ class CycleReport:
         return cls(**{**data, "scores": tuple(data["scores"]), "population": tuple(data["population"])})
 
 
-def renamed(cycle: Mapping[str, Any]) -> dict[str, Any]:
+def renamed(cycle: Mapping[str, Value]) -> dict[str, Value]:
     """The report of a search under today's names: older runs called repeats ``reused``."""
     return {"repeats" if name == "reused" else name: value for name, value in cycle.items()}
