@@ -11,6 +11,7 @@ python -m benchmarks.copies --before A_CHECKOUT_OF_845e963
 python -m benchmarks.real_model
 python -m benchmarks.update_memory --before A_CHECKOUT_OF_845e963
 python -m benchmarks.update_speed --before A_CHECKOUT_OF_845e963
+python -m benchmarks.warm_start --run-dir runs/warm
 python -m benchmarks.dspy_optimizers --run-dir runs/dspy-optimizers
 python -m benchmarks.readme && make pages
 """
@@ -139,6 +140,25 @@ def copies(results: Mapping[str, Any]) -> str:
     return table(["version", "what runs", "array", "at once", "own", "peak", "peak / own"], rows)
 
 
+def warm_start(figures: Mapping[str, Any]) -> str:
+    """Replies to held-out sentences of each weights, and what they cost."""
+    free = dict.fromkeys(("rollouts", "updates", "warm_updates", "warm_tokens"), 0)
+    learnt = {**free, **{name: figures["arms"]["warm"]["spent"][name] for name in ("warm_updates", "warm_tokens")}}
+    alone = "FST alone, stopped as nothing parsed" if figures["arms"]["plain"]["stopped"] else "FST alone"
+    of = {
+        "as the model is": (figures["replies"]["base"], free),
+        alone: (figures["arms"]["plain"]["replies"], figures["arms"]["plain"]["spent"]),
+        "after the warm start": (figures["replies"]["after the warm start"], learnt),
+        "after the warm start and FST": (figures["arms"]["warm"]["replies"], figures["arms"]["warm"]["spent"]),
+    }
+    rows = [
+        [name, f"{said['parsed']:.2f}", f"{said['accuracy']:.2f}", *(f"{cost[what]:,}" for what in free)]
+        for name, (said, cost) in of.items()
+    ]
+    costs = ["rollouts", "updates", "supervised updates", "tokens learnt in them"]
+    return table(["weights", "replies that parse", "accuracy", *costs], rows)
+
+
 def dspy_optimizers(figures: Mapping[str, Any]) -> str:
     """Held-out accuracy before and after each of DSPy's optimizers, over seeds."""
     rows = []
@@ -185,6 +205,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "copies": copies,
     "update_memory": update_memory,
     "update_speed": update_speed,
+    "warm_start": warm_start,
     "dspy_optimizers": dspy_optimizers,
 }
 
