@@ -293,13 +293,17 @@ class SpeaksAsTrained:
             return await super().acall(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
-        """A pickle names the program's own class: the class that `keep` made exists in this process only."""
+        """A pickle names the program's own class: the class that `keep` made exists in this process only.
+
+        A class derived from that one, such as a counted program's, stays: a copy is made of it too.
+        """
         reduced = super().__reduce_ex__(protocol)
         if isinstance(reduced, str):
             return reduced
-        function, arguments, *rest = reduced
-        if function is copyreg.__newobj__ and arguments[0] is type(self):  # type: ignore[attr-defined]
-            return (_new, (_plain_class(type(self)), *arguments[1:]), *rest)
+        (function, arguments, *rest), kind = reduced, type(self)
+        plain = _plain_class(kind)
+        if function is copyreg.__newobj__ and arguments[0] is kind and kind is _speaking.get(plain):  # type: ignore[attr-defined]
+            return (_new, (plain, *arguments[1:]), *rest)
         return reduced
 
 

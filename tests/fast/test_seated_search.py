@@ -21,6 +21,7 @@ from dspy_fst.fast.demos import DemoSource, tokens_of_demo
 from dspy_fst.fast.search_warnings import search_warnings
 from dspy_fst.fast.teleprompter_search import TeleprompterSearch
 from dspy_fst.outcomes.outcome import Outcome
+from dspy_fst.rollout.chat_adapters import keep
 from dspy_fst.rollout.components import MADE_OF, demos_in, problem_mark, read_texts
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.types import Candidate, Population, Problem
@@ -493,6 +494,16 @@ def test_demos_that_no_candidate_can_hold_are_told():
     [told] = [told for told in search_warnings(search.counts, 0, optimizer="Shows") if "demos" in told]
     assert told.startswith("cycle 0: 2 demos that Shows put into programs were left out")
     assert not search.counts["demos_accepted"]
+
+
+@pytest.mark.parametrize("fast", [Shows(on=2), dspy.BootstrapFewShot])
+def test_a_program_that_was_trained_before_is_counted_too(fast):
+    """It keeps its adapter, and its copies must not lose what counts them."""
+    program = Asks()
+    keep(program, dspy.ChatAdapter())
+    search = Seated(program).search(fast, demos=True)
+    assert search.counts["demos_accepted"]
+    assert search.rollouts > len(ANCHORS)
 
 
 def test_demos_of_the_user_are_not_cut():
