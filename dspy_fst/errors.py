@@ -62,6 +62,10 @@ class MismatchError(TrainingError):
     """The batch was sampled from another distribution than the trainer's. Nothing has moved."""
 
 
+class RankError(TrainingError):
+    """Another process of a run of several failed or died, which ends all of them. The run can be continued."""
+
+
 class NothingLearnedError(FSTError):
     """So many steps in a row had no gradient that the run stopped (``max_unmoved_steps``), and none before had one.
 

@@ -19,6 +19,7 @@ from dspy_fst.preflight.argument_checks import argument_faults
 from dspy_fst.preflight.gepa_names import gepa_faults, gepa_kwargs_faults, selector_fault
 from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.interrupts import ctrl_c_as_sentence, signals_raise
+from dspy_fst.slow.ranks.joining import all_ranks
 from dspy_fst.training.request import Arguments, Proposers, check
 from dspy_fst.types import Population
 
@@ -153,11 +154,13 @@ class FSTOptimizer(Teleprompter):
             NothingLearnedError: so many steps in a row had no gradient (``max_unmoved_steps``), and no step before
                 them. It names ``run_dir``; the same call with a higher limit goes on.
             FSTError: the run stopped; what it committed is whole, and the same call goes on from there.
-            SystemExit: SIGTERM or SIGHUP came; like Ctrl-C it ends the run after everything was let go.
+            SystemExit: this process is one of several, and not the first of them: it has trained with rank 0, which
+                is done (status 0). Or SIGTERM or SIGHUP came; like Ctrl-C it ends the run after everything was let go.
             KeyboardInterrupt: Ctrl-C; its text says what is saved. In a script it is a SystemExit as well, so that a
                 script which does not catch it ends with 130 and without a traceback.
         """
         with ExitStack() as stack:
+            ranks = stack.enter_context(all_ranks())
             stack.enter_context(ctrl_c_as_sentence(self.progress))
             stack.enter_context(signals_raise())
             title = Path(self.run_dir).name if self.run_dir else "run"
@@ -170,7 +173,7 @@ class FSTOptimizer(Teleprompter):
             from dspy_fst.training.result import compiled_program, keep_compiled
             from dspy_fst.training.run_documents import documents_of
 
-            run = stack.enter_context(open_run(request, (*self.listeners, *told)))
+            run = stack.enter_context(open_run(request, (*self.listeners, *told), ranks))
             if view:
                 view.recall(run.run.events())
             stack.enter_context(tracking.following(run.run.path, run.run.events(), run.recorder.note))

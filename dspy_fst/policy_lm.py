@@ -22,6 +22,7 @@ from dspy_fst.engine.async_handle import AsyncHandle
 from dspy_fst.engine.base import Checkpoint, Completion, Engine, Scorer, SleepingEngine, Through
 from dspy_fst.engine.chat import Ids, PromptRenderer
 from dspy_fst.engine.lora_handle import AdapterHandle
+from dspy_fst.engine.machine import require_first_rank
 from dspy_fst.engine.making import EngineKind, downloaded, engine_maker, resolve_kind
 from dspy_fst.engine.options import PolicyState, portable_options, unknown_arguments
 from dspy_fst.engine.replies import ReplyReader
@@ -275,6 +276,7 @@ class EngineHandle:
         """The engine, not necessarily started."""
         with self._lock:
             if self._engine is None:
+                require_first_rank()
                 self._engine = self._make()
                 self._unheld = weakref.finalize(self, _close_beside, self._engine)
                 self._unheld.atexit = False  # the interpreter ends threads and children itself

@@ -6,8 +6,7 @@
 # ACCELERATE_USE_CPU=true runs two.
 # Who meets it: Whoever tries a distributed set-up on a machine without a GPU: the test passes and has tested one
 # process.
-# Here: Several processes are refused by the trainer, which would see them in torch's own variables (DECISIONS.md,
-# Slow).
+# Here: docs/several-gpus.md says to use torchrun on a CPU; the tests of several ranks do (tests/ranks).
 # Output seen (Python 3.11):
 #   accelerate launch --cpu --num_processes 2: processes 1
 #   torchrun --nproc_per_node 2: processes 2

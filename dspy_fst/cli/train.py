@@ -27,6 +27,7 @@ from dspy_fst.errors import ConfigurationError, RunDirectoryError
 from dspy_fst.formatting.numbers import counted, number
 from dspy_fst.run.ending import StopReason
 from dspy_fst.run.interrupts import signals_raise
+from dspy_fst.slow.ranks.joining import obey_unless_first
 
 if TYPE_CHECKING:
     from dspy_fst.project.project_file import Project
@@ -108,6 +109,7 @@ def run(
     --continue-from RUN --run-dir NEW.
     """
     with errors_as_text(debug):
+        obey_unless_first()
         from dspy_fst.project.project_file import kept_in, load_project
         from dspy_fst.run.directory import PROJECT
 
@@ -147,6 +149,7 @@ def resume(
     goes on with --project FILE, in whose recipe the setting that ended it is raised.
     """
     with errors_as_text(debug):
+        obey_unless_first()
         from dspy_fst.project.recorded import Recorded
         from dspy_fst.run.directory import PROJECT
 

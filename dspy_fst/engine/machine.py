@@ -5,11 +5,25 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dspy_fst.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables in which torchrun, accelerate launch and the MPI launchers say how many processes they started."""
+OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of torchrun and accelerate launch by which the processes find each other (torch.distributed)."""
+
+OF_LAUNCHERS = (*OF_TORCHRUN, *PROCESS_COUNTS, "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "TORCHELASTIC_")
+"""Beginnings of the variables by which a process knows that it was launched with others."""
+OTHER_TRAINERS = {
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "or with a config of accelerate without it"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "or with a config of accelerate without it"),
+    "ACCELERATE_USE_FSDP": ("its FSDP plugin", "or with a config of accelerate without it"),
+}
+"""Variable of accelerate launch -> what it would train with, and what to do."""
 
 
 def has_gpu() -> bool:
@@ -52,16 +66,80 @@ def free_second_gpu_bytes() -> int | None:
     return torch.cuda.mem_get_info(1)[0] if torch.cuda.device_count() > 1 else None
 
 
-def launch_faults(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """One sentence for each variable that announces several processes: each would train weights of its own.
+@dataclass(frozen=True)
+class Launch:
+    """Which of several processes this one is.
 
-    The trainer reads no settings from the environment, so other variables of `accelerate launch` do no harm.
+    >>> Launch.of({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
+    Launch(rank=1, world=2, local_rank=1)
+    >>> Launch.of({})
+    Launch(rank=0, world=1, local_rank=0)
     """
+
+    rank: int = 0
+    """Of 0 to ``world - 1``, over all machines."""
+    world: int = 1
+    """Number of processes."""
+    local_rank: int = 0
+    """On this machine: the number of its GPU."""
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str] = os.environ) -> "Launch":
+        """As torchrun or accelerate launch told it; a process alone where nobody did."""
+        numbers = [environment.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        if not all(map(str.isdecimal, numbers)) or int(numbers[1]) < 2:
+            return cls()
+        return cls(*map(int, numbers))
+
+
+def _announced(environment: Mapping[str, str]) -> str:
+    """The variables that announce several processes, e.g. ``"WORLD_SIZE=2"``; empty for a process alone."""
+    counts = {name: environment.get(name, "") for name in PROCESS_COUNTS}
+    return ", ".join(f"{name}={count}" for name, count in counts.items() if count.isdecimal() and int(count) > 1)
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process alone, for a server that this process starts."""
+    return {name: value for name, value in environment.items() if not name.startswith(OF_LAUNCHERS)}
+
+
+def require_first_rank() -> None:
+    """
+    Raises:
+        EngineError: this process is another rank than 0, and engines run on rank 0.
+    """
+    if rank := Launch.of().rank:
+        raise EngineError(
+            f"this process is rank {rank} of several, and the engine runs on rank 0 alone: the LM answers there. Call "
+            "the program after compile(), which only rank 0 returns from, or where the variable RANK is 0"
+        )
+
+
+def several_fault(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Why a process may not train by itself, in a sentence: it was launched with others, each of which would train
+    weights of its own."""
+    if not (counts := _announced(environment)):
+        return None
+    return (
+        f"this process is one of several that were launched together ({counts}), and these weights are trained by one "
+        "alone; launch it without torchrun or accelerate launch (in FSTOptimizer.compile and dspy-fst run all train)"
+    )
+
+
+def launch_faults(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """A sentence where a launcher announces several processes which a run cannot train with."""
+    if not (counts := _announced(environment)):
+        return []
+    if missing := [name for name in OF_TORCHRUN if not environment.get(name)]:
+        return [
+            f"this process was launched as one of several ({counts}), and {', '.join(missing)} are not set; launch it "
+            "with torchrun or accelerate launch, or alone"
+        ]
     return [
-        "the trainer updates in one process; launch it without torchrun or accelerate launch "
-        f"({name}={environment[name]})"
-        for name in PROCESS_COUNTS
-        if environment.get(name, "").isdecimal() and int(environment[name]) > 1
+        f"{name}={environment[name]}: accelerate launch was told to train with {engine}, which a run does not use; "
+        f"launch it with torchrun, {instead}"
+        for name, (engine, instead) in OTHER_TRAINERS.items()
+        if environment.get(name, "").lower() in ("1", "true")
     ]
 
 

@@ -1,13 +1,16 @@
 """A warm start: which predictors and examples it can learn from, and what it cannot be asked for."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import dspy
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.engine.machine import Launch
 from dspy_fst.preflight.data_checks import input_faults
 from dspy_fst.preflight.library_checks import trl_fault
 from dspy_fst.preflight.program_checks import policies_of
+from dspy_fst.run.state import peek_state
 
 OTHERWISE = "pass teacher=program to compile(), or leave warm_start out"
 
@@ -49,6 +52,21 @@ def warm_start_faults(config: FSTConfig | None, student: object, trainset: objec
         yield from _teacher_faults(config, student, trainset, teacher)
     elif not any(_teachable(student, config, trainset).values()):
         yield f"{asked}: {_why_none(student, config, trainset)}"
+
+
+def warm_start_rank_faults(config: FSTConfig, teacher: object, run_dir: Path) -> list[str]:
+    """A sentence where several processes would make a warm start that is still due: trl makes it, in one process."""
+    world = Launch.of().world
+    if world == 1 or (config.warm_start is None and teacher is None):
+        return []
+    state = peek_state(run_dir / "states")
+    if state is not None and (state.fields.get("warm_start") or state.fields.get("step")):
+        return []
+    asked = "teacher" if teacher is not None else "warm_start"
+    return [
+        f"{asked}: a warm start is made by one process, and this is one of {world} processes; begin the run without "
+        "the launcher, stop it (Ctrl-C) after the warm start, and go on with the launcher and the same run_dir"
+    ]
 
 
 def warm_start_warnings(

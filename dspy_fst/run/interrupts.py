@@ -86,6 +86,17 @@ def signals_raise() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def signals_ignored() -> None:
+    """SIGTERM and SIGHUP change nothing until the block of `signals_raise` is left, because the process ends already.
+
+    Without such a block nothing changes.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in ENDING:
+            if getattr(signal.getsignal(number), "__qualname__", "").startswith(signals_raise.__name__):
+                signal.signal(number, signal.SIG_IGN)
+
+
 def interruption_named(error: BaseException) -> str | None:
     """``"Ctrl-C"`` or the signal's name when the error is an interruption, else None."""
     if isinstance(error, Terminated):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.machine import has_gpu, launch_faults
+from dspy_fst.engine.machine import several_fault
 from dspy_fst.errors import TrainingError
 from dspy_fst.recipe.lora_settings import SHARED
 from dspy_fst.slow import head
@@ -41,11 +41,13 @@ from dspy_fst.slow.checkpoint import (
     stored_shapes,
     write_state,
 )
-from dspy_fst.slow.head import Readout, exact_matmuls, learn
+from dspy_fst.slow.head import exact_matmuls, learn
 from dspy_fst.slow.heap import map_large_tensors
 from dspy_fst.slow.losses.by_name import band_of, loss_of
 from dspy_fst.slow.micro_batch_budget import MicroBatchBudget
 from dspy_fst.slow.model import Policy
+from dspy_fst.slow.ranks.ranks import ALONE, Ranks, on_all_ranks
+from dspy_fst.slow.start import Start
 from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.slow.update_metrics import NO_UPDATE, UpdateMetrics
 from dspy_fst.types import Batch, Call, Row, SeedKLCall, UpdateReport, WeightsVersion
@@ -64,10 +66,12 @@ class Trainer:
         share_prompts: Whether a prompt that several calls begin with is read once, where the model allows it. Speed
             only.
         seed: Seeds torch before the model is built, and a new adapter's numbers; the update itself draws nothing.
+        ranks: The processes that train together. Each takes a share of the micro-batches of an update; see
+            `slow.ranks.roles.make_trainer`.
 
     Raises:
         TrainingError: the model's logits are not those of a plain LM head, or the process was launched as one of
-            several (see `engine.machine.launch_faults`).
+            several and ``ranks`` are not those.
     """
 
     @torch.inference_mode(False)
@@ -81,16 +85,18 @@ class Trainer:
         adapters: Mapping[str, str] = NONE,
         share_prompts: bool = True,
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ):
         self.settings, self._share_prompts = settings, share_prompts
         self._loss, self._band = loss_of(settings), band_of(settings)
-        if faults := launch_faults():
-            raise TrainingError("; ".join(faults))
-        on_cuda = device == "auto" and has_gpu()
-        self._device = torch.device("cuda" if on_cuda else "cpu")
+        self.ranks = ranks
+        if ranks.world == 1 and (fault := several_fault()):
+            raise TrainingError(fault)
+        self._device = torch.device("cpu") if device == "cpu" else ranks.device
+        on_cuda = self._device.type == "cuda"
         low = settings.precision == "bfloat16" or (settings.precision == "auto" and on_cuda)
         self._dtype = torch.bfloat16 if low else torch.float32
-        self._source, self._reference_path = model, reference
+        self._source = model
         torch.manual_seed(seed)
         self._files = Checkpoint.at("start", Path(model)).path
         self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._files, trust_remote_code=False)
@@ -107,6 +113,7 @@ class Trainer:
         self._optimizer = make_adamw(list(self.parameters.values()), settings)
         self._updates = 0
         self._budget = MicroBatchBudget(settings.micro_batch_tokens)
+        self._start = Start(self._policy, reference or model, own=reference is None, cut=self._micro_batches)
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -142,6 +149,7 @@ class Trainer:
 
     # ---- one update ----------------------------------------------------------------------------
 
+    @on_all_ranks
     @torch.inference_mode(False)  # a caller may be in torch.no_grad() or torch.inference_mode()
     @torch.enable_grad()
     @exact_matmuls()
@@ -176,13 +184,16 @@ class Trainer:
         """Leave the batch's gradient with the parameters; None, and no gradient, if memory ran out."""
         self._optimizer.zero_grad()
         metrics = UpdateMetrics(self._device)
+        fits = True
         try:
-            for micro in self._micro_batches(sequences):
+            for micro in self._micro_batches(sequences, shared=True):
                 self._learn(micro, batch.rows, metrics)
             self._learn_seed_kl(batch.seed_kl_calls, metrics)
-            return metrics
         except torch.OutOfMemoryError:
-            pass  # below, the error no longer holds the frames, and with them the memory
+            fits = False  # below, the error no longer holds the frames, and with them the memory
+        if all(self.ranks.gathered(fits)):
+            self.ranks.sum_gradients(list(self.parameters.values()))
+            return metrics.summed(self.ranks)
         self._optimizer.zero_grad()
         torch.cuda.empty_cache()  # does nothing without CUDA
         return None
@@ -194,7 +205,9 @@ class Trainer:
         """
         tokens = tokens_of([rows[member] for member in micro.members], self._device)
         coefficient = self.settings.kl_coefficient
-        start = self._start(micro) if coefficient > 0 else None  # before the policy's activations take their memory
+        start = (
+            self._start.reads(micro) if coefficient > 0 else None
+        )  # before the policy's activations take their memory
         readout = self._policy.readout(micro)
         if self._loss.reads_replies:
             tokens = with_reply_log_ratios(tokens, head.logprobs(readout, micro), micro.tokens)
@@ -225,9 +238,9 @@ class Trainer:
             assert kl is not None
             return coefficient * kl.sum() / tokens
 
-        for micro in self._micro_batches(policy_reads):
+        for micro in self._micro_batches(policy_reads, shared=True):
             other = None if policy_reads == start_reads else [start_reads[member] for member in micro.members]
-            start = self._start(micro, other)
+            start = self._start.reads(micro, other)
             measured = learn(self._policy.readout(micro), micro, loss, start)
             assert measured.kl is not None
             metrics.add_seed_kl(measured, measured.kl.sum() / tokens, micro)
@@ -276,39 +289,13 @@ class Trainer:
         return head.logprobs(self._policy.readout(micro), micro)
 
     def _kl(self, micro: MicroBatch) -> Tensor:
-        return head.kl_to(self._start(micro), self._policy.readout(micro), micro)
+        return head.kl_to(self._start.reads(micro), self._policy.readout(micro), micro)
 
-    @torch.no_grad()
-    def _start(self, micro: MicroBatch, other: Sequence[Scored] | None = None) -> Readout:
-        """What the start makes of a micro-batch.
-
-        Args:
-            other: The sequence that the start reads instead of each member, with the same scored tokens. They are cut
-                into micro-batches of their own: the start's prompts may be far longer than the policy's, so the
-                policy's micro-batch of the same calls could exceed the budget. None: it reads the micro-batch itself.
-        """
-        if other is None:
-            return self._reference.readout(micro)
-        parts: dict[int, Tensor] = {}
-        for own in self._micro_batches(list(other)):
-            readout = self._reference.readout(own)
-            parts |= dict(zip(own.members, readout.hidden.split(own.tokens), strict=True))
-        return replace(readout, hidden=torch.cat([parts[index] for index in range(len(other))]))
-
+    @on_all_ranks
     def prepare(self) -> None:
         """Load the weights of the KL term, where the loss has one; else the first update loads them."""
         if self.settings.kl_coefficient > 0 or self.settings.seed_kl_coefficient > 0:
-            _ = self._reference
-
-    @cached_property
-    @torch.inference_mode(False)
-    def _reference(self) -> Policy:
-        if self._reference_path is None and self._policy.adapters:
-            return self._policy.start
-        path = self._source if self._reference_path is None else self._reference_path
-        policy = Policy.load(path, dtype=self._dtype, trainable=False)
-        self._policy.check_same_model(policy, path)
-        return policy.to(self._device)
+            _ = self._start.policy
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -323,9 +310,14 @@ class Trainer:
                 result[scorable[member]] = values.tolist()
         return result
 
-    def _micro_batches(self, sequences: list[Scored]) -> Iterator[MicroBatch]:
+    def _micro_batches(self, sequences: list[Scored], *, shared: bool = False) -> Iterator[MicroBatch]:
+        """
+        Args:
+            shared: Only this rank's share.
+        """
         share = self._share_prompts and self._policy.shares_prompts
-        return (micro.to(self._device) for micro in micro_batches(sequences, self._budget.tokens, share=share))
+        cut = micro_batches(sequences, self._budget.tokens, share=share)
+        return (micro.to(self._device) for micro in (self.ranks.share(cut) if shared else cut))
 
     def _checked(self, sequences: list[Scored]) -> list[Scored]:
         check_scorable(sequences, vocabulary=self.vocabulary, last_position=self._policy.last_position)
@@ -358,6 +350,7 @@ class Trainer:
         tensors = state_tensors(self.parameters, self._optimizer, self._device)
         return partial(write_state, tensors=tensors, facts={"updates": self._updates, **self._budget.facts})
 
+    @on_all_ranks
     @torch.inference_mode(False)
     def load_state(self, directory: Path) -> None:
         """Restore what :meth:`save_state` wrote; the reference is unchanged.
@@ -376,6 +369,7 @@ class Trainer:
         self._updates = facts["updates"]
         self._budget.restore(facts)
 
+    @on_all_ranks
     @torch.inference_mode(False)
     def load_optimizer(self, directory: Path) -> list[str]:
         """Load AdamW's moments and the number of updates from another run's :meth:`save_state`, but no weights.

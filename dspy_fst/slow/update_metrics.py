@@ -11,8 +11,10 @@ from dspy_fst.errors import MismatchError, NotFiniteError
 from dspy_fst.slow.batching import MicroBatch
 from dspy_fst.slow.head import Measured
 from dspy_fst.slow.losses.loss import Tokens
+from dspy_fst.slow.ranks.ranks import Ranks
 from dspy_fst.types import AdapterReport, UpdateReport
 
+CPU = torch.device("cpu")
 NO_UPDATE = UpdateReport(
     loss=0.0,
     grad_norm=0.0,
@@ -119,6 +121,35 @@ class UpdateMetrics:
         self._seed_tokens += len(measured.entropy)
         self._seed_calls += len(micro.members)
         self._seed_kl = kl if self._seed_kl is None else self._seed_kl + kl
+
+    def summed(self, ranks: Ranks) -> "UpdateMetrics":
+        """The sums over all ranks' micro-batches, the same on each."""
+        if ranks.world == 1:
+            return self
+        total = UpdateMetrics(CPU)
+        for found in ranks.gathered(self._at(CPU)):
+            total._take_in(found)
+        return total._at(self._device)
+
+    def _at(self, device: torch.device) -> "UpdateMetrics":
+        moved = UpdateMetrics(device)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.detach().to(device))
+            elif isinstance(value, int):
+                setattr(moved, name, value)
+        moved._adapters = {name: own._at(device) for name, own in self._adapters.items()}
+        return moved
+
+    def _take_in(self, other: "UpdateMetrics") -> None:
+        for name, value in vars(other).items():
+            own = getattr(self, name)
+            if name == "_largest":
+                self._largest = torch.maximum(own, value)
+            elif isinstance(value, Tensor | int):
+                setattr(self, name, value if own is None else own + value)
+        for adapter, sums in other._adapters.items():
+            self._adapters.setdefault(adapter, UpdateMetrics(self._device))._take_in(sums)
 
     @property
     def effective_sample_share(self) -> float:

@@ -21,6 +21,8 @@ from dspy_fst.run.directory import Listener, RunDirectory
 from dspy_fst.run.ending import emit_halted
 from dspy_fst.run.interrupts import interruption_named
 from dspy_fst.run.state import moved_at, to_publish_from
+from dspy_fst.slow.ranks.ranks import ALONE, Ranks
+from dspy_fst.slow.ranks.roles import make_trainer
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.training.anchors import origin_of
 from dspy_fst.training.continuing import take_over
@@ -40,7 +42,7 @@ Listeners = Sequence[Listener]
 
 
 @contextmanager
-def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
+def open_run(request: Request, listeners: Listeners = (), together: Ranks | None = None) -> Iterator[Session]:
     """Start the trainer and the engine, at the committed state where there is one.
 
     The engine is stopped when the run fails; a finished run hands it to the compiled program.
@@ -48,11 +50,13 @@ def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
     Args:
         request: What `check` returned.
         listeners: Functions that are told every event.
+        together: The processes that train together; None: this one alone.
 
     Raises:
+        RankError: another rank failed or died.
         ConfigurationError: the first rollouts showed faults.
     """
-    original = request.policy
+    original, ranks = request.policy, together or ALONE
     original.release()  # its engine would hold memory beside the training one; it starts again when called
     policy = original.fork()
     keep, clean = request.config.keep_states, request.redactor.clean
@@ -65,21 +69,22 @@ def open_run(request: Request, listeners: Listeners = ()) -> Iterator[Session]:
         defaults=FSTConfig().model_dump(),
     )
     try:
-        for warning in request.warnings:
-            run.tell({"event": "note", "text": f"warning: {warning}"})
-        run.tell({"event": "phase", "phase": "loading the model and starting the engine"})
-        session = _assemble(request, run, policy)
-        if not run.state and (words := take_over(session.trainer, request.config, request.student, original)):
-            run.emit("note", text=words)
-        session.publish(moved_at(run.state))
-        session.prune_weights()  # a kill may have come between a commit and this
-        with dspy.context(lm=_configured(policy), adapter=kept_by(request.student) or adapter_in_force()):
-            parsed = _begin(session, request)
-            if is_due(session, request.teacher):
-                warm_start(session, request.teacher, _lora_adapters(request), original)
-                del session  # and the trainer with it
-                session = _warm_started(request, run, policy, parsed)
-            yield session
+        with ranks.naming_lost():
+            for warning in request.warnings:
+                run.tell({"event": "note", "text": f"warning: {warning}"})
+            run.tell({"event": "phase", "phase": "loading the model and starting the engine"})
+            session = _assemble(request, run, policy, ranks)
+            if not run.state and (words := take_over(session.trainer, request.config, request.student, original)):
+                run.emit("note", text=words)
+            session.publish(moved_at(run.state))
+            session.prune_weights()  # a kill may have come between a commit and this
+            with dspy.context(lm=_configured(policy), adapter=kept_by(request.student) or adapter_in_force()):
+                parsed = _begin(session, request)
+                if is_due(session, request.teacher):
+                    warm_start(session, request.teacher, _lora_adapters(request), original)
+                    del session  # and the trainer with it
+                    session = _warm_started(request, run, policy, ranks, parsed)
+                yield session
         # The compiled program lives on: its restarts are no business of this run, and must not hold its trainer.
         policy.handle.engine.on_recovery(logger.warning, None)
     except BaseException as error:
@@ -109,9 +114,9 @@ def _begin(session: Session, request: Request) -> float | None:
     return None if look is None else look.parsed
 
 
-def _warm_started(request: Request, run: RunDirectory, policy: PolicyLM, parsed: float | None) -> Session:
+def _warm_started(request: Request, run: RunDirectory, policy: PolicyLM, ranks: Ranks, parsed: float | None) -> Session:
     """The session that goes on from the weights of the warm start, as one of a later process would."""
-    session = _assemble(request, run, policy)
+    session = _assemble(request, run, policy, ranks)
     session.publish(0)
     told_after(session, parsed)
     session.commit_start()
@@ -157,11 +162,11 @@ def _what_is_saved(run: RunDirectory) -> str:
     return f"saved: {step} updates, {searches} searches. Compile again with run_dir={str(run.path)!r} to go on"
 
 
-def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
+def _assemble(request: Request, run: RunDirectory, policy: PolicyLM, ranks: Ranks) -> Session:
     """Load the trainer, at the committed state when there is one, and put the session together."""
     config, student = request.config, request.student
     adapters = _lora_adapters(request)
-    trainer = _trainer(request, run, request.policy.checkpoint.folder, adapters)
+    trainer = _trainer(request, run, request.policy.checkpoint.folder, adapters, ranks)
     run.drop_weights_from(to_publish_from(run.state))
     if run.state:
         trainer.load_state(run.trainer_state)
@@ -187,7 +192,7 @@ def _assemble(request: Request, run: RunDirectory, policy: PolicyLM) -> Session:
     )
 
 
-def _trainer(request: Request, run: RunDirectory, model: Path, adapters: Mapping[str, str]) -> Trainer:
+def _trainer(request: Request, run: RunDirectory, model: Path, adapters: Mapping[str, str], ranks: Ranks) -> Trainer:
     """The trainer at the start of the run's own training, whose KL's reference that is.
 
     After a warm start the reference is what that left. LoRA adapters are read from there, as the trainer keeps a frozen
@@ -195,8 +200,8 @@ def _trainer(request: Request, run: RunDirectory, model: Path, adapters: Mapping
     """
     config, warm = request.config, run.weights_path(WARM_START) if run.state.get("warm_start") else None
     if config.adapter is not None:
-        return Trainer(warm or model, config, adapters=adapters, seed=config.seed)
-    return Trainer(model, config, reference=warm, adapters=adapters, seed=config.seed)
+        return make_trainer(ranks, warm or model, config, adapters=adapters, seed=config.seed)
+    return make_trainer(ranks, model, config, reference=warm, adapters=adapters, seed=config.seed)
 
 
 # ---- what is said before anything is spent -------------------------------------------------------

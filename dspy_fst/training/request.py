@@ -44,7 +44,12 @@ from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.preflight.template_checks import template_warnings
 from dspy_fst.preflight.text_checks import text_faults
 from dspy_fst.preflight.unreachable_parts import part_faults, part_warnings
-from dspy_fst.preflight.warm_start_checks import warm_start_faults, warm_start_warnings, warm_start_words
+from dspy_fst.preflight.warm_start_checks import (
+    warm_start_faults,
+    warm_start_rank_faults,
+    warm_start_warnings,
+    warm_start_words,
+)
 from dspy_fst.recipe.lora_settings import adapter_of
 from dspy_fst.rollout.chat_adapters import differing_adapter, identity
 from dspy_fst.rollout.components import carried_by
@@ -242,6 +247,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     ]
     faults += optimizer_faults(config, student, policy, run_dir)
     config = with_demo_tokens(config, policy)
+    faults += warm_start_rank_faults(config, given.teacher, run_dir)
     identity = run_identity(config, student, given.trainset, policy, given.teacher)
     recipe = redactor.clean({**identity, **fast_identity(given.proposers.fast)})
     faults += [fault] if (fault := directory_fault(run_dir, recipe, FSTConfig().model_dump())) else []

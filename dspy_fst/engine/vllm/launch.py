@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dspy_fst.engine.machine import has_gpu
+from dspy_fst.engine.machine import has_gpu, without_launcher
 from dspy_fst.engine.vllm.lora_files import LoRANeeds
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
@@ -82,7 +82,7 @@ def vllm_environment(settings: VLLMSettings, key: str, *, loras: bool = False) -
     """This process's environment, with the variables that the server needs; ``loras``: whether it serves adapters."""
     python_path = os.pathsep.join(filter(None, [str(_SERVED_FOLDER), os.environ.get("PYTHONPATH")]))
     return {
-        **os.environ,
+        **without_launcher(os.environ),  # vLLM would take this process's rank for its own
         "PYTHONPATH": python_path,
         "VLLM_API_KEY": key,
         "VLLM_SERVER_DEV_MODE": "1",

@@ -1,0 +1,211 @@
+"""Several processes as one trainer, by torch.distributed.
+
+Tensors go over the default group: NCCL between GPUs, else gloo. Calls, counts and outcomes are Python objects. They go
+over gloo always, which notices at once when a process is gone; a NCCL call would wait.
+
+The store (a key-value server of the launcher) says what comes next, and why a rank has left. A rank waits there as
+long as rank 0 searches, and hears signals.
+"""
+
+import os
+import pickle
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dspy_fst.engine.machine import Launch, has_gpu
+from dspy_fst.errors import RankError, TrainingError, briefly
+from dspy_fst.run.interrupts import Terminated
+from dspy_fst.slow.ranks.ranks import Ranks
+
+T = TypeVar("T")
+END = "end"
+FAILED = "!"
+OF_GLOO = "gloo/"
+"""Stands in gloo's errors: it names its source file (torch 2.13), e.g. ``gloo/transport/tcp/pair.cc``."""
+SHORTEST_S, LONGEST_S = 0.001, 0.2
+"""How often a rank looks for the next call: at first, and after a long wait (ours)."""
+LAST_WORDS_S = 3.0
+"""How long a rank that leaves has to say why (ours)."""
+ATTEMPT = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+"""Variables of torchrun that tell its restarts apart; their store is the same."""
+
+
+class Group(Ranks):
+    """This process and the others that were launched with it.
+
+    Args:
+        launch: Which of them this is.
+    """
+
+    def __init__(self, launch: Launch):
+        self.rank, self.world, self._local_rank = launch.rank, launch.world, launch.local_rank
+        self._mine = not dist.is_initialized()
+        if has_gpu():
+            torch.cuda.set_device(launch.local_rank)
+        if self._mine:
+            dist.init_process_group("nccl" if has_gpu() else "gloo")
+        self._control = dist.new_group(backend="gloo")
+        client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        attempt = "-".join(os.environ.get(name, "") for name in ATTEMPT)
+        self._store = dist.PrefixStore(f"dspy_fst/{attempt}", client)
+        self._store.set(f"process/{self.rank}", _place())
+        self._calls = 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self._local_rank) if has_gpu() else torch.device("cpu")
+
+    # ---- calls -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def together(self, call: str, arguments: Sequence[object], options: Mapping[str, object]) -> Iterator[None]:
+        """
+        Raises:
+            RankError: a rank failed where this one did not.
+        """
+        if self.rank == 0:
+            self._tell(call, (arguments, options))
+        failure: TrainingError | None = None
+        try:
+            yield
+        except RankError:
+            raise
+        except TrainingError as error:  # the same on all ranks, which is verified
+            failure = error
+        outcomes = self.gathered(None if failure is None else _last_line(failure))
+        if len(set(outcomes)) > 1:
+            told = "; ".join(f"rank {rank}: {outcome or 'done'}" for rank, outcome in enumerate(outcomes))
+            raise RankError(f"the ranks differ in the outcome of {call} ({told})")
+        if failure is not None:
+            raise failure
+
+    def _tell(self, call: str, content: object) -> None:
+        self._calls += 1
+        message = pickle.dumps(content)  # before the others wait for it
+        self._store.set(f"call/{self._calls}", call)
+        dist.broadcast_object_list([message], src=0, group=self._control)
+
+    def hear(self) -> tuple[str, tuple[Sequence[object], Mapping[str, object]]]:
+        """What rank 0 calls next, with its arguments; waits for it."""
+        self._calls += 1
+        key = f"call/{self._calls}"
+        pause = SHORTEST_S
+        while not self._store.check([key]):  # its wait() would not hear a signal, and logs each time that it gives up
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_S)
+        call = self._store.get(key).decode()
+        if call == END:
+            return END, ((), {})
+        received: list[bytes] = [b""]
+        dist.broadcast_object_list(received, src=0, group=self._control)
+        return call, pickle.loads(received[0])
+
+    def end(self) -> None:
+        """Let the other ranks end, where they still listen; this process is alone from now on."""
+        with suppress(RuntimeError):  # the store may have gone with its launcher
+            if self.rank == 0:
+                self._store.set(f"call/{self._calls + 1}", END)
+        if self._mine:
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+
+    # ---- values ----------------------------------------------------------------------------------
+
+    def share(self, items: Iterable[T]) -> Iterable[T]:
+        return islice(items, self.rank, None, self.world)
+
+    def gathered(self, what: T) -> list[T]:
+        found: list[T] = [what] * self.world
+        dist.all_gather_object(found, what, group=self._control)
+        return found
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        held = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        dist.all_reduce(held, dist.ReduceOp.MAX, group=self._control)
+        waiting = []
+        for parameter, somewhere in zip(parameters, held.tolist(), strict=True):
+            if somewhere:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                waiting.append(dist.all_reduce(parameter.grad, async_op=True))
+        for work in waiting:
+            work.wait()
+
+    # ---- a rank that is gone ---------------------------------------------------------------------
+
+    def leave(self, error: BaseException) -> None:
+        """Tell rank 0 why this rank leaves: by an error of its own, or after another one's."""
+        after_another = isinstance(error, Terminated) or OF_GLOO in str(error)
+        with suppress(RuntimeError):
+            self._store.set(f"left/{self.rank}", "later" if after_another else f"{FAILED}{_last_line(error)}")
+
+    @contextmanager
+    def naming_lost(self) -> Iterator[None]:
+        """
+        Raises:
+            RankError: another rank failed or died, which this one saw as a lost connection or the launcher's SIGTERM.
+        """
+        try:
+            yield
+        except (RuntimeError, Terminated) as error:
+            if (who := self._lost()) is None:
+                raise
+            raise RankError(
+                f"{who}. All ranks end with it; what was committed is whole, and the same command goes on from there"
+            ) from error
+
+    def _lost(self) -> str | None:
+        """Which ranks were the first to fail or die, in words; None if none is known to have."""
+        until = time.monotonic() + LAST_WORDS_S
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        while True:
+            words = {rank: self._said(f"left/{rank}") for rank in others}
+            found = [f"rank {rank} failed: {text[1:]}" for rank, text in words.items() if text.startswith(FAILED)]
+            silent = {rank: self._said(f"process/{rank}") for rank, text in words.items() if not text}
+            found += [f"rank {rank} died ({where})" for rank, where in silent.items() if _is_dead(where)]
+            if found or not silent:
+                return "; ".join(found) or None
+            if time.monotonic() > until:
+                far = [
+                    f"rank {rank} does not answer ({where})" for rank, where in silent.items() if not _is_here(where)
+                ]
+                return "; ".join(far) or None
+            time.sleep(0.1)
+
+    def _said(self, key: str) -> str:
+        """What stands in the store; empty where nothing does, or the store is gone."""
+        with suppress(RuntimeError):
+            if self._store.check([key]):
+                return self._store.get(key).decode()
+        return ""
+
+
+def _last_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {briefly(error)}"
+
+
+def _place() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _is_here(place: str) -> bool:
+    return place.endswith(f" on {socket.gethostname()}")
+
+
+def _is_dead(place: str) -> bool:
+    """Whether a process of this machine is gone; of another machine nothing is known."""
+    if not _is_here(place):
+        return False
+    try:
+        status: str = psutil.Process(int(place.split()[1])).status()
+    except psutil.NoSuchProcess:
+        return True
+    return status == psutil.STATUS_ZOMBIE

@@ -1,0 +1,88 @@
+"""What the ranks of a test learn: batches, and the cases that are trained alike by one process and by several."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dspy_fst.recipe.lora_settings import LoRA
+from dspy_fst.slow.ranks.ranks import ALONE, Ranks
+from dspy_fst.slow.ranks.roles import make_trainer
+from dspy_fst.slow.trainer import Trainer
+from dspy_fst.slow.training_settings import TrainingSettings
+from dspy_fst.types import Batch, SeedKLCall, UpdateReport
+from tests.slow.makers import VOCABULARY, make_batch, make_call, make_row
+
+STEPS = 5
+SETTINGS = TrainingSettings(
+    learning_rate=1e-3, warmup_steps=1, micro_batch_tokens=24, max_grad_norm=0.5, min_effective_share=0.0
+)
+LORA = TrainingSettings(**{**SETTINGS.model_dump(), "adapter": LoRA(rank=4)})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train."""
+
+    model: str
+    settings: TrainingSettings = SETTINGS
+    adapters: Mapping[str, str] = field(default_factory=dict)
+
+    def with_settings(self, **changes: object) -> "Case":
+        return replace(self, settings=self.settings.model_copy(update=changes))
+
+    def trainer(self, models: Path, ranks: Ranks = ALONE) -> Trainer:
+        return make_trainer(
+            ranks, models / self.model, self.settings, device="cpu", adapters=dict(self.adapters), seed=3
+        )
+
+
+CASES = {
+    "full": Case("untied").with_settings(seed_kl_coefficient=0.1),
+    "tied": Case("tied").with_settings(loss="gspo"),
+    "lora": Case("untied", LORA),
+    "tied lora": Case("tied", LORA, {"ask": "first", "answer": "second"}),
+}
+
+
+def a_batch(number: int, rows: int = 7) -> Batch:
+    """Rows of two predictors, of many lengths, and a few seed-KL calls."""
+    draw = random.Random(number)
+
+    def ids(longest: int) -> list[int]:
+        return [draw.randrange(VOCABULARY - 2) for _ in range(draw.randint(2, longest))]
+
+    made = []
+    for place in range(rows):
+        prompt, completion = ids(9), ids(6)
+        row = make_row(prompt, completion, [-3.0] * len(completion), draw.uniform(-1, 1), 0.05)
+        made.append(replace(row, predictor="ask" if place % 2 else "answer"))
+    kept = tuple(SeedKLCall(call, call.prompt_ids) for call in (make_call(ids(5), ids(5)) for _ in range(3)))
+    return replace(make_batch(made), seed_kl_calls=kept)
+
+
+def trained(trainer: Trainer, first: int = 0, steps: int = STEPS) -> list[UpdateReport]:
+    return [trainer.step(a_batch(number)) for number in range(first, first + steps)]
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+
+
+def furthest(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """The largest distance of two numbers at the same place."""
+    assert found.keys() == wanted.keys()
+    return max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
+
+
+def fresh(model: Path) -> dict[str, Tensor]:
+    """The weights before any step."""
+    return weights_of(Trainer(model, SETTINGS, device="cpu"))
+
+
+def saved(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
