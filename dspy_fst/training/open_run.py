@@ -70,9 +70,7 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
     )
     try:
         with ranks.naming_lost():
-            for warning in request.warnings:
-                run.tell({"event": "note", "text": f"warning: {warning}"})
-            run.tell({"event": "phase", "phase": "loading the model and starting the engine"})
+            _tell_begin(run, request)
             session = _assemble(request, run, policy, ranks)
             if not run.state and (words := take_over(session.trainer, request.config, request.student, original)):
                 run.emit("note", text=words)
@@ -97,6 +95,12 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
                 run.abandon()
         raise
     run.close()
+
+
+def _tell_begin(run: RunDirectory, request: Request) -> None:
+    for warning in request.warnings:
+        run.tell({"event": "note", "text": f"warning: {warning}"})
+    run.tell({"event": "phase", "phase": "loading the model and starting the engine"})
 
 
 def _begin(session: Session, request: Request) -> float | None:

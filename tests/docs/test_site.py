@@ -129,7 +129,7 @@ def printed():
     return [_flat(text).replace("...", "") for folder in ("dspy_fst", "programs") for text in literals(ROOT / folder)]
 
 
-@pytest.mark.parametrize("page", ["troubleshooting.md", "gpus.md", "parsing.md"])
+@pytest.mark.parametrize("page", ["troubleshooting.md", "several-gpus.md", "parsing.md"])
 def test_every_quoted_message_is_one_that_the_package_prints(printed, page):
     quoted = list(fences(DOCS / page, "text"))
     assert quoted
