@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 class Ranks:
-    """One process alone. `Group` has several."""
+    """One process alone. `SeveralRanks` are several."""
 
     rank, world = 0, 1
 

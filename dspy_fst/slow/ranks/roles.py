@@ -12,8 +12,8 @@ from torch import nn
 from dspy_fst.engine.machine import Launch
 from dspy_fst.errors import ConfigurationError, RankError, TrainingError
 from dspy_fst.run.interrupts import signals_raise
-from dspy_fst.slow.ranks.group import END, Group
 from dspy_fst.slow.ranks.ranks import Ranks
+from dspy_fst.slow.ranks.several import END, SeveralRanks
 from dspy_fst.slow.trainer import Trainer
 
 BUILD = "build"
@@ -67,7 +67,7 @@ def leading(launch: Launch) -> Iterator[Ranks]:
     global _over
     if _over:
         raise ConfigurationError([ENDED.format(world=launch.world)])
-    group, _over = Group(launch), True
+    group, _over = SeveralRanks(launch), True
     try:
         yield group
     finally:
@@ -82,7 +82,7 @@ def obey(launch: Launch) -> NoReturn:
         Exception: what failed here alone, or rank 0's connection; rank 0 is told.
     """
     with signals_raise():
-        group = Group(launch)
+        group = SeveralRanks(launch)
         try:
             _make_calls(group)
         except BaseException as error:
@@ -92,7 +92,7 @@ def obey(launch: Launch) -> NoReturn:
     raise SystemExit(0)
 
 
-def _make_calls(group: Group) -> None:
+def _make_calls(group: SeveralRanks) -> None:
     trainer: Trainer | None = None
     while True:
         call, (arguments, options) = group.hear()

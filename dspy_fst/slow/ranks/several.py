@@ -39,7 +39,7 @@ ATTEMPT = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 """Variables of torchrun that tell its restarts apart; their store is the same."""
 
 
-class Group(Ranks):
+class SeveralRanks(Ranks):
     """This process and the others that were launched with it.
 
     Args:
