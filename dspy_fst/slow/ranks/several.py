@@ -23,7 +23,7 @@ from torch import nn
 
 from dspy_fst.engine.machine import Launch, has_gpu
 from dspy_fst.errors import RankError, TrainingError, briefly
-from dspy_fst.run.interrupts import Terminated
+from dspy_fst.run.interrupts import Terminated, signals_ignored
 from dspy_fst.slow.ranks.ranks import Ranks
 
 T = TypeVar("T")
@@ -156,11 +156,18 @@ class SeveralRanks(Ranks):
         try:
             yield
         except (RuntimeError, Terminated) as error:
-            if (who := self._lost()) is None:
+            if (who := self._who()) is None:
                 raise
             raise RankError(
                 f"{who}. All ranks end with it; what was committed is whole, and the same command goes on from there"
             ) from error
+
+    def _who(self) -> str | None:
+        """As `_lost` has it. The launcher's signal for this rank would break that off, and what is told of it."""
+        while True:
+            with suppress(Terminated):
+                signals_ignored()
+                return self._lost()
 
     def _lost(self) -> str | None:
         """Which ranks were the first to fail or die, in words; None if none is known to have."""
