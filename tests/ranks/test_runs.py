@@ -1,5 +1,7 @@
 """A whole run over several ranks: compile() and dspy-fst run; and ranks that fail or die."""
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from dspy_fst.engine.machine import Launch, launch_faults
 from dspy_fst.errors import ConfigurationError, EngineError
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.run.directory import read_events
+from dspy_fst.run.interrupts import signals_ignored, signals_raise
 from dspy_fst.training.request import Arguments, Proposers, check
 from programs.lab import BASE
 from tests.ranks import run as script
@@ -127,3 +130,11 @@ def test_a_warm_start_is_refused_with_several_ranks(monkeypatch, tmp_path):
     )
     with pytest.raises(ConfigurationError, match=r"warm_start: .* 2 processes"):
         check(given)
+
+
+def test_a_signal_of_the_launcher_waits_once_a_lost_rank_is_told_of():
+    with signals_raise():
+        signals_ignored()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
