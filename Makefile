@@ -16,7 +16,7 @@ TESTS := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Models of billions of parameters are read and probed on the CPU before they go to the GPU.
 gpu-check: OMP_NUM_THREADS = 8
 
-.PHONY: setup demo test every-test test-fast lint style types pages docs film evidence gpu-check lock clean
+.PHONY: setup demo test every-test test-fast lint style types pages docs film evidence evidence-language gpu-check lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show this help.
@@ -60,6 +60,11 @@ evidence: .venv/.ready ## The short form of BENCHMARKS.md: the runs that are mis
 	$(RUN) -m benchmarks.evidence.grid short
 	$(RUN) -m benchmarks.evidence.tables
 	$(RUN) -m benchmarks.evidence.charts
+
+evidence-language: export OMP_NUM_THREADS = 1
+evidence-language: .venv/.ready ## The short form on SmolLM2: the runs that are missing, two at a time, then its tables.
+	$(RUN) -m benchmarks.language.grid short
+	$(RUN) -m benchmarks.evidence.tables
 
 # Runs without the environment too, e.g. where there is no package index: WHEELS="dir ..." then holds what is missing.
 gpu-check: ## What only a GPU can show, in eight minutes: tests, updates beside trl, FST beside RL. WHEELS=DIR, ARGS=...

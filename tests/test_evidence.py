@@ -65,7 +65,7 @@ def test_the_rates_follow_from_the_lines_that_they_were_chosen_from_and_are_thos
     lines = [json.loads(line) for line in tune.LINES.read_text().splitlines()]
     rates = read_json(experiments.RATES)
     assert tune.chosen(lines) == rates
-    for path in raw.RESULTS.glob("*/*.jsonl"):
+    for path in (path for form in experiments.FORMS for path in (raw.RESULTS / form).glob("*.jsonl")):
         for line in path.read_text().splitlines():
             made = json.loads(line)
             if made["lines"][-1]["updates"]:

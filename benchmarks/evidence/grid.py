@@ -32,14 +32,12 @@ from rich.console import Console
 
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.experiments import EXPERIMENTS, FORMS, Place, Stages, compared
-from benchmarks.evidence.marks import base_mark, world_mark
+from benchmarks.evidence.marks import base_mark
 from benchmarks.evidence.raw import RESULTS
 from benchmarks.evidence.run import INTERVAL, Run
 from dspy_fst.run.files import read_json
 from programs.lab.demo import positive
 from programs.lab.pretrain import Recipe, pretrain
-
-RUN_LIMIT_S = 3600
 
 
 def make_all(stages: Stages, place: Place, processes: int, console: Console) -> list[dict[str, Any]]:
@@ -76,7 +74,7 @@ def _try_first(stages: Stages, place: Place) -> None:
     """
     runs = list(chain.from_iterable(stages))
     made_later = {str(place.weaker_base), *(str(place.of(run)) for run in runs)}
-    tries = [partial(world_mark, world) for world in dict.fromkeys(run.world for run in runs)]
+    tries = [run.world_mark for run in {run.world: run for run in runs}.values()]
     bases = {run.weights for run in runs if run.base not in made_later}
     tries += [partial(base_mark, folder) for folder in sorted(bases)]
     faults = []
@@ -114,7 +112,7 @@ def _made(run: Run, place: Place, console: Console) -> str | None:
     if (out / "result.json").exists():
         return None
     out.mkdir(exist_ok=True)
-    words = [sys.executable, "-m", "benchmarks.evidence.run", run.arm, "--world", run.world, "--seed", str(run.seed)]
+    words = [sys.executable, "-m", run.module, run.arm, "--world", run.world, "--seed", str(run.seed)]
     words += ["--base", run.base, "--changes", json.dumps(run.changes), "--out", str(out)]
     words += ["--interval", str(run.interval), "--seed-interval", str(run.seed_interval)]
     words += ["--carry"] if run.carry else []
@@ -123,10 +121,10 @@ def _made(run: Run, place: Place, console: Console) -> str | None:
     try:
         with log.open("a") as file:
             done = subprocess.run(
-                words, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **one_thread}, timeout=RUN_LIMIT_S
+                words, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **one_thread}, timeout=run.limit_s
             )
     except subprocess.TimeoutExpired:
-        return f"{out}: not finished after {RUN_LIMIT_S} s; see {log}"
+        return f"{out}: not finished after {run.limit_s} s; see {log}"
     if done.returncode:
         *_, last = ["", *log.read_text().splitlines()]
         return f"{out}: it ended with {done.returncode}: {last.strip()} (see {log})"

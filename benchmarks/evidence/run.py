@@ -11,10 +11,11 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 
@@ -32,15 +33,16 @@ from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.files import write_json
 from dspy_fst.slow.checkpoint import write_merged
+from dspy_fst.training.parse_trial import parse_share
 from dspy_fst.types import Candidate, Problem, Rollout, version_of
+from programs.common import Task as ProgramTask
 from programs.lab import BASE, FeedbackProposer, build
 from programs.lab.measure import load as load_model
 from programs.lab.pretrain import one_thread, told_accuracy
+from programs.lab.program import Lab
 from programs.lab.prompt_lm import prompt_lm
 
 INTERVAL = 3
-PROBLEMS, SAMPLES = 96, 2
-"""Held-out problems of a measurement, and rollouts of each."""
 TOLD = 12
 """Problems of each single operation, told, that show what other instructions still do."""
 KEEP_ALL = 10_000
@@ -65,6 +67,14 @@ class Run:
     seed_interval: int = INTERVAL
     """Updates between two that are measured under the seed instruction too; the first and the last always are."""
 
+    module: ClassVar[str] = "benchmarks.evidence.run"
+    """What makes it in a process of its own; a subclass names its own module."""
+    problems: ClassVar[int] = 96
+    """Held-out problems of a measurement."""
+    samples: ClassVar[int] = 2
+    """Rollouts of each."""
+    limit_s: ClassVar[int] = 3600
+
     @property
     def recipe(self) -> dict[str, Any]:
         return {**RECIPE, **ARMS[self.arm], **self.changes}
@@ -75,13 +85,37 @@ class Run:
         final = Path(self.base) / "final" / "weights"
         return final if final.is_dir() else Path(self.base)
 
+    def world_mark(self) -> str:
+        """Raises:
+        ValueError: the world cannot be used.
+        """
+        return world_mark(self.world)
+
     def marks(self) -> dict[str, str]:
         """Of what lies outside of the repository.
 
         Raises:
             ValueError: the world or the base cannot be used.
         """
-        return {"world": world_mark(self.world), "base": base_mark(self.weights)}
+        return {"world": self.world_mark(), "base": base_mark(self.weights)}
+
+    def task(self) -> Lab | ProgramTask:
+        """What is learnt, and the held-out problems that it is measured on."""
+        return build(self.world, seed=self.seed, test=self.problems)
+
+    def policy(self) -> PolicyLM:
+        """Who speaks before training."""
+        return PolicyLM(self.weights, engine="in_process", max_tokens=16)
+
+    def proposer(self) -> dict[str, Any]:
+        """Who searches, and who proposes texts. They are no part of the recipe, which is plain settings."""
+        if self.arm in FAST:
+            return {"fast": FAST[self.arm](), "reflection_lm": prompt_lm(self.seed)}
+        return {"propose": FeedbackProposer(seed=self.seed)}
+
+    def others(self, checkpoint: Checkpoint) -> float | None:
+        """What weights are still worth on other instructions; None where nothing measures that."""
+        return others_told(checkpoint)
 
 
 @one_thread()
@@ -90,16 +124,17 @@ def make(run: Run, out: Path) -> None:
     if (out / "result.json").exists():
         return
     transformers.logging.disable_progress_bar()
-    made_at, marks = commit(), run.marks()
-    lab = build(run.world, seed=run.seed, test=PROBLEMS)
+    made_at, marks, started = commit(), run.marks(), time.process_time()
+    whole = not (out / "run").exists()
+    lab = run.task()
     if run.carry:
         student = load(Path(run.base) / "final", lab.program)
     else:
         student = lab.program
-        student.set_lm(PolicyLM(run.weights, engine="in_process", max_tokens=16))
+        student.set_lm(run.policy())
     optimizer = FSTOptimizer(
         metric=lab.metric,
-        **_proposer(run),
+        **run.proposer(),
         run_dir=out / "run",
         seed=run.seed,
         keep_weights=KEEP_ALL,
@@ -107,32 +142,28 @@ def make(run: Run, out: Path) -> None:
         **run.recipe,
     )
     compiled = optimizer.compile(student, trainset=lab.trainset, valset=lab.valset)
+    trained_s = time.process_time() - started
     policy = policy_of(compiled)
     rollouter = Rollouter(compiled, Reward(lab.metric), RolloutSettings(), policy.handle.engine.expect, seed=run.seed)
     like = compiled.population.best
     texts = texts_like(like, lab.program), texts_like(like, compiled)
-    measurer = Measurer(RunReader.of(out / "run"), rollouter, policy, texts, lab.testset)
+    measurer = Measurer(RunReader.of(out / "run"), rollouter, policy, texts, lab.testset, run.samples)
     steps = measurer.steps(run.interval)
     under_seed = measurer.steps(run.seed_interval)
     lines = [measurer.line(step, ("seed", "evolved") if step in under_seed else ("evolved",)) for step in steps]
     cells = measurer.cells(lines)
-    others = {"base": others_told(measurer.base), "trained": others_told(policy.checkpoint)}
+    others = {"base": run.others(measurer.base), "trained": run.others(policy.checkpoint)}
     shutil.rmtree(out / "final", ignore_errors=True)
     save(compiled, out / "final")
     policy.release()
     entropy = [[s.step, s.update.entropy] for s in measurer.past.record.steps if s.update.tokens]
     result = {**asdict(run), "recipe": run.recipe, "commit": made_at, "marks": marks, "lines": lines, "cells": cells}
     result |= {"other instructions": others, "entropy": entropy, "instruction": dict(measurer.compiled.texts)}
+    spent = {"training": trained_s, "measuring": time.process_time() - started - trained_s}
+    result["CPU seconds"] = spent if whole else None  # a run that was killed spent more, in processes that are gone
     write_json(out / "result.json", result)
     shutil.rmtree(out / "run" / "weights")
     shutil.rmtree(out / "run" / "states")
-
-
-def _proposer(run: Run) -> dict[str, Any]:
-    """Who searches, and who proposes texts. They are no part of the recipe, which is recorded as plain settings."""
-    if run.arm in FAST:
-        return {"fast": FAST[run.arm](), "reflection_lm": prompt_lm(run.seed)}
-    return {"propose": FeedbackProposer(seed=run.seed)}
 
 
 class Measurer:
@@ -145,11 +176,13 @@ class Measurer:
         policy: PolicyLM,
         texts: tuple[Candidate, Candidate],
         examples: Sequence[Any],
+        samples: int,
     ):
-        """`texts`: what the program started with, and what compile() returned."""
+        """`texts`: what the program started with, and what compile() returned; `samples`: rollouts of an example."""
         self.past, self.rollouter, self.policy = past, rollouter, policy
         self.seed, self.compiled = texts
         self.problems = [Problem(index, example) for index, example in enumerate(examples)]
+        self.samples = samples
         self.trained = list(past.record.steps)
         self.base = past.checkpoint(version_of(0))
 
@@ -172,6 +205,7 @@ class Measurer:
                 continue
             rollouts = self._play(checkpoint, texts[name])
             line[f"{name} accuracy"] = _accuracy(rollouts)
+            line[f"{name} parsed"] = parse_share(rollouts)
             drift = drift_of(checkpoint, self.base, rollouts) if step else None
             line[f"{name} KL per token"] = drift.per_token if drift else 0.0
             line[f"{name} KL per rollout"] = drift.per_rollout if drift else 0.0
@@ -199,7 +233,7 @@ class Measurer:
         engine = self.policy.handle.engine
         if engine.weights != checkpoint.version:
             engine.load(checkpoint)
-        tasks = [Task(problem, candidate, sample) for problem in self.problems for sample in range(SAMPLES)]
+        tasks = [Task(problem, candidate, sample) for problem in self.problems for sample in range(self.samples)]
         return self.rollouter.rollout(tasks, "held out")
 
     def _spent(self, step: int) -> dict[str, int]:
@@ -248,9 +282,10 @@ def _git(*words: str) -> str:
     return told.stdout.strip()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arm", choices=sorted(ARMS))
+def asked(arguments: Sequence[str] | None, about: str | None, arms: Iterable[str]) -> tuple[dict[str, Any], Path]:
+    """Fields of a Run, and its folder, from a command line."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arm", choices=sorted(arms))
     parser.add_argument("--world", default="reverse_drop", help="a world's name or import path")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base", default=str(BASE), help="a Hugging Face folder, or a finished run to go on from")
@@ -259,9 +294,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--interval", type=int, default=INTERVAL, help="updates between two measured checkpoints")
     parser.add_argument("--seed-interval", type=int, default=INTERVAL, help="the same, under the seed instruction")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    values = vars(options)
-    out = values.pop("out")
+    values = vars(parser.parse_args(arguments))
+    return values, values.pop("out")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    values, out = asked(arguments, __doc__, ARMS)
     make(Run(**values), out)
 
 

@@ -1,0 +1,43 @@
+"""What is compared on the language model. An arm is a change of one recipe, as in the laboratory."""
+
+from typing import Any
+
+RECIPE: dict[str, Any] = {
+    "cycles": 2,
+    "steps_per_cycle": 3,
+    "problems_per_step": 8,
+    "group_size": 4,
+    "population_size": 2,
+    "anchors": 8,
+    "search_rollouts": 32,
+    "reflection_minibatch": 2,
+    "learning_rate": 5e-5,
+    "warmup_steps": 0,
+    "kl_coefficient": 0.0,
+    "micro_batch_tokens": 2048,
+    "num_threads": 32,
+    "parse_trial": 0,
+    "validation_samples": 1,
+}
+"""Of every arm: sizes at which an arm takes some ten minutes of one core. The learning rates are not tuned. There is no
+KL term: its reference model would cost a third of each update. The paper's other numbers hold."""
+ARMS: dict[str, dict[str, Any]] = {
+    "fst": {},
+    "rl": {"method": "rl"},
+    "gepa": {"method": "gepa", "search_rollouts": 64},
+    "gepa_then_rl": {"method": "gepa_then_rl"},
+    "warm": {"warm_start": "labels", "warm_start_examples": 32, "warm_start_epochs": 1},
+    "lora": {"adapter": {"rank": 16, "alpha": 32.0}, "learning_rate": 5e-4},
+    "self_reflecting": {},
+}
+SELF_REFLECTING = "self_reflecting"
+"""The arm whose reflection LM is the base model itself; all others ask `programs.language.feedback`."""
+ABOUT = {
+    "fst": "Fast-Slow Training",
+    "rl": "CISPO under the seed instruction",
+    "gepa": "one search with the budget of FST's two, no weight update",
+    "gepa_then_rl": "all searching first, then RL over the population",
+    "warm": "FST after one pass over 32 labels",
+    "lora": "FST that trains a LoRA adapter of rank 16 instead of all weights",
+    "self_reflecting": "FST whose reflection LM is the base model itself",
+}

@@ -1,0 +1,129 @@
+"""What SmolLM2 does on the three tasks before any run: which replies parse, what an instruction and weights are worth.
+
+    python -m benchmarks.language.base                    # all of it: half an hour of one core
+    python -m benchmarks.language.base --task slips --skip-weights
+
+*seed*: the program as it is. *expert*: under an instruction that tells the rules (`programs.language.EXPERT`). *warm*:
+the seed instruction again, after supervised learning from 32 labels, one pass. Replies are sampled at temperature 1 to
+the same held-out problems. Each line replaces its own in benchmarks/results/language_base.json.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import dspy
+import transformers
+
+from benchmarks.language.arms import ARMS, RECIPE
+from benchmarks.language.run import ENGINE, MAX_TOKENS
+from benchmarks.real_model.shares import ADAPTERS
+from dspy_fst import FSTOptimizer, PolicyLM
+from dspy_fst.errors import NothingLearnedError
+from dspy_fst.policy_lm import policy_of
+from dspy_fst.rollout.components import read_texts
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
+from dspy_fst.rollout.rollouter import Rollouter
+from dspy_fst.rollout.rollouter import Task as Rolled
+from dspy_fst.run.files import read_json, write_json
+from dspy_fst.training.parse_trial import parse_share
+from dspy_fst.types import WARM_START, Candidate, Problem
+from programs.common import Task
+from programs.language import EXPERT, TASKS
+from programs.smollm2 import folder
+
+RESULTS = Path(__file__).parent.parent / "results" / "language_base.json"
+TRIFLE: dict[str, Any] = {"cycles": 1, "steps_per_cycle": 1, "problems_per_step": 1, "group_size": 2, "method": "rl"}
+"""A run whose warm start is all that is looked at."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line: what is asked, in which form, under which texts and weights."""
+
+    task: str
+    adapter: str
+    state: str
+    """"seed", "expert" or "warm"."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}, {self.adapter}, {self.state}"
+
+
+def cases(tasks: Sequence[str], adapters: Sequence[str], *, weights: bool) -> Iterator[Case]:
+    """The seed program under every adapter, the rest under the last of them."""
+    for task in tasks:
+        yield from (Case(task, adapter, "seed") for adapter in adapters)
+        yield Case(task, adapters[-1], "expert")
+        if weights:
+            yield Case(task, adapters[-1], "warm")
+
+
+def measure(case: Case, replies: int) -> dict[str, Any]:
+    """The share of the replies that parse, and the mean score of the programs' answers."""
+    task = TASKS[case.task](test=replies)
+    texts = read_texts(task.program)
+    if case.state == "expert":
+        texts = told(texts, EXPERT[case.task])
+    with tempfile.TemporaryDirectory() as scratch, dspy.context(adapter=ADAPTERS[case.adapter]()):
+        weights = warmed(task, Path(scratch)) if case.state == "warm" else folder()
+        found = played(task, _speaker(weights), texts)
+    return {"task": case.task, "adapter": case.adapter, "state": case.state, "replies": replies, **found}
+
+
+def told(texts: Candidate, instructions: Mapping[str, str]) -> Candidate:
+    """The program's texts with these instructions in place of its own."""
+    return Candidate({name: instructions.get(name, text) for name, text in texts.texts.items()})
+
+
+def played(task: Task, policy: PolicyLM, texts: Candidate) -> dict[str, float | None]:
+    """One reply to each held-out problem; the weights are let go of then."""
+    task.program.set_lm(policy)
+    settings = RolloutSettings(num_threads=RECIPE["num_threads"])
+    rollouter = Rollouter(task.program, Reward(task.metric), settings, policy.handle.ready().expect)
+    try:
+        rollouts = rollouter.rollout([Rolled(Problem(i, e), texts, 0) for i, e in enumerate(task.testset)], "held out")
+    finally:
+        policy.release()
+    return {"parsed": parse_share(rollouts), "accuracy": fmean(rollout.reward or 0.0 for rollout in rollouts)}
+
+
+def warmed(task: Task, run_dir: Path) -> Path:
+    """Weights after one pass over 32 labels."""
+    task.program.set_lm(_speaker(folder()))
+    recipe = {**RECIPE, **ARMS["warm"], **TRIFLE}
+    optimizer = FSTOptimizer(metric=task.metric, run_dir=run_dir / "run", progress=False, **recipe)
+    with suppress(NothingLearnedError):  # the one update after it may find both rollouts alike
+        policy_of(optimizer.compile(task.program, trainset=task.trainset)).release()
+    return run_dir / "run" / "weights" / WARM_START
+
+
+def _speaker(weights: Path) -> PolicyLM:
+    return PolicyLM(weights, engine="in_process", max_tokens=MAX_TOKENS, engine_options=ENGINE)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=sorted(TASKS), default=list(TASKS))
+    parser.add_argument("--adapter", nargs="+", choices=sorted(ADAPTERS), default=["XMLAdapter", "JSONAdapter"])
+    parser.add_argument("--replies", type=int, default=48)
+    parser.add_argument("--skip-weights", action="store_true", help="no line after supervised learning")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    transformers.logging.disable_progress_bar()
+    for case in cases(options.task, options.adapter, weights=not options.skip_weights):
+        lines = {**(read_json(options.out) or {}), case.name: measure(case, options.replies)}
+        write_json(options.out, lines)
+        print(json.dumps(lines[case.name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

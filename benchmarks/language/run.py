@@ -1,0 +1,91 @@
+"""One run of one arm on SmolLM2, in a process of its own: train, then measure its checkpoints on held-out problems.
+
+python -m benchmarks.language.run fst --world desk --seed 0 --out runs/language/fst-desk-0
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import dspy
+
+from benchmarks.evidence.run import Run, asked, make
+from benchmarks.language.arms import ARMS, RECIPE, SELF_REFLECTING
+from dspy_fst import PolicyLM
+from dspy_fst.engine.base import Checkpoint
+from programs.common import Task
+from programs.language import TASKS
+from programs.language.feedback import FeedbackProposer
+from programs.smollm2 import folder
+
+MAX_TOKENS = 48
+"""Of a reply: the longest of the right form takes about 35."""
+REFLECTION_TOKENS = 96
+"""Of a text that SmolLM2 proposes."""
+VAL = 8
+"""Problems of the validation set; each costs a rollout a cycle."""
+ENGINE: dict[str, Any] = {"dtype": "float32", "max_batch_tokens": 16384}
+"""In float32: without AMX a CPU is several times slower in bfloat16."""
+
+
+@dataclass(frozen=True)
+class LanguageRun(Run):
+    """A run whose world is a task of `programs.language` and whose base is SmolLM2."""
+
+    base: str = field(default_factory=lambda: str(folder()))
+    module: ClassVar[str] = "benchmarks.language.run"
+    problems: ClassVar[int] = 48
+    samples: ClassVar[int] = 1
+    limit_s: ClassVar[int] = 4 * 3600
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {**RECIPE, **ARMS[self.arm], **self.changes}
+
+    def world_mark(self) -> str:
+        """Of the problems, the demos and the feedback on a wrong answer.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        task = self.task()
+        said = [task.metric(example, dspy.Prediction()).feedback for example in task.valset]
+        shown = [dict(demo) for predictor in task.program.predictors() for demo in predictor.demos]
+        texts = [dict(example) for example in task.testset]
+        return hashlib.sha256(json.dumps([texts, shown, said], sort_keys=True).encode()).hexdigest()[:16]
+
+    def task(self) -> Task:
+        """Raises:
+        ValueError: there is no such task.
+        """
+        if self.world not in TASKS:
+            raise ValueError(f"world {self.world!r}: there is no such task; take one of {', '.join(TASKS)}")
+        return TASKS[self.world](val=VAL, test=self.problems, seed=self.seed)
+
+    def policy(self) -> PolicyLM:
+        return self._speaker(MAX_TOKENS)
+
+    def proposer(self) -> dict[str, Any]:
+        """The feedback-only proposer, or the base model as reflection LM; that one is never trained."""
+        if self.arm == SELF_REFLECTING:
+            return {"reflection_lm": self._speaker(REFLECTION_TOKENS)}
+        return {"propose": FeedbackProposer(self.seed)}
+
+    def others(self, checkpoint: Checkpoint) -> float | None:
+        """Nothing measures other instructions here yet."""
+        return None
+
+    def _speaker(self, max_tokens: int) -> PolicyLM:
+        return PolicyLM(self.weights, engine="in_process", max_tokens=max_tokens, engine_options=ENGINE)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    values, out = asked(arguments, __doc__, ARMS)
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        make(LanguageRun(**values), out)
+
+
+if __name__ == "__main__":
+    main()

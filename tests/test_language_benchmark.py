@@ -1,0 +1,77 @@
+"""The comparison on SmolLM2: its arms are recipes, its runs lie apart, its lines fill the laboratory's tables."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.evidence.claims import TABLES
+from benchmarks.evidence.experiments import Place
+from benchmarks.language import base, grid
+from benchmarks.language.arms import ABOUT, ARMS, RECIPE, SELF_REFLECTING
+from benchmarks.language.run import LanguageRun
+from benchmarks.real_model.shares import ADAPTERS
+from dspy_fst.config import FSTConfig
+from dspy_fst.types import Candidate
+from programs.language import EXPERT, TASKS
+from programs.language.feedback import FeedbackProposer
+
+BASE = "smollm2-135m-instruct"
+
+
+def run(arm: str = "fst", world: str = "desk", seed: int = 0) -> LanguageRun:
+    return LanguageRun(arm, world, seed, base=BASE)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_a_recipe_and_says_what_it_is(arm: str) -> None:
+    FSTConfig(**run(arm).recipe)
+    assert ABOUT[arm]
+    asked = run(arm).proposer() if arm != SELF_REFLECTING else {}
+    assert not asked or isinstance(asked["propose"], FeedbackProposer)
+
+
+def test_every_run_has_a_folder_of_its_own_and_is_measured_after_each_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.language.run.folder", lambda: Path(BASE))
+    place = Place(Path("runs"))
+    for form in grid.FORMS.values():
+        runs = grid.planned(form.worlds, tuple(ARMS), form.seeds)
+        assert len({place.of(each) for each in runs}) == len(runs) == len(form.worlds) * len(ARMS) * form.seeds
+        assert {(each.interval, each.seed_interval) for each in runs} == {(RECIPE["steps_per_cycle"], grid.UPDATES)}
+
+
+def test_the_mark_of_a_task_is_that_of_its_problems_and_an_unknown_one_is_named() -> None:
+    assert run().world_mark() == run("rl").world_mark() != run(world="slips").world_mark()
+    assert run().world_mark() != run(seed=1).world_mark()
+    with pytest.raises(ValueError, match="world 'desks': there is no such task; take one of desk, slips, almanac"):
+        run(world="desks").world_mark()
+
+
+def test_the_base_is_measured_under_each_adapter_and_the_rest_under_the_last() -> None:
+    names = [case.name for case in base.cases(["desk"], ["XMLAdapter", "JSONAdapter"], weights=True)]
+    assert names == ["desk, XMLAdapter, seed", *(f"desk, JSONAdapter, {state}" for state in ("seed", "expert", "warm"))]
+    assert not [case for case in base.cases(list(TASKS), list(ADAPTERS), weights=False) if case.state == "warm"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_expert_s_instruction_takes_the_place_of_each_predictor_s(task: str) -> None:
+    own = base.read_texts(TASKS[task](2, 2, 2).program)
+    assert base.told(own, EXPERT[task]) == Candidate(EXPERT[task])
+
+
+def line(step: int, accuracy: float, *, seed: float | None = None) -> dict[str, float]:
+    spent = {"training rollouts": 32 * step, "search rollouts": 40, "tokens sampled": 900 * step}
+    own = {"evolved accuracy": accuracy, "evolved parsed": 0.75, "evolved KL per rollout": step / 10}
+    return {"step": step, **spent, **own, **({} if seed is None else {"seed accuracy": seed})}
+
+
+def test_a_checkpoint_is_a_row_with_what_was_spent_by_then() -> None:
+    lines = [line(0, 0.1, seed=0.1), line(3, 0.2), line(6, 0.5, seed=0.3)]
+    told = {"world": "desk", "seed": 0, "base": BASE, "lines": lines, "CPU seconds": {"training": 90.0}}
+    rows = TABLES["checkpoints"]([{**told, "arm": "fst"}], "desk", BASE).splitlines()[2:]
+    assert rows == [
+        "| fst | 0 | 0.10 | 0.75 | 0.10 | 0.00 | 40 | 0 |  |",
+        "| fst | 3 | 0.20 | 0.75 |  | 0.30 | 136 | 2,700 |  |",
+        "| fst | 6 | 0.50 | 0.75 | 0.30 | 0.60 | 232 | 5,400 | 1.5 |",
+    ]
+    continued = TABLES["checkpoints"]([{**told, "arm": "fst", "CPU seconds": None}], "desk", BASE)
+    assert continued.splitlines()[-1].endswith("| 5,400 |  |")
