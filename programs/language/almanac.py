@@ -46,10 +46,12 @@ QUESTIONS = {
 NOTE = "The {house} of {quarter} opens at {hour}. {builder} built it and it is painted {colour}."
 KEPT = 2
 """Notes that a search gives; eight share a quarter, so its name alone finds the right one in one case of four."""
-DEMO_NOTES = ["Tower of Kingsport | The Tower of Kingsport opens at two. Ines Hale built it and it is painted red."]
-ASK_DEMO = {"question": "Who built the tower of Kingsport?", "query": "Tower of Kingsport"}
-READ_DEMO = {"question": "Who built the tower of Kingsport?", "notes": DEMO_NOTES, "answer": "Ines Hale"}
-"""They show the form, on a house that is not in the town."""
+SHOWN = (
+    ("Who built the tower of Kingsport?", "Tower", "Kingsport", "two", "Ines Hale", "red", "Ines Hale"),
+    ("When does the market of Eastham open?", "Market", "Eastham", "four", "Bert Quill", "pink", "four"),
+    ("What colour is the bridge of Dunmore?", "Bridge", "Dunmore", "three", "Olga Reed", "gold", "gold"),
+)
+"""Question, the facts of its note, answer. As demos they show the form, on houses that are not in the town."""
 EXPERT = {
     "ask": "Write the name of the house. The bakery is called Crumb, the school Slate, the prison Quiet, the inn "
     "Pillow: for the bakery of Elmrow write Crumb of Elmrow.",
@@ -80,7 +82,9 @@ class Almanac(dspy.Module):
         super().__init__()
         self.retriever = retriever
         self.ask, self.read = dspy.Predict(Ask), dspy.Predict(Read)
-        self.ask.demos, self.read.demos = [dspy.Example(**ASK_DEMO)], [dspy.Example(**READ_DEMO)]
+        told = [_demo(*facts) for facts in SHOWN]
+        self.ask.demos = [dspy.Example(question=demo.question, query=demo.query) for demo in told]
+        self.read.demos = [dspy.Example(question=demo.question, notes=demo.notes, answer=demo.answer) for demo in told]
 
     def forward(self, question: str) -> dspy.Prediction:
         query = self.ask(question=question).query
@@ -122,6 +126,12 @@ def corpus() -> list[Document]:
 def note(facts: Mapping[str, str]) -> Document:
     """What the almanac says of one house."""
     return Document(title=facts["title"], text=NOTE.format(**facts))
+
+
+def _demo(question: str, house: str, quarter: str, hour: str, builder: str, colour: str, answer: str) -> dspy.Example:
+    title = f"{house} of {quarter}"
+    facts = {"title": title, "house": house, "quarter": quarter, "hour": hour, "builder": builder, "colour": colour}
+    return dspy.Example(question=question, query=title, notes=[shown(note(facts))], answer=answer)
 
 
 def shown(document: Document) -> str:
