@@ -1,16 +1,20 @@
 """The comparison on SmolLM2: its arms are recipes, its runs lie apart, its lines fill the laboratory's tables."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from dspy import lm15
 
 from benchmarks.evidence.claims import TABLES
 from benchmarks.evidence.experiments import Place
 from benchmarks.language import base, grid
 from benchmarks.language.arms import ABOUT, ARMS, RECIPE, SELF_REFLECTING
-from benchmarks.language.run import LanguageRun
+from benchmarks.language.run import LanguageRun, reflection_lm
 from benchmarks.real_model.shares import ADAPTERS
 from dspy_fst.config import FSTConfig
+from dspy_fst.engine.chat import text_response
 from dspy_fst.types import Candidate
 from programs.language import EXPERT, TASKS
 from programs.language.feedback import FeedbackProposer
@@ -28,6 +32,19 @@ def test_every_arm_is_a_recipe_and_says_what_it_is(arm: str) -> None:
     assert ABOUT[arm]
     asked = run(arm).proposer() if arm != SELF_REFLECTING else {}
     assert not asked or isinstance(asked["propose"], FeedbackProposer)
+
+
+def test_the_model_as_reflection_lm_is_asked_for_another_draw_each_time() -> None:
+    seeds = []
+
+    def complete(request: lm15.Request, seed: int) -> SimpleNamespace:
+        seeds.append((seed, request.config.temperature))
+        return SimpleNamespace(response=text_response(request.model, f"Text {seed}.", "stop", 1, 1))
+
+    engine = SimpleNamespace(complete=complete)
+    lm = reflection_lm(cast(Any, SimpleNamespace(handle=SimpleNamespace(ready=lambda: engine))))
+    assert [lm("Write it.")[0], lm.copy()("Write it.")[0]] == ["Text 0.", "Text 1."]
+    assert seeds == [(0, 1.0), (1, 1.0)]
 
 
 def test_every_run_has_a_folder_of_its_own_and_is_measured_after_each_cycle(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ python -m benchmarks.language.run fst --world desk --seed 0 --out runs/language/
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import dspy
+from dspy import lm15
 
 from benchmarks.evidence.run import Run, asked, make
 from benchmarks.language.arms import ARMS, RECIPE, SELF_REFLECTING
@@ -65,20 +67,36 @@ class LanguageRun(Run):
         return TASKS[self.world](val=VAL, test=self.problems, seed=self.seed)
 
     def policy(self) -> PolicyLM:
-        return self._speaker(MAX_TOKENS)
+        return PolicyLM(self.weights, engine="in_process", max_tokens=MAX_TOKENS, engine_options=ENGINE)
 
     def proposer(self) -> dict[str, Any]:
         """The feedback-only proposer, or the base model as reflection LM; that one is never trained."""
         if self.arm == SELF_REFLECTING:
-            return {"reflection_lm": self._speaker(REFLECTION_TOKENS)}
+            return {"reflection_lm": reflection_lm(self.policy())}
         return {"propose": FeedbackProposer(self.seed)}
 
     def others(self, checkpoint: Checkpoint) -> float | None:
         """Nothing measures other instructions here yet."""
         return None
 
-    def _speaker(self, max_tokens: int) -> PolicyLM:
-        return PolicyLM(self.weights, engine="in_process", max_tokens=max_tokens, engine_options=ENGINE)
+
+class Frozen:
+    """DSPy's engine behind `reflection_lm`: a model that no run trains. Each request is another draw."""
+
+    def __init__(self, policy: PolicyLM) -> None:
+        self._policy = policy
+        self._draws = itertools.count()
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        return self._policy.handle.ready().complete(request, seed=next(self._draws)).response
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Frozen":
+        return self
+
+
+def reflection_lm(policy: PolicyLM) -> dspy.LM:
+    """An LM of its own that stays as the policy started: a run refuses a PolicyLM itself as its reflection LM."""
+    return dspy.LM("base", engine=Frozen(policy), cache=False, max_tokens=REFLECTION_TOKENS, temperature=1.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
