@@ -176,15 +176,15 @@ def test_demos_that_leave_no_room_in_the_context_are_refused() -> None:
     ("room", "tokens"),
     [({}, 250), ({"max_model_len": 424}, 100), ({"max_model_len": 25}, 1), ({"max_model_len": 9000}, 1000)],
 )
-def test_by_default_demos_take_a_share_of_the_context(room: dict[str, int], tokens: int) -> None:
+def test_by_default_demos_take_a_share_of_the_context(room: dict[str, int], tokens: int, tmp_path: Path) -> None:
     policy = PolicyLM(BASE, engine="vllm" if room else "in_process", max_tokens=24, engine_options=room)
-    assert with_demo_tokens(FSTConfig(max_labeled_demos=1), policy).demo_tokens == tokens
-    assert with_demo_tokens(FSTConfig(max_labeled_demos=1, max_demo_tokens=7), policy).demo_tokens == 7
-    assert with_demo_tokens(FSTConfig(), policy) == FSTConfig()
+    assert with_demo_tokens(FSTConfig(max_labeled_demos=1), policy, tmp_path).demo_tokens == tokens
+    assert with_demo_tokens(FSTConfig(max_labeled_demos=1, max_demo_tokens=7), policy, tmp_path).demo_tokens == 7
+    assert with_demo_tokens(FSTConfig(), policy, tmp_path) == FSTConfig()
 
 
 def test_a_run_of_an_earlier_release_goes_on_with_its_number(tmp_path: Path) -> None:
-    """It recorded 1000 tokens also where no demos evolved."""
+    """It began with 1000 tokens on every model, and recorded them also where no demos evolved."""
     path = tmp_path / "run"
     lab = build("reverse", train=16, val=4, test=4)
     lab.program.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=16))
@@ -204,6 +204,9 @@ def test_a_run_of_an_earlier_release_goes_on_with_its_number(tmp_path: Path) -> 
     assert recorded["max_demo_tokens"] == (1024 - 16) // 4
     (path / "recipe.json").write_text(json.dumps(to_jsonable(recorded)))
     assert recipe(max_labeled_demos=2) == recorded
+    (path / "recipe.json").write_text(json.dumps(to_jsonable({**recorded, "max_demo_tokens": 1000})))
+    assert recipe(max_labeled_demos=2) == {**recorded, "max_demo_tokens": 1000}
+    (path / "recipe.json").write_text(json.dumps(to_jsonable(recorded)))
     with pytest.raises(ConfigurationError, match=r"max_demo_tokens .there 252, now 300\.?"):
         recipe(max_labeled_demos=2, max_demo_tokens=300)
 

@@ -1,6 +1,6 @@
 """The model: its files, its kind, its chat template, and whether prompts leave room for a reply."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.template_checks import template_faults
 from dspy_fst.preflight.vllm_start import vllm_faults
 from dspy_fst.recipe.lora_settings import Grouping, LoRA
+from dspy_fst.run.files import read_json
 from dspy_fst.types import Rollout
 
 if TYPE_CHECKING:
@@ -166,10 +167,15 @@ def _context_limit(policy: PolicyLM, config: "PreTrainedConfig") -> int | None:
     return context_length(config)
 
 
-def with_demo_tokens(config: FSTConfig, policy: PolicyLM) -> FSTConfig:
-    """The recipe with the number that ``max_demo_tokens=None`` means for this model, where demos evolve."""
+def with_demo_tokens(config: FSTConfig, policy: PolicyLM, run_dir: Path) -> FSTConfig:
+    """The recipe with the number that ``max_demo_tokens=None`` means, where demos evolve: the one that the run in
+    ``run_dir`` began with, else the model's. Earlier releases began with their default, 1000."""
     if config.max_demo_tokens is not None or not config.demos_evolve:
         return config
+    recipe = read_json(run_dir / "recipe.json")
+    recorded = recipe.get("max_demo_tokens") if isinstance(recipe, Mapping) else None
+    if isinstance(recorded, int) and recorded >= 1:
+        return config.model_copy(update={"max_demo_tokens": recorded})
     files = _config_of(policy)
     limit = None if files is None else _context_limit(policy, files)
     fitting = MOST_DEMO_TOKENS if limit is None else max(1, (limit - (policy.reply_limit or 0)) // CONTEXT_PART)

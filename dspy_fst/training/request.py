@@ -246,7 +246,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
         for place in redactor.places(without_lms(student).dump_state())
     ]
     faults += optimizer_faults(config, student, policy, run_dir)
-    config = with_demo_tokens(config, policy)
+    config = with_demo_tokens(config, policy, run_dir)
     faults += warm_start_rank_faults(config, given.teacher, run_dir)
     identity = run_identity(config, student, given.trainset, policy, given.teacher)
     recipe = redactor.clean({**identity, **fast_identity(given.proposers.fast)})
