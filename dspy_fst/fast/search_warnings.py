@@ -22,6 +22,11 @@ def search_warnings(
             "nothing was reflected on, so no instruction changed: every rollout was perfect, or no call of a predictor "
             "was traced"
         )
+    if optimizer == "GEPA" and (long := counts.get("demos_cut", 0)) and not counts.get("demo_proposals", 0):
+        sentences.append(
+            f"no proposal changed demos: {long} are longer than all of max_demo_tokens; raise it, or use a model with "
+            "a longer context"
+        )
     if refused := counts.get("texts_refused", 0):
         sentences.append(
             f"{refused} proposed texts held control characters and were refused; the usual cause is a JSON escape in "

@@ -11,6 +11,7 @@ from dspy_fst.fast.evolve import Search, evolve
 from dspy_fst.fast.journal_protocol import SearchJournal
 from dspy_fst.fast.reporting import cycle_report
 from dspy_fst.fast.search_settings import SearchSettings, own_texts
+from dspy_fst.fast.search_warnings import search_warnings
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.report.costs import costs_of
 from dspy_fst.rollout.components import MADE_OF, demos_in, demos_of, is_demos, problem_mark, written_demos
@@ -283,6 +284,10 @@ def test_demos_that_cannot_fit_take_no_turn() -> None:
     without, search = Searcher().search(), Searcher().search(max_bootstrapped_demos=3, max_demo_tokens=1)
     assert search.counts["demos_cut"] > 0
     assert search.counts["reflections"] == without.counts["reflections"] > 10
+    silent = [search_warnings(counts, 0) for counts in (without.counts, {**search.counts, "demo_proposals": 1})]
+    assert silent == [[], []]
+    (told,) = search_warnings(search.counts, 0)
+    assert f"no proposal changed demos: {search.counts['demos_cut']} are longer than all of max_demo_tokens" in told
 
 
 def test_a_call_that_json_cannot_hold_gives_no_demo_and_is_counted() -> None:
