@@ -104,8 +104,7 @@ class TeleprompterSearch:
             vars(copied).update({name: _own(value) for name, value in vars(copied).items()})
             return copied
         taken, fixed = taken_by(self.teleprompter), settled(self.teleprompter)
-        if self.name != "LabeledFewShot":  # elsewhere a k is no number of demos
-            taken -= {"k"}
+        taken -= DEMOS.keys() - demo_names(self.name)
         ours = {name: value for name, value in known.items() if name in taken and name not in fixed}
         return self.teleprompter(**{**ours, **{n: v for n, v in self.arguments.items() if n in taken}})
 
@@ -132,14 +131,20 @@ def run_limits(bootstrapped: int, labeled: int) -> dict[str, int]:
     return {name: limits[limit] for name, limit in DEMOS.items()}
 
 
-def demo_limits(settings: Mapping[str, object]) -> dict[str, int]:
-    """What an optimizer has as its most demos of a predictor, by its own name of it.
+def demo_names(optimizer: str) -> set[str]:
+    """The keys of `DEMOS` that mean demos in an optimizer of this name: ``k`` does in LabeledFewShot alone."""
+    return {name for name in DEMOS if name != "k" or optimizer == "LabeledFewShot"}
 
-    >>> demo_limits({"max_num_samples": 4, "max_labeled_demos": 16, "seed": 0})
+
+def demo_limits(optimizer: str, settings: Mapping[str, object]) -> dict[str, int]:
+    """What an optimizer of this name has as its most demos of a predictor, by its own name of it.
+
+    >>> demo_limits("MIPROv2", {"max_num_samples": 4, "max_labeled_demos": 16, "seed": 0, "k": 2})
     {'max_bootstrapped_demos': 4, 'max_labeled_demos': 16}
     """
+    names = demo_names(optimizer)
     own = {"max_bootstrapped_demos": settings.get("max_num_samples"), **settings}  # an attribute of what draws sets
-    return {name: most for name in DEMOS if isinstance(most := own.get(name), int)}
+    return {name: most for name in DEMOS if name in names and isinstance(most := own.get(name), int)}
 
 
 def taken_by(maker: Maker) -> set[str]:

@@ -13,6 +13,7 @@ from dspy_fst.fast.teleprompter_search import (
     DEMOS,
     TeleprompterSearch,
     demo_limits,
+    demo_names,
     has_prompt_model,
     own_prompt_model,
     quiet,
@@ -120,8 +121,8 @@ def _without_demos(config: FSTConfig, fast: object) -> Iterator[str]:
         or isinstance(search.teleprompter, Teleprompter)
     ):
         return
-    limits = {*DEMOS} - {"k"} & taken_by(search.teleprompter)
-    if limits and not demo_limits(search.all_settings):
+    limits = demo_names(search.name) & taken_by(search.teleprompter)
+    if limits and not demo_limits(search.name, search.all_settings):
         yield (
             f"fast={search.name} writes instructions alone, as this run's candidates hold no demos; set "
             "max_bootstrapped_demos=4 if it shall choose demos too"
@@ -153,7 +154,7 @@ def _of_teleprompter(
             "teacher_settings out. A teacher's traces teach the weights: FSTOptimizer.compile(teacher=program)"
         )
     yield from _too_large(name, settings, config, anchors)
-    yield from _demos(name, demo_limits(settings), config)
+    yield from _demos(name, demo_limits(name, settings), config)
     if name == "MIPROv2":
         yield from _trials(settings)
 

@@ -5,6 +5,7 @@ import sys
 
 import dspy
 import pytest
+from dspy.teleprompt import Teleprompter
 from dspy.teleprompt.grpo import GRPO
 
 from dspy_fst import FSTConfig, FSTOptimizer, TeleprompterSearch
@@ -39,6 +40,13 @@ class Unnamed(Mine):
     @property
     def name(self):
         return "Unnamed"
+
+
+class Nearest(Teleprompter):
+    """Its k is no number of demos."""
+
+    def __init__(self, metric=None, k=3):
+        self.metric, self.k = metric, k
 
 
 class OnlyFlex(dspy.Module):
@@ -138,6 +146,8 @@ def test_it_is_refused(fast, beside, told):
         mipro(auto=None, num_candidates=4, num_trials=4, minibatch=False),
         mipro(auto=None, num_candidates=4, num_trials=4, minibatch_size=12),
         functools.partial(dspy.SIMBA, bsize=8),
+        Nearest,
+        Nearest(metric, k=9),
         TeleprompterSearch(dspy.InferRules, num_rules=2, max_bootstrapped_demos=0),
         lambda metric, prompt_model: dspy.COPRO(metric=metric, prompt_model=prompt_model),
     ],
