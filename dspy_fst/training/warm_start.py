@@ -20,6 +20,7 @@ from dspy_fst.errors import TrainingError
 from dspy_fst.fast.search_settings import own_texts
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.program_checks import policies_of
+from dspy_fst.preflight.reply_limits import reply_limits
 from dspy_fst.preflight.warm_start_checks import lacking, learnt_from
 from dspy_fst.rollout.components import demo_marks, hide_demos, with_texts
 from dspy_fst.rollout.copying import copied
@@ -204,7 +205,7 @@ def _write(session: Session, taught: Taught, calls: Iterable[Sequence[_KnownCall
     members = [with_texts(session.program, member) for member in session.population.unique()]
     marks = list(map(demo_marks, members))
     examples = learnt_from(session.config, session.trainset)
-    limits = {name: policy.reply_limit for name, policy in policies_of(session.program).items()}
+    limits = reply_limits(session.program)
     context = session.trainer.policy.context
     for turn, (example, said) in enumerate(zip(examples, calls, strict=True)):
         shown = copied(members[turn % len(members)])

@@ -86,6 +86,9 @@ def test_what_cannot_be_taught_is_counted_by_its_reason(policy):
     with dspy.context(adapter=dspy.ChatAdapter()):
         assert _by_labels(session_of(policy, [odd])).left_out == {UNKNOWN: 1, CUT: 1}
         assert _by_labels(session_of(policy, context=21)).left_out == {UNKNOWN: 4, LONG: 4}
+        session = session_of(policy)
+        session.program.solve.config["max_tokens"] = 2  # a predictor's own
+        assert _by_labels(session).left_out == {UNKNOWN: 4, CUT: 4}
 
     class Mute(dspy.ChatAdapter):
         def parse(self, signature, completion):
