@@ -11,7 +11,7 @@ from benchmarks.evidence.claims import TABLES
 from benchmarks.evidence.experiments import Place
 from benchmarks.language import base, grid
 from benchmarks.language.arms import ABOUT, ARMS, RECIPE, SELF_REFLECTING
-from benchmarks.language.run import LanguageRun, reflection_lm
+from benchmarks.language.run import LanguageRun, Reflecting, reflection_lm
 from benchmarks.real_model.shares import ADAPTERS
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.chat import text_response
@@ -45,6 +45,20 @@ def test_the_model_as_reflection_lm_is_asked_for_another_draw_each_time() -> Non
     lm = reflection_lm(cast(Any, SimpleNamespace(handle=SimpleNamespace(ready=lambda: engine))))
     assert [lm("Write it.")[0], lm.copy()("Write it.")[0]] == ["Text 0.", "Text 1."]
     assert seeds == [(0, 1.0), (1, 1.0)]
+
+
+def test_what_the_model_says_first_is_the_text_and_silence_leaves_the_old_one() -> None:
+    asked: list[str] = []
+
+    def lm(prompt: str) -> list[str]:
+        asked.append(prompt)
+        return ["Be brief.\nAnd kind.\n\nWhy? Because."] if len(asked) == 1 else [" \n\n"]
+
+    propose, records = Reflecting(cast(Any, lm)), {"route": [{"Feedback": "Wrong. It was late."}]}
+    assert propose({"route": "Say it."}, records, ["route"]) == {"route": "Be brief.\nAnd kind."}
+    assert "Say it." in asked[0]
+    assert "- Wrong. It was late." in asked[0]
+    assert propose({"route": "Say it."}, records, ["route"]) == {"route": "Say it."}
 
 
 def test_every_run_has_a_folder_of_its_own_and_is_measured_after_each_cycle(monkeypatch: pytest.MonkeyPatch) -> None:

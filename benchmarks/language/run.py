@@ -3,10 +3,11 @@
 python -m benchmarks.language.run fst --world desk --seed 0 --out runs/language/fst-desk-0
 """
 
+import atexit
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,6 +27,12 @@ MAX_TOKENS = 48
 """Of a reply: the longest of the right form takes about 35."""
 REFLECTION_TOKENS = 96
 """Of a text that SmolLM2 proposes."""
+READ = 200
+"""Characters of a record's feedback that SmolLM2 reads."""
+ASKED = (
+    "A helper was told:\n{text}\n\nThis is what was wrong with its answers:\n{feedback}\n\n"
+    "Write a better instruction for the helper, in one or two sentences."
+)
 VAL = 8
 """Problems of the validation set; each costs a rollout a cycle."""
 ENGINE: dict[str, Any] = {"dtype": "float32", "max_batch_tokens": 16384}
@@ -70,9 +77,11 @@ class LanguageRun(Run):
         return PolicyLM(self.weights, engine="in_process", max_tokens=MAX_TOKENS, engine_options=ENGINE)
 
     def proposer(self) -> dict[str, Any]:
-        """The feedback-only proposer, or the base model as reflection LM; that one is never trained."""
+        """The feedback-only proposer, or the base model in its place; that one is never trained."""
         if self.arm == SELF_REFLECTING:
-            return {"reflection_lm": reflection_lm(self.policy())}
+            policy = self.policy()
+            atexit.register(policy.release)  # its thread would abort the process at the end
+            return {"propose": Reflecting(reflection_lm(policy))}
         return {"propose": FeedbackProposer(self.seed)}
 
     def others(self, checkpoint: Checkpoint) -> float | None:
@@ -92,6 +101,29 @@ class Frozen:
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Frozen":
         return self
+
+
+class Reflecting:
+    """GEPA's ``ProposalFn`` that asks an LM in plain words and takes the first paragraph of what it says.
+
+    GEPA's own proposer asks for a JSON object here, and no reply of SmolLM2 held one: its search ends in an error.
+    """
+
+    def __init__(self, lm: dspy.LM) -> None:
+        self._lm = lm
+
+    def __call__(
+        self,
+        candidate: Mapping[str, str],
+        reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]],
+        components_to_update: Sequence[str],
+    ) -> dict[str, str]:
+        return {name: self._propose(candidate[name], reflective_dataset.get(name, ())) for name in components_to_update}
+
+    def _propose(self, text: str, records: Sequence[Mapping[str, Any]]) -> str:
+        feedback = "\n".join(f"- {' '.join(str(record.get('Feedback', '')).split())[:READ]}" for record in records)
+        said = str(self._lm(ASKED.format(text=text, feedback=feedback))[0])
+        return said.strip().split("\n\n")[0].strip() or text
 
 
 def reflection_lm(policy: PolicyLM) -> dspy.LM:
