@@ -263,6 +263,19 @@ def test_two_results_of_one_run_that_differ_are_refused(tmp_path, monkeypatch):
     assert len(raw.read("long", "all")) == 1
 
 
+def test_kls_that_another_release_added_up_differently_are_no_other_result_and_the_main_one_s_are_taken(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(raw, "RESULTS", tmp_path)
+    (tmp_path / "long").mkdir()
+    for name, last in (("demos", 0.61), ("main", 0.6)):
+        made = result("fst", 0, [0.1, 0.2])
+        made["lines"][-1]["seed KL per token"] = last
+        (tmp_path / "long" / f"{name}.jsonl").write_text(json.dumps(made) + "\n")
+    (found,) = raw.read("long", "all")
+    assert found["lines"][-1]["seed KL per token"] == 0.6
+
+
 def test_a_ceiling_is_found_again_from_the_curve_that_it_made():
     updates = np.arange(3, 40, 3)
     for top in (0.55, 0.9):
