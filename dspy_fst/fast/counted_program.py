@@ -6,6 +6,7 @@ its own, its failures told apart, and recorded. So the optimizer compares what t
 """
 
 import asyncio
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -296,4 +297,14 @@ def _trace(
     mark = {} if demos_of is None else marked({}, demos_of)
     for name, inputs, output in parsed_calls(rollout):
         if name in own and (demos_of is None or is_writable({**inputs, **dict(output.items())})):
-            trace.append((own[name], {**inputs, **mark}, output))
+            trace.append((own[name], _interned({**inputs, **mark}), dspy.Prediction(**_interned(dict(output.items())))))
+
+
+def _interned(value: Any) -> Any:
+    """The value with equal texts as one object. dspy.BootstrapFewShot draws among a predictor's calls by their pickle,
+    which tells a text that two calls share from two equal ones; of a rollout that was read from disk they are two."""
+    if type(value) is dict:
+        return {_interned(key): _interned(each) for key, each in value.items()}
+    if type(value) is list:
+        return [*map(_interned, value)]
+    return sys.intern(value) if type(value) is str else value

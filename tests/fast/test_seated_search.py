@@ -197,6 +197,29 @@ def test_a_killed_search_goes_on_without_paying_twice(tmp_path):
     assert not {*killed.made} & {*resumed.made}
 
 
+class Twice(Asks):
+    """Its second call reads what the first one said: one text in two calls."""
+
+    def forward(self, question):
+        return self.answer(question=self.answer(question=question).answer)
+
+
+def test_a_search_that_goes_on_draws_the_same_demos_of_a_predictor_that_is_called_twice(tmp_path):
+    def search():
+        def speak(messages, seed):
+            return fields(answer="then " + messages[-1]["content"].rsplit("## question ## ]]\n", 1)[1].split("\n")[0])
+
+        seated = Seated(Twice(), speak, metric=lambda gold, pred, *_: 1.0)
+        search = seated.search(dspy.BootstrapFewShot, demos=True, journal=Journal(tmp_path / "journal", {"cycle": 0}))
+        return search.candidates, seated.made
+
+    (whole, made), (candidates, again) = search(), search()
+    assert candidates == whole
+    assert made
+    assert not again
+    assert any("augmented" in candidate.texts["answer.demos[*]"] for candidate in whole)
+
+
 def test_rollouts_that_the_repeated_search_does_not_ask_for_are_counted_all_the_same(tmp_path):
     first = Seated()
     first.search(Scripted("The even ones."), journal=Journal(tmp_path / "journal", {"cycle": 0}))
