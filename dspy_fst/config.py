@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.fast.search_settings import SearchSettings
 from dspy_fst.recipe.declared import ALL_SETTINGS, Settings, no_such_setting
+from dspy_fst.recipe.other_names import INSTEAD
 from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.slow.training_settings import TrainingSettings
 
@@ -98,6 +99,12 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, WarmStart, Al
     """Settings of Fast-Slow Training. Frozen; unknown names are refused."""
 
     # Pydantic lists the fields of the last base first, then of the one before it, and these at the end.
+
+    @classmethod
+    def _unknown(cls, place: tuple[int | str, ...]) -> str:
+        if len(place) == 1 and place[0] in INSTEAD:
+            return no_such_setting(str(place[0]), (), instead=INSTEAD)
+        return super()._unknown(place)
 
     max_masked_share: float = Field(default=0.5, ge=0, le=1)
     """Share of a step's rollouts that may be masked. Beyond it the run stops, and can be continued (ours)."""
@@ -294,4 +301,4 @@ def make_config(recipe: dict[str, Any]) -> tuple[FSTConfig | None, list[str]]:
 def unknown_settings(names: Iterable[str], others: Sequence[str] = ()) -> list[str]:
     """A sentence for each name that is neither a setting nor one of the ``others``, with the one that was meant."""
     known = [*FSTConfig.model_fields, *others]
-    return [no_such_setting(name, known, ALL_SETTINGS) for name in names if name not in known]
+    return [no_such_setting(name, known, ALL_SETTINGS, INSTEAD) for name in names if name not in known]

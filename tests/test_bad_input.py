@@ -218,7 +218,8 @@ ONE_RENAMED = [*LAB.trainset[:7], RENAMED[7], *LAB.trainset[8:]]
 
 ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     # the recipe
-    ("unknown-setting", {"lr": 1e-4}, "lr: there is no such setting; see dspy_fst.FSTConfig"),
+    ("unknown-setting", {"colour": 1e-4}, "colour: there is no such setting; see dspy_fst.FSTConfig"),
+    ("setting-of-trl", {"lr": 1e-4}, "lr: there is no such setting; use learning_rate"),
     (
         "misspelt-setting",
         {"learning_rat": 1e-4},

@@ -54,10 +54,10 @@ def plain(value: object) -> str:
 def counted(count: int, noun: str) -> str:
     """A number of things: the noun in the singular or the plural.
 
-    >>> counted(1, "rollout"), counted(2, "rollout"), counted(1200, "search")
-    ('1 rollout', '2 rollouts', '1,200 searches')
+    >>> counted(1, "rollout"), counted(2, "reply"), counted(1200, "search")
+    ('1 rollout', '2 replies', '1,200 searches')
     """
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun[:-1]}ies" if noun.endswith("ly") else f"{noun}s"
     return f"{count:,} {noun if count == 1 else plural}"
 
 

@@ -95,9 +95,14 @@ def fast_identity(fast: object) -> dict[str, object]:
 
 
 def fast_warnings(config: FSTConfig, fast: object) -> list[str]:
-    """Settings that do nothing because GEPA does not search, and demos that nobody asks for."""
+    """Settings that do nothing because GEPA does not search, or no one, and demos that nobody asks for."""
     if fast is None:
         return []
+    if config.method == "rl":
+        return [
+            f"fast={_name(fast)} does nothing under method='rl', which never searches. Leave it out, or use "
+            "method='fst'"
+        ]
     return [*_of_gepa(config, fast), *_without_demos(config, fast)]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import dspy
 
-from dspy_fst.config import FSTConfig
+from dspy_fst.config import FSTConfig, WarmStart
 from dspy_fst.engine.machine import Launch
 from dspy_fst.preflight.data_checks import input_faults
 from dspy_fst.preflight.library_checks import trl_fault
@@ -72,7 +72,8 @@ def warm_start_rank_faults(config: FSTConfig, teacher: object, run_dir: Path) ->
 def warm_start_warnings(
     config: FSTConfig, student: dspy.Module, trainset: Sequence[dspy.Example], teacher: object
 ) -> Iterator[str]:
-    """What a warm start leaves out."""
+    """What a warm start leaves out, and settings of one that is not made."""
+    yield from _without_warm_start(config, teacher)
     if config.warm_start is None or teacher is not None:
         return
     examples = learnt_from(config, trainset)
@@ -91,6 +92,24 @@ def warm_start_warnings(
             )
 
 
+def _without_warm_start(config: FSTConfig, teacher: object) -> Iterator[str]:
+    """Settings of a warm start that nothing reads."""
+    fields = {name: field for name, field in WarmStart.model_fields.items() if name != "warm_start"}
+    given = [f"{n}={getattr(config, n)!r}" for n, field in fields.items() if getattr(config, n) != field.default]
+    if given and config.warm_start is None and teacher is None:
+        yield (
+            f"{' and '.join(given)} {'does' if len(given) == 1 else 'do'} nothing without a warm start. Set "
+            "warm_start='labels', pass teacher=program to compile(), or leave it out"
+        )
+    elif (
+        config.warm_start == "labels" and config.warm_start_score != WarmStart.model_fields["warm_start_score"].default
+    ):
+        yield (
+            f"warm_start_score={config.warm_start_score:g} does nothing under warm_start='labels': it chooses among a "
+            "teacher's rollouts, and labels have no score. Leave it out"
+        )
+
+
 def warm_start_words(config: FSTConfig, trainset: Sequence[dspy.Example], teacher: object) -> str | None:
     """What the warm start of a run learns from, for its plan; None where it has none."""
     if config.warm_start is None and teacher is None:
@@ -99,7 +118,7 @@ def warm_start_words(config: FSTConfig, trainset: Sequence[dspy.Example], teache
     source = (
         f"the labels of {count} examples"
         if teacher is None
-        else f"the traces of the teacher's {count} rollouts that score well"
+        else f"those of the teacher's {count} rollouts that score well"
     )
     passes = "pass" if config.warm_start_epochs == 1 else "passes"
     return f"warm start: supervised training on {source}, {config.warm_start_epochs} {passes}, before the first search"

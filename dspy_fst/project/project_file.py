@@ -46,6 +46,7 @@ from dspy_fst.project.sections import (
 )
 from dspy_fst.project.settings_file import cleaner, read_settings, secrets_in
 from dspy_fst.recipe.declared import no_such_setting, sentences
+from dspy_fst.recipe.other_names import INSTEAD
 
 if TYPE_CHECKING:
     import dspy
@@ -394,4 +395,5 @@ def kept_in(run_dir: Path) -> Project:
 
 def _unknown(place: tuple[int | str, ...]) -> str:
     parts: dict[str, type[BaseModel]] = {"recipe": Recipe, "policy": PolicySettings}
-    return no_such_setting(".".join(map(str, place)), parts.get(str(place[0]), Project).model_fields)
+    instead = INSTEAD if place[0] == "recipe" else {}
+    return no_such_setting(".".join(map(str, place)), parts.get(str(place[0]), Project).model_fields, instead=instead)

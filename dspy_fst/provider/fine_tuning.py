@@ -21,6 +21,7 @@ from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.verification import Expected, verify
 from dspy_fst.errors import ConfigurationError, TrainingError, briefly
+from dspy_fst.formatting.numbers import counted
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.library_checks import trl_fault
 from dspy_fst.provider.chat_data import REMEDIES, chat_faults, format_fault, pairs_of
@@ -134,7 +135,7 @@ def _finetuned(job: FineTuningJob, model: str) -> str:
     pairs, left_out = pairs_of(job.train_data or [], writer, trainer.policy.context)
     if not pairs:
         raise TrainingError(f"none of {left_out.total()} rows can be learnt ({_remedies(left_out)})")
-    job.doing = f"learning {len(pairs)} replies"
+    job.doing = f"learning {counted(len(pairs), 'reply')}"
     how = Supervision(settings.epochs, settings.rate, settings.seed)
     learnt = fine_tune(trainer, pairs, how, stopped=lambda: job.cancelling)
     job.require_wanted()

@@ -4,26 +4,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from dspy_fst.errors import ConfigurationError, meant
+from dspy_fst.errors import ConfigurationError
 from dspy_fst.preflight.library_checks import library_faults
+from dspy_fst.recipe.declared import no_such_setting
+from dspy_fst.recipe.other_names import INSTEAD as OTHER_NAMES
 from dspy_fst.slow.training_settings import TrainingSettings
 
+_EIGHT = "a step learns 8 replies; use micro_batch_tokens for the memory of a forward pass"
+_GRPO_STEPS = "use GRPO(num_train_steps=...); a supervised job has epochs"
 INSTEAD = {
+    **OTHER_NAMES,
     "num_train_epochs": "use epochs",
-    "use_peft": "use adapter='lora', or LoRA(rank=...)",
-    "output_dir": "use folder",
-    "bf16": "use precision='bfloat16' or 'float32'",
+    **dict.fromkeys(("epochs", "max_steps", "num_train_steps"), _GRPO_STEPS),
+    **dict.fromkeys(("output_dir", "run_dir"), "use folder"),
     "device": "a job trains on the GPU where there is one",
-    "per_device_train_batch_size": "a step learns 8 replies; use micro_batch_tokens for the memory of a forward pass",
-    "gradient_accumulation_steps": "a step learns 8 replies; use micro_batch_tokens for the memory of a forward pass",
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "train_batch_size"), _EIGHT),
     "max_seq_length": "nothing is cut: a prompt and reply beyond the model's context are left out, and counted",
     "packing": "replies are not packed",
-    "beta": "use kl_coefficient",
-    "temperature": "replies are sampled at the temperature of the PolicyLM",
+    "num_generations": "use GRPO(num_rollouts_per_grpo_step=...)",
+    "group_size": "use GRPO(num_rollouts_per_grpo_step=...)",
+    "report_to": "job.json holds what a job learnt; trackers are for FSTOptimizer",
+    "track": "job.json holds what a job learnt; trackers are for FSTOptimizer",
 }
-"""Names of DSPy's LocalProvider, of trl and of others -> what is meant here."""
+"""Names of DSPy's LocalProvider, of trl and of others -> what is meant in a job."""
 SAME_IN_BOTH = ("adapter", "quantized_base", "optimizer", "learning_rate", "precision")
 OF_MEMORY = ("micro_batch_tokens", "gradient_checkpointing")
 
@@ -41,26 +46,21 @@ class JobSettings(TrainingSettings):
     elsewhere: ClassVar[str] = ""
     """Where they do something, in words."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_without_effect(cls, given: Any) -> Any:
-        if idle := [name for name in given if name in cls.without_effect]:
-            raise ValueError(f"{', '.join(idle)}: there is no use for it in this job; {cls.elsewhere}")
-        return given
-
     @classmethod
     def _unknown(cls, place: tuple[int | str, ...]) -> str:
         name, known = str(place[0]), [name for name in cls.model_fields if name not in cls.without_effect]
         if len(place) > 1:
             return super()._unknown(place)
-        hint = f"; {INSTEAD[name]}" if name in INSTEAD else meant(name, known) or f"; it has {', '.join(known)}"
-        return f"{name}: there is no such setting{hint}"
+        return no_such_setting(name, known, f"; it has {', '.join(known)}", INSTEAD)
 
     @classmethod
     def of(cls, train_kwargs: Mapping[str, Any] | None, faults: list[str]) -> Self | None:
-        """The settings, or None; what is wrong with them is added to ``faults``."""
+        """The settings, or None; all that is wrong with them is added to ``faults``."""
+        given = train_kwargs or {}
+        if idle := [name for name in given if name in cls.without_effect]:
+            faults.append(f"train_kwargs: {', '.join(idle)}: there is no use for it in this job; {cls.elsewhere}")
         try:
-            settings = cls.checked(train_kwargs or {})
+            settings = cls.checked({name: value for name, value in given.items() if name not in idle})
         except ConfigurationError as error:
             faults += [f"train_kwargs: {fault}" for fault in error.faults]
             return None

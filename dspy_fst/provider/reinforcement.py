@@ -42,6 +42,7 @@ from dspy_fst.slow.losses.by_name import loss_of
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.update_metrics import in_one_report
 from dspy_fst.training.publisher import NaturalTexts, Publishing
+from dspy_fst.training.without_effect import update_settings_without_effect
 from dspy_fst.types import Call, Candidate, Group, Rollout, UpdateReport, version_of
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ class ReinforcementJob(ReinforceJob):
             faults.append("loss='dr_grpo' divides by max_tokens, and the PolicyLM has none; set it there")
         if settings is None or faults:
             raise ConfigurationError(faults)
+        for sentence in update_settings_without_effect(settings):
+            logger.warning("train_kwargs: %s", sentence)
         self.lm: PolicyLM = lm
         self.settings = settings
         self.checkpoints: dict[str, str] = {}

@@ -6,6 +6,7 @@ A room declares its settings once, beside the code that reads them (`slow.traini
 
 from collections.abc import Callable, Iterable, Mapping
 from inspect import isclass
+from types import MappingProxyType
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -86,15 +87,20 @@ def _sentence(
     return ": ".join(part for part in (place if value is None else f"{place}={value}", message) if part)
 
 
-def no_such_setting(place: str, known: Iterable[str], otherwise: str = "") -> str:
+def no_such_setting(
+    place: str, known: Iterable[str], otherwise: str = "", instead: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """The sentence on a name that is not declared, with the one that was meant.
 
     Args:
         place: The name, after those of the sections that it stands in, e.g. ``"recipe.cycle"``.
         known: Names that are declared there.
         otherwise: What follows when none of them is close.
+        instead: Names that others have for a setting -> what to do, see `dspy_fst.recipe.other_names`.
     """
-    return f"{place}: there is no such setting{meant(place.rpartition('.')[2], list(known)) or otherwise}"
+    name = place.rpartition(".")[2]
+    hint = f"; {instead[name]}" if name in instead else meant(name, list(known)) or otherwise
+    return f"{place}: there is no such setting{hint}"
 
 
 def _as_it_is(place: str, value: object) -> str:

@@ -18,6 +18,7 @@ import dspy
 
 from dspy_fst.errors import TrainingError
 from dspy_fst.fast.search_settings import own_texts
+from dspy_fst.formatting.numbers import counted
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.program_checks import policies_of
 from dspy_fst.preflight.reply_limits import reply_limits
@@ -87,7 +88,7 @@ def warm_start(session: Session, teacher: dspy.Module | None, adapters: Mapping[
     taught = _taught(session, teacher, original)
     if not taught.pairs:
         raise TrainingError(_nothing(taught, config.teaching_score))
-    session.phase(f"warm start: learning {len(taught.pairs)} replies")
+    session.phase(f"warm start: learning {counted(len(taught.pairs), 'reply')}")
     how = Supervision(config.warm_start_epochs, config.warm_start_learning_rate, config.seed)
     with session.policy.handle.asleep():
         learnt = fine_tune(session.trainer, taught.pairs, how, adapters)

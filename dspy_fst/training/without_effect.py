@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.slow.training_settings import TrainingSettings
 
 OF_UPDATES = ("resample_flat", "retire_solved", "overlong_penalty")
 """Options of what an update learns from."""
@@ -10,8 +11,15 @@ OF_UPDATES = ("resample_flat", "retire_solved", "overlong_penalty")
 
 def settings_without_effect(config: FSTConfig) -> list[str]:
     """A sentence for each kind of setting that was given and can do nothing."""
-    of = (_of_updates, _of_searches, _of_proposals, _of_the_penalty, _of_the_loss)
+    of = (_of_updates, _of_searches, _of_proposals, _of_no_loss, update_settings_without_effect)
     return [sentence for kind in of for sentence in kind(config)]
+
+
+def update_settings_without_effect(settings: TrainingSettings) -> list[str]:
+    """The same for what an update reads, in a run and in a job that DSPy starts."""
+    if isinstance(settings, FSTConfig) and settings.method == "gepa":
+        return _of_the_penalty(settings)
+    return [*_of_the_penalty(settings), *_of_the_loss(settings)]
 
 
 def _of_updates(config: FSTConfig) -> list[str]:
@@ -44,7 +52,7 @@ def _of_proposals(config: FSTConfig) -> list[str]:
     ]
 
 
-def _of_the_penalty(config: FSTConfig) -> list[str]:
+def _of_the_penalty(config: TrainingSettings) -> list[str]:
     share, default = config.overlong_share, FSTConfig.model_fields["overlong_share"].default
     if config.overlong_penalty or share == default:
         return []
@@ -54,15 +62,17 @@ def _of_the_penalty(config: FSTConfig) -> list[str]:
     ]
 
 
-def _of_the_loss(config: FSTConfig) -> Iterator[str]:
-    loss, default = config.loss, FSTConfig.model_fields["importance_cap"].default
-    if config.method == "gepa":
-        if loss != "cispo":
-            yield (
-                f"loss={loss!r} does nothing under method='gepa', which makes no weight updates. Leave it out, or use "
-                "a method with updates, e.g. method='fst'"
-            )
-        return
+def _of_no_loss(config: FSTConfig) -> list[str]:
+    if config.method != "gepa" or config.loss == "cispo":
+        return []
+    return [
+        f"loss={config.loss!r} does nothing under method='gepa', which makes no weight updates. Leave it out, or use "
+        "a method with updates, e.g. method='fst'"
+    ]
+
+
+def _of_the_loss(config: TrainingSettings) -> Iterator[str]:
+    loss, default = config.loss, TrainingSettings.model_fields["importance_cap"].default
     if loss != "cispo" and config.importance_cap != default:
         instead = "leave it out" if loss in ("rloo", "rft") else "set clip"
         yield (

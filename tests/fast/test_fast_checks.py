@@ -202,6 +202,12 @@ def test_what_only_gepa_reads_is_told():
     assert "reflection_minibatch=4 and components='all' do nothing: GEPA reads them, and fast=COPRO searches" in warning
 
 
+def test_an_optimizer_that_never_searches_is_told():
+    [warning] = fast_warnings(FSTConfig(method="rl"), dspy.SIMBA)
+    assert "fast=SIMBA does nothing under method='rl'" in warning
+    assert fast_warnings(HOLDS_DEMOS.model_copy(update={"method": "fst"}), dspy.SIMBA) == []
+
+
 @pytest.mark.parametrize(
     ("fast", "told"),
     [

@@ -144,7 +144,7 @@ def test_a_job_that_dies_says_at_what_and_leaves_no_weights(tmp_path, monkeypatc
     job = lm.finetune([ROW], CHAT, {"folder": tmp_path})
     ended = job.result(LIMIT_S)
     assert isinstance(ended, TrainingError)
-    assert "ended while learning 1 replies" in str(ended)
+    assert "ended while learning 1 reply: " in str(ended)
     assert str(error) in str(ended)
     assert job.status() == TrainingStatus.failed
     assert [path.name for path in tmp_path.iterdir()] == ["sft-000001"]
@@ -182,7 +182,7 @@ def test_a_job_that_is_cancelled_while_it_waits_for_another_loads_no_weights(tmp
 
 
 @pytest.mark.parametrize(
-    ("last", "doing"), [("fine_tune", "learning 1 replies"), ("_expected", "reading the new weights")]
+    ("last", "doing"), [("fine_tune", "learning 1 reply"), ("_expected", "reading the new weights")]
 )
 def test_a_job_that_is_cancelled_after_its_last_update_leaves_no_weights(tmp_path, monkeypatch, last, doing):
     real, jobs = getattr(fine_tuning, last), queue.Queue()

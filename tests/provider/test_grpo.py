@@ -214,6 +214,9 @@ def test_what_other_weights_sampled_is_left_out(job):
         ({"temperature": 0.0}, {}, "temperature=0: all replies of a group would be alike"),
         ({"max_tokens": None}, {"loss": "dr_grpo"}, "loss='dr_grpo' divides by max_tokens"),
         ({}, {"beta": 0.1}, "beta: there is no such setting; use kl_coefficient"),
+        ({}, {"baseline": "candidate", "bogus": 1}, "bogus: there is no such setting"),
+        ({}, {"baseline": "candidate", "loss": "ppo"}, "loss='ppo'"),
+        ({}, {"baseline": "candidate", "bogus": 1}, "baseline: there is no use for it in this job"),
         ({}, {"adapters": "per_predictor"}, "adapters: there is no use for it in this job; it is for FSTOptimizer"),
     ],
 )
@@ -221,6 +224,12 @@ def test_what_cannot_be_reinforced_is_refused_before_anything_is_loaded(lm, trai
     with pytest.raises(ConfigurationError) as refused:
         policy(**lm).reinforce(train_kwargs)
     assert words in str(refused.value)
+
+
+def test_what_does_nothing_under_the_job_s_loss_is_told(caplog):
+    policy().reinforce({"loss": "rft", "importance_cap": 3.0, "advantage_normalization": "batch"})
+    for name in ("importance_cap=3", "advantage_normalization='batch'"):
+        assert f"train_kwargs: {name} does nothing under loss='rft'" in caplog.text
 
 
 def test_data_of_another_format_is_refused(job):
