@@ -77,14 +77,20 @@ def test_labels_raise_the_reward_over_the_start_and_are_counted(whole):
     assert any("after the warm start 100% of the replies to the first 4 examples parse" in text for text in told)
 
 
-def test_a_run_that_dies_in_its_warm_start_ends_alike(whole, tmp_path):
-    for words in ("warm start: learning", "after the warm start"):
-        with pytest.raises(Killed):
+def test_a_run_that_dies_in_its_warm_start_ends_alike(whole, tmp_path, monkeypatch):
+    def dies(*_):
+        raise Killed
+
+    for words in ("warm start: learning", "before it is told", "after the warm start"):
+        with pytest.raises(Killed), monkeypatch.context() as patched:
+            if words == "before it is told":
+                patched.setattr("dspy_fst.training.open_run.told_after", dies)
             compiled_in(tmp_path / "run", [dies_at(words)])
     program = compiled_in(tmp_path / "run")
     assert same_weights(program, whole[1])
-    kinds = [event["event"] for event in read_events(tmp_path / "run")]
-    assert kinds.count("warm_start") == 1
+    events = read_events(tmp_path / "run")
+    assert [event["event"] for event in events].count("warm_start") == 1
+    assert sum(event.get("text", "").startswith("after the warm start") for event in events) == 1
     policy_of(program).release()
 
 

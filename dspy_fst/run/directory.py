@@ -18,7 +18,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -393,10 +393,7 @@ def read_events(path: Path) -> list[Event]:
 def _parsed(log: bytes) -> list[Event]:
     events: list[Event] = []
     for line in log.split(b"\n")[:-1]:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
+        with suppress(ValueError):
+            if isinstance(event := json.loads(line), dict):
+                events.append(event)
     return events

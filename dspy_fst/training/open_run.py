@@ -34,7 +34,7 @@ from dspy_fst.training.publisher import recoveries
 from dspy_fst.training.request import Request
 from dspy_fst.training.session import Session
 from dspy_fst.training.validating import CHANGED, NO_VALSET, Validation
-from dspy_fst.training.warm_start import is_due, told_after, warm_start
+from dspy_fst.training.warm_start import is_due, is_untold, told_after, warm_start
 from dspy_fst.types import WARM_START
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,8 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
                     warm_start(session, request.teacher, _lora_adapters(request), original)
                     del session  # and the trainer with it
                     session = _warm_started(request, run, policy, ranks, parsed)
+                elif is_untold(session):
+                    told_after(session, None)
                 yield session
         # The compiled program lives on: its restarts are no business of this run, and must not hold its trainer.
         policy.handle.engine.on_recovery(logger.warning, None)

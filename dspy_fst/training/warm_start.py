@@ -37,6 +37,8 @@ from dspy_fst.training.parse_trial import parse_share
 from dspy_fst.training.session import Session
 from dspy_fst.types import WARM_START, Problem, Rollout
 
+AFTER = "after the warm start"
+"""Begins what is said of the replies then."""
 TAUGHT = "taught.json"
 """Document of a state: what a teacher said, in the policy's ids."""
 UNKNOWN, UNRENDERED, UNWRITTEN = "fields not in the example", "prompt not rendered", "not a reply of the chat adapter"
@@ -114,6 +116,15 @@ def warm_start(session: Session, teacher: dspy.Module | None, adapters: Mapping[
     session.policy.handle.engine.on_recovery(session.recorder.recovery, None)  # the last proof holds the trainer
 
 
+def is_untold(session: Session) -> bool:
+    """Whether a process ended between the run's warm start and what :func:`told_after` says of it."""
+    state = session.run.state
+    if not state.get("warm_start") or state.get("step") or state.get("searched", -1) >= 0:
+        return False
+    notes = [event["text"] for event in session.run.events() if event["event"] == "note"]
+    return not any(AFTER in note for note in notes)
+
+
 def told_after(session: Session, before: float | None) -> None:
     """Say how many of the first replies parse now, and warn where hardly any does.
 
@@ -128,7 +139,7 @@ def told_after(session: Session, before: float | None) -> None:
         return
     earlier = "" if before is None else f", before it {before:.0%}"
     spent = {"rollouts": len(rollouts), "sampled_tokens": sum(rollout.tokens for rollout in rollouts)}
-    told = f"after the warm start {share:.0%} of the replies to the first {len(tasks)} examples parse{earlier}"
+    told = f"{AFTER} {share:.0%} of the replies to the first {len(tasks)} examples parse{earlier}"
     session.run.emit("note", text=told if share > (before or 0.0) or share == 1 else f"warning: {told}", spent=spent)
 
 
