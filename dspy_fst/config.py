@@ -82,6 +82,17 @@ class WarmStart(Settings):
     warm_start: Literal["labels"] | None = None
     """What a run learns before its first search, for a model that hardly ever parses or solves anything. ``"labels"``:
     the labels of the trainset, written as replies of the predictors whose outputs they are. None: nothing (paper)."""
+
+    @field_validator("warm_start", mode="before")
+    @classmethod
+    def _what_is_learnt(cls, value: Any) -> Any:
+        if value in (None, "labels"):
+            return value
+        raise ValueError(
+            "use 'labels', or None (null in a project file) for no warm start; a teacher's traces are learnt with "
+            "compile(teacher=program), teacher in a project file"
+        )
+
     warm_start_examples: int | None = Field(default=256, ge=1)
     """Examples of the trainset that a warm start learns from, the first ones; a teacher plays each once. None: all
     (ours)."""

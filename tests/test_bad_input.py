@@ -219,6 +219,9 @@ ONE_RENAMED = [*LAB.trainset[:7], RENAMED[7], *LAB.trainset[8:]]
 ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     # the recipe
     ("unknown-setting", {"colour": 1e-4}, "colour: there is no such setting; see dspy_fst.FSTConfig"),
+    ("warm-start-true", {"warm_start": True}, "warm_start=True: use 'labels'"),
+    ("warm-start-teacher", {"warm_start": "teacher"}, "a teacher's traces are learnt with compile(teacher=program)"),
+    ("clip-number", {"clip": 0.2}, "clip=0.2: use how far below and above 1, e.g. [0.2, 0.28]"),
     ("setting-of-trl", {"lr": 1e-4}, "lr: there is no such setting; use learning_rate"),
     (
         "misspelt-setting",
@@ -277,7 +280,7 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ("listener-number", {"listeners": [5]}, "listeners=[5]: pass a list of functions that take one event"),
     ("teacher", {"teacher": dspy.Predict("a -> b")}, "teacher: none of its predictors (self) has the name"),
     ("teacher-number", {"teacher": 5}, "teacher: int is not a dspy.Module; pass one program"),
-    ("warm-start-word", {"warm_start": "teacher"}, "warm_start='teacher': Input should be 'labels'"),
+    ("warm-start-word", {"warm_start": "teacher"}, "warm_start='teacher': use 'labels', or None"),
     ("warm-start-score-zero", {"warm_start_score": 0}, "warm_start_score=0: Input should be greater than 0"),
     ("warm-start-none-learns", {"warm_start": "labels", "method": "gepa"}, "method='gepa' never changes the weights"),
     (

@@ -1,5 +1,6 @@
 """What a user put into GEPA's place: an optimizer that cannot search there, or that would fail after the start."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
@@ -27,6 +28,7 @@ from dspy_fst.fast.teleprompter_search import (
 
 MIPRO = "pip install 'dspy-fst[mipro]'"
 EXAMPLES = "e.g. fast=dspy.SIMBA, or fast=TeleprompterSearch(dspy.MIPROv2, auto=None, num_candidates=6, num_trials=12)"
+OWN = "an object with a name and one method, search(seat) -> programs (docs/fast-optimizers.md)"
 REFUSED = {
     "GEPA": "GEPA searches by default: leave fast out, and give its options to FSTOptimizer itself",
     "FSTOptimizer": "it trains weights too; in a sequence of optimizers use dspy.BetterTogether(fst=FSTOptimizer(...))",
@@ -69,6 +71,9 @@ def fast_faults(
     if isinstance(fast, type) and hasattr(fast, "search") and not issubclass(fast, Teleprompter):
         yield f"fast={fast.__name__}: it is a class, and a search needs an object of it: fast={fast.__name__}(...)"
         return
+    if faults := [*_of_own(fast)]:
+        yield from faults
+        return
     if isinstance(student, dspy.Module) and not student.predictors():
         yield (
             f"fast={_name(fast)}: the program has no predictor outside dspy.Flex, and only GEPA changes the source of "
@@ -80,10 +85,29 @@ def fast_faults(
     if isinstance(fast, FastOptimizer) and not isinstance(fast, TeleprompterSearch):
         return
     search = fast if isinstance(fast, TeleprompterSearch) else TeleprompterSearch(fast)  # type: ignore[arg-type]
-    if not isinstance(search.teleprompter, Teleprompter) and not callable(search.teleprompter):
-        yield f"fast={search.teleprompter!r}: pass a DSPy optimizer or its class, {EXAMPLES}; None searches with GEPA"
-        return
     yield from _of_teleprompter(search, config, reflection_lm, student, anchors)
+
+
+def _of_own(fast: object) -> Iterator[str]:
+    """What is neither an optimizer of DSPy's nor one of the user's own."""
+    if isinstance(fast, TeleprompterSearch):
+        made: object = fast.teleprompter
+    elif callable(search := getattr(fast, "search", None)) and not isinstance(fast, Teleprompter):
+        kind = type(fast).__name__
+        if not isinstance(getattr(fast, "name", None), str):
+            yield f"fast={kind}: it has no name for messages and recipes; an own optimizer is {OWN}"
+        try:
+            inspect.signature(search).bind(None)
+        except TypeError:
+            yield f"fast={kind}: its search takes something else than one seat; an own optimizer is {OWN}"
+        return
+    else:
+        made = fast
+    if not isinstance(made, Teleprompter) and not callable(made):
+        yield (
+            f"fast={made!r}: pass a DSPy optimizer or its class, {EXAMPLES}; or your own, {OWN}; None searches with "
+            "GEPA"
+        )
 
 
 def fast_identity(fast: object) -> dict[str, object]:
@@ -145,7 +169,11 @@ def _of_teleprompter(
     try:
         made = _made(search, config, reflection_lm, student)
     except Exception as error:  # of DSPy's class, or of the user's function
-        yield f"fast={name}: it cannot be made ({type(error).__name__}: {error}); mend its arguments"
+        own = "" if isinstance(unwrapped(search.teleprompter), type) else f"; an own optimizer is {OWN}"
+        yield f"fast={name}: it cannot be made ({type(error).__name__}: {error}); mend its arguments{own}"
+        return
+    if not isinstance(made, Teleprompter):
+        yield f"fast={name}: it makes {type(made).__name__}, which is no optimizer of DSPy; an own optimizer is {OWN}"
         return
     settings = {**settled(made), **search.arguments}
     if not isinstance(unwrapped(search.teleprompter), type):  # what a function makes is known only now

@@ -128,6 +128,13 @@ class TrainingSettings(Settings):
             raise ValueError("; ".join(faults))
         return {name: tuple(sorted({str(one) for one in members})) for name, members in sorted(groups.items())}
 
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _below_and_above(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, list | tuple) and len(value) == 2):
+            return value
+        raise ValueError("use how far below and above 1, e.g. [0.2, 0.28], or None for the loss's own")
+
     @field_validator("micro_batch_tokens", mode="before")
     @classmethod
     def _tokens_or_auto(cls, value: Any) -> Any:

@@ -202,6 +202,34 @@ def test_what_only_gepa_reads_is_told():
     assert "reflection_minibatch=4 and components='all' do nothing: GEPA reads them, and fast=COPRO searches" in warning
 
 
+class Nameless:
+    def search(self, seat):
+        return [seat.program]
+
+
+class Seatless:
+    name = "seatless"
+
+    def search(self):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("fast", "words"),
+    [
+        (Nameless(), "fast=Nameless: it has no name"),
+        (Seatless(), "fast=Seatless: its search takes something else than one seat"),
+        (lambda seat: [seat.program], "it cannot be made"),
+        (lambda: ["no optimizer"], "it makes list, which is no optimizer of DSPy"),
+        ("simba", "fast='simba': pass a DSPy optimizer or its class"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused_with_the_form_of_an_own_one(fast, words):
+    [fault] = fast_faults(SMALL, fast, None, None if callable(fast) else writer, None)
+    assert words in fault
+    assert "an object with a name and one method, search(seat) -> programs" in fault
+
+
 def test_an_optimizer_that_never_searches_is_told():
     [warning] = fast_warnings(FSTConfig(method="rl"), dspy.SIMBA)
     assert "fast=SIMBA does nothing under method='rl'" in warning
