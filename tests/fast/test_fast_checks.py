@@ -202,12 +202,12 @@ def test_what_only_gepa_reads_is_told():
     assert "reflection_minibatch=4 and components='all' do nothing: GEPA reads them, and fast=COPRO searches" in warning
 
 
-class Nameless:
+class HasNoName:
     def search(self, seat):
         return [seat.program]
 
 
-class Seatless:
+class TakesNoSeat:
     name = "seatless"
 
     def search(self):
@@ -217,8 +217,8 @@ class Seatless:
 @pytest.mark.parametrize(
     ("fast", "words"),
     [
-        (Nameless(), "fast=Nameless: it has no name"),
-        (Seatless(), "fast=Seatless: its search takes something else than one seat"),
+        (HasNoName(), "fast=HasNoName: it has no name"),
+        (TakesNoSeat(), "fast=TakesNoSeat: its search takes something else than one seat"),
         (lambda seat: [seat.program], "it cannot be made"),
         (lambda: ["no optimizer"], "it makes list, which is no optimizer of DSPy"),
         ("simba", "fast='simba': pass a DSPy optimizer or its class"),
