@@ -82,8 +82,6 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
                     warm_start(session, request.teacher, _lora_adapters(request), original)
                     del session  # and the trainer with it
                     session = _warm_started(request, run, policy, ranks, parsed)
-                elif is_untold(session):
-                    told_after(session, None)
                 yield session
         # The compiled program lives on: its restarts are no business of this run, and must not hold its trainer.
         policy.handle.engine.on_recovery(logger.warning, None)
@@ -117,6 +115,8 @@ def _begin(session: Session, request: Request) -> float | None:
     if fresh:
         session.commit_start()  # a process that dies in the validation has lost no more than that
     session.validate_start()
+    if is_untold(session):
+        told_after(session, None)
     return None if look is None else look.parsed
 
 
