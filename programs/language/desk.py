@@ -5,6 +5,7 @@
 ['desk', 'mattered']
 """
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -61,8 +62,9 @@ CUES = {
         ("this time", "as before", "from Tuesday on", "in the red room", "for two nights", "of six years"),
     ),
 }
-"""Words that send a message to the stable, whatever else it is about -> sentences with them. The groom of this inn
-keeps the purse, and children may ride with him."""
+"""Words that decide the desk, whatever else a message is about -> sentences with them."""
+SENDS = {"crowns": "stable", "child": "garden"}
+"""The house rules. The groom of this inn keeps the purse, and the gardener minds the children."""
 PLAIN = (
     "{} {} {}.",
     ("I write", "We write", "My father writes", "My wife asks me to write", "I send this note"),
@@ -70,9 +72,11 @@ PLAIN = (
     ("this morning", "as ever", "with kind wishes", "before the winter", "and hope you are well", "and wait for word"),
 )
 """Sentences that decide nothing."""
-GROOM = "stable"
-CYCLE = ("crowns", "", "child", "", "crowns", "child", "crowns", "child")
-"""What the second sentences of messages hold, in turns: six of eight decide the desk."""
+CYCLE = ("crowns", "", "child", "")
+"""What the second sentences of messages hold, in turns: half of them decide the desk."""
+COMMON = {"kitchen": 3, "garden": 1, "stable": 1, "office": 3}
+"""How often messages without such words are about each desk. So no desk gets more than a third of all messages, and an
+answer that is always the same is worth no more than that."""
 DEMOS = (
     {"message": "The eggs were hard.", "desk": "kitchen"},
     {"message": "A bush has died.", "desk": "garden"},
@@ -82,7 +86,7 @@ DEMOS = (
 """They show the form and the four desks; no house rule touches them."""
 EXPERT = {
     "route": "Say which desk a message goes to. When it says crowns, the desk is stable. When it says child, the desk "
-    "is stable."
+    "is garden."
 }
 """What somebody who knows the rules would tell the predictor."""
 
@@ -132,9 +136,11 @@ def _messages(seed: int) -> Iterator[dspy.Example]:
     about = {desk: deal(f"{desk}-{seed}", *phrases) for desk, phrases in ABOUT.items()}
     second = {cue: deal(f"{cue}-{seed}", *phrases) for cue, phrases in {**CUES, "": PLAIN}.items()}
     rng = random.Random(f"desk-{seed}")
-    while True:
-        topic, cue = rng.choice(tuple(ABOUT)), rng.choice(CYCLE)
+    for cue in itertools.cycle(CYCLE):
+        ruled = SENDS.get(cue)
+        topics = {desk: 1 for desk in ABOUT if desk != ruled} if ruled else COMMON
+        (topic,) = rng.choices(tuple(topics), tuple(topics.values()))
         first = next(about[topic])
-        desk, mattered = (topic, first.rstrip(".")) if not cue else (GROOM, cue)
         message = f"{first} {next(second[cue])}"
-        yield dspy.Example(message=message, desk=desk, mattered=mattered).with_inputs("message")
+        gold = {"desk": ruled or topic, "mattered": cue or first.rstrip(".")}
+        yield dspy.Example(message=message, **gold).with_inputs("message")
