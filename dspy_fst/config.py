@@ -287,7 +287,7 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, WarmStart, Al
             return "more examples in the trainset"
         if self.anchor_count < self.lookahead:
             return f"more anchors (at most {self.lookahead})"
-        return "more problems_per_step or steps_per_cycle, which make the anchors of a search"
+        return f"more problems_per_step or steps_per_cycle: anchors are taken from a cycle's {self.lookahead} problems"
 
 
 def source_of(setting: str) -> str:

@@ -14,7 +14,7 @@ from dspy_fst.training.request import Arguments, Proposers, check
 from programs.lab import BASE, build
 from tests.test_compile import propose
 
-LARGER = "more problems_per_step or steps_per_cycle, which make the anchors of a search"
+LARGER = "more problems_per_step or steps_per_cycle: anchors are taken from a cycle's 24 problems"
 
 
 def examples(number: int, different: int = 1000) -> list[dspy.Example]:

@@ -220,9 +220,10 @@ class _Worker:
     def wait(self, until: float) -> None:
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
+            waiting = self._todo.qsize() + 1  # and the one that it is at
             self.troubles.append(
                 f"warning: the run waited {FINISH_S:g} s for tracker {self.name!r} to take its last entries, and ends "
-                "without it"
+                f"without it; {waiting} entries and files of the run are not there. Is its server reachable?"
             )
 
     def _work(self) -> None:
