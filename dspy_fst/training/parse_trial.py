@@ -164,18 +164,18 @@ class Trial:
         lines += [str(one) if self.reward_before is None else one.with_reward for one in self.ranked]
         if not self.shown_to:
             lines.append(f"  demos were not tried: {HAVE_DEMOS if self.have_demos else NO_DEMOS}")
-        other = [] if self.reward_before is not None else [self._warm_start]
+        lines.append(self._warm_start)
         if (best := self.best) is None:
-            return "\n".join([*lines, self._nothing_helps, *other])
+            return "\n".join([*lines, self._nothing_helps])
         code = [f"  {line}" for line in self.code(best.setup)]
         where = "before compile() or where a project's module makes the program"
-        return "\n".join([*lines, f"For the first of them write, {where}:", *code, *other])
+        return "\n".join([*lines, f"For the first of them write, {where}:", *code])
 
     @property
     def _warm_start(self) -> str:
-        """The other way, where replies do not parse: not another form, but weights that know this one."""
+        """The other way: not another form, but weights that know this one."""
         way = "set warm_start='labels'" if self.labels_teach else "give compile() a teacher=program that speaks it"
-        return f"Or teach the model the form that it is asked for now, before the first search: {way}"
+        return f"  or teach the model the form that it is asked for now, before the first search: {way}"
 
     @property
     def _heading(self) -> str:

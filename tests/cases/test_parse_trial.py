@@ -1,6 +1,5 @@
 """What is tried where hardly any reply parses: how it is ranked, and that its advice runs and does what was tried."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import dspy
@@ -109,11 +108,8 @@ def test_a_setup_in_which_no_reply_was_read_has_no_share_and_stands_last_with_it
     told = ranked_trial(unread, read).told().splitlines()
     assert [line.split()[0] for line in told[1:3]] == ["0%", "none"]
     assert "XMLAdapter (8 of 8 rollouts masked: timeout)" in told[2]
-    assert told[-2].startswith("Nothing of it helps")
-    assert told[-1].startswith("Or teach the model the form")
+    assert told[-1].startswith("Nothing of it helps")
     assert "Nothing of it helps" in ranked_trial(unread).told()
-    by_reward = replace(ranked_trial(read), reward_before=0.5)  # its replies parse: their form needs no teaching
-    assert by_reward.told().splitlines()[-1].startswith("Nothing of it helps")
 
 
 def test_programs_that_ask_for_one_lm_are_tried_cooler_too():
