@@ -139,7 +139,7 @@ def told_after(session: Session, before: float | None) -> None:
         return
     earlier = "" if before is None else f", before it {before:.0%}"
     spent = {"rollouts": len(rollouts), "sampled_tokens": sum(rollout.tokens for rollout in rollouts)}
-    told = f"{AFTER} {share:.0%} of the replies to the first {len(tasks)} examples parse{earlier}"
+    told = f"after the warm start {share:.0%} of the replies to the first {len(tasks)} examples parse{earlier}"
     session.run.emit("note", text=told if share > (before or 0.0) or share == 1 else f"warning: {told}", spent=spent)
 
 
