@@ -85,7 +85,7 @@ class WarmStart(Settings):
 
     @field_validator("warm_start", mode="before")
     @classmethod
-    def _what_is_learnt(cls, value: Any) -> Any:
+    def _what_is_learnt(cls, value: object) -> object:
         if value in (None, "labels"):
             return value
         raise ValueError(

@@ -130,7 +130,7 @@ class TrainingSettings(Settings):
 
     @field_validator("clip", mode="before")
     @classmethod
-    def _below_and_above(cls, value: Any) -> Any:
+    def _below_and_above(cls, value: object) -> object:
         if value is None or (isinstance(value, list | tuple) and len(value) == 2):
             return value
         raise ValueError("use how far below and above 1, e.g. [0.2, 0.28], or None for the loss's own")
