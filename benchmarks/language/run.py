@@ -20,7 +20,7 @@ from dspy_fst import PolicyLM
 from dspy_fst.engine.base import Checkpoint
 from programs.common import Task
 from programs.language import TASKS
-from programs.language.feedback import FeedbackProposer
+from programs.language.feedback import EachText, FeedbackProposer
 from programs.smollm2 import folder
 
 MAX_TOKENS = 48
@@ -103,7 +103,7 @@ class Frozen:
         return self
 
 
-class Reflecting:
+class Reflecting(EachText):
     """GEPA's ``ProposalFn`` that asks an LM in plain words and takes the first paragraph of what it says.
 
     GEPA's own proposer asks for a JSON object here, and no reply of SmolLM2 held one: its search ends in an error.
@@ -112,15 +112,7 @@ class Reflecting:
     def __init__(self, lm: dspy.LM) -> None:
         self._lm = lm
 
-    def __call__(
-        self,
-        candidate: Mapping[str, str],
-        reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]],
-        components_to_update: Sequence[str],
-    ) -> dict[str, str]:
-        return {name: self._propose(candidate[name], reflective_dataset.get(name, ())) for name in components_to_update}
-
-    def _propose(self, text: str, records: Sequence[Mapping[str, Any]]) -> str:
+    def propose(self, text: str, records: Sequence[Mapping[str, Any]]) -> str:
         feedback = "\n".join(f"- {' '.join(str(record.get('Feedback', '')).split())[:READ]}" for record in records)
         said = str(self._lm(ASKED.format(text=text, feedback=feedback))[0])
         return said.strip().split("\n\n")[0].strip() or text

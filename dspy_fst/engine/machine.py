@@ -19,11 +19,11 @@ OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OF_LAUNCHERS = (*OF_TORCHRUN, *PROCESS_COUNTS, "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "TORCHELASTIC_")
 """Beginnings of the variables by which a process knows that it was launched with others."""
 OTHER_TRAINERS = {
-    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "or with a config of accelerate without it"),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "or with a config of accelerate without it"),
-    "ACCELERATE_USE_FSDP": ("its FSDP plugin", "or with a config of accelerate without it"),
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_FSDP": "its FSDP plugin",
 }
-"""Variable of accelerate launch -> what it would train with, and what to do."""
+"""Variable of accelerate launch -> what it would train with."""
 
 
 def has_gpu() -> bool:
@@ -137,8 +137,8 @@ def launch_faults(environment: Mapping[str, str] = os.environ) -> list[str]:
         ]
     return [
         f"{name}={environment[name]}: accelerate launch was told to train with {engine}, which a run does not use; "
-        f"launch it with torchrun, {instead}"
-        for name, (engine, instead) in OTHER_TRAINERS.items()
+        f"launch it with torchrun, or with a config of accelerate without it"
+        for name, engine in OTHER_TRAINERS.items()
         if environment.get(name, "").lower() in ("1", "true")
     ]
 

@@ -205,9 +205,8 @@ class Trainer:
         """
         tokens = tokens_of([rows[member] for member in micro.members], self._device)
         coefficient = self.settings.kl_coefficient
-        start = (
-            self._start.reads(micro) if coefficient > 0 else None
-        )  # before the policy's activations take their memory
+        # before the policy's activations take their memory
+        start = self._start.reads(micro) if coefficient > 0 else None
         readout = self._policy.readout(micro)
         if self._loss.reads_replies:
             tokens = with_reply_log_ratios(tokens, head.logprobs(readout, micro), micro.tokens)

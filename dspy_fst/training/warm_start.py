@@ -37,8 +37,6 @@ from dspy_fst.training.parse_trial import parse_share
 from dspy_fst.training.session import Session
 from dspy_fst.types import WARM_START, Problem, Rollout
 
-AFTER = "after the warm start"
-"""Begins what is said of the replies then."""
 TAUGHT = "taught.json"
 """Document of a state: what a teacher said, in the policy's ids."""
 UNKNOWN, UNRENDERED, UNWRITTEN = "fields not in the example", "prompt not rendered", "not a reply of the chat adapter"
@@ -71,8 +69,7 @@ class Taught:
 def is_due(session: Session, teacher: dspy.Module | None) -> bool:
     """Whether the run has a warm start, and has it still before it."""
     asked = teacher is not None or session.config.warm_start is not None
-    state = session.run.state
-    return asked and not (state.get("warm_start") or state.get("step") or state.get("searched", -1) >= 0)
+    return asked and not session.run.state.get("warm_start") and _at_start(session)
 
 
 def warm_start(session: Session, teacher: dspy.Module | None, adapters: Mapping[str, str], original: PolicyLM) -> None:
@@ -118,11 +115,15 @@ def warm_start(session: Session, teacher: dspy.Module | None, adapters: Mapping[
 
 def is_untold(session: Session) -> bool:
     """Whether a process ended between the run's warm start and what :func:`told_after` says of it."""
-    state = session.run.state
-    if not state.get("warm_start") or state.get("step") or state.get("searched", -1) >= 0:
+    if not session.run.state.get("warm_start") or not _at_start(session):
         return False
-    notes = [event["text"] for event in session.run.events() if event["event"] == "note"]
-    return not any(AFTER in note for note in notes)
+    return not any("spent" in event for event in session.run.events() if event["event"] == "note")
+
+
+def _at_start(session: Session) -> bool:
+    """Whether the run has neither searched nor made a step."""
+    state = session.run.state
+    return not state.get("step") and state.get("searched", -1) < 0
 
 
 def told_after(session: Session, before: float | None) -> None:

@@ -24,7 +24,24 @@ def told(field: str, expected: object, got: str, mattered: str | None = None) ->
     return f"{field}: expected '{expected}', got '{shown}'{ending}."
 
 
-class FeedbackProposer:
+class EachText:
+    """GEPA's ``ProposalFn`` for proposers that write each component's text from its own records."""
+
+    def __call__(
+        self,
+        candidate: Mapping[str, str],
+        reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]],
+        components_to_update: Sequence[str],
+    ) -> dict[str, str]:
+        """A text for each component to update."""
+        return {name: self.propose(candidate[name], reflective_dataset.get(name, ())) for name in components_to_update}
+
+    def propose(self, text: str, records: Sequence[Mapping[str, Any]]) -> str:
+        """A text in place of this one, from the reflective records of its component."""
+        raise NotImplementedError
+
+
+class FeedbackProposer(EachText):
     """GEPA's ``ProposalFn`` without a language model: it turns one fault of the feedback into a sentence.
 
     It reads the current text and the reflective records alone, never a rule or a label that feedback did not show. It
@@ -37,16 +54,8 @@ class FeedbackProposer:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def __call__(
-        self,
-        candidate: Mapping[str, str],
-        reflective_dataset: Mapping[str, Sequence[Mapping[str, Any]]],
-        components_to_update: Sequence[str],
-    ) -> dict[str, str]:
-        """A text for each component to update: its own, with a sentence from the feedback at its end."""
-        return {name: self._propose(candidate[name], reflective_dataset.get(name, ())) for name in components_to_update}
-
-    def _propose(self, text: str, records: Sequence[Mapping[str, Any]]) -> str:
+    def propose(self, text: str, records: Sequence[Mapping[str, Any]]) -> str:
+        """The text with a sentence from the feedback at its end."""
         news = {sentence for record in records for sentence in sentences(str(record.get("Feedback", "")))}
         lacking = sorted(sentence for sentence in news if sentence not in text)
         if not lacking:
