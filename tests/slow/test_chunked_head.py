@@ -241,7 +241,7 @@ def test_logits_of_an_update_take_the_same_however_long_a_reply_is(kl, tensors, 
         batch, calls = long_batch(2, reply)
         if kl:
             trainer.kl_by_call(calls)
-        with Logits(trainer._policy, trainer._reference) as seen:
+        with Logits(trainer._policy, trainer._start.policy) as seen:
             trainer.step(batch)
             if kl:
                 trainer.kl_by_call(calls)

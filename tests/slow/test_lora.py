@@ -101,8 +101,8 @@ def test_the_kl_with_the_adapter_off_is_that_to_a_second_model(start, batch):
     second = make_trainer(start, reference=start, adapter=SMALL, warmup_steps=0)
     for update in range(3):
         second.step(batch_of(update))
-    assert second._reference.model is not second._policy.model
-    assert one._reference.model is one._policy.model
+    assert second._start.policy.model is not second._policy.model
+    assert one._start.policy.model is one._policy.model
     calls = calls_of(20)
     values = flat(one.kl_by_call(calls))
     assert float(values.min()) > 1e-3
