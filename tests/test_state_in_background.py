@@ -70,6 +70,29 @@ def test_a_commit_comes_back_before_the_state_is_written_and_whoever_asks_for_it
     run.close()
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["before", "after"])
+def test_a_signal_while_the_writing_thread_starts_leaves_nobody_waiting(tmp_path, monkeypatch, begun):
+    """The old state stands if the thread had not begun, else the new one; either way the answer comes at once."""
+    run = RunDirectory(tmp_path / "run", {})
+    run.commit(saved("zero"), step=0)
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        if begun:
+            start(thread)
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KilledError):
+            run.commit(saved("one"), step=1, wait=False)
+    monkeypatch.setattr(state_writer, "STATE_S", 10)
+    assert run.state["step"] == (1 if begun else 0)
+    run.commit(saved("two"), step=2)
+    assert run.state["step"] == 2
+    run.close()
+
+
 def test_what_is_committed_is_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch):
     goes_on = threading.Event()
     writes(monkeypatch, lambda step, write: goes_on.wait(30) and write())

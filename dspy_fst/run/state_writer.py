@@ -57,10 +57,17 @@ class StateWriter:
         Raises:
             DiskError: the write before failed; this one does not begin.
         """
-        last, self._written = self.newest, threading.Event()
-        arguments = (fields, save_trainer, last, documents, self._written)
-        threading.Thread(target=self._write, args=arguments, name="state", daemon=True).start()
-        return self._written
+        last, written, begins = self.newest, threading.Event(), threading.Lock()
+        arguments = (fields, save_trainer, last, documents, written, begins)
+        thread = threading.Thread(target=self._write, args=arguments, name="state", daemon=True)
+        try:
+            self._written = written
+            thread.start()
+        except BaseException:  # of a signal, anywhere in start(); nobody may wait for a thread that never ran
+            if begins.acquire(blocking=False):
+                written.set()
+            raise
+        return written
 
     def _write(
         self,
@@ -69,7 +76,10 @@ class StateWriter:
         last: RunState | None,
         documents: Documents | None,
         written: threading.Event,
+        begins: threading.Lock,
     ) -> None:
+        if not begins.acquire(blocking=False):
+            return  # it was given up before it began
         try:
             with writing(self._path):
                 states = self._path / "states"
