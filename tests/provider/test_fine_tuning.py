@@ -19,16 +19,20 @@ from tests.provider.lessons import accuracy, lab_with, labels, policy
 CHAT = TrainDataFormat.CHAT
 FAST = {"learning_rate": 2e-3, "epochs": 2}
 LIMIT_S = 300
+READ = [list(range(8, 40))]
+"""Tokens whose log-probabilities tell weights apart."""
 
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     """The lab, its LM as it was, and the job that learnt the trainset's labels."""
     lm, folder = policy(), tmp_path_factory.mktemp("jobs")
-    lab = lab_with(lm)
+    lab, scored = lab_with(lm), lm.handle.ready().score(READ)
     job = lm.finetune(labels(lab), CHAT, {"folder": folder, **FAST})
     learnt = job.result(LIMIT_S)
     assert isinstance(learnt, PolicyLM), learnt
+    assert lm.handle.ready().score(READ) == scored, "the LM that was trained serves other weights than before"
+    assert learnt.handle.ready().score(READ) != scored
     yield lab, lm, job, learnt
     for each in (lm, learnt):
         each.release()
@@ -42,7 +46,6 @@ def test_labels_are_learnt_and_the_lm_that_was_trained_stays_as_it_was(taught):
     assert accuracy(trained, lab) >= before + 0.25
     assert (lm.checkpoint.folder, lm.model) == (BASE, str(BASE))
     assert lm.handle is not learnt.handle
-    assert accuracy(lab.program, lab) <= before + 0.15
     assert job.status() == TrainingStatus.succeeded
 
 
