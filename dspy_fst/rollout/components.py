@@ -93,7 +93,8 @@ def with_texts(program: dspy.Module, candidate: Candidate) -> dspy.Module:
             for place, description in descriptions.get(name, {}).items():
                 kept = place in instruction
                 instruction = instruction.replace(place, description) if kept else f"{instruction}\n{description}"
-            predictor.signature = predictor.signature.with_instructions(instruction)
+            if instruction != predictor.signature.instructions:  # a new signature takes as long as a call of the model
+                predictor.signature = predictor.signature.with_instructions(instruction)
         if demos_of(name) in candidate.texts:
             predictor.demos = _demos_again(candidate.texts[demos_of(name)], predictor.demos)
     return copy

@@ -15,9 +15,9 @@ def request_of(system: str | None) -> lm15.Request:
     return lm15.Request(model="policy", system=system, messages=(lm15.Message.user("Good morning!"),), config=config)
 
 
-SMALL = {"population_size": 1}
+SMALL = {"population_size": 1, "problems_per_step": 1}
 """A group then has one prompt, which is read once: half the time of an update."""
-DEATH = Moment("step rollout", 12, "after")
-"""In the second step, whose eight rollouts are the ninth to the sixteenth."""
+DEATH = Moment("step rollout", 6, "after")
+"""In the second step, whose four rollouts are the fifth to the eighth."""
 RESUMED_FROM = {"1 searches, 1 updates", "1 searches, 0 updates"}
 """The first step's state is written while the second step is sampled, so it is on the disk at the death or is not."""

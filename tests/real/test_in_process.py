@@ -6,11 +6,11 @@ from statistics import fmean
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.durability import Comparison, Moment, outcome
+from benchmarks.durability import Comparison, outcome
 from benchmarks.real_model import scores, shares
 from benchmarks.real_model.runs import MOODS_RUN, gaps, step_reports
 from programs import smollm2
-from tests.real.asked import RESUMED_FROM, SMALL, SYSTEM_OF_THE_TEMPLATE, request_of
+from tests.real.asked import DEATH, RESUMED_FROM, SMALL, SYSTEM_OF_THE_TEMPLATE, request_of
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,11 @@ def test_a_request_without_a_system_text_gets_the_template_s_own_and_one_with_it
     )
 
 
-DEATH = Moment("step rollout", 6, "after")
-"""In the second step, whose four rollouts are the fifth to the eighth: each step plays one problem."""
-
-
 @pytest.fixture(scope="module")
 def comparison(on_disk):
     folder = on_disk / "compared"
     folder.mkdir()
-    yield Comparison(folder, settings={**SMALL, "precision": "float32", "problems_per_step": 1}, subject=MOODS_RUN)
+    yield Comparison(folder, settings={**SMALL, "precision": "float32"}, subject=MOODS_RUN)
     shutil.rmtree(folder)  # gigabytes
 
 

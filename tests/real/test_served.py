@@ -78,7 +78,7 @@ def test_a_run_in_bfloat16_that_is_killed_goes_on_without_gap_or_double(served, 
         assert {*killed.resumed_from} <= RESUMED_FROM
         assert gaps(killed.run_dir) == []
         reports = step_reports(killed.run_dir)
-        assert reports[0]["reward"] > 0
+        assert max(report["reward"] for report in reports) > 0
         assert all(report["update"]["effective_sample_share"] > 0.95 for report in reports if report["update"]["rows"])
     finally:
         shutil.rmtree(folder)  # gigabytes
