@@ -58,15 +58,19 @@ SERVED_LIMIT_S = 1800
 TESTS = Path(__file__).parent
 COMPILE_A_LOT = {
     *("test_cli.py", "test_compile.py", "test_evidence.py", "test_lora_runs.py", "test_micro_batch.py"),
-    *("test_nothing_silent.py", "test_one_world.py", "test_resampling.py", "test_retirement.py", "test_reuse.py"),
-    *("test_start_and_end.py", "test_warm_start.py"),
+    *("test_better_together.py", "test_nothing_silent.py", "test_one_world.py", "test_options_together.py"),
+    *("test_resampling.py", "test_retirement.py", "test_reuse.py", "test_start_and_end.py"),
+    *("test_state_in_background.py", "test_warm_start.py"),
+    *("fast/test_demo_search.py", "fast/test_proposals_at_once.py", "fast/test_seated_runs.py"),
+    "fast/test_seated_search.py",
     *("provider/test_fine_tuning.py", "provider/test_grpo.py", "provider/test_together.py"),
     *("run/test_ending.py", "run/test_journal.py"),
     *("cases/test_adapters.py", "cases/test_architectures.py", "cases/test_architectures_compile.py"),
     *("cases/test_before_start.py", "cases/test_copies.py", "cases/test_lms_and_saving.py", "cases/test_outside.py"),
-    *("cases/test_nothing_learned.py", "cases/test_sync.py", "cases/test_unmoved_steps.py"),
+    *("cases/test_nothing_learned.py", "cases/test_queueing.py", "cases/test_sync.py", "cases/test_unmoved_steps.py"),
     *("cases/test_weight_check_memory.py", "report/test_charts.py", "report/test_page.py"),
-    *("cli/test_eval.py", "cli/test_init.py", "cli/test_more_cycles.py", "cli/test_serve.py"),
+    *("cli/test_adapter_flag.py", "cli/test_eval.py", "cli/test_export.py", "cli/test_export_hub.py"),
+    *("cli/test_export_lora.py", "cli/test_init.py", "cli/test_more_cycles.py", "cli/test_serve.py"),
     *("pipelines/test_adversarial.py", "pipelines/test_shapes.py", "pipelines/test_tool_loop.py"),
     *("programs/test_compiles.py", "programs/test_lab.py", "programs/test_tiny.py"),
 }
