@@ -4,6 +4,7 @@
     <!-- include source: dspy_fst.optimizer:alternate -->  a function as it stands in the code
     <!-- include docstring: dspy_fst.memory -->               a module's docstring
     <!-- include sizes: models -->                         the table of `dspy-fst sizes --table`; or what was measured
+    <!-- include sizing: guide -->                         a table of `benchmarks/sizing.py`: guide, cards, ...
     <!-- include api: dspy_fst.save level=3 -->            the reference of a class or a function, with members=a,b,...
                                                            where not all of its members are told of
 
@@ -221,6 +222,13 @@ def _sizes(which: str) -> str:
     return size_table() if which == "models" else measured_table(json.loads(RESULT.read_text(encoding="utf-8")))
 
 
+def _sizing(which: str) -> str:
+    """The page on time has four: cards, shares that are assumed, machines and models, and runs that were foretold."""
+    from benchmarks import sizing
+
+    return str(getattr(sizing, which)())
+
+
 def _parsed(module: str) -> tuple[str, ast.Module]:
     """A module's text and syntax; importing it could mean to import torch."""
     place = ROOT / module.replace(".", "/")
@@ -274,7 +282,14 @@ def _signature(found: re.Match[str]) -> str:
 
 
 LINK = re.compile(r"\[([^\[\]]*)\]\(#[^)]*\)")
-INCLUDED = {"table": _table, "source": _source, "docstring": _docstring, "api": _api, "sizes": _sizes}
+INCLUDED = {
+    "table": _table,
+    "source": _source,
+    "docstring": _docstring,
+    "api": _api,
+    "sizes": _sizes,
+    "sizing": _sizing,
+}
 
 if __name__ == "__main__":
     main()

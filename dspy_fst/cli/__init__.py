@@ -15,6 +15,7 @@ from dspy_fst.cli.doctor import doctor
 from dspy_fst.cli.evaluate import eval
 from dspy_fst.cli.export_folder import export
 from dspy_fst.cli.init import init
+from dspy_fst.cli.plan import plan
 from dspy_fst.cli.report import report
 from dspy_fst.cli.runs import runs
 from dspy_fst.cli.serve import serve
@@ -47,5 +48,5 @@ def _options(
     """Fast-Slow Training for DSPy: a program's instructions and its local model's weights, together."""
 
 
-for command in (init, check, sizes, doctor, run, resume, runs, show, eval, export, report, serve):
+for command in (init, check, sizes, plan, doctor, run, resume, runs, show, eval, export, report, serve):
     app.command()(command)

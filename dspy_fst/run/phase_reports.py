@@ -1,7 +1,8 @@
 """What a step and a search leave in a run's events: frozen reports, and how they are read from an event again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import quantiles
 from typing import Any, TypeVar
 
 from dspy_fst.types import PredictorReport, UpdateReport, WeightsVersion, version_of
@@ -66,6 +67,9 @@ class StepReport:
     prompt_tokens_read: int | None = None
     """Those that the model read, padding included: what the prompts of a batch have in common at their beginning is
     read once. None where ``prompt_tokens`` is."""
+    reply_deciles: tuple[float, ...] | None = None
+    """Tokens of the replies to its rollouts' calls: shortest, nine deciles, longest; `dspy-fst plan --like` reads them.
+    None without a call, and in the events of older releases."""
 
     @property
     def sampled_by(self) -> WeightsVersion:
@@ -83,7 +87,23 @@ class StepReport:
         predictors = {name: PredictorReport(**report) for name, report in data.get("predictors", {}).items()}
         rewards = tuple((problem, reward) for problem, reward in data.get("group_rewards", ()))
         update = UpdateReport(**data["update"])
-        return cls(**{**data, "update": update, "predictors": predictors, "group_rewards": rewards})
+        told = data.get("reply_deciles")
+        replies = {"reply_deciles": None if told is None else tuple(told)}
+        return cls(**{**data, "update": update, "predictors": predictors, "group_rewards": rewards, **replies})
+
+
+def deciles(values: Sequence[float]) -> tuple[float, ...] | None:
+    """The smallest of the values, their nine deciles and the largest; None without a value.
+
+    >>> deciles(range(11)) == tuple(range(11)), deciles([5]) == (5,) * 11
+    (True, True)
+    """
+    if not values:
+        return None
+    if len(values) == 1:
+        return (float(values[0]),) * 11
+    between = (round(value, 1) for value in quantiles(values, n=10, method="inclusive"))
+    return (float(min(values)), *between, float(max(values)))
 
 
 @dataclass(frozen=True)

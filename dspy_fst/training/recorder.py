@@ -7,7 +7,7 @@ from dspy_fst.fast.evolve import Search
 from dspy_fst.fast.reporting import candidates_told, cycle_report
 from dspy_fst.fast.search_warnings import search_warnings
 from dspy_fst.run.directory import RunDirectory
-from dspy_fst.run.phase_reports import CycleReport, StepReport
+from dspy_fst.run.phase_reports import CycleReport, StepReport, deciles
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.run.state import start_version
 from dspy_fst.training.plan import Cycle
@@ -115,6 +115,7 @@ class Recorder:
             judged_by=self._judged_by,
             prompt_tokens=prompts.in_calls if prompts else None,
             prompt_tokens_read=prompts.read if prompts else None,
+            reply_deciles=deciles([len(call.completion_ids) for rollout in rollouts for call in rollout.calls]),
         )
         self.steps.append(report)
         self._run.emit("step", report=report)

@@ -165,7 +165,7 @@ def check(given: Arguments, room: Available | None = None, hub_s: float = ANSWER
     Raises:
         ConfigurationError: with every fault that was found.
     """
-    config, faults = _recipe(given.settings)
+    config, faults = recipe_of(given.settings)
     faults += _faults_of_arguments(given, config, room, hub_s)
     run_dir = (Path(given.run_dir) if given.run_dir else new_run_dir()).resolve()
     faults += [fault] if (fault := writable_fault(run_dir)) else []
@@ -174,8 +174,8 @@ def check(given: Arguments, room: Available | None = None, hub_s: float = ANSWER
     return _checked_together(given, config, run_dir, room)
 
 
-def _recipe(given: Mapping[str, object]) -> tuple[FSTConfig | None, list[str]]:
-    """The recipe, or None, and what is wrong with its settings."""
+def recipe_of(given: Mapping[str, object]) -> tuple[FSTConfig | None, list[str]]:
+    """The recipe of settings that may hold ``auto``, or None; and what is wrong with them."""
     settings = dict(given)
     auto = settings.pop("auto", None)
     faults = []

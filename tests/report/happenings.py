@@ -89,6 +89,7 @@ def step(
         "sampled_tokens": 160,
         "prompt_tokens": 640,
         "prompt_tokens_read": 200,
+        "reply_deciles": [1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 3.0, 3.0, 4.0],
         "seconds": {"sampling": 3.0, "update": 1.0, "publish": 0.5},
     }
     return {"event": "step", "report": report | ({} if predictors is None else {"predictors": predictors})}
