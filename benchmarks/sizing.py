@@ -1,6 +1,7 @@
 """Whether the simulation of `dspy-fst plan` foretells the time of runs here, and the table of its guide.
 
     python -m benchmarks.sizing --repeats 3 && make pages     # a quiet machine, some minutes; the laboratory in process
+    python -m benchmarks.sizing --guide && make pages         # two minutes of arithmetic
 
 One run of the laboratory is measured and gives the rates, as `dspy-fst plan --like RUN_DIR` reads them. Three runs of
 other shapes are foretold with these rates, before they are made: nothing is fitted to a run that is foretold. The time
@@ -48,7 +49,7 @@ from dspy_fst.sizing import (
 )
 from programs.lab import BASE, FeedbackProposer, build
 
-RESULT = Path(__file__).parent / "results" / "sizing.json"
+RESULT, GUIDE_RESULT = (Path(__file__).parent / "results" / f"{name}.json" for name in ("sizing", "sizing_guide"))
 TOLERANCE = 0.2
 VALSET = 20
 COMMON: dict[str, Any] = {"learning_rate": 5e-4, "validate_every": "cycle", "parse_trial": 0}
@@ -235,25 +236,25 @@ GUIDE_TEXTS = Texts(Lengths.around(512), 512)
 
 
 def guide() -> str:
-    """Markdown: machines against models and recipes."""
+    """Markdown: machines against models and recipes, as `--guide` computed them last."""
     head = ["model", "machine", "used", "trainer + engines", "trainer card", "engine card", "publish"]
     head += ["rollouts/s", "search", "a step's rollouts", "update", "publish and check", "a cycle", "saturates first"]
-    rows = []
-    for name, settings in GUIDE.items():
-        config = FSTConfig.model_validate(settings)
-        model = name.partition(",")[0]
-        asked = Asked(config, GUIDE_TEXTS)
-        workload = Workload(model, find_size(model), "vllm")
-        for card, cards in MACHINES:
-            rows.append([name.partition("/")[2], f"{cards} x {card}", *_cells(asked, workload, card, cards)])
-    return table(head, rows)
+    return table(head, [row for rows in read_json(GUIDE_RESULT).values() for row in rows])
+
+
+def guide_row(name: str, card: str, cards: int) -> list[str]:
+    """A row of the guide: the model and recipe of this name on so many cards."""
+    model = name.partition(",")[0]
+    asked = Asked(FSTConfig.model_validate(GUIDE[name]), GUIDE_TEXTS)
+    cells = _cells(asked, Workload(model, find_size(model), "vllm"), card, cards)
+    return [name.partition("/")[2], f"{cards} x {card}", *cells]
 
 
 def _cells(asked: Asked, workload: Workload, card: str, cards: int) -> list[str]:
     try:
         found = best_forecast(asked, workload, card_named(card), cards)
     except ConfigurationError:
-        return ["fits not", *[""] * 11]
+        return ["does not fit", *[""] * 11]
     layout, seconds, steps = found.layout, found.cycle.seconds, asked.config.steps_per_cycle
     assert layout is not None
     assert found.published is not None
@@ -279,9 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="turns, each with a seed of its own")
     parser.add_argument("--clock", choices=["wall", "processor"], default="wall")
-    parser.add_argument("--guide", action="store_true", help="print the guide's table alone")
+    parser.add_argument("--guide", action="store_true", help="compute the guide's table alone")
     options = parser.parse_args(arguments)
     if options.guide:
+        rows = {name: [guide_row(name, *place) for place in MACHINES] for name in GUIDE}
+        write_json(GUIDE_RESULT, rows)
         print(guide())
         return
     results = read_json(RESULT) if RESULT.is_file() else {}

@@ -80,7 +80,9 @@ def layouts(workload: Workload, config: FSTConfig, card: CardSheet, cards: int) 
         Layout(count, engines, group, share, served(workload, config, group), _cache(workload, config, card, group))
         for count, share in trainers.items()
         for group in groups
-        for engines in _doublings((cards - count) // group)
+        for engines in _doublings(
+            min((cards - count) // group, 2 * config.num_threads - 1)
+        )  # more would never be asked
     ]
     found += _on_one_card(workload, config, card)
     if not found:
