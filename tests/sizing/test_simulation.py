@@ -54,6 +54,13 @@ def test_calls_join_those_that_are_sampled_or_wait_for_a_batch_of_all():
     assert seconds(acts, in_flight=2, engine=waves) == pytest.approx(in_waves)
 
 
+def test_a_batch_of_all_waits_for_the_last_caller_and_for_no_more_than_are_left():
+    waves = EngineRates(0.01, 0.001, joins=False)
+    both = seconds([rollouts(2, 10)], in_flight=2, engine=waves, program_s=0.05)  # calls come at 0.05 and 0.1
+    assert both == pytest.approx(0.1 + 10 * 0.012)
+    assert seconds([rollouts(3, 10)], in_flight=2, engine=waves) == pytest.approx(10 * 0.012 + 10 * 0.011)
+
+
 def test_calls_of_a_rollout_come_one_after_the_other_and_prompts_are_read_first():
     engine = EngineRates(0.01, 0.001, prompt_s=1e-4)
     assert seconds([rollouts(1, 100, calls=3, prompt=500)], engine=engine) == pytest.approx(3 * (100 * 0.011 + 0.05))
