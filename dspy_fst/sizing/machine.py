@@ -72,7 +72,8 @@ CARDS = {
         CardSheet("b200", 178 * GIB, 7700e9, 2250e12, 900e9, "NVIDIA HGX B200 data sheet, an eighth of the board"),
     )
 }
-"""Name -> card. Written down from the vendor's sheets, dense figures; NVLink as half of what is told for both ways."""
+"""Name -> card. The vendor's figures as published tables repeat them: the sheets themselves were not at hand. FLOP/s
+are dense. NVLink is half of what is told for both ways."""
 
 
 def card_named(name: str) -> CardSheet:
