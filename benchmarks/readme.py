@@ -13,6 +13,7 @@ python -m benchmarks.update_memory --before A_CHECKOUT_OF_845e963
 python -m benchmarks.update_speed --before A_CHECKOUT_OF_845e963
 python -m benchmarks.warm_start --run-dir runs/warm
 python -m benchmarks.dspy_optimizers --run-dir runs/dspy-optimizers
+python -m benchmarks.language.base
 python -m benchmarks.readme && make pages
 """
 
@@ -159,6 +160,17 @@ def warm_start(figures: Mapping[str, Any]) -> str:
     return table(["weights", "replies that parse", "accuracy", *costs], rows)
 
 
+def language_base(lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """What SmolLM2 does on the tasks in English before any run, under which adapter, texts and weights."""
+    rows = [
+        [line["task"], line["adapter"], line["state"], *(f"{line[what]:.2f}" for what in ("parsed", "accuracy"))]
+        for line in lines.values()
+    ]
+    replies = sorted({str(line["replies"]) for line in lines.values()})
+    head = ["task", "adapter", "state", f"share of {' or '.join(replies)} replies that parse", "accuracy"]
+    return table(head, rows)
+
+
 def dspy_optimizers(figures: Mapping[str, Any]) -> str:
     """Held-out accuracy before and after each of DSPy's optimizers, over seeds."""
     rows = []
@@ -207,6 +219,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "update_speed": update_speed,
     "warm_start": warm_start,
     "dspy_optimizers": dspy_optimizers,
+    "language_base": language_base,
 }
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.language.base --task slips --skip-weights
 
 *seed*: the program as it is. *expert*: under an instruction that tells the rules (`programs.language.EXPERT`). *warm*:
-the seed instruction again, after supervised learning from 32 labels, one pass. Replies are sampled at temperature 1 to
-the same held-out problems. Each line replaces its own in benchmarks/results/language_base.json.
+the seed instruction again, after supervised learning from 32 labels, one pass. Replies are sampled at temperature 0.7
+to the same held-out problems. Each line replaces its own in benchmarks/results/language_base.json.
 """
 
 import argparse
@@ -22,8 +22,7 @@ import dspy
 import transformers
 
 from benchmarks.language.arms import ARMS, RECIPE
-from benchmarks.language.run import ENGINE, MAX_TOKENS
-from benchmarks.real_model.shares import ADAPTERS
+from benchmarks.language.run import speaker
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.errors import NothingLearnedError
 from dspy_fst.policy_lm import policy_of
@@ -37,9 +36,11 @@ from dspy_fst.training.parse_trial import parse_share
 from dspy_fst.types import WARM_START, Candidate, Problem
 from programs.common import Task
 from programs.language import EXPERT, TASKS
+from programs.language.turns import TurnsAdapter
 from programs.smollm2 import folder
 
 RESULTS = Path(__file__).parent.parent / "results" / "language_base.json"
+ADAPTERS: dict[str, type[dspy.Adapter]] = {"JSONAdapter": dspy.JSONAdapter, "TurnsAdapter": TurnsAdapter}
 TRIFLE: dict[str, Any] = {"cycles": 1, "steps_per_cycle": 1, "problems_per_step": 1, "group_size": 2, "method": "rl"}
 """A run whose warm start is all that is looked at."""
 
@@ -59,10 +60,9 @@ class Case:
 
 
 def cases(tasks: Sequence[str], adapters: Sequence[str], *, weights: bool) -> Iterator[Case]:
-    """The seed program under every adapter, the rest under the last of them."""
+    """Both instructions under every adapter; learning under the last of them."""
     for task in tasks:
-        yield from (Case(task, adapter, "seed") for adapter in adapters)
-        yield Case(task, adapters[-1], "expert")
+        yield from (Case(task, adapter, state) for adapter in adapters for state in ("seed", "expert"))
         if weights:
             yield Case(task, adapters[-1], "warm")
 
@@ -75,7 +75,7 @@ def measure(case: Case, replies: int) -> dict[str, Any]:
         texts = told(texts, EXPERT[case.task])
     with tempfile.TemporaryDirectory() as scratch, dspy.context(adapter=ADAPTERS[case.adapter]()):
         weights = warmed(task, Path(scratch)) if case.state == "warm" else folder()
-        found = played(task, _speaker(weights), texts)
+        found = played(task, speaker(weights), texts)
     return {"task": case.task, "adapter": case.adapter, "state": case.state, "replies": replies, **found}
 
 
@@ -98,7 +98,7 @@ def played(task: Task, policy: PolicyLM, texts: Candidate) -> dict[str, float | 
 
 def warmed(task: Task, run_dir: Path) -> Path:
     """Weights after one pass over 32 labels."""
-    task.program.set_lm(_speaker(folder()))
+    task.program.set_lm(speaker(folder()))
     recipe = {**RECIPE, **ARMS["warm"], **TRIFLE}
     optimizer = FSTOptimizer(metric=task.metric, run_dir=run_dir / "run", progress=False, **recipe)
     with suppress(NothingLearnedError):  # the one update after it may find both rollouts alike
@@ -106,15 +106,11 @@ def warmed(task: Task, run_dir: Path) -> Path:
     return run_dir / "run" / "weights" / WARM_START
 
 
-def _speaker(weights: Path) -> PolicyLM:
-    return PolicyLM(weights, engine="in_process", max_tokens=MAX_TOKENS, engine_options=ENGINE)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=sorted(TASKS), default=list(TASKS))
-    parser.add_argument("--adapter", nargs="+", choices=sorted(ADAPTERS), default=["XMLAdapter", "JSONAdapter"])
-    parser.add_argument("--replies", type=int, default=48)
+    parser.add_argument("--adapter", nargs="+", choices=sorted(ADAPTERS), default=list(ADAPTERS))
+    parser.add_argument("--replies", type=int, default=96)
     parser.add_argument("--skip-weights", action="store_true", help="no line after supervised learning")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

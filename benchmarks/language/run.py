@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import dspy
@@ -21,10 +22,13 @@ from dspy_fst.engine.base import Checkpoint
 from programs.common import Task
 from programs.language import TASKS
 from programs.language.feedback import EachText, FeedbackProposer
+from programs.language.turns import TurnsAdapter
 from programs.smollm2 import folder
 
 MAX_TOKENS = 48
 """Of a reply: the longest of the right form takes about 35."""
+TEMPERATURE = 0.7
+"""Of sampling, in training and in measuring: at 1 about half as many answers are right."""
 REFLECTION_TOKENS = 96
 """Of a text that SmolLM2 proposes."""
 READ = 200
@@ -74,7 +78,7 @@ class LanguageRun(Run):
         return TASKS[self.world](val=VAL, test=self.problems, seed=self.seed)
 
     def policy(self) -> PolicyLM:
-        return PolicyLM(self.weights, engine="in_process", max_tokens=MAX_TOKENS, engine_options=ENGINE)
+        return speaker(self.weights)
 
     def proposer(self) -> dict[str, Any]:
         """The feedback-only proposer, or the base model in its place; that one is never trained."""
@@ -87,6 +91,11 @@ class LanguageRun(Run):
     def others(self, checkpoint: Checkpoint) -> float | None:
         """Nothing measures other instructions here yet."""
         return None
+
+
+def speaker(weights: Path) -> PolicyLM:
+    """SmolLM2 with these weights, as every run and measurement asks it."""
+    return PolicyLM(weights, engine="in_process", temperature=TEMPERATURE, max_tokens=MAX_TOKENS, engine_options=ENGINE)
 
 
 class Frozen:
@@ -125,7 +134,7 @@ def reflection_lm(policy: PolicyLM) -> dspy.LM:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     values, out = asked(arguments, __doc__, ARMS)
-    with dspy.context(adapter=dspy.JSONAdapter()):
+    with dspy.context(adapter=TurnsAdapter()):
         make(LanguageRun(**values), out)
 
 

@@ -1,8 +1,8 @@
-"""Almanac: find the note on a house of an invented town, then answer from it; the town has words of its own.
+"""Almanac: find the note on a house of an invented town, then answer from it; the town calls a house by its sign.
 
 >>> task = build(train=4, val=2, test=2)
 >>> sorted(task.trainset[0].labels().keys())
-['answer', 'notes', 'place', 'query']
+['answer', 'house', 'notes', 'sign', 'title']
 """
 
 import random
@@ -17,20 +17,12 @@ from programs.hover.retrieval import Retriever
 from programs.hover.world import Document
 from programs.language.feedback import told
 
-HOUSES = {
-    "bakery": "Crumb",
-    "school": "Slate",
-    "prison": "Quiet",
-    "inn": "Pillow",
-    "mill": "Mill",
-    "church": "Church",
-    "smithy": "Smithy",
-    "ferry": "Ferry",
-}
-"""What a stranger calls a house, and what the town does. Half of the words are the town's own."""
+SIGNS = {"bakery": "crown", "school": "rose", "prison": "lion", "mill": "swan"}
+"""What a stranger calls a house -> the sign by which the town knows it. The notes say the sign alone."""
 QUARTERS = (
     *("Elmrow", "Fennside", "Goosegate", "Larkhill", "Netherby", "Oxbrook", "Pennywell", "Rushford"),
-    *("Saltmarsh", "Thornbury", "Underwood", "Westcliff"),
+    *("Saltmarsh", "Thornbury", "Underwood", "Westcliff", "Ashcombe", "Bridgend", "Coldwater", "Dovecote"),
+    *("Foxholm", "Greenhaugh", "Highmoor", "Ivybank", "Kelsey", "Millbeck", "Northam", "Ravensworth"),
 )
 HOURS = ("five", "six", "seven", "eight", "nine", "ten", "eleven", "noon")
 COLOURS = ("green", "yellow", "white", "blue", "brown", "grey", "black", "orange")
@@ -43,28 +35,28 @@ QUESTIONS = {
     "builder": ("Who built the {}?", "By whom was the {} built?"),
     "colour": ("What colour is the {}?", "In what colour is the {} painted?"),
 }
-NOTE = "The {house} of {quarter} opens at {hour}. {builder} built it and it is painted {colour}."
-KEPT = 2
-"""Notes that a search gives; eight share a quarter, so its name alone finds the right one in one case of four."""
+NOTE = "The {sign} of {quarter} opens at {hour}. {builder} built it and it is painted {colour}."
+KEPT = 1
+"""Notes that a search gives; four share a quarter, so its name alone finds the right one in one case of four."""
 SHOWN = (
-    ("Who built the tower of Kingsport?", "Tower", "Kingsport", "two", "Ines Hale", "red", "Ines Hale"),
-    ("When does the market of Eastham open?", "Market", "Eastham", "four", "Bert Quill", "pink", "four"),
-    ("What colour is the bridge of Dunmore?", "Bridge", "Dunmore", "three", "Olga Reed", "gold", "gold"),
+    ("Who built the tower of Kingsport?", "tower", "crown", "Kingsport", "two", "Ines Hale", "red", "Ines Hale"),
+    ("When does the market of Eastham open?", "market", "rose", "Eastham", "four", "Bert Quill", "pink", "four"),
 )
-"""Question, the facts of its note, answer. As demos they show the form, on houses that are not in the town."""
+"""Question, house, the facts of its note, answer. As demos they show the form, on houses that are not in the town."""
 EXPERT = {
-    "ask": "Write the name of the house. The bakery is called Crumb, the school Slate, the prison Quiet, the inn "
-    "Pillow: for the bakery of Elmrow write Crumb of Elmrow.",
-    "read": "Copy the answer from the notes: an hour, a name or a colour, and nothing else.",
+    "ask": "Write the house and its sign. "
+    + " ".join(f"When it says {house}, the sign is {SIGNS[house]}." for house in SIGNS),
+    "read": "Copy the answer from the notes.",
 }
 """What somebody who knows the town would tell each predictor."""
 
 
 class Ask(dspy.Signature):
-    """Write a query."""
+    """Write the house and its sign."""
 
     question: str = dspy.InputField()
-    query: str = dspy.OutputField()
+    house: str = dspy.OutputField()
+    sign: str = dspy.OutputField()
 
 
 class Read(dspy.Signature):
@@ -76,31 +68,30 @@ class Read(dspy.Signature):
 
 
 class Almanac(dspy.Module):
-    """question -> answer, with the query and the titles that it found."""
+    """question -> answer, with the sign that it searched for and the titles that it found."""
 
     def __init__(self, retriever: Retriever) -> None:
         super().__init__()
         self.retriever = retriever
         self.ask, self.read = dspy.Predict(Ask), dspy.Predict(Read)
-        told = [_demo(*facts) for facts in SHOWN]
-        self.ask.demos = [dspy.Example(question=demo.question, query=demo.query) for demo in told]
-        self.read.demos = [dspy.Example(question=demo.question, notes=demo.notes, answer=demo.answer) for demo in told]
+        shown = [_demo(*facts) for facts in SHOWN]
+        self.ask.demos = [dspy.Example(question=demo.question, house=demo.house, sign=demo.sign) for demo in shown]
+        self.read.demos = [dspy.Example(question=demo.question, notes=demo.notes, answer=demo.answer) for demo in shown]
 
     def forward(self, question: str) -> dspy.Prediction:
-        query = self.ask(question=question).query
-        found = self.retriever.search(query, KEPT)
-        notes = [shown(note) for note in found]
-        answer = self.read(question=question, notes=notes).answer
-        return dspy.Prediction(answer=answer, query=query, found=[note["title"] for note in found])
+        sign = self.ask(question=question).sign
+        found = self.retriever.search(f"{sign} {question}", KEPT)
+        answer = self.read(question=question, notes=[note["text"] for note in found]).answer
+        return dspy.Prediction(answer=answer, sign=sign, found=[note["title"] for note in found])
 
 
 def metric(gold: Any, pred: Any, trace: Any = None, pred_name: str | None = None, pred_trace: Any = None) -> Any:
     """Half a point for the note that holds the answer, half for the answer; each predictor is told its own part."""
-    found = gold.query in list(getattr(pred, "found", None) or [])
+    found = gold.title in list(getattr(pred, "found", None) or [])
     right = normalize_text(said(pred, "answer")) == normalize_text(gold.answer)
-    query = None if found else told("query", gold.query, said(pred, "query"), gold.place)
+    sign = None if found else told("sign", gold.sign, said(pred, "sign"), gold.house)
     answer = None if right else told("answer", gold.answer, said(pred, "answer"))
-    of = {"ask": [query], "read": [answer]}.get(pred_name or "", [query, answer])
+    of = {"ask": [sign], "read": [answer]}.get(pred_name or "", [sign, answer])
     faults = [fault for fault in of if fault]
     return dspy.Prediction(score=(found + right) / 2, feedback=" ".join(["Wrong.", *faults]) if faults else "Correct.")
 
@@ -128,31 +119,27 @@ def note(facts: Mapping[str, str]) -> Document:
     return Document(title=facts["title"], text=NOTE.format(**facts))
 
 
-def _demo(question: str, house: str, quarter: str, hour: str, builder: str, colour: str, answer: str) -> dspy.Example:
-    title = f"{house} of {quarter}"
-    facts = {"title": title, "house": house, "quarter": quarter, "hour": hour, "builder": builder, "colour": colour}
-    return dspy.Example(question=question, query=title, notes=[shown(note(facts))], answer=answer)
-
-
-def shown(document: Document) -> str:
-    """A note as the second predictor reads it."""
-    return f"{document['title']} | {document['text']}"
+def _demo(
+    question: str, house: str, sign: str, quarter: str, hour: str, builder: str, colour: str, answer: str
+) -> dspy.Example:
+    text = NOTE.format(sign=sign, quarter=quarter, hour=hour, builder=builder, colour=colour)
+    return dspy.Example(question=question, house=house, sign=sign, notes=[text], answer=answer)
 
 
 def _town() -> list[dict[str, str]]:
     rng = random.Random("almanac")
     return [
         {
-            "title": f"{house} of {quarter}",
-            "place": f"{everyday} of {quarter}",
+            "title": f"{sign} of {quarter}",
             "house": house,
+            "sign": sign,
             "quarter": quarter,
             "hour": rng.choice(HOURS),
             "builder": rng.choice(BUILDERS),
             "colour": rng.choice(COLOURS),
         }
         for quarter in QUARTERS
-        for everyday, house in HOUSES.items()
+        for house, sign in SIGNS.items()
     ]
 
 
@@ -162,10 +149,11 @@ def _questions(seed: int) -> Iterator[dspy.Example]:
     rng.shuffle(asked)
     return iter(
         dspy.Example(
-            question=rng.choice(QUESTIONS[fact]).format(facts["place"]),
-            place=facts["place"],
-            query=facts["title"],
-            notes=[shown(note(facts))],
+            question=rng.choice(QUESTIONS[fact]).format(f"{facts['house']} of {facts['quarter']}"),
+            house=facts["house"],
+            sign=facts["sign"],
+            title=facts["title"],
+            notes=[note(facts)["text"]],
             answer=facts[fact],
         ).with_inputs("question")
         for facts, fact in asked

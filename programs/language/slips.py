@@ -1,8 +1,8 @@
-"""Slips: an order, written in a sentence, into three typed fields, as one shop writes them.
+"""Slips: an order, written in a sentence, into four typed fields, as one shop writes them.
 
 >>> task = build(train=4, val=2, test=2)
 >>> sorted(task.trainset[0].labels().keys())
-['count', 'day', 'who']
+['bin', 'count', 'item', 'who']
 """
 
 import random
@@ -18,31 +18,25 @@ LAST = (
     *("Berg", "Falk", "Holm", "Lund", "Stone", "Winter", "Marsh", "Brook", "Frost", "Hill", "Rose", "Wood"),
     *("Baker", "Carter", "Miller", "Porter"),
 )
-PACKED = (
-    *(("boxes", "candles"), ("crates", "bottles"), ("bags", "apples"), ("baskets", "eggs"), ("tins", "biscuits")),
-    *(("bundles", "pencils"), ("trays", "cups"), ("sacks", "potatoes")),
-)
+BINS = {"candles": "red", "bottles": "blue", "apples": "green", "pencils": "white"}
+"""The shop's rule: an item -> the colour of its bin."""
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 SENTENCES = (
-    "On {asked} {first} {last} ordered {packs} {pack} of {pieces} {piece} for {due}.",
-    "{first} {last} wrote on {asked} and wants {packs} {pack} of {pieces} {piece} on {due}.",
-    "We heard on {asked} that {first} {last} needs {packs} {pack} of {pieces} {piece} by {due}.",
-    "This {asked} {first} {last} asked us to bring {packs} {pack} of {pieces} {piece} on {due}.",
+    "On {day} {first} {last} ordered {count} {item}.",
+    "{first} {last} wants {count} {item} on {day}.",
+    "We heard that {first} {last} needs {count} {item} by {day}.",
+    "This {day} {first} {last} asked us to bring {count} {item}.",
 )
-"""Each names a person with both names, two numbers and two days, in this order."""
-FIELDS = ("who", "count", "day")
+"""Each names a person with both names, a number, an item and a day."""
+SCORED = ("who", "count", "bin")
 DEMOS = (
-    {"note": "Mister Dahl needs 7 lamps by Sunday.", "who": "Dahl", "count": 7, "day": "Sunday"},
-    {"note": "Send 30 spoons to Madam Kern on Sunday.", "who": "Kern", "count": 30, "day": "Sunday"},
-    {"note": "On Sunday we bring 12 chairs to Doctor Voss.", "who": "Voss", "count": 12, "day": "Sunday"},
-    {"note": "Captain Thal wants 25 ropes on Sunday.", "who": "Thal", "count": 25, "day": "Sunday"},
+    {"note": "Mister Dahl needs 7 lamps by Sunday.", "who": "Dahl", "count": 7, "item": "lamps", "bin": "red"},
+    {"note": "Send 30 spoons to Madam Kern on Sunday.", "who": "Kern", "count": 30, "item": "spoons", "bin": "blue"},
 )
-"""They show the form. One name, one number and one day each: nothing of the shop's rules."""
-EXPERT = {
-    "fill": "Fill in the slip. who is the last name alone: for Anna Berg write Berg. count is the second number, after "
-    "of: for 3 boxes of 40 write 40. day is the last day in the note."
-}
-"""What somebody who knows the rules would tell the predictor."""
+"""They show the form: one name each, and items that are in no note."""
+EXPERT = {"fill": "Fill in the slip. " + " ".join(f"When it says {item}, the bin is {BINS[item]}." for item in BINS)}
+"""What somebody who knows the rules would tell the predictor. That `who` is the last name alone is left to the demos:
+told so too, this model gets more names wrong."""
 
 
 class Slip(dspy.Signature):
@@ -51,11 +45,12 @@ class Slip(dspy.Signature):
     note: str = dspy.InputField()
     who: str = dspy.OutputField()
     count: int = dspy.OutputField()
-    day: str = dspy.OutputField()
+    item: str = dspy.OutputField()
+    bin: str = dspy.OutputField()
 
 
 class Slips(dspy.Module):
-    """note -> who, count, day, with one call."""
+    """note -> who, count, item, bin, with one call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,10 +62,13 @@ class Slips(dspy.Module):
 
 
 def metric(gold: Any, pred: Any, trace: Any = None, pred_name: str | None = None, pred_trace: Any = None) -> Any:
-    """A third of a point for each field that is written as the shop writes it."""
-    faults = [told(field, gold[field], said(pred, field)) for field in FIELDS if said(pred, field) != str(gold[field])]
-    score = 1 - len(faults) / len(FIELDS)
-    return dspy.Prediction(score=score, feedback=" ".join(["Wrong.", *faults]) if faults else "Correct.")
+    """1 for a slip that is right in name, number and bin, else 0; the feedback shows each fault."""
+    faults = [
+        told(field, gold[field], said(pred, field), gold["item"] if field == "bin" else None)
+        for field in SCORED
+        if said(pred, field) != str(gold[field])
+    ]
+    return dspy.Prediction(score=float(not faults), feedback=" ".join(["Wrong.", *faults]) if faults else "Correct.")
 
 
 def build(train: int = 64, val: int = 32, test: int = 96, seed: int = 0) -> Task:
@@ -85,10 +83,7 @@ def build(train: int = 64, val: int = 32, test: int = 96, seed: int = 0) -> Task
 
 
 def _draw(rng: random.Random) -> dspy.Example:
-    pack, piece = rng.choice(PACKED)
-    asked, due = rng.sample(DAYS, 2)
-    last, packs, pieces = rng.choice(LAST), rng.randint(2, 9), rng.randint(11, 60)
-    note = rng.choice(SENTENCES).format(
-        first=rng.choice(FIRST), last=last, packs=packs, pack=pack, pieces=pieces, piece=piece, asked=asked, due=due
-    )
-    return dspy.Example(note=note, who=last, count=pieces, day=due).with_inputs("note")
+    item, last, count = rng.choice(tuple(BINS)), rng.choice(LAST), rng.randint(11, 60)
+    first, day = rng.choice(FIRST), rng.choice(DAYS)
+    note = rng.choice(SENTENCES).format(first=first, last=last, count=count, item=item, day=day)
+    return dspy.Example(note=note, who=last, count=count, item=item, bin=BINS[item]).with_inputs("note")

@@ -7,17 +7,19 @@ from typing import Any
 import dspy
 import pytest
 from dspy.utils import DummyLM
+from dspy.utils.exceptions import AdapterParseError
 
 from dspy_fst.rollout.reward import metric_fault
 from programs.common import Task
 from programs.language import EXPERT, TASKS, almanac, desk, slips
 from programs.language.feedback import LONGEST, FeedbackProposer, sentences, told
+from programs.language.turns import TurnsAdapter
 
 INPUT = {"desk": "message", "slips": "note", "almanac": "question"}
 GOLD = {
     "desk": lambda gold: {"desk": gold.desk},
-    "slips": lambda gold: {"who": gold.who, "count": gold["count"], "day": gold.day},
-    "almanac": lambda gold: {"answer": gold.answer, "query": gold.query, "found": [gold.query]},
+    "slips": lambda gold: {"who": gold.who, "count": gold["count"], "bin": gold.bin},
+    "almanac": lambda gold: {"answer": gold.answer, "sign": gold.sign, "found": [gold.title]},
 }
 every = pytest.mark.parametrize("name", TASKS)
 
@@ -83,13 +85,12 @@ def test_the_rules_are_in_no_text_that_a_program_starts_with(name: str) -> None:
         assert len(p.signature.instructions.split()) < 9
 
 
-def test_a_rule_overrules_what_half_of_the_messages_are_about() -> None:
-    train = desk.build().trainset
-    for gold in train:
-        assert (gold.mattered in desk.CUES) == any(cue in gold.message for cue in desk.CUES)
-        assert gold.desk == desk.SENDS.get(gold.mattered, gold.desk)
-        assert gold.mattered in gold.message
-    assert sum(gold.mattered in desk.SENDS for gold in train) == len(train) / 2
+def test_the_house_rules_decide_half_of_the_messages_and_no_desk_gets_more_than_its_quarter() -> None:
+    for examples in sets(desk.build()):
+        assert all(f" the {gold.thing} " in gold.message for gold in examples)
+        assert sum(gold.thing in desk.RULES for gold in examples) == len(examples) / 2
+        assert set(Counter(gold.desk for gold in examples).values()) == {len(examples) / 4}
+    assert not set(desk.RULES) & {demo["thing"] for demo in desk.DEMOS}
 
 
 @every
@@ -104,34 +105,42 @@ def test_more_messages_than_the_sentences_last_for_are_refused() -> None:
         desk.build(train=9000, val=0, test=0)
 
 
-def test_a_slip_pays_for_each_field() -> None:
+def test_a_slip_pays_only_where_every_scored_field_is_right_and_each_fault_is_told() -> None:
     gold = slips.build(2, 2, 2).trainset[0]
-    right = {"who": gold.who, "count": gold["count"], "day": gold.day}
-    verdict = slips.metric(gold, dspy.Prediction(**{**right, "who": f"Anna {gold.who}"}))
-    assert verdict.score == pytest.approx(2 / 3)
-    assert verdict.feedback == f"Wrong. who: expected '{gold.who}', got 'Anna {gold.who}'."
+    right = {"who": gold.who, "count": gold["count"], "bin": gold.bin}
+    assert slips.metric(gold, dspy.Prediction(**right, item="anything")).score == 1.0
+    verdict = slips.metric(gold, dspy.Prediction(**{**right, "who": f"Anna {gold.who}", "bin": "pink"}))
+    assert verdict.score == 0.0
+    assert verdict.feedback == (
+        f"Wrong. who: expected '{gold.who}', got 'Anna {gold.who}'. "
+        f"bin: expected '{gold.bin}', got 'pink'; the words that mattered: '{gold['item']}'."
+    )
 
 
 def test_a_note_has_one_reading_under_the_shops_rules() -> None:
     for gold in slips.build().trainset:
-        days = [word for word in re.findall(r"\w+", gold.note) if word in slips.DAYS]
-        numbers = re.findall(r"\d+", gold.note)
-        assert (days[-1], numbers[-1]) == (gold.day, str(gold["count"]))
-        assert len(set(days)) == len(numbers) == 2
+        assert re.findall(r"\d+", gold.note) == [str(gold["count"])]
+        assert [item for item in slips.BINS if item in gold.note] == [gold["item"]]
         assert re.search(rf"[A-Z]\w+ {gold.who}\b", gold.note)
+
+
+def test_no_bin_and_no_sign_is_right_for_more_than_two_fifths() -> None:
+    for name, field in (("slips", "bin"), ("almanac", "sign")):
+        for examples in sets(TASKS[name]()):
+            assert max(Counter(gold[field] for gold in examples).values()) <= 0.4 * len(examples)
 
 
 def test_the_towns_own_word_finds_the_note_and_the_strangers_does_not() -> None:
     task = almanac.build()
     search = task.program.retriever.search  # type: ignore[attr-defined]
-    titles: dict[str, list[bool]] = {"own": [], "plain": []}
-    for gold in task.trainset:
-        assert next(note["title"] for note in search(gold.query, almanac.KEPT)) == gold.query
-        everyday = gold.place.split()[0]
-        found = gold.query in [note["title"] for note in search(gold.place, almanac.KEPT)]
-        titles["plain" if almanac.HOUSES[everyday].lower() == everyday else "own"].append(found)
-    assert all(titles["plain"])
-    assert sum(titles["own"]) / len(titles["own"]) < 0.5
+
+    def found(word: str) -> float:
+        titles = [search(f"{word or gold.sign} {gold.question}", almanac.KEPT)[0]["title"] for gold in task.trainset]
+        return sum(title == gold.title for title, gold in zip(titles, task.trainset, strict=True)) / len(titles)
+
+    assert found("") == 1.0
+    assert found("house") < 0.5
+    assert max(found(sign) for sign in almanac.SIGNS.values()) <= 0.4
 
 
 def test_a_note_holds_the_answer_and_the_program_reads_it() -> None:
@@ -139,16 +148,16 @@ def test_a_note_holds_the_answer_and_the_program_reads_it() -> None:
     texts = {note["title"]: note["text"] for note in almanac.corpus()}
     gold = task.trainset[0]
     assert len(texts) == 96
-    assert gold.answer in texts[gold.query]
-    with dspy.context(lm=DummyLM([{"query": gold.query}, {"answer": gold.answer}])):
+    assert gold.answer in texts[gold.title]
+    with dspy.context(lm=DummyLM([{"house": gold.house, "sign": gold.sign}, {"answer": gold.answer}])):
         assert task.metric(gold, task.program(question=gold.question)).score == 1.0
 
 
 def test_each_predictor_of_the_almanac_is_told_its_own_part() -> None:
     gold = almanac.build(2, 2, 2).trainset[0]
-    wrong: Any = dspy.Prediction(answer=gold.answer, query="it's here", found=[])
+    wrong: Any = dspy.Prediction(answer=gold.answer, sign="it's here", found=[])
     assert almanac.metric(gold, wrong, pred_name="ask").feedback == (
-        f"Wrong. query: expected '{gold.query}', got 'its here'; the words that mattered: '{gold.place}'."
+        f"Wrong. sign: expected '{gold.sign}', got 'its here'; the words that mattered: '{gold.house}'."
     )
     assert almanac.metric(gold, wrong, pred_name="read").feedback == "Correct."
     assert almanac.metric(gold, wrong).score == 0.5
@@ -169,3 +178,18 @@ def test_the_stand_in_proposer_says_what_feedback_showed_and_keeps_the_text_shor
 
 def test_where_feedback_says_nothing_the_text_stays() -> None:
     assert FeedbackProposer()({"fill": "Fill."}, {"fill": [{"Feedback": "Correct."}]}, ["fill"]) == {"fill": "Fill."}
+
+
+def test_the_adapter_puts_the_instruction_before_every_input_and_reads_lines() -> None:
+    sign, adapter = slips.Slip, TurnsAdapter()
+    note = "Send 8 nails to Madam Ode on Sunday."
+    messages = adapter.format(sign, [dspy.Example(**demo) for demo in slips.DEMOS], {"note": note})
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    assert asked[-1] == f"Fill in the slip.\nnote: {note}"
+    assert all(text.startswith("Fill in the slip.\nnote: ") for text in asked)
+    assert messages[2]["content"] == "who: Dahl\ncount: 7\nitem: lamps\nbin: red"
+    filled = {"who": "Dahl", "count": 7, "item": "lamps", "bin": "red"}
+    assert adapter.parse(sign, f"Here it is:\n{messages[2]['content']}\nwho: Kern") == filled
+    for bad in ("who: Dahl\ncount: 7\nitem: lamps", "who: Dahl\ncount: some\nitem: lamps\nbin: red"):
+        with pytest.raises(AdapterParseError):
+            adapter.parse(sign, bad)
