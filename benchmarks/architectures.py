@@ -182,7 +182,7 @@ def _plain_gradient(model: Any) -> dict[str, Tensor]:
 def _policy_gradient(policy: Policy, *, share: bool) -> dict[str, Tensor]:
     """Of the same loss through what the trainer computes with."""
     for micro in micro_batches(TEXTS, 40, share=share):
-        log_probs = torch.log_softmax(policy(micro) / micro.temperatures[:, None], dim=-1)
+        log_probs = torch.log_softmax(policy.logits(micro) / micro.temperatures[:, None], dim=-1)
         chosen = log_probs.gather(-1, micro.targets[:, None])[:, 0]
         advantages = torch.tensor(
             [ADVANTAGES[m] for m, n in zip(micro.members, micro.tokens, strict=True) for _ in range(n)]

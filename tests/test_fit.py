@@ -42,7 +42,7 @@ from dspy_fst.memory import (
     writable_fault,
 )
 from dspy_fst.memory.arithmetic import MicroBatchShape, Update, update_bytes
-from dspy_fst.memory.bytes_by_part import Writes
+from dspy_fst.memory.bytes_by_part import Writes, trainer_parts
 from dspy_fst.memory.does_it_fit import SPARE
 from dspy_fst.model_files.folder import stored_shapes
 from dspy_fst.policy_lm import PolicyLM
@@ -290,6 +290,28 @@ def test_a_quantised_base_takes_what_its_codes_take():
     assert model_size(BASE).in_linear == rounded
     assert held[0] - held[1] == 3 * rounded
     assert held[1] - held[2] == rounded - round(0.5625 * rounded)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends", "layer"), [({}, 12, 8), ({"kl_coefficient": 0.0}, 8, 8), ({"adapter": LoRA(rank=8)}, 2, 2)]
+)
+def test_ranks_that_share_the_weights_hold_a_part_of_each_on_a_card_and_put_some_together(settings, ends, layer):
+    size, config = find_size("Qwen/Qwen3-0.6B"), FSTConfig(**settings)
+    one, two = (trainer_parts(Workload("m", size, "vllm", ranks=n), config, on_gpu=True) for n in (1, 2))
+    together = two.pop("weights put together")
+    assert {part: held // 2 for part, held in one.items()} == two
+    assert together == ends * size.embedding + layer * (2 * size.body // size.layers)
+    assert trainer_parts(Workload("m", size, "vllm", ranks=2), config, on_gpu=False) == trainer_parts(
+        Workload("m", size, "vllm"), config, on_gpu=False
+    )
+
+
+@pytest.mark.parametrize(("sharding", "ranks"), [(None, 1), ("fsdp", 4)])
+def test_the_plan_of_a_run_counts_the_ranks_that_share_its_weights(monkeypatch, tmp_path, sharding, ranks):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    plan = plan_memory(PolicyLM(BASE, engine="in_process"), FSTConfig(sharding=sharding), tmp_path, PLENTY)
+    assert plan.workload.ranks == ranks
 
 
 def test_each_adapter_has_its_own_weights_gradients_moments_and_places_on_the_server():

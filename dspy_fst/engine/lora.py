@@ -204,13 +204,16 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 # ---- in files -----------------------------------------------------------------------------------
 
 
-def write(model: PreTrainedModel, name: str, folder: Path) -> dict[str, Tensor]:
+def write(model: PreTrainedModel, name: str, parameters: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Write an adapter as a new peft folder that peft, transformers and vLLM read.
 
+    Args:
+        parameters: Of the adapter, as `parameters_of` names them.
+
     Returns:
-        What was written: `parameters_of` on the CPU, in float32.
+        What was written: the parameters on the CPU, in float32.
     """
-    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in parameters_of(model, name).items()}
+    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in parameters.items()}
     from peft import LoraConfig
 
     config = model.peft_config[name]

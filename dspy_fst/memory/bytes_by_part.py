@@ -115,6 +115,8 @@ class Workload:
     """In tokens; 0 when it is unknown. A reply longer than a micro-batch is a micro-batch of its own."""
     adapters: int = 1
     """How many LoRA adapters are trained, where any is."""
+    ranks: int = 1
+    """Processes, each on a card of its own, that hold a part of the weights each (``sharding``)."""
 
 
 def allocations_of(workload: Workload, config: FSTConfig, tokens: int, available: Available) -> list[Allocation]:
@@ -159,10 +161,29 @@ def trainer_allocations(workload: Workload, config: FSTConfig, tokens: int, *, o
 
 
 def trainer_parts(workload: Workload, config: FSTConfig, *, on_gpu: bool) -> dict[str, int]:
-    """What the trainer holds over a run, in bytes, part by part.
+    """What the trainer holds over a run, in bytes, part by part; of several ranks that share the weights, one rank.
 
-    The frozen base of a LoRA adapter is also the reference of its KL.
+    On a CPU these hold together what one process holds.
     """
+    whole = _whole_parts(workload, config, on_gpu=on_gpu)
+    if workload.ranks == 1 or not on_gpu:
+        return whole
+    shares = {part: -(-size // workload.ranks) for part, size in whole.items()}
+    return {**shares, "weights put together": together_bytes(workload, config)}
+
+
+def together_bytes(workload: Workload, config: FSTConfig) -> int:
+    """What is whole for a time on a rank that holds a part of the weights: embedding and head, and two layers, of which
+    one is fetched ahead, with their gradients."""
+    size, number = workload.size, number_bytes(config.precision, on_gpu=True)
+    ends, layers = size.parameters - size.body, 2 * size.body // size.layers
+    if config.adapter is not None:
+        return number * (ends + layers)
+    return 8 * (ends + layers) + (4 * ends if with_kl(config) else 0)
+
+
+def _whole_parts(workload: Workload, config: FSTConfig, *, on_gpu: bool) -> dict[str, int]:
+    """What a process alone holds. The frozen base of a LoRA adapter is also the reference of its KL."""
     size, trained = workload.size, trained_numbers(workload, config)
     moved = {
         TRAINED: 4 * trained,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.engine.machine import Launch
 from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.formatting.numbers import format_bytes
@@ -161,7 +162,8 @@ def plan_memory(
     if size is None:
         return None
     available = available or available_now(run_dir)
-    workload = replace(_workload_of(policy, size, available), adapters=adapters)
+    ranks = Launch.of().world if config.sharding and not available.imagined else 1
+    workload = replace(_workload_of(policy, size, available), adapters=adapters, ranks=ranks)
     if policy.handle.engine.weights is not None:  # the student's engine runs, and is stopped before the run's starts
         available = _given_back(workload, config, available)
     return plan_for(workload, config, available)

@@ -94,7 +94,7 @@ class ReinforceSettings(JobSettings):
     """As in FSTConfig."""
 
     without_effect = frozenset(
-        {"trained", "adapters", "continue_optimizer", "baseline"}
+        {"trained", "adapters", "continue_optimizer", "baseline", "sharding"}
         | {"seed_kl_coefficient", "seed_kl_teacher", "seed_kl_rollouts"}
     )
     elsewhere = "it is for FSTOptimizer"

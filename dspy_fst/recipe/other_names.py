@@ -30,6 +30,7 @@ INSTEAD: dict[str, str] = {
     "load_in_4bit": "use quantized_base='nf4' beside adapter='lora'",
     "load_in_8bit": "use quantized_base='int8' beside adapter='lora'",
     **dict.fromkeys(("bf16", "fp16"), "use precision='bfloat16' or 'float32'"),
+    **dict.fromkeys(("fsdp", "fsdp_config"), "use sharding='fsdp', and launch several processes with torchrun"),
     **dict.fromkeys(("max_tokens", "max_completion_length", "max_new_tokens", "max_response_length"), _TOKENS),
     "temperature": "replies are sampled at the temperature of the PolicyLM",
     **dict.fromkeys(("use_vllm", "vllm_mode"), _ENGINE),

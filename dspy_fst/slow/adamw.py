@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dspy_fst.errors import TrainingError
+from dspy_fst.slow.ranks.sharding import part_for
 from dspy_fst.slow.training_settings import TrainingSettings
 
 Bits = Literal[32, 8]
@@ -92,8 +93,12 @@ def restore_moments(
     if any(name.startswith("state1/" if bits == 32 else "exp_avg/") for name in tensors):
         raise TrainingError(f"the state holds moments of {40 - bits} bits, and this optimizer's have {bits}")
     state: dict[int, dict[str, object]] = {
-        index: {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS[bits] if f"{moment}/{name}" in tensors}
-        for index, name in enumerate(parameters)
+        index: {
+            moment: tensors[key] if moment == "step" else part_for(parameter, tensors[key])
+            for moment in MOMENTS[bits]
+            if (key := f"{moment}/{name}") in tensors
+        }
+        for index, (name, parameter) in enumerate(parameters.items())
         if f"step/{name}" in tensors
     }
     if bits == 8:

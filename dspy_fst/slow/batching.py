@@ -5,7 +5,7 @@ at their beginning is read once, at any depth.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -193,6 +193,8 @@ class MicroBatch:
     """Shape (N,): temperature of each scored token."""
     adapter: str | None = None
     """Of all its sequences, see `Scored`."""
+    padding: bool = False
+    """Whether it is read for the sake of other ranks alone, and nothing is learnt or measured."""
 
     @property
     def tokens_read(self) -> int:
@@ -225,6 +227,16 @@ def micro_batches(sequences: Sequence[Scored], budget: int, *, share: bool) -> I
         own = [index for index, sequence in enumerate(sequences) if sequence.adapter == adapter]
         for micro in _of_one_adapter([sequences[index] for index in own], budget, share):
             yield replace(micro, members=tuple(own[member] for member in micro.members), adapter=adapter)
+
+
+def in_rounds(cut: Iterable[MicroBatch], rank: int, world: int) -> Iterator[MicroBatch]:
+    """A rank's share, where all have the same number: those that get none in the last round read its last one, too."""
+    number = 0
+    for number, micro in enumerate(cut, 1):
+        if (number - 1) % world == rank:
+            yield micro
+    if 0 < number % world <= rank:
+        yield replace(micro, padding=True)
 
 
 def _of_one_adapter(sequences: Sequence[Scored], budget: int, share: bool) -> Iterator[MicroBatch]:

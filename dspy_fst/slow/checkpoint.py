@@ -6,7 +6,7 @@ Both are whole or absent: each is written beside its place, flushed to the disk,
 import copy
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 from dspy_fst.engine.base import AdapterFiles, Checkpoint
 from dspy_fst.engine.chat import rendered_ids
-from dspy_fst.engine.lora import base_state, merge, write
+from dspy_fst.engine.lora import merge, write
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.folder import wrapped_names
@@ -31,6 +31,7 @@ from dspy_fst.model_files.lora_folder import BESIDE, INDEX, INSIDE, index_of
 from dspy_fst.run.files import flush, scratch_beside
 from dspy_fst.slow.adamw import moments_of
 from dspy_fst.slow.model import Policy
+from dspy_fst.slow.ranks.sharding import part_for
 from dspy_fst.types import WeightsVersion
 
 STATE_FORMAT = 1
@@ -39,6 +40,8 @@ PROCESSOR_FILES = (
     *("image_processor_config.json", "feature_extraction_config.json", "chat_template.json"),
 )
 """Files that shape the prompts of multimodal models, beside the tokenizer's own (names of transformers 5.19)."""
+Read = Callable[[str | None], Mapping[str, Tensor]]
+"""The weights without adapters, or those of an adapter, by name."""
 Message = dict[str, object]
 Prompt = list[int] | str
 """Token ids, or the name of the exception that the template raises."""
@@ -74,15 +77,21 @@ class CheckpointWriter:
         tokenizer: Its tokenizer.
         dtype: Type of the published weights.
         source: Folder or hub name that the tokenizer was read from; its processor's files are copied unchanged.
+        read: Gives what is to be written, see `Policy.tensors`.
 
     Raises:
         TrainingError: the files to publish would render other prompts than the tokenizer does.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, source: str | Path
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        source: str | Path,
+        read: Read,
     ):
-        self._model, self._dtype = model, dtype
+        self._model, self._dtype, self._read = model, dtype, read
         self._base_digests: dict[str, str] | None = None
         """Of the base below a LoRA adapter, once it is known to be written."""
         self._static = _static_files(model, tokenizer, dtype) | _processor_files(source)
@@ -100,7 +109,7 @@ class CheckpointWriter:
         Raises:
             TrainingError: ``path`` exists, or an adapter was put on the model since it was loaded.
         """
-        return self._write(path, self._model.state_dict())
+        return self._write(path, self._read(None))
 
     def write_adapters(
         self, path: Path, version: WeightsVersion, names: Sequence[str], predictors: Mapping[str, str]
@@ -115,10 +124,10 @@ class CheckpointWriter:
         """
         base = path.parent / INSIDE
         if self._base_digests is None:
-            whole = base_state(self._model)
+            whole = self._read(None)
             self._base_digests = self._digests(whole) if base.exists() else self._write(base, whole)
         with written_whole(path) as scratch:
-            written = {name: write(self._model, name, scratch / name) for name in names}
+            written = {name: write(self._model, name, self._read(name), scratch / name) for name in names}
             (scratch / INDEX).write_bytes(_json(index_of(BESIDE, names, predictors)))
         adapters = tuple(
             AdapterFiles(name, path / name, {key: digest(tensor) for key, tensor in tensors.items()})
@@ -170,7 +179,7 @@ def write_merged(source: Path, folder: Path, adapter: str | None = None) -> None
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         whole = Path(scratch) / "whole"
-        CheckpointWriter(policy.model, tokenizer, torch.float32, base).write(whole)
+        CheckpointWriter(policy.model, tokenizer, torch.float32, base, policy.tensors).write(whole)
         for path in whole.iterdir():
             path.rename(folder / path.name)
 
@@ -316,7 +325,7 @@ def stored_shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 def restore_weights(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     """Copy a state's weights into the parameters, in place."""
     for name, parameter in parameters.items():
-        parameter.copy_(tensors[f"weights/{name}"])
+        parameter.copy_(part_for(parameter, tensors[f"weights/{name}"]))
 
 
 def restore_generators(tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -331,6 +331,12 @@ def learn(policy: Readout, micro: MicroBatch, loss: TokenLoss, reference: Readou
     )
 
 
+@torch.no_grad()
+def learn_nothing(policy: Readout) -> None:
+    """Go through the backward pass with a gradient of zero, beside other ranks that learn."""
+    policy.hidden.backward(torch.zeros_like(policy.hidden))
+
+
 def _learn_chunk(
     policy: Readout,
     micro: MicroBatch,

@@ -25,7 +25,7 @@ def recompute_layers(decoder: nn.Module, again: Callable[[], AbstractContextMana
     Raises:
         TrainingError: the decoder's layers are not marked as layers that can be computed again.
     """
-    layers = list(_outermost(decoder))
+    layers = list(outermost_layers(decoder))
     if not layers:
         raise TrainingError(
             f"gradient_checkpointing: {type(decoder).__name__} has no layers that can be computed again; set "
@@ -54,10 +54,10 @@ class _Recomputed:
         )
 
 
-def _outermost(module: nn.Module) -> Iterator[GradientCheckpointingLayer]:
-    """The layers, and not the layers inside them."""
+def outermost_layers(module: nn.Module) -> Iterator[GradientCheckpointingLayer]:
+    """A model's layers, and not the layers inside them."""
     for child in module.children():
         if isinstance(child, GradientCheckpointingLayer):
             yield child
         else:
-            yield from _outermost(child)
+            yield from outermost_layers(child)

@@ -1,8 +1,7 @@
 """A causal LM for the slow step: micro-batches in; hidden states out, of the scored tokens only, and their head."""
 
-import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from dspy_fst.engine.base import Checkpoint
-from dspy_fst.engine.lora import goes_on, in_use, merge, parameters_of, put_on, put_on_as_read, using
+from dspy_fst.engine.lora import base_state, goes_on, in_use, merge, parameters_of, put_on, put_on_as_read, using
 from dspy_fst.engine.tree import attend_in_trees, read_tree
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.architectures import context_length, last_position, load_model_with_info
@@ -22,6 +21,7 @@ from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 from dspy_fst.slow.head import Head, Readout, decoder_of
 from dspy_fst.slow.layers import recompute_layers
 from dspy_fst.slow.quantized import Kind, quantize
+from dspy_fst.slow.ranks.sharding import whole
 
 START = "start:"
 """Begins the name of the frozen copy of an adapter that goes on: the KL's reference. Adapters have no colon."""
@@ -117,10 +117,15 @@ class Policy(nn.Module):
         return policy
 
     @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name; tied ones appear once."""
+        return {name: own for name, own in self.model.named_parameters() if own.requires_grad}
+
+    @property
     def start(self) -> "Policy":
         """The policy as it was loaded, where LoRA adapters are trained: it shares all weights with this one."""
-        other = copy.copy(self)
-        other.at_start = True
+        other = object.__new__(Policy)  # copy.copy would make a module of its own of one that FSDP2 shares out
+        other.__dict__ |= {**vars(self), "at_start": True}
         return other
 
     def recompute_layers(self) -> None:
@@ -136,9 +141,22 @@ class Policy(nn.Module):
         """The gradient norm of each LoRA adapter."""
         gradients = {name: [p.grad for p in parameters_of(self.model, name).values()] for name in self.adapters}
         return {
-            name: float(nn.utils.get_total_norm([gradient for gradient in own if gradient is not None]))
+            name: float(whole(nn.utils.get_total_norm([gradient for gradient in own if gradient is not None])))
             for name, own in gradients.items()
         }
+
+    def tensors(self, adapter: str | None = None) -> dict[str, Tensor]:
+        """The model's state without its adapters, or an adapter's parameters, by their names in its file."""
+        if adapter is not None:
+            return {**parameters_of(self.model, adapter)}
+        return base_state(self.model) if self.adapters else self.model.state_dict()
+
+    def drop_gradients(self, used: Collection[str | None]) -> None:
+        """Drop those of adapters that no micro-batch went through: ranks that hold parts of them have zeros there."""
+        for name in self.adapters if len(self.adapters) > 1 else ():
+            if name not in used:
+                for parameter in parameters_of(self.model, name).values():
+                    parameter.grad = None
 
     def check_same_model(self, reference: "Policy", path: str | Path) -> None:
         """
@@ -157,17 +175,17 @@ class Policy(nn.Module):
                 "model"
             )
 
-    def forward(self, batch: MicroBatch) -> Tensor:
+    def logits(self, batch: MicroBatch) -> Tensor:
         """Float32 logits, shape (N, V): one row for every scored token of the micro-batch."""
-        hidden = self.hidden(batch)
+        hidden = self(batch)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(self._linear, hidden)
 
     def readout(self, batch: MicroBatch) -> Readout:
         """The same without the logits: what :mod:`dspy_fst.slow.head` reads them from, a chunk at a time."""
-        return Readout(self.head, self._linear, self.hidden(batch))
+        return Readout(self.head, self._linear, self(batch))
 
-    def hidden(self, batch: MicroBatch) -> Tensor:
+    def forward(self, batch: MicroBatch) -> Tensor:
         """The last hidden states that predict the scored tokens, shape (N, d)."""
         device = batch.ids.device.type
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.body_dtype == torch.bfloat16):
@@ -296,7 +314,7 @@ class Policy(nn.Module):
     def _gap(self, texts: list[tuple[tuple[int, ...], int]], plain: Tensor, *, share: bool) -> float:
         """Largest gap to the model's own logits at the scored tokens, relative to the largest logit."""
         (batch,) = micro_batches([Scored(ids, start) for ids, start in texts], 1000, share=share)
-        rows = dict(zip(batch.members, self(batch).split(batch.tokens), strict=True))
+        rows = dict(zip(batch.members, self.logits(batch).split(batch.tokens), strict=True))
         ours = torch.cat([rows[index] for index in range(len(texts))])
         return float((ours - plain).abs().max() / plain.abs().max().clamp(min=1e-6))
 

@@ -1,6 +1,6 @@
 """The weights that the KL is measured to."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,9 @@ from torch import Tensor
 from dspy_fst.slow.batching import MicroBatch, Scored
 from dspy_fst.slow.head import Readout
 from dspy_fst.slow.model import Policy
+from dspy_fst.slow.ranks.sharding import let_go
 
-Cut = Callable[[list[Scored]], Iterator[MicroBatch]]
+Cut = Callable[[list[Scored]], Iterable[MicroBatch]]
 """Sequences -> micro-batches on the trainer's device."""
 
 
@@ -24,10 +25,11 @@ class Start:
         path: The weights of the term.
         own: Whether they are those that the policy was read from. With LoRA adapters that needs no second model.
         cut: Of the trainer.
+        place: Puts a policy on the trainer's device, where the trainer's own is.
     """
 
-    def __init__(self, policy: Policy, path: str | Path, *, own: bool, cut: Cut):
-        self._policy, self._path, self._own, self._cut = policy, path, own, cut
+    def __init__(self, policy: Policy, path: str | Path, *, own: bool, cut: Cut, place: Callable[[Policy], None]):
+        self._policy, self._path, self._own, self._cut, self._place = policy, path, own, cut, place
 
     @cached_property
     @torch.inference_mode(False)
@@ -36,7 +38,13 @@ class Start:
             return self._policy.start
         policy = Policy.load(self._path, dtype=self._policy.body_dtype, trainable=False)
         self._policy.check_same_model(policy, self._path)
-        return policy.to(self._policy.model.device)
+        self._place(policy)
+        return policy
+
+    def let_go(self) -> None:
+        """The readout that was asked for last is used no more."""
+        if "policy" in vars(self):
+            let_go(self.policy)
 
     @torch.no_grad()
     def reads(self, micro: MicroBatch, other: Sequence[Scored] | None = None) -> Readout:

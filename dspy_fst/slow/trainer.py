@@ -3,9 +3,8 @@
 The caller owns the loop and may do anything between two steps. Texts never change here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.machine import several_fault
-from dspy_fst.errors import TrainingError
+from dspy_fst.errors import RankError, TrainingError
 from dspy_fst.recipe.lora_settings import SHARED
 from dspy_fst.slow import head
-from dspy_fst.slow.adamw import make_adamw, restore_moments
+from dspy_fst.slow.adamw import make_adamw
 from dspy_fst.slow.batching import (
     NONE,
     MicroBatch,
@@ -26,34 +25,33 @@ from dspy_fst.slow.batching import (
     check_recorded,
     check_scorable,
     completions,
+    in_rounds,
     micro_batches,
     part_of,
     read_by_start,
     tokens_of,
     with_reply_log_ratios,
 )
-from dspy_fst.slow.checkpoint import (
-    CheckpointWriter,
-    read_state,
-    restore_generators,
-    restore_weights,
-    state_tensors,
-    stored_shapes,
-    write_state,
-)
-from dspy_fst.slow.head import exact_matmuls, learn
+from dspy_fst.slow.head import exact_matmuls, learn, learn_nothing
 from dspy_fst.slow.heap import map_large_tensors
 from dspy_fst.slow.losses.by_name import band_of, loss_of
 from dspy_fst.slow.micro_batch_budget import MicroBatchBudget
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.ranks.ranks import ALONE, Ranks, on_all_ranks
+from dspy_fst.slow.ranks.ranks import ALONE, Ranks, on_all_holders, on_all_ranks
+from dspy_fst.slow.ranks.sharding import let_go, shard, whole
 from dspy_fst.slow.start import Start
+from dspy_fst.slow.trainer_files import TrainerFiles
 from dspy_fst.slow.training_settings import TrainingSettings
 from dspy_fst.slow.update_metrics import NO_UPDATE, UpdateMetrics
-from dspy_fst.types import Batch, Call, Row, SeedKLCall, UpdateReport, WeightsVersion
+from dspy_fst.types import Batch, Call, Row, SeedKLCall, UpdateReport
+
+UNEVEN = (
+    "an update ran out of memory on rank {rank} with micro-batches of {tokens} tokens. With sharding='fsdp' it cannot "
+    "be made again with smaller ones, as the other ranks wait for this one in its midst; lower micro_batch_tokens"
+)
 
 
-class Trainer:
+class Trainer(TrainerFiles):
     """Owns the policy's weights, their optimizer, and the frozen reference of the KL term.
 
     Args:
@@ -71,7 +69,7 @@ class Trainer:
 
     Raises:
         TrainingError: the model's logits are not those of a plain LM head, or the process was launched as one of
-            several and ``ranks`` are not those.
+            several and ``ranks`` are not those; or the ranks read different weights.
     """
 
     @torch.inference_mode(False)
@@ -89,7 +87,7 @@ class Trainer:
     ):
         self.settings, self._share_prompts = settings, share_prompts
         self._loss, self._band = loss_of(settings), band_of(settings)
-        self.ranks = ranks
+        self.ranks, self.sharded = ranks, ranks.world > 1 and settings.sharding is not None
         if ranks.world == 1 and (fault := several_fault()):
             raise TrainingError(fault)
         self._device = torch.device("cpu") if device == "cpu" else ranks.device
@@ -104,16 +102,25 @@ class Trainer:
         names, quantized = tuple(dict.fromkeys(adapters.values())) or (SHARED,), settings.quantized_base
         self.policy = self._policy = Policy.load(
             model, dtype=self._dtype, adapter=settings.adapter, names=names, seed=seed, quantized=quantized
-        ).to(self._device)
+        )
+        ranks.check_same(self._policy, model)
+        self._place(self._policy)
         if settings.gradient_checkpointing is True:  # a run's memory plan decides "auto"
             if not on_cuda:
                 map_large_tensors()
             self._policy.recompute_layers()
-        self._names = [name for name, p in self._policy.model.named_parameters() if p.requires_grad]
         self._optimizer = make_adamw(list(self.parameters.values()), settings)
         self._updates = 0
         self._budget = MicroBatchBudget(settings.micro_batch_tokens)
-        self._start = Start(self._policy, reference or model, own=reference is None, cut=self._micro_batches)
+        own = reference is None
+        self._start = Start(self._policy, reference or model, own=own, cut=self._as_many, place=self._place)
+
+    def _place(self, policy: Policy) -> None:
+        """Put a policy on the device, or this rank's part of it."""
+        if self.sharded:
+            shard(policy, self._device, self.ranks.world)
+        else:
+            policy.to(self._device)
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -124,8 +131,7 @@ class Trainer:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name; tied ones appear once."""
-        named = dict(self._policy.model.named_parameters())
-        return {name: named[name] for name in self._names}
+        return self._policy.trained
 
     @property
     def num_parameters(self) -> int:
@@ -189,14 +195,26 @@ class Trainer:
             for micro in self._micro_batches(sequences, shared=True):
                 self._learn(micro, batch.rows, metrics)
             self._learn_seed_kl(batch.seed_kl_calls, metrics)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if self.sharded:
+                raise RankError(UNEVEN.format(rank=self.ranks.rank, tokens=self._budget.tokens)) from error
             fits = False  # below, the error no longer holds the frames, and with them the memory
         if all(self.ranks.gathered(fits)):
-            self.ranks.sum_gradients(list(self.parameters.values()))
+            self._sum_gradients(batch, sequences)
             return metrics.summed(self.ranks)
         self._optimizer.zero_grad()
         torch.cuda.empty_cache()  # does nothing without CUDA
         return None
+
+    def _sum_gradients(self, batch: Batch, sequences: list[Scored]) -> None:
+        """Over the ranks; where these share the weights, each backward has done so."""
+        if not self.sharded:
+            self.ranks.sum_gradients(list(self.parameters.values()))
+            return
+        self._start.let_go()
+        held = batch.seed_kl_calls if self.settings.seed_kl_coefficient > 0 else ()
+        calls = completions([seed_call.call for seed_call in held], self._adapters)
+        self._policy.drop_gradients({sequence.adapter for sequence in (*sequences, *calls)})
 
     def _learn(self, micro: MicroBatch, rows: Sequence[Row], metrics: UpdateMetrics) -> None:
         """Add the gradient of this micro-batch's share of the loss.
@@ -208,6 +226,8 @@ class Trainer:
         # before the policy's activations take their memory
         start = self._start.reads(micro) if coefficient > 0 else None
         readout = self._policy.readout(micro)
+        if micro.padding:
+            return learn_nothing(readout)
         if self._loss.reads_replies:
             tokens = with_reply_log_ratios(tokens, head.logprobs(readout, micro), micro.tokens)
 
@@ -240,13 +260,17 @@ class Trainer:
         for micro in self._micro_batches(policy_reads, shared=True):
             other = None if policy_reads == start_reads else [start_reads[member] for member in micro.members]
             start = self._start.reads(micro, other)
-            measured = learn(self._policy.readout(micro), micro, loss, start)
+            readout = self._policy.readout(micro)
+            if micro.padding:
+                learn_nothing(readout)
+                continue
+            measured = learn(readout, micro, loss, start)
             assert measured.kl is not None
             metrics.add_seed_kl(measured, measured.kl.sum() / tokens, micro)
 
     def _checked_norm(self, metrics: UpdateMetrics, on_policy: bool) -> Tensor:
         """The gradient's norm; a gradient that must not be applied is dropped."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
         try:
             metrics.check_finite(norm, self._updates + 1)
             if on_policy:
@@ -271,15 +295,18 @@ class Trainer:
 
     # ---- scoring -------------------------------------------------------------------------------
 
+    @on_all_holders
     def score(self, sequences: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
         """Log-probability of every token but the first of each sequence, at temperature 1; see `Engine.score`."""
         scored = [Scored(tuple(sequence), 1, adapter=adapter) for sequence in sequences]
         return self._per_token(scored, self._logprobs)
 
+    @on_all_holders
     def logprobs(self, calls: Sequence[Call]) -> list[list[float]]:
         """Log-probability of every completion token at the call's temperature, as an engine records it."""
         return self._per_token(completions(calls, self._adapters), self._logprobs)
 
+    @on_all_holders
     def kl_by_call(self, calls: Sequence[Call]) -> list[list[float]]:
         """Exact KL(theta || start) in nats at every completion token of each call, given the sampled tokens before."""
         return self._per_token(completions(calls, self._adapters), self._kl)
@@ -307,6 +334,8 @@ class Trainer:
         for micro in self._micro_batches(checked):
             for member, values in zip(micro.members, value(micro).split(micro.tokens), strict=True):
                 result[scorable[member]] = values.tolist()
+        let_go(self._policy)
+        self._start.let_go()
         return result
 
     def _micro_batches(self, sequences: list[Scored], *, shared: bool = False) -> Iterator[MicroBatch]:
@@ -315,79 +344,17 @@ class Trainer:
             shared: Only this rank's share.
         """
         share = self._share_prompts and self._policy.shares_prompts
-        cut = micro_batches(sequences, self._budget.tokens, share=share)
-        return (micro.to(self._device) for micro in (self.ranks.share(cut) if shared else cut))
+        cut: Iterable[MicroBatch] = micro_batches(sequences, self._budget.tokens, share=share)
+        if shared:
+            cut = in_rounds(cut, self.ranks.rank, self.ranks.world) if self.sharded else self.ranks.share(cut)
+        return (micro.to(self._device) for micro in cut)
+
+    def _as_many(self, sequences: list[Scored]) -> list[MicroBatch]:
+        """Micro-batches of sequences of this rank's own; the last one again where another rank has more."""
+        cut = list(self._micro_batches(sequences))
+        most = max(self.ranks.gathered(len(cut))) if self.sharded else len(cut)
+        return [*cut, *cut[-1:] * (most - len(cut))]
 
     def _checked(self, sequences: list[Scored]) -> list[Scored]:
         check_scorable(sequences, vocabulary=self.vocabulary, last_position=self._policy.last_position)
         return sequences
-
-    # ---- disk ----------------------------------------------------------------------------------
-
-    def publish(self, directory: Path, version: WeightsVersion) -> Checkpoint:
-        """Write the weights as the new folder ``directory``, for an engine to serve: untied, and whole or absent.
-
-        A LoRA adapter alone is written, and beside ``directory`` the base that all versions share, if it is not there.
-
-        Raises:
-            TrainingError: ``directory`` exists.
-        """
-        if not self._policy.adapters:
-            return Checkpoint(version, Path(directory), self._checkpoints.write(Path(directory)))
-        return self._checkpoints.write_adapters(Path(directory), version, self._policy.adapters, self._adapters)
-
-    @cached_property
-    def _checkpoints(self) -> CheckpointWriter:
-        return CheckpointWriter(self._policy.model, self._tokenizer, self._dtype, self._files)
-
-    def save_state(self, directory: Path) -> None:
-        """Write weights, AdamW's moments, the number of updates and torch's generators; see `write_state`."""
-        self.state_writer()(directory)
-
-    def state_writer(self) -> Callable[[Path], None]:
-        """:meth:`save_state` for another thread. Nothing may change before it has returned."""
-        tensors = state_tensors(self.parameters, self._optimizer, self._device)
-        return partial(write_state, tensors=tensors, facts={"updates": self._updates, **self._budget.facts})
-
-    @on_all_ranks
-    @torch.inference_mode(False)
-    def load_state(self, directory: Path) -> None:
-        """Restore what :meth:`save_state` wrote; the reference is unchanged.
-
-        Training then continues bit for bit on a CPU, and on a GPU up to the order in which its kernels add up.
-
-        Raises:
-            TrainingError: the state is unreadable, or of a model with other parameters.
-        """
-        tensors, facts = read_state(Path(directory))
-        if stored_shapes(tensors) != self._shapes:
-            raise TrainingError(f"{directory} holds the state of another model; start from the model it was saved with")
-        restore_weights(tensors, self.parameters)
-        restore_moments(tensors, self.parameters, self._optimizer)
-        restore_generators(tensors, self._device)
-        self._updates = facts["updates"]
-        self._budget.restore(facts)
-
-    @on_all_ranks
-    @torch.inference_mode(False)
-    def load_optimizer(self, directory: Path) -> list[str]:
-        """Load AdamW's moments and the number of updates from another run's :meth:`save_state`, but no weights.
-
-        Returns:
-            The parameters that the state does not hold, and that therefore start without moments. A head that was tied
-            to the embedding in that run is one: it became a parameter of its own when it was published.
-
-        Raises:
-            TrainingError: the state is unreadable, or of a model with other parameters.
-        """
-        tensors, facts = read_state(Path(directory))
-        stored = stored_shapes(tensors)
-        if not stored.items() <= self._shapes.items():
-            raise TrainingError(f"{directory} holds the state of another model than {self._source}")
-        restore_moments(tensors, self.parameters, self._optimizer)
-        self._updates = facts["updates"]
-        return [name for name in self._names if name not in stored]
-
-    @property
-    def _shapes(self) -> dict[str, torch.Size]:
-        return {name: parameter.shape for name, parameter in self.parameters.items()}

@@ -96,6 +96,10 @@ class TrainingSettings(Settings):
     """Whether the backward pass keeps the inputs of each layer alone and computes the rest again (ours; memory and
     speed only, the gradient is the same bit for bit). ``"auto"`` turns it on where an update would not fit otherwise.
     A continued run keeps what was chosen."""
+    sharding: Literal["fsdp"] | None = None
+    """How several processes (`torchrun`) hold the weights. None: each holds all. ``"fsdp"``: each holds a part of the
+    weights, gradients, moments and reference, by torch's FSDP2 (ours; memory and speed only, the gradient is the same
+    but for rounding). A process alone holds all in either case."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the trainer's model body, and type of the published weights: ``"auto"`` is bfloat16 on a GPU and
     float32 on a CPU (ours). The weights that AdamW moves are float32 always. The engine has its own:
@@ -164,6 +168,22 @@ class TrainingSettings(Settings):
             raise ValueError(
                 f"quantized_base={self.quantized_base!r} freezes the weights, and adapter=None trains all of them; set "
                 "adapter='lora' or LoRA(rank=...)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_of_plain_numbers(self) -> Self:
+        if self.sharding is None:
+            return self
+        if self.quantized_base is not None:
+            raise ValueError(
+                f"sharding={self.sharding!r} shares out parameters, and quantized_base={self.quantized_base!r} makes a "
+                "base of codes that are none: every rank would hold all of it. Set one of them to None"
+            )
+        if self.optimizer == "adamw_8bit":
+            raise ValueError(
+                f"sharding={self.sharding!r} shares out moments, and optimizer='adamw_8bit' keeps them in blocks that "
+                "a part would cut in two; use optimizer='adamw'"
             )
         return self
 

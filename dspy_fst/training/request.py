@@ -67,7 +67,7 @@ from dspy_fst.training.without_effect import settings_without_effect
 from dspy_fst.types import Candidate, Population
 
 NOT_IDENTITY = {
-    *("num_threads", "rollout_timeout_s", "micro_batch_tokens", "gradient_checkpointing"),
+    *("num_threads", "rollout_timeout_s", "micro_batch_tokens", "gradient_checkpointing", "sharding"),
     *("checkpoint_every", "keep_states", "keep_weights"),
     *("max_masked_share", "max_skipped_updates", "min_effective_share", "parse_warning_share", "parse_trial"),
     *("sync_tolerance", "max_unmoved_steps", "recorded_samples", "validate_every", "patience", "return_best"),

@@ -225,7 +225,7 @@ def test_a_short_text_beside_one_of_full_length_keeps_its_numbers(family, share,
     texts = [Scored(long, limit - 4), Scored((*long[: limit - 4], 9), limit - 4), Scored((7, 8, *long[: limit - 8]), 2)]
     for micro in micro_batches(texts, 10_000, share=share):
         with torch.no_grad():
-            logits = policy(micro)
+            logits = policy.logits(micro)
         found = dict(zip(micro.members, logits.split(micro.tokens), strict=True))
         for member, ours in found.items():
             text = texts[member]

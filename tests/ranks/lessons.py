@@ -17,6 +17,7 @@ from dspy_fst.types import Batch, SeedKLCall, UpdateReport
 from tests.slow.makers import VOCABULARY, make_batch, make_call, make_row
 
 STEPS = 5
+TEXTS = [[5, 3, 8, 1], [2, 9, 4]]
 SETTINGS = TrainingSettings(
     learning_rate=1e-3, warmup_steps=1, micro_batch_tokens=24, max_grad_norm=0.5, min_effective_share=0.0
 )
@@ -40,6 +41,9 @@ class Case:
         )
 
 
+STATES = ("full", "lora")
+"""Cases whose states move between processes."""
+SHARDED = {"sharding": "fsdp", "gradient_checkpointing": True}
 CASES = {
     "full": Case("untied").with_settings(seed_kl_coefficient=0.1),
     "tied": Case("tied").with_settings(loss="gspo"),
@@ -60,12 +64,21 @@ def a_batch(number: int, rows: int = 7) -> Batch:
         prompt, completion = ids(9), ids(6)
         row = make_row(prompt, completion, [-3.0] * len(completion), draw.uniform(-1, 1), 0.05)
         made.append(replace(row, predictor="ask" if place % 2 else "answer"))
-    kept = tuple(SeedKLCall(call, call.prompt_ids) for call in (make_call(ids(5), ids(5)) for _ in range(3)))
+    calls = [make_call(ids(5), ids(5)) for _ in range(3)]
+    kept = tuple(
+        SeedKLCall(call, tuple(ids(9 * place)) if place else call.prompt_ids) for place, call in enumerate(calls)
+    )
     return replace(make_batch(made), seed_kl_calls=kept)
 
 
 def trained(trainer: Trainer, first: int = 0, steps: int = STEPS) -> list[UpdateReport]:
-    return [trainer.step(a_batch(number)) for number in range(first, first + steps)]
+    """Every fourth batch has one row: some ranks have no micro-batch, and some adapters no rows."""
+    return [trainer.step(a_batch(number, 1 if number % 4 == 3 else 7)) for number in range(first, first + steps)]
+
+
+def weights_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a trainer's state."""
+    return {name.removeprefix("weights/"): own.clone() for name, own in state.items() if name.startswith("weights/")}
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:

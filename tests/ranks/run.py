@@ -2,7 +2,7 @@
 
     run.py RUN_DIR
 
-``DIES=1``: rank 1 is killed in its second update.
+``DIES=1``: rank 1 is killed in its second update. ``SHARDING=fsdp``: each rank holds a part of the weights.
 """
 
 import os
@@ -43,7 +43,8 @@ def die_in_the_second_update() -> None:
 def compiled(run_dir: Path) -> dspy.Module:
     student = program.deepcopy()
     student.set_lm(PolicyLM(BASE, engine="in_process", max_tokens=REPLY_LIMIT))
-    optimizer = FSTOptimizer(metric=metric, propose=propose, run_dir=run_dir, progress=False, **RECIPE)
+    recipe = {**RECIPE, "sharding": os.environ.get("SHARDING")}
+    optimizer = FSTOptimizer(metric=metric, propose=propose, run_dir=run_dir, progress=False, **recipe)
     return optimizer.compile(student, trainset=trainset)
 
 

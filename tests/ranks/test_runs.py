@@ -26,16 +26,17 @@ TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "l
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A run whose second rank is killed in the second update: its directory, and what was printed."""
+    """A run whose ranks share the weights, and the second is killed in the second update: its directory, and what was
+    printed."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
-    done = by_torchrun(HERE / "run.py", run_dir, DIES="1")
+    done = by_torchrun(HERE / "run.py", run_dir, DIES="1", SHARDING="fsdp")
     assert done.returncode, done.stdout
     return run_dir, done.stdout, len(read_events(run_dir))
 
 
 @pytest.fixture(scope="module")
 def resumed(killed):
-    """The same run, which `dspy-fst run` finished on two ranks: what was printed, and its events."""
+    """The same run, which `dspy-fst run` finished on two ranks with all weights each: what was printed, and events."""
     run_dir = killed[0]
     project = {
         **{name: f"tests.ranks.run:{name}" for name in ("program", "metric", "trainset", "propose")},

@@ -4,14 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from dspy_fst.errors import RankError
+from dspy_fst.slow.batching import Scored, in_rounds, micro_batches
+from dspy_fst.slow.training_settings import TrainingSettings
 from tests.ranks.launching import by_torchrun
-from tests.ranks.lessons import CASES, STEPS, Case, a_batch, fresh, furthest, trained, weights_of
+from tests.ranks.lessons import CASES, STATES, STEPS, TEXTS, Case, a_batch, fresh, furthest, trained, weights_of
 from tests.slow.conftest import one_thread  # noqa: F401
 from tests.slow.makers import save_model
 
 pytestmark = pytest.mark.slow
 SAME = 1e-6
+WAYS = {"": SAME, "sharded": 1e-5}
+"""How the ranks share the weights -> how far they may be from one process's."""
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +37,22 @@ def alone(models):
         trainer = case.trainer(models)
         reports = trained(trainer)
         found[name] = weights_of(trainer), reports
-        if name in ("full", "lora"):
+        if name in STATES:
             trainer.save_state(models / f"{name} state")
+            trainer.publish(models / "alone" / name / "step", "step-000005")
     return found
+
+
+@pytest.fixture(scope="module")
+def gone_on(models, alone):
+    """State -> weights of one process that went on from its own."""
+    return {name: two_more(CASES[name].trainer(models), models / f"{name} state") for name in STATES}
+
+
+def two_more(trainer, state):
+    trainer.load_state(state)
+    trained(trainer, STEPS, 2)
+    return weights_of(trainer)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +67,18 @@ def read(path):
     return torch.load(path, weights_only=False)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_weights_after_five_steps_are_those_of_one_process(several, alone, models, name):
-    found, _ = read(several / f"{name}.pt")
-    assert furthest(found, alone[name][0]) < SAME
+def test_the_weights_after_five_steps_are_those_of_one_process(several, alone, models, name, way):
+    found, _ = read(several / way / f"{name}.pt")
+    assert furthest(found, alone[name][0]) < WAYS[way]
     assert CASES[name].settings.adapter or furthest(found, fresh(models / CASES[name].model)) > 1e-4
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
-def test_an_update_reports_what_all_ranks_measured(several, alone, name):
-    for found, wanted in zip(read(several / f"{name}.pt")[1], alone[name][1], strict=True):
+def test_an_update_reports_what_all_ranks_measured(several, alone, name, way):
+    for found, wanted in zip(read(several / way / f"{name}.pt")[1], alone[name][1], strict=True):
         assert found.adapters.keys() == wanted.adapters.keys()
         for own, its in [(wanted, found), *((report, found.adapters[a]) for a, report in wanted.adapters.items())]:
             for field, value in vars(own).items():
@@ -65,16 +86,51 @@ def test_an_update_reports_what_all_ranks_measured(several, alone, name):
                     assert getattr(its, field) == pytest.approx(value, rel=1e-4, abs=1e-6), field
 
 
-@pytest.mark.parametrize("name", ["full", "lora"])
-def test_a_state_of_two_ranks_goes_on_in_one_process_and_back(several, alone, models, name):
-    wanted = CASES[name].trainer(models)
-    wanted.load_state(models / f"{name} state")
-    trained(wanted, STEPS, 2)
-    moved = CASES[name].trainer(models)
-    moved.load_state(several / f"{name} state")
-    trained(moved, STEPS, 2)
-    assert furthest(weights_of(moved), weights_of(wanted)) < SAME
-    assert furthest(read(several / f"{name} resumed.pt"), weights_of(wanted)) < SAME
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_two_ranks_goes_on_in_one_process_and_back(several, gone_on, models, name, way):
+    moved = two_more(CASES[name].trainer(models), several / way / f"{name} state")
+    assert furthest(moved, gone_on[name]) < WAYS[way]
+    assert furthest(read(several / way / f"{name} resumed.pt"), gone_on[name]) < WAYS[way]
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_ranks_that_share_the_weights_hold_half_of_them_each_and_publish_and_score_them_whole(
+    several, alone, models, name
+):
+    _, scores, held = read(several / "sharded" / f"{name} shown.pt")
+    whole = read(several / f"{name} shown.pt")[2]
+    assert whole[0] == whole[1] == sum(held)
+    assert max(held) < 0.51 * whole[0]
+    for file in (models / "alone" / name).rglob("*.safetensors"):
+        wanted = load_file(file)
+        assert furthest(load_file(several / "sharded" / file.relative_to(models / "alone")), wanted) < 1e-5
+    trainer = CASES[name].trainer(models)
+    trainer.load_state(models / f"{name} state")
+    for found, wanted in zip(scores, trainer.score(TEXTS), strict=True):
+        assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_rank_that_would_be_idle_reads_a_micro_batch_for_nothing():
+    cut = [*micro_batches([Scored((number, 1, 2), 1) for number in range(5)], 3, share=False)]
+    shares = [[*in_rounds(cut, rank, 3)] for rank in range(3)]
+    assert [[micro.padding for micro in share] for share in shares] == [[False, False], [False, False], [False, True]]
+    assert [micro for share in shares for micro in share if not micro.padding] == [cut[i] for i in (0, 3, 1, 4, 2)]
+    assert [[*in_rounds([], rank, 2)] for rank in range(2)] == [[], []]
+
+
+def test_memory_that_runs_out_ends_ranks_that_share_the_weights(models, monkeypatch):
+    trainer = Case("untied").trainer(models)
+    monkeypatch.setattr(trainer, "sharded", True)
+    monkeypatch.setattr(trainer, "_learn", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(RankError, match=r"out of memory on rank 0 .* lower micro_batch_tokens"):
+        trainer.step(a_batch(0))
+
+
+@pytest.mark.parametrize("other", [{"adapter": "lora", "quantized_base": "int8"}, {"optimizer": "adamw_8bit"}])
+def test_what_cannot_be_shared_out_is_refused(other):
+    with pytest.raises(ValueError, match="sharding='fsdp' shares out"):
+        TrainingSettings(sharding="fsdp", **other)
 
 
 def test_memory_that_runs_out_on_one_rank_halves_the_micro_batches_of_all(several, models):

@@ -11,9 +11,24 @@ import torch
 
 from dspy_fst.errors import NotFiniteError
 from dspy_fst.slow.ranks.joining import all_ranks
+from dspy_fst.slow.ranks.ranks import Ranks, on_all_ranks
 from dspy_fst.slow.trainer import Trainer
-from tests.ranks.lessons import CASES, STEPS, Case, a_batch, saved, trained, weights_of
+from tests.ranks.lessons import (
+    CASES,
+    SHARDED,
+    STATES,
+    STEPS,
+    TEXTS,
+    Case,
+    a_batch,
+    saved,
+    trained,
+    weights_in,
+    weights_of,
+)
 
+WAYS = {"": {}, "sharded": SHARDED}
+"""How the ranks share the weights -> settings."""
 FULL = "full memory"
 """A case in which memory runs out once, on rank 1 alone."""
 
@@ -34,21 +49,40 @@ def main(models: Path, out: Path) -> None:
     if os.environ["RANK"] == "1":
         run_out_of_memory_once()
     with all_ranks() as ranks:
-        for name, case in CASES.items():
-            trainer = case.trainer(models, ranks)
-            reports = trained(trainer)
-            saved(out / f"{name}.pt", (weights_of(trainer), reports))
-            if name in ("full", "lora"):
-                trainer.save_state(out / f"{name} state")
-                trainer = case.trainer(models, ranks)
-                trainer.load_state(models / f"{name} state")  # that one process saved
-                trained(trainer, STEPS, 2)
-                saved(out / f"{name} resumed.pt", weights_of(trainer))
+        for way, settings in WAYS.items():
+            for name, case in CASES.items():
+                learn(name, case.with_settings(**settings), models, out / way, ranks)
         halving = Case("untied").with_settings(adam_epsilon=1e-7).trainer(models, ranks)
         saved(out / f"{FULL}.pt", (halving.step(a_batch(0)), weights_of(halving)))
         saved(out / "not finite.pt", refused(Case("untied").trainer(models, ranks)))
         small = Case("untied").trainer(models, ranks)
         saved(out / "one row.pt", (small.step(a_batch(1, rows=1)), weights_of(small)))
+
+
+def learn(name: str, case: Case, models: Path, out: Path, ranks: Ranks) -> None:
+    """Train a case, from the model and from the state of one process."""
+    trainer = case.trainer(models, ranks)
+    reports = trained(trainer)
+    state = trainer._whole_state()
+    saved(out / f"{name}.pt", (weights_in(state), reports))
+    if name not in STATES:
+        return
+    version = trainer.publish(out / name / "step", "step-000005")
+    saved(out / f"{name} shown.pt", (version, trainer.score(TEXTS), trainer.held()))
+    trainer.save_state(out / f"{name} state")
+    trainer = case.trainer(models, ranks)
+    trainer.load_state(models / f"{name} state")  # that one process saved
+    trained(trainer, STEPS, 2)
+    saved(out / f"{name} resumed.pt", weights_in(trainer._whole_state()))
+
+
+@on_all_ranks
+def held(trainer: Trainer) -> list[int]:
+    """Numbers of weights and moments in the memory of each rank."""
+    moments = [value for of in trainer._optimizer.state.values() for name, value in of.items() if name != "step"]
+    kept = [*trainer.policy.parameters(), *trainer._start.policy.parameters(), *moments]
+    shares = {id(one): getattr(one, "_local_tensor", one).numel() for one in kept}
+    return trainer.ranks.gathered(sum(shares.values()))
 
 
 def refused(trainer: Trainer) -> tuple[str, object]:
@@ -63,4 +97,5 @@ def refused(trainer: Trainer) -> tuple[str, object]:
 
 
 if __name__ == "__main__":
+    Trainer.held = held
     main(Path(sys.argv[1]), Path(sys.argv[2]))

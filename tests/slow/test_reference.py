@@ -29,7 +29,7 @@ def size(policy: Policy) -> int:
 @torch.no_grad()
 def logits(policy: Policy) -> torch.Tensor:
     (batch,) = micro_batches([Scored(ids, start) for ids, start in TEXTS], 1000, share=policy.shares_prompts)
-    return policy(batch)
+    return policy.logits(batch)
 
 
 @pytest.mark.parametrize("name", ["Qwen3", "Gemma 2", "GPT-2", "Qwen3-MoE", "Granite 4 (hybrid)"])

@@ -58,7 +58,7 @@ def states_and_gradient(policy: Policy, sequences: Sequence[Scored], budget: int
     """The hidden states that predict the scored tokens, sequence by sequence; the gradient of a sum over them."""
     found = {}
     for micro in micro_batches(sequences, budget, share=share):
-        found |= dict(zip(micro.members, policy.hidden(micro).split(micro.tokens), strict=True))
+        found |= dict(zip(micro.members, policy(micro).split(micro.tokens), strict=True))
     states = torch.cat([found[index] for index in range(len(sequences))])
     factors = torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states)
     (states * factors).sum().backward()
@@ -141,7 +141,7 @@ def test_no_layer_keeps_the_copied_keys(tmp_path):
             return held
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda held: held):
-            policy.hidden(micro)
+            policy(micro)
         return sum(seen.values()) // micro.tokens_read
 
     assert kept(40) < 1.2 * kept(4)

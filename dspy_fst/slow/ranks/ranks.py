@@ -1,7 +1,8 @@
 """What a trainer asks of the other ranks; a process alone has none, and asks nothing."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -9,10 +10,13 @@ import torch
 from torch import nn
 
 from dspy_fst.engine.machine import has_gpu
+from dspy_fst.errors import TrainingError
 
 T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
+SAME = 1e-9
+"""Largest relative gap of the norms of the same weights; float64 sums in another order differ by some 1e-15."""
 
 
 class Ranks:
@@ -46,6 +50,31 @@ class Ranks:
         """What each rank gives, by rank."""
         return [what]
 
+    def check_same(self, model: nn.Module, path: object) -> None:
+        """
+        Args:
+            model: That every rank has read from ``path``.
+
+        Raises:
+            TrainingError: the ranks hold different weights, e.g. of folders of one name on several machines.
+        """
+        if self.world == 1:
+            return
+        norms = self.gathered(_norm(model))
+        for rank, norm in enumerate(norms):
+            if not math.isclose(norm, norms[0], rel_tol=SAME):
+                raise TrainingError(
+                    f"{path}: rank {rank} reads other weights there than rank 0 (norm {norm!r}, not {norms[0]!r}); "
+                    "give every machine the same folder"
+                )
+
+
+@torch.no_grad()
+def _norm(model: nn.Module) -> float:
+    """Of all numbers of a model."""
+    numbers = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    return math.hypot(*(float(torch.linalg.vector_norm(own, dtype=torch.float64)) for own in numbers))
+
 
 ALONE = Ranks()
 
@@ -56,7 +85,14 @@ class Ranked(Protocol):
     ranks: Ranks
 
 
+class Shared(Ranked, Protocol):
+    """The same, of which each rank may hold a part alone."""
+
+    sharded: bool
+
+
 S = TypeVar("S", bound=Ranked)
+H = TypeVar("H", bound=Shared)
 
 
 def on_all_ranks(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
@@ -65,6 +101,17 @@ def on_all_ranks(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate
     @wraps(method)
     def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self.ranks.together(method.__name__, args, kwargs):
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+def on_all_holders(method: Callable[Concatenate[H, P], R]) -> Callable[Concatenate[H, P], R]:
+    """The same where every rank holds a part of the weights; where each holds all, a call of rank 0 alone."""
+
+    @wraps(method)
+    def call(self: H, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.ranks.together(method.__name__, args, kwargs) if self.sharded else nullcontext():
             return method(self, *args, **kwargs)
 
     return call

@@ -1,13 +1,9 @@
 """What rank 0 does around a run, and what the other ranks do instead of one."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
-
-import torch
-from torch import nn
 
 from dspy_fst.engine.machine import Launch
 from dspy_fst.errors import ConfigurationError, RankError, TrainingError
@@ -17,8 +13,6 @@ from dspy_fst.slow.ranks.several import END, SeveralRanks
 from dspy_fst.slow.trainer import Trainer
 
 BUILD = "build"
-SAME = 1e-9
-"""Largest relative gap of the norms of the same weights; float64 sums in another order differ by some 1e-15."""
 ENDED = (
     "the other of the {world} processes ended with the first compile(), as every process but rank 0 does; make one run "
     "in a launch, or launch the second alone"
@@ -31,30 +25,10 @@ def make_trainer(ranks: Ranks, model: Path, *settings: object, **options: object
     """A trainer on each rank, with these arguments of `Trainer`.
 
     Raises:
-        TrainingError: as `Trainer` has it; or the ranks read different weights, e.g. from folders of one name on
-            several machines.
+        TrainingError: as `Trainer` has it.
     """
     with ranks.together(BUILD, (model, *settings), options):
-        trainer = Trainer(model, *settings, ranks=ranks, **options)  # type: ignore[arg-type]  # its own arguments
-        if ranks.world > 1:
-            _check_same(ranks.gathered(_size(trainer.policy)), model)
-        return trainer
-
-
-@torch.no_grad()
-def _size(policy: nn.Module) -> float:
-    """The norm of all its numbers."""
-    numbers = [parameter for parameter in policy.parameters() if parameter.is_floating_point()]
-    return math.hypot(*(float(torch.linalg.vector_norm(own, dtype=torch.float64)) for own in numbers))
-
-
-def _check_same(norms: Sequence[float], model: object) -> None:
-    for rank, norm in enumerate(norms):
-        if not math.isclose(norm, norms[0], rel_tol=SAME):
-            raise TrainingError(
-                f"{model}: rank {rank} reads other weights there than rank 0 (norm {norm!r}, not {norms[0]!r}); "
-                "give every machine the same folder"
-            )
+        return Trainer(model, *settings, ranks=ranks, **options)  # type: ignore[arg-type]  # its own arguments
 
 
 @contextmanager

@@ -1,0 +1,130 @@
+"""What a trainer writes and reads: published weights, and the states that a run goes on from.
+
+Files are written by rank 0, and the same whatever the number of ranks and however they share the weights: where each
+holds a part, the parts are put together first. So a state goes on with any number of ranks.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dspy_fst.engine.base import Checkpoint
+from dspy_fst.errors import TrainingError
+from dspy_fst.slow.adamw import restore_moments
+from dspy_fst.slow.checkpoint import (
+    CheckpointWriter,
+    read_state,
+    restore_generators,
+    restore_weights,
+    state_tensors,
+    stored_shapes,
+    write_state,
+)
+from dspy_fst.slow.micro_batch_budget import MicroBatchBudget
+from dspy_fst.slow.model import Policy
+from dspy_fst.slow.ranks.ranks import Ranks, on_all_holders, on_all_ranks
+from dspy_fst.slow.ranks.sharding import gathered
+from dspy_fst.types import WeightsVersion
+
+
+class TrainerFiles:
+    """The part of a `Trainer` that deals with the disk. The trainer sets these:"""
+
+    ranks: Ranks
+    sharded: bool
+    """Whether each rank holds a part of the weights and moments alone."""
+    _policy: Policy
+    _optimizer: torch.optim.Optimizer
+    _updates: int
+    _budget: MicroBatchBudget
+    _tokenizer: PreTrainedTokenizerBase
+    _dtype: torch.dtype
+    _device: torch.device
+    _adapters: Mapping[str, str]
+    _source: str | Path
+    _files: Path
+    """Where the model's own files lie."""
+
+    def publish(self, directory: Path, version: WeightsVersion) -> Checkpoint:
+        """Write the weights as the new folder ``directory``, for an engine to serve: untied, and whole or absent.
+
+        A LoRA adapter alone is written, and beside ``directory`` the base that all versions share, if it is not there.
+
+        Raises:
+            TrainingError: ``directory`` exists.
+        """
+        if not self._policy.adapters:
+            return Checkpoint(version, Path(directory), self._checkpoints.write(Path(directory)))
+        return self._checkpoints.write_adapters(Path(directory), version, self._policy.adapters, self._adapters)
+
+    @cached_property
+    def _checkpoints(self) -> CheckpointWriter:
+        return CheckpointWriter(self._policy.model, self._tokenizer, self._dtype, self._files, self._whole_weights)
+
+    @on_all_holders
+    def _whole_weights(self, adapter: str | None) -> dict[str, Tensor]:
+        """See `Policy.tensors`; on rank 0."""
+        return self._whole(self._policy.tensors(adapter))
+
+    @on_all_holders
+    def _whole_state(self) -> dict[str, Tensor]:
+        """See `state_tensors`; on rank 0."""
+        return self._whole(state_tensors(self._policy.trained, self._optimizer, self._device))
+
+    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return gathered(tensors, keep=self.ranks.rank == 0) if self.sharded else tensors
+
+    def save_state(self, directory: Path) -> None:
+        """Write weights, AdamW's moments, the number of updates and torch's generators; see `write_state`."""
+        self.state_writer()(directory)
+
+    def state_writer(self) -> Callable[[Path], None]:
+        """:meth:`save_state` for another thread. Nothing may change before it has returned."""
+        return partial(write_state, tensors=self._whole_state(), facts={"updates": self._updates, **self._budget.facts})
+
+    @on_all_ranks
+    @torch.inference_mode(False)
+    def load_state(self, directory: Path) -> None:
+        """Restore what :meth:`save_state` wrote; the reference is unchanged.
+
+        Training then continues bit for bit on a CPU, and on a GPU up to the order in which its kernels add up.
+
+        Raises:
+            TrainingError: the state is unreadable, or of a model with other parameters.
+        """
+        tensors, facts = read_state(Path(directory))
+        if stored_shapes(tensors) != self._shapes:
+            raise TrainingError(f"{directory} holds the state of another model; start from the model it was saved with")
+        restore_weights(tensors, self._policy.trained)
+        restore_moments(tensors, self._policy.trained, self._optimizer)
+        restore_generators(tensors, self._device)
+        self._updates = facts["updates"]
+        self._budget.restore(facts)
+
+    @on_all_ranks
+    @torch.inference_mode(False)
+    def load_optimizer(self, directory: Path) -> list[str]:
+        """Load AdamW's moments and the number of updates from another run's :meth:`save_state`, but no weights.
+
+        Returns:
+            The parameters that the state does not hold, and that therefore start without moments. A head that was tied
+            to the embedding in that run is one: it became a parameter of its own when it was published.
+
+        Raises:
+            TrainingError: the state is unreadable, or of a model with other parameters.
+        """
+        tensors, facts = read_state(Path(directory))
+        stored = stored_shapes(tensors)
+        if not stored.items() <= self._shapes.items():
+            raise TrainingError(f"{directory} holds the state of another model than {self._source}")
+        restore_moments(tensors, self._policy.trained, self._optimizer)
+        self._updates = facts["updates"]
+        return [name for name in self._policy.trained if name not in stored]
+
+    @property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self._policy.trained.items()}
