@@ -115,6 +115,8 @@ def test_training_takes_weights_gradients_two_moments_and_the_reference():
 
 def test_vllm_on_a_cpu_takes_weights_and_its_cache():
     assert allocations(lab_policy("vllm", cpu_kv_cache_gib=3))[MEMORY]["the engine"] == 4 * P + 3 * GIB
+    of_two = allocations(lab_policy("vllm", cpu_kv_cache_gib=3, servers=2))[MEMORY]["the engine"]
+    assert of_two == 2 * (4 * P + 3 * GIB)
     assert allocations(lab_policy("vllm", dtype="bfloat16"))[MEMORY]["the engine"] == 2 * P + 4 * GIB
     assert allocations(lab_policy("vllm", attach_url="http://127.0.0.1:1"))[MEMORY]["the engine"] == 0
 

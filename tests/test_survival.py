@@ -66,21 +66,29 @@ class Trouble:
     def __call__(self, event):
         words = event.get("phase", "").split()
         if words[:1] == ["step"] and (step := int(words[1].rstrip(":"))) in self.plan:
-            self.groups.add(group_of(self.engine.server))
             self.plan.pop(step)()
 
     def answer_500_a_few_times(self):
+        self.note_group()
         self.order(refusals=3)
 
     def kill_the_core(self):
+        self.note_group()
         self.order("EngineCore", signal.SIGKILL)
 
     def stop_the_api(self):
+        self.note_group()
         self.order("api_server", signal.SIGSTOP)
 
-    def order(self, name=None, signal=0, refusals=0):
-        """After a few requests, of up to four calls each: a signal for the process with this name, or refusals."""
-        process = below(group_of(self.engine.server), name) if name else None
+    def note_group(self):
+        self.groups.add(group_of(self.engine.server))
+
+    def order(self, name=None, signal=0, refusals=0, group=None):
+        """After a few requests, of up to four calls each: a signal for the process with this name, or refusals.
+
+        The process belongs to the engine's server, or to another group.
+        """
+        process = below(group or group_of(self.engine.server), name) if name else None
         trouble = {"passed": 2, "pid": process and process.pid, "signal": int(signal), "refusals": refusals}
         self.file.with_suffix(".part").write_text(json.dumps(trouble))
         self.file.with_suffix(".part").rename(self.file)

@@ -4,7 +4,7 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dspy_fst.errors import EngineError
@@ -31,6 +31,27 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def gpu_count() -> int:
+    """How many CUDA devices torch sees."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def visible_devices(cards: Sequence[int], environment: Mapping[str, str] = os.environ) -> str:
+    """``CUDA_VISIBLE_DEVICES`` with which another process sees these cards only.
+
+    Args:
+        cards: As torch numbers them in this process.
+        environment: Of this process, which may see a part of the machine's cards.
+
+    >>> visible_devices([1, 2], {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}), visible_devices([1, 2], {})
+    ('5,6', '1,2')
+    """
+    seen = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return ",".join(seen[card].strip() if seen != [""] else str(card) for card in cards)
 
 
 def free_gpu_bytes() -> tuple[int, int] | None:

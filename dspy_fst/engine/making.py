@@ -37,10 +37,18 @@ def engine_maker(kind: EngineKind, options: Mapping[str, object]) -> Callable[[]
     """
     if kind == "vllm":
         from dspy_fst.engine.vllm.server_settings import VLLMSettings
-        from dspy_fst.engine.vllm.supervisor import Supervisor
 
         served = make_settings(VLLMSettings, options, kind)
-        return lambda: Supervisor(served)
+
+        def on_servers() -> Engine:
+            from dspy_fst.engine.vllm.fleet.fleet import Fleet
+            from dspy_fst.engine.vllm.fleet.placing import members_of
+            from dspy_fst.engine.vllm.supervisor import Supervisor
+
+            each = members_of(served)
+            return Supervisor(each[0]) if len(each) == 1 else Fleet(served)
+
+        return on_servers
     if kind == "in_process":
         settings = make_settings(InProcessSettings, options, kind)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.making import EngineKind
+from dspy_fst.engine.vllm.fleet.placing import spares_first_card
 from dspy_fst.engine.vllm.server_settings import KEEPS_WEIGHTS, VLLMSettings
 from dspy_fst.formatting.numbers import GIB, format_bytes
 from dspy_fst.memory.arithmetic import (
@@ -256,16 +257,18 @@ def _vllm_allocation(workload: Workload, config: FSTConfig, available: Available
         return Allocation(MEMORY, ENGINE, 0)  # an attached server runs already and has its memory
     if available.on_gpu:
         share = settings.gpu_memory_utilization
-        place = SECOND_GPU if available.imagined and SECOND_GPU in available.free else GPU
+        elsewhere = available.imagined or spares_first_card(settings)
+        place = SECOND_GPU if elsewhere and SECOND_GPU in available.free else GPU
         whole, weights = int(available.gpu_total * share), served_bytes(workload, config)
         advice = f"lower engine_options={{'gpu_memory_utilization': {share:g}}}"
         made_of = (("weights", weights), ("keys, values and workings", max(0, whole - weights)))
         server = Allocation(place, ENGINE, whole, cuts=(advice,), least=weights, made_of=made_of)
         return server if settings.sleep_level is None else _taking_turns(server, workload, config)
     weights, cache = number_bytes(settings.dtype, on_gpu=False) * size.untied, settings.cpu_kv_cache_gib
-    advice = f"engine_options={{'cpu_kv_cache_gib': 1}} ({cache - 1} GiB less)"
+    servers = settings.servers  # all on this machine
+    advice = f"engine_options={{'cpu_kv_cache_gib': 1}} ({servers * (cache - 1)} GiB less)"
     cuts = (advice,) if cache > 1 else ()
-    return Allocation(MEMORY, ENGINE, weights + cache * GIB, cuts=cuts, least=weights + GIB)
+    return Allocation(MEMORY, ENGINE, servers * (weights + cache * GIB), cuts=cuts, least=servers * (weights + GIB))
 
 
 def _taking_turns(server: Allocation, workload: Workload, config: FSTConfig) -> Allocation:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import dspy
 
@@ -136,8 +137,8 @@ class Publishing:
         self._handle, self._trainer, self.texts = handle, trainer, texts
         self._tolerance, self._tell, self._told_blind = tolerance, tell, False
         self._publishes = 0
-        self._proved: Scorer | None = None
-        """What scored all texts as the trainer does."""
+        self._proved: WeakSet[Scorer] = WeakSet()
+        """Servers, or the engine itself, that scored all texts as the trainer does."""
 
     def serve(self, checkpoint: Checkpoint) -> None:
         """Serve these weights, which are the trainer's of now.
@@ -163,13 +164,14 @@ class Publishing:
             if published and passed is not None:
                 verify_scores(engine, passed, held)
                 return
-            if held is not None and engine is self._proved and publish % FULL_EVERY:
+            if held is not None and engine in self._proved and publish % FULL_EVERY:
                 with suppress(SyncError):  # in bfloat16 a few tokens may exceed the limit by chance; all texts decide
                     verify_scores(engine, expected(full=False), held)
                     passed = expected(full=False)
                     return
             verify_scores(engine, expected(full=True), held)
-            self._proved, passed = engine, expected(full=True)
+            self._proved.add(engine)
+            passed = expected(full=True)
 
         self._load(checkpoint, prove)
         published = True

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dspy_fst.engine.machine import has_gpu, without_launcher
+from dspy_fst.engine.machine import has_gpu, visible_devices, without_launcher
 from dspy_fst.engine.vllm.lora_files import LoRANeeds
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
@@ -84,6 +84,7 @@ def vllm_environment(settings: VLLMSettings, key: str, *, loras: bool = False) -
     return {
         **without_launcher(os.environ),  # vLLM would take this process's rank for its own
         "PYTHONPATH": python_path,
+        **({} if settings.cards is None else {"CUDA_VISIBLE_DEVICES": visible_devices(settings.cards)}),
         "VLLM_API_KEY": key,
         "VLLM_SERVER_DEV_MODE": "1",
         **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if loras else {}),

@@ -275,7 +275,7 @@ class VLLMServer:
             raise EngineError("cannot start vLLM: " + "; ".join(faults))
         needs = LoRANeeds.of(checkpoint.adapters) if checkpoint.adapters else None
         url = self.settings.attach_url
-        self._client = self._launch(checkpoint, needs) if url is None else self._attach(url, checkpoint)
+        self._client = self._launch(checkpoint, needs) if url is None else self._attach(str(url), checkpoint)
         self._client.find_rows()
         self._reader = ReplyReader.load(checkpoint.path)
         self._prompts = Prompts(self._reader)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dspy_fst.engine.machine import has_gpu, is_loopback, port_taken
+from dspy_fst.engine.vllm.fleet.placing import addresses, fleet_faults
 
 _POSITIVE = (
     *("startup_timeout_s", "request_timeout_s", "load_timeout_s", "stall_timeout_s", "stop_grace_s"),
@@ -61,10 +62,19 @@ class VLLMSettings:
     """Further arguments of vLLM, e.g. ``("--max-num-seqs", "64")``."""
     log_path: str | Path | None = None
     """File to which the server's output is appended; None makes a temporary file, whose path is in the errors."""
-    attach_url: str | None = None
-    """URL of a server that somebody else launched, e.g. ``"http://127.0.0.1:8000"``; it is never stopped from here."""
+    servers: int = 1
+    """How many servers are launched here. Calls are spread over them. Each has cards of its own; on a CPU they share
+    the machine. A server spans as many cards as vLLM's own options in ``extra_args`` say, e.g.
+    ``("--tensor-parallel-size", "2")``."""
+    cards: tuple[int, ...] | None = None
+    """Cards of the servers that are launched here, by torch's numbers and in order, e.g. ``(1, 2, 3)``. None: a server
+    alone takes the first card, and several take the last ones, so that the trainer's is shared only if all are
+    needed."""
+    attach_url: str | tuple[str, ...] | None = None
+    """URL of a server that somebody else launched, e.g. ``"http://127.0.0.1:8000"``, or a list of several, over which
+    calls are spread. They are never stopped from here."""
     api_key: str | None = field(default=None, repr=False)
-    """Key of the server at ``attach_url``; a server that is launched here gets a random key."""
+    """Key of the servers at ``attach_url``; a server that is launched here gets a random key."""
 
 
 def vllm_faults(settings: VLLMSettings) -> list[str]:
@@ -79,11 +89,13 @@ def vllm_faults(settings: VLLMSettings) -> list[str]:
     for name in ("max_model_len", "max_loras"):
         if (limit := getattr(settings, name)) is not None and limit < 1:
             faults.append(f"{name} is {limit}: it must be at least 1")
-    faults += _sleep_faults(settings)
+    faults += _sleep_faults(settings) + fleet_faults(settings)
     if settings.attach_url is not None:
-        if not settings.attach_url.startswith(("http://", "https://")):
-            faults.append(f"attach_url is {settings.attach_url!r}: it must start with http:// or https://")
-        return faults
+        return faults + [
+            f"attach_url is {url!r}: it must start with http:// or https://"
+            for url in addresses(settings.attach_url)
+            if not url.startswith(("http://", "https://"))
+        ]
     return faults + _launch_faults(settings)
 
 

@@ -10,7 +10,7 @@ This folder is on the server's PYTHONPATH, and ``--worker-extension-cls`` names 
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +52,24 @@ def difference(used: Tensor, wanted: Tensor) -> str | None:
     return f"{count} of {int((wanted == wanted).sum())} numbers, by up to {float(gap):.3g}"
 
 
+def require_heard(parallel: Any, wrong: Mapping[str, str]) -> None:
+    """Raise where a difference would not be told: vLLM returns the answer of the first data-parallel engine alone.
+
+    A call fails if it fails in any engine (0.32, `v1/engine/core_client.py`, `DPLBAsyncMPClient.call_utility_async`).
+
+    Args:
+        parallel: vLLM's parallel config of this worker.
+        wrong: Tensor -> how it differs.
+
+    Raises:
+        RuntimeError: this is another engine, and some tensor differs.
+    """
+    engine = getattr(parallel, "data_parallel_index", 0)
+    if engine and wrong:
+        name, how = next(iter(wrong.items()))
+        raise RuntimeError(f"data-parallel engine {engine} uses other weights, e.g. {name} ({how})")
+
+
 class WeightCheck:
     """Mixed into vLLM's worker class."""
 
@@ -68,6 +86,7 @@ class WeightCheck:
         with _without_lora(runner.get_model()) as model:
             comparison = Comparison(model, config)
             comparison.run(_read(runner.vllm_config.load_config, config, model))
+        require_heard(runner.vllm_config.parallel_config, comparison.wrong)
         return {
             "dtype": str(config.dtype).removeprefix("torch."),
             "digests": comparison.digests,
@@ -89,6 +108,7 @@ class WeightCheck:
 
         runner = self.model_runner  # type: ignore[attr-defined]
         digests, wrong = compare_adapter(runner.lora_manager, name, folder)
+        require_heard(runner.vllm_config.parallel_config, wrong)
         dtype = str(runner.vllm_config.model_config.dtype).removeprefix("torch.")
         return {"dtype": dtype, "digests": digests, "wrong": wrong}
 

@@ -1,0 +1,131 @@
+"""Which servers a fleet has and on which cards they lie, from the settings. Nothing is started or asked here."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dspy_fst.engine.machine import gpu_count
+
+if TYPE_CHECKING:
+    from dspy_fst.engine.vllm.server_settings import VLLMSettings
+
+_SPANS: Mapping[str, str] = {
+    "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-pcp": "--prefill-context-parallel-size",
+    "-dp": "--data-parallel-size",
+    "-dpl": "--data-parallel-size-local",
+}
+"""vLLM's options that multiply the number of cards of a server (0.32, `engine/arg_utils.py`), by their short names."""
+
+
+def addresses(attach_url: str | Sequence[str]) -> list[str]:
+    """The servers at ``attach_url``, without what two spellings of one address may differ in.
+
+    >>> addresses("http://localhost:8000/v1"), addresses(["http://a:1", "http://a:2/"])
+    (['http://127.0.0.1:8000'], ['http://a:1', 'http://a:2'])
+    """
+    urls = [attach_url] if isinstance(attach_url, str) else attach_url
+    return [url.rstrip("/").removesuffix("/v1").replace("://localhost", "://127.0.0.1") for url in urls]
+
+
+def cards_of_one(extra_args: Sequence[str]) -> int:
+    """How many cards one server spans by its arguments.
+
+    >>> cards_of_one(["--tensor-parallel-size", "2", "-dp=2"]), cards_of_one(["-dp", "16", "-dpl", "8"])
+    (4, 8)
+    """
+    sizes: dict[str, int] = {}
+    for argument, following in pairwise([*extra_args, ""]):
+        name, equals, value = argument.partition("=")
+        name, value = _SPANS.get(name, name.replace("_", "-")), value if equals else following
+        if name in _SPANS.values() and value.isdecimal():
+            sizes[name] = max(int(value), 1)
+    if (here := sizes.pop("--data-parallel-size-local", None)) is not None:
+        sizes["--data-parallel-size"] = here
+    product = 1
+    for size in sizes.values():
+        product *= size
+    return product
+
+
+def members_of(settings: "VLLMSettings") -> "list[VLLMSettings]":
+    """The settings of each server by itself; sound settings are assumed (see `fleet_faults`)."""
+    if settings.attach_url is not None:
+        return [replace(settings, attach_url=url) for url in addresses(settings.attach_url)]
+    if settings.servers == 1:
+        return [settings]
+    cards = cards_of(settings)
+    return [
+        replace(settings, servers=1, cards=cards[number] if cards else None, log_path=_log_of(settings, number))
+        for number in range(settings.servers)
+    ]
+
+
+def cards_of(settings: "VLLMSettings") -> list[tuple[int, ...]]:
+    """The cards of each server that is launched here; empty on a CPU, and where a server alone takes the first card."""
+    each, count = cards_of_one(settings.extra_args), gpu_count()
+    if settings.cards is None and (settings.servers == 1 or not count):
+        return []
+    cards = settings.cards or tuple(range(count))[-settings.servers * each :]
+    return [tuple(cards[each * number : each * (number + 1)]) for number in range(settings.servers)]
+
+
+def spares_first_card(settings: "VLLMSettings") -> bool:
+    """Whether all servers lie on other cards than the first, which is the trainer's."""
+    cards = cards_of(settings)
+    return bool(cards) and not any(0 in of_one for of_one in cards)
+
+
+def fleet_faults(settings: "VLLMSettings") -> list[str]:
+    """Why these settings cannot place the servers, a sentence for each reason."""
+    if settings.attach_url is not None:
+        return list(_attached_faults(settings, addresses(settings.attach_url)))
+    return list(_launched_faults(settings))
+
+
+def _attached_faults(settings: "VLLMSettings", urls: Sequence[str]) -> Iterator[str]:
+    if not urls:
+        yield "attach_url is an empty list: name the address of each server"
+    for url in sorted({url for url in urls if urls.count(url) > 1}):
+        yield f"attach_url names {url} {urls.count(url)} times: name each server once"
+    for name, unset in (("servers", 1), ("cards", None)):
+        if (value := getattr(settings, name)) != unset:
+            yield (
+                f"{name} is {value!r} beside attach_url: it is for servers that are launched here; leave it unset, and "
+                "list the addresses in attach_url"
+            )
+
+
+def _launched_faults(settings: "VLLMSettings") -> Iterator[str]:
+    if settings.servers < 1:
+        yield f"servers is {settings.servers}: it must be at least 1"
+        return
+    if settings.servers > 1 and settings.port is not None:
+        yield f"port is {settings.port} and servers is {settings.servers}: each needs its own; leave port unset"
+    yield from _card_faults(settings, gpu_count())
+
+
+def _card_faults(settings: "VLLMSettings", count: int) -> Iterator[str]:
+    each, cards = cards_of_one(settings.extra_args), settings.cards
+    span = f"{settings.servers} x {each} cards (servers, extra_args)"
+    if cards is None:
+        if count and settings.servers > 1 and settings.servers * each > count:
+            yield f"{span} are needed, and torch sees {count}: lower servers to at most {count // each}"
+        return
+    if unknown := sorted({card for card in cards if not 0 <= card < count}):
+        yield f"cards names {unknown}: torch sees {count} cards here, counted from 0"
+    if len(set(cards)) < len(cards):
+        yield f"cards is {cards}: name each card once"
+    if len(cards) != settings.servers * each:
+        yield f"cards names {len(cards)}, and {span} are needed: name as many"
+
+
+def _log_of(settings: "VLLMSettings", number: int) -> Path | None:
+    """A log of its own for each server, e.g. ``vllm-2.log`` for the second: an error quotes the end of one."""
+    if settings.log_path is None:
+        return None
+    path = Path(settings.log_path)
+    return path.with_stem(f"{path.stem}-{number + 1}")
