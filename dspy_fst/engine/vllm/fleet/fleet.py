@@ -25,7 +25,7 @@ from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.vllm.address import Address
 from dspy_fst.engine.vllm.fleet.affinity import Routes, beginnings
 from dspy_fst.engine.vllm.fleet.alike import require_alike
-from dspy_fst.engine.vllm.fleet.member import LostError, Member
+from dspy_fst.engine.vllm.fleet.member import FleetServer, LostError
 from dspy_fst.engine.vllm.fleet.placing import members_of
 from dspy_fst.engine.vllm.fleet.roster import Due, Roster
 from dspy_fst.engine.vllm.lora_versions import UNLOADED
@@ -54,8 +54,8 @@ class Fleet:
         self._changed = self._roster.changed
         each = members_of(settings)
         names = [_name(number, len(each), one) for number, one in enumerate(each, 1)]
-        self.members = [Member(one, make, name, self._roster) for one, name in zip(each, names, strict=True)]
-        self._routes: Routes[Member] = Routes()
+        self.members = [FleetServer(one, make, name, self._roster) for one, name in zip(each, names, strict=True)]
+        self._routes: Routes[FleetServer] = Routes()
         self._gate = WeightsLock()
         """Held by each call, and by a publish alone."""
         self._wanted: Checkpoint | None = None
@@ -192,7 +192,7 @@ class Fleet:
             yield
 
     @contextmanager
-    def _turn(self, prompt: Sequence[int]) -> Iterator[Member]:
+    def _turn(self, prompt: Sequence[int]) -> Iterator[FleetServer]:
         """A server for one call, which is counted as in flight there."""
         with self._changed:
             member = self._routes.choose(prompt, self._require_up())
@@ -203,7 +203,7 @@ class Fleet:
             with self._changed:
                 member.in_flight -= 1
 
-    def _require_up(self) -> list[Member]:
+    def _require_up(self) -> list[FleetServer]:
         """The servers that can be asked; waits for one to come back where that is to be hoped."""
         limit_s = self.settings.startup_timeout_s + self.settings.load_timeout_s
         with self._changed:
@@ -214,7 +214,7 @@ class Fleet:
             waited = f" and none came back within {limit_s:g} s" if self._any_comes_back() else ""
             raise EngineError(f"all servers are lost{waited}: {reasons}")
 
-    def _up(self) -> list[Member]:
+    def _up(self) -> list[FleetServer]:
         return [] if self._roster.closed else [member for member in self.members if member.state == "up"]
 
     def _any_comes_back(self) -> bool:
@@ -280,9 +280,9 @@ def _name(number: int, of: int, settings: VLLMSettings) -> str:
     return f"server {number} of {of}" + (f" ({where})" if where else "")
 
 
-def _together(jobs: Mapping[Member, Callable[[], object]]) -> dict[Member, BaseException]:
+def _together(jobs: Mapping[FleetServer, Callable[[], object]]) -> dict[FleetServer, BaseException]:
     """Run jobs side by side, each in a thread; what failed. A signal ends the wait, as it does for a single server."""
-    futures: dict[Member, Future[None]] = {}
+    futures: dict[FleetServer, Future[None]] = {}
 
     def run(job: Callable[[], object], future: "Future[None]") -> None:
         try:

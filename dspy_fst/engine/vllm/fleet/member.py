@@ -39,7 +39,7 @@ class LostError(EngineError):
     """The server of this call is lost; another one may answer."""
 
 
-class Member(Supervisor):
+class FleetServer(Supervisor):
     """A supervisor whose calls do not wait for a restart; see the contract above. Thread-safe.
 
     Args:
