@@ -41,8 +41,8 @@ def engine_maker(kind: EngineKind, options: Mapping[str, object]) -> Callable[[]
         served = make_settings(VLLMSettings, options, kind)
 
         def on_servers() -> Engine:
+            from dspy_fst.engine.vllm.fleet.each import members_of
             from dspy_fst.engine.vllm.fleet.fleet import Fleet
-            from dspy_fst.engine.vllm.fleet.placing import members_of
             from dspy_fst.engine.vllm.supervisor import Supervisor
 
             each = members_of(served)

@@ -18,8 +18,8 @@ from dspy_fst.engine.vllm.fleet import member as member_module
 from dspy_fst.engine.vllm.fleet import placing
 from dspy_fst.engine.vllm.fleet.affinity import BLOCK_CHARACTERS, SPILL_CALLS, Routes, beginnings
 from dspy_fst.engine.vllm.fleet.alike import require_alike
+from dspy_fst.engine.vllm.fleet.each import members_of
 from dspy_fst.engine.vllm.fleet.fleet import Fleet
-from dspy_fst.engine.vllm.fleet.placing import members_of
 from dspy_fst.engine.vllm.launch import vllm_environment
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import require_heard
 from dspy_fst.engine.vllm.server import ServerDiedError

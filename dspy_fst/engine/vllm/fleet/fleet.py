@@ -25,8 +25,8 @@ from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.vllm.address import Address
 from dspy_fst.engine.vllm.fleet.affinity import Routes, beginnings
 from dspy_fst.engine.vllm.fleet.alike import require_alike
+from dspy_fst.engine.vllm.fleet.each import members_of
 from dspy_fst.engine.vllm.fleet.member import FleetServer, LostError
-from dspy_fst.engine.vllm.fleet.placing import members_of
 from dspy_fst.engine.vllm.fleet.roster import Due, Roster
 from dspy_fst.engine.vllm.lora_versions import UNLOADED
 from dspy_fst.engine.vllm.server import VLLMServer, require_checkpoint

@@ -1,15 +1,10 @@
-"""Which servers a fleet has and on which cards they lie, from the settings. Nothing is started or asked here."""
+"""Where the servers of a fleet lie, from the settings: addresses and cards. Nothing is started or asked here."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from dspy_fst.engine.machine import gpu_count
-
-if TYPE_CHECKING:
-    from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
 _SPANS: Mapping[str, str] = {
     "-tp": "--tensor-parallel-size",
@@ -19,6 +14,21 @@ _SPANS: Mapping[str, str] = {
     "-dpl": "--data-parallel-size-local",
 }
 """vLLM's options that multiply the number of cards of a server (0.32, `engine/arg_utils.py`), by their short names."""
+
+
+class Placement(Protocol):
+    """What `server_settings.VLLMSettings` say of where servers lie."""
+
+    @property
+    def attach_url(self) -> str | Sequence[str] | None: ...
+    @property
+    def servers(self) -> int: ...
+    @property
+    def cards(self) -> tuple[int, ...] | None: ...
+    @property
+    def extra_args(self) -> Sequence[str]: ...
+    @property
+    def port(self) -> int | None: ...
 
 
 def addresses(attach_url: str | Sequence[str]) -> list[str]:
@@ -51,20 +61,7 @@ def cards_of_one(extra_args: Sequence[str]) -> int:
     return product
 
 
-def members_of(settings: "VLLMSettings") -> "list[VLLMSettings]":
-    """The settings of each server by itself; sound settings are assumed (see `fleet_faults`)."""
-    if settings.attach_url is not None:
-        return [replace(settings, attach_url=url) for url in addresses(settings.attach_url)]
-    if settings.servers == 1:
-        return [settings]
-    cards = cards_of(settings)
-    return [
-        replace(settings, servers=1, cards=cards[number] if cards else None, log_path=_log_of(settings, number))
-        for number in range(settings.servers)
-    ]
-
-
-def cards_of(settings: "VLLMSettings") -> list[tuple[int, ...]]:
+def cards_of(settings: Placement) -> list[tuple[int, ...]]:
     """The cards of each server that is launched here; empty on a CPU, and where a server alone takes the first card."""
     each, count = cards_of_one(settings.extra_args), gpu_count()
     if settings.cards is None and (settings.servers == 1 or not count):
@@ -73,20 +70,20 @@ def cards_of(settings: "VLLMSettings") -> list[tuple[int, ...]]:
     return [tuple(cards[each * number : each * (number + 1)]) for number in range(settings.servers)]
 
 
-def spares_first_card(settings: "VLLMSettings") -> bool:
+def spares_first_card(settings: Placement) -> bool:
     """Whether all servers lie on other cards than the first, which is the trainer's."""
     cards = cards_of(settings)
     return bool(cards) and not any(0 in of_one for of_one in cards)
 
 
-def fleet_faults(settings: "VLLMSettings") -> list[str]:
+def fleet_faults(settings: Placement) -> list[str]:
     """Why these settings cannot place the servers, a sentence for each reason."""
     if settings.attach_url is not None:
         return list(_attached_faults(settings, addresses(settings.attach_url)))
     return list(_launched_faults(settings))
 
 
-def _attached_faults(settings: "VLLMSettings", urls: Sequence[str]) -> Iterator[str]:
+def _attached_faults(settings: Placement, urls: Sequence[str]) -> Iterator[str]:
     if not urls:
         yield "attach_url is an empty list: name the address of each server"
     for url in sorted({url for url in urls if urls.count(url) > 1}):
@@ -99,7 +96,7 @@ def _attached_faults(settings: "VLLMSettings", urls: Sequence[str]) -> Iterator[
             )
 
 
-def _launched_faults(settings: "VLLMSettings") -> Iterator[str]:
+def _launched_faults(settings: Placement) -> Iterator[str]:
     if settings.servers < 1:
         yield f"servers is {settings.servers}: it must be at least 1"
         return
@@ -108,7 +105,7 @@ def _launched_faults(settings: "VLLMSettings") -> Iterator[str]:
     yield from _card_faults(settings, gpu_count())
 
 
-def _card_faults(settings: "VLLMSettings", count: int) -> Iterator[str]:
+def _card_faults(settings: Placement, count: int) -> Iterator[str]:
     each, cards = cards_of_one(settings.extra_args), settings.cards
     span = f"{settings.servers} x {each} cards (servers, extra_args)"
     if cards is None:
@@ -121,11 +118,3 @@ def _card_faults(settings: "VLLMSettings", count: int) -> Iterator[str]:
         yield f"cards is {cards}: name each card once"
     if len(cards) != settings.servers * each:
         yield f"cards names {len(cards)}, and {span} are needed: name as many"
-
-
-def _log_of(settings: "VLLMSettings", number: int) -> Path | None:
-    """A log of its own for each server, e.g. ``vllm-2.log`` for the second: an error quotes the end of one."""
-    if settings.log_path is None:
-        return None
-    path = Path(settings.log_path)
-    return path.with_stem(f"{path.stem}-{number + 1}")
