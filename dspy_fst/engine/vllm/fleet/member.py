@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.call_threads import Threads
@@ -59,7 +59,8 @@ class FleetServer(Supervisor):
         """Why it is lost or gone."""
         self._taken: Due | None = None
         """What it loaded last."""
-        self._waiting: set[Future[Any]] = set()
+        self._waiting: set[Callable[[BaseException], None]] = set()
+        """What fails each call that waits in `ask`."""
         self._mender: threading.Thread | None = None
 
     @property
@@ -85,13 +86,13 @@ class FleetServer(Supervisor):
         answer: Future[T] = Future()
         with self._roster.changed:
             self._refuse_lost()
-            self._waiting.add(answer)
+            self._waiting.add(answer.set_exception)
         _WAITS.start(partial(contextvars.copy_context().run, _settle, answer, partial(ask, self)))
         try:
             return answer.result()  # `ask` has time limits of its own
         finally:
             with self._roster.changed:
-                self._waiting.discard(answer)
+                self._waiting.discard(answer.set_exception)
 
     def lose(self, failed: VLLMServer, cause: BaseException) -> None:
         """Give its calls back and have it come back in a thread of its own; does nothing if that is under way.
@@ -109,9 +110,9 @@ class FleetServer(Supervisor):
             )
             self._roster.changed.notify_all()
         self._count("servers lost")
-        for answer in waiting:
+        for fail in waiting:
             with suppress(InvalidStateError):  # it arrived just now
-                answer.set_exception(LostError(f"{self.name} is lost: {self.why}"))
+                fail(LostError(f"{self.name} is lost: {self.why}"))
         self._tell(f"it is lost, and its calls are asked elsewhere: {self.why}")
         self._mender.start()
 

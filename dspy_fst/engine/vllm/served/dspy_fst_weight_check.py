@@ -52,7 +52,7 @@ def difference(used: Tensor, wanted: Tensor) -> str | None:
     return f"{count} of {int((wanted == wanted).sum())} numbers, by up to {float(gap):.3g}"
 
 
-def require_heard(parallel: Any, wrong: Mapping[str, str]) -> None:
+def require_heard(parallel: object, wrong: Mapping[str, str]) -> None:
     """Raise where a difference would not be told: vLLM returns the answer of the first data-parallel engine alone.
 
     A call fails if it fails in any engine (0.32, `v1/engine/core_client.py`, `DPLBAsyncMPClient.call_utility_async`).
