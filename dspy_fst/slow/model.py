@@ -21,7 +21,7 @@ from dspy_fst.slow.batching import MicroBatch, Scored, micro_batches
 from dspy_fst.slow.head import Head, Readout, decoder_of
 from dspy_fst.slow.layers import recompute_layers
 from dspy_fst.slow.quantized import Kind, quantize
-from dspy_fst.slow.ranks.sharding import whole
+from dspy_fst.slow.ranks.ranks import whole
 
 START = "start:"
 """Begins the name of the frozen copy of an adapter that goes on: the KL's reference. Adapters have no colon."""

@@ -37,8 +37,8 @@ from dspy_fst.slow.heap import map_large_tensors
 from dspy_fst.slow.losses.by_name import band_of, loss_of
 from dspy_fst.slow.micro_batch_budget import MicroBatchBudget
 from dspy_fst.slow.model import Policy
-from dspy_fst.slow.ranks.ranks import ALONE, Ranks, on_all_holders, on_all_ranks
-from dspy_fst.slow.ranks.sharding import let_go, shard, whole
+from dspy_fst.slow.ranks.ranks import ALONE, Ranks, on_all_holders, on_all_ranks, whole
+from dspy_fst.slow.ranks.sharding import let_go, shard
 from dspy_fst.slow.start import Start
 from dspy_fst.slow.trainer_files import TrainerFiles
 from dspy_fst.slow.training_settings import TrainingSettings

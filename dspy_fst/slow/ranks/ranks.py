@@ -7,7 +7,8 @@ from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dspy_fst.engine.machine import has_gpu
 from dspy_fst.errors import TrainingError
@@ -74,6 +75,12 @@ def _norm(model: nn.Module) -> float:
     """Of all numbers of a model."""
     numbers = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     return math.hypot(*(float(torch.linalg.vector_norm(own, dtype=torch.float64)) for own in numbers))
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor on every rank, put together from its parts; one without parts as it is. A call of all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 ALONE = Ranks()

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dspy_fst.errors import TrainingError
 from dspy_fst.slow.layers import outermost_layers
+from dspy_fst.slow.ranks.ranks import whole
 
 
 def shard(policy: nn.Module, device: torch.device, ranks: int) -> None:
@@ -49,12 +50,6 @@ def let_go(policy: nn.Module) -> None:
     """Keep this rank's share alone again, after a forward that no backward follows."""
     if isinstance(policy, FSDPModule):
         policy.reshard()
-
-
-@torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor on every rank, put together from its parts; one without parts as it is. A call of all ranks."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
