@@ -38,7 +38,7 @@ def adapter(folder: Path, name: str, seed: int, settings: LoRA = SMALL) -> Adapt
             if "lora_B" in key:
                 parameter.normal_(std=0.05, generator=generator)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = lora.write(model, name, folder / name)
+    tensors = lora.write(model, name, lora.parameters_of(model, name), folder / name)
     return AdapterFiles(name, folder / name, {key: digest(tensor) for key, tensor in tensors.items()})
 
 
