@@ -6,12 +6,12 @@ RECIPE: dict[str, Any] = {
     "cycles": 2,
     "steps_per_cycle": 3,
     "problems_per_step": 8,
-    "group_size": 4,
+    "group_size": 8,
     "population_size": 2,
     "anchors": 8,
     "search_rollouts": 32,
     "reflection_minibatch": 2,
-    "learning_rate": 5e-5,
+    "learning_rate": 1e-5,
     "warmup_steps": 0,
     "kl_coefficient": 0.0,
     "micro_batch_tokens": 2048,
@@ -19,15 +19,16 @@ RECIPE: dict[str, Any] = {
     "parse_trial": 0,
     "validation_samples": 1,
 }
-"""Of every arm: sizes at which an arm takes some ten minutes of one core. The learning rates are not tuned. There is no
-KL term: its reference model would cost a third of each update. The paper's other numbers hold."""
+"""Of every arm. At 5e-5 with groups of 4 one update ended all differences within groups, so the rate is a fifth and the
+groups are twice as large; neither is tuned further. There is no KL term: its reference model would cost a third of each
+update. The paper's other numbers hold."""
 ARMS: dict[str, dict[str, Any]] = {
     "fst": {},
     "rl": {"method": "rl"},
     "gepa": {"method": "gepa", "search_rollouts": 64},
     "gepa_then_rl": {"method": "gepa_then_rl"},
     "warm": {"warm_start": "labels", "warm_start_examples": 32, "warm_start_epochs": 1},
-    "lora": {"adapter": {"rank": 16, "alpha": 32.0}, "learning_rate": 5e-4},
+    "lora": {"adapter": {"rank": 16, "alpha": 32.0}, "learning_rate": 1e-4},
     "self_reflecting": {},
 }
 SELF_REFLECTING = "self_reflecting"
