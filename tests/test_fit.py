@@ -41,8 +41,9 @@ from dspy_fst.memory import (
     with_recorded_micro_batch,
     writable_fault,
 )
+from dspy_fst.memory.allocation import Writes
 from dspy_fst.memory.arithmetic import MicroBatchShape, Update, update_bytes
-from dspy_fst.memory.bytes_by_part import Writes, trainer_parts
+from dspy_fst.memory.bytes_by_part import trainer_parts
 from dspy_fst.memory.does_it_fit import SPARE
 from dspy_fst.model_files.folder import stored_shapes
 from dspy_fst.policy_lm import PolicyLM

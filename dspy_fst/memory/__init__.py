@@ -65,6 +65,7 @@ A certain requirement that does not fit is a fault. A requirement that fits only
 warning: how many tokens of a micro-batch are scored depends on prompts and replies that do not exist yet.
 """
 
+from dspy_fst.memory.allocation import Allocation, Workload
 from dspy_fst.memory.available import (
     DISK,
     GPU,
@@ -78,7 +79,7 @@ from dspy_fst.memory.available import (
     nearest_folder,
     writable_fault,
 )
-from dspy_fst.memory.bytes_by_part import Allocation, Workload, least_served, vllm_share
+from dspy_fst.memory.bytes_by_part import least_served, vllm_share
 from dspy_fst.memory.does_it_fit import MemoryPlan, fitting_share, plan_for, plan_memory
 from dspy_fst.memory.micro_batch import with_chosen_micro_batch, with_recorded_micro_batch
 from dspy_fst.memory.requirement import Requirement

@@ -14,6 +14,7 @@ from dspy_fst.engine.machine import Launch
 from dspy_fst.engine.options import InProcessSettings
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.formatting.numbers import format_bytes
+from dspy_fst.memory.allocation import Allocation, Workload, Writes
 from dspy_fst.memory.arithmetic import LARGEST_ON_CPU, LARGEST_ON_GPU, SMALLEST
 from dspy_fst.memory.available import DISK, GPU, Available, available_now
 from dspy_fst.memory.bytes_by_part import (
@@ -23,9 +24,6 @@ from dspy_fst.memory.bytes_by_part import (
     LARGEST_SHARE,
     MUCH_WRITTEN,
     TRAINER,
-    Allocation,
-    Workload,
-    Writes,
     allocations_of,
     known_options,
     served_bytes,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dspy_fst.formatting.numbers import format_bytes
-from dspy_fst.memory.bytes_by_part import Allocation
+from dspy_fst.memory.allocation import Allocation
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ comes before the first event.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -82,7 +82,7 @@ class MeasuredRun:
         )
         told = [tokens for report in reports if (tokens := report["update"].get("tokens_read"))]
         counted = Acts(self.config, plain).update_tokens * len(reports)
-        return Texts(**{**vars(plain), "read": sum(told) / counted if told and counted else 1.0})
+        return replace(plain, read=sum(told) / counted) if told and counted else plain
 
     @property
     def _accepted(self) -> int:

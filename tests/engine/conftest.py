@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.vllm.server import VLLMServer
 from tests.engine.lessons import LESSONS
-from tests.engine.server_state import group_of
+from tests.engine.server_state import group_of, unread_version
 from tests.engine.taught import teach
 from tests.engine.test_server_process import members
 from tests.engine.test_vllm_client import Canned
@@ -34,6 +35,12 @@ def server(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[V
     engine.close()
     assert group is not None
     assert members(group) == []
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Callable[[str], Checkpoint]:
+    """Makes the folder of a version, see `unread_version`."""
+    return partial(unread_version, tmp_path)
 
 
 @pytest.fixture

@@ -88,18 +88,6 @@ def made(world: Place, settings: VLLMSettings) -> Iterator[Fleet]:
     fleet.close()
 
 
-@pytest.fixture
-def weights(tmp_path: Path) -> Callable[[str], Checkpoint]:
-    def folder(version: str) -> Checkpoint:
-        path = tmp_path / version
-        path.mkdir(exist_ok=True)
-        (path / "config.json").write_text("{}")
-        (path / "model.safetensors").write_bytes(b"")
-        return Checkpoint(version, path)
-
-    return folder
-
-
 def asking(text: str, *more: str) -> Request:
     """A question, or a conversation: question, answer, question ..."""
     turns = [(Message.assistant if turn % 2 else Message.user)(said) for turn, said in enumerate((text, *more))]

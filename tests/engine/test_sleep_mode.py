@@ -32,6 +32,7 @@ from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.slow.trainer import Trainer
 from programs.lab import BASE
 from tests.engine import sleeping_server
+from tests.engine.server_state import unread_version
 from tests.engine.sleeping_server import DROPPED
 from tests.engine.test_lora_versions import version
 from tests.test_compile import compile_relay
@@ -53,11 +54,7 @@ class Card:
         return Supervisor(VLLMSettings(sleep_level=level, **limits))  # type: ignore[arg-type]
 
     def weights(self, version: str) -> Checkpoint:
-        path = self.folder / version
-        path.mkdir(exist_ok=True)
-        (path / "config.json").write_text("{}")
-        (path / "model.safetensors").write_bytes(b"")
-        return Checkpoint(version, path)
+        return unread_version(self.folder, version)
 
     def publish(self, engine: Supervisor, version: str) -> None:
         """Load weights that every later server is compared with, as a run does."""

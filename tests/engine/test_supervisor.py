@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,18 +109,6 @@ def engine(world: World) -> Supervisor:
     engine.told = []  # type: ignore[attr-defined]
     engine.on_event = engine.told.append  # type: ignore[attr-defined]
     return engine
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Callable[[str], Checkpoint]:
-    def folder(version: str) -> Checkpoint:
-        path = tmp_path / version
-        path.mkdir(exist_ok=True)
-        (path / "config.json").write_text("{}")
-        (path / "model.safetensors").write_bytes(b"")
-        return Checkpoint(version, path)
-
-    return folder
 
 
 def ask_all(engine: Supervisor, count: int = 16) -> list[Completion]:

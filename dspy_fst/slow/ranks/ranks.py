@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -116,9 +116,10 @@ def on_all_ranks(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate
 def on_all_holders(method: Callable[Concatenate[H, P], R]) -> Callable[Concatenate[H, P], R]:
     """The same where every rank holds a part of the weights; where each holds all, a call of rank 0 alone."""
 
+    of_all = on_all_ranks(method)
+
     @wraps(method)
     def call(self: H, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.ranks.together(method.__name__, args, kwargs) if self.sharded else nullcontext():
-            return method(self, *args, **kwargs)
+        return of_all(self, *args, **kwargs) if self.sharded else method(self, *args, **kwargs)
 
     return call

@@ -26,7 +26,7 @@ from dspy_fst.engine.vllm.address import Address
 from dspy_fst.engine.vllm.fleet.affinity import Routes, beginnings
 from dspy_fst.engine.vllm.fleet.alike import require_alike
 from dspy_fst.engine.vllm.fleet.each import members_of
-from dspy_fst.engine.vllm.fleet.member import FleetServer, LostError
+from dspy_fst.engine.vllm.fleet.member import FleetServer, LostError, settle
 from dspy_fst.engine.vllm.fleet.roster import Due, Roster
 from dspy_fst.engine.vllm.lora_versions import UNLOADED
 from dspy_fst.engine.vllm.server import VLLMServer, require_checkpoint
@@ -282,17 +282,9 @@ def _name(number: int, of: int, settings: VLLMSettings) -> str:
 
 def _together(jobs: Mapping[FleetServer, Callable[[], object]]) -> dict[FleetServer, BaseException]:
     """Run jobs side by side, each in a thread; what failed. A signal ends the wait, as it does for a single server."""
-    futures: dict[FleetServer, Future[None]] = {}
-
-    def run(job: Callable[[], object], future: "Future[None]") -> None:
-        try:
-            job()
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
-
+    futures: dict[FleetServer, Future[object]] = {}
     for member, job in jobs.items():
-        futures[member] = future = Future[None]()
-        threading.Thread(target=run, args=(job, future), name=f"fleet {member.name}", daemon=True).start()
+        futures[member] = future = Future[object]()
+        threading.Thread(target=settle, args=(future, job), name=f"fleet {member.name}", daemon=True).start()
     wait(futures.values())
     return {member: error for member, future in futures.items() if (error := future.exception()) is not None}

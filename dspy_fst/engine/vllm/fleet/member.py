@@ -87,7 +87,7 @@ class FleetServer(Supervisor):
         with self._roster.changed:
             self._refuse_lost()
             self._waiting.add(answer.set_exception)
-        _WAITS.start(partial(contextvars.copy_context().run, _settle, answer, partial(ask, self)))
+        _WAITS.start(partial(contextvars.copy_context().run, settle, answer, partial(ask, self)))
         try:
             return answer.result()  # `ask` has time limits of its own
         finally:
@@ -198,7 +198,7 @@ class FleetServer(Supervisor):
         self._roster.tell(f"{self.name}: {sentence}")
 
 
-def _settle(answer: "Future[T]", ask: Callable[[], T]) -> None:
+def settle(answer: "Future[T]", ask: Callable[[], T]) -> None:
     """Put what a function returns or raises into a future, unless it has been given up."""
     try:
         found = ask()
