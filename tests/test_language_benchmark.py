@@ -11,9 +11,10 @@ from benchmarks.evidence.claims import TABLES
 from benchmarks.evidence.experiments import Place
 from benchmarks.language import base, grid
 from benchmarks.language.arms import ABOUT, ARMS, RECIPE, SELF_REFLECTING
-from benchmarks.language.run import LanguageRun, Reflecting, reflection_lm
+from benchmarks.language.run import LanguageRun, Reflecting, reflection_lm, told
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.chat import text_response
+from dspy_fst.rollout.components import read_texts
 from dspy_fst.types import Candidate
 from programs.language import EXPERT, TASKS
 from programs.language.feedback import FeedbackProposer
@@ -85,8 +86,8 @@ def test_both_instructions_are_measured_under_each_adapter_and_learning_under_th
 
 @pytest.mark.parametrize("task", TASKS)
 def test_an_expert_s_instruction_takes_the_place_of_each_predictor_s(task: str) -> None:
-    own = base.read_texts(TASKS[task](2, 2, 2).program)
-    assert base.told(own, EXPERT[task]) == Candidate(EXPERT[task])
+    own = read_texts(TASKS[task](2, 2, 2).program)
+    assert told(own, EXPERT[task]) == Candidate(EXPERT[task])
 
 
 def line(step: int, accuracy: float, *, seed: float | None = None) -> dict[str, float]:

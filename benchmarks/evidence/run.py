@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -117,6 +118,10 @@ class Run:
         """What weights are still worth on other instructions; None where nothing measures that."""
         return others_told(checkpoint)
 
+    def perplexity(self, checkpoint: Checkpoint) -> float | None:
+        """Of plain text under these weights; None where a base was never good at any."""
+        return None
+
 
 @one_thread()
 def make(run: Run, out: Path) -> None:
@@ -152,13 +157,16 @@ def make(run: Run, out: Path) -> None:
     under_seed = measurer.steps(run.seed_interval)
     lines = [measurer.line(step, ("seed", "evolved") if step in under_seed else ("evolved",)) for step in steps]
     cells = measurer.cells(lines)
-    others = {"base": run.others(measurer.base), "trained": run.others(policy.checkpoint)}
+    ends = {"base": measurer.base, "trained": policy.checkpoint}
+    others = {name: run.others(checkpoint) for name, checkpoint in ends.items()}
+    perplexities = {name: run.perplexity(checkpoint) for name, checkpoint in ends.items()}
     shutil.rmtree(out / "final", ignore_errors=True)
     save(compiled, out / "final")
     policy.release()
     entropy = [[s.step, s.update.entropy] for s in measurer.past.record.steps if s.update.tokens]
     result = {**asdict(run), "recipe": run.recipe, "commit": made_at, "marks": marks, "lines": lines, "cells": cells}
-    result |= {"other instructions": others, "entropy": entropy, "instruction": dict(measurer.compiled.texts)}
+    result |= {"other instructions": others, "perplexity": perplexities, "entropy": entropy}
+    result["instruction"] = dict(measurer.compiled.texts)
     spent = {"training": trained_s, "measuring": time.process_time() - started - trained_s}
     result["CPU seconds"] = spent if whole else None  # a run that was killed spent more, in processes that are gone
     write_json(out / "result.json", result)
@@ -204,7 +212,7 @@ class Measurer:
                 line |= {key.replace("seed", name): line[key] for key in list(line) if key.startswith("seed ")}
                 continue
             rollouts = self._play(checkpoint, texts[name])
-            line[f"{name} accuracy"] = _accuracy(rollouts)
+            line[f"{name} accuracy"] = accuracy(rollouts)
             line[f"{name} parsed"] = parse_share(rollouts)
             drift = drift_of(checkpoint, self.base, rollouts) if step else None
             line[f"{name} KL per token"] = drift.per_token if drift else 0.0
@@ -215,7 +223,7 @@ class Measurer:
         """The table of {base, trained} weights x {seed, evolved} instructions; three are measured already."""
         return {
             "base weights, seed instructions": lines[0]["seed accuracy"],
-            "base weights, evolved instructions": _accuracy(self._play(self.base, self.compiled))
+            "base weights, evolved instructions": accuracy(self._play(self.base, self.compiled))
             if self.trained
             else lines[-1]["evolved accuracy"],
             "trained weights, seed instructions": lines[-1]["seed accuracy"],
@@ -251,17 +259,26 @@ class Measurer:
         }
 
 
-def _accuracy(rollouts: Sequence[Rollout]) -> float:
+def accuracy(rollouts: Sequence[Rollout]) -> float:
+    """Their mean score."""
     return statistics.fmean(rollout.reward for rollout in rollouts if rollout.reward is not None)
 
 
 def others_told(checkpoint: Checkpoint) -> float:
     """What is left of following other instructions: mean accuracy over the laboratory's single operations, told."""
+    with merged(checkpoint) as weights:
+        return told_accuracy(*load_model(weights), samples=TOLD, seed=0)
+
+
+@contextmanager
+def merged(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A model folder of the checkpoint's weights, its adapter merged."""
     if not checkpoint.adapters:
-        return told_accuracy(*load_model(checkpoint.path), samples=TOLD, seed=0)
+        yield checkpoint.path
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_merged(checkpoint.folder, Path(folder))
-        return told_accuracy(*load_model(Path(folder)), samples=TOLD, seed=0)
+        yield Path(folder)
 
 
 def commit() -> str:

@@ -4,36 +4,32 @@
     python -m benchmarks.language.base --task slips --skip-weights
 
 *seed*: the program as it is. *expert*: under an instruction that tells the rules (`programs.language.EXPERT`). *warm*:
-the seed instruction again, after supervised learning from 32 labels, one pass. Replies are sampled at temperature 0.7
+the seed instruction again, after supervised learning from 32 labels, one pass. Replies are sampled at temperature 1
 to the same held-out problems. Each line replaces its own in benchmarks/results/language_base.json.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import dspy
 import transformers
 
+from benchmarks.evidence.run import accuracy
 from benchmarks.language.arms import ARMS, RECIPE
-from benchmarks.language.run import speaker
-from dspy_fst import FSTOptimizer, PolicyLM
+from benchmarks.language.run import played, speaker, told
+from dspy_fst import FSTOptimizer
 from dspy_fst.errors import NothingLearnedError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.rollout.components import read_texts
-from dspy_fst.rollout.reward import Reward
-from dspy_fst.rollout.rollout_settings import RolloutSettings
-from dspy_fst.rollout.rollouter import Rollouter
-from dspy_fst.rollout.rollouter import Task as Rolled
 from dspy_fst.run.files import read_json, write_json
 from dspy_fst.training.parse_trial import parse_share
-from dspy_fst.types import WARM_START, Candidate, Problem
+from dspy_fst.types import WARM_START
 from programs.common import Task
 from programs.language import EXPERT, TASKS
 from programs.language.turns import TurnsAdapter
@@ -75,25 +71,15 @@ def measure(case: Case, replies: int) -> dict[str, Any]:
         texts = told(texts, EXPERT[case.task])
     with tempfile.TemporaryDirectory() as scratch, dspy.context(adapter=ADAPTERS[case.adapter]()):
         weights = warmed(task, Path(scratch)) if case.state == "warm" else folder()
-        found = played(task, speaker(weights), texts)
-    return {"task": case.task, "adapter": case.adapter, "state": case.state, "replies": replies, **found}
-
-
-def told(texts: Candidate, instructions: Mapping[str, str]) -> Candidate:
-    """The program's texts with these instructions in place of its own."""
-    return Candidate({name: instructions.get(name, text) for name, text in texts.texts.items()})
-
-
-def played(task: Task, policy: PolicyLM, texts: Candidate) -> dict[str, float | None]:
-    """One reply to each held-out problem; the weights are let go of then."""
-    task.program.set_lm(policy)
-    settings = RolloutSettings(num_threads=RECIPE["num_threads"])
-    rollouter = Rollouter(task.program, Reward(task.metric), settings, policy.handle.ready().expect)
-    try:
-        rollouts = rollouter.rollout([Rolled(Problem(i, e), texts, 0) for i, e in enumerate(task.testset)], "held out")
-    finally:
-        policy.release()
-    return {"parsed": parse_share(rollouts), "accuracy": fmean(rollout.reward or 0.0 for rollout in rollouts)}
+        rollouts = played(task, speaker(weights), texts)
+    return {
+        "task": case.task,
+        "adapter": case.adapter,
+        "state": case.state,
+        "replies": replies,
+        "parsed": parse_share(rollouts),
+        "accuracy": accuracy(rollouts),
+    }
 
 
 def warmed(task: Task, run_dir: Path) -> Path:
