@@ -22,7 +22,7 @@ from dspy_fst.memory.available import DISK, GPU, MEMORY, SECOND_GPU, Available
 from dspy_fst.memory.shape import ModelSize
 
 TRAINER, ENGINE = "the trainer", "the engine"
-TRAINED, REFERENCE = "trained weights", "the start's weights"
+TRAINED, GRADIENTS, REFERENCE, BASE = "trained weights", "gradients", "the start's weights", "frozen base"
 """Parts of what the trainer holds."""
 QUANTIZED = {"nf4": 0.5625, "int8": 1.0}
 """Bytes of a number of a quantised base, codes and scales of 4 bits, codes of 8 bits (`slow.quantized`)."""
@@ -77,7 +77,7 @@ def trainer_allocations(workload: Workload, config: FSTConfig, tokens: int, *, o
         cuts=(f"kl_coefficient=0 ({format_bytes(reference)} less)",) if reference else (),
         least=certain - reference,
         made_of=tuple(parts.items()),
-        given_back=parts["gradients"] if on_gpu and takes_turns(workload) else 0,
+        given_back=parts[GRADIENTS] if on_gpu and takes_turns(workload) else 0,
     )
     saved = Allocation(MEMORY, "a state being saved", state_bytes(workload, config), (smaller,))
     return [trainer, saved] if on_gpu else [trainer]
@@ -110,14 +110,14 @@ def _whole_parts(workload: Workload, config: FSTConfig, *, on_gpu: bool) -> dict
     size, trained = workload.size, trained_numbers(workload, config)
     moved = {
         TRAINED: 4 * trained,
-        "gradients": 4 * trained,
+        GRADIENTS: 4 * trained,
         "AdamW's moments": moment_bytes(config) * trained,
     }
     number = number_bytes(config.precision, on_gpu=on_gpu)
     if config.adapter is not None:
         rounded = QUANTIZED[config.quantized_base] if config.quantized_base else number
         base = number * (size.parameters - size.in_linear) + round(rounded * size.in_linear)
-        return {"frozen base": base, **moved}
+        return {BASE: base, **moved}
     reference = 4 * (size.parameters - size.body) + number * size.body
     return moved | ({REFERENCE: reference} if with_kl(config) else {})
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.errors import ConfigurationError
 from dspy_fst.memory import Workload
 from dspy_fst.sizing.from_card import published_bytes, rates_of_card
 from dspy_fst.sizing.layout import Layout, layouts
@@ -13,6 +14,11 @@ from dspy_fst.sizing.rates import MachineRates
 from dspy_fst.sizing.simulate import Timeline, simulate
 from dspy_fst.sizing.workload import Act, Acts, Learn, Play, Reflect, Texts
 from dspy_fst.training.plan import Cycle
+
+CROWDED = (
+    "{model}: a text of {length:,.0f} tokens (prompt and reply) has no room for its keys and values on any layout of "
+    "{cards} x {card}; give more --cards, a larger --card, or lower --prompt-tokens and --reply-tokens"
+)
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,16 @@ def best_forecast(asked: Asked, workload: Workload, card: CardSheet, cards: int)
     of a lower bound of their time, until no other can be quicker.
 
     Raises:
-        ConfigurationError: none has room; or simpy is not installed.
+        ConfigurationError: none has room, or for no text's keys and values; or simpy is not installed.
     """
     config, tokens, bounds = asked.config, asked.script.update_tokens, []
     for layout in layouts(workload, config, card, cards):
         rates = rates_of_card(card, layout, workload, config, asked.texts, tokens)
-        bounds.append((asked.script.seconds_at_least(rates, config.num_threads), layout.cards, layout, rates))
+        if rates.engine.rows:
+            bounds.append((asked.script.seconds_at_least(rates, config.num_threads), layout.cards, layout, rates))
+    if not bounds:
+        length = asked.texts.prompt + asked.texts.replies.mean
+        raise ConfigurationError([CROWDED.format(model=workload.model, cards=cards, card=card.name, length=length)])
     best: Forecast | None = None
     for bound, _, layout, rates in sorted(bounds, key=lambda entry: entry[:2]):
         if best is not None and bound >= best.run_s:
@@ -116,7 +126,7 @@ def best_forecast(asked: Asked, workload: Workload, card: CardSheet, cards: int)
         found = replace(forecast(asked, rates), layout=layout)
         if best is None or found.run_s < best.run_s:
             best = found
-    assert best is not None, "layouts() raises where there is none"
+    assert best is not None, "there are bounds"
     return replace(best, published=published_bytes(workload, config))
 
 

@@ -1,6 +1,8 @@
 """A machine's rates by arithmetic from a card's data sheet and a model's shape. Nothing here was timed as a whole.
 
-P: parameters. L: layers. t: cards of an engine. s: cards of the trainer. W: published bytes.
+P: parameters. L: layers. t: cards of an engine. s: cards of the trainer. W: published bytes. M: what a micro-batch
+moves between the trainer's cards. Weights are gathered twice (forward and backward) and gradients summed, in float32:
+12 P. With a KL the reference is gathered once more. LoRA: the frozen base twice, or three times with a KL.
 
 | rate                   | formula                                                                              |
 | ---------------------- | ------------------------------------------------------------------------------------ |
@@ -8,9 +10,9 @@ P: parameters. L: layers. t: cards of an engine. s: cards of the trainer. W: pub
 | each row of it         | its keys and values / (t bandwidth READ_SHARE) + 2 P / (t FLOP/s PROMPT_SHARE)        |
 | a prompt's token       | 2 P / (t FLOP/s PROMPT_SHARE)                                                         |
 | an update's token      | 6 P (LoRA: 4 P; layers computed again: 2 P more) / (s FLOP/s UPDATE_SHARE)            |
-| s > 1, for each micro-batch | at least 3 passes of 2 P bytes (s - 1) / s over the links                        |
+| s > 1, for each micro-batch | M (s - 1) / s over the links                                                     |
 | AdamW                  | 28 bytes of each trained number / (s bandwidth READ_SHARE)                            |
-| a publish              | W / write + W / read; several machines: W / SHARED_STORAGE, and W for each machine     |
+| a publish              | W / write + W / read; several machines: W / SHARED_STORAGE, and W for each that reads   |
 | verification           | W / VERIFIED                                                                          |
 | a state                | its bytes / write, while the next step is sampled                                     |
 
@@ -19,7 +21,17 @@ A step's rows are counted as if reading and computing never overlapped, so a ful
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.memory import ModelSize, Workload
-from dspy_fst.memory.bytes_by_part import state_bytes, trained_numbers, writes_of
+from dspy_fst.memory.bytes_by_part import (
+    BASE,
+    GRADIENTS,
+    REFERENCE,
+    TRAINED,
+    state_bytes,
+    trained_numbers,
+    trainer_parts,
+    with_kl,
+    writes_of,
+)
 from dspy_fst.sizing.layout import Layout
 from dspy_fst.sizing.machine import (
     GATHER_S,
@@ -46,8 +58,6 @@ MOST_ROWS = 256
 ADAM_BYTES = 28
 """Bytes of a trained number that an optimizer step moves: weight, gradient and two moments read, all but the gradient
 written, in float32."""
-PASSES = 3
-"""Times that a micro-batch moves the weights between trainer cards: gathered forward and backward, gradients summed."""
 
 
 def rates_of_card(
@@ -59,9 +69,9 @@ def rates_of_card(
     """
     published = published_bytes(workload, config)
     write = SHARED_STORAGE if layout.machines > 1 else LOCAL_WRITE
-    read = published * layout.machines / (SHARED_STORAGE if layout.machines > 1 else LOCAL_READ)
+    read = published * layout.readers / (SHARED_STORAGE if layout.machines > 1 else LOCAL_READ)
     token_s = update_token_seconds(card, layout, workload, config)
-    links_s = link_seconds(card, layout, workload, update_tokens)
+    links_s = link_seconds(card, layout, workload, config, update_tokens)
     return MachineRates(
         engine_rates(card, layout, workload.size, texts),
         layout.engines,
@@ -77,7 +87,7 @@ def rates_of_card(
 
 
 def engine_rates(card: CardSheet, layout: Layout, size: ModelSize, texts: Texts) -> EngineRates:
-    """One engine of ``layout.group`` cards."""
+    """One engine of ``layout.group`` cards; one without room for the keys and values of a single text has no rows."""
     bandwidth, flops = layout.group * card.bandwidth * READ_SHARE, layout.group * card.flops * PROMPT_SHARE
     gathered = 2 * size.layers * GATHER_S if layout.group > 1 else 0.0
     context = texts.prompt + texts.replies.mean / 2
@@ -86,7 +96,7 @@ def engine_rates(card: CardSheet, layout: Layout, size: ModelSize, texts: Texts)
         step_s=2 * (size.body + size.embedding) / bandwidth + STEP_S + gathered,
         row_s=2 * size.cached * context / bandwidth + 2 * size.parameters / flops,
         prompt_s=2 * size.parameters / flops,
-        rows=max(1, min(MOST_ROWS, int(room))),
+        rows=min(MOST_ROWS, int(room)),
     )
 
 
@@ -96,12 +106,21 @@ def update_token_seconds(card: CardSheet, layout: Layout, workload: Workload, co
     return passes * workload.size.parameters / (layout.trainers * card.flops * UPDATE_SHARE)
 
 
-def link_seconds(card: CardSheet, layout: Layout, workload: Workload, tokens: float) -> float:
+def link_seconds(card: CardSheet, layout: Layout, workload: Workload, config: FSTConfig, tokens: float) -> float:
     """Of an update's weights and gradients between the trainer's cards; 0 on one."""
     count = layout.trainers
     link = (card.link if count <= NODE else min(card.link, NETWORK)) * LINK_SHARE
     micro_batches = max(1, -(-int(tokens) // (count * layout.trainer.micro_batch_tokens)))
-    return micro_batches * PASSES * 2 * workload.size.parameters * (count - 1) / count / link
+    return micro_batches * moved_bytes(workload, config) * (count - 1) / count / link
+
+
+def moved_bytes(workload: Workload, config: FSTConfig) -> int:
+    """Of one micro-batch between trainer cards that share the weights (`slow.ranks.sharding`, which names no other
+    precision for what it moves than that in which it is kept)."""
+    parts = trainer_parts(workload, config, on_gpu=True)
+    base = parts.get(BASE, 0)
+    reference = (base or parts[REFERENCE]) if with_kl(config) else 0
+    return 2 * (base + parts[TRAINED]) + parts[GRADIENTS] + reference
 
 
 def optimizer_seconds(card: CardSheet, layout: Layout, workload: Workload, config: FSTConfig) -> float:

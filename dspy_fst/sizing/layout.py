@@ -5,7 +5,7 @@ Trainer cards hold the training state in equal parts (FSDP2). An engine is a gro
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
@@ -64,8 +64,13 @@ class Layout:
 
     @property
     def machines(self) -> int:
-        """Machines whose engines read what is published."""
+        """Machines on which any of the cards lie."""
         return -(-self.cards // NODE)
+
+    @property
+    def readers(self) -> int:
+        """Machines whose engines read what is published: the trainer fills machines of its own first."""
+        return self.machines - (0 if self.shared else self.trainers // NODE)
 
 
 def layouts(workload: Workload, config: FSTConfig, card: CardSheet, cards: int) -> list[Layout]:
@@ -74,7 +79,8 @@ def layouts(workload: Workload, config: FSTConfig, card: CardSheet, cards: int) 
     Raises:
         ConfigurationError: none has; with what is missing.
     """
-    trainers = {count: share for count in _doublings(cards) if (share := trainer_share(workload, config, card, count))}
+    most = cards if shares_out(config) else 1
+    trainers = {count: share for count in _doublings(most) if (share := trainer_share(workload, config, card, count))}
     groups = [group for group in GROUPS if group <= cards and _cache(workload, config, card, group) > 0]
     found = [
         Layout(count, engines, group, share, served(workload, config, group), _cache(workload, config, card, group))
@@ -98,19 +104,24 @@ def _doublings(most: int) -> Iterator[int]:
         count *= 2
 
 
+def shares_out(config: FSTConfig) -> bool:
+    """Whether several cards may hold what is trained (`slow.training_settings` refuses ``sharding`` otherwise)."""
+    return config.quantized_base is None and config.optimizer == "adamw"
+
+
 def trainer_share(workload: Workload, config: FSTConfig, card: CardSheet, count: int) -> TrainerShare | None:
     """One of ``count`` trainer cards, with the largest micro-batch that has room; None where none has."""
     room = card.memory - CUDA_CONTEXT
     ways = (False, True) if config.gradient_checkpointing == "auto" else (bool(config.gradient_checkpointing),)
     tokens = LARGEST_ON_GPU if config.micro_batch_tokens == "auto" else int(config.micro_batch_tokens)
-    least = min(tokens, SMALLEST)
+    least, of_one = min(tokens, SMALLEST), replace(workload, ranks=count)
     for recompute in ways:
         recipe = config.model_copy(update={"gradient_checkpointing": recompute})
         asked = tokens
         while asked >= least:
-            part = trainer_allocations(workload, recipe, asked, on_gpu=True)[0]
-            if -(-part.certain // count) + part.expected <= room:
-                return TrainerShare(-(-part.certain // count), part.expected, asked, recompute)
+            part = trainer_allocations(of_one, recipe, asked, on_gpu=True)[0]
+            if part.certain + part.expected <= room:
+                return TrainerShare(part.certain, part.expected, asked, recompute)
             asked = asked // 2 if config.micro_batch_tokens == "auto" else 0
     return None
 
@@ -142,8 +153,7 @@ def _on_one_card(workload: Workload, config: FSTConfig, card: CardSheet) -> list
 
 
 def _with_share(workload: Workload, share: float) -> Workload:
-    options = {**workload.options, "gpu_memory_utilization": share}
-    return Workload(workload.model, workload.size, "vllm", options, workload.longest_reply, workload.adapters)
+    return replace(workload, kind="vllm", options={**workload.options, "gpu_memory_utilization": share})
 
 
 def _fault(workload: Workload, config: FSTConfig, card: CardSheet, cards: int) -> str:

@@ -50,7 +50,7 @@ class CardSheet:
 
     name: str
     memory: int
-    """Bytes. Vendors' gigabytes are counted as GiB where the card has about as many, else as what is free."""
+    """Bytes that torch sees, in whole GiB: some less than the vendor's gigabytes, e.g. 22 GiB of an L4's 24 GB."""
     bandwidth: float
     """Bytes a second of its memory."""
     flops: float
@@ -63,17 +63,18 @@ class CardSheet:
 CARDS = {
     card.name: card
     for card in (
-        CardSheet("l4", 24 * GIB, 300e9, 121e12, 32e9, "NVIDIA L4 data sheet (242 TFLOPS with sparsity)"),
-        CardSheet("rtx4090", 24 * GIB, 1008e9, 165e12, 32e9, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
-        CardSheet("l40s", 48 * GIB, 864e9, 362e12, 32e9, "NVIDIA L40S data sheet (733 TFLOPS with sparsity)"),
-        CardSheet("a100", 80 * GIB, 2039e9, 312e12, 300e9, "NVIDIA A100 80GB SXM data sheet"),
-        CardSheet("h100", 80 * GIB, 3350e9, 989e12, 450e9, "NVIDIA H100 SXM data sheet (1,979 TFLOPS with sparsity)"),
-        CardSheet("h200", 139 * GIB, 4800e9, 989e12, 450e9, "NVIDIA H200 SXM data sheet; memory as the driver tells"),
+        CardSheet("l4", 22 * GIB, 300e9, 121e12, 32e9, "NVIDIA L4 data sheet (242 TFLOPS with sparsity)"),
+        CardSheet("rtx4090", 23 * GIB, 1008e9, 165e12, 32e9, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
+        CardSheet("l40s", 44 * GIB, 864e9, 362e12, 32e9, "NVIDIA L40S data sheet (733 TFLOPS with sparsity)"),
+        CardSheet("a100", 79 * GIB, 2039e9, 312e12, 300e9, "NVIDIA A100 80GB SXM data sheet"),
+        CardSheet("h100", 79 * GIB, 3350e9, 989e12, 450e9, "NVIDIA H100 SXM data sheet (1,979 TFLOPS with sparsity)"),
+        CardSheet("h200", 139 * GIB, 4800e9, 989e12, 450e9, "NVIDIA H200 SXM data sheet"),
         CardSheet("b200", 178 * GIB, 7700e9, 2250e12, 900e9, "NVIDIA HGX B200 data sheet, an eighth of the board"),
     )
 }
 """Name -> card. The vendor's figures as published tables repeat them: the sheets themselves were not at hand. FLOP/s
-are dense. NVLink is half of what is told for both ways."""
+are dense. NVLink is half of what is told for both ways. Memory is the "total capacity" of torch's own errors, as they
+are quoted in public."""
 
 
 def card_named(name: str) -> CardSheet:

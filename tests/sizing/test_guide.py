@@ -27,11 +27,10 @@ def test_the_guide_goes_from_one_card_of_24_gib_to_64_machines():
 
 def test_the_medians_of_three_runs_of_other_shapes_were_foretold_within_the_tolerance_in_processor_time():
     assert all(recipe != RATES for recipe in FORETOLD.values())
-    for turns in TURNS.values():
-        assert set(turns[0]["runs"]) == {"rates", *FORETOLD}
-        for name in FORETOLD:
-            ratios = [turn["runs"][name]["foretold"] / turn["runs"][name]["measured"] for turn in turns]
-            assert abs(median(ratios) - 1) <= TOLERANCE
+    assert all(set(turns[0]["runs"]) == {"rates", *FORETOLD} for turns in TURNS.values())
+    for name in FORETOLD:  # by the wall's clock one of them is foretold too long, as the page says
+        ratios = [turn["runs"][name]["foretold"] / turn["runs"][name]["measured"] for turn in TURNS["processor"]]
+        assert abs(median(ratios) - 1) <= TOLERANCE
 
 
 def test_the_processor_s_clock_stands_still_while_nothing_is_computed():

@@ -1,14 +1,16 @@
 """Layouts of cards and rates by arithmetic: formulas by hand, more cards are never slower, and what does not fit."""
 
+from dataclasses import replace
+
 import pytest
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.memory import Workload
-from dspy_fst.memory.bytes_by_part import VLLM_WORKINGS, served_bytes
+from dspy_fst.memory.bytes_by_part import VLLM_WORKINGS, served_bytes, trainer_parts
 from dspy_fst.memory.shape import ModelSize
 from dspy_fst.sizing import CARDS, Asked, Lengths, Texts, best_forecast, card_named
-from dspy_fst.sizing.from_card import engine_rates, link_seconds, published_bytes, rates_of_card
+from dspy_fst.sizing.from_card import engine_rates, link_seconds, moved_bytes, published_bytes, rates_of_card
 from dspy_fst.sizing.layout import Layout, TrainerShare, layouts, trainer_share
 from dspy_fst.sizing.machine import (
     LINK_SHARE,
@@ -43,6 +45,8 @@ EIGHT = Workload(
 """Qwen3-8B's shape."""
 TEXTS = Texts(Lengths.around(256), prompt=512)
 FULL, LORA = FSTConfig(), FSTConfig.model_validate({"adapter": "lora"})
+PLAIN = FSTConfig(kl_coefficient=0)
+"""Without a reference."""
 SHARE = TrainerShare(held=0, peak=0, micro_batch_tokens=1000, recompute=False)
 
 
@@ -79,17 +83,27 @@ def test_an_update_s_operations_are_those_of_its_passes(config, recompute, passe
 
 
 def test_links_are_busy_once_a_micro_batch_and_slower_between_machines():
-    moved = 3 * 2 * 8_190_735_360
-    assert link_seconds(H100, layout(), EIGHT, 5000) == 0
-    within = link_seconds(H100, layout(trainers=2), EIGHT, 5000)  # 3 micro-batches of 2 x 1,000 tokens
+    moved = 3 * 4 * 8_190_735_360  # float32: gathered forward and backward, gradients summed
+    assert link_seconds(H100, layout(), EIGHT, PLAIN, 5000) == 0
+    within = link_seconds(H100, layout(trainers=2), EIGHT, PLAIN, 5000)  # 3 micro-batches of 2 x 1,000 tokens
     assert within == pytest.approx(3 * moved * 0.5 / (450e9 * LINK_SHARE))
-    between = link_seconds(H100, layout(trainers=16), EIGHT, 5000)
+    between = link_seconds(H100, layout(trainers=16), EIGHT, PLAIN, 5000)
     assert between == pytest.approx(moved * 15 / 16 / (NETWORK * LINK_SHARE))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "passes"),
+    [({}, 6), ({"kl_coefficient": 0.1}, 7 + 2 * 2 * 151_936 * 4096 / (2 * 8_190_735_360)), ({"adapter": "lora"}, 2)],
+)
+def test_what_moves_is_what_the_shares_are_kept_in(recipe, passes):
+    """In passes of 2 P bytes: float32 is two; the KL's reference one, and its embedding and head two."""
+    config = FSTConfig.model_validate({"kl_coefficient": 0, "seed_kl_coefficient": 0, **recipe})
+    assert moved_bytes(EIGHT, config) == pytest.approx(passes * 2 * 8_190_735_360, rel=2e-3)
 
 
 def test_links_that_take_longer_than_the_cards_are_waited_for():
     slow = rates_of_card(H100, layout(trainers=16), EIGHT, FULL, TEXTS, 100)
-    links = link_seconds(H100, layout(trainers=16), EIGHT, 100)
+    links = link_seconds(H100, layout(trainers=16), EIGHT, FULL, 100)
     assert slow.update_s + 100 * slow.update_token_s >= links
 
 
@@ -99,7 +113,9 @@ def test_a_publish_is_written_once_and_read_by_every_machine():
     one = rates_of_card(H100, layout(), EIGHT, FULL, TEXTS, 0)
     assert one.publish_s == pytest.approx(bytes_ / LOCAL_WRITE + bytes_ / LOCAL_READ)
     four = rates_of_card(H100, layout(trainers=8, engines=24), EIGHT, FULL, TEXTS, 0)
-    assert four.publish_s == pytest.approx((1 + 4) * bytes_ / SHARED_STORAGE)
+    assert four.publish_s == pytest.approx((1 + 3) * bytes_ / SHARED_STORAGE)  # the trainer's machine reads nothing
+    mixed = rates_of_card(H100, layout(trainers=4, engines=12), EIGHT, FULL, TEXTS, 0)
+    assert mixed.publish_s == pytest.approx((1 + 2) * bytes_ / SHARED_STORAGE)
     assert published_bytes(EIGHT, LORA) == 4 * 16 * 36 * 8192
 
 
@@ -109,11 +125,15 @@ def test_a_publish_is_written_once_and_read_by_every_machine():
 def test_every_layout_has_room_for_what_each_of_its_cards_holds():
     found = layouts(EIGHT, FULL, H100, 8)
     assert all(one.cards <= 8 for one in found)
-    assert min(one.trainers for one in found) == 4  # 140 GiB of state, and an update's memory on each
+    assert (
+        min(one.trainers for one in found) == 4
+    )  # 140 GiB to divide; on each what is put together, and an update's own
     for one in found:
-        assert one.trainer.held + one.trainer.peak <= 80 * GIB - GIB // 2
+        parts = trainer_parts(replace(EIGHT, ranks=one.trainers), FULL, on_gpu=True)  # what a rank of a run holds
+        assert one.trainer.held == sum(parts.values())
+        assert one.trainer.held + one.trainer.peak <= 79 * GIB - GIB // 2
         assert one.served == -(-served_bytes(EIGHT, FULL) // one.group) + VLLM_WORKINGS
-        assert one.served + one.cache <= 0.95 * 80 * GIB
+        assert one.served + one.cache <= 0.95 * 79 * GIB
 
 
 def test_more_trainer_cards_hold_less_each_and_take_larger_micro_batches():
@@ -122,6 +142,20 @@ def test_more_trainer_cards_hold_less_each_and_take_larger_micro_batches():
     tokens = [share.micro_batch_tokens for share in shares]
     assert tokens == sorted(tokens)
     assert trainer_share(EIGHT, FULL, H100, 1) is None
+
+
+@pytest.mark.parametrize("other", [{"adapter": "lora", "quantized_base": "nf4"}, {"optimizer": "adamw_8bit"}])
+def test_what_fsdp_cannot_share_out_is_trained_on_one_card(other):
+    config = FSTConfig.model_validate(other)
+    with pytest.raises(ValueError, match="shares out"):
+        FSTConfig.model_validate({**other, "sharding": "fsdp"})
+    assert {one.trainers for one in layouts(EIGHT, config, CARDS["b200"], 8)} == {1}
+
+
+def test_texts_whose_keys_and_values_have_room_nowhere_are_refused():
+    asked = Asked(FSTConfig.model_validate({"adapter": "lora", "cycles": 1}), Texts(Lengths.around(256), 9e6))
+    with pytest.raises(ConfigurationError, match=r"a text of 9,000,256 tokens .* no room .* on any layout of 8 x h100"):
+        best_forecast(asked, EIGHT, H100, 8)
 
 
 def test_one_card_may_hold_trainer_and_engine():
@@ -137,7 +171,7 @@ def test_what_fits_on_no_card_says_what_is_missing_and_what_to_do():
         layouts(EIGHT, FULL, card_named("rtx4090"), 2)
     (fault,) = raised.value.faults
     assert "8B and its recipe fit on no layout of 2 x rtx4090" in fault
-    assert "a card has 24.0 GiB" in fault
+    assert "a card has 23.0 GiB" in fault
     assert "more --cards, a larger --card, adapter: lora in the recipe, or a smaller model" in fault
 
 
