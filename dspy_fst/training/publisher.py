@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 import dspy
 
-from dspy_fst.engine.base import Checkpoint, CountingEngine, PromptTokens, Scorer
+from dspy_fst.engine.base import Checkpoint, CountingEngine, Holding, PromptTokens, Scorer
 from dspy_fst.engine.verification import Expected, verify_scores, verify_tensors
 from dspy_fst.errors import SyncError
 from dspy_fst.policy_lm import EngineHandle, PolicyLM
@@ -139,6 +139,8 @@ class Publishing:
         self._publishes = 0
         self._proved: WeakSet[Scorer] = WeakSet()
         """Servers, or the engine itself, that scored all texts as the trainer does."""
+        self._scoring = threading.Lock()
+        """Held while scores are compared: the trainer scores for one server at a time, and for the others not again."""
 
     def serve(self, checkpoint: Checkpoint) -> None:
         """Serve these weights, which are the trainer's of now.
@@ -157,8 +159,12 @@ class Publishing:
             return self._expected(checkpoint, self.texts.ids() if full else self.texts.short(publish))
 
         def prove(engine: Scorer) -> None:
+            held = verify_tensors(engine, checkpoint)  # servers side by side: each reads the whole folder
+            with self._scoring:
+                prove_scores(engine, held)
+
+        def prove_scores(engine: Scorer, held: Holding | None) -> None:
             nonlocal passed
-            held = verify_tensors(engine, checkpoint)
             if held is None:
                 self._tell_blind()
             if published and passed is not None:

@@ -1,5 +1,7 @@
 """What each publish verifies: every tensor, and the numbers of as many texts as are needed to name a broken engine."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -93,6 +95,35 @@ def test_all_texts_are_scored_at_the_start_and_at_every_nth_publish_and_one_shor
         scored.append(bench.handle.engine.taken())
     assert scored == [[(name, ids) for name in EVERY] for ids in (ALL, ONE, ONE, ALL, ONE)]
     assert FULL_EVERY == 64
+
+
+def test_tensors_of_several_servers_are_compared_side_by_side_and_the_trainer_scores_once(bench, monkeypatch):
+    engine, both, scored = bench.handle.engine, threading.Barrier(2), []
+    score, compare = bench.trainer.score, publisher.verify_tensors
+
+    class Two:
+        def on_recovery(self, tell, prove):
+            self.prove = prove
+
+        def load(self, checkpoint):
+            engine.load(checkpoint)
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(self.prove, (engine, engine)))
+
+    def slowly(ids, **adapter):
+        scored.append(adapter.get("adapter"))
+        threading.Event().wait(0.05)
+        return score(ids, **adapter)
+
+    def compared(*arguments):
+        both.wait(20)
+        return compare(*arguments)
+
+    monkeypatch.setattr(bench.trainer, "score", slowly)
+    monkeypatch.setattr(publisher, "verify_tensors", compared)
+    monkeypatch.setattr(bench.handle, "engine", Two())
+    bench.publish()
+    assert scored == EVERY
 
 
 def test_the_short_text_is_another_one_at_each_publish(bench):

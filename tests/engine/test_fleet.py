@@ -208,18 +208,10 @@ def test_nobody_samples_before_every_server_serves_the_new_weights_verified(worl
     assert fleet.weights == "v1"
 
 
-def test_the_trainer_is_asked_by_one_check_at_a_time(world, fleet, weights):
-    inside, most = [0], []
-
-    def verify(server: Scorer) -> None:
-        inside[0] += 1
-        most.append(inside[0])
-        threading.Event().wait(0.05)
-        inside[0] -= 1
-
-    fleet.on_recovery(print, verify)
+def test_servers_are_checked_side_by_side(world, fleet, weights):
+    both = threading.Barrier(2)
+    fleet.on_recovery(print, lambda server: both.wait(LIMIT_S))
     fleet.load(weights("v0"))
-    assert most == [1, 1]
 
 
 def test_a_server_that_does_not_take_new_weights_is_left_behind_until_it_does(world, attached, weights):
@@ -442,6 +434,14 @@ def test_closing_ends_a_server_that_is_being_restarted_and_fails_the_calls_that_
         ({"attach_url": PAIR, "servers": 2}, "servers is 2 beside attach_url"),
         ({"attach_url": "http://a:1", "cards": (1,)}, r"cards is \(1,\) beside attach_url"),
         ({"attach_url": ("http://a:1", "b:2")}, "attach_url is 'b:2': it must start with http"),
+        *[
+            (
+                {"attach_url": url},
+                "it must start with http:// or https://, and name one server's host and port; several",
+            )
+            for url in ("http://a:1,http://b:2", "http://a:99999", "http://a:x", "http://a:1 ", "http://a:1/v1/models")
+        ],
+        ({"attach_url": ("http://A:80", "http://a")}, "names http://a 2 times"),
         ({"servers": 0}, "servers is 0: it must be at least 1"),
         ({"servers": 2, "port": 8123}, "port is 8123 and servers is 2"),
         (
@@ -485,6 +485,12 @@ def test_servers_of_different_models_are_refused_before_any_gets_weights():
         fakes[1].models = fakes[0].models
         require_alike(settings)
         assert not [body for fake in fakes for body in fake.asked]
+        for other in ({"data": []}, {"data": [{"root": "/models/a"}]}, [], "hello"):  # not vLLM's
+            fakes[1].models = other
+            with pytest.raises(
+                EngineError, match=f"{urls[1]}/v1/models answers, but lists no model as vLLM does; name"
+            ):
+                require_alike(settings)
     finally:
         for fake in fakes:
             fake.stop()

@@ -4,7 +4,7 @@ It relies on internals of two libraries: lm15's transport (dspy 3.4.1; not expor
 a proxy) and vLLM's developer endpoints (0.32).
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -113,9 +113,23 @@ class VLLMClient:
             EngineError: the server does not answer, or refuses the key.
         """
         if self._model is None:
-            models = self.call("GET", "/v1/models", timeout_s=QUICK_TIMEOUT_S).json()["data"]
-            self._model = str(models[0]["id"])
+            self._model = str(self.model_card()["id"])
         return self._model
+
+    def model_card(self) -> Mapping[str, object]:
+        """What the server says of its (first) model: ``id``, ``root`` and ``max_model_len``.
+
+        Raises:
+            EngineError: the server does not answer, refuses the key, or is none of vLLM's kind.
+        """
+        reply = self.call("GET", "/v1/models", timeout_s=QUICK_TIMEOUT_S)
+        try:
+            card = reply.json()["data"][0]
+            return {"id": card["id"], **card}
+        except (ValueError, LookupError, TypeError) as error:
+            raise EngineError(
+                f"{self.address.url}/v1/models answers, but lists no model as vLLM does; name the address of a vLLM server"
+            ) from error
 
     def find_rows(self) -> None:
         """Send requests together from now on, if the server has our middleware for that."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dspy_fst.engine.machine import has_gpu, is_loopback, port_taken
-from dspy_fst.engine.vllm.fleet.placing import addresses, fleet_faults
+from dspy_fst.engine.vllm.fleet.placing import fleet_faults
 
 _POSITIVE = (
     *("startup_timeout_s", "request_timeout_s", "load_timeout_s", "stall_timeout_s", "stop_grace_s"),
@@ -90,13 +90,7 @@ def vllm_faults(settings: VLLMSettings) -> list[str]:
         if (limit := getattr(settings, name)) is not None and limit < 1:
             faults.append(f"{name} is {limit}: it must be at least 1")
     faults += _sleep_faults(settings) + fleet_faults(settings)
-    if settings.attach_url is not None:
-        return faults + [
-            f"attach_url is {url!r}: it must start with http:// or https://"
-            for url in addresses(settings.attach_url)
-            if not url.startswith(("http://", "https://"))
-        ]
-    return faults + _launch_faults(settings)
+    return faults if settings.attach_url is not None else faults + _launch_faults(settings)
 
 
 def _sleep_faults(settings: VLLMSettings) -> list[str]:

@@ -1,7 +1,7 @@
 """Whether servers that somebody else launched serve the same model, asked before any of them gets weights."""
 
 from dspy_fst.engine.vllm.address import Address
-from dspy_fst.engine.vllm.client import QUICK_TIMEOUT_S, VLLMClient
+from dspy_fst.engine.vllm.client import VLLMClient
 from dspy_fst.engine.vllm.fleet.placing import addresses
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.errors import EngineError
@@ -23,12 +23,12 @@ def require_alike(settings: VLLMSettings) -> None:
         )
 
 
-def _model(url: str, settings: VLLMSettings) -> tuple[str, int | None]:
+def _model(url: str, settings: VLLMSettings) -> tuple[str, object]:
     """The model that a server was launched on, as its command line has it, and its context in tokens."""
     address = Address(url, settings.api_key, through_proxy=True)
     client = VLLMClient(address, request_timeout_s=settings.request_timeout_s, load_timeout_s=settings.load_timeout_s)
     try:
-        card = client.call("GET", "/v1/models", timeout_s=QUICK_TIMEOUT_S).json()["data"][0]
+        card = client.model_card()
     finally:
         client.close()
     return str(card.get("root")), card.get("max_model_len")

@@ -60,7 +60,6 @@ class Fleet:
         """Held by each call, and by a publish alone."""
         self._wanted: Checkpoint | None = None
         self._verify: Callable[[Scorer], object] | None = None
-        self._verifying = threading.Lock()
         self._counts: Counter[str] = Counter()
 
     @property
@@ -85,7 +84,7 @@ class Fleet:
         """
         require_checkpoint(checkpoint)
         with self._gate.loading(self.settings.request_timeout_s, "a publish"):
-            due = Due(checkpoint, self._one_by_one(self._verify))
+            due = Due(checkpoint, self._verify)
             first, self._wanted = self._wanted is None, checkpoint
             try:
                 if first and not any(member.address for member in self.members):
@@ -149,7 +148,10 @@ class Fleet:
             yield
 
     def on_recovery(self, tell: Callable[[str], None], verify: Callable[[Scorer], object] | None) -> None:
-        """Call ``tell`` whenever a server is lost, restarted or back, and ``verify`` before anybody samples from it."""
+        """Call ``tell`` whenever a server is lost, restarted or back, and ``verify`` before anybody samples from it.
+
+        Servers are verified side by side, each in a thread of its own.
+        """
         self._roster.tell, self._verify = tell, verify
         if verify is None:
             with self._changed:
@@ -225,17 +227,6 @@ class Fleet:
             self._counts["asked elsewhere"] += 1
 
     # ---- publishing ------------------------------------------------------------------------------
-
-    def _one_by_one(self, verify: Callable[[Scorer], object] | None) -> Callable[[Scorer], object] | None:
-        """The same check, made for one server at a time: it may score texts on the trainer and keep what it found."""
-        if verify is None:
-            return None
-
-        def check(server: Scorer) -> None:
-            with self._verifying:
-                verify(server)
-
-        return check
 
     def _begin(self, due: Due) -> None:
         """Start all servers. One that does not start is a fault of the settings, which fewer servers would hide."""

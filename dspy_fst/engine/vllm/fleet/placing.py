@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from dspy_fst.engine.machine import gpu_count
 
@@ -14,6 +15,10 @@ _SPANS: Mapping[str, str] = {
     "-dpl": "--data-parallel-size-local",
 }
 """vLLM's options that multiply the number of cards of a server (0.32, `engine/arg_utils.py`), by their short names."""
+
+
+PORTS = {"http": 80, "https": 443}
+HOW_TO_NAME = "it must start with http:// or https://, and name one server's host and port; several are given as a list"
 
 
 class Placement(Protocol):
@@ -39,6 +44,31 @@ def addresses(attach_url: str | Sequence[str]) -> list[str]:
     """
     urls = [attach_url] if isinstance(attach_url, str) else attach_url
     return [url.rstrip("/").removesuffix("/v1").replace("://localhost", "://127.0.0.1") for url in urls]
+
+
+def _place(url: str) -> tuple[str, str, int] | None:
+    """Scheme, host and port of an address, alike for all its spellings; None where it is none of a server.
+
+    >>> _place("http://A:80") == _place("http://a"), _place("http://a:1,http://b:2"), _place("http://a:1/v1/models")
+    (True, None, None)
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or PORTS.get(parts.scheme)
+    except ValueError:  # no number, or too large a one
+        return None
+    host = parts.hostname or ""
+    if (
+        not url.startswith(("http://", "https://"))
+        or port is None
+        or not host
+        or "," in host
+        or any(map(str.isspace, url))
+        or parts.query
+        or parts.fragment
+    ):
+        return None
+    return None if "v1" in parts.path.split("/") else (parts.scheme + parts.path, host, port)
 
 
 def cards_of_one(extra_args: Sequence[str]) -> int:
@@ -86,8 +116,12 @@ def fleet_faults(settings: Placement) -> list[str]:
 def _attached_faults(settings: Placement, urls: Sequence[str]) -> Iterator[str]:
     if not urls:
         yield "attach_url is an empty list: name the address of each server"
-    for url in sorted({url for url in urls if urls.count(url) > 1}):
-        yield f"attach_url names {url} {urls.count(url)} times: name each server once"
+    if unclear := [url for url in urls if _place(url) is None]:
+        yield from (f"attach_url is {url!r}: {HOW_TO_NAME}" for url in unclear)
+        return
+    places = [_place(url) for url in urls]
+    for url in {place: url for place, url in zip(places, urls, strict=True) if places.count(place) > 1}.values():
+        yield f"attach_url names {url} {places.count(_place(url))} times: name each server once"
     for name, unset in (("servers", 1), ("cards", None)):
         if (value := getattr(settings, name)) != unset:
             yield (
