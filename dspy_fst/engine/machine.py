@@ -156,6 +156,12 @@ def launch_faults(environment: Mapping[str, str] = os.environ) -> list[str]:
             f"this process was launched as one of several ({counts}), and {', '.join(missing)} are not set; launch it "
             "with torchrun or accelerate launch, or alone"
         ]
+    here, cards = environment.get("LOCAL_WORLD_SIZE", ""), gpu_count()
+    if here.isdecimal() and 0 < cards < int(here):
+        return [
+            f"{here} processes were launched on this machine (LOCAL_WORLD_SIZE), and torch sees {cards} cards: each needs "
+            f"one of its own; launch {cards} (torchrun --nproc-per-node {cards})"
+        ]
     return [
         f"{name}={environment[name]}: accelerate launch was told to train with {engine}, which a run does not use; "
         f"launch it with torchrun, or with a config of accelerate without it"

@@ -103,7 +103,7 @@ class Trainer(TrainerFiles):
         self.policy = self._policy = Policy.load(
             model, dtype=self._dtype, adapter=settings.adapter, names=names, seed=seed, quantized=quantized
         )
-        ranks.check_same(self._policy, model)
+        ranks.check_same(self._policy.parameters(), model)
         self._place(self._policy)
         if settings.gradient_checkpointing is True:  # a run's memory plan decides "auto"
             if not on_cuda:

@@ -94,9 +94,9 @@ class TrainerFiles:
         Training then continues bit for bit on a CPU, and on a GPU up to the order in which its kernels add up.
 
         Raises:
-            TrainingError: the state is unreadable, or of a model with other parameters.
+            TrainingError: the state is unreadable, of a model with other parameters, or not the same on every rank.
         """
-        tensors, facts = read_state(Path(directory))
+        tensors, facts = self._read(directory)
         if stored_shapes(tensors) != self._shapes:
             raise TrainingError(f"{directory} holds the state of another model; start from the model it was saved with")
         restore_weights(tensors, self._policy.trained)
@@ -115,15 +115,20 @@ class TrainerFiles:
             to the embedding in that run is one: it became a parameter of its own when it was published.
 
         Raises:
-            TrainingError: the state is unreadable, or of a model with other parameters.
+            TrainingError: as `load_state` has it.
         """
-        tensors, facts = read_state(Path(directory))
+        tensors, facts = self._read(directory)
         stored = stored_shapes(tensors)
         if not stored.items() <= self._shapes.items():
             raise TrainingError(f"{directory} holds the state of another model than {self._source}")
         restore_moments(tensors, self._policy.trained, self._optimizer)
         self._updates = facts["updates"]
         return [name for name in self._policy.trained if name not in stored]
+
+    def _read(self, directory: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+        tensors, facts = read_state(Path(directory))
+        self.ranks.check_same([own for name, own in tensors.items() if name.startswith("weights/")], directory)
+        return tensors, facts
 
     @property
     def _shapes(self) -> dict[str, torch.Size]:

@@ -87,11 +87,20 @@ def test_a_rank_with_other_weights_or_an_error_is_named_and_no_second_run_waits_
     began = time.monotonic()
     (first, printed), (second, traceback) = by_hand(HERE / "fail.py", tmp_path)
     assert "tied: rank 1 reads other weights there than rank 0" in printed
+    assert "state: rank 1 reads other weights there than rank 0" in printed.replace(str(tmp_path) + "/", "")
     assert "told: rank 1 failed: ZeroDivisionError: a fault of this rank. All ranks end with it" in printed
     assert "ended with the first compile()" in printed
     assert (first, second) == (0, 1)
     assert "ZeroDivisionError: a fault of this rank" in traceback
     assert time.monotonic() - began < 120  # gloo's own limit is half an hour
+
+
+@pytest.mark.slow
+def test_a_model_that_one_rank_alone_cannot_read_is_told_with_that_rank(tmp_path):
+    save_model(tmp_path / "tied", tied=True)
+    (first, printed), (second, _) = by_hand(HERE / "fail.py", tmp_path, GONE="1")
+    assert "told: the ranks differ in the outcome of a call (rank 1: TrainingError: no such folder)" in printed
+    assert (first, second) == (0, 1)
 
 
 def test_a_launcher_that_does_not_say_how_the_ranks_find_each_other_is_refused():
@@ -105,6 +114,14 @@ def test_a_launcher_that_does_not_say_how_the_ranks_find_each_other_is_refused()
 def test_another_trainer_that_accelerate_was_told_to_use_is_refused_with_several_ranks_alone(name):
     assert launch_faults({name: "true"}) == []
     assert name in launch_faults({**TORCHRUN, name: "true"})[0]
+
+
+def test_more_processes_than_cards_are_refused(monkeypatch):
+    monkeypatch.setattr("dspy_fst.engine.machine.gpu_count", lambda: 2)
+    assert "4 processes were launched on this machine" in launch_faults({**TORCHRUN, "LOCAL_WORLD_SIZE": "4"})[0]
+    assert launch_faults({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}) == []
+    monkeypatch.setattr("dspy_fst.engine.machine.gpu_count", lambda: 0)  # on a CPU they share the machine
+    assert launch_faults({**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}) == []
 
 
 def test_no_engine_starts_on_another_rank(monkeypatch):

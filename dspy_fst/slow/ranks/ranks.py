@@ -51,17 +51,17 @@ class Ranks:
         """What each rank gives, by rank."""
         return [what]
 
-    def check_same(self, model: nn.Module, path: object) -> None:
+    def check_same(self, weights: Iterable[Tensor], path: object) -> None:
         """
         Args:
-            model: That every rank has read from ``path``.
+            weights: That every rank has read from ``path``, whole.
 
         Raises:
             TrainingError: the ranks hold different weights, e.g. of folders of one name on several machines.
         """
         if self.world == 1:
             return
-        norms = self.gathered(_norm(model))
+        norms = self.gathered(_norm(weights))
         for rank, norm in enumerate(norms):
             if not math.isclose(norm, norms[0], rel_tol=SAME):
                 raise TrainingError(
@@ -71,9 +71,9 @@ class Ranks:
 
 
 @torch.no_grad()
-def _norm(model: nn.Module) -> float:
-    """Of all numbers of a model."""
-    numbers = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+def _norm(weights: Iterable[Tensor]) -> float:
+    """Of all their numbers."""
+    numbers = [own for own in weights if own.is_floating_point()]
     return math.hypot(*(float(torch.linalg.vector_norm(own, dtype=torch.float64)) for own in numbers))
 
 

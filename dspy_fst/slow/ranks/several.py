@@ -35,6 +35,10 @@ SHORTEST_S, LONGEST_S = 0.001, 0.2
 """How often a rank looks for the next call: at first, and after a long wait (ours)."""
 LAST_WORDS_S = 3.0
 """How long a rank that leaves has to say why (ours)."""
+DIFFER = (
+    "the ranks differ in the outcome of a call ({}). Look at what differs between them, e.g. folders that one machine "
+    "does not see; what was committed is whole, and the same command goes on from there"
+)
 ATTEMPT = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 """Variables of torchrun that tell its restarts apart; their store is the same."""
 
@@ -81,10 +85,9 @@ class SeveralRanks(Ranks):
             raise
         except TrainingError as error:  # the same on all ranks, which is verified
             failure = error
-        outcomes = self.gathered(None if failure is None else _last_line(failure))
+        outcomes = self._gather(None if failure is None else _last_line(failure), ended=True)
         if len(set(outcomes)) > 1:
-            told = "; ".join(f"rank {rank}: {outcome or 'done'}" for rank, outcome in enumerate(outcomes))
-            raise RankError(f"the ranks differ in the outcome of {call} ({told})")
+            raise RankError(DIFFER.format(_listed(enumerate(outcomes))))
         if failure is not None:
             raise failure
 
@@ -114,9 +117,8 @@ class SeveralRanks(Ranks):
         with suppress(RuntimeError):  # the store may have gone with its launcher
             if self.rank == 0:
                 self._store.set(f"call/{self._calls + 1}", END)
-        if self._mine:
-            with suppress(RuntimeError):
-                dist.destroy_process_group()
+        with suppress(RuntimeError):  # who still waits in a call of the group learns that this one is gone
+            dist.destroy_process_group(None if self._mine else self._control)
 
     # ---- values ----------------------------------------------------------------------------------
 
@@ -124,9 +126,21 @@ class SeveralRanks(Ranks):
         return islice(items, self.rank, None, self.world)
 
     def gathered(self, what: T) -> list[T]:
-        found: list[T] = [what] * self.world
-        dist.all_gather_object(found, what, group=self._control)
-        return found
+        return self._gather(what, ended=False)
+
+    def _gather(self, what: T, *, ended: bool) -> list[T]:
+        """
+        Args:
+            what: This rank's value; where its call has ended, the outcome.
+
+        Raises:
+            RankError: some ranks' calls have ended while others are in their midst.
+        """
+        found: list[tuple[bool, T]] = [(ended, what)] * self.world
+        dist.all_gather_object(found, (ended, what), group=self._control)
+        if len({over for over, _ in found}) > 1:
+            raise RankError(DIFFER.format(_listed((rank, own) for rank, (over, own) in enumerate(found) if over)))
+        return [own for _, own in found]
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         held = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
@@ -193,6 +207,10 @@ class SeveralRanks(Ranks):
             if self._store.check([key]):
                 return self._store.get(key).decode()
         return ""
+
+
+def _listed(outcomes: Iterable[tuple[int, object]]) -> str:
+    return "; ".join(f"rank {rank}: {outcome or 'done'}" for rank, outcome in outcomes)
 
 
 def _last_line(error: BaseException) -> str:
