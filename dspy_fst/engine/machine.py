@@ -159,8 +159,8 @@ def launch_faults(environment: Mapping[str, str] = os.environ) -> list[str]:
     here, cards = environment.get("LOCAL_WORLD_SIZE", ""), gpu_count()
     if here.isdecimal() and 0 < cards < int(here):
         return [
-            f"{here} processes were launched on this machine (LOCAL_WORLD_SIZE), and torch sees {cards} cards: each needs "
-            f"one of its own; launch {cards} (torchrun --nproc-per-node {cards})"
+            f"{here} processes were launched on this machine (LOCAL_WORLD_SIZE), and torch sees {cards} cards: each "
+            f"needs one of its own; launch {cards} (torchrun --nproc-per-node {cards})"
         ]
     return [
         f"{name}={environment[name]}: accelerate launch was told to train with {engine}, which a run does not use; "

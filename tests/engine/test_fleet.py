@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from dspy.lm15 import Config, InvalidRequestError, Message, Request
 
-from dspy_fst.engine.base import Checkpoint, Scorer
+from dspy_fst.engine.base import Checkpoint, Holding, Scorer
 from dspy_fst.engine.making import engine_maker
 from dspy_fst.engine.vllm import supervisor as supervisor_module
 from dspy_fst.engine.vllm.fleet import fleet as fleet_module
@@ -20,6 +21,7 @@ from dspy_fst.engine.vllm.fleet.affinity import BLOCK_CHARACTERS, SPILL_CALLS, R
 from dspy_fst.engine.vllm.fleet.alike import require_alike
 from dspy_fst.engine.vllm.fleet.each import members_of
 from dspy_fst.engine.vllm.fleet.fleet import Fleet
+from dspy_fst.engine.vllm.fleet.member import FleetServer
 from dspy_fst.engine.vllm.launch import vllm_environment
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import require_heard
 from dspy_fst.engine.vllm.server import ServerDiedError
@@ -177,6 +179,41 @@ def test_calls_are_spread_over_the_servers(world, fleet, weights):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda seed: fleet.complete(asking(str(seed) * 600), seed), range(2)))
     assert {number for number, _ in world.asked} == {0, 1}
+    assert [member.in_flight for member in fleet.members] == [0, 0]
+    assert fleet._routes._readers
+    fleet.load(weights("v1"))  # empties the servers' caches
+    assert not fleet._routes._readers
+
+
+def test_of_the_servers_holdings_the_one_that_differs_is_told(world, fleet, weights, monkeypatch):
+    fleet.load(weights("v0"))
+    sound = Holding({"w": "1"}, {}, "float32")
+    for other in (replace(sound, wrong={"w": "stale"}), replace(sound, digests={"w": "2"})):
+        of_each = {fleet.members[0]: sound, fleet.members[1]: other}
+        monkeypatch.setattr(FleetServer, "held", lambda member, checkpoint, of_each=of_each: of_each[member])
+        assert fleet.held(weights("v0")) is other
+        of_each[fleet.members[1]] = sound
+        assert fleet.held(weights("v0")) is sound
+
+
+def test_a_run_that_has_ended_leaves_no_check_behind(world, fleet, weights):
+    fleet.on_recovery(print, lambda server: None)
+    fleet.load(weights("v0"))
+    fleet.on_recovery(print, None)  # the check holds the trainer
+    assert fleet._roster.due.check is None
+
+
+def test_settings_and_servers_are_checked_before_any_gets_weights(world, fleet, weights, monkeypatch):
+    def differ(settings: VLLMSettings) -> None:
+        raise EngineError("the servers at attach_url differ")
+
+    monkeypatch.setattr(fleet_module, "require_alike", differ)
+    with pytest.raises(EngineError, match="differ"):
+        fleet.load(weights("v0"))
+    monkeypatch.setattr(fleet_module, "vllm_faults", lambda settings: ["servers is 0"])
+    with pytest.raises(EngineError, match="cannot start vLLM: servers is 0"):
+        fleet.load(weights("v0"))
+    assert world.launched == []
 
 
 # Publishing

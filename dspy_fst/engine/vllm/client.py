@@ -128,7 +128,8 @@ class VLLMClient:
             return {"id": card["id"], **card}
         except (ValueError, LookupError, TypeError) as error:
             raise EngineError(
-                f"{self.address.url}/v1/models answers, but lists no model as vLLM does; name the address of a vLLM server"
+                f"{self.address.url}/v1/models answers, but lists no model as vLLM does; name the address of a vLLM "
+                "server"
             ) from error
 
     def find_rows(self) -> None:
