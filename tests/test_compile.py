@@ -126,14 +126,14 @@ def told(event):
 def test_the_student_s_engine_is_not_the_trained_one(tmp_path):
     student = relay()
     assert speaks(student)
-    compiled = compile_relay(tmp_path / "run", program=student, learning_rate=5e-2, warmup_steps=0)
+    compiled = compile_relay(tmp_path / "run", program=student, cycles=1, learning_rate=5e-2, warmup_steps=0)
     base = Trainer(BASE, TrainingSettings(learning_rate=1.0)).score(PROBE)[0]
     assert policy_of(student).handle.ready().score(PROBE)[0] == pytest.approx(base, abs=1e-4)
     assert policy_of(compiled).handle.engine.score(PROBE)[0] != pytest.approx(base, abs=1e-2)
 
 
 def test_saved_and_loaded_it_is_the_same_program(tmp_path, monkeypatch):
-    compiled = compile_relay(tmp_path / "run")
+    compiled = compile_relay(tmp_path / "run", cycles=1)
     monkeypatch.chdir(tmp_path)
     dspy_fst.save(compiled, "out")
     loaded = dspy_fst.load("out", Relay())

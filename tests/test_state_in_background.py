@@ -12,7 +12,7 @@ from dspy_fst.run.state import newest_state
 from dspy_fst.training import session
 from tests.test_compile import compile_relay, same_weights, told
 
-STEPS = {"method": "rl", "cycles": 1, "steps_per_cycle": 4}
+STEPS = {"method": "rl", "cycles": 1, "steps_per_cycle": 4, "problems_per_step": 2}
 
 
 class KilledError(BaseException):
