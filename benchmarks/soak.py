@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.durability import compile_small
+from benchmarks.durability.small_run import compile_small
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.files import write_json
 

@@ -1,13 +1,16 @@
 """A run that is killed at any moment, and again while it goes on, ends as if nobody had touched it.
 
-The machinery and the drawn moments are benchmarks/durability.py's; here each kind of moment has its turn.
+The machinery and the drawn moments are benchmarks/durability's; here each kind of moment has its turn.
 """
 
 import random
 
 import pytest
 
-from benchmarks.durability import Clock, Comparison, Moment, Passages, Trial, draw_moments, outline
+from benchmarks.durability.moments import Clock, Moment, draw_moments
+from benchmarks.durability.outcome import outline
+from benchmarks.durability.passages import Passages
+from benchmarks.durability.trials import Comparison, Trial
 
 DEATHS = {
     "before the first search": [

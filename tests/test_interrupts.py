@@ -11,7 +11,9 @@ import time
 
 import pytest
 
-from benchmarks.durability import PRELOADED, compile_small, outcome
+from benchmarks.durability.outcome import outcome
+from benchmarks.durability.small_run import compile_small
+from benchmarks.durability.trials import PRELOADED
 from dspy_fst.errors import DiskError, FSTError
 from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.project.names import Faults
@@ -24,7 +26,7 @@ from tests.engine.test_server_process import members
 SCRIPT = """
 import sys
 from pathlib import Path
-from benchmarks.durability import compile_small
+from benchmarks.durability.small_run import compile_small
 compile_small(Path(sys.argv[1]), steps_per_cycle=2, progress=True)
 """
 SHORT = {"steps_per_cycle": 2}

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.durability import Comparison, Killer
+from benchmarks.durability.trials import Comparison, Killer
 from benchmarks.real_model import scores, shares, speed
 from benchmarks.real_model.memory import peak_memory
 from benchmarks.real_model.runs import MOODS_RUN, draw_moment, survived

@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 import dspy
 
-from benchmarks.durability import Comparison, Killer, Moment, Subject, newest, outcome
+from benchmarks.durability.moments import Moment
+from benchmarks.durability.outcome import newest, outcome
+from benchmarks.durability.small_run import Subject
+from benchmarks.durability.trials import Comparison, Killer
 from dspy_fst import FSTOptimizer, PolicyLM
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.run.directory import read_events

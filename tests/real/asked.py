@@ -2,7 +2,7 @@
 
 from dspy import lm15
 
-from benchmarks.durability import Moment
+from benchmarks.durability.moments import Moment
 
 SYSTEM_OF_THE_TEMPLATE = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 """What SmolLM2's chat template puts first when no message has the role system."""

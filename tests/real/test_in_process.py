@@ -6,7 +6,8 @@ from statistics import fmean
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.durability import Comparison, outcome
+from benchmarks.durability.outcome import outcome
+from benchmarks.durability.trials import Comparison
 from benchmarks.real_model import scores, shares
 from benchmarks.real_model.runs import MOODS_RUN, gaps, step_reports
 from programs import smollm2

@@ -5,7 +5,7 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks.durability import Killer
+from benchmarks.durability.trials import Killer
 from benchmarks.real_model import scores, shares
 from benchmarks.real_model.runs import MOODS_RUN, OPTIONS, gaps, step_reports
 from dspy_fst import PolicyLM

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.durability import compile_small, newest, outcome
+from benchmarks.durability.outcome import newest, outcome
+from benchmarks.durability.small_run import compile_small
 from dspy_fst.errors import FSTError
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import RunDirectory

@@ -1,0 +1,1 @@
+"""Kills a small run at seeded moments, continues it and compares it with one that nobody killed."""
