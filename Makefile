@@ -65,6 +65,7 @@ evidence-language: export OMP_NUM_THREADS = 1
 evidence-language: .venv/.ready ## The short form on SmolLM2: the runs that are missing, two at a time, then its tables.
 	$(RUN) -m benchmarks.language.grid short
 	$(RUN) -m benchmarks.evidence.tables
+	$(RUN) -m benchmarks.evidence.charts
 
 # Runs without the environment too, e.g. where there is no package index: WHEELS="dir ..." then holds what is missing.
 gpu-check: ## What only a GPU can show, in eight minutes: tests, updates beside trl, FST beside RL. WHEELS=DIR, ARGS=...

@@ -5,17 +5,21 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
+import transformers
 from dspy import lm15
 
 from benchmarks.evidence.claims import TABLES
 from benchmarks.evidence.experiments import Place
+from benchmarks.evidence.raw import Lacking
 from benchmarks.language import base, grid
 from benchmarks.language.arms import ABOUT, ARMS, RECIPE, SELF_REFLECTING
-from benchmarks.language.run import LanguageRun, Reflecting, reflection_lm, told
+from benchmarks.language.run import LanguageRun, Reflecting, perplexity, reflection_lm, told
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.chat import text_response
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.types import Candidate
+from programs.lab import BASE as LAB
 from programs.language import EXPERT, TASKS
 from programs.language.feedback import FeedbackProposer
 
@@ -107,3 +111,28 @@ def test_a_checkpoint_is_a_row_with_what_was_spent_by_then() -> None:
     ]
     continued = TABLES["checkpoints"]([{**told, "arm": "fst", "CPU seconds": None}], "desk", BASE)
     assert continued.splitlines()[-1].endswith("| 5,400 |  |")
+
+
+def test_what_is_left_of_other_abilities_stands_beside_the_base_and_an_arm_without_updates_has_no_row() -> None:
+    ends = {"other instructions": {"base": 0.4, "trained": 0.25}, "perplexity": {"base": 30.0, "trained": 36.04}}
+    told = {"world": "desk", "seed": 0, "base": BASE, **ends}
+    trained = {**told, "arm": "rl", "lines": [{**line(6, 0.5), "updates": 6}]}
+    searched = {**told, "arm": "gepa", "lines": [{**line(0, 0.3), "updates": 0}]}
+    assert TABLES["retained"]([trained, searched], "desk", BASE).splitlines()[2:] == [
+        "| the base | 0.40 | 30.0 | 0.00 |",
+        "| rl | 0.25 | 36.0 | 0.60 |",
+    ]
+    with pytest.raises(Lacking, match="no run measured plain text"):
+        TABLES["retained"]([searched], "desk", BASE)
+
+
+def test_plain_text_is_harder_to_foretell_for_weights_that_are_noise(tmp_path: Path) -> None:
+    """Of the laboratory's model, which takes no download: its own lists are easier for it than for changed weights."""
+    text = "Reverse the list. 3 1 4 1 5"
+    model = transformers.AutoModelForCausalLM.from_pretrained(LAB)
+    own, noise = perplexity(LAB, text), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=noise)
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(LAB).save_pretrained(tmp_path)
+    assert 1.0 < own < perplexity(tmp_path, text)

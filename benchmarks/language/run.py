@@ -116,9 +116,9 @@ class LanguageRun(Run):
             return perplexity(weights, PLAIN.read_text())
 
 
-def speaker(weights: Path) -> PolicyLM:
+def speaker(weights: Path, temperature: float = TEMPERATURE) -> PolicyLM:
     """SmolLM2 with these weights, as every run and measurement asks it."""
-    return PolicyLM(weights, engine="in_process", temperature=TEMPERATURE, max_tokens=MAX_TOKENS, engine_options=ENGINE)
+    return PolicyLM(weights, engine="in_process", temperature=temperature, max_tokens=MAX_TOKENS, engine_options=ENGINE)
 
 
 def told(texts: Candidate, instructions: Mapping[str, str]) -> Candidate:
