@@ -157,6 +157,10 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, WarmStart, Al
     """Resumable states kept in the run directory; the newest counts (ours)."""
     keep_weights: int = Field(default=2, ge=1)
     """Newest weight versions kept in the run directory, beside the first and the one with the best reward (ours)."""
+    storage: str | None = Field(default=None, min_length=1)
+    """URL of a copy of the run that outlives this machine, by any protocol of fsspec, e.g. ``s3://bucket/run`` or
+    ``file:///mnt/share/run``; None: no copy (ours). Every state is copied there with the weights, populations and
+    events. A directory that is empty or behind goes on from there."""
     seed: int = 0
     """Seed of every random draw (ours)."""
 

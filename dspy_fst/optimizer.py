@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from dspy_fst.rollout.reward import Metric
 from dspy_fst.run.interrupts import ctrl_c_as_sentence, signals_raise
 from dspy_fst.slow.ranks.joining import all_ranks
 from dspy_fst.training.request import Arguments, Proposers, check
+from dspy_fst.training.stored import fetch
 from dspy_fst.types import Population
 
 if TYPE_CHECKING:
@@ -167,7 +169,10 @@ class FSTOptimizer(Teleprompter):
             view = stack.enter_context(ProgressView(title, samples=self.show_samples)) if self.progress else None
             tracking = Tracking(self.trackers)
             told: Listeners = [*([view] if view else []), *([tracking] if self.trackers else [])]
-            request = check(self.arguments(student, trainset, valset, teacher), hub_s=IN_A_RUN_S)
+            given = self.arguments(student, trainset, valset, teacher)
+            request = check(given, hub_s=IN_A_RUN_S)
+            if fetch(request.config, request.run_dir):  # what the directory records counts now
+                request = check(replace(given, run_dir=request.run_dir), hub_s=IN_A_RUN_S)
             # torch and transformers take seconds to import: an argument that is refused does not wait for them.
             from dspy_fst.training.open_run import open_run
             from dspy_fst.training.result import compiled_program, keep_compiled

@@ -41,6 +41,7 @@ CORNERS = {
     "peft": ["engine.lora"],
     "bitsandbytes": ["slow.adamw", "slow.quantized"],
     "scipy": ["run.paired", "sizing.from_run"],
+    "fsspec": ["run.storage"],
     "simpy": ["sizing.simulate"],
     "matplotlib": ["report.charts"],
     "jinja2": ["report.page", "engine.chat"],

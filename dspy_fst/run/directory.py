@@ -26,9 +26,11 @@ from filelock import FileLock, Timeout
 
 from dspy_fst.errors import RunDirectoryError
 from dspy_fst.run.files import population_to_json, read_json, remove, to_jsonable, write_json, writing
+from dspy_fst.run.recipes import differences
 from dspy_fst.run.search_journal import Journal
 from dspy_fst.run.state import Documents, Save, StateFields, newest_state, prune_states
 from dspy_fst.run.state_writer import StateWriter
+from dspy_fst.run.storage import Storage
 from dspy_fst.types import WARM_START, Population, WeightsVersion
 
 LOCK = ".lock"
@@ -36,14 +38,6 @@ PROJECT = "project.yaml"
 """Written by the command line once the run has been accepted."""
 COMPILED = "compiled"
 """The compiled program, saved when compile() ends."""
-RECORDED_SINCE = {"adapter"}
-"""Keys that recipes of earlier releases lack. Such a run continues with whatever is in force."""
-NAMED = {"lora": "adapter", "adapter": "chat adapter"}
-"""Key of a recipe on disk -> what a refusal calls it, where that is not the key: the setting ``adapter`` came later."""
-NO_LONGER_IDENTITY = {"sync_tolerance"}
-"""Keys that earlier releases recorded as part of a run's identity. Any value may follow them."""
-WHERE_DEMOS_EVOLVE = {"max_demo_tokens"}
-"""Keys that are part of a run's identity only where its demos evolve. Earlier releases recorded them always."""
 UNCLAIMED = (LOCK, PROJECT, "recipe.json.new")
 """Files that may be in a directory before a run begins there; a kill at the start leaves the last one."""
 VERSION, HALF_WRITTEN = re.compile(r"step-\d+(-warm)?"), re.compile(r"\.(step-\d+|base\.)")
@@ -69,6 +63,7 @@ class RunDirectory:
         clean: Removes secrets from everything that is written or shown.
         keep_states: How many resumable states are kept.
         defaults: See `directory_fault`.
+        storage: Where each state is copied to. What the directory has before it is copied at once.
 
     Raises:
         RunDirectoryError: the directory holds a run of another recipe, something else, or a damaged state.
@@ -83,8 +78,10 @@ class RunDirectory:
         keep_states: int = 2,
         clean: Callable[[object], Any] = lambda value: value,
         defaults: Mapping[str, object] | None = None,
+        storage: Storage | None = None,
     ):
         self.path, self.listeners, self._clean = path, listeners, clean
+        self._storage = storage
         self._finished: float | None = None
         if fault := directory_fault(path, recipe, defaults):
             raise RunDirectoryError(fault)
@@ -93,7 +90,7 @@ class RunDirectory:
             self._lock = FileLock(path / LOCK)
             self._take()
         try:
-            self._states = StateWriter(path, newest_state(path / "states"), keep_states)
+            self._states = StateWriter(path, newest_state(path / "states"), keep_states, storage)
             self._log_hash = self._checked_log()
             with writing(path):
                 write_json(path / "recipe.json", clean(to_jsonable(recipe)))  # first: it makes the directory a run's
@@ -101,6 +98,8 @@ class RunDirectory:
                     (path / folder).mkdir(exist_ok=True)
                 prune_states(path / "states", keep_states)  # a kill may have come between a commit and this
                 self._forget_uncommitted_events()
+            if storage is not None and (newest := self._states.newest) is not None:
+                storage.push(path, newest)
         except BaseException:
             self._lock.release()
             raise
@@ -172,6 +171,8 @@ class RunDirectory:
                 the last commit, whose files are then shared.
             wait: Until it is on the disk; else see `StateWriter.write` for what is returned, and for errors of before.
         """
+        for text in self._storage.take_warnings() if self._storage else ():
+            self.emit("warning", step=fields.get("step", 0), text=text)
         log = self.path / "events.jsonl"
         state: StateFields = {
             **self._clean(to_jsonable(fields)),
@@ -332,16 +333,7 @@ def directory_fault(
     if not isinstance(recorded, Mapping):
         return f"run_dir={str(path)!r} is not empty and holds no readable recipe.json; name a new directory"
     wanted = to_jsonable(recipe)
-    known = to_jsonable(defaults or {})
-    apart = (RECORDED_SINCE - recorded.keys()) | NO_LONGER_IDENTITY | (WHERE_DEMOS_EVOLVE - wanted.keys())
-    recorded = {**{key: known[key] for key in wanted if key in known}, **recorded}  # an older release had fewer
-    if wanted.get("model_files") is not None and recorded.get("model_files") == wanted.get("model_files"):
-        apart |= {"model"}  # the same files in another place
-    differing = [
-        f"{NAMED.get(key, key)} (there {_in_words(recorded.get(key))}, now {_in_words(wanted.get(key))})"
-        for key in sorted({*recorded, *wanted} - apart)
-        if recorded.get(key) != wanted.get(key)
-    ]
+    differing = differences(recorded, wanted, to_jsonable(defaults or {}))
     if differing:
         return (
             f"run_dir={str(path)!r} holds a run of another configuration: {'; '.join(differing)}. "
@@ -361,16 +353,6 @@ def _more_cycles(path: Path, recorded: Mapping[str, object], wanted: Mapping[str
         f"compiled, ...), where compiled may be dspy_fst.load({str(path / COMPILED)!r}, program); or dspy-fst run FILE "
         f"--continue-from {shlex.quote(str(path))} --run-dir NEW"
     )
-
-
-def _in_words(value: object) -> str:
-    """A recipe's value as text: a chat adapter by its name and settings, a LoRA adapter as it is written in Python."""
-    if isinstance(value, Mapping) and "rank" in value:
-        return f"LoRA({', '.join(f'{name}={setting!r}' for name, setting in value.items())})"
-    if not (isinstance(value, Mapping) and isinstance(value.get("name"), str)):
-        return repr(value)
-    parts = [part for part in value.values() if isinstance(part, Mapping)]
-    return f"{value['name']}({', '.join(f'{name}={setting!r}' for part in parts for name, setting in part.items())})"
 
 
 def _committed_work(log: bytes) -> str | None:

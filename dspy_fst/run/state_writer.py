@@ -11,6 +11,7 @@ from pathlib import Path
 from dspy_fst.errors import DiskError
 from dspy_fst.run.files import writing
 from dspy_fst.run.state import Documents, RunState, Save, StateFields, commit_state
+from dspy_fst.run.storage import Storage
 
 STATE_S = 3600.0
 """Longest wait for a state to be written, in seconds: a hundred gigabytes at 30 MB/s (ours)."""
@@ -23,10 +24,12 @@ class StateWriter:
         path: The run's directory.
         newest: The state that it goes on from; None at its start.
         keep: How many states stay.
+        storage: Where each state is copied to when it is written. The copy is a part of the writing: who waits for
+            the state waits for it, and is told when it fails.
     """
 
-    def __init__(self, path: Path, newest: RunState | None, keep: int):
-        self._path, self._newest, self._keep = path, newest, keep
+    def __init__(self, path: Path, newest: RunState | None, keep: int, storage: Storage | None = None):
+        self._path, self._newest, self._keep, self._storage = path, newest, keep, storage
         self._written = threading.Event()
         self._written.set()
         self._error: BaseException | None = None
@@ -84,6 +87,8 @@ class StateWriter:
             with writing(self._path):
                 states = self._path / "states"
                 self._newest = commit_state(states, fields, save_trainer, last, documents, keep=self._keep)
+            if self._storage is not None:
+                self._storage.push(self._path, self._newest)
         except BaseException as error:
             self._error = error
         finally:

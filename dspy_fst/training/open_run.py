@@ -21,6 +21,7 @@ from dspy_fst.run.directory import Listener, RunDirectory
 from dspy_fst.run.ending import emit_halted
 from dspy_fst.run.interrupts import interruption_named
 from dspy_fst.run.state import moved_at, to_publish_from
+from dspy_fst.run.storage import Storage
 from dspy_fst.slow.ranks.ranks import ALONE, Ranks
 from dspy_fst.slow.ranks.roles import make_trainer
 from dspy_fst.slow.trainer import Trainer
@@ -67,6 +68,7 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
         keep_states=keep,
         clean=clean,
         defaults=FSTConfig().model_dump(),
+        storage=Storage(url, keep) if (url := request.config.storage) else None,
     )
     try:
         with ranks.naming_lost():

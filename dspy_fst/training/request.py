@@ -54,7 +54,8 @@ from dspy_fst.recipe.lora_settings import adapter_of
 from dspy_fst.rollout.chat_adapters import differing_adapter, identity
 from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.reward import Metric
-from dspy_fst.run.directory import WHERE_DEMOS_EVOLVE, directory_fault
+from dspy_fst.run.directory import directory_fault
+from dspy_fst.run.recipes import WHERE_DEMOS_EVOLVE
 from dspy_fst.run.secrets import Redactor
 from dspy_fst.saving.program_state import without_lms
 from dspy_fst.training.anchors import anchor_warnings, fewest_anchors, origin_of
@@ -62,13 +63,14 @@ from dspy_fst.training.continuing import optimizer_faults
 from dspy_fst.training.fingerprints import files_fingerprint, fingerprint, program_fingerprint
 from dspy_fst.training.opening import new_run_dir
 from dspy_fst.training.step_problems import trainset_warnings
+from dspy_fst.training.stored import storage_faults
 from dspy_fst.training.validating import patience_warnings, valset_faults, valset_warnings
 from dspy_fst.training.without_effect import settings_without_effect
 from dspy_fst.types import Candidate, Population
 
 NOT_IDENTITY = {
     *("num_threads", "rollout_timeout_s", "micro_batch_tokens", "gradient_checkpointing", "sharding"),
-    *("checkpoint_every", "keep_states", "keep_weights"),
+    *("checkpoint_every", "keep_states", "keep_weights", "storage"),
     *("max_masked_share", "max_skipped_updates", "min_effective_share", "parse_warning_share", "parse_trial"),
     *("sync_tolerance", "max_unmoved_steps", "recorded_samples", "validate_every", "patience", "return_best"),
 }
@@ -251,6 +253,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     identity = run_identity(config, student, given.trainset, policy, given.teacher)
     recipe = redactor.clean({**identity, **fast_identity(given.proposers.fast)})
     faults += [fault] if (fault := directory_fault(run_dir, recipe, FSTConfig().model_dump())) else []
+    faults += storage_faults(config, recipe, run_dir) if room is None else []
     config = with_recorded_micro_batch(config, run_dir)
     warnings: list[str] = []
     if plan := plan_memory(policy, config, run_dir, room, adapters=adapter_count(config, student)):
