@@ -75,6 +75,17 @@ def stepped(path, *steps):
     return run
 
 
+def breaking_off(faulty, folder, left):
+    """Writes below that folder leave so much, and fail."""
+
+    def fail(path):
+        if folder in path:
+            MemoryFileSystem.pipe_file(faulty(), path, left)
+            raise ConnectionResetError("broken off")
+
+    return staticmethod(fail)
+
+
 def contents(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -98,13 +109,7 @@ def test_what_was_committed_is_what_an_empty_directory_gets(faulty, tmp_path):
 
 def test_a_copy_whose_manifest_is_missing_or_half_written_is_not_taken(faulty, tmp_path):
     run = stepped(tmp_path / "here", 1)
-
-    def broken(path):
-        if "manifests" in path:
-            MemoryFileSystem.pipe_file(faulty(), path, b'{"format": 1, "fil')
-            raise ConnectionResetError("broken off")
-
-    faulty.fail = staticmethod(broken)
+    faulty.fail = breaking_off(faulty, "manifests", b'{"format": 1, "fil')
     run.emit("step", number=2)
     with pytest.raises(DiskError, match=r"storage='faulty://run' failed \(4 tries\): writing .*broken off"):
         run.commit(saved("trainer 2"), step=2, moved_at=1)
@@ -128,13 +133,7 @@ def test_a_manifest_that_does_not_match_its_checksum_is_not_taken(faulty, tmp_pa
 
 def test_a_part_of_a_file_that_was_left_is_written_again(faulty, tmp_path):
     run = stepped(tmp_path / "here", 1)
-
-    def half(path):
-        if "objects" in path:
-            MemoryFileSystem.pipe_file(faulty(), path, b"tr")
-            raise ConnectionResetError("broken off")
-
-    faulty.fail = staticmethod(half)
+    faulty.fail = breaking_off(faulty, "objects", b"tr")
     with pytest.raises(DiskError):
         run.commit(saved("trainer 2"), step=2, moved_at=1)
     run.close()
