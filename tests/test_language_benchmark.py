@@ -1,5 +1,7 @@
 """The comparison on SmolLM2: its arms are recipes, its runs lie apart, its lines fill the laboratory's tables."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -65,13 +67,35 @@ def test_what_the_model_says_first_is_the_text_and_silence_leaves_the_old_one() 
     assert propose({"route": "Say it."}, records, ["route"]) == {"route": "Say it."}
 
 
-def test_every_run_has_a_folder_of_its_own_and_is_measured_after_each_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", grid.FORMS.values(), ids=grid.FORMS)
+def test_every_run_has_a_folder_of_its_own_and_is_measured_after_each_cycle(
+    form: grid.Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("benchmarks.language.run.folder", lambda: Path(BASE))
-    place = Place(Path("runs"))
-    for form in grid.FORMS.values():
-        runs = grid.planned(form.worlds, tuple(ARMS), form.seeds)
-        assert len({place.of(each) for each in runs}) == len(runs) == len(form.worlds) * len(ARMS) * form.seeds
-        assert {(each.interval, each.seed_interval) for each in runs} == {(RECIPE["steps_per_cycle"], grid.UPDATES)}
+    place, runs = Place(Path("runs")), grid.planned(form)
+    assert len({place.of(each) for each in runs}) == len(runs) == len(form.worlds) * len(ARMS) * form.seeds
+    assert {(each.interval, each.seed_interval) for each in runs} == {(form.interval, form.seed_interval)}
+    assert RECIPE["steps_per_cycle"] % form.interval == 0
+
+
+def test_only_finished_runs_are_published_on_request_and_never_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.language.run.folder", lambda: LAB)
+    monkeypatch.setattr(grid, "PUBLISHED", tmp_path / "published")
+    asked = ["long", "--finished", "--folder", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        grid.main(asked)
+    assert f"no run is finished in {tmp_path / 'long'}" in capsys.readouterr().err
+    done = grid.planned(grid.FORMS["long"], ["slips"], ["rl"])[0]
+    out = Place(tmp_path / "long").of(done)
+    out.mkdir(parents=True)
+    result = {**asdict(done), "recipe": done.recipe, "marks": done.marks()}
+    (out / "result.json").write_text(json.dumps(result))
+    grid.main(asked)
+    assert [json.loads(line) for line in (tmp_path / "published" / "long.jsonl").read_text().splitlines()] == [
+        {**result, "base": LAB.name}
+    ]
 
 
 def test_the_mark_of_a_task_is_that_of_its_problems_and_an_unknown_one_is_named() -> None:

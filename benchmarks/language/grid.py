@@ -1,11 +1,12 @@
 """Makes the runs on SmolLM2, in processes of their own; what is finished is not made again.
 
 python -m benchmarks.language.grid short    # one task, every arm, one seed
-python -m benchmarks.language.grid long     # three tasks, every arm, two seeds
+python -m benchmarks.language.grid long     # three tasks, every arm, two seeds, more checkpoints
 python -m benchmarks.language.grid short --arm rl --world desk    # only these
+python -m benchmarks.language.grid long --finished                # make none: publish those that are finished
 
-Runs lie in runs/language; results go to benchmarks/results/evidence/language/FORM.jsonl, one line a run, or, when an
-arm or a task is named, to runs/language/FORM.jsonl: those are not published.
+Runs lie in runs/language/FORM; results go to benchmarks/results/evidence/language/FORM.jsonl, one line a run, or, when
+an arm or a task is named, to runs/language/FORM.jsonl: those are not published.
 """
 
 import argparse
@@ -33,19 +34,25 @@ PUBLISHED = RESULTS / "language"
 class Form:
     worlds: tuple[str, ...]
     seeds: int
+    interval: int
+    """Updates between two measured checkpoints."""
+    seed_interval: int
+    """The same, under the seed instruction: where drift is compared it is asked at each."""
 
 
-FORMS = {"short": Form(("desk",), 1), "long": Form(tuple(TASKS), 2)}
+FORMS = {
+    "short": Form(("desk",), 1, RECIPE["steps_per_cycle"], UPDATES),
+    "long": Form(tuple(TASKS), 2, UPDATES // 4, UPDATES // 4),
+}
 
 
-def planned(worlds: Sequence[str], arms: Sequence[str], seeds: int) -> list[Run]:
-    """A run each, measured at the end of each cycle, under the seed instruction at the ends."""
-    interval = RECIPE["steps_per_cycle"]
+def planned(form: Form, worlds: Sequence[str] = (), arms: Sequence[str] = ()) -> list[Run]:
+    """A run each, of all of the form's tasks and arms or of these."""
     return [
-        LanguageRun(arm, world, seed, interval=interval, seed_interval=UPDATES)
-        for seed in range(seeds)
-        for world in worlds
-        for arm in arms
+        LanguageRun(arm, world, seed, interval=form.interval, seed_interval=form.seed_interval)
+        for seed in range(form.seeds)
+        for world in worlds or form.worlds
+        for arm in arms or ARMS
     ]
 
 
@@ -56,12 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--world", action="append", choices=sorted(TASKS), help="only these tasks")
     parser.add_argument("--processes", type=positive, default=2, help="runs at a time, one thread and 5 GiB each")
     parser.add_argument("--folder", type=Path, default=Path("runs") / "language")
+    parser.add_argument(
+        "--finished", action="store_true", help="make no run: write the lines of those that are finished"
+    )
     options = parser.parse_args(arguments)
-    form = FORMS[options.form]
-    runs = planned(options.world or form.worlds, options.arm or tuple(ARMS), form.seeds)
+    runs = planned(FORMS[options.form], options.world or (), options.arm or ())
+    place = Place(options.folder / options.form)
+    if options.finished:
+        runs = [run for run in runs if (place.of(run) / "result.json").exists()]
+        if not runs:
+            parser.error(f"no run is finished in {place.folder}; without --finished they are made")
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        results = make_all([runs], Place(options.folder), options.processes, Console())
+        results = make_all([runs], place, options.processes, Console())
     except KeyboardInterrupt:
         raise SystemExit("stopped; finished runs are kept, and the same command goes on") from None
     finally:
