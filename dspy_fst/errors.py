@@ -66,6 +66,10 @@ class RankError(TrainingError):
     """Another process of a run of several failed or died, which ends all of them. The run can be continued."""
 
 
+class ClusterError(FSTError):
+    """A Ray cluster took no work, or lost the same work again and again. The run can be continued."""
+
+
 class NothingLearnedError(FSTError):
     """So many steps in a row had no gradient that the run stopped (``max_unmoved_steps``), and none before had one.
 

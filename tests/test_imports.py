@@ -20,7 +20,7 @@ LAYERS = [
     ["slow", "rollout"],
     ["fast", "policy_lm"],
     ["config"],  # inherits the settings that slow, rollout and fast declare, so no room below it knows the whole recipe
-    ["report"],
+    ["cluster", "report"],
     ["monitoring", "preflight"],
     ["memory", "saving"],
     ["training"],
@@ -43,6 +43,7 @@ CORNERS = {
     "scipy": ["run.paired", "sizing.from_run"],
     "fsspec": ["run.storage"],
     "simpy": ["sizing.simulate"],
+    "ray": ["cluster"],
     "matplotlib": ["report.charts"],
     "jinja2": ["report.page", "engine.chat"],
     "rich": ["monitoring.progress", "report.summary", "cli"],

@@ -1,0 +1,82 @@
+"""Whether a Ray cluster answers, and the block in which this process is connected to it (Ray 2.60)."""
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+
+from dspy_fst.errors import ClusterError, briefly
+
+LOCAL = "local"
+"""The address with which Ray starts a cluster on this machine, for this run alone."""
+FOUND = "auto"
+"""The address with which Ray takes the cluster that RAY_ADDRESS names, or that `ray start` began on this machine."""
+ANSWER_S = 5.0
+"""Seconds in which the cluster's address has to answer (ours). Ray itself tries for minutes."""
+
+
+def address_faults(address: str | None) -> Iterator[str]:
+    """Why a run cannot be connected to this cluster, as far as can be known without connecting."""
+    if address is None:
+        return
+    if find_spec("ray") is None:
+        yield f"ray={address!r} needs Ray, which is not installed: pip install 'dspy-fst[ray]'"
+        return
+    if address in (LOCAL, FOUND):
+        return
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdecimal():
+        yield (
+            f"ray={address!r}: use 'local', 'auto', or HOST:PORT of the cluster's head as `ray start` prints it. A run "
+            "plays from a node of the cluster, so ray:// addresses of Ray's client are not taken"
+        )
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        yield (
+            f"ray={address!r} does not answer ({briefly(error)}): start the cluster's head with `ray start --head`, "
+            "and name the address that it prints"
+        )
+
+
+@contextmanager
+def connected(address: str) -> Iterator[ExitStack]:
+    """The block in which this process is connected to a cluster; what is pushed on the stack ends before.
+
+    A connection that the process had before is used, and kept.
+
+    Args:
+        address: As `ray.init` takes it.
+
+    Raises:
+        ClusterError: the cluster does not take this process.
+    """
+    import ray
+
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            _connect(address)
+            stack.callback(ray.shutdown)
+        yield stack
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    # Ray's own handler of SIGTERM would replace the one that ends a run with its state saved.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, include_dashboard=False if address == LOCAL else None, logging_level=logging.WARNING)
+    except Exception as error:  # of its services and of their processes, as many kinds as there are causes
+        raise ClusterError(
+            f"ray={address!r}: Ray does not connect: {briefly(error)}. This machine must be a node of the cluster: run "
+            "`ray start --address=HOST:PORT` here first; Python and Ray must be the same releases on all nodes"
+        ) from error
+    finally:
+        if in_main_thread and before is not None:
+            signal.signal(signal.SIGTERM, before)

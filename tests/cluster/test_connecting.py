@@ -1,0 +1,63 @@
+"""Whether a cluster answers is known before anything starts, and a connection leaves the process as it was."""
+
+import signal
+import socket
+import time
+
+import pytest
+import ray
+
+from dspy_fst.cluster import connecting
+from dspy_fst.cluster.connecting import address_faults, connected
+from dspy_fst.errors import ClusterError
+
+
+def fault(address: str) -> str:
+    (found,) = address_faults(address)
+    return found
+
+
+@pytest.fixture
+def deaf_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+def test_an_address_that_nobody_listens_on_is_found_at_once(deaf_port):
+    began = time.monotonic()
+    assert "does not answer" in fault(f"127.0.0.1:{deaf_port}")
+    assert time.monotonic() - began < connecting.ANSWER_S
+
+
+def test_an_address_that_answers_is_no_fault():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        assert [*address_faults(f"127.0.0.1:{listening.getsockname()[1]}")] == []
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:", ":6379", "http://head:6379", "head:99999999"])
+def test_an_address_of_another_form_is_refused(address):
+    assert address in fault(address)
+
+
+@pytest.mark.parametrize("address", [None, "local", "auto"])
+def test_an_address_that_only_ray_can_resolve_is_left_to_it(address):
+    assert [*address_faults(address)] == []
+
+
+def test_without_ray_the_fault_names_the_extra(monkeypatch):
+    monkeypatch.setattr(connecting, "find_spec", lambda name: None)
+    assert "dspy-fst[ray]" in fault("local")
+
+
+def test_an_address_without_a_cluster_behind_it_is_an_error_of_ours():
+    with pytest.raises(ClusterError, match="no-such-cluster"), connected("no-such-cluster"):
+        pass
+    assert not ray.is_initialized()
+
+
+def test_ray_s_handler_of_sigterm_does_not_stay():
+    mine = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ClusterError), connected("no-such-cluster"):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is mine
