@@ -14,7 +14,19 @@ import numpy as np
 import pytest
 
 from benchmarks.evidence import arms, charts, experiments, grid, marks, raw, tables, tune
-from benchmarks.evidence.claims import TABLES, aims, bound, ceiling, continual, plasticity, two_by_two
+from benchmarks.evidence.claims import (
+    TABLES,
+    aims,
+    aims_in_short,
+    bound,
+    ceiling,
+    chance,
+    continual,
+    head_start,
+    plasticity,
+    third_task,
+    two_by_two,
+)
 from benchmarks.evidence.claims.efficiency import reached
 from benchmarks.evidence.run import Run, make
 from dspy_fst.config import FSTConfig
@@ -223,6 +235,49 @@ def test_an_aim_is_met_or_missed_by_its_lines():
     rows = aims.rows(swapped).splitlines()
     assert next(row for row in rows if "a third of the steps" in row).endswith("| no |")
     assert next(row for row in rows if "a first signal" in row).endswith("| no runs of rl, fst |")
+
+
+def test_the_aims_in_short_count_the_places_where_an_aim_is_met_and_name_them():
+    slow, fast = [0.0, 0.0, 0.1, 0.2, 0.4, 0.6, 0.8], [0.5, 0.8, 0.9, 0.9, 0.9, 0.9, 0.9]
+    lines = [result("rl", 0, slow, world="reverse_drop"), result("fst", 0, fast, world="reverse_drop")]
+    lines += [result(arm, 0, slow, world="descending") for arm in ("rl", "fst")]
+    told = aims_in_short.rows(lines).splitlines()
+    assert len(told) == 10
+    row = next(row for row in told if row.startswith("| a third of the steps"))
+    assert row.endswith("| RL's over FST's: 1.00 to 10.00 | 1 of 5 | the main world |")
+    met = [line for line in aims.rows(lines).splitlines() if line.endswith("| yes |")]
+    assert told[-1] == f"| all |  |  | {len(met)} of {len(aims.AIMS)} |  |"
+
+
+def test_a_head_start_is_how_many_updates_earlier_an_arm_comes_to_a_share_of_rl_s_peak():
+    rl, ahead = [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8], [0.1, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8]
+    lines = [result("rl", 0, rl, world="descending"), result("fst", 0, ahead, world="descending")]
+    told = head_start.rows(lines).splitlines()
+    assert told[2].startswith("| an operation that is hard for this size: RL's updates | 9.0 |")
+    assert told[3] == "| ... of which FST saves | 3.0 | 3.0 | 3.0 | 3.0 | 3.0 |"
+    lower = [result("rl", 0, rl, world="descending"), result("fst", 0, [0.0] * 8, world="descending")]
+    assert (
+        head_start.rows(lower).splitlines()[3] == "| ... of which FST saves | never | never | never | never | never |"
+    )
+
+
+def test_chance_moves_a_ratio_where_curves_are_flat_and_hardly_where_they_are_steep():
+    rl, fst = [0.0, 0.1, 0.5, 0.9, 0.9, 0.9, 0.9], [0.1, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9]
+    lines = [result(arm, seed, curve) for seed in (0, 1, 2) for arm, curve in (("rl", rl), ("fst", fst))]
+    to_most, to_peak = (row.split(" | ")[1:] for row in chance.rows(lines, "w").splitlines()[2:])
+    assert to_most == ["1.4", "1.3", "1.5 |"]
+    assert to_peak[:2] == ["1.3", "never"]
+
+
+def test_what_an_arm_brings_to_the_third_task_stands_beside_the_same_from_the_base():
+    world = continual.SEQUENCE[-1]
+    came = {"other instructions": {"base": 0.25, "trained": 0.4}, "carry": True}
+    lines = [
+        result("fst", 0, [0.05, 0.7], world=world, base="fst-y-0", **came),
+        result("fst", 0, [0.3, 0.8], world=world),
+        result("rl", 0, [0.3, 0.8], world=world),
+    ]
+    assert third_task.rows(lines).splitlines()[2:] == ["| fst | 0.25 | 0.05 | 0.70 | 0.60 | 0.30 | 0.80 |"]
 
 
 @pytest.mark.parametrize(
