@@ -70,6 +70,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """FST with one option of a step."""
 
+WARMUPS: dict[str, dict[str, Any]] = {
+    "short_warmup": {"warmup_steps": 2},
+    "short_warmup_slower": {"warmup_steps": 2},
+    "rl_short_warmup": {"method": "rl", "warmup_steps": 2},
+}
+"""A warm-up of 2 updates. The paper's 10 are for stages of 200 updates; of the 24 here they are nearly half, and the
+half in which FST's groups already differ and RL's are still flat."""
+
 LORA: dict[str, dict[str, Any]] = {"lora": {"adapter": {"rank": 16, "alpha": 32.0}}}
 """A LoRA adapter is trained in place of all weights. Rank and scaling are the package's defaults. In this narrow model
 (width 128) rank 16 trains 155,648 numbers beside its 939,904; in one of some billions it trains under 1 %."""
@@ -109,7 +117,7 @@ SEATED: dict[str, dict[str, Any]] = {
 }
 """Settings of the run beside such an optimizer."""
 
-ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **LORA, **LOSSES, **DEMOS, **SEATED}
+ARMS = {**MAIN, **VARIANTS, **SENSITIVITY, **OPTIONS, **WARMUPS, **LORA, **LOSSES, **DEMOS, **SEATED}
 
 TUNED = (
     *("fst", "rl", "gepa_then_rl"),
@@ -122,6 +130,8 @@ RATE_OF = {
     "rl_slower": "gepa_then_rl",
     "fst_slower": "gepa_then_rl",
     "anchored_slower": "gepa_then_rl",
+    "short_warmup_slower": "gepa_then_rl",
+    "rl_short_warmup": "rl",
     "one_prompt": "fst",  # one thing changed; at the rate tuned for it below
     "own_baselines": "fst",
     "one_prompt_slower": "one_prompt",
@@ -164,6 +174,9 @@ ABOUT = {
     "resampled": "FST that replaces flat groups, twice a step at most (DAPO)",
     "overlong": "FST that takes up to half a point from rollouts with replies near the limit (DAPO)",
     "retiring": "FST that leaves out problems with a pass rate of 0.9 (ScaleRL)",
+    "short_warmup": "FST with a warm-up of 2 updates instead of 10",
+    "short_warmup_slower": "FST with a warm-up of 2 updates, at the learning rate of gepa_then_rl",
+    "rl_short_warmup": "RL with a warm-up of 2 updates instead of 10",
     "lora": "FST that trains a LoRA adapter of rank 16 instead of all weights",
     "reusing": "FST whose updates reuse the rollouts that scored the population",
     "grpo": "FST with GRPO's loss: each rollout weighs the same",
