@@ -13,16 +13,18 @@ import json
 import logging
 import re
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
 
 from filelock import FileLock, Timeout
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from dspy_fst.errors import DiskError, RunDirectoryError, briefly
 from dspy_fst.run.files import FileFacts, file_facts, flush, remove, scratch_beside, sha256_of
+from dspy_fst.run.settling import settle
 from dspy_fst.run.state import RunState, peek_state, version_in
 
 if TYPE_CHECKING:
@@ -171,15 +173,16 @@ class Storage:
         Raises:
             DiskError: another process has copied there, too.
         """
-        number, found = int(state.path.name), max(self._copies(), default=-1)
-        if found != self._last:
+        number, copies = int(state.path.name), self._copies()
+        if (found := max(copies, default=-1)) != self._last:
             raise DiskError(
                 f"storage={self.url!r} was written by another process meanwhile; let only one of them go on. What was "
                 f"committed in run_dir={str(run_dir)!r} is whole"
             )
         if found >= number:
             return
-        there = {path.rpartition("/")[2]: facts.get("size") for path, facts in self._listed("objects").items()}
+        objects = self._listed("objects")
+        there = {path.rpartition("/")[2]: facts.get("size") for path, facts in objects.items()}
         files: dict[str, FileFacts] = {}
         for name, source in self._to_copy(run_dir, state):
             files[name] = facts = self._facts(source)
@@ -196,7 +199,7 @@ class Storage:
         }
         self._put(self._manifest(number), json.dumps({**manifest, "sha256": _digest(manifest)}).encode())
         self._last = number
-        self._prune()
+        self._prune({**copies, number: manifest}, objects)
 
     def _to_copy(self, run_dir: Path, state: RunState) -> Iterator[tuple[str, Path | bytes]]:
         """Name below the directory, and the file or the content that is to be copied under it."""
@@ -231,14 +234,13 @@ class Storage:
 
         self._call(f"writing {path}", put, size)
 
-    def _prune(self) -> None:
-        """Remove all but the newest copies, and what none of them names."""
-        copies = self._copies()
+    def _prune(self, copies: Mapping[int, RunCopy], objects: Iterable[str]) -> None:
+        """Remove all but the newest copies, and those of the objects that none of them names."""
         kept = sorted(copies)[-self._keep :]
         for number in copies.keys() - set(kept):
             self._remove(self._manifest(number))
         used = {facts["sha256"] for number in kept for facts in copies[number]["files"].values()}
-        for path in self._listed("objects"):
+        for path in objects:
             if OBJECT.fullmatch(name := path.rpartition("/")[2]) and name not in used:
                 self._remove(path)
 
@@ -284,21 +286,33 @@ class Storage:
         return [f"storage: {len(told)} calls failed and were made again; the last was {told[-1]}"] if told else []
 
     def _call(self, what: str, call: Callable[[], T], size: int = 0) -> T:
-        seconds = self._call_s + size / BYTES_A_SECOND
-        for attempt in range(self._tries):
-            try:
-                return _within(seconds, call)
-            except Exception as error:  # each protocol's package has errors of its own
-                said = f"{what}: {briefly(error)}"
-                if attempt + 1 == self._tries or isinstance(error, ImportError | PermissionError | FileNotFoundError):
-                    raise DiskError(
-                        f"storage={self.url!r} failed ({attempt + 1} tries): {said}; mend it, then go on with the same "
-                        "run_dir and storage. What was committed is whole"
-                    ) from error
-                self._retries.append(said)
-                logger.warning("storage: %s; it is tried again", said)
-                time.sleep(PAUSE_S * 2**attempt)
-        raise AssertionError("the last try returns or raises")
+        retrying = self._retrying(what)
+        try:
+            return retrying(_within, self._call_s + size / BYTES_A_SECOND, call)
+        except Exception as error:  # each protocol's package has errors of its own
+            raise DiskError(
+                f"storage={self.url!r} failed ({retrying.statistics['attempt_number']} tries): {what}: "
+                f"{briefly(error)}; mend it, then go on with the same run_dir and storage. What was committed is whole"
+            ) from error
+
+    def _retrying(self, what: str) -> Retrying:
+        """Repeats a call that failed, unless it would fail again."""
+
+        def note(state: RetryCallState) -> None:
+            assert state.outcome is not None
+            error = state.outcome.exception()
+            assert error is not None
+            self._retries.append(f"{what}: {briefly(error)}")
+            logger.warning("storage: %s; it is tried again", self._retries[-1])
+
+        final = (ImportError, PermissionError, FileNotFoundError)
+        return Retrying(
+            retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, final)),
+            stop=stop_after_attempt(self._tries),
+            wait=wait_exponential(PAUSE_S),
+            before_sleep=note,
+            reraise=True,
+        )
 
 
 def _opened(url: str) -> "tuple[AbstractFileSystem, str]":
@@ -310,23 +324,11 @@ def _opened(url: str) -> "tuple[AbstractFileSystem, str]":
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
     """What the call returns. One that takes longer is left to itself: no protocol's package promises to end."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="storage", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
+    answer: Future[T] = Future()
+    threading.Thread(target=settle, args=(answer, call), name="storage", daemon=True).start()
+    if not wait([answer], seconds).done:
         raise TimeoutError(f"no answer after {seconds:.0f} s")
-    return results[0]
+    return answer.result()
 
 
 def _digest(manifest: RunCopy) -> str:

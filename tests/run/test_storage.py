@@ -163,6 +163,20 @@ def test_as_many_copies_stay_as_states_and_nothing_that_is_not_ours_goes(faulty,
     assert {path.rpartition("/")[2] for path in faulty.store if "/objects/" in path} == {*named, "mine.txt"}
 
 
+def test_a_copy_reads_the_manifests_and_lists_the_objects_once(faulty, tmp_path, monkeypatch):
+    run = stepped(tmp_path / "here", 1, 2, 3)
+    asked = []
+
+    def noting(method):
+        return lambda self, path, **given: [asked.append(path.partition("/run/")[2]), method(self, path, **given)][1]
+
+    for name in ("find", "cat_file"):
+        monkeypatch.setattr(Faulty, name, noting(getattr(Faulty, name)))
+    run.commit(saved("trainer 4"), step=4, moved_at=3)
+    run.close()
+    assert sorted(asked) == ["manifests", "manifests/000001.json", "manifests/000002.json", "objects"]
+
+
 # ---- failures --------------------------------------------------------------------------------------
 
 

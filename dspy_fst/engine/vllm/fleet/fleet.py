@@ -26,7 +26,7 @@ from dspy_fst.engine.vllm.address import Address
 from dspy_fst.engine.vllm.fleet.affinity import Routes, beginnings
 from dspy_fst.engine.vllm.fleet.alike import require_alike
 from dspy_fst.engine.vllm.fleet.each import members_of
-from dspy_fst.engine.vllm.fleet.member import FleetServer, LostError, settle
+from dspy_fst.engine.vllm.fleet.member import FleetServer, LostError
 from dspy_fst.engine.vllm.fleet.roster import Due, Roster
 from dspy_fst.engine.vllm.lora_versions import UNLOADED
 from dspy_fst.engine.vllm.server import VLLMServer, require_checkpoint
@@ -34,6 +34,7 @@ from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.engine.weights_lock import WeightsLock
 from dspy_fst.errors import EngineError, SyncError
+from dspy_fst.run.settling import settle
 from dspy_fst.types import WeightsVersion
 
 logger = logging.getLogger(__name__)

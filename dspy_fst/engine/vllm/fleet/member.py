@@ -27,6 +27,7 @@ from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.stalls import watch
 from dspy_fst.engine.vllm.supervisor import CLOSE_TIMEOUT_S, Supervisor
 from dspy_fst.errors import DiskError, EngineError, NoAnswerError, SyncError
+from dspy_fst.run.settling import settle
 
 T = TypeVar("T")
 RETURN_PAUSE_S = 5.0
@@ -196,18 +197,6 @@ class FleetServer(Supervisor):
 
     def _tell(self, sentence: str) -> None:
         self._roster.tell(f"{self.name}: {sentence}")
-
-
-def settle(answer: "Future[T]", ask: Callable[[], T]) -> None:
-    """Put what a function returns or raises into a future, unless it has been given up."""
-    try:
-        found = ask()
-    except BaseException as error:
-        with suppress(InvalidStateError):
-            answer.set_exception(error)
-        return
-    with suppress(InvalidStateError):
-        answer.set_result(found)
 
 
 def _first_line(error: BaseException) -> str:
