@@ -22,7 +22,10 @@ from dspy_fst.cli.serve import serve
 from dspy_fst.cli.show import show
 from dspy_fst.cli.sizes import sizes
 from dspy_fst.cli.train import resume, run
+from dspy_fst.engine.machine import Launch
 
+OF_ALL_RANKS = ("run", "resume")
+"""Commands that all processes of a launcher take part in; every other one is rank 0's alone."""
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -41,11 +44,14 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     shown: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Fast-Slow Training for DSPy: a program's instructions and its local model's weights, together."""
+    if Launch.of().rank and context.invoked_subcommand not in OF_ALL_RANKS:
+        raise typer.Exit
 
 
 for command in (init, check, sizes, plan, doctor, run, resume, runs, show, eval, export, report, serve):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
+from dspy_fst.cli import OF_ALL_RANKS, app
 from dspy_fst.engine.machine import Launch, launch_faults
 from dspy_fst.errors import ConfigurationError, EngineError
 from dspy_fst.policy_lm import PolicyLM
@@ -130,6 +132,17 @@ def test_no_engine_starts_on_another_rank(monkeypatch):
     assert Launch.of().rank == 1
     with pytest.raises(EngineError, match="this process is rank 1 of several, and the engine runs on rank 0"):
         _ = PolicyLM(BASE, engine="in_process").handle.engine
+
+
+def test_commands_that_need_one_process_are_left_to_rank_0_and_do_not_fail_the_launch(monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    commands = [str(command.name or command.callback.__name__) for command in app.registered_commands]
+    ended = {name: CliRunner().invoke(app, [name, "no-such-file", "--no-such-option"]) for name in commands}
+    assert {name for name, result in ended.items() if result.exit_code} == set(OF_ALL_RANKS)
+    assert all(not ended[name].output for name in commands if name not in OF_ALL_RANKS)
+    monkeypatch.setenv("RANK", "0")
+    assert CliRunner().invoke(app, ["runs", "no-such-file", "--no-such-option"]).exit_code == 2
 
 
 def test_a_process_alone_is_none_of_several():
