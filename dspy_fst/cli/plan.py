@@ -12,7 +12,7 @@ import typer
 from dspy_fst.cli.common import Debug, Json, errors_as_text
 from dspy_fst.cli.printer import Printer
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.formatting.numbers import duration, format_bytes
+from dspy_fst.formatting.numbers import counted, duration, format_bytes
 from dspy_fst.model_files.hub import unknown_fault
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class PlanOutcome(TypedDict):
     cards_used: int | None
     """None where the machine is that of a measured run."""
     layout: dict[str, object] | None
+    settings: dict[str, dict[str, object]] | None
+    """Sections of the project file that put a run on the layout."""
+    command: str | None
+    """Starts it."""
     cycle_s: dict[str, float]
     """Activity -> seconds of one cycle."""
     run_s: float
@@ -103,7 +107,7 @@ def _outcome(
     told: tuple[int | None, int | None],
     seed: int,
 ) -> PlanOutcome:
-    from dspy_fst.sizing import Asked, card_named, measured_run
+    from dspy_fst.sizing import Asked, card_named, command_for, measured_run, sections_for
     from dspy_fst.sizing.simulate import require_simpy
 
     require_simpy()
@@ -112,13 +116,16 @@ def _outcome(
     given = _given(file, model, run)
     asked = Asked(given.config, _texts(run, *told), given.trainset, given.valset, seed)
     made = _forecast(asked, given, sheet, cards, run)
+    layout = made.layout if sheet else None
     texts = f"those of {like}" if run else "assumed"
     return {
         "model": given.model,
         "card": sheet.name if sheet else None,
         "cards": cards,
-        "cards_used": made.layout.cards if made.layout else None,
-        "layout": asdict(made.layout) if made.layout else None,
+        "cards_used": layout.cards if layout else None,
+        "layout": asdict(layout) if layout else None,
+        "settings": sections_for(layout, sheet) if layout and sheet else None,
+        "command": command_for(layout, str(file or "project.yaml")) if layout else None,
         "cycle_s": dict(made.cycle.seconds),
         "run_s": made.run_s,
         "bottleneck": made.bottleneck,
@@ -213,6 +220,7 @@ def _show(outcome: PlanOutcome) -> None:
     )
     out.heading(f"The whole run: {duration(outcome['run_s'])}")
     out.line(f"bottleneck: {outcome['bottleneck']}")
+    _show_how_to_run(out, outcome)
     out.line(outcome["source"])
 
 
@@ -233,6 +241,17 @@ def _show_layout(out: Printer, outcome: PlanOutcome) -> None:
         ],
     )
     if idle := outcome["cards"] - (outcome["cards_used"] or 0):
-        out.line(f"{idle} cards are left over: no layout with them was quicker")
+        out.line(f"left over: {counted(idle, 'card')}; no layout with more cards was quicker")
     if outcome["published"] is not None:
         out.line(f"each publish writes {format_bytes(outcome['published'])}, and every machine with engines reads it")
+
+
+def _show_how_to_run(out: Printer, outcome: PlanOutcome) -> None:
+    if outcome["command"] is None or outcome["settings"] is None:
+        return
+    out.heading("To run it so, in the project file")
+    for name, values in outcome["settings"].items():
+        out.line(f"{name}: {json.dumps(values)}")
+    if (layout := outcome["layout"]) and "attach_url" in json.dumps(outcome["settings"]):
+        out.line(f"launch the servers yourself, each on {layout['group']} of the cards (docs/gpus.md: several servers)")
+    out.line(f"and: {outcome['command']}")

@@ -44,6 +44,8 @@ class ModelSize:
     """Width of a layer's keys, and of its values."""
     normed_heads: bool
     """Whether queries and keys have norms of their own, as in Qwen3."""
+    heads: int = 1
+    """Of a layer's queries; a size that was stored before they were counted has one."""
     linear: tuple[tuple[str, int], ...] = ()
     """Name of a linear layer that may get a LoRA adapter, e.g. ``q_proj`` -> its inputs and outputs, summed over all
     layers of this name."""
@@ -186,6 +188,7 @@ def _size(config: "PreTrainedConfig", stored: Mapping[str, tuple[int, ...]]) -> 
         queries=head_width * heads,
         keys=head_width * (largest(config, "num_key_value_heads") or heads),
         normed_heads=any(".q_norm." in name for name in shapes),
+        heads=heads,
         linear=linear,
         in_linear=in_linear,
     )

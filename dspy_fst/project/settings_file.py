@@ -33,7 +33,9 @@ def read_settings(path: Path) -> dict[str, object]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigurationError([f"{path}{line}: {error.problem}"]) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:  # in full it names the path once more
+        raise ConfigurationError([f"{path} cannot be read: {error.strerror or error}"]) from error
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigurationError([f"{path} cannot be read: {' '.join(str(error).split())}"]) from error
     if not isinstance(data, dict):
         raise ConfigurationError([f"{path}: it must hold settings, such as  program: my_program:build"])

@@ -12,6 +12,7 @@ or from a run. Nothing else knows a machine.
 
 from dspy_fst.sizing.forecasting import Asked, Forecast, best_forecast, forecast
 from dspy_fst.sizing.from_run import MeasuredRun, measured_run
+from dspy_fst.sizing.launching import command_for, sections_for
 from dspy_fst.sizing.machine import CARDS, CardSheet, card_named
 from dspy_fst.sizing.workload import Lengths, Texts
 
@@ -25,6 +26,8 @@ __all__ = [
     "Texts",
     "best_forecast",
     "card_named",
+    "command_for",
     "forecast",
     "measured_run",
+    "sections_for",
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.formatting.numbers import format_bytes
-from dspy_fst.memory import GPU, Workload, fitting_share, imagined_machine, plan_for
+from dspy_fst.memory import GPU, ModelSize, Workload, fitting_share, imagined_machine, plan_for
 from dspy_fst.memory.arithmetic import LARGEST_ON_GPU, SMALLEST
 from dspy_fst.memory.available import CUDA_CONTEXT
 from dspy_fst.memory.bytes_by_part import (
@@ -23,7 +23,7 @@ from dspy_fst.memory.bytes_by_part import (
 from dspy_fst.sizing.machine import NODE, CardSheet
 
 GROUPS = (1, 2, 4, 8)
-"""Cards of one engine: those of one machine at most."""
+"""Cards of one engine: those of one machine at most, and as many as divide its attention heads (`_divides`)."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,14 @@ def layouts(workload: Workload, config: FSTConfig, card: CardSheet, cards: int) 
     Raises:
         ConfigurationError: none has; with what is missing.
     """
-    most = cards if shares_out(config) else 1
+    # A rank beyond a step's rollouts would have no micro-batch.
+    most = min(cards, config.problems_per_step * config.rollouts_per_problem) if shares_out(config) else 1
     trainers = {count: share for count in _doublings(most) if (share := trainer_share(workload, config, card, count))}
-    groups = [group for group in GROUPS if group <= cards and _cache(workload, config, card, group) > 0]
+    groups = [
+        group
+        for group in GROUPS
+        if group <= cards and _divides(group, workload.size) and _cache(workload, config, card, group) > 0
+    ]
     found = [
         Layout(count, engines, group, share, served(workload, config, group), _cache(workload, config, card, group))
         for count, share in trainers.items()
@@ -129,6 +134,13 @@ def trainer_share(workload: Workload, config: FSTConfig, card: CardSheet, count:
 def served(workload: Workload, config: FSTConfig, group: int) -> int:
     """What an engine takes of each of its cards without keys and values, in bytes."""
     return -(-served_bytes(workload, config) // group) + VLLM_WORKINGS
+
+
+def _divides(group: int, size: ModelSize) -> bool:
+    """Whether vLLM can share out a model among so many cards: each has as many heads, and whole ones of the keys, which
+    are repeated where there are fewer than cards (vLLM 0.32, `config/model.py`, `model_executor/models/qwen3.py`)."""
+    of_keys = size.heads * size.keys // size.queries
+    return size.heads % group == 0 and (of_keys % group == 0 or group % of_keys == 0)
 
 
 def _cache(workload: Workload, config: FSTConfig, card: CardSheet, group: int) -> int:

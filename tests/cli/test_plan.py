@@ -39,6 +39,8 @@ def test_cards_time_and_bottleneck_of_the_default_recipe_are_told():
     shown = invoke("plan", "--model", SMALL, "--card", "h100", "--cards", "8").stdout
     assert f"bottleneck: {said['bottleneck']}" in shown
     assert "arithmetic, not a promise" in shown
+    assert f"and: {said['command']}" in shown
+    assert "left over: 1 card; no layout" in invoke("plan", "--model", SMALL, "--card", "h100", "--cards", "9").stdout
 
 
 def test_a_project_s_model_recipe_and_data_are_planned():
@@ -91,6 +93,7 @@ def test_what_was_measured_comes_back_from_the_simulation(run_dir):
         (("--card", "h100"), "name a project FILE, --model MODEL or --like RUN_DIR"),
         (("--card", "h100", "--model", "no/such-model-here"), "no/such-model-here"),
         (("--card", "l4", "--cards", "2", "--model", "Qwen/Qwen3-8B"), "fit on no layout of 2 x l4"),
+        (("--card", "l4", "no-such.yaml"), "no-such.yaml cannot be read: No such file or directory"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_words(options, words, monkeypatch):

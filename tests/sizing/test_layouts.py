@@ -5,12 +5,16 @@ from dataclasses import replace
 import pytest
 
 from dspy_fst.config import FSTConfig
+from dspy_fst.engine.options import make_settings
+from dspy_fst.engine.vllm.fleet.placing import cards_of, fleet_faults
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.memory import Workload
 from dspy_fst.memory.bytes_by_part import VLLM_WORKINGS, served_bytes, trainer_parts
 from dspy_fst.memory.shape import ModelSize
 from dspy_fst.sizing import CARDS, Asked, Lengths, Texts, best_forecast, card_named
 from dspy_fst.sizing.from_card import engine_rates, link_seconds, moved_bytes, published_bytes, rates_of_card
+from dspy_fst.sizing.launching import command_for, sections_for
 from dspy_fst.sizing.layout import Layout, TrainerShare, layouts, trainer_share
 from dspy_fst.sizing.machine import (
     LINK_SHARE,
@@ -37,6 +41,7 @@ EIGHT = Workload(
         layers=36,
         queries=4096,
         keys=1024,
+        heads=32,
         normed_heads=True,
         linear=(("q_proj", 36 * 8192),),
     ),
@@ -150,6 +155,41 @@ def test_what_fsdp_cannot_share_out_is_trained_on_one_card(other):
     with pytest.raises(ValueError, match="shares out"):
         FSTConfig.model_validate({**other, "sharding": "fsdp"})
     assert {one.trainers for one in layouts(EIGHT, config, CARDS["b200"], 8)} == {1}
+
+
+@pytest.mark.parametrize(("heads", "of_keys", "groups"), [(28, 4, {1, 2, 4}), (9, 3, {1}), (16, 2, {1, 2, 4, 8})])
+def test_the_cards_of_an_engine_divide_the_heads_of_the_model(heads, of_keys, groups):
+    size = replace(EIGHT.size, heads=heads, queries=heads * 128, keys=of_keys * 128)
+    assert {one.group for one in layouts(replace(EIGHT, size=size), FULL, H100, 16)} == groups
+
+
+def test_a_trainer_has_no_more_cards_than_a_step_has_rollouts():
+    assert layouts(EIGHT, FULL, H100, 100_000) == layouts(EIGHT, FULL, H100, 2048)
+    few = FULL.model_copy(update={"problems_per_step": 2})
+    assert max(one.trainers for one in layouts(EIGHT, few, H100, 64)) == 2 * FULL.rollouts_per_problem
+
+
+@pytest.mark.parametrize("place", [(1, 1, 1), (4, 1, 4), (4, 2, 2), (2, 3, 2)])
+def test_what_is_told_to_run_a_layout_on_one_machine_is_accepted_by_recipe_and_engine(place, monkeypatch):
+    monkeypatch.setattr("dspy_fst.engine.vllm.fleet.placing.gpu_count", lambda: 8)
+    trainers, engines, group = place
+    chosen = layout(trainers=trainers, engines=engines, group=group, served=50 * GIB)
+    sections = sections_for(chosen, H100)
+    assert FSTConfig.model_validate(sections.get("recipe", {})).sharding == (None if trainers == 1 else "fsdp")
+    given = make_settings(VLLMSettings, sections["policy"]["engine_options"], "vllm")
+    assert fleet_faults(given) == []
+    assert [card for cards in cards_of(given) for card in cards] == list(range(trainers, chosen.cards))
+    assert given.gpu_memory_utilization == 0.64
+    launcher = "dspy-fst" if trainers == 1 else f"torchrun --nproc-per-node {trainers} -m dspy_fst.cli"
+    assert command_for(chosen, "my project.yaml") == f"{launcher} run 'my project.yaml'"
+
+
+def test_on_several_machines_every_trainer_s_machine_is_launched_and_servers_are_attached():
+    chosen = layout(trainers=16, engines=2, group=8)
+    assert sections_for(chosen, H100)["policy"]["engine_options"] == {
+        "attach_url": ["http://SERVER-1:8000", "http://SERVER-2:8000"]
+    }
+    assert command_for(chosen, "p.yaml").startswith("torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint ")
 
 
 def test_texts_whose_keys_and_values_have_room_nowhere_are_refused():
