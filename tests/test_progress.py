@@ -58,9 +58,16 @@ def test_without_a_terminal_each_event_is_one_plain_line():
     assert all(line.startswith("[demo] ") for line in text.splitlines())
     assert "slow: 4 updates" in text
     assert "cycle 0: best candidate 0.500 on the anchors, 20 rollouts and 3 repeats, 1 reflection, 2 accepted" in text
-    assert "step 0: reward 0.250, KL –, entropy 0.300, 1/4 groups flat, 90 tokens" in text  # noqa: RUF001
+    assert "step 0: reward 0.250, entropy 0.300, 1/4 groups flat, 90 tokens" in text
     assert "masked: timeout x8" in text
     assert len(text.splitlines()) == 4
+
+
+def test_the_distance_to_the_start_is_shown_where_it_is_measured():
+    events = [*EVENTS, step(1, 0.5, kl_to_start=0.0012)]
+    assert "step 1: reward 0.500, KL 0.0012, entropy 0.300" in shown(terminal=False, events=events)
+    assert re.search(r"KL to start +0.0012 nats", "\n".join(last_frame(shown(terminal=True, events=events))))
+    assert "KL" not in shown(terminal=True), "without a KL term there is none"
 
 
 def test_plain_lines_are_written_at_once():
@@ -111,7 +118,6 @@ def test_a_terminal_shows_where_the_run_stands():
     assert "1 of 2 searches, 1 of 4 updates" in frame
     assert re.search(r"rollouts +52 of 176, 15.4% masked", frame)
     assert re.search(r"reward +0.250  ▁", frame)
-    assert re.search(r"KL to start +– nats", frame)  # noqa: RUF001
     assert re.search(r"entropy +0.300 nats", frame)
     assert re.search(r"groups flat +1 of 4", frame)
     assert re.search(r"best texts +0.500  Reverse the \[\[ ## list ## \]\]\.", frame)
@@ -122,7 +128,7 @@ def test_a_terminal_shows_where_the_run_stands():
 def test_a_narrow_terminal_shows_the_same_in_shorter_lines(width):
     frame = last_frame(shown(terminal=True, width=width))
     assert all(len(line) <= width for line in frame)
-    heads = ["progress", "rollouts", "reward", "KL to start", "entropy", "groups flat", "best texts", "time"]
+    heads = ["progress", "rollouts", "reward", "entropy", "groups flat", "best texts", "time"]
     assert [line.split("  ")[0] for line in frame if line.split("  ")[0] in heads] == heads
     assert "weight update 0 s" in " ".join(" ".join(frame).split()), "times go on in the next line"
 

@@ -2,6 +2,7 @@
 
 import errno
 import threading
+import time
 
 import pytest
 
@@ -145,28 +146,27 @@ def undisturbed(tmp_path_factory):
 
 
 def test_the_next_step_is_sampled_meanwhile_and_the_next_update_waits(undisturbed, tmp_path, monkeypatch):
-    sampling, order = threading.Event(), []
+    due, order, phases = threading.Event(), [], []
 
-    def after_the_next_sampling_began(step, write):
-        if step == 2:
-            order.append("sampled" if sampling.wait(30) else "held up")
-            return_value = write()
-            order.append("written")
-            return return_value
-        return write()
+    def held_until_the_next_update_is_due(step, write):
+        if step != 2:
+            return write()
+        order.append("sampled" if due.wait(30) else "held up")
+        time.sleep(0.3)  # in which an update that does not wait begins
+        written = write()
+        order.append("written")
+        return written
 
     def listen(event):
-        if event.get("event") == "rollout" and len(read_events(tmp_path / "run")) and "step 2" in listen.phase:
-            sampling.set()
-        if phase := event.get("phase"):
-            listen.phase = phase
+        phases.append(event.get("phase"))
+        if phases.count("weight update") == 3:
+            due.set()
 
-    listen.phase = ""
     steps = session.Session._optimizer_step
     monkeypatch.setattr(
         session.Session, "_optimizer_step", lambda self, *given: (order.append(given[1]), steps(self, *given))[1]
     )
-    writes(monkeypatch, after_the_next_sampling_began)
+    writes(monkeypatch, held_until_the_next_update_is_due)
     compiled = compile_relay(tmp_path / "run", listeners=[listen], **STEPS)
     assert order == [0, 1, "sampled", "written", 2, 3]
     assert same_weights(compiled, undisturbed[0])

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dspy_fst.formatting.numbers import DASH, counted, duration, number
+from dspy_fst.formatting.numbers import counted, duration, number
 from dspy_fst.outcomes.outcome import OutcomeCounts
 from dspy_fst.report.metric_names import entry_of
 from dspy_fst.report.samples import sample_line
@@ -147,12 +147,11 @@ class ProgressView:
         self._times.measured("train", self._standing.played)
         self._measured(event)
         figures, counts = self._figures, report["counts"]
-        held = report["update"].get("kl_under_seed")
-        under_seed = "" if held is None else f"under the seed {_small(held)}, "
+        distances = {"KL": figures.get("train/kl_to_start"), "under the seed": report["update"].get("kl_under_seed")}
+        measured = "".join(f"{name} {_small(kl)}, " for name, kl in distances.items() if kl is not None)
         self._say(
             f"step {report['step']}: reward {number(figures.get('train/reward'))}, "
-            f"KL {_small(figures.get('train/kl_to_start'))}, {under_seed}"
-            f"entropy {number(figures.get('train/entropy'))}, "
+            f"{measured}entropy {number(figures.get('train/entropy'))}, "
             f"{counts.get('flat_groups', 0)}/{counts.get('groups', 0)} groups flat{step_words(report)}, "
             f"{counted(report['update']['tokens'], 'token')} trained{_lost(counts)}"
         )
@@ -244,7 +243,8 @@ class ProgressView:
         yield "rollouts", standing.rollouts
         if rewards := tuple(self._rewards):
             yield "reward", f"{number(rewards[-1])}  {sparkline(rewards)}"
-            yield "KL to start", f"{_small(figures.get('train/kl_to_start'))} nats a token"
+            if (distance := figures.get("train/kl_to_start")) is not None:
+                yield "KL to start", f"{_small(distance)} nats a token"
             yield "entropy", f"{number(figures.get('train/entropy'))} nats a token"
             yield "groups flat", f"{figures.get('train/flat_groups', 0):g} of {figures.get('train/groups', 0):g}"
         if validated := tuple(self._validated):
@@ -344,9 +344,9 @@ def _lost(counts: Mapping[str, int]) -> str:
     return f"; {words}" if words else ""
 
 
-def _small(value: float | None) -> str:
+def _small(value: float) -> str:
     """Three significant digits: early KLs are tiny, but not 0."""
-    return DASH if value is None else f"{value:.3g}"
+    return f"{value:.3g}"
 
 
 def _words(texts: Mapping[str, str]) -> str:
