@@ -112,6 +112,8 @@ class Trainer(TrainerFiles):
         self._optimizer = make_adamw(list(self.parameters.values()), settings)
         self._updates = 0
         self._budget = MicroBatchBudget(settings.micro_batch_tokens)
+        if reference is not None:
+            ranks.check_same_folder(Path(reference))
         own = reference is None
         self._start = Start(self._policy, reference or model, own=own, cut=self._as_many, place=self._place)
 

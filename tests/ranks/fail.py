@@ -1,5 +1,5 @@
-"""Run by every rank: rank 1 reads a model and a state otherwise, and fails in its second update; rank 0 prints what it
-is told.
+"""Run by every rank: rank 1 reads a model, a reference and a state otherwise, and fails in its second update; rank 0
+prints what it is told.
 
     fail.py MODELS
 
@@ -14,8 +14,10 @@ from dspy_fst.errors import ConfigurationError, RankError, TrainingError
 from dspy_fst.slow import trainer_files
 from dspy_fst.slow.model import Policy
 from dspy_fst.slow.ranks.joining import all_ranks
+from dspy_fst.slow.ranks.roles import make_trainer
 from dspy_fst.slow.trainer import Trainer
-from tests.ranks.lessons import Case, trained
+from tests.ranks.lessons import SETTINGS, Case, trained
+from tests.slow.makers import save_model
 
 
 def fail(self, *arguments):
@@ -43,6 +45,9 @@ GRADIENT, LOAD, READ = Trainer._gradient, Policy.load, trainer_files.read_state
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
         Trainer._gradient, Policy.load, trainer_files.read_state = fail, loaded, read_otherwise
+    own = Path(sys.argv[1], os.environ["RANK"])  # as a disk of the rank's own
+    save_model(own / "start", seed=int(os.environ["RANK"]))
+    os.chdir(own)
     try:
         with all_ranks() as ranks:
             try:
@@ -51,6 +56,10 @@ if __name__ == "__main__":
                 raise
             except TrainingError as error:
                 print("first:", error)
+            try:
+                make_trainer(ranks, Path(sys.argv[1]) / "untied", SETTINGS, device="cpu", reference=Path("start"))
+            except TrainingError as error:
+                print("reference:", error)
             trainer = Case("untied").trainer(Path(sys.argv[1]), ranks)
             trainer.save_state(Path(sys.argv[1]) / "state")
             try:

@@ -89,6 +89,7 @@ def test_a_rank_with_other_weights_or_an_error_is_named_and_no_second_run_waits_
     began = time.monotonic()
     (first, printed), (second, traceback) = by_hand(HERE / "fail.py", tmp_path)
     assert "tied: rank 1 reads other weights there than rank 0" in printed
+    assert "reference: start: rank 1 reads other weights there than rank 0 (checksum " in printed
     assert "state: rank 1 reads other weights there than rank 0" in printed.replace(str(tmp_path) + "/", "")
     assert "told: rank 1 failed: ZeroDivisionError: a fault of this rank. All ranks end with it" in printed
     assert "ended with the first compile()" in printed

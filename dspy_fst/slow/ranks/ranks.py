@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -11,8 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dspy_fst.engine.machine import has_gpu
-from dspy_fst.errors import TrainingError
+from dspy_fst.errors import TrainingError, briefly
+from dspy_fst.model_files.weights_digest import weights_digest
 
+OTHERS = (
+    "{path}: rank {rank} reads other weights there than rank 0 ({own}, not {first}); give every machine the same folder"
+)
 T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,10 +69,28 @@ class Ranks:
         norms = self.gathered(_norm(weights))
         for rank, norm in enumerate(norms):
             if not math.isclose(norm, norms[0], rel_tol=SAME):
-                raise TrainingError(
-                    f"{path}: rank {rank} reads other weights there than rank 0 (norm {norm!r}, not {norms[0]!r}); "
-                    "give every machine the same folder"
-                )
+                raise TrainingError(OTHERS.format(path=path, rank=rank, own=f"norm {norm!r}", first=repr(norms[0])))
+
+    def check_same_folder(self, folder: Path) -> None:
+        """`check_same` for weights that are read later, and not by every rank at the same time.
+
+        Raises:
+            TrainingError: the ranks see different weights there, or one sees none.
+        """
+        if self.world == 1:
+            return
+        digests = self.gathered(_digest(folder))
+        for rank, digest in enumerate(digests):
+            if digest != digests[0]:
+                raise TrainingError(OTHERS.format(path=folder, rank=rank, own=digest, first=digests[0]))
+
+
+def _digest(folder: Path) -> str:
+    """In words; as far as they tell it apart from another."""
+    try:
+        return f"checksum {weights_digest(folder)[:12]}"
+    except ValueError as error:
+        return briefly(error)
 
 
 @torch.no_grad()
