@@ -340,6 +340,28 @@ def assert_set(event: threading.Event) -> None:
     assert event.wait(LIMIT_S)
 
 
+def test_a_server_that_does_not_start_again_at_once_starts_on_the_weights_that_are_due_by_then(world, fleet, weights):
+    checked: list[Scorer] = []
+    fleet.load(weights("v0"))
+    go_on = threading.Event()
+
+    def removed(server: Server, checkpoint: Checkpoint) -> None:
+        if server in world.places[0][1:] and checkpoint.version == "v0":
+            assert_set(go_on)
+            raise EngineError("the folder of v0 was removed")
+
+    world.on_load = removed
+    world.on_ask = lambda server, seed: dies(server, seed) if server is world.places[0][0] else None
+    for seed in range(2):
+        fleet.complete(asking(str(seed) * 600), seed)
+    fleet.on_recovery(fleet.told.append, checked.append)
+    fleet.load(weights("v1"))
+    go_on.set()
+    until(fleet, lambda: states(fleet) == ["up", "up"])
+    assert "v0" not in world.places[0][-1].loaded
+    assert checked[-1] is world.places[0][-1]
+
+
 def test_a_server_that_is_restarted_during_a_publish_takes_the_new_weights_before_it_is_asked(world, fleet, weights):
     fleet.load(weights("v0"))
     go_on = threading.Event()

@@ -133,6 +133,9 @@ class FleetServer(Supervisor):
         raise LostError(f"{self.name} is lost: {_first_line(cause)}") from cause
 
     def _launch(self, checkpoint: Checkpoint) -> None:
+        """A lost server starts on the weights that are due by now: the folder of what it served may be removed."""
+        if self.state == "lost" and (due := self._roster.due) is not None:
+            checkpoint, self._wanted, self._check = due.checkpoint, due.checkpoint, due.check
         super()._launch(checkpoint)
         if self.attached:
             watch(self.server, self.settings.stall_timeout_s, self._stalls)
