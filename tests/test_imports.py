@@ -43,7 +43,7 @@ CORNERS = {
     "scipy": ["run.paired", "sizing.from_run"],
     "fsspec": ["run.storage"],
     "simpy": ["sizing.simulate"],
-    "ray": ["cluster"],
+    "ray": ["cluster", "engine.vllm.on_ray"],
     "matplotlib": ["report.charts"],
     "jinja2": ["report.page", "engine.chat"],
     "rich": ["monitoring.progress", "report.summary", "cli"],

@@ -1,4 +1,4 @@
-"""A run on a Ray cluster: the only package that imports Ray, and nothing imports it in a run without the setting `ray`.
+"""A run on a Ray cluster. Nothing imports this package, nor Ray, in a run without the setting `ray`.
 
 In: the address of a cluster, and what a process alone would do itself. Out: the same results, made on the cluster's
 nodes. Trainer, searches and the run directory stay in the process that began the run, which must be on a node itself.

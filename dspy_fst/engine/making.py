@@ -2,13 +2,17 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dspy_fst.engine.base import Checkpoint, Engine
 from dspy_fst.engine.machine import has_gpu
 from dspy_fst.engine.options import InProcessSettings, make_settings
 from dspy_fst.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from dspy_fst.engine.vllm.server_settings import VLLMSettings
 
 EngineKind = Literal["auto", "vllm", "in_process"]
 
@@ -29,6 +33,15 @@ def resolve_kind(kind: EngineKind) -> EngineKind:
     return "vllm" if importlib.util.find_spec("vllm") and has_gpu() else "in_process"
 
 
+def _on_ray(settings: "VLLMSettings") -> Engine:
+    """A fleet even of one server: it gives calls back whose machine is lost."""
+    from dspy_fst.engine.vllm.fleet.fleet import Fleet
+    from dspy_fst.engine.vllm.on_ray.places import Places
+    from dspy_fst.engine.vllm.server import VLLMServer
+
+    return Fleet(settings, partial(VLLMServer, launch=Places(settings).launch))
+
+
 def engine_maker(kind: EngineKind, options: Mapping[str, object]) -> Callable[[], Engine]:
     """A function that makes the engine; faults in its options are found now.
 
@@ -45,6 +58,8 @@ def engine_maker(kind: EngineKind, options: Mapping[str, object]) -> Callable[[]
             from dspy_fst.engine.vllm.fleet.fleet import Fleet
             from dspy_fst.engine.vllm.supervisor import Supervisor
 
+            if served.on_ray:
+                return _on_ray(served)
             each = members_of(served)
             return Supervisor(each[0]) if len(each) == 1 else Fleet(served)
 

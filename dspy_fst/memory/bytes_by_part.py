@@ -175,8 +175,8 @@ def engine_allocation(workload: Workload, config: FSTConfig, available: Availabl
 
 def _vllm_allocation(workload: Workload, config: FSTConfig, available: Available) -> Allocation:
     size, settings = workload.size, VLLMSettings(**workload.options)
-    if settings.attach_url is not None and not available.imagined:
-        return Allocation(MEMORY, ENGINE, 0)  # an attached server runs already and has its memory
+    if settings.elsewhere and not available.imagined:
+        return Allocation(MEMORY, ENGINE, 0)  # in the memory of another machine, or of a server that runs already
     if available.on_gpu:
         share = settings.gpu_memory_utilization
         elsewhere = available.imagined or spares_first_card(settings)

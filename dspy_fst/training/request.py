@@ -39,6 +39,7 @@ from dspy_fst.preflight.library_checks import library_faults
 from dspy_fst.preflight.model_checks import lora_faults, lora_warnings, model_faults, with_demo_tokens
 from dspy_fst.preflight.precision import precision_warnings
 from dspy_fst.preflight.program_checks import adapters_faults, policies_of, program_faults, trained_faults
+from dspy_fst.preflight.ray_checks import servers_on_ray_faults
 from dspy_fst.preflight.reply_limits import limit_faults
 from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.preflight.template_checks import template_warnings
@@ -254,6 +255,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     recipe = redactor.clean({**identity, **fast_identity(given.proposers.fast)})
     faults += [fault] if (fault := directory_fault(run_dir, recipe, FSTConfig().model_dump())) else []
     faults += storage_faults(config, recipe, run_dir) if room is None else []
+    faults += servers_on_ray_faults(policy, run_dir, lora=config.adapter is not None) if room is None else []
     config = with_recorded_micro_batch(config, run_dir)
     warnings: list[str] = []
     if plan := plan_memory(policy, config, run_dir, room, adapters=adapter_count(config, student)):

@@ -5,12 +5,14 @@ from pathlib import Path
 import httpx
 
 from dspy_fst.engine.base import Checkpoint
+from dspy_fst.engine.vllm.process import ServerProcess
 from dspy_fst.engine.vllm.server import VLLMServer
 
 
 def group_of(server: VLLMServer) -> int | None:
     """Process group of everything that the server launched; None when it launched nothing."""
-    return server._process.group if server._process else None
+    process = server._process
+    return process.group if isinstance(process, ServerProcess) else None
 
 
 def answers(server: VLLMServer) -> bool:

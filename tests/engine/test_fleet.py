@@ -28,6 +28,9 @@ from dspy_fst.engine.vllm.server import ServerDiedError
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import EngineError, NoAnswerError, SyncError
+from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.ray_checks import servers_on_ray_faults
+from programs.lab import BASE
 from tests.engine.test_supervisor import Server, World
 from tests.serve.fake_vllm import UPSTREAM_KEY, FakeVLLM
 
@@ -570,3 +573,24 @@ def test_a_data_parallel_engine_whose_answer_vllm_drops_fails_the_comparison_its
     require_heard(second, {})
     with pytest.raises(RuntimeError, match=r"data-parallel engine 1 uses other weights, e.g. lm_head.weight \(stale\)"):
         require_heard(second, {"lm_head.weight": "stale"})
+
+
+# On Ray
+
+
+def test_what_ray_chooses_is_refused_beside_on_ray():
+    on_ray = VLLMSettings(on_ray=True, servers=2)
+    assert vllm_faults(on_ray) == []
+    for setting, value in (("cards", (0, 1)), ("sleep_level", 1), ("attach_url", PAIR)):
+        assert any(setting in fault for fault in vllm_faults(replace(on_ray, **{setting: value})))
+    assert any("port" in fault for fault in vllm_faults(replace(on_ray, servers=1, port=8000)))
+    assert [one.cards for one in members_of(on_ray)] == [None, None]
+
+
+def test_servers_on_ray_need_a_connection_before_anything_else(tmp_path):
+    policy = PolicyLM(BASE, engine="vllm", engine_options={"on_ray": True})
+    (fault,) = servers_on_ray_faults(policy, tmp_path, lora=False)
+    assert "connected to no Ray cluster" in fault
+    assert isinstance(policy.handle.engine, Fleet)  # one server, too: its calls are given back when its node is lost
+    with pytest.raises(EngineError, match="connected to no Ray cluster"):
+        policy.handle.ready()

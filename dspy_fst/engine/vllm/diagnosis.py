@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from dspy_fst.engine.vllm.process import ServerProcess
+from dspy_fst.engine.vllm.launched import Process
 
 _LINE_CHARACTERS = 300
 _ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception)\b: .*")
@@ -22,12 +22,13 @@ _HINTS: Mapping[str, str] = {
 }
 
 
-def obituary(process: ServerProcess) -> str:
+def obituary(process: Process) -> str:
     """The exit status and the last words of a server that has ended."""
-    return f"exit status {process.exit_status}, {last_words(process)}"
+    status = process.exit_status
+    return f"exit status {'unknown' if status is None else status}, {last_words(process)}"
 
 
-def last_words(process: ServerProcess) -> str:
+def last_words(process: Process) -> str:
     """The server's log file, the telling lines in it, and what to do."""
     output = process.output()
     hints = [hint for symptom, hint in _HINTS.items() if any(symptom in line for line in output)]

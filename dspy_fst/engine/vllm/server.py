@@ -12,27 +12,24 @@ untried.
 """
 
 import logging
-import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from pathlib import Path
 
 from dspy.lm15 import Request
 
 from dspy_fst.engine.base import Checkpoint, Completion, Holding
 from dspy_fst.engine.chat import fitted
-from dspy_fst.engine.machine import free_port
 from dspy_fst.engine.replies import UNREAD, ReplyReader, with_stop_tokens
 from dspy_fst.engine.vllm.address import Address
 from dspy_fst.engine.vllm.client import VLLMClient
 from dspy_fst.engine.vllm.diagnosis import last_words, obituary
-from dspy_fst.engine.vllm.launch import HOW_TO_ATTACH, lora_places, vllm_command, vllm_environment
+from dspy_fst.engine.vllm.launch import HOW_TO_ATTACH, lora_places
+from dspy_fst.engine.vllm.launched import Launch, Process, launch_here
 from dspy_fst.engine.vllm.lora_client import LoRAClient
 from dspy_fst.engine.vllm.lora_files import LoRANeeds
 from dspy_fst.engine.vllm.lora_versions import UNLOADED, LoRAVersions, Target
-from dspy_fst.engine.vllm.process import ServerProcess
 from dspy_fst.engine.vllm.prompts import Prompts
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.sleep_mode import Doubt, fall_asleep, wake_up
@@ -61,17 +58,19 @@ class VLLMServer:
 
     Args:
         settings: How to launch or reach the server.
+        launch: Launches it, where no ``attach_url`` is set.
     """
 
-    def __init__(self, settings: VLLMSettings | None = None):
+    def __init__(self, settings: VLLMSettings | None = None, launch: Launch = launch_here):
         self.settings = settings or VLLMSettings()
+        self._launch_process = launch
         self._lock = WeightsLock()
         self._asleep = ExitStack()
         """Holds the lock while the server sleeps."""
         self.doubt = Doubt()
         """Arises in a sleep. Who put the server to sleep settles it; `load` alone does not."""
         self._weights: WeightsVersion | None = None
-        self._process: ServerProcess | None = None
+        self._process: Process | None = None
         self._client: VLLMClient | None = None
         self._loras: LoRAVersions | None = None
         """The LoRA adapters; None: the server was started for whole weights, or not at all."""
@@ -308,26 +307,17 @@ class VLLMServer:
         return client
 
     def _launch(self, checkpoint: Checkpoint, loras: LoRANeeds | None) -> VLLMClient:
-        settings = self.settings
-        port = settings.port or free_port(settings.host)
-        key = f"sk-{secrets.token_hex(32)}"  # a form that secret scanners recognise wherever it appears
+        launched = self._launch_process(self.settings, checkpoint.path.resolve(), loras)
+        self._process, self._killed_because = launched.process, None
+        client: VLLMClient | None = None
         try:
-            process = ServerProcess(
-                vllm_command(settings, checkpoint.path.resolve(), port, loras),
-                vllm_environment(settings, key, loras=loras is not None),
-                log_path=Path(settings.log_path) if settings.log_path else None,
-                grace_s=settings.stop_grace_s,
-            )
-        except OSError as error:
-            raise EngineError(f"vLLM could not be launched: {error}") from error
-        self._process, self._killed_because = process, None
-        client = self._new_client(Address(f"http://{settings.host}:{port}", key, through_proxy=False))
-        try:
-            self._wait_until_ready(process, client)
+            client = self._new_client(launched.address())
+            self._wait_until_ready(launched.process, client)
         except BaseException:
-            client.close()
+            if client is not None:
+                client.close()
             self._process = None
-            process.stop(keep_log=True)
+            launched.process.stop(keep_log=True)
             raise
         return client
 
@@ -335,7 +325,7 @@ class VLLMServer:
         limits = self.settings
         return VLLMClient(address, request_timeout_s=limits.request_timeout_s, load_timeout_s=limits.load_timeout_s)
 
-    def _wait_until_ready(self, process: ServerProcess, client: VLLMClient) -> None:
+    def _wait_until_ready(self, process: Process, client: VLLMClient) -> None:
         logger.info("starting vLLM at %s; its output goes to %s", client.address.url, process.log_path)
         began = time.monotonic()
         progress_at = _PROGRESS_EVERY_S
@@ -368,7 +358,7 @@ class VLLMServer:
                 f"{killed}, {obituary(process)}\nclose() the engine; load() then starts a new server"
             ) from error
 
-    def _ends(self, process: ServerProcess) -> bool:
+    def _ends(self, process: Process) -> bool:
         """Whether the server has ended, or ends now as its engine died; False if it is slow or refused a request."""
         if process.exits_within(_DEATH_NOTICE_S):
             return True

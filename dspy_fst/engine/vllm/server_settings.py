@@ -70,11 +70,19 @@ class VLLMSettings:
     """Cards of the servers that are launched here, by torch's numbers and in order, e.g. ``(1, 2, 3)``. None: a server
     alone takes the first card, and several take the last ones, so that the trainer's is shared only if all are
     needed."""
+    on_ray: bool = False
+    """Launch the servers on machines of the Ray cluster that this process is connected to: each takes a CPU there,
+    and cards of its own if torch sees any here."""
     attach_url: str | tuple[str, ...] | None = None
     """URL of a server that somebody else launched, e.g. ``"http://127.0.0.1:8000"``, or a list of several, over which
     calls are spread. They are never stopped from here."""
     api_key: str | None = field(default=None, repr=False)
     """Key of the servers at ``attach_url``; a server that is launched here gets a random key."""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the servers run on machines that may be lost while this one goes on."""
+        return self.on_ray or self.attach_url is not None
 
 
 def vllm_faults(settings: VLLMSettings) -> list[str]:
@@ -104,6 +112,8 @@ def _sleep_faults(settings: VLLMSettings) -> list[str]:
             f"sleep_level is {level}: a server at attach_url is not put to sleep, because others may use it; leave "
             "sleep_level unset"
         ]
+    if settings.on_ray:
+        return [f"sleep_level is {level}: a server on Ray has cards of its own; leave sleep_level unset"]
     if not has_gpu():
         return [f"sleep_level is {level}: vLLM sleeps on a GPU only, and torch sees none here; leave sleep_level unset"]
     return []

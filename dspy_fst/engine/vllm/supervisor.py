@@ -361,7 +361,7 @@ class Supervisor:
 
     def _launch(self, checkpoint: Checkpoint) -> None:
         self.server.load(checkpoint)
-        if self.settings.attach_url is None:
+        if not self.settings.elsewhere:
             watch(self.server, self.settings.stall_timeout_s)
 
     def _refuse_unsound(self, check: Callable[[Scorer], object]) -> None:

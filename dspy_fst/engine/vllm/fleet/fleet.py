@@ -268,7 +268,8 @@ class Fleet:
 
 
 def _name(number: int, of: int, settings: VLLMSettings) -> str:
-    where = settings.attach_url or (settings.cards and f"cards {', '.join(map(str, settings.cards))}")
+    cards = f"cards {', '.join(map(str, settings.cards))}" if settings.cards else None
+    where = settings.attach_url or ("on Ray" if settings.on_ray else cards)
     return f"server {number} of {of}" + (f" ({where})" if where else "")
 
 

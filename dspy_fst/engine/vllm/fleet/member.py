@@ -33,7 +33,7 @@ T = TypeVar("T")
 RETURN_PAUSE_S = 5.0
 """Between two attempts to attach to a lost server again."""
 _WAITS = Threads("fleet-call")
-"""In which calls wait for servers that were launched elsewhere: such a server cannot be killed to end its calls."""
+"""In which calls wait for servers that run elsewhere: such a server cannot be killed to end its calls."""
 
 
 class LostError(EngineError):
@@ -82,7 +82,7 @@ class FleetServer(Supervisor):
         Raises:
             LostError: it is lost.
         """
-        if not self.attached:
+        if not self.settings.elsewhere:
             return ask(self)
         answer: Future[T] = Future()
         with self._roster.changed:
@@ -137,7 +137,7 @@ class FleetServer(Supervisor):
         if self.state == "lost" and (due := self._roster.due) is not None:
             checkpoint, self._wanted, self._check = due.checkpoint, due.checkpoint, due.check
         super()._launch(checkpoint)
-        if self.attached:
+        if self.settings.elsewhere:
             watch(self.server, self.settings.stall_timeout_s, self._stalls)
 
     def _stalls(self, server: VLLMServer, reason: str) -> None:

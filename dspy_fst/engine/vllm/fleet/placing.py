@@ -34,6 +34,8 @@ class Placement(Protocol):
     def extra_args(self) -> Sequence[str]: ...
     @property
     def port(self) -> int | None: ...
+    @property
+    def on_ray(self) -> bool: ...
 
 
 def addresses(attach_url: str | Sequence[str]) -> list[str]:
@@ -92,7 +94,12 @@ def cards_of_one(extra_args: Sequence[str]) -> int:
 
 
 def cards_of(settings: Placement) -> list[tuple[int, ...]]:
-    """The cards of each server that is launched here; empty on a CPU, and where a server alone takes the first card."""
+    """The cards of each server that is launched here; empty on a CPU, and where a server alone takes the first card.
+
+    Those on Ray have none that are known here: Ray chooses them.
+    """
+    if settings.on_ray:
+        return []
     each, count = cards_of_one(settings.extra_args), gpu_count()
     if settings.cards is None and (settings.servers == 1 or not count):
         return []
@@ -122,7 +129,7 @@ def _attached_faults(settings: Placement, urls: Sequence[str]) -> Iterator[str]:
     places = [_place(url) for url in urls]
     for url in {place: url for place, url in zip(places, urls, strict=True) if places.count(place) > 1}.values():
         yield f"attach_url names {url} {places.count(_place(url))} times: name each server once"
-    for name, unset in (("servers", 1), ("cards", None)):
+    for name, unset in (("servers", 1), ("cards", None), ("on_ray", False)):
         if (value := getattr(settings, name)) != unset:
             yield (
                 f"{name} is {value!r} beside attach_url: it is for servers that are launched here; leave it unset, and "
@@ -136,6 +143,13 @@ def _launched_faults(settings: Placement) -> Iterator[str]:
         return
     if settings.servers > 1 and settings.port is not None:
         yield f"port is {settings.port} and servers is {settings.servers}: each needs its own; leave port unset"
+    if settings.on_ray:
+        yield from (
+            f"{name} is {value!r} beside on_ray: it is for servers on this machine; leave it unset, and Ray chooses"
+            for name in ("cards", "port")
+            if (value := getattr(settings, name)) is not None
+        )
+        return
     yield from _card_faults(settings, gpu_count())
 
 

@@ -1,0 +1,90 @@
+"""A vLLM server inside a Ray actor, on whichever machine Ray placed it."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+
+from dspy_fst.engine.vllm.address import Address
+from dspy_fst.engine.vllm.launched import Launched, launch_here
+from dspy_fst.engine.vllm.lora_files import LoRANeeds
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
+from dspy_fst.errors import EngineError
+
+_POLL_S = 5.0
+SHARE = "keep run_dir and the model in a folder that all nodes share"
+"""What to do about a folder that a node does not see."""
+
+
+def node_name(address: str, node_id: str) -> str:
+    """A node as a user tells it from others: several on one machine have one address.
+
+    >>> node_name("10.0.0.7", "3f2a91c4d5e6")
+    'Ray node 10.0.0.7 (3f2a91c4)'
+    """
+    return f"Ray node {address} ({node_id[:8]})"
+
+
+class ServerActor:
+    """Launches one server and ends it; the server also ends with this process.
+
+    Several threads call it: one waits in `ended`.
+
+    Args:
+        cards: How many cards Ray gave it.
+    """
+
+    def __init__(self, cards: int):
+        if not cards:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # releases of Ray differ in whether they hide the machine's cards
+        self._launched: Launched | None = None
+
+    @ray.method
+    def launch(self, settings: VLLMSettings, model: Path, loras: LoRANeeds | None) -> tuple[Address, str]:
+        """Launch the server at this machine's address in the cluster.
+
+        Its endpoints can run any method of the engine, and all of them ask for a random key of 256 bits.
+
+        Returns:
+            Its address, and the name of this machine.
+
+        Raises:
+            EngineError: this machine does not see the model, or cannot start the process.
+        """
+        host = ray.util.get_node_ip_address()
+        name = node_name(host, ray.get_runtime_context().get_node_id())
+        if not (model / "config.json").is_file():
+            raise EngineError(f"{name} does not see {model}: {SHARE}")
+        self._launched = launch_here(replace(settings, host=host), model, loras)
+        return self._launched.address(), name
+
+    @ray.method
+    def ended(self) -> int | None:
+        """The exit status of the server, once it has ended."""
+        process = self._require().process
+        while not process.exits_within(_POLL_S):
+            pass
+        return process.exit_status
+
+    @ray.method
+    def output(self) -> tuple[str, list[str]]:
+        """Where its output goes, and the last lines."""
+        process = self._require().process
+        return str(process.log_path), process.output()
+
+    @ray.method
+    def kill(self) -> None:
+        """See `launched.Process`."""
+        self._require().process.kill()
+
+    @ray.method
+    def stop(self, keep_log: bool) -> None:
+        """See `launched.Process`."""
+        if self._launched is not None:
+            self._launched.process.stop(keep_log=keep_log)
+
+    def _require(self) -> Launched:
+        if self._launched is None:
+            raise EngineError("no server was launched here")
+        return self._launched

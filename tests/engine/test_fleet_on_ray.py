@@ -1,0 +1,131 @@
+"""vLLM servers as actors on a Ray cluster of two nodes: what it lacks for them, and a run that loses a node."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import pytest
+import ray
+from ray.actor import ActorHandle
+from ray.cluster_utils import Cluster
+
+from dspy_fst.cluster.connecting import connected
+from dspy_fst.engine.vllm.fleet.fleet import Fleet
+from dspy_fst.engine.vllm.on_ray.actor import node_name
+from dspy_fst.engine.vllm.on_ray.room import room_faults
+from dspy_fst.engine.vllm.server_settings import VLLMSettings
+from dspy_fst.policy_lm import policy_of
+from dspy_fst.run.directory import read_events
+from tests.engine.test_server_process import wait_until_gone
+from tests.test_compile import assert_trained_together, compile_relay
+from tests.test_survival import calls_of, program_with
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+OPTIONS = {"on_ray": True, "servers": 2, "cpu_kv_cache_gib": 1, "max_model_len": 256, "stall_timeout_s": 60}
+LIMIT_S = 300
+
+
+@dataclass
+class Nodes:
+    """A cluster: its head has room for both servers and the rollouts, and the other node for one server."""
+
+    cluster: Cluster
+    other: "ray._private.node.Node"
+
+    @property
+    def lost(self) -> str:
+        return node_name(self.other.node_ip_address, self.other.node_id)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    soon = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+    cluster = Cluster(True, head_node_args={"num_cpus": 3, "include_dashboard": False, "_system_config": soon})
+    other = cluster.add_node(num_cpus=1)
+    try:
+        with connected(cluster.address):
+            yield Nodes(cluster, other)
+    finally:
+        cluster.shutdown()
+
+
+def test_what_the_cluster_lacks_is_told_before_the_run(nodes, tmp_path):
+    sound = VLLMSettings(**OPTIONS)
+    assert room_faults(sound, tmp_path / "runs" / "new", None) == []
+    assert not [*tmp_path.iterdir()]  # nothing is left behind
+    (crowded,) = room_faults(VLLMSettings(on_ray=True, servers=5), tmp_path, None)
+    assert "room for 4 with 1 CPU each" in crowded
+    (full,) = room_faults(VLLMSettings(on_ray=True, servers=4), tmp_path, None)
+    assert "no CPU left for rollouts" in full
+    (tmp_path / "config.json").symlink_to("/proc/self/stat")  # of each process another
+    unseen = room_faults(sound, tmp_path, tmp_path)
+    assert len(unseen) == 2
+    assert all("does not see" in fault and str(tmp_path) in fault for fault in unseen)
+
+
+class NodeLost:
+    """Removes the node of one server while calls wait for that server, in the second step."""
+
+    def __init__(self, nodes: Nodes):
+        self.nodes, self.engine, self.lost, self.told = nodes, None, threading.Event(), []
+
+    def __call__(self, event):
+        self.told.append(event.get("text", ""))
+        if event.get("phase", "").startswith("step 1:"):
+            threading.Thread(target=self.remove).start()
+        if event.get("phase", "").startswith("step 3:"):  # the last step is sampled by both
+            changed, members = self.engine._changed, self.engine.members
+            with changed:
+                assert changed.wait_for(lambda: {"up"} == {member.state for member in members}, LIMIT_S)
+
+    def remove(self):
+        """At once, with all of its processes."""
+        (there,) = (one for one in self.engine.members if one.server._process._node == self.nodes.lost)
+        group = group_of(there.server._process._actor)
+        while not there.in_flight:
+            time.sleep(0.001)
+        os.killpg(group, signal.SIGKILL)
+        self.nodes.cluster.remove_node(self.nodes.other, allow_graceful=False)
+        self.lost.set()
+
+
+def test_a_run_survives_a_node_with_one_of_its_servers(nodes, tmp_path):
+    trouble = NodeLost(nodes)
+    student = program_with(OPTIONS, trouble)
+    compiled = compile_relay(tmp_path / "run", program=student, listeners=[trouble], num_threads=8)
+    assert_trained_together(student, compiled, tmp_path / "run")
+
+    assert trouble.lost.is_set()
+    steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
+    assert [step["counts"].get("engine: servers lost", 0) for step in steps] == [0, 1, 0, 0]
+    # Steps of this size remove the weights of an attempt that waits until Ray has found out that the node is lost.
+    assert 1 <= sum(step["counts"].get("engine: restarts", 0) for step in steps) <= 2
+    assert steps[1]["counts"]["engine: asked elsewhere"] > 0
+    for step in steps:
+        assert not [reason for reason in step["counts"] if reason.startswith("masked")]
+        assert step["counts"]["calls"] == calls_of(step["step"])  # none lost, and none kept twice
+    (back,) = (text for text in trouble.told if "it is back" in text)
+    assert back.endswith("it is back, and serves weights step-000003, verified")
+    end_with_their_actors(trouble.engine)
+    policy_of(compiled).release()
+
+
+def end_with_their_actors(fleet: Fleet) -> None:
+    """Each server ends when its actor does, by a signal or by Ray."""
+    first, second = (member.server._process._actor for member in fleet.members)
+    groups = [group_of(first), group_of(second)]
+    psutil.Process(groups[0]).parent().kill()
+    ray.kill(second)
+    for group in groups:
+        assert wait_until_gone(group, seconds=60) == []
+
+
+def group_of(actor: ActorHandle) -> int:
+    """The process group of an actor's server."""
+    pid = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=LIMIT_S)
+    (supervisor,) = psutil.Process(pid).children()
+    return supervisor.pid
