@@ -161,6 +161,9 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, WarmStart, Al
     """URL of a copy of the run that outlives this machine, by any protocol of fsspec, e.g. ``s3://bucket/run`` or
     ``file:///mnt/share/run``; None: no copy (ours). Every state is copied there with the weights, populations and
     events. A directory that is empty or behind goes on from there."""
+    ray: str | None = Field(default=None, min_length=1)
+    """Address of a Ray cluster on whose CPUs programs and metrics run, as ``ray.init`` takes it: ``HOST:PORT`` of its
+    head, ``"auto"``, or ``"local"`` for one on this machine; None: they run in this process (ours)."""
     seed: int = 0
     """Seed of every random draw (ours)."""
 

@@ -347,14 +347,15 @@ class EngineHandle:
         return self if lora_adapter is None else AdapterHandle(self, lora_adapter)
 
     def complete(self, request: lm15.Request, **through: Unpack[Through]) -> lm15.Response:
-        # The engine is asked for last: a late call of a rollout that was given up must not start one.
-        def sample(asked: lm15.Request, *call: Any) -> Completion:
-            completion = self.ready().complete(asked, *call, **through)
-            if self.heard is not None:
-                self.heard(asked, completion)
-            return completion
+        return complete_recorded(partial(self.sample, **through), request, _free_seed, continued=self._continued)
 
-        return complete_recorded(sample, request, _free_seed, continued=self._continued)
+    def sample(self, request: lm15.Request, *call: Any, **through: Unpack[Through]) -> Completion:
+        """A reply that no rollout records here; ``call`` is a seed and, where they are known, the prompt's ids."""
+        # The engine is asked for last: a late call of a rollout that was given up must not start one.
+        completion = self.ready().complete(request, *call, **through)
+        if self.heard is not None:
+            self.heard(request, completion)
+        return completion
 
     def _continued(self, request: lm15.Request, said: Sequence[Ids]) -> Ids | None:
         """The prompt of a conversation that goes on, from the ids that were sampled; see `PromptRenderer.continued`."""

@@ -97,6 +97,13 @@ def run(
     loss: Annotated[
         str | None, typer.Option(metavar="NAME", help="Loss of the weight updates, e.g. grpo, instead of the recipe's.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run programs and metrics on this Ray cluster: HOST:PORT of its head, auto or local.",
+        ),
+    ] = None,
     track: Track = None,
     samples: Samples = False,
     trust_code: TrustCode = False,
@@ -114,7 +121,7 @@ def run(
         from dspy_fst.run.directory import PROJECT
 
         project = _with_samples(_with_trackers(load_project(file), track), samples)
-        changes = {"cycles": cycles, "adapter": _adapter(adapter), "loss": loss}
+        changes = {"cycles": cycles, "adapter": _adapter(adapter), "loss": loss, "ray": ray}
         project = _changed(project, continue_from, new_run_dir, changes)
         run_dir = project.run_path
         if (

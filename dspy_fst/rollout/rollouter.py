@@ -9,6 +9,7 @@ import contextvars
 import copy
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,6 +158,10 @@ class Rollouter:
         finally:  # after an interrupt, threads that still run must not call the policy
             for recording in recordings:
                 recording.close()
+
+    def take_counts(self) -> Counter[str]:
+        """Rollouts that were lost and made again since the last call, by reason; in this process none is."""
+        return Counter()
 
     def _bound(self, candidate: Candidate) -> "_Bound | UnboundError":
         """The program under a candidate, with tagged predictors; the error if there is no such program."""

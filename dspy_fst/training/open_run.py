@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from dspy_fst.training.anchors import origin_of
 from dspy_fst.training.continuing import take_over
 from dspy_fst.training.fingerprints import fingerprint
 from dspy_fst.training.first_rollouts import FirstLook, try_first
-from dspy_fst.training.opening import open_rollouter, starting_population, trainable_copy
+from dspy_fst.training.opening import cluster_of, open_rollouter, starting_population, trainable_copy
 from dspy_fst.training.plan import Budget, Plan
 from dspy_fst.training.publisher import recoveries
 from dspy_fst.training.request import Request
@@ -71,9 +71,9 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
         storage=Storage(url, keep) if (url := request.config.storage) else None,
     )
     try:
-        with ranks.naming_lost():
+        with ranks.naming_lost(), cluster_of(request.config) as cluster:
             _tell_begin(run, request)
-            session = _assemble(request, run, policy, ranks)
+            session = _assemble(request, run, policy, ranks, cluster)
             if not run.state and (words := take_over(session.trainer, request.config, request.student, original)):
                 run.emit("note", text=words)
             session.publish(moved_at(run.state))
@@ -83,7 +83,7 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
                 if is_due(session, request.teacher):
                     warm_start(session, request.teacher, _lora_adapters(request), original)
                     del session  # and the trainer with it
-                    session = _warm_started(request, run, policy, ranks, parsed)
+                    session = _warm_started(request, run, policy, ranks, cluster, parsed)
                 yield session
         # The compiled program lives on: its restarts are no business of this run, and must not hold its trainer.
         policy.handle.engine.on_recovery(logger.warning, None)
@@ -122,9 +122,16 @@ def _begin(session: Session, request: Request) -> float | None:
     return None if look is None else look.parsed
 
 
-def _warm_started(request: Request, run: RunDirectory, policy: PolicyLM, ranks: Ranks, parsed: float | None) -> Session:
+def _warm_started(
+    request: Request,
+    run: RunDirectory,
+    policy: PolicyLM,
+    ranks: Ranks,
+    cluster: ExitStack | None,
+    parsed: float | None,
+) -> Session:
     """The session that goes on from the weights of the warm start, as one of a later process would."""
-    session = _assemble(request, run, policy, ranks)
+    session = _assemble(request, run, policy, ranks, cluster)
     session.publish(0)
     told_after(session, parsed)
     session.commit_start()
@@ -170,7 +177,9 @@ def _what_is_saved(run: RunDirectory) -> str:
     return f"saved: {step} updates, {searches} searches. Compile again with run_dir={str(run.path)!r} to go on"
 
 
-def _assemble(request: Request, run: RunDirectory, policy: PolicyLM, ranks: Ranks) -> Session:
+def _assemble(
+    request: Request, run: RunDirectory, policy: PolicyLM, ranks: Ranks, cluster: ExitStack | None
+) -> Session:
     """Load the trainer, at the committed state when there is one, and put the session together."""
     config, student = request.config, request.student
     adapters = _lora_adapters(request)
@@ -180,7 +189,8 @@ def _assemble(request: Request, run: RunDirectory, policy: PolicyLM, ranks: Rank
         trainer.load_state(run.trainer_state)
     program = trainable_copy(student, policy, adapters)
     seed = own_texts(student, config)
-    rollouter = open_rollouter(program, request.metric, config, policy.handle.engine.expect, request.trainset)
+    expect = policy.handle.engine.expect
+    rollouter = open_rollouter(program, request.metric, config, expect, request.trainset, cluster)
     problems, metric = fingerprint([example.toDict() for example in request.valset]), rollouter.reward.identity
     samples = config.validation_samples
     return Session(
@@ -194,7 +204,7 @@ def _assemble(request: Request, run: RunDirectory, policy: PolicyLM, ranks: Rank
         rollouter=rollouter,
         trainer=trainer,
         run=run,
-        validation=Validation(run, metric, request.valset, samples, problems, lambda: recoveries(policy)),
+        validation=Validation(run, metric, request.valset, samples, problems, lambda: recoveries(policy, rollouter)),
         population=starting_population(student, seed, config.population_size, run.state),
         proposers=request.proposers,
     )

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import datetime
 from pathlib import Path
 
 import dspy
 
+from dspy_fst.cluster.connecting import connected
 from dspy_fst.config import FSTConfig
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.rollout.components import carried_by
@@ -53,13 +55,28 @@ def starting_population(student: dspy.Module, seed: Candidate, size: int, state:
     return Population.of_seed(seed, size)
 
 
+def cluster_of(config: FSTConfig) -> AbstractContextManager[ExitStack | None]:
+    """The block in which a run is connected to its Ray cluster; None where it has none."""
+    return nullcontext() if config.ray is None else connected(config.ray)
+
+
 def open_rollouter(
     program: dspy.Module,
     metric: Metric,
     config: FSTConfig,
     in_flight: Callable[[int], None],
     peers: Sequence[dspy.Example] = (),
+    cluster: ExitStack | None = None,
 ) -> Rollouter:
-    """The rollouter of a run or a command; ``peers`` are examples of the program's (see Reward)."""
+    """The rollouter of a run or a command.
+
+    Args:
+        peers: Examples of the program's (see Reward).
+        cluster: What `cluster_of` gave.
+    """
     reward = Reward(metric, frozenset(name for name, _ in program.named_predictors()), peers)
-    return Rollouter(program, reward, config, in_flight, seed=config.seed)
+    if cluster is None:
+        return Rollouter(program, reward, config, in_flight, seed=config.seed)
+    from dspy_fst.cluster.ray_rollouter import RayRollouter  # imports Ray
+
+    return RayRollouter(program, reward, config, in_flight, seed=config.seed, cluster=cluster)

@@ -15,6 +15,7 @@ from dspy_fst.engine.verification import Expected, verify_scores, verify_tensors
 from dspy_fst.errors import SyncError
 from dspy_fst.policy_lm import EngineHandle, PolicyLM
 from dspy_fst.rollout.rendering import render, renderer_of
+from dspy_fst.rollout.rollouter import Rollouter
 from dspy_fst.run.directory import RunDirectory
 from dspy_fst.run.phase_reports import StepReport
 from dspy_fst.run.state import Documents, StateFields, start_version
@@ -309,9 +310,10 @@ class Publisher:
             self._run.prune_weights(self._keep, best)
 
 
-def recoveries(policy: PolicyLM) -> dict[str, int]:
-    """Failures of the engine that were survived since this was last asked, by kind."""
-    return {f"engine: {what}": count for what, count in policy.handle.engine.take_counts().items()}
+def recoveries(policy: PolicyLM, rollouter: Rollouter) -> dict[str, int]:
+    """Failures of the engine, and of a cluster, that were survived since this was last asked, by kind."""
+    parts = {"engine": policy.handle.engine.take_counts(), "rollouts": rollouter.take_counts()}
+    return {f"{part}: {what}": count for part, counts in parts.items() for what, count in counts.items()}
 
 
 def counted_prompts(policy: PolicyLM) -> Callable[[], PromptTokens | None]:

@@ -31,6 +31,7 @@ from dspy_fst.model_files.hub import hub_warnings
 from dspy_fst.model_files.reach import ANSWER_S
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.argument_checks import search_faults
+from dspy_fst.preflight.cluster_checks import cluster_faults
 from dspy_fst.preflight.data_checks import data_faults, input_faults
 from dspy_fst.preflight.demo_checks import demo_faults, demo_warnings
 from dspy_fst.preflight.engine_checks import engine_faults
@@ -71,7 +72,7 @@ from dspy_fst.types import Candidate, Population
 
 NOT_IDENTITY = {
     *("num_threads", "rollout_timeout_s", "micro_batch_tokens", "gradient_checkpointing", "sharding"),
-    *("checkpoint_every", "keep_states", "keep_weights", "storage"),
+    *("checkpoint_every", "keep_states", "keep_weights", "storage", "ray"),
     *("max_masked_share", "max_skipped_updates", "min_effective_share", "parse_warning_share", "parse_trial"),
     *("sync_tolerance", "max_unmoved_steps", "recorded_samples", "validate_every", "patience", "return_best"),
 }
@@ -200,6 +201,7 @@ def _faults_of_arguments(
     student, proposers = given.student, given.proposers
     yield from launch_faults()
     yield from library_faults(config) if config is not None and room is None else ()
+    yield from cluster_faults(config.ray, student, given.metric) if config is not None and room is None else ()
     yield from program_faults(student)
     yield from part_faults(student)
     yield from trained_faults(student, config)

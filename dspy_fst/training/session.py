@@ -187,7 +187,7 @@ class Session:
     def commit_search(self, cycle: Cycle, search: Search) -> None:
         """Keep what the fast phase found."""
         self.population = search.population
-        self.recorder.search_done(cycle, search, recoveries(self.policy), self._seconds["sampling"])
+        self.recorder.search_done(cycle, search, recoveries(self.policy, self.rollouter), self._seconds["sampling"])
         self.observer.see_search(cycle.index, search.played)
         step = self.run.state.get("step", 0)
         reuse = self._reuse if step in cycle.steps else None
@@ -303,7 +303,11 @@ class Session:
         population: Population,
     ) -> None:
         """Keep what the slow step measured, and where one is due the state to go on from."""
-        published, recovered, seconds = self.publisher.moved_to, recoveries(self.policy), dict(self._seconds)
+        published, recovered, seconds = (
+            self.publisher.moved_to,
+            recoveries(self.policy, self.rollouter),
+            dict(self._seconds),
+        )
         report = self.recorder.step_done(
             step, cycle, groups, batch, update, recovered, published, seconds, self._prompts()
         )

@@ -1,0 +1,64 @@
+"""The actor through which workers reach the process that began the run.
+
+Ray lets a process call actors, and nobody call the process. So workers ask here, and that process takes what was asked
+and tells the answers. Whatever it carries is bytes: the actor imports neither DSPy nor a model's tokenizer.
+"""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+QUEUED, WORKING = "queued", "working"
+"""What a call is told before its answer: it waits in the engine's queue, or its reply is being sampled."""
+Word = str | bytes
+"""QUEUED or WORKING, as often as they change; then the answer."""
+
+
+class Heard(NamedTuple):
+    """What a worker has to say of its chunk."""
+
+    chunk: str
+    number: int
+    """Of the call, for `Relay.tell`; without a call: how many of the chunk's rollouts are in flight."""
+    call: bytes | None
+
+
+class Relay:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._heard: asyncio.Queue[Heard] = asyncio.Queue()
+        self._answers: dict[int, asyncio.Queue[Word]] = {}
+        self._numbers = itertools.count()
+
+    async def ask(self, chunk: str, call: bytes) -> AsyncIterator[Word]:
+        """The words on a call, the last of which is the answer."""
+        number = next(self._numbers)
+        answer = self._answers[number] = asyncio.Queue()
+        self._heard.put_nowait(Heard(chunk, number, call))
+        try:
+            while not isinstance(word := await answer.get(), bytes):
+                yield word
+            yield word
+        finally:
+            del self._answers[number]
+
+    async def say(self, chunk: str, in_flight: int) -> None:
+        """So many rollouts of a chunk are in flight now."""
+        self._heard.put_nowait(Heard(chunk, in_flight, None))
+
+    async def take(self, seconds: float) -> list[Heard]:
+        """All that was heard since the last call; empty if nothing is heard for so many seconds."""
+        try:
+            heard = [await asyncio.wait_for(self._heard.get(), seconds)]
+        except TimeoutError:
+            return []
+        while not self._heard.empty():
+            heard.append(self._heard.get_nowait())
+        return heard
+
+    async def tell(self, number: int, word: Word) -> None:
+        """Pass a word on to whoever asked; a worker that is gone hears nothing."""
+        if (answer := self._answers.get(number)) is not None:
+            answer.put_nowait(word)

@@ -1,0 +1,21 @@
+"""Whether a run can be played on its Ray cluster, as far as can be known without joining it."""
+
+from collections.abc import Iterator
+
+from dspy_fst.cluster.connecting import address_faults
+
+
+def cluster_faults(address: str | None, student: object, metric: object) -> Iterator[str]:
+    """Why the cluster cannot be joined, or what of the run cannot be sent there.
+
+    Args:
+        address: The setting ``ray``; nothing is asked for None.
+    """
+    if address is None:
+        return
+    faults = [*address_faults(address)]
+    yield from faults
+    if not faults:
+        from dspy_fst.cluster.shipping import shipping_faults  # imports Ray
+
+        yield from shipping_faults(student, metric)

@@ -1,0 +1,195 @@
+"""Rollouts as tasks on a real Ray cluster of two nodes on this machine."""
+
+import os
+import signal
+import threading
+import time
+
+import dspy
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from dspy_fst import FSTOptimizer
+from dspy_fst.cluster import ray_rollouter
+from dspy_fst.cluster.connecting import connected
+from dspy_fst.cluster.ray_rollouter import RayRollouter
+from dspy_fst.errors import ClusterError, ConfigurationError
+from dspy_fst.rollout.components import read_texts
+from dspy_fst.rollout.reward import Reward
+from dspy_fst.rollout.rollout_settings import RolloutSettings
+from dspy_fst.rollout.rollouter import Rollouter, Task
+from dspy_fst.run.directory import read_events
+from dspy_fst.types import Candidate, Problem
+from tests.cluster.play import LAB, Held, Placed, Stopping, Unread, policy
+from tests.ranks.run import RECIPE
+from tests.test_compile import propose
+
+pytestmark = pytest.mark.slow
+STORE = 80_000_000
+"""Bytes of a node's object store: the least that Ray takes."""
+SETTINGS = RolloutSettings(num_threads=8, rollout_timeout_s=60)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    made.add_node(num_cpus=1, object_store_memory=STORE)
+    yield made
+    made.shutdown()
+
+
+# ---- a whole run -----------------------------------------------------------------------------------
+
+
+class Killer:
+    """A listener that arms the metric after the first step, and removes the node on which it is then held."""
+
+    def __init__(self, cluster, node, metric):
+        self.cluster, self.node, self.metric = cluster, node, metric
+        self.thread = threading.Thread(target=self._kill_when_held, daemon=True)
+
+    def __call__(self, event):
+        if event["event"] == "step" and not self.metric.armed.exists():
+            self.metric.armed.touch()
+            self.thread.start()
+
+    def _kill_when_held(self):
+        until = time.monotonic() + 60
+        while not self.metric.held.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        self.cluster.remove_node(self.node, allow_graceful=False)
+
+
+def compiled(run_dir, metric, **changes):
+    student = LAB.program.deepcopy()
+    student.set_lm(policy())
+    optimizer = FSTOptimizer(
+        metric=metric, propose=propose, run_dir=run_dir, progress=False, num_threads=8, **RECIPE, **changes
+    )
+    done = optimizer.compile(student, trainset=LAB.trainset)
+    done.predictors()[0].lm.release()
+    return done
+
+
+def test_a_run_that_loses_a_node_in_mid_step_ends_as_the_run_of_one_process(cluster, tmp_path):
+    node = next(node for node in cluster.list_all_nodes() if not node.is_head())
+    metric = Held(node.node_id, tmp_path)
+    killer = Killer(cluster, node, metric)
+    mine = signal.getsignal(signal.SIGTERM)
+    alone = compiled(tmp_path / "alone", metric)
+    there = compiled(tmp_path / "there", metric, ray=cluster.address, listeners=[killer])
+    killer.thread.join(30)
+    assert not ray.is_initialized()
+    assert signal.getsignal(signal.SIGTERM) is mine
+    cluster.add_node(num_cpus=1, object_store_memory=STORE)  # it handles SIGTERM, too
+    signal.signal(signal.SIGTERM, mine)
+    assert there.population == alone.population
+    steps = [
+        [event["report"] for event in read_events(tmp_path / name) if event["event"] == "step"]
+        for name in ("alone", "there")
+    ]
+    lost = [{name for name in step["counts"] if name.startswith("rollouts: lost to ")} for step in steps[1]]
+    assert [len(names) for names in lost] == [0, 1, 0]
+    for before, after, names in zip(*steps, lost, strict=True):
+        assert {name: n for name, n in after["counts"].items() if name not in names} == before["counts"]
+        assert after["group_rewards"] == before["group_rewards"]
+        # Other calls share a batch of the engine, whose sums differ in their last bits.
+        assert after["update"]["loss"] == pytest.approx(before["update"]["loss"], rel=1e-4)
+
+
+# ---- the rollouter ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def connection(cluster):
+    """Shared by the tests of the rollouter. A run connects and disconnects by itself, so its test comes before."""
+    with connected(cluster.address) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def lm():
+    made = policy()
+    yield made
+    made.release()
+
+
+def on_cluster(program, connection, settings=SETTINGS, told=lambda count: None) -> RayRollouter:
+    return RayRollouter(program, Reward(LAB.metric, None, LAB.trainset), settings, told, seed=3, cluster=connection)
+
+
+def tasks_of(program, too_long: bool = False) -> list[Task]:
+    longest = dspy.Example(numbers="1 " * 3000, answer="1").with_inputs("numbers")
+    examples = [*LAB.trainset[:3], *([longest] if too_long else [])]
+    own = read_texts(program)
+    candidates = [own, Candidate({name: f"{text} Be brief." for name, text in own.texts.items()})]
+    return [
+        Task(Problem(i, example), candidate, sample)
+        for i, example in enumerate(examples)
+        for candidate in candidates
+        for sample in range(2)
+    ]
+
+
+def test_rollouts_on_two_nodes_are_those_of_one_process(connection, lm):
+    program, counts = Placed(lm), []
+    tasks = tasks_of(program, too_long=True)
+
+    def told(count):
+        counts.append(count)
+        lm.handle.engine.expect(count)
+
+    alone = Rollouter(program, Reward(LAB.metric, None, LAB.trainset), SETTINGS, told, seed=3)
+    there, seen = on_cluster(program, connection, told=told), []
+    with dspy.context(lm=lm):
+        expected = alone.rollout(tasks, "draw", anew=True)
+        counts.clear()
+        found = there.rollout(tasks, "draw", seen.append, anew=True)
+    assert [rollout.calls for rollout in found] == [rollout.calls for rollout in expected]
+    assert [rollout.outcome for rollout in found] == [rollout.outcome for rollout in expected]
+    assert [rollout.reward for rollout in found] == [rollout.reward for rollout in expected]
+    assert {rollout.failure for rollout in found} >= {"context"}  # the engine's own error, across two processes
+    assert all(rollout.candidate is task.candidate for rollout, task in zip(found, tasks, strict=True))
+    assert sorted(map(id, seen)) == sorted(map(id, found))
+    assert len({rollout.prediction.node for rollout in found if rollout.prediction}) == 2
+    assert max(counts) == 8
+    assert counts[-1] == 0
+    answered = next(rollout for rollout in found if rollout.calls)
+    assert answered.trace[0][0].lm.handle is lm.handle
+    assert answered.asked[0].lm.handle is lm.handle
+    assert there.take_counts() == {}
+
+
+def test_a_node_that_cannot_read_the_program_is_named_before_anything_is_spent(connection, lm):
+    with pytest.raises(ConfigurationError, match=r"cannot read the program: .*of_the_first_node") as caught:
+        on_cluster(Unread(lm), connection)
+    assert len(caught.value.faults) == 2
+
+
+def test_a_cluster_whose_cpus_others_hold_is_an_error_after_a_while(connection, lm, monkeypatch):
+    program = Placed(lm)
+    there = on_cluster(program, connection)
+    monkeypatch.setattr(ray_rollouter, "BEGIN_S", 2.0)
+    held = [ray.remote(num_cpus=1)(lambda: time.sleep(600)).remote() for _ in range(2)]
+    try:
+        with pytest.raises(ClusterError, match="no worker began to play within 2 s"):
+            there.rollout(tasks_of(program)[:2], "draw")
+    finally:
+        for task in held:
+            ray.cancel(task, force=True)
+
+
+def test_a_worker_that_hangs_is_given_up_and_what_always_ends_a_worker_is_an_error(
+    connection, lm, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(ray_rollouter, "SILENT_S", 1.0)
+    monkeypatch.setattr(ray_rollouter, "MOST_LOSSES", 1)
+    program = Stopping(lm, tmp_path / "pid")
+    there = on_cluster(program, connection, RolloutSettings(num_threads=1, rollout_timeout_s=2))
+    try:
+        with pytest.raises(ClusterError, match="lost 1 times, the last time to silence"):
+            there.rollout(tasks_of(program)[:1], "draw")
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
