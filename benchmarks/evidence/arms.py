@@ -71,7 +71,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """FST with one option of a step."""
 
 WARMUPS: dict[str, dict[str, Any]] = {
-    "short_warmup": {"warmup_steps": 2},
     "short_warmup_slower": {"warmup_steps": 2},
     "rl_short_warmup": {"method": "rl", "warmup_steps": 2},
 }
@@ -174,7 +173,6 @@ ABOUT = {
     "resampled": "FST that replaces flat groups, twice a step at most (DAPO)",
     "overlong": "FST that takes up to half a point from rollouts with replies near the limit (DAPO)",
     "retiring": "FST that leaves out problems with a pass rate of 0.9 (ScaleRL)",
-    "short_warmup": "FST with a warm-up of 2 updates instead of 10",
     "short_warmup_slower": "FST with a warm-up of 2 updates, at the learning rate of gepa_then_rl",
     "rl_short_warmup": "RL with a warm-up of 2 updates instead of 10",
     "lora": "FST that trains a LoRA adapter of rank 16 instead of all weights",

@@ -161,6 +161,11 @@ def continual(place: Place, seeds: range) -> Stages:
     return stages
 
 
+def warmup(place: Place, seeds: range) -> Stages:
+    """A warm-up that is short beside a run, on the main world."""
+    return [compared(("fst", "fst_slower", "rl", "short_warmup_slower"), seeds)]
+
+
 def bound(place: Place, seeds: range) -> Stages:
     """RL that is told the rule from the start, beside RL and FST that are not."""
     return [[*_each(("fst", "rl"), TOLD, seeds), *_each(("rl",), TOLD.values(), seeds)]]
@@ -188,6 +193,7 @@ EXPERIMENTS: dict[str, Callable[[Place, range], Stages]] = {
         demos,
         plasticity,
         continual,
+        warmup,
         sensitivity,
         bases,
         bound,
