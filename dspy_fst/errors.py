@@ -32,6 +32,14 @@ class NoAnswerError(EngineError):
     """The server broke off, did not answer in time or failed inside; it may be dead."""
 
 
+class ServerDiedError(NoAnswerError):
+    """The server that was launched here has ended. The message quotes the end of its log."""
+
+
+class ServerReplacedError(ServerDiedError):
+    """A server that somebody else launched was started anew. It has other weights than it was given from here."""
+
+
 class SyncError(EngineError):
     """After a publish the engine uses other weights than the trainer's, or computes other
     log-probabilities from them.

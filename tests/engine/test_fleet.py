@@ -22,12 +22,12 @@ from dspy_fst.engine.vllm.fleet.alike import require_alike
 from dspy_fst.engine.vllm.fleet.each import members_of
 from dspy_fst.engine.vllm.fleet.fleet import Fleet
 from dspy_fst.engine.vllm.fleet.member import FleetServer
+from dspy_fst.engine.vllm.fleet.roster import Due
 from dspy_fst.engine.vllm.launch import vllm_environment
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import require_heard
-from dspy_fst.engine.vllm.server import ServerDiedError
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.supervisor import Supervisor
-from dspy_fst.errors import EngineError, NoAnswerError, SyncError
+from dspy_fst.errors import EngineError, NoAnswerError, ServerDiedError, ServerReplacedError, SyncError
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.ray_checks import servers_on_ray_faults
 from programs.lab import BASE
@@ -382,6 +382,44 @@ def test_a_server_that_is_restarted_during_a_publish_takes_the_new_weights_befor
     go_on.set()
     until(fleet, lambda: states(fleet) == ["up", "up"])
     assert world.places[0][-1].loaded == ["v0", "v1"]
+
+
+@pytest.mark.parametrize("during", ["a call", "a publish"])
+def test_a_server_that_its_owner_starts_anew_is_asked_only_once_it_has_the_weights_again(
+    world, attached, weights, during
+):
+    def started_anew(server: Server, *_: object) -> None:
+        if server is world.places[0][0]:
+            raise ServerReplacedError("the server was started anew since it got its weights")
+
+    attached.load(weights("v0"))
+    due = "v0"
+    if during == "a call":
+        world.on_ask = started_anew
+    else:
+        world.on_load, due = started_anew, "v1"
+        attached.load(weights("v1"))
+    assert {attached.complete(asking(str(seed)), seed).weights for seed in range(4)} == {due}
+    until(attached, lambda: states(attached) == ["up", "up"])
+    assert world.places[0][1].loaded == [due]
+    counts = attached.take_counts()
+    assert counts["servers lost"] == 1
+    assert counts["asked elsewhere"] == (during == "a call")
+    assert "the server was started anew" in attached.told[0]
+
+
+def test_a_server_that_is_started_anew_while_it_comes_back_is_attached_to_once_more(world, attached, weights):
+    def started_anew(server: Server, *_: object) -> None:
+        if server in world.places[0][:2]:
+            raise ServerReplacedError("the server was started anew since it got its weights")
+
+    attached.load(weights("v0"))
+    with attached._changed:
+        attached._roster.due = Due(attached._roster.due.checkpoint, started_anew)
+    world.on_ask = started_anew
+    assert {attached.complete(asking(str(seed)), seed).weights for seed in range(4)} == {"v0"}
+    until(attached, lambda: states(attached) == ["up", "up"])
+    assert [server.loaded for server in world.places[0]] == [["v0"]] * 3
 
 
 def test_a_server_that_hangs_gives_its_calls_back_and_its_late_replies_are_dropped(world, attached, weights):

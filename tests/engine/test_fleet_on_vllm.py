@@ -1,17 +1,19 @@
 """Two real vLLM servers that somebody else launched, as one engine: their prefix caches, and a run that they fail."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.machine import free_port
+from dspy_fst.engine.verification import verify_tensors
 from dspy_fst.engine.vllm.address import Address
 from dspy_fst.engine.vllm.client import VLLMClient
 from dspy_fst.engine.vllm.fleet.affinity import Routes
@@ -20,8 +22,10 @@ from dspy_fst.engine.vllm.launch import vllm_command, vllm_environment
 from dspy_fst.engine.vllm.process import ServerProcess
 from dspy_fst.engine.vllm.server import _answers
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
-from dspy_fst.policy_lm import policy_of
+from dspy_fst.engine.vllm.supervisor import Supervisor
+from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.run.directory import read_events
+from dspy_fst.training.attached import unseen_faults
 from programs.lab import BASE
 from tests.engine.test_contract import request_of
 from tests.engine.test_server_process import below
@@ -38,13 +42,29 @@ SETTINGS = VLLMSettings(
 BLOCK, STALL_S, BOOT_S = 32, 10, 400
 
 
-@dataclass
 class Launched:
     """A server, and the file in which its trouble is ordered."""
 
-    url: str
-    process: ServerProcess
-    trouble: Path
+    def __init__(self, folder: Path, number: int):
+        self.trouble, self._log = folder / f"trouble-{number}", folder / f"log-{number}"
+        self._port = free_port("127.0.0.1")
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        environment = vllm_environment(SETTINGS, KEY) | {"TROUBLE": str(self.trouble)}
+        environment["PYTHONPATH"] += os.pathsep + str(self.trouble.parent)
+        command = vllm_command(SETTINGS, BASE, self._port)
+        self.process = ServerProcess(command, environment, log_path=self._log, grace_s=10)
+
+    def wait(self) -> None:
+        """Until it answers."""
+        client = VLLMClient(Address(self.url, KEY, False), request_timeout_s=60, load_timeout_s=60)
+        deadline = time.monotonic() + BOOT_S
+        while not _answers(client):
+            assert not self.process.exits_within(0.5), self.process.output()[-5:]
+            assert time.monotonic() < deadline, self.process.output()[-5:]
+        client.close()
 
     def caches(self) -> tuple[float, float]:
         """Tokens of prompts that its prefix cache was asked for, and those that it had."""
@@ -61,22 +81,10 @@ class Launched:
 def pair(tmp_path_factory) -> Iterator[list[Launched]]:
     folder = tmp_path_factory.mktemp("pair")
     (folder / "dspy_fst_trouble.py").write_text(TROUBLE)
-    servers = []
-    for number in (1, 2):
-        port, trouble = free_port("127.0.0.1"), folder / f"trouble-{number}"
-        environment = vllm_environment(SETTINGS, KEY) | {"TROUBLE": str(trouble)}
-        environment["PYTHONPATH"] += os.pathsep + str(folder)
-        command = vllm_command(SETTINGS, BASE, port)
-        process = ServerProcess(command, environment, log_path=folder / f"log-{number}", grace_s=10)
-        servers.append(Launched(f"http://127.0.0.1:{port}", process, trouble))
+    servers = [Launched(folder, number) for number in (1, 2)]
     try:
         for server in servers:
-            client = VLLMClient(Address(server.url, KEY, False), request_timeout_s=60, load_timeout_s=60)
-            deadline = time.monotonic() + BOOT_S
-            while not _answers(client):
-                assert not server.process.exits_within(0.5), server.process.output()[-5:]
-                assert time.monotonic() < deadline, server.process.output()[-5:]
-            client.close()
+            server.wait()
         yield servers
     finally:
         for server in servers:
@@ -152,3 +160,29 @@ def test_a_run_survives_a_server_that_hangs_and_one_that_dies(pair, tmp_path):
     for step in steps:
         assert not [reason for reason in step["counts"] if reason.startswith("masked")]
         assert step["counts"]["calls"] == calls_of(step["step"])  # none lost, and none kept twice
+
+
+def test_a_server_that_was_started_anew_between_two_calls_answers_with_the_weights_it_was_given(pair, tmp_path):
+    server = pair[1]
+    options = {**options_of(pair), "attach_url": server.url}
+    policy = PolicyLM(BASE, engine="vllm", engine_options=options)
+    assert unseen_faults(policy, tmp_path) == []
+    moved = Checkpoint("step-000001", shutil.copytree(BASE, tmp_path / "moved"))
+    tensors = load_file(moved.path / "model.safetensors")
+    tensors["model.norm.weight"] *= 0.5
+    save_file(tensors, moved.path / "model.safetensors", metadata={"format": "pt"})
+
+    engine = Supervisor(VLLMSettings(**options))
+    engine.on_recovery(print, lambda scorer: verify_tensors(scorer, moved))
+    engine.load(moved)
+    before = engine.complete(request_of("1 2 3", max_tokens=8), 1)
+    server.process.stop()
+    server.start()
+    server.wait()
+    after = engine.complete(request_of("1 2 3", max_tokens=8), 1)
+    assert engine.take_counts()["restarts"] == 1
+    assert after.logprobs == pytest.approx(before.logprobs, abs=1e-5)
+    engine.on_recovery(print, None)
+    engine.load(Checkpoint("step-000000", BASE))
+    assert engine.complete(request_of("1 2 3", max_tokens=8), 1).logprobs != pytest.approx(before.logprobs, abs=0.01)
+    engine.close()

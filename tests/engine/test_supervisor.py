@@ -13,11 +13,10 @@ from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.vllm import supervisor as supervisor_module
 from dspy_fst.engine.vllm.client import NoAnswerError
-from dspy_fst.engine.vllm.server import ServerDiedError
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.stalls import watch
 from dspy_fst.engine.vllm.supervisor import ATTEMPTS, Supervisor
-from dspy_fst.errors import EngineError, SyncError
+from dspy_fst.errors import EngineError, ServerDiedError, ServerReplacedError, SyncError
 from dspy_fst.policy_lm import EngineHandle
 
 REQUEST = Request("policy", (Message.user("hi"),), config=Config(max_tokens=4))
@@ -332,6 +331,31 @@ def test_a_server_that_somebody_else_launched_is_asked_again_and_never_restarted
         engine.load(weights("v1"))
     assert len(world.servers) == 1
     assert engine.counts == {"asked again": ATTEMPTS - 1, "swaps failed": 1}
+
+
+def started_anew(server: Server, *_: object) -> None:
+    if server.number == 0:
+        raise ServerReplacedError("http://127.0.0.1:9: the server was started anew since it got its weights")
+
+
+@pytest.mark.parametrize("during", ["a call", "a publish"])
+def test_a_server_that_was_started_anew_by_somebody_else_gets_the_weights_again_before_it_answers(
+    world, weights, during
+):
+    engine, checked = Supervisor(VLLMSettings(attach_url="http://127.0.0.1:9"), world.make), []
+    told: list[str] = []
+    engine.on_recovery(told.append, lambda server: checked.append(server.number))
+    engine.load(weights("v0"))
+    if during == "a call":
+        world.on_ask = started_anew
+    else:
+        world.on_load = started_anew
+        engine.load(weights("v0"))
+    assert engine.complete(REQUEST, 1).weights == "v0"
+    assert world.servers[-1].loaded == ["v0"]
+    assert checked == [0, 1]
+    assert engine.counts["restarts"] == 1
+    assert "the server was started anew since it got its weights" in told[0]
 
 
 # New weights

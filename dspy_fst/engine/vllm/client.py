@@ -1,7 +1,6 @@
 """HTTP client of a vLLM server: sampling with exact token ids, scoring, and swapping the weights in place.
 
-It relies on internals of two libraries: lm15's transport (dspy 3.4.1; not exported, needed to keep loopback traffic off
-a proxy) and vLLM's developer endpoints (0.32).
+It relies on vLLM's developer endpoints (0.32).
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -10,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
-from dspy._vendor.lm15.transports import StdlibTransport
 from dspy.lm15 import (
     AuthError,
     ContextLengthError,
@@ -28,7 +26,9 @@ from dspy_fst.engine.base import Completion, Holding
 from dspy_fst.engine.vllm.address import Address
 from dspy_fst.engine.vllm.reply_stream import read_stream, sse_chunks
 from dspy_fst.engine.vllm.rows import PATH, RowSender, read_row, row_of
+from dspy_fst.engine.vllm.transport import ServerTransport
 from dspy_fst.engine.vllm.wire import (
+    PROCESS,
     RESHAPING,
     WorkerAnswer,
     asked_after,
@@ -37,6 +37,7 @@ from dspy_fst.engine.vllm.wire import (
     read_completion,
     read_holding,
     read_scores,
+    require_asked_process,
     require_success,
 )
 from dspy_fst.errors import EngineError, NoAnswerError
@@ -79,19 +80,20 @@ class VLLMClient:
             timeout=httpx.Timeout(request_timeout_s, connect=CONNECT_TIMEOUT_S),
             trust_env=address.through_proxy,
         )
+        self._transport = ServerTransport(
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=request_timeout_s,
+            write_timeout=request_timeout_s,
+            pool_timeout=request_timeout_s,
+            max_connections=MAX_CONNECTIONS,
+            trust_env=address.through_proxy,
+        )
         self._router = LMRouter(
             RouterConfig(
                 env={},
                 base_urls={"vllm": f"{address.url}/v1"},
                 api_keys={"vllm": address.api_key} if address.api_key else None,
-                transport=StdlibTransport(
-                    connect_timeout=CONNECT_TIMEOUT_S,
-                    read_timeout=request_timeout_s,
-                    write_timeout=request_timeout_s,
-                    pool_timeout=request_timeout_s,
-                    max_connections=MAX_CONNECTIONS,
-                    trust_env=address.through_proxy,
-                ),
+                transport=self._transport,
             )
         )
 
@@ -133,9 +135,16 @@ class VLLMClient:
             ) from error
 
     def find_rows(self) -> None:
-        """Send requests together from now on, if the server has our middleware for that."""
-        if self.send("GET", PATH, timeout_s=QUICK_TIMEOUT_S).is_success:
-            self.rows = RowSender(self.address, timeout_s=self._request_timeout_s)
+        """If the server has our middleware: send requests together from now on, and to the process that answers now.
+
+        If another one answers later, it refuses: every method then raises `ServerReplacedError`.
+        """
+        reply = self.send("GET", PATH, timeout_s=QUICK_TIMEOUT_S)
+        if reply.is_success:
+            meant = {PROCESS: name} if (name := reply.headers.get(PROCESS)) else {}
+            self._http.headers.update(meant)
+            self._transport.headers = meant
+            self.rows = RowSender(self.address, timeout_s=self._request_timeout_s, headers=meant)
 
     def sample(
         self,
@@ -185,8 +194,10 @@ class VLLMClient:
         try:
             with self._http.stream(wire.method, wire.url, headers=wire.headers, content=wire.body) as reply:
                 if not reply.is_success:
+                    body = reply.read().decode("utf-8", "replace")
+                    require_asked_process(reply.headers.get(PROCESS), wire.url)
                     with self._as_engine_errors():
-                        raise lm.normalize_error(reply.status_code, reply.read().decode("utf-8", "replace"))
+                        raise lm.normalize_error(reply.status_code, body)
                 return (yield from read_stream(sse_chunks(reply), request, weights))
         except (httpx.HTTPError, RuntimeError) as error:  # the latter when another thread closed the client
             raise NoAnswerError(f"vLLM at {self.address.url} gave no reply to a request: {error}") from error

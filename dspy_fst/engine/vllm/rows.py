@@ -9,9 +9,10 @@ One thread does the input and output for all callers; they wait for it.
 import asyncio
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 import httpx
@@ -28,6 +29,7 @@ GATHERED_S = 0.004
 """How long the first of the waiting calls waits for others (ours): less than one step of any model."""
 CONNECT_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 10.0
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,11 @@ class RowSender:
     Args:
         address: The server.
         timeout_s: Longest wait for a reply.
+        headers: Of each request, beside the key.
     """
 
-    def __init__(self, address: Address, *, timeout_s: float):
-        self._address, self._timeout_s = address, timeout_s
+    def __init__(self, address: Address, *, timeout_s: float, headers: Mapping[str, str] = NO_HEADERS):
+        self._address, self._timeout_s, self._headers = address, timeout_s, headers
         self._lock = threading.Lock()
         self._waiting: list[tuple[AskedRow, Future[RowReply]]] = []
         self._closed = False
@@ -145,7 +148,7 @@ class RowSender:
         asyncio.set_event_loop(loop)
         self._http = httpx.AsyncClient(
             base_url=self._address.url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={**self._headers, **({"Authorization": f"Bearer {key}"} if key else {})},
             timeout=httpx.Timeout(self._timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=self._address.through_proxy,

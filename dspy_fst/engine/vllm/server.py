@@ -34,7 +34,7 @@ from dspy_fst.engine.vllm.prompts import Prompts
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.sleep_mode import Doubt, fall_asleep, wake_up
 from dspy_fst.engine.weights_lock import WeightsLock
-from dspy_fst.errors import EngineError, NoAnswerError
+from dspy_fst.errors import EngineError, NoAnswerError, ServerDiedError
 from dspy_fst.types import WeightsVersion
 
 logger = logging.getLogger(__name__)
@@ -45,10 +45,6 @@ _DEATH_NOTICE_S = 3.0
 """How long to wait, after a connection broke, for the server to end, so that the error can tell why."""
 _WIND_UP_S = 60.0
 """The same wait for a server whose engine has died, which its health check reports. It is killed after this time."""
-
-
-class ServerDiedError(NoAnswerError):
-    """The server that was launched here has ended. The message quotes the end of its log."""
 
 
 class VLLMServer:
@@ -275,7 +271,6 @@ class VLLMServer:
         needs = LoRANeeds.of(checkpoint.adapters) if checkpoint.adapters else None
         url = self.settings.attach_url
         self._client = self._launch(checkpoint, needs) if url is None else self._attach(str(url), checkpoint)
-        self._client.find_rows()
         self._reader = ReplyReader.load(checkpoint.path)
         self._prompts = Prompts(self._reader)
         if needs is not None:
@@ -295,6 +290,7 @@ class VLLMServer:
         client = self._new_client(address)
         try:
             client.find_model()
+            client.find_rows()  # from now on this very process is asked
             client.require_developer_endpoints(HOW_TO_ATTACH)
             if checkpoint.adapters:  # their base is not swapped: the server must have been launched on it
                 LoRAClient(client).require(HOW_TO_ATTACH)
@@ -342,6 +338,7 @@ class VLLMServer:
                 progress_at += _PROGRESS_EVERY_S
                 logger.info("vLLM is starting (%.0f s): %s", elapsed, (process.output() or [""])[-1])
         client.find_model()
+        client.find_rows()
         logger.info("vLLM was ready after %.0f s", time.monotonic() - began)
 
     @contextmanager

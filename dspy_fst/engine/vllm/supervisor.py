@@ -10,7 +10,7 @@ The contract of this file:
 - After ``max_restarts`` every call fails at once.
 - While the trainer has the card to itself (`asleep`), calls wait. Afterwards nobody samples before the weights are
   verified again, which the next load does, or else the first call.
-- A server that somebody else launched is never restarted; requests to it are only repeated.
+- A server that somebody else launched is never restarted. If they have started it anew, it gets the weights again.
 """
 
 import copy
@@ -28,18 +28,17 @@ from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.machine import empty_gpu_cache, has_gpu
 from dspy_fst.engine.vllm.address import Address
-from dspy_fst.engine.vllm.server import ServerDiedError, VLLMServer, require_checkpoint
+from dspy_fst.engine.vllm.server import VLLMServer, require_checkpoint
 from dspy_fst.engine.vllm.server_settings import DROPS_WEIGHTS, VLLMSettings
 from dspy_fst.engine.vllm.sleep_mode import UnverifiedWeightsError
 from dspy_fst.engine.vllm.stalls import watch
 from dspy_fst.engine.weights_lock import TimedLock
-from dspy_fst.errors import EngineError, NoAnswerError, SyncError
+from dspy_fst.errors import EngineError, NoAnswerError, ServerDiedError, ServerReplacedError, SyncError
 from dspy_fst.model_files.architectures import folder_restart_reason
 from dspy_fst.types import WeightsVersion
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
 ATTEMPTS = 5
 """How many times a request is sent to a live server before the server counts as failed."""
 FIRST_WAIT_S, LONGEST_WAIT_S, JITTER_S = 0.5, 8.0, 0.5
@@ -289,8 +288,6 @@ class Supervisor:
             if self._check is not None:
                 self._check(self.server)
         except NoAnswerError as error:  # the server died during the check, so its weights are still unknown
-            if self.settings.attach_url is not None:
-                raise
             self._relaunch(checkpoint, error)
 
     def _swap(self, checkpoint: Checkpoint) -> None:
@@ -308,14 +305,14 @@ class Supervisor:
             if self._check is not None:
                 self._check(self.server)
             return
+        except ServerReplacedError as error:
+            cause = error
         except SyncError as error:
             self._count("swaps refused")
             cause = error
         except EngineError as error:
             self._count("swaps failed")
             cause = EngineError(f"the weights could not be swapped: {error}")
-        if self.settings.attach_url is not None:
-            raise cause
         self._relaunch(checkpoint, cause)
 
     def _restart_reason(self, checkpoint: Checkpoint) -> tuple[str, str] | None:
@@ -331,15 +328,19 @@ class Supervisor:
 
     def _restart(self, failed: VLLMServer, cause: EngineError) -> None:
         """Replace a failed server, unless another thread has already done so."""
-        if self.settings.attach_url is not None:
-            raise cause
         with self._lock.held_by("a request"):
             self._raise_refusal()
             if failed is self.server and self._wanted is not None:
                 self._relaunch(self._wanted, cause)
 
     def _relaunch(self, checkpoint: Checkpoint, cause: EngineError) -> None:
-        """Start servers until one serves these weights; raises EngineError when the restarts are used up."""
+        """Start servers until one serves these weights.
+
+        Raises:
+            EngineError: the restarts are used up; or the server is somebody else's, and they have not started it anew.
+        """
+        if self.settings.attach_url is not None and not isinstance(cause, ServerReplacedError):
+            raise cause
         while True:
             self._spend_restart(checkpoint.version, cause)
             self._replace_server()
@@ -370,9 +371,8 @@ class Supervisor:
         except NoAnswerError:
             raise  # the server failed again, so its weights are still unknown
         except BaseException as error:
-            self._refusal = (
-                error if isinstance(error, EngineError) else EngineError(f"the check of the weights failed: {error!r}")
-            )
+            broke = EngineError(f"the check of the weights failed: {error!r}")
+            self._refusal = error if isinstance(error, EngineError) else broke
             self._replace_server()
             raise
 

@@ -10,12 +10,14 @@ from dspy.lm15 import Request, Response, ToolChoice, UnsupportedFeatureError
 from dspy_fst.engine.base import Completion, Holding, refuse_reshaped_sampling
 from dspy_fst.engine.chat import text_response
 from dspy_fst.engine.replies import with_logprobs
-from dspy_fst.errors import EngineError, NoAnswerError
+from dspy_fst.errors import EngineError, NoAnswerError, ServerReplacedError
 from dspy_fst.types import WeightsVersion
 
 # The training loss scores the whole softmax, so sampling from a truncated one would be another policy. Every request
 # sets these, because a server that somebody else launched may take its defaults from generation_config.json.
 RESHAPING: Mapping[str, float] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+PROCESS = "x-dspy-fst-process"
+"""Header that names the process of a server; see `served/dspy_fst_rows.py`."""
 FINISHED = {"stop", "length", "tool_calls"}
 """Finish reasons of a complete reply; any other means that the reply was cut off."""
 
@@ -208,6 +210,19 @@ def read_holding(workers: Sequence[WorkerAnswer]) -> Holding:
     return Holding(workers[0]["digests"], wrong, workers[0]["dtype"])
 
 
+def require_asked_process(other: str | None, what: str) -> None:
+    """
+    Args:
+        other: `PROCESS` of an answer that is no success.
+        what: Was asked, e.g. ``"POST http://127.0.0.1:8000/pause"``.
+
+    Raises:
+        ServerReplacedError: another process of the server answers than the one that was asked.
+    """
+    if other is not None:
+        raise ServerReplacedError(f"{what}: the server was started anew since it got its weights")
+
+
 def require_success(reply: httpx.Response, what: str, *, refused: bool = False) -> None:
     """Raise an error for any answer but success.
 
@@ -215,11 +230,13 @@ def require_success(reply: httpx.Response, what: str, *, refused: bool = False) 
         refused: Whether a server error is known to be a refusal: the server is healthy, and asking again is useless.
 
     Raises:
+        ServerReplacedError: another process of the server answers than the one that was asked.
         NoAnswerError: a server error, after which asking again may help.
         EngineError: any other answer.
     """
     if reply.is_success:
         return
+    require_asked_process(reply.headers.get(PROCESS), what)
     hint = " Is the API key right?" if reply.status_code == 401 else ""
     if refused:
         raise EngineError(

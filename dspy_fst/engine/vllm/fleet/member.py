@@ -2,7 +2,8 @@
 
 The contract of this file:
 
-- A server is lost when a request to it fails for good, when it hangs, or when it does not load new weights.
+- A server is lost when a request to it fails for good, when it hangs, when it does not load new weights, or when who
+  launched it has started it anew.
 - A call that waits for a lost server fails with `LostError` at once, so that it can be asked elsewhere; a reply that
   arrives later is dropped.
 - A lost server comes back by itself: one that was launched here is restarted, within `max_restarts`; one that somebody
@@ -132,6 +133,12 @@ class FleetServer(Supervisor):
         self.lose(failed, cause)
         raise LostError(f"{self.name} is lost: {_first_line(cause)}") from cause
 
+    def _relaunch(self, checkpoint: Checkpoint, cause: EngineError) -> None:
+        """One that somebody else launched comes back by `_attach_again`, however often they start it anew."""
+        if self.attached:
+            raise cause
+        super()._relaunch(checkpoint, cause)
+
     def _launch(self, checkpoint: Checkpoint) -> None:
         """A lost server starts on the weights that are due by now: the folder of what it served may be removed."""
         if self.state == "lost" and (due := self._roster.due) is not None:
@@ -158,17 +165,21 @@ class FleetServer(Supervisor):
 
     def _attach_again(self) -> None:
         """Try again and again, until the server serves what is due or the fleet is closed."""
-        with self._lock.held_by("a lost server"):
-            self._taken = None
-            self._replace_server()
+        self._let_go()
         while not self._closing.wait(RETURN_PAUSE_S) and not self._roster.closed:
             try:
                 self._catch_up()
                 return
             except (SyncError, DiskError):
                 raise
-            except EngineError as error:  # it does not answer yet
+            except EngineError as error:  # it does not answer yet, or was started anew once more
                 self.why = _first_line(error)
+                self._let_go()
+
+    def _let_go(self) -> None:
+        with self._lock.held_by("a lost server"):
+            self._taken = None
+            self._replace_server()
 
     def _catch_up(self) -> None:
         """Take what is due, until nothing else became due meanwhile."""

@@ -8,14 +8,22 @@ one request have the same seed. A run's rollouts have a seed each, so that a rep
 reply has ended: ``{"row": 0, "ids": [...], "logprobs": [...], "text": "...", "finish_reason": "stop"}``. A row that
 vLLM refuses is answered ``{"row": 0, "refused": "why"}``, and one that it fails on ``{"row": 0, "failed": "why"}``.
 
+``GET`` names the server's process in the header `PROCESS`; another start of the server has another name. A request to
+any path that names another process there is refused with 503: a server that was started anew has the weights of its
+command line, and would sample from those.
+
 Written for vLLM 0.32. This folder is on the server's PYTHONPATH, so its file names must not shadow other modules.
 """
 
 import asyncio
 import itertools
 import json
+import multiprocessing
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+import psutil
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -23,22 +31,38 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PATH = "/dspy_fst/rows"
+PROCESS = b"x-dspy-fst-process"
+ANEW = b"the server was started anew since it got its weights"
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity; vLLM's own endpoints write this number, too."""
 _numbers = itertools.count()
 
 
+def _process() -> str:
+    """The same in all API processes of one server: several are children of the one that was started
+    (``--api-server-count``). psutil's hash of a process is over its number and its start."""
+    parent = multiprocessing.parent_process()
+    number = parent.pid if parent is not None and parent.pid is not None else os.getpid()
+    return f"{number}-{hash(psutil.Process(number))}"
+
+
 class Rows:
-    """Answers `PATH`, and passes on every other request. ``GET`` tells that it is there."""
+    """Answers `PATH`, and passes on every other request that is meant for this process."""
 
     def __init__(self, app: App):
         self._app = app
+        self._process = _process().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != PATH:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif dict(scope["headers"]).get(PROCESS, self._process) != self._process:
+            await _begin(send, 503, (PROCESS, self._process))
+            await send({"type": "http.response.body", "body": ANEW})
+        elif scope["path"] != PATH:
             await self._app(scope, receive, send)
         elif scope["method"] == "GET":
-            await _begin(send)
+            await _begin(send, 200, (PROCESS, self._process))
             await send({"type": "http.response.body", "body": b"{}"})
         else:
             await _answer(scope["app"].state, receive, send)
@@ -143,6 +167,6 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _begin(send: Send) -> None:
-    headers = [(b"content-type", b"application/x-ndjson")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+async def _begin(send: Send, status: int = 200, *further: tuple[bytes, bytes]) -> None:
+    headers = [(b"content-type", b"application/x-ndjson"), *further]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
