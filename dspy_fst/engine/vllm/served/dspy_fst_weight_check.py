@@ -93,6 +93,13 @@ class WeightCheck:
             "wrong": comparison.wrong,
         }
 
+    def dspy_fst_sees(self, file: str, content: str) -> bool:
+        """Whether this worker finds that content in a file: whether both sides see the same folder under one path."""
+        try:
+            return Path(file).read_text(encoding="utf-8") == content
+        except (OSError, ValueError):
+            return False
+
     def dspy_fst_note_loras(self) -> bool:
         """Note from now on under which name each LoRA adapter is loaded; False if vLLM was launched without LoRA."""
         from dspy_fst_lora_check import notes_of  # type: ignore[import-not-found]
