@@ -44,13 +44,14 @@ def address_faults(address: str | None) -> Iterator[str]:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[ExitStack]:
+def connected(address: str, *, stay: bool = False) -> Iterator[ExitStack]:
     """The block in which this process is connected to a cluster; what is pushed on the stack ends before.
 
     A connection that the process had before is used, and kept.
 
     Args:
         address: As `ray.init` takes it.
+        stay: Whether the process stays connected, as the cluster holds what is used later.
 
     Raises:
         ClusterError: the cluster does not take this process.
@@ -60,7 +61,8 @@ def connected(address: str) -> Iterator[ExitStack]:
     with ExitStack() as stack:
         if not ray.is_initialized():
             _connect(address)
-            stack.callback(ray.shutdown)
+            if not stay:
+                stack.callback(ray.shutdown)
         yield stack
 
 

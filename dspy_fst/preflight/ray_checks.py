@@ -8,6 +8,11 @@ from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.policy_lm import PolicyLM
 
 
+def wants_servers_on_ray(policy: PolicyLM) -> bool:
+    """Whether the policy's servers are launched on a Ray cluster."""
+    return policy.handle.resolved_kind == "vllm" and bool(policy.handle.options.get("on_ray"))
+
+
 def servers_on_ray_faults(policy: PolicyLM, run_dir: Path, *, lora: bool) -> list[str]:
     """What the cluster that this process is connected to lacks for the servers; empty where none are wanted there.
 
@@ -16,7 +21,7 @@ def servers_on_ray_faults(policy: PolicyLM, run_dir: Path, *, lora: bool) -> lis
         run_dir: Where the weights will lie.
         lora: Whether LoRA adapters are trained, so that the servers read the model's own folder, too.
     """
-    if policy.handle.resolved_kind != "vllm" or not policy.handle.options.get("on_ray"):
+    if not wants_servers_on_ray(policy):
         return []
     if find_spec("ray") is None:
         return ["engine_options: on_ray needs Ray, which is not installed: pip install 'dspy-fst[ray]'"]

@@ -71,7 +71,7 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
         storage=Storage(url, keep) if (url := request.config.storage) else None,
     )
     try:
-        with ranks.naming_lost(), cluster_of(request.config) as cluster:
+        with ranks.naming_lost(), cluster_of(request.config, original, request.run_dir) as cluster:
             _tell_begin(run, request)
             session = _assemble(request, run, policy, ranks, cluster)
             if not run.state and (words := take_over(session.trainer, request.config, request.student, original)):

@@ -1,8 +1,8 @@
 """What a run or a command is put together from: a trainable copy of the program, a population and a rollouter."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -10,7 +10,9 @@ import dspy
 
 from dspy_fst.cluster.connecting import connected
 from dspy_fst.config import FSTConfig
+from dspy_fst.errors import ConfigurationError
 from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.ray_checks import servers_on_ray_faults, wants_servers_on_ray
 from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.program_graph import all_speakers
@@ -55,9 +57,22 @@ def starting_population(student: dspy.Module, seed: Candidate, size: int, state:
     return Population.of_seed(seed, size)
 
 
-def cluster_of(config: FSTConfig) -> AbstractContextManager[ExitStack | None]:
-    """The block in which a run is connected to its Ray cluster; None where it has none."""
-    return nullcontext() if config.ray is None else connected(config.ray)
+@contextmanager
+def cluster_of(config: FSTConfig, policy: PolicyLM, run_dir: Path) -> Iterator[ExitStack | None]:
+    """The block in which a run is connected to its Ray cluster; None where it has none.
+
+    The process stays connected where the policy's servers are on the cluster, as the compiled program asks them, too.
+
+    Raises:
+        ConfigurationError: the cluster lacks something for the servers.
+    """
+    if config.ray is None:
+        yield None
+        return
+    with connected(config.ray, stay=wants_servers_on_ray(policy)) as cluster:
+        if faults := servers_on_ray_faults(policy, run_dir, lora=config.adapter is not None):
+            raise ConfigurationError(faults)
+        yield cluster
 
 
 def open_rollouter(

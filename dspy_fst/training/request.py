@@ -258,7 +258,8 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     recipe = redactor.clean({**identity, **fast_identity(given.proposers.fast)})
     faults += [fault] if (fault := directory_fault(run_dir, recipe, FSTConfig().model_dump())) else []
     faults += [*storage_faults(config, recipe, run_dir), *unseen_faults(policy, run_dir)] if room is None else []
-    faults += servers_on_ray_faults(policy, run_dir, lora=config.adapter is not None) if room is None else []
+    if room is None and config.ray is None:  # with it the cluster is asked once this process is connected
+        faults += servers_on_ray_faults(policy, run_dir, lora=config.adapter is not None)
     config = with_recorded_micro_batch(config, run_dir)
     warnings: list[str] = []
     if plan := plan_memory(policy, config, run_dir, room, adapters=adapter_count(config, student)):

@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from ray.cluster_utils import Cluster
 
 from dspy_fst.cluster.connecting import connected
+from dspy_fst.engine import making
 from dspy_fst.engine.vllm.fleet.fleet import Fleet
 from dspy_fst.engine.vllm.on_ray.actor import node_name
 from dspy_fst.engine.vllm.on_ray.room import room_faults
@@ -21,8 +22,9 @@ from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
 from tests.engine.test_server_process import wait_until_gone
+from tests.relay import relay
 from tests.test_compile import assert_trained_together, compile_relay
-from tests.test_survival import calls_of, program_with
+from tests.test_survival import calls_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 OPTIONS = {"on_ray": True, "servers": 2, "cpu_kv_cache_gib": 1, "max_model_len": 256, "stall_timeout_s": 60}
@@ -71,20 +73,29 @@ class NodeLost:
     """Removes the node of one server while calls wait for that server, in the second step."""
 
     def __init__(self, nodes: Nodes):
-        self.nodes, self.engine, self.lost, self.told = nodes, None, threading.Event(), []
+        self.nodes, self.fleets, self.lost, self.told = nodes, [], threading.Event(), []
+
+    def making(self, make):
+        """Makes fleets as ``make`` does, and keeps them: the last one is the run's."""
+
+        def kept(settings):
+            self.fleets.append(make(settings))
+            return self.fleets[-1]
+
+        return kept
 
     def __call__(self, event):
         self.told.append(event.get("text", ""))
         if event.get("phase", "").startswith("step 1:"):
             threading.Thread(target=self.remove).start()
         if event.get("phase", "").startswith("step 3:"):  # the last step is sampled by both
-            changed, members = self.engine._changed, self.engine.members
+            changed, members = self.fleets[-1]._changed, self.fleets[-1].members
             with changed:
                 assert changed.wait_for(lambda: {"up"} == {member.state for member in members}, LIMIT_S)
 
     def remove(self):
         """At once, with all of its processes."""
-        (there,) = (one for one in self.engine.members if one.server._process._node == self.nodes.lost)
+        (there,) = (one for one in self.fleets[-1].members if one.server._process._node == self.nodes.lost)
         group = group_of(there.server._process._actor)
         while not there.in_flight:
             time.sleep(0.001)
@@ -93,10 +104,13 @@ class NodeLost:
         self.lost.set()
 
 
-def test_a_run_survives_a_node_with_one_of_its_servers(nodes, tmp_path):
+def test_a_run_survives_a_node_with_one_of_its_servers(nodes, tmp_path, monkeypatch):
     trouble = NodeLost(nodes)
-    student = program_with(OPTIONS, trouble)
-    compiled = compile_relay(tmp_path / "run", program=student, listeners=[trouble], num_threads=8)
+    monkeypatch.setattr(making, "_on_ray", trouble.making(making._on_ray))
+    student = relay("vllm")
+    policy_of(student).handle.options.update(OPTIONS)
+    on_ray = {"ray": nodes.cluster.address, "num_threads": 8}
+    compiled = compile_relay(tmp_path / "run", program=student, listeners=[trouble], **on_ray)
     assert_trained_together(student, compiled, tmp_path / "run")
 
     assert trouble.lost.is_set()
@@ -110,7 +124,7 @@ def test_a_run_survives_a_node_with_one_of_its_servers(nodes, tmp_path):
         assert step["counts"]["calls"] == calls_of(step["step"])  # none lost, and none kept twice
     (back,) = (text for text in trouble.told if "it is back" in text)
     assert back.endswith("it is back, and serves weights step-000003, verified")
-    end_with_their_actors(trouble.engine)
+    end_with_their_actors(trouble.fleets[-1])
     policy_of(compiled).release()
 
 

@@ -71,8 +71,8 @@ class VLLMSettings:
     alone takes the first card, and several take the last ones, so that the trainer's is shared only if all are
     needed."""
     on_ray: bool = False
-    """Launch the servers on machines of the Ray cluster that this process is connected to: each takes a CPU there,
-    and cards of its own if torch sees any here."""
+    """Launch the servers on machines of the Ray cluster that this process is connected to (the recipe's ``ray``): each
+    takes a CPU there, and cards of its own if torch sees any here."""
     attach_url: str | tuple[str, ...] | None = None
     """URL of a server that somebody else launched, e.g. ``"http://127.0.0.1:8000"``, or a list of several, over which
     calls are spread. They are never stopped from here."""

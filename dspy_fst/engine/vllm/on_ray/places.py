@@ -35,7 +35,7 @@ KILLED_S = 30.0
 """How much longer than its grace period a server may take to end (ours)."""
 THREADS = 4
 """Calls that an actor answers at once: one waits for the server's end, and one of the others may stop it."""
-NOT_CONNECTED = "on_ray: this process is connected to no Ray cluster; call ray.init first"
+NOT_CONNECTED = "on_ray: this process is connected to no Ray cluster; set the recipe's ray, or call ray.init first"
 
 
 def bundle_of(settings: VLLMSettings) -> Mapping[str, float]:
