@@ -166,7 +166,7 @@ SHARED = {
     **{f"tests/engine/test_{name}.py": "a vLLM server" for name in ("replies", "vllm_server", "weight_check")},
     **{
         f"tests/{name}.py": "the laboratory on vLLM"
-        for name in ("engine/test_contract", "provider/test_together", "serve/test_clients")
+        for name in ("cluster/test_attached", "engine/test_contract", "provider/test_together", "serve/test_clients")
     },
     **{
         f"tests/cli/test_{name}.py": "a finished run"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import dspy
 import ray
 
 from dspy_fst import PolicyLM
+from dspy_fst.engine.making import EngineKind
 from programs.lab import BASE, build
 
 LAB = build("reverse", train=24, val=6, test=4)
@@ -21,8 +23,8 @@ def node() -> str:
     return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
 
 
-def policy() -> PolicyLM:
-    return PolicyLM(BASE, engine="in_process", max_tokens=16)
+def policy(engine: EngineKind = "in_process", **options: object) -> PolicyLM:
+    return PolicyLM(BASE, engine=engine, max_tokens=16, engine_options=options)
 
 
 class Placed(dspy.Module):
@@ -70,3 +72,21 @@ class Held:
             self.held.touch()
             time.sleep(HELD_S)
         return LAB.metric(gold, pred, trace)
+
+
+class Killer:
+    """Arms the metric, and removes the node on which it is then held."""
+
+    def __init__(self, cluster, node, metric: Held):
+        self.cluster, self.node, self.metric = cluster, node, metric
+        self.thread = threading.Thread(target=self._kill_when_held, daemon=True)
+
+    def arm(self) -> None:
+        self.metric.armed.touch()
+        self.thread.start()
+
+    def _kill_when_held(self) -> None:
+        until = time.monotonic() + 60
+        while not self.metric.held.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        self.cluster.remove_node(self.node, allow_graceful=False)

@@ -2,13 +2,11 @@
 
 import os
 import signal
-import threading
 import time
 
 import dspy
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from dspy_fst import FSTOptimizer
 from dspy_fst.cluster import ray_rollouter
@@ -21,45 +19,16 @@ from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import read_events
 from dspy_fst.types import Candidate, Problem
-from tests.cluster.play import LAB, Held, Placed, Stopping, Unread, policy
+from tests.cluster.conftest import NODE
+from tests.cluster.play import LAB, Held, Killer, Placed, Stopping, Unread, policy
 from tests.ranks.run import RECIPE
 from tests.test_compile import propose
 
 pytestmark = pytest.mark.slow
-STORE = 80_000_000
-"""Bytes of a node's object store: the least that Ray takes."""
 SETTINGS = RolloutSettings(num_threads=8, rollout_timeout_s=60)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    made.add_node(num_cpus=1, object_store_memory=STORE)
-    yield made
-    made.shutdown()
-
-
 # ---- a whole run -----------------------------------------------------------------------------------
-
-
-class Killer:
-    """A listener that arms the metric after the first step, and removes the node on which it is then held."""
-
-    def __init__(self, cluster, node, metric):
-        self.cluster, self.node, self.metric = cluster, node, metric
-        self.thread = threading.Thread(target=self._kill_when_held, daemon=True)
-
-    def __call__(self, event):
-        if event["event"] == "step" and not self.metric.armed.exists():
-            self.metric.armed.touch()
-            self.thread.start()
-
-    def _kill_when_held(self):
-        until = time.monotonic() + 60
-        while not self.metric.held.exists() and time.monotonic() < until:
-            time.sleep(0.05)
-        self.cluster.remove_node(self.node, allow_graceful=False)
 
 
 def compiled(run_dir, metric, **changes):
@@ -77,13 +46,18 @@ def test_a_run_that_loses_a_node_in_mid_step_ends_as_the_run_of_one_process(clus
     node = next(node for node in cluster.list_all_nodes() if not node.is_head())
     metric = Held(node.node_id, tmp_path)
     killer = Killer(cluster, node, metric)
+
+    def arm(event):
+        if event["event"] == "step" and not metric.armed.exists():
+            killer.arm()
+
     mine = signal.getsignal(signal.SIGTERM)
     alone = compiled(tmp_path / "alone", metric)
-    there = compiled(tmp_path / "there", metric, ray=cluster.address, listeners=[killer])
+    there = compiled(tmp_path / "there", metric, ray=cluster.address, listeners=[arm])
     killer.thread.join(30)
     assert not ray.is_initialized()
     assert signal.getsignal(signal.SIGTERM) is mine
-    cluster.add_node(num_cpus=1, object_store_memory=STORE)  # it handles SIGTERM, too
+    cluster.add_node(**NODE)  # it handles SIGTERM, too
     signal.signal(signal.SIGTERM, mine)
     assert there.population == alone.population
     steps = [
