@@ -74,8 +74,7 @@ WARMUPS: dict[str, dict[str, Any]] = {
     "short_warmup_slower": {"warmup_steps": 2},
     "rl_short_warmup": {"method": "rl", "warmup_steps": 2},
 }
-"""A warm-up of 2 updates. The paper's 10 are for stages of 200 updates; of the 24 here they are nearly half, and the
-half in which FST's groups already differ and RL's are still flat."""
+"""A warm-up of 2 updates. The paper's 10 are for stages of 200 updates; of the 24 here they are nearly half."""
 
 LORA: dict[str, dict[str, Any]] = {"lora": {"adapter": {"rank": 16, "alpha": 32.0}}}
 """A LoRA adapter is trained in place of all weights. Rank and scaling are the package's defaults. In this narrow model
