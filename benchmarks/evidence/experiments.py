@@ -16,6 +16,7 @@ from benchmarks.evidence.arms import (
     RECIPE,
     SENSITIVITY,
     VARIANTS,
+    WARMUPS,
     tuned_as,
 )
 from benchmarks.evidence.places import (
@@ -163,7 +164,7 @@ def continual(place: Place, seeds: range) -> Stages:
 
 def warmup(place: Place, seeds: range) -> Stages:
     """A warm-up that is short beside a run, on the main world."""
-    return [compared(("fst", "fst_slower", "rl", "short_warmup_slower"), seeds)]
+    return [compared(("fst", "fst_slower", "rl", *WARMUPS), seeds)]
 
 
 def bound(place: Place, seeds: range) -> Stages:
