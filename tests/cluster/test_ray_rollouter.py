@@ -20,6 +20,7 @@ from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import read_events
 from dspy_fst.types import Candidate, Problem
 from tests.cluster.conftest import NODE
+from tests.cluster.nodes import sigterm_as_before
 from tests.cluster.play import LAB, Held, Killer, Placed, Stopping, Unread, policy
 from tests.ranks.run import RECIPE
 from tests.test_compile import propose
@@ -57,8 +58,8 @@ def test_a_run_that_loses_a_node_in_mid_step_ends_as_the_run_of_one_process(clus
     killer.thread.join(30)
     assert not ray.is_initialized()
     assert signal.getsignal(signal.SIGTERM) is mine
-    cluster.add_node(**NODE)  # it handles SIGTERM, too
-    signal.signal(signal.SIGTERM, mine)
+    with sigterm_as_before():
+        cluster.add_node(**NODE)
     assert there.population == alone.population
     steps = [
         [event["report"] for event in read_events(tmp_path / name) if event["event"] == "step"]

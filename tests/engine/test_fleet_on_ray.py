@@ -21,6 +21,7 @@ from dspy_fst.engine.vllm.on_ray.room import room_faults
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
+from tests.cluster.nodes import sigterm_as_before
 from tests.engine.test_server_process import wait_until_gone
 from tests.relay import relay
 from tests.test_compile import assert_trained_together, compile_relay
@@ -46,8 +47,9 @@ class Nodes:
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     soon = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
-    cluster = Cluster(True, head_node_args={"num_cpus": 3, "include_dashboard": False, "_system_config": soon})
-    other = cluster.add_node(num_cpus=1)
+    with sigterm_as_before():
+        cluster = Cluster(True, head_node_args={"num_cpus": 3, "include_dashboard": False, "_system_config": soon})
+        other = cluster.add_node(num_cpus=1)
     try:
         with connected(cluster.address):
             yield Nodes(cluster, other)

@@ -18,8 +18,8 @@ from dspy_fst.engine import machine
 from dspy_fst.engine.base import Checkpoint, Scorer
 from dspy_fst.engine.in_process import InProcessEngine
 from dspy_fst.engine.verification import verify_tensors
+from dspy_fst.engine.vllm import launched, server_settings
 from dspy_fst.engine.vllm import server as server_module
-from dspy_fst.engine.vllm import server_settings
 from dspy_fst.engine.vllm import supervisor as supervisor_module
 from dspy_fst.engine.vllm.launch import vllm_command
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
@@ -92,7 +92,7 @@ class Card:
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Card:
     program = [sys.executable, "-S", sleeping_server.__file__, str(tmp_path)]
     monkeypatch.setattr(
-        server_module,
+        launched,
         "vllm_command",
         lambda settings, model, port, loras: [*program, "--model", str(model), "--port", str(port)],
     )
