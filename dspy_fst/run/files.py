@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -104,6 +105,19 @@ def scratch_beside(path: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def probe_for(run_dir: Path) -> Iterator[Path]:
+    """A file with random content in the nearest folder that exists, at or above ``run_dir``: who reads the same there
+    sees the same folder. It is removed after the block."""
+    folder = next(parent for parent in (run_dir, *run_dir.parents) if parent.is_dir())
+    probe = folder / f".dspy-fst-probe-{uuid.uuid4().hex}"
+    try:
+        probe.write_text(uuid.uuid4().hex, encoding="utf-8")
+        yield probe
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

@@ -3,7 +3,6 @@
 They read published weights from there, and may run on other machines.
 """
 
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,8 @@ from dspy_fst.engine.vllm.client import VLLMClient
 from dspy_fst.engine.vllm.fleet.placing import addresses
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.errors import EngineError
-from dspy_fst.memory.available import nearest_folder
 from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.run.files import probe_for
 
 PROBE_S = 20.0
 """Longest wait for a server's answer before a run, in seconds (ours)."""
@@ -34,14 +33,9 @@ def unseen_faults(policy: PolicyLM, run_dir: Path) -> list[str]:
     settings = make_settings(VLLMSettings, handle.options, "vllm")
     assert settings.attach_url is not None
     urls = addresses(settings.attach_url)
-    content = uuid.uuid4().hex
-    probe = nearest_folder(run_dir.resolve()) / f".dspy-fst-probe-{content}"
-    try:
-        probe.write_text(content, encoding="utf-8")
-        with ThreadPoolExecutor(len(urls)) as pool:
-            seen = dict(zip(urls, pool.map(partial(_sees, settings, probe, content), urls), strict=True))
-    finally:
-        probe.unlink(missing_ok=True)
+    with probe_for(run_dir.resolve()) as probe, ThreadPoolExecutor(len(urls)) as pool:
+        content = probe.read_text(encoding="utf-8")
+        seen = dict(zip(urls, pool.map(partial(_sees, settings, probe, content), urls), strict=True))
     return [
         f"attach_url: the vLLM server at {url} does not see {probe.parent}, and must read published weights below "
         f"run_dir={str(run_dir)!r}; name a run_dir on storage that both machines mount under the same path"

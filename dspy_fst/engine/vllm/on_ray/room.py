@@ -1,7 +1,5 @@
 """What a Ray cluster lacks for the servers of a run, found out before the run; nothing is started for good."""
 
-import hashlib
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +13,7 @@ from dspy_fst.engine.vllm.on_ray.actor import SHARE, node_name
 from dspy_fst.engine.vllm.on_ray.places import NOT_CONNECTED, bundle_of, in_words
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.errors import briefly
+from dspy_fst.run.files import probe_for, sha256_of
 
 LOOK_S = 120.0
 """How long a machine may take to look at itself: its first worker imports this package, from a disk that may be slow
@@ -83,16 +82,14 @@ def _servers_on(node: RayNode, need: Mapping[str, float]) -> int:
 
 def _look(nodes: Sequence[RayNode], run_dir: Path, model: Path | None) -> Iterator[str]:
     """Have every machine on which a server may be placed look for vLLM and for the folders."""
-    folder = next(parent for parent in (run_dir, *run_dir.parents) if parent.is_dir())
-    probe = folder / f".dspy-fst-probe-{secrets.token_hex(8)}"
-    probe.write_bytes(secrets.token_bytes(16))
-    try:
-        files = {str(folder): probe}
+    with probe_for(run_dir) as probe:
+        files = {str(probe.parent): probe}
         if model is not None and model.is_dir():
             files[str(model)] = model / "config.json"
         wanted = {name: (file, _digest(file)) for name, file in files.items()}
         looks = {node.name: _looking(node, wanted) for node in nodes}
-        ray.wait([*looks.values()], num_returns=len(looks), timeout=LOOK_S) if looks else None
+        if looks:
+            ray.wait([*looks.values()], num_returns=len(looks), timeout=LOOK_S)
         for name, look in looks.items():
             try:
                 yield from (f"{name} {fault}" for fault in ray.get(look, timeout=0))
@@ -101,8 +98,6 @@ def _look(nodes: Sequence[RayNode], run_dir: Path, model: Path | None) -> Iterat
                     f"{name} cannot be asked for its folders ({briefly(error)}): install the same "
                     "dspy-fst, Python and Ray there"
                 )
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def _looking(node: RayNode, wanted: Wanted) -> "ray.ObjectRef[list[str]]":
@@ -124,6 +119,6 @@ def faults_here(wanted: Wanted) -> list[str]:
 def _digest(file: Path) -> str | None:
     """Of the file's bytes; None where it cannot be read."""
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return sha256_of(file)
     except OSError:
         return None
