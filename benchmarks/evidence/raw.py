@@ -167,7 +167,11 @@ def ratios(arms: Runs, arm: str, of: Callable[[Result, float], float | None], sh
     values: list[float | None] = []
     for seed, run in arms[arm].items():
         level = share * peak(arms["rl"][seed])
-        own, its = of(arms["rl"][seed], level), of(run, level)
-        # What is there before the first update costs no step: counted as one, so that the ratio stays a number.
-        values.append(None if own is None or its is None else max(own, 1.0) / max(its, 1.0))
+        values.append(times_cheaper(of(arms["rl"][seed], level), of(run, level)))
     return values
+
+
+def times_cheaper(rl: float | None, its: float | None) -> float | None:
+    """RL's cost over another arm's; None where one of them never came there."""
+    # What is there before the first update costs no step: counted as one, so that the ratio stays a number.
+    return None if rl is None or its is None else max(rl, 1.0) / max(its, 1.0)

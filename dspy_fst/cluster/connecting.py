@@ -69,16 +69,24 @@ def connected(address: str, *, stay: bool = False) -> Iterator[ExitStack]:
 def _connect(address: str) -> None:
     import ray
 
-    # Ray's own handler of SIGTERM would replace the one that ends a run with its state saved.
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
+    dashboard = False if address == LOCAL else None
     try:
-        ray.init(address=address, include_dashboard=False if address == LOCAL else None, logging_level=logging.WARNING)
+        with sigterm_as_before():
+            ray.init(address=address, include_dashboard=dashboard, logging_level=logging.WARNING)
     except Exception as error:  # of its services and of their processes, as many kinds as there are causes
         raise ClusterError(
             f"ray={address!r}: Ray does not connect: {briefly(error)}. This machine must be a node of the cluster: run "
             "`ray start --address=HOST:PORT` here first; Python and Ray must be the same releases on all nodes"
         ) from error
+
+
+@contextmanager
+def sigterm_as_before() -> Iterator[None]:
+    """A block in which Ray sets a handler of SIGTERM: it would replace the one that ends a run with its state saved."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
     finally:
         if in_main_thread and before is not None:
             signal.signal(signal.SIGTERM, before)

@@ -135,7 +135,7 @@ class Progress:
     """What is known of a chunk that was handed to the cluster."""
 
     in_flight: int = 0
-    """Of its rollouts. None before a worker takes it: an engine that waited for them would wait for a free CPU."""
+    """Of its rollouts; 0 before a worker takes it: an engine that waited for them would wait for a free CPU."""
     began: bool = False
     """Whether a worker has taken it."""
     open_calls: int = 0

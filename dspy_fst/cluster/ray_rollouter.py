@@ -131,7 +131,6 @@ class RayRollouter(Rollouter):
         self._calls = PolicyCalls(cluster, in_flight)
         stage = packed(Stage(program, reward, settings, seed), self._calls.numbered)
         self._bundle = ray.put(Bundle(self._calls.relay, tuple(sys.path), stage))
-        self._names = itertools.count()
         self._lost: Counter[str] = Counter()
         self._greet()
 

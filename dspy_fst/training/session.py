@@ -303,11 +303,8 @@ class Session:
         population: Population,
     ) -> None:
         """Keep what the slow step measured, and where one is due the state to go on from."""
-        published, recovered, seconds = (
-            self.publisher.moved_to,
-            recoveries(self.policy, self.rollouter),
-            dict(self._seconds),
-        )
+        published, seconds = self.publisher.moved_to, dict(self._seconds)
+        recovered = recoveries(self.policy, self.rollouter)
         report = self.recorder.step_done(
             step, cycle, groups, batch, update, recovered, published, seconds, self._prompts()
         )

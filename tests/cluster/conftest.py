@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.cluster.nodes import sigterm_as_before
+from dspy_fst.cluster.connecting import sigterm_as_before
 
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80_000_000}
 """A node's CPUs, and the bytes of its object store: the least that Ray takes."""

@@ -10,7 +10,7 @@ import ray
 
 from dspy_fst import FSTOptimizer
 from dspy_fst.cluster import ray_rollouter
-from dspy_fst.cluster.connecting import connected
+from dspy_fst.cluster.connecting import connected, sigterm_as_before
 from dspy_fst.cluster.ray_rollouter import RayRollouter
 from dspy_fst.errors import ClusterError, ConfigurationError
 from dspy_fst.rollout.components import read_texts
@@ -20,7 +20,6 @@ from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import read_events
 from dspy_fst.types import Candidate, Problem
 from tests.cluster.conftest import NODE
-from tests.cluster.nodes import sigterm_as_before
 from tests.cluster.play import LAB, Held, Killer, Placed, Stopping, Unread, policy
 from tests.ranks.run import RECIPE
 from tests.test_compile import propose

@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.cluster_utils import Cluster
 
-from dspy_fst.cluster.connecting import connected
+from dspy_fst.cluster.connecting import connected, sigterm_as_before
 from dspy_fst.engine import making
 from dspy_fst.engine.vllm.fleet.fleet import Fleet
 from dspy_fst.engine.vllm.on_ray.actor import node_name
@@ -21,7 +21,6 @@ from dspy_fst.engine.vllm.on_ray.room import room_faults
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.policy_lm import policy_of
 from dspy_fst.run.directory import read_events
-from tests.cluster.nodes import sigterm_as_before
 from tests.engine.test_server_process import wait_until_gone
 from tests.relay import relay
 from tests.test_compile import assert_trained_together, compile_relay

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.evidence.claims.efficiency import LEVELS
-from benchmarks.evidence.raw import Result, by_arm, curve, first_at, middle, need_peak, smooth
+from benchmarks.evidence.raw import Result, by_arm, curve, first_at, middle, need_peak, smooth, times_cheaper
 from benchmarks.evidence.run import Run
 from benchmarks.readme import table
 
@@ -44,8 +44,7 @@ def ratio(steps: Sequence[float], rl: Floats, fst: Floats, share: float) -> floa
     """RL's steps to a share of its peak over FST's; None where FST does not come to it."""
     curves = [smooth(list(zip(steps, values.tolist(), strict=True))) for values in (rl, fst)]
     level = share * max(value for _, value in curves[0])
-    own, its = (first_at(points, level) for points in curves)
-    return None if own is None or its is None else own / max(its, 1.0)
+    return times_cheaper(*(first_at(points, level) for points in curves))
 
 
 def _drawn(means: Floats, draws: np.random.Generator) -> Floats:
