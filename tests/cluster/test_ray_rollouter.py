@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import dspy
 import pytest
@@ -18,7 +20,7 @@ from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import read_events
-from dspy_fst.types import Candidate, Problem
+from dspy_fst.types import Call, Candidate, Problem, Rollout
 from tests.cluster.conftest import NODE
 from tests.cluster.play import LAB, Held, Killer, Placed, Stopping, Unread, policy
 from tests.ranks.run import RECIPE
@@ -107,6 +109,14 @@ def tasks_of(program, too_long: bool = False) -> list[Task]:
     ]
 
 
+def without_logprobs(rollout: Rollout) -> list[Call]:
+    return [replace(call, logprobs=()) for call in rollout.calls]
+
+
+def logprobs_of(rollouts: Sequence[Rollout]) -> list[float]:
+    return [value for rollout in rollouts for call in rollout.calls for value in call.logprobs]
+
+
 def test_rollouts_on_two_nodes_are_those_of_one_process(connection, lm):
     program, counts = Placed(lm), []
     tasks = tasks_of(program, too_long=True)
@@ -121,7 +131,9 @@ def test_rollouts_on_two_nodes_are_those_of_one_process(connection, lm):
         expected = alone.rollout(tasks, "draw", anew=True)
         counts.clear()
         found = there.rollout(tasks, "draw", seen.append, anew=True)
-    assert [rollout.calls for rollout in found] == [rollout.calls for rollout in expected]
+    assert [without_logprobs(rollout) for rollout in found] == [without_logprobs(rollout) for rollout in expected]
+    # Other calls share a batch of the engine, whose sums differ in their last bits.
+    assert logprobs_of(found) == pytest.approx(logprobs_of(expected), rel=1e-4, abs=1e-5)
     assert [rollout.outcome for rollout in found] == [rollout.outcome for rollout in expected]
     assert [rollout.reward for rollout in found] == [rollout.reward for rollout in expected]
     assert {rollout.failure for rollout in found} >= {"context"}  # the engine's own error, across two processes
