@@ -9,7 +9,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Unpack, cast
@@ -157,7 +157,7 @@ class PolicyCalls:
         """What ended the relay."""
         self._in_flight = in_flight
         self._handles: list[EngineHandle] = []
-        self._lock = threading.Lock()
+        self._lock, self._telling = threading.Lock(), threading.Lock()
         self._threads = Threads("ray-call")
         self._over = threading.Event()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -168,7 +168,8 @@ class PolicyCalls:
         cluster.callback(self.close)
 
     def close(self) -> None:
-        self._over.set()
+        with self._telling:
+            self._over.set()
         self._taking.join(2 * TAKE_S)
         if ray.is_initialized():  # else Ray would begin a cluster, to end an actor in it
             ray.kill(self.relay)
@@ -250,4 +251,7 @@ class PolicyCalls:
             self._tell(number, WORKING)
 
     def _tell(self, number: int, word: Word) -> None:
-        self.relay.tell.remote(number, word)
+        """A call that ends after the run is told nothing: Ray would begin a cluster, to tell it there."""
+        with self._telling, suppress(RayError):
+            if not self._over.is_set() and ray.is_initialized():
+                self.relay.tell.remote(number, word)

@@ -13,6 +13,7 @@ import ray
 from dspy_fst import FSTOptimizer
 from dspy_fst.cluster import ray_rollouter
 from dspy_fst.cluster.connecting import connected, sigterm_as_before
+from dspy_fst.cluster.policy_calls import PolicyCalls
 from dspy_fst.cluster.ray_rollouter import RayRollouter
 from dspy_fst.errors import ClusterError, ConfigurationError
 from dspy_fst.rollout.components import read_texts
@@ -73,6 +74,14 @@ def test_a_run_that_loses_a_node_in_mid_step_ends_as_the_run_of_one_process(clus
         assert after["group_rewards"] == before["group_rewards"]
         # Other calls share a batch of the engine, whose sums differ in their last bits.
         assert after["update"]["loss"] == pytest.approx(before["update"]["loss"], rel=1e-4)
+
+
+def test_a_call_that_ends_after_the_run_begins_no_cluster(cluster):
+    with connected(cluster.address) as stack:
+        calls = PolicyCalls(stack, lambda count: None)
+        calls._tell(0, b"in time")
+    calls._tell(0, b"late")
+    assert not ray.is_initialized()
 
 
 # ---- the rollouter ---------------------------------------------------------------------------------

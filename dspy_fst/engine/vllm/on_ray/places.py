@@ -5,7 +5,8 @@ The contract of this file:
 - The group reserves the servers' CPUs and cards, spread over the machines, until the last server has ended.
 - A bundle whose machine is lost is moved by Ray to another one with room, and the server that is launched next in it
   starts there. Until a machine has room its launch waits, within ``startup_timeout_s``.
-- A server ends when it is stopped, when its actor ends, and when this process does.
+- A server ends when it is stopped, when its actor ends, and when this process ends or leaves the cluster. Ray is asked
+  nothing after that, as it would begin another cluster to answer.
 """
 
 import threading
@@ -82,8 +83,9 @@ class Places:
         with self._lock:
             self._free.add(number)
             if self._group is not None and len(self._free) == self._count:
-                with suppress(RayError):
-                    remove_placement_group(self._group)
+                if ray.is_initialized():
+                    with suppress(RayError):
+                        remove_placement_group(self._group)
                 self._group = None
 
 
@@ -138,7 +140,7 @@ class ActorProcess:
 
     @property
     def exit_status(self) -> int | None:
-        if self._ended is None or not self.exits_within(0):
+        if self._ended is None or not ray.is_initialized() or not self.exits_within(0):
             return None
         try:
             return ray.get(self._ended)
@@ -146,9 +148,13 @@ class ActorProcess:
             return None
 
     def exits_within(self, seconds: float) -> bool:
+        if not ray.is_initialized():
+            return True
         return self._ended is not None and bool(ray.wait([self._ended], timeout=seconds)[0])
 
     def output(self) -> list[str]:
+        if not ray.is_initialized():
+            return [NOT_CONNECTED]
         try:
             path, lines = ray.get(self._actor.output.remote(), timeout=ANSWER_S)
         except RayError as error:
@@ -156,15 +162,17 @@ class ActorProcess:
         return [f"{path}:", *lines]
 
     def kill(self) -> None:
-        self._actor.kill.remote()
+        if ray.is_initialized():
+            self._actor.kill.remote()
 
     def stop(self, *, keep_log: bool = False) -> None:
-        if not self._stopped.acquire(blocking=False) or not ray.is_initialized():
+        if not self._stopped.acquire(blocking=False):
             return
-        if self._ended is not None:
-            with suppress(RayError):
-                ray.get(self._actor.stop.remote(keep_log), timeout=self._settings.stop_grace_s + KILLED_S)
-        ray.kill(cast(ActorHandle[ServerActor], self._actor))  # its type names the actor's methods, too
+        if ray.is_initialized():
+            if self._ended is not None:
+                with suppress(RayError):
+                    ray.get(self._actor.stop.remote(keep_log), timeout=self._settings.stop_grace_s + KILLED_S)
+            ray.kill(cast(ActorHandle[ServerActor], self._actor))  # its type names the actor's methods, too
         self._places.give_back(self._bundle)
 
 
