@@ -1,12 +1,14 @@
 """Whether a Ray cluster answers, and the block in which this process is connected to it (Ray 2.60)."""
 
 import logging
+import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from ipaddress import ip_address
 
 from dspy_fst.errors import ClusterError, briefly
 
@@ -25,12 +27,16 @@ def address_faults(address: str | None) -> Iterator[str]:
     if find_spec("ray") is None:
         yield f"ray={address!r} needs Ray, which is not installed: pip install 'dspy-fst[ray]'"
         return
+    given = address
+    if address == FOUND:
+        address = os.environ.get("RAY_ADDRESS") or FOUND
+        given = given if address == FOUND else f"{given} with RAY_ADDRESS={address}"
     if address in (LOCAL, FOUND):
         return
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdecimal():
         yield (
-            f"ray={address!r}: use 'local', 'auto', or HOST:PORT of the cluster's head as `ray start` prints it. A run "
+            f"ray={given!r}: use 'local', 'auto', or HOST:PORT of the cluster's head as `ray start` prints it. A run "
             "plays from a node of the cluster, so ray:// addresses of Ray's client are not taken"
         )
         return
@@ -38,7 +44,7 @@ def address_faults(address: str | None) -> Iterator[str]:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
     except (OSError, OverflowError) as error:
         yield (
-            f"ray={address!r} does not answer ({briefly(error)}): start the cluster's head with `ray start --head`, "
+            f"ray={given!r} does not answer ({briefly(error)}): start the cluster's head with `ray start --head`, "
             "and name the address that it prints"
         )
 
@@ -51,19 +57,49 @@ def connected(address: str, *, stay: bool = False) -> Iterator[ExitStack]:
 
     Args:
         address: As `ray.init` takes it.
-        stay: Whether the process stays connected, as the cluster holds what is used later.
+        stay: Whether the process stays connected after a block without an error, as the cluster holds what is used
+            later.
 
     Raises:
-        ClusterError: the cluster does not take this process.
+        ClusterError: the cluster does not take this process, or it is connected to another one.
     """
     import ray
+
+    def leave(kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if not stay or kind is not None:
+            ray.shutdown()
 
     with ExitStack() as stack:
         if not ray.is_initialized():
             _connect(address)
-            if not stay:
-                stack.callback(ray.shutdown)
+            stack.push(leave)
+        elif address not in (LOCAL, FOUND):
+            _require_same(address, ray.get_runtime_context().gcs_address)
         yield stack
+
+
+def _require_same(address: str, connected_to: str) -> None:
+    """
+    Raises:
+        ClusterError: the two are heads of different clusters.
+    """
+    wanted, own = ({*_places_of(one)} for one in (address, connected_to))
+    if not wanted & own:
+        raise ClusterError(
+            f"ray={address!r}: this process is connected to the cluster at {connected_to}; call ray.shutdown() before, "
+            "or name that one"
+        )
+
+
+def _places_of(address: str) -> Iterator[tuple[str, str]]:
+    """The (IP address, port) of a head: a name may stand for several, and Ray takes loopback for this node's own."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    for *_, place in socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM):
+        yield str(place[0]), port
+        if ip_address(str(place[0]).partition("%")[0]).is_loopback:
+            yield ray.util.get_node_ip_address(), port
 
 
 def _connect(address: str) -> None:

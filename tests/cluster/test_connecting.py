@@ -1,8 +1,10 @@
 """Whether a cluster answers is known before anything starts, and a connection leaves the process as it was."""
 
+import re
 import signal
 import socket
 import time
+from contextlib import suppress
 
 import pytest
 import ray
@@ -40,8 +42,14 @@ def test_an_address_of_another_form_is_refused(address):
     assert address in fault(address)
 
 
+def test_auto_is_held_to_the_form_that_an_address_has(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    assert "RAY_ADDRESS=ray://head:10001" in fault("auto")
+
+
 @pytest.mark.parametrize("address", [None, "local", "auto"])
-def test_an_address_that_only_ray_can_resolve_is_left_to_it(address):
+def test_an_address_that_only_ray_can_resolve_is_left_to_it(address, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert [*address_faults(address)] == []
 
 
@@ -61,3 +69,28 @@ def test_ray_s_handler_of_sigterm_does_not_stay():
     with pytest.raises(ClusterError), connected("no-such-cluster"):
         pass
     assert signal.getsignal(signal.SIGTERM) is mine
+
+
+@pytest.mark.parametrize(
+    ("address", "connected_to"),
+    [("127.0.0.1:6379", "127.0.0.1:6379"), ("localhost:6379", ray.util.get_node_ip_address() + ":6379")],
+)
+def test_names_of_the_cluster_that_this_process_is_connected_to(address, connected_to):
+    connecting._require_same(address, connected_to)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:6380", "192.0.2.1:6379"])
+def test_another_cluster_than_the_one_that_this_process_is_connected_to_is_refused(address):
+    with pytest.raises(ClusterError, match=re.escape(address)):
+        connecting._require_same(address, "127.0.0.1:6379")
+
+
+@pytest.mark.parametrize(("stay", "fails", "left"), [(False, False, 1), (True, False, 0), (True, True, 1)])
+def test_a_process_stays_connected_only_where_that_is_wanted_and_nothing_failed(monkeypatch, stay, fails, left):
+    times = []
+    monkeypatch.setattr(connecting, "_connect", lambda address: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: times.append("left"))
+    with suppress(KeyError), connected("local", stay=stay):
+        if fails:
+            raise KeyError
+    assert len(times) == left
