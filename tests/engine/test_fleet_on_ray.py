@@ -88,7 +88,7 @@ class NodeLost:
     def __call__(self, event):
         self.told.append(event.get("text", ""))
         if event.get("phase", "").startswith("step 1:"):
-            threading.Thread(target=self.remove).start()
+            threading.Thread(target=self.remove, daemon=True).start()
         if event.get("phase", "").startswith("step 3:"):  # the last step is sampled by both
             changed, members = self.fleets[-1]._changed, self.fleets[-1].members
             with changed:
@@ -98,7 +98,9 @@ class NodeLost:
         """At once, with all of its processes."""
         (there,) = (one for one in self.fleets[-1].members if one.server._process._node == self.nodes.lost)
         group = group_of(there.server._process._actor)
+        until = time.monotonic() + LIMIT_S
         while not there.in_flight:
+            assert time.monotonic() < until, "no call waits for that server"
             time.sleep(0.001)
         os.killpg(group, signal.SIGKILL)
         self.nodes.cluster.remove_node(self.nodes.other, allow_graceful=False)

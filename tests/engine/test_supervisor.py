@@ -156,6 +156,20 @@ def test_a_killed_server_is_started_again_once_for_all_threads_and_on_the_same_w
     ]
 
 
+def test_a_server_that_its_owner_starts_is_said_to_be_given_the_weights_again(world, weights):
+    engine, told = Supervisor(VLLMSettings(attach_url="http://elsewhere:8000"), world.make), []
+    engine.on_event = told.append
+    engine.load(weights("v0"))
+
+    def started_anew(server: Server, seed: int) -> None:
+        if server.number == 0:
+            raise ServerReplacedError("it was started anew")
+
+    world.on_ask = started_anew
+    engine.complete(REQUEST, 1)
+    assert told == ["vLLM is given weights v0 again (restart 1 of 3): it was started anew"]
+
+
 def test_a_server_that_lives_is_asked_again_with_the_same_seed(world, engine, weights):
     engine.load(weights("v0"))
 

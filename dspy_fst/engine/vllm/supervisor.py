@@ -388,7 +388,8 @@ class Supervisor:
             self._raise_refusal()
         self._restarts += 1
         self._count("restarts")
-        self.on_event(f"vLLM is started again on weights {version} (restart {self._restarts} of {limit}): {reason}")
+        does = f"given weights {version} again" if self.settings.attach_url else f"started again on weights {version}"
+        self.on_event(f"vLLM is {does} (restart {self._restarts} of {limit}): {reason}")
 
     def _raise_refusal(self) -> None:
         """Raise the final error, if there is one."""
