@@ -17,12 +17,12 @@ from typing import Unpack, cast
 import ray
 from dspy import lm15
 from ray import ObjectRef, cloudpickle
-from ray.actor import ActorHandle
+from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dspy_fst.cluster.relay import QUEUED, WORKING, Heard, Relay, Word
-from dspy_fst.cluster.shipping import HandleNumber, packed_error, unpacked_error
+from dspy_fst.cluster.relay import QUEUED, WORKING, CallHeard, InFlight, Relay, Word
+from dspy_fst.cluster.shipping import HandleNumber, packed_error, unpacked, unpacked_error
 from dspy_fst.engine.base import QUEUEING, Completion, Through
 from dspy_fst.engine.call_threads import Threads
 from dspy_fst.engine.chat import Ids
@@ -43,7 +43,7 @@ MOST_WAITING = 100_000
 class Line:
     """A worker's way to the run's process. One chunk is played at a time."""
 
-    def __init__(self, relay: ActorHandle):
+    def __init__(self, relay: ActorProxy[Relay]):
         self._relay, self.chunk = relay, ""
         self._handles: dict[int, RelayedHandle] = {}
 
@@ -59,7 +59,7 @@ class Line:
             Exception: what the method raised, of its own class.
         """
         call = cloudpickle.dumps((number, name, arguments, options))
-        words: Iterator[ObjectRef[Word]] = self._relay.ask.options(num_returns="streaming").remote(self.chunk, call)
+        words = cast(Iterator[ObjectRef[Word]], self._relay.ask.remote(self.chunk, call))
         try:
             answer = _answer(ray.get(word) for word in words)
         except RayError as error:
@@ -135,7 +135,7 @@ class Progress:
     """What is known of a chunk that was handed to the cluster."""
 
     in_flight: int = 0
-    """Of its rollouts; 0 before a worker takes it: an engine that waited for them would wait for a free CPU."""
+    """Of its rollouts. 0 before a worker takes it: an engine that waited for them would wait for a free CPU."""
     began: bool = False
     """Whether a worker has taken it."""
     open_calls: int = 0
@@ -153,16 +153,16 @@ class PolicyCalls:
 
     def __init__(self, cluster: ExitStack, in_flight: Callable[[int], None]):
         self.chunks: dict[str, Progress] = {}
-        self.lost: RayError | None = None
+        self.lost: Exception | None = None
         """What ended the relay."""
         self._in_flight = in_flight
         self._handles: list[EngineHandle] = []
-        self._lock, self._telling = threading.Lock(), threading.Lock()
+        self._lock, self._telling, self._counting = threading.Lock(), threading.Lock(), threading.Lock()
         self._threads = Threads("ray-call")
         self._over = threading.Event()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(Relay).options(num_cpus=0, max_concurrency=MOST_WAITING, scheduling_strategy=here)
-        self.relay = cast(ActorHandle, actor.remote())
+        self.relay = actor.remote()
         self._taking = threading.Thread(target=self._take, name="ray-calls", daemon=True)
         self._taking.start()
         cluster.callback(self.close)
@@ -172,7 +172,7 @@ class PolicyCalls:
             self._over.set()
         self._taking.join(2 * TAKE_S)
         if ray.is_initialized():  # else Ray would begin a cluster, to end an actor in it
-            ray.kill(self.relay)
+            ray.kill(cast(ActorHandle[Relay], self.relay))  # its type names the actor's methods, too
 
     def numbered(self, handle: EngineHandle) -> HandleNumber:
         """A handle's number, under which it is asked from now on."""
@@ -197,33 +197,32 @@ class PolicyCalls:
         self._tell_in_flight()
 
     def _tell_in_flight(self) -> None:
-        with self._lock:
-            count = sum(progress.in_flight for progress in self.chunks.values())
-        self._in_flight(count)
+        with self._counting:  # one step, so that a count that is older is not told last
+            with self._lock:
+                count = sum(progress.in_flight for progress in self.chunks.values())
+            self._in_flight(count)
 
     def _take(self) -> None:
-        while not self._over.is_set():
-            try:
-                heard: list[Heard] = ray.get(self.relay.take.remote(TAKE_S))
-            except RayError as error:
-                self.lost = error
-                return
-            for message in heard:
-                self._hear(message)
+        try:
+            while not self._over.is_set():
+                for message in ray.get(self.relay.take.remote(TAKE_S)):
+                    self._hear(message)
+        except Exception as error:  # else a run would wait for calls that nobody takes
+            self.lost = error
 
-    def _hear(self, heard: Heard) -> None:
+    def _hear(self, heard: CallHeard | InFlight) -> None:
         with self._lock:
             progress = self.chunks.get(heard.chunk)
             if progress is not None:
                 progress.began, progress.heard_at = True, time.monotonic()
-                if heard.call is None:
-                    progress.in_flight = heard.number
-                else:
+                if isinstance(heard, CallHeard):
                     progress.open_calls += 1
-        if heard.call is None:
-            self._tell_in_flight()
-        else:
+                else:
+                    progress.in_flight = heard.in_flight
+        if isinstance(heard, CallHeard):
             self._threads.start(partial(self._answer, heard.chunk, heard.number, heard.call))
+        else:
+            self._tell_in_flight()
 
     def _answer(self, chunk: str, number: int, call: bytes) -> None:
         self._tell(number, WORKING)
@@ -238,7 +237,8 @@ class PolicyCalls:
                 progress.open_calls, progress.heard_at = progress.open_calls - 1, time.monotonic()
 
     def _called(self, call: bytes) -> object:
-        number, name, arguments, options = pickle.loads(call)
+        asked = cast(tuple[int, str, tuple[object, ...], dict[str, object]], unpacked(call, self.handle))
+        number, name, arguments, options = asked
         what: object = getattr(self._handles[number], name)
         return what(*arguments, **options) if callable(what) else what
 

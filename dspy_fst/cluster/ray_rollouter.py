@@ -7,25 +7,28 @@ together, once, when its task has ended.
 
 import itertools
 import logging
+import os
 import platform
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import dspy
 import ray
 from ray import ObjectRef
-from ray.actor import ActorHandle
+from ray.actor import ActorProxy
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dspy_fst.cluster.policy_calls import Line, PolicyCalls, Progress, sent_before
-from dspy_fst.cluster.shipping import packed, shipped_settings, unpacked
+from dspy_fst.cluster.relay import Relay
+from dspy_fst.cluster.shipping import packed, shipped_settings, unpacked, why_not
 from dspy_fst.errors import ClusterError, ConfigurationError, briefly
+from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
@@ -64,14 +67,15 @@ class Chunk:
     tasks: Sequence[Task]
     draw: str
     anew: bool
-    dspy_settings: dict[str, object]
+    dspy_settings: bytes
+    """Packed once for all chunks."""
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A stage on its way, and what reads it."""
 
-    relay: ActorHandle
+    relay: ActorProxy[Relay]
     path: tuple[str, ...]
     """Where the run's process finds modules."""
     stage: bytes
@@ -80,9 +84,9 @@ class Bundle:
 @lru_cache(maxsize=1)
 def _stage(bundle: "ObjectRef[Bundle]") -> tuple[Line, Stage]:
     sent = ray.get(bundle)
-    sys.path += [place for place in sent.path if place not in sys.path]
+    sys.path[:] = dict.fromkeys([*sent.path, *sys.path])  # first, as a module of the project may be installed here, too
     line = Line(sent.relay)
-    stage = unpacked(sent.stage, line.handle)
+    stage = unpacked(sent.stage, line.handle, classes_too=True)
     assert isinstance(stage, Stage)
     return line, stage
 
@@ -100,8 +104,25 @@ def play(bundles: "list[ObjectRef[Bundle]]", name: str, data: bytes) -> bytes:
     chunk = unpacked(data, line.handle)
     assert isinstance(chunk, Chunk)
     rollouter = Rollouter(stage.program, stage.reward, stage.settings, line.say, seed=stage.seed)
-    with dspy.context(**chunk.dspy_settings):
-        return packed(rollouter.rollout(chunk.tasks, chunk.draw, anew=chunk.anew), sent_before)
+    settings = unpacked(chunk.dspy_settings, line.handle)
+    assert isinstance(settings, dict)
+    with dspy.context(**settings):
+        rollouts = rollouter.rollout(chunk.tasks, chunk.draw, anew=chunk.anew)
+    try:
+        return packed(rollouts, sent_before)
+    except Exception:  # a program may return anything
+        return packed([_sendable(rollout) for rollout in rollouts], sent_before)
+
+
+def _sendable(rollout: Rollout) -> Rollout:
+    """The rollout; masked if something in it cannot be pickled."""
+    held = ((field.name, getattr(rollout, field.name)) for field in fields(rollout))
+    found = ((name, why) for name, value in held if (why := why_not(value, name)) is not None)
+    if (fault := next(found, None)) is None:
+        return rollout
+    name, why = fault
+    outcome = Outcome("masked", f"ray: {name} cannot be pickled", why)
+    return Rollout(rollout.problem, rollout.candidate, rollout.calls, None, outcome)
 
 
 # ---- in the run's process ------------------------------------------------------------------------
@@ -112,6 +133,7 @@ class RayRollouter(Rollouter):
 
     Args:
         cluster: The connection (`dspy_fst.cluster.connecting.connected`).
+        held: CPUs of the cluster that the run's own servers hold.
 
     Raises:
         ConfigurationError: a node cannot read the program.
@@ -126,11 +148,14 @@ class RayRollouter(Rollouter):
         *,
         seed: int,
         cluster: ExitStack,
+        held: int = 0,
     ):
         super().__init__(program, reward, settings, in_flight, seed=seed)
         self._calls = PolicyCalls(cluster, in_flight)
         stage = packed(Stage(program, reward, settings, seed), self._calls.numbered)
-        self._bundle = ray.put(Bundle(self._calls.relay, tuple(sys.path), stage))
+        path = tuple(os.path.abspath(place) for place in sys.path)
+        self._bundle = ray.put(Bundle(self._calls.relay, path, stage))
+        self._held = held
         self._lost: Counter[str] = Counter()
         self._greet()
 
@@ -151,25 +176,21 @@ class RayRollouter(Rollouter):
         Raises:
             ClusterError: no worker plays, a chunk was lost again and again, or a worker cannot read what is sent.
         """
-        at_once = min(self.settings.num_threads, len(tasks))
-        size = -(-at_once // max(1, int(ray.cluster_resources().get("CPU", 0))))
-        settings = shipped_settings()
-        chunks = [Chunk(tasks[i : i + size], draw, anew, settings) for i in range(0, len(tasks), size)]
-        playing = _Playing(self._calls, self._bundle, chunks, self.settings.rollout_timeout_s)
-        made: dict[int, list[Rollout]] = {}
+        everything = Chunk(tasks, draw, anew, packed(shipped_settings(), self._calls.numbered))
+        cpus = int(ray.cluster_resources().get("CPU", 0)) - self._held
+        playing = _Playing(self._calls, self._bundle, everything, cpus, self.settings)
+        made: dict[int, Rollout] = {}
         try:
-            while len(made) < len(chunks):
-                playing.fill(at_once // size)
-                for index, rollouts in playing.ended():
+            while len(made) < len(tasks):
+                playing.fill()
+                for place, rollout in playing.ended():
                     # The candidate as it is here, whose digest is known.
-                    own = zip(rollouts, chunks[index].tasks, strict=True)
-                    made[index] = [replace(rollout, candidate=task.candidate) for rollout, task in own]
-                    for rollout in made[index]:
-                        on_rollout(rollout)
+                    made[place] = replace(rollout, candidate=tasks[place].candidate)
+                    on_rollout(made[place])
         finally:
             playing.cancel()
             self._lost += playing.lost
-        return [rollout for index in range(len(chunks)) for rollout in made[index]]
+        return [made[place] for place in range(len(tasks))]
 
     def _greet(self) -> None:
         """Have each node import the program, before anything is spent."""
@@ -195,46 +216,73 @@ class RayRollouter(Rollouter):
 
 
 class _Playing:
-    """The chunks of one call of `RayRollouter.rollout` that wait, and those that the cluster has.
+    """The rollouts of one call of `RayRollouter.rollout`: those that wait, and the chunks that the cluster has.
 
     Args:
-        rollout_s: The time limit of a rollout.
+        everything: All of them, as one chunk.
+        cpus: So many workers may play at once.
     """
 
     _numbers = itertools.count()
 
-    def __init__(self, calls: PolicyCalls, bundle: "ObjectRef[Bundle]", chunks: Sequence[Chunk], rollout_s: float):
-        self._calls, self._bundle, self._chunks, self._rollout_s = calls, bundle, chunks, rollout_s
+    def __init__(
+        self,
+        calls: PolicyCalls,
+        bundle: "ObjectRef[Bundle]",
+        everything: Chunk,
+        cpus: int,
+        settings: RolloutSettings,
+    ):
+        self._calls, self._bundle, self._everything, self._settings = calls, bundle, everything, settings
         self._task = ray.remote(num_cpus=1, max_retries=0)(play)  # a chunk that is lost is counted, so Ray plays none
-        self._waiting = deque(range(len(chunks)))
-        self._given: dict[ObjectRef[bytes], tuple[int, str]] = {}
+        self._at_once = min(settings.num_threads, len(everything.tasks))
+        self._workers = min(max(1, cpus), self._at_once)
+        self._begun = 0
+        """How many rollouts were in a chunk."""
+        self._again: deque[range] = deque()
+        """Chunks that were lost, as the places of their rollouts."""
+        self._given: dict[ObjectRef[bytes], tuple[range, str]] = {}
         """Task -> its chunk, and the name of this try of it."""
-        self._tries: Counter[int] = Counter()
+        self._tries: Counter[range] = Counter()
         self._moved_at = time.monotonic()
         """When the cluster last had a worker at work."""
         self.lost: Counter[str] = Counter()
-        """Chunks that were lost and played again, by reason."""
+        """Rollouts that were lost and played again, by reason."""
 
-    def fill(self, most: int) -> None:
-        """Hand chunks to the cluster until it has so many."""
-        while self._waiting and len(self._given) < max(1, most):
-            index = self._waiting.popleft()
-            chunk, name = self._chunks[index], f"chunk-{next(self._numbers)}"
+    def fill(self) -> None:
+        """Hand chunks to the cluster until all workers have one."""
+        while places := self._next():
+            name = f"chunk-{next(self._numbers)}"
             self._calls.begin(name)
+            chunk = replace(self._everything, tasks=self._everything.tasks[places.start : places.stop])
             data = packed(chunk, self._calls.numbered)
-            self._given[self._task.remote([self._bundle], name, data)] = index, name
+            self._given[self._task.remote([self._bundle], name, data)] = places, name
 
-    def ended(self) -> list[tuple[int, list[Rollout]]]:
-        """(chunk, its rollouts) of those that have ended; waits for the first for `POLL_S`.
+    def _next(self) -> range | None:
+        """The chunk of a free worker; None if no worker is free or nothing waits.
+
+        A worker gets its share of the rollouts that may still begin: of 8 at once on 3 workers 3, 3 and 2.
+        """
+        if not (free := self._workers - len(self._given)):
+            return None
+        if self._again:
+            return self._again.popleft()
+        room = self._at_once - sum(len(places) for places, _ in self._given.values())
+        places = range(self._begun, min(self._begun + -(-room // free), len(self._everything.tasks)))
+        self._begun = places.stop
+        return places
+
+    def ended(self) -> list[tuple[int, Rollout]]:
+        """(place, rollout) of the chunks that have ended; waits for the first for `POLL_S`.
 
         Raises:
             ClusterError: see `RayRollouter.rollout`.
         """
         ready, _ = ray.wait([*self._given], num_returns=len(self._given), timeout=0)
         ready = ready or ray.wait([*self._given], num_returns=1, timeout=POLL_S)[0]
-        found = []
+        found: list[tuple[int, Rollout]] = []
         for task in ready:
-            index, name = self._given.pop(task)
+            places, name = self._given.pop(task)
             self._calls.end(name)
             self._moved_at = time.monotonic()
             try:
@@ -242,10 +290,10 @@ class _Playing:
             except RayTaskError as error:
                 raise ClusterError(f"ray: a worker could not make rollouts: {briefly(error.cause)}") from error
             except RayError as error:
-                self._play_again(index, type(error).__name__, briefly(error))
+                self._play_again(places, type(error).__name__, briefly(error))
             else:
                 assert isinstance(rollouts, list)
-                found.append((index, rollouts))
+                found += zip(places, rollouts, strict=True)
         self._look_after_the_rest()
         return found
 
@@ -256,17 +304,17 @@ class _Playing:
             self._calls.end(name)
         self._given.clear()
 
-    def _play_again(self, index: int, kind: str, why: str) -> None:
-        self._tries[index] += 1
-        count = len(self._chunks[index].tasks)
-        if self._tries[index] >= MOST_LOSSES:
+    def _play_again(self, places: range, kind: str, why: str) -> None:
+        self._tries[places] += 1
+        count = len(places)
+        if self._tries[places] >= MOST_LOSSES:
             raise ClusterError(
                 f"ray: {count} rollouts were lost {MOST_LOSSES} times, the last time to {kind}: {why}. Where their "
                 "program ends its process or needs more memory than a node has, mend that; compile again to go on"
             )
         logger.warning("%d rollouts were lost and are played again: %s", count, why)
         self.lost[f"lost to {kind}"] += count
-        self._waiting.appendleft(index)
+        self._again.append(places)
 
     def _look_after_the_rest(self) -> None:
         if self._calls.lost is not None:
@@ -274,10 +322,10 @@ class _Playing:
         now = time.monotonic()
         at_work = {task: self._calls.chunks[name] for task, (_, name) in self._given.items()}
         for task in [task for task, progress in at_work.items() if self._is_silent(progress, now)]:
-            index, name = self._given.pop(task)
+            places, name = self._given.pop(task)
             ray.cancel(task, force=True)  # not waited for: a process that is stopped hears nothing of it
             self._calls.end(name)
-            self._play_again(index, "silence", f"their worker did nothing for {now - at_work[task].heard_at:.0f} s")
+            self._play_again(places, "silence", f"their worker did nothing for {now - at_work[task].heard_at:.0f} s")
         if not at_work or any(progress.began for progress in at_work.values()):
             self._moved_at = now
         elif now - self._moved_at > BEGIN_S:
@@ -289,5 +337,5 @@ class _Playing:
 
     def _is_silent(self, progress: Progress, now: float) -> bool:
         """Whether a worker hangs: it has no call of the policy open, and ended no rollout within their time limit."""
-        limit = self._rollout_s + SILENT_S
+        limit = self._settings.rollout_timeout_s + SILENT_S
         return progress.began and not progress.open_calls and now - progress.heard_at > limit

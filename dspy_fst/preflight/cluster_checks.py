@@ -1,11 +1,19 @@
 """Whether a run can be played on its Ray cluster, as far as can be known without joining it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import dspy
 
 from dspy_fst.cluster.connecting import address_faults
 
 
-def cluster_faults(address: str | None, student: object, metric: object) -> Iterator[str]:
+def cluster_faults(
+    address: str | None,
+    student: object,
+    metric: object,
+    trainset: Sequence[dspy.Example],
+    valset: Sequence[dspy.Example] | None,
+) -> Iterator[str]:
     """Why the cluster cannot be joined, or what of the run cannot be sent there.
 
     Args:
@@ -18,4 +26,4 @@ def cluster_faults(address: str | None, student: object, metric: object) -> Iter
     if not faults:
         from dspy_fst.cluster.shipping import shipping_faults  # imports Ray
 
-        yield from shipping_faults(student, metric)
+        yield from shipping_faults(student=student, metric=metric, trainset=trainset, valset=valset)

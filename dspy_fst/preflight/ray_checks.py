@@ -13,6 +13,11 @@ def wants_servers_on_ray(policy: PolicyLM) -> bool:
     return policy.handle.resolved_kind == "vllm" and bool(policy.handle.options.get("on_ray"))
 
 
+def servers_on_ray(policy: PolicyLM) -> int:
+    """How many servers the policy has on a Ray cluster; each holds a CPU of it."""
+    return make_settings(VLLMSettings, policy.handle.options, "vllm").servers if wants_servers_on_ray(policy) else 0
+
+
 def servers_on_ray_faults(policy: PolicyLM, run_dir: Path, *, lora: bool) -> list[str]:
     """What the cluster that this process is connected to lacks for the servers; empty where none are wanted there.
 

@@ -11,8 +11,8 @@ import dspy
 from dspy_fst.cluster.connecting import connected
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
-from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.preflight.ray_checks import servers_on_ray_faults, wants_servers_on_ray
+from dspy_fst.policy_lm import PolicyLM, policy_of
+from dspy_fst.preflight.ray_checks import servers_on_ray, servers_on_ray_faults, wants_servers_on_ray
 from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.program_graph import all_speakers
@@ -94,4 +94,5 @@ def open_rollouter(
         return Rollouter(program, reward, config, in_flight, seed=config.seed)
     from dspy_fst.cluster.ray_rollouter import RayRollouter  # imports Ray
 
-    return RayRollouter(program, reward, config, in_flight, seed=config.seed, cluster=cluster)
+    held = servers_on_ray(policy_of(program))
+    return RayRollouter(program, reward, config, in_flight, seed=config.seed, cluster=cluster, held=held)

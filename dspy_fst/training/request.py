@@ -202,7 +202,8 @@ def _faults_of_arguments(
     student, proposers = given.student, given.proposers
     yield from launch_faults()
     yield from library_faults(config) if config is not None and room is None else ()
-    yield from cluster_faults(config.ray, student, given.metric) if config is not None and room is None else ()
+    if config is not None and room is None:
+        yield from cluster_faults(config.ray, student, given.metric, given.trainset, given.valset)
     yield from program_faults(student)
     yield from part_faults(student)
     yield from trained_faults(student, config)

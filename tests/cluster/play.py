@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import dspy
@@ -19,8 +20,16 @@ HELD_S = 300.0
 
 
 def node() -> str:
-    """The node of this process; empty outside of a cluster."""
-    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    """The node of this worker; empty in a run's own process."""
+    there = ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    return ray.get_runtime_context().get_node_id() if there else ""
+
+
+def wait_for(come: Callable[[], bool]) -> None:
+    until = time.monotonic() + HELD_S
+    while not come():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def policy(engine: EngineKind = "in_process", **options: object) -> PolicyLM:
@@ -39,17 +48,38 @@ class Placed(dspy.Module):
         return dspy.Prediction(**self.lab(**inputs).toDict(), node=node())
 
 
+class Meeting(Placed):
+    """Begins in a worker when both nodes play: one may have played everything before the other begins."""
+
+    def __init__(self, lm: PolicyLM, folder: Path):
+        super().__init__(lm)
+        self.folder = folder
+
+    def forward(self, **inputs):
+        if here := node():
+            (self.folder / f"{here}.here").touch()
+            wait_for(lambda: len([*self.folder.glob("*.here")]) == 2)
+        return super().forward(**inputs)
+
+
 class Stopping(Placed):
-    """Stops its whole process, as a hung one is, and tells its number in a file."""
+    """Calls the policy, then stops its whole process, as a hung one is, and tells its number in a file."""
 
     def __init__(self, lm: PolicyLM, told: Path):
         super().__init__(lm)
         self.told = told
 
     def forward(self, **inputs):
+        super().forward(**inputs)  # the run's process has heard of the worker
         self.told.write_text(str(os.getpid()))
-        time.sleep(0.5)  # what the worker says at its start goes out
         os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Ending(Placed):
+    """Ends its worker."""
+
+    def forward(self, **inputs):
+        os._exit(1)
 
 
 class Unread(Placed):
@@ -62,15 +92,17 @@ class Unread(Placed):
 
 
 class Held:
-    """The laboratory's metric. The first call on a node, once it is armed, does not end."""
+    """The laboratory's metric. Once it is armed, its first call on a node does not end, and other nodes wait for it."""
 
     def __init__(self, node: str, folder: Path):
         self.node, self.armed, self.held = node, folder / "armed", folder / "held"
 
     def __call__(self, gold, pred, trace=None, pred_name=None, pred_trace=None):
-        if node() == self.node and self.armed.exists() and not self.held.exists():
-            self.held.touch()
-            time.sleep(HELD_S)
+        if node() and self.armed.exists() and not self.held.exists():
+            if node() == self.node:
+                self.held.touch()
+                time.sleep(HELD_S)
+            wait_for(self.held.exists)
         return LAB.metric(gold, pred, trace)
 
 
@@ -86,7 +118,5 @@ class Killer:
         self.thread.start()
 
     def _kill_when_held(self) -> None:
-        until = time.monotonic() + 60
-        while not self.metric.held.exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for(self.metric.held.exists)
         self.cluster.remove_node(self.node, allow_graceful=False)

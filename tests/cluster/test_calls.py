@@ -1,19 +1,22 @@
 """What passes between a worker and the run's process, without a cluster."""
 
 import asyncio
-import pickle
+import queue
 import threading
-import time
 
 import dspy
 import pytest
 from dspy import lm15
 
 from dspy_fst.cluster.policy_calls import _answer
-from dspy_fst.cluster.relay import QUEUED, WORKING, Relay
-from dspy_fst.cluster.shipping import packed_error, shipping_faults, unpacked_error
+from dspy_fst.cluster.ray_rollouter import Chunk, _Playing, _sendable
+from dspy_fst.cluster.relay import QUEUED, WORKING, CallHeard, InFlight, Relay
+from dspy_fst.cluster.shipping import packed, packed_error, shipping_faults, unpacked, unpacked_error
 from dspy_fst.errors import ConfigurationError, EngineError, SyncError
+from dspy_fst.preflight.cluster_checks import cluster_faults
+from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.worker_pool import QueueTime
+from dspy_fst.types import Candidate, Rollout
 from tests.cluster.play import LAB, Placed, policy
 
 
@@ -23,6 +26,7 @@ from tests.cluster.play import LAB, Placed, policy
         lm15.ContextLengthError("the prompt has 9 tokens", provider="vllm", status=400),
         lm15.UnsupportedFeatureError("top_p=0.9"),
         lm15.TransportError("reset", retry_after=2),
+        FileNotFoundError(2, "No such file", "/index"),
         EngineError("gone"),
         SyncError("other weights"),
         ConfigurationError(["one", "two"]),
@@ -40,23 +44,23 @@ def test_an_error_keeps_its_class_its_words_and_its_fields(error):
 
 def test_an_error_that_cannot_be_sent_is_an_engine_s_with_its_words():
     error = OSError("no route")
-    error.held = threading.Lock()
+    error.held = (line for line in ())
     again = unpacked_error(packed_error(error))
     assert type(again) is EngineError
     assert str(again) == "OSError: no route"
 
 
 def test_only_the_time_in_the_engine_s_queue_counts_as_queueing():
-    queue_time = QueueTime()
-
     def words():
-        for word in (WORKING, QUEUED, WORKING, b"answer"):
-            time.sleep(0.1)
+        for word, seconds in ((WORKING, 1), (QUEUED, 10), (WORKING, 100), (b"answer", 1000)):
+            now[0] += seconds
             yield word
 
+    now = [0.0]
+    queue_time = QueueTime(lambda: now[0])
     with queue_time.counting():
         assert _answer(words()) == b"answer"
-    assert 0.2 <= queue_time.seconds < 0.35  # before the first word, and from QUEUED to the next
+    assert queue_time.seconds == 101  # before the first word, and from QUEUED to the next
 
 
 def test_the_relay_passes_each_answer_to_whoever_asked():
@@ -66,8 +70,7 @@ def test_the_relay_passes_each_answer_to_whoever_asked():
         await asyncio.sleep(0)
         await relay.say("chunk", 7)
         heard = await relay.take(1.0)
-        assert [message.call for message in heard] == [b"\0", b"\1", None]
-        assert heard[2].number == 7
+        assert heard == [CallHeard("chunk", 0, b"\0"), CallHeard("chunk", 1, b"\1"), InFlight("chunk", 7)]
         for message in reversed(heard[:2]):
             await relay.tell(message.number, WORKING)
             await relay.tell(message.number, message.call)
@@ -81,35 +84,116 @@ def test_the_relay_passes_each_answer_to_whoever_asked():
     assert asyncio.run(play()) == [[WORKING, b"\0"], [WORKING, b"\1"]]
 
 
+# ---- what goes ---------------------------------------------------------------------------------------
+
+
+def sent(value):
+    """The value as it arrives."""
+    return unpacked(packed(value, lambda handle: None), lambda number: pytest.fail("no handle was sent"))
+
+
+def test_a_lock_is_a_new_one_that_nobody_holds():
+    held = threading.Lock()
+    held.acquire()
+    first, same, condition, waiting = sent([held, held, threading.Condition(), queue.Queue()])
+    assert first is same
+    assert first is not held
+    assert not first.locked()
+    with condition:
+        condition.notify()
+    waiting.put("an item")
+    assert waiting.get(timeout=1) == "an item"
+
+
+def test_a_retriever_and_a_parallel_call_of_dspy_are_sent():
+    numpy = pytest.importorskip("numpy")
+    found = sent(dspy.Embeddings(["only"], lambda texts: numpy.ones((len(texts), 2)), k=1))
+    assert found("which?").passages == ["only"]
+    assert type(sent(dspy.Parallel())) is dspy.Parallel
+
+
+def test_the_history_of_an_lm_stays():
+    lm = dspy.LM("openai/judge")
+    lm.history.append({"response": (line for line in ())})
+    assert sent({"lm": lm})["lm"].history == []
+    assert len(lm.history) == 1
+
+
+def test_a_class_of_a_notebook_that_is_here_stays_as_it_is():
+    class Counted:
+        count = 0
+
+    data = packed(Counted(), lambda handle: None)
+    Counted.count = 7
+    again = unpacked(data, lambda number: pytest.fail("no handle was sent"))
+    assert type(again) is Counted
+    assert Counted.count == 7
+    unpacked(data, lambda number: pytest.fail("no handle was sent"), classes_too=True)
+    assert Counted.count == 0
+
+
+# ---- how many at once --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("threads", "cpus", "sizes"), [(8, 3, [3, 3, 2]), (8, 20, [1] * 8), (2, 0, [2]), (30, 4, [3, 3, 3, 3])]
+)
+def test_num_threads_rollouts_are_in_flight_whatever_the_number_of_cpus(threads, cpus, sizes):
+    tasks = range(12)  # only counted and cut
+    playing = _Playing(None, None, Chunk(tasks, "draw", False, b""), cpus, RolloutSettings(num_threads=threads))
+    given = []
+    while places := playing._next():
+        playing._given[object()] = places, ""
+        given.append(places)
+    assert [len(places) for places in given] == sizes
+    played = set()
+    while playing._given:  # the oldest ends
+        played |= {*playing._given.pop(next(iter(playing._given)))[0]}
+        while places := playing._next():
+            playing._given[object()] = places, ""
+        left = 12 - len(played)
+        assert sum(len(places) for places, _ in playing._given.values()) == min(threads, left)
+    assert played == {*tasks}
+
+
 # ---- what cannot go ----------------------------------------------------------------------------------
 
 
 class Connected:
     def __init__(self):
-        self.lines = {"first": [threading.Lock()]}
+        self.lines = {"first": [(line for line in ())]}
 
 
 def test_what_can_be_sent_is_no_fault():
     with dspy.context(lm=policy(), adapter=dspy.JSONAdapter()):
-        assert [*shipping_faults(Placed(policy()), LAB.metric)] == []
+        assert [*shipping_faults(student=Placed(policy()), metric=LAB.metric)] == []
 
 
 def test_each_thing_that_cannot_be_sent_is_named_with_its_place():
     program = Placed(policy())
     program.store = Connected()
-    lock = threading.Lock()
+    lines = (line for line in ())
 
     def metric(gold, pred, trace=None):
-        with lock:
-            return 1.0
+        return float(next(lines))
 
+    example = LAB.trainset[0].copy(rows=Connected())
     with dspy.context(callbacks=[Connected()]):
-        found = [*shipping_faults(program, metric)]
+        found = [*cluster_faults("local", program, metric, [LAB.trainset[0], example], [])]
     assert [fault.partition(":")[0] for fault in found] == [
         "student.store.lines['first'][0]",
-        "metric's lock",
+        "metric's lines",
+        "trainset[1]._store['rows'].lines['first'][0]",
         "dspy.settings.callbacks[0].lines['first'][0]",
     ]
-    assert all("lock cannot be pickled" in fault for fault in found)
-    with pytest.raises(TypeError):
-        pickle.dumps(lock)
+    assert all("a generator cannot be pickled" in fault for fault in found)
+
+
+def test_a_rollout_whose_prediction_cannot_be_sent_is_masked_with_what_it_held():
+    good = Rollout(0, Candidate({"answer": "Sort."}), (), 1.0, prediction=dspy.Prediction(answer="1"))
+    assert _sendable(good) is good
+    bad = Rollout(1, good.candidate, (), 1.0, prediction=dspy.Prediction(rows=(row for row in ())))
+    masked = _sendable(bad)
+    assert (masked.problem, masked.candidate, masked.reward, masked.prediction) == (1, good.candidate, None, None)
+    assert masked.outcome.label == "masked: ray: prediction cannot be pickled"
+    assert "a generator cannot be pickled" in masked.outcome.detail

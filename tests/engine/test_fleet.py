@@ -29,7 +29,7 @@ from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import EngineError, NoAnswerError, ServerDiedError, ServerReplacedError, SyncError
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.preflight.ray_checks import servers_on_ray_faults
+from dspy_fst.preflight.ray_checks import servers_on_ray, servers_on_ray_faults
 from programs.lab import BASE
 from tests.engine.test_supervisor import Server, World
 from tests.serve.fake_vllm import UPSTREAM_KEY, FakeVLLM
@@ -623,6 +623,12 @@ def test_what_ray_chooses_is_refused_beside_on_ray():
         assert any(setting in fault for fault in vllm_faults(replace(on_ray, **{setting: value})))
     assert any("port" in fault for fault in vllm_faults(replace(on_ray, servers=1, port=8000)))
     assert [one.cards for one in members_of(on_ray)] == [None, None]
+
+
+@pytest.mark.parametrize(("on_ray", "held"), [(True, 3), (False, 0)])
+def test_only_servers_on_ray_hold_cpus_of_the_cluster(on_ray, held):
+    options = {"on_ray": on_ray, "servers": 3}
+    assert servers_on_ray(PolicyLM(BASE, engine="vllm", engine_options=options)) == held
 
 
 def test_servers_on_ray_need_a_connection_before_anything_else(tmp_path):
