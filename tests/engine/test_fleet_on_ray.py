@@ -1,6 +1,7 @@
 """vLLM servers as actors on a Ray cluster of two nodes: what it lacks for them, and a run that loses a node."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -95,13 +96,14 @@ class NodeLost:
                 assert changed.wait_for(lambda: {"up"} == {member.state for member in members}, LIMIT_S)
 
     def remove(self):
-        """At once, with all of its processes."""
+        """At once, with all of its processes. The server answers nothing any more when calls are there to be lost."""
         (there,) = (one for one in self.fleets[-1].members if one.server._process._node == self.nodes.lost)
         group = group_of(there.server._process._actor)
+        os.killpg(group, signal.SIGSTOP)
         until = time.monotonic() + LIMIT_S
         while not there.in_flight:
             assert time.monotonic() < until, "no call waits for that server"
-            time.sleep(0.001)
+            time.sleep(0.05)
         os.killpg(group, signal.SIGKILL)
         self.nodes.cluster.remove_node(self.nodes.other, allow_graceful=False)
         self.lost.set()
@@ -119,14 +121,15 @@ def test_a_run_survives_a_node_with_one_of_its_servers(nodes, tmp_path, monkeypa
     assert trouble.lost.is_set()
     steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
     assert [step["counts"].get("engine: servers lost", 0) for step in steps] == [0, 1, 0, 0]
-    # Steps of this size remove the weights of an attempt that waits until Ray has found out that the node is lost.
-    assert 1 <= sum(step["counts"].get("engine: restarts", 0) for step in steps) <= 2
+    # Steps of this size remove the weights of an attempt that waits until Ray has found out that the node is lost, or
+    # that starts meanwhile.
+    assert 1 <= sum(step["counts"].get("engine: restarts", 0) for step in steps) <= 3
     assert steps[1]["counts"]["engine: asked elsewhere"] > 0
     for step in steps:
         assert not [reason for reason in step["counts"] if reason.startswith("masked")]
         assert step["counts"]["calls"] == calls_of(step["step"])  # none lost, and none kept twice
     (back,) = (text for text in trouble.told if "it is back" in text)
-    assert back.endswith("it is back, and serves weights step-000003, verified")
+    assert re.search("it is back, and serves weights step-00000[123], verified$", back)
     end_with_their_actors(trouble.fleets[-1])
     policy_of(compiled).release()
 
