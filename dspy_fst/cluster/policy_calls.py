@@ -33,6 +33,8 @@ from dspy_fst.policy_lm import EngineHandle
 logger = logging.getLogger(__name__)
 TAKE_S = 1.0
 """Seconds after which the relay is asked again where nobody called (ours)."""
+END_S = 30.0
+"""Seconds in which the thread that waits for the relay notices its end (ours)."""
 MOST_WAITING = 100_000
 """Calls that may wait in the relay at once (ours). Each waits inside the actor; beyond this no answer gets in."""
 
@@ -168,11 +170,12 @@ class PolicyCalls:
         cluster.callback(self.close)
 
     def close(self) -> None:
+        """End the relay, and wait for the thread that asks it, so that nothing asks Ray while it disconnects."""
         with self._telling:
             self._over.set()
-        self._taking.join(2 * TAKE_S)
         if ray.is_initialized():  # else Ray would begin a cluster, to end an actor in it
             ray.kill(cast(ActorHandle[Relay], self.relay))  # its type names the actor's methods, too
+        self._taking.join(END_S)
 
     def numbered(self, handle: EngineHandle) -> HandleNumber:
         """A handle's number, under which it is asked from now on."""

@@ -8,7 +8,6 @@ together, once, when its task has ended.
 import itertools
 import logging
 import os
-import platform
 import sys
 import time
 from collections import Counter, deque
@@ -21,12 +20,12 @@ import dspy
 import ray
 from ray import ObjectRef
 from ray.actor import ActorProxy
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError, RayTaskError
 
 from dspy_fst.cluster.policy_calls import Line, PolicyCalls, Progress, sent_before
 from dspy_fst.cluster.relay import Relay
 from dspy_fst.cluster.shipping import packed, shipped_settings, unpacked, why_not
+from dspy_fst.engine.vllm.on_ray.nodes import node_faults, nodes_alive
 from dspy_fst.errors import ClusterError, ConfigurationError, briefly
 from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.reward import Reward
@@ -91,10 +90,10 @@ def _stage(bundle: "ObjectRef[Bundle]") -> tuple[Line, Stage]:
     return line, stage
 
 
-def greet(bundles: "list[ObjectRef[Bundle]]") -> str:
-    """The worker's release of Python, once it has read the program."""
+def greet(bundles: "list[ObjectRef[Bundle]]") -> list[str]:
+    """Read the program. What is wrong with the node is an error of that."""
     _stage(bundles[0])
-    return platform.python_version()
+    return []
 
 
 def play(bundles: "list[ObjectRef[Bundle]]", name: str, data: bytes) -> bytes:
@@ -194,25 +193,8 @@ class RayRollouter(Rollouter):
 
     def _greet(self) -> None:
         """Have each node import the program, before anything is spent."""
-        task = ray.remote(num_cpus=0, max_retries=0)(greet)
-        nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        on = {name: NodeAffinitySchedulingStrategy(name, soft=False) for name in nodes}
-        asked = {name: task.options(scheduling_strategy=on[name]).remote([self._bundle]) for name in nodes}
-        faults, until = [], time.monotonic() + GREET_S
-        for name, answer in asked.items():
-            try:
-                ray.get(answer, timeout=max(0.0, until - time.monotonic()))
-            except GetTimeoutError:
-                faults.append(f"ray: node {nodes[name]} did not read the program within {GREET_S:g} s")
-            except RayTaskError as error:
-                faults.append(
-                    f"ray: node {nodes[name]} cannot read the program: {briefly(error.cause)}. Install the same "
-                    "packages and have the program's code at the same place on every node"
-                )
-            except RayError as error:  # one that is lost just now is no fault of the run
-                logger.warning("node %s was lost at the start: %s", nodes[name], briefly(error))
-        if faults:
-            raise ConfigurationError(faults)
+        if faults := node_faults(nodes_alive(), "read the program", greet, [self._bundle], limit_s=GREET_S):
+            raise ConfigurationError([f"ray: {fault}" for fault in faults])
 
 
 class _Playing:

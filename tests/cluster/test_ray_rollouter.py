@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from dspy_fst.cluster import ray_rollouter
 from dspy_fst.cluster.connecting import connected, sigterm_as_before
 from dspy_fst.cluster.policy_calls import PolicyCalls
 from dspy_fst.cluster.ray_rollouter import RayRollouter
+from dspy_fst.engine.vllm.on_ray.nodes import node_faults, nodes_alive
 from dspy_fst.errors import ClusterError, ConfigurationError
 from dspy_fst.rollout.components import read_texts
 from dspy_fst.rollout.reward import Reward
@@ -80,6 +82,8 @@ def test_a_call_that_ends_after_the_run_begins_no_cluster(cluster):
     with connected(cluster.address) as stack:
         calls = PolicyCalls(stack, lambda count: None)
         calls._tell(0, b"in time")
+        calls.close()
+        assert not calls._taking.is_alive()
     calls._tell(0, b"late")
     assert not ray.is_initialized()
 
@@ -161,6 +165,11 @@ def test_a_node_that_cannot_read_the_program_is_named_before_anything_is_spent(c
     with pytest.raises(ConfigurationError, match=r"cannot read the program: .*of_the_first_node") as caught:
         on_cluster(Unread(lm), connection)
     assert len(caught.value.faults) == 2
+
+
+def test_a_node_that_does_not_answer_in_time_is_named(connection):
+    slow = node_faults(nodes_alive(), "wake up", lambda: time.sleep(3), limit_s=0.1)
+    assert [fault.partition(") ")[2] for fault in slow] == ["did not wake up within 0.1 s"] * 2
 
 
 def test_what_a_notebook_defines_is_as_it_was_and_a_prediction_that_cannot_be_sent_is_masked(connection, lm):

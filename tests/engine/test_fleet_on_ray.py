@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from dspy_fst.cluster.connecting import connected, sigterm_as_before
 from dspy_fst.engine import making
 from dspy_fst.engine.vllm.fleet.fleet import Fleet
-from dspy_fst.engine.vllm.on_ray.actor import node_name
+from dspy_fst.engine.vllm.on_ray.nodes import node_name
 from dspy_fst.engine.vllm.on_ray.room import room_faults
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.policy_lm import policy_of
@@ -89,17 +89,21 @@ class NodeLost:
     def __call__(self, event):
         self.told.append(event.get("text", ""))
         if event.get("phase", "").startswith("step 1:"):
-            threading.Thread(target=self.remove, daemon=True).start()
+            self.lose()
         if event.get("phase", "").startswith("step 3:"):  # the last step is sampled by both
             changed, members = self.fleets[-1]._changed, self.fleets[-1].members
             with changed:
                 assert changed.wait_for(lambda: {"up"} == {member.state for member in members}, LIMIT_S)
 
-    def remove(self):
-        """At once, with all of its processes. The server answers nothing any more when calls are there to be lost."""
+    def lose(self):
+        """Stop the server before the step's first call, so that it answers none of them; then remove the node."""
         (there,) = (one for one in self.fleets[-1].members if one.server._process._node == self.nodes.lost)
         group = group_of(there.server._process._actor)
         os.killpg(group, signal.SIGSTOP)
+        threading.Thread(target=self.remove, args=(there, group), daemon=True).start()
+
+    def remove(self, there, group):
+        """At once, with all of its processes, when calls wait for the server."""
         until = time.monotonic() + LIMIT_S
         while not there.in_flight:
             assert time.monotonic() < until, "no call waits for that server"

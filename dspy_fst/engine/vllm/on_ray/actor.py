@@ -9,21 +9,13 @@ import ray
 from dspy_fst.engine.vllm.address import Address
 from dspy_fst.engine.vllm.launched import Launched, launch_here
 from dspy_fst.engine.vllm.lora_files import LoRANeeds
+from dspy_fst.engine.vllm.on_ray.nodes import node_name
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.errors import EngineError
 
 _POLL_S = 5.0
 SHARE = "keep run_dir and the model in a folder that all nodes share"
 """What to do about a folder that a node does not see."""
-
-
-def node_name(address: str, node_id: str) -> str:
-    """A node as a user tells it from others: several on one machine have one address.
-
-    >>> node_name("10.0.0.7", "3f2a91c4d5e6")
-    'Ray node 10.0.0.7 (3f2a91c4)'
-    """
-    return f"Ray node {address} ({node_id[:8]})"
 
 
 class ServerActor:

@@ -1,18 +1,15 @@
 """What a Ray cluster lacks for the servers of a run, found out before the run; nothing is started for good."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dspy_fst.engine.vllm.on_ray.actor import SHARE, node_name
+from dspy_fst.engine.vllm.on_ray.actor import SHARE
+from dspy_fst.engine.vllm.on_ray.nodes import RayNode, node_faults, nodes_alive
 from dspy_fst.engine.vllm.on_ray.places import NOT_CONNECTED, bundle_of, in_words
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
-from dspy_fst.errors import briefly
 from dspy_fst.run.files import probe_for, sha256_of
 
 LOOK_S = 120.0
@@ -33,35 +30,15 @@ def room_faults(settings: VLLMSettings, run_dir: Path, model: Path | None) -> li
     """
     if not ray.is_initialized():
         return [NOT_CONNECTED]
-    nodes = _nodes()
-    used = [node for node in nodes if _servers_on(node, bundle_of(settings))]
+    nodes = nodes_alive()
+    used = [node for node in nodes if room_on(node, bundle_of(settings))]
     return [*_too_little(settings, nodes), *_look(used, run_dir, model)]
-
-
-@dataclass(frozen=True)
-class RayNode:
-    """A node of the cluster."""
-
-    number: str
-    """Ray's, in hexadecimal digits."""
-    name: str
-    resources: Mapping[str, float]
-    """All that it has, e.g. ``{"CPU": 8.0, "GPU": 2.0}``, whoever uses it."""
-
-
-def _nodes() -> list[RayNode]:
-    """Those that are alive."""
-    return [
-        RayNode(entry["NodeID"], node_name(entry["NodeManagerAddress"], entry["NodeID"]), entry["Resources"])
-        for entry in ray.nodes()
-        if entry["Alive"]
-    ]
 
 
 def _too_little(settings: VLLMSettings, nodes: Sequence[RayNode]) -> Iterator[str]:
     """Whether CPUs and cards suffice, whoever uses them now."""
     need = bundle_of(settings)
-    room = sum(_servers_on(node, need) for node in nodes)
+    room = sum(room_on(node, need) for node in nodes)
     listed = "; ".join(f"{node.name} has {in_words(node.resources)}" for node in nodes)
     if settings.servers > room:
         yield (
@@ -75,35 +52,19 @@ def _too_little(settings: VLLMSettings, nodes: Sequence[RayNode]) -> Iterator[st
         )
 
 
-def _servers_on(node: RayNode, need: Mapping[str, float]) -> int:
-    """How many servers a node has room for."""
+def room_on(node: RayNode, need: Mapping[str, float]) -> int:
+    """How often a node has what is needed, whoever uses it now."""
     return min(int(node.resources.get(kind, 0) // count) for kind, count in need.items())
 
 
-def _look(nodes: Sequence[RayNode], run_dir: Path, model: Path | None) -> Iterator[str]:
+def _look(nodes: Sequence[RayNode], run_dir: Path, model: Path | None) -> list[str]:
     """Have every machine on which a server may be placed look for vLLM and for the folders."""
     with probe_for(run_dir) as probe:
         files = {str(probe.parent): probe}
         if model is not None and model.is_dir():
             files[str(model)] = model / "config.json"
         wanted = {name: (file, _digest(file)) for name, file in files.items()}
-        looks = {node.name: _looking(node, wanted) for node in nodes}
-        if looks:
-            ray.wait([*looks.values()], num_returns=len(looks), timeout=LOOK_S)
-        for name, look in looks.items():
-            try:
-                yield from (f"{name} {fault}" for fault in ray.get(look, timeout=0))
-            except RayError as error:
-                yield (
-                    f"{name} cannot be asked for its folders ({briefly(error)}): install the same "
-                    "dspy-fst, Python and Ray there"
-                )
-
-
-def _looking(node: RayNode, wanted: Wanted) -> "ray.ObjectRef[list[str]]":
-    """`faults_here` as a task of this node, beside whatever else runs there."""
-    there = NodeAffinitySchedulingStrategy(node.number, soft=False)
-    return ray.remote(faults_here).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(wanted)
+        return node_faults(nodes, "look for the run's folders", faults_here, wanted, limit_s=LOOK_S)
 
 
 def faults_here(wanted: Wanted) -> list[str]:
