@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer
 
 from dspy_fst.engine.base import Checkpoint, Holding
 from dspy_fst.engine.chat import PromptRenderer
@@ -24,6 +23,7 @@ from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.errors import EngineError
 from dspy_fst.model_files.architectures import context_length, load_model_with_info
 from dspy_fst.model_files.folder import folder_faults, layer_fault
+from dspy_fst.model_files.reading import read_tokenizer
 from dspy_fst.types import WeightsVersion
 
 SCORED_AT_ONCE = 64
@@ -52,7 +52,7 @@ class LoadedModel:
     def _start(self, checkpoint: Checkpoint) -> None:
         device = self.settings.device or ("cuda" if has_gpu() else "cpu")
         dtype = self.settings.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+        self._tokenizer = read_tokenizer(checkpoint.path)
         if faults := list(folder_faults(checkpoint.path)):
             raise EngineError(f"weights {checkpoint.version} at {checkpoint.path} are not served: {'; '.join(faults)}")
         self._reader = ReplyReader.of(self._tokenizer, checkpoint.path)

@@ -22,6 +22,7 @@ from pydantic import JsonValue
 
 from dspy_fst.engine.base import Completion
 from dspy_fst.engine.chat import PLAIN, TemplateTraits, decoded
+from dspy_fst.model_files.reading import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,9 +96,7 @@ class ReplyReader:
         """The reader for a Hugging Face folder; without a tokenizer, one that divides nothing."""
         if not (path / "tokenizer_config.json").is_file():
             return UNREAD
-        from transformers import AutoTokenizer
-
-        return cls.of(AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
+        return cls.of(read_tokenizer(path), path)
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase", folder: Path | None = None) -> "ReplyReader":

@@ -17,6 +17,7 @@ from dspy_fst.errors import ConfigurationError
 from dspy_fst.model_files.architectures import empty_model, kind_faults, largest, left_out, unreadable
 from dspy_fst.model_files.folder import stored_shapes
 from dspy_fst.model_files.hub import known_models, unknown_fault
+from dspy_fst.model_files.reading import read_config
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.recipe.lora_settings import ALL_LINEAR, LoRA
 
@@ -87,7 +88,7 @@ def model_size(folder: Path) -> ModelSize | None:
         folder: A Hugging Face folder, with or without weights; or a hub name whose config is in the local cache.
     """
     try:
-        return _size_of(_local_config(folder), folder)
+        return _size_of(read_config(folder, local_files_only=True), folder)
     except Exception:  # a foreign file may break in any way; `model_faults` and `find_size` say how
         return None
 
@@ -112,22 +113,16 @@ def find_size(model: str) -> ModelSize:
     return size
 
 
-def _local_config(folder: Path) -> "PreTrainedConfig":
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
 def _config_of(model: str) -> "PreTrainedConfig":
     """The config of a folder, of the hub's cache, of a well-known model or of the hub, whichever comes first."""
     from transformers import AutoConfig
 
     with suppress(Exception):  # try the next place; the last one reports the error
-        return _local_config(Path(model))
+        return read_config(model, local_files_only=True)
     try:
         known = None if Path(model).is_dir() else known_models().get(model)
         if known is None:
-            return AutoConfig.from_pretrained(model, trust_remote_code=False)
+            return read_config(model)
         shape = dict(known)
         return AutoConfig.for_model(str(shape.pop("model_type")), **shape)
     except Exception as error:  # a hub refuses in many ways, and a foreign file may break in any

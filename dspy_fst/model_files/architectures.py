@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspy_fst.errors import briefly
+from dspy_fst.model_files.reading import read_config
 
 if TYPE_CHECKING:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
@@ -51,15 +52,17 @@ def load_model(path: str | Path, **options: object) -> "PreTrainedModel":
         path: The folder or hub name.
         options: Further arguments of ``from_pretrained``, e.g. ``dtype``.
     """
-    return _class_of(path).from_pretrained(path, trust_remote_code=False, **options)
+    config = read_config(path)
+    return _auto_class(config).from_pretrained(path, config=config, trust_remote_code=False, **options)
 
 
 def load_model_with_info(
     path: str | Path, **options: object
 ) -> "tuple[PreTrainedModel, Mapping[str, Collection[object]]]":
     """`load_model` together with transformers' loading info: kind of fault -> names of the tensors that have it."""
-    load: Callable[..., object] = _class_of(path).from_pretrained
-    loaded = load(path, trust_remote_code=False, output_loading_info=True, **options)
+    config = read_config(path)
+    load: Callable[..., object] = _auto_class(config).from_pretrained
+    loaded = load(path, config=config, trust_remote_code=False, output_loading_info=True, **options)
     assert isinstance(loaded, tuple), "output_loading_info asks for a pair"
     model, info = loaded
     return model, info
@@ -83,12 +86,6 @@ def text_part(model: "PreTrainedModel") -> "PreTrainedModel":
     decoder: PreTrainedModel = model.get_decoder()
     # transformers' own search does not find Llama 4's
     return getattr(model, "model", model) if decoder is model else decoder
-
-
-def _class_of(path: str | Path) -> "type[AutoModelForCausalLM | AutoModelForImageTextToText]":
-    from transformers import AutoConfig
-
-    return _auto_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
 def _auto_class(config: "PreTrainedConfig") -> "type[AutoModelForCausalLM | AutoModelForImageTextToText]":
@@ -221,10 +218,8 @@ def restart_reason(config: "PreTrainedConfig", *, on_gpu: bool) -> str | None:
 
 def folder_restart_reason(folder: Path, *, on_gpu: bool) -> str | None:
     """`restart_reason` for a model's folder; None also if its config cannot be read, which other checks report."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_config(folder)
     except Exception:  # a file that somebody else wrote may fail to load with any exception
         return None
     return restart_reason(config, on_gpu=on_gpu)

@@ -13,6 +13,7 @@ from dspy_fst.model_files.architectures import context_length, empty_model, has_
 from dspy_fst.model_files.folder import adapter_fault, folder_faults, stored_layer_fault, stored_shapes
 from dspy_fst.model_files.hub import hub_fault, in_cache, means_a_path, read_from
 from dspy_fst.model_files.reach import ANSWER_S
+from dspy_fst.model_files.reading import read_config, read_tokenizer
 from dspy_fst.outcomes.outcome import CONTEXT
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.template_checks import template_faults
@@ -31,8 +32,6 @@ CONTEXT_PART = 4
 
 def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
     """Faults of the model's files, found without loading weights. A hub has ``hub_s`` seconds to answer."""
-    from transformers import AutoConfig, AutoTokenizer
-
     path, where = policy.checkpoint.path, f"model={policy.model!r}"
     if not path.is_dir() and means_a_path(policy.model):
         return [f"{where}: there is no such folder; name a Hugging Face folder or a hub model"]
@@ -42,14 +41,14 @@ def model_faults(policy: PolicyLM, hub_s: float = ANSWER_S) -> list[str]:
         return [f"{where}: {fault}"]
     files = path if path.is_dir() else read_from(str(path), hub_s)
     try:
-        config = AutoConfig.from_pretrained(files, trust_remote_code=False)
+        config = read_config(files)
     except Exception as error:  # foreign files may break in any way
         return [f"{where}: {unreadable(path, error)}"]
     faults = [f"{where}: {fault}" for fault in (*_kind_faults(policy, config), *_weights_faults(path))]
     if path.is_dir() and not faults and (fault := stored_layer_fault(path)):
         faults.append(f"{where}: {fault}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files, trust_remote_code=False)
+        tokenizer = read_tokenizer(files)
     except Exception as error:
         faults.append(f"{where}: its tokenizer cannot be read: {briefly(error)}")
     else:
@@ -146,17 +145,14 @@ def _without_numbers(policy: PolicyLM) -> "PreTrainedModel | None":
 
 def _config_of(policy: PolicyLM) -> "PreTrainedConfig | None":
     """The model's config; None where it cannot be read: `model_faults` has told so, or the model is imagined."""
-    from transformers import AutoConfig
-
     path = policy.checkpoint.path
     if not path.is_dir() and in_cache(str(path)) == "not":
         return None
     files = path if path.is_dir() else read_from(str(path))
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(files, trust_remote_code=False)
+        return read_config(files)
     except Exception:  # foreign files may break in any way
         return None
-    return config
 
 
 def _context_limit(policy: PolicyLM, config: "PreTrainedConfig") -> int | None:
@@ -188,9 +184,7 @@ def context_faults(policy: PolicyLM, rollouts: Sequence[Rollout], demo_tokens: i
     Args:
         demo_tokens: What the demos that a search adds may take of the context; 0: it adds none.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(policy.checkpoint.path, trust_remote_code=False)
+    config = read_config(policy.checkpoint.path)
     limit = _context_limit(policy, config)
     reply = policy.reply_limit or 0
     longest = max((len(call.prompt_ids) for rollout in rollouts for call in rollout.calls), default=0)

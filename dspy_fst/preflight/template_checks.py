@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from dspy_fst.engine.chat import TemplateTraits
 from dspy_fst.errors import briefly
+from dspy_fst.model_files.reading import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,12 +67,10 @@ def template_kind(folder: Path) -> str | None:
 
 
 def _traits(folder: Path) -> TemplateTraits | None:
-    from transformers import AutoTokenizer
-
     if not folder.is_dir():
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder)
     except Exception:  # reported as a fault of the model
         return None
     traits = TemplateTraits.of(tokenizer) if tokenizer.chat_template else None

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Read from transformers 5.19. It undoes the renaming and fusing of from_pretrained, e.g. of experts. save_pretrained
 # does the same, but takes three times as long to write a small model.
@@ -28,6 +28,7 @@ from dspy_fst.engine.vllm.served.dspy_fst_weight_check import digest
 from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.folder import wrapped_names
 from dspy_fst.model_files.lora_folder import BESIDE, INDEX, INSIDE, index_of
+from dspy_fst.model_files.reading import read_tokenizer
 from dspy_fst.run.files import flush, scratch_beside
 from dspy_fst.slow.adamw import moments_of
 from dspy_fst.slow.model import Policy
@@ -176,7 +177,7 @@ def write_merged(source: Path, folder: Path, adapter: str | None = None) -> None
     policy = Policy.load(base, dtype=torch.float32, trainable=False)
     if chosen is not None:
         merge(policy.model, chosen.path)
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    tokenizer = read_tokenizer(base)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         whole = Path(scratch) / "whole"
         CheckpointWriter(policy.model, tokenizer, torch.float32, base, policy.tensors).write(whole)
@@ -220,7 +221,7 @@ def _check_rendering(files: Mapping[str, bytes], tokenizer: PreTrainedTokenizerB
     """Load the tokenizer from the files to publish, and compare its prompts with the given tokenizer's."""
     with tempfile.TemporaryDirectory() as scratch:
         _write_files(Path(scratch), files)
-        published = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
+        published = read_tokenizer(scratch)
         if fault := rendering_fault(tokenizer, published):
             raise TrainingError(f"the weights are not published: {fault}")
 

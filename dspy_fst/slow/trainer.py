@@ -10,11 +10,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.machine import several_fault
 from dspy_fst.errors import RankError, TrainingError
+from dspy_fst.model_files.reading import read_tokenizer
 from dspy_fst.recipe.lora_settings import SHARED
 from dspy_fst.slow import head
 from dspy_fst.slow.adamw import make_adamw
@@ -97,7 +98,7 @@ class Trainer(TrainerFiles):
         self._source = model
         torch.manual_seed(seed)
         self._files = Checkpoint.at("start", Path(model)).path
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._files, trust_remote_code=False)
+        self._tokenizer = read_tokenizer(self._files)
         self._adapters = adapters
         names, quantized = tuple(dict.fromkeys(adapters.values())) or (SHARED,), settings.quantized_base
         self.policy = self._policy = Policy.load(
