@@ -1,8 +1,9 @@
 """FSTOptimizer: the alternation of fast and slow learning."""
 
+import gc
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -170,13 +171,14 @@ class FSTOptimizer(Teleprompter):
             tracking = Tracking(self.trackers)
             told: Listeners = [*([view] if view else []), *([tracking] if self.trackers else [])]
             given = self.arguments(student, trainset, valset, teacher)
-            request = check(given, hub_s=IN_A_RUN_S)
-            if fetch(request.config, request.run_dir):  # what the directory records counts now
-                request = check(replace(given, run_dir=request.run_dir), hub_s=IN_A_RUN_S)
-            # torch and transformers take seconds to import: an argument that is refused does not wait for them.
-            from dspy_fst.training.open_run import open_run
-            from dspy_fst.training.result import compiled_program, keep_compiled
-            from dspy_fst.training.run_documents import documents_of
+            with nothing_collected():
+                request = check(given, hub_s=IN_A_RUN_S)
+                if fetch(request.config, request.run_dir):  # what the directory records counts now
+                    request = check(replace(given, run_dir=request.run_dir), hub_s=IN_A_RUN_S)
+                # torch and transformers take seconds to import: an argument that is refused does not wait for them.
+                from dspy_fst.training.open_run import open_run
+                from dspy_fst.training.result import compiled_program, keep_compiled
+                from dspy_fst.training.run_documents import documents_of
 
             run = stack.enter_context(open_run(request, (*self.listeners, *told), ranks))
             if view:
@@ -216,6 +218,19 @@ class FSTOptimizer(Teleprompter):
         )
         proposer = self.propose or self.instruction_proposer
         return Proposers(self.reflection_lm, proposer, self.code_proposer, self.fast, options, self.propose is not None)
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """A block in which Python looks for no garbage. In one that imports torch and transformers there is next to none,
+    and each look walks through all that was imported before: a seventh of the processor time of these imports."""
+    looked = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looked:
+            gc.enable()
 
 
 def alternate(run: "Session") -> Population:

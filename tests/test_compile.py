@@ -62,18 +62,32 @@ def same_weights(one, other):
     return all(first[name].equal(second[name]) for name in first)
 
 
-def test_a_two_module_program_and_its_model_are_trained_together(tmp_path):
-    student = relay()
-    before = read_texts(student)
-    compiled = compile_relay(tmp_path / "run", program=student)
-    assert read_texts(student) == before
-    assert_trained_together(student, compiled, tmp_path / "run")
-    steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody disturbed: the student, what came of it, and where. Nobody changes either."""
+    student, run_dir = relay(), tmp_path_factory.mktemp("whole") / "run"
+    compiled = compile_relay(run_dir, program=student)
+    yield student, compiled, run_dir
+    policy_of(compiled).release()
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A compiled program of one cycle. Nobody changes it."""
+    compiled = compile_relay(tmp_path_factory.mktemp("short") / "run", cycles=1)
+    yield compiled
+    policy_of(compiled).release()
+
+
+def test_a_two_module_program_and_its_model_are_trained_together(whole):
+    student, compiled, run_dir = whole
+    assert read_texts(student) == read_texts(Relay())
+    assert_trained_together(student, compiled, run_dir)
+    steps = [event["report"] for event in read_events(run_dir) if event["event"] == "step"]
     assert all(0 < step["prompt_tokens_read"] < step["prompt_tokens"] for step in steps)
     assert [entry["score"] for entry in compiled.candidate_programs] == sorted(
         (entry["score"] for entry in compiled.candidate_programs), reverse=True
     )
-    policy_of(compiled).release()
 
 
 def assert_trained_together(student, compiled, run_dir):
@@ -94,8 +108,8 @@ def assert_trained_together(student, compiled, run_dir):
     assert speaks(compiled)
 
 
-def test_a_continued_run_equals_an_uninterrupted_one(tmp_path):
-    whole = compile_relay(tmp_path / "whole")
+def test_a_continued_run_equals_an_uninterrupted_one(tmp_path, whole):
+    _, undisturbed, run_dir = whole
 
     class KilledError(Exception):
         pass
@@ -108,9 +122,9 @@ def test_a_continued_run_equals_an_uninterrupted_one(tmp_path):
         compile_relay(tmp_path / "killed", listeners=[kill])
     resumed = compile_relay(tmp_path / "killed")
 
-    assert same_weights(whole, resumed)
-    assert whole.population == resumed.population
-    kept = [[told(event) for event in read_events(tmp_path / name)] for name in ("whole", "killed")]
+    assert same_weights(undisturbed, resumed)
+    assert undisturbed.population == resumed.population
+    kept = [[told(event) for event in read_events(folder)] for folder in (run_dir, tmp_path / "killed")]
     assert kept[0] == kept[1]
 
 
@@ -132,49 +146,44 @@ def test_the_student_s_engine_is_not_the_trained_one(tmp_path):
     assert policy_of(compiled).handle.engine.score(PROBE)[0] != pytest.approx(base, abs=1e-2)
 
 
-def test_saved_and_loaded_it_is_the_same_program(tmp_path, monkeypatch):
-    compiled = compile_relay(tmp_path / "run", cycles=1)
+def test_saved_and_loaded_it_is_the_same_program(tmp_path, monkeypatch, short):
     monkeypatch.chdir(tmp_path)
-    dspy_fst.save(compiled, "out")
+    dspy_fst.save(short, "out")
     loaded = dspy_fst.load("out", Relay())
     monkeypatch.chdir("/")
-    assert read_texts(loaded) == read_texts(compiled)
-    assert loaded.population == compiled.population
+    assert read_texts(loaded) == read_texts(short)
+    assert loaded.population == short.population
     spoken = [read_texts(entry["program"]).digest for entry in loaded.candidate_programs]
-    assert spoken == [member.digest for member in compiled.population.unique()]
-    assert same_weights(loaded, compiled)
+    assert spoken == [member.digest for member in short.population.unique()]
+    assert same_weights(loaded, short)
     assert speaks(loaded)
     with pytest.raises(FileExistsError):
-        dspy_fst.save(compiled, tmp_path / "out")
+        dspy_fst.save(short, tmp_path / "out")
     with pytest.raises(RunDirectoryError, match="another program"):
         dspy_fst.load(tmp_path / "out", dspy.Predict("numbers -> answer"))
 
 
-def test_a_text_that_was_edited_after_training_is_kept(tmp_path):
-    compiled = compile_relay(tmp_path / "run", cycles=1)
-    (_, predictor), *_ = compiled.named_predictors()
-    predictor.signature = predictor.signature.with_instructions("Edited by hand.")
-    loaded = dspy_fst.load(dspy_fst.save(compiled, tmp_path / "out"), Relay())
+def test_a_text_that_was_edited_after_training_is_kept(tmp_path, short, monkeypatch):
+    (_, predictor), *_ = short.named_predictors()
+    monkeypatch.setattr(predictor, "signature", predictor.signature.with_instructions("Edited by hand."))
+    loaded = dspy_fst.load(dspy_fst.save(short, tmp_path / "out"), Relay())
     assert "Edited by hand." in read_texts(loaded).texts.values()
-    policy_of(compiled).release()
 
 
-def test_it_also_goes_through_dspy_s_own_save_and_load(tmp_path):
-    compiled = compile_relay(tmp_path / "run", cycles=1)
-    compiled.save(str(tmp_path / "program.json"))
+def test_it_also_goes_through_dspy_s_own_save_and_load(tmp_path, short):
+    short.save(str(tmp_path / "program.json"))
     loaded = Relay()
     loaded.load(str(tmp_path / "program.json"), allow_unsafe_lm_state=True)
-    assert policy_of(loaded).checkpoint == policy_of(compiled).checkpoint
+    assert policy_of(loaded).checkpoint == policy_of(short).checkpoint
     assert speaks(loaded)
 
 
-def test_a_compiled_program_goes_on_from_its_weights_and_population(tmp_path):
-    first = compile_relay(tmp_path / "first", cycles=1)
-    second = compile_relay(tmp_path / "second", program=first, cycles=1)
+def test_a_compiled_program_goes_on_from_its_weights_and_population(tmp_path, short):
+    second = compile_relay(tmp_path / "second", program=short, cycles=1)
     start = load_file(start_of(second).path / "model.safetensors")
-    assert all(start[name].equal(tensor) for name, tensor in weights_of(first).items())
+    assert all(start[name].equal(tensor) for name, tensor in weights_of(short).items())
     lineage = set(second.population.parents)
-    assert {member.digest for member in first.population.members} <= lineage
+    assert {member.digest for member in short.population.members} <= lineage
 
 
 def test_a_predictor_keeps_its_own_temperature_and_limit(tmp_path):

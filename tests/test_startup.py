@@ -1,9 +1,14 @@
 """Names, settings and refusals come at once: torch and transformers are imported when a model is needed."""
 
+import gc
 import subprocess
 import sys
 
+import dspy
 import pytest
+
+from dspy_fst import FSTOptimizer
+from dspy_fst.errors import ConfigurationError
 
 HEAVY = ("torch", "transformers", "accelerate", "vllm", "datasets")
 NAMES = "from dspy_fst import FSTOptimizer, PolicyLM"
@@ -53,3 +58,19 @@ def test_weights_without_an_adapter_and_intervals_need_neither_peft_nor_scipy_s_
     interval, *imported = done.stdout.splitlines()
     assert interval == "interval 95% interval -0.876 to 1.709, 3 problems"
     assert imported == [""]
+
+
+@pytest.mark.parametrize("collected", [True, False])
+def test_garbage_waits_for_checks_and_imports_and_is_collected_as_before_after_them(monkeypatch, collected):
+    def refuse(*_, **__):
+        raise ConfigurationError([f"collected: {gc.isenabled()}"])
+
+    monkeypatch.setattr("dspy_fst.optimizer.check", refuse)
+    optimizer = FSTOptimizer(metric=lambda *_: 0.0, progress=False)
+    (gc.enable if collected else gc.disable)()
+    try:
+        with pytest.raises(ConfigurationError, match="collected: False"):
+            optimizer.compile(dspy.Predict("question -> answer"), trainset=[])
+        assert gc.isenabled() == collected
+    finally:
+        gc.enable()

@@ -323,9 +323,12 @@ def _places(known: Sequence[Rollout], tasks: Sequence[Task]) -> dict[int, Rollou
 def _quiet() -> Iterator[None]:
     """Silence DSPy's warning on each truncated reply. Truncated replies are counted by their finish reasons."""
     logger = logging.getLogger("dspy.clients.lm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(is_error)  # another level would have logging forget what it knows of every logger there is
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_error)

@@ -1,6 +1,7 @@
 """Rollouts: what is recorded, what is scored, what is masked."""
 
 import asyncio
+import logging
 import re
 import signal
 import threading
@@ -375,3 +376,20 @@ def test_a_signal_that_arrives_in_a_metric_ends_the_run_and_an_exit_does_not():
         Reward(ended)(dspy.Example(), dspy.Prediction())
     with pytest.raises(UnmeasuredError, match="SystemExit"):
         Reward(leaves)(dspy.Example(), dspy.Prediction())
+
+
+def test_warnings_of_dspy_s_lm_are_silent_while_rollouts_are_made_and_errors_are_not(caplog, monkeypatch):
+    logger = logging.getLogger("dspy.clients.lm")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    program = TwoStep()
+
+    def warns(messages, seed):
+        logger.warning("a reply was cut off")
+        logger.error("a call failed")
+        return speak(messages, seed)
+
+    rollouter, *_ = rollouter_of(program, warns)
+    rollouter.rollout([Task(PROBLEMS[0], read_texts(program))], "test")
+    assert {record.message for record in caplog.records if record.name == logger.name} == {"a call failed"}
+    logger.warning("after the rollouts")
+    assert "after the rollouts" in caplog.text
