@@ -163,7 +163,10 @@ def lab_on_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
 
 
 SHARED = {
-    **{f"tests/engine/test_{name}.py": "a vLLM server" for name in ("replies", "vllm_server", "weight_check")},
+    **{
+        f"tests/engine/test_{name}.py": "a vLLM server"
+        for name in ("replies", "transfer", "vllm_server", "weight_check")
+    },
     **{
         f"tests/{name}.py": "the laboratory on vLLM"
         for name in ("cluster/test_attached", "engine/test_contract", "provider/test_together", "serve/test_clients")

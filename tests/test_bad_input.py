@@ -467,6 +467,8 @@ ROWS: list[tuple[str, Arguments | Callable[[Path], Arguments], str]] = [
     ),
     ("vllm-sleep-level", vllm(sleep_level=3), "sleep_level is 3: use 1 (weights move to main memory), 2 (they are"),
     ("vllm-sleep-bool", vllm(sleep_level=True), "sleep_level=True: Input should be a valid integer"),
+    ("vllm-transfer-on-a-cpu", vllm(weight_transfer="nccl"), "are sent from the trainer's GPU, and torch sees none"),
+    ("vllm-transfer-way", vllm(weight_transfer="rdma"), "weight_transfer='rdma': Input should be 'disk', 'nccl' or 'i"),
     # found by playing the first four examples
     ("played-metric-none", {"metric": gives(None)}, "4 of the first 4 examples cannot be measured (metric returned N"),
     ("played-metric-nan", {"metric": gives(NAN)}, "4 of the first 4 examples cannot be measured (metric returned nan)"),

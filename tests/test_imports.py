@@ -35,7 +35,7 @@ ROOT = {"config", "errors", "optimizer", "policy_lm", "types"}
 CORNERS = {
     "torch": ["model_files.architectures", "slow", "engine", "policy_lm", "cli.doctor"],
     "gepa": ["fast"],
-    "vllm": ["engine.vllm.served"],
+    "vllm": ["engine.vllm.served", "engine.vllm.transfer"],
     "accelerate": ["monitoring.tracking"],
     "trl": ["slow"],
     "peft": ["engine.lora"],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.machine import has_gpu
-from dspy_fst.engine.vllm.server_settings import DROPS_WEIGHTS
+from dspy_fst.engine.vllm.server_settings import DROPS_WEIGHTS, NO_LORA
 from dspy_fst.errors import TrainingError, briefly
 from dspy_fst.fast.search_settings import MOST_DEMO_TOKENS
 from dspy_fst.model_files.architectures import context_length, empty_model, has_experts, kind_faults, unreadable
@@ -92,6 +92,8 @@ def lora_faults(policy: PolicyLM, adapter: LoRA, grouping: Grouping = "shared") 
             "engine_options: sleep_level=2 drops the base below the LoRA adapters, and an update hands the adapters "
             "alone over; use sleep_level=1"
         )
+    if (way := policy.handle.options.get("weight_transfer", "disk")) != "disk":
+        faults.append(f"engine_options: {NO_LORA.format(way=way)}")
     model = _without_numbers(policy)
     if model is None:
         return faults

@@ -1,6 +1,6 @@
 """Whether vLLM servers that somebody else launched see the run's directory, asked before anything is loaded.
 
-They read published weights from there, and may run on other machines.
+They read published weights from there, and may run on other machines. One to which weights are sent reads none.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +29,8 @@ def unseen_faults(policy: PolicyLM, run_dir: Path) -> list[str]:
     """
     handle = policy.handle
     if handle.resolved_kind != "vllm" or handle.options.get("attach_url") is None:
+        return []
+    if handle.options.get("weight_transfer", "disk") != "disk":
         return []
     settings = make_settings(VLLMSettings, handle.options, "vllm")
     assert settings.attach_url is not None

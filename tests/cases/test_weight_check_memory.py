@@ -73,7 +73,8 @@ def blanks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 def compared(model: nn.Module, weights: dict[str, Tensor]) -> check.Comparison:
     comparison = check.Comparison(model, SimpleNamespace(head_dtype=torch.float32))
-    comparison.run(iter(weights.items()))
+    with comparison.taking() as take:
+        take(iter(weights.items()))
     return comparison
 
 

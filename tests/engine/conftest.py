@@ -11,6 +11,7 @@ import pytest
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.vllm.server import VLLMServer
 from tests.engine.lessons import LESSONS
+from tests.engine.no_card import launched_for_transfer
 from tests.engine.server_state import group_of, unread_version
 from tests.engine.taught import teach
 from tests.engine.test_server_process import members
@@ -26,9 +27,13 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def server(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
-    """Each test loads the weights that it is about; the tokenizer and its template stay the taught model's."""
+    """Each test loads the weights that it is about; the tokenizer and its template stay the taught model's.
+
+    Its weights come from the disk, and it was launched so that `test_transfer` may send it others.
+    """
     logging.getLogger("dspy_fst").setLevel(logging.INFO)
-    engine = VLLMServer(small(tmp_path_factory.mktemp("log") / "vllm.log"))
+    launch = launched_for_transfer(tmp_path_factory.mktemp("plugin") / "no_card")
+    engine = VLLMServer(small(tmp_path_factory.mktemp("log") / "vllm.log"), launch)
     engine.load(Checkpoint("taught", taught))
     yield engine
     group = group_of(engine)

@@ -53,6 +53,9 @@ def test_each_of_several_servers_is_asked_and_one_that_does_not_answer_is_left_t
     (fault,) = unseen_faults(on("http://127.0.0.1:9", canned.url), tmp_path)
     assert canned.url in fault
     assert unseen_faults(PolicyLM(BASE, engine="in_process"), tmp_path) == []
+    sent = on(canned.url)
+    sent.handle.options["weight_transfer"] = "nccl"
+    assert unseen_faults(sent, tmp_path) == [], "it reads nothing there"
 
 
 def test_a_run_is_refused_before_it_leaves_anything_behind(canned, tmp_path):

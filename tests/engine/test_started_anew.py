@@ -44,7 +44,7 @@ CALLS: dict[str, Callable[[VLLMClient], object]] = {
     "a reply in pieces": lambda client: next(client.stream(REQUEST, 1, "v0")),
     "a row": lambda client: client.rows and client.rows.reply_to(AskedRow((1, 2), "policy", 1, 1.0, 4)),
     "scores": lambda client: client.score([[1, 2]]),
-    "new weights": lambda client: client.swap_weights(_SERVED_FOLDER),
+    "new weights": lambda client: client.swap_weights(lambda: client.run("reload_weights")),
 }
 
 

@@ -3,7 +3,7 @@
 It relies on vLLM's developer endpoints (0.32).
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from dspy_fst.engine.vllm.transport import ServerTransport
 from dspy_fst.engine.vllm.wire import (
     PROCESS,
     RESHAPING,
+    TRANSFER,
     WorkerAnswer,
     asked_after,
     pinned,
@@ -52,7 +53,7 @@ QUICK_TIMEOUT_S = 30.0
 _ENGINE_FAULTS = (TransportError, RequestTimeoutError, ServerError, AuthError, UnsupportedModelError)
 COMPARE = "dspy_fst_compare"
 """Method of the worker extension in `engine/vllm/served/dspy_fst_weight_check.py`."""
-_CONTROL = {"/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+_CONTROL = {"/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", *TRANSFER}
 """Endpoints that also answer 500 to a wrong request, e.g. files that do not fit, or an adapter of too high a rank."""
 _TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
@@ -291,16 +292,15 @@ class VLLMClient:
         ranked = sorted(reply["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)
         return float(ranked[0] - ranked[1])
 
-    def swap_weights(self, folder: Path) -> None:
-        """Load new weights into the running model, after the requests in flight, and empty the prefix cache.
+    def swap_weights(self, load: Callable[[], object]) -> None:
+        """Have new weights loaded into the running model after the requests in flight, and empty the prefix cache.
 
         Raises:
             EngineError: a step failed. The server is resumed nevertheless, with unknown weights.
         """
         try:
             self.call("POST", "/pause?mode=wait", timeout_s=self._request_timeout_s)
-            rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            self.call("POST", "/collective_rpc", json=rpc, timeout_s=self.load_timeout_s)
+            load()
             # Otherwise the new weights would continue from cached keys and values of the old ones.
             reset = self.call("POST", "/reset_prefix_cache", timeout_s=QUICK_TIMEOUT_S)
             if not reset.json()["success"]:

@@ -54,6 +54,7 @@ def vllm_command(settings: VLLMSettings, model: Path, port: int, loras: LoRANeed
         "--no-log-error-stack",  # developer mode would log a stack trace for every refused request
         *(["--enforce-eager"] if eager else []),
         *([] if settings.sleep_level is None else ["--enable-sleep-mode"]),
+        *_transfer_flags(settings),
         # On a CPU, a seeded request whose prompt is prefilled in chunks crashes vLLM 0.32.
         *([] if on_gpu else ["--no-enable-chunked-prefill"]),
         *([] if loras is None else _lora_flags(settings, loras)),
@@ -65,6 +66,11 @@ def lora_places(settings: VLLMSettings, loras: LoRANeeds) -> tuple[int, int]:
     """How many LoRA adapters one batch may use, and how many the server keeps in memory."""
     at_once = settings.max_loras or 2 * loras.adapters  # a new version beside the calls on the one before
     return at_once, max(2 * at_once, 4 * loras.adapters)
+
+
+def _transfer_flags(settings: VLLMSettings) -> list[str]:
+    way = settings.weight_transfer
+    return [] if way == "disk" else ["--weight-transfer-config", json.dumps({"backend": way})]
 
 
 def _lora_flags(settings: VLLMSettings, loras: LoRANeeds) -> list[str]:
@@ -88,6 +94,8 @@ def vllm_environment(settings: VLLMSettings, key: str, *, loras: bool = False) -
         "VLLM_API_KEY": key,
         "VLLM_SERVER_DEV_MODE": "1",
         **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if loras else {}),
+        # CUDA's handles of memory are sent as pickles, which this lets the server read.
+        **({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if settings.weight_transfer == "ipc" else {}),
         "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
         "VLLM_NO_USAGE_STATS": "1",
         # The default of 5 s closes pooled connections between two batches, sometimes during a request.

@@ -31,8 +31,9 @@ from dspy_fst.engine.vllm.lora_client import LoRAClient
 from dspy_fst.engine.vllm.lora_files import LoRANeeds
 from dspy_fst.engine.vllm.lora_versions import UNLOADED, LoRAVersions, Target
 from dspy_fst.engine.vllm.prompts import Prompts
-from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
+from dspy_fst.engine.vllm.server_settings import NO_LORA, VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.sleep_mode import Doubt, fall_asleep, wake_up
+from dspy_fst.engine.vllm.ways import Way, way_to
 from dspy_fst.engine.weights_lock import WeightsLock
 from dspy_fst.errors import EngineError, NoAnswerError, ServerDiedError
 from dspy_fst.types import WeightsVersion
@@ -68,6 +69,8 @@ class VLLMServer:
         self._weights: WeightsVersion | None = None
         self._process: Process | None = None
         self._client: VLLMClient | None = None
+        self._way: Way | None = None
+        """How weights reach the server; None while there is none."""
         self._loras: LoRAVersions | None = None
         """The LoRA adapters; None: the server was started for whole weights, or not at all."""
         self._reader, self._prompts = UNREAD, Prompts(UNREAD)
@@ -126,10 +129,10 @@ class VLLMServer:
             return
         with self._lock.loading(self.settings.request_timeout_s), self._explaining_death():
             self._weights = None
-            if self._client is None:
+            if self._client is None or self._way is None:
                 self._start(checkpoint)
             else:
-                self._client.swap_weights(checkpoint.path.resolve())
+                self._way.swap(checkpoint.path.resolve())
             self._weights = checkpoint.version
 
     def sleep(self, level: int) -> None:
@@ -205,9 +208,9 @@ class VLLMServer:
         """Compare the weights in use with the folder's; None for an attached server without our worker extension."""
 
         def compare_folder() -> Holding | None:
-            return client.held(checkpoint.path.resolve(), optional=self.settings.attach_url is not None)
+            return self._way.held(checkpoint.path.resolve()) if self._way else None
 
-        with self._serving(sampling=False) as client:
+        with self._serving(sampling=False):
             return compare_folder() if self._loras is None else self._loras.held(checkpoint, compare_folder)
 
     @contextmanager
@@ -252,10 +255,12 @@ class VLLMServer:
         Args:
             keep_log: Keep a temporary log, to see why the server failed.
         """
-        process, client = self._process, self._client
-        self._process = self._client = self._loras = self._weights = None
+        process, client, way = self._process, self._client, self._way
+        self._process = self._client = self._way = self._loras = self._weights = None
         if process is not None:
             process.stop(keep_log=keep_log)
+        if way is not None:
+            way.close()
         if client is not None:
             client.close()
         self._asleep.close()  # calls that wait for it to wake fail now
@@ -269,12 +274,15 @@ class VLLMServer:
         if faults := vllm_faults(self.settings):
             raise EngineError("cannot start vLLM: " + "; ".join(faults))
         needs = LoRANeeds.of(checkpoint.adapters) if checkpoint.adapters else None
+        if needs is not None and self.settings.weight_transfer != "disk":
+            raise EngineError(NO_LORA.format(way=self.settings.weight_transfer))
         url = self.settings.attach_url
-        self._client = self._launch(checkpoint, needs) if url is None else self._attach(str(url), checkpoint)
+        reached = self._launch(checkpoint, needs) if url is None else self._attach(str(url), checkpoint)
+        self._client, self._way = reached
         self._reader = ReplyReader.load(checkpoint.path)
         self._prompts = Prompts(self._reader)
         if needs is not None:
-            self._loras = self._versions(self._client, checkpoint, needs)
+            self._loras = self._versions(reached[0], checkpoint, needs)
             self._loras.load(checkpoint)
 
     def _versions(self, client: VLLMClient, checkpoint: Checkpoint, needs: LoRANeeds) -> LoRAVersions:
@@ -285,37 +293,39 @@ class VLLMServer:
         capacity = None if attached else lora_places(self.settings, needs)[1]
         return LoRAVersions(loras, checkpoint, needs, capacity=capacity, wait_s=self.settings.request_timeout_s)
 
-    def _attach(self, url: str, checkpoint: Checkpoint) -> VLLMClient:
+    def _attach(self, url: str, checkpoint: Checkpoint) -> tuple[VLLMClient, Way]:
         address = Address(url.rstrip("/").removesuffix("/v1"), self.settings.api_key, through_proxy=True)
         client = self._new_client(address)
         try:
             client.find_model()
             client.find_rows()  # from now on this very process is asked
             client.require_developer_endpoints(HOW_TO_ATTACH)
+            way = way_to(client, self.settings)
             if checkpoint.adapters:  # their base is not swapped: the server must have been launched on it
                 LoRAClient(client).require(HOW_TO_ATTACH)
             else:
-                client.swap_weights(checkpoint.path.resolve())  # also resumes a server that was left paused
+                way.swap(checkpoint.path.resolve())  # also resumes a server that was left paused
             client.require_processed_logprobs(HOW_TO_ATTACH)
         except BaseException:
             client.close()
             raise
-        return client
+        return client, way
 
-    def _launch(self, checkpoint: Checkpoint, loras: LoRANeeds | None) -> VLLMClient:
+    def _launch(self, checkpoint: Checkpoint, loras: LoRANeeds | None) -> tuple[VLLMClient, Way]:
         launched = self._launch_process(self.settings, checkpoint.path.resolve(), loras)
         self._process, self._killed_because = launched.process, None
         client: VLLMClient | None = None
         try:
             client = self._new_client(launched.address())
             self._wait_until_ready(launched.process, client)
+            way = way_to(client, self.settings)
         except BaseException:
             if client is not None:
                 client.close()
             self._process = None
             launched.process.stop(keep_log=True)
             raise
-        return client
+        return client, way
 
     def _new_client(self, address: Address) -> VLLMClient:
         limits = self.settings

@@ -3,9 +3,10 @@
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from dspy_fst.engine.machine import has_gpu, is_loopback, port_taken
-from dspy_fst.engine.vllm.fleet.placing import fleet_faults
+from dspy_fst.engine.machine import Launch, has_gpu, is_loopback, port_taken
+from dspy_fst.engine.vllm.fleet.placing import cards_of_one, fleet_faults, spares_first_card
 
 _POSITIVE = (
     *("startup_timeout_s", "request_timeout_s", "load_timeout_s", "stall_timeout_s", "stop_grace_s"),
@@ -14,11 +15,12 @@ _POSITIVE = (
 _OURS = {
     *("--model", "--host", "--port", "--api-key", "--served-model-name"),
     *("--logprobs-mode", "--generation-config", "--disable-log-stats", "--worker-extension-cls"),
-    "--enable-sleep-mode",
+    *("--enable-sleep-mode", "--weight-transfer-config"),
     *("--enable-lora", "--max-loras", "--max-lora-rank", "--max-cpu-loras", "--lora-target-modules"),
 }
 KEEPS_WEIGHTS, DROPS_WEIGHTS = 1, 2
 """Levels of vLLM's sleep (``sleep_level``). Its level 0 frees nothing."""
+NO_LORA = "weight_transfer is {way!r}: LoRA adapters go by their files; leave weight_transfer unset"
 _DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 
 
@@ -47,11 +49,15 @@ class VLLMSettings:
     """Let the server and the trainer take turns on a card: the server sleeps during each update. 1 moves its weights to
     main memory and back. 2 drops them and reads them again; not with LoRA adapters. None: both hold their memory all
     the time. It has not been tried on a card yet."""
+    weight_transfer: Literal["disk", "nccl", "ipc"] = "disk"
+    """How new weights reach the server. ``"disk"``: it reads the published folder. ``"nccl"``: they are sent to it from
+    the trainer's card, where it has cards of its own. ``"ipc"``: it takes them from the trainer's card, which it
+    shares. Neither of the two has been tried on a card yet; not with LoRA adapters."""
     startup_timeout_s: float = 600.0
     request_timeout_s: float = 600.0
     """Longest wait for one reply, and longest wait of a load for the replies in flight."""
     load_timeout_s: float = 600.0
-    """Longest wait until the server has read new weights, fell asleep or woke up."""
+    """Longest wait until the server has read or received new weights, fell asleep or woke up."""
     stall_timeout_s: float = 180.0
     """A server with requests in flight that processes no token for this long is killed and started again."""
     max_restarts: int = 3
@@ -97,7 +103,7 @@ def vllm_faults(settings: VLLMSettings) -> list[str]:
     for name in ("max_model_len", "max_loras"):
         if (limit := getattr(settings, name)) is not None and limit < 1:
             faults.append(f"{name} is {limit}: it must be at least 1")
-    faults += _sleep_faults(settings) + fleet_faults(settings)
+    faults += _sleep_faults(settings) + fleet_faults(settings) + _transfer_faults(settings)
     return faults if settings.attach_url is not None else faults + _launch_faults(settings)
 
 
@@ -117,6 +123,25 @@ def _sleep_faults(settings: VLLMSettings) -> list[str]:
     if not has_gpu():
         return [f"sleep_level is {level}: vLLM sleeps on a GPU only, and torch sees none here; leave sleep_level unset"]
     return []
+
+
+def _transfer_faults(settings: VLLMSettings) -> list[str]:
+    way = settings.weight_transfer
+    if way == "disk":
+        return []
+    if not has_gpu():
+        why = {"weights are sent from the trainer's GPU, and torch sees none here": True}
+    else:
+        apart = settings.elsewhere or spares_first_card(settings)
+        alone = settings.servers * cards_of_one(settings.extra_args) == 1
+        why = {
+            "vLLM sends the weights, and is not installed here": importlib.util.find_spec("vllm") is None,
+            "no plan counts its memory beside sleep_level": settings.sleep_level is not None,
+            "NCCL connects no two processes on a card, so give the server others (cards)": way == "nccl" and not apart,
+            "it is for one server that shares the trainer's card alone": way == "ipc" and (apart or not alone),
+            "the other trainer processes hold no weights on the server's card": way == "ipc" and Launch.of().world > 1,
+        }
+    return [f"weight_transfer is {way!r}: {fault}; leave it unset" for fault, is_so in why.items() if is_so]
 
 
 def _launch_faults(settings: VLLMSettings) -> list[str]:

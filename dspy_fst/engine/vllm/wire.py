@@ -18,6 +18,8 @@ from dspy_fst.types import WeightsVersion
 RESHAPING: Mapping[str, float] = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 PROCESS = "x-dspy-fst-process"
 """Header that names the process of a server; see `served/dspy_fst_rows.py`."""
+TRANSFER = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update")
+"""Endpoints of vLLM's weight transfer."""
 FINISHED = {"stop", "length", "tool_calls"}
 """Finish reasons of a complete reply; any other means that the reply was cut off."""
 

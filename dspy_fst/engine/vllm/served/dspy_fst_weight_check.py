@@ -10,7 +10,7 @@ This folder is on the server's PYTHONPATH, and ``--worker-extension-cls`` names 
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,10 +70,17 @@ def require_heard(parallel: object, wrong: Mapping[str, str]) -> None:
         raise RuntimeError(f"data-parallel engine {engine} uses other weights, e.g. {name} ({how})")
 
 
+def answer(vllm_config: Any, digests: Mapping[str, str], wrong: Mapping[str, str]) -> dict[str, object]:
+    """What a worker says of a comparison; see `WeightCheck.dspy_fst_compare`."""
+    require_heard(vllm_config.parallel_config, wrong)
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "digests": digests, "wrong": wrong}
+
+
 class WeightCheck:
     """Mixed into vLLM's worker class."""
 
-    def dspy_fst_compare(self, folder: str) -> dict[str, Any]:
+    def dspy_fst_compare(self, folder: str) -> dict[str, object]:
         """Compare the weights in use with a folder's; no step of the engine runs meanwhile.
 
         Returns:
@@ -85,13 +92,21 @@ class WeightCheck:
         config.model, config.model_weights, config.revision = folder, "", None
         with _without_lora(runner.get_model()) as model:
             comparison = Comparison(model, config)
-            comparison.run(_read(runner.vllm_config.load_config, config, model))
-        require_heard(runner.vllm_config.parallel_config, comparison.wrong)
-        return {
-            "dtype": str(config.dtype).removeprefix("torch."),
-            "digests": comparison.digests,
-            "wrong": comparison.wrong,
-        }
+            with torch.no_grad(), comparison.taking() as take:
+                take(_read(runner.vllm_config.load_config, config, model))
+        return answer(runner.vllm_config, comparison.digests, comparison.wrong)
+
+    def dspy_fst_transfer_backend(self) -> str | None:
+        """The backend of the weight transfer that vLLM was launched with; None: without."""
+        config = self.model_runner.vllm_config.weight_transfer_config  # type: ignore[attr-defined]
+        return getattr(config, "backend", None)
+
+    def dspy_fst_compare_sent(self, update_info: dict[str, object]) -> dict[str, object]:
+        """`dspy_fst_compare` with the tensors that the trainer sends meanwhile; see `compare_sent`."""
+        from dspy_fst_transfer_check import compare_sent  # type: ignore[import-not-found]
+
+        found = compare_sent(self.weight_transfer_engine, update_info)  # type: ignore[attr-defined]
+        return answer(self.model_runner.vllm_config, found.digests, found.wrong)  # type: ignore[attr-defined]
 
     def dspy_fst_sees(self, file: str, content: str) -> bool:
         """Whether this worker finds that content in a file: whether both sides see the same folder under one path."""
@@ -109,15 +124,13 @@ class WeightCheck:
             notes_of(manager)
         return manager is not None
 
-    def dspy_fst_compare_lora(self, name: str, folder: str) -> dict[str, Any]:
+    def dspy_fst_compare_lora(self, name: str, folder: str) -> dict[str, object]:
         """Compare the LoRA adapter that requests for ``name`` use with a peft folder's; see `dspy_fst_compare`."""
         from dspy_fst_lora_check import compare_adapter
 
         runner = self.model_runner  # type: ignore[attr-defined]
         digests, wrong = compare_adapter(runner.lora_manager, name, folder)
-        require_heard(runner.vllm_config.parallel_config, wrong)
-        dtype = str(runner.vllm_config.model_config.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "digests": digests, "wrong": wrong}
+        return answer(runner.vllm_config, digests, wrong)
 
     def dspy_fst_forget_lora(self, name: str) -> bool:
         """Free the memory of a LoRA adapter that no request uses any more; False if it is not loaded."""
@@ -190,20 +203,26 @@ class Comparison:
         self.current = ""
         """Name of the folder's tensor that was passed to the model's loader last."""
 
-    @torch.no_grad()
-    def run(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Fill ``digests`` and ``wrong``."""
+    @contextmanager
+    def taking(self) -> Iterator[Callable[[Iterable[tuple[str, Tensor]]], None]]:
+        """A block that takes the folder's tensors, in parts of any size, and has filled ``digests`` and ``wrong``."""
         from vllm.model_executor.model_loader.reload import layerwise
 
-        live = {name for name, _ in self.model.named_parameters()}
-        with self._set_aside(), mock.patch.object(layerwise, "_layerwise_process", self._compare_layer):
+        missed: set[str] | None = {name for name, _ in self.model.named_parameters()}
+
+        def take(weights: Iterable[tuple[str, Tensor]]) -> None:
+            nonlocal missed
             loaded = self.model.load_weights(self._noting(weights))  # type: ignore[operator]
+            missed = None if loaded is None or missed is None else missed - loaded
+
+        with self._set_aside(), mock.patch.object(layerwise, "_layerwise_process", self._compare_layer):
+            yield take
             for layer in self.model.modules():
                 info = layerwise.get_layerwise_info(layer)
                 if info.can_load() and info.loaded_weights and not layerwise.is_deferred_attention_layer(layer):
                     self._compare_layer(layer, info)  # parts of it are padding, so it never counted as complete
             self._compare_shielded()
-        for name in sorted(live - loaded) if loaded is not None else ():
+        for name in sorted(missed or ()):
             self.wrong[name] = "no tensor of the folder is loaded into it"
         for name, layer in self.model.named_modules():
             self._compare_packed_head(name, layer)
