@@ -164,6 +164,9 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, WarmStart, Al
     ray: str | None = Field(default=None, min_length=1)
     """Address of a Ray cluster on whose CPUs programs and metrics run, as ``ray.init`` takes it: ``HOST:PORT`` of its
     head, ``"auto"``, or ``"local"`` for one on this machine; None: they run in this process (ours)."""
+    ranks: int = Field(default=1, ge=1)
+    """Processes that train the weights together: this one, and actors of the cluster that ``ray`` names. 1: this one
+    alone, or those that a launcher started (ours)."""
     seed: int = 0
     """Seed of every random draw (ours)."""
 

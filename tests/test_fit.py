@@ -315,6 +315,10 @@ def test_the_plan_of_a_run_counts_the_ranks_that_share_its_weights(monkeypatch, 
         monkeypatch.setenv(name, value)
     plan = plan_memory(PolicyLM(BASE, engine="in_process"), FSTConfig(sharding=sharding), tmp_path, PLENTY)
     assert plan.workload.ranks == ranks
+    monkeypatch.undo()
+    for room in (PLENTY, dataclasses.replace(PLENTY, imagined=True)):  # those on Ray are known without a launcher
+        asked = FSTConfig(sharding=sharding, ray="local", ranks=4)
+        assert plan_memory(PolicyLM(BASE, engine="in_process"), asked, tmp_path, room).workload.ranks == ranks
 
 
 def test_each_adapter_has_its_own_weights_gradients_moments_and_places_on_the_server():

@@ -39,6 +39,11 @@ Track = Annotated[
     typer.Option("--track", metavar="NAME", help="Log to this tracker, e.g. tensorboard; repeat it for several."),
 ]
 
+Ranks = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Train with N processes: this one, and the others on the Ray cluster."),
+]
+
 Samples = Annotated[bool, typer.Option("--samples", help="Show one sampled reply after each step.")]
 
 
@@ -104,6 +109,7 @@ def run(
             help="Run programs and metrics on this Ray cluster: HOST:PORT of its head, auto or local.",
         ),
     ] = None,
+    ranks: Ranks = None,
     track: Track = None,
     samples: Samples = False,
     trust_code: TrustCode = False,
@@ -121,7 +127,7 @@ def run(
         from dspy_fst.run.directory import PROJECT
 
         project = _with_samples(_with_trackers(load_project(file), track), samples)
-        changes = {"cycles": cycles, "adapter": _adapter(adapter), "loss": loss, "ray": ray}
+        changes = {"cycles": cycles, "adapter": _adapter(adapter), "loss": loss, "ray": ray, "ranks": ranks}
         project = _changed(project, continue_from, new_run_dir, changes)
         run_dir = project.run_path
         if (

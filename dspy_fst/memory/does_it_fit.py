@@ -160,7 +160,8 @@ def plan_memory(
     if size is None:
         return None
     available = available or available_now(run_dir)
-    ranks = Launch.of().world if config.sharding and not available.imagined else 1
+    launched = 1 if available.imagined else Launch.of().world
+    ranks = max(launched, config.ranks) if config.sharding else 1
     workload = replace(_workload_of(policy, size, available), adapters=adapters, ranks=ranks)
     if policy.handle.engine.weights is not None:  # the student's engine runs, and is stopped before the run's starts
         available = _given_back(workload, config, available)

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import dspy
 
 from dspy_fst.cluster.connecting import address_faults
+from dspy_fst.config import FSTConfig
+from dspy_fst.engine.machine import Launch
 
 
 def cluster_faults(
@@ -27,3 +29,14 @@ def cluster_faults(
         from dspy_fst.cluster.shipping import shipping_faults  # imports Ray
 
         yield from shipping_faults(student=student, metric=metric, trainset=trainset, valset=valset)
+
+
+def rank_faults(config: FSTConfig) -> Iterator[str]:
+    """Why a run cannot have the ranks that it asks for, as far as this process knows."""
+    if config.ranks == 1:
+        return
+    asked = f"ranks={config.ranks}"
+    if config.ray is None:
+        yield f"{asked}: the others are actors of a Ray cluster; name it with ray (--ray ADDRESS), or use torchrun"
+    if (world := Launch.of().world) > 1:
+        yield f"{asked}: a launcher has started {world} processes already (WORLD_SIZE); use ranks or the launcher"

@@ -1,8 +1,9 @@
-"""The servers of a run on Ray, checked before any work. Ray is imported only where they are wanted."""
+"""The processes of a run on Ray, checked before any work. Ray is imported only where they are wanted."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
+from dspy_fst.config import FSTConfig
 from dspy_fst.engine.options import make_settings
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.policy_lm import PolicyLM
@@ -18,19 +19,25 @@ def servers_on_ray(policy: PolicyLM) -> int:
     return make_settings(VLLMSettings, policy.handle.options, "vllm").servers if wants_servers_on_ray(policy) else 0
 
 
-def servers_on_ray_faults(policy: PolicyLM, run_dir: Path, *, lora: bool) -> list[str]:
-    """What the cluster that this process is connected to lacks for the servers; empty where none are wanted there.
+def room_faults(policy: PolicyLM, config: FSTConfig, run_dir: Path) -> list[str]:
+    """What the cluster that this process is connected to lacks for a run's servers and ranks; empty where none are
+    wanted there.
 
     Args:
         policy: The student's.
+        config: With LoRA adapters the servers read the model's own folder, too.
         run_dir: Where the weights will lie.
-        lora: Whether LoRA adapters are trained, so that the servers read the model's own folder, too.
     """
-    if not wants_servers_on_ray(policy):
+    on_ray = wants_servers_on_ray(policy)
+    if not on_ray and config.ranks == 1:
         return []
     if find_spec("ray") is None:
         return ["engine_options: on_ray needs Ray, which is not installed: pip install 'dspy-fst[ray]'"]
-    from dspy_fst.engine.vllm.on_ray.room import room_faults
+    from dspy_fst.engine.vllm.on_ray import room
+    from dspy_fst.engine.vllm.on_ray.places import bundle
 
+    ranks = [room.Claim("ranks", config.ranks, config.ranks - 1, bundle(cards=1))] if config.ranks > 1 else []
+    if not on_ray:
+        return room.too_little(ranks)
     settings, model = make_settings(VLLMSettings, policy.handle.options, "vllm"), policy.checkpoint.path
-    return [f"engine_options: {fault}" for fault in room_faults(settings, run_dir, model if lora else None)]
+    return room.room_faults(settings, run_dir, model if config.adapter is not None else None, ranks)

@@ -56,7 +56,7 @@ def warm_start_faults(config: FSTConfig | None, student: object, trainset: objec
 
 def warm_start_rank_faults(config: FSTConfig, teacher: object, run_dir: Path) -> list[str]:
     """A sentence where several processes would make a warm start that is still due: trl makes it, in one process."""
-    world = Launch.of().world
+    world = max(Launch.of().world, config.ranks)
     if world == 1 or (config.warm_start is None and teacher is None):
         return []
     state = peek_state(run_dir / "states")
@@ -65,7 +65,7 @@ def warm_start_rank_faults(config: FSTConfig, teacher: object, run_dir: Path) ->
     asked = "teacher" if teacher is not None else "warm_start"
     return [
         f"{asked}: a warm start is made by one process, and this is one of {world} processes; begin the run without "
-        "the launcher, stop it (Ctrl-C) after the warm start, and go on with the launcher and the same run_dir"
+        "launcher and ranks, stop it (Ctrl-C) after the warm start, and go on with them and the same run_dir"
     ]
 
 

@@ -4,6 +4,7 @@ Ctrl-C shows one sentence and no traceback. Python prints a traceback for an unc
 that prints it (``sys.excepthook``) belongs to the user's program, so the exception itself defines how it is shown.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
+_changing = threading.Lock()
+"""A signal of `terminate_run` that came when its handler was just gone would end the process."""
 
 
 class Terminated(SystemExit):
@@ -82,8 +85,9 @@ def signals_raise() -> Iterator[None]:
     try:
         yield
     finally:
-        for number in mine:
-            signal.signal(number, signal.SIG_DFL)
+        with _changing:
+            for number in mine:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def signals_ignored() -> None:
@@ -92,9 +96,20 @@ def signals_ignored() -> None:
     Without such a block nothing changes.
     """
     if threading.current_thread() is threading.main_thread():
-        for number in ENDING:
-            if getattr(signal.getsignal(number), "__qualname__", "").startswith(signals_raise.__name__):
-                signal.signal(number, signal.SIG_IGN)
+        for number in filter(_raises, ENDING):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def terminate_run() -> None:
+    """Have the block of `signals_raise` end by SIGTERM, from any thread. Without such a block nothing changes."""
+    with _changing:
+        if _raises(signal.SIGTERM):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _raises(number: int) -> bool:
+    """Whether this signal ends a block of `signals_raise`."""
+    return getattr(signal.getsignal(number), "__qualname__", "").startswith(signals_raise.__name__)
 
 
 def interruption_named(error: BaseException) -> str | None:

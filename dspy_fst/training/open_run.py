@@ -51,13 +51,14 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
     Args:
         request: What `check` returned.
         listeners: Functions that are told every event.
-        together: The processes that train together; None: this one alone.
+        together: The processes that a launcher started; None: this one alone.
 
     Raises:
         RankError: another rank failed or died.
-        ConfigurationError: the first rollouts showed faults.
+        ClusterError: the Ray cluster does not take this process, or the other ranks.
+        ConfigurationError: the cluster lacks something, or the first rollouts showed faults.
     """
-    original, ranks = request.policy, together or ALONE
+    original = request.policy
     original.release()  # its engine would hold memory beside the training one; it starts again when called
     policy = original.fork()
     keep, clean = request.config.keep_states, request.redactor.clean
@@ -71,7 +72,7 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
         storage=Storage(url, keep) if (url := request.config.storage) else None,
     )
     try:
-        with ranks.naming_lost(), cluster_of(request.config, original, request.run_dir) as cluster:
+        with _joined(request, together or ALONE) as (ranks, cluster):
             _tell_begin(run, request)
             session = _assemble(request, run, policy, ranks, cluster)
             if not run.state and (words := take_over(session.trainer, request.config, request.student, original)):
@@ -97,6 +98,21 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
                 run.abandon()
         raise
     run.close()
+
+
+@contextmanager
+def _joined(request: Request, launched: Ranks) -> Iterator[tuple[Ranks, ExitStack | None]]:
+    """The block in which all ranks of a run train, those on its Ray cluster or those of a launcher, and the cluster is
+    connected."""
+    config = request.config
+    with launched.naming_lost(), cluster_of(config, request.policy, request.run_dir) as cluster:
+        if config.ranks == 1:
+            yield launched, cluster
+            return
+        from dspy_fst.cluster.trainer_ranks import ranks_on_ray  # imports Ray
+
+        with ranks_on_ray(config.ranks, request.run_dir, request.policy.checkpoint.folder) as ranks:
+            yield ranks, cluster
 
 
 def _tell_begin(run: RunDirectory, request: Request) -> None:

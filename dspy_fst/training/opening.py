@@ -12,7 +12,7 @@ from dspy_fst.cluster.connecting import connected
 from dspy_fst.config import FSTConfig
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.policy_lm import PolicyLM, policy_of
-from dspy_fst.preflight.ray_checks import servers_on_ray, servers_on_ray_faults, wants_servers_on_ray
+from dspy_fst.preflight.ray_checks import room_faults, servers_on_ray, wants_servers_on_ray
 from dspy_fst.rollout.components import carried_by
 from dspy_fst.rollout.copying import copied
 from dspy_fst.rollout.program_graph import all_speakers
@@ -64,13 +64,13 @@ def cluster_of(config: FSTConfig, policy: PolicyLM, run_dir: Path) -> Iterator[E
     The process stays connected where the policy's servers are on the cluster, as the compiled program asks them, too.
 
     Raises:
-        ConfigurationError: the cluster lacks something for the servers.
+        ConfigurationError: the cluster lacks something for servers or ranks.
     """
     if config.ray is None:
         yield None
         return
     with connected(config.ray, stay=wants_servers_on_ray(policy)) as cluster:
-        if faults := servers_on_ray_faults(policy, run_dir, lora=config.adapter is not None):
+        if faults := room_faults(policy, config, run_dir):
             raise ConfigurationError(faults)
         yield cluster
 
@@ -94,5 +94,5 @@ def open_rollouter(
         return Rollouter(program, reward, config, in_flight, seed=config.seed)
     from dspy_fst.cluster.ray_rollouter import RayRollouter  # imports Ray
 
-    held = servers_on_ray(policy_of(program))
+    held = servers_on_ray(policy_of(program)) + config.ranks - 1
     return RayRollouter(program, reward, config, in_flight, seed=config.seed, cluster=cluster, held=held)

@@ -31,7 +31,7 @@ from dspy_fst.model_files.hub import hub_warnings
 from dspy_fst.model_files.reach import ANSWER_S
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.argument_checks import search_faults
-from dspy_fst.preflight.cluster_checks import cluster_faults
+from dspy_fst.preflight.cluster_checks import cluster_faults, rank_faults
 from dspy_fst.preflight.data_checks import data_faults, input_faults
 from dspy_fst.preflight.demo_checks import demo_faults, demo_warnings
 from dspy_fst.preflight.engine_checks import engine_faults
@@ -40,7 +40,7 @@ from dspy_fst.preflight.library_checks import library_faults
 from dspy_fst.preflight.model_checks import lora_faults, lora_warnings, model_faults, with_demo_tokens
 from dspy_fst.preflight.precision import precision_warnings
 from dspy_fst.preflight.program_checks import adapters_faults, policies_of, program_faults, trained_faults
-from dspy_fst.preflight.ray_checks import servers_on_ray_faults
+from dspy_fst.preflight.ray_checks import room_faults
 from dspy_fst.preflight.reply_limits import limit_faults
 from dspy_fst.preflight.restarts import restart_warnings
 from dspy_fst.preflight.template_checks import template_warnings
@@ -73,7 +73,7 @@ from dspy_fst.types import Candidate, Population
 
 NOT_IDENTITY = {
     *("num_threads", "rollout_timeout_s", "micro_batch_tokens", "gradient_checkpointing", "sharding"),
-    *("checkpoint_every", "keep_states", "keep_weights", "storage", "ray"),
+    *("checkpoint_every", "keep_states", "keep_weights", "storage", "ray", "ranks"),
     *("max_masked_share", "max_skipped_updates", "min_effective_share", "parse_warning_share", "parse_trial"),
     *("sync_tolerance", "max_unmoved_steps", "recorded_samples", "validate_every", "patience", "return_best"),
 }
@@ -203,6 +203,7 @@ def _faults_of_arguments(
     yield from launch_faults()
     yield from library_faults(config) if config is not None and room is None else ()
     if config is not None and room is None:
+        yield from rank_faults(config)
         yield from cluster_faults(config.ray, student, given.metric, given.trainset, given.valset)
     yield from program_faults(student)
     yield from part_faults(student)
@@ -260,7 +261,7 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     faults += [fault] if (fault := directory_fault(run_dir, recipe, FSTConfig().model_dump())) else []
     faults += [*storage_faults(config, recipe, run_dir), *unseen_faults(policy, run_dir)] if room is None else []
     if room is None and config.ray is None:  # with it the cluster is asked once this process is connected
-        faults += servers_on_ray_faults(policy, run_dir, lora=config.adapter is not None)
+        faults += room_faults(policy, config, run_dir)
     config = with_recorded_micro_batch(config, run_dir)
     warnings: list[str] = []
     if plan := plan_memory(policy, config, run_dir, room, adapters=adapter_count(config, student)):

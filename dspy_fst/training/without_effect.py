@@ -24,7 +24,7 @@ def update_settings_without_effect(settings: TrainingSettings) -> list[str]:
 
 def _of_updates(config: FSTConfig) -> list[str]:
     given = [f"{name}={getattr(config, name):g}" for name in OF_UPDATES if getattr(config, name)]
-    given += [f"updates_per_batch={config.updates_per_batch}"] if config.updates_per_batch > 1 else []
+    given += [f"{name}={getattr(config, name)}" for name in ("updates_per_batch", "ranks") if getattr(config, name) > 1]
     if config.method != "gepa" or not given:
         return []
     does = "does" if len(given) == 1 else "do"

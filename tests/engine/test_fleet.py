@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from dspy.lm15 import Config, InvalidRequestError, Message, Request
 
+from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import Checkpoint, Holding, Scorer
 from dspy_fst.engine.making import engine_maker
 from dspy_fst.engine.vllm import supervisor as supervisor_module
@@ -29,7 +30,7 @@ from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import EngineError, NoAnswerError, ServerDiedError, ServerReplacedError, SyncError
 from dspy_fst.policy_lm import PolicyLM
-from dspy_fst.preflight.ray_checks import servers_on_ray, servers_on_ray_faults
+from dspy_fst.preflight.ray_checks import room_faults, servers_on_ray
 from programs.lab import BASE
 from tests.engine.test_supervisor import Server, World
 from tests.serve.fake_vllm import UPSTREAM_KEY, FakeVLLM
@@ -633,7 +634,7 @@ def test_only_servers_on_ray_hold_cpus_of_the_cluster(on_ray, held):
 
 def test_servers_on_ray_need_a_connection_before_anything_else(tmp_path):
     policy = PolicyLM(BASE, engine="vllm", engine_options={"on_ray": True})
-    (fault,) = servers_on_ray_faults(policy, tmp_path, lora=False)
+    (fault,) = room_faults(policy, FSTConfig(), tmp_path)
     assert "connected to no Ray cluster" in fault
     assert isinstance(policy.handle.engine, Fleet)  # one server, too: its calls are given back when its node is lost
     with pytest.raises(EngineError, match="connected to no Ray cluster"):

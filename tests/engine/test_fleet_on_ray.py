@@ -62,7 +62,7 @@ def test_what_the_cluster_lacks_is_told_before_the_run(nodes, tmp_path):
     assert room_faults(sound, tmp_path / "runs" / "new", None) == []
     assert not [*tmp_path.iterdir()]  # nothing is left behind
     (crowded,) = room_faults(VLLMSettings(on_ray=True, servers=5), tmp_path, None)
-    assert "room for 4 with 1 CPU each" in crowded
+    assert "room for 4 of 5 with 1 CPU each" in crowded
     (full,) = room_faults(VLLMSettings(on_ray=True, servers=4), tmp_path, None)
     assert "no CPU left for rollouts" in full
     (tmp_path / "config.json").symlink_to("/proc/self/stat")  # of each process another

