@@ -15,3 +15,5 @@ PAIRS = ((WORLD, HARD), (HARD, WORLD))
 """(first task, second task) of the plasticity claim."""
 WEAKER = "base-weaker"
 """A base that was pretrained less."""
+BASES = ("base", WEAKER)
+"""The laboratory's."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from benchmarks.evidence.arms import ABOUT
+from benchmarks.evidence.places import BASES
 from benchmarks.evidence.raw import Result, by_arm, curve, final, first_at, need_peak, ratios, shown, smooth, spent
 from benchmarks.readme import table
 
@@ -16,14 +17,14 @@ def reached(of: Callable[[Result], list[tuple[float, float]]], run: Result, leve
 
 
 def rows(results: Sequence[Result], world: str, base: str = "base") -> str:
-    """RL's steps and rollouts over the arm's, to two levels."""
+    """RL's steps and rollouts over the arm's, to two levels. What an arm is is said of the laboratory's alone."""
     arms = by_arm(results, world, base)
     need_peak(arms)
     return table(
         ["arm", "accuracy at the end", *(f"{what}, to {named}" for named in LEVELS for what in ("steps", "rollouts"))],
         [
             [
-                f"{arm}: {ABOUT.get(arm, '')}",
+                f"{arm}: {ABOUT.get(arm, '')}" if base in BASES else arm,
                 shown([final(run) for run in runs.values()]),
                 *(
                     shown(ratios(arms, arm, partial(reached, of), share), ".1f", never=0.0)
