@@ -12,6 +12,7 @@ The contract of this file:
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -65,7 +66,13 @@ class RankActor:
     @ray.method
     def obey(self) -> None:
         """Make the calls that rank 0 makes of its trainer, to the end of the run. This process ends with it."""
-        obey(Launch.of())
+        try:
+            obey(Launch.of())
+        except Exception:
+            # An actor outlives its method's error, and gloo's connections with it: rank 0 would wait at them.
+            logger.exception("rank %s failed", os.environ["RANK"])
+            sys.stderr.flush()
+            os._exit(1)
 
 
 @contextmanager
@@ -83,7 +90,7 @@ def ranks_on_ray(count: int, run_dir: Path, model: Path) -> Iterator[Ranks]:
         RankError: a rank failed or died.
     """
     launcher = Launcher(ray.util.get_node_ip_address(), count)
-    over, lost = threading.Event(), threading.Event()
+    over, lost = threading.Event(), list[str]()
     with ExitStack() as stack:
         actors = _placed(stack, launcher, count)
         names = _ready(actors, run_dir, model)
@@ -91,8 +98,9 @@ def ranks_on_ray(count: int, run_dir: Path, model: Path) -> Iterator[Ranks]:
         stack.callback(ray.wait, ended, num_returns=len(ended), timeout=END_S)
         for end, name in zip(ended, names, strict=True):
             end.future().add_done_callback(partial(_ended, name, over, lost))
-        ranks = stack.enter_context(launcher.leading(lost.is_set))
-        stack.callback(over.set)
+        stack.callback(over.set)  # where they do not meet
+        ranks = stack.enter_context(launcher.leading(lost))
+        stack.callback(over.set)  # before they are told that it is
         yield ranks
 
 
@@ -138,11 +146,11 @@ def _ready(actors: Sequence[ActorHandle[RankActor]], run_dir: Path, model: Path)
     return [name for name, _ in told]
 
 
-def _ended(name: str, over: threading.Event, lost: threading.Event, end: "Future[None]") -> None:
+def _ended(name: str, over: threading.Event, lost: list[str], end: "Future[None]") -> None:
     """What Ray calls when a rank is gone. Before the run is over that ends the run, which finds out who was first."""
     if over.is_set():
         return
-    if not isinstance(error := end.exception(), RayTaskError):  # else the rank itself has told
-        logger.error("%s is lost: %s", name, briefly(error) if error else "it ended")
-    lost.set()
+    error = end.exception()
+    lost.append(f"{name} is lost: {briefly(error) if error else 'it ended'}")
+    logger.error(lost[-1])
     terminate_run()

@@ -32,7 +32,8 @@ def room_faults(policy: PolicyLM, config: FSTConfig, run_dir: Path) -> list[str]
     if not on_ray and config.ranks == 1:
         return []
     if find_spec("ray") is None:
-        return ["engine_options: on_ray needs Ray, which is not installed: pip install 'dspy-fst[ray]'"]
+        wanting = "engine_options: on_ray" if on_ray else "ranks"
+        return [f"{wanting} needs Ray, which is not installed: pip install 'dspy-fst[ray]'"]
     from dspy_fst.engine.vllm.on_ray import room
     from dspy_fst.engine.vllm.on_ray.places import bundle
 

@@ -62,9 +62,9 @@ def test_what_the_cluster_lacks_is_told_before_the_run(nodes, tmp_path):
     assert room_faults(sound, tmp_path / "runs" / "new", None) == []
     assert not [*tmp_path.iterdir()]  # nothing is left behind
     (crowded,) = room_faults(VLLMSettings(on_ray=True, servers=5), tmp_path, None)
-    assert "room for 4 of 5 with 1 CPU each" in crowded
-    (full,) = room_faults(VLLMSettings(on_ray=True, servers=4), tmp_path, None)
-    assert "no CPU left for rollouts" in full
+    assert "room for 3 of 5 with 1 CPU each beside a CPU for rollouts" in crowded
+    assert crowded.endswith("lower it to 3")
+    assert room_faults(VLLMSettings(on_ray=True, servers=3), tmp_path, None) == []
     (tmp_path / "config.json").symlink_to("/proc/self/stat")  # of each process another
     unseen = room_faults(sound, tmp_path, tmp_path)
     assert len(unseen) == 2

@@ -1,14 +1,24 @@
 """What torchrun's agent is to the ranks, in the process that is rank 0: a store, and variables that lead there."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from threading import Thread
 
 import torch.distributed as dist
 
 from dspy_fst.engine.machine import Launch
+from dspy_fst.errors import RankError, briefly
+from dspy_fst.run.interrupts import Terminated, signals_ignored
+from dspy_fst.run.settling import settle
 from dspy_fst.slow.ranks.ranks import Ranks
 from dspy_fst.slow.ranks.several import SeveralRanks
+
+MEET_S = 120.0
+"""How long ranks that all run may take to find each other (ours); gloo itself waits for half an hour."""
+END_S = 5.0
+"""How long their meeting may take to end once its store is gone (ours)."""
 
 
 class Launcher:
@@ -32,23 +42,48 @@ class Launcher:
         }
 
     @contextmanager
-    def leading(self, signalled: Callable[[], bool]) -> Iterator[Ranks]:
+    def leading(self, lost: Sequence[str]) -> Iterator[Ranks]:
         """The block in which this process leads the others, which have been told to obey; they end with it.
 
         Args:
-            signalled: Whether a SIGTERM that this process gets is of another rank's end.
+            lost: Which other ranks are gone, in words. Where one is, a SIGTERM that this process gets is of its end.
 
         Raises:
-            RankError: another rank failed or died.
+            RankError: another rank failed or died, or they do not find each other.
         """
         with _environment(self.variables(0)):  # what the user's program starts shall not take itself for a rank
-            group = SeveralRanks(Launch.of())
-        group.signalled = signalled
+            group = self._met(lost)
+        group.signalled = lambda: bool(lost)
         try:
             with group.naming_lost():
                 yield group
         finally:
             group.end()
+
+    def _met(self, lost: Sequence[str]) -> SeveralRanks:
+        """The ranks, once they have found each other: in a thread, as gloo hears no signal while it waits for one.
+
+        Raises:
+            RankError: as `leading` has it.
+        """
+        meeting: Future[SeveralRanks] = Future()
+        meet = (meeting, lambda: SeveralRanks(Launch.of()))
+        thread = Thread(target=settle, args=meet, name="ranks-meet", daemon=True)
+        thread.start()
+        try:
+            return meeting.result(MEET_S)
+        except (RuntimeError, TimeoutError, Terminated) as error:
+            if isinstance(error, Terminated) and not lost:
+                raise
+            with suppress(Terminated):
+                signals_ignored()  # that of a lost rank would stand for what is told of it
+            del self._store  # the thread ends with it, and this process can meet others later
+            thread.join(END_S)
+            why = "; ".join(lost) or f"after {MEET_S:g} s at most: {briefly(error)}"
+            raise RankError(
+                f"the ranks did not find each other: {why}. On nodes with several networks set GLOO_SOCKET_IFNAME and "
+                "NCCL_SOCKET_IFNAME for `ray start`"
+            ) from error
 
 
 @contextmanager

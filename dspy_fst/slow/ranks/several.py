@@ -56,8 +56,15 @@ class SeveralRanks(Ranks):
         if has_gpu():
             torch.cuda.set_device(launch.local_rank)
         if self._mine:
+            # Where this has failed before, torch has still counted it, and would look for the others by another name.
+            dist.distributed_c10d._world.group_count = 0
             dist.init_process_group("nccl" if has_gpu() else "gloo")
-        self._control = dist.new_group(backend="gloo")
+        try:
+            self._control = dist.new_group(backend="gloo")
+        except RuntimeError:  # with NCCL it is here that the ranks meet
+            if self._mine:
+                dist.destroy_process_group()
+            raise
         client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         attempt = "-".join(os.environ.get(name, "") for name in ATTEMPT)
         self._store = dist.PrefixStore(f"dspy_fst/{attempt}", client)

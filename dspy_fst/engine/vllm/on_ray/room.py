@@ -55,26 +55,26 @@ def room_faults(settings: VLLMSettings, run_dir: Path, model: Path | None, other
 
 
 def too_little(claims: Sequence[Claim]) -> list[str]:
-    """Whether CPUs and cards suffice for all of these together and for rollouts, whoever uses them now."""
+    """Whether CPUs and cards suffice for all of these together and for a rollout, whoever uses them now."""
     nodes = nodes_alive()
     rest = [dict(node.resources) for node in nodes]
     listed = "; ".join(f"{node.name} has {in_words(node.resources)}" for node in nodes)
-    faults, before = [], ""
+    faults, beside = [], "a CPU for rollouts"
     for each in claims:
-        room = sum(_taken(each.need, rest) for _ in range(each.places))
+        room = sum(_spared(each.need, rest) and _taken(each.need, rest) for _ in range(each.places))
         if room < each.places:
             lower = f", or lower it to {each.value - each.places + room}" if room else ""
             faults.append(
                 f"{each.setting} is {each.value}, and the Ray cluster has room for {room} of {each.places} with "
-                f"{in_words(each.need)} each{before} ({listed}): add nodes{lower}"
+                f"{in_words(each.need)} each beside {beside} ({listed}): add nodes{lower}"
             )
-        before = f" beside what {each.setting} takes"
-    if claims and not faults and sum(node.get("CPU", 0) for node in rest) < 1:
-        settings = " and ".join(f"{each.setting} is {each.value}" for each in claims)
-        faults.append(
-            f"{settings}, and the Ray cluster would have no CPU left for rollouts ({listed}): add a node, or lower it"
-        )
+        beside += f" and what {each.setting} takes"
     return faults
+
+
+def _spared(need: Mapping[str, float], rest: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the nodes could give this and keep a CPU for rollouts."""
+    return sum(left.get("CPU", 0) for left in rest) >= need.get("CPU", 0) + 1
 
 
 def _taken(need: Mapping[str, float], rest: Sequence[dict[str, float]]) -> bool:
