@@ -57,7 +57,8 @@ def test_a_killed_and_continued_run_equals_an_undisturbed_one(killer, name):
 @pytest.mark.slow
 def test_a_kill_from_outside_at_any_time_does_no_harm(killer):
     trial = killer.trial("outside", Clock(random.Random(3).uniform(0.2, 0.8)))
-    assert (trial.unequal, trial.acts_twice <= 1) == ([], True)
+    assert trial.unequal == []
+    assert trial.acts_twice <= 2  # the rollouts in hand, and those of a step whose state was still being written
 
 
 @pytest.mark.slow

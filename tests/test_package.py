@@ -64,7 +64,7 @@ def test_every_dependency_has_a_lower_and_an_upper_bound_and_the_locked_version_
 COMES_WITH = {"markupsafe": "jinja2", "pydantic_core": "pydantic", "starlette": "fastapi"}
 """Import -> the declared package of whose interface it is a part."""
 ONLY_IF_THERE = {"IPython", "mlflow"}
-OURS = {"dspy_fst", "programs", "dspy_fst_weight_check", "dspy_fst_lora_check"}
+OURS = {"dspy_fst", "programs", "dspy_fst_weight_check", "dspy_fst_lora_check", "dspy_fst_transfer_check"}
 
 
 def test_every_library_that_the_package_imports_is_declared():

@@ -13,7 +13,6 @@ from tests.engine.test_sleep_mode_on_gpu import SHARE, TEXTS, alike, publish
 from tests.engine.tiny_qwen import make_model, save, small
 
 pytestmark = [
-    pytest.mark.gpu,
     pytest.mark.vllm,
     pytest.mark.timeout(900),
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
