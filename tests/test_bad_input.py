@@ -579,6 +579,14 @@ def test_vllm_that_is_missing(tmp_path, monkeypatch):
         compile_with(tmp_path, **vllm())
 
 
+def test_weights_in_the_memory_of_one_of_several_ranks_are_not_sent(tmp_path):
+    """vLLM would wait for the others. On a machine without a card there is more to tell."""
+    for way in ("ipc", "nccl"):
+        with pytest.raises(ConfigurationError) as caught:
+            compile_with(tmp_path, ranks=2, **vllm(weight_transfer=way))
+        assert ("ranks=2: with weight_transfer='ipc' vLLM would wait" in str(caught.value)) is (way == "ipc")
+
+
 def test_one_greedy_predictor_among_others_is_allowed():
     program = Two(speaker(), None)
     program.second.lm = program.first.lm

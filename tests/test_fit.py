@@ -659,6 +659,43 @@ def test_a_server_that_sleeps_and_an_update_take_the_larger_of_both_and_not_thei
     }
 
 
+def sent(way, cards=1, card=48, model="Qwen/Qwen3-1.7B", **recipe):
+    workload = Workload("m", find_size(model), "vllm", {"gpu_memory_utilization": 0.3, "weight_transfer": way}, 1024)
+    return plan_for(workload, FSTConfig(**recipe), imagined_machine(card * GIB, cards))
+
+
+def test_weights_that_are_sent_over_ipc_lie_on_the_card_twice_at_a_publish():
+    """In their published type, beside all that the trainer and the server hold."""
+    need, held = parts(sent("ipc"), GPU)
+    whole = 2 * find_size("Qwen/Qwen3-1.7B").untied
+    moved = held["weights being sent"]
+    assert (moved.certain, moved.sure, moved.expected, moved.at_most) == (0, whole, whole, whole)
+    assert need.sure == held["the trainer"].certain + held["the engine"].certain + whole
+    without, _ = parts(sent("disk"), GPU)
+    fault = dataclasses.replace(need, free=need.sure - 1).fault("m")
+    assert f"for weights being sent, and {format_bytes(need.sure - 1)} are free; " in fault
+    assert "leave engine_options={'weight_transfer': 'ipc'} unset" in fault
+    assert dataclasses.replace(without, free=need.sure - 1).fault("m") is None
+
+
+def test_chunks_of_weights_that_are_sent_over_nccl_lie_on_both_cards():
+    size = find_size("Qwen/Qwen3-1.7B")
+    chunks = 3 * (GIB // 4 + 2 * size.embedding)
+    plan = sent("nccl", cards=2)
+    for place in (GPU, SECOND_GPU):
+        moved = parts(plan, place)[1]["weights being sent"]
+        assert (moved.certain, moved.sure, moved.at_most) == (0, 0, chunks)
+    tiny = find_size("Qwen/Qwen3-0.6B")
+    assert parts(sent("nccl", 2, model="Qwen/Qwen3-0.6B"), GPU)[1]["weights being sent"].at_most == 2 * tiny.untied
+    for others in (sent("disk"), sent("ipc", adapter="lora")):
+        assert "weights being sent" not in parts(others, GPU)[1]
+
+
+def test_turns_are_not_named_to_whom_they_are_refused():
+    assert sent("disk", card=40).turns_help
+    assert not sent("ipc", card=40).turns_help
+
+
 def test_the_weights_of_a_server_that_sleeps_take_main_memory_at_level_1_alone():
     size = find_size("Qwen/Qwen3-1.7B")
     served = 2 * size.untied + 2 * size.embedding

@@ -31,6 +31,8 @@ All sizes are in bytes. Symbols:
 | engine    | vLLM, LoRA adapters | 2 A for each of max_loras   | places on the server, part of its least share       |
 | engine    | vLLM, sleep_level   | its share, at its own turn  | beside an update it holds 1.5 GiB (assumed)         |
 | engine    | vLLM, sleep_level 1 | its weights, in main memory | at most twice that: pinned blocks are powers of two |
+| a publish | weight_transfer="ipc" | 4 P or 2 P                | a copy of the published weights on the card         |
+| a publish | weight_transfer="nccl" | 3 times 256 MiB and 2 V h | at most, on either side                            |
 | disk      | published weights   | 4 P or 2 P each             | the first, the best, keep_weights, one being written |
 | disk      | published adapters  | 4 A each, and their base once | as many                                           |
 | disk      | resumable states    | 4 A and the moments, the first 4 A | keep_states, one being written               |

@@ -7,7 +7,7 @@ from typing import Any
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.vllm.fleet.placing import spares_first_card
-from dspy_fst.engine.vllm.server_settings import KEEPS_WEIGHTS, VLLMSettings
+from dspy_fst.engine.vllm.server_settings import BUFFER_BYTES, KEEPS_WEIGHTS, VLLMSettings
 from dspy_fst.formatting.numbers import GIB, format_bytes
 from dspy_fst.memory.allocation import Allocation, Workload, Writes
 from dspy_fst.memory.arithmetic import (
@@ -36,6 +36,8 @@ LARGEST_SHARE = 0.95
 """The highest ``gpu_memory_utilization`` that is advised (ours)."""
 VLLM_WORKINGS = 3 * GIB // 2
 """GPU memory for vLLM's CUDA context, graphs and activations, also while it sleeps (assumed, not measured)."""
+CHUNKS = 3
+"""Chunks of weights that each side of a transfer over NCCL holds at most (vLLM 0.32, `packed_tensor.py`)."""
 PROOF_TOKENS = 8 * 128
 """Most tokens that the trainer scores after a publish (`training.publisher`)."""
 MUCH_WRITTEN = 2**40
@@ -45,10 +47,12 @@ MUCH_WRITTEN = 2**40
 def allocations_of(workload: Workload, config: FSTConfig, tokens: int, available: Available) -> list[Allocation]:
     """All allocations of a run whose micro-batches have ``tokens`` tokens."""
     process = [Allocation(MEMORY, "the process", PROCESS)] if available.imagined else []
+    engine = engine_allocation(workload, config, available)
     return [
         *process,
         *trainer_allocations(workload, config, tokens, on_gpu=available.on_gpu),
-        engine_allocation(workload, config, available),
+        engine,
+        *transfer_allocations(workload, config, engine.place, available),
         *sleeping_allocations(workload, config, available),
         *disk_allocations(workload, config, on_gpu=available.on_gpu),
     ]
@@ -242,6 +246,38 @@ def sleeping_allocations(workload: Workload, config: FSTConfig, available: Avail
             cuts=cuts,
             least=0 if cuts else None,
         )
+    ]
+
+
+def transfer_allocations(workload: Workload, config: FSTConfig, served: str, available: Available) -> list[Allocation]:
+    """What weights take on cards while they are sent to a server: all of them at once for CUDA IPC, chunks for NCCL.
+
+    Args:
+        served: The place of the server.
+    """
+    way = workload.options.get("weight_transfer", "disk")
+    if workload.kind != "vllm" or way == "disk" or config.adapter is not None or not available.on_gpu:
+        return []
+    number, size = number_bytes(config.precision, on_gpu=True), workload.size
+    whole = number * size.untied
+    # Two chunks are under way and a third is put together. The tensor that exceeds a chunk's size is its last one.
+    chunks = min(whole, CHUNKS * (BUFFER_BYTES + number * size.embedding))
+    taken, places = (whole, {GPU}) if way == "ipc" else (chunks, {GPU, served} - {MEMORY})
+    unset = f"leave engine_options={{'weight_transfer': {way!r}}} unset"
+    return [
+        Allocation(
+            place,
+            "weights being sent",
+            0,
+            at_most=taken,
+            expected=taken,
+            sure=taken if way == "ipc" else 0,
+            when="a publish",
+            relief=unset,
+            cuts=(f"{unset} ({format_bytes(taken)} less)",),
+            least=0,
+        )
+        for place in sorted(places)
     ]
 
 

@@ -180,10 +180,12 @@ def plan_for(workload: Workload, config: FSTConfig, available: Available) -> Mem
 def _turns_help(plan: MemoryPlan, workload: Workload, config: FSTConfig, available: Available) -> bool:
     """See `MemoryPlan.turns_help`. A server that was launched elsewhere, or has a card of its own, takes no turns."""
     place, _ = _allocation_of(ENGINE, plan.requirements)
-    alone = workload.kind != "vllm" or place.place != GPU or workload.options.get("attach_url") is not None
-    if plan.surely_fits or alone or config.method == "gepa" or workload.options.get("sleep_level") is not None:
+    options = workload.options
+    alone = workload.kind != "vllm" or place.place != GPU or options.get("attach_url") is not None
+    alone = alone or options.get("weight_transfer", "disk") != "disk"  # refused with sleep_level
+    if plan.surely_fits or alone or config.method == "gepa" or options.get("sleep_level") is not None:
         return False
-    options = {**workload.options, "sleep_level": 1}
+    options = {**options, "sleep_level": 1}
     return _with_gradient_checkpointing(replace(workload, options=options), config, available).surely_fits
 
 

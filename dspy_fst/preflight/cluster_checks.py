@@ -7,6 +7,7 @@ import dspy
 from dspy_fst.cluster.connecting import address_faults
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.machine import Launch
+from dspy_fst.policy_lm import PolicyLM
 
 
 def cluster_faults(
@@ -40,3 +41,12 @@ def rank_faults(config: FSTConfig) -> Iterator[str]:
         yield f"{asked}: the others are actors of a Ray cluster; name it with ray (--ray ADDRESS), or use torchrun"
     if (world := Launch.of().world) > 1:
         yield f"{asked}: a launcher has started {world} processes already (WORLD_SIZE); use ranks or the launcher"
+
+
+def transfer_rank_faults(config: FSTConfig, policy: PolicyLM) -> Iterator[str]:
+    """Why new weights cannot reach the engine of a run with these ranks in the way that its options say."""
+    if config.ranks > 1 and policy.handle.options.get("weight_transfer") == "ipc":
+        yield (
+            f"ranks={config.ranks}: with weight_transfer='ipc' vLLM would wait for the other ranks, which hold no "
+            "weights on the server's card; leave weight_transfer unset"
+        )

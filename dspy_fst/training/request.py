@@ -31,7 +31,7 @@ from dspy_fst.model_files.hub import hub_warnings
 from dspy_fst.model_files.reach import ANSWER_S
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.argument_checks import search_faults
-from dspy_fst.preflight.cluster_checks import cluster_faults, rank_faults
+from dspy_fst.preflight.cluster_checks import cluster_faults, rank_faults, transfer_rank_faults
 from dspy_fst.preflight.data_checks import data_faults, input_faults
 from dspy_fst.preflight.demo_checks import demo_faults, demo_warnings
 from dspy_fst.preflight.engine_checks import engine_faults
@@ -226,6 +226,7 @@ def _faults_of_arguments(
     policies = policies_of(student) if isinstance(student, dspy.Module) else {}
     for policy in {id(policy.handle): policy for policy in policies.values()}.values():
         yield from [*model_faults(policy, hub_s), *engine_faults(policy)] if room is None else shape_faults(policy)
+        yield from transfer_rank_faults(config, policy) if config is not None else ()
         if config is not None and config.adapter is not None:
             yield from lora_faults(policy, config.adapter, config.adapters)
 

@@ -37,18 +37,23 @@ SWAP = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
+def seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings see a card."""
+    monkeypatch.setattr(server_settings, "has_gpu", lambda: True)
+
+
+@pytest.fixture(scope="module")
 def card() -> Iterator[None]:
-    """A tiny model makes several chunks."""
+    """This process can send. A tiny model makes several chunks."""
     with pytest.MonkeyPatch.context() as patch:
         no_card.install(patch.setattr)
-        patch.setattr(server_settings, "has_gpu", lambda: True)
         patch.setattr(transfer, "BUFFER_BYTES", 200_000)
         yield
 
 
 @pytest.fixture
-def guest(server: VLLMServer) -> Iterator[VLLMServer]:
+def guest(server: VLLMServer, card: None) -> Iterator[VLLMServer]:
     """Attached to the shared server, to which it sends."""
     assert server.address is not None
     url, key = server.address.url, server.address.api_key
@@ -98,6 +103,21 @@ def test_what_is_sent_is_what_the_disk_would_have_given(
 
 
 @pytest.mark.vllm
+def test_a_server_lets_go_of_the_connection_with_its_client(
+    server: VLLMServer, guest: VLLMServer, tmp_path: Path, asked: list[str]
+) -> None:
+    guest.load(save(make_model(1), tmp_path, "step-000001"))
+    guest.close()
+    assert asked[-1] == "/shutdown_weight_transfer_engine"
+    assert server.address is not None
+    client = VLLMClient(server.address, request_timeout_s=60, load_timeout_s=60)
+    nothing: dict[str, list[str]] = {"names": [], "dtype_names": [], "shapes": []}
+    with pytest.raises(EngineError, match="NCCL weight transfer not initialized"):
+        client.run("dspy_fst_compare_sent", update_info=nothing)
+    client.close()
+
+
+@pytest.mark.vllm
 def test_one_number_that_differs_is_found_wherever_it_is(guest: VLLMServer, tmp_path: Path) -> None:
     checkpoint = save(make_model(0), tmp_path, "step-000000")
     guest.load(checkpoint)
@@ -129,7 +149,7 @@ def test_a_refusal_is_told_at_once_and_the_next_transfer_is_whole(
         began = time.monotonic()
         with pytest.raises(EngineError, match=r"POST .*/update_weights .*the server is well, so it refused"):
             guest.load(two)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40
     assert gone.is_set(), "the group was left"
     assert guest.weights is None
     guest.load(two)
@@ -142,11 +162,18 @@ def test_a_refusal_is_told_at_once_and_the_next_transfer_is_whole(
 def test_a_fault_of_the_sender_is_the_engine_s(
     guest: VLLMServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is no time limit of ours, though it is called one."""
     checkpoint = save(make_model(1), tmp_path, "step-000001")
     guest.load(checkpoint)
+
+    def out_of_time(group: no_card.StoreGroup, tensor: object, src: int) -> None:
+        raise TimeoutError("of NCCL")
+
     with monkeypatch.context() as patch:
-        patch.setattr(no_card.StoreGroup, "broadcast", lambda group, tensor, src: 1 / 0)
-        with pytest.raises(EngineError, match=r"the weight transfer \(nccl\) to vLLM at .* failed: ZeroDivisionError"):
+        patch.setattr(no_card.StoreGroup, "broadcast", out_of_time)
+        with pytest.raises(
+            EngineError, match=r"the weight transfer \(nccl\) to vLLM at .* failed: TimeoutError\('of N"
+        ):
             guest.load(checkpoint)
     assert guest.weights is None
     guest.load(checkpoint)
@@ -156,7 +183,9 @@ def test_a_fault_of_the_sender_is_the_engine_s(
 
 
 @pytest.mark.vllm
-def test_a_server_on_the_trainer_s_card_takes_the_weights_from_its_memory(server: VLLMServer, tmp_path: Path) -> None:
+def test_a_server_on_the_trainer_s_card_takes_the_weights_from_its_memory(
+    server: VLLMServer, tmp_path: Path, card: None
+) -> None:
     one, two = (save(make_model(seed), tmp_path, f"step-00000{seed}") for seed in (1, 2))
     assert server.address is not None
     client = VLLMClient(server.address, request_timeout_s=60, load_timeout_s=60)
@@ -192,7 +221,7 @@ def test_a_server_that_was_launched_without_it_is_refused_before_anything_is_sen
 
 
 def test_a_transfer_that_does_not_end_is_given_up(
-    canned: Canned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    canned: Canned, card: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     canned.replies |= {path: (200, {}) for path in TRANSFER} | {"/get_world_size": (200, {"world_size": 1})}
     canned.replies["/collective_rpc"] = (200, {"results": ["nccl"]})
@@ -202,14 +231,64 @@ def test_a_transfer_that_does_not_end_is_given_up(
     monkeypatch.setattr(
         "vllm.distributed.weight_transfer.nccl_common.stateless_init_process_group", lambda *_, **__: group
     )
-    client = VLLMClient(Address(canned.url, None, through_proxy=False), request_timeout_s=60, load_timeout_s=1)
+    client = VLLMClient(Address(canned.url, None, through_proxy=False), request_timeout_s=60, load_timeout_s=60)
     way = Transfer(client, "nccl", "")
+    client.load_timeout_s = 1
     folder = save(make_model(0), tmp_path, "step-000000").path
     with pytest.raises(NoAnswerError, match=r"did not end within 1 s \(load_timeout_s\)|waited 1 s in vain"):
         way.swap(folder)
     assert left.wait(10), "the group was left"
-    assert canned.paths()[-1] == "/resume"
+    assert "/resume" in canned.paths()
+    way.close()
+    assert "/shutdown_weight_transfer_engine" not in canned.paths(), "it may be stuck, and would not answer"
     client.close()
+
+
+def test_a_server_that_is_refused_after_it_got_weights_is_let_go(
+    canned: Canned, weights: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canned.logprobs_heed_temperature = False
+    ended: list[str] = []
+    way = SimpleNamespace(swap=lambda folder: None, close=lambda: ended.append("way"))
+    monkeypatch.setattr("dspy_fst.engine.vllm.server.way_to", lambda client, settings: way)
+    with pytest.raises(EngineError, match="ignore the temperature"):
+        VLLMServer(VLLMSettings(attach_url=canned.url, weight_transfer="nccl")).load(weights("v0"))
+    assert ended == ["way"]
+
+
+def test_a_sender_over_ipc_does_not_wait_for_trainers_that_send_nothing(
+    canned: Canned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canned.replies["/collective_rpc"] = (200, {"results": ["ipc"]})
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    client = VLLMClient(Address(canned.url, None, through_proxy=False), request_timeout_s=60, load_timeout_s=60)
+    with pytest.raises(EngineError, match="vLLM's sender would wait for the other trainer processes"):
+        Transfer(client, "ipc", "")
+    client.close()
+
+
+def test_servers_take_turns_in_the_order_of_their_asking_and_wait_for_all_ahead() -> None:
+    turns, done = transfer._Turns(), list[int]()
+
+    def take(number: int) -> None:
+        with turns.turn(20):
+            done.append(number)
+
+    with turns.turn(20):
+        threads = [threading.Thread(target=take, args=(number,)) for number in range(4)]
+        for ahead, thread in enumerate(threads, 1):
+            thread.start()
+            while len(turns._line) <= ahead:
+                time.sleep(0.001)
+        with pytest.raises(NoAnswerError, match=r"waited 0\.5 s in vain for weight transfers"), turns.turn(0.1):
+            pytest.fail("two at a time")
+        assert done == []
+    for thread in threads:
+        thread.join(20)
+    assert done == [0, 1, 2, 3]
+    with turns.turn(0):
+        pass
 
 
 # The settings

@@ -129,10 +129,10 @@ class VLLMServer:
             return
         with self._lock.loading(self.settings.request_timeout_s), self._explaining_death():
             self._weights = None
-            if self._client is None or self._way is None:
+            if (way := self._way) is None:
                 self._start(checkpoint)
             else:
-                self._way.swap(checkpoint.path.resolve())
+                way.swap(checkpoint.path.resolve())
             self._weights = checkpoint.version
 
     def sleep(self, level: int) -> None:
@@ -208,7 +208,9 @@ class VLLMServer:
         """Compare the weights in use with the folder's; None for an attached server without our worker extension."""
 
         def compare_folder() -> Holding | None:
-            return self._way.held(checkpoint.path.resolve()) if self._way else None
+            if (way := self._way) is None:  # another thread closed the engine
+                raise EngineError(UNLOADED)
+            return way.held(checkpoint.path.resolve())
 
         with self._serving(sampling=False):
             return compare_folder() if self._loras is None else self._loras.held(checkpoint, compare_folder)
@@ -296,6 +298,7 @@ class VLLMServer:
     def _attach(self, url: str, checkpoint: Checkpoint) -> tuple[VLLMClient, Way]:
         address = Address(url.rstrip("/").removesuffix("/v1"), self.settings.api_key, through_proxy=True)
         client = self._new_client(address)
+        way: Way | None = None
         try:
             client.find_model()
             client.find_rows()  # from now on this very process is asked
@@ -307,6 +310,8 @@ class VLLMServer:
                 way.swap(checkpoint.path.resolve())  # also resumes a server that was left paused
             client.require_processed_logprobs(HOW_TO_ATTACH)
         except BaseException:
+            if way is not None:
+                way.close()
             client.close()
             raise
         return client, way

@@ -16,9 +16,10 @@ import base64
 import pickle
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future, InvalidStateError, wait
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ from safetensors import safe_open
 from dspy_fst.engine.base import Holding
 from dspy_fst.engine.machine import free_port, has_gpu
 from dspy_fst.engine.vllm.client import QUICK_TIMEOUT_S, VLLMClient
+from dspy_fst.engine.vllm.server_settings import BUFFER_BYTES
 from dspy_fst.engine.vllm.wire import WorkerAnswer, read_holding
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.run.settling import settle
@@ -37,10 +39,44 @@ if TYPE_CHECKING:
 
 Backend = Literal["nccl", "ipc"]
 T = TypeVar("T")
-BUFFER_BYTES = 268_435_456
-"""Of a chunk of tensors over NCCL, of which each side holds two; a quarter of vLLM's own default (ours)."""
-_ONE_AT_A_TIME = threading.Lock()
-"""Held while weights are sent: the senders to a fleet's servers would share CUDA streams and the card's memory."""
+_PARTING_S = 5.0
+"""Longest wait for a server to let go of the connection (ours)."""
+
+
+class _Turns:
+    """A lock that goes to those who wait in the order of their asking."""
+
+    def __init__(self) -> None:
+        self._line: deque[object] = deque()
+        self._moved = threading.Condition()
+
+    @contextmanager
+    def turn(self, longest_s: float) -> Iterator[None]:
+        """
+        Args:
+            longest_s: The longest turn, in seconds; the wait is as long for each one ahead.
+
+        Raises:
+            NoAnswerError: those ahead took longer.
+        """
+        place = object()
+        with self._moved:
+            limit_s = longest_s * len(self._line)
+            self._line.append(place)
+        try:
+            with self._moved:
+                if not self._moved.wait_for(lambda: self._line[0] is place, limit_s):
+                    raise NoAnswerError(f"waited {limit_s:g} s in vain for weight transfers to other servers to end")
+            yield
+        finally:
+            with self._moved:
+                self._line.remove(place)
+                self._moved.notify_all()
+
+
+_TURNS = _Turns()
+"""One is taken to connect and to send: the senders to a fleet's servers would share CUDA streams and the card's
+memory."""
 
 
 class Sender(Protocol):
@@ -62,14 +98,16 @@ class Transfer:
         how_to_launch: Ends the error for a server that was not.
 
     Raises:
-        EngineError: the server was launched without this backend or without our worker extension; nothing was sent.
+        EngineError: the server was launched without this backend or without our worker extension, or several processes
+            train and the backend is IPC; nothing was sent.
         NoAnswerError: no connection came about in time.
     """
 
     def __init__(self, client: VLLMClient, backend: Backend, how_to_launch: str):
         self._client, self._backend = client, backend
         self._require_launched_for_it(how_to_launch)
-        self._sender: Sender | None = self._connected()
+        with self._turn():
+            self._sender: Sender | None = self._connected()
 
     def swap(self, folder: Path) -> None:
         """Swap a folder's weights in, after the requests in flight; see `VLLMClient.swap_weights`.
@@ -86,24 +124,33 @@ class Transfer:
         return read_holding(control.answers)
 
     def close(self) -> None:
-        """Let go of the connection. May be called twice."""
+        """Let go of the connection on both sides. May be called twice."""
+        if self._sender is not None:  # after a transfer that failed the server may be stuck in it
+            with suppress(NoAnswerError):  # it may have ended
+                self._client.send("POST", "/shutdown_weight_transfer_engine", timeout_s=_PARTING_S)
+        self._leave()
+
+    def _leave(self) -> None:
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.shutdown()
 
     def _send(self, folder: Path, control: "_Control") -> None:
-        if not _ONE_AT_A_TIME.acquire(timeout=2 * self._limit_s):
-            raise NoAnswerError(f"waited {2 * self._limit_s:g} s in vain for the transfer to another server to end")
-        try:
-            sender = self._sender or self._connected()
-            self._sender, sender.client, sender.source = sender, control, _Folder(folder)
-            self._within_limit(sender.send_weights, control)
-            sender.source = None
-        except BaseException:
-            self.close()  # the other side may wait for tensors that never come
-            raise
-        finally:
-            _ONE_AT_A_TIME.release()
+        with self._turn():
+            try:
+                sender = self._sender or self._connected()
+                sender.client = control
+                sender.source = _Folder(folder)
+                self._sender = sender
+                self._within_limit(sender.send_weights, control)
+                sender.source = None
+            except BaseException:
+                self._leave()  # the other side may wait for tensors that never come
+                raise
+
+    def _turn(self) -> AbstractContextManager[None]:
+        """This server's, which is to connect and to send at the most; each ends after the limit."""
+        return _TURNS.turn(QUICK_TIMEOUT_S + 2 * self._limit_s)
 
     @property
     def _limit_s(self) -> float:
@@ -121,6 +168,11 @@ class Transfer:
 
     def _connected(self) -> Sender:
         """Both sides meet: over NCCL as one group, this process first; for IPC there is nothing but to agree."""
+        if self._backend == "ipc" and _trains_with_others():
+            raise EngineError(
+                "weight_transfer is 'ipc': vLLM's sender would wait for the other trainer processes, which send none; "
+                "leave it unset"
+            )
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -146,12 +198,13 @@ class Transfer:
         control.tell = outcome.set_exception
         threading.Thread(target=settle, args=(outcome, job), name="weight transfer", daemon=True).start()
         what = f"the weight transfer ({self._backend}) to vLLM at {self._client.address.url}"
+        ended, _ = wait([outcome], self._limit_s)
+        if not ended:
+            raise NoAnswerError(f"{what} did not end within {self._limit_s:g} s (load_timeout_s)")
         try:
-            return outcome.result(self._limit_s)
+            return outcome.result()
         except EngineError:
             raise
-        except TimeoutError as error:
-            raise NoAnswerError(f"{what} did not end within {self._limit_s:g} s (load_timeout_s)") from error
         except Exception as error:  # of vLLM, NCCL or CUDA in this process
             raise EngineError(f"{what} failed: {error!r}") from error
 
@@ -227,6 +280,13 @@ class _Folder:
         for file in self._files:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 yield name, file.get_tensor(name)
+
+
+def _trains_with_others() -> bool:
+    """Whether this process is in a group of torch.distributed, over which vLLM gathers the handles of memory."""
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _as_json(update_info: Mapping[str, object]) -> dict[str, object]:
