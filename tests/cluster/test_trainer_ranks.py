@@ -221,7 +221,7 @@ def test_a_lost_rank_ends_a_run_and_no_other_program():
 
 def test_a_signal_that_no_lost_rank_has_sent_is_told_as_what_it_is():
     ranks = object.__new__(SeveralRanks)  # has no store to ask
-    ranks.world, ranks.signalled = 2, lambda: False
+    ranks.world, ranks.signalled = 2, lambda error: False
     with pytest.raises(Terminated), ranks.naming_lost():
         raise Terminated(signal.SIGTERM)
 
@@ -243,6 +243,18 @@ def test_a_rank_that_fails_ends_with_its_error_printed_and_is_named(cluster, con
         time.sleep(0.1)
         printed += "".join(capsys.readouterr())
     assert "Traceback" in printed
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_while_rank_0_waits_for_rollouts_on_ray_is_named(cluster, connection, tmp_path):
+    rollouts = ray.remote(num_cpus=0)(lambda: time.sleep(LIMIT_S)).remote()
+    named = pytest.raises(RankError, match="rank 1 died ")
+    try:
+        with named, signals_raise(), ranks_on_ray(2, tmp_path, BASE):
+            os.kill(rank_of(cluster), signal.SIGKILL)
+            ray.wait([rollouts], timeout=LIMIT_S)
+    finally:
+        ray.cancel(rollouts, force=True)
 
 
 @pytest.mark.slow

@@ -59,19 +59,19 @@ class SeveralRanks(Ranks):
             # Where this has failed before, torch has still counted it, and would look for the others by another name.
             dist.distributed_c10d._world.group_count = 0
             dist.init_process_group("nccl" if has_gpu() else "gloo")
+        client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        attempt = "-".join(os.environ.get(name, "") for name in ATTEMPT)
+        self._store = dist.PrefixStore(f"dspy_fst/{attempt}", client)
+        self._store.set(f"process/{self.rank}", _place())  # before the others have met this one, and may miss it
         try:
             self._control = dist.new_group(backend="gloo")
         except RuntimeError:  # with NCCL it is here that the ranks meet
             if self._mine:
                 dist.destroy_process_group()
             raise
-        client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        attempt = "-".join(os.environ.get(name, "") for name in ATTEMPT)
-        self._store = dist.PrefixStore(f"dspy_fst/{attempt}", client)
-        self._store.set(f"process/{self.rank}", _place())
         self._calls = 0
-        self.signalled: Callable[[], bool] = lambda: True
-        """Whether a SIGTERM means that another rank is lost: a launcher's may."""
+        self.signalled: Callable[[SystemExit], bool] = lambda error: isinstance(error, Terminated)
+        """Whether this may mean that another rank is lost: a launcher's SIGTERM may."""
 
     @property
     def device(self) -> torch.device:
@@ -178,8 +178,8 @@ class SeveralRanks(Ranks):
         """
         try:
             yield
-        except (RuntimeError, Terminated) as error:
-            if (isinstance(error, Terminated) and not self.signalled()) or (who := self._who()) is None:
+        except (RuntimeError, SystemExit) as error:
+            if (isinstance(error, SystemExit) and not self.signalled(error)) or (who := self._who()) is None:
                 raise
             raise RankError(
                 f"{who}. All ranks end with it; what was committed is whole, and the same command goes on from there"
