@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
+_raised: list[int] = []
+"""The signals that a block of `signals_raise` has had."""
 _changing = threading.Lock()
 """A signal of `terminate_run` that came when its handler was just gone would end the process."""
 
@@ -75,6 +77,7 @@ def signals_raise() -> Iterator[None]:
     """
 
     def end(number: int, frame: FrameType | None) -> None:
+        _raised.append(number)
         raise Terminated(number)
 
     mine = []
@@ -88,6 +91,22 @@ def signals_raise() -> Iterator[None]:
         with _changing:
             for number in mine:
                 signal.signal(number, signal.SIG_DFL)
+            if mine:
+                _raised.clear()
+
+
+@contextmanager
+def terminated_again() -> Iterator[None]:
+    """In this block a SystemExit that a library made of `Terminated` is `Terminated` again.
+
+    Ray (2.60) makes a plain SystemExit of what a signal's handler raises in one of its calls.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error, Terminated) or not _raised:
+            raise
+        raise Terminated(_raised[-1]) from None
 
 
 def signals_ignored() -> None:

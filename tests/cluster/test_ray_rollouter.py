@@ -23,9 +23,10 @@ from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
 from dspy_fst.run.directory import read_events
+from dspy_fst.run.interrupts import Terminated, signals_raise
 from dspy_fst.types import Call, Candidate, Problem, Rollout
 from tests.cluster.conftest import NODE
-from tests.cluster.play import LAB, Ending, Held, Killer, Meeting, Placed, Stopping, Unread, policy
+from tests.cluster.play import LAB, Ending, Held, Killer, Meeting, Placed, Stopping, Unread, policy, wait_for
 from tests.ranks.run import RECIPE
 from tests.test_compile import propose
 
@@ -232,3 +233,21 @@ def test_a_worker_that_hangs_is_given_up_and_what_always_ends_a_worker_is_an_err
             there.rollout(tasks_of(program)[:1], "draw")
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+def test_a_signal_that_arrives_in_a_call_of_ray_is_told_as_what_it_is(connection, lm, tmp_path):
+    told = tmp_path / "pid"
+    program = Stopping(lm, told)
+    there = on_cluster(program, connection)
+
+    def stop():
+        wait_for(told.exists)
+        time.sleep(0.5)  # the run's process waits for the worker then
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    try:
+        with pytest.raises(Terminated), signals_raise():
+            there.rollout(tasks_of(program)[:1], "draw")
+    finally:
+        os.kill(int(told.read_text()), signal.SIGKILL)
