@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 
 from dspy_fst.errors import ClusterError, briefly
+from dspy_fst.run.interrupts import terminated_again
 
 LOCAL = "local"
 """The address with which Ray starts a cluster on this machine, for this run alone."""
@@ -69,7 +70,7 @@ def connected(address: str, *, stay: bool = False) -> Iterator[ExitStack]:
         if not stay or kind is not None:
             ray.shutdown()
 
-    with ExitStack() as stack:
+    with terminated_again(), ExitStack() as stack:
         if not ray.is_initialized():
             _connect(address)
             stack.push(leave)

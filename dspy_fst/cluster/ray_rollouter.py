@@ -31,7 +31,6 @@ from dspy_fst.outcomes.outcome import Outcome
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
-from dspy_fst.run.interrupts import terminated_again
 from dspy_fst.types import Rollout
 
 logger = logging.getLogger(__name__)
@@ -182,10 +181,8 @@ class RayRollouter(Rollouter):
         made: dict[int, Rollout] = {}
         try:
             while len(made) < len(tasks):
-                with terminated_again():
-                    playing.fill()
-                    ended = playing.ended()
-                for place, rollout in ended:
+                playing.fill()
+                for place, rollout in playing.ended():
                     # The candidate as it is here, whose digest is known.
                     made[place] = replace(rollout, candidate=tasks[place].candidate)
                     on_rollout(made[place])

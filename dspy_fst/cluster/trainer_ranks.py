@@ -33,7 +33,7 @@ from dspy_fst.engine.vllm.on_ray.nodes import node_name
 from dspy_fst.engine.vllm.on_ray.places import bundle, end_reservation, in_words
 from dspy_fst.engine.vllm.on_ray.room import Wanted, seen_here, unseen
 from dspy_fst.errors import ClusterError, ConfigurationError, briefly
-from dspy_fst.run.interrupts import terminate_run
+from dspy_fst.run.interrupts import terminate_run, terminated_again
 from dspy_fst.slow.ranks.launcher import Launcher
 from dspy_fst.slow.ranks.ranks import Ranks
 from dspy_fst.slow.ranks.roles import obey
@@ -101,6 +101,7 @@ def ranks_on_ray(count: int, run_dir: Path, model: Path) -> Iterator[Ranks]:
         stack.callback(over.set)  # where they do not meet
         ranks = stack.enter_context(launcher.leading(lost))
         stack.callback(over.set)  # before they are told that it is
+        stack.enter_context(terminated_again())
         yield ranks
 
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import re
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
@@ -24,7 +23,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 
 from dspy_fst.errors import DiskError, RunDirectoryError, briefly
 from dspy_fst.run.files import FileFacts, file_facts, flush, remove, scratch_beside, sha256_of
-from dspy_fst.run.settling import settle
+from dspy_fst.run.settling import settle_in_thread
 from dspy_fst.run.state import RunState, peek_state, version_in
 
 if TYPE_CHECKING:
@@ -325,7 +324,7 @@ def _opened(url: str) -> "tuple[AbstractFileSystem, str]":
 def _within(seconds: float, call: Callable[[], T]) -> T:
     """What the call returns. One that takes longer is left to itself: no protocol's package promises to end."""
     answer: Future[T] = Future()
-    threading.Thread(target=settle, args=(answer, call), name="storage", daemon=True).start()
+    settle_in_thread(answer, call, "storage")
     if not wait([answer], seconds).done:
         raise TimeoutError(f"no answer after {seconds:.0f} s")
     return answer.result()

@@ -235,7 +235,7 @@ def test_a_worker_that_hangs_is_given_up_and_what_always_ends_a_worker_is_an_err
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
-def test_a_signal_that_arrives_in_a_call_of_ray_is_told_as_what_it_is(connection, lm, tmp_path):
+def test_a_signal_that_arrives_in_a_call_of_ray_is_told_as_what_it_is(cluster, connection, lm, tmp_path):
     told = tmp_path / "pid"
     program = Stopping(lm, told)
     there = on_cluster(program, connection)
@@ -247,7 +247,7 @@ def test_a_signal_that_arrives_in_a_call_of_ray_is_told_as_what_it_is(connection
 
     threading.Thread(target=stop, daemon=True).start()
     try:
-        with pytest.raises(Terminated), signals_raise():
+        with pytest.raises(Terminated), signals_raise(), connected(cluster.address):
             there.rollout(tasks_of(program)[:1], "draw")
     finally:
         os.kill(int(told.read_text()), signal.SIGKILL)

@@ -76,6 +76,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return paths
 
 
+def require_whole(engine: VLLMServer, checkpoint: Checkpoint) -> None:
+    held = engine.held(checkpoint)
+    assert held is not None
+    assert held.wrong == {}
+
+
 def digests_of(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: digest(tensor) for name, tensor in load_file(checkpoint.path / "model.safetensors").items()}
 
@@ -153,9 +159,7 @@ def test_a_refusal_is_told_at_once_and_the_next_transfer_is_whole(
     assert gone.is_set(), "the group was left"
     assert guest.weights is None
     guest.load(two)
-    held = guest.held(two)
-    assert held is not None
-    assert held.wrong == {}
+    require_whole(guest, two)
 
 
 @pytest.mark.vllm
@@ -177,9 +181,7 @@ def test_a_fault_of_the_sender_is_the_engine_s(
             guest.load(checkpoint)
     assert guest.weights is None
     guest.load(checkpoint)
-    held = guest.held(checkpoint)
-    assert held is not None
-    assert held.wrong == {}
+    require_whole(guest, checkpoint)
 
 
 @pytest.mark.vllm

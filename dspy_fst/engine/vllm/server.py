@@ -279,12 +279,11 @@ class VLLMServer:
         if needs is not None and self.settings.weight_transfer != "disk":
             raise EngineError(NO_LORA.format(way=self.settings.weight_transfer))
         url = self.settings.attach_url
-        reached = self._launch(checkpoint, needs) if url is None else self._attach(str(url), checkpoint)
-        self._client, self._way = reached
+        self._client, self._way = self._launch(checkpoint, needs) if url is None else self._attach(str(url), checkpoint)
         self._reader = ReplyReader.load(checkpoint.path)
         self._prompts = Prompts(self._reader)
         if needs is not None:
-            self._loras = self._versions(reached[0], checkpoint, needs)
+            self._loras = self._versions(self._client, checkpoint, needs)
             self._loras.load(checkpoint)
 
     def _versions(self, client: VLLMClient, checkpoint: Checkpoint, needs: LoRANeeds) -> LoRAVersions:

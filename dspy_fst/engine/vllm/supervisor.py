@@ -60,7 +60,6 @@ class Supervisor:
         self.settings = settings or VLLMSettings()
         self.verify: Callable[[Scorer], object] | None = None
         """Called with a server before anybody samples from it; raises an error if the server's weights are wrong.
-
         It applies to weights that are loaded after it was set, and runs in the thread that loads or restarts."""
         self.on_event: Callable[[str], None] = logger.warning
         """Called with one sentence per restart, which includes the reason, in the thread that restarts."""

@@ -32,7 +32,7 @@ from dspy_fst.engine.vllm.client import QUICK_TIMEOUT_S, VLLMClient
 from dspy_fst.engine.vllm.server_settings import BUFFER_BYTES
 from dspy_fst.engine.vllm.wire import WorkerAnswer, read_holding
 from dspy_fst.errors import EngineError, NoAnswerError
-from dspy_fst.run.settling import settle
+from dspy_fst.run.settling import settle_in_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,7 +196,7 @@ class Transfer:
         """What the job returns, or the first error of the server."""
         outcome: Future[T] = Future()
         control.tell = outcome.set_exception
-        threading.Thread(target=settle, args=(outcome, job), name="weight transfer", daemon=True).start()
+        settle_in_thread(outcome, job, "weight transfer")
         what = f"the weight transfer ({self._backend}) to vLLM at {self._client.address.url}"
         ended, _ = wait([outcome], self._limit_s)
         if not ended:

@@ -4,14 +4,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from threading import Thread
 
 import torch.distributed as dist
 
 from dspy_fst.engine.machine import Launch
 from dspy_fst.errors import RankError, briefly
 from dspy_fst.run.interrupts import Terminated, signals_ignored
-from dspy_fst.run.settling import settle
+from dspy_fst.run.settling import settle_in_thread
 from dspy_fst.slow.ranks.ranks import Ranks
 from dspy_fst.slow.ranks.several import SeveralRanks
 
@@ -53,7 +52,7 @@ class Launcher:
         """
         with _environment(self.variables(0)):  # what the user's program starts shall not take itself for a rank
             group = self._met(lost)
-        group.signalled = lambda error: bool(lost)  # also a plain SystemExit, which Ray makes of a signal in its calls
+        group.signalled = lambda: bool(lost)
         try:
             with group.naming_lost():
                 yield group
@@ -67,9 +66,7 @@ class Launcher:
             RankError: as `leading` has it.
         """
         meeting: Future[SeveralRanks] = Future()
-        meet = (meeting, lambda: SeveralRanks(Launch.of()))
-        thread = Thread(target=settle, args=meet, name="ranks-meet", daemon=True)
-        thread.start()
+        thread = settle_in_thread(meeting, lambda: SeveralRanks(Launch.of()), "ranks-meet")
         try:
             return meeting.result(MEET_S)
         except (RuntimeError, TimeoutError, Terminated) as error:

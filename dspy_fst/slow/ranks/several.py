@@ -70,8 +70,8 @@ class SeveralRanks(Ranks):
                 dist.destroy_process_group()
             raise
         self._calls = 0
-        self.signalled: Callable[[SystemExit], bool] = lambda error: isinstance(error, Terminated)
-        """Whether this may mean that another rank is lost: a launcher's SIGTERM may."""
+        self.signalled: Callable[[], bool] = lambda: True
+        """Whether a SIGTERM may mean that another rank is lost: a launcher's may."""
 
     @property
     def device(self) -> torch.device:
@@ -178,8 +178,8 @@ class SeveralRanks(Ranks):
         """
         try:
             yield
-        except (RuntimeError, SystemExit) as error:
-            if (isinstance(error, SystemExit) and not self.signalled(error)) or (who := self._who()) is None:
+        except (RuntimeError, Terminated) as error:
+            if (isinstance(error, Terminated) and not self.signalled()) or (who := self._who()) is None:
                 raise
             raise RankError(
                 f"{who}. All ranks end with it; what was committed is whole, and the same command goes on from there"

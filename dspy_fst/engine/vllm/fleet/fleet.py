@@ -11,7 +11,6 @@ The contract of this file:
 """
 
 import logging
-import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -34,7 +33,7 @@ from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.engine.weights_lock import WeightsLock
 from dspy_fst.errors import EngineError, SyncError
-from dspy_fst.run.settling import settle
+from dspy_fst.run.settling import settle_in_thread
 from dspy_fst.types import WeightsVersion
 
 logger = logging.getLogger(__name__)
@@ -278,6 +277,6 @@ def _together(jobs: Mapping[FleetServer, Callable[[], object]]) -> dict[FleetSer
     futures: dict[FleetServer, Future[object]] = {}
     for member, job in jobs.items():
         futures[member] = future = Future[object]()
-        threading.Thread(target=settle, args=(future, job), name=f"fleet {member.name}", daemon=True).start()
+        settle_in_thread(future, job, f"fleet {member.name}")
     wait(futures.values())
     return {member: error for member, future in futures.items() if (error := future.exception()) is not None}
