@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
@@ -579,12 +580,16 @@ def test_vllm_that_is_missing(tmp_path, monkeypatch):
         compile_with(tmp_path, **vllm())
 
 
-def test_weights_in_the_memory_of_one_of_several_ranks_are_not_sent(tmp_path):
+@pytest.mark.parametrize("launched", [False, True])
+def test_weights_in_the_memory_of_one_of_several_ranks_are_not_sent(launched, tmp_path, monkeypatch):
     """vLLM would wait for the others. On a machine without a card there is more to tell."""
+    if launched:
+        launch = SimpleNamespace(of=lambda: SimpleNamespace(world=2))
+        monkeypatch.setattr("dspy_fst.preflight.cluster_checks.Launch", launch)
     for way in ("ipc", "nccl"):
         with pytest.raises(ConfigurationError) as caught:
-            compile_with(tmp_path, ranks=2, **vllm(weight_transfer=way))
-        assert ("ranks=2: with weight_transfer='ipc' vLLM would wait" in str(caught.value)) is (way == "ipc")
+            compile_with(tmp_path, ranks=1 if launched else 2, **vllm(weight_transfer=way))
+        assert ("weight_transfer is 'ipc', and 2 processes train" in str(caught.value)) is (way == "ipc")
 
 
 def test_one_greedy_predictor_among_others_is_allowed():

@@ -252,6 +252,6 @@ def _show_how_to_run(out: Printer, outcome: PlanOutcome) -> None:
     out.heading("To run it so, in the project file")
     for name, values in outcome["settings"].items():
         out.line(f"{name}: {json.dumps(values)}")
-    if (layout := outcome["layout"]) and "attach_url" in json.dumps(outcome["settings"]):
-        out.line(f"launch the servers yourself, each on {layout['group']} of the cards (docs/gpus.md: several servers)")
+    if "ray" in outcome["settings"].get("recipe", {}):
+        out.line("start Ray on each machine, and on this one without its first card (docs/ray.md)")
     out.line(f"and: {outcome['command']}")

@@ -44,9 +44,10 @@ def rank_faults(config: FSTConfig) -> Iterator[str]:
 
 
 def transfer_rank_faults(config: FSTConfig, policy: PolicyLM) -> Iterator[str]:
-    """Why new weights cannot reach the engine of a run with these ranks in the way that its options say."""
-    if config.ranks > 1 and policy.handle.options.get("weight_transfer") == "ipc":
+    """Why new weights cannot reach the engine of a run with several ranks in the way that its options say."""
+    ranks = max(config.ranks, Launch.of().world)
+    if ranks > 1 and policy.handle.options.get("weight_transfer") == "ipc":
         yield (
-            f"ranks={config.ranks}: with weight_transfer='ipc' vLLM would wait for the other ranks, which hold no "
-            "weights on the server's card; leave weight_transfer unset"
+            f"weight_transfer is 'ipc', and {ranks} processes train: vLLM would wait for the others, which hold no "
+            "weights on the server's card; leave it unset"
         )

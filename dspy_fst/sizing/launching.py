@@ -3,33 +3,31 @@
 import shlex
 
 from dspy_fst.sizing.layout import Layout
-from dspy_fst.sizing.machine import NODE, CardSheet
+from dspy_fst.sizing.machine import CardSheet
 
 
 def sections_for(layout: Layout, card: CardSheet) -> dict[str, dict[str, object]]:
     """Sections of a project file, as far as they depend on the layout.
 
-    On several machines the servers of the engines are launched by hand, each on cards of one machine.
+    On several machines Ray places servers and trainer ranks.
     """
-    options: dict[str, object]
+    share = int(100 * (layout.served + layout.cache) / card.memory) / 100
+    options: dict[str, object] = {"gpu_memory_utilization": share}
+    recipe: dict[str, object] = {"sharding": "fsdp"} if layout.trainers > 1 else {}
     if layout.machines > 1:
-        options = {"attach_url": [f"http://SERVER-{number}:8000" for number in range(1, layout.engines + 1)]}
-    else:
-        share = int(100 * (layout.served + layout.cache) / card.memory) / 100
-        options = {"gpu_memory_utilization": share}
-        if not layout.shared:
-            options |= {"servers": layout.engines, "cards": list(range(layout.trainers, layout.cards))}
-        if layout.group > 1:
-            options["extra_args"] = ["--tensor-parallel-size", str(layout.group)]
+        options |= {"servers": layout.engines, "on_ray": True}
+        recipe |= {"ray": "auto", **({"ranks": layout.trainers} if layout.trainers > 1 else {})}
+    elif not layout.shared:
+        options |= {"servers": layout.engines, "cards": list(range(layout.trainers, layout.cards))}
+    if layout.group > 1:
+        options["extra_args"] = ["--tensor-parallel-size", str(layout.group)]
     policy: dict[str, object] = {"engine": "vllm", "engine_options": options}
-    return {"policy": policy, **({"recipe": {"sharding": "fsdp"}} if layout.trainers > 1 else {})}
+    return {"policy": policy, **({"recipe": recipe} if recipe else {})}
 
 
 def command_for(layout: Layout, file: str) -> str:
-    """The command that starts the run, on every machine with trainer cards."""
+    """The command that starts the run; on several machines on that of the trainer's first card."""
     run = f"run {shlex.quote(file)}"
-    if layout.trainers == 1:
+    if layout.trainers == 1 or layout.machines > 1:
         return f"dspy-fst {run}"
-    nodes = -(-layout.trainers // NODE)
-    meet = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 " if nodes > 1 else ""
-    return f"torchrun {meet}--nproc-per-node {min(layout.trainers, NODE)} -m dspy_fst.cli {run}"
+    return f"torchrun --nproc-per-node {layout.trainers} -m dspy_fst.cli {run}"

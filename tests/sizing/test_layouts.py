@@ -6,12 +6,13 @@ import pytest
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.options import make_settings
-from dspy_fst.engine.vllm.fleet.placing import cards_of, fleet_faults
+from dspy_fst.engine.vllm.fleet.placing import cards_of, cards_of_one, fleet_faults
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.memory import Workload
 from dspy_fst.memory.bytes_by_part import VLLM_WORKINGS, served_bytes, trainer_parts
 from dspy_fst.memory.shape import ModelSize
+from dspy_fst.preflight.cluster_checks import rank_faults
 from dspy_fst.sizing import CARDS, Asked, Lengths, Texts, best_forecast, card_named
 from dspy_fst.sizing.from_card import engine_rates, link_seconds, moved_bytes, published_bytes, rates_of_card
 from dspy_fst.sizing.launching import command_for, sections_for
@@ -184,12 +185,17 @@ def test_what_is_told_to_run_a_layout_on_one_machine_is_accepted_by_recipe_and_e
     assert command_for(chosen, "my project.yaml") == f"{launcher} run 'my project.yaml'"
 
 
-def test_on_several_machines_every_trainer_s_machine_is_launched_and_servers_are_attached():
-    chosen = layout(trainers=16, engines=2, group=8)
-    assert sections_for(chosen, H100)["policy"]["engine_options"] == {
-        "attach_url": ["http://SERVER-1:8000", "http://SERVER-2:8000"]
-    }
-    assert command_for(chosen, "p.yaml").startswith("torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint ")
+@pytest.mark.parametrize("trainers", [1, 16])
+def test_on_several_machines_ray_places_servers_and_trainer_ranks(trainers):
+    chosen = layout(trainers=trainers, engines=2, group=8, served=50 * GIB)
+    sections = sections_for(chosen, H100)
+    recipe = FSTConfig.model_validate(sections["recipe"])
+    assert (recipe.ray, recipe.ranks, recipe.sharding) == ("auto", trainers, None if trainers == 1 else "fsdp")
+    assert list(rank_faults(recipe)) == []
+    given = make_settings(VLLMSettings, sections["policy"]["engine_options"], "vllm")
+    assert fleet_faults(given) == []
+    assert (given.on_ray, given.servers, cards_of_one(given.extra_args)) == (True, 2, 8)
+    assert command_for(chosen, "my project.yaml") == "dspy-fst run 'my project.yaml'"
 
 
 def test_texts_whose_keys_and_values_have_room_nowhere_are_refused():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dspy_fst.engine.machine import Launch, has_gpu, is_loopback, port_taken
+from dspy_fst.engine.machine import has_gpu, is_loopback, port_taken
 from dspy_fst.engine.vllm.fleet.placing import cards_of_one, fleet_faults, spares_first_card
 
 _POSITIVE = (
@@ -141,7 +141,6 @@ def _transfer_faults(settings: VLLMSettings) -> list[str]:
             "no plan counts its memory beside sleep_level": settings.sleep_level is not None,
             "NCCL connects no two processes on a card, so give the server others (cards)": way == "nccl" and not apart,
             "it is for one server that shares the trainer's card alone": way == "ipc" and (apart or not alone),
-            "the other trainer processes hold no weights on the server's card": way == "ipc" and Launch.of().world > 1,
         }
     return [f"weight_transfer is {way!r}: {fault}; leave it unset" for fault, is_so in why.items() if is_so]
 

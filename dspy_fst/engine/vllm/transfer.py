@@ -98,8 +98,7 @@ class Transfer:
         how_to_launch: Ends the error for a server that was not.
 
     Raises:
-        EngineError: the server was launched without this backend or without our worker extension, or several processes
-            train and the backend is IPC; nothing was sent.
+        EngineError: the server was launched without this backend or without our worker extension; nothing was sent.
         NoAnswerError: no connection came about in time.
     """
 
@@ -126,9 +125,13 @@ class Transfer:
     def close(self) -> None:
         """Let go of the connection on both sides. May be called twice."""
         if self._sender is not None:  # after a transfer that failed the server may be stuck in it
-            with suppress(NoAnswerError):  # it may have ended
-                self._client.send("POST", "/shutdown_weight_transfer_engine", timeout_s=_PARTING_S)
+            self._part()
         self._leave()
+
+    def _part(self) -> None:
+        """Have the server let go of its side."""
+        with suppress(NoAnswerError):  # it may have ended
+            self._client.send("POST", "/shutdown_weight_transfer_engine", timeout_s=_PARTING_S)
 
     def _leave(self) -> None:
         sender, self._sender = self._sender, None
@@ -168,11 +171,6 @@ class Transfer:
 
     def _connected(self) -> Sender:
         """Both sides meet: over NCCL as one group, this process first; for IPC there is nothing but to agree."""
-        if self._backend == "ipc" and _trains_with_others():
-            raise EngineError(
-                "weight_transfer is 'ipc': vLLM's sender would wait for the other trainer processes, which send none; "
-                "leave it unset"
-            )
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -190,16 +188,26 @@ class Transfer:
             sender: Sender = WeightTransferTrainerFactory.trainer_init(facts, client=control, source=())
             return sender
 
-        return self._within_limit(meet, control)
+        def let_go(late: Sender) -> None:
+            self._part()
+            late.shutdown()
 
-    def _within_limit(self, job: Callable[[], T], control: "_Control") -> T:
-        """What the job returns, or the first error of the server."""
+        return self._within_limit(meet, control, let_go)
+
+    def _within_limit(
+        self, job: Callable[[], T], control: "_Control", unwanted: Callable[[T], None] | None = None
+    ) -> T:
+        """What the job returns, or the first error of the server.
+
+        Args:
+            unwanted: Given what the job returns after it was given up.
+        """
         outcome: Future[T] = Future()
         control.tell = outcome.set_exception
-        settle_in_thread(outcome, job, "weight transfer")
+        settle_in_thread(outcome, job, "weight transfer", unwanted)
         what = f"the weight transfer ({self._backend}) to vLLM at {self._client.address.url}"
-        ended, _ = wait([outcome], self._limit_s)
-        if not ended:
+        wait([outcome], self._limit_s)
+        if outcome.cancel():  # it has no result, and takes none any more
             raise NoAnswerError(f"{what} did not end within {self._limit_s:g} s (load_timeout_s)")
         try:
             return outcome.result()
@@ -280,13 +288,6 @@ class _Folder:
         for file in self._files:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 yield name, file.get_tensor(name)
-
-
-def _trains_with_others() -> bool:
-    """Whether this process is in a group of torch.distributed, over which vLLM gathers the handles of memory."""
-    from torch import distributed
-
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _as_json(update_info: Mapping[str, object]) -> dict[str, object]:
