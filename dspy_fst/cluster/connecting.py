@@ -20,6 +20,11 @@ FOUND = "auto"
 ANSWER_S = 5.0
 """Seconds in which the cluster's address has to answer (ours). Ray itself tries for minutes."""
 
+SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""An empty frame of HTTP/2's settings: length, type, flags, stream (RFC 9113, 6.5)."""
+HTTP_2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
+"""With which a client of HTTP/2 begins (RFC 9113, 3.4); the server's own settings come first of all that it answers."""
+
 
 def address_faults(address: str | None) -> Iterator[str]:
     """Why a run cannot be connected to this cluster, as far as can be known without connecting."""
@@ -42,12 +47,31 @@ def address_faults(address: str | None) -> Iterator[str]:
         )
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        answered = _answers_as_head(host.strip("[]"), int(port))
     except (OSError, OverflowError) as error:
         yield (
             f"ray={given!r} does not answer ({briefly(error)}): start the cluster's head with `ray start --head`, "
             "and name the address that it prints"
         )
+        return
+    if not answered:
+        yield (
+            f"ray={given!r}: what listens there is no head of a Ray cluster (its dashboard has a port of its own); "
+            "name the address that `ray start --head` prints"
+        )
+
+
+def _answers_as_head(host: str, port: int) -> bool:
+    """Whether a head of a cluster may listen there: it speaks gRPC, and so HTTP/2. Ray asks any server for minutes.
+
+    Raises:
+        OSError, OverflowError: nobody answers.
+    """
+    with socket.create_connection((host, port), timeout=ANSWER_S) as asked, asked.makefile("rb") as answer:
+        if os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true"):
+            return True
+        asked.sendall(HTTP_2)
+        return answer.read(len(SETTINGS))[3:4] == SETTINGS[3:4]
 
 
 @contextmanager

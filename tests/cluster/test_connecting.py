@@ -12,6 +12,7 @@ import ray
 from dspy_fst.cluster import connecting
 from dspy_fst.cluster.connecting import address_faults, connected
 from dspy_fst.errors import ClusterError
+from tests.cluster.listening import listener
 
 
 def fault(address: str) -> str:
@@ -32,9 +33,22 @@ def test_an_address_that_nobody_listens_on_is_found_at_once(deaf_port):
     assert time.monotonic() - began < connecting.ANSWER_S
 
 
-def test_an_address_that_answers_is_no_fault():
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        assert [*address_faults(f"127.0.0.1:{listening.getsockname()[1]}")] == []
+def test_an_address_that_answers_as_a_head_does_is_no_fault():
+    with listener(connecting.SETTINGS) as address:
+        assert [*address_faults(address)] == []
+
+
+def test_another_server_than_a_cluster_s_head_is_refused(monkeypatch):
+    with listener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as address:
+        assert "is no head of a Ray cluster" in fault(address)
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        assert [*address_faults(address)] == []
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(connecting, "ANSWER_S", 0.2)
+    with listener(b"") as address:
+        assert "does not answer (timed out)" in fault(address)
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:", ":6379", "http://head:6379", "head:99999999"])
