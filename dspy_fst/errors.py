@@ -120,9 +120,9 @@ class DiskError(RunDirectoryError):
 def is_signal(error: BaseException) -> bool:
     """Whether a signal ends the process by this exception, and not somebody's ``exit()``.
 
-    What handlers of signals raise are subclasses of SystemExit.
+    What handlers of signals raise are KeyboardInterrupt and subclasses of SystemExit.
     """
-    return isinstance(error, SystemExit) and type(error) is not SystemExit
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and type(error) is not SystemExit)
 
 
 def meant(name: str, known: Sequence[str]) -> str:

@@ -232,7 +232,7 @@ class PolicyCalls:
         QUEUEING.set(partial(self._queued, number))
         try:
             answer = True, cloudpickle.dumps(self._called(call))
-        except Exception as error:
+        except BaseException as error:  # a worker that is told nothing waits for ever
             answer = False, packed_error(error)
         self._tell(number, pickle.dumps(answer))
         with self._lock:

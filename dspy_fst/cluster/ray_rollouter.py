@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import dspy
 import ray
@@ -24,10 +25,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from dspy_fst.cluster.policy_calls import Line, PolicyCalls, Progress, sent_before
 from dspy_fst.cluster.relay import Relay
-from dspy_fst.cluster.shipping import packed, shipped_settings, unpacked, why_not
+from dspy_fst.cluster.shipping import HandleNumber, packed, shipped_settings, unpacked, why_not
 from dspy_fst.engine.vllm.on_ray.nodes import node_faults, nodes_alive
 from dspy_fst.errors import ClusterError, ConfigurationError, briefly
 from dspy_fst.outcomes.outcome import Outcome
+from dspy_fst.policy_lm import EngineHandle
 from dspy_fst.rollout.reward import Reward
 from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.rollouter import Rollouter, Task
@@ -80,6 +82,19 @@ class Bundle:
     stage: bytes
 
 
+class Returned(NamedTuple):
+    """A rollout on its way back, in two parts: what a program has made may be of any class."""
+
+    bare: bytes
+    """The rollout without `OF_PROGRAM`."""
+    held: bytes
+    """These; empty for a rollout that was masked on its way."""
+
+
+OF_PROGRAM = ("prediction", "trace", "asked")
+"""Fields of a rollout that hold values of the program's."""
+
+
 @lru_cache(maxsize=1)
 def _stage(bundle: "ObjectRef[Bundle]") -> tuple[Line, Stage]:
     sent = ray.get(bundle)
@@ -96,8 +111,12 @@ def greet(bundles: "list[ObjectRef[Bundle]]") -> list[str]:
     return []
 
 
-def play(bundles: "list[ObjectRef[Bundle]]", name: str, data: bytes) -> bytes:
-    """Make a chunk's rollouts. The bundle comes in a list, as Ray would fetch it for each call otherwise."""
+def play(bundles: "list[ObjectRef[Bundle]]", name: str, data: bytes) -> list[Returned]:
+    """Make a chunk's rollouts. The bundle comes in a list, as Ray would fetch it for each call otherwise.
+
+    Raises:
+        RuntimeError: the program or the metric raised what ends a run. Ray would take it for a cancelled task.
+    """
     line, stage = _stage(bundles[0])
     line.chunk = name
     chunk = unpacked(data, line.handle)
@@ -105,23 +124,43 @@ def play(bundles: "list[ObjectRef[Bundle]]", name: str, data: bytes) -> bytes:
     rollouter = Rollouter(stage.program, stage.reward, stage.settings, line.say, seed=stage.seed)
     settings = unpacked(chunk.dspy_settings, line.handle)
     assert isinstance(settings, dict)
-    with dspy.context(**settings):
-        rollouts = rollouter.rollout(chunk.tasks, chunk.draw, anew=chunk.anew)
     try:
-        return packed(rollouts, sent_before)
-    except Exception:  # a program may return anything
-        return packed([_sendable(rollout) for rollout in rollouts], sent_before)
+        with dspy.context(**settings):
+            rollouts = rollouter.rollout(chunk.tasks, chunk.draw, anew=chunk.anew)
+    except (KeyboardInterrupt, SystemExit) as error:
+        raise RuntimeError(f"the program or the metric raised {type(error).__name__}") from error
+    return [_sent(rollout) for rollout in rollouts]
 
 
-def _sendable(rollout: Rollout) -> Rollout:
+def _sent(rollout: Rollout) -> Returned:
     """The rollout; masked if something in it cannot be pickled."""
-    held = ((field.name, getattr(rollout, field.name)) for field in fields(rollout))
-    found = ((name, why) for name, value in held if (why := why_not(value, name)) is not None)
-    if (fault := next(found, None)) is None:
-        return rollout
-    name, why = fault
-    outcome = Outcome("masked", f"ray: {name} cannot be pickled", why)
-    return Rollout(rollout.problem, rollout.candidate, rollout.calls, None, outcome)
+    whole = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+    held = {name: whole[name] for name in OF_PROGRAM}
+    try:
+        bare = replace(rollout, prediction=None, trace=(), asked=())
+        return Returned(packed(bare, sent_before), packed(held, sent_before))
+    except Exception:  # a program may return anything
+        faults = ((name, why) for name, value in whole.items() if (why := why_not(value, name)) is not None)
+        name, why = next(faults, ("something", ""))
+        return Returned(
+            packed(_masked(rollout, f"{name} cannot be pickled", why), sent_before), packed({}, sent_before)
+        )
+
+
+def _masked(rollout: Rollout, reason: str, detail: str) -> Rollout:
+    return Rollout(rollout.problem, rollout.candidate, rollout.calls, None, Outcome("masked", f"ray: {reason}", detail))
+
+
+def arrived(sent: Returned, handle: Callable[[HandleNumber], EngineHandle]) -> Rollout:
+    """The rollout that a worker has sent; masked if what its program made cannot be read in this process."""
+    bare = unpacked(sent.bare, handle)
+    assert isinstance(bare, Rollout)
+    try:
+        held = unpacked(sent.held, handle)
+    except Exception as error:  # classes may be read by any code, and may be of a module that is not here
+        return _masked(bare, "prediction or trace cannot be read again", f"{type(error).__name__}: {briefly(error)}")
+    assert isinstance(held, dict)
+    return replace(bare, **held) if held else bare
 
 
 # ---- in the run's process ------------------------------------------------------------------------
@@ -223,7 +262,7 @@ class _Playing:
         """How many rollouts were in a chunk."""
         self._again: deque[range] = deque()
         """Chunks that were lost, as the places of their rollouts."""
-        self._given: dict[ObjectRef[bytes], tuple[range, str]] = {}
+        self._given: dict[ObjectRef[list[Returned]], tuple[range, str]] = {}
         """Task -> its chunk, and the name of this try of it."""
         self._tries: Counter[range] = Counter()
         self._moved_at = time.monotonic()
@@ -268,13 +307,12 @@ class _Playing:
             self._calls.end(name)
             self._moved_at = time.monotonic()
             try:
-                rollouts = unpacked(ray.get(task), self._calls.handle)
+                rollouts = [arrived(sent, self._calls.handle) for sent in ray.get(task)]
             except RayTaskError as error:
                 raise ClusterError(f"ray: a worker could not make rollouts: {briefly(error.cause)}") from error
             except RayError as error:
                 self._play_again(places, type(error).__name__, briefly(error))
             else:
-                assert isinstance(rollouts, list)
                 found += zip(places, rollouts, strict=True)
         self._look_after_the_rest()
         return found

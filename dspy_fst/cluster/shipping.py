@@ -138,14 +138,15 @@ def shipped_settings() -> dict[str, object]:
 # ---- errors --------------------------------------------------------------------------------------
 
 
-def packed_error(error: Exception) -> bytes:
-    """An error that keeps its class, message and fields; one that cannot be pickled becomes an EngineError.
+def packed_error(error: BaseException) -> bytes:
+    """An error that keeps its class, message and fields; one that cannot be pickled, or is no Exception, becomes an
+    EngineError.
 
     Pickled as it is where that gives the same error again. Those of DSPy's lm15 hold a mapping proxy, which cannot be
     pickled, and the ``__init__`` of others takes something else than their ``args``.
     """
     fields = {name: dict(x) if isinstance(x, MappingProxyType) else x for name, x in vars(error).items()}
-    for form in (error, (type(error), error.args, fields)):
+    for form in (error, (type(error), error.args, fields)) if isinstance(error, Exception) else ():
         with suppress(Exception):
             data = cloudpickle.dumps(form)
             again = unpacked_error(data)

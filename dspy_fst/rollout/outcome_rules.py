@@ -17,6 +17,7 @@ another type than the program's output, a judge has an outage, or the metric has
 form meets as well. The second case never holds for a metric that called an LM: it may have failed on the judge's words.
 """
 
+import asyncio
 import math
 import threading
 import traceback
@@ -106,7 +107,7 @@ class Judge:
             who = "frozen lm" if frozen else "lm"
             cause = error.__cause__ or error
             return _masked(f"{who}: {type(cause).__name__}", str(cause))
-        if isinstance(error, OSError):  # such as ConnectionError or TimeoutError: a tool's outage
+        if isinstance(error, OSError | asyncio.CancelledError):  # such as TimeoutError: a tool's outage
             return _masked(f"outage: {name}")
         if _is_the_source_s(error):
             return self._failed("source", f"{name}: {error}")

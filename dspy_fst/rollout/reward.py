@@ -122,7 +122,7 @@ class Reward:
         try:
             with dspy.context(**settings, callbacks=[*dspy.settings.callbacks, lm_use]):
                 returned = self._returned(gold, pred, {name: known[role] for name, role in self._roles.items()})
-            return self._as_score(returned)
+            return self._score_of(returned)
         except UnmeasuredError as error:
             error.asked_an_lm = lm_use.seen
             raise
@@ -130,10 +130,19 @@ class Reward:
     def _returned(self, gold: dspy.Example, pred: object, given: Mapping[str, object]) -> object:
         try:
             return self.metric(gold, pred, **given)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             if is_signal(error):
                 raise
             raise UnmeasuredError(f"metric raised {type(error).__name__}") from error
+
+    def _score_of(self, returned: object) -> Score:
+        try:
+            return self._as_score(returned)
+        except UnmeasuredError:
+            raise
+        except Exception as error:  # what a metric returns may be of any class
+            what = f"{type(returned).__name__} that is no score ({type(error).__name__})"
+            raise UnmeasuredError(f"metric returned {what}") from None
 
     def _as_score(self, returned: object) -> Score:
         if not (isinstance(returned, dspy.Prediction) or (isinstance(returned, dict) and "score" in returned)):

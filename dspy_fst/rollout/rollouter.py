@@ -204,7 +204,7 @@ class Rollouter:
         try:
             with dspy.context(**settings):
                 prediction = program(**task.problem.example.inputs())
-        except (Exception, SystemExit) as error:  # argparse in a tool, or exit() in the model's code
+        except BaseException as error:  # also exit() in the model's code, a cancelled task, a panic of a Rust library
             if is_signal(error):
                 raise
             judgement = judge.raised(error)

@@ -87,6 +87,13 @@ class Ending(Placed):
         os._exit(1)
 
 
+class Interrupting(Placed):
+    """Raises what ends a run."""
+
+    def forward(self, **inputs):
+        raise KeyboardInterrupt
+
+
 class Unread(Placed):
     """Cannot be read in a worker."""
 

@@ -3,20 +3,21 @@
 import asyncio
 import queue
 import threading
+from dataclasses import replace
 
 import dspy
 import pytest
 from dspy import lm15
 
 from dspy_fst.cluster.policy_calls import _answer
-from dspy_fst.cluster.ray_rollouter import Chunk, _Playing, _sendable
+from dspy_fst.cluster.ray_rollouter import Chunk, _Playing, _sent, arrived
 from dspy_fst.cluster.relay import QUEUED, WORKING, CallHeard, InFlight, Relay
 from dspy_fst.cluster.shipping import packed, packed_error, shipping_faults, unpacked, unpacked_error
 from dspy_fst.errors import ConfigurationError, EngineError, SyncError
 from dspy_fst.preflight.cluster_checks import cluster_faults
 from dspy_fst.rollout.rollout_settings import RolloutSettings
 from dspy_fst.rollout.worker_pool import QueueTime
-from dspy_fst.types import Candidate, Rollout
+from dspy_fst.types import Call, Candidate, Rollout
 from tests.cluster.play import LAB, Placed, policy
 
 
@@ -48,6 +49,7 @@ def test_an_error_that_cannot_be_sent_is_an_engine_s_with_its_words():
     again = unpacked_error(packed_error(error))
     assert type(again) is EngineError
     assert str(again) == "OSError: no route"
+    assert str(unpacked_error(packed_error(asyncio.CancelledError()))) == "CancelledError: CancelledError"
 
 
 def test_only_the_time_in_the_engine_s_queue_counts_as_queueing():
@@ -189,11 +191,28 @@ def test_each_thing_that_cannot_be_sent_is_named_with_its_place():
     assert all("a generator cannot be pickled" in fault for fault in found)
 
 
-def test_a_rollout_whose_prediction_cannot_be_sent_is_masked_with_what_it_held():
-    good = Rollout(0, Candidate({"answer": "Sort."}), (), 1.0, prediction=dspy.Prediction(answer="1"))
-    assert _sendable(good) is good
-    bad = Rollout(1, good.candidate, (), 1.0, prediction=dspy.Prediction(rows=(row for row in ())))
-    masked = _sendable(bad)
-    assert (masked.problem, masked.candidate, masked.reward, masked.prediction) == (1, good.candidate, None, None)
-    assert masked.outcome.label == "masked: ray: prediction cannot be pickled"
-    assert "a generator cannot be pickled" in masked.outcome.detail
+class Twice(Exception):
+    """Is pickled with its one word, and cannot be made of it again."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} {second}")
+
+
+def test_a_rollout_whose_prediction_cannot_be_sent_or_read_is_masked_with_what_it_held():
+    def there(rollout):
+        return arrived(_sent(rollout), lambda number: pytest.fail("no handle was sent"))
+
+    call = Call("answer", (1,), (2,), (-0.5,), "stop", "base")
+    good = Rollout(0, Candidate({"answer": "Sort."}), (call,), 1.0, trace=("first",), asked=("asked",))
+    assert there(good) == good
+    assert there(replace(good, prediction=dspy.Prediction(answer="1"))).prediction.answer == "1"
+    odd = {
+        "prediction cannot be pickled": ((row for row in ()), "a generator cannot be pickled"),
+        "prediction or trace cannot be read again": (Twice("no", "route"), "TypeError: Twice.__init__"),
+    }
+    for reason, (value, detail) in odd.items():
+        masked = there(replace(good, prediction=dspy.Prediction(why=value)))
+        assert (masked.problem, masked.candidate, masked.reward, masked.prediction) == (0, good.candidate, None, None)
+        assert masked.calls == (call,)
+        assert masked.outcome.label == f"masked: ray: {reason}"
+        assert detail in masked.outcome.detail

@@ -26,7 +26,19 @@ from dspy_fst.run.directory import read_events
 from dspy_fst.run.interrupts import Terminated, signals_raise
 from dspy_fst.types import Call, Candidate, Problem, Rollout
 from tests.cluster.conftest import NODE
-from tests.cluster.play import LAB, Ending, Held, Killer, Meeting, Placed, Stopping, Unread, policy, wait_for
+from tests.cluster.play import (
+    LAB,
+    Ending,
+    Held,
+    Interrupting,
+    Killer,
+    Meeting,
+    Placed,
+    Stopping,
+    Unread,
+    policy,
+    wait_for,
+)
 from tests.ranks.run import RECIPE
 from tests.test_compile import propose
 
@@ -205,6 +217,12 @@ def test_a_program_that_ends_its_workers_is_an_error_after_three_of_them(connect
     with pytest.raises(ClusterError, match="1 rollouts were lost 3 times, the last time to WorkerCrashedError"):
         there.rollout(tasks_of(program)[:1], "draw")
     assert there.take_counts() == {"lost to WorkerCrashedError": 2}
+
+
+def test_what_ends_a_run_is_told_as_what_it_is(connection, lm):
+    program = Interrupting(lm)
+    with pytest.raises(ClusterError, match="the program or the metric raised KeyboardInterrupt"):
+        on_cluster(program, connection).rollout(tasks_of(program)[:1], "draw")
 
 
 def test_a_cluster_whose_cpus_others_hold_is_an_error_after_a_while(connection, lm, monkeypatch, tmp_path):

@@ -71,6 +71,27 @@ def test_a_score_that_is_none_measures_nothing(given, reason):
     assert str(caught.value) == reason
 
 
+class Odd:
+    """A score of a class whose conversion fails in its own way, as a tensor's of two numbers does."""
+
+    def __float__(self):
+        raise RuntimeError("two numbers cannot be converted")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (10**400, "metric returned int that is no score (OverflowError)"),
+        (Odd(), "metric returned Odd that is no score (RuntimeError)"),
+        (dspy.Prediction(feedback="good"), "metric returned Prediction that is no score (KeyError)"),
+    ],
+)
+def test_what_cannot_be_read_as_a_score_measures_nothing(given, reason):
+    with pytest.raises(UnmeasuredError) as caught:
+        Reward(lambda gold, pred, trace=None: given)(dspy.Example(), dspy.Prediction())
+    assert str(caught.value) == reason
+
+
 def test_a_stranger_is_refused_together_with_what_there_is():
     with pytest.raises(UnmeasuredError, match=r"predictor_feedback of \['drafts'\]") as caught:
         judged({"score": 1.0, "predictor_feedback": {"drafts": "Good."}})

@@ -378,6 +378,40 @@ def test_a_signal_that_arrives_in_a_metric_ends_the_run_and_an_exit_does_not():
         Reward(leaves)(dspy.Example(), dspy.Prediction())
 
 
+class Panic(BaseException):
+    """As the panics of Rust libraries are (pyo3)."""
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (Panic, "failed: Panic"),
+        (GeneratorExit, "failed: GeneratorExit"),
+        (asyncio.CancelledError, "masked: outage: CancelledError"),
+    ],
+)
+def test_what_is_no_exception_and_no_signal_is_the_outcome_of_its_rollout(error, outcome):
+    class Raises(TwoStep):
+        def forward(self, **inputs):
+            super().forward(**inputs)
+            raise error
+
+    def raises(gold, pred, trace=None):
+        raise error
+
+    assert play_one(Raises()).outcome.label == outcome
+    assert play_one(TwoStep(), metric=raises).outcome.label == f"masked: metric raised {error.__name__}"
+
+
+def test_ctrl_c_in_a_program_ends_the_run():
+    class Stopped(TwoStep):
+        def forward(self, **inputs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        play_one(Stopped())
+
+
 def test_warnings_of_dspy_s_lm_are_silent_while_rollouts_are_made_and_errors_are_not(caplog, monkeypatch):
     logger = logging.getLogger("dspy.clients.lm")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
