@@ -140,7 +140,8 @@ def _ready(actors: Sequence[ActorHandle[RankActor]], run_dir: Path, model: Path)
     except RayError as error:
         why = error.cause if isinstance(error, RayTaskError) else error
         raise ClusterError(
-            f"ranks: one did not start on Ray: {briefly(why)}. Install the same dspy-fst, Python and torch on all nodes"
+            f"ranks: one did not start on Ray: {briefly(why)}. Each node needs the same dspy-fst, Python and torch, "
+            "and the memory of a trainer"
         ) from error
     if faults := [f"{name} {fault}" for name, own in told for fault in own]:
         raise ConfigurationError(faults)
