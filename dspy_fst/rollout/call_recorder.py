@@ -13,10 +13,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from typing import Literal
+from weakref import WeakSet
 
 import dspy
 from dspy import lm15
 from dspy.clients.call_context import stream_emitted
+from dspy.utils import parallelizer
 from dspy.utils.parallelizer import ParallelExecutor
 
 from dspy_fst.engine.base import Completion
@@ -272,11 +274,25 @@ def parallel_calls_once() -> None:
     dspy.Parallel submits a call again if it takes longer than a limit (120 s). It uses the first of the two answers and
     leaves the other call running. Both would be recorded, and a call that the program never used would be trained on
     with the program's reward. A rollout has a time limit of its own (``rollout_timeout_s``). Outside of rollouts
-    nothing changes.
+    nothing changes, but that several may begin at the same time (`_Bars`).
     """
     execute = ParallelExecutor.execute
     if not hasattr(execute, _MARK):
+        bars = parallelizer.tqdm.tqdm
+        bars._instances = _Bars(bars._instances)
         setattr(ParallelExecutor, "execute", _once(execute))  # noqa: B010 (mypy refuses a plain assignment)
+
+
+class _Bars(WeakSet[object]):
+    """tqdm's progress bars, which an executor empties as it begins (DSPy 3.4): also of those that another one is just
+    making. tqdm then raised a KeyError, also where no bar is shown."""
+
+    def remove(self, bar: object) -> None:
+        self.discard(bar)
+
+    def clear(self) -> None:
+        with parallelizer.tqdm.tqdm.get_lock():  # under which tqdm reads them
+            super().clear()
 
 
 def _once(execute: Callable[..., object]) -> Callable[..., object]:

@@ -9,6 +9,7 @@ import time
 
 import dspy
 import pytest
+from dspy.utils import parallelizer
 from dspy.utils.exceptions import AdapterParseError
 
 from dspy_fst.errors import EngineError
@@ -133,6 +134,14 @@ def test_calls_are_recorded_from_inside_parallel_and_async_programs():
     rollout = play_one(Spread())
     assert rollout.reward == 1.0
     assert [call.predictor for call in rollout.calls] == ["answer"] * 5
+
+
+def test_a_parallel_call_that_begins_does_not_disturb_another_that_is_just_beginning():
+    rollouter_of(TwoStep())
+    bars = parallelizer.tqdm.tqdm
+    bar = bars.__new__(bars, total=2, disable=True)
+    parallelizer.ParallelExecutor(num_threads=1, disable_progress_bar=True).execute(str, [1])
+    bar.__init__(total=2, disable=True)
 
 
 def test_rollouts_never_read_the_cache(monkeypatch, tmp_path):
