@@ -47,6 +47,9 @@ CACHE = tempfile.TemporaryDirectory(prefix="dspy-cache-", dir=folder)
 os.environ["DSPY_CACHEDIR"] = CACHE.name
 # Without a network litellm asks three times for its newest prices while it is imported, in every process.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+# The start of a vLLM server is imports of vLLM, by three processes: with this plugin, by one.
+FORKED = Path(__file__).parent / "engine/forked"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FORKED), os.environ.get("PYTHONPATH")]))
 
 # A runner in the background ignores these, and children inherit it: what tests send would not arrive.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -100,6 +103,12 @@ def dspy_is_configured_as_before() -> Iterator[None]:
     restore_dspy(before)
     changed = {name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)}
     assert not changed, f"dspy.configure was left changed: {sorted(changed)}"
+
+
+@pytest.fixture
+def servers_start_as_a_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests whose vLLM server must start as it does without the tests' plugin."""
+    monkeypatch.setenv("VLLM_PLUGINS", "")
 
 
 @pytest.fixture
@@ -165,7 +174,7 @@ def lab_on_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
 SHARED = {
     **{
         f"tests/engine/test_{name}.py": "a vLLM server"
-        for name in ("replies", "transfer", "vllm_server", "weight_check")
+        for name in ("replies", "transfer", "vllm_rows", "vllm_server", "weight_check")
     },
     **{
         f"tests/{name}.py": "the laboratory on vLLM"

@@ -14,8 +14,9 @@ from tests.engine.test_server_process import below, members
 from tests.engine.test_vllm_server import PROBES, TOLERANCE, ask, largest_gap
 from tests.engine.tiny_qwen import make_model, save, small
 
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("servers_start_as_a_user_s")]
 
-@pytest.mark.vllm
+
 def test_stale_tied_head_is_caught(tmp_path: Path) -> None:
     """vLLM 0.32 on a CPU keeps the old output head of a model that is served as tied, and says nothing.
 
@@ -58,7 +59,6 @@ def assert_death_is_explained(engine: VLLMServer) -> None:
     assert members(group) == []
 
 
-@pytest.mark.vllm
 def test_a_model_that_cannot_be_served_is_reported_at_once(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model", "architectures": ["NoSuchModel"]}')
     (tmp_path / "model.safetensors").write_bytes(b"")

@@ -27,11 +27,13 @@ def published(trainer, on_disk):
 
 @pytest.fixture(scope="module")
 def server(published):
-    """A policy whose server is started once; a run attaches to it, and leaves other weights behind."""
+    """A policy whose server is started once, as a user's is; a run attaches to it, and leaves other weights behind."""
     policy = PolicyLM(
         published.path, engine="vllm", max_tokens=24, engine_options={**OPTIONS["vllm"], "dtype": "bfloat16"}
     )
-    policy.handle.ready()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", "")
+        policy.handle.ready()
     yield policy
     policy.release()
 

@@ -104,7 +104,8 @@ class Server:
 def serving(*arguments: object, cwd: Path = ROOT, key: str = "") -> Iterator[Server]:
     """The command on a free port; gives the server before it is ready."""
     command = [sys.executable, "-m", "dspy_fst.cli", "serve", "--port", "0", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
     if key:
         command += ["--api-key-env", "KEY_OF_THE_TESTS"]
         environment["KEY_OF_THE_TESTS"] = key
