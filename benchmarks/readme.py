@@ -162,9 +162,14 @@ def warm_start(figures: Mapping[str, Any]) -> str:
 
 def language_base(lines: Mapping[str, Mapping[str, Any]]) -> str:
     """What SmolLM2 does on the tasks in English before any run, under which adapter, texts and weights."""
+    tasks, states = list(dict.fromkeys(line["task"] for line in lines.values())), ("seed", "expert", "warm")
+
+    def place(line: Mapping[str, Any]) -> tuple[int, str, int]:
+        return tasks.index(line["task"]), line["adapter"], states.index(line["state"])
+
     rows = [
         [line["task"], line["adapter"], line["state"], *(f"{line[what]:.2f}" for what in ("parsed", "accuracy"))]
-        for line in lines.values()
+        for line in sorted(lines.values(), key=place)
     ]
     replies = sorted({str(line["replies"]) for line in lines.values()})
     head = ["task", "adapter", "state", f"share of {' or '.join(replies)} replies that parse", "accuracy"]
