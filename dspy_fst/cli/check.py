@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -123,8 +124,8 @@ def check(
     """Validate a project; show recipe and plan.
 
     Reports every fault for which a run would be refused, what the run may spend, and the memory and disk it needs.
-    Without --measure neither the program nor the metric is called, and nothing is spent. With --gpu the memory is
-    computed for such a machine, from the model's config alone.
+    A Ray cluster is asked by the run alone. Without --measure neither the program nor the metric is called, and
+    nothing is spent. With --gpu the memory is computed for such a machine, from the model's config alone.
     """
     if gpu is not None and measure:
         raise typer.BadParameter("--measure runs on this machine, and --gpu imagines another; use one of them")
@@ -160,7 +161,8 @@ def _outcome(file: Path, measure: bool, room: "Available | None") -> CheckOutcom
     with signals_raise(), without_loading_bars(), project.importable():
         opened = project.open()
         request = _checked(file, project, opened, room)
-        config, run_dir, policy, warnings = request.config, request.run_dir, request.policy, [*request.warnings]
+        config, run_dir, policy = request.config, request.run_dir, request.policy
+        warnings = [*request.warnings, *cluster_warnings(config)]
         plan = _plan(config, opened, policy)
         planned = sum(phase["rollouts"] for phase in plan["phases"].values())
         rates = measure_rates(opened, config, planned) if measure else None
@@ -183,6 +185,15 @@ def _outcome(file: Path, measure: bool, room: "Available | None") -> CheckOutcom
             "unreached": list(unreached(opened)),
             "time": rates,
         }
+
+
+def cluster_warnings(config: "FSTConfig") -> Iterator[str]:
+    """What `check` leaves to the run."""
+    if config.ray is not None:
+        yield (
+            f"ray={config.ray!r}: check did not connect to the cluster. The run asks it before any work: room for "
+            "rollouts, servers and ranks, and what each node sees"
+        )
 
 
 def _checked(file: Path, project: "Project", opened: "Opened", room: "Available | None") -> "Request":

@@ -251,8 +251,11 @@ def _changed(
     Args:
         recipe: Setting of the recipe -> value; None leaves the project's.
     """
+    from pydantic import ValidationError
+
     from dspy_fst.config import make_config
     from dspy_fst.project.project_file import Recipe
+    from dspy_fst.recipe.declared import sentences
 
     paths = {"continue_from": continue_from, "run_dir": run_dir}
     changes: dict[str, object] = {name: str(path.resolve()) for name, path in paths.items() if path is not None}
@@ -262,9 +265,13 @@ def _changed(
         if given.get("adapter") == "none":
             given["adapter"] = None
             kept = {name: value for name, value in kept.items() if name not in OF_LORA_ADAPTERS}
-        if faults := make_config({name: value for name, value in given.items() if name in ("adapter", "loss")})[1]:
+        if faults := make_config(given)[1]:
             raise ConfigurationError([f"--{fault}" for fault in faults])
-        changes["recipe"] = Recipe.model_validate({**kept, **given})
+        try:
+            changes["recipe"] = Recipe.model_validate({**kept, **given})
+        except ValidationError as error:  # the two are right alone, and not together
+            flags = ", ".join(f"--{name}" for name in given)
+            raise ConfigurationError([f"{flags} beside the file: {fault}" for fault in sentences(error)]) from None
     return project.model_copy(update=changes)
 
 

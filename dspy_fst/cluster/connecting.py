@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 
 from dspy_fst.errors import ClusterError, briefly
+from dspy_fst.formatting.numbers import counted
 from dspy_fst.run.interrupts import terminated_again
 
 LOCAL = "local"
@@ -103,6 +104,15 @@ def connected(address: str, *, stay: bool = False) -> Iterator[ExitStack]:
         yield stack
 
 
+def cluster_in_words() -> str:
+    """The one that this process is connected to, e.g. ``"the Ray cluster at 10.0.0.1:6379 (2 nodes, 16 CPUs)"``."""
+    import ray
+
+    nodes, cpus = sum(node["Alive"] for node in ray.nodes()), int(ray.cluster_resources().get("CPU", 0))
+    at = ray.get_runtime_context().gcs_address
+    return f"the Ray cluster at {at} ({counted(nodes, 'node')}, {counted(cpus, 'CPU')})"
+
+
 def _require_same(address: str, connected_to: str) -> None:
     """
     Raises:
@@ -135,10 +145,18 @@ def _connect(address: str) -> None:
         with sigterm_as_before():
             ray.init(address=address, include_dashboard=dashboard, logging_level=logging.WARNING)
     except Exception as error:  # of its services and of their processes, as many kinds as there are causes
-        raise ClusterError(
-            f"ray={address!r}: Ray does not connect: {briefly(error)}. This machine must be a node of the cluster: run "
-            "`ray start --address=HOST:PORT` here first; Python and Ray must be the same releases on all nodes"
-        ) from error
+        why = briefly(error).rstrip(".")
+        raise ClusterError(f"ray={address!r}: Ray does not connect: {why}. {_remedy(address)}") from error
+
+
+def _remedy(address: str) -> str:
+    if address == LOCAL:
+        return "Ray starts a cluster on this machine here: its logs are below /tmp/ray/session_latest/logs"
+    return (
+        "This machine must be a node of the cluster: run `ray start --address=HOST:PORT` here first; Python and Ray "
+        "must be the same releases on all nodes. If `ray start` said that token authentication is enabled, set "
+        "RAY_AUTH_MODE=token, and have the head's ~/.ray/auth_token on all nodes"
+    )
 
 
 @contextmanager

@@ -97,9 +97,9 @@ class TrainingSettings(Settings):
     speed only, the gradient is the same bit for bit). ``"auto"`` turns it on where an update would not fit otherwise.
     A continued run keeps what was chosen."""
     sharding: Literal["fsdp"] | None = None
-    """How several processes (`torchrun`) hold the weights. None: each holds all. ``"fsdp"``: each holds a part of the
-    weights, gradients, moments and reference, by torch's FSDP2 (ours; memory and speed only, the gradient is the same
-    but for rounding). A process alone holds all in either case."""
+    """How several processes (`torchrun`, or ``ranks``) hold the weights. None: each holds all. ``"fsdp"``: each holds a
+    part of the weights, gradients, moments and reference, by torch's FSDP2 (ours; memory and speed only, the gradient
+    is the same but for rounding). A process alone holds all in either case."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the trainer's model body, and type of the published weights: ``"auto"`` is bfloat16 on a GPU and
     float32 on a CPU (ours). The weights that AdamW moves are float32 always. The engine has its own:

@@ -73,7 +73,7 @@ def open_run(request: Request, listeners: Listeners = (), together: Ranks | None
     )
     try:
         with _joined(request, together or ALONE) as (ranks, cluster):
-            _tell_begin(run, request)
+            _tell_begin(run, request, ranks, cluster)
             session = _assemble(request, run, policy, ranks, cluster)
             if not run.state and (words := take_over(session.trainer, request.config, request.student, original)):
                 run.emit("note", text=words)
@@ -115,10 +115,23 @@ def _joined(request: Request, launched: Ranks) -> Iterator[tuple[Ranks, ExitStac
             yield ranks, cluster
 
 
-def _tell_begin(run: RunDirectory, request: Request) -> None:
+def _tell_begin(run: RunDirectory, request: Request, ranks: Ranks, cluster: ExitStack | None) -> None:
     for warning in request.warnings:
         run.tell({"event": "note", "text": f"warning: {warning}"})
+    for place in _places(request.config, ranks, cluster):
+        run.tell({"event": "note", "text": place})
     run.tell({"event": "phase", "phase": "loading the model and starting the engine"})
+
+
+def _places(config: FSTConfig, ranks: Ranks, cluster: ExitStack | None) -> Iterator[str]:
+    """Where a run plays and trains, as far as it is not in this process alone."""
+    if cluster is not None:
+        from dspy_fst.cluster.connecting import cluster_in_words
+
+        yield f"programs and metrics run on {cluster_in_words()}"
+    if ranks.world > 1:
+        held = "a part of the weights" if config.sharding else "all weights"
+        yield f"{ranks.world} processes train together, and each holds {held}"
 
 
 def _begin(session: Session, request: Request) -> float | None:

@@ -78,6 +78,12 @@ def test_an_address_without_a_cluster_behind_it_is_an_error_of_ours():
     assert not ray.is_initialized()
 
 
+def test_only_a_named_cluster_is_to_be_joined_from_a_node_of_it():
+    assert "ray start --address" in connecting._remedy("10.0.0.1:6379")
+    assert "RAY_AUTH_MODE=token" in connecting._remedy("auto")
+    assert "ray start" not in connecting._remedy("local")
+
+
 def test_ray_s_handler_of_sigterm_does_not_stay():
     mine = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ClusterError), connected("no-such-cluster"):

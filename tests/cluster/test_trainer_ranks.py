@@ -132,8 +132,10 @@ def weights(run_dir):
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_run_and_is_named(killed):
+def test_a_rank_that_is_killed_ends_the_run_and_is_named(cluster, killed):
     assert killed.status == 1, killed.printed
+    assert f"programs and metrics run on the Ray cluster at {cluster.address} (2 nodes, 2 CPUs)" in killed.printed
+    assert "2 processes train together, and each holds all weights" in killed.printed
     assert f"rank 1 died (process {killed.pid} on " in killed.printed
     assert f"dspy-fst resume {killed.run_dir}" in killed.printed
     assert killed.took_s < SOON_S
