@@ -43,7 +43,7 @@ from dspy_fst.memory import (
 )
 from dspy_fst.memory.allocation import Writes
 from dspy_fst.memory.arithmetic import MicroBatchShape, Update, update_bytes
-from dspy_fst.memory.bytes_by_part import trainer_parts
+from dspy_fst.memory.bytes_by_part import trainer_allocations, trainer_parts
 from dspy_fst.memory.does_it_fit import SPARE
 from dspy_fst.model_files.folder import stored_shapes
 from dspy_fst.policy_lm import PolicyLM
@@ -307,6 +307,16 @@ def test_ranks_that_share_the_weights_hold_a_part_of_each_on_a_card_and_put_some
     assert trainer_parts(Workload("m", size, "vllm", ranks=2), config, on_gpu=False) == trainer_parts(
         Workload("m", size, "vllm"), config, on_gpu=False
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_each"), [({}, 6), ({"precision": "float32"}, 4), ({"adapter": LoRA(rank=8)}, 2)]
+)
+def test_of_ranks_that_share_the_weights_the_first_puts_together_what_it_publishes_and_no_state(settings, bytes_each):
+    size, config = find_size("Qwen/Qwen3-0.6B"), FSTConfig(**settings)
+    _, written = trainer_allocations(Workload("m", size, "vllm", ranks=2), config, 1024, on_gpu=True)
+    assert (written.place, written.part) == (MEMORY, "weights being published")
+    assert written.certain == bytes_each * size.untied
 
 
 @pytest.mark.parametrize(("sharding", "ranks"), [(None, 1), ("fsdp", 4)])

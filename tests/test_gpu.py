@@ -54,7 +54,7 @@ def gradient(trainer, folder):
     """The gradient of the first update: AdamW's first moment is a tenth of it."""
     trainer.step(a_batch())
     trainer.save_state(folder)
-    tensors, _ = read_state(folder)
+    tensors, _ = read_state(folder, {})
     return {name: 10 * tensor for name, tensor in tensors.items() if name.startswith("exp_avg/")}
 
 
@@ -107,7 +107,7 @@ def test_a_continued_trainer_has_every_bit_of_the_state_and_the_next_update_up_t
 def whole_state(trainer, folder):
     """What the trainer would be continued from: tensors and counters."""
     trainer.save_state(folder)
-    return read_state(folder)
+    return read_state(folder, {})
 
 
 def first_moment(trainer, folder):

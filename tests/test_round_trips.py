@@ -80,7 +80,7 @@ def test_a_trainer_s_state_is_read_bit_for_bit(named, updates):
     named = {f"weights/{name}": tensor for name, tensor in named.items()}
     with tempfile.TemporaryDirectory() as folder:
         write_state(Path(folder) / "trainer", named, {"updates": updates})
-        found, facts = read_state(Path(folder) / "trainer")
+        found, facts = read_state(Path(folder) / "trainer", {})
         assert facts["updates"] == updates
         assert found.keys() == named.keys()
         for name, tensor in named.items():

@@ -22,7 +22,8 @@ All sizes are in bytes. Symbols:
 | trainer   | a frozen base       | 4 P, bfloat16: 2 P          | under LoRA adapters; it is also their reference     |
 | trainer   | a quantised base    | 0.56 or 1 for a number of its linear layers | nf4 or int8, decoded where used |
 | trainer   | a state being saved | 4 A and the moments         | copied from the GPU to main memory, if on one |
-| trainer   | sharding="fsdp", of n ranks on GPUs | the above / n | but the state, which rank 0 puts together |
+| trainer   | sharding="fsdp", of n ranks on GPUs | the above / n | but the state, which they write in parts |
+| trainer   | and weights being published | 4 P and 2 P, LoRA 2 P | rank 0 puts them together in main memory |
 | trainer   | and put together    | 8 E, with KL 12 E, and 16 of a layer | E: embedding and head; LoRA: 2 or 4 for 8 |
 | engine    | weights             | 4 P on a CPU, 2 P on a GPU  | float32 or bfloat16; the head untied                |
 | engine    | in process, bfloat16 | 2 V h more                 | the head is in float32                              |

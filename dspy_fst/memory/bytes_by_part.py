@@ -83,8 +83,11 @@ def trainer_allocations(workload: Workload, config: FSTConfig, tokens: int, *, o
         made_of=tuple(parts.items()),
         given_back=parts[GRADIENTS] if on_gpu and takes_turns(workload) else 0,
     )
-    saved = Allocation(MEMORY, "a state being saved", state_bytes(workload, config), (smaller,))
-    return [trainer, saved] if on_gpu else [trainer]
+    if workload.ranks == 1:
+        written = Allocation(MEMORY, "a state being saved", state_bytes(workload, config), (smaller,))
+    else:
+        written = Allocation(MEMORY, "weights being published", published_bytes(workload, config), (smaller,))
+    return [trainer, written] if on_gpu else [trainer]
 
 
 def trainer_parts(workload: Workload, config: FSTConfig, *, on_gpu: bool) -> dict[str, int]:
@@ -107,6 +110,16 @@ def together_bytes(workload: Workload, config: FSTConfig) -> int:
     if config.adapter is not None:
         return number * (ends + layers)
     return 8 * (ends + layers) + (4 * ends if with_kl(config) else 0)
+
+
+def published_bytes(workload: Workload, config: FSTConfig) -> int:
+    """Main memory in which rank 0 puts published weights together, where ranks on cards share them: as they are
+    trained, and as they are published. With LoRA adapters it is the frozen base, once.
+
+    Of a state no more than one part of a tensor is there at a time.
+    """
+    number, numbers = number_bytes(config.precision, on_gpu=True), workload.size.untied
+    return numbers * (number if config.adapter is not None or number == 4 else 4 + number)
 
 
 def _whole_parts(workload: Workload, config: FSTConfig, *, on_gpu: bool) -> dict[str, int]:

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from dspy_fst.errors import DiskError
 from dspy_fst.types import Candidate, Population
 
+DCP_METADATA = ".metadata"
+"""A file of a state in parts: its name is torch.distributed.checkpoint's."""
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free space",
     errno.EDQUOT: "the disk quota is used up; free space",

@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import TypedDict
 
 from dspy_fst.errors import RunDirectoryError
-from dspy_fst.run.files import FileFacts, PopulationJson, file_facts, flush, read_json, remove, sha256_of, write_json
+from dspy_fst.run.files import (
+    DCP_METADATA,
+    FileFacts,
+    PopulationJson,
+    file_facts,
+    flush,
+    read_json,
+    remove,
+    sha256_of,
+    write_json,
+)
 from dspy_fst.types import WARM_START, WeightsVersion, version_of
 
 FORMAT = 2
@@ -216,9 +226,14 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _files_in(path: Path) -> list[str]:
-    """Names of the files in a state's folder, without state.json and hidden files."""
+    """Names of the files in a state's folder, without state.json and hidden files that are not a state's."""
     names = (file.relative_to(path) for file in sorted(path.rglob("*")) if not file.is_dir())
-    return [str(file) for file in names if str(file) != "state.json" and not file.name.startswith(".")]
+    return [str(file) for file in names if str(file) != "state.json" and _belongs(file.name)]
+
+
+def _belongs(name: str) -> bool:
+    """Whether a state wrote it, and not e.g. the file system: NFS leaves hidden files."""
+    return name == DCP_METADATA or not name.startswith(".")
 
 
 def share(there: Path, here: Path) -> None:

@@ -29,13 +29,15 @@ from dspy_fst.errors import TrainingError
 from dspy_fst.model_files.folder import wrapped_names
 from dspy_fst.model_files.lora_folder import BESIDE, INDEX, INSIDE, index_of
 from dspy_fst.model_files.reading import read_tokenizer
-from dspy_fst.run.files import flush, scratch_beside
+from dspy_fst.run.files import DCP_METADATA, flush, scratch_beside, sha256_of
 from dspy_fst.slow.adamw import moments_of
 from dspy_fst.slow.model import Policy
+from dspy_fst.slow.ranks.parts import read_parts
 from dspy_fst.slow.ranks.sharding import part_for
 from dspy_fst.types import WeightsVersion
 
-STATE_FORMAT = 1
+STATE_FORMAT, PARTS_FORMAT = 1, 2
+"""Of a state in one file, and of one in parts."""
 PROCESSOR_FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("image_processor_config.json", "feature_extraction_config.json", "chat_template.json"),
@@ -281,23 +283,49 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, i
         (scratch / "state.json").write_bytes(_json({"format": STATE_FORMAT, **facts}))
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Tensors and facts that :func:`write_state` wrote.
+def write_state_in_parts(path: Path, write: Callable[[Path], None], facts: Mapping[str, int]) -> None:
+    """The same, of which each rank writes a share of the tensors.
+
+    Args:
+        write: Writes them into a folder, and returns when all ranks have; see `Ranks.in_parts`.
+
+    Raises:
+        TrainingError: ``path`` exists.
+    """
+    with written_whole(path) as scratch:
+        write(scratch)
+        (scratch / "state.json").write_bytes(_json({"format": PARTS_FORMAT, **facts}))
+
+
+def read_state(path: Path, shares: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Tensors and facts that :func:`write_state` wrote, or :func:`write_state_in_parts`.
+
+    Args:
+        shares: The trained parameters by name. Of a state in parts, what these have a share of is read as such.
 
     Raises:
         TrainingError: there is no state, it cannot be read, or another release wrote it.
     """
     try:
         facts: dict[str, int] = json.loads((path / "state.json").read_text())
-        tensors = load_file(path / "state.safetensors")
+        if (found := facts.get("format")) not in (STATE_FORMAT, PARTS_FORMAT):
+            raise TrainingError(
+                f"{path / 'state.json'} has format {found!r}, this release reads {STATE_FORMAT} and {PARTS_FORMAT}; "
+                "go on with the release that wrote it"
+            )
+        in_parts = found == PARTS_FORMAT
+        tensors = read_parts(path, shares) if in_parts else load_file(path / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(f"no training state can be read from {path}: {error}") from error
-    if facts.get("format") != STATE_FORMAT:
-        raise TrainingError(
-            f"{path / 'state.json'} has format {facts.get('format')!r}, this release reads {STATE_FORMAT}; "
-            "go on with the release that wrote it"
-        )
     return tensors, facts
+
+
+def parts_digest(path: Path) -> str:
+    """What tells a state in parts from another, in words: its metadata names the save. The same for all in one file."""
+    try:
+        return f"parts of checksum {sha256_of(path / DCP_METADATA)[:12]}"
+    except OSError:
+        return "one file"
 
 
 def state_tensors(

@@ -1,7 +1,7 @@
 """What a trainer writes and reads: published weights, and the states that a run goes on from.
 
-Files are written by rank 0, and the same whatever the number of ranks and however they share the weights: where each
-holds a part, the parts are put together first. So a state goes on with any number of ranks.
+Rank 0 writes published weights, and the state of ranks that hold all weights each: one file. Where each holds a part of
+the weights, each writes that part of the state. Both go on with any number of ranks, however these share the weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,19 +10,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.errors import TrainingError
+from dspy_fst.run.files import probe_for
 from dspy_fst.slow.adamw import restore_moments
 from dspy_fst.slow.checkpoint import (
     CheckpointWriter,
+    parts_digest,
     read_state,
     restore_generators,
     restore_weights,
     state_tensors,
     stored_shapes,
     write_state,
+    write_state_in_parts,
 )
 from dspy_fst.slow.micro_batch_budget import MicroBatchBudget
 from dspy_fst.slow.model import Policy
@@ -68,23 +72,45 @@ class TrainerFiles:
     @on_all_holders
     def _whole_weights(self, adapter: str | None) -> dict[str, Tensor]:
         """See `Policy.tensors`; on rank 0."""
-        return self._whole(self._policy.tensors(adapter))
-
-    @on_all_holders
-    def _whole_state(self) -> dict[str, Tensor]:
-        """See `state_tensors`; on rank 0."""
-        return self._whole(state_tensors(self._policy.trained, self._optimizer, self._device))
-
-    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors = self._policy.tensors(adapter)
         return gathered(tensors, keep=self.ranks.rank == 0) if self.sharded else tensors
 
+    def check_folder(self, run_dir: Path) -> None:
+        """Whether all ranks that will write there can.
+
+        Raises:
+            TrainingError: one does not see the folder, or may not write.
+        """
+        if self.sharded:
+            with probe_for(run_dir.absolute()) as probe:
+                self._check_probe(probe, probe.read_text(encoding="utf-8"))
+
+    @on_all_ranks
+    def _check_probe(self, probe: Path, content: str) -> None:
+        self.ranks.check_writes(probe, content)
+
     def save_state(self, directory: Path) -> None:
-        """Write weights, AdamW's moments, the number of updates and torch's generators; see `write_state`."""
+        """Write weights, AdamW's moments, the number of updates and torch's generators; see `write_state`.
+
+        Ranks that share the weights write a part of it each; see `write_state_in_parts`.
+        """
         self.state_writer()(directory)
 
     def state_writer(self) -> Callable[[Path], None]:
         """:meth:`save_state` for another thread. Nothing may change before it has returned."""
-        return partial(write_state, tensors=self._whole_state(), facts={"updates": self._updates, **self._budget.facts})
+        facts = {"updates": self._updates, **self._budget.facts}
+        if self.sharded:
+            return partial(write_state_in_parts, write=self._begin_parts(), facts=facts)
+        return partial(write_state, tensors=self._state(), facts=facts)
+
+    def _state(self) -> dict[str, Tensor]:
+        return state_tensors(self._policy.trained, self._optimizer, self._device)
+
+    @on_all_ranks
+    def _begin_parts(self) -> Callable[[Path], None]:
+        """See `Ranks.in_parts`. What no rank has a share of is rank 0's: AdamW's steps and torch's generators."""
+        own = {name: one for name, one in self._state().items() if isinstance(one, DTensor) or self.ranks.rank == 0}
+        return self.ranks.in_parts(own)
 
     @on_all_ranks
     @torch.inference_mode(False)
@@ -126,8 +152,10 @@ class TrainerFiles:
         return [name for name in self._policy.trained if name not in stored]
 
     def _read(self, directory: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
-        tensors, facts = read_state(Path(directory))
-        self.ranks.check_same([own for name, own in tensors.items() if name.startswith("weights/")], directory)
+        self.ranks.check_alike(parts_digest(Path(directory)), directory)
+        tensors, facts = read_state(Path(directory), self._policy.trained)
+        whole = {name: own for name, own in tensors.items() if not isinstance(own, DTensor)}
+        self.ranks.check_same([own for name, own in whole.items() if name.startswith("weights/")], directory)
         return tensors, facts
 
     @property

@@ -10,7 +10,7 @@ import dspy
 
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.options import portable_options
-from dspy_fst.errors import DiskError
+from dspy_fst.errors import DiskError, RankError
 from dspy_fst.fast.search_settings import own_texts
 from dspy_fst.formatting.numbers import counted
 from dspy_fst.policy_lm import PolicyLM
@@ -177,7 +177,7 @@ def _let_writing_end(run: RunDirectory, error: BaseException) -> None:
     """Wait for the state that is being written when something stopped the run; its own failure is noted there."""
     try:
         _ = run.state
-    except DiskError as lost:
+    except (DiskError, RankError) as lost:
         error.add_note(f"The newest state was not written either: {lost}")
 
 
@@ -213,6 +213,7 @@ def _assemble(
     config, student = request.config, request.student
     adapters = _lora_adapters(request)
     trainer = _trainer(request, run, request.policy.checkpoint.folder, adapters, ranks)
+    trainer.check_folder(run.path)
     run.drop_weights_from(to_publish_from(run.state))
     if run.state:
         trainer.load_state(run.trainer_state)

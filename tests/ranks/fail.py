@@ -35,8 +35,8 @@ def loaded(path, **options):
     return policy
 
 
-def read_otherwise(path):
-    tensors, facts = READ(path)
+def read_otherwise(path, shares):
+    tensors, facts = READ(path, shares)
     next(own for name, own in tensors.items() if name.startswith("weights/"))[0] += 0.01
     return tensors, facts
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dspy_fst.recipe.lora_settings import LoRA
-from dspy_fst.slow.ranks.ranks import ALONE, Ranks
+from dspy_fst.slow.ranks.ranks import ALONE, Ranks, on_all_ranks, whole
 from dspy_fst.slow.ranks.roles import make_trainer
 from dspy_fst.slow.trainer import Trainer
 from dspy_fst.slow.training_settings import TrainingSettings
@@ -76,9 +76,10 @@ def trained(trainer: Trainer, first: int = 0, steps: int = STEPS) -> list[Update
     return [trainer.step(a_batch(number, 1 if number % 4 == 3 else 7)) for number in range(first, first + steps)]
 
 
-def weights_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a trainer's state."""
-    return {name.removeprefix("weights/"): own.clone() for name, own in state.items() if name.startswith("weights/")}
+@on_all_ranks
+def whole_weights(trainer: Trainer) -> dict[str, Tensor]:
+    """The weights, whole on every rank; a method for those that call a trainer with others."""
+    return {name: whole(parameter).detach().clone() for name, parameter in trainer.parameters.items()}
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:

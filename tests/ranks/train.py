@@ -23,8 +23,8 @@ from tests.ranks.lessons import (
     a_batch,
     saved,
     trained,
-    weights_in,
     weights_of,
+    whole_weights,
 )
 
 WAYS = {"": {}, "sharded": SHARDED}
@@ -63,8 +63,7 @@ def learn(name: str, case: Case, models: Path, out: Path, ranks: Ranks) -> None:
     """Train a case, from the model and from the state of one process."""
     trainer = case.trainer(models, ranks)
     reports = trained(trainer)
-    state = trainer._whole_state()
-    saved(out / f"{name}.pt", (weights_in(state), reports))
+    saved(out / f"{name}.pt", (trainer.whole_weights(), reports))
     if name not in STATES:
         return
     version = trainer.publish(out / name / "step", "step-000005")
@@ -73,7 +72,7 @@ def learn(name: str, case: Case, models: Path, out: Path, ranks: Ranks) -> None:
     trainer = case.trainer(models, ranks)
     trainer.load_state(models / f"{name} state")  # that one process saved
     trained(trainer, STEPS, 2)
-    saved(out / f"{name} resumed.pt", weights_in(trainer._whole_state()))
+    saved(out / f"{name} resumed.pt", trainer.whole_weights())
 
 
 @on_all_ranks
@@ -97,5 +96,5 @@ def refused(trainer: Trainer) -> tuple[str, object]:
 
 
 if __name__ == "__main__":
-    Trainer.held = held
+    Trainer.held, Trainer.whole_weights = held, whole_weights
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -18,6 +18,10 @@ from dspy_fst.model_files.weights_digest import weights_digest
 OTHERS = (
     "{path}: rank {rank} reads other weights there than rank 0 ({own}, not {first}); give every machine the same folder"
 )
+SHARED_FOLDER = (
+    "with sharding='fsdp' each rank writes its part of a state; put run_dir where the machines of all ranks see it and "
+    "may write"
+)
 T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,6 +60,10 @@ class Ranks:
         """What each rank gives, by rank."""
         return [what]
 
+    def in_parts(self, tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+        """Begin to write a state of which each rank has a share; see `slow.ranks.writing.PartsWriter`."""
+        raise NotImplementedError("a process alone writes a state as one file")
+
     def check_same(self, weights: Iterable[Tensor], path: object) -> None:
         """
         Args:
@@ -77,12 +85,46 @@ class Ranks:
         Raises:
             TrainingError: the ranks see different weights there, or one sees none.
         """
-        if self.world == 1:
-            return
-        digests = self.gathered(_digest(folder))
-        for rank, digest in enumerate(digests):
-            if digest != digests[0]:
-                raise TrainingError(OTHERS.format(path=folder, rank=rank, own=digest, first=digests[0]))
+        if self.world > 1:
+            self.check_alike(_digest(folder), folder)
+
+    def check_alike(self, own: str, path: Path) -> None:
+        """`check_same` for what this rank says of weights, in words.
+
+        Raises:
+            TrainingError: the ranks say different things.
+        """
+        told = self.gathered(own)
+        for rank, words in enumerate(told):
+            if words != told[0]:
+                raise TrainingError(OTHERS.format(path=path, rank=rank, own=words, first=told[0]))
+
+    def check_writes(self, probe: Path, content: str) -> None:
+        """
+        Args:
+            probe: A file that rank 0 has just written, with this content.
+
+        Raises:
+            TrainingError: a rank does not see it, or cannot write beside it.
+        """
+        faults = self.gathered(_unwritable(probe, content, self.rank))
+        if told := [f"rank {rank} {fault}" for rank, fault in enumerate(faults) if fault]:
+            raise TrainingError(f"{'; '.join(told)}: {SHARED_FOLDER}")
+
+
+def _unwritable(probe: Path, content: str, rank: int) -> str | None:
+    """Why this process cannot write beside the probe, for who wrote that, as the end of a sentence; None: it can."""
+    own = probe.with_name(f"{probe.name}-{rank}")
+    try:
+        if probe.read_text(encoding="utf-8") != content:
+            return f"sees another {probe.parent} than rank 0"
+        own.touch()
+        own.unlink()
+    except FileNotFoundError:
+        return f"does not see {probe.parent} as rank 0 does"
+    except OSError as error:
+        return f"cannot write in {probe.parent} ({briefly(error)})"
+    return None
 
 
 def _digest(folder: Path) -> str:

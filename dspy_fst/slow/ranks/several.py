@@ -14,17 +14,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from dspy_fst.engine.machine import Launch, has_gpu
-from dspy_fst.errors import RankError, TrainingError, briefly
+from dspy_fst.errors import RankError, TrainingError, briefly, is_signal
 from dspy_fst.run.interrupts import Terminated, signals_ignored
 from dspy_fst.slow.ranks.ranks import Ranks
+from dspy_fst.slow.ranks.writing import PartsWriter
 
 T = TypeVar("T")
 END = "end"
@@ -70,6 +72,9 @@ class SeveralRanks(Ranks):
                 dist.destroy_process_group()
             raise
         self._calls = 0
+        self._parts: PartsWriter | None = None
+        self._named: str | None = None
+        """Which ranks are lost, once that was told."""
         self.signalled: Callable[[], bool] = lambda: True
         """Whether a SIGTERM may mean that another rank is lost: a launcher's may."""
 
@@ -122,12 +127,23 @@ class SeveralRanks(Ranks):
         return call, pickle.loads(received[0])
 
     def end(self) -> None:
-        """Let the other ranks end, where they still listen; this process is alone from now on."""
+        """Let the other ranks end, where they still listen; this process is alone from now on.
+
+        A state that is being written is waited for."""
         with suppress(RuntimeError):  # the store may have gone with its launcher
-            if self.rank == 0:
-                self._store.set(f"call/{self._calls + 1}", END)
+            try:
+                self._settle()
+            finally:
+                if self.rank == 0:
+                    self._store.set(f"call/{self._calls + 1}", END)
         with suppress(RuntimeError):  # who still waits in a call of the group learns that this one is gone
+            if self._parts is not None and not self._mine:
+                self._parts.end()
             dist.destroy_process_group(None if self._mine else self._control)
+
+    def _settle(self) -> None:
+        if self._parts is not None:
+            self._parts.settle()
 
     # ---- values ----------------------------------------------------------------------------------
 
@@ -162,12 +178,18 @@ class SeveralRanks(Ranks):
         for work in waiting:
             work.wait()
 
+    def in_parts(self, tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+        self._parts = self._parts or PartsWriter(self.rank, self._store, self._gone, self._lost)
+        return self._parts.begin(tensors)
+
     # ---- a rank that is gone ---------------------------------------------------------------------
 
     def leave(self, error: BaseException) -> None:
         """Tell rank 0 why this rank leaves: by an error of its own, or after another one's."""
         after_another = isinstance(error, Terminated) or OF_GLOO in str(error)
         with suppress(RuntimeError):
+            if is_signal(error) or isinstance(error, KeyboardInterrupt):  # of a run that ends with a whole state
+                self._settle()
             self._store.set(f"left/{self.rank}", "later" if after_another else f"{FAILED}{_last_line(error)}")
 
     @contextmanager
@@ -181,6 +203,7 @@ class SeveralRanks(Ranks):
         except (RuntimeError, Terminated) as error:
             if (isinstance(error, Terminated) and not self.signalled()) or (who := self._who()) is None:
                 raise
+            self._named = who
             raise RankError(
                 f"{who}. All ranks end with it; what was committed is whole, and the same command goes on from there"
             ) from error
@@ -195,12 +218,8 @@ class SeveralRanks(Ranks):
     def _lost(self) -> str | None:
         """Which ranks were the first to fail or die, in words; None if none is known to have."""
         until = time.monotonic() + LAST_WORDS_S
-        others = [rank for rank in range(self.world) if rank != self.rank]
         while True:
-            words = {rank: self._said(f"left/{rank}") for rank in others}
-            found = [f"rank {rank} failed: {text[1:]}" for rank, text in words.items() if text.startswith(FAILED)]
-            silent = {rank: self._said(f"process/{rank}") for rank, text in words.items() if not text}
-            found += [f"rank {rank} died ({where})" for rank, where in silent.items() if _is_dead(where)]
+            found, silent, _ = self._known()
             if found or not silent:
                 return "; ".join(found) or None
             if time.monotonic() > until:
@@ -209,6 +228,20 @@ class SeveralRanks(Ranks):
                 ]
                 return "; ".join(far) or None
             time.sleep(0.1)
+
+    def _gone(self) -> str | None:
+        """Which ranks are known to be gone now, in words; None: none."""
+        found, _, left = self._known()
+        return "; ".join(found) or self._named or "; ".join(f"rank {rank} left" for rank in left) or None
+
+    def _known(self) -> tuple[list[str], dict[int, str], list[int]]:
+        """Which other ranks have failed or died, in words; where those are that have said nothing; and who left after
+        another one."""
+        words = {rank: self._said(f"left/{rank}") for rank in range(self.world) if rank != self.rank}
+        found = [f"rank {rank} failed: {text[1:]}" for rank, text in words.items() if text.startswith(FAILED)]
+        silent = {rank: self._said(f"process/{rank}") for rank, text in words.items() if not text}
+        found += [f"rank {rank} died ({where})" for rank, where in silent.items() if _is_dead(where)]
+        return found, silent, [rank for rank, text in words.items() if text and not text.startswith(FAILED)]
 
     def _said(self, key: str) -> str:
         """What stands in the store; empty where nothing does, or the store is gone."""

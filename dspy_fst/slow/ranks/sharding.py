@@ -67,11 +67,12 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 def part_for(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """This rank's share of a whole tensor, as it has one of the parameter; the tensor itself where nothing is shared.
+    """This rank's share of a whole tensor, as it has one of the parameter; the tensor itself where nothing is shared,
+    or where it is shared out already.
 
     Every rank gives the same tensor.
     """
-    if not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
         return tensor
     part = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return part.clone()  # else the share is a view, which keeps the whole tensor in memory
