@@ -150,7 +150,7 @@ def test_metadata_that_names_something_else_is_not_obeyed(tmp_path, content):
 def test_a_rank_that_is_killed_while_a_state_is_written_is_named_and_the_state_before_is_whole(models, tmp_path):
     out = tmp_path / "out"
     (first, printed), (second, _) = by_hand(HERE / "share_states.py", models, out, models, DIES="1")
-    assert (first, second) == (0, -9)
+    assert (first, second) == (0, -9), printed
     assert "told: rank 1 died (process " in printed
     assert "so the state is not written" in printed
     assert [file.name for file in out.iterdir()] == ["before"]

@@ -26,6 +26,9 @@ from dspy_fst.slow.ranks.parts import save_parts
 
 LOOK_S = 0.2
 """How often a thread looks for rank 0's word, and whether a rank is gone (ours)."""
+LAST_S = 3.0
+"""How long gloo may take to notice that a rank is gone (ours). A thread that it wakes while the process ends would
+abort that: Python ends threads that come back from C++ by an exception which C++ does not let through."""
 NOT_WRITTEN = (
     "{gone}, so the state is not written. What was committed is whole, and the same command goes on from there"
 )
@@ -108,6 +111,7 @@ class PartsWriter:
         while not wait([state.written], LOOK_S).done:
             gone = self._gone() or (f"no rank ended within {STATE_S:g} s" if time.monotonic() > until else None)
             if gone is not None:  # who waits for a rank that waits for a lost one would not hear of it
+                wait([state.written], LAST_S)
                 raise RankError(NOT_WRITTEN.format(gone=gone))
 
     def _write_when_told(self, state: _State) -> None:
