@@ -200,6 +200,12 @@ def test_of_five_seeds_the_median_and_both_ends_are_shown():
     assert raw.middle([1.0, None, 3.0], never=0.0) == 1.0
 
 
+def test_of_two_seeds_one_of_which_never_came_there_no_mean_is_shown():
+    assert raw.shown([3.3, None], ".1f", never=0.0) == "never (never to 3.3)"
+    assert raw.shown([3.3, None], ".1f") == "never (3.3 to never)"
+    assert raw.shown([3.0, 1.0], ".1f", never=0.0) == "2.0 (1.0 to 3.0)"
+
+
 def test_a_peak_is_no_single_checkpoint_s_luck():
     lucky = result("rl", 0, [0.1, 0.2, 0.9, 0.2, 0.4])
     assert raw.peak(lucky) == pytest.approx(0.5)

@@ -151,15 +151,20 @@ def shown(values: Sequence[float | None], form: str = ".2f", *, never: float = m
     A value that a run never came to counts as ``never``: it is not left out, which would flatter the runs that failed.
     """
     known = [never if value is None else value for value in values]
-    low, median, high = (
-        "never" if value == never else f"{value:{form}}" for value in (min(known), middle(known), max(known))
-    )
+    ends_and_middle = (min(known), middle(known, never=never), max(known))
+    low, median, high = ("never" if value == never else f"{value:{form}}" for value in ends_and_middle)
     return low if low == high else f"{median} ({low} to {high})"
 
 
 def middle(values: Sequence[float | None], *, never: float = math.inf) -> float:
-    """Median over seeds, where what a run never came to counts as ``never``."""
-    return statistics.median(never if value is None else value for value in values)
+    """Median over seeds, where what a run never came to counts as ``never``.
+
+    Of an even number it is the mean of the two in the middle, and ``never`` if one of them is.
+    """
+    known = [never if value is None else value for value in values]
+    if never in (statistics.median_low(known), statistics.median_high(known)):
+        return never
+    return statistics.median(known)
 
 
 def ratios(arms: Runs, arm: str, of: Callable[[Result, float], float | None], share: float = 1.0) -> list[float | None]:
