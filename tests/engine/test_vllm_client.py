@@ -68,6 +68,9 @@ class Canned(ThreadingHTTPServer):
         }
         self.stall = threading.Event()
         self.stalled_path = ""
+        self.last_path = ""
+        """With the answer to this the server closes its port and all connections."""
+        self.closed = False
         self.logprobs_heed_temperature = True
 
     @property
@@ -90,6 +93,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, body))
         if path == self.server.stalled_path:
             self.server.stall.wait(60)
+        self.close_connection = self.close_connection or self.server.closed
+        if self.server.closed:
+            return
+        if path == self.server.last_path:
+            self.server.closed = self.close_connection = True
+            self.server.shutdown()
+            self.server.server_close()
         status, reply = self.server.replies.get(path, (404, {"error": {"message": "no such path"}}))
         if path == "/v1/completions" and body and reply is None:
             sharpness = 1 / body["temperature"] if self.server.logprobs_heed_temperature else 1.0
@@ -363,12 +373,14 @@ def test_a_reply_that_never_comes_ends_with_the_time_out(
 SLOW_END = "import time; time.sleep({}); raise SystemExit(3)"
 
 
+@pytest.mark.parametrize("port", ["open", "closed"])
 def test_a_server_whose_engine_is_gone_is_waited_for_so_that_its_end_can_be_told(
-    engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    port: str, engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_server, "_DEATH_NOTICE_S", 0.1)
     engine.load(checkpoint)
     canned.replies["/health"] = (503, "")
+    canned.last_path = "/v1/chat/completions" if port == "closed" else ""
     engine._process = ServerProcess([sys.executable, "-c", SLOW_END.format(2)], os.environ, log_path=None, grace_s=1)
     canned.replies["/v1/chat/completions"] = (500, {"error": {"message": "EngineDeadError"}})
     with pytest.raises(EngineError, match="vLLM died, exit status 3"):
@@ -384,7 +396,8 @@ def test_a_server_whose_engine_is_gone_and_that_does_not_end_is_killed(
     canned.replies["/health"] = (503, "")
     engine._process = ServerProcess([sys.executable, "-c", SLOW_END.format(600)], os.environ, log_path=None, grace_s=1)
     canned.replies["/v1/chat/completions"] = (500, {"error": {"message": "EngineDeadError"}})
-    with pytest.raises(EngineError, match=r"vLLM was killed: its engine died, and it did not end within 0\.1 s"):
+    told = r"vLLM was killed: its engine died or it closed its port, and it did not end within 0\.1 s"
+    with pytest.raises(EngineError, match=told):
         engine.complete(REQUEST, seed=0)
 
 

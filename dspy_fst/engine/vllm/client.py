@@ -103,11 +103,8 @@ class VLLMClient:
         self.call("GET", "/health", timeout_s=QUICK_TIMEOUT_S)
 
     def engine_died(self) -> bool:
-        """Whether the server itself reports that its engine died; False if it does not answer."""
-        try:
-            return self.send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).status_code == 503
-        except NoAnswerError:
-            return False
+        """Whether the server itself reports that its engine died, or takes no connection any more, as one that ends."""
+        return self._health() in (503, None)
 
     def find_model(self) -> str:
         """Name under which the server serves its (first) model; requested once.
@@ -371,16 +368,20 @@ class VLLMClient:
             EngineError: it refused the request.
         """
         reply = self.send(method, path, timeout_s=timeout_s, json=json)
-        refused = reply.is_server_error and path.partition("?")[0] in _CONTROL and self._is_well()
+        # To a server that is well a status of 500 is a refusal of the request.
+        refused = reply.is_server_error and path.partition("?")[0] in _CONTROL and self._health() == 200
         require_success(reply, f"{method} {self.address.url}{path}", refused=refused)
         return reply
 
-    def _is_well(self) -> bool:
-        """Whether the server is healthy, so that its status 500 was a refusal of the request."""
+    def _health(self) -> int | None:
+        """Status of the server's health check; 0 if it does not answer, None if it takes no connection."""
+        status: int | None = 0
         for _ in range(2):  # it closes the connection after some answers, so the next request may fail once
-            with suppress(NoAnswerError):
-                return self.send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).is_success
-        return False
+            try:
+                return self.send("GET", "/health", timeout_s=QUICK_TIMEOUT_S).status_code
+            except NoAnswerError as error:
+                status = None if isinstance(error.__cause__, httpx.ConnectError) else 0
+        return status
 
     def send(self, method: str, path: str, *, timeout_s: float, json: object = None) -> httpx.Response:
         """Any answer.

@@ -45,7 +45,7 @@ _PROGRESS_EVERY_S = 15.0
 _DEATH_NOTICE_S = 3.0
 """How long to wait, after a connection broke, for the server to end, so that the error can tell why."""
 _WIND_UP_S = 60.0
-"""The same wait for a server whose engine has died, which its health check reports. It is killed after this time."""
+"""The same for a server whose engine has died, as its health check or its closed port says. It is killed then."""
 
 
 class VLLMServer:
@@ -377,7 +377,7 @@ class VLLMServer:
         if client is None or not client.engine_died():
             return False
         if not process.exits_within(_WIND_UP_S):
-            self.kill(f"its engine died, and it did not end within {_WIND_UP_S:g} s")
+            self.kill(f"its engine died or it closed its port, and it did not end within {_WIND_UP_S:g} s")
         return process.exits_within(_DEATH_NOTICE_S)
 
 
