@@ -86,7 +86,7 @@ def trainer_allocations(workload: Workload, config: FSTConfig, tokens: int, *, o
     if workload.ranks == 1:
         written = Allocation(MEMORY, "a state being saved", state_bytes(workload, config), (smaller,))
     else:
-        written = Allocation(MEMORY, "weights being published", published_bytes(workload, config), (smaller,))
+        written = Allocation(MEMORY, "weights being published", gathered_bytes(workload, config), (smaller,))
     return [trainer, written] if on_gpu else [trainer]
 
 
@@ -112,7 +112,7 @@ def together_bytes(workload: Workload, config: FSTConfig) -> int:
     return 8 * (ends + layers) + (4 * ends if with_kl(config) else 0)
 
 
-def published_bytes(workload: Workload, config: FSTConfig) -> int:
+def gathered_bytes(workload: Workload, config: FSTConfig) -> int:
     """Main memory in which rank 0 puts published weights together, where ranks on cards share them: as they are
     trained, and as they are published. With LoRA adapters it is the frozen base, once.
 

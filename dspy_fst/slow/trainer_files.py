@@ -154,8 +154,8 @@ class TrainerFiles:
     def _read(self, directory: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
         self.ranks.check_alike(parts_digest(Path(directory)), directory)
         tensors, facts = read_state(Path(directory), self._policy.trained)
-        whole = {name: own for name, own in tensors.items() if not isinstance(own, DTensor)}
-        self.ranks.check_same([own for name, own in whole.items() if name.startswith("weights/")], directory)
+        weights = [own for name, own in tensors.items() if name.startswith("weights/")]
+        self.ranks.check_same([own for own in weights if not isinstance(own, DTensor)], directory)
         return tensors, facts
 
     @property

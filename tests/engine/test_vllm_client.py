@@ -93,8 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, body))
         if path == self.server.stalled_path:
             self.server.stall.wait(60)
-        self.close_connection = self.close_connection or self.server.closed
         if self.server.closed:
+            self.close_connection = True
             return
         if path == self.server.last_path:
             self.server.closed = self.close_connection = True

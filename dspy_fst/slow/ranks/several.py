@@ -188,7 +188,7 @@ class SeveralRanks(Ranks):
         """Tell rank 0 why this rank leaves: by an error of its own, or after another one's."""
         after_another = isinstance(error, Terminated) or OF_GLOO in str(error)
         with suppress(RuntimeError):
-            if is_signal(error) or isinstance(error, KeyboardInterrupt):  # of a run that ends with a whole state
+            if is_signal(error):  # of a run that ends with a whole state
                 self._settle()
             self._store.set(f"left/{self.rank}", "later" if after_another else f"{FAILED}{_last_line(error)}")
 
