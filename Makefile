@@ -34,7 +34,7 @@ test: style .venv/.browser ## Style, types and every test, the real vLLM server'
 every-test: .venv/.ready
 	$(TESTS)
 
-test-fast: .venv/.ready ## The tests that need no server and train little (about two minutes).
+test-fast: .venv/.ready ## The tests that start no server and train little.
 	$(TESTS) -m "not slow and not vllm"
 
 lint: style types ## Style and types.

@@ -59,7 +59,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 SERVED_LIMIT_S = 1800
 """Of a test on vLLM, its share of starting servers included: half a minute each, or several where cores are few."""
 TESTS = Path(__file__).parent
-COMPILE_A_LOT = {
+TAKE_LONG = {
     *("test_cli.py", "test_compile.py", "test_evidence.py", "test_lora_runs.py", "test_micro_batch.py"),
     *("test_better_together.py", "test_nothing_silent.py", "test_one_world.py", "test_options_together.py"),
     *("test_resampling.py", "test_retirement.py", "test_reuse.py", "test_start_and_end.py"),
@@ -76,8 +76,10 @@ COMPILE_A_LOT = {
     *("cli/test_export_lora.py", "cli/test_init.py", "cli/test_more_cycles.py", "cli/test_serve.py"),
     *("pipelines/test_adversarial.py", "pipelines/test_shapes.py", "pipelines/test_tool_loop.py"),
     *("programs/test_compiles.py", "programs/test_lab.py", "programs/test_tiny.py"),
+    *("cases/test_publish_checks.py", "cases/test_side_by_side.py", "serve/test_bodies.py", "docs/test_snippets.py"),
+    *("slow/test_heap.py", "slow/test_predictor_credit.py", "slow/test_quantized.py"),
 }
-"""Files whose tests, or what they share, train models: two thirds of the time of a sixth of all tests."""
+"""Files whose tests, or what they share, train or sample for long: most of the time of a fifth of all tests."""
 END_WHAT_IS_SHARED = {TESTS / "serve/test_clients.py"}
 """Files that end a server which others ask before them."""
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -144,7 +146,7 @@ def pytest_unconfigure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start servers first, then those with slow tests: a long one that begins last keeps a worker idle."""
-    long = {TESTS / name for name in COMPILE_A_LOT}
+    long = {TESTS / name for name in TAKE_LONG}
     served = {item.path for item in items if item.get_closest_marker("vllm")}
     for item in items:
         if item.path in long:

@@ -32,6 +32,7 @@ def there(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_that_died_is_continued_to_its_end(there):
     before = read_events(there / "run")
     assert [event["event"] for event in before].count("step") == 1

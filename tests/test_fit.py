@@ -134,6 +134,7 @@ def test_the_in_process_engine_is_where_its_device_is():
     assert allocations(lab_policy(device="cpu"), ON_GPU)[MEMORY]["the engine"] == 4 * P
 
 
+@pytest.mark.slow
 def test_the_trainer_really_holds_and_writes_that_much(tmp_path):
     """The table's rows against a real update: a trainer that comes to hold more must change them."""
     before = tensors_by_storage()

@@ -99,6 +99,7 @@ def test_the_engine_and_the_trainer_of_a_random_model_agree():
     assert gaps["effective_share"] == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_trained_method_tells_its_steps_and_rewards(tmp_path, monkeypatch):
     monkeypatch.setitem(fst_and_rl.SMALLER, "cycles", 2)
     fst_and_rl.train("fst", tmp_path / "run", seconds=200, tiny=True)
@@ -149,6 +150,7 @@ def test_a_part_is_skipped_when_too_little_time_is_left():
     assert second.rows == []
 
 
+@pytest.mark.slow
 def test_pytest_s_lines_become_rows(tmp_path):
     test = tmp_path / "test_it.py"
     test.write_text(

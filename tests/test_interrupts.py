@@ -173,6 +173,7 @@ def test_a_notebook_shows_the_sentence_and_no_traceback(capsys, monkeypatch):
     assert (shown.out + shown.err).strip() == SAVED
 
 
+@pytest.mark.slow
 def test_compile_without_a_view_says_where_ctrl_c_left_the_run(tmp_path, capsys):
     def listen(event):
         if event["event"] == "step":
@@ -231,6 +232,7 @@ def mine():
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 def test_a_handler_that_the_user_had_set_is_left_alone(tmp_path, mine):
     handler = signal.getsignal(signal.SIGTERM)
     once = iter([signal.SIGTERM])
@@ -245,6 +247,7 @@ def test_a_handler_that_the_user_had_set_is_left_alone(tmp_path, mine):
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+@pytest.mark.slow
 def test_outside_the_main_thread_a_program_is_compiled_too(tmp_path):
     left = []
     thread = threading.Thread(target=lambda: left.append(compiled(tmp_path / "run", cycles=1)))

@@ -43,6 +43,7 @@ def test_a_short_run_raises_the_reward_under_each_loss(name, tmp_path):
     assert len(told) == (name == "rft")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_loss_alone(tmp_path):
     small = {**RL, "steps_per_cycle": 1, "problems_per_step": 2, "group_size": 4}
     compile_relay(tmp_path / "run", loss="gspo", clip=(0.1, 0.2), updates_per_batch=2, **small)

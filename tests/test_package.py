@@ -67,6 +67,7 @@ ONLY_IF_THERE = {"IPython", "mlflow"}
 OURS = {"dspy_fst", "programs", "dspy_fst_weight_check", "dspy_fst_lora_check", "dspy_fst_transfer_check"}
 
 
+@pytest.mark.slow
 def test_every_library_that_the_package_imports_is_declared():
     """Else it is there by the grace of another package, which may drop it."""
     names = {requirement.name.lower() for _, requirement in declared()}
@@ -108,6 +109,7 @@ def names(wheel: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(built):
     _, wheel = built
     tracked = subprocess.run(["git", "ls-files", "dspy_fst"], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -215,6 +215,7 @@ with ProgressView("demo") as view:
 """
 
 
+@pytest.mark.slow
 def test_a_notebook_has_one_output_that_is_replaced_in_place(pytestconfig):
     sent = []
 

@@ -155,6 +155,7 @@ def live(groups):
     return [group for group in groups if len(set(measured(group))) > 1]
 
 
+@pytest.mark.slow
 @given(group_lists())
 def test_the_advantages_of_a_group_have_mean_zero_and_the_spread_of_one(groups):
     advantages = by_rollout(credit(groups))
@@ -190,6 +191,7 @@ def test_token_weights_sum_to_one_and_each_live_problem_has_its_share(groups):
     assert all(share == pytest.approx(1 / len(shares)) for share in shares.values())
 
 
+@pytest.mark.slow
 @given(group_lists(), st.randoms(use_true_random=False), st.sampled_from(["group", "batch"]))
 def test_the_order_of_the_groups_does_not_matter(groups, random, normalize):
     shuffled = random.sample(groups, len(groups))

@@ -38,6 +38,7 @@ def test_from_run_to_run_nothing_grows():
     assert growing(runs_in_one_process(6), {}) == []
 
 
+@pytest.mark.slow
 def test_whatever_leaks_is_named(tmp_path):
     kept, measures, end = [], [], threading.Event()
     for number in range(8):

@@ -26,6 +26,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [NAMES, POLICY, REFUSED], ids=["names", "a policy", "a refusal"])
 def test_nothing_heavy_is_imported_for(code):
     tell = f"{code}\nimport sys\nprint(*[name for name in {HEAVY} if name in sys.modules])"
@@ -52,6 +53,7 @@ print(*[name for name in ("peft", "bitsandbytes", "scipy.stats") if name in sys.
 """
 
 
+@pytest.mark.slow
 def test_weights_without_an_adapter_and_intervals_need_neither_peft_nor_scipy_s_statistics():
     done = subprocess.run([sys.executable, "-c", UNADAPTED], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -518,6 +518,7 @@ CODE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", CODE)
 def test_a_foreign_source_of_a_flex_is_taken_up_only_when_it_is_trusted(where, tmp_path):
     program = WithFlex()

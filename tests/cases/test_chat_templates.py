@@ -81,6 +81,7 @@ def test_a_template_that_keeps_the_system_text_changes_nothing():
     assert fitted(request, TemplateTraits()) == request
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM], ids=["refused", "dropped"])
 def test_a_program_runs_and_its_instruction_stands_in_the_first_user_turn(template, tmp_path):
     policy = PolicyLM(save_model(tmp_path / "model", template), engine="in_process", max_tokens=4)

@@ -122,6 +122,7 @@ def reachable(root):
     return found
 
 
+@pytest.mark.slow
 @given(st.integers(1, 3), SHAPES, st.booleans())
 def test_random_programs(predictors, wraps, itself):
     program, asks, data = built(predictors, wraps, itself)

@@ -81,6 +81,7 @@ def sequences(rollout: Rollout) -> int:
     return len(chains(scored))
 
 
+@pytest.mark.slow
 def test_every_turn_begins_with_the_ids_of_the_turn_before_and_says_the_same_text(policy_of):
     policy = policy_of(CHATML)
     rollouts = played(policy)
@@ -127,11 +128,13 @@ def test_a_turn_whose_last_reply_alone_was_altered_goes_on_from_the_turn_before_
         assert sequences(rollout) == 2
 
 
+@pytest.mark.slow
 def test_a_template_that_leaves_thoughts_out_is_not_continued(policy_of):
     rollouts = played(policy_of(STRIPS_THOUGHTS), said=lambda text: "Yes.")
     assert {call.turn for rollout in rollouts for call in rollout.calls[1:]} == {"rerendered"}
 
 
+@pytest.mark.slow
 def test_where_the_system_text_goes_into_the_first_turn_conversations_continue_all_the_same(policy_of):
     rollouts = played(policy_of(NO_SYSTEM))
     assert [continues(rollout) for rollout in rollouts] == [[True] * (TURNS - 1)] * ROLLOUTS

@@ -142,6 +142,7 @@ def distilled_rollouts(run_dir, **recipe):
     return {draw.partition("-")[0]: bool(rollout.asked) for draw, rollout in run.rollouts if rollout.calls}
 
 
+@pytest.mark.slow
 def test_a_run_takes_calls_down_for_its_first_look_and_its_teacher_only(tmp_path):
     with dspy.context(lm=lab_policy()):
         held = distilled_rollouts(tmp_path / "held")

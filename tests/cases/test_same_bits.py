@@ -23,6 +23,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_prompt_that_several_rows_share_has_the_same_bits_each_time(two_threads, tmp_path):
     rows = tuple(
         Row(PROMPT, (5 + n, 7, 9 + n), (-4.0, -4.0, -4.0), (-1.0) ** n, 1 / 48, predictor="ask", problem=0)

@@ -29,6 +29,7 @@ def run_dir(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_cards_time_and_bottleneck_of_the_default_recipe_are_told():
     said = told("--model", SMALL, "--card", "h100", "--cards", "8")
     assert (said["model"], said["card"], said["cards"]) == (SMALL, "h100", 8)

@@ -44,6 +44,7 @@ def test_check_says_that_it_leaves_the_cluster_to_the_run(tmp_path):
     sys.modules.pop(MODULE, None)
 
 
+@pytest.mark.slow
 def test_a_run_without_it_never_imports_ray():
     code = "import sys, dspy_fst.training.open_run, dspy_fst.optimizer; print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -38,6 +38,7 @@ def began(path, steps=2, save=Path.mkdir):
     return run
 
 
+@pytest.mark.slow
 def test_runs_of_every_kind_and_release_are_listed_with_state_recipe_scores_and_cost(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "one" / "finished")
     shutil.copytree(FIRST_RELEASE, tmp_path / "old")

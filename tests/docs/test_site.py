@@ -42,6 +42,7 @@ def _text(page):
     return " ".join(html.unescape(re.sub(r"<[^>]*>", "", page.read_text())).split())
 
 
+@pytest.mark.slow
 def test_every_setting_has_a_page_with_its_default_and_its_source(site):
     for name, field in FSTConfig.model_fields.items():
         shown = _text(site / "settings" / f"{name}.html")
@@ -69,6 +70,7 @@ def test_the_command_line_s_page_holds_every_command_and_option(site):
             assert option in text, f"{name} {option}"
 
 
+@pytest.mark.slow
 def test_every_page_holds_what_the_code_says_now_so_that_it_can_be_read_on_a_code_host():
     made = pages()
     assert {DOCS / "reference" / f"{name}.md" for name in ("api", "cli", "engines", "project")} <= set(made)
@@ -129,6 +131,7 @@ def printed():
     return [_flat(text).replace("...", "") for folder in ("dspy_fst", "programs") for text in literals(ROOT / folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["troubleshooting.md", "several-gpus.md", "parsing.md"])
 def test_every_quoted_message_is_one_that_the_package_prints(printed, page):
     quoted = list(fences(DOCS / page, "text"))

@@ -222,6 +222,7 @@ def examples(kind, count):
     return [dspy.Example(numbers=f"{n} 2 1 4", kind=kind).with_inputs("numbers") for n in range(count)]
 
 
+@pytest.mark.slow
 def test_a_run_that_falls_returns_its_best_weights_and_the_engine_serves_them(policy, tmp_path):
     """Last of the module: the server of the tests before gets the weights of a run that attaches to it."""
     kind, metric = policy.handle.resolved_kind, Falling()

@@ -3,6 +3,8 @@
 import gc
 import threading
 
+import pytest
+
 from dspy_fst import PolicyLM
 from dspy_fst.engine.base import PromptTokens
 from dspy_fst.training.publisher import counted_prompts
@@ -15,6 +17,7 @@ def engines_at_work():
     return {thread for thread in threading.enumerate() if thread.name == "in-process-engine"}
 
 
+@pytest.mark.slow
 def test_an_engine_ends_with_the_last_lm_that_held_it():
     before = engines_at_work()  # of other tests; they may end at any time
     policy = PolicyLM(BASE, engine="in_process", max_tokens=4)

@@ -72,6 +72,7 @@ def at(version: str, *adapters: AdapterFiles) -> Checkpoint:
     return Checkpoint(version, BASE, adapters=adapters)
 
 
+@pytest.mark.slow
 def test_a_version_is_served_with_its_adapter_and_the_base_is_read_once(engine, folders, monkeypatch):
     reads = []
     whole = loaded_model.load_model_with_info

@@ -42,6 +42,7 @@ def said(policy, request: lm15.Request) -> Completion:
     return completion
 
 
+@pytest.mark.slow
 def test_thoughts_are_kept_from_the_content_and_their_tokens_are_counted(policy):
     completion = said(policy, GREET)
     thought, text = completion.response.message.parts

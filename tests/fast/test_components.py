@@ -323,6 +323,7 @@ def test_a_source_s_own_fault_is_scored_whether_or_not_a_predictor_has_spoken(pr
     assert FAULTS[body] in rollout.feedback
 
 
+@pytest.mark.slow
 def test_faulty_sources_do_not_stop_a_search():
     broken = "class X(dspy.Module):\n    def forward(self, **inputs):\n        break\n        # {}"
     asked = []

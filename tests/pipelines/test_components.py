@@ -61,6 +61,7 @@ def run(tmp_path_factory):
     return watched, folder
 
 
+@pytest.mark.slow
 def test_what_evolved_is_in_the_prompts_and_in_what_the_program_does(run):
     watched, _ = run
     best = watched.compiled.population.best.texts

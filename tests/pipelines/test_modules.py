@@ -23,6 +23,7 @@ def long_first(gold, pred, trace=None):
     return dspy.Prediction(score=shorter(gold, pred), predictor_scores={"first": float(len(said))})
 
 
+@pytest.mark.slow
 def test_only_the_named_predictors_are_learnt_from_and_the_others_speak_with_the_newest_weights(tmp_path):
     program, before = chain(), read_texts(chain()).texts
     run = run_watched(program, tmp_path / "run", trained=["third", "first", "third"], cycles=2)
@@ -43,6 +44,7 @@ def assert_tokens_are_exact_before_the_first_update(run):
     assert_tokens_are_exact(run)
 
 
+@pytest.mark.slow
 def test_a_run_is_continued_with_the_same_trained_predictors_only(tmp_path):
     run_watched(chain(), tmp_path / "run", trained=["third", "first"], method="rl")
     with pytest.raises(
@@ -52,6 +54,7 @@ def test_a_run_is_continued_with_the_same_trained_predictors_only(tmp_path):
     run_watched(chain(), tmp_path / "run", trained=["first", "third", "first"], method="rl")
 
 
+@pytest.mark.slow
 def test_a_predictor_with_scores_of_its_own_learns_from_them_and_the_events_tell(tmp_path):
     run = run_watched(chain(), tmp_path / "run", metric=long_first, method="rl")
     rollouts, reports = run.played("step"), run.reports("step")[0]["predictors"]

@@ -83,6 +83,7 @@ def test_worker_threads_get_the_same_answers() -> None:
     assert scores == [1.0, 0.0, 1.0] * 10
 
 
+@pytest.mark.slow
 def test_a_reply_that_computes_for_ever_is_given_up_and_stops_no_other_thread(verifier: Verifier) -> None:
     ticks: list[float] = []
     done = threading.Event()

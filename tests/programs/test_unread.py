@@ -84,6 +84,7 @@ def test_what_a_search_s_proposer_warned_of_is_a_warning_of_the_run():
     ]
 
 
+@pytest.mark.slow
 def test_a_run_tells_it_and_repeats_it_from_its_journal_after_a_kill(tmp_path):
     from dspy_fst import FSTOptimizer
     from dspy_fst.run.directory import read_events

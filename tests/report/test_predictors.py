@@ -98,6 +98,7 @@ def test_the_charts_have_a_line_for_each_predictor_that_was_measured():
     assert predictor_charts([record_of(run())] * 2) == []
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_predictor():
     page = page_of(record_of(run(), name="demo"))
     sound(page)

@@ -76,6 +76,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_the_package_imports_and_checks_without_litellm():
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=240)
     assert done.stdout.strip() == "fine", done.stderr

@@ -86,6 +86,7 @@ def spelled(path: Path) -> list[str]:
     return [text for text in texts if PREFIX.match(text)] + [text for text in calls if text in ("masked", "failed")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["dspy_fst", "benchmarks", "programs"])
 def test_no_other_code_spells_a_label(package):
     paths = [path for path in (ROOT / package).rglob("*.py") if HOME not in path.parents]

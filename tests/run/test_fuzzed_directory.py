@@ -206,6 +206,7 @@ def clear(refusal, run_dir):
 # ---- the tests ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_killed_run_as_it_is_goes_on_to_the_undisturbed_end(undisturbed, original, tmp_path):
     assert compiled(copied(original, tmp_path / "run")) == undisturbed
 

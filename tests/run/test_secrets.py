@@ -77,6 +77,7 @@ def test_an_ordinary_text_is_left_as_it_is(text):
     assert cleaned(text, "password", "changeme", "16000000") == text
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_no_text_without_a_secret_is_changed(text):
     assert cleaned(text, KEY) == text
@@ -91,6 +92,7 @@ def test_words_joined_in_any_way_are_no_secret(parts):
     assert cleaned(text, KEY) == text
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

@@ -60,6 +60,7 @@ def check(url, headers, program):
         assert streamed["result"]["outputs"] == reply.json()["outputs"]
 
 
+@pytest.mark.slow
 def test_in_process_every_predictor_and_every_model_has_its_own_adapter(tmp_path):
     program = two_adapters(tmp_path / "weights")
     loaded = dspy_fst.load(dspy_fst.save(program, tmp_path / "saved"), Relay())

@@ -106,6 +106,7 @@ def test_fused_experts_are_published_under_the_names_they_were_loaded_from(tmp_p
     assert all(torch.equal(tensor, published[name]) for name, tensor in start.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_resumed_trainer_goes_on_bit_for_bit(start, tied_start, tmp_path, tied):
     begin = tied_start if tied else start

@@ -144,6 +144,7 @@ def test_a_penalty_that_grows_over_less_than_a_token_is_refused(share, trained, 
     assert limit_faults(program, FSTConfig(overlong_share=share, trained=trained)) == []
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_it_and_neither_search_nor_validation_nor_reward_sees_it(tmp_path):
     small = {"cycles": 1, "steps_per_cycle": 1, "problems_per_step": 4}
     plain = compile_relay(tmp_path / "plain", **small)

@@ -51,6 +51,7 @@ def test_names_of_the_adapters():
     assert adapter_of({"one": ("a", "b"), "two": ("c",)}, ["a", "b", "c"]) == {"a": "one", "b": "one", "c": "two"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["query", "answer"])
 def test_the_gradient_of_an_adapter_is_that_of_its_own_calls(start, name):
     """Against a trainer with one adapter, of the same numbers, on the rows of that predictor alone."""

@@ -79,6 +79,7 @@ def policy(tmp_path_factory):
     return Policy.load(save_model(tmp_path_factory.mktemp("tree") / "model"), dtype=torch.float32).double()
 
 
+@pytest.mark.slow
 @given(roots, st.integers(1, 120), st.randoms(use_true_random=False))
 @settings(max_examples=40, deadline=None)
 def test_any_tree_has_the_hidden_states_and_the_gradient_of_its_sequences(policy, nodes, budget, draw):
