@@ -7,6 +7,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ SAMPLED = ("search", "rollouts", "validation")
 """Activities in which the engines sample."""
 BUSY, FULL = 0.8, 0.8
 """Shares from which on the program's Python is called busy, and an engine's rows full (ours)."""
+REMEMBERED = 10_000
+"""Sets of rollouts whose times are remembered: some for each number of engines, and for each kind of them (ours)."""
 Steps = Generator["simpy.Event", Any, None]
 
 
@@ -91,10 +94,9 @@ def simulate(acts: Iterable[Act], rates: MachineRates, in_flight: int) -> Timeli
         ConfigurationError: simpy is not installed.
     """
     require_simpy()
-    import simpy
-
-    run = _Run(simpy.Environment(), rates, in_flight)
-    run.env.run(until=run.env.process(run.all_of(acts)))
+    run = _Run(rates, in_flight)
+    for act in acts:
+        run.do(act)
     return run.timeline()
 
 
@@ -107,95 +109,136 @@ def require_simpy() -> None:
         raise ConfigurationError([MISSING])
 
 
+@dataclass(frozen=True)
+class _Played:
+    """What one set of rollouts took; seconds, summed over engines where there are several."""
+
+    seconds: float
+    """From its first call to its last reply."""
+    tokens: float
+    busy: float
+    """In which an engine samples."""
+    row_seconds: float
+    """The same for each row."""
+    program_busy: float
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _played(play: Play, engine: EngineRates, engines: int, program_s: float, in_flight: int) -> _Played:
+    """Nothing else of a machine counts, so layouts that differ in their trainer alone share it."""
+    import simpy
+
+    rollouts = _Rollouts(simpy.Environment(), play, engine, engines, program_s, in_flight)
+    return rollouts.played()
+
+
 class _Run:
     """The loop: one act after the other."""
 
-    def __init__(self, env: "simpy.Environment", rates: MachineRates, in_flight: int):
-        self.env, self.rates, self.in_flight = env, rates, in_flight
+    def __init__(self, rates: MachineRates, in_flight: int):
+        self.rates, self.in_flight = rates, in_flight
         self.seconds: Counter[str] = Counter()
-        self.loads = [0] * rates.engines
-        """Calls that each engine samples, or that wait there."""
-        self.engines = [_Engine(env, rates.engine, self._callers) for _ in range(rates.engines)]
-        self.program_free, self.program_busy = 0.0, 0.0
-        self.left = 0
-        """Rollouts of the current play that have not ended."""
-        self.rollouts, self.tokens = 0, 0.0
-        self.state: simpy.Event | None = None
-        """The state that is being written."""
+        self.plays: list[_Played] = []
+        self.rollouts = 0
+        self.unwritten_s = 0.0
+        """Seconds until the state is written that an update has left."""
 
-    def all_of(self, acts: Iterable[Act]) -> Steps:
-        for act in acts:
-            match act:
-                case Play():
-                    yield from self._timed(act.phase, self._play(act))
-                case Reflect():
-                    yield from self._for(REFLECTIONS, self.rates.reflection_s)
-                case Learn():
-                    yield from self._learn(act)
+    def do(self, act: Act) -> None:
+        match act:
+            case Play():
+                self._play(act)
+            case Reflect():
+                self._take(REFLECTIONS, self.rates.reflection_s)
+            case Learn():
+                self._learn(act)
 
-    def _timed(self, activity: str, steps: Steps) -> Steps:
-        began = self.env.now
-        yield from steps
-        self.seconds[activity] += self.env.now - began  # type: ignore[assignment]
-
-    def _for(self, activity: str, seconds: float) -> Steps:
+    def _take(self, activity: str, seconds: float) -> None:
         self.seconds[activity] += seconds  # type: ignore[assignment]
-        yield self.env.timeout(seconds)
+        self.unwritten_s = max(0.0, self.unwritten_s - seconds)
 
-    def _learn(self, act: Learn) -> Steps:
+    def _play(self, play: Play) -> None:
         rates = self.rates
-        if self.state is not None:
-            yield from self._timed(STATE, _waits_for(self.state))
-        yield from self._for(UPDATE, rates.update_s + act.tokens * rates.update_token_s)
-        yield from self._for(PUBLISH, rates.publish_s)
-        yield from self._for(VERIFICATION, rates.verify_s)
-        yield from self._for(REST, rates.rest_s)
-        self.state = self.env.timeout(rates.state_s) if act.state else None
+        self.rollouts += len(play.rollouts)
+        self.plays.append(_played(play, rates.engine, rates.engines, rates.program_s, self.in_flight))
+        self._take(play.phase, rates.play_s + self.plays[-1].seconds)
 
-    # ---- rollouts --------------------------------------------------------------------------------
+    def _learn(self, act: Learn) -> None:
+        rates = self.rates
+        self._take(STATE, self.unwritten_s)
+        self._take(UPDATE, rates.update_s + act.tokens * rates.update_token_s)
+        self._take(PUBLISH, rates.publish_s)
+        self._take(VERIFICATION, rates.verify_s)
+        self._take(REST, rates.rest_s)
+        self.unwritten_s = rates.state_s if act.state else 0.0
 
-    def _play(self, play: Play) -> Steps:
+    def timeline(self) -> Timeline:
+        sampled = sum(self.seconds[activity] for activity in SAMPLED)
+        busy = sum(play.busy for play in self.plays)
+        return Timeline(
+            {activity: seconds for activity, seconds in self.seconds.items() if seconds},
+            self.rollouts,
+            sum(play.tokens for play in self.plays),
+            rows=sum(play.row_seconds for play in self.plays) / busy if busy else 0.0,
+            engine_share=busy / self.rates.engines / sampled if sampled else 0.0,
+            program_share=sum(play.program_busy for play in self.plays) / sampled if sampled else 0.0,
+        )
+
+
+class _Rollouts:
+    """One set of rollouts: threads that call the engines, each for one rollout after the other."""
+
+    def __init__(
+        self,
+        env: "simpy.Environment",
+        play: Play,
+        engine: EngineRates,
+        engines: int,
+        program_s: float,
+        in_flight: int,
+    ):
+        self.env, self.play, self.joins, self.program_s, self.in_flight = env, play, engine.joins, program_s, in_flight
+        self.loads = [0] * engines
+        """Calls that each engine samples, or that wait there."""
+        self.engines = [_Engine(env, engine, self._callers) for _ in range(engines)]
+        self.program_free, self.program_busy = 0.0, 0.0
         self.left = len(play.rollouts)
-        self.rollouts += self.left
-        yield self.env.timeout(self.rates.play_s)
-        todo = deque(play.rollouts)
-        threads = [self.env.process(self._thread(todo, play.prompt)) for _ in range(min(self.left, self.in_flight))]
-        yield self.env.all_of(threads)
+        """Rollouts that have not ended."""
+        self.tokens = 0.0
 
-    def _thread(self, todo: deque[tuple[float, ...]], prompt: float) -> Steps:
+    def played(self) -> _Played:
+        todo = deque(self.play.rollouts)
+        threads = [self.env.process(self._thread(todo)) for _ in range(self._callers())]
+        self.env.run(until=self.env.all_of(threads))
+        return _Played(
+            self.env.now,
+            self.tokens,
+            sum(engine.busy for engine in self.engines),
+            sum(engine.row_seconds for engine in self.engines),
+            self.program_busy,
+        )
+
+    def _thread(self, todo: deque[tuple[float, ...]]) -> Steps:
         while todo:
             for tokens in todo.popleft():
                 self.tokens += tokens
                 yield self.env.timeout(self._python() - self.env.now)
                 place = self.loads.index(min(self.loads))
                 self.loads[place] += 1
-                yield self.engines[place].reply(prompt, tokens)
+                yield self.engines[place].reply(self.play.prompt, tokens)
                 self.loads[place] -= 1
             self.left -= 1
-            if not self.rates.engine.joins:
+            if not self.joins:
                 for engine in self.engines:
                     engine.look()  # one that waits for all callers waits for fewer now
 
     def _python(self) -> float:
         """The time at which the program's Python of this call has had its turn."""
-        self.program_free = max(self.program_free, self.env.now) + self.rates.program_s
-        self.program_busy += self.rates.program_s
+        self.program_free = max(self.program_free, self.env.now) + self.program_s
+        self.program_busy += self.program_s
         return self.program_free
 
     def _callers(self) -> int:
         return min(self.left, self.in_flight)
-
-    def timeline(self) -> Timeline:
-        sampled = sum(self.seconds[activity] for activity in SAMPLED)
-        busy = sum(engine.busy for engine in self.engines)
-        return Timeline(
-            {activity: seconds for activity, seconds in self.seconds.items() if seconds},
-            self.rollouts,
-            self.tokens,
-            rows=sum(engine.row_seconds for engine in self.engines) / busy if busy else 0.0,
-            engine_share=busy / len(self.engines) / sampled if sampled else 0.0,
-            program_share=self.program_busy / sampled if sampled else 0.0,
-        )
 
 
 class _Engine:
@@ -269,8 +312,3 @@ class _Engine:
     def _count(self, seconds: float) -> None:
         self.busy += seconds
         self.row_seconds += seconds * len(self._rows)
-
-
-def _waits_for(event: "simpy.Event") -> Steps:
-    """A process that waits for one event."""
-    yield event

@@ -103,6 +103,16 @@ def test_a_state_is_written_while_the_next_step_is_sampled_and_the_next_update_w
     assert line.seconds.get("waiting for the state", 0.0) == pytest.approx(waited)
 
 
+def test_machines_that_differ_in_their_trainer_alone_have_their_rollouts_simulated_once():
+    acts = [rollouts(5, 7), Learn(1, state=True), rollouts(5, 8)]
+    simulation._played.cache_clear()
+    first, second = (simulate(acts, MachineRates(ENGINE, update_s=seconds), 4) for seconds in (1, 2))
+    assert simulation._played.cache_info().misses == 2
+    assert second.total == pytest.approx(first.total + 1)
+    simulate(acts, MachineRates(ENGINE, engines=2), 4)
+    assert simulation._played.cache_info().misses == 4
+
+
 # ---- bottlenecks -----------------------------------------------------------------------------------
 
 
