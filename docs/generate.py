@@ -28,7 +28,7 @@ import yaml  # type: ignore[import-untyped]
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
-from dspy_fst.config import FSTConfig, source_of
+from dspy_fst.config import FSTConfig, described, source_of
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -103,7 +103,7 @@ def setting_page(name: str, note: str | None) -> str:
         "Default": f"`{field.default!r}`",
         "Type": f"`{shown_type(field.annotation)}`",
         **({"Allowed": allowed} if (allowed := bounds(field)) else {}),
-        "Source of the default": plain(source_of(name)),
+        "Source of the default": source_of(name),
     }
     lines = [f"# {name}", "", described(name), "", *(f"- **{what}:** {fact}" for what, fact in facts.items())]
     if note:
@@ -114,7 +114,7 @@ def setting_page(name: str, note: str | None) -> str:
 def settings_index() -> str:
     """All settings at a glance."""
     rows = [
-        f"| [{name}]({name}.md) | `{field.default!r}` | {plain(source_of(name))} |"
+        f"| [{name}]({name}.md) | `{field.default!r}` | {source_of(name)} |"
         for name, field in FSTConfig.model_fields.items()
     ]
     head = (
@@ -125,20 +125,6 @@ def settings_index() -> str:
         "| setting | default | source of the default |\n| --- | --- | --- |\n"
     )
     return head + "\n".join(rows) + "\n"
-
-
-def described(name: str) -> str:
-    """What the setting's docstring says."""
-    return plain(FSTConfig.model_fields[name].description or "")
-
-
-def plain(docstring: str) -> str:
-    """A docstring as one line of Markdown.
-
-    >>> plain("Below ``failure_score``.")
-    'Below `failure_score`.'
-    """
-    return " ".join(docstring.replace("``", "`").split())
 
 
 def shown_type(annotation: Any) -> str:

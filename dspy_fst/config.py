@@ -300,14 +300,22 @@ class FSTConfig(RolloutSettings, TrainingSettings, SearchSettings, WarmStart, Al
         return f"more problems_per_step or steps_per_cycle: anchors are taken from a cycle's {self.lookahead} problems"
 
 
+def described(setting: str) -> str:
+    """A setting's docstring as one line, with code between single backticks.
+
+    >>> described("format_failure_score")
+    'Reward of a reply that does not parse (ours; mmGRPO sets it below `failure_score`).'
+    """
+    return " ".join((FSTConfig.model_fields[setting].description or "").replace("``", "`").split())
+
+
 def source_of(setting: str) -> str:
     """Where a setting's default comes from, in its docstring's words.
 
     >>> source_of("steps_per_cycle")
     'paper, App. D'
     """
-    words = " ".join((FSTConfig.model_fields[setting].description or "").split())
-    found = re.search(r"\(((?:paper|ours|GEPA|DSPy)\b[^()]*)\)", words)
+    found = re.search(r"\(((?:paper|ours|GEPA|DSPy)\b[^()]*)\)", described(setting))
     return found[1] if found else "not stated"
 
 

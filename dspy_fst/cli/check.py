@@ -239,7 +239,7 @@ def _project(project: "Project", opened: "Opened", policy: "PolicyLM", run_dir: 
 
 
 def _settings(config: "FSTConfig", project: "Project") -> list[SettingRow]:
-    from dspy_fst.config import FSTConfig, source_of
+    from dspy_fst.config import FSTConfig, described, source_of
 
     given = project.recipe.model_fields_set if project.recipe else set()
     auto = project.recipe.auto if project.recipe else None
@@ -253,7 +253,7 @@ def _settings(config: "FSTConfig", project: "Project") -> list[SettingRow]:
                 "set_by": by,
                 "default": field.default,
                 "default_source": source_of(name),
-                "what": " ".join((field.description or "").split()),
+                "what": described(name),
             }
         )
     return rows

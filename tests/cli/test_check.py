@@ -52,6 +52,7 @@ def test_every_setting_is_told_with_its_value_who_set_it_and_the_source_of_its_d
     assert set(rows) == set(FSTConfig.model_fields)
     assert (rows["cycles"]["value"], rows["cycles"]["set_by"], rows["cycles"]["default"]) == (2, "file", 8)
     assert (rows["warmup_steps"]["value"], rows["warmup_steps"]["default_source"]) == (2, "paper, App. D")
+    assert not any("``" in row["what"] + row["default_source"] for row in rows.values()), "a terminal shows them"
     assert (rows["weight_decay"]["value"], rows["weight_decay"]["set_by"]) == (0.0, "default")
     rows = {row["name"]: row for row in told(change(project, recipe={"auto": "light"}))["settings"]}
     assert (rows["cycles"]["value"], rows["cycles"]["set_by"]) == (2, "auto: light")
