@@ -6,25 +6,32 @@ import os
 import pickle
 import resource
 import shutil
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dspy_fst.errors import RunDirectoryError, TrainingError
+from dspy_fst.errors import RankError, RunDirectoryError, TrainingError
 from dspy_fst.run.files import DCP_METADATA
 from dspy_fst.run.state import commit_state, newest_state
 from dspy_fst.slow.checkpoint import read_state
+from dspy_fst.slow.ranks import writing
 from dspy_fst.slow.ranks.parts import _Writer
+from dspy_fst.slow.ranks.writing import PartsWriter
 from tests.ranks.launching import by_hand, by_torchrun
 from tests.ranks.lessons import CASES, STATES, furthest, trained
 from tests.slow.conftest import one_thread  # noqa: F401
 from tests.slow.makers import save_model
 
 HERE = Path(__file__).parent
+ENDLESS = b"\x80\x04\x95" + b"\xff" * 8
+"""A pickle that names its length: all that there are."""
 pytestmark = pytest.mark.slow
 
 
@@ -122,6 +129,79 @@ def test_what_the_disk_said_is_not_hidden_by_the_archive_that_could_not_be_writt
     assert told.value.failures[0][0].errno == errno.EFBIG
 
 
+def failure_of_writing(writer: _Writer, planner: dcp.DefaultSavePlanner | None = None) -> BaseException:
+    with pytest.raises(CheckpointException) as told, pytest.warns(UserWarning, match="single process"):
+        dcp.save({"ones": torch.ones(3)}, storage_writer=writer, planner=planner, no_dist=True)
+    return told.value.failures[0][0]
+
+
+def test_a_rank_makes_no_folder_where_it_does_not_see_rank_0_s(tmp_path):
+    failure = failure_of_writing(_Writer(tmp_path / "elsewhere"))
+    assert isinstance(failure, RankError)
+    assert str(failure).startswith(f"{tmp_path / 'elsewhere'} is not seen there")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", [None, 10])
+def test_a_part_that_rank_0_does_not_see_whole_makes_no_state(tmp_path, left):
+    class Losing(_Writer):
+        def write_data(self, *arguments):
+            written = super().write_data(*arguments)
+            (file,) = tmp_path.iterdir()
+            os.truncate(file, left) if left else file.unlink()
+            return written
+
+    failure = failure_of_writing(Losing(tmp_path))
+    assert isinstance(failure, RankError)
+    assert f"the whole of {tmp_path / '__0_0.distcp'} is not seen there" in str(failure)
+    assert not (tmp_path / DCP_METADATA).exists()
+
+
+def test_an_error_that_the_disk_has_not_caused_is_told_as_it_is(tmp_path):
+    class Failing(dcp.DefaultSavePlanner):
+        def resolve_data(self, write_item):
+            raise KeyError("of the planner")
+
+    failure = failure_of_writing(_Writer(tmp_path), Failing())
+    assert (type(failure), failure.__cause__) == (KeyError, None)  # one that is its own cause has no end
+
+
+@pytest.fixture
+def group():
+    """This process is the only one of a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_state_that_was_given_up_is_not_written(group, tmp_path):
+    writer = PartsWriter(0, dist.HashStore(), lambda: None, lambda: None)
+    write = writer.begin({"ones": torch.ones(3)})
+    writer.settle()
+    with pytest.raises(RankError, match="the run is over, so the state is not written"):
+        write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    writer.begin({"ones": torch.ones(3)})(tmp_path)
+    assert (tmp_path / DCP_METADATA).exists()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_state_whose_store_is_gone_is_not_waited_for(group, tmp_path, monkeypatch, begun):
+    """The store of ranks is torchrun's, which may have been killed."""
+
+    def gone(*arguments):
+        raise RuntimeError("Broken pipe")
+
+    monkeypatch.setattr(writing, "STATE_S", 5.0)
+    writer = PartsWriter(0, SimpleNamespace(set=gone), lambda: None, lambda: None)
+    write = writer.begin({"ones": torch.ones(3)})
+    with pytest.raises(RuntimeError, match="Broken pipe"):
+        write(tmp_path) if begun else writer.settle()
+    began = time.monotonic()
+    writer.settle()
+    assert time.monotonic() - began < 4
+
+
 @pytest.mark.parametrize("name", ["__1_0.distcp", DCP_METADATA])
 def test_a_part_with_a_byte_changed_or_lost_is_refused(of_two, tmp_path, name):
     state = commit_state(tmp_path, {}, partial(shutil.copytree, of_two / "full state"), None, keep=2)
@@ -139,7 +219,9 @@ def test_a_part_with_a_byte_changed_or_lost_is_refused(of_two, tmp_path, name):
         newest_state(tmp_path)
 
 
-@pytest.mark.parametrize("content", [pickle.dumps(os.getcwd), pickle.dumps([1]), b"", b"\x80"])
+@pytest.mark.parametrize(
+    "content", [pickle.dumps(os.getcwd), pickle.dumps([1]), b"", b"\x80", b"\x80\x04\x95" + b"\xff" * 8]
+)
 def test_metadata_that_names_something_else_is_not_obeyed(tmp_path, content):
     (tmp_path / "state.json").write_text('{"format": 2, "updates": 1}')
     (tmp_path / DCP_METADATA).write_bytes(content)

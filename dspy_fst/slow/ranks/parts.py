@@ -39,7 +39,7 @@ RECORDS = {
     ("pathlib", "PosixPath"),
 }
 """What DCP's metadata is made of, beside types of numbers."""
-UNSEEN = "{folder} is not seen there; put run_dir where the machines of all ranks see it"
+UNSEEN = "{path} is not seen there; put run_dir where the machines of all ranks see it"
 
 
 def save_parts(tensors: Mapping[str, Tensor], folder: Path, group: ProcessGroup) -> None:
@@ -85,7 +85,9 @@ def read_parts(folder: Path, shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not isinstance(failure, Exception):
             raise failure from None  # a signal's, which DCP holds for a failure of the reading
         raise ValueError(briefly(failure)) from failure
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a damaged pickle may end in any, or become any object
         raise ValueError(f"{folder / DCP_METADATA}: {briefly(error)}") from error
     return tensors
 
@@ -103,25 +105,30 @@ def _place_of(facts: STORAGE_TYPES, like: Tensor | None) -> Tensor:
 class _Writer(dcp.FileSystemWriter):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if not Path(self.path).is_dir():  # DCP would make one, on a disk of this machine's own
-            raise RankError(UNSEEN.format(folder=self.path))
+            raise RankError(UNSEEN.format(path=self.path))
         return super().prepare_local_plan(plan)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
         except Exception as error:
-            raise _of_disk(error) from error
+            if (disk := _of_disk(error)) is None:
+                raise
+            raise disk from None  # another rank is sent an error without what it came from
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        for place in (written.storage_data for of_rank in results for written in of_rank):
+            file = Path(self.path) / place.relative_path
+            if not file.exists() or file.stat().st_size < place.offset + place.length:
+                raise RankError(UNSEEN.format(path=f"the whole of {file}"))
+        super().finish(metadata, results)
 
 
-def _of_disk(error: Exception) -> Exception:
+def _of_disk(error: BaseException | None) -> OSError | None:
     """What the disk said, where an error came up while its error was handled: torch's archives raise one of their own.
-
-    Another rank is sent the error alone, without what it came from."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
+    None: it said nothing."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
     return error
 
 

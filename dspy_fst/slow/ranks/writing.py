@@ -80,8 +80,8 @@ class PartsWriter:
         """Wait for the last state, as long as no rank is gone. One that rank 0 has not begun to write is given up."""
         state = self._last
         if not self._rank and not state.written.done() and state.begins.acquire(blocking=False):
+            state.written.set_result(None)  # first: without a store there is nobody to tell, and nobody to wait for
             self._store.set(state.key, "")
-            state.written.set_result(None)
         with suppress(RankError):
             self._wait(state)
 
@@ -96,12 +96,16 @@ class PartsWriter:
         """
         if not state.begins.acquire(blocking=False):
             raise RankError("the run is over, so the state is not written")
-        self._store.set(state.key, str(folder.absolute()))
-        settle_in_thread(state.written, lambda: save_parts(state.tensors, folder, self._group), "state-part")
+
+        def tell_and_save() -> None:
+            self._store.set(state.key, str(folder.absolute()))
+            save_parts(state.tensors, folder, self._group)
+
+        settle_in_thread(state.written, tell_and_save, "state-part")
         self._wait(state)
         try:
             state.written.result()
-        except RuntimeError as error:  # gloo lost a connection
+        except RuntimeError as error:  # gloo or the store lost a connection
             if (gone := self._lost()) is None:
                 raise
             raise RankError(NOT_WRITTEN.format(gone=gone)) from error
