@@ -2,9 +2,9 @@
 
 share_states.py FROM OUT MODELS
 
-Every case reads its state in FROM and writes it again. With two ranks it is then trained, from there and from the state
-that was written meanwhile, and one case meets what can go wrong. ``DIES=1``: there is one case, and rank 1 is killed
-while it writes its second state; rank 0 prints what it is told.
+Every case reads its state in FROM and writes it again. With two ranks it is then trained, from there and from the
+state that was written meanwhile, and one case meets what can go wrong. ``DIES=first``: there is one case, and rank 1
+is killed before it begins its first state; ``second``: while it writes its second one. Rank 0 prints what it is told.
 """
 
 import json
@@ -21,7 +21,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dspy_fst.errors import RankError, TrainingError
-from dspy_fst.slow.ranks import parts
+from dspy_fst.slow.ranks import parts, writing
 from dspy_fst.slow.ranks import ranks as ranks_of_a_trainer
 from dspy_fst.slow.ranks.joining import all_ranks
 from dspy_fst.slow.ranks.ranks import Ranks, on_all_ranks
@@ -68,14 +68,22 @@ def die_writing(trainer: Trainer) -> None:
         parts._Writer.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
+@on_all_ranks
+def die_beginning(trainer: Trainer) -> None:
+    if os.environ["RANK"] == "1":
+        writing.PartsWriter.__init__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
 def lose_a_rank(case: Case, out: Path, models: Path) -> None:
     with all_ranks() as ranks, ThreadPoolExecutor(1) as pool:
         trainer = case.with_settings(**SHARDED).trainer(models, ranks)
-        trainer.save_state(out / "before")
-        trainer.die_writing()
-        write = trainer.state_writer()
+        if os.environ["DIES"] == "first":
+            trainer.die_beginning()
+        else:
+            trainer.save_state(out / "before")
+            trainer.die_writing()
         try:
-            pool.submit(write, out / "lost").result()
+            pool.submit(trainer.state_writer(), out / "lost").result()
         except RankError as error:
             print("told:", error)
 
@@ -136,7 +144,7 @@ def told(trainer: Trainer, ranks: Ranks, out: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for method in (allow_whole, draw, limit_files, die_writing, use_another_disk, whole_weights):
+    for method in (allow_whole, draw, limit_files, die_beginning, die_writing, use_another_disk, whole_weights):
         setattr(Trainer, method.__name__, method)
     if "DIES" in os.environ:
         lose_a_rank(CASES["full"], *map(Path, sys.argv[2:]))

@@ -193,8 +193,9 @@ def test_a_state_whose_store_is_gone_is_not_waited_for(group, tmp_path, monkeypa
         raise RuntimeError("Broken pipe")
 
     monkeypatch.setattr(writing, "STATE_S", 5.0)
-    writer = PartsWriter(0, SimpleNamespace(set=gone), lambda: None, lambda: None)
+    writer = PartsWriter(0, dist.HashStore(), lambda: None, lambda: None)
     write = writer.begin({"ones": torch.ones(3)})
+    writer._store = SimpleNamespace(set=gone)
     with pytest.raises(RuntimeError, match="Broken pipe"):
         write(tmp_path) if begun else writer.settle()
     began = time.monotonic()
@@ -229,11 +230,15 @@ def test_metadata_that_names_something_else_is_not_obeyed(tmp_path, content):
         read_state(tmp_path, {})
 
 
-def test_a_rank_that_is_killed_while_a_state_is_written_is_named_and_the_state_before_is_whole(models, tmp_path):
+@pytest.mark.parametrize(("at", "left"), [("first", []), ("second", ["before"])])
+def test_a_rank_that_is_killed_while_a_state_is_written_is_named_and_the_state_before_is_whole(
+    models, tmp_path, at, left
+):
     out = tmp_path / "out"
-    (first, printed), (second, _) = by_hand(HERE / "share_states.py", models, out, models, DIES="1")
+    out.mkdir()
+    (first, printed), (second, _) = by_hand(HERE / "share_states.py", models, out, models, DIES=at)
     assert (first, second) == (0, -9), printed
     assert "told: rank 1 died (process " in printed
     assert "so the state is not written" in printed
-    assert [file.name for file in out.iterdir()] == ["before"]
-    assert read_state(out / "before", {})[1]["updates"] == 0
+    assert [file.name for file in out.iterdir()] == left
+    assert all(read_state(out / name, {})[1]["updates"] == 0 for name in left)

@@ -56,9 +56,28 @@ class PartsWriter:
 
     def __init__(self, rank: int, store: dist.Store, gone: Callable[[], str | None], lost: Callable[[], str | None]):
         self._rank, self._store, self._gone, self._lost = rank, store, gone, lost
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=STATE_S))
+        self._group = self._met()
         self._states, self._last = 0, _State(0, {})
         self._last.written.set_result(None)
+
+    def _met(self) -> dist.ProcessGroup:
+        """A group of all ranks. Gloo hears of none that is gone before it has made one, so they come together before.
+
+        Raises:
+            RankError: a rank is gone.
+        """
+        come = [f"writes/{rank}" for rank in range(dist.get_world_size())]
+        self._store.set(come[self._rank], "")
+
+        def have_come() -> bool:
+            if here := self._store.check(come):
+                return here
+            time.sleep(LOOK_S)
+            return False
+
+        if (gone := self._gone_before(have_come)) is not None:
+            raise RankError(NOT_WRITTEN.format(gone=gone))
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=STATE_S))
 
     def begin(self, tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
         """A call of all ranks. It waits for the state before, on every rank.
@@ -111,12 +130,27 @@ class PartsWriter:
             raise RankError(NOT_WRITTEN.format(gone=gone)) from error
 
     def _wait(self, state: _State) -> None:
+        """
+        Raises:
+            RankError: a rank is gone.
+        """
+        gone = self._gone_before(lambda: bool(wait([state.written], LOOK_S).done))
+        if gone is not None:  # who waits for a rank that waits for a lost one would not hear of it
+            wait([state.written], LAST_S)
+            raise RankError(NOT_WRITTEN.format(gone=gone))
+
+    def _gone_before(self, is_done: Callable[[], bool]) -> str | None:
+        """Looks until something is done, which is asked again and again and takes a while each time.
+
+        Returns:
+            Which ranks are gone meanwhile, in words; None: none, and it is done.
+        """
         until = time.monotonic() + STATE_S
-        while not wait([state.written], LOOK_S).done:
+        while not is_done():
             gone = self._gone() or (f"no rank ended within {STATE_S:g} s" if time.monotonic() > until else None)
-            if gone is not None:  # who waits for a rank that waits for a lost one would not hear of it
-                wait([state.written], LAST_S)
-                raise RankError(NOT_WRITTEN.format(gone=gone))
+            if gone is not None:
+                return gone
+        return None
 
     def _write_when_told(self, state: _State) -> None:
         """Another rank's part, once rank 0 has a folder for it; nothing where rank 0 gives the state up."""
