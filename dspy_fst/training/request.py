@@ -61,7 +61,7 @@ from dspy_fst.run.recipes import WHERE_DEMOS_EVOLVE
 from dspy_fst.run.secrets import Redactor
 from dspy_fst.saving.program_state import without_lms
 from dspy_fst.training.anchors import anchor_warnings, fewest_anchors, origin_of
-from dspy_fst.training.attached import unseen_faults
+from dspy_fst.training.attached import attached_server_faults
 from dspy_fst.training.continuing import optimizer_faults
 from dspy_fst.training.fingerprints import files_fingerprint, fingerprint, program_fingerprint
 from dspy_fst.training.opening import new_run_dir
@@ -260,7 +260,8 @@ def _checked_together(given: Arguments, config: FSTConfig, run_dir: Path, room: 
     identity = run_identity(config, student, given.trainset, policy, given.teacher)
     recipe = redactor.clean({**identity, **fast_identity(given.proposers.fast)})
     faults += [fault] if (fault := directory_fault(run_dir, recipe, FSTConfig().model_dump())) else []
-    faults += [*storage_faults(config, recipe, run_dir), *unseen_faults(policy, run_dir)] if room is None else []
+    if room is None:
+        faults += [*storage_faults(config, recipe, run_dir), *attached_server_faults(policy, run_dir)]
     if room is None and config.ray is None:  # with it the cluster is asked once this process is connected
         faults += room_faults(policy, config, run_dir)
     config = with_recorded_micro_batch(config, run_dir)

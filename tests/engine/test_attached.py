@@ -1,11 +1,11 @@
-"""Attached servers that do not see what the run writes are found out before anything is loaded."""
+"""Attached servers that are of no use, or do not see what the run writes, are found out before anything is loaded."""
 
 import pytest
 
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import WeightCheck
 from dspy_fst.errors import ConfigurationError
 from dspy_fst.policy_lm import PolicyLM, policy_of
-from dspy_fst.training.attached import unseen_faults
+from dspy_fst.training.attached import attached_server_faults
 from programs.lab import BASE
 from tests.relay import relay
 from tests.test_compile import compile_relay
@@ -38,7 +38,7 @@ def test_a_worker_sees_a_file_only_with_the_content_that_was_written(tmp_path):
 )
 def test_a_server_is_asked_for_a_file_beside_the_weights_that_is_removed_again(canned, tmp_path, status, answer, told):
     canned.replies[RPC] = (status, answer)
-    faults = unseen_faults(on(canned.url), tmp_path / "runs" / "new")
+    faults = attached_server_faults(on(canned.url), tmp_path / "runs" / "new")
     ((_, asked),) = [call for call in canned.asked if call[0] == RPC]
     assert asked["kwargs"]["file"].startswith(f"{tmp_path}/.dspy-fst-probe-")
     assert list(tmp_path.iterdir()) == []
@@ -48,14 +48,15 @@ def test_a_server_is_asked_for_a_file_beside_the_weights_that_is_removed_again(c
         assert "name a run_dir on storage that both machines mount" in faults[0]
 
 
-def test_each_of_several_servers_is_asked_and_one_that_does_not_answer_is_left_to_the_start(canned, tmp_path):
+def test_each_of_several_servers_is_asked_and_what_is_wrong_with_any_is_told_at_once(canned, tmp_path):
     canned.replies[RPC] = (200, {"results": [False]})
-    (fault,) = unseen_faults(on("http://127.0.0.1:9", canned.url), tmp_path)
-    assert canned.url in fault
-    assert unseen_faults(PolicyLM(BASE, engine="in_process"), tmp_path) == []
+    silent, blind = attached_server_faults(on("http://127.0.0.1:9", canned.url), tmp_path)
+    assert "the vLLM server at http://127.0.0.1:9 does not answer" in silent
+    assert f"{canned.url} does not see" in blind
+    assert attached_server_faults(PolicyLM(BASE, engine="in_process"), tmp_path) == []
     sent = on(canned.url)
     sent.handle.options["weight_transfer"] = "nccl"
-    assert unseen_faults(sent, tmp_path) == [], "it reads nothing there"
+    assert attached_server_faults(sent, tmp_path) == [], "it reads nothing there"
 
 
 def test_a_run_is_refused_before_it_leaves_anything_behind(canned, tmp_path):

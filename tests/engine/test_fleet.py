@@ -14,12 +14,14 @@ from dspy.lm15 import Config, InvalidRequestError, Message, Request
 from dspy_fst.config import FSTConfig
 from dspy_fst.engine.base import Checkpoint, Holding, Scorer
 from dspy_fst.engine.making import engine_maker
+from dspy_fst.engine.vllm import repeating as repeating_module
 from dspy_fst.engine.vllm import supervisor as supervisor_module
+from dspy_fst.engine.vllm.fleet import alike as alike_module
 from dspy_fst.engine.vllm.fleet import fleet as fleet_module
 from dspy_fst.engine.vllm.fleet import member as member_module
 from dspy_fst.engine.vllm.fleet import placing
 from dspy_fst.engine.vllm.fleet.affinity import BLOCK_CHARACTERS, SPILL_CALLS, Routes, beginnings
-from dspy_fst.engine.vllm.fleet.alike import require_alike
+from dspy_fst.engine.vllm.fleet.alike import Kind
 from dspy_fst.engine.vllm.fleet.each import members_of
 from dspy_fst.engine.vllm.fleet.fleet import Fleet
 from dspy_fst.engine.vllm.fleet.member import FleetServer
@@ -33,7 +35,6 @@ from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.ray_checks import room_faults, servers_on_ray
 from programs.lab import BASE
 from tests.engine.test_supervisor import Server, World
-from tests.serve.fake_vllm import UPSTREAM_KEY, FakeVLLM
 
 LIMIT_S = 20
 """Of every wait here; none is near it on a machine that is not broken."""
@@ -62,8 +63,9 @@ def place_of(server: Server) -> int:
 
 @pytest.fixture(autouse=True)
 def hardly_any_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FIRST_WAIT_S", "LONGEST_WAIT_S", "JITTER_S", "RELAUNCH_PAUSE_S"):
-        monkeypatch.setattr(supervisor_module, name, 0.001)
+    for name in ("FIRST_WAIT_S", "LONGEST_WAIT_S", "JITTER_S"):
+        monkeypatch.setattr(repeating_module, name, 0.001)
+    monkeypatch.setattr(supervisor_module, "RELAUNCH_PAUSE_S", 0.001)
     monkeypatch.setattr(member_module, "RETURN_PAUSE_S", 0.01)
     monkeypatch.setattr(fleet_module, "vllm_faults", lambda settings: [])
     monkeypatch.setattr(fleet_module, "require_alike", lambda settings: None)
@@ -409,6 +411,21 @@ def test_a_server_that_its_owner_starts_anew_is_asked_only_once_it_has_the_weigh
     assert "the server was started anew" in attached.told[0]
 
 
+def test_a_server_that_its_owner_starts_anew_as_another_is_told_and_comes_back_once_it_is_as_before(
+    world, attached, weights, monkeypatch
+):
+    attached.load(weights("v0"))
+    attached._roster.kind, found = Kind("/model", 512, "float32"), [Kind("/model", 512, "bfloat16")]
+    monkeypatch.setattr(alike_module, "require_alike", lambda settings: found[0])
+    world.on_ask = lambda server, seed: dies(server, seed) if server is world.places[0][0] else None
+    attached.complete(asking("x"), 0), attached.complete(asking("y"), 1)
+    until(attached, lambda: "dtype bfloat16, and the run began on /model" in attached.told[-1])
+    assert (states(attached), len(attached.told)) == (["lost", "up"], 2), "told once"
+    assert not any(server.loaded for server in world.places[0][1:])
+    found[0] = attached._roster.kind
+    until(attached, lambda: states(attached) == ["up", "up"])
+
+
 def test_a_server_that_is_started_anew_while_it_comes_back_is_attached_to_once_more(world, attached, weights):
     def started_anew(server: Server, *_: object) -> None:
         if server in world.places[0][:2]:
@@ -572,29 +589,6 @@ def test_each_server_has_cards_and_a_log_of_its_own(monkeypatch, tmp_path):
     assert members_of(VLLMSettings()) == [VLLMSettings()]
     monkeypatch.setattr(placing, "gpu_count", lambda: 0)
     assert [one.cards for one in members_of(VLLMSettings(servers=2))] == [None, None]
-
-
-def test_servers_of_different_models_are_refused_before_any_gets_weights():
-    fakes = [FakeVLLM(lambda messages, seed: ""), FakeVLLM(lambda messages, seed: "")]
-    urls = tuple(fake.start().url for fake in fakes)
-    settings = VLLMSettings(attach_url=urls, api_key=UPSTREAM_KEY)
-    try:
-        for fake, root in zip(fakes, ("/models/a", "/models/b"), strict=True):
-            fake.models = {"data": [{"id": "policy", "root": root, "max_model_len": 512}]}
-        with pytest.raises(EngineError, match=f"differ: {urls[0]}: /models/a, max_model_len 512; {urls[1]}: /models/b"):
-            require_alike(settings)
-        fakes[1].models = fakes[0].models
-        require_alike(settings)
-        assert not [body for fake in fakes for body in fake.asked]
-        for other in ({"data": []}, {"data": [{"root": "/models/a"}]}, [], "hello"):  # not vLLM's
-            fakes[1].models = other
-            with pytest.raises(
-                EngineError, match=f"{urls[1]}/v1/models answers, but lists no model as vLLM does; name"
-            ):
-                require_alike(settings)
-    finally:
-        for fake in fakes:
-            fake.stop()
 
 
 def test_one_server_is_an_engine_without_a_fleet():

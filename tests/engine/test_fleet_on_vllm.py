@@ -25,7 +25,7 @@ from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.policy_lm import PolicyLM, policy_of
 from dspy_fst.run.directory import read_events
-from dspy_fst.training.attached import unseen_faults
+from dspy_fst.training.attached import attached_server_faults
 from programs.lab import BASE
 from tests.engine.test_contract import request_of
 from tests.engine.test_server_process import below
@@ -166,7 +166,7 @@ def test_a_server_that_was_started_anew_between_two_calls_answers_with_the_weigh
     server = pair[1]
     options = {**options_of(pair), "attach_url": server.url}
     policy = PolicyLM(BASE, engine="vllm", engine_options=options)
-    assert unseen_faults(policy, tmp_path) == []
+    assert attached_server_faults(policy, tmp_path) == []
     moved = Checkpoint("step-000001", shutil.copytree(BASE, tmp_path / "moved"))
     tensors = load_file(moved.path / "model.safetensors")
     tensors["model.norm.weight"] *= 0.5

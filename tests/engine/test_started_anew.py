@@ -23,6 +23,7 @@ from tests.engine.test_vllm_client import REQUEST, chat_reply
 
 SERVER = """
 import json, sys, uvicorn
+from types import SimpleNamespace
 from dspy_fst_rows import Rows
 
 async def canned(scope, receive, send):
@@ -31,7 +32,13 @@ async def canned(scope, receive, send):
     reply = json.dumps(json.loads(sys.argv[2]).get(scope["path"], {})).encode()
     await send({"type": "http.response.body", "body": reply})
 
-uvicorn.run(Rows(canned), port=int(sys.argv[1]), lifespan="off", log_level="error")
+config = SimpleNamespace(dtype="torch.bfloat16")
+app = SimpleNamespace(state=SimpleNamespace(engine_client=SimpleNamespace(model_config=config)))
+
+async def in_vllm(scope, receive, send):
+    await Rows(canned)(scope | {"app": app}, receive, send)
+
+uvicorn.run(in_vllm, port=int(sys.argv[1]), lifespan="off", log_level="error")
 """
 SCORED = {"choices": [{"index": 0, "prompt_logprobs": [None, {"2": {"logprob": -1.0}}]}]}
 REPLIES = {
@@ -96,6 +103,9 @@ def test_who_comes_later_asks_the_process_that_is_there_then(client):
     later = VLLMClient(client.address, request_timeout_s=60, load_timeout_s=60)
     later.find_rows()
     assert later.score([[1, 2]]) == [[-1.0]]
+    served = later.process()
+    assert served is not None
+    assert served.dtype == "bfloat16"
     later.close()
 
 

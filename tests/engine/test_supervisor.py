@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from dspy.lm15 import Config, InvalidRequestError, Message, Request
 
 from dspy_fst.engine.base import Checkpoint, Completion
 from dspy_fst.engine.chat import text_response
+from dspy_fst.engine.vllm import repeating as repeating_module
 from dspy_fst.engine.vllm import supervisor as supervisor_module
 from dspy_fst.engine.vllm.client import NoAnswerError
+from dspy_fst.engine.vllm.repeating import ATTEMPTS
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.stalls import watch
-from dspy_fst.engine.vllm.supervisor import ATTEMPTS, Supervisor
+from dspy_fst.engine.vllm.supervisor import Supervisor
 from dspy_fst.errors import EngineError, ServerDiedError, ServerReplacedError, SyncError
 from dspy_fst.policy_lm import EngineHandle
 
@@ -93,8 +96,9 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def hardly_any_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FIRST_WAIT_S", "LONGEST_WAIT_S", "JITTER_S", "RELAUNCH_PAUSE_S"):
-        monkeypatch.setattr(supervisor_module, name, 0.001)
+    for name in ("FIRST_WAIT_S", "LONGEST_WAIT_S", "JITTER_S"):
+        monkeypatch.setattr(repeating_module, name, 0.001)
+    monkeypatch.setattr(supervisor_module, "RELAUNCH_PAUSE_S", 0.001)
 
 
 @pytest.fixture
@@ -344,7 +348,34 @@ def test_a_server_that_somebody_else_launched_is_asked_again_and_never_restarted
     with pytest.raises(EngineError, match="answered 500"):
         engine.load(weights("v1"))
     assert len(world.servers) == 1
-    assert engine.counts == {"asked again": ATTEMPTS - 1, "swaps failed": 1}
+    assert engine.counts == {"asked again": 2 * (ATTEMPTS - 1), "swaps failed": 1}
+
+
+def test_a_publish_to_a_server_that_somebody_else_launched_is_made_again_if_a_request_of_it_fails(world, weights):
+    engine = Supervisor(VLLMSettings(attach_url="http://127.0.0.1:9", load_timeout_s=60), world.make)
+    checked: list[str] = []
+    engine.on_recovery(engine.on_event, lambda scorer: checked.append("checked"))
+    engine.load(weights("v0"))
+    failing = iter([NoAnswerError("a gateway answered 502"), None, None])
+
+    def fails_once(server: Server, checkpoint: Checkpoint) -> None:
+        if (error := next(failing)) is not None:
+            raise error
+
+    world.on_load = fails_once
+    engine.load(weights("v1"))
+    assert (engine.weights, checked) == ("v1", ["checked"] * 2)
+    assert engine.counts == {"asked again": 1}
+
+    def hangs(server: Server, checkpoint: Checkpoint) -> None:
+        loads.append(checkpoint.version)
+        raise NoAnswerError("waited 60 s in vain")
+
+    loads: list[str] = []
+    world.on_load, engine.settings = hangs, replace(engine.settings, load_timeout_s=0)  # which was waited for once
+    with pytest.raises(EngineError, match="in vain"):
+        engine.load(weights("v2"))
+    assert loads == ["v2"]
 
 
 def started_anew(server: Server, *_: object) -> None:

@@ -20,9 +20,11 @@ from dspy_fst.engine.replies import ReplyReader
 from dspy_fst.engine.vllm import server as vllm_server
 from dspy_fst.engine.vllm.client import NoAnswerError, pinned
 from dspy_fst.engine.vllm.process import ServerProcess
+from dspy_fst.engine.vllm.rows import PATH
 from dspy_fst.engine.vllm.server import VLLMServer
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.stalls import watch
+from dspy_fst.engine.vllm.wire import PROCESS
 from dspy_fst.errors import EngineError
 from tests.engine.server_state import answers
 from tests.engine.taught import TEMPLATE, make_tokenizer
@@ -58,6 +60,7 @@ class Canned(ThreadingHTTPServer):
         self.replies: dict[str, tuple[int, Any]] = {
             "/v1/models": (200, {"data": [{"id": "policy"}]}),
             "/is_paused": (200, {"is_paused": False}),
+            PATH: (200, {"dtype": "float32"}),
             "/v1/completions": (200, None),
             "/health": (200, {}),
             "/pause": (200, {}),
@@ -66,6 +69,8 @@ class Canned(ThreadingHTTPServer):
             "/resume": (200, {}),
             "/v1/chat/completions": (200, chat_reply()),
         }
+        self.process: str | None = f"process-{self.server_port}"
+        """None: it has no middleware of ours."""
         self.stall = threading.Event()
         self.stalled_path = ""
         self.last_path = ""
@@ -107,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
             reply = {"choices": [{"index": 0, "logprobs": {"top_logprobs": [top]}}]}
         payload = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
         self.send_response(status)
+        if path == PATH and self.server.process is not None and status == 200:
+            self.send_header(PROCESS, self.server.process)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
@@ -276,6 +283,7 @@ def test_a_prompt_of_ids_is_sampled_from_as_it_is_with_the_same_pins(
     engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
 ) -> None:
     engine.load(checkpoint)
+    engine._require_client().rows = None
     canned.replies["/v1/completions"] = (200, ids_reply())
     canned.asked.clear()
     completion = engine.complete(REQUEST, 3, (5, 6))
@@ -293,6 +301,7 @@ def test_a_reply_to_ids_tells_its_logprobs_to_who_asks(
     engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
 ) -> None:
     engine.load(checkpoint)
+    engine._require_client().rows = None
     scored = {"token_logprobs": [-0.5, -1.5], "tokens": ["a", "\u00e9"], "top_logprobs": [{"b": -2.0, "a": -0.5}] * 2}
     canned.replies["/v1/completions"] = (200, ids_reply(logprobs=scored))
     assert engine.complete(REQUEST, 3, (5, 6)).response.logprobs is None
@@ -310,6 +319,7 @@ def test_ids_that_the_server_refuses_are_put_to_it_as_messages(
     engine: VLLMServer, canned: Canned, checkpoint: Checkpoint
 ) -> None:
     engine.load(checkpoint)
+    engine._require_client().rows = None
     canned.replies["/v1/completions"] = (400, {"error": {"message": "no"}})
     assert engine.complete(REQUEST, 3, (5, 6)).prompt_ids == (1, 2, 3)
 
@@ -327,6 +337,7 @@ def test_a_reply_to_ids_that_is_not_exact_is_refused(
     engine: VLLMServer, canned: Canned, checkpoint: Checkpoint, reply: Any, kind: type[EngineError]
 ) -> None:
     engine.load(checkpoint)
+    engine._require_client().rows = None
     canned.replies["/v1/completions"] = reply
     with pytest.raises(EngineError) as caught:
         engine.complete(REQUEST, 3, (5, 6))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 from dspy.lm15 import (
@@ -14,6 +15,8 @@ from dspy.lm15 import (
     ContextLengthError,
     InvalidRequestError,
     LMRouter,
+    ProviderError,
+    RateLimitError,
     Request,
     RouterConfig,
     ServerError,
@@ -28,8 +31,8 @@ from dspy_fst.engine.vllm.reply_stream import read_stream, sse_chunks
 from dspy_fst.engine.vllm.rows import PATH, RowSender, read_row, row_of
 from dspy_fst.engine.vllm.transport import ServerTransport
 from dspy_fst.engine.vllm.wire import (
+    ABSENT,
     PROCESS,
-    RESHAPING,
     TRANSFER,
     WorkerAnswer,
     asked_after,
@@ -40,6 +43,7 @@ from dspy_fst.engine.vllm.wire import (
     read_scores,
     require_asked_process,
     require_success,
+    said,
 )
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.types import WeightsVersion
@@ -50,12 +54,21 @@ CONNECT_TIMEOUT_S = 10.0
 QUICK_TIMEOUT_S = 30.0
 """Time limit of endpoints that answer without touching the weights."""
 
-_ENGINE_FAULTS = (TransportError, RequestTimeoutError, ServerError, AuthError, UnsupportedModelError)
+_ENGINE_FAULTS = (TransportError, RequestTimeoutError, RateLimitError, ServerError, AuthError, UnsupportedModelError)
 COMPARE = "dspy_fst_compare"
 """Method of the worker extension in `engine/vllm/served/dspy_fst_weight_check.py`."""
 _CONTROL = {"/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", *TRANSFER}
 """Endpoints that also answer 500 to a wrong request, e.g. files that do not fit, or an adapter of too high a rank."""
 _TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+
+
+class ServedBy(NamedTuple):
+    """A process of a server, as our middleware tells it."""
+
+    name: str
+    """Another start of the server has another one."""
+    dtype: str | None
+    """Precision of the model, e.g. ``"bfloat16"``; None: an older middleware, which does not tell."""
 
 
 class VLLMClient:
@@ -69,7 +82,7 @@ class VLLMClient:
 
     def __init__(self, address: Address, *, request_timeout_s: float, load_timeout_s: float):
         self.address = address
-        self._request_timeout_s = request_timeout_s
+        self.request_timeout_s = request_timeout_s
         self.load_timeout_s = load_timeout_s
         self._model: str | None = None
         self._cannot_compare = False
@@ -136,13 +149,28 @@ class VLLMClient:
         """If the server has our middleware: send requests together from now on, and to the process that answers now.
 
         If another one answers later, it refuses: every method then raises `ServerReplacedError`.
+
+        Raises:
+            EngineError: as `process` has it.
         """
-        reply = self.send("GET", PATH, timeout_s=QUICK_TIMEOUT_S)
-        if reply.is_success:
-            meant = {PROCESS: name} if (name := reply.headers.get(PROCESS)) else {}
+        if (found := self.process()) is not None:
+            meant = {PROCESS: found.name}
             self._http.headers.update(meant)
             self._transport.headers = meant
-            self.rows = RowSender(self.address, timeout_s=self._request_timeout_s, headers=meant)
+            self.rows = RowSender(self.address, timeout_s=self.request_timeout_s, headers=meant)
+
+    def process(self) -> ServedBy | None:
+        """Which process answers; None where the server lacks our middleware.
+
+        Raises:
+            EngineError: no answer came, or another than these two. Nobody knows then what it has.
+        """
+        reply = self.send("GET", PATH, timeout_s=QUICK_TIMEOUT_S)
+        if reply.status_code in ABSENT:
+            return None
+        require_success(reply, f"GET {self.address.url}{PATH}")
+        name = reply.headers.get(PROCESS)
+        return None if name is None else ServedBy(name, said(reply).get("dtype"))
 
     def sample(
         self,
@@ -198,7 +226,7 @@ class VLLMClient:
                         raise lm.normalize_error(reply.status_code, body)
                 return (yield from read_stream(sse_chunks(reply), request, weights))
         except (httpx.HTTPError, RuntimeError) as error:  # the latter when another thread closed the client
-            raise NoAnswerError(f"vLLM at {self.address.url} gave no reply to a request: {error}") from error
+            raise self._no_reply(error) from error
 
     @contextmanager
     def _as_engine_errors(self) -> Iterator[None]:
@@ -206,12 +234,17 @@ class VLLMClient:
         try:
             yield
         except _ENGINE_FAULTS as error:
-            raise NoAnswerError(f"vLLM at {self.address.url} gave no reply to a request: {error}") from error
+            raise self._no_reply(error) from error
         except InvalidRequestError as error:
             # vLLM reports a prompt that is too long only in words; modules such as ReAct expect this class.
             if "maximum context length" in str(error) and not isinstance(error, ContextLengthError):
                 raise ContextLengthError(str(error)) from error
             raise
+        except ProviderError as error:  # of no kind: the answer was no JSON
+            raise self._no_reply(error) from error
+
+    def _no_reply(self, error: Exception) -> NoAnswerError:
+        return NoAnswerError(f"vLLM at {self.address.url} gave no reply to a request: {error}")
 
     def _sample_after(
         self, prompt_ids: Sequence[int], request: Request, weights: WeightsVersion, keep_logprobs: bool
@@ -222,11 +255,11 @@ class VLLMClient:
         returns the same fields.
         """
         body = asked_after(prompt_ids, request)
-        reply = self.send("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s)
+        reply = self.send("POST", "/v1/completions", json=body, timeout_s=self.request_timeout_s)
         if reply.is_client_error:
             return None
         require_success(reply, f"POST {self.address.url}/v1/completions")
-        return read_after(prompt_ids, reply.json()["choices"][0], request, weights, keep_logprobs=keep_logprobs)
+        return read_after(prompt_ids, said(reply)["choices"][0], request, weights, keep_logprobs=keep_logprobs)
 
     def tokens_processed(self, timeout_s: float) -> str:
         """vLLM's counters of prompt and sampled tokens, which change at every step; empty if it keeps none."""
@@ -242,52 +275,9 @@ class VLLMClient:
             "temperature": 1.0,
             "prompt_logprobs": 0,
         }
-        reply = self.call("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s).json()
+        reply = said(self.call("POST", "/v1/completions", json=body, timeout_s=self.request_timeout_s))
         choices = sorted(reply["choices"], key=lambda choice: choice["index"])
         return [read_scores(choice, sequence) for choice, sequence in zip(choices, sequences, strict=True)]
-
-    def require_developer_endpoints(self, how_to_launch: str) -> None:
-        """Check that weights can be swapped.
-
-        Raises:
-            EngineError: with ``how_to_launch`` in the message.
-        """
-        reply = self.send("GET", "/is_paused", timeout_s=QUICK_TIMEOUT_S)
-        if reply.status_code in (404, 405):
-            raise EngineError(
-                f"vLLM at {self.address.url} was launched without its developer endpoints, which swapping weights "
-                f"needs. {how_to_launch}"
-            )
-        require_success(reply, f"GET {self.address.url}/is_paused")
-
-    def require_processed_logprobs(self, how_to_launch: str) -> None:
-        """Check that log-probabilities are those of the distribution sampled from, temperature included.
-
-        The check measures them, because /server_info fails where pip is missing: at half the temperature every
-        difference of log-probabilities doubles.
-
-        Raises:
-            EngineError: with ``how_to_launch`` in the message.
-        """
-        if self._top_gap(0.5) < 1.5 * self._top_gap(1.0):
-            raise EngineError(
-                f"vLLM at {self.address.url} gives log-probabilities that ignore the temperature. {how_to_launch}"
-            )
-
-    def _top_gap(self, temperature: float) -> float:
-        """Gap in nats between the two likeliest next tokens of a text, as reported at this temperature."""
-        body = {
-            "model": self.find_model(),
-            "prompt": "a",
-            "max_tokens": 1,
-            "temperature": temperature,
-            "logprobs": 5,
-            "return_tokens_as_token_ids": True,  # as texts, tokens that decode alike would appear once
-            **RESHAPING,
-        }
-        reply = self.call("POST", "/v1/completions", json=body, timeout_s=self._request_timeout_s).json()
-        ranked = sorted(reply["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)
-        return float(ranked[0] - ranked[1])
 
     def swap_weights(self, load: Callable[[], object]) -> None:
         """Have new weights loaded into the running model after the requests in flight, and empty the prefix cache.
@@ -296,11 +286,11 @@ class VLLMClient:
             EngineError: a step failed. The server is resumed nevertheless, with unknown weights.
         """
         try:
-            self.call("POST", "/pause?mode=wait", timeout_s=self._request_timeout_s)
+            self.call("POST", "/pause?mode=wait", timeout_s=self.request_timeout_s)
             load()
             # Otherwise the new weights would continue from cached keys and values of the old ones.
             reset = self.call("POST", "/reset_prefix_cache", timeout_s=QUICK_TIMEOUT_S)
-            if not reset.json()["success"]:
+            if not said(reset)["success"]:
                 raise EngineError(f"vLLM at {self.address.url} could not empty its prefix cache: still in use")
         except BaseException:
             self._resume_quietly()
@@ -346,7 +336,7 @@ class VLLMClient:
             if not optional or not any(words in str(error) for words in missing):
                 raise
             return None
-        answers: list[WorkerAnswer] = reply.json()["results"]
+        answers: list[WorkerAnswer] = said(reply)["results"]
         return answers
 
     def close(self) -> None:
@@ -368,8 +358,8 @@ class VLLMClient:
             EngineError: it refused the request.
         """
         reply = self.send(method, path, timeout_s=timeout_s, json=json)
-        # To a server that is well a status of 500 is a refusal of the request.
-        refused = reply.is_server_error and path.partition("?")[0] in _CONTROL and self._health() == 200
+        # To a server that is well a status of 500 is a refusal of the request. Gateways say 502 to 504.
+        refused = reply.status_code == 500 and path.partition("?")[0] in _CONTROL and self._health() == 200
         require_success(reply, f"{method} {self.address.url}{path}", refused=refused)
         return reply
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dspy_fst.engine.base import Holding
 from dspy_fst.engine.vllm.client import QUICK_TIMEOUT_S, VLLMClient
-from dspy_fst.engine.vllm.wire import read_holding
+from dspy_fst.engine.vllm.wire import ABSENT, GATEWAY, read_holding, require_success, said
 from dspy_fst.errors import EngineError, NoAnswerError
 
 _LOAD, _UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -33,11 +33,13 @@ class LoRAClient:
         # It refuses the name of the model itself by 400, before it looks at anything else.
         body = {"lora_name": self._client.find_model(), "lora_path": "none"}
         reply = self._client.send("POST", _LOAD, json=body, timeout_s=QUICK_TIMEOUT_S)
-        if reply.status_code in (404, 405):
+        if reply.status_code in ABSENT:
             raise EngineError(
                 f"vLLM at {self._client.address.url} was launched without VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, so it "
                 f"cannot load LoRA adapters while it runs. {how_to_launch}"
             )
+        if reply.status_code in GATEWAY:
+            require_success(reply, f"POST {self._client.address.url}{_LOAD}")
 
     def note_names(self, how_to_launch: str, *, optional: bool) -> None:
         """Let the workers note under which name each adapter is loaded from now on, for `held`.
@@ -90,7 +92,7 @@ class LoRAClient:
         Raises:
             EngineError: the server did not answer.
         """
-        models = self._client.call("GET", "/v1/models", timeout_s=QUICK_TIMEOUT_S).json()["data"]
+        models = said(self._client.call("GET", "/v1/models", timeout_s=QUICK_TIMEOUT_S))["data"]
         return {str(model["id"]): str(model.get("root")) for model in models if model.get("parent")}
 
     def held(self, name: str, folder: Path) -> Holding:

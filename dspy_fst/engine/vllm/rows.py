@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import httpx
 from dspy.lm15 import Request
@@ -182,11 +182,11 @@ class RowSender:
                     waiting[told["row"]][1].set_result(told)
         except EngineError as error:
             _fail_the_rest(waiting, error)
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, ValueError, TypeError, LookupError) as error:  # broken off, or no line of ours
             _fail_the_rest(waiting, self._no_reply(error))
 
 
-def _body(rows: Sequence[AskedRow]) -> dict[str, Any]:
+def _body(rows: Sequence[AskedRow]) -> dict[str, object]:
     """The request's body. Equal prompts, as a group's rollouts have, are in it once."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     place = {prompt: index for index, prompt in enumerate(prompts)}

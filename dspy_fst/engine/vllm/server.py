@@ -23,6 +23,7 @@ from dspy_fst.engine.base import Checkpoint, Completion, Holding
 from dspy_fst.engine.chat import fitted
 from dspy_fst.engine.replies import UNREAD, ReplyReader, with_stop_tokens
 from dspy_fst.engine.vllm.address import Address
+from dspy_fst.engine.vllm.attachable import require_attachable, require_processed_logprobs
 from dspy_fst.engine.vllm.client import VLLMClient
 from dspy_fst.engine.vllm.diagnosis import last_words, obituary
 from dspy_fst.engine.vllm.launch import HOW_TO_ATTACH, lora_places
@@ -299,15 +300,13 @@ class VLLMServer:
         client = self._new_client(address)
         way: Way | None = None
         try:
-            client.find_model()
-            client.find_rows()  # from now on this very process is asked
-            client.require_developer_endpoints(HOW_TO_ATTACH)
+            require_attachable(client, self.settings.max_model_len)
             way = way_to(client, self.settings)
             if checkpoint.adapters:  # their base is not swapped: the server must have been launched on it
                 LoRAClient(client).require(HOW_TO_ATTACH)
             else:
                 way.swap(checkpoint.path.resolve())  # also resumes a server that was left paused
-            client.require_processed_logprobs(HOW_TO_ATTACH)
+            require_processed_logprobs(client)
         except BaseException:
             if way is not None:
                 way.close()

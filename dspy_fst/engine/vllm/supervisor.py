@@ -15,6 +15,7 @@ The contract of this file:
 
 import copy
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -23,11 +24,12 @@ from contextlib import closing, contextmanager, nullcontext
 from typing import TypeVar
 
 from dspy.lm15 import Request
-from tenacity import Retrying, retry_if_exception, sleep_using_event, stop_after_attempt, wait_exponential, wait_random
+from tenacity import Retrying
 
 from dspy_fst.engine.base import Checkpoint, Completion, Holding, Scorer
 from dspy_fst.engine.machine import empty_gpu_cache, has_gpu
 from dspy_fst.engine.vllm.address import Address
+from dspy_fst.engine.vllm.repeating import repeating
 from dspy_fst.engine.vllm.server import VLLMServer, require_checkpoint
 from dspy_fst.engine.vllm.server_settings import DROPS_WEIGHTS, VLLMSettings
 from dspy_fst.engine.vllm.sleep_mode import UnverifiedWeightsError
@@ -39,10 +41,6 @@ from dspy_fst.types import WeightsVersion
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-ATTEMPTS = 5
-"""How many times a request is sent to a live server before the server counts as failed."""
-FIRST_WAIT_S, LONGEST_WAIT_S, JITTER_S = 0.5, 8.0, 0.5
-"""Waits between attempts: 0.5 s, 1 s, 2 s ... plus a random part, so that the threads do not all ask at once."""
 RELAUNCH_PAUSE_S = 5.0
 """Pause after a failed launch: the last server may not have released its memory and port yet."""
 CLOSE_TIMEOUT_S = 60.0
@@ -233,19 +231,14 @@ class Supervisor:
                 self._verify_again(self._wanted)
             return self.server
 
-    def _retrying(self, server: VLLMServer) -> Retrying:
-        """Repeats a request to a live server."""
+    def _retrying(self, server: VLLMServer, within_s: float = math.inf) -> Retrying:
+        """Repeats a request to a live server, unless it took longer than ``within_s``."""
         lost, died = NoAnswerError, ServerDiedError
-        return Retrying(
-            retry=retry_if_exception(
-                lambda error: isinstance(error, lost) and not isinstance(error, died) and server is self.server
-            ),
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential(FIRST_WAIT_S, max=LONGEST_WAIT_S) + wait_random(0, JITTER_S),
-            sleep=sleep_using_event(self._closing),
-            before_sleep=lambda _: self._count("asked again"),
-            reraise=True,
-        )
+
+        def passes(error: BaseException) -> bool:
+            return isinstance(error, lost) and not isinstance(error, died) and server is self.server
+
+        return repeating(passes, self._closing, lambda: self._count("asked again"), within_s)
 
     # ---- after a sleep ---------------------------------------------------------------------------
 
@@ -266,9 +259,9 @@ class Supervisor:
                 self._relaunch(wanted, self._broken)
             elif self.settings.sleep_level == DROPS_WEIGHTS:
                 self._swap(wanted)
-            elif self._check is not None:
+            else:
                 try:
-                    self._check(self.server)
+                    self._verify()
                 except EngineError as error:
                     self._relaunch(wanted, error)
 
@@ -284,8 +277,7 @@ class Supervisor:
     def _begin(self, checkpoint: Checkpoint) -> None:
         self._launch(checkpoint)
         try:
-            if self._check is not None:
-                self._check(self.server)
+            self._verify()
         except NoAnswerError as error:  # the server died during the check, so its weights are still unknown
             self._relaunch(checkpoint, error)
 
@@ -300,9 +292,10 @@ class Supervisor:
             return
         cause: EngineError
         try:
-            self.server.load(checkpoint)
-            if self._check is not None:
-                self._check(self.server)
+            if self.settings.attach_url is None:
+                self._take(checkpoint)
+            else:  # it cannot be restarted, and the same publish may be made twice
+                self._retrying(self.server, self.settings.load_timeout_s)(self._take, checkpoint)
             return
         except ServerReplacedError as error:
             cause = error
@@ -313,6 +306,14 @@ class Supervisor:
             self._count("swaps failed")
             cause = EngineError(f"the weights could not be swapped: {error}")
         self._relaunch(checkpoint, cause)
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        self.server.load(checkpoint)
+        self._verify()
+
+    def _verify(self) -> None:
+        if self._check is not None:
+            self._check(self.server)
 
     def _restart_reason(self, checkpoint: Checkpoint) -> tuple[str, str] | None:
         """What needs a restart instead of a swap, and why; None if nothing does."""
@@ -345,8 +346,7 @@ class Supervisor:
             self._replace_server()
             try:
                 self._launch(checkpoint)
-                if self._check is not None:
-                    self._refuse_unsound(self._check)
+                self._refuse_unsound()
                 return
             except EngineError as error:
                 if self._refusal is not None:
@@ -364,9 +364,9 @@ class Supervisor:
         if not self.settings.elsewhere:
             watch(self.server, self.settings.stall_timeout_s)
 
-    def _refuse_unsound(self, check: Callable[[Scorer], object]) -> None:
+    def _refuse_unsound(self) -> None:
         try:
-            check(self.server)
+            self._verify()
         except NoAnswerError:
             raise  # the server failed again, so its weights are still unknown
         except BaseException as error:

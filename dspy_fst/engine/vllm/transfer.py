@@ -30,7 +30,7 @@ from dspy_fst.engine.base import Holding
 from dspy_fst.engine.machine import free_port, has_gpu
 from dspy_fst.engine.vllm.client import QUICK_TIMEOUT_S, VLLMClient
 from dspy_fst.engine.vllm.server_settings import BUFFER_BYTES
-from dspy_fst.engine.vllm.wire import WorkerAnswer, read_holding
+from dspy_fst.engine.vllm.wire import WorkerAnswer, read_holding, said
 from dspy_fst.errors import EngineError, NoAnswerError
 from dspy_fst.run.settling import settle_in_thread
 
@@ -178,7 +178,7 @@ class Transfer:
         if self._backend == "ipc":
             facts = IPCTrainerInitInfo(rank=0)
         else:
-            workers = self._client.call("GET", "/get_world_size", timeout_s=QUICK_TIMEOUT_S).json()["world_size"]
+            workers = said(self._client.call("GET", "/get_world_size", timeout_s=QUICK_TIMEOUT_S))["world_size"]
             host = _own_address(self._client.address.url)
             port = free_port(host)
             facts = NCCLTrainerInitInfo(host, port, workers + 1, packed_buffer_size_bytes=BUFFER_BYTES, rank=0)

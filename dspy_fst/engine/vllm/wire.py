@@ -20,6 +20,10 @@ PROCESS = "x-dspy-fst-process"
 """Header that names the process of a server; see `served/dspy_fst_rows.py`."""
 TRANSFER = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update")
 """Endpoints of vLLM's weight transfer."""
+ABSENT = (404, 405)
+"""Statuses of an endpoint that the server lacks."""
+GATEWAY = (408, 429, 502, 503, 504)
+"""Statuses that say nothing of a request: a gateway's limits, and its words for a server that it does not reach."""
 FINISHED = {"stop", "length", "tool_calls"}
 """Finish reasons of a complete reply; any other means that the reply was cut off."""
 
@@ -233,7 +237,7 @@ def require_success(reply: httpx.Response, what: str, *, refused: bool = False) 
 
     Raises:
         ServerReplacedError: another process of the server answers than the one that was asked.
-        NoAnswerError: a server error, after which asking again may help.
+        NoAnswerError: a server error or a gateway's limit, after which asking again may help.
         EngineError: any other answer.
     """
     if reply.is_success:
@@ -244,8 +248,20 @@ def require_success(reply: httpx.Response, what: str, *, refused: bool = False) 
         raise EngineError(
             f"{what} answered {reply.status_code}, and the server is well, so it refused: {_reason(reply)}"
         )
-    kind = NoAnswerError if reply.is_server_error else EngineError
+    kind = NoAnswerError if reply.is_server_error or reply.status_code in GATEWAY else EngineError
     raise kind(f"{what} answered {reply.status_code}: {_reason(reply)}{hint}")
+
+
+def said(reply: httpx.Response) -> Any:
+    """What a successful answer says.
+
+    Raises:
+        NoAnswerError: it is no JSON, but a gateway's page, or cut off where nothing tells its length.
+    """
+    try:
+        return reply.json()
+    except ValueError as error:
+        raise NoAnswerError(f"{reply.request.url} answered what is no JSON: {reply.text[:200]!r}") from error
 
 
 def _reason(reply: httpx.Response) -> str:

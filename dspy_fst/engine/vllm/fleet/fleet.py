@@ -232,9 +232,9 @@ class Fleet:
         """Start all servers. One that does not start is a fault of the settings, which fewer servers would hide."""
         if faults := vllm_faults(self.settings):
             raise EngineError("cannot start vLLM: " + "; ".join(faults))
-        require_alike(self.settings)
+        kind = require_alike(self.settings)
         with self._changed:
-            self._roster.closed = False
+            self._roster.closed, self._roster.kind = False, kind
             for member in self.members:
                 member.state = "up"
         failed = _together({member: partial(member.take, due) for member in self.members})

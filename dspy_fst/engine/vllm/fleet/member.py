@@ -22,6 +22,7 @@ from typing import Literal, TypeVar
 
 from dspy_fst.engine.base import Checkpoint
 from dspy_fst.engine.call_threads import Threads
+from dspy_fst.engine.vllm.fleet.alike import require_kind
 from dspy_fst.engine.vllm.fleet.roster import Due, Roster
 from dspy_fst.engine.vllm.server import VLLMServer
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
@@ -168,12 +169,16 @@ class FleetServer(Supervisor):
         self._let_go()
         while not self._closing.wait(RETURN_PAUSE_S) and not self._roster.closed:
             try:
+                if (kind := self._roster.kind) is not None:
+                    require_kind(self.settings, kind)
                 self._catch_up()
                 return
             except (SyncError, DiskError):
                 raise
             except EngineError as error:  # it does not answer yet, or was started anew once more
-                self.why = _first_line(error)
+                why, self.why = self.why, _first_line(error)
+                if self.why != why and not isinstance(error, NoAnswerError):
+                    self._tell(f"it does not come back yet: {self.why}")
                 self._let_go()
 
     def _let_go(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dspy_fst.engine.base import Checkpoint, Scorer
+from dspy_fst.engine.vllm.fleet.alike import Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,8 @@ class Roster:
         """Of the last publish that succeeded; None before the first one, and after one that failed."""
         self.publishing = False
         self.closed = False
+        self.kind: Kind | None = None
+        """Of all servers, if somebody else launched them."""
         self.tell: Callable[[str], None] = lambda sentence: None
         """Called with a sentence for each server that is lost, restarted or back."""
 

@@ -8,9 +8,9 @@ one request have the same seed. A run's rollouts have a seed each, so that a rep
 reply has ended: ``{"row": 0, "ids": [...], "logprobs": [...], "text": "...", "finish_reason": "stop"}``. A row that
 vLLM refuses is answered ``{"row": 0, "refused": "why"}``, and one that it fails on ``{"row": 0, "failed": "why"}``.
 
-``GET`` names the server's process in the header `PROCESS`; another start of the server has another name. A request to
-any path that names another process there is refused with 503: a server that was started anew has the weights of its
-command line, and would sample from those.
+``GET`` names the server's process in the header `PROCESS`; another start of the server has another name. Its body tells
+the model's precision: ``{"dtype": "bfloat16"}``. A request to any path that names another process there is refused with
+503: a server that was started anew has the weights of its command line, and would sample from those.
 
 Written for vLLM 0.32. This folder is on the server's PYTHONPATH, so its file names must not shadow other modules.
 """
@@ -63,7 +63,8 @@ class Rows:
             await self._app(scope, receive, send)
         elif scope["method"] == "GET":
             await _begin(send, 200, (PROCESS, self._process))
-            await send({"type": "http.response.body", "body": b"{}"})
+            dtype = str(scope["app"].state.engine_client.model_config.dtype).removeprefix("torch.")
+            await send({"type": "http.response.body", "body": json.dumps({"dtype": dtype}).encode()})
         else:
             await _answer(scope["app"].state, receive, send)
 
