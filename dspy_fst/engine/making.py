@@ -34,7 +34,15 @@ def resolve_kind(kind: EngineKind) -> EngineKind:
 
 
 def _on_ray(settings: "VLLMSettings") -> Engine:
-    """A fleet even of one server: it gives calls back whose machine is lost."""
+    """A fleet even of one server: it gives calls back whose machine is lost.
+
+    Raises:
+        ConfigurationError: Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigurationError(
+            ["engine_options: on_ray needs Ray, which is not installed: pip install 'dspy-fst[ray]'"]
+        )
     from dspy_fst.engine.vllm.fleet.fleet import Fleet
     from dspy_fst.engine.vllm.on_ray.places import Places
     from dspy_fst.engine.vllm.server import VLLMServer

@@ -133,4 +133,4 @@ def test_a_line_that_is_none_of_ours_is_no_reply(engine, canned, checkpoint, lin
         rows.reply_to(AskedRow((1, 2), "policy", 1, 1.0, 4))
     rows.close()
     gc.collect()  # then asyncio tells of errors that nobody took
-    assert not [record for record in caplog.records if record.name == "asyncio"]
+    assert "never retrieved" not in caplog.text

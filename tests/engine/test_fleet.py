@@ -30,7 +30,14 @@ from dspy_fst.engine.vllm.launch import vllm_environment
 from dspy_fst.engine.vllm.served.dspy_fst_weight_check import require_heard
 from dspy_fst.engine.vllm.server_settings import VLLMSettings, vllm_faults
 from dspy_fst.engine.vllm.supervisor import Supervisor
-from dspy_fst.errors import EngineError, NoAnswerError, ServerDiedError, ServerReplacedError, SyncError
+from dspy_fst.errors import (
+    ConfigurationError,
+    EngineError,
+    NoAnswerError,
+    ServerDiedError,
+    ServerReplacedError,
+    SyncError,
+)
 from dspy_fst.policy_lm import PolicyLM
 from dspy_fst.preflight.ray_checks import room_faults, servers_on_ray
 from programs.lab import BASE
@@ -624,6 +631,12 @@ def test_what_ray_chooses_is_refused_beside_on_ray():
 def test_only_servers_on_ray_hold_cpus_of_the_cluster(on_ray, held):
     options = {"on_ray": on_ray, "servers": 3}
     assert servers_on_ray(PolicyLM(BASE, engine="vllm", engine_options=options)) == held
+
+
+def test_servers_on_ray_without_ray_are_a_fault_of_the_settings(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="on_ray needs Ray, which is not installed: pip install"):
+        engine_maker("vllm", {"on_ray": True})()
 
 
 def test_servers_on_ray_need_a_connection_before_anything_else(tmp_path):
