@@ -98,6 +98,7 @@ def ranks_on_ray(count: int, run_dir: Path, model: Path) -> Iterator[Ranks]:
         stack.callback(ray.wait, ended, num_returns=len(ended), timeout=END_S)
         for end, name in zip(ended, names, strict=True):
             end.future().add_done_callback(partial(_ended, name, over, lost))
+        stack.callback(launcher.give_up)
         stack.callback(over.set)  # where they do not meet
         ranks = stack.enter_context(launcher.leading(lost))
         stack.callback(over.set)  # before they are told that it is

@@ -12,7 +12,7 @@ from dspy_fst.errors import RankError, briefly
 from dspy_fst.run.interrupts import Terminated, signals_ignored
 from dspy_fst.run.settling import settle_in_thread
 from dspy_fst.slow.ranks.ranks import Ranks
-from dspy_fst.slow.ranks.several import SeveralRanks
+from dspy_fst.slow.ranks.several import SeveralRanks, end_before_first_call
 
 MEET_S = 120.0
 """How long ranks that all run may take to find each other (ours); gloo itself waits for half an hour."""
@@ -30,13 +30,14 @@ class Launcher:
 
     def __init__(self, host: str, world: int):
         self._world = world
-        self._store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False)  # at a port that is free
-        self._host = host
+        store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False)  # at a port that is free
+        self._store: dist.TCPStore | None = store
+        self._place = {"MASTER_ADDR": host, "MASTER_PORT": str(store.port)}
 
     def variables(self, rank: int) -> dict[str, str]:
         """torchrun's variables for one rank, which sees its own card alone."""
         return {
-            **{"MASTER_ADDR": self._host, "MASTER_PORT": str(self._store.port), "WORLD_SIZE": str(self._world)},
+            **{**self._place, "WORLD_SIZE": str(self._world)},
             **{"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"},
         }
 
@@ -59,6 +60,12 @@ class Launcher:
         finally:
             group.end()
 
+    def give_up(self) -> None:
+        """Let ranks end that wait for others, or for a first call which does not come."""
+        if self._store is not None:
+            with suppress(RuntimeError):
+                end_before_first_call(self._store)
+
     def _met(self, lost: Sequence[str]) -> SeveralRanks:
         """The ranks, once they have found each other: in a thread, as gloo hears no signal while it waits for one.
 
@@ -69,12 +76,12 @@ class Launcher:
         thread = settle_in_thread(meeting, lambda: SeveralRanks(Launch.of()), "ranks-meet")
         try:
             return meeting.result(MEET_S)
-        except (RuntimeError, TimeoutError, Terminated) as error:
+        except (RankError, RuntimeError, TimeoutError, Terminated) as error:
             if isinstance(error, Terminated) and not lost:
                 raise
             with suppress(Terminated):
                 signals_ignored()  # that of a lost rank would stand for what is told of it
-            del self._store  # the thread ends with it, and this process can meet others later
+            self._store = None  # the thread ends with it, and this process can meet others later
             thread.join(END_S)
             why = "; ".join(lost) or f"after {MEET_S:g} s at most: {briefly(error)}"
             raise RankError(

@@ -25,11 +25,14 @@ from torch import Tensor, nn
 from dspy_fst.engine.machine import Launch, has_gpu
 from dspy_fst.errors import RankError, TrainingError, briefly, is_signal
 from dspy_fst.run.interrupts import Terminated, signals_ignored
+from dspy_fst.slow.ranks.meeting import launchers_store, store_gone, wait_for_all
 from dspy_fst.slow.ranks.ranks import Ranks
 from dspy_fst.slow.ranks.writing import PartsWriter
 
 T = TypeVar("T")
 END = "end"
+FIRST_CALL = "call/1"
+"""Where the store says what is called first; the numbers after it say the rest."""
 FAILED = "!"
 OF_GLOO = "gloo/"
 """Stands in gloo's errors: it names its source file (torch 2.13), e.g. ``gloo/transport/tcp/pair.cc``."""
@@ -50,33 +53,45 @@ class SeveralRanks(Ranks):
 
     Args:
         launch: Which of them this is.
+
+    Raises:
+        RankError: they do not meet.
+        SystemExit: rank 0 has given them up (status 0).
     """
 
     def __init__(self, launch: Launch):
         self.rank, self.world, self._local_rank = launch.rank, launch.world, launch.local_rank
         self._mine = not dist.is_initialized()
-        if has_gpu():
-            torch.cuda.set_device(launch.local_rank)
-        if self._mine:
-            # Where this has failed before, torch has still counted it, and would look for the others by another name.
-            dist.distributed_c10d._world.group_count = 0
-            dist.init_process_group("nccl" if has_gpu() else "gloo")
-        client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        attempt = "-".join(os.environ.get(name, "") for name in ATTEMPT)
-        self._store = dist.PrefixStore(f"dspy_fst/{attempt}", client)
-        self._store.set(f"process/{self.rank}", _place())  # before the others have met this one, and may miss it
-        try:
-            self._control = dist.new_group(backend="gloo")
-        except RuntimeError:  # with NCCL it is here that the ranks meet
-            if self._mine:
-                dist.destroy_process_group()
-            raise
         self._calls = 0
         self._parts: PartsWriter | None = None
         self._named: str | None = None
         """Which ranks are lost, once that was told."""
         self.signalled: Callable[[], bool] = lambda: True
         """Whether a SIGTERM may mean that another rank is lost: a launcher's may."""
+        if has_gpu():
+            torch.cuda.set_device(launch.local_rank)
+        self._store = _of_this_attempt(launchers_store(launch))
+        self._store.set(f"process/{self.rank}", _place())
+        keys = [f"process/{rank}" for rank in range(self.world)]
+        if not wait_for_all(self._store, keys, FIRST_CALL):
+            raise SystemExit(0)
+        self._places = [self._store.get(key).decode() for key in keys]
+        with self.naming_lost():
+            self._control = self._connected()
+
+    def _connected(self) -> dist.ProcessGroup:
+        """A group of gloo of all ranks, and the default group where nobody has made one. The ranks are all there."""
+        if self._mine:
+            # Where this has failed before, torch has still counted it, and would look for the others by another name.
+            dist.distributed_c10d._world.group_count = 0
+            store, kind = dist.PrefixStore("group", self._store), "nccl" if has_gpu() else "gloo"
+            dist.init_process_group(kind, store=store, rank=self.rank, world_size=self.world)
+        try:
+            return dist.new_group(backend="gloo")
+        except RuntimeError:  # with NCCL it is here that the ranks meet
+            if self._mine:
+                dist.destroy_process_group()
+            raise
 
     @property
     def device(self) -> torch.device:
@@ -112,14 +127,22 @@ class SeveralRanks(Ranks):
         dist.broadcast_object_list([message], src=0, group=self._control)
 
     def hear(self) -> tuple[str, tuple[Sequence[object], Mapping[str, object]]]:
-        """What rank 0 calls next, with its arguments; waits for it."""
+        """What rank 0 calls next, with its arguments; waits for it.
+
+        Raises:
+            RankError: the launcher is gone, or rank 0 where that holds the store.
+        """
         self._calls += 1
         key = f"call/{self._calls}"
         pause = SHORTEST_S
-        while not self._store.check([key]):  # its wait() would not hear a signal, and logs each time that it gives up
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_S)
-        call = self._store.get(key).decode()
+        try:
+            # Its wait() would not hear a signal, and logs each time that it gives up.
+            while not self._store.check([key]):
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_S)
+            call = self._store.get(key).decode()
+        except RuntimeError as error:
+            raise store_gone(error) from error
         if call == END:
             return END, ((), {})
         received: list[bytes] = [b""]
@@ -196,11 +219,14 @@ class SeveralRanks(Ranks):
     def naming_lost(self) -> Iterator[None]:
         """
         Raises:
-            RankError: another rank failed or died, which this one saw as a lost connection or the launcher's SIGTERM.
+            RankError: another rank failed or died, which this one saw as a lost connection or the launcher's SIGTERM;
+                or the launcher is gone.
         """
         try:
             yield
         except (RuntimeError, Terminated) as error:
+            if isinstance(error, RuntimeError) and self._without_store():
+                raise store_gone(error) from error
             if (isinstance(error, Terminated) and not self.signalled()) or (who := self._who()) is None:
                 raise
             self._named = who
@@ -239,9 +265,17 @@ class SeveralRanks(Ranks):
         another one."""
         words = {rank: self._said(f"left/{rank}") for rank in range(self.world) if rank != self.rank}
         found = [f"rank {rank} failed: {text[1:]}" for rank, text in words.items() if text.startswith(FAILED)]
-        silent = {rank: self._said(f"process/{rank}") for rank, text in words.items() if not text}
+        silent = {rank: self._places[rank] for rank, text in words.items() if not text}
         found += [f"rank {rank} died ({where})" for rank, where in silent.items() if _is_dead(where)]
         return found, silent, [rank for rank, text in words.items() if text and not text.startswith(FAILED)]
+
+    def _without_store(self) -> bool:
+        """Whether the launcher is gone."""
+        try:
+            self._store.check([FIRST_CALL])
+        except RuntimeError:
+            return True
+        return False
 
     def _said(self, key: str) -> str:
         """What stands in the store; empty where nothing does, or the store is gone."""
@@ -249,6 +283,16 @@ class SeveralRanks(Ranks):
             if self._store.check([key]):
                 return self._store.get(key).decode()
         return ""
+
+
+def end_before_first_call(store: dist.Store) -> None:
+    """Let the other ranks end although they have not met, or rank 0 does not lead them."""
+    _of_this_attempt(store).set(FIRST_CALL, END)
+
+
+def _of_this_attempt(store: dist.Store) -> dist.PrefixStore:
+    """The launcher's store, without what was said before the launcher started the ranks again."""
+    return dist.PrefixStore(f"dspy_fst/{'-'.join(os.environ.get(name, '') for name in ATTEMPT)}", store)
 
 
 def _listed(outcomes: Iterable[tuple[int, object]]) -> str:
