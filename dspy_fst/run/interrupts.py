@@ -15,6 +15,8 @@ from types import FrameType
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 _raised: list[int] = []
 """The signals that a block of `signals_raise` has had."""
+_to_the_end: list[bool] = []
+"""Not empty: what `signals_ignored` has begun lasts."""
 _changing = threading.Lock()
 """A signal of `terminate_run` that came when its handler was just gone would end the process."""
 
@@ -90,7 +92,8 @@ def signals_raise() -> Iterator[None]:
     finally:
         with _changing:
             for number in mine:
-                signal.signal(number, signal.SIG_DFL)
+                if not _to_the_end:
+                    signal.signal(number, signal.SIG_DFL)
             if mine:
                 _raised.clear()
 
@@ -117,6 +120,11 @@ def signals_ignored() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in filter(_raises, ENDING):
             signal.signal(number, signal.SIG_IGN)
+
+
+def ignored_to_the_end() -> None:
+    """What `signals_ignored` has begun lasts beyond the block, as a launcher kills this process if it does not end."""
+    _to_the_end.append(True)
 
 
 def terminate_run() -> None:

@@ -223,7 +223,7 @@ def test_a_lost_rank_ends_a_run_and_no_other_program():
 
 def test_a_signal_that_no_lost_rank_has_sent_is_told_as_what_it_is():
     ranks = object.__new__(SeveralRanks)  # has no store to ask
-    ranks.world, ranks.signalled = 2, lambda: False
+    ranks.world, ranks.told = 2, list
     with pytest.raises(Terminated), ranks.naming_lost():
         raise Terminated(signal.SIGTERM)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ import torch.distributed as dist
 
 from dspy_fst.engine.machine import without_launcher
 from dspy_fst.errors import RankError
-from dspy_fst.slow.ranks import meeting
+from dspy_fst.run import interrupts
+from dspy_fst.run.interrupts import signals_raise
+from dspy_fst.slow.ranks import meeting, several
 from dspy_fst.slow.ranks.meeting import wait_for_all
 from dspy_fst.slow.ranks.several import SeveralRanks, end_before_first_call
 from tests.ranks.launching import ENVIRONMENT
@@ -79,11 +82,42 @@ def test_a_rank_that_rank_0_gives_up_ends_in_silence(waiting, launcher):
 
 def test_a_run_whose_launcher_is_gone_does_not_blame_a_rank(launcher):
     ranks = object.__new__(SeveralRanks)  # of two that have met
+    ranks.told = ranks._named = None
     ranks._store = dist.TCPStore("127.0.0.1", launcher[0].port, 2, is_master=False, timeout=timedelta(seconds=5))
     launcher.clear()
     told = pytest.raises(RankError, match=r"process that started the ranks, .* has ended .*goes on from there")
     with told, ranks.naming_lost():
         raise RuntimeError("gloo lost the other rank, which has left")
+
+
+@pytest.mark.parametrize("lost", [[], ["rank 1 is lost: the node was low on memory"]])
+def test_a_rank_that_ray_ended_is_told_with_rays_reason_or_as_ended(monkeypatch, lost):
+    monkeypatch.setattr(several, "LAST_WORDS_S", 0.2)
+    store = dist.HashStore()
+    first, second = (object.__new__(SeveralRanks) for _ in range(2))  # that have met
+    for rank, own in enumerate((first, second)):
+        own.rank, own.world, own._store, own._places, own.told = rank, 2, store, ["", ""], lambda: lost
+    second.leave(SystemExit(1))
+    why = lost[0] if lost else "rank 1 was ended"
+    with pytest.raises(RankError, match=f"^{why}. All ranks end with it"), first.naming_lost():
+        raise RuntimeError("gloo/transport: connection closed")
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+def test_a_late_signal_of_torchrun_does_not_end_a_rank_before_it_has_told_of_the_lost_one(monkeypatch, by_torchrun):
+    monkeypatch.setattr(interrupts, "_to_the_end", [])
+    for name in several.ATTEMPT if by_torchrun else ():
+        monkeypatch.setenv(name, "0")
+    ranks = object.__new__(SeveralRanks)  # of two that have met; the second is no process any more
+    ranks.rank, ranks.world, ranks._store, ranks.told = 0, 2, dist.HashStore(), None
+    ranks._places = ["", f"process {2**31} on {socket.gethostname()}"]
+    try:
+        with pytest.raises(RankError, match=r"^rank 1 died "), signals_raise(), ranks.naming_lost():
+            raise RuntimeError("gloo/transport: connection closed")
+        assert signal.getsignal(signal.SIGTERM) is (signal.SIG_IGN if by_torchrun else signal.SIG_DFL)
+    finally:
+        for number in interrupts.ENDING:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def test_ranks_that_do_not_come_are_named(launcher, monkeypatch):

@@ -53,7 +53,7 @@ class Launcher:
         """
         with _environment(self.variables(0)):  # what the user's program starts shall not take itself for a rank
             group = self._met(lost)
-        group.signalled = lambda: bool(lost)
+        group.told = lambda: lost
         try:
             with group.naming_lost():
                 yield group

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dspy_fst.engine.machine import Launch, has_gpu
 from dspy_fst.errors import RankError, TrainingError, briefly, is_signal
-from dspy_fst.run.interrupts import Terminated, signals_ignored
+from dspy_fst.run.interrupts import Terminated, ignored_to_the_end, signals_ignored
 from dspy_fst.slow.ranks.meeting import launchers_store, store_gone, wait_for_all
 from dspy_fst.slow.ranks.ranks import Ranks
 from dspy_fst.slow.ranks.writing import PartsWriter
@@ -66,8 +66,8 @@ class SeveralRanks(Ranks):
         self._parts: PartsWriter | None = None
         self._named: str | None = None
         """Which ranks are lost, once that was told."""
-        self.signalled: Callable[[], bool] = lambda: True
-        """Whether a SIGTERM may mean that another rank is lost: a launcher's may."""
+        self.told: Callable[[], Sequence[str]] | None = None
+        """Which ranks the launcher knows to be lost, in words; None: it says so by SIGTERM alone."""
         if has_gpu():
             torch.cuda.set_device(launch.local_rank)
         self._store = _of_this_attempt(launchers_store(launch))
@@ -209,7 +209,8 @@ class SeveralRanks(Ranks):
 
     def leave(self, error: BaseException) -> None:
         """Tell rank 0 why this rank leaves: by an error of its own, or after another one's."""
-        after_another = isinstance(error, Terminated) or OF_GLOO in str(error)
+        # Ray makes a plain SystemExit of the signal by which it ends a process, e.g. for lack of memory.
+        after_another = isinstance(error, SystemExit) or OF_GLOO in str(error)
         with suppress(RuntimeError):
             if is_signal(error):  # of a run that ends with a whole state
                 self._settle()
@@ -225,34 +226,41 @@ class SeveralRanks(Ranks):
         try:
             yield
         except (RuntimeError, Terminated) as error:
-            if isinstance(error, RuntimeError) and self._without_store():
-                raise store_gone(error) from error
-            if (isinstance(error, Terminated) and not self.signalled()) or (who := self._who()) is None:
+            of_the_user = isinstance(error, Terminated) and self.told is not None and not self.told()
+            if of_the_user or (cause := self._cause_of(error)) is None:
                 raise
-            self._named = who
-            raise RankError(
-                f"{who}. All ranks end with it; what was committed is whole, and the same command goes on from there"
-            ) from error
+            if self._named and self.told is None and all(name in os.environ for name in ATTEMPT):
+                ignored_to_the_end()  # torchrun's signal may come late, and would end this process before it tells
+            raise cause from error
 
-    def _who(self) -> str | None:
-        """As `_lost` has it. The launcher's signal for this rank would break that off, and what is told of it."""
+    def _cause_of(self, error: BaseException) -> RankError | None:
+        """What happened outside of this rank. The launcher's signal for it would break that off, and what is told."""
         while True:
             with suppress(Terminated):
                 signals_ignored()
-                return self._lost()
+                if isinstance(error, RuntimeError) and self._without_store():
+                    return store_gone(error)
+                if (who := self._lost()) is None:
+                    return None
+                self._named = who
+                return RankError(
+                    f"{who}. All ranks end with it; what was committed is whole, and the same command goes on from "
+                    "there"
+                )
 
     def _lost(self) -> str | None:
         """Which ranks were the first to fail or die, in words; None if none is known to have."""
         until = time.monotonic() + LAST_WORDS_S
         while True:
-            found, silent, _ = self._known()
-            if found or not silent:
-                return "; ".join(found) or None
+            found, silent, left = self._known()
+            if found or (found := [*self.told()] if self.told else []):
+                return "; ".join(found)
+            if not silent and (self.told is None or not left):
+                return None
             if time.monotonic() > until:
-                far = [
-                    f"rank {rank} does not answer ({where})" for rank, where in silent.items() if not _is_here(where)
-                ]
-                return "; ".join(far) or None
+                far = {rank: where for rank, where in silent.items() if not _is_here(where)}
+                late = [f"rank {rank} does not answer ({where})" for rank, where in far.items()]
+                return "; ".join(late or [f"rank {rank} was ended" for rank in left if self.told]) or None
             time.sleep(0.1)
 
     def _gone(self) -> str | None:
