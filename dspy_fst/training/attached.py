@@ -33,7 +33,8 @@ def attached_server_faults(policy: PolicyLM, run_dir: Path) -> list[str]:
         return []
     settings = make_settings(VLLMSettings, handle.options, "vllm")
     assert settings.attach_url is not None
-    useless = attached_faults(settings)
+    folder = handle.checkpoint.path
+    useless = attached_faults(settings, folder if (folder / "config.json").is_file() else None)
     urls = [url for url in addresses(settings.attach_url) if url not in useless]
     if settings.weight_transfer != "disk" or not urls:
         return list(useless.values())

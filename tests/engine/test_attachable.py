@@ -1,6 +1,8 @@
 """What is found out of servers of somebody else before they get weights, and what a gateway before them says."""
 
 import gc
+import json
+import re
 import threading
 from collections.abc import Iterator
 
@@ -84,6 +86,22 @@ def test_a_context_shorter_than_the_run_counts_on_is_refused(canned):
     (fault,) = faults_of(canned.url, max_model_len=1024)
     assert "max_model_len is 1024, and vLLM at" in fault
     assert "set max_model_len to 512 or less" in fault
+
+
+def test_a_server_of_another_model_is_told_before_any_work_and_gets_no_weights(engine, canned, checkpoint):  # noqa: F811
+    sizes = {"hidden_size": 576, "num_hidden_layers": 4, "vocab_size": None}
+    canned.replies[PATH] = (200, {"dtype": "float32", "sizes": sizes})
+    (checkpoint.path / "config.json").write_text(
+        json.dumps({"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 9})
+    )
+    told = f"serves another model than {checkpoint.path}: hidden_size 576 there and 64 here; launch it on this model"
+    (fault,) = attached_faults(VLLMSettings(attach_url=canned.url), checkpoint.path).values()
+    assert told in fault
+    with pytest.raises(EngineError, match=re.escape(told)):
+        engine.load(checkpoint)
+    assert not [path for path in canned.paths() if path in ("/pause", "/collective_rpc")]
+    (checkpoint.path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": 576}}))
+    engine.load(checkpoint)
 
 
 def test_a_server_that_would_answer_with_other_weights_unnoticed_gets_none(engine, canned, checkpoint):  # noqa: F811

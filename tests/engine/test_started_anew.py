@@ -32,7 +32,7 @@ async def canned(scope, receive, send):
     reply = json.dumps(json.loads(sys.argv[2]).get(scope["path"], {})).encode()
     await send({"type": "http.response.body", "body": reply})
 
-config = SimpleNamespace(dtype="torch.bfloat16")
+config = SimpleNamespace(dtype="torch.bfloat16", hf_text_config=SimpleNamespace(hidden_size=64, vocab_size=9))
 app = SimpleNamespace(state=SimpleNamespace(engine_client=SimpleNamespace(model_config=config)))
 
 async def in_vllm(scope, receive, send):
@@ -106,6 +106,7 @@ def test_who_comes_later_asks_the_process_that_is_there_then(client):
     served = later.process()
     assert served is not None
     assert served.dtype == "bfloat16"
+    assert served.sizes == {"hidden_size": 64, "num_hidden_layers": None, "vocab_size": 9}
     later.close()
 
 

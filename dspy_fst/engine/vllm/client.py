@@ -69,6 +69,8 @@ class ServedBy(NamedTuple):
     """Another start of the server has another one."""
     dtype: str | None
     """Precision of the model, e.g. ``"bfloat16"``; None: an older middleware, which does not tell."""
+    sizes: Mapping[str, int | None]
+    """Of the model, by their names in its ``config.json``."""
 
 
 class VLLMClient:
@@ -170,7 +172,8 @@ class VLLMClient:
             return None
         require_success(reply, f"GET {self.address.url}{PATH}")
         name = reply.headers.get(PROCESS)
-        return None if name is None else ServedBy(name, said(reply).get("dtype"))
+        told = said(reply)
+        return None if name is None else ServedBy(name, told.get("dtype"), told.get("sizes") or {})
 
     def sample(
         self,

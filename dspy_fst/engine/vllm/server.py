@@ -300,7 +300,7 @@ class VLLMServer:
         client = self._new_client(address)
         way: Way | None = None
         try:
-            require_attachable(client, self.settings.max_model_len)
+            require_attachable(client, self.settings.max_model_len, checkpoint.path)
             way = way_to(client, self.settings)
             if checkpoint.adapters:  # their base is not swapped: the server must have been launched on it
                 LoRAClient(client).require(HOW_TO_ATTACH)

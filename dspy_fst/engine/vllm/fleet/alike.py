@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from dspy_fst.engine.vllm.address import Address
@@ -45,9 +46,12 @@ def require_alike(settings: VLLMSettings) -> Kind | None:
     return next(iter(kinds.values()))
 
 
-def attached_faults(settings: VLLMSettings) -> Mapping[str, str]:
-    """Why servers at ``attach_url`` cannot be of use: address -> a sentence. Nothing is changed on any of them."""
-    return {} if settings.attach_url is None else _asked(settings)[1]
+def attached_faults(settings: VLLMSettings, model: Path | None = None) -> Mapping[str, str]:
+    """Why servers at ``attach_url`` cannot be of use to the model in this folder: address -> a sentence.
+
+    Nothing is changed on any of them.
+    """
+    return {} if settings.attach_url is None else _asked(settings, model)[1]
 
 
 def require_kind(settings: VLLMSettings, wanted: Kind) -> None:
@@ -61,7 +65,7 @@ def require_kind(settings: VLLMSettings, wanted: Kind) -> None:
         raise EngineError(f"it was started anew as {found}, and the run began on {wanted}: launch it as before")
 
 
-def _asked(settings: VLLMSettings) -> tuple[dict[str, Kind], dict[str, str]]:
+def _asked(settings: VLLMSettings, model: Path | None = None) -> tuple[dict[str, Kind], dict[str, str]]:
     """What each server is, and what is wrong with which."""
     assert settings.attach_url is not None
     urls = addresses(settings.attach_url)
@@ -69,7 +73,7 @@ def _asked(settings: VLLMSettings) -> tuple[dict[str, Kind], dict[str, str]]:
     faults: dict[str, str] = {}
     processes: defaultdict[str, list[str]] = defaultdict(list)
     with ThreadPoolExecutor(len(urls)) as pool:
-        for url, told in zip(urls, pool.map(partial(_told, settings), urls), strict=True):
+        for url, told in zip(urls, pool.map(partial(_told, settings, model), urls), strict=True):
             if isinstance(told, str):
                 faults[url] = told
             else:
@@ -87,13 +91,13 @@ def _asked(settings: VLLMSettings) -> tuple[dict[str, Kind], dict[str, str]]:
     return kinds, faults
 
 
-def _told(settings: VLLMSettings, url: str) -> tuple[str, Kind] | str:
+def _told(settings: VLLMSettings, model: Path | None, url: str) -> tuple[str, Kind] | str:
     """A server's process and kind, or what is wrong with it."""
     address = Address(url, settings.api_key, through_proxy=True)
     client = VLLMClient(address, request_timeout_s=ANSWER_S, load_timeout_s=ANSWER_S)
     try:
         card = client.model_card()
-        require_attachable(client, settings.max_model_len)
+        require_attachable(client, settings.max_model_len, model)
         served = client.process()
         assert served is not None
         return served.name, Kind(str(card.get("root")), card.get("max_model_len"), served.dtype)

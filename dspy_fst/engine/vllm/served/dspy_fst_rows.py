@@ -9,8 +9,9 @@ reply has ended: ``{"row": 0, "ids": [...], "logprobs": [...], "text": "...", "f
 vLLM refuses is answered ``{"row": 0, "refused": "why"}``, and one that it fails on ``{"row": 0, "failed": "why"}``.
 
 ``GET`` names the server's process in the header `PROCESS`; another start of the server has another name. Its body tells
-the model's precision: ``{"dtype": "bfloat16"}``. A request to any path that names another process there is refused with
-503: a server that was started anew has the weights of its command line, and would sample from those.
+the model's precision and sizes: ``{"dtype": "bfloat16", "sizes": {"hidden_size": 64, ...}}``. A request to any path
+that names another process there is refused with 503: a server that was started anew has the weights of its command
+line, and would sample from those.
 
 Written for vLLM 0.32. This folder is on the server's PYTHONPATH, so its file names must not shadow other modules.
 """
@@ -33,6 +34,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PATH = "/dspy_fst/rows"
 PROCESS = b"x-dspy-fst-process"
 ANEW = b"the server was started anew since it got its weights"
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
+"""What a model's configuration calls them; a family that calls one otherwise has None there."""
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity; vLLM's own endpoints write this number, too."""
 _numbers = itertools.count()
@@ -63,8 +66,10 @@ class Rows:
             await self._app(scope, receive, send)
         elif scope["method"] == "GET":
             await _begin(send, 200, (PROCESS, self._process))
-            dtype = str(scope["app"].state.engine_client.model_config.dtype).removeprefix("torch.")
-            await send({"type": "http.response.body", "body": json.dumps({"dtype": dtype}).encode()})
+            config = scope["app"].state.engine_client.model_config
+            sizes = {size: getattr(config.hf_text_config, size, None) for size in SIZES}
+            told = {"dtype": str(config.dtype).removeprefix("torch."), "sizes": sizes}
+            await send({"type": "http.response.body", "body": json.dumps(told).encode()})
         else:
             await _answer(scope["app"].state, receive, send)
 
