@@ -49,7 +49,14 @@ CASES = {
     "tied": Case("tied").with_settings(loss="gspo"),
     "lora": Case("untied", LORA),
     "tied lora": Case("tied", LORA, {"ask": "first", "answer": "second"}),
+    "quantized lora": Case("untied", LORA).with_settings(quantized_base="int8"),
 }
+WAYS: Mapping[str, Mapping[str, object]] = {"": {}, "sharded": SHARDED}
+"""How the ranks share the weights -> settings."""
+SHAREABLE = {name: case for name, case in CASES.items() if case.settings.quantized_base is None}
+"""Cases whose weights the ranks can share out."""
+TRAINED = [*((name, "") for name in CASES), *((name, "sharded") for name in SHAREABLE)]
+"""Each case in each way in which it can be trained."""
 
 
 def a_batch(number: int, rows: int = 7) -> Batch:

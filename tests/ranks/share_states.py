@@ -26,7 +26,7 @@ from dspy_fst.slow.ranks import ranks as ranks_of_a_trainer
 from dspy_fst.slow.ranks.joining import all_ranks
 from dspy_fst.slow.ranks.ranks import Ranks, on_all_ranks
 from dspy_fst.slow.trainer import Trainer
-from tests.ranks.lessons import CASES, SHARDED, STEPS, TEXTS, Case, saved, trained, whole_weights
+from tests.ranks.lessons import SHARDED, SHAREABLE, STEPS, TEXTS, Case, saved, trained, whole_weights
 
 FULL_TENSOR = DTensor.full_tensor
 
@@ -91,7 +91,7 @@ def lose_a_rank(case: Case, out: Path, models: Path) -> None:
 def main(states: Path, out: Path, models: Path) -> None:
     out.mkdir(exist_ok=True)  # by every rank
     with all_ranks() as ranks:
-        for name, case in CASES.items():
+        for name, case in SHAREABLE.items():
             case = case.with_settings(**SHARDED)
             trainer = case.trainer(models, ranks)
             trainer.load_state(states / f"{name} state")
@@ -147,6 +147,6 @@ if __name__ == "__main__":
     for method in (allow_whole, draw, limit_files, die_beginning, die_writing, use_another_disk, whole_weights):
         setattr(Trainer, method.__name__, method)
     if "DIES" in os.environ:
-        lose_a_rank(CASES["full"], *map(Path, sys.argv[2:]))
+        lose_a_rank(SHAREABLE["full"], *map(Path, sys.argv[2:]))
     else:
         main(*map(Path, sys.argv[1:]))

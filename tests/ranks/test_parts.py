@@ -25,7 +25,7 @@ from dspy_fst.slow.ranks import writing
 from dspy_fst.slow.ranks.parts import _Writer
 from dspy_fst.slow.ranks.writing import PartsWriter
 from tests.ranks.launching import by_hand, by_torchrun
-from tests.ranks.lessons import CASES, STATES, furthest, trained
+from tests.ranks.lessons import SHAREABLE, STATES, furthest, trained
 from tests.slow.conftest import one_thread  # noqa: F401
 from tests.slow.makers import save_model
 
@@ -42,7 +42,7 @@ def models(tmp_path_factory):
     save_model(folder / "untied")
     save_model(folder / "tied", tied=True)
     torch.set_num_threads(1)
-    for name, case in CASES.items():
+    for name, case in SHAREABLE.items():
         trainer = case.trainer(folder)
         trained(trainer)
         trainer.save_state(folder / f"{name} state")
@@ -67,7 +67,7 @@ def shared(states: Path, out: Path, models: Path, ranks: int) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SHAREABLE)
 def test_a_state_is_the_same_bit_for_bit_whoever_wrote_and_read_it(models, of_two, of_four, name):
     wanted, facts = read_state(models / f"{name} state", {})
     for folder in (of_two, of_four):
@@ -91,7 +91,7 @@ def test_each_rank_writes_its_share_and_puts_nothing_together(of_two, of_four, n
         assert sum(of_ranks) > shares
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SHAREABLE)
 def test_ranks_that_go_on_from_parts_are_those_that_were_not_interrupted(of_two, name):
     never, resumed = torch.load(of_two / f"{name}.pt", weights_only=False)
     assert furthest(resumed, never) == 0
@@ -99,7 +99,7 @@ def test_ranks_that_go_on_from_parts_are_those_that_were_not_interrupted(of_two,
 
 @pytest.mark.parametrize("name", STATES)
 def test_one_process_goes_on_from_parts_and_takes_their_moments_over(models, of_two, name):
-    trainers = [CASES[name].trainer(models) for _ in range(3)]
+    trainers = [SHAREABLE[name].trainer(models) for _ in range(3)]
     trainers[0].load_state(models / f"{name} state")
     trainers[1].load_state(of_two / f"{name} state")
     for trainer in trainers[:2]:

@@ -10,13 +10,26 @@ from dspy_fst.errors import RankError
 from dspy_fst.slow.batching import Scored, in_rounds, micro_batches
 from dspy_fst.slow.training_settings import TrainingSettings
 from tests.ranks.launching import by_torchrun
-from tests.ranks.lessons import CASES, STATES, STEPS, TEXTS, Case, a_batch, fresh, furthest, trained, weights_of
+from tests.ranks.lessons import (
+    CASES,
+    STATES,
+    STEPS,
+    TEXTS,
+    TRAINED,
+    WAYS,
+    Case,
+    a_batch,
+    fresh,
+    furthest,
+    trained,
+    weights_of,
+)
 from tests.slow.conftest import one_thread  # noqa: F401
 from tests.slow.makers import save_model
 
 pytestmark = pytest.mark.slow
 SAME = 1e-6
-WAYS = {"": SAME, "sharded": 1e-5}
+FAR = {"": SAME, "sharded": 1e-5}
 """How the ranks share the weights -> how far they may be from one process's."""
 
 
@@ -67,16 +80,14 @@ def read(path):
     return torch.load(path, weights_only=False)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "way"), TRAINED)
 def test_the_weights_after_five_steps_are_those_of_one_process(several, alone, models, name, way):
     found, _ = read(several / way / f"{name}.pt")
-    assert furthest(found, alone[name][0]) < WAYS[way]
+    assert furthest(found, alone[name][0]) < FAR[way]
     assert CASES[name].settings.adapter or furthest(found, fresh(models / CASES[name].model)) > 1e-4
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "way"), TRAINED)
 def test_an_update_reports_what_all_ranks_measured(several, alone, name, way):
     for found, wanted in zip(read(several / way / f"{name}.pt")[1], alone[name][1], strict=True):
         assert found.adapters.keys() == wanted.adapters.keys()
@@ -90,8 +101,8 @@ def test_an_update_reports_what_all_ranks_measured(several, alone, name, way):
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_of_two_ranks_goes_on_in_one_process_and_back(several, gone_on, models, name, way):
     moved = two_more(CASES[name].trainer(models), several / way / f"{name} state")
-    assert furthest(moved, gone_on[name]) < WAYS[way]
-    assert furthest(read(several / way / f"{name} resumed.pt"), gone_on[name]) < WAYS[way]
+    assert furthest(moved, gone_on[name]) < FAR[way]
+    assert furthest(read(several / way / f"{name} resumed.pt"), gone_on[name]) < FAR[way]
 
 
 @pytest.mark.parametrize("name", STATES)

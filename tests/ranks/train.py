@@ -15,10 +15,11 @@ from dspy_fst.slow.ranks.ranks import Ranks, on_all_ranks
 from dspy_fst.slow.trainer import Trainer
 from tests.ranks.lessons import (
     CASES,
-    SHARDED,
     STATES,
     STEPS,
     TEXTS,
+    TRAINED,
+    WAYS,
     Case,
     a_batch,
     saved,
@@ -27,8 +28,6 @@ from tests.ranks.lessons import (
     whole_weights,
 )
 
-WAYS = {"": {}, "sharded": SHARDED}
-"""How the ranks share the weights -> settings."""
 FULL = "full memory"
 """A case in which memory runs out once, on rank 1 alone."""
 
@@ -49,9 +48,8 @@ def main(models: Path, out: Path) -> None:
     if os.environ["RANK"] == "1":
         run_out_of_memory_once()
     with all_ranks() as ranks:
-        for way, settings in WAYS.items():
-            for name, case in CASES.items():
-                learn(name, case.with_settings(**settings), models, out / way, ranks)
+        for name, way in TRAINED:
+            learn(name, CASES[name].with_settings(**WAYS[way]), models, out / way, ranks)
         halving = Case("untied").with_settings(adam_epsilon=1e-7).trainer(models, ranks)
         saved(out / f"{FULL}.pt", (halving.step(a_batch(0)), weights_of(halving)))
         saved(out / "not finite.pt", refused(Case("untied").trainer(models, ranks)))
