@@ -567,6 +567,8 @@ def test_closing_ends_a_server_that_is_being_restarted_and_fails_the_calls_that_
             for url in ("http://a:1,http://b:2", "http://a:99999", "http://a:x", "http://a:1 ", "http://a:1/v1/models")
         ],
         ({"attach_url": ("http://A:80", "http://a")}, "names http://a 2 times"),
+        ({"attach_url": PAIR, "shared_folder": False}, "shared_folder is False beside attach_url"),
+        ({"shared_folder": False}, "shared_folder is False, and on_ray is not set: servers on this machine see its"),
         ({"servers": 0}, "servers is 0: it must be at least 1"),
         ({"servers": 2, "port": 8123}, "port is 8123 and servers is 2"),
         (

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,9 +19,11 @@ from dspy_fst.cluster.connecting import connected, sigterm_as_before
 from dspy_fst.engine import making
 from dspy_fst.engine.vllm.fleet.fleet import Fleet
 from dspy_fst.engine.vllm.on_ray.nodes import node_name
+from dspy_fst.engine.vllm.on_ray.places import ActorProcess
 from dspy_fst.engine.vllm.on_ray.room import room_faults
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.policy_lm import policy_of
+from dspy_fst.recipe.lora_settings import LoRA
 from dspy_fst.run.directory import read_events
 from tests.engine.test_server_process import wait_until_gone
 from tests.relay import relay
@@ -67,8 +70,10 @@ def test_what_the_cluster_lacks_is_told_before_the_run(nodes, tmp_path):
     assert room_faults(VLLMSettings(on_ray=True, servers=3), tmp_path, None) == []
     (tmp_path / "config.json").symlink_to("/proc/self/stat")  # of each process another
     unseen = room_faults(sound, tmp_path, tmp_path)
+    assert room_faults(VLLMSettings(**OPTIONS, shared_folder=False), tmp_path, tmp_path) == []
     assert len(unseen) == 2
     assert all("does not see" in fault and str(tmp_path) in fault for fault in unseen)
+    assert all(fault.endswith("or set engine_options: {shared_folder: false}") for fault in unseen)
 
 
 class NodeLost:
@@ -93,7 +98,8 @@ class NodeLost:
         if event.get("phase", "").startswith("step 3:"):  # the last step is sampled by both
             changed, members = self.fleets[-1]._changed, self.fleets[-1].members
             with changed:
-                assert changed.wait_for(lambda: {"up"} == {member.state for member in members}, LIMIT_S)
+                all_up = changed.wait_for(lambda: {"up"} == {member.state for member in members}, LIMIT_S)
+                assert all_up, [(member.state, member.why) for member in members]
 
     def lose(self):
         """Stop the server before the step's first call, so that it answers none of them; then remove the node."""
@@ -117,7 +123,7 @@ def test_a_run_survives_a_node_with_one_of_its_servers(nodes, tmp_path, monkeypa
     trouble = NodeLost(nodes)
     monkeypatch.setattr(making, "_on_ray", trouble.making(making._on_ray))
     student = relay("vllm")
-    policy_of(student).handle.options.update(OPTIONS)
+    policy_of(student).handle.options.update(OPTIONS, shared_folder=False)
     on_ray = {"ray": nodes.cluster.address, "num_threads": 8}
     compiled = compile_relay(tmp_path / "run", program=student, listeners=[trouble], **on_ray)
     assert_trained_together(student, compiled, tmp_path / "run")
@@ -132,10 +138,37 @@ def test_a_run_survives_a_node_with_one_of_its_servers(nodes, tmp_path, monkeypa
     for step in steps:
         assert not [reason for reason in step["counts"] if reason.startswith("masked")]
         assert step["counts"]["calls"] == calls_of(step["step"])  # none lost, and none kept twice
+    for member in trouble.fleets[-1].members:
+        assert len(copies_of(member.server._process)) == 2  # the weights in use, and those before
     (back,) = (text for text in trouble.told if "it is back" in text)
     assert re.search("it is back, and serves weights step-00000[123], verified$", back)
     end_with_their_actors(trouble.fleets[-1])
     policy_of(compiled).release()
+
+
+def test_adapters_and_their_base_are_copied_to_a_node_and_removed_with_the_server(nodes, tmp_path, monkeypatch):
+    trouble = NodeLost(nodes)  # which loses none here
+    monkeypatch.setattr(making, "_on_ray", trouble.making(making._on_ray))
+    student = relay("vllm")
+    policy_of(student).handle.options.update(OPTIONS, servers=1, shared_folder=False)
+    compiled = compile_relay(
+        tmp_path / "run", program=student, ray=nodes.cluster.address, adapter=LoRA(rank=4), learning_rate=5e-3
+    )
+    steps = [event["report"] for event in read_events(tmp_path / "run") if event["event"] == "step"]
+    assert [step["update"]["max_log_ratio"] < 1e-4 for step in steps] == [True] * 4
+    process = trouble.fleets[-1].members[0].server._process
+    base, *adapters = sorted(copies_of(process), key=lambda folder: not (folder / "config.json").is_file())
+    assert len(adapters) == 2
+    assert all((folder / "adapter_config.json").is_file() for folder in adapters)
+    assert str(base) in " ".join(psutil.Process(group_of(process._actor)).cmdline())
+    policy_of(compiled).release()
+    assert not base.parent.exists()
+
+
+def copies_of(process: ActorProcess) -> list[Path]:
+    """The folders that a server's node has copies of."""
+    scratch = ray.get(process._actor.__ray_call__.remote(lambda actor: actor._copies._scratch), timeout=LIMIT_S)
+    return [path for path in scratch.iterdir() if path.is_dir()]
 
 
 def end_with_their_actors(fleet: Fleet) -> None:

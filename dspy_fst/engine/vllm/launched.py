@@ -36,6 +36,14 @@ class Process(Protocol):
         """The last lines of its output."""
         ...
 
+    def folder(self, here: Path) -> Path:
+        """Where the server finds a folder of this machine, as it is now.
+
+        Raises:
+            NoAnswerError: it was not copied there.
+        """
+        ...
+
     def kill(self) -> None:
         """End it at once. Call ``stop`` afterwards."""
         ...

@@ -1,6 +1,6 @@
 """The endpoints of a vLLM server for LoRA adapters: loading, unloading and comparing them (vLLM 0.32)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,10 +17,11 @@ class LoRAClient:
 
     Args:
         client: The server.
+        there: Where it finds a folder of this machine.
     """
 
-    def __init__(self, client: VLLMClient):
-        self._client = client
+    def __init__(self, client: VLLMClient, there: Callable[[Path], Path] = Path):
+        self._client, self._there = client, there
         self.extended = False
         """Whether the server's workers have our extension, which `note_names` finds out."""
 
@@ -64,14 +65,15 @@ class LoRAClient:
         Raises:
             EngineError: the server refused it, or did not answer.
         """
-        body = {"lora_name": name, "lora_path": str(folder)}
+        there = str(self._there(folder))
+        body = {"lora_name": name, "lora_path": there}
         for last in (False, True):
             try:
                 self._client.call("POST", _LOAD, json=body, timeout_s=self._client.load_timeout_s)
                 return
             except EngineError as error:
                 with suppress(EngineError):
-                    if self.folders().get(name) == str(folder):
+                    if self.folders().get(name) == there:
                         return
                 if last or not isinstance(error, NoAnswerError):
                     raise
@@ -101,4 +103,5 @@ class LoRAClient:
         Raises:
             EngineError: the check failed; `VLLMClient.held` tells when it would fail again.
         """
-        return read_holding(self._client.run("dspy_fst_compare_lora", name=name, folder=str(folder)) or [])
+        there = str(self._there(folder))
+        return read_holding(self._client.run("dspy_fst_compare_lora", name=name, folder=there) or [])

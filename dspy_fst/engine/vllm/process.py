@@ -79,6 +79,10 @@ class ServerProcess:
         except FileNotFoundError:  # another thread stopped the process, which removes a temporary log
             return []
 
+    def folder(self, here: Path) -> Path:
+        """The folder itself; see `launched.Process`."""
+        return here
+
     def kill(self) -> None:
         """Send SIGKILL, the only signal that ends a suspended process, to the group. Call ``stop`` afterwards."""
         _signal_group(self.group, signal.SIGKILL)

@@ -290,7 +290,7 @@ class VLLMServer:
     def _versions(self, client: VLLMClient, checkpoint: Checkpoint, needs: LoRANeeds) -> LoRAVersions:
         """The LoRA adapters of a server that was just launched or attached to; none is loaded yet."""
         attached = self.settings.attach_url is not None
-        loras = LoRAClient(client)
+        loras = LoRAClient(client) if self._process is None else LoRAClient(client, self._process.folder)
         loras.note_names(HOW_TO_ATTACH, optional=attached)
         capacity = None if attached else lora_places(self.settings, needs)[1]
         return LoRAVersions(loras, checkpoint, needs, capacity=capacity, wait_s=self.settings.request_timeout_s)
@@ -321,7 +321,7 @@ class VLLMServer:
         try:
             client = self._new_client(launched.address())
             self._wait_until_ready(launched.process, client)
-            way = way_to(client, self.settings)
+            way = way_to(client, self.settings, launched.process.folder)
         except BaseException:
             if client is not None:
                 client.close()

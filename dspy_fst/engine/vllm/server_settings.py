@@ -81,6 +81,9 @@ class VLLMSettings:
     on_ray: bool = False
     """Launch the servers on machines of the Ray cluster that this process is connected to (the recipe's ``ray``): each
     takes a CPU there, and cards of its own if torch sees any here."""
+    shared_folder: bool = True
+    """Whether all nodes of ``on_ray`` see ``run_dir``, and the model with LoRA adapters, under the path that they have
+    here. False: each node gets a copy of what its server reads, by Ray's object store."""
     attach_url: str | tuple[str, ...] | None = None
     """URL of a server that somebody else launched, e.g. ``"http://127.0.0.1:8000"``, or a list of several, over which
     calls are spread. They are never stopped from here."""

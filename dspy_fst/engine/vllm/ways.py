@@ -1,5 +1,6 @@
 """How new weights reach a server: it reads the published folder, or they are sent to it."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +10,9 @@ from dspy_fst.engine.vllm.client import VLLMClient
 from dspy_fst.engine.vllm.launch import HOW_TO_ATTACH
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
 from dspy_fst.engine.vllm.transfer import Transfer
+
+There = Callable[[Path], Path]
+"""See `launched.Process.folder`."""
 
 
 class Way(Protocol):
@@ -30,25 +34,31 @@ class Way(Protocol):
 class FromDisk:
     """The server reads the folder."""
 
-    def __init__(self, client: VLLMClient, *, attached: bool):
-        self._client, self._attached = client, attached
+    def __init__(self, client: VLLMClient, there: There, *, attached: bool):
+        self._client, self._there, self._attached = client, there, attached
 
     def swap(self, folder: Path) -> None:
-        self._client.swap_weights(partial(self._client.run, "reload_weights", weights_path=str(folder)))
+        there = self._there(folder)  # copied, if it must be, beside the requests in flight
+        self._client.swap_weights(partial(self._client.run, "reload_weights", weights_path=str(there)))
 
     def held(self, folder: Path) -> Holding | None:
-        return self._client.held(folder, optional=self._attached)
+        return self._client.held(self._there(folder), optional=self._attached)
 
     def close(self) -> None:
         pass
 
 
-def way_to(client: VLLMClient, settings: VLLMSettings) -> Way:
+def way_to(client: VLLMClient, settings: VLLMSettings, there: There = Path) -> Way:
     """The way to a server that answers.
+
+    Args:
+        client: Of the server.
+        settings: Its own.
+        there: Where it finds a folder of this machine; an attached one, under the same path.
 
     Raises:
         EngineError: it was not launched for the way that the settings name.
     """
     if settings.weight_transfer == "disk":
-        return FromDisk(client, attached=settings.attach_url is not None)
+        return FromDisk(client, there, attached=settings.attach_url is not None)
     return Transfer(client, settings.weight_transfer, HOW_TO_ATTACH)

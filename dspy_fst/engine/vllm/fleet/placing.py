@@ -36,6 +36,8 @@ class Placement(Protocol):
     def port(self) -> int | None: ...
     @property
     def on_ray(self) -> bool: ...
+    @property
+    def shared_folder(self) -> bool: ...
 
 
 def addresses(attach_url: str | Sequence[str]) -> list[str]:
@@ -129,7 +131,7 @@ def _attached_faults(settings: Placement, urls: Sequence[str]) -> Iterator[str]:
     places = [_place(url) for url in urls]
     for url in {place: url for place, url in zip(places, urls, strict=True) if places.count(place) > 1}.values():
         yield f"attach_url names {url} {places.count(_place(url))} times: name each server once"
-    for name, unset in (("servers", 1), ("cards", None), ("on_ray", False)):
+    for name, unset in (("servers", 1), ("cards", None), ("on_ray", False), ("shared_folder", True)):
         if (value := getattr(settings, name)) != unset:
             yield (
                 f"{name} is {value!r} beside attach_url: it is for servers that are launched here; leave it unset, and "
@@ -150,6 +152,8 @@ def _launched_faults(settings: Placement) -> Iterator[str]:
             if (value := getattr(settings, name)) is not None
         )
         return
+    if not settings.shared_folder:
+        yield "shared_folder is False, and on_ray is not set: servers on this machine see its folders; leave it unset"
     yield from _card_faults(settings, gpu_count())
 
 

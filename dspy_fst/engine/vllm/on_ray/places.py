@@ -11,7 +11,7 @@ The contract of this file:
 
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import cast
 
@@ -27,8 +27,9 @@ from dspy_fst.engine.vllm.fleet.placing import cards_of_one
 from dspy_fst.engine.vllm.launched import Launched
 from dspy_fst.engine.vllm.lora_files import LoRANeeds
 from dspy_fst.engine.vllm.on_ray.actor import ServerActor
+from dspy_fst.engine.vllm.on_ray.copies import Names, Sending, StoredFolder
 from dspy_fst.engine.vllm.server_settings import VLLMSettings
-from dspy_fst.errors import EngineError
+from dspy_fst.errors import EngineError, NoAnswerError
 
 ANSWER_S = 30.0
 """How long an actor has to answer what needs no work (ours)."""
@@ -64,6 +65,8 @@ class Places:
 
     def __init__(self, settings: VLLMSettings):
         self.bundle = bundle_of(settings)
+        self.sending = Sending()
+        """Of what nodes without a shared folder take."""
         self._count = settings.servers
         self._group: PlacementGroup | None = None
         self._free: set[int] = set()
@@ -115,12 +118,15 @@ class ActorProcess:
     Args:
         places: Where it finds one.
         settings: Of this server alone.
-        model: The folder, as the actor's machine sees it.
+        model: The folder, on this machine.
         loras: What its LoRA adapters need.
     """
 
     def __init__(self, places: Places, settings: VLLMSettings, model: Path, loras: LoRANeeds | None):
         self._places, self._settings = places, settings
+        self._ended: ray.ObjectRef[int | None] | None = None
+        self._node = "Ray"
+        self._stopped = threading.Lock()
         group, self._bundle = places.take()
         cards = int(places.bundle.get("GPU", 0))
         # Ray would kill an ending worker's children. One of them ends the server with the worker, and must live to.
@@ -128,10 +134,18 @@ class ActorProcess:
         placed = PlacementGroupSchedulingStrategy(group, self._bundle)
         options = {"num_cpus": 1, "num_gpus": cards, "max_concurrency": THREADS, "runtime_env": environment}
         self._actor = ray.remote(ServerActor).options(**options, scheduling_strategy=placed).remote(cards)
-        self._launch = self._actor.launch.remote(settings, model, loras)
-        self._ended: ray.ObjectRef[int | None] | None = None
-        self._node = "Ray"
-        self._stopped = threading.Lock()
+        self._names = Names()
+        self._sent = ExitStack()
+        """Open while the actor takes the model."""
+        there = model if settings.shared_folder else self._in_store(model)
+        self._launch = self._actor.launch.remote(settings, there, loras)
+
+    def _in_store(self, model: Path) -> StoredFolder:
+        try:
+            return self._sent.enter_context(self._places.sending.sent(self._names.name(model), model))
+        except OSError as error:
+            self.stop()
+            raise EngineError(f"{model} cannot be read: {error}") from error
 
     def address(self) -> Address:
         """Where the server listens, once its actor is placed and has launched it.
@@ -141,7 +155,8 @@ class ActorProcess:
         """
         limit_s = self._settings.startup_timeout_s
         try:
-            address, self._node = ray.get(self._launch, timeout=limit_s)
+            with self._sent:
+                address, self._node = ray.get(self._launch, timeout=limit_s)
         except GetTimeoutError:
             raise EngineError(
                 f"Ray found no machine for a vLLM server within {limit_s:g} s (startup_timeout_s): it needs "
@@ -181,6 +196,26 @@ class ActorProcess:
             return str(error).splitlines()
         return [f"{path}:", *lines]
 
+    def folder(self, here: Path) -> Path:
+        if self._settings.shared_folder:
+            return here
+        if not ray.is_initialized():
+            raise EngineError(NOT_CONNECTED)
+        limit_s = self._settings.load_timeout_s
+        try:
+            name = self._names.name(here)
+            there = ray.get(self._actor.find.remote(name), timeout=limit_s)
+            if there is None:
+                with self._places.sending.sent(name, here) as sent:
+                    there = ray.get(self._actor.take.remote(sent), timeout=limit_s)
+            return there
+        except GetTimeoutError:
+            late = f"within {limit_s:g} s (load_timeout_s)"
+            raise NoAnswerError(f"{here} was not copied to {self._node} {late}") from None
+        except (RayError, OSError) as error:
+            why = error.cause if isinstance(error, RayTaskError) else error
+            raise NoAnswerError(f"{here} was not copied to {self._node}: {why}") from error
+
     def kill(self) -> None:
         if ray.is_initialized():
             self._actor.kill.remote()
@@ -188,6 +223,7 @@ class ActorProcess:
     def stop(self, *, keep_log: bool = False) -> None:
         if not self._stopped.acquire(blocking=False):
             return
+        self._sent.close()
         if ray.is_initialized():
             if self._ended is not None:
                 with suppress(RayError):

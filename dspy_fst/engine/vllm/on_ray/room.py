@@ -49,7 +49,8 @@ def room_faults(settings: VLLMSettings, run_dir: Path, model: Path | None, other
     need = bundle_of(settings)
     servers = Claim("engine_options: servers", settings.servers, settings.servers, need)
     used = [node for node in nodes_alive() if _taken(need, [dict(node.resources)])]
-    with seen_here(run_dir, model) as wanted:
+    with seen_here(run_dir, model) as seen:
+        wanted = seen if settings.shared_folder else {}
         looked = node_faults(used, "look for the run's folders", faults_here, wanted, limit_s=LOOK_S)
     return [*too_little([servers, *others]), *(f"engine_options: {fault}" for fault in looked)]
 
