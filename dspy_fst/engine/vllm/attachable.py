@@ -1,15 +1,18 @@
 """What a server that somebody else launched must have, found out before it gets weights."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from dspy_fst.engine.vllm.client import QUICK_TIMEOUT_S, VLLMClient
+from dspy_fst.engine.vllm.client import QUICK_TIMEOUT_S, ServedBy, VLLMClient
 from dspy_fst.engine.vllm.launch import HOW_TO_ATTACH
 from dspy_fst.engine.vllm.wire import ABSENT, RESHAPING, require_success, said
 from dspy_fst.errors import EngineError
 
 
-def require_attachable(client: VLLMClient, max_model_len: int | None, model: Path | None) -> None:
+def require_attachable(
+    client: VLLMClient, max_model_len: int | None, model: Path | None
+) -> tuple[Mapping[str, object], ServedBy]:
     """Check that the server has what the run needs of it. From now on this very process is asked.
 
     Args:
@@ -17,13 +20,15 @@ def require_attachable(client: VLLMClient, max_model_len: int | None, model: Pat
         max_model_len: The context in tokens that the run counts on; None: the server's own.
         model: A folder with the ``config.json`` of the model that the server will get weights of; None: not known yet.
 
+    Returns:
+        What it says of its model, as `VLLMClient.model_card` has it, and the process.
+
     Raises:
         EngineError: it does not; the message says how to launch it.
         NoAnswerError: it does not answer now.
     """
     url, card = client.address.url, client.model_card()
-    client.find_rows()
-    if client.rows is None:
+    if (served := client.find_rows()) is None:
         raise EngineError(
             f"vLLM at {url} was launched without --middleware dspy_fst_rows.Rows, which refuses calls once the server "
             f"is started anew: it would answer them with other weights, unnoticed. {HOW_TO_ATTACH}"
@@ -35,24 +40,23 @@ def require_attachable(client: VLLMClient, max_model_len: int | None, model: Pat
             f"--max-model-len {max_model_len}, or set max_model_len to {longest} or less"
         )
     if model is not None:
-        _require_sizes(client, model)
+        _require_sizes(url, served, model)
     _require_developer_endpoints(client)
+    return card, served
 
 
-def _require_sizes(client: VLLMClient, model: Path) -> None:
+def _require_sizes(url: str, served: ServedBy, model: Path) -> None:
     """Check that the server's model is of the weights' sizes: vLLM says of others only that a worker failed."""
-    served = client.process()
-    theirs = served.sizes if served is not None else {}
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     ours = config.get("text_config") or config
     differ = [
         f"{name} {size} there and {ours[name]} here"
-        for name, size in theirs.items()
+        for name, size in served.sizes.items()
         if size is not None and ours.get(name, size) != size
     ]
     if differ:
         raise EngineError(
-            f"vLLM at {client.address.url} serves another model than {model}: {', '.join(differ)}; launch it on this "
+            f"vLLM at {url} serves another model than {model}: {', '.join(differ)}; launch it on this "
             "model, or name the address of a server that has it"
         )
 

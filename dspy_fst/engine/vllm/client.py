@@ -147,10 +147,13 @@ class VLLMClient:
                 "server"
             ) from error
 
-    def find_rows(self) -> None:
+    def find_rows(self) -> ServedBy | None:
         """If the server has our middleware: send requests together from now on, and to the process that answers now.
 
         If another one answers later, it refuses: every method then raises `ServerReplacedError`.
+
+        Returns:
+            As `process` has it.
 
         Raises:
             EngineError: as `process` has it.
@@ -160,6 +163,7 @@ class VLLMClient:
             self._http.headers.update(meant)
             self._transport.headers = meant
             self.rows = RowSender(self.address, timeout_s=self.request_timeout_s, headers=meant)
+        return found
 
     def process(self) -> ServedBy | None:
         """Which process answers; None where the server lacks our middleware.

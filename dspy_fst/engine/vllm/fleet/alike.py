@@ -96,10 +96,7 @@ def _told(settings: VLLMSettings, model: Path | None, url: str) -> tuple[str, Ki
     address = Address(url, settings.api_key, through_proxy=True)
     client = VLLMClient(address, request_timeout_s=ANSWER_S, load_timeout_s=ANSWER_S)
     try:
-        card = client.model_card()
-        require_attachable(client, settings.max_model_len, model)
-        served = client.process()
-        assert served is not None
+        card, served = require_attachable(client, settings.max_model_len, model)
         return served.name, Kind(str(card.get("root")), card.get("max_model_len"), served.dtype)
     except NoAnswerError as error:
         return f"attach_url: the vLLM server at {url} does not answer: {error}. Launch it, or correct its address"
